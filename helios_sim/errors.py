@@ -1,0 +1,17 @@
+"""Errors that a user can mend. Knows no module of the project; every module may raise these."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """One clear message: the key, the value, what is allowed and the fix.
+
+    The command line prints the message without a traceback and exits with status 1.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
+        self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
+        super().__init__(f"{key}={value!r}: {allowed}. Fix: {fix}.")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
+        return type(self), (self.key, self.value, self.allowed, self.fix)

@@ -1,0 +1,1 @@
+"""Policies: arithmetic on telemetry. They know neither SimPy nor torch nor Hydra."""

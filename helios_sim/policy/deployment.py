@@ -1,0 +1,65 @@
+"""What a policy decides: data that the server carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from helios_sim.exits.rule import ExitRule
+from helios_sim.policy.trigger import Trigger
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A model with its layers loaded up to `layers`, the cap."""
+
+    model: str
+    layers: int
+
+
+class BatchingRule(StrEnum):
+    EACH_TOKEN = "each_token"  # a token leaves alone; the rest of the batch goes on without it
+    LAZY = "lazy"  # the batch leaves early only when all of it is confident; KV is filled in the same iteration
+
+
+class KvRule(StrEnum):
+    """What happens to the K and V of a token in the layers that it did not run."""
+
+    PROPAGATE = "propagate"  # computed from the exit's hidden state in the same iteration
+    RECOMPUTE = "recompute"  # the token runs the layers later, with the next token of its request that goes there
+    NONE = "none"  # nothing above the cap is loaded, so none is needed
+
+
+class InFlight(StrEnum):
+    """What happens to running requests when the model changes."""
+
+    DRAIN = "drain"  # they finish on the old model, nothing new starts meanwhile
+    MIGRATE = "migrate"  # their text is tokenized anew and prefilled on the new model
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Score text that was already served, prompt and answer, in one full-depth prefill pass on each model."""
+
+    models: tuple[str, ...]
+    prompts: int  # the latest completed requests that are scored
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    active: Placement
+    exit_rule: ExitRule
+    standby: tuple[Placement, ...] = ()
+    batching: BatchingRule = BatchingRule.EACH_TOKEN
+    kv_rule: KvRule = KvRule.PROPAGATE
+    batch_limit: int | None = None  # requests running at once; None: the server's own limit
+    in_flight: InFlight = InFlight.DRAIN
+    admit_limit: int | None = None  # requests that may start under this deployment; None: no limit
+    observe_tokens: int | None = None  # first tokens of each request at full loaded depth, every exit observed
+    probe: Probe | None = None
+    instant: bool = False  # loads and switches cost neither time nor memory: for the oracle only
+    triggers: tuple[Trigger, ...] = ()
+    reason: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)  # for the decision log, JSON values

@@ -1,0 +1,92 @@
+"""What a policy may see: before the run (`Situation`) and at each decision (`Telemetry`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.exits.offline import OfflineExits
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.trigger import Cause
+from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import Profile
+
+
+class Goal(StrEnum):
+    THROUGHPUT = "throughput"  # requests per second, higher is better
+    RESPONSE_TIME = "response_time"  # mean end-to-end seconds, lower is better
+    ENERGY = "energy"  # joules per request, lower is better
+    BATCH_SIZE = "batch_size"  # requests that fit at once, higher is better
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    goal: Goal
+    max_disagreement: float  # epsilon: share of tokens that may differ from full depth of the same model
+    max_bits_per_char: float | None = None  # floor across models, where bits per character are known
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model in the repository: what it costs here and what was recorded about its exits beforehand."""
+
+    profile: Profile
+    offline: OfflineExits
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Fixed for the run."""
+
+    candidates: Mapping[str, Candidate]  # by model name, in the order of the configuration
+    memory: MemoryBudget
+    objective: Objective
+    max_running_requests: int  # the server's own batch limit
+    max_batch_tokens: int  # token budget of an iteration
+    seed: int  # for whatever the policy draws
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Tokens of one request that ran at full depth with every exit observed (or were scored by a probe)."""
+
+    model: str
+    request_id: int
+    time_ns: int  # when the last of them was observed
+    confident: NDArray[np.bool_]  # (n, E) would the deployment's threshold have let it leave here
+    agrees: NDArray[np.bool_]  # (n, E) the exit's prediction equals full depth's
+    bits: NDArray[np.float32] | None  # (n, E) of the text's own token; None unless the text is human reference text
+    chars: int  # characters that the n tokens cover
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Read at the end of an iteration. Means are over what was served since the last placement change."""
+
+    now_ns: int
+    completed_requests: int  # since the run began
+    queued_requests: int
+    running_requests: int
+    batch_mean: float | None  # running requests per decode iteration, time-weighted
+    prompt_tokens_mean: float | None  # of the latest completed requests (up to 256), in the active model's tokens
+    output_tokens_mean: float | None
+    arrival_rate_per_s: float | None  # over the latest 256 arrivals
+    breaches_in_window: int
+    observations: tuple[Observation, ...]  # new since the last decision
+
+
+class Policy(Protocol):
+    """One arm's decisions. State lives in the object; one object serves one replica in one run."""
+
+    def start(self, situation: Situation) -> Deployment:
+        """The deployment at time 0. The server loads it before the first request, at no charge."""
+        ...
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        """Called when one of the deployment's triggers fires. None: go on as before."""
+        ...

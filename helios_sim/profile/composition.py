@@ -1,0 +1,45 @@
+"""What one iteration runs, in numbers that a profile can price. Knows no request and no policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """A piece of one prompt: `tokens` new ones that attend to `context_tokens` earlier ones and to each other."""
+
+    tokens: int
+    context_tokens: int
+    layers: int  # depth to which it runs
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """K consecutive iterations of one model, over S bands of layers.
+
+    Band s runs the layers bounds[s-1] to bounds[s] (bounds[-1] of nothing is 0), so that tokens which run to
+    different depths are counted exactly. K is 1 for a single iteration; a leap prices many at once.
+
+    Arrays are int64. A token that was left out earlier and is recomputed here counts in `decode_tokens` and
+    `decode_kv_tokens` like a decode.
+    """
+
+    bounds: tuple[int, ...]  # depth at the end of each band, ascending
+    decode_tokens: IntArray  # (K, S) rows that run band s
+    decode_kv_tokens: IntArray  # (K, S) context lengths of those rows, summed, the new token included
+    sampled_tokens: IntArray  # (K,) rows that go through the final norm and LM head after their last layer
+    check_tokens: IntArray | None = None  # (K, S) rows checked for an exit at the end of band s
+    propagated_tokens: IntArray | None = None  # (K, S) rows for which band s computes K and V only
+    prefill: tuple[PrefillChunk, ...] = ()  # the same in each of the K iterations; with any, K is 1
+    host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band
+    loading: bool = False  # weights stream into the card meanwhile
+
+    @property
+    def n_iterations(self) -> int:
+        return len(self.sampled_tokens)

@@ -1,0 +1,60 @@
+"""Where a number comes from. Every input carries a class; a result takes the weakest of its inputs'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class ProvenanceClass(StrEnum):
+    """Ordered from strong to weak."""
+
+    MEASURED = "measured"  # on a named device, at a time, by a command
+    DERIVED = "derived"  # computed from measured kernels or a roofline
+    PUBLISHED = "published"  # taken from, or fitted to, figures of a publication
+
+
+_STRONG_TO_WEAK = tuple(ProvenanceClass)
+
+
+def weakest(classes: Iterable[ProvenanceClass]) -> ProvenanceClass:
+    """The class of a result computed from inputs of these classes (at least one)."""
+    return max(classes, key=_STRONG_TO_WEAK.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """A quantity without a source: its value here, why it is that, and how a user changes it."""
+
+    name: str
+    value: float | str | None
+    why: str
+    change: str  # the setting that changes it, e.g. "runtime.sync_s"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Source of one input file or of one result."""
+
+    provenance_class: ProvenanceClass
+    source: str  # what it was measured on or computed from
+    command: str  # the command that made it
+    scaled: tuple[str, ...] = ()  # what was scaled or interpolated on the way, and by what
+    assumptions: tuple[Assumption, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        return cls(
+            provenance_class=ProvenanceClass(data["provenance_class"]),
+            source=data["source"],
+            command=data["command"],
+            scaled=tuple(data.get("scaled", ())),
+            assumptions=tuple(Assumption(**a) for a in data.get("assumptions", ())),
+            details=dict(data.get("details", {})),
+        )

@@ -1,0 +1,78 @@
+"""Requests as they arrive and records as they leave. Knows no model: text is counted in characters.
+
+Token counts belong to a model, because tokenizers differ: `ModelSpec.tokens` turns characters into tokens for
+prompts, and the exit trace that replays a request's answer says how many tokens the answer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    request_id: int  # position in the workload, from 0
+    arrival_ns: int
+    prompt_chars: int
+    output_chars: int
+    task: int  # index into the workload's task names
+    text_start: int  # where the answer lies in the task's text; exit traces take it modulo their length
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBlock:
+    """Columns of consecutive requests, each of shape (n,) and dtype int64; arrivals do not decrease."""
+
+    request_id: NDArray[np.int64]
+    arrival_ns: NDArray[np.int64]
+    prompt_chars: NDArray[np.int64]
+    output_chars: NDArray[np.int64]
+    task: NDArray[np.int64]
+    text_start: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.request_id)
+
+    def rows(self) -> Iterator[Request]:
+        columns = (getattr(self, f.name).tolist() for f in fields(self))
+        for row in zip(*columns, strict=True):
+            yield Request(*row)
+
+
+class Status(StrEnum):
+    COMPLETED = "completed"
+    DROPPED = "dropped"
+    UNFINISHED = "unfinished"  # still in the system when the run was stopped
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """What one request experienced under one arm. Times are None where they did not happen."""
+
+    request_id: int
+    replica: int
+    task: int
+    model: str  # the model that produced the last token
+    status: Status
+    drop_reason: str | None
+    arrival_ns: int
+    scheduled_ns: int | None  # first time in an iteration
+    first_token_ns: int | None
+    last_token_ns: int | None
+    prompt_tokens: int
+    output_tokens: int
+    prompt_chars: int
+    output_chars: int
+    layers_run: int  # summed over output tokens, the layers that each ran (without recomputation)
+    early_tokens: int  # left before the deepest layer of the whole model
+    breach_tokens: int  # left at the cap without confidence
+    agreed_tokens: int  # equal to the same model's token at full depth
+    evaluated_tokens: int  # run at full depth with every exit observed, in an evaluation round
+    preemptions: int
