@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv by itself; a second call skips what is already there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMPS := $(VENV)/.stamps
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench live models clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/core: $(PINS) | $(BIN)/python
+	$(INSTALL) -e .
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/test: $(PINS) | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+
+$(STAMPS)/live: $(PINS) | $(BIN)/python
+	$(INSTALL) -e '.[live]'
+	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+
+run: $(STAMPS)/core  ## install the core and run the quickstart experiment
+	$(BIN)/python -m helios_sim
+
+check: $(STAMPS)/test  ## lint, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## everything in check, then all tests
+	$(BIN)/python -m pytest -n auto --benchmark-disable
+
+bench: $(STAMPS)/test  ## speed measurements (deselected in `make test`)
+	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
+
+live: $(STAMPS)/live  ## add torch and transformers to the same .venv
+
+models: $(STAMPS)/core  ## fetch the weights of the small open models into the cache, sha256 checked
+	$(BIN)/python -m calibrate.models
+
+clean:  ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

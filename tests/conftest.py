@@ -1,0 +1,38 @@
+"""Shared by all tests: where data from elsewhere lies, and reproducible property tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_NO_DATA = "data from elsewhere is not here"
+
+# A failing example must fail again for everybody; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("repeat", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of data from elsewhere (`HELIOS_SHARED_DATA`, else ../shared/data); skips the test without it."""
+    folder = Path(os.environ.get("HELIOS_SHARED_DATA", REPOSITORY / ".." / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{_NO_DATA}: no folder {folder} (set HELIOS_SHARED_DATA)")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests did not run for want of data: a skipped check must not look like a passed one."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if _NO_DATA in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests did not run: {_NO_DATA} (HELIOS_SHARED_DATA)", yellow=True)

@@ -1,0 +1,64 @@
+"""What the package promises about its own shape: light imports, plain docstrings, one version, no stray names."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "pandas", "matplotlib", "scipy.stats", "pyarrow", "hydra")
+
+
+def loaded_by(statement: str, repository: Path) -> set[str]:
+    """Names of the heavy modules that a fresh interpreter holds after the statement."""
+    code = f"import sys, json; {statement}; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def modules(repository: Path) -> list[Path]:
+    return sorted((repository / "helios_sim").rglob("*.py"))
+
+
+def test_importing_the_package_loads_nothing_heavy(repository: Path) -> None:
+    assert loaded_by("import helios_sim", repository) == set()
+
+
+@pytest.mark.parametrize("package", ["policy.telemetry", "serving.stats", "report.result", "report.metrics"])
+def test_importing_the_core_loads_neither_torch_nor_plotting_nor_tables(package: str, repository: Path) -> None:
+    if not (repository / "helios_sim" / f"{package.replace('.', '/')}.py").exists():
+        pytest.fail(f"helios_sim.{package} moved: name its new place here")
+    assert loaded_by(f"import helios_sim.{package}", repository) == set()
+
+
+def test_no_module_of_the_simulator_loads_torch(repository: Path) -> None:
+    names = [
+        ".".join(path.relative_to(repository).with_suffix("").parts)
+        for path in modules(repository)
+        if "live" not in path.parts and path.name != "__main__.py"
+    ]
+    statement = "import importlib; [importlib.import_module(n) for n in " + repr(names) + "]"
+    assert loaded_by(statement, repository).isdisjoint({"torch", "transformers"})
+
+
+def test_every_module_says_what_it_knows(repository: Path) -> None:
+    silent = [str(path) for path in modules(repository) if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_dependencies_are_pinned_once(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (repository / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    names = {"".join(c if c.isalnum() or c in "-_." else " " for c in d).split()[0].lower() for d in wanted}
+    assert names - pins == set()
+    assert not any(name in " ".join(wanted).lower() for name in ("pandas-sns", "zeus", "wandb", "duckdb"))
