@@ -1,0 +1,212 @@
+"""What was recorded at every exit for every token of a model. Knows no rule's consequence, no time and no request.
+
+One record serves every policy: thresholds and caps are applied afterwards (`replay`). A trace that was fitted to
+published exits has no confidences, only who was confident at the one threshold of the publication; it refuses
+every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence
+from helios_sim.provenance import Provenance
+
+ANY_TASK = "*"  # a trace with this single task serves every workload task
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """Tokens first + (start + j) % length of a trace, for j = 0 .. n_tokens - 1."""
+
+    first: int  # where the task's text begins in the trace
+    start: int  # where the answer begins in the task's text, in tokens
+    length: int  # tokens of the task's text, which is circular
+    n_tokens: int  # at least 1; more than `length` when the answer is longer than the text
+
+    def indices(self) -> NDArray[np.int64]:
+        """Rows of the trace, shape (n_tokens,)."""
+        return self.first + (self.start + np.arange(self.n_tokens, dtype=np.int64)) % self.length
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class ExitTrace:
+    """T tokens and E exits of one model on one set of texts.
+
+    Tokens are in reading order and sorted by task, so a task's text is one contiguous range. Traces of different
+    models cover the same texts: per task the same number of characters, cut into different tokens. The columns are
+    made read-only. Raises UserError where they do not fit together.
+    """
+
+    model: str
+    exits: tuple[int, ...]  # depths in layers, ascending; the last is the whole model
+    tasks: tuple[str, ...]
+    task: NDArray[np.int32]  # (T,) index into tasks, non-decreasing, every task present
+    prompt: NDArray[np.int32]  # (T,) which prompt's text a token belongs to; ids are unique across tasks
+    chars: NDArray[np.int32]  # (T,) characters that the token covers, 0 allowed (a part of a character)
+    agree: NDArray[np.bool_]  # (T, E) the exit predicts what the last layer predicts; last column true
+    provenance: Provenance
+    confidence: NDArray[np.float32] | None = None  # (T, E) largest probability
+    margin: NDArray[np.float32] | None = None  # (T, E) largest minus second largest probability
+    confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, where no confidence was recorded
+    published_threshold: float | None = None
+    published_confidence: Confidence | None = None
+    bits: NDArray[np.float32] | None = None  # (T, E) -log2 of the probability of the text's own token
+    human_text: bool = False  # the text was written by people: only then do bits per character rank models
+    task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
+    char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
+
+    def __post_init__(self) -> None:
+        self._check_exits()
+        n_tokens = len(self.task)
+        wide = (n_tokens, len(self.exits))
+        for name, dtype, shape in (
+            ("task", np.int32, (n_tokens,)),
+            ("prompt", np.int32, (n_tokens,)),
+            ("chars", np.int32, (n_tokens,)),
+            ("agree", np.bool_, wide),
+            ("confident", np.bool_, wide),
+            ("confidence", np.float32, wide),
+            ("margin", np.float32, wide),
+            ("bits", np.float32, wide),
+        ):
+            if getattr(self, name) is not None:
+                self._set(name, self._column(name, dtype, shape))
+        self._check_columns()
+        self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
+        self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
+        if not self.task_chars().all():
+            self._fail("chars", "0 in a whole task", "each task's text covers at least one character")
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.task)
+
+    @property
+    def n_layers(self) -> int:
+        return self.exits[-1]
+
+    def task_chars(self) -> NDArray[np.int64]:
+        """Characters of each task's text, shape (len(tasks),)."""
+        return np.diff(self.char_start[self.task_first])
+
+    def confident_at(self, threshold: float, confidence: Confidence) -> NDArray[np.bool_]:
+        """Whether the confidence reaches the threshold at each exit, (T, E); compared in float32.
+
+        UserError when this trace has no such record: another measure, or a published trace and another threshold.
+        """
+        records = {Confidence.MAX_PROBABILITY: self.confidence, Confidence.MARGIN: self.margin}
+        record = records[confidence]
+        if record is not None:
+            return record >= np.float32(threshold)
+        asked = f"{confidence.value} {threshold:g}"
+        if self.confident is None:
+            recorded = ", ".join(c.value for c, r in records.items() if r is not None)
+            self._fail("exit_rule.confidence", asked, f"measures recorded: {recorded}", "use one of them")
+        if (threshold, confidence) != (self.published_threshold, self.published_confidence):
+            measure = self.published_confidence.value if self.published_confidence else "?"
+            raise UserError(
+                "exit_rule.threshold",
+                asked,
+                f"the exit trace of {self.model} ({self.provenance.source}) knows exits but no confidences, and "
+                f"answers only {measure} {self.published_threshold:g}",
+                f"use threshold {self.published_threshold:g} with {measure}, or a measured trace",
+            )
+        return self.confident
+
+    def bind(self, task_names: Sequence[str]) -> BoundTrace:
+        """The trace as a workload with these task names reads it; UserError when a task is missing."""
+        if self.tasks == (ANY_TASK,):
+            return BoundTrace(self, (0,) * len(task_names))
+        missing = [name for name in task_names if name not in self.tasks]
+        if missing:
+            raise UserError(
+                "workload.tasks",
+                ", ".join(missing),
+                f"the exit trace of {self.model} has the tasks {', '.join(self.tasks)}",
+                "name only these tasks in the workload, or take a trace that has them",
+            )
+        return BoundTrace(self, tuple(self.tasks.index(name) for name in task_names))
+
+    def _check_exits(self) -> None:
+        steps = np.diff((0, *self.exits))
+        if not self.exits or (steps <= 0).any():
+            self._fail("exits", self.exits, "at least one exit, depths above 0 and ascending")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            self._fail("tasks", self.tasks, "at least one task, each named once")
+
+    def _check_columns(self) -> None:
+        if not np.array_equal(np.unique(self.task), np.arange(len(self.tasks))) or (np.diff(self.task) < 0).any():
+            self._fail("task", "unsorted or incomplete", "tokens are sorted by task and every task has some")
+        if (self.chars < 0).any():
+            self._fail("chars", int(self.chars.min()), "at least 0")
+        if not self.agree[:, -1].all():
+            self._fail("agree", "false at the last exit", "the last exit agrees with itself")
+        published = [x is not None for x in (self.confident, self.published_threshold, self.published_confidence)]
+        if any(published) != all(published):
+            self._fail("confident", published, "confident, published_threshold and published_confidence come together")
+        if published[0] and (self.confidence is not None or self.margin is not None):
+            self._fail("confident", "beside confidences", "recorded confidences or published exits, not both")
+        if not published[0] and self.confidence is None and self.margin is None:
+            self._fail("confidence", None, "a confidence, a margin, or published exits")
+        for name in ("confidence", "margin", "bits"):
+            record = getattr(self, name)
+            if record is not None and not np.isfinite(record).all():
+                self._fail(name, "not finite", "finite numbers")
+
+    def _column(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        values = np.asarray(getattr(self, name))
+        if values.shape != shape:
+            self._fail(name, values.shape, f"shape {shape}")
+        if values.dtype != dtype and not np.can_cast(values.dtype, dtype, "same_kind"):
+            self._fail(name, str(values.dtype), f"values of type {np.dtype(dtype)}")
+        return _frozen(np.ascontiguousarray(values, dtype=dtype))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _fail(self, name: str, value: object, allowed: str, fix: str = "write the trace anew") -> NoReturn:
+        raise UserError(name, value, f"exit trace of {self.model}: {allowed}", fix)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundTrace:
+    """A trace seen through a workload's task numbers."""
+
+    trace: ExitTrace
+    task_index: tuple[int, ...]  # the trace's task for each of the workload's
+
+    def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
+        """The tokens of an answer: those that begin within its characters, on the task's circular text.
+
+        `task` is the workload's number. Characters are taken modulo the text's, so every model's trace gives the
+        same text. Neighbouring answers share no token, and answers have output_chars / mean(chars) tokens on
+        average. An answer within one token is that token.
+        """
+        trace = self.trace
+        k = self.task_index[task]
+        first, end = int(trace.task_first[k]), int(trace.task_first[k + 1])
+        origin = int(trace.char_start[first])
+        begins = trace.char_start[first:end]
+        text_chars, length = int(trace.char_start[end]) - origin, end - first
+        begin = text_start % text_chars
+        loops, tail = divmod(begin + output_chars, text_chars)
+        start = int(begins.searchsorted(origin + begin))
+        n_tokens = loops * length + int(begins.searchsorted(origin + tail)) - start
+        if n_tokens < 1:
+            return TokenSpan(first, int(begins.searchsorted(origin + begin, "right")) - 1, length, 1)
+        return TokenSpan(first, start % length, length, n_tokens)
+
+
+def _frozen(values: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    view = values.view()
+    view.flags.writeable = False
+    return view
