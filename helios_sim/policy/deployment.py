@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.exits.rule import ExitRule
 from helios_sim.policy.trigger import Trigger
@@ -47,6 +50,21 @@ class Probe:
     prompts: int  # the latest completed requests that are scored
 
 
+class ServicePlan(Protocol):
+    """Which model serves each request and how deep each of its tokens runs: for the oracle only.
+
+    At admission the head of the queue starts if its model is the active one; if not, the server changes to it as
+    soon as nothing is running. The prompt runs to the first token's depth. Nothing is checked, K and V of layers
+    that a token did not run are neither computed nor missed.
+    """
+
+    def model(self, request_id: int) -> str: ...
+
+    def layers(self, request_id: int) -> NDArray[np.int64]:
+        """(n,) depth of each output token of that request, in the tokens of its model."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
     active: Placement
@@ -58,8 +76,11 @@ class Deployment:
     in_flight: InFlight = InFlight.DRAIN
     admit_limit: int | None = None  # requests that may start under this deployment; None: no limit
     observe_tokens: int | None = None  # first tokens of each request at full loaded depth, every exit observed
+    observe_all: bool = False  # every token at full loaded depth and observed; observe_tokens is then None
+    run_layers: int | None = None  # depth of tokens that are not observed, an exit; None: all loaded layers
     probe: Probe | None = None
     instant: bool = False  # loads and switches cost neither time nor memory: for the oracle only
+    plan: ServicePlan | None = None  # takes the place of the exit rule; for the oracle only
     triggers: tuple[Trigger, ...] = ()
     reason: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)  # for the decision log, JSON values

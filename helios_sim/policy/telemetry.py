@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -15,6 +15,7 @@ from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.trigger import Cause
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
+from helios_sim.request import Request
 
 
 class Goal(StrEnum):
@@ -40,6 +41,32 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectedLoad:
+    """What the operator expects before anything was seen; telemetry takes its place as soon as there is some."""
+
+    prompt_chars: float  # mean of a request
+    output_chars: float
+    arrival_rate_per_s: float | None = None  # open arrivals; None: a full queue, or a closed loop
+    closed_loop_users: int | None = None  # each sends the next request when the last is answered; None: open
+
+    @property
+    def closed(self) -> bool:
+        return self.closed_loop_users is not None
+
+
+class Outlook(Protocol):
+    """What no real policy can know: the requests to come and the exits of their answers. For the oracle only."""
+
+    def requests(self) -> Sequence[Request]:
+        """All requests of the run, in order of arrival."""
+        ...
+
+    def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
+        """(n, E) for the n answer tokens of this model: does the exit predict what full depth predicts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """Fixed for the run."""
 
@@ -49,6 +76,8 @@ class Situation:
     max_running_requests: int  # the server's own batch limit
     max_batch_tokens: int  # token budget of an iteration
     seed: int  # for whatever the policy draws
+    expected: ExpectedLoad | None = None  # None: nothing is known beforehand
+    outlook: Outlook | None = None
 
 
 @dataclass(frozen=True, slots=True)

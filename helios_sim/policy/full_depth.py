@@ -1,0 +1,43 @@
+"""One model, all layers, every token to the end. Knows nothing of exits or load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helios_sim.exits.rule import FullDepth
+from helios_sim.policy.candidates import find_model
+from helios_sim.policy.checks import check_positive
+from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.telemetry import Situation, Telemetry
+from helios_sim.policy.trigger import Cause
+
+
+@dataclass(frozen=True, slots=True)
+class FullDepthParameters:
+    model: str | None = None  # None: the only candidate
+    batch_limit: int | None = None  # None: the server's own limit
+
+    def __post_init__(self) -> None:
+        check_positive("batch_limit", self.batch_limit)
+
+
+class FullDepthPolicy:
+    """The baseline without early exit."""
+
+    def __init__(self, parameters: FullDepthParameters) -> None:
+        self.parameters = parameters
+
+    def start(self, situation: Situation) -> Deployment:
+        """Raises UserError if the model is not among the candidates."""
+        model = find_model(situation, self.parameters.model)
+        layers = situation.candidates[model].profile.model.n_layers
+        return Deployment(
+            active=Placement(model, layers),
+            exit_rule=FullDepth(),
+            kv_rule=KvRule.NONE,
+            batch_limit=self.parameters.batch_limit,
+            reason=f"{model} runs all {layers} layers for every token",
+        )
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        return None
