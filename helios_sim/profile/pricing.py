@@ -1,0 +1,184 @@
+"""Time of an iteration from lookups and the host's costs. Knows no memory, no file and no policy.
+
+Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
+checks that the host must see, an iteration is one such group; each check ends one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.lookup import DecodeLookup, PrefillLookup, RowLookup
+from helios_sim.profile.spec import Runtime
+from helios_sim.profile.tables import FloatArray, IntArray, LayerTables, RowsTable
+
+
+class LayerPricing:
+    """Lookups of one layer class. Only the dense part of a batch without prefill is padded to a graph's size."""
+
+    def __init__(self, tables: LayerTables, pad_to: tuple[int, ...] | None) -> None:
+        self.dense = RowLookup(tables.dense)
+        self.padded_dense = RowLookup(tables.dense, pad_to)
+        self.kv_projection = RowLookup(tables.kv_projection)
+        self.decode_attention = DecodeLookup(tables.decode_attention)
+        self.prefill_attention = PrefillLookup(tables.prefill_attention)
+
+
+class Bands:
+    """What pricing needs to know of a composition's bounds: layers per band, in all and of each class."""
+
+    def __init__(self, bounds: tuple[int, ...], layer_class: Sequence[int], n_classes: int) -> None:
+        starts = (0, *bounds[:-1])
+        if not bounds or any(b <= a for a, b in zip(starts, bounds, strict=True)) or bounds[-1] > len(layer_class):
+            raise ValueError(f"bounds {bounds} must ascend from 1 to at most {len(layer_class)}")
+        self.starts = starts
+        self.layers = tuple(b - a for a, b in zip(starts, bounds, strict=True))
+        members = [layer_class[a:b] for a, b in zip(starts, bounds, strict=True)]
+        self.of_class = tuple(tuple(m.count(c) for m in members) for c in range(n_classes))
+        self.of_class_array = tuple(np.array(counts, dtype=np.int64) for counts in self.of_class)
+
+
+class Pricing:
+    """Prices compositions of one model on one card under one runtime."""
+
+    def __init__(
+        self,
+        classes: Sequence[LayerTables],
+        layer_class: Sequence[int],
+        head: RowsTable,
+        check: RowsTable | None,
+        embedding: RowsTable,
+        runtime: Runtime,
+        load_slowdown: float,
+        mixed_factor: float | None,
+        unequal_kv_factor: float | None,
+        time_factor: float,
+    ) -> None:
+        self._classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes) for tables in classes)
+        self._layer_class = tuple(layer_class)
+        self._head = RowLookup(head)
+        self._check = self._head if check is None else RowLookup(check)
+        self._embedding = RowLookup(embedding)
+        self._runtime = runtime
+        self._load_slowdown = load_slowdown
+        self._mixed_factor = 1.0 if mixed_factor is None else mixed_factor
+        self._kv_factor = 1.0 if unequal_kv_factor is None else unequal_kv_factor
+        self._time_factor = time_factor
+        self._bands: dict[tuple[int, ...], Bands] = {}
+
+    def bands(self, bounds: tuple[int, ...]) -> Bands:
+        found = self._bands.get(bounds)
+        if found is None:
+            found = self._bands[bounds] = Bands(bounds, self._layer_class, len(self._classes))
+        return found
+
+    def time_s(self, c: Composition) -> FloatArray:
+        if len(c.sampled_tokens) == 1:
+            return np.array([self._one(c)])
+        if c.prefill:
+            raise ValueError("a composition with prefill is one iteration")
+        return self._many(c)
+
+    def _one(self, c: Composition) -> float:
+        """One iteration, with or without prefill, in plain floats: numpy calls would cost more than the sums."""
+        bands, runtime = self.bands(c.bounds), self._runtime
+        decode, kv = c.decode_tokens.tolist()[0], c.decode_kv_tokens.tolist()[0]
+        propagated = None if c.propagated_tokens is None else c.propagated_tokens.tolist()[0]
+        checks = None if c.check_tokens is None else c.check_tokens.tolist()[0]
+        sampled = c.sampled_tokens.tolist()[0]
+        slowdown = self._load_slowdown if c.loading else 1.0
+        mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
+        total_s, layers = 0.0, 0
+        device_s = self._embedding.scalar(decode[0] + sum(chunk.tokens for chunk in c.prefill))
+        for s, band_layers in enumerate(bands.layers):
+            chunks = [p for p in c.prefill if p.layers > bands.starts[s]]
+            if chunks and any(p.layers < c.bounds[s] for p in chunks):
+                raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+            rows = decode[s] + sum(p.tokens for p in chunks)
+            moved = 0 if propagated is None else propagated[s]
+            band_s = 0.0
+            for layer, counts in zip(self._classes, bands.of_class, strict=True):
+                dense = layer.dense if c.prefill else layer.padded_dense
+                layer_s = dense.scalar(rows) + layer.decode_attention.scalar(decode[s], kv[s]) * self._kv_factor
+                if chunks:
+                    attention = layer.prefill_attention
+                    over_s = sum(attention.scalar(p.tokens, p.context_tokens) - attention.fixed_s for p in chunks)
+                    layer_s = (layer_s + (attention.fixed_s + over_s)) * mixed
+                band_s += counts[s] * (layer_s + layer.kv_projection.scalar(moved))
+            device_s += band_s
+            if rows or moved:
+                layers += band_layers
+            if checks is not None and checks[s]:
+                device_s += self._check.scalar(checks[s])
+                if c.host_sync_at_checks:
+                    total_s += self._group_s(device_s, layers, slowdown) + runtime.sync_s
+                    device_s, layers = 0.0, 0
+        if sampled or layers:
+            total_s += self._group_s(device_s + self._head.scalar(sampled), layers, slowdown)
+        return (total_s + runtime.host_overhead_s) * self._time_factor
+
+    def _group_s(self, device_s: float, layers: int, slowdown: float) -> float:
+        host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
+        return max(device_s * slowdown, host_s)
+
+    def _many(self, c: Composition) -> FloatArray:
+        """Many iterations without prefill; the operations of `_one`, in its order, over arrays of shape (K, S)."""
+        bands, runtime = self.bands(c.bounds), self._runtime
+        slowdown = self._load_slowdown if c.loading else 1.0
+        band_s: FloatArray | float = 0.0
+        for layer, counts in zip(self._classes, bands.of_class_array, strict=True):
+            attention_s = layer.decode_attention.array(c.decode_tokens, c.decode_kv_tokens) * self._kv_factor
+            layer_s = layer.padded_dense.array(c.decode_tokens) + attention_s
+            if c.propagated_tokens is not None:
+                layer_s = layer_s + layer.kv_projection.array(c.propagated_tokens)
+            band_s = band_s + counts * layer_s
+        assert isinstance(band_s, np.ndarray)
+        active = c.decode_tokens > 0
+        if c.propagated_tokens is not None:
+            active |= c.propagated_tokens > 0
+        layers_run = active * np.array(bands.layers)
+        check_s = None if c.check_tokens is None else self._check.array(c.check_tokens)
+
+        total_s: FloatArray = np.zeros(c.n_iterations)
+        layers: IntArray = np.zeros(c.n_iterations, dtype=np.int64)
+        device_s = self._embedding.array(c.decode_tokens[:, 0])
+        for s in range(len(bands.layers)):
+            device_s = device_s + band_s[:, s]
+            layers = layers + layers_run[:, s]
+            if c.check_tokens is not None and check_s is not None:
+                device_s = device_s + check_s[:, s]
+                if c.host_sync_at_checks:
+                    ends = c.check_tokens[:, s] > 0
+                    if ends.any():
+                        group_s = self._groups_s(device_s, layers, slowdown) + runtime.sync_s
+                        total_s = np.where(ends, total_s + group_s, total_s)
+                        device_s, layers = np.where(ends, 0.0, device_s), np.where(ends, 0, layers)
+        last_s = self._groups_s(device_s + self._head.array(c.sampled_tokens), layers, slowdown)
+        runs = (c.sampled_tokens > 0) | (layers > 0)
+        return (np.where(runs, total_s + last_s, total_s) + runtime.host_overhead_s) * self._time_factor
+
+    def _groups_s(self, device_s: FloatArray, layers: IntArray, slowdown: float) -> FloatArray:
+        host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
+        return np.maximum(device_s * slowdown, host_s)
+
+    def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
+        """(K,) true where a table had to be extrapolated."""
+        bands = self.bands(c.bounds)
+        chunk_rows = np.array(
+            [sum(p.tokens for p in c.prefill if p.layers > start) for start in bands.starts], dtype=np.int64
+        )
+        rows = c.decode_tokens + chunk_rows
+        outside = self._embedding.outside(rows[:, 0]) | self._head.outside(c.sampled_tokens)
+        for layer in self._classes:
+            outside |= layer.dense.outside(rows).any(axis=1)
+            outside |= layer.decode_attention.outside(c.decode_tokens, c.decode_kv_tokens).any(axis=1)
+            if c.propagated_tokens is not None:
+                outside |= layer.kv_projection.outside(c.propagated_tokens).any(axis=1)
+            outside |= any(layer.prefill_attention.outside(p.tokens, p.context_tokens) for p in c.prefill)
+        if c.check_tokens is not None:
+            outside |= self._check.outside(c.check_tokens).any(axis=1)
+        return outside

@@ -1,0 +1,116 @@
+"""What a model costs on a card: one object with its tables, memory, load and provenance. Knows no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.floor import iteration_floor_s
+from helios_sim.profile.pricing import Pricing
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.tables import LayerTables, RowsTable
+from helios_sim.provenance import Provenance
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """Tables hold device time of one layer or one head pass; the host's costs come from `runtime`.
+
+    `load_slowdown` multiplies device time while weights stream into the card. `mixed_factor` multiplies a layer's
+    time when an iteration holds both prefill and decode; `unequal_kv_factor` multiplies decode attention for batches
+    whose KV lengths differ; both are None where no source gives them. `time_factor` multiplies whole iterations.
+    Raises UserError where a table is damaged.
+    """
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    runtime: Runtime
+    provenance: Provenance
+    layer_tables: tuple[LayerTables, ...]  # one per layer class
+    layer_class: tuple[int, ...]  # (n_layers,) index into layer_tables
+    head: RowsTable  # final norm, LM head and sampling
+    embedding: RowsTable  # lookup, once an iteration
+    check: RowsTable | None  # an exit check; None: it goes through the head
+    activation_reserve_bytes: int
+    load_bytes_per_s: float  # pinned host memory to the card
+    load_slowdown: float = 1.0
+    mixed_factor: float | None = None
+    unequal_kv_factor: float | None = None
+    time_factor: float = 1.0
+    _pricing: Pricing = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_all()
+        pricing = Pricing(
+            self.layer_tables, self.layer_class, self.head, self.check, self.embedding, self.runtime,
+            self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor,
+        )  # fmt: skip
+        object.__setattr__(self, "_pricing", pricing)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}@{self.hardware.name}"
+
+    def weight_bytes(self, layers: int) -> int:
+        """Bytes of the model loaded up to `layers`, embedding and LM head included."""
+        return self.model.weight_bytes(layers)
+
+    def kv_bytes_per_token(self, layers: int) -> int:
+        """K and V of one token in `layers` layers."""
+        return layers * self.model.kv_bytes_per_token_layer
+
+    def load_time_s(self, n_bytes: int) -> float:
+        """Seconds to copy weights from pinned host memory, the channel otherwise free."""
+        return n_bytes / self.load_bytes_per_s
+
+    def iteration_time_s(self, c: Composition) -> NDArray[np.float64]:
+        """(K,) seconds. The same to the last bit whether an iteration is priced alone or as one of K.
+
+        Raises ValueError when bounds do not ascend within the model or a prefill depth is not one of them.
+        """
+        return self._pricing.time_s(c)
+
+    def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
+        """(K,) seconds that no kernel on this card can beat; over `iteration_time_s` it is the utilisation."""
+        return iteration_floor_s(self.model, self.hardware, c)
+
+    def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
+        """(K,) true where a table had to be extrapolated."""
+        return self._pricing.outside_grid(c)
+
+    def with_runtime(self, runtime: Runtime) -> Profile:
+        return replace(self, runtime=runtime)
+
+    def scaled(self, time_factor: float) -> Profile:
+        """Iterations take `time_factor` times as long; loads do not change. For studies of profile error."""
+        return replace(self, time_factor=self.time_factor * time_factor)
+
+    def _check_all(self) -> None:
+        for i, tables in enumerate(self.layer_tables):
+            tables.check(f"{self.name}.layer_tables[{i}]")
+        self.head.check(f"{self.name}.head")
+        self.embedding.check(f"{self.name}.embedding")
+        if self.check is not None:
+            self.check.check(f"{self.name}.check")
+        known = range(len(self.layer_tables))
+        if len(self.layer_class) != self.model.n_layers or not all(i in known for i in self.layer_class):
+            raise UserError(
+                f"{self.name}.layer_class", self.layer_class,
+                f"one class below {len(self.layer_tables)} for each of {self.model.n_layers} layers",
+                "rebuild the profile",
+            )  # fmt: skip
+        for key, value, least in (
+            ("load_bytes_per_s", self.load_bytes_per_s, 1.0),
+            ("load_slowdown", self.load_slowdown, 1.0),
+            ("time_factor", self.time_factor, 0.0),
+            ("runtime.launch_s_per_layer", self.runtime.launch_s_per_layer, 0.0),
+            ("runtime.launch_s_per_graph", self.runtime.launch_s_per_graph, 0.0),
+            ("runtime.sync_s", self.runtime.sync_s, 0.0),
+            ("runtime.host_overhead_s", self.runtime.host_overhead_s, 0.0),
+        ):
+            if not (np.isfinite(value) and value >= least):
+                raise UserError(f"{self.name}.{key}", value, f"a finite number of at least {least}", "set it so")

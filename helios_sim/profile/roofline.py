@@ -1,0 +1,113 @@
+"""A profile from a card's data sheet alone. Knows bytes, operations and assumed efficiencies, no measured kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from helios_sim.profile.models import LOAD_BYTES_PER_S, activation_reserve_bytes
+from helios_sim.profile.operations import (
+    Elementwise,
+    Gemm,
+    embedding_elementwise,
+    head_elementwise,
+    head_gemm,
+    kv_elementwise,
+    kv_gemm,
+    layer_elementwise,
+    layer_gemms,
+)
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.runtime import preset
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.tables import GridTable, IntArray, LayerTables, RowsTable
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+
+ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], dtype=np.int64)
+BATCHES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], dtype=np.int64)
+CHUNKS = np.array([1, 16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Shares of the data sheet that kernels are assumed to reach, and the time of an empty kernel.
+
+    0.8 of bandwidth and 3 us a kernel are aiconfigurator's own figures for these cards; the rest is assumed.
+    """
+
+    bandwidth: float = 0.8
+    flops: float = 0.7
+    attention_flops: float = 0.5
+    kernel_s: float = 3e-6
+
+
+def roofline_profile(
+    model: ModelSpec,
+    hardware: HardwareSpec,
+    runtime: Runtime | None = None,
+    efficiency: Efficiency | None = None,
+    load_bytes_per_s: float | None = None,
+) -> Profile:
+    """Each kernel takes kernel_s + max(bytes / (bandwidth x share), operations / (peak x share))."""
+    efficiency = efficiency or Efficiency()
+    if load_bytes_per_s is None:
+        load_bytes_per_s = LOAD_BYTES_PER_S[hardware.name]
+    bytes_per_s = hardware.hbm_bytes_per_s * efficiency.bandwidth
+    flops_per_s = hardware.flops_per_s * efficiency.flops
+    value_bytes = model.weight_bytes_per_value
+
+    def gemm_s(gemm: Gemm, rows: int) -> float:
+        moved_s = gemm.bytes_moved(rows, value_bytes) / bytes_per_s
+        return efficiency.kernel_s + max(moved_s, gemm.operations(rows) / flops_per_s)
+
+    def small_s(small: Elementwise, rows: int) -> float:
+        return small.kernels * efficiency.kernel_s + small.values_per_row * rows * value_bytes / bytes_per_s
+
+    def decode_s(batch: int, kv_tokens: int) -> float:
+        return efficiency.kernel_s + batch * kv_tokens * model.kv_bytes_per_token_layer / bytes_per_s
+
+    def prefill_s(tokens: int, context_tokens: int) -> float:
+        pairs = tokens * context_tokens + tokens * (tokens + 1) / 2
+        operations_s = 4 * model.n_heads * model.head_dim * pairs / (hardware.flops_per_s * efficiency.attention_flops)
+        moved_s = (tokens + context_tokens) * model.kv_bytes_per_token_layer / bytes_per_s
+        return efficiency.kernel_s + max(operations_s, moved_s)
+
+    contexts = kv_grid(model)
+    layer = LayerTables(
+        dense=by_rows(lambda r: sum(gemm_s(g, r) for g in layer_gemms(model)) + small_s(layer_elementwise(model), r)),
+        kv_projection=by_rows(lambda r: gemm_s(kv_gemm(model), r) + small_s(kv_elementwise(model), r)),
+        decode_attention=on_grid(BATCHES, contexts, decode_s),
+        prefill_attention=on_grid(CHUNKS, np.concatenate([[0], contexts[1:]]), prefill_s),
+    )
+    assumptions = tuple(
+        Assumption(f"efficiency.{key}", value, "no kernel measured: share of the data sheet", f"efficiency.{key}")
+        for key, value in asdict(efficiency).items()
+    )
+    return Profile(
+        model=model, hardware=hardware, runtime=runtime or preset("captured_graphs"),
+        provenance=Provenance(
+            ProvenanceClass.DERIVED, f"roofline of the data sheet: {hardware.source}",
+            f"roofline_profile({model.name!r}, {hardware.name!r})", assumptions=assumptions,
+        ),
+        layer_tables=(layer,), layer_class=(0,) * model.n_layers,
+        head=by_rows(lambda r: gemm_s(head_gemm(model), r) + small_s(head_elementwise(model), r)),
+        embedding=by_rows(lambda r: small_s(embedding_elementwise(model), r)), check=None,
+        activation_reserve_bytes=activation_reserve_bytes(model), load_bytes_per_s=load_bytes_per_s,
+    )  # fmt: skip
+
+
+def kv_grid(model: ModelSpec) -> IntArray:
+    """KV lengths by powers of two from 1 to the model's context."""
+    steps = int(np.log2(model.max_context_tokens))
+    return np.unique(np.append(2 ** np.arange(steps + 1), model.max_context_tokens)).astype(np.int64)
+
+
+def by_rows(time_s: Callable[[int], float], rows: IntArray = ROWS) -> RowsTable:
+    return RowsTable(rows, np.array([time_s(int(r)) for r in rows]))
+
+
+def on_grid(first: IntArray, second: IntArray, time_s: Callable[[int, int], float]) -> GridTable:
+    values = np.array([[time_s(int(a), int(b)) for b in second] for a in first])
+    return GridTable(first.astype(np.int64), second.astype(np.int64), values)

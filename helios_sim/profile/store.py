@@ -1,0 +1,208 @@
+"""Profiles on disk: one folder with profile.json and two Parquet tables. Knows the format, not where numbers come from.
+
+`rows.parquet`: table, layer_class, rows, time_s, iqr_s, samples. `grids.parquet`: table, layer_class, first, second,
+time_s, iqr_s, samples. Tables of the whole model (head, embedding, check) have layer_class -1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from helios_sim.errors import UserError
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.provenance import Provenance
+
+SCHEMA_VERSION = 1
+PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
+WHOLE_MODEL = -1
+_SCALARS = (
+    "activation_reserve_bytes", "load_bytes_per_s", "load_slowdown", "mixed_factor", "unequal_kv_factor", "time_factor",
+)  # fmt: skip
+_ROWS_COLUMNS = ("table", "layer_class", "rows", "time_s", "iqr_s", "samples")
+_GRIDS_COLUMNS = ("table", "layer_class", "first", "second", "time_s", "iqr_s", "samples")
+_REBUILD = "write the profile again, or install the package again if it is a shipped one"
+
+
+def known_profiles(folder: Path = PROFILES_FOLDER) -> tuple[str, ...]:
+    return tuple(sorted(p.parent.name for p in folder.glob("*/profile.json")))
+
+
+@lru_cache(maxsize=32)
+def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
+    """`name` is <model>@<hardware> under `folder`, or a path (anything with a slash) to a profile's own folder.
+
+    Raises UserError when there is none, or when a file is damaged.
+    """
+    path = Path(name) if "/" in name else folder / name
+    if not (path / "profile.json").is_file():
+        names = ", ".join(known_profiles(folder)) or f"none in {folder}"
+        raise UserError("profile", name, f"known: {names}", "choose one of these, build it, or give its folder's path")
+    return read_profile(path)
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Writes the three files into the folder `path`; profile.json last, so that an interrupted write is no profile."""
+    path.mkdir(parents=True, exist_ok=True)
+    rows = [_row_columns(name, index, table) for name, index, table in _rows_tables(profile)]
+    grids = [_grid_columns(name, index, table) for name, index, table in _grid_tables(profile)]
+    _write_parquet(rows, path / "rows.parquet")
+    _write_parquet(grids, path / "grids.parquet")
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "model": asdict(profile.model),
+        "hardware": asdict(profile.hardware),
+        "runtime": asdict(profile.runtime),
+        "layer_class": list(profile.layer_class),
+        **{key: getattr(profile, key) for key in _SCALARS},
+        "provenance": profile.provenance.to_json(),
+    }
+    text = json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False)
+    (path / "profile.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises UserError for a missing file, another schema version, a missing key or table, or a bad grid or time."""
+    header = _read_header(path / "profile.json")
+    rows = _read_parquet(path / "rows.parquet", _ROWS_COLUMNS)
+    grids = _read_parquet(path / "grids.parquet", _GRIDS_COLUMNS)
+    try:
+        runtime = dict(header["runtime"])
+        sizes = runtime.pop("graph_batch_sizes")
+        sources = tuple((key, value) for key, value in runtime.pop("sources"))
+        return Profile(
+            model=ModelSpec(**header["model"]),
+            hardware=HardwareSpec(**header["hardware"]),
+            runtime=Runtime(graph_batch_sizes=None if sizes is None else tuple(sizes), sources=sources, **runtime),
+            provenance=Provenance.from_json(header["provenance"]),
+            layer_tables=tuple(
+                LayerTables(
+                    dense=_rows_table(rows, "dense", i),
+                    kv_projection=_rows_table(rows, "kv_projection", i),
+                    decode_attention=_grid_table(grids, "decode_attention", i),
+                    prefill_attention=_grid_table(grids, "prefill_attention", i),
+                )
+                for i in range(max(header["layer_class"]) + 1)
+            ),
+            layer_class=tuple(header["layer_class"]),
+            head=_rows_table(rows, "head", WHOLE_MODEL),
+            embedding=_rows_table(rows, "embedding", WHOLE_MODEL),
+            check=_rows_table(rows, "check", WHOLE_MODEL) if "check" in rows["table"] else None,
+            **{key: header[key] for key in _SCALARS},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(path), str(error), "a whole profile of this schema version", _REBUILD) from error
+
+
+def _rows_tables(profile: Profile) -> Iterator[tuple[str, int, RowsTable]]:
+    for i, tables in enumerate(profile.layer_tables):
+        yield "dense", i, tables.dense
+        yield "kv_projection", i, tables.kv_projection
+    yield "head", WHOLE_MODEL, profile.head
+    yield "embedding", WHOLE_MODEL, profile.embedding
+    if profile.check is not None:
+        yield "check", WHOLE_MODEL, profile.check
+
+
+def _grid_tables(profile: Profile) -> Iterator[tuple[str, int, GridTable]]:
+    for i, tables in enumerate(profile.layer_tables):
+        yield "decode_attention", i, tables.decode_attention
+        yield "prefill_attention", i, tables.prefill_attention
+
+
+def _row_columns(name: str, layer_class: int, table: RowsTable) -> pa.Table:
+    return _columns(name, layer_class, {"rows": table.rows}, table)
+
+
+def _grid_columns(name: str, layer_class: int, table: GridTable) -> pa.Table:
+    axes = {"first": np.repeat(table.first, len(table.second)), "second": np.tile(table.second, len(table.first))}
+    return _columns(name, layer_class, axes, table)
+
+
+def _columns(name: str, layer_class: int, axes: dict[str, Any], table: RowsTable | GridTable) -> pa.Table:
+    n = table.time_s.size
+    columns = {
+        "table": pa.array([name] * n),
+        "layer_class": pa.array([layer_class] * n, pa.int16()),
+        **{key: pa.array(axis, pa.int64()) for key, axis in axes.items()},
+        "time_s": pa.array(table.time_s.ravel(), pa.float64()),
+        "iqr_s": pa.nulls(n, pa.float64()) if table.iqr_s is None else pa.array(table.iqr_s.ravel(), pa.float64()),
+        "samples": pa.nulls(n, pa.int64()) if table.samples is None else pa.array(table.samples.ravel(), pa.int64()),
+    }
+    return pa.table(columns)
+
+
+def _write_parquet(parts: list[pa.Table], path: Path) -> None:
+    pq.write_table(pa.concat_tables(parts), path, compression="zstd")
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(str(path), "missing", "a profile has this file", _REBUILD) from error
+    except ValueError as error:
+        raise UserError(str(path), str(error), "a JSON object", _REBUILD) from error
+    if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
+        found = header.get("schema_version") if isinstance(header, dict) else type(header).__name__
+        raise UserError(f"{path}: schema_version", found, f"this version reads {SCHEMA_VERSION}", _REBUILD)
+    return header
+
+
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        table = pq.read_table(path, use_threads=False)
+    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+        raise UserError(str(path), str(error).splitlines()[0], "a Parquet file of a profile", _REBUILD) from error
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        raise UserError(str(path), table.column_names, f"columns {', '.join(columns)}", _REBUILD)
+    return {c: table[c].to_numpy() for c in columns}
+
+
+def _rows_table(columns: dict[str, Any], name: str, layer_class: int) -> RowsTable:
+    at = _rows_of(columns, name, layer_class)
+    return RowsTable(columns["rows"][at], columns["time_s"][at], _known(columns["iqr_s"][at]), _counts(columns, at))
+
+
+def _grid_table(columns: dict[str, Any], name: str, layer_class: int) -> GridTable:
+    at = _rows_of(columns, name, layer_class)
+    first, second = columns["first"][at], columns["second"][at]
+    width = int(np.count_nonzero(first == first[0]))
+    shape = (len(first) // width, width)
+    grid = (np.repeat(first[::width], width), np.tile(second[:width], shape[0]))
+    if shape[0] * width != len(first) or not (np.array_equal(first, grid[0]) and np.array_equal(second, grid[1])):
+        raise UserError(name, f"{len(first)} rows", "every pair of the two axes once, in order", _REBUILD)
+    iqr_s, samples = _known(columns["iqr_s"][at]), _counts(columns, at)
+    return GridTable(
+        first[::width].copy(), second[:width].copy(), columns["time_s"][at].reshape(shape),
+        None if iqr_s is None else iqr_s.reshape(shape), None if samples is None else samples.reshape(shape),
+    )  # fmt: skip
+
+
+def _rows_of(columns: dict[str, Any], name: str, layer_class: int) -> Any:
+    at = np.flatnonzero((columns["table"] == name) & (columns["layer_class"] == layer_class))
+    if len(at) == 0:
+        raise UserError("table", name, f"a profile has it for layer class {layer_class}", _REBUILD)
+    return at
+
+
+def _known(values: Any) -> Any:
+    return None if np.all(np.isnan(values.astype(np.float64))) else values
+
+
+def _counts(columns: dict[str, Any], at: Any) -> Any:
+    known = _known(columns["samples"][at])
+    return None if known is None else known.astype(np.int64)
