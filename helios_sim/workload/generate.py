@@ -1,0 +1,153 @@
+"""Requests from a specification and a seed, block by block. Knows no model and no server.
+
+Each component draws from a Generator of its own, so changing one leaves the others' values where they were, and all
+arms that use a seed see the same requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.random import Generator, SeedSequence
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.request import NS_PER_S, RequestBlock
+from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, TraceArrivals
+from helios_sim.workload.lengths import Lengths, TraceLengths
+from helios_sim.workload.mix import Per, TaskMix
+from helios_sim.workload.ranges import require_count
+
+BLOCK_REQUESTS = 4096
+TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take it modulo their length
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is asked of the server.
+
+    `n_requests` may be None only where a trace is used in its own order: then all of it.
+    `chars_per_token` is that of the reference tokenizer in whose tokens the lengths are given; a model with the same
+    figure gets back exactly those token counts. None: the lengths are characters already.
+    """
+
+    arrivals: Arrivals
+    lengths: Lengths
+    mix: TaskMix
+    n_requests: int | None = None
+    chars_per_token: float | None = 4.0
+
+    def __post_init__(self) -> None:
+        if self.n_requests is not None:
+            require_count("workload.n_requests", self.n_requests, "ask for at least one request")
+        self._check_traces()
+        self._check_unit()
+        if self.mix.needs_arrivals() and isinstance(self.arrivals, AllAtOnce | ClosedLoop):
+            raise UserError(
+                "workload.mix.per",
+                self.mix.per.value,
+                "a drift in seconds needs arrivals that are known before the run",
+                "use per=requests, where a position is the share of requests so far",
+            )
+
+    @property
+    def requests(self) -> int:
+        """How many requests there are."""
+        if self.n_requests is not None:
+            return self.n_requests
+        return min(limit for _, limit, _ in self._trace_limits())
+
+    @property
+    def users(self) -> int | None:
+        """Requests in the system at any time in a closed loop; None for arrivals that do not wait for answers."""
+        return self.arrivals.users if isinstance(self.arrivals, ClosedLoop) else None
+
+    def _trace_limits(self) -> list[tuple[str, int, str]]:
+        limits = []
+        if isinstance(self.arrivals, TraceArrivals):
+            limits.append((self.arrivals.trace.source, len(self.arrivals.trace), "or draw the arrivals"))
+        if isinstance(self.lengths, TraceLengths) and not self.lengths.resample:
+            limits.append((self.lengths.trace.source, len(self.lengths.trace), "or resample the lengths"))
+        return limits
+
+    def _check_traces(self) -> None:
+        limits = self._trace_limits()
+        if self.n_requests is None:
+            if not limits:
+                raise UserError(
+                    "workload.n_requests", None, "may be null only for a trace in its own order", "give a number"
+                )
+            return
+        for source, limit, way_out in limits:
+            if self.n_requests > limit:
+                raise UserError(
+                    "workload.n_requests",
+                    self.n_requests,
+                    f"{source} has {limit} requests",
+                    f"ask for at most {limit}, {way_out}",
+                )
+
+    def _check_unit(self) -> None:
+        if self.chars_per_token is None:
+            if isinstance(self.lengths, TraceLengths):
+                raise UserError(
+                    "workload.chars_per_token", None, "a trace's lengths are in tokens", "give characters per token"
+                )
+        elif not 1.0 <= self.chars_per_token <= 1000.0:
+            # Below one character a token, whole characters could not tell all token counts apart.
+            raise UserError(
+                "workload.chars_per_token",
+                self.chars_per_token,
+                "must lie from 1 to 1000",
+                "English text has about 4 in the usual tokenizers; null if the lengths are characters",
+            )
+
+
+def generate(workload: Workload, seed: int, block_requests: int = BLOCK_REQUESTS) -> Iterator[RequestBlock]:
+    """The workload's requests in order, in blocks of `block_requests` (the last may be shorter).
+
+    Same workload and seed, same requests to the last bit; the size of a block changes no value. Memory is that of one
+    block. UserError for a seed or block size out of range, before the first block.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError("seed", seed, "must be a whole number of at least 0", "for instance 0")
+    require_count("workload.block_requests", block_requests, f"for instance {BLOCK_REQUESTS}")
+    return _blocks(workload, int(seed), block_requests)
+
+
+def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[RequestBlock]:
+    stream = partial(_stream, seed)
+    arrivals = workload.arrivals.sampler(stream("workload.arrivals"))
+    lengths = workload.lengths.sampler(stream("workload.prompt_lengths"), stream("workload.output_lengths"))
+    task_rng, text_rng = stream("workload.tasks"), stream("workload.text")
+    total = workload.requests
+    for first in range(0, total, block_requests):
+        n = min(block_requests, total - first)
+        index = np.arange(first, first + n, dtype=np.int64)
+        arrival_ns = arrivals(first, n)
+        prompt, output = lengths(first, n)
+        position = index / total if workload.mix.per is Per.REQUESTS else arrival_ns / NS_PER_S
+        yield RequestBlock(
+            request_id=index,
+            arrival_ns=arrival_ns,
+            prompt_chars=_chars(prompt, workload.chars_per_token),
+            output_chars=_chars(output, workload.chars_per_token),
+            task=workload.mix.pick(task_rng.random(n), position),
+            text_start=text_rng.integers(0, TEXT_POSITIONS, n, dtype=np.int64),
+        )
+
+
+def _stream(seed: int, name: str) -> Generator:
+    """A component's own Generator. Its key is its name, so no component's draws depend on which others exist."""
+    return np.random.Generator(np.random.PCG64(SeedSequence(seed, spawn_key=tuple(name.encode()))))
+
+
+def _chars(lengths: NDArray[np.int64], chars_per_token: float | None) -> NDArray[np.int64]:
+    """Off by at most half a character, which is less than half a token: rounding back finds the token count."""
+    if chars_per_token is None:
+        return lengths.astype(np.int64)  # a copy: a block never shares memory with a trace
+    chars: NDArray[np.int64] = np.rint(lengths * chars_per_token).astype(np.int64)
+    return chars

@@ -1,0 +1,147 @@
+"""How long prompts and answers are. Knows distributions and recorded lengths, not how long a token is.
+
+A length is a whole number of at least 1, in the workload's unit: tokens of its reference tokenizer, or characters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.workload.ranges import LONGEST, require_count, require_positive
+from helios_sim.workload.trace import Trace
+
+LengthSampler = Callable[[int], NDArray[np.int64]]
+"""Number of requests -> their lengths, shape (number,)."""
+
+PairSampler = Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""(index of the first request, number of requests) -> lengths of prompts and of answers, shape (number,) each."""
+
+_Z95 = NormalDist().inv_cdf(0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    value: int
+
+    def __post_init__(self) -> None:
+        require_count("workload.lengths.value", self.value, "give a length of at least 1")
+
+    def sampler(self, rng: Generator) -> LengthSampler:
+        return lambda n: np.full(n, self.value, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Lognormal:
+    """exp(normal) with this median, rounded and then clipped to minimum and maximum.
+
+    Clipping moves the mean and the percentiles; `describe` says what a workload really holds.
+    """
+
+    median: float
+    sigma: float  # standard deviation of the logarithm
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("workload.lengths.median", self.median, "give a length above 0")
+        require_positive("workload.lengths.sigma", self.sigma, "use a fixed length for no spread")
+        _require_clip(self.minimum, self.maximum)
+
+    @classmethod
+    def from_mean(cls, mean: float, sigma: float, minimum: int = 1, maximum: int | None = None) -> Lognormal:
+        """By the mean before clipping: median = mean * exp(-sigma^2 / 2)."""
+        require_positive("workload.lengths.mean", mean, "give a length above 0")
+        require_positive("workload.lengths.sigma", sigma, "use a fixed length for no spread")
+        return cls(mean * math.exp(-(sigma**2) / 2), sigma, minimum, maximum)
+
+    @classmethod
+    def from_percentiles(cls, p50: float, p95: float, minimum: int = 1, maximum: int | None = None) -> Lognormal:
+        """By median and 95th percentile before clipping: sigma = ln(p95 / p50) / 1.645."""
+        require_positive("workload.lengths.p50", p50, "give a length above 0")
+        if not (math.isfinite(p95) and p95 > p50):
+            raise UserError("workload.lengths.p95", p95, f"must lie above the median, {p50}", "raise p95 or lower p50")
+        return cls(p50, math.log(p95 / p50) / _Z95, minimum, maximum)
+
+    def sampler(self, rng: Generator) -> LengthSampler:
+        log_median = math.log(self.median)
+        return lambda n: _whole(rng.lognormal(log_median, self.sigma, n), self.minimum, self.maximum)
+
+
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """Exponential with this mean, rounded and then clipped. For queueing oracles: take a mean far above 1."""
+
+    mean: float
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("workload.lengths.mean", self.mean, "give a length above 0")
+        _require_clip(self.minimum, self.maximum)
+
+    def sampler(self, rng: Generator) -> LengthSampler:
+        return lambda n: _whole(rng.standard_exponential(n) * self.mean, self.minimum, self.maximum)
+
+
+Length = Fixed | Lognormal | Exponential
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnLengths:
+    """Prompt and answer drawn independently of each other."""
+
+    prompt: Length
+    output: Length
+
+    def sampler(self, prompt_rng: Generator, output_rng: Generator) -> PairSampler:
+        prompt, output = self.prompt.sampler(prompt_rng), self.output.sampler(output_rng)
+        return lambda first, n: (prompt(n), output(n))
+
+
+@dataclass(frozen=True, slots=True)
+class TraceLengths:
+    """Prompt and answer of a recorded request together: in the trace's order, or its rows drawn with replacement."""
+
+    trace: Trace
+    resample: bool = False
+
+    def sampler(self, prompt_rng: Generator, output_rng: Generator) -> PairSampler:
+        prompts, outputs = self.trace.prompt_tokens, self.trace.output_tokens
+        if not self.resample:
+            return lambda first, n: (prompts[first : first + n], outputs[first : first + n])
+
+        def sample(first: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            # One uniform per request in place of bounded integers, which may take a varying number of draws: request
+            # i then sees the same quantile of the rows whatever the trace.
+            rows = (prompt_rng.random(n) * len(prompts)).astype(np.int64)
+            return prompts[rows], outputs[rows]
+
+        return sample
+
+
+Lengths = DrawnLengths | TraceLengths
+
+
+def _require_clip(minimum: int, maximum: int | None) -> None:
+    require_count("workload.lengths.minimum", minimum, "a request has at least 1")
+    if maximum is not None and not minimum <= maximum <= LONGEST:
+        raise UserError(
+            "workload.lengths.maximum",
+            maximum,
+            f"must lie from the minimum, {minimum}, to {LONGEST}",
+            "widen the range",
+        )
+
+
+def _whole(lengths: NDArray[np.float64], minimum: int, maximum: int | None) -> NDArray[np.int64]:
+    longest = LONGEST if maximum is None else maximum
+    whole: NDArray[np.int64] = np.clip(np.rint(lengths), minimum, longest).astype(np.int64)
+    return whole

@@ -1,0 +1,134 @@
+"""Which task a request belongs to, and how the shares of tasks drift. Knows task names, not their texts.
+
+A drift says how far the mix has moved from the first shares (0) to the second (1) at a position along the workload:
+the request's index over the number of requests, or its arrival in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.workload.ranges import require_positive, require_shares
+
+Floats = NDArray[np.float64]
+
+
+class Per(StrEnum):
+    """What a drift's position counts."""
+
+    REQUESTS = "requests"  # index / number of requests, from 0 to 1
+    SECONDS = "seconds"  # arrival; needs arrivals that are known before the run
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The first shares until position `at`, the second from there on."""
+
+    at: float
+
+    def __post_init__(self) -> None:
+        _require_position("workload.mix.drift.at", self.at)
+
+    def weight(self, position: Floats) -> Floats:
+        return (position >= self.at).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The first shares until `start`, the second from `end` on, straight between them."""
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _require_position("workload.mix.drift.start", self.start)
+        if not (math.isfinite(self.end) and self.end > self.start):
+            raise UserError(
+                "workload.mix.drift.end", self.end, f"must lie after the start, {self.start}", "use a step for a jump"
+            )
+
+    def weight(self, position: Floats) -> Floats:
+        return np.clip((position - self.start) / (self.end - self.start), 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Periodic:
+    """From the first shares to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
+
+    period: float
+
+    def __post_init__(self) -> None:
+        require_positive("workload.mix.drift.period", self.period, "give the length of one cycle")
+
+    def weight(self, position: Floats) -> Floats:
+        cycle: Floats = 0.5 - 0.5 * np.cos(position * (2 * math.pi / self.period))
+        return cycle
+
+
+Drift = Step | Linear | Periodic
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMix:
+    """Named tasks with shares, and the shares to which they drift. Shares are scaled to a sum of 1."""
+
+    tasks: tuple[str, ...]
+    shares: tuple[float, ...]
+    shares_after: tuple[float, ...] | None = None
+    drift: Drift | None = None
+    per: Per = Per.REQUESTS
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
+            raise UserError("workload.mix.tasks", self.tasks, "must be different names, at least one", "rename")
+        require_shares("workload.mix.shares", self.shares, len(self.tasks))
+        if (self.shares_after is None) != (self.drift is None):
+            raise UserError(
+                "workload.mix.drift",
+                self.drift,
+                "a drift and the shares that it leads to go together",
+                "set both shares_after and drift, or neither",
+            )
+        if self.shares_after is not None:
+            require_shares("workload.mix.shares_after", self.shares_after, len(self.tasks))
+
+    @classmethod
+    def single(cls, task: str) -> TaskMix:
+        return cls((task,), (1.0,))
+
+    def needs_arrivals(self) -> bool:
+        return self.drift is not None and self.per is Per.SECONDS
+
+    def shares_at(self, position: Floats) -> Floats:
+        """Shares at positions of shape (n,): shape (n, tasks), each row with the sum 1."""
+        return np.diff(self._cumulative(position), axis=1, prepend=0.0)
+
+    def pick(self, uniform: Floats, position: Floats) -> NDArray[np.int64]:
+        """Task index of each request from one uniform draw in [0, 1) each; shapes (n,)."""
+        picked: NDArray[np.int64] = (uniform[:, None] >= self._cumulative(position)[:, :-1]).sum(axis=1, dtype=np.int64)
+        return picked
+
+    def _cumulative(self, position: Floats) -> Floats:
+        before = _running_shares(self.shares)
+        if self.drift is None or self.shares_after is None:
+            return np.broadcast_to(before, (len(position), len(before)))
+        weight = self.drift.weight(position)[:, None]
+        blend: Floats = (1.0 - weight) * before + weight * _running_shares(self.shares_after)
+        return blend
+
+
+def _running_shares(shares: tuple[float, ...]) -> Floats:
+    running = np.cumsum(np.asarray(shares, dtype=np.float64))
+    scaled: Floats = running / running[-1]  # the last is exactly 1, and so is one before it if the last share is 0
+    return scaled
+
+
+def _require_position(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(key, value, "must be a finite number of at least 0", "give a share of the run, or seconds")

@@ -1,0 +1,193 @@
+"""Public traces are read as they are, and a damaged file is refused by file, line and column."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helios_sim.errors import UserError
+from helios_sim.workload import TaskMix, Trace, TraceArrivals, TraceLengths, Workload, describe, generate, read_trace
+from helios_sim.workload.shared_data import VARIABLE, shared_data_folder
+
+
+def shared(path: str) -> str:
+    if not (shared_data_folder() / path).is_file():
+        pytest.skip(f"{path} is not in the folder of shared data ({VARIABLE})")
+    return path
+
+
+def written(folder: Path, name: str, text: str | bytes) -> Path:
+    data = text.encode() if isinstance(text, str) else text
+    file = folder / name
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return file
+
+
+def arrivals_of(trace: Trace) -> np.ndarray:
+    assert trace.arrival_ns is not None
+    return trace.arrival_ns
+
+
+# Counts, rates and CVs as the data's own README states them; the rest counted in the files with awk.
+@pytest.mark.parametrize(
+    ("path", "requests", "rate_per_s", "cv", "prompt_mean", "output_mean"),
+    [
+        ("traces/azure2023_conv.csv", 19_366, 5.5, 1.1, 1154.70, 211.13),
+        ("traces/azure2023_code.csv", 8_819, 2.6, 13, 2047.85, 27.88),
+        ("traces/mooncake_conversation.jsonl.gz", 12_031, 3.4, None, 12_035.06, 342.62),
+    ],
+)
+def test_production_traces_have_their_published_size_and_rate(
+    path: str, requests: int, rate_per_s: float, cv: float | None, prompt_mean: float, output_mean: float
+) -> None:
+    trace = read_trace(shared(path))
+    workload = Workload(TraceArrivals(trace), TraceLengths(trace), TaskMix.single("text"))
+    figures = describe(generate(workload, 0), ("text",), 4.0)
+    assert figures.requests == requests
+    assert trace.notices == ()
+    assert arrivals_of(trace)[0] == 0
+    assert figures.arrival_rate_per_s == pytest.approx(rate_per_s, rel=0.02)
+    assert cv is None or figures.arrival_cv == pytest.approx(cv, rel=0.02)
+    assert figures.prompt_tokens.mean == pytest.approx(prompt_mean, abs=0.005)
+    assert figures.output_tokens.mean == pytest.approx(output_mean, abs=0.005)
+
+
+def test_azure_timestamps_keep_their_hundred_nanoseconds() -> None:
+    trace = read_trace(shared("traces/azure2023_conv.csv"), limit=2)
+    assert arrivals_of(trace).tolist() == [0, 4_314_579_000]
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([374, 396], [44, 109])
+
+
+def test_vidur_lengths_have_no_arrivals() -> None:
+    trace = read_trace(shared("traces/vidur_arxiv_summarization.csv"))
+    assert (len(trace), trace.arrival_ns) == (28_257, None)
+    assert (trace.prompt_tokens[0], trace.output_tokens[0]) == (3772, 54)
+    assert "lengths only" in trace.notices[0]
+
+
+def test_peer_workloads_and_serving_logs_are_read_by_their_own_names() -> None:
+    w1 = read_trace(shared("peers/w1_conv_poisson6_16000.csv.gz"))
+    assert (len(w1), arrivals_of(w1)[1], w1.prompt_tokens[1]) == (16_000, 4_221_000, 1030)
+    w2 = read_trace(shared("peers/w2_fixed512x128_16000.csv.gz"), limit=1000)
+    assert (len(w2), set(w2.prompt_tokens.tolist()), set(w2.output_tokens.tolist())) == (1000, {512}, {128})
+    log = read_trace(shared("serving_logs/rtxpro6000_llama31_8b_vllm019/workload.csv"))
+    assert (len(log), arrivals_of(log)[1]) == (300, 347_938_951 - 46_926_808)
+
+
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", HEADER + "1.5,10,3\n2.0,20,1\n"),
+        ("a.csv.gz", HEADER + "1.5,10,3\n2.0,20,1\n"),
+        ("crlf.csv", (HEADER + "1.5,10,3\n2.0,20,1\n").replace("\n", "\r\n")),
+        ("bom.csv", "\ufeff" + HEADER + "1.5,10,3\n2.0,20,1"),
+        ("floats.csv", HEADER + "1.5,10.0,3.0\n\n2.0,20.0,1.0\n"),
+        ("order.csv", "output_toks,note,arrival_ns,input_toks\n3,x,1500000000,10\n1,y,2000000000,20\n"),
+        ("vidur.csv", "arrival_s,prefill_tokens,decode_tokens\n1.5,10,3\n2.0,20,1\n"),
+        (
+            "azure.csv",
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59.7,10,3\n2023-11-17 00:00:00.2000000,20,1\n",
+        ),
+        (
+            "m.jsonl",
+            '{"timestamp": 1500, "input_length": 10, "output_length": 3, "hash_ids": [1]}\n'
+            '{"output_length": 1, "input_length": 20, "timestamp": 2000.0}\n',
+        ),
+    ],
+)
+def test_all_formats_of_the_same_two_requests_agree(tmp_path: Path, name: str, text: str) -> None:
+    trace = read_trace(written(tmp_path, name, text))
+    assert arrivals_of(trace).tolist() == [0, 500_000_000]
+    assert trace.prompt_tokens.tolist() == [10, 20]
+    assert trace.output_tokens.tolist() == [3, 1]
+    assert trace.notices == ()
+
+
+def test_seconds_since_1970_keep_their_microseconds(tmp_path: Path) -> None:
+    file = written(tmp_path, "epoch.csv", HEADER + "1777142838.338653,1,1\n1777142838.623712,1,1\n")
+    assert arrivals_of(read_trace(file))[1] == pytest.approx(285_059_000, abs=500)
+
+
+def test_rows_out_of_order_are_sorted_stably_and_said(tmp_path: Path) -> None:
+    trace = read_trace(written(tmp_path, "late.csv", HEADER + "5,1,1\n3,2,1\n5,3,1\n4,4,1\n"), limit=3)
+    assert arrivals_of(trace).tolist() == [0, 1_000_000_000, 2_000_000_000]
+    assert trace.prompt_tokens.tolist() == [2, 4, 1]
+    assert trace.notices == ("late.csv: 2 of 4 rows arrive before the row above; sorted by arrival",)
+
+
+def test_a_trace_cannot_be_changed_by_its_users(tmp_path: Path) -> None:
+    trace = read_trace(written(tmp_path, "a.csv", HEADER + "0,1,1\n"))
+    with pytest.raises(ValueError, match="read-only"):
+        trace.prompt_tokens[0] = 2
+
+
+JSON = '{"timestamp": 0, "input_length": 1, "output_length": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place", "part"),
+    [
+        ("t.csv", HEADER + "0,5,5\n1,-3,5\n", "t.csv, line 3, column prompt_tokens='-3'", "at least 1|from 1"),
+        ("t.csv", HEADER + "0,5,0\n", "t.csv, line 2, column output_tokens='0'", "from 1"),
+        ("t.csv", HEADER + "0,5,2.5\n", "line 2, column output_tokens='2.5'", "whole number"),
+        ("t.csv", HEADER + "0,5,5\n\n1,,5\n", "line 4, column prompt_tokens=''", "whole number"),
+        ("t.csv", HEADER + "0,5,5\nsoon,5,5\n", "line 3, column arrival_s='soon'", "seconds"),
+        ("t.csv", HEADER + "-1,5,5\n", "line 2, column arrival_s='-1'", "at least 0"),
+        ("t.csv", HEADER + "nan,5,5\n", "line 2, column arrival_s='nan'", "seconds"),
+        ("t.csv", HEADER + "0,5,99999999999\n", "line 2, column output_tokens='99999999999'", "to 2147483647"),
+        ("t.csv.gz", HEADER + "0,5,5\n1,5\n", "t.csv.gz, line 3='1,5'", "3 cells"),
+        ("t.csv", HEADER, "t.csv", "at least one request"),
+        ("t.csv", "", "t.csv, columns=\\[\\]", "prompt_tokens"),
+        ("t.csv", "arrival_s,tokens\n0,1\n", "t.csv, columns", "prefill_tokens"),
+        ("t.csv", "prompt_tokens,input_toks,output_toks\n1,1,1\n", "prompt length column", "there must be one"),
+        ("t.csv", "arrival_ns,input_toks,output_toks\n1.5,1,1\n", "column arrival_ns='1.5'", "nanoseconds"),
+        ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", "column TIMESTAMP='noon'", "2023-11-16"),
+        ("t.jsonl", JSON + '{"timestamp": 1, "input_length": 1}\n', "line 2, column output_length=None", "whole"),
+        ("t.jsonl", JSON + JSON.replace(": 1,", ': "1",'), "line 2, column input_length='\"1\"'", "whole"),
+        ("t.jsonl.gz", JSON + "{oops\n", "t.jsonl.gz, line 2='{oops'", "JSON object"),
+        ("t.jsonl", JSON + "[1, 2]\n", "line 2=", "JSON object"),
+        ("t.jsonl", "oops\n", "t.jsonl", "first line"),
+    ],
+)
+def test_a_bad_file_is_refused_where_it_is_bad(tmp_path: Path, name: str, text: str, place: str, part: str) -> None:
+    with pytest.raises(UserError, match=place) as caught:
+        read_trace(written(tmp_path, name, text))
+    assert any(word in str(caught.value) for word in part.split("|"))
+    assert "Fix: " in str(caught.value)
+
+
+def test_a_gzip_file_cut_short_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress((HEADER + "".join(f"{i},{i * 7919 % 1000 + 1},5\n" for i in range(5000))).encode())
+    file = tmp_path / "cut.csv.gz"
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_trace(file)
+
+
+def test_a_missing_file_names_both_places_and_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}.*{VARIABLE}"):
+        read_trace("nowhere.csv")
+    written(tmp_path, "somewhere.csv", HEADER + "0,1,1\n")
+    assert len(read_trace("somewhere.csv")) == 1
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_a_limit_below_one_is_refused(tmp_path: Path, limit: int) -> None:
+    with pytest.raises(UserError, match="limit"):
+        read_trace(written(tmp_path, "a.csv", HEADER + "0,1,1\n"), limit=limit)
+
+
+def test_importing_the_package_loads_no_table_library() -> None:
+    heavy = ("torch", "pandas", "pyarrow", "scipy")
+    code = f"import sys, helios_sim.workload; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
