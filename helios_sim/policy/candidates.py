@@ -1,9 +1,9 @@
-"""Names of candidates and the quality floor. Knows exits and sizes, no load and no time."""
+"""Names of candidates and their exits. Knows no load and no time."""
 
 from __future__ import annotations
 
 from helios_sim.errors import UserError
-from helios_sim.policy.telemetry import Candidate, Objective, Situation
+from helios_sim.policy.telemetry import Candidate, Situation
 
 
 def find_model(situation: Situation, model: str | None) -> str:
@@ -11,7 +11,7 @@ def find_model(situation: Situation, model: str | None) -> str:
     names = tuple(situation.candidates)
     if model is None and len(names) == 1:
         return names[0]
-    if model not in situation.candidates:
+    if model is None or model not in situation.candidates:
         raise UserError("policy.model", model, f"one of {', '.join(names)}", "name a model of this experiment")
     return model
 
@@ -27,14 +27,3 @@ def check_cap(candidate: Candidate, layers: int) -> int:
             "choose one of these",
         )
     return layers
-
-
-def meets_bits_floor(candidate: Candidate, layers: int, objective: Objective) -> bool:
-    """Whether the model, left at `layers`, is within the floor in bits per character.
-
-    True where bits per character are not known or no floor is set: the other floor (agreement) still holds.
-    """
-    bits = candidate.offline.bits_per_char
-    if bits is None or objective.max_bits_per_char is None:
-        return True
-    return bool(bits[candidate.offline.exits.index(layers)] <= objective.max_bits_per_char)

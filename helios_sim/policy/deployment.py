@@ -76,7 +76,6 @@ class Deployment:
     in_flight: InFlight = InFlight.DRAIN
     admit_limit: int | None = None  # requests that may start under this deployment; None: no limit
     observe_tokens: int | None = None  # first tokens of each request at full loaded depth, every exit observed
-    observe_all: bool = False  # every token at full loaded depth and observed; observe_tokens is then None
     run_layers: int | None = None  # depth of tokens that are not observed, an exit; None: all loaded layers
     probe: Probe | None = None
     instant: bool = False  # loads and switches cost neither time nor memory: for the oracle only

@@ -10,7 +10,8 @@ from typing import Protocol
 class Weighs(Protocol):
     """The part of a profile that memory depends on."""
 
-    activation_reserve_bytes: int
+    @property
+    def activation_reserve_bytes(self) -> int: ...
 
     def weight_bytes(self, layers: int) -> int: ...
     def kv_bytes_per_token(self, layers: int) -> int: ...

@@ -1,0 +1,59 @@
+"""A user's own policy from a module outside the project. Knows how to find and check it, not what it does."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.policy.telemetry import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class CustomParameters:
+    """`object` is "module:Name"; the module must be importable (the current folder is). `settings` go to Name()."""
+
+    object: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_custom(parameters: CustomParameters) -> Policy:
+    """An instance of the user's class, called with the settings as keywords.
+
+    Raises UserError for a wrong form, a module or name that is not there, settings that the class does not take, or
+    an object without `start` and `decide`. Errors inside the user's own code are left as they are.
+    """
+    module_name, colon, name = parameters.object.partition(":")
+    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise _error(parameters.object, "module:Name", "name a module and a class in it, such as my_policy:MyPolicy")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        parents = [".".join(module_name.split(".")[: i + 1]) for i in range(module_name.count(".") + 1)]
+        if error.name not in parents:
+            raise  # the user's module exists and misses something itself
+        fix = "run from the folder that holds it, or add that folder to PYTHONPATH"
+        raise _error(parameters.object, f"there is no module {error.name}", fix) from None
+    if not hasattr(module, name):
+        public = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))) or "nothing"
+        raise _error(parameters.object, f"module {module_name} has {public}", "correct the name")
+    made = getattr(module, name)
+    if isinstance(made, type) or callable(made):
+        try:
+            inspect.signature(made).bind(**parameters.settings)
+        except TypeError as error:
+            allowed = f"{name}() does not take the settings {sorted(parameters.settings)}: {error}"
+            raise _error(parameters.object, allowed, "correct policy.settings or the class") from None
+        made = made(**parameters.settings)
+    missing = [method for method in ("start", "decide") if not callable(getattr(made, method, None))]
+    if missing:
+        allowed = "a policy has start(situation) and decide(cause, telemetry)"
+        raise _error(parameters.object, allowed, f"add {' and '.join(missing)} to {name}")
+    return made  # type: ignore[no-any-return]
+
+
+def _error(value: object, allowed: str, fix: str) -> UserError:
+    return UserError("policy.object", value, allowed, fix)

@@ -1,0 +1,144 @@
+"""The performance history table: what each candidate showed, and how long ago. Knows no decision.
+
+Age is counted in completed requests of the run, so that it does not depend on the clock. An observation's weight
+halves every `half_life_requests`; what was recorded offline has the age of the run itself. The weighting is ours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.policy.cap import Evidence
+from helios_sim.policy.prediction import Prediction
+from helios_sim.policy.telemetry import Candidate, Observation
+
+OBSERVATIONS_KEPT = 512  # prompts per model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shares:
+    """Weighted means over a candidate's evidence, per exit."""
+
+    disagreement: NDArray[np.float64]  # (E,) share of tokens that differ from full depth
+    confident: NDArray[np.float64]  # (E,) share of tokens that are confident there
+    exit_histogram: NDArray[np.float64]  # (E,) share of tokens that are confident there first; sums to 1
+    bits_per_char: NDArray[np.float64] | None  # (E,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompt:
+    at_request: int  # requests completed when it was observed
+    tokens: int
+    differs: NDArray[np.int64]  # (E,)
+    confident: NDArray[np.int64]  # (E,)
+    first: NDArray[np.int64]  # (E,)
+    bits: NDArray[np.float64] | None  # (E,)
+    chars: int
+
+
+class HistoryTable:
+    """One per replica and run. Observed prompts are added, predictions overwrite the last."""
+
+    def __init__(self, candidates: Mapping[str, Candidate], half_life_requests: float) -> None:
+        self._candidates = candidates
+        self._half_life_requests = half_life_requests
+        self._prompts: dict[str, deque[_Prompt]] = {name: deque(maxlen=OBSERVATIONS_KEPT) for name in candidates}
+        self._predictions: dict[str, tuple[Prediction, int]] = {}
+
+    def add(self, observation: Observation, completed_requests: int) -> None:
+        """Counts per exit of one observed prompt; an observation without tokens says nothing."""
+        n_tokens, n_exits = observation.agrees.shape
+        if n_tokens == 0:
+            return
+        reached = observation.confident.copy()
+        reached[:, -1] = True
+        self._prompts[observation.model].append(
+            _Prompt(
+                at_request=completed_requests,
+                tokens=n_tokens,
+                differs=np.count_nonzero(~observation.agrees, axis=0).astype(np.int64),
+                confident=np.count_nonzero(observation.confident, axis=0).astype(np.int64),
+                first=np.bincount(reached.argmax(axis=1), minlength=n_exits).astype(np.int64),
+                bits=None if observation.bits is None else observation.bits.sum(axis=0, dtype=np.float64),
+                chars=observation.chars,
+            )
+        )
+
+    def note(self, model: str, prediction: Prediction, completed_requests: int) -> None:
+        self._predictions[model] = (prediction, completed_requests)
+
+    def evidence(self, model: str, completed_requests: int) -> Evidence:
+        """Offline prompts and observed ones, weighted by age; the youngest weighs 1."""
+        offline, seen = self._candidates[model].offline, self._prompts[model]
+        ages = np.array([completed_requests - p.at_request for p in seen] or [], dtype=np.float64)
+        ages = np.concatenate([np.full(len(offline.prompt_tokens), float(completed_requests)), ages])
+        weights = 0.5 ** ((ages - ages.min()) / self._half_life_requests)
+        tokens = np.concatenate([offline.prompt_tokens, [p.tokens for p in seen]]).astype(np.int64)
+        differs = np.concatenate([offline.prompt_disagreements, *(p.differs[None, :] for p in seen)])
+        kept = weights > 1e-9  # what is older by 30 half-lives cannot move a share, and may not underflow it
+        return Evidence(tokens[kept], differs[kept].astype(np.int64), weights[kept])
+
+    def shares(self, model: str) -> Shares:
+        """Offline shares and observed ones, each offline token and observed token weighted by age."""
+        offline, seen = self._candidates[model].offline, self._prompts[model]
+        youngest = max((p.at_request for p in seen), default=0)
+        weights = np.array([0.5 ** ((youngest - p.at_request) / self._half_life_requests) for p in seen])
+        offline_weight = 0.5 ** (youngest / self._half_life_requests)
+        offline_tokens = offline_weight * float(offline.prompt_tokens.sum())
+        total = offline_tokens + sum(w * p.tokens for w, p in zip(weights, seen, strict=True))
+
+        def pooled(offline_share: NDArray[np.float64], counts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+            observed = sum((w * c for w, c in zip(weights, counts, strict=True)), np.zeros(len(offline.exits)))
+            return np.asarray((offline_tokens * offline_share + observed) / total)
+
+        return Shares(
+            disagreement=pooled(offline.disagreement, [p.differs for p in seen]),
+            confident=pooled(offline.confident_share, [p.confident for p in seen]),
+            exit_histogram=pooled(offline.exit_share, [p.first for p in seen]),
+            bits_per_char=self._bits_per_char(model, offline_weight, weights),
+        )
+
+    def _bits_per_char(
+        self, model: str, offline_weight: float, weights: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
+        offline = self._candidates[model].offline
+        bits = np.zeros(len(offline.exits))
+        chars = 0.0
+        if offline.bits_per_char is not None:
+            chars = offline_weight * float(offline.prompt_tokens.sum()) * offline.chars_per_token
+            bits = chars * offline.bits_per_char
+        for weight, prompt in zip(weights.tolist(), self._prompts[model], strict=True):
+            if prompt.bits is not None:
+                bits = bits + weight * prompt.bits
+                chars += weight * prompt.chars
+        return bits / chars if chars > 0 else None
+
+    def observed_prompts(self, model: str) -> int:
+        return len(self._prompts[model])
+
+    def rows(self, completed_requests: int) -> dict[str, dict[str, Any]]:
+        """The table as JSON values, one row per candidate: for the decision log."""
+        table: dict[str, dict[str, Any]] = {}
+        for model, prompts in self._prompts.items():
+            shares = self.shares(model)
+            row: dict[str, Any] = {
+                "exits": list(self._candidates[model].offline.exits),
+                "observed_prompts": len(prompts),
+                "age_requests": completed_requests - prompts[-1].at_request if prompts else None,
+                "disagreement": shares.disagreement.tolist(),
+                "confident_share": shares.confident.tolist(),
+                "exit_histogram": shares.exit_histogram.tolist(),
+                "bits_per_char": None if shares.bits_per_char is None else shares.bits_per_char.tolist(),
+            }
+            if model in self._predictions:
+                prediction, at_request = self._predictions[model]
+                row["prediction"] = prediction.to_json()
+                row["prediction_age_requests"] = completed_requests - at_request
+            table[model] = row
+        return table

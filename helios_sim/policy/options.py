@@ -1,0 +1,78 @@
+"""Ways to go on, and what each costs until the next round, in the objective's own units. Knows no state machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from helios_sim.policy.cap import CapChoice
+from helios_sim.policy.deployment import Placement
+from helios_sim.policy.load import Load
+from helios_sim.policy.prediction import Prediction
+from helios_sim.policy.telemetry import Goal
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """Time until the server works at its new rate: `lost_s` is what of it serves no request."""
+
+    load_bytes: int
+    load_s: float  # transfer alone, the channel free
+    drain_s: float  # until requests in flight are done, 0 where none wait for it
+    prefill_s: float  # texts in flight that are computed again
+    lost_s: float
+
+
+NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One placement to go to: what is predicted there and what it takes to get there."""
+
+    placement: Placement
+    prediction: Prediction
+    transition: Transition
+    cap: CapChoice | None = None
+    breach_share: float | None = None  # tokens expected to leave there without confidence
+
+    def to_json(self, cost: float) -> dict[str, Any]:
+        return {
+            "layers": self.placement.layers,
+            "cost_until_next_round": cost,
+            "lost_s": self.transition.lost_s,
+            "load_bytes": self.transition.load_bytes,
+            "breach_share": self.breach_share,
+            "upper_bound": None if self.cap is None else list(self.cap.upper_bound),
+            "prediction": self.prediction.to_json(),
+        }
+
+
+COST_UNITS = {
+    Goal.THROUGHPUT: "s of server time",
+    Goal.RESPONSE_TIME: "request-seconds",
+    Goal.ENERGY: "J",
+    Goal.BATCH_SIZE: "slot-seconds (negative: given)",
+}
+
+
+def cost_until_next_round(
+    goal: Goal, option: Option, load: Load, in_system: int, requests: int, horizon_s: float
+) -> float:
+    """Lower is better; the cost of `requests` at the predicted rate plus that of the transition.
+
+    Throughput: seconds to serve them at capacity, plus the seconds lost (under open arrivals below saturation all
+    candidates deliver what arrives, and the faster one has more to spare). Response time: their summed response, plus
+    the delay of all who are in the system or arrive while time is lost. Energy: their joules, plus the lost time at
+    the same power. Batch size: minus the slots held over `horizon_s`, which is the same for all options.
+    """
+    prediction, lost_s = option.prediction, option.transition.lost_s
+    if goal is Goal.THROUGHPUT:
+        return lost_s + requests / prediction.capacity_requests_per_s
+    if goal is Goal.RESPONSE_TIME:
+        arriving = 0.0 if load.arrival_rate_per_s is None else load.arrival_rate_per_s * lost_s
+        return requests * prediction.response_time_s + lost_s * (in_system + arriving / 2)
+    if goal is Goal.ENERGY:
+        busy_w = prediction.energy_rank_j / prediction.busy_s_per_request
+        return requests * prediction.energy_rank_j + lost_s * busy_w
+    return -prediction.batch_capacity * max(0.0, horizon_s - lost_s)

@@ -1,0 +1,162 @@
+"""What a placement would achieve under a load: arithmetic on profile and exits. Knows no policy and no state.
+
+Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
+they share iterations with decodes, and a request occupies its whole KV from the start (no preemption is counted on).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from helios_sim.policy.deployment import Placement
+from helios_sim.policy.depth import Depths, decode_time_s, prefill_time_s
+from helios_sim.policy.load import Load
+from helios_sim.policy.telemetry import Situation
+from helios_sim.profile.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of one placement under one load. "Busy" is the time of a request's share of iterations."""
+
+    batch: float  # requests running at once; below 1 where the server is sometimes idle
+    batch_capacity: int  # requests that may run at once: memory and limits
+    throughput_requests_per_s: float  # delivered: under open arrivals no more than arrive
+    capacity_requests_per_s: float  # at the operating batch of a full queue (closed loop: of its users)
+    response_time_s: float
+    prefill_s: float
+    decode_iteration_s: float  # at the operating batch
+    busy_s_per_request: float
+    energy_j_low: float | None  # per request, busy time only; None where idle power is not known
+    energy_j_high: float | None
+    tdp_w: float
+
+    @property
+    def energy_rank_j(self) -> float:
+        """What the energy objective compares: the middle of the band.
+
+        Without idle power there is no band; busy time at TDP then ranks, an upper bound that is no estimate.
+        """
+        if self.energy_j_low is None or self.energy_j_high is None:
+            return self.busy_s_per_request * self.tdp_w
+        return 0.5 * (self.energy_j_low + self.energy_j_high)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict(
+    situation: Situation,
+    placement: Placement,
+    depths: Depths,
+    load: Load,
+    *,
+    standby: Iterable[Placement] = (),
+    batch_limit: int | None = None,
+    horizon_requests: int = 150,
+) -> Prediction | None:
+    """None when the placement leaves no room for one request of mean length.
+
+    X(B) = 1 / (p + (n - 1) d(B) / B) requests per second at B running, with p the prompt's seconds, n the answer's
+    tokens and d(B) a decode iteration at mean context; R(B) = B / X(B). Closed loop of N users: B = min(N, capacity)
+    and the response is N / X (Little). Open arrivals at rate a: the smallest B with X(B) >= a, since B = a R(B). Full
+    queue: B = capacity. The wait under open arrivals is `_wait_s`; `horizon_requests` bounds it where the queue
+    grows.
+    """
+    candidate = situation.candidates[placement.model]
+    profile = candidate.profile
+    prompt, output = load.prompt_tokens(candidate), load.output_tokens(candidate)
+    capacity = batch_capacity(situation, placement, prompt + output, standby, batch_limit)
+    if capacity == 0:
+        return None
+    most = capacity if load.users is None else min(capacity, load.users)
+    prefill_s, prefill_floor_s = prefill_time_s(profile, depths.layers, round(prompt), situation.max_batch_tokens)
+    batches = np.arange(1 if load.arrival_rate_per_s is not None else most, most + 1, dtype=np.int64)
+    decode_s, decode_floor_s = decode_time_s(profile, depths, batches, prompt + output / 2)
+    rate = 1.0 / (prefill_s + (output - 1) * decode_s / batches)
+
+    at, batch = len(batches) - 1, float(most)  # a full queue
+    if load.arrival_rate_per_s is not None:
+        sustains = np.flatnonzero(rate >= load.arrival_rate_per_s)
+        if len(sustains):
+            at = int(sustains[0])
+            batch = load.arrival_rate_per_s * float(batches[at] / rate[at])
+    running = float(batches[at])
+    delivered, most_per_s = float(rate[at]), float(rate.max())
+    if load.users is not None:
+        response_s = load.users / delivered
+    elif load.arrival_rate_per_s is not None:
+        delivered = min(load.arrival_rate_per_s, most_per_s)
+        response_s = running / float(rate[at]) + _wait_s(load, most_per_s, most, horizon_requests)
+    else:
+        response_s = running / delivered
+    busy_s = prefill_s + (output - 1) * float(decode_s[at]) / running
+    floor_s = prefill_floor_s + (output - 1) * float(decode_floor_s[at]) / running
+    low_j, high_j = _energy_j(profile, busy_s, floor_s)
+    return Prediction(
+        batch=batch,
+        batch_capacity=capacity,
+        throughput_requests_per_s=delivered,
+        capacity_requests_per_s=most_per_s,
+        response_time_s=response_s,
+        prefill_s=prefill_s,
+        decode_iteration_s=float(decode_s[at]),
+        busy_s_per_request=busy_s,
+        energy_j_low=low_j,
+        energy_j_high=high_j,
+        tdp_w=profile.hardware.tdp_w,
+    )
+
+
+def batch_capacity(
+    situation: Situation,
+    placement: Placement,
+    request_tokens: float,
+    standby: Iterable[Placement] = (),
+    batch_limit: int | None = None,
+) -> int:
+    """Requests of that many tokens that may run at once, 0 if not one fits. A model is resident once."""
+    layers = {placement.model: placement.layers}
+    for other in standby:
+        layers[other.model] = max(other.layers, layers.get(other.model, 0))
+    resident = [(situation.candidates[model].profile, n) for model, n in layers.items()]
+    active = (situation.candidates[placement.model].profile, placement.layers)
+    blocks = situation.memory.pool_blocks(resident, active)
+    fit = blocks // math.ceil(max(1.0, request_tokens) / situation.memory.block_tokens)
+    limits = [fit, situation.max_running_requests, situation.max_batch_tokens]
+    return min(limits if batch_limit is None else [*limits, batch_limit])
+
+
+def _wait_s(load: Load, most_per_s: float, slots: int, horizon_requests: int) -> float:
+    """Mean wait of the next `horizon_requests` under open arrivals, with variation 1 of gaps and service.
+
+    Below saturation the smaller of Sakasegawa's approximation of M/M/c (1977; exact for one slot, whose service is
+    slots / X) and what a queue that starts empty reaches at load 1 within the horizon: the mean over it of reflected
+    Brownian motion, 2/3 sqrt(4 H / pi) requests. Above it the queue also grows by (1/X - 1/a) per request.
+    Requests that wait now are worked off at the spare rate.
+    """
+    assert load.arrival_rate_per_s is not None
+    rho = load.arrival_rate_per_s / most_per_s
+    wait_s = 2 / 3 * math.sqrt(4 * horizon_requests / math.pi) / most_per_s
+    backlog_s = load.queued_requests / most_per_s
+    if rho < 1:
+        stationary_s = rho ** (math.sqrt(2 * (slots + 1)) - 1) / (1 - rho) / most_per_s
+        wait_s = min(wait_s, stationary_s)
+        backlog_s *= min(1.0, load.queued_requests / (2 * horizon_requests * (1 - rho)))
+    else:
+        wait_s += horizon_requests / 2 * (1 / most_per_s - 1 / load.arrival_rate_per_s)
+    return wait_s + backlog_s
+
+
+def _energy_j(profile: Profile, busy_s: float, floor_s: float) -> tuple[float | None, float | None]:
+    """Joules of a request's busy time: from idle power plus utilisation x (TDP - idle) up to TDP throughout."""
+    idle_w, tdp_w = profile.hardware.idle_w, profile.hardware.tdp_w
+    if idle_w is None:
+        return None, None
+    utilisation = min(1.0, floor_s / busy_s)
+    return busy_s * (idle_w + utilisation * (tdp_w - idle_w)), busy_s * tdp_w

@@ -1,0 +1,86 @@
+"""Policies by name, and their parameters from plain settings. Knows no file and no Hydra."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.policy.custom import CustomParameters, load_custom
+from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
+from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
+from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
+from helios_sim.policy.telemetry import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyKind:
+    parameters: type[Any]  # a frozen dataclass
+    make: Callable[[Any], Policy]  # from an instance of it
+
+
+POLICIES: Mapping[str, PolicyKind] = {
+    "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy),
+    "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy),
+    "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy),
+    "custom": PolicyKind(CustomParameters, load_custom),
+}
+
+
+def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
+    """A policy with its own state, for one replica in one run.
+
+    `settings` are plain values (text, numbers, None); enums go by their values. Raises UserError for an unknown
+    name, an unknown or missing setting, or a value of the wrong kind or range.
+    """
+    if name not in POLICIES:
+        raise UserError("policy", name, f"one of {', '.join(POLICIES)}", "choose one of these, or custom for your own")
+    kind = POLICIES[name]
+    return kind.make(make_parameters(name, kind.parameters, settings or {}))
+
+
+def make_parameters(name: str, parameters: type[Any], settings: Mapping[str, Any]) -> Any:
+    """An instance of the dataclass `parameters`; UserError as in `make_policy`."""
+    known = {f.name: f for f in fields(parameters)}
+    for key in settings:
+        if key not in known:
+            allowed = f"{name} knows {', '.join(known)}"
+            raise UserError(f"policy.{key}", settings[key], allowed, "correct the name or leave it out")
+    for key, f in known.items():
+        if key not in settings and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"policy.{key}", None, f"{name} needs a value", f"set policy.{key}")
+    hints = typing.get_type_hints(parameters)
+    return parameters(**{key: _convert(f"policy.{key}", hints[key], value) for key, value in settings.items()})
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    """`value` as the type that the field declares: a union of None, bool, int, float, str, an Enum or a mapping."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is types.NoneType and value is None:
+            return None
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            members = {member.value: member for member in kind}
+            if isinstance(value, kind) or value in members:
+                return value if isinstance(value, kind) else members[value]
+        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(kind, type) and isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+            return value
+    raise UserError(key, value, " or ".join(_name(option) for option in options), f"give {key} one of these")
+
+
+def _name(hint: Any) -> str:
+    kind = typing.get_origin(hint) or hint
+    if kind is types.NoneType:
+        return "null"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(str(member.value) for member in kind)
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(
+        kind, str(kind.__name__)
+    )
