@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def same(a: RequestBlock, b: RequestBlock, names: list[str] = COLUMNS) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     arrivals=any_arrivals,
     lengths=any_lengths,
@@ -163,7 +164,6 @@ def test_more_requests_begin_with_the_same_requests() -> None:
     assert all(np.array_equal(getattr(few, name), getattr(many, name)[:100]) for name in COLUMNS)
 
 
-@settings(deadline=None)
 @given(slow=rates, factor=st.floats(0.01, 100.0), cv=st.floats(0.2, 5.0))
 def test_a_rate_scales_the_same_gaps(slow: float, factor: float, cv: float) -> None:
     at_rate = joined(Workload(Gamma(slow, cv), LENGTHS, ONE_TASK, 200), 9).arrival_ns
@@ -282,3 +282,19 @@ def test_what_cannot_be_is_refused_with_the_key_and_the_fix(make, key: str, part
     assert caught.value.key == key
     assert part in str(caught.value)
     assert "Fix: " in str(caught.value)
+
+
+def test_memory_is_that_of_a_block_not_of_the_workload() -> None:
+    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), Periodic(0.1)), 300_000)
+    tracemalloc.start()
+    requests = sum(len(block) for block in generate(workload, 0))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert requests == 300_000
+    assert peak_bytes < 2_000_000  # all six columns at once would be 14.4 MB
+
+
+@pytest.mark.bench
+def test_speed_of_a_million_requests(benchmark) -> None:  # type: ignore[no-untyped-def]
+    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), Periodic(0.1)), 1_000_000)
+    assert benchmark(lambda: sum(len(block) for block in generate(workload, 0))) == 1_000_000

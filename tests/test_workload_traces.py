@@ -12,13 +12,7 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.workload import TaskMix, Trace, TraceArrivals, TraceLengths, Workload, describe, generate, read_trace
-from helios_sim.workload.shared_data import VARIABLE, shared_data_folder
-
-
-def shared(path: str) -> str:
-    if not (shared_data_folder() / path).is_file():
-        pytest.skip(f"{path} is not in the folder of shared data ({VARIABLE})")
-    return path
+from helios_sim.workload.shared_data import VARIABLE
 
 
 def written(folder: Path, name: str, text: str | bytes) -> Path:
@@ -43,9 +37,15 @@ def arrivals_of(trace: Trace) -> np.ndarray:
     ],
 )
 def test_production_traces_have_their_published_size_and_rate(
-    path: str, requests: int, rate_per_s: float, cv: float | None, prompt_mean: float, output_mean: float
+    shared_data: Path,
+    path: str,
+    requests: int,
+    rate_per_s: float,
+    cv: float | None,
+    prompt_mean: float,
+    output_mean: float,
 ) -> None:
-    trace = read_trace(shared(path))
+    trace = read_trace(shared_data / path)
     workload = Workload(TraceArrivals(trace), TraceLengths(trace), TaskMix.single("text"))
     figures = describe(generate(workload, 0), ("text",), 4.0)
     assert figures.requests == requests
@@ -57,25 +57,25 @@ def test_production_traces_have_their_published_size_and_rate(
     assert figures.output_tokens.mean == pytest.approx(output_mean, abs=0.005)
 
 
-def test_azure_timestamps_keep_their_hundred_nanoseconds() -> None:
-    trace = read_trace(shared("traces/azure2023_conv.csv"), limit=2)
+def test_azure_timestamps_keep_their_hundred_nanoseconds(shared_data: Path) -> None:
+    trace = read_trace(shared_data / "traces/azure2023_conv.csv", limit=2)
     assert arrivals_of(trace).tolist() == [0, 4_314_579_000]
     assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([374, 396], [44, 109])
 
 
-def test_vidur_lengths_have_no_arrivals() -> None:
-    trace = read_trace(shared("traces/vidur_arxiv_summarization.csv"))
+def test_vidur_lengths_have_no_arrivals(shared_data: Path) -> None:
+    trace = read_trace(shared_data / "traces/vidur_arxiv_summarization.csv")
     assert (len(trace), trace.arrival_ns) == (28_257, None)
     assert (trace.prompt_tokens[0], trace.output_tokens[0]) == (3772, 54)
     assert "lengths only" in trace.notices[0]
 
 
-def test_peer_workloads_and_serving_logs_are_read_by_their_own_names() -> None:
-    w1 = read_trace(shared("peers/w1_conv_poisson6_16000.csv.gz"))
+def test_peer_workloads_and_serving_logs_are_read_by_their_own_names(shared_data: Path) -> None:
+    w1 = read_trace(shared_data / "peers/w1_conv_poisson6_16000.csv.gz")
     assert (len(w1), arrivals_of(w1)[1], w1.prompt_tokens[1]) == (16_000, 4_221_000, 1030)
-    w2 = read_trace(shared("peers/w2_fixed512x128_16000.csv.gz"), limit=1000)
+    w2 = read_trace(shared_data / "peers/w2_fixed512x128_16000.csv.gz", limit=1000)
     assert (len(w2), set(w2.prompt_tokens.tolist()), set(w2.output_tokens.tolist())) == (1000, {512}, {128})
-    log = read_trace(shared("serving_logs/rtxpro6000_llama31_8b_vllm019/workload.csv"))
+    log = read_trace(shared_data / "serving_logs/rtxpro6000_llama31_8b_vllm019/workload.csv")
     assert (len(log), arrivals_of(log)[1]) == (300, 347_938_951 - 46_926_808)
 
 
