@@ -39,4 +39,5 @@ def iteration_floor_s(model: ModelSpec, hardware: HardwareSpec, c: Composition) 
     per_layer = 2.0 * (rows * model.layer_values + propagated * kv_values)
     head = 2.0 * head_values * (c.sampled_tokens + checks.sum(axis=1))
     operations = (per_layer * layers).sum(axis=1) + attention + head
-    return np.maximum(total_bytes / hardware.hbm_bytes_per_s, operations / hardware.flops_per_s)
+    floor_s: FloatArray = np.maximum(total_bytes / hardware.hbm_bytes_per_s, operations / hardware.flops_per_s)
+    return floor_s

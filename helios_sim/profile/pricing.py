@@ -163,7 +163,8 @@ class Pricing:
 
     def _groups_s(self, device_s: FloatArray, layers: IntArray, slowdown: float) -> FloatArray:
         host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
-        return np.maximum(device_s * slowdown, host_s)
+        slower_s: FloatArray = np.maximum(device_s * slowdown, host_s)
+        return slower_s
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""

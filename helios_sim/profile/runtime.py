@@ -33,7 +33,11 @@ PRESETS = {
         host_overhead_s=200e-6,
         graph_batch_sizes=None,
         sources=(
-            ("launch_s_per_layer", "assumed: about 15 kernels a layer at 5 to 10 us each from Python; swept 0 to 0.5 ms"),
+            (
+                "launch_s_per_layer",
+                "assumed: about 15 kernels a layer at 4 to 6 us each (susun-blog.com/blog/pegainfer-3-cuda-graph, from C) "
+                "and more from Python; swept from 0 to 0.5 ms",
+            ),
             ("launch_s_per_graph", "by definition: no graphs"),
             _SYNC,
             _OVERHEAD,
