@@ -1,0 +1,196 @@
+"""Traces of OPT-1.3B and OPT-6.7B drawn to fit published exit statistics. Knows no text and no real token.
+
+What is published (HELIOS, arXiv 2504.10724, by reading notes; SpecEE, arXiv 2504.08850) and how it is used:
+
+- Shares of tokens by exit: OPT-1.3B 74 / 5 / 21 % at layers 6 / 12 / 24, OPT-6.7B 77 / 23 % at 9 / 32. Fitted.
+- 92 % of tokens leave at the earliest exit of at least one of the two. Fitted (`jointly_early`).
+- 57 % of OPT-1.3B's late tokens need only 9 layers of OPT-6.7B. This cannot hold beside the 92 %: with it, at most
+  0.74 + 0.26 x 0.57 = 88.8 % leave early somewhere. NOT fitted; `Fit.late_helped` says what comes out instead.
+  `jointly_early=0.888` fits this one and gives up the 92 %.
+- 85 % of the tokens that are not confident at layer 9 of OPT-6.7B are unchanged by the deeper layers. Fitted. For
+  OPT-1.3B nothing is published: `unchanged`, to be swept from 0.70 to 0.95.
+- 70 % of tokens leave within two layers of one of the last five tokens' exits. Taken literally this says nothing
+  about exits as far apart as these (independent draws already give 90 % for OPT-1.3B), so it is read where it was
+  seen: 32 layers with an exit after each. There a latent AR(1) process with exits equally likely reproduces the
+  70 % at one lag correlation, and that correlation is carried over. It leans high: where some exits are preferred,
+  chance alone explains more of the 70 %.
+
+Model: each token has one latent hardness per OPT model, jointly Gaussian, AR(1) along a prompt and independent
+between prompts; a token leaves at the first exit whose cut lies above its hardness. Confident at one exit means
+confident at all deeper ones. Agreement with full depth: one uniform number per token and model, compared with
+`unchanged` where it is not confident and with `confident_agreement` where it is, so agreement is nested too.
+
+Generated on demand: 200,000 tokens take a fraction of a second and the same bits each time, so no file can differ
+from the code that made it, and every parameter can be swept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.exits.latent import Fit, fit_latent, latent_paths
+from helios_sim.exits.rule import Confidence
+from helios_sim.exits.trace import ExitTrace
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+
+# Share of tokens that leave first at each depth.
+EXIT_SHARES: dict[str, dict[int, float]] = {
+    "opt-1.3b": {6: 0.74, 12: 0.05, 24: 0.21},
+    "opt-6.7b": {9: 0.77, 32: 0.23},
+}
+UNCHANGED_OPT_6_7B = 0.85  # of the tokens not confident at layer 9
+LATE_HELPED = 0.57  # of OPT-1.3B's late tokens: published, not fitted
+TASKS = ("sharegpt", "cnn_dailymail", "gsm8k", "codexglue", "hellaswag")
+THRESHOLD = 0.9  # a name for "the threshold of the publication": nothing is computed from it
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedParameters:
+    """What the publications leave open, and the size of the sample."""
+
+    unchanged: float = 0.85  # OPT-1.3B's tokens that are not confident at an exit and yet agree there
+    confident_agreement: float = 1.0  # confident tokens that agree with full depth, both models
+    jointly_early: float = 0.92  # tokens that leave at the earliest exit of at least one model
+    near_last_five: float = 0.70  # tokens within two layers of the last five exits, over 32 exits
+    task_spread: float = 0.0  # standard deviation of the tasks' mean hardness; within a task it is 1
+    chars_per_token: float = 4.0
+    prompts_per_task: int = 200
+    prompt_tokens: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("confident_agreement", UNCHANGED_OPT_6_7B, 1.0),
+            ("unchanged", 0.0, self.confident_agreement),
+            ("jointly_early", 0.0, 1.0),
+            ("near_last_five", 0.0, 1.0),
+            ("task_spread", 0.0, 1.0),
+            ("chars_per_token", 1.0, 100.0),
+            ("prompts_per_task", 1, 10**6),
+            ("prompt_tokens", 1, 10**6),
+            ("seed", 0, 2**63),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(low, int)
+            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                allowed = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
+                raise UserError(f"exits.{name}", value, allowed, "choose one in this range")
+
+
+def published_trace(model: str, **parameters: Any) -> ExitTrace:
+    """The trace of one OPT model; keywords as in PublishedParameters.
+
+    Both models' traces of the same parameters belong together: token by token the same text. UserError for another
+    model, an unknown parameter, or a value that cannot be.
+    """
+    if model not in EXIT_SHARES:
+        raise UserError("model", model, f"published exits exist for {', '.join(EXIT_SHARES)}", "use a measured trace")
+    known = [f.name for f in fields(PublishedParameters)]
+    for name in parameters:
+        if name not in known:
+            raise UserError(f"exits.{name}", parameters[name], f"parameters are {', '.join(known)}", "use one of these")
+    return dict(zip(EXIT_SHARES, published_pair(PublishedParameters(**parameters)), strict=True))[model]
+
+
+@lru_cache(maxsize=4)
+def published_pair(parameters: PublishedParameters) -> tuple[ExitTrace, ExitTrace]:
+    """Traces of OPT-1.3B and OPT-6.7B over the same 5 x prompts_per_task x prompt_tokens tokens.
+
+    The tokens line up one to one, because all OPT models share a tokenizer. Exits do not depend on `unchanged` or
+    `confident_agreement`, nor either model's agreement on the other's.
+    """
+    latents, *agreements = (np.random.default_rng(s) for s in np.random.SeedSequence(parameters.seed).spawn(3))
+    fitted = fit(parameters)
+    n_prompts = len(TASKS) * parameters.prompts_per_task
+    hardness = latent_paths(fitted, n_prompts, parameters.prompt_tokens, latents)
+    hardness += np.repeat(fitted.task_shift, parameters.prompts_per_task)[None, :, None]
+    n_tokens = n_prompts * parameters.prompt_tokens
+    prompt = np.repeat(np.arange(n_prompts, dtype=np.int32), parameters.prompt_tokens)
+    ends = np.floor(np.arange(n_tokens + 1) * parameters.chars_per_token + 1e-9).astype(np.int64)
+    traces = []
+    for row, (model, shares) in enumerate(EXIT_SHARES.items()):
+        confident = hardness[row].reshape(n_tokens, 1) <= np.asarray(fitted.cuts[row])
+        unchanged = (parameters.unchanged, UNCHANGED_OPT_6_7B)[row]
+        rate = np.where(confident, parameters.confident_agreement, unchanged)
+        agree = agreements[row].random(n_tokens)[:, None] < rate
+        traces.append(
+            ExitTrace(
+                model=model,
+                exits=tuple(shares),
+                tasks=TASKS,
+                task=prompt // np.int32(parameters.prompts_per_task),
+                prompt=prompt,
+                chars=np.diff(ends).astype(np.int32),
+                agree=_with_last_true(agree),
+                provenance=_provenance(model, parameters, fitted),
+                confident=_with_last_true(confident),
+                published_threshold=THRESHOLD,
+                published_confidence=Confidence.MAX_PROBABILITY,
+            )
+        )
+    return traces[0], traces[1]
+
+
+def fit(parameters: PublishedParameters) -> Fit:
+    """The latent model that gives the published shares; UserError where none can."""
+    return fit_latent(
+        exit_shares=[list(shares.values()) for shares in EXIT_SHARES.values()],
+        jointly_early=parameters.jointly_early,
+        near_last_five=parameters.near_last_five,
+        n_tasks=len(TASKS),
+        task_spread=parameters.task_spread,
+    )
+
+
+def _with_last_true(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Adds the last exit, where every token leaves and agrees with itself."""
+    return np.concatenate((flags, np.ones((len(flags), 1), dtype=bool)), axis=1)
+
+
+def _provenance(model: str, parameters: PublishedParameters, fitted: Fit) -> Provenance:
+    chosen = asdict(parameters)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+
+    def assume(name: str, why: str) -> Assumption:
+        return Assumption(f"{model} exits: {name}", chosen[name], why, f"exits.{name}")
+
+    assumptions = [
+        assume(
+            "confident_agreement",
+            "not published; 1 is the premise of early exit, that a confident token is right, and flatters quality",
+        ),
+        assume("jointly_early", f"published, but at odds with the published {LATE_HELPED} of late tokens helped"),
+        assume("near_last_five", "published for Llama-2-7B with 32 exits; carried over as a correlation"),
+        assume("task_spread", "exit shares by task are not published; 0 makes all tasks alike"),
+        assume("chars_per_token", "usual for English text and this kind of tokenizer; not measured on these prompts"),
+        assume("prompt_tokens", "length over which hardness is correlated; not published"),
+        Assumption(
+            f"{model} exits: threshold",
+            THRESHOLD,
+            "formula and value are not published: a label only",
+            "not changeable",
+        ),
+    ]
+    if model == "opt-1.3b":
+        assumptions.insert(0, assume("unchanged", "not published for OPT-1.3B; sweep 0.70 to 0.95"))
+    return Provenance(
+        provenance_class=ProvenanceClass.PUBLISHED,
+        source="drawn to fit HELIOS (arXiv 2504.10724, reading notes) and SpecEE (arXiv 2504.08850)",
+        command=f"helios_sim.exits.published.published_trace({model!r}, {arguments})",
+        assumptions=tuple(assumptions),
+        details={
+            "fit": fitted.to_json(),
+            "late_tokens_helped": {
+                "published": LATE_HELPED,
+                "fitted": False,
+                "here_of_tokens_past_layer_6": fitted.late_helped,
+                "here_of_tokens_past_layer_12": fitted.last_helped,
+            },
+        },
+    )
