@@ -142,6 +142,17 @@ def test_a_step_between_pure_mixes_is_sharp_at_its_second() -> None:
     assert np.array_equal(column(workload, "task"), (np.arange(2000) >= 1000).astype(int))
 
 
+def test_a_step_between_pure_mixes_is_sharp_at_its_request() -> None:
+    workload = Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), Step(0.1)), 1000)
+    assert np.array_equal(column(workload, "task"), (np.arange(1000) >= 100).astype(int))
+
+
+def test_a_task_without_a_share_is_never_drawn_not_even_at_the_ends() -> None:
+    mix = TaskMix(("none", "a", "b", "none too"), (0, 0.3, 0.7, 0))
+    draws = np.array([0.0, np.nextafter(0.3, 0), np.nextafter(0.3, 1), np.nextafter(1, 0)])
+    assert mix.pick(draws, np.zeros(4)).tolist() == [1, 1, 2, 2]
+
+
 def test_a_linear_drift_passes_through_the_middle() -> None:
     tasks = column(Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), Linear(0.2, 0.8)), N), "task")
     assert not tasks[: N // 5].any()

@@ -123,6 +123,12 @@ def test_rows_out_of_order_are_sorted_stably_and_said(tmp_path: Path) -> None:
     assert trace.notices == ("late.csv: 2 of 4 rows arrive before the row above; sorted by arrival",)
 
 
+def test_rows_that_arrive_together_keep_their_order(tmp_path: Path) -> None:
+    rows = "".join(f"{second},{row + 1},1\n" for row, second in enumerate([9] + [5] * 100))
+    trace = read_trace(written(tmp_path, "ties.csv", HEADER + rows))
+    assert trace.prompt_tokens.tolist() == [*range(2, 102), 1]
+
+
 def test_a_trace_cannot_be_changed_by_its_users(tmp_path: Path) -> None:
     trace = read_trace(written(tmp_path, "a.csv", HEADER + "0,1,1\n"))
     with pytest.raises(ValueError, match="read-only"):
