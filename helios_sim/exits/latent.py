@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 REFERENCE_EXITS = 32  # where neighbouring tokens' exits were compared: one after each layer of Llama-2-7B
 NEAR_LAYERS = 2
 LOOK_BACK_TOKENS = 5
+_DIGITS = 9  # of what is solved for: beyond that, the order of a sum may differ from machine to machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def _cut(below: float, shift: Floats) -> float:
     from scipy.optimize import brentq
     from scipy.special import ndtr
 
-    return float(brentq(lambda cut: ndtr(cut - shift).mean() - below, -40, 40, xtol=1e-12))
+    return round(float(brentq(lambda cut: ndtr(cut - shift).mean() - below, -40, 40, xtol=1e-12)), _DIGITS)
 
 
 def _solve(excess: Callable[[float], float], key: str, value: float, bracket: tuple[float, float]) -> float:
@@ -143,4 +144,4 @@ def _solve(excess: Callable[[float], float], key: str, value: float, bracket: tu
             f"with these exit shares, from {min(low, high):.3f} to {max(low, high):.3f}",
             "choose one in this range",
         )
-    return float(brentq(excess, *bracket, xtol=1e-10))
+    return round(float(brentq(excess, *bracket, xtol=1e-12)), _DIGITS)
