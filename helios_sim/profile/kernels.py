@@ -15,6 +15,7 @@ from helios_sim.profile.kernel_tables import (
     KernelSource,
     PrefillAttentionTimes,
     gemm_times,
+    rising,
 )
 from helios_sim.profile.models import CHARS_PER_TOKEN, LOAD_BYTES_PER_S, activation_reserve_bytes
 from helios_sim.profile.operations import (
@@ -65,7 +66,7 @@ class LayerTimes:
         """(rows,) with the bytes' share moved to this card's bandwidth, never below the roofline."""
         here_s, there_s = self.gemms.roofline_s(gemm, self.card), self.gemms.roofline_s(gemm, self.measured_card)
         time_s = self.gemms.time_s(gemm) + (here_s - there_s) / self.gemms.best_bandwidth
-        return np.maximum(time_s, here_s)[self.keep]
+        return rising(np.maximum(time_s, here_s))[self.keep]
 
     def small_s(self, small: Elementwise) -> FloatArray:
         """(rows,) kernels without a table."""
