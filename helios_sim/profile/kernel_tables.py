@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
+from helios_sim.profile.composition import IntArray
 from helios_sim.profile.models import HARDWARE
 from helios_sim.profile.operations import Gemm
 from helios_sim.profile.spec import HardwareSpec
-from helios_sim.profile.tables import FloatArray, IntArray
+from helios_sim.profile.tables import FloatArray
 
 MS = 1e-3
 BF16_BYTES = 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from helios_sim.profile.composition import IntArray
 from helios_sim.profile.kernel_tables import (
     SOURCES,
     DecodeAttentionTimes,
@@ -33,7 +34,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import kv_grid
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
-from helios_sim.profile.tables import FloatArray, GridTable, IntArray, LayerTables, RowsTable
+from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
 MAX_ROWS = 8192

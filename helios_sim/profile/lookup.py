@@ -11,7 +11,16 @@ from bisect import bisect_right
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.profile.tables import FloatArray, GridTable, IntArray, RowsTable
+from helios_sim.profile.composition import IntArray
+from helios_sim.profile.tables import FloatArray, GridTable, RowsTable
+
+Counts = int | IntArray  # of one iteration, or one for each of K
+Flags = bool | NDArray[np.bool_]
+
+
+def columns(counts: IntArray) -> list[int] | list[IntArray]:
+    """The S columns of (K, S) counts: plain numbers when K is 1, which are much quicker, else arrays (K,)."""
+    return counts[0].tolist() if len(counts) == 1 else list(counts.T)
 
 
 class RowLookup:
@@ -42,7 +51,7 @@ class RowLookup:
             time_s = np.where(rows > self.end, time_s + (rows - self.end) * self.slope_s, time_s)
         return time_s
 
-    def outside(self, rows: IntArray) -> NDArray[np.bool_]:
+    def outside(self, rows: Counts) -> Flags:
         return (rows > self.end) | ((rows < self.first) & (rows > 0))
 
 
@@ -91,10 +100,9 @@ class DecodeLookup:
             time_s = np.where(batch > self.end_batch, time_s * (batch / self.end_batch), time_s)
         return time_s
 
-    def outside(self, batch: IntArray, kv_tokens: IntArray) -> NDArray[np.bool_]:
-        mean = kv_tokens / np.maximum(batch, 1)
-        too_far = (batch > self.end_batch) | (mean > self.end_kv)
-        return too_far | ((batch > 0) & ((batch < self.first_batch) | (mean < self.first_kv)))
+    def outside(self, batch: Counts, kv_tokens: Counts) -> Flags:
+        too_far = (batch > self.end_batch) | (kv_tokens > self.end_kv * batch)
+        return too_far | ((batch > 0) & ((batch < self.first_batch) | (kv_tokens < self.first_kv * batch)))
 
 
 class PrefillLookup:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.profile.composition import Composition
-from helios_sim.profile.lookup import DecodeLookup, PrefillLookup, RowLookup
+from helios_sim.profile.composition import Composition, IntArray
+from helios_sim.profile.lookup import DecodeLookup, Flags, PrefillLookup, RowLookup, columns
 from helios_sim.profile.spec import Runtime
-from helios_sim.profile.tables import FloatArray, IntArray, LayerTables, RowsTable
+from helios_sim.profile.tables import FloatArray, LayerTables, RowsTable
 
 
 class LayerPricing:
@@ -169,17 +169,18 @@ class Pricing:
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""
         bands = self.bands(c.bounds)
-        chunk_rows = np.array(
-            [sum(p.tokens for p in c.prefill if p.layers > start) for start in bands.starts], dtype=np.int64
-        )
-        rows = c.decode_tokens + chunk_rows
-        outside = self._embedding.outside(rows[:, 0]) | self._head.outside(c.sampled_tokens)
+        decode, kv = columns(c.decode_tokens), columns(c.decode_kv_tokens)
+        outside: Flags = self._head.outside(columns(c.sampled_tokens[:, None])[0])
         for layer in self._classes:
-            outside |= layer.dense.outside(rows).any(axis=1)
-            outside |= layer.decode_attention.outside(c.decode_tokens, c.decode_kv_tokens).any(axis=1)
+            for s, start in enumerate(bands.starts):
+                rows = decode[s] + sum(p.tokens for p in c.prefill if p.layers > start)
+                outside = outside | layer.dense.outside(rows) | layer.decode_attention.outside(decode[s], kv[s])
+            outside = outside | any(layer.prefill_attention.outside(p.tokens, p.context_tokens) for p in c.prefill)
             if c.propagated_tokens is not None:
-                outside |= layer.kv_projection.outside(c.propagated_tokens).any(axis=1)
-            outside |= any(layer.prefill_attention.outside(p.tokens, p.context_tokens) for p in c.prefill)
+                for moved in columns(c.propagated_tokens):
+                    outside = outside | layer.kv_projection.outside(moved)
+        outside = outside | self._embedding.outside(decode[0] + sum(p.tokens for p in c.prefill))
         if c.check_tokens is not None:
-            outside |= self._check.outside(c.check_tokens).any(axis=1)
-        return outside
+            for checked in columns(c.check_tokens):
+                outside = outside | self._check.outside(checked)
+        return np.atleast_1d(outside)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from helios_sim.profile.composition import IntArray
 from helios_sim.profile.models import LOAD_BYTES_PER_S, activation_reserve_bytes
 from helios_sim.profile.operations import (
     Elementwise,
@@ -22,7 +23,7 @@ from helios_sim.profile.operations import (
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
-from helios_sim.profile.tables import GridTable, IntArray, LayerTables, RowsTable
+from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
 ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], dtype=np.int64)

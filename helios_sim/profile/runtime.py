@@ -35,8 +35,8 @@ PRESETS = {
         sources=(
             (
                 "launch_s_per_layer",
-                "assumed: about 15 kernels a layer at 4 to 6 us each from C (susun-blog.com/blog/pegainfer-3-cuda-graph) "
-                "and somewhat more from Python; swept from 0 to 0.5 ms",
+                "assumed: about 15 kernels a layer at 4 to 6 us each (susun-blog.com/blog/pegainfer-3-cuda-graph), "
+                "somewhat more from Python; swept from 0 to 0.5 ms",
             ),
             ("launch_s_per_graph", "by definition: no graphs"),
             _SYNC,

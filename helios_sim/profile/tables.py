@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.profile.composition import IntArray
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
