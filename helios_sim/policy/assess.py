@@ -5,7 +5,7 @@ Every draw comes from a generator of its own (seed, model, moment), so results d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from helios_sim.policy.deployment import Placement
 from helios_sim.policy.depth import fixed_depth
 from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.load import Load
-from helios_sim.policy.options import NO_TRANSITION, Option, Transition, cost_until_next_round
-from helios_sim.policy.prediction import predict
+from helios_sim.policy.options import Option, cost_until_next_round
+from helios_sim.policy.prediction import batch_capacity, predict
 from helios_sim.policy.telemetry import Situation
+from helios_sim.policy.transition import NO_TRANSITION, Transition
 
 
 class Assessor:
@@ -37,6 +38,8 @@ class Assessor:
         self.history = HistoryTable(situation.candidates, half_life_requests)
         self.batch_limit = batch_limit
         self._cap_layers = cap_layers
+        self._refused: list[str] = []  # of the latest ranking
+        self._caps: dict[str, tuple[int, int, CapChoice]] = {}  # with when, and on how many observed prompts
         self._index = {name: i for i, name in enumerate(situation.candidates)}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
@@ -49,6 +52,15 @@ class Assessor:
 
     def cap(self, model: str, completed_requests: int) -> CapChoice:
         """The shallowest exit within the quality floor by what is known now; the given cap if there is one."""
+        known = self._caps.get(model)
+        observed = self.history.observed_prompts(model)
+        if known is not None and known[:2] == (completed_requests, observed):
+            return known[2]
+        choice = self._cap(model, completed_requests)
+        self._caps[model] = (completed_requests, observed, choice)
+        return choice
+
+    def _cap(self, model: str, completed_requests: int) -> CapChoice:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
         bits, most = self.history.shares(model).bits_per_char, objective.max_bits_per_char
         allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
@@ -81,51 +93,50 @@ class Assessor:
         )
         if prediction is None:
             return None
+        return Option(placement, prediction, transition, cap, self.breach_share(placement))
+
+    def fits(self, active: Placement, standby: Sequence[Placement]) -> bool:
+        """Whether these placements leave room for at least one block of KV."""
+        return batch_capacity(self.situation, active, 1.0, standby) > 0
+
+    def breach_share(self, placement: Placement) -> float:
+        """Share of tokens expected to leave there without confidence; none does at full depth."""
         exits = self.situation.candidates[placement.model].offline.exits
-        confident = self.history.shares(placement.model).confident[exits.index(placement.layers)]
-        whole = placement.layers == exits[-1]
-        return Option(placement, prediction, transition, cap, 0.0 if whole else float(1.0 - confident))
+        if placement.layers == exits[-1]:
+            return 0.0
+        return 1.0 - float(self.history.shares(placement.model).confident[exits.index(placement.layers)])
 
     def ranked(
-        self,
-        load: Load,
-        horizon_requests: int,
-        completed_requests: int,
-        *,
-        whole_must_fit: bool,
-        only: str | None = None,
+        self, load: Load, horizon_requests: int, completed_requests: int, *, whole_must_fit: bool
     ) -> list[Option]:
-        """Candidates (or `only` this one) at their caps that meet memory and quality floor.
-
-        Best predicted objective first.
-
-        Raises UserError if none is left.
-        """
+        """Candidates at their caps that meet memory and quality floor, best predicted objective first."""
         options: list[Option] = []
-        refused: list[str] = []
+        self._refused.clear()
         for model, candidate in self.situation.candidates.items():
-            if only is not None and model != only:
-                continue
             if not self.meets_quality_floor(model):
-                refused.append(f"{model}: above the floor in bits per character")
+                self._refused.append(f"{model} is above the floor in bits per character")
                 continue
             cap = self.cap(model, completed_requests)
             option = self.option(Placement(model, cap.layers), load, horizon_requests, cap=cap)
             whole = Placement(model, candidate.profile.model.n_layers)
             if option is None or (whole_must_fit and self.option(whole, load, horizon_requests) is None):
-                refused.append(f"{model}: no room for its weights and one request")
+                self._refused.append(f"{model} leaves no room for one request")
                 continue
             options.append(option)
             self.history.note(model, option.prediction, completed_requests)
-        if not options:
-            raise UserError(
-                "policy.candidates",
-                list(self.situation.candidates),
-                "at least one must fit in memory and meet the quality floor; " + "; ".join(refused),
-                "use a smaller model, a larger card, or a looser floor",
-            )
         return sorted(options, key=lambda option: self.cost(option, load, 0, 1, 1.0))
 
+    def require(self, ranked: Sequence[Option]) -> None:
+        """Raises UserError if the latest ranking is empty."""
+        if not ranked:
+            raise UserError(
+                "policy.candidates",
+                ", ".join(self.situation.candidates),
+                "at least one must fit in memory and meet the quality floor, but " + "; ".join(self._refused),
+                "use a smaller model, a larger card, or a looser floor",
+            )
+
     def cost(self, option: Option, load: Load, in_system: int, requests: int, horizon_s: float) -> float:
+        """See `cost_until_next_round`."""
         goal = self.situation.objective.goal
         return cost_until_next_round(goal, option, load, in_system, requests, horizon_s)

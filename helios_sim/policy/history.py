@@ -49,6 +49,7 @@ class HistoryTable:
         self._candidates = candidates
         self._half_life_requests = half_life_requests
         self._prompts: dict[str, deque[_Prompt]] = {name: deque(maxlen=OBSERVATIONS_KEPT) for name in candidates}
+        self._added = dict.fromkeys(candidates, 0)
         self._predictions: dict[str, tuple[Prediction, int]] = {}
 
     def add(self, observation: Observation, completed_requests: int) -> None:
@@ -56,6 +57,7 @@ class HistoryTable:
         n_tokens, n_exits = observation.agrees.shape
         if n_tokens == 0:
             return
+        self._added[observation.model] += 1
         reached = observation.confident.copy()
         reached[:, -1] = True
         self._prompts[observation.model].append(
@@ -120,7 +122,8 @@ class HistoryTable:
         return bits / chars if chars > 0 else None
 
     def observed_prompts(self, model: str) -> int:
-        return len(self._prompts[model])
+        """How many were ever added, those no longer kept included."""
+        return self._added[model]
 
     def rows(self, completed_requests: int) -> dict[str, dict[str, Any]]:
         """The table as JSON values, one row per candidate: for the decision log."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from helios_sim.policy.cap import CapChoice
@@ -10,20 +10,7 @@ from helios_sim.policy.deployment import Placement
 from helios_sim.policy.load import Load
 from helios_sim.policy.prediction import Prediction
 from helios_sim.policy.telemetry import Goal
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """Time until the server works at its new rate: `lost_s` is what of it serves no request."""
-
-    load_bytes: int
-    load_s: float  # transfer alone, the channel free
-    drain_s: float  # until requests in flight are done, 0 where none wait for it
-    prefill_s: float  # texts in flight that are computed again
-    lost_s: float
-
-
-NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)
+from helios_sim.policy.transition import Transition
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +23,12 @@ class Option:
     cap: CapChoice | None = None
     breach_share: float | None = None  # tokens expected to leave there without confidence
 
-    def to_json(self, cost: float) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "layers": self.placement.layers,
-            "cost_until_next_round": cost,
-            "lost_s": self.transition.lost_s,
-            "load_bytes": self.transition.load_bytes,
             "breach_share": self.breach_share,
             "upper_bound": None if self.cap is None else list(self.cap.upper_bound),
+            "transition": asdict(self.transition),
             "prediction": self.prediction.to_json(),
         }
 

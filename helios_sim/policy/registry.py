@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,9 @@ from helios_sim.errors import UserError
 from helios_sim.policy.custom import CustomParameters, load_custom
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
+from helios_sim.policy.helios import HeliosPolicy
+from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters
+from helios_sim.policy.oracle import OracleParameters, OraclePolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Policy
 
@@ -21,12 +24,16 @@ from helios_sim.policy.telemetry import Policy
 class PolicyKind:
     parameters: type[Any]  # a frozen dataclass
     make: Callable[[Any], Policy]  # from an instance of it
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that the name implies; they cannot be changed
 
 
 POLICIES: Mapping[str, PolicyKind] = {
     "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy),
     "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy),
     "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy),
+    "helios": PolicyKind(HeliosParameters, HeliosPolicy),
+    "helios_probe": PolicyKind(HeliosParameters, HeliosPolicy, fixed={"evaluation": Evaluation.PROBE}),
+    "oracle": PolicyKind(OracleParameters, OraclePolicy),
     "custom": PolicyKind(CustomParameters, load_custom),
 }
 
@@ -40,12 +47,13 @@ def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
     if name not in POLICIES:
         raise UserError("policy", name, f"one of {', '.join(POLICIES)}", "choose one of these, or custom for your own")
     kind = POLICIES[name]
-    return kind.make(make_parameters(name, kind.parameters, settings or {}))
+    return kind.make(make_parameters(name, settings or {}))
 
 
-def make_parameters(name: str, parameters: type[Any], settings: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `parameters`; UserError as in `make_policy`."""
-    known = {f.name: f for f in fields(parameters)}
+def make_parameters(name: str, settings: Mapping[str, Any]) -> Any:
+    """An instance of the parameters' dataclass of that policy; UserError as in `make_policy`."""
+    kind = POLICIES[name]
+    known = {f.name: f for f in fields(kind.parameters) if f.name not in kind.fixed}
     for key in settings:
         if key not in known:
             allowed = f"{name} knows {', '.join(known)}"
@@ -53,8 +61,9 @@ def make_parameters(name: str, parameters: type[Any], settings: Mapping[str, Any
     for key, f in known.items():
         if key not in settings and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"policy.{key}", None, f"{name} needs a value", f"set policy.{key}")
-    hints = typing.get_type_hints(parameters)
-    return parameters(**{key: _convert(f"policy.{key}", hints[key], value) for key, value in settings.items()})
+    hints = typing.get_type_hints(kind.parameters)
+    converted = {key: _convert(f"policy.{key}", hints[key], value) for key, value in settings.items()}
+    return kind.parameters(**converted, **kind.fixed)
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helios_sim.exits.rule import Confidence, FixedCap
@@ -44,15 +44,17 @@ class StaticCapPolicy:
             placement = Placement(model, check_cap(situation.candidates[model], p.cap_layers))
             return self._deployment(placement, f"{model} is cut at layer {p.cap_layers}, as given", {})
         if p.model is not None:
-            find_model(situation, p.model)
+            named = find_model(situation, p.model)
+            situation = replace(situation, candidates={named: situation.candidates[named]})
         assessor = Assessor(situation, half_life_requests=1.0, batch_limit=p.batch_limit)
-        options = assessor.ranked(expected_load(situation), 1, 0, whole_must_fit=False, only=p.model)
+        options = assessor.ranked(expected_load(situation), 1, 0, whole_must_fit=False)
+        assessor.require(options)
         best = options[0]
         reason = (
             f"{best.placement.model} is cut at layer {best.placement.layers}, the shallowest exit within "
             f"{situation.objective.max_disagreement:g} disagreement"
         )
-        evidence = {option.placement.model: option.to_json(cost=0.0) for option in options}
+        evidence = {option.placement.model: option.to_json() for option in options}
         return self._deployment(best.placement, reason, evidence)
 
     def _deployment(self, placement: Placement, reason: str, evidence: Mapping[str, Any]) -> Deployment:

@@ -1,0 +1,183 @@
+"""Which placement to go on with: after a round, and after a breach. Knows costs, no phase of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from helios_sim.policy.assess import Assessor
+from helios_sim.policy.breach import answer
+from helios_sim.policy.cap import CapChoice
+from helios_sim.policy.deployment import Deployment, Placement
+from helios_sim.policy.helios_parameters import BreachAction, Evaluation, HeliosParameters, Standby
+from helios_sim.policy.load import Load
+from helios_sim.policy.options import COST_UNITS, Option
+from helios_sim.policy.telemetry import Situation
+from helios_sim.policy.transition import NO_TRANSITION, Underway, transition
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is true of the server when a choice is made."""
+
+    load: Load
+    batch: float  # mean running requests, for the constants
+    running_requests: int
+    in_system: int
+    completed_requests: int
+    in_force: Deployment | None  # None: nothing is loaded yet, and loading is free
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    option: Option
+    evidence: dict[str, Any]
+
+
+class Chooser:
+    """The shortlist of the latest round, the caps of the latest choice, and what can be done from where one is."""
+
+    def __init__(self, parameters: HeliosParameters, situation: Situation) -> None:
+        """Raises UserError if a given cap is no exit of a candidate."""
+        self._parameters = parameters
+        self._situation = situation
+        self.assessor = Assessor(
+            situation,
+            half_life_requests=parameters.half_life_requests,
+            cap_layers=parameters.cap_layers,
+            batch_limit=parameters.batch_limit,
+        )
+        self.shortlist: list[Option] = []  # best predicted first
+        self._caps: dict[str, CapChoice] = {}
+
+    def renew_shortlist(self, load: Load, batch: float, completed_requests: int) -> None:
+        """Keeps the last one when no candidate qualifies any more. Raises UserError if none ever did.
+
+        Evaluation by serving needs room for the whole model.
+        """
+        p = self._parameters
+        ranked = self.assessor.ranked(
+            load,
+            p.at_batch(batch).round_requests,
+            completed_requests,
+            whole_must_fit=p.evaluation is Evaluation.SERVE,
+        )
+        if not self.shortlist:
+            self.assessor.require(ranked)
+        self.shortlist = ranked[: p.shortlist] or self.shortlist
+
+    @property
+    def models(self) -> list[str]:
+        return [option.placement.model for option in self.shortlist]
+
+    def is_whole(self, placement: Placement) -> bool:
+        return placement.layers == self._situation.candidates[placement.model].profile.model.n_layers
+
+    def whole(self, model: str) -> Placement:
+        return Placement(model, self._situation.candidates[model].profile.model.n_layers)
+
+    def after_round(self, moment: Moment) -> Choice:
+        """The shortlisted candidate with the least cost until the next round, at its cap by what is known now.
+
+        What is loaded is sunk: going on with it costs no transition, so another candidate is chosen only if its
+        predicted gain until the next round exceeds the cost of going there.
+        """
+        models = self.models
+        if moment.in_force is not None:  # on equal terms what is there stays
+            models.sort(key=lambda model: model != moment.in_force.active.model)  # type: ignore[union-attr]
+        self._caps = {model: self.assessor.cap(model, moment.completed_requests) for model in models}
+        within = [model for model in models if self.assessor.meets_quality_floor(model)]
+        options = [
+            replace(option, cap=self._caps[model])
+            for model in within or models
+            if (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
+        ]
+        # Requests may have become so long that none of mean length fits: then the best ranked goes on.
+        options = options or self.shortlist[:1]
+        for option in options:
+            self.assessor.history.note(option.placement.model, option.prediction, moment.completed_requests)
+        costs = self._costs(options, moment, self._parameters.at_batch(moment.batch).round_requests)
+        evidence = {
+            **self._evidence(options, costs),
+            "above_quality_floor": [model for model in models if model not in within],
+            "history": self.assessor.history.rows(moment.completed_requests),
+        }
+        return Choice(options[costs.index(min(costs))], evidence)
+
+    def after_breach(self, moment: Moment, breached: set[str], remaining_requests: int) -> Choice | None:
+        """Load the active model's remaining layers or switch to another's partial load; None if neither can be.
+
+        `breached`: models that breached since the last round, the active one among them.
+        """
+        assert moment.in_force is not None
+        active = moment.in_force.active.model
+        raised = self._option(self.whole(active), moment)
+        switches = [
+            option
+            for model in self.models
+            if model != active
+            and self._may_switch_to(model, breached)
+            and (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
+        ]
+        options = [*([] if raised is None else [raised]), *switches]
+        costs = self._costs(options, moment, remaining_requests)
+        cost_of = {option.placement: cost for option, cost in zip(options, costs, strict=True)}
+        chosen = answer(self._parameters.on_breach, raised, switches, lambda option: cost_of[option.placement])
+        if chosen is None:
+            return None
+        return Choice(chosen, {"requests_until_next_round": remaining_requests, **self._evidence(options, costs)})
+
+    def standby(self, active: Placement) -> tuple[Placement, ...]:
+        """Other shortlisted candidates to keep resident, in rank order, as long as one request still fits."""
+        kept: tuple[Placement, ...] = ()
+        if self._parameters.standby is Standby.NONE:
+            return kept
+        for option in self.shortlist:
+            placement = option.placement
+            if placement.model == active.model:
+                continue
+            other = self.whole(placement.model) if self._parameters.standby is Standby.WHOLE else placement
+            if self.assessor.fits(active, (*kept, other)):
+                kept = (*kept, other)
+        return kept
+
+    def _may_switch_to(self, model: str, breached: set[str]) -> bool:
+        """Within the quality floor, and not bound to breach again, which would make it no choice beside loading.
+
+        With switch_only there is nothing else to do, so one that breached may come round again.
+        """
+        if not self.assessor.meets_quality_floor(model):
+            return False
+        if self._parameters.on_breach is BreachAction.SWITCH_ONLY:
+            return True
+        limit = self._parameters.limit / self._parameters.window_tokens
+        return model not in breached and self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
+
+    def _option(self, placement: Placement, moment: Moment) -> Option | None:
+        """Going to `placement` from what is in force; None if it does not fit."""
+        horizon = self._parameters.at_batch(moment.batch).round_requests
+        step = NO_TRANSITION
+        if moment.in_force is not None:
+            at, standby = moment.in_force.active, moment.in_force.standby
+            here = self.assessor.option(at, moment.load, horizon, standby=standby)
+            decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
+            now = Underway(at, standby, moment.running_requests, decode_iteration_s)
+            step = transition(self._situation, now, placement, moment.load, self._parameters.in_flight)
+        return self.assessor.option(placement, moment.load, horizon, transition=step, standby=self.standby(placement))
+
+    def _costs(self, options: Sequence[Option], moment: Moment, requests: int) -> list[float]:
+        if not options:
+            return []
+        horizon_s = requests / options[0].prediction.throughput_requests_per_s
+        return [self.assessor.cost(option, moment.load, moment.in_system, requests, horizon_s) for option in options]
+
+    def _evidence(self, options: Sequence[Option], costs: Sequence[float]) -> dict[str, Any]:
+        goal = self._situation.objective.goal
+        names = [f"{option.placement.model}@{option.placement.layers}" for option in options]
+        return {
+            "goal": goal.value,
+            "cost_unit": COST_UNITS[goal],
+            "cost_until_next_round": dict(zip(names, costs, strict=True)),
+            "options": {name: option.to_json() for name, option in zip(names, options, strict=True)},
+        }

@@ -1,0 +1,192 @@
+"""HELIOS: rounds of evaluation that end in a choice, and answers to breaches. Knows phases, not what anything costs.
+
+A round evaluates the shortlisted candidates and ends in a choice, which serves until the next round. In between, a
+breach of the limit is answered by loading the remaining layers or by switching. `Evaluation` says how candidates are
+assessed: served in turn (the paper's way), probed beside serving (ours), or not at all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from helios_sim.exits.rule import FixedCap
+from helios_sim.policy.choice import Chooser, Moment
+from helios_sim.policy.deployment import Deployment, KvRule, Placement, Probe
+from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters, RoundConstants
+from helios_sim.policy.load import expected_load, seen_load
+from helios_sim.policy.telemetry import Situation, Telemetry
+from helios_sim.policy.trigger import BreachLimit, Cause, Completed, Drained, Probed, Trigger
+from helios_sim.request import NS_PER_S
+
+
+class HeliosPolicy:
+    """State: the deployment decided last, what is left of a round, and what breached since."""
+
+    def __init__(self, parameters: HeliosParameters) -> None:
+        self.parameters = parameters
+        self._batch = 1.0  # mean running requests as last seen
+        self._left: deque[str] = deque()  # candidates that this round has still to evaluate
+        self._breached: set[str] = set()  # since the last round
+        self._round_ends = 0  # completed requests at which the next round begins
+        self._answered_ns: int | None = None  # when a breach was answered last
+
+    def start(self, situation: Situation) -> Deployment:
+        """Raises UserError if no candidate fits or meets the quality floor."""
+        self._situation = situation
+        self._chooser = Chooser(self.parameters, situation)
+        load = expected_load(situation)
+        self._chooser.renew_shortlist(load, self._batch, 0)
+        self._batch = self._chooser.shortlist[0].prediction.batch
+        if self.parameters.evaluation is Evaluation.SERVE:
+            # The best predicted comes last: if it stays the choice, its weights are already there.
+            self._left.extend(reversed(self._chooser.models))
+            self._deployment = self._evaluate_next(0)
+        else:
+            self._deployment = self._conclude(Moment(load, self._batch, 0, 0, 0, None))
+        return self._deployment
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        """One step of the round, or the answer to a breach."""
+        for observation in telemetry.observations:
+            self._chooser.assessor.history.add(observation, telemetry.completed_requests)
+        if telemetry.batch_mean is not None:
+            self._batch = telemetry.batch_mean
+        moment = Moment(
+            load=seen_load(self._situation, telemetry, self._deployment.active.model),
+            batch=self._batch,
+            running_requests=telemetry.running_requests,
+            in_system=telemetry.queued_requests + telemetry.running_requests,
+            completed_requests=telemetry.completed_requests,
+            in_force=self._deployment,
+        )
+        decided: Deployment | None = None
+        match cause:
+            case Completed():
+                decided = self._begin_round(moment)
+            case Drained() if self._left:
+                decided = self._evaluate_next(moment.completed_requests)
+            case Drained() | Probed():
+                decided = self._conclude(moment)
+            case BreachLimit():
+                decided = self._answer_breach(moment, telemetry)
+        if decided is not None:
+            self._deployment = decided
+        return decided
+
+    def _begin_round(self, moment: Moment) -> Deployment | None:
+        now, prompts = self._deployment, self.parameters.prompts_per_candidate
+        self._chooser.renew_shortlist(moment.load, moment.batch, moment.completed_requests)
+        models = self._chooser.models
+        reason = f"round after {moment.completed_requests} requests: "
+        history = self._chooser.assessor.history.rows(moment.completed_requests)
+        match self.parameters.evaluation:
+            case Evaluation.OFF:
+                decided = self._conclude(moment)
+                return None if _same(decided, now) else decided
+            case Evaluation.PROBE:
+                return replace(
+                    now,
+                    probe=Probe(tuple(models), prompts),
+                    triggers=(Probed(),),
+                    reason=reason + f"{', '.join(models)} score the latest {prompts} answers",
+                    evidence={"history": history},
+                )
+            case Evaluation.SERVE:
+                # The incumbent first, since part of it is there; the best predicted last, since it may stay.
+                incumbent = [model for model in models if model == now.active.model]
+                others = [model for model in reversed(models) if model != now.active.model]
+                self._left.extend(incumbent + others)
+                return replace(
+                    now,
+                    admit_limit=0,
+                    triggers=(Drained(),),
+                    reason=reason + f"{now.active.model} drains before {', '.join(self._left)} are evaluated",
+                    evidence={"history": history},
+                )
+
+    def _evaluate_next(self, completed_requests: int) -> Deployment:
+        p, model = self.parameters, self._left.popleft()
+        active = self._chooser.whole(model)
+        cap = self._chooser.assessor.cap(model, completed_requests).layers
+        # No answer is longer than the model's context, so this observes every token.
+        all_tokens = self._situation.candidates[model].profile.model.max_context_tokens
+        tokens = all_tokens if p.evaluated_tokens is None else p.evaluated_tokens
+        observed = "every token" if p.evaluated_tokens is None else f"the first {tokens} tokens of each"
+        deployment = self._deployment_of(
+            active,
+            triggers=(Drained(),),
+            reason=f"{model} serves {p.prompts_per_candidate} requests whole, {observed} observed at every exit",
+            evidence={"provisional_cap": cap, "left_to_evaluate": list(self._left)},
+        )
+        run_layers = None if cap == active.layers or p.evaluated_tokens is None else cap
+        return replace(deployment, admit_limit=p.prompts_per_candidate, observe_tokens=tokens, run_layers=run_layers)
+
+    def _conclude(self, moment: Moment) -> Deployment:
+        """Ends a round with a choice."""
+        choice = self._chooser.after_round(moment)
+        requests = self._constants.round_requests
+        self._round_ends = moment.completed_requests + requests
+        self._breached.clear()
+        placement = choice.option.placement
+        where = "whole" if self._chooser.is_whole(placement) else f"cut at layer {placement.layers}"
+        reason = f"{placement.model}, {where}, has the least predicted cost of the next {requests} requests"
+        return self._serve(placement, requests, reason, choice.evidence)
+
+    def _answer_breach(self, moment: Moment, telemetry: Telemetry) -> Deployment | None:
+        constants, now = self._constants, self._deployment.active
+        if self._answered_ns is not None:
+            since_s = (telemetry.now_ns - self._answered_ns) / NS_PER_S
+            if since_s < constants.cooldown_s:
+                return None
+        self._breached.add(now.model)
+        remaining = max(1, self._round_ends - moment.completed_requests)
+        choice = self._chooser.after_breach(moment, self._breached, remaining)
+        if choice is None:
+            return None
+        self._answered_ns = telemetry.now_ns
+        placement = choice.option.placement
+        if placement.model == now.model:
+            action = f"{now.model} loads its remaining layers"
+        else:
+            action = f"switch to {placement.model} cut at layer {placement.layers}"
+        reason = (
+            f"more than {constants.limit} of {constants.window_tokens} tokens left {now.model} at layer {now.layers} "
+            f"without confidence: {action}"
+        )
+        evidence = {"breaches_in_window": telemetry.breaches_in_window, **choice.evidence}
+        return self._serve(placement, remaining, reason, evidence)
+
+    @property
+    def _constants(self) -> RoundConstants:
+        return self.parameters.at_batch(self._batch)
+
+    def _serve(self, placement: Placement, requests: int, reason: str, evidence: Mapping[str, Any]) -> Deployment:
+        """Serves until `requests` more are completed; below full depth the breach counter watches."""
+        triggers: tuple[Trigger, ...] = (Completed(requests),)
+        if not self._chooser.is_whole(placement):
+            triggers = (BreachLimit(self._constants.window_tokens, self._constants.limit), *triggers)
+        return self._deployment_of(placement, triggers, reason, evidence)
+
+    def _deployment_of(
+        self, active: Placement, triggers: tuple[Trigger, ...], reason: str, evidence: Mapping[str, Any]
+    ) -> Deployment:
+        p = self.parameters
+        return Deployment(
+            active=active,
+            exit_rule=FixedCap(p.threshold, p.confidence),
+            standby=self._chooser.standby(active),
+            kv_rule=KvRule.NONE,
+            batch_limit=p.batch_limit,
+            in_flight=p.in_flight,
+            triggers=triggers,
+            reason=reason,
+            evidence=evidence,
+        )
+
+
+def _same(a: Deployment, b: Deployment) -> bool:
+    """Apart from what the log says."""
+    return replace(a, reason="", evidence={}) == replace(b, reason="", evidence={})

@@ -1,0 +1,161 @@
+"""Which model serves each request and how deep each token runs, when all is known. Knows times, no server.
+
+Why no policy that keeps to the quality floor is faster (one request at a time, epoch_requests 1). Let a policy serve
+every request on one model each, with at most a share epsilon of its tokens different from full depth. Running token j
+of request r on model m to exit e takes at least t(r, m, j, e), the profile's time of that iteration alone; let d be 1
+if e then gives another token than full depth, and s(r) and n(r) the sums of d and of tokens. The policy's time is at
+least sum t, and since sum (s - epsilon n) <= 0, for any price u >= 0
+
+    time >= sum t >= sum t + u sum (s - epsilon n) >= sum over r of min over m of [ sum over j of min over e of
+                                                     (t + u d) - u epsilon n ].
+
+The plan takes exactly these minima, so the right side is the plan's own time plus u sum (s - epsilon n) over the
+plan. u is chosen so that the plan spends the budget, sum (s - epsilon n) >= 0 (or u is 0): hence the plan's time is no
+longer than the policy's. Requests at the critical price are split so that the budget is overspent by less than one
+request's tokens: the oracle is a relaxed bound and may itself miss the floor by that much. A policy that moves
+a request to another model in mid-answer is outside the argument. With larger batches or epochs the same plan is a
+reference, no proven bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+BISECTIONS = 60  # of the price; what is left is below the last bits of the times
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTimes:
+    """All answer tokens of one model, request after request: T tokens, E exits, R requests, at least one each."""
+
+    exits: tuple[int, ...]
+    time_s: FloatArray  # (T, E) of running the token to each exit, alone on the card
+    differs: BoolArray  # (T, E) from full depth's token
+    first: IntArray  # (R,) where each request's tokens begin
+    possible: BoolArray  # (R,) the model's context is long enough
+
+    @property
+    def tokens(self) -> IntArray:
+        """(R,) of each request."""
+        return np.diff(np.append(self.first, len(self.time_s)))
+
+    def cheapest(self, price_s: float) -> IntArray:
+        """(T,) exit of least time plus price of a changed token; the deepest of equals, which changes fewest."""
+        cost = (self.time_s + price_s * self.differs)[:, ::-1]
+        return np.asarray(cost.shape[1] - 1 - cost.argmin(axis=1), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Model and exits of every request, in their order. It is also the server's `ServicePlan`."""
+
+    models: tuple[str, ...]
+    request_ids: Mapping[int, int]  # to the request's place
+    tables: tuple[TokenTimes, ...]  # per model
+    price_s: float  # of a changed token
+    model_index: IntArray  # (R,)
+    exit_index: tuple[IntArray, ...]  # per model, (T,)
+    slack: FloatArray  # (R,) changed tokens minus the budget: s - epsilon n
+    time_s: FloatArray  # (R,)
+
+    def model(self, request_id: int) -> str:
+        return self.models[self.model_index[self.request_ids[request_id]]]
+
+    def layers(self, request_id: int) -> IntArray:
+        """(n,) depth of each answer token."""
+        place = self.request_ids[request_id]
+        m = self.model_index[place]
+        table = self.tables[m]
+        span = slice(table.first[place], table.first[place] + table.tokens[place])
+        return np.asarray(table.exits, dtype=np.int64)[self.exit_index[m][span]]
+
+
+def make_plan(
+    models: Sequence[str],
+    tables: Sequence[TokenTimes],
+    request_ids: Sequence[int],
+    epsilon: float,
+    epoch_requests: int = 1,
+) -> Plan:
+    """The plan of the module's argument, for at least one request; `epsilon` is the budget of changed tokens."""
+
+    def at(price_s: float) -> Plan:
+        return _plan_at(price_s, tuple(models), tuple(tables), request_ids, epsilon, epoch_requests)
+
+    low = at(0.0)
+    if low.slack.sum() <= 0:
+        return low  # even changes for free stay within the budget
+    high = at(2.0 * max(float(np.ptp(t.time_s, axis=1).max()) for t in tables))  # no change is worth so much
+    if high.slack.sum() >= 0:
+        return high  # the budget is 0
+    longest = max(int(t.tokens.max()) for t in tables)
+    for _ in range(BISECTIONS):
+        if low.slack.sum() < longest:
+            return low
+        middle = at(0.5 * (low.price_s + high.price_s))
+        if middle.slack.sum() >= 0:
+            low = middle
+        else:
+            high = middle
+    return _split(low, high)
+
+
+def _plan_at(
+    price_s: float,
+    models: tuple[str, ...],
+    tables: tuple[TokenTimes, ...],
+    request_ids: Sequence[int],
+    epsilon: float,
+    epoch_requests: int,
+) -> Plan:
+    """Each request (or epoch) on the model of least Lagrangian, each token at its exit of least price."""
+    n_requests = len(request_ids)
+    epochs = np.arange(0, n_requests, epoch_requests)
+    exits, times, slacks, costs = [], [], [], []
+    for table in tables:
+        chosen = table.cheapest(price_s)
+        rows = np.arange(len(chosen))
+        time_s = np.add.reduceat(table.time_s[rows, chosen], table.first)
+        slack = np.add.reduceat(table.differs[rows, chosen].astype(np.float64), table.first) - epsilon * table.tokens
+        cost = np.where(table.possible, time_s + price_s * slack, np.inf)
+        exits.append(chosen)
+        times.append(time_s)
+        slacks.append(slack)
+        costs.append(np.add.reduceat(cost, epochs))
+    best = np.repeat(np.argmin(costs, axis=0), np.diff(np.append(epochs, n_requests)))
+    place = np.arange(n_requests)
+    return Plan(
+        models=models,
+        request_ids={request_id: i for i, request_id in enumerate(request_ids)},
+        tables=tables,
+        price_s=price_s,
+        model_index=best.astype(np.int64),
+        exit_index=tuple(exits),
+        slack=np.array(slacks)[best, place],
+        time_s=np.array(times)[best, place],
+    )
+
+
+def _split(low: Plan, high: Plan) -> Plan:
+    """Both minimise at the critical price: the first requests spend as in `low`, as few as use up the budget."""
+    gained = np.cumsum(low.slack - high.slack)
+    n = int(np.searchsorted(gained, -high.slack.sum(), side="left")) + 1
+    first = np.arange(len(low.slack)) < n
+    exit_index = tuple(
+        np.where(np.repeat(first, table.tokens), a, b)
+        for table, a, b in zip(low.tables, low.exit_index, high.exit_index, strict=True)
+    )
+    return replace(
+        low,
+        model_index=np.where(first, low.model_index, high.model_index),
+        exit_index=exit_index,
+        slack=np.where(first, low.slack, high.slack),
+        time_s=np.where(first, low.time_s, high.time_s),
+    )

@@ -1,0 +1,92 @@
+"""What it takes to go from one placement to another. Knows profiles and memory, no objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from helios_sim.policy.deployment import InFlight, Placement
+from helios_sim.policy.depth import prefill_time_s
+from helios_sim.policy.load import Load
+from helios_sim.policy.telemetry import Situation
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """`lost_s` is the time in which the server serves nothing, its total until it works at the new rate."""
+
+    load_bytes: int
+    load_s: float  # the transfer alone, the channel free
+    drain_s: float  # until requests in flight are done, 0 where none has to wait for it
+    prefill_s: float  # texts in flight that are computed again
+    lost_s: float
+
+
+NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """What is resident and running when a transition would start."""
+
+    active: Placement
+    standby: tuple[Placement, ...]
+    running_requests: int
+    decode_iteration_s: float  # of the active placement
+
+    @property
+    def resident(self) -> dict[str, int]:
+        layers = {self.active.model: self.active.layers}
+        for other in self.standby:
+            layers[other.model] = max(other.layers, layers.get(other.model, 0))
+        return layers
+
+
+def transition(
+    situation: Situation, now: Underway, to: Placement, load: Load, in_flight: InFlight = InFlight.DRAIN
+) -> Transition:
+    """Predicted, at mean lengths.
+
+    Requests in flight have uniform shares of their answers left, so B of them drain in T B / (B + 1), with T the
+    whole decode of one, and T (B - 1) / (2 (B + 1)) of that is lost to places left empty. A change of model loads
+    while it drains if both fit beside the KV in use, else afterwards. More layers of the same model load while
+    serving goes on, slowed; then the texts in flight are prefilled again, as they are after a migration.
+    """
+    candidate = situation.candidates[to.model]
+    profile = candidate.profile
+    resident = now.resident
+    have = profile.weight_bytes(resident[to.model]) if to.model in resident else 0
+    load_bytes = max(0, profile.weight_bytes(to.layers) - have)
+    load_s = profile.load_time_s(load_bytes) if load_bytes else 0.0
+    running = now.running_requests
+    tokens_in_flight = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
+
+    def prefill_again_s() -> float:
+        return running * prefill_time_s(profile, to.layers, tokens_in_flight, situation.max_batch_tokens)[0]
+
+    if to.model == now.active.model:
+        deeper = to.layers > now.active.layers
+        prefill_s = prefill_again_s() if deeper and running else 0.0
+        slowed_s = load_s * (1.0 - 1.0 / profile.load_slowdown) if running else load_s
+        return Transition(load_bytes, load_s, 0.0, prefill_s, slowed_s + prefill_s)
+    if in_flight is InFlight.MIGRATE and running:
+        prefill_s = prefill_again_s()
+        slowed_s = load_s * (1.0 - 1.0 / profile.load_slowdown) if _fits_beside(situation, now, to, load) else load_s
+        return Transition(load_bytes, load_s, 0.0, prefill_s, slowed_s + prefill_s)
+    answer_s = (load.output_tokens(situation.candidates[now.active.model]) - 1) * now.decode_iteration_s
+    drain_s = answer_s * running / (running + 1)
+    empty_s = answer_s * (running - 1) / (2 * (running + 1)) if running else 0.0
+    left_s = max(0.0, load_s - drain_s) if _fits_beside(situation, now, to, load) else load_s
+    return Transition(load_bytes, load_s, drain_s, 0.0, empty_s + left_s)
+
+
+def _fits_beside(situation: Situation, now: Underway, to: Placement, load: Load) -> bool:
+    """Whether the new weights fit beside the old ones and the KV in use."""
+    layers = now.resident
+    layers[to.model] = max(to.layers, layers.get(to.model, 0))
+    resident: Sequence[tuple[str, int]] = tuple(layers.items())
+    active = situation.candidates[now.active.model]
+    tokens = load.prompt_tokens(active) + load.output_tokens(active) / 2
+    in_use_bytes = now.running_requests * tokens * active.profile.kv_bytes_per_token(now.active.layers)
+    pool_bytes = situation.memory.pool_bytes((situation.candidates[m].profile, n) for m, n in resident)
+    return pool_bytes >= in_use_bytes
