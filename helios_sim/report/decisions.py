@@ -1,0 +1,101 @@
+"""The decision log as rows. Knows how to put triggers and deployments into words and columns, decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from helios_sim.policy.deployment import Deployment, Placement
+from helios_sim.policy.trigger import Cause
+from helios_sim.report.files import to_json
+from helios_sim.report.summary import json_value
+from helios_sim.request import NS_PER_S
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from helios_sim.report.result import ArmResult
+    from helios_sim.serving.decider import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRow:
+    """One decision: when, on what cause, what was decided, why and on what evidence."""
+
+    arm: str
+    time_s: float
+    replica: int
+    cause: str
+    model: str
+    layers: int
+    exit_rule: str
+    standby: str
+    reason: str
+    evidence: Mapping[str, Any]
+
+    @property
+    def evidence_text(self) -> str:
+        return "; ".join(f"{key}: {_short(value)}" for key, value in self.evidence.items())
+
+
+def decision_rows(arm: ArmResult) -> list[DecisionRow]:
+    return [_row(arm.name, decision) for decision in arm.decisions]
+
+
+def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
+    """All arms' decisions; `evidence` is JSON text."""
+    import pyarrow as pa
+
+    rows = [row for arm in arms.values() for row in decision_rows(arm)]
+    columns: dict[str, Any] = {
+        "arm": pa.string(),
+        "time_s": pa.float64(),
+        "replica": pa.int64(),
+        "cause": pa.string(),
+        "model": pa.string(),
+        "layers": pa.int64(),
+        "exit_rule": pa.string(),
+        "standby": pa.string(),
+        "reason": pa.string(),
+    }
+    data = {name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in columns.items()}
+    data["evidence"] = pa.array([to_json(row.evidence) for row in rows], pa.string())
+    return pa.table(data)
+
+
+def _row(arm: str, decision: Decision) -> DecisionRow:
+    deployment: Deployment = decision.deployment
+    return DecisionRow(
+        arm=arm,
+        time_s=decision.time_ns / NS_PER_S,
+        replica=decision.replica,
+        cause=in_words(decision.cause),
+        model=deployment.active.model,
+        layers=deployment.active.layers,
+        exit_rule=in_words(deployment.exit_rule),
+        standby=", ".join(_placement(p) for p in deployment.standby),
+        reason=deployment.reason,
+        evidence=json_value(deployment.evidence),
+    )
+
+
+def in_words(value: Cause | object) -> str:
+    """A trigger or exit rule as text: `breach limit (window_tokens 100, limit 50)`."""
+    name = "".join(f" {c.lower()}" if c.isupper() else c for c in type(value).__name__).strip()
+    settings = ", ".join(f"{f.name} {getattr(value, f.name)}" for f in fields(value))  # type: ignore[arg-type]
+    return f"{name} ({settings})" if settings else name
+
+
+def _placement(placement: Placement) -> str:
+    return f"{placement.model} {placement.layers}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    return str(value)

@@ -1,0 +1,206 @@
+"""Figures of the arms: what each gains, its latencies, exit depths, and ours beside the published. Draws, no more."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from helios_sim.report import format as fmt
+from helios_sim.report.definitions import DEFINITIONS, Better
+from helios_sim.report.result import ExperimentResult
+from helios_sim.report.style import (
+    BASELINE_COLOR,
+    INK,
+    MODEL_COLORS,
+    MUTED,
+    PAPER,
+    ArmStyle,
+    Drawing,
+    arm_styles,
+    legend_above,
+    look,
+    new_figure,
+)
+from helios_sim.report.summary import Comparisons
+from helios_sim.request import NS_PER_S
+
+_FOREST = ("throughput_requests_per_s", "e2e_s_mean", "layers_per_token")
+_CDF_POINTS = 600  # enough for a smooth line, few enough for a small file
+
+
+def arm_drawings(result: ExperimentResult, ratios: Comparisons) -> list[Drawing]:
+    """Those figures of the arms for which there is something to draw."""
+    styles = arm_styles(list(result.arms), result.baseline)
+    with look():
+        found = [
+            published_figure(result),
+            forest_figure(result, ratios, styles),
+            latency_figure(result, styles),
+            exit_figure(result, styles),
+        ]
+    return [drawing for drawing in found if drawing is not None]
+
+
+def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[str, ArmStyle]) -> Drawing | None:
+    """Ratio to the baseline with its interval, a row for each arm."""
+    first = (result.headline_metrics or _FOREST)[0]
+    wanted = dict.fromkeys((first, *_FOREST))
+    shown = [m for m in wanted if any(m in of_arm and of_arm[m].ratio for of_arm in ratios.values())][:3]
+    if not ratios or not shown:
+        return None
+    arms = list(ratios)
+    figure, axes = new_figure(1, len(shown), 1.15 + 0.34 * len(arms), sharey=True)
+    for ax, name in zip(axes, shown, strict=True):
+        ax.axvline(1, color=BASELINE_COLOR, linewidth=1.4)
+        for row, arm in enumerate(arms):
+            value = ratios[arm].get(name)
+            if value is None or value.ratio is None:
+                continue
+            color = styles[arm].color
+            if value.low is not None and value.high is not None:
+                ax.plot(
+                    [value.low, value.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt"
+                )
+            ax.plot([value.ratio], [row], "o", color=color, markersize=7)
+            ax.annotate(
+                f"{value.ratio:.2f}×",
+                (value.ratio, row),
+                (0, 8),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha="center",
+                color=INK,
+            )
+        better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
+        hint = {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]
+        ax.set_title(fmt.label(name))
+        ax.set_xlabel("ratio to baseline" + (f", {hint}" if hint else ""))
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(len(arms) - 0.4, -0.7)
+        ax.margins(x=0.14)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+    caption = f"Grey line: {result.baseline}. Pale bars: 95 % intervals, where the runs give one."
+    return Drawing("arms_vs_baseline", f"Each arm against {result.baseline}", caption, figure)
+
+
+def latency_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawing | None:
+    """Cumulative distributions of TTFT, TPOT and E2E, one line for each arm."""
+    slo = result.slo
+    panels = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
+    figure, axes = new_figure(1, 3, 3.6, sharey=True)
+    for name, arm in result.arms.items():
+        records = [replicate.records for replicate in arm.replicates]
+        tpots = [r.tpot_ns() for r in records]
+        columns = (
+            np.concatenate([r.ttft_ns() for r in records]).astype(np.float64),
+            np.concatenate([ns[defined] for ns, defined in tpots]),
+            np.concatenate([r.e2e_ns() for r in records]).astype(np.float64),
+        )
+        style = styles[name]
+        for ax, column in zip(axes, columns, strict=True):
+            if column.size:
+                share = np.linspace(0, 100, min(_CDF_POINTS, max(2, column.size)))
+                values = np.percentile(column, share) / NS_PER_S
+                ax.plot(values, share, color=style.color, linestyle=style.linestyle, label=name)
+    if not any(ax.lines for ax in axes):
+        return None
+    for ax, (title, bound_s) in zip(axes, panels, strict=True):
+        ax.set_title(title)
+        use_log_seconds(ax)
+        if bound_s is not None:
+            ax.axvline(bound_s, color=MUTED, linewidth=1.2, linestyle=":")
+            ax.annotate("SLO", (bound_s, 3), (3, 0), textcoords="offset points", fontsize=8.5, color=MUTED)
+    axes[0].set_ylabel("requests at or below (%)")
+    axes[0].set_ylim(0, 100)
+    legend_above(figure, axes[2])
+    return Drawing("latency", "Latency distributions", "Further left is faster. Completed requests, log scale.", figure)
+
+
+def exit_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawing | None:
+    """Share of output tokens by the layer after which they left, a panel for each model, bars for each arm."""
+    models: dict[str, list[int]] = {}
+    for arm in result.arms.values():
+        for depths in arm.exit_depths:
+            models[depths.model] = sorted({*models.get(depths.model, []), *depths.tokens_by_depth})
+    if not models:
+        return None
+    figure, axes = new_figure(1, len(models), 3.7, sharey=True)
+    names: dict[str, None] = {}
+    for ax, (model, depths_of_model) in zip(axes, models.items(), strict=True):
+        arms = [a for a in result.arms.values() if any(d.model == model for d in a.exit_depths)]
+        width = 0.84 / len(arms)
+        for place, arm in enumerate(arms):
+            names[arm.name] = None
+            counts = next(d.tokens_by_depth for d in arm.exit_depths if d.model == model)
+            total = sum(counts.values())
+            shares = [100 * counts.get(depth, 0) / total if total else 0.0 for depth in depths_of_model]
+            at = np.arange(len(depths_of_model)) + (place - (len(arms) - 1) / 2) * width
+            bars = ax.bar(at, shares, width * 0.92, color=styles[arm.name].color, label=arm.name)
+            if len(arms) * len(depths_of_model) <= 14:
+                ax.bar_label(bars, [f"{s:.0f}" if s >= 0.5 else "" for s in shares], fontsize=8.5, color=INK, padding=2)
+        ax.set_xticks(range(len(depths_of_model)), [str(d) for d in depths_of_model])
+        ax.set_xlabel("left after layer")
+        ax.set_title(model)
+        ax.grid(axis="x", visible=False)
+        ax.tick_params(axis="x", length=0)
+    axes[0].set_ylabel("output tokens (%)")
+    handles = {t: h for ax in axes for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend([handles[n] for n in names], list(names), loc="outside upper left", ncols=min(5, len(names)))
+    caption = "Where tokens leave: under a fixed cap all leave at the cap; under per-token exits where they are sure."
+    return Drawing("exit_depths", "Exit depths", caption, figure)
+
+
+def published_figure(result: ExperimentResult) -> Drawing | None:
+    """Bars: ours with its interval, and the published value."""
+    rows = [p for p in result.published if p.ours is not None and p.unit == "x"]
+    if not rows:
+        return None
+    figure, (ax,) = new_figure(1, 1, 1.1 + 0.62 * len(rows))
+    at = np.arange(len(rows))
+    ours = [p.ours or 0.0 for p in rows]
+    ax.barh(at - 0.19, ours, 0.34, color=MODEL_COLORS[0], label="this run")
+    ax.barh(
+        at + 0.19,
+        [p.published for p in rows],
+        0.34,
+        color=PAPER,
+        edgecolor=MUTED,
+        linewidth=1.3,
+        hatch="////",
+        label="published",
+    )
+    for row, p in enumerate(rows):
+        end = ours[row]
+        if p.low is not None and p.high is not None:
+            ax.plot([p.low, p.high], [row - 0.19] * 2, color=INK, linewidth=1.6, marker="|", markersize=8)
+            end = max(end, p.high)
+        ax.annotate(f"{ours[row]:.2f}×", (end, row - 0.19), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(
+            f"{p.published:.2f}×",
+            (p.published, row + 0.19),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=MUTED,
+        )
+    ax.axvline(1, color=BASELINE_COLOR, linewidth=1.2)
+    ax.set_yticks(at, [p.what for p in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("ratio to the baseline named at the left")
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    legend_above(figure, ax)
+    caption = "Whiskers: 95 % intervals of ours. Conditions and the class of every input are in the table."
+    return Drawing("published", "Ours beside the published figures", caption, figure)
+
+
+def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
+    """A log axis of seconds with readable ticks."""
+    axis = ax.yaxis if y else ax.xaxis
+    (ax.set_yscale if y else ax.set_xscale)("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: fmt.seconds(value)))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

@@ -1,0 +1,191 @@
+"""Figures over many settings: lines of a metric, and throughput and latency against load. Draws, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.report.figures import use_log_seconds
+from helios_sim.report.metrics import Band
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
+from helios_sim.report.style import INK, MUTED, ArmStyle, Drawing, arm_styles, legend_above, look, new_figure
+
+_SPLIT_LINES = ("-", "--", ":", "-.")
+
+
+def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
+    """The figures that the experiment asked for and that have points."""
+    arms = list(dict.fromkeys(arm for point in result.points for arm in point.metrics))
+    styles = arm_styles(list(dict.fromkeys((*result.arms, *arms))), result.baseline)
+    found = []
+    with look():
+        for place, spec in enumerate(result.figures):
+            points = [p for p in result.points if all(p.settings.get(k) == v for k, v in spec.where.items())]
+            points = [p for p in points if spec.x in p.settings]
+            if points and isinstance(spec, LoadFigure):
+                found.append(load_figure(f"load_{place}", spec, points, styles))
+            elif points and isinstance(spec, SweepFigure):
+                found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline))
+    return found
+
+
+def sweep_figure(
+    name: str, spec: SweepFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle], baseline: str
+) -> Drawing:
+    """A line for each arm and each value of `split_by`; pale bands are intervals."""
+    figure, (ax,) = new_figure(1, 1, 4.2)
+    shown = [a for a in styles if any(a in p.metrics for p in points) and (spec.arms is None or a in spec.arms)]
+    if spec.relative:
+        shown = [a for a in shown if a != baseline]
+        ax.axhline(1, color=styles[baseline].color, linewidth=1.4)
+    splits = list(dict.fromkeys(p.settings.get(spec.split_by) for p in points)) if spec.split_by else [None]
+    ticks = _positions(points, spec.x)
+    for arm in shown:
+        for place, split in enumerate(splits):
+            chosen = [p for p in points if spec.split_by is None or p.settings.get(spec.split_by) == split]
+            rows = sorted(row for p in chosen if (row := _row(p, arm, spec, ticks)) is not None)
+            if not rows:
+                continue
+            style = styles[arm]
+            x, y, low, high = (np.array(column) for column in zip(*rows, strict=True))
+            line = _SPLIT_LINES[place % len(_SPLIT_LINES)] if spec.split_by else style.linestyle
+            text = arm if split is None else f"{arm}, {spec.split_by} {split}"
+            ax.plot(x, y, color=style.color, linestyle=line, marker=style.marker, label=text)
+            if (high > low).any():
+                ax.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
+    if any(isinstance(x, str) for x in ticks):
+        ax.set_xticks(list(ticks.values()), [str(x) for x in ticks])
+    elif spec.log_x:
+        ax.set_xscale("log")
+    if spec.log_y:
+        ax.set_yscale("log")
+    for mark in spec.marks:
+        ax.axhline(mark.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        ax.annotate(
+            mark.label,
+            (1, mark.value),
+            (-4, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=INK,
+        )
+    ax.set_xlabel(spec.x_label)
+    ax.set_ylabel(spec.y_label)
+    legend_above(figure, ax, columns=4)
+    caption = "Pale bands: 95 % intervals, where the runs give one." + (
+        f" Baseline: {baseline}." if spec.relative else ""
+    )
+    return Drawing(name, spec.title, caption, figure)
+
+
+def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle]) -> Drawing:
+    """Throughput, TTFT, TPOT and, with SLOs, attainment (else E2E) against load; solid p50 or mean, dashed p99."""
+    figure, axes = new_figure(2, 2, 6.4, sharex=True)
+    fourth = ("slo_attainment",) if spec.slo.any else ("e2e_s_p50", "e2e_s_p99")
+    panels = (
+        ("Throughput", "requests/s", ("throughput_requests_per_s",), None),
+        ("TTFT", "p50 solid, p99 dashed", ("ttft_s_p50", "ttft_s_p99"), spec.slo.ttft_s),
+        ("TPOT", "p50 solid, p99 dashed", ("tpot_s_p50", "tpot_s_p99"), spec.slo.tpot_s),
+        ("SLO attainment" if spec.slo.any else "E2E", "" if spec.slo.any else "p50 solid, p99 dashed", fourth, None),
+    )
+    arms = [a for a in styles if any(a in p.metrics for p in points)]
+    loads = sorted({float(p.settings[spec.x]) for p in points})
+    for ax, (title, y_label, metrics, bound) in zip(axes, panels, strict=True):
+        for arm in arms:
+            for metric, line in zip(metrics, ("-", "--"), strict=False):
+                _plot_metric(ax, points, spec.x, arm, metric, styles[arm], line)
+        ax.set_title(title)
+        ax.set_ylabel(y_label)
+        in_seconds = DEFINITIONS[metrics[0]].unit == "s"
+        if in_seconds and any(line.get_ydata(orig=False).size for line in ax.lines):  # type: ignore[union-attr]
+            use_log_seconds(ax, y=True)
+        if bound is not None:
+            ax.axhline(bound, color=MUTED, linewidth=1.2, linestyle=":")
+            ax.annotate(
+                "SLO",
+                (0, bound),
+                (4, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=MUTED,
+            )
+    axes[0].plot(loads, loads, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
+    axes[0].annotate(
+        "all served",
+        (loads[-1], loads[-1]),
+        (-6, -2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8.5,
+        color=MUTED,
+    )
+    if spec.slo.any:
+        axes[3].axhline(0.99, color=MUTED, linewidth=1.2, linestyle=":")
+        axes[3].annotate(
+            "99 %",
+            (0, 0.99),
+            (4, -11),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=MUTED,
+        )
+        axes[3].set_ylim(0, 1.03)
+    for ax in axes[2:]:
+        ax.set_xlabel(spec.x_label)
+    legend_above(figure, axes[0], columns=5)
+    caption = "Beyond saturation an arm serves less than is offered, and its latencies depend on how long the run is."
+    return Drawing(name, spec.title, caption, figure)
+
+
+def _plot_metric(
+    ax: Axes, points: Sequence[SweepPoint], x: str, arm: str, metric: str, style: ArmStyle, line: str
+) -> None:
+    rows = sorted(
+        (float(p.settings[x]), float(value))
+        for p in points
+        if isinstance(value := p.metrics.get(arm, {}).get(metric), int | float)
+    )
+    if rows:
+        xs, ys = zip(*rows, strict=True)
+        marker = style.marker if line == "-" else None
+        label = arm if line == "-" else None
+        ax.plot(xs, ys, color=style.color, linestyle=line, marker=marker, label=label, linewidth=2 if marker else 1.4)
+
+
+def _positions(points: Sequence[SweepPoint], x: str) -> dict[float | int | str, float]:
+    """Where a setting's value lies on the axis: numbers at themselves, words one after the other."""
+    values = list(dict.fromkeys(p.settings[x] for p in points))
+    if any(isinstance(v, str) for v in values):
+        return {v: float(i) for i, v in enumerate(values)}
+    return {v: float(v) for v in values}
+
+
+def _row(
+    point: SweepPoint, arm: str, spec: SweepFigure, at: Mapping[float | int | str, float]
+) -> tuple[float, float, float, float] | None:
+    """(x, y, low, high) of a point; None where the arm or the metric has nothing there."""
+    x = at[point.settings[spec.x]]
+    if spec.relative:
+        ratio = point.vs_baseline.get(arm, {}).get(spec.metric)
+        if ratio is None:
+            return None
+        middle = ratio.ratio
+        if middle is None and ratio.low is not None and ratio.high is not None:
+            middle = (ratio.low + ratio.high) / 2
+        if middle is None:
+            return None
+        low, high = ratio.low, ratio.high
+        return x, middle, middle if low is None else low, middle if high is None else high
+    value = point.metrics.get(arm, {}).get(spec.metric)
+    if value is None:
+        return None
+    if isinstance(value, Band):
+        return x, (value.low + value.high) / 2, value.low, value.high
+    return x, float(value), float(value), float(value)

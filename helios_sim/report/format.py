@@ -1,0 +1,83 @@
+"""Numbers for people: few digits, fitting units. Knows units, not where numbers come from."""
+
+from __future__ import annotations
+
+from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.report.metrics import Band, MetricValue
+
+NOTHING = "–"
+_SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """About `digits` significant digits, thousands grouped, no exponent for everyday sizes."""
+    if value == 0:
+        return "0"
+    if isinstance(value, int) or (abs(value) >= 10**digits and float(value).is_integer()):
+        return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.{digits}g}"
+    size = abs(value)
+    if size >= 1e15 or size < 1e-6:
+        return f"{value:.{digits}g}"
+    whole_digits = len(str(int(size))) if size >= 1 else 0
+    if whole_digits >= digits:
+        return f"{value:,.0f}"
+    if size >= 1:
+        return f"{value:.{digits - whole_digits}f}"
+    text = f"{value:.{digits}g}"
+    return text if "e" not in text else f"{value:.8f}".rstrip("0")
+
+
+def seconds(value: float) -> str:
+    if value == 0:
+        return "0 s"
+    _, factor, unit = next(row for row in _SMALL_S if abs(value) >= row[0])
+    return f"{number(value * factor)} {unit}"
+
+
+def in_unit(value: float, unit: str) -> str:
+    """With its unit, scaled for reading: 0.0123 s -> 12.3 ms, 3.9e10 bytes -> 39.0 GB, 0.85 share -> 85.0 %."""
+    if unit == "s":
+        return seconds(value)
+    if unit == "bytes":
+        for size, name in _BYTES:
+            if abs(value) >= size:
+                return f"{number(value / size)} {name}"
+        return f"{number(value)} B"
+    if unit == "share":
+        return f"{value * 100:.1f} %"
+    if unit == "1/s":
+        return f"{number(value)}/s"
+    if unit == "x":
+        return f"{number(value)}×"
+    return f"{number(value)} {unit}".rstrip()
+
+
+def metric(name: str, value: MetricValue) -> str:
+    """A metric's value as the tables show it; a dash where it is undefined."""
+    if value is None:
+        return NOTHING
+    unit = DEFINITIONS[name].unit if name in DEFINITIONS else ""
+    if isinstance(value, Band):
+        return f"{number(value.low)} to {in_unit(value.high, unit)}"
+    return in_unit(value, unit)
+
+
+def ratio(value: Ratio | None) -> str:
+    """1.48× [1.45, 1.51], or a band, or a dash."""
+    if value is None:
+        return NOTHING
+    if value.method is Method.BAND and value.low is not None and value.high is not None:
+        return f"{value.low:.2f} to {value.high:.2f}×"
+    if value.ratio is None:
+        return NOTHING
+    digits = 2 if value.ratio < 10 else 1
+    text = f"{value.ratio:.{digits}f}×"
+    if value.low is not None and value.high is not None:
+        text += f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return text
+
+
+def label(name: str) -> str:
+    return DEFINITIONS[name].label if name in DEFINITIONS else name

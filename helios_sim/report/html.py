@@ -1,0 +1,171 @@
+"""The self-contained HTML report. Knows what is shown and in which words; the template knows how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helios_sim import __version__
+from helios_sim.report import format as fmt
+from helios_sim.report.cautions import cautions
+from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.decisions import decision_rows
+from helios_sim.report.definitions import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
+from helios_sim.report.files import to_json
+from helios_sim.report.result import ArmResult, ExperimentResult, headline_metrics
+from helios_sim.report.style import Drawing, arm_styles, to_svg
+from helios_sim.report.summary import Comparisons, json_value
+
+SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
+_MOST_CARDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number that stands out."""
+
+    what: str
+    value: str
+    note: str
+
+
+def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
+    """The whole page as text: no script, no network, figures inline."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("helios_sim.report"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    loader = environment.loader
+    assert loader is not None
+    css = loader.get_source(environment, "report.css")[0]
+    warnings = cautions(result)
+    assumptions = result.all_assumptions
+    decisions = [log for arm in result.arms.values() if (log := _decision_log(arm))]
+    parts = {
+        "answer": ("Answer", True),
+        "warnings": ("Read with care", warnings),
+        "arms": ("Arms", True),
+        "published": ("Published", result.published),
+        "gates": ("Gates", result.gates),
+        "figures": ("Figures", drawings),
+        "decisions": ("Decisions", decisions),
+        "workload": ("Workload", True),
+        "assumptions": ("Not measured", assumptions),
+        "provenance": ("Provenance", True),
+    }
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        version=__version__,
+        css=Markup(css),
+        contents=[(key, text) for key, (text, there) in parts.items() if there],
+        cards=_cards(result, ratios),
+        warnings=warnings,
+        columns=[{"label": fmt.label(name)} for name in headline_metrics(result)],
+        rows=_arm_rows(result, ratios),
+        all_metrics=_all_metrics(result, ratios),
+        published=[_published(p) for p in result.published],
+        gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
+        figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
+        decisions=decisions,
+        assumptions=assumptions,
+        run_json=to_json(json_value(result.provenance), indent=2),
+        definitions=list(DEFINITIONS.values()),
+        notes={"latency": LATENCY_NOTE, "interval": INTERVAL_NOTE, "energy": ENERGY_NOTE},
+    )
+
+
+def _cards(result: ExperimentResult, ratios: Comparisons) -> list[Card]:
+    """Published comparisons first; without any, the first headline metric of each arm against the baseline."""
+    cards = [
+        Card(
+            p.what, fmt.in_unit(p.ours, p.unit), _beside(p.low, p.high, f"published {fmt.in_unit(p.published, p.unit)}")
+        )
+        for p in result.published
+        if p.ours is not None
+    ]
+    if not cards:
+        name = headline_metrics(result)[0]
+        for arm, of_arm in ratios.items():
+            value = of_arm.get(name)
+            if value is not None and value.ratio is not None:
+                note = _beside(value.low, value.high, f"against {result.baseline}")
+                cards.append(Card(f"{arm}: {fmt.label(name)}", f"{value.ratio:.2f}×", note))
+    return cards[:_MOST_CARDS]
+
+
+def _beside(low: float | None, high: float | None, note: str) -> str:
+    return note if low is None or high is None else f"[{low:.2f}, {high:.2f}] · {note}"
+
+
+def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
+    names = headline_metrics(result)
+    styles = arm_styles(list(result.arms), result.baseline)
+    rows = []
+    for arm in result.arms.values():
+        is_baseline = arm.name == result.baseline
+        versus, interval = ("1", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
+        metrics = arm.metrics
+        rows.append(
+            {
+                "name": arm.name,
+                "description": arm.description,
+                "is_baseline": is_baseline,
+                "color": styles[arm.name].color,
+                "versus": versus,
+                "interval": interval,
+                "cells": [fmt.metric(name, metrics[name]) for name in names],
+            }
+        )
+    return rows
+
+
+def _split(ratio: Ratio | None) -> tuple[str, str]:
+    """A ratio and its interval as two texts."""
+    text = fmt.ratio(ratio)
+    if ratio is None or ratio.method is Method.BAND or " " not in text:
+        return text, ""
+    value, interval = text.split(" ", 1)
+    return value, interval
+
+
+def _all_metrics(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
+    by_arm: Mapping[str, Any] = {name: arm.metrics for name, arm in result.arms.items()}
+    lines = []
+    for name in by_arm[result.baseline]:
+        values = [metrics[name] for metrics in by_arm.values()]
+        if all(value is None for value in values):
+            continue
+        cells = [
+            {"value": fmt.metric(name, value), "ratio": _shown_ratio(ratios.get(arm, {}).get(name))}
+            for arm, value in zip(by_arm, values, strict=True)
+        ]
+        lines.append({"name": name, "cells": cells})
+    return lines
+
+
+def _shown_ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else fmt.ratio(ratio)
+
+
+def _published(p: Any) -> dict[str, Any]:
+    return {
+        "it": p,
+        "published": fmt.in_unit(p.published, p.unit),
+        "ours": fmt.NOTHING if p.ours is None else fmt.in_unit(p.ours, p.unit),
+        "interval": "" if p.low is None or p.high is None else f"[{fmt.number(p.low)}, {fmt.number(p.high)}]",
+    }
+
+
+def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
+    """Rows for the page; None for an arm that only ever started."""
+    if len(arm.decisions) < 2:
+        return None
+    rows = decision_rows(arm)
+    return {"arm": arm.name, "total": len(rows), "rows": rows[:SHOWN_DECISIONS]}

@@ -1,0 +1,214 @@
+"""Metrics of one run of one arm. Knows records and integrals; definitions are in `definitions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.report.definitions import NEAR_TRANSITION_S
+from helios_sim.report.records import Records
+from helios_sim.request import NS_PER_S, Status
+from helios_sim.serving.histogram import GapHistogram
+from helios_sim.serving.stats import RunStats
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A quantity that is only known to lie between two values."""
+
+    low: float
+    high: float
+
+
+MetricValue = float | int | Band | None
+Metrics = Mapping[str, MetricValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Bounds that a request must meet to count as good; None: not asked for."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    @property
+    def any(self) -> bool:
+        return any(bound is not None for bound in (self.ttft_s, self.tpot_s, self.e2e_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """Power of one card: between idle and the board limit."""
+
+    idle_w: float
+    tdp_w: float
+
+
+_QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
+
+
+def compute_metrics(
+    records: Records,
+    stats: RunStats,
+    *,
+    slo: Slo | None = None,
+    power: Power | None = None,
+    bits_per_char: float | None = None,
+    replicas: int = 1,
+) -> dict[str, MetricValue]:
+    """All metrics of one run; what is undefined is None.
+
+    `stats` is merged over the replicas; `power` is of one replica's card; `bits_per_char` comes from human reference
+    text, which records do not hold.
+    """
+    slo = slo or Slo()
+    done = records.completed
+    span_ns = records.span_ns()
+    span_s = None if span_ns is None else span_ns / NS_PER_S
+    n_done = int(done.sum())
+    tokens = int(records.output_tokens[done].sum())
+    chars = int(records.output_chars[done].sum())
+    tpot_ns, tpot_defined = records.tpot_ns()
+    good = meets(records, slo)
+    n_dropped = int(records.has_status(Status.DROPPED).sum())
+
+    metrics: dict[str, MetricValue] = {}
+    metrics |= summarise("queue_s", records.queue_ns())
+    metrics |= summarise("ttft_s", records.ttft_ns())
+    metrics |= summarise("tpot_s", tpot_ns[tpot_defined])
+    metrics |= _summarise_gaps(stats.itl)
+    metrics |= summarise("e2e_s", records.e2e_ns())
+    metrics |= _near_transitions(records, stats.transitions_ns)
+    metrics["throughput_requests_per_s"] = _over(n_done, span_s)
+    metrics["throughput_tokens_per_s"] = _over(tokens, span_s)
+    metrics["throughput_chars_per_s"] = _over(chars, span_s)
+    metrics["goodput_requests_per_s"] = _over(int(good.sum()), span_s) if slo.any else None
+    metrics["slo_attainment"] = _over(int(good.sum()), n_done + n_dropped) if slo.any else None
+    metrics["batch_mean"] = _over(stats.decode_batch_ns, stats.decode_ns)
+    metrics["batch_capacity"] = _capacity(records, stats)
+    metrics["layers_per_token"] = _over(int(records.layers_run[done].sum()), tokens)
+    metrics["early_exit_fraction"] = _over(int(records.early_tokens[done].sum()), tokens)
+    metrics["breach_fraction"] = _over(int(records.breach_tokens[done].sum()), tokens)
+    metrics["agreement"] = _over(int(records.agreed_tokens[done].sum()), tokens)
+    metrics["bits_per_char"] = bits_per_char
+    energy_j = None if power is None or span_s is None else energy_band_j(stats, span_s, power, replicas)
+    metrics["energy_j_per_char"] = _spread(energy_j, chars)
+    metrics["energy_wh_per_request"] = _spread(energy_j, n_done * 3600)
+    metrics["switches"] = stats.switches
+    metrics["loads"] = stats.loads
+    metrics["switch_time_s"] = stats.switch_time_ns / NS_PER_S
+    metrics["load_time_s"] = stats.load_ns / NS_PER_S
+    metrics["evaluation_time_s"] = stats.evaluation_ns / NS_PER_S
+    metrics["hbm_peak_bytes"] = stats.hbm_peak_bytes
+    metrics["kv_utilisation_mean"] = _over(stats.kv_block_ns, stats.kv_pool_block_ns)
+    metrics["busy_fraction"] = _over(stats.busy_ns / NS_PER_S, None if span_s is None else span_s * replicas)
+    metrics["roofline_fraction"] = _over(stats.floor_ns, stats.busy_ns)
+    metrics["outside_grid_fraction"] = _over(stats.outside_grid_iterations, stats.iterations)
+    metrics["preemptions"] = stats.preemptions
+    metrics["requests_completed"] = n_done
+    metrics["requests_dropped"] = n_dropped
+    metrics["requests_unfinished"] = len(records) - n_done - n_dropped
+    metrics["span_s"] = span_s
+    return metrics
+
+
+def summarise(name: str, times_ns: NDArray[np.int64] | NDArray[np.float64]) -> dict[str, MetricValue]:
+    """Mean and percentiles in seconds under `name`_mean, `name`_p50, ...; None without values."""
+    if times_ns.size == 0:
+        return {f"{name}_{s}": None for s in ("mean", *_QUANTILES)}
+    percentiles = np.percentile(times_ns, list(_QUANTILES.values())) / NS_PER_S
+    found: dict[str, MetricValue] = {f"{name}_mean": float(np.mean(times_ns)) / NS_PER_S}
+    return found | {f"{name}_{s}": float(p) for s, p in zip(_QUANTILES, percentiles, strict=True)}
+
+
+def meets(records: Records, slo: Slo) -> NDArray[np.bool_]:
+    """Which of the completed requests meet every SLO; a request of one token meets any TPOT."""
+    good = np.ones(int(records.completed.sum()), dtype=np.bool_)
+    if slo.ttft_s is not None:
+        good &= records.ttft_ns() <= slo.ttft_s * NS_PER_S
+    if slo.e2e_s is not None:
+        good &= records.e2e_ns() <= slo.e2e_s * NS_PER_S
+    if slo.tpot_s is not None:
+        tpot_ns, defined = records.tpot_ns()
+        good &= ~defined | (tpot_ns <= slo.tpot_s * NS_PER_S)
+    return good
+
+
+def energy_band_j(stats: RunStats, span_s: float, power: Power, replicas: int = 1) -> Band:
+    """Joules over the span; see `definitions.ENERGY_NOTE` for the two ends."""
+    idle_j = power.idle_w * span_s * replicas
+    busy_s = stats.busy_ns / NS_PER_S
+    ceiling_s = min(stats.floor_ns, stats.busy_ns) / NS_PER_S
+    above_idle_w = power.tdp_w - power.idle_w
+    return Band(idle_j + above_idle_w * ceiling_s, idle_j + above_idle_w * busy_s)
+
+
+def mean_metrics(runs: Sequence[Metrics]) -> dict[str, MetricValue]:
+    """Means over replicates; of one run, itself. None where any replicate has none."""
+    if len(runs) == 1:
+        return dict(runs[0])
+    return {name: _mean([run[name] for run in runs]) for name in runs[0]}
+
+
+def _mean(values: Iterable[MetricValue]) -> MetricValue:
+    lows: list[float] = []
+    highs: list[float] = []
+    is_band = False
+    for value in values:
+        if value is None:
+            return None
+        is_band |= isinstance(value, Band)
+        lows.append(value.low if isinstance(value, Band) else value)
+        highs.append(value.high if isinstance(value, Band) else value)
+    low, high = sum(lows) / len(lows), sum(highs) / len(highs)
+    return Band(low, high) if is_band else low
+
+
+def _summarise_gaps(gaps: GapHistogram) -> dict[str, MetricValue]:
+    mean_ns = gaps.mean_ns
+    found: dict[str, MetricValue] = {"itl_s_mean": None if mean_ns is None else mean_ns / NS_PER_S}
+    for statistic, q in _QUANTILES.items():
+        gap_ns = gaps.percentile_ns(q)
+        found[f"itl_s_{statistic}"] = None if gap_ns is None else gap_ns / NS_PER_S
+    return found
+
+
+def _near_transitions(records: Records, transitions_ns: Sequence[int]) -> dict[str, MetricValue]:
+    """p99 of requests whose time in the system comes within NEAR_TRANSITION_S of a transition."""
+    done = records.completed
+    times = np.sort(np.asarray(transitions_ns, dtype=np.int64))
+    margin_ns = NEAR_TRANSITION_S * NS_PER_S
+    first = np.searchsorted(times, records.arrival_ns[done] - margin_ns, side="left")
+    behind_last = np.searchsorted(times, records.last_token_ns.ns[done] + margin_ns, side="right")
+    near = behind_last > first
+    tpot_ns, defined = records.tpot_ns()
+    chosen = {
+        "ttft_s": records.ttft_ns()[near].astype(np.float64),
+        "tpot_s": tpot_ns[near & defined],
+        "e2e_s": records.e2e_ns()[near].astype(np.float64),
+    }
+    return {
+        f"{name}_p99_near_transition": float(np.percentile(ns, 99)) / NS_PER_S if ns.size else None
+        for name, ns in chosen.items()
+    }
+
+
+def _capacity(records: Records, stats: RunStats) -> int | None:
+    """Requests of mean length that fit into the pool: whole blocks each, rounded down."""
+    done = records.completed
+    if not done.any() or stats.batch_capacity_blocks == 0:
+        return None
+    mean_tokens = float(np.mean((records.prompt_tokens + records.output_tokens)[done]))
+    return int(stats.batch_capacity_blocks // np.ceil(mean_tokens / stats.block_tokens))
+
+
+def _over(amount: float, by: float | None) -> float | None:
+    return amount / by if by else None
+
+
+def _spread(band: Band | None, by: float) -> Band | None:
+    return Band(band.low / by, band.high / by) if band is not None and by else None

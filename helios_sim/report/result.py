@@ -1,0 +1,188 @@
+"""What a finished experiment hands to the report. Knows results and where they come from, computes no metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
+from helios_sim.report.compare import Ratio
+from helios_sim.report.metrics import Metrics, Slo, mean_metrics
+from helios_sim.report.records import Records
+from helios_sim.serving.stats import RunStats
+from helios_sim.serving.timeline import Timeline
+
+if TYPE_CHECKING:
+    from helios_sim.serving.decider import Decision
+
+
+USUAL_METRICS = (
+    "throughput_requests_per_s",
+    "ttft_s_p50",
+    "tpot_s_mean",
+    "e2e_s_p99",
+    "layers_per_token",
+    "agreement",
+    "switches",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """One run of one arm under one seed."""
+
+    seed: int
+    records: Records
+    stats: RunStats
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class ExitDepths:
+    """Output tokens of a model by the layer after which they left."""
+
+    model: str
+    n_layers: int
+    tokens_by_depth: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One policy's runs. Timeline, decisions and exit depths are of the first replicate."""
+
+    name: str
+    description: str  # one line: what the policy does
+    replicates: tuple[Replicate, ...]  # at least one; those of all arms match by position
+    timeline: Timeline | None = None
+    capacity_bytes: int | None = None  # of the card, for the timeline's memory
+    decisions: Sequence[Decision] = ()
+    exit_depths: tuple[ExitDepths, ...] = ()
+
+    @property
+    def metrics(self) -> Metrics:
+        """Means over the replicates."""
+        return mean_metrics([replicate.metrics for replicate in self.replicates])
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One figure of a publication with ours beside it."""
+
+    what: str  # "throughput over early-exit OPT-1.3B"
+    published: float
+    condition: str  # of the publication
+    source: str
+    ours: float | None  # None: not computed here, and `remark` says why
+    low: float | None  # our interval
+    high: float | None
+    inputs: tuple[tuple[str, ProvenanceClass], ...]  # (input, its class)
+    remark: str  # whether it follows, and if not, why
+    unit: str = "x"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A bound that an experiment sets for itself; the command fails when it is not met."""
+
+    name: str
+    value: float | None
+    bound: str  # as a person reads it, "<= 0.05"
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What was served, for the reader."""
+
+    statement: str
+    requests: int
+    offered_requests_per_s: float | None  # None in a closed loop or when all came at once
+    facts: tuple[tuple[str, str], ...] = ()  # (name, value): lengths, mix, drift, source
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """The metrics of every arm at one setting."""
+
+    settings: Mapping[str, float | int | str]
+    metrics: Mapping[str, Metrics]  # by arm
+    vs_baseline: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A value to mark across a figure, e.g. a published one."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFigure:
+    """A metric of the points against one setting, a line for each arm (and each value of `split_by`)."""
+
+    title: str
+    x: str  # a key of the points' settings
+    x_label: str
+    metric: str
+    y_label: str
+    relative: bool = False  # ratio to the baseline, with its interval
+    arms: tuple[str, ...] | None = None  # None: all
+    split_by: str | None = None
+    log_x: bool = False
+    log_y: bool = False
+    marks: tuple[Line, ...] = ()
+    where: Mapping[str, float | int | str] = field(default_factory=dict)  # only points with these settings
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFigure:
+    """Throughput and latency of the points against offered load."""
+
+    title: str
+    x: str
+    x_label: str
+    slo: Slo = field(default_factory=Slo)
+    where: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentResult:
+    """Everything that `summary.json`, the tables, the figures and the HTML are made of."""
+
+    experiment: str
+    title: str
+    question: str
+    conditions: str  # hardware, runtime and load in a sentence
+    verdict: tuple[str, ...]  # one or a few sentences; the first is the answer
+    baseline: str  # an arm
+    arms: Mapping[str, ArmResult]  # in the order to show
+    workload: Workload
+    inputs: Mapping[str, Provenance]  # by name: profiles, exit traces, request traces
+    provenance: Mapping[str, Any]  # of the run: command, versions, seeds, configuration
+    slo: Slo = field(default_factory=Slo)
+    published: tuple[Published, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()  # besides those of the inputs
+    warnings: tuple[str, ...] = ()  # besides those that the report finds itself
+    points: tuple[SweepPoint, ...] = ()
+    figures: tuple[SweepFigure | LoadFigure, ...] = ()
+    headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
+
+    @property
+    def provenance_class(self) -> ProvenanceClass | None:
+        """The weakest of the inputs'; None without inputs."""
+        classes = [source.provenance_class for source in self.inputs.values()]
+        return weakest(classes) if classes else None
+
+    @property
+    def all_assumptions(self) -> tuple[Assumption, ...]:
+        """Those of the run and of every input, each once."""
+        of_inputs = (a for source in self.inputs.values() for a in source.assumptions)
+        return tuple(dict.fromkeys((*self.assumptions, *of_inputs)))
+
+
+def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
+    """The columns to show: the experiment's own, else the usual ones; the first is the one that is compared."""
+    return result.headline_metrics or USUAL_METRICS

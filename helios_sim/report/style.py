@@ -1,0 +1,153 @@
+"""One look for all figures: colours, type, lines, and export. Knows matplotlib, not what is drawn.
+
+Neutral colours are placeholders that the SVG export turns into CSS variables, so that figures inside the HTML follow
+its light and dark themes; PNG files are on white. Nothing here touches pyplot or changes matplotlib's global state.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#1b1f26"
+MUTED = "#5e6673"
+RULE = "#d4d8df"
+PAPER = "#fefefd"
+_CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--card)"}
+
+WIDTH_IN = 9.0
+_PNG_DPI = 160
+
+# Of middling lightness, so that they read on white and on near-black.
+_NAMED = {"helios": "#2f74e6", "helios_probe": "#0fa08a", "oracle": "#8a63d2"}
+_CYCLE = ("#e5822e", "#c9499c", "#c79a12", "#d8503f", "#2ba3cc", "#7fa02e", "#a86d50", "#6f7bd9", "#1d9a5b", "#b85c7a")
+BASELINE_COLOR = "#7c8796"
+MODEL_COLORS = ("#2f74e6", "#e5822e", "#0fa08a", "#c9499c", "#c79a12")
+_MARKERS = "osD^vPX*<>"
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "svg.fonttype": "path",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ArmStyle:
+    color: str
+    linestyle: str
+    marker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure with its file name (no suffix), title and a sentence on how to read it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, ArmStyle]:
+    """The same look for an arm in every figure; the baseline is grey, the oracle dashed."""
+    cycle = 0
+    styles = {}
+    for place, arm in enumerate(arms):
+        if arm == baseline:
+            color = BASELINE_COLOR
+        elif arm in _NAMED:
+            color = _NAMED[arm]
+        else:
+            color = _CYCLE[cycle % len(_CYCLE)]
+            cycle += 1
+        dashed = arm == "oracle" or cycle > len(_CYCLE)
+        styles[arm] = ArmStyle(color, "--" if dashed else "-", _MARKERS[place % len(_MARKERS)])
+    return styles
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """The settings under which every figure is made and exported."""
+    with mpl.rc_context(_RC):
+        yield
+
+
+def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of the standard width with its axes in reading order."""
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.ravel())
+
+
+def legend_above(figure: Figure, axes: Axes, columns: int = 5) -> None:
+    """The legend of one of the axes, above all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)), fontsize=9.5)
+
+
+def to_png(drawing: Drawing) -> bytes:
+    """With its title, on white."""
+    out = io.BytesIO()
+    with look():
+        drawing.figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
+        drawing.figure.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
+
+
+def to_svg(drawing: Drawing) -> str:
+    """An <svg> element without title, for a page that defines the CSS variables; ids are unique to the drawing."""
+    out = io.StringIO()
+    with look(), mpl.rc_context({"svg.hashsalt": drawing.name}):
+        drawing.figure.suptitle("")
+        drawing.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{_plain(drawing.title)}" '
+        r'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        svg,
+        count=1,
+    )
+    for color, variable in _CSS.items():
+        svg = svg.replace(color, variable)
+    return svg
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w .,:()%/+-]", "", text)
