@@ -1,0 +1,144 @@
+"""How deep each token of a batch runs, and what that means for every band of layers. Knows no time.
+
+The batching rule and the KV rule act here: a trace says where a token would leave alone, the rules say where it
+leaves in this batch and what the layers that it skipped still have to do for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.exits.replay import Replay
+from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
+from helios_sim.exits.trace import ExitTrace
+from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
+from helios_sim.serving.batch import Column
+from helios_sim.serving.iteration import BoolArray, IntArray, Plan, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """k iterations over S bands; the fields that a `Composition` needs, and what became of the tokens."""
+
+    bounds: tuple[int, ...]
+    decode_tokens: IntArray  # (k, S)
+    decode_kv_tokens: IntArray  # (k, S)
+    sampled_tokens: IntArray  # (k,)
+    check_tokens: IntArray | None  # (k, S)
+    propagated_tokens: IntArray | None  # (k, S)
+    tokens: Tokens
+
+
+def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay) -> Depths:
+    """Depths of the plan's decoding requests in up to `plan.max_iterations` iterations."""
+    k = plan.max_iterations
+    generated = plan.batch.column(Column.GENERATED)
+    observing = plan.observe_tokens is not None and bool((generated < plan.observe_tokens).any())
+    if plan.service_plan is not None:
+        return _planned(plan, plan.service_plan, trace, k)
+    if isinstance(plan.exit_rule, FullDepth | FixedCap) and not observing:
+        return _uniform(plan, trace, replayed, k)
+    return _banded(plan, trace, replayed, k)
+
+
+def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
+    """All tokens run the same layers: one band."""
+    context = plan.batch.column(Column.CONTEXT)[plan.decoding]
+    n = len(context)
+    tokens = np.full((k, 1), n, np.int64)
+    kv = (int(context.sum()) + n * np.arange(1, k + 1, dtype=np.int64))[:, None]
+    whole = replayed.layers == trace.n_layers
+    breach = agrees = None
+    if not whole and n:
+        rows = _rows(plan, k)
+        agrees = replayed.agreed[rows]
+        breach = replayed.breach[rows] if isinstance(plan.exit_rule, FixedCap) else None
+    return Depths((replayed.layers,), tokens, kv, tokens[:, 0], None, None, Tokens(replayed.layers, breach, agrees))
+
+
+def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) -> Depths:
+    """The oracle's depths: nothing is checked, and K and V of skipped layers cost nothing."""
+    batch, bounds, n = plan.batch, trace.exits, len(plan.decoding)
+    layers = np.zeros((k, n), np.int64)
+    for column, index in enumerate(plan.decoding.tolist()):
+        generated = int(batch.column(Column.GENERATED)[index])
+        depths = service_plan.layers(batch.members[index].request.request_id)
+        layers[:, column] = depths[generated : generated + k]
+    leaves = np.searchsorted(bounds, layers)
+    context = batch.column(Column.CONTEXT)[plan.decoding] + np.arange(1, k + 1, dtype=np.int64)[:, None]
+    runs = leaves[:, :, None] >= np.arange(len(bounds))
+    tokens = Tokens(layers, None, trace.agree[_rows(plan, k), leaves])
+    decode_kv = np.einsum("kns,kn->ks", runs, context)
+    return Depths(bounds, runs.sum(axis=1), decode_kv, np.full(k, n, np.int64), None, None, tokens)
+
+
+def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
+    """Tokens leave at different exits: one band between any two exits that are loaded."""
+    bounds = trace.exits[: trace.exits.index(plan.loaded_layers) + 1]
+    last, n = len(bounds) - 1, len(plan.decoding)
+    rows = _rows(plan, k)
+    rule_last = len(replayed.exits) - 1
+    leaves = replayed.exit_index[rows].astype(np.int64)  # (k, n) where each token leaves
+    breach: BoolArray | None = replayed.breach[rows]
+    if plan.batching is BatchingRule.LAZY and n:
+        leaves = np.broadcast_to(leaves.max(axis=1, keepdims=True), leaves.shape).copy()
+    observed = np.zeros(n, bool)
+    if plan.observe_tokens is not None:
+        observed = plan.batch.column(Column.GENERATED)[plan.decoding] < plan.observe_tokens
+        leaves[:, observed] = last
+        assert breach is not None
+        breach[:, observed] = False
+    context = plan.batch.column(Column.CONTEXT)[plan.decoding] + np.arange(1, k + 1, dtype=np.int64)[:, None]
+
+    runs = leaves[:, :, None] >= np.arange(last + 1)  # (k, n, S)
+    decode_tokens = runs.sum(axis=1)
+    decode_kv = np.einsum("kns,kn->ks", runs, context)
+    check: IntArray | None = None
+    if isinstance(plan.exit_rule, PerToken):
+        check = decode_tokens.copy()
+        check[:, rule_last:] = 0  # at the last layer there is nothing to decide: the token is sampled there
+    elif observed.any():
+        check = np.zeros_like(decode_tokens)
+        check[:, :last] = int(observed.sum())
+    # A token that left at a check is sampled from that check's logits; the others pass the head once.
+    if isinstance(plan.exit_rule, PerToken):
+        sampled = (leaves >= rule_last).sum(axis=1)
+    else:
+        sampled = np.full(k, n, np.int64)
+    propagated: IntArray | None = None
+    if not isinstance(plan.exit_rule, Clairvoyant):  # its skipped layers cost nothing
+        if plan.kv_rule is KvRule.PROPAGATE or (plan.batching is BatchingRule.LAZY and plan.kv_rule is not KvRule.NONE):
+            propagated = n - decode_tokens
+        elif plan.kv_rule is KvRule.RECOMPUTE:
+            repaid = _repaid(plan, runs)
+            decode_tokens = decode_tokens + repaid.sum(axis=1)
+            decode_kv = decode_kv + np.einsum("kns,kn->ks", repaid, context)
+    agrees = trace.agree[rows, leaves]
+    tokens = Tokens(np.asarray(bounds, np.int64)[leaves], breach, agrees)
+    return Depths(bounds, decode_tokens, decode_kv, sampled, check, propagated, tokens)
+
+
+def _repaid(plan: Plan, runs: NDArray[np.bool_]) -> IntArray:
+    """Tokens left out earlier that run band s together with a token of their request that goes there, (k, n, S).
+
+    Each request owes band s the tokens that left above it since it last ran s; `plan.batch` keeps the debt from
+    before these iterations.
+    """
+    k, n, bands = runs.shape
+    debt = plan.batch.kv_debt_of(plan.decoding, bands)  # (n, S)
+    steps = np.arange(k)[:, None, None]
+    last_run = np.maximum.accumulate(np.where(runs, steps, -1), axis=0)
+    before = np.concatenate([np.full((1, n, bands), -1), last_run[:-1]])  # last run strictly before each step
+    owed = np.where(before >= 0, steps - before - 1, steps + debt)
+    return np.where(runs, owed, 0)
+
+
+def _rows(plan: Plan, k: int) -> IntArray:
+    """Rows of the trace for the next k tokens of each decoding request, (k, n)."""
+    batch, decoding = plan.batch, plan.decoding
+    next_token = batch.column(Column.START)[decoding] + batch.column(Column.GENERATED)[decoding]
+    offsets = next_token + np.arange(k, dtype=np.int64)[:, None]
+    return batch.column(Column.FIRST)[decoding] + offsets % batch.column(Column.LENGTH)[decoding]

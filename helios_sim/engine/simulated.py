@@ -1,0 +1,181 @@
+"""The simulated engine: time from a profile, exits from a trace. Knows no queue and no policy.
+
+It computes as many iterations at once as the plan allows; each has the same bits as if it were computed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from helios_sim.engine.depths import Depths, decode_depths
+from helios_sim.exits.replay import Replay, replay
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, FullDepth, PerToken
+from helios_sim.exits.trace import BoundTrace, TokenSpan
+from helios_sim.policy.telemetry import Observation
+from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.profile import Profile
+from helios_sim.request import NS_PER_S, Request
+from helios_sim.serving.batch import Column, Sequence
+from helios_sim.serving.iteration import IntArray, Outcome, Plan, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ModelData:
+    """What the engine knows of one model: its costs and its recorded exits under the workload's task numbers."""
+
+    profile: Profile
+    trace: BoundTrace
+
+
+class SimulatedEngine:
+    """Follows the `Engine` protocol. One object serves one replica."""
+
+    def __init__(self, env: simpy.Environment, models: Mapping[str, ModelData]) -> None:
+        self._env = env
+        self._models = models
+        self._channel_free_ns = 0  # one transfer at a time over the host link
+
+    def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
+        data = self._models[model]
+        prompt_tokens = data.profile.model.tokens(request.prompt_chars + answered_chars)
+        span = data.trace.locate(
+            request.task, request.text_start + answered_chars, request.output_chars - answered_chars
+        )
+        return prompt_tokens, span
+
+    def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        data = self._models[plan.model]
+        rule_layers = plan.run_layers if isinstance(plan.exit_rule, FixedCap | FullDepth) else plan.loaded_layers
+        replayed = replay(data.trace.trace, plan.exit_rule, rule_layers)
+        depths = decode_depths(plan, data.trace.trace, replayed)
+        prefilled, chunks = self._prefill(plan, data, replayed)
+        composition = _composition(plan, depths, chunks)
+        time_ns = _to_ns(data.profile.iteration_time_s(composition))
+        return Outcome(
+            end_ns=now_ns + np.cumsum(time_ns),
+            floor_ns=_to_ns(data.profile.iteration_floor_s(composition)),
+            outside_grid=data.profile.outside_grid(composition),
+            bounds=depths.bounds,
+            decoded=depths.tokens,
+            prefilled=prefilled,
+        )
+
+    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        duration_ns = max(1, round(self._models[model].profile.load_time_s(n_bytes) * NS_PER_S))
+        now_ns = int(self._env.now)
+        self._channel_free_ns = max(now_ns, self._channel_free_ns) + duration_ns
+        arrival = self._env.timeout(self._channel_free_ns - now_ns)
+        assert arrival.callbacks is not None
+        arrival.callbacks.append(lambda _: on_done())
+
+    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
+        return self._observation(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)
+
+    def probe(
+        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        data = self._models[model]
+        n_layers = data.profile.model.n_layers
+        duration_ns = 0
+        observations = []
+        for request in requests:
+            prompt_tokens, span = self.tokenize(model, request)
+            rows = span.n_tokens
+            exits = data.trace.trace.exits
+            checked = np.full((1, len(exits)), rows, np.int64)
+            checked[0, -1] = 0  # the last exit is sampled from
+            composition = Composition(
+                bounds=exits,
+                decode_tokens=np.zeros((1, len(exits)), np.int64),
+                decode_kv_tokens=np.zeros((1, len(exits)), np.int64),
+                sampled_tokens=np.array([rows], np.int64),
+                check_tokens=checked,
+                prefill=(PrefillChunk(prompt_tokens + rows, 0, n_layers),),
+                host_sync_at_checks=False,
+            )
+            duration_ns += int(_to_ns(data.profile.iteration_time_s(composition))[0])
+            observations.append(self._observation(model, request.request_id, span, rows, exit_rule))
+        return duration_ns, tuple(observations)
+
+    def _observation(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule
+    ) -> Observation:
+        trace = self._models[model].trace.trace
+        rows = span.indices()[:n_tokens]
+        if isinstance(exit_rule, FixedCap | PerToken):
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)[rows]
+        else:
+            confident = trace.agree[rows]
+        return Observation(
+            model=model,
+            request_id=request_id,
+            time_ns=int(self._env.now),
+            confident=confident,
+            agrees=trace.agree[rows],
+            bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,
+            chars=int(trace.chars[rows].sum()),
+        )
+
+    def _prefill(self, plan: Plan, data: ModelData, replayed: Replay) -> tuple[Tokens, tuple[PrefillChunk, ...]]:
+        """Chunks to price, and the first tokens of the prompts that finish; those come from the last layer run."""
+        if not plan.prefill:
+            return Tokens(plan.run_layers, None, None), ()
+        trace = data.trace.trace
+        chunks, layers, agrees = [], [], []
+        for part in plan.prefill:
+            observed = plan.observe_tokens is not None and _generated(plan, part.index) < plan.observe_tokens
+            depth = plan.loaded_layers if observed else replayed.layers
+            row = _next_row(plan, part.index)
+            if plan.service_plan is not None:
+                request_id = plan.batch.members[part.index].request.request_id
+                depth = int(plan.service_plan.layers(request_id)[_generated(plan, part.index)])
+            elif isinstance(plan.exit_rule, Clairvoyant):
+                depth = trace.exits[int(replayed.exit_index[row])]
+            chunks.append(PrefillChunk(part.tokens, part.context_tokens, depth))
+            if part.finishes:
+                layers.append(depth)
+                agrees.append(bool(trace.agree[row, trace.exits.index(depth)]))
+        return Tokens(np.array([layers], np.int64), None, np.array([agrees], bool)), tuple(chunks)
+
+
+def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -> Composition:
+    bounds, decode_tokens, decode_kv = depths.bounds, depths.decode_tokens, depths.decode_kv_tokens
+    check, propagated = depths.check_tokens, depths.propagated_tokens
+    deepest = max((chunk.layers for chunk in chunks), default=0)
+    if not all(chunk.layers in bounds for chunk in chunks):
+        raise ValueError(f"prefill to {deepest} layers, bands end at {bounds}")
+    finishing = sum(part.finishes for part in plan.prefill)
+    return Composition(
+        bounds=bounds,
+        decode_tokens=decode_tokens,
+        decode_kv_tokens=decode_kv,
+        sampled_tokens=depths.sampled_tokens + finishing,
+        check_tokens=check,
+        propagated_tokens=propagated,
+        prefill=chunks,
+        host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
+        loading=plan.loading,
+    )
+
+
+def _generated(plan: Plan, index: int) -> int:
+    return int(plan.batch.column(Column.GENERATED)[index])
+
+
+def _next_row(plan: Plan, index: int) -> int:
+    batch = plan.batch
+    first, start, length, generated = (
+        int(batch.column(column)[index]) for column in (Column.FIRST, Column.START, Column.LENGTH, Column.GENERATED)
+    )
+    return first + (start + generated) % length
+
+
+def _to_ns(seconds: NDArray[np.float64]) -> IntArray:
+    """Whole nanoseconds, at least one, so that time always advances."""
+    whole: IntArray = np.rint(seconds * NS_PER_S).astype(np.int64)
+    return np.maximum(whole, 1)

@@ -1,0 +1,1 @@
+"""The serving loop: scheduler, KV memory, placements and the server process of one replica."""

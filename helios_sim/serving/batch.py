@@ -1,0 +1,155 @@
+"""The requests that are running, as columns, so that many iterations can be computed at once.
+
+Knows what a request has done so far; knows neither time nor memory sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.request import Request
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request in the system, with what it needs to be started, preempted and recorded."""
+
+    request: Request
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    span: TokenSpan
+    generated: int = 0  # output tokens produced so far
+    scheduled_ns: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
+    layers_run: int = 0
+    early_tokens: int = 0
+    breach_tokens: int = 0
+    agreed_tokens: int = 0
+    evaluated_tokens: int = 0
+    preemptions: int = 0
+    started: bool = False  # counted against the deployment's admission limit
+    earlier_chars: int = 0  # answer already given by another model, before a migration
+    earlier_tokens: int = 0
+    previous: list[str] = field(default_factory=list)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens to prefill when it enters the batch: the prompt and whatever was generated before a preemption."""
+        return self.prompt_tokens + self.generated
+
+
+class Column(IntEnum):
+    CONTEXT = 0  # tokens whose K and V are in the cache
+    PREFILL_LEFT = 1  # tokens still to prefill; 0 while decoding
+    REMAINING = 2  # output tokens still to produce
+    GENERATED = 3  # output tokens produced, also the index of the next one
+    FIRST = 4  # where the answer's tokens lie in the exit trace: FIRST + (START + index) % LENGTH
+    START = 5
+    LENGTH = 6
+    LAYERS_RUN = 7
+    EARLY = 8
+    BREACH = 9
+    AGREED = 10
+    EVALUATED = 11
+    BLOCKS = 12  # KV blocks held
+    LAST_TOKEN_NS = 13  # when its latest token was produced
+
+
+class RunningBatch:
+    """Running requests in the order of their admission; the last one is the newest."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.members: list[Sequence] = []
+        self._table = np.zeros((len(Column), capacity), np.int64)
+        # Tokens that left above band s and whose K and V there are still to be computed (KvRule.RECOMPUTE).
+        self.kv_debt = np.zeros((0, capacity), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def column(self, column: Column) -> NDArray[np.int64]:
+        """A writable view of one column, shape (len(self),)."""
+        return self._table[column, : len(self.members)]
+
+    def kv_debt_of(self, decoding: NDArray[np.int64], bands: int) -> NDArray[np.int64]:
+        """What these requests owe each band, shape (len(decoding), bands)."""
+        if len(self.kv_debt) != bands:
+            self.kv_debt = np.zeros((bands, self._table.shape[1]), np.int64)
+        return self.kv_debt[:, decoding].T
+
+    def settle_kv_debt(self, decoding: NDArray[np.int64], layers: NDArray[np.int64], bounds: tuple[int, ...]) -> None:
+        """Tokens ran to `layers`, (k, D): bands that they ran are paid up, the others owe one token more each."""
+        k = len(layers)
+        starts = np.array((0, *bounds[:-1]))
+        runs = layers[:, :, None] > starts
+        steps = np.arange(1, k + 1)[:, None, None]
+        last_run = np.where(runs, steps, 0).max(axis=0)  # (D, S), 0: not once
+        debt = self.kv_debt_of(decoding, len(bounds))
+        self.kv_debt[:, decoding] = np.where(last_run > 0, k - last_run, debt + k).T
+
+    def append(self, sequence: Sequence, blocks: int) -> None:
+        n = len(self.members)
+        if n == self._table.shape[1]:
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+            self.kv_debt = np.concatenate([self.kv_debt, np.zeros_like(self.kv_debt)], axis=1)
+        span = sequence.span
+        self._table[:, n] = (
+            0,
+            sequence.prefill_tokens,
+            sequence.output_tokens - sequence.generated,
+            sequence.generated,
+            span.first,
+            span.start,
+            span.length,
+            sequence.layers_run,
+            sequence.early_tokens,
+            sequence.breach_tokens,
+            sequence.agreed_tokens,
+            sequence.evaluated_tokens,
+            blocks,
+            -1 if sequence.last_token_ns is None else sequence.last_token_ns,
+        )
+        self.kv_debt[:, n] = 0
+        self.members.append(sequence)
+
+    def pop_newest(self) -> tuple[Sequence, int]:
+        """Takes the newest request out, for a preemption. Returns it and the blocks that it held."""
+        sequence = self.members[-1]
+        blocks = self._write_back(len(self.members) - 1)
+        self.members.pop()
+        return sequence, blocks
+
+    def remove(self, indices: list[int]) -> Iterator[tuple[Sequence, int]]:
+        """Takes requests out and yields each with the blocks that it held, in the order of `indices` (ascending)."""
+        n = len(self.members)
+        keep = np.ones(n, bool)
+        keep[indices] = False
+        taken = [(self.members[i], self._write_back(i)) for i in indices]
+        kept = np.flatnonzero(keep)
+        self._table[:, : len(kept)] = self._table[:, kept]
+        self.kv_debt[:, : len(kept)] = self.kv_debt[:, kept]
+        self.members = [self.members[i] for i in kept.tolist()]
+        yield from taken
+
+    def _write_back(self, index: int) -> int:
+        """Moves what happened in the batch into the sequence. Returns the blocks held."""
+        sequence = self.members[index]
+        row = self._table[:, index].tolist()
+        sequence.generated = row[Column.GENERATED]
+        sequence.layers_run = row[Column.LAYERS_RUN]
+        sequence.early_tokens = row[Column.EARLY]
+        sequence.breach_tokens = row[Column.BREACH]
+        sequence.agreed_tokens = row[Column.AGREED]
+        sequence.evaluated_tokens = row[Column.EVALUATED]
+        if row[Column.LAST_TOKEN_NS] >= 0:
+            sequence.last_token_ns = row[Column.LAST_TOKEN_NS]
+        blocks: int = row[Column.BLOCKS]
+        return blocks

@@ -1,0 +1,107 @@
+"""What the server asks an engine to run, what comes back, and the protocol that every engine follows.
+
+Nothing here says whether the engine computes on a device or from a profile: the server cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.exits.rule import ExitRule
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
+from helios_sim.policy.telemetry import Observation
+from helios_sim.request import Request
+from helios_sim.serving.batch import RunningBatch, Sequence
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPart:
+    """A chunk of one running request's prompt."""
+
+    index: int  # in the running batch
+    tokens: int
+    context_tokens: int
+    finishes: bool  # its last token yields the next output token
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next iteration, or up to `max_iterations` of them where nothing of this replica can come between."""
+
+    model: str
+    loaded_layers: int
+    run_layers: int  # depth of tokens that are not observed, at most loaded_layers
+    exit_rule: ExitRule
+    batching: BatchingRule
+    kv_rule: KvRule
+    batch: RunningBatch
+    decoding: IntArray  # indices of the requests that decode, ascending
+    prefill: tuple[PrefillPart, ...]
+    observe_tokens: int | None  # each request's first tokens that run all loaded layers, every exit observed
+    service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
+    max_iterations: int  # 1 whenever there is prefill
+    loading: bool  # weights stream in meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What became of the tokens of D requests in k iterations. Scalars stand for all of them."""
+
+    layers: int | IntArray  # (k, D) layers that the token ran
+    breach: BoolArray | None  # (k, D) left at the cap without confidence; None: none did
+    agrees: BoolArray | None  # (k, D) equal to full depth's token; None: all are
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """k iterations, already computed; the server may use only the first of them."""
+
+    end_ns: IntArray  # (k,) absolute, ascending
+    floor_ns: IntArray  # (k,) roofline time of each iteration
+    outside_grid: BoolArray  # (k,) priced by extrapolation
+    bounds: tuple[int, ...]  # depths that end the bands in which decodes ran
+    decoded: Tokens  # of plan.decoding
+    prefilled: Tokens  # (1, P) of the parts that finish, in their order
+
+    def iterations_until(self, time_ns: int, passed: bool = False) -> int:
+        """Iterations up to and including the one in progress at that time (at least 1).
+
+        One that ends exactly then is in progress, unless this server's turn at that time has `passed`.
+        """
+        side: Literal["left", "right"] = "right" if passed else "left"
+        return min(int(self.end_ns.searchsorted(time_ns, side)) + 1, len(self.end_ns))
+
+
+class Engine(Protocol):
+    """Executes plans and moves weights. Times are absolute integer nanoseconds of the environment's clock."""
+
+    def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
+        """Prompt tokens (with the characters answered so far) and the span of what is still to be answered."""
+        ...
+
+    def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        """Runs the plan's iterations, starting now."""
+        ...
+
+    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        """Starts to copy a model's weights into the card and calls back when they are there. Transfers queue up."""
+        ...
+
+    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
+        """What every exit said about the first tokens of this request's answer."""
+        ...
+
+    def probe(
+        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        """Scores served texts, prompt and answer, in one full-depth pass. Returns its duration in ns and the scores."""
+        ...

@@ -1,0 +1,59 @@
+"""Scores texts that were already served on other models, while serving goes on.
+
+A candidate's layers stream from host memory through a window of two layers, so serving keeps its memory and slows
+down as it does during a load; then one prefill pass over the texts takes the device for itself. In the real engine
+both interleave layer by layer; the device time is the same.
+"""
+
+from __future__ import annotations
+
+from helios_sim.serving.decider import Decider
+from helios_sim.serving.replica import Replica
+from helios_sim.serving.transition import Transitions
+
+
+class Prober:
+    def __init__(self, replica: Replica, decider: Decider, transitions: Transitions) -> None:
+        self._replica = replica
+        self._decider = decider
+        self._transitions = transitions
+        self._streaming: str | None = None
+        self._streamed: str | None = None
+
+    def advance(self) -> int | None:
+        """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass."""
+        replica = self._replica
+        probe = replica.deployment.probe
+        if probe is None or self._transitions.pending:
+            self._streamed = None
+            return None
+        if self._streamed is not None:
+            model, self._streamed = self._streamed, None
+            if model not in self._decider.probe_left:
+                return None  # of a probe that was given up
+            requests = list(replica.served)[-probe.prompts :]
+            duration_ns, observations = replica.engine.probe(model, requests, replica.deployment.exit_rule)
+            self._decider.probe_left.remove(model)
+            replica.observations.extend(observations)
+            replica.stats.busy_ns += duration_ns
+            return replica.now_ns + duration_ns
+        if self._streaming is None and self._decider.probe_left and replica.served:
+            in_place = self._stream(self._decider.probe_left[0])
+            return self.advance() if in_place else None
+        return None
+
+    def _stream(self, model: str) -> bool:
+        """Starts the stream of the layers that are not resident. True when there are none to wait for."""
+        profile = self._replica.situation.candidates[model].profile
+        loaded = self._transitions.residency.layers.get(model)
+        n_bytes = profile.weight_bytes(profile.model.n_layers) - (profile.weight_bytes(loaded) if loaded else 0)
+        self._streaming = model
+
+        def done() -> None:
+            self._streaming, self._streamed = None, model
+
+        if not n_bytes:
+            done()
+            return True
+        self._transitions.transfer(n_bytes, model, done)
+        return False

@@ -1,0 +1,165 @@
+"""The state of one replica and its elementary moves. The server's parts share it; it decides nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import simpy
+
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.telemetry import Observation, Situation
+from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.serving.batch import RunningBatch, Sequence
+from helios_sim.serving.iteration import Engine
+from helios_sim.serving.kv import KvPool, blocks_for
+from helios_sim.serving.meters import Recent
+from helios_sim.serving.scheduler import Admission
+from helios_sim.serving.stats import RunStats
+from helios_sim.serving.timeline import Timeline
+
+SERVED_TEXTS = 64  # latest completed requests that a probe can score
+
+
+class Replica:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        number: int,
+        engine: Engine,
+        situation: Situation,
+        on_left: Callable[[RequestRecord], None],
+    ) -> None:
+        self.env = env
+        self.number = number
+        self.engine = engine
+        self.situation = situation
+        self.on_left = on_left
+        self.deployment: Deployment  # in force; set before the first event
+        self.batch = RunningBatch()
+        self.waiting: deque[Sequence] = deque()
+        self.pool = KvPool(0, situation.memory.block_tokens)
+        self.stats = RunStats(block_tokens=situation.memory.block_tokens)
+        self.timeline = Timeline()
+        self.recent = Recent()
+        self.observations: list[Observation] = []  # new since the policy was last asked
+        self.served: deque[Request] = deque(maxlen=SERVED_TEXTS)
+        self.completed_requests = 0
+        self.starts_left: int | None = None  # of the deployment's admission limit
+        self.weight_bytes = 0  # resident or on the way, with the activation reserve
+        self.block_bytes = 0
+        self.decode_ns = 0  # since the placement last changed
+        self.decode_batch_ns = 0
+
+    @property
+    def now_ns(self) -> int:
+        return int(self.env.now)
+
+    @property
+    def run_layers(self) -> int:
+        return self.deployment.run_layers or self.deployment.active.layers
+
+    @property
+    def running_limit(self) -> int:
+        limit = self.situation.max_running_requests
+        return limit if self.deployment.batch_limit is None else min(limit, self.deployment.batch_limit)
+
+    def preempt(self) -> None:
+        """The newest running request loses its place and its cache; it is computed again later."""
+        sequence, blocks = self.batch.pop_newest()
+        self.pool.give(blocks)
+        sequence.preemptions += 1
+        self.stats.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def preempt_until(self, blocks: int) -> None:
+        """Preempts, newest first, until at most so many blocks are used (0: nothing runs any more)."""
+        while len(self.batch) and self.pool.used_blocks > blocks:
+            self.preempt()
+
+    def note_start(self, sequence: Sequence) -> None:
+        """A request is part of an iteration; the first time, it counts against the admission limit."""
+        if sequence.scheduled_ns is None:
+            sequence.scheduled_ns = self.now_ns
+        if not sequence.started:
+            sequence.started = True
+            if self.starts_left is not None:
+                self.starts_left -= 1
+
+    def note_memory(self) -> None:
+        used = self.weight_bytes + self.pool.used_blocks * self.block_bytes
+        self.stats.hbm_peak_bytes = max(self.stats.hbm_peak_bytes, used)
+
+    def admit(self, sequence: Sequence) -> Admission:
+        """Prepares the head of the queue for the active model; drops it if it can never run there."""
+        model = self.deployment.active.model
+        if self.planned_model(sequence) != model:
+            return Admission.LATER
+        if sequence.model != model:
+            self._retokenize(sequence, model)
+        reason = self.why_impossible(sequence)
+        if reason is None:
+            return Admission.READY
+        self.waiting.popleft()
+        self.leave(sequence, Status.DROPPED, reason)
+        return Admission.DROPPED
+
+    def planned_model(self, sequence: Sequence) -> str:
+        """The model that is to serve a request: the active one, unless the oracle has planned otherwise."""
+        plan = self.deployment.plan
+        return self.deployment.active.model if plan is None else plan.model(sequence.request.request_id)
+
+    def why_impossible(self, sequence: Sequence) -> str | None:
+        """Why this request can never run as deployed, or None."""
+        model = sequence.model
+        limit = self.situation.candidates[model].profile.model.max_context_tokens
+        tokens = sequence.prompt_tokens + sequence.output_tokens
+        if tokens > limit:
+            return f"context of {model} exceeded"
+        if blocks_for(tokens - 1, self.pool.block_tokens) > self.pool.total_blocks:
+            return f"larger than the KV pool beside {model}"
+        return None
+
+    def _retokenize(self, sequence: Sequence, model: str) -> None:
+        """The rest of the answer on another model: its text so far becomes part of the prompt."""
+        request = sequence.request
+        open_chars = request.output_chars - sequence.earlier_chars
+        sequence.earlier_chars += open_chars * sequence.generated // sequence.output_tokens
+        sequence.earlier_tokens += sequence.generated
+        sequence.generated = 0
+        sequence.model = model
+        sequence.prompt_tokens, sequence.span = self.engine.tokenize(model, request, sequence.earlier_chars)
+        sequence.output_tokens = sequence.span.n_tokens
+
+    def leave(self, sequence: Sequence, status: Status, reason: str | None = None) -> None:
+        """A request leaves the system with its record."""
+        request = sequence.request
+        output_tokens = sequence.earlier_tokens + sequence.generated
+        if status is Status.COMPLETED:
+            self.completed_requests += 1
+            self.recent.completed(sequence.prompt_tokens, output_tokens)
+            self.served.append(request)
+        self.on_left(
+            RequestRecord(
+                request_id=request.request_id,
+                replica=self.number,
+                task=request.task,
+                model=sequence.model,
+                status=status,
+                drop_reason=reason,
+                arrival_ns=request.arrival_ns,
+                scheduled_ns=sequence.scheduled_ns,
+                first_token_ns=sequence.first_token_ns,
+                last_token_ns=sequence.last_token_ns,
+                prompt_tokens=sequence.prompt_tokens,
+                output_tokens=output_tokens,
+                prompt_chars=request.prompt_chars,
+                output_chars=request.output_chars,
+                layers_run=sequence.layers_run,
+                early_tokens=sequence.early_tokens,
+                breach_tokens=sequence.breach_tokens,
+                agreed_tokens=sequence.agreed_tokens,
+                evaluated_tokens=sequence.evaluated_tokens,
+                preemptions=sequence.preemptions,
+            )
+        )

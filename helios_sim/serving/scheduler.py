@@ -1,0 +1,131 @@
+"""Chooses what the next iteration runs, as vLLM's v1 scheduler does. Knows neither time nor models.
+
+Decodes first, then the rest of prompts that were begun, then new prompts first come first served, all within one
+token budget. A prompt enters only when blocks for all of it are free; when a decode finds no block, the newest
+running request is preempted, and it is computed again from its text later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.serving.batch import Column, RunningBatch, Sequence
+from helios_sim.serving.iteration import PrefillPart
+from helios_sim.serving.kv import KvPool, blocks_for, decode_iterations_that_fit
+
+LEAP_ITERATIONS = 256  # bounds the memory of one leap; results do not depend on it
+
+
+class Admission(Enum):
+    READY = auto()
+    DROPPED = auto()  # left the queue: it can never run
+    LATER = auto()  # it runs on another model than the active one
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    batch_tokens: int  # token budget of an iteration
+    running_requests: int
+    starts_left: int | None  # requests that may still start; None: no limit
+    admission_open: bool
+    observe_tokens: int | None  # a leap ends where a request has been observed for long enough
+    leap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    decoding: NDArray[np.int64]  # indices into the batch
+    prefill: tuple[PrefillPart, ...]
+    max_iterations: int
+
+
+def schedule(
+    batch: RunningBatch,
+    waiting: deque[Sequence],
+    pool: KvPool,
+    limits: Limits,
+    admit: Callable[[Sequence], Admission],
+    preempt: Callable[[], None],
+) -> Schedule | None:
+    """The next iteration, or a leap of decode iterations; None when there is nothing to run.
+
+    `admit` prepares the head of the queue for the active model, and drops from the queue what can never run;
+    `preempt` moves the newest running request back to the head of the queue.
+    """
+    preempted = False
+    decoding = np.flatnonzero(batch.column(Column.PREFILL_LEFT) == 0)
+    blocks_due = _blocks_due(batch, decoding, pool.block_tokens)
+    while blocks_due > pool.free_blocks:
+        preempt()
+        preempted = True
+        decoding = np.flatnonzero(batch.column(Column.PREFILL_LEFT) == 0)
+        blocks_due = _blocks_due(batch, decoding, pool.block_tokens)
+
+    budget = limits.batch_tokens - len(decoding)
+    prefill: list[PrefillPart] = []
+    if len(decoding) < len(batch):
+        left = batch.column(Column.PREFILL_LEFT)
+        for index in np.flatnonzero(left).tolist():
+            if budget <= 0:
+                break
+            part = _part(index, int(left[index]), int(batch.column(Column.CONTEXT)[index]), budget)
+            prefill.append(part)
+            budget -= part.tokens
+
+    starts_left = limits.starts_left
+    blocked = preempted or not limits.admission_open
+    while waiting and not blocked and budget > 0 and len(batch) < limits.running_requests:
+        sequence = waiting[0]
+        if not sequence.started and starts_left == 0:
+            break
+        admission = admit(sequence)
+        if admission is Admission.DROPPED:
+            continue
+        if admission is Admission.LATER:
+            break
+        blocks = blocks_for(sequence.prefill_tokens, pool.block_tokens)
+        if blocks > pool.free_blocks - blocks_due:
+            break
+        waiting.popleft()
+        if not sequence.started and starts_left is not None:
+            starts_left -= 1
+        pool.take(blocks)
+        batch.append(sequence, blocks)
+        part = _part(len(batch) - 1, sequence.prefill_tokens, 0, budget)
+        prefill.append(part)
+        budget -= part.tokens
+
+    if not len(decoding) and not prefill:
+        return None
+    iterations = 1
+    if limits.leap and not prefill and len(decoding) == len(batch) and not preempted:
+        iterations = _leap_iterations(batch, pool, limits.observe_tokens)
+    return Schedule(decoding, tuple(prefill), iterations)
+
+
+def _blocks_due(batch: RunningBatch, decoding: NDArray[np.int64], block_tokens: int) -> int:
+    context = batch.column(Column.CONTEXT)[decoding]
+    return int(np.count_nonzero(context % block_tokens == 0))
+
+
+def _part(index: int, tokens_left: int, context_tokens: int, budget: int) -> PrefillPart:
+    tokens = min(tokens_left, budget)
+    return PrefillPart(index, tokens, context_tokens, finishes=tokens == tokens_left)
+
+
+def _leap_iterations(batch: RunningBatch, pool: KvPool, observe_tokens: int | None) -> int:
+    """Decode iterations until the first completion, failed allocation or end of an observation."""
+    fit = decode_iterations_that_fit(batch.column(Column.CONTEXT), pool.free_blocks, pool.block_tokens)
+    iterations = min(int(batch.column(Column.REMAINING).min()), fit, LEAP_ITERATIONS)
+    if observe_tokens is not None:
+        observed_left = observe_tokens - batch.column(Column.GENERATED)
+        observed_left = observed_left[observed_left > 0]
+        if len(observed_left):
+            iterations = min(iterations, int(observed_left.min()))
+    return iterations

@@ -1,0 +1,210 @@
+"""The server of one replica: one SimPy process that plans, executes, waits and commits, iteration by iteration.
+
+It knows only its own replica, never sleeps on a guess and never asks whether its engine is simulated or real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import simpy
+from simpy.events import Event, EventPriority
+
+from helios_sim.policy.telemetry import Policy, Situation
+from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.serving.batch import Sequence
+from helios_sim.serving.commit import commit
+from helios_sim.serving.decider import Decider, Decision
+from helios_sim.serving.iteration import Engine, Outcome, Plan
+from helios_sim.serving.probing import Prober
+from helios_sim.serving.replica import Replica
+from helios_sim.serving.scheduler import Limits, schedule
+from helios_sim.serving.stats import RunStats
+from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.transition import Transitions
+
+# At equal times arrivals and control come first (SimPy's own priorities are 0 and 1), then servers by replica.
+SERVER_PRIORITY = 10
+
+
+class Server:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        number: int,
+        engine: Engine,
+        policy: Policy,
+        situation: Situation,
+        on_left: Callable[[RequestRecord], None],
+        leap: bool = True,
+    ) -> None:
+        self._env = env
+        self._leap = leap
+        self._replica = Replica(env, number, engine, situation, on_left)
+        self._decider = Decider(self._replica, policy)
+        self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._notify)
+        self._prober = Prober(self._replica, self._decider, self._transitions)
+        self._idle: Event | None = None
+        self._outcome: Outcome | None = None  # of the iterations in progress
+        self._cut = 0  # how many of them will be used
+        self._transitions.start(self._decider.start())
+        self._process = env.process(self._run())
+
+    def _run(self) -> Generator[Event, Any, None]:
+        replica = self._replica
+        while True:
+            self._transitions.advance()
+            if not self._transitions.pending:  # one change at a time
+                decided = self._decider.decide()
+                if decided is not None:
+                    self._transitions.begin(decided)
+                    continue
+            probe_end_ns = self._prober.advance()
+            if probe_end_ns is not None:
+                yield self._event_at(probe_end_ns)
+                continue
+            self._transitions.follow_plan()
+            plan = self._plan()
+            if plan is None:
+                yield from self._wait_idle()
+                continue
+            started_ns = replica.now_ns
+            outcome = replica.engine.execute(plan, started_ns)
+            yield from self._wait_for(outcome, self._decider.iterations_until_trigger(plan, outcome))
+            self._decider.count_breaches(plan, outcome, self._cut)
+            commit(replica, plan, outcome, self._cut, started_ns)
+
+    def submit(self, request: Request, from_replica: int | None = None) -> None:
+        """A request arrives now. It is dropped at once if it can never run as deployed.
+
+        `from_replica` is the replica whose completion released it (closed loop), which orders events at one time.
+        """
+        replica = self._replica
+        replica.recent.arrived(replica.now_ns)
+        model = replica.deployment.active.model
+        prompt_tokens, span = replica.engine.tokenize(model, request)
+        sequence = Sequence(request, model, prompt_tokens, span.n_tokens, span)
+        if not self._transitions.pending and replica.planned_model(sequence) == model:
+            reason = replica.why_impossible(sequence)
+            if reason is not None:
+                replica.leave(sequence, Status.DROPPED, reason)
+                return
+        next_in_line = not replica.waiting
+        replica.waiting.append(sequence)
+        if self._decider.watches_queue or (next_in_line and self._could_start()):
+            self._notify(turn_passed=from_replica is not None and from_replica > replica.number)
+
+    def finish(self) -> None:
+        """Ends the run: whatever is still here leaves as unfinished."""
+        replica = self._replica
+        replica.preempt_until(0)
+        while replica.waiting:
+            replica.leave(replica.waiting.popleft(), Status.UNFINISHED)
+        replica.stats.batch_capacity_blocks = replica.pool.total_blocks
+        self._transitions.close()
+
+    @property
+    def requests_in_system(self) -> int:
+        return len(self._replica.waiting) + len(self._replica.batch)
+
+    @property
+    def used_blocks(self) -> int:
+        return self._replica.pool.used_blocks
+
+    @property
+    def stats(self) -> RunStats:
+        return self._replica.stats
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._replica.timeline
+
+    @property
+    def decisions(self) -> list[Decision]:
+        return self._decider.decisions
+
+    def _could_start(self) -> bool:
+        replica = self._replica
+        has_place = len(replica.batch) < replica.running_limit
+        return not self._transitions.draining and replica.starts_left != 0 and has_place
+
+    def _plan(self) -> Plan | None:
+        replica, deployment = self._replica, self._replica.deployment
+        limits = Limits(
+            batch_tokens=replica.situation.max_batch_tokens,
+            running_requests=replica.running_limit,
+            starts_left=replica.starts_left,
+            admission_open=not self._transitions.draining,
+            observe_tokens=deployment.observe_tokens,
+            leap=self._leap,
+        )
+        scheduled = schedule(
+            replica.batch, replica.waiting, replica.pool, limits, admit=replica.admit, preempt=replica.preempt
+        )
+        if scheduled is None:
+            return None
+        for part in scheduled.prefill:
+            replica.note_start(replica.batch.members[part.index])
+        return Plan(
+            model=deployment.active.model,
+            loaded_layers=deployment.active.layers,
+            run_layers=replica.run_layers,
+            exit_rule=deployment.exit_rule,
+            batching=deployment.batching,
+            kv_rule=deployment.kv_rule,
+            batch=replica.batch,
+            decoding=scheduled.decoding,
+            prefill=scheduled.prefill,
+            observe_tokens=deployment.observe_tokens,
+            service_plan=deployment.plan,
+            max_iterations=scheduled.max_iterations,
+            loading=self._transitions.loading,
+        )
+
+    def _wait_for(self, outcome: Outcome, iterations: int) -> Generator[Event, Any, None]:
+        """Waits until the used iterations have ended. Whoever acts on this replica meanwhile shortens them."""
+        self._outcome, self._cut = outcome, iterations
+        while True:
+            try:
+                yield self._event_at(int(outcome.end_ns[self._cut - 1]))
+                break
+            except simpy.Interrupt:
+                pass  # _notify has cut the leap
+        self._outcome = None
+
+    def _wait_idle(self) -> Generator[Event, Any, None]:
+        alarm_ns = self._decider.next_time_ns
+        if alarm_ns is not None:
+            alarm = self._env.timeout(alarm_ns - self._env.now)
+            assert alarm.callbacks is not None
+            alarm.callbacks.append(lambda _: self._notify())
+        self._idle = self._env.event()
+        yield self._idle
+        self._idle = None
+
+    def _notify(self, turn_passed: bool = False) -> None:
+        """Something acted on this replica: wake it, or end its leap with the iteration in progress.
+
+        `turn_passed`: whoever acted comes after this server at equal times, so an iteration that ends now is over.
+        """
+        if self._idle is not None:
+            if not self._idle.triggered:
+                _schedule(self._env, self._idle, SERVER_PRIORITY + self._replica.number, 0)
+        elif self._outcome is not None:
+            cut = self._outcome.iterations_until(self._replica.now_ns, turn_passed)
+            if cut < self._cut:
+                self._cut = cut
+                self._process.interrupt()
+
+    def _event_at(self, time_ns: int) -> Event:
+        event = self._env.event()
+        _schedule(self._env, event, SERVER_PRIORITY + self._replica.number, time_ns - self._replica.now_ns)
+        return event
+
+
+def _schedule(env: simpy.Environment, event: Event, priority: int, delay_ns: int) -> None:
+    """Triggers an event with a priority of our own, which SimPy's timeouts do not take."""
+    event._ok = True
+    event._value = None
+    env.schedule(event, EventPriority(priority), delay_ns)

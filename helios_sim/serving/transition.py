@@ -1,0 +1,209 @@
+"""Brings a decided deployment into force: loads, drains, preempts, and accounts for what that costs.
+
+Weights load while serving goes on as long as they fit beside what is there; the KV pool shrinks to make room. When
+they do not fit, a change of model waits for the batch to drain (or migrates it), and a raise of the cap preempts the
+newest requests, which have to be computed again anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from helios_sim.errors import UserError
+from helios_sim.policy.deployment import Deployment, InFlight, Placement
+from helios_sim.serving.replica import Replica
+from helios_sim.serving.residency import Residency
+
+
+@dataclass(slots=True)
+class Pending:
+    """A decided deployment that is not in force yet."""
+
+    deployment: Deployment
+    decided_ns: int
+    missing: list[Placement]
+
+
+class Transitions:
+    def __init__(self, replica: Replica, on_change: Callable[[], None], wake: Callable[[], None]) -> None:
+        self._replica = replica
+        self._on_change = on_change  # a deployment came into force
+        self._wake = wake
+        profiles = {name: candidate.profile for name, candidate in replica.situation.candidates.items()}
+        self.residency = Residency(profiles, replica.situation.memory)
+        self._pending: Pending | None = None
+        self._transfers = 0
+        self._loading_since_ns = 0
+        self._in_force_since_ns = 0
+
+    @property
+    def pending(self) -> bool:
+        return self._pending is not None
+
+    @property
+    def loading(self) -> bool:
+        return self._transfers > 0
+
+    @property
+    def draining(self) -> bool:
+        """Nothing starts while the model is about to change and requests in flight are to finish first."""
+        pending = self._pending
+        return (
+            pending is not None
+            and pending.deployment.active.model != self._replica.deployment.active.model
+            and (pending.deployment.in_flight is InFlight.DRAIN or not len(self._replica.batch))
+        )
+
+    def start(self, deployment: Deployment) -> None:
+        """The first deployment of a run: loaded before the first request, at no charge."""
+        self._require_fit(deployment)
+        self._replica.deployment = deployment
+        self._enforce(deployment)
+        self._on_change()
+
+    def begin(self, deployment: Deployment) -> None:
+        """A decision was taken now; it comes into force here or, after loads and drains, in `advance`."""
+        replica = self._replica
+        missing = [] if deployment.instant else self.residency.missing(deployment)
+        if missing:
+            self._require_fit(deployment)
+        self._pending = Pending(deployment, replica.now_ns, missing)
+        self.advance()
+
+    def advance(self) -> None:
+        """Goes on with the pending deployment as far as it can now."""
+        pending, replica = self._pending, self._replica
+        if pending is None or self.loading:
+            return
+        if pending.missing:
+            placement = pending.missing[0]
+            if self._make_room(pending.deployment, placement):
+                n_bytes = self.residency.missing_bytes(placement)
+                self.residency.layers = self.residency.with_placement(placement)
+                replica.stats.loads += 1
+                self.transfer(n_bytes, placement.model, self._next_missing)
+            return
+        deployment = pending.deployment
+        if deployment.active.model != replica.deployment.active.model and len(replica.batch):
+            if deployment.in_flight is InFlight.DRAIN:
+                return
+            replica.preempt_until(0)
+        self._activate(pending)
+
+    def follow_plan(self) -> None:
+        """The oracle's plan names the model of each request: change to the next one's when nothing is running."""
+        replica = self._replica
+        if replica.deployment.plan is None or len(replica.batch) or not replica.waiting:
+            return
+        model = replica.planned_model(replica.waiting[0])
+        if model != replica.deployment.active.model:
+            n_layers = replica.situation.candidates[model].profile.model.n_layers
+            replica.deployment = replace(replica.deployment, active=Placement(model, n_layers))
+            replica.stats.switches += 1
+            self._enforce(replica.deployment)
+
+    def transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        """Copies a model's weights into the card while serving goes on; `on_done` runs when they are there."""
+        replica = self._replica
+        if not self._transfers:
+            self._loading_since_ns = replica.now_ns
+        self._transfers += 1
+
+        def done() -> None:
+            self._transfers -= 1
+            if not self._transfers:
+                replica.stats.load_ns += replica.now_ns - self._loading_since_ns
+            on_done()
+            self._wake()
+
+        replica.engine.start_transfer(n_bytes, model, done)
+        self._wake()
+
+    def close(self) -> None:
+        """The run ends: closes the books on the deployment in force."""
+        self._end_evaluation(self._replica.deployment)
+
+    def _end_evaluation(self, deployment: Deployment) -> None:
+        now_ns = self._replica.now_ns
+        if deployment.observe_tokens is not None or deployment.probe is not None:
+            self._replica.stats.evaluation_ns += now_ns - self._in_force_since_ns
+        self._in_force_since_ns = now_ns
+
+    def _next_missing(self) -> None:
+        assert self._pending is not None
+        del self._pending.missing[0]
+
+    def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
+        """Shrinks the KV pool so that the placement fits beside what is resident. False: the batch must drain."""
+        replica, residency = self._replica, self.residency
+        active = replica.deployment.active
+        both = residency.with_placement(placement)
+        blocks = residency.pool_blocks(both, active)
+        if replica.pool.used_blocks > blocks:
+            if deployment.active.model != active.model and deployment.in_flight is InFlight.DRAIN:
+                return False
+            replica.preempt_until(blocks)
+        if residency.pool_bytes(both) < 0:
+            # Nothing runs any more: only what the new deployment keeps stays resident, the old weights leave first.
+            wanted = residency.wanted(deployment)
+            residency.layers = {m: min(n, wanted[m]) for m, n in residency.layers.items() if m in wanted}
+            both = residency.with_placement(placement)
+            blocks = residency.pool_blocks(both, active)
+        replica.pool.resize(blocks)
+        self._weigh(both)
+        return True
+
+    def _activate(self, pending: Pending) -> None:
+        replica, stats, deployment = self._replica, self._replica.stats, pending.deployment
+        old, old_depth = replica.deployment, replica.run_layers
+        now_ns = replica.now_ns
+        self._end_evaluation(old)
+        replica.deployment = deployment
+        if deployment.active.model != old.active.model:
+            stats.switches += 1
+        elif replica.run_layers > old_depth:
+            # Hidden states at the old cap were not kept: deeper layers need the text from layer 1.
+            replica.preempt_until(0)
+        if deployment.active != old.active:
+            stats.switch_time_ns += now_ns - pending.decided_ns
+            stats.transitions_ns.append(now_ns)
+            replica.decode_ns = replica.decode_batch_ns = 0
+        self._pending = None
+        self._enforce(deployment)
+        self._on_change()
+
+    def _enforce(self, deployment: Deployment) -> None:
+        """Memory and admission as the deployment wants them."""
+        replica, residency = self._replica, self.residency
+        residency.layers = residency.wanted(deployment)
+        active = deployment.active
+        if deployment.instant:  # the oracle's relaxed memory: as if only the first exit's layers were loaded
+            first_exit = replica.situation.candidates[active.model].offline.exits[0]
+            residency.layers = {active.model: first_exit}
+            active = Placement(active.model, first_exit)
+        blocks = residency.pool_blocks(residency.layers, active)
+        replica.preempt_until(blocks)
+        replica.pool.resize(blocks)
+        replica.block_bytes = residency.block_bytes(active)
+        self._weigh(residency.layers)
+        replica.starts_left = deployment.admit_limit
+
+    def _weigh(self, layers: dict[str, int]) -> None:
+        usable = self._replica.situation.memory.usable_bytes
+        self._replica.weight_bytes = usable - self.residency.pool_bytes(layers)
+        self._replica.note_memory()
+
+    def _require_fit(self, deployment: Deployment) -> None:
+        wanted = self.residency.wanted(deployment)
+        if self.residency.pool_blocks(wanted, deployment.active) > 0 or deployment.instant:
+            return
+        memory = self._replica.situation.memory
+        names = ", ".join(f"{model} ({layers} layers)" for model, layers in wanted.items())
+        raise UserError(
+            "model",
+            names,
+            f"weights, activations and one KV block must fit into {memory.usable_bytes / 1e9:.1f} GB "
+            f"({memory.utilisation:.0%} of the card)",
+            "choose a smaller model, a lower cap, a larger card or a higher memory.utilisation",
+        )

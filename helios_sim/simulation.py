@@ -1,0 +1,150 @@
+"""Runs one arm: a workload against replicas that share one clock. Knows no file, no report and no experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import islice
+from typing import Protocol
+
+import simpy
+from simpy.events import Event
+
+from helios_sim.request import Request, RequestBlock, RequestRecord
+from helios_sim.serving.server import Server
+from helios_sim.serving.stats import RunStats
+
+
+class Router(StrEnum):
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOADED = "least_loaded"  # fewest requests in the system; the first of equals
+
+
+class MakeServer(Protocol):
+    def __call__(self, env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is left of a run besides its records."""
+
+    servers: tuple[Server, ...]
+    stats: RunStats
+    requests: int
+    end_ns: int
+
+
+class LittlesLawViolated(RuntimeError):
+    """Time in the system summed over requests differs from requests in the system summed over time."""
+
+
+class System:
+    """Counts who is in the system, and hands out requests of a closed loop as others leave."""
+
+    def __init__(self, env: simpy.Environment, router: Router, sink: Callable[[RequestRecord], None]) -> None:
+        self.env = env
+        self.servers: tuple[Server, ...] = ()
+        self.arrived = 0
+        self.left = 0
+        self._router = router
+        self._sink = sink
+        self._closed_loop: Iterator[Request] | None = None
+        self._to_release = 0
+        self._releasing = False
+        self._changed_ns = 0
+        self._presence_ns = 0  # requests in the system, integrated over time
+        self._sojourn_ns = 0  # time in the system, summed over requests
+
+    def open_loop(self, blocks: Iterator[RequestBlock]) -> Generator[Event, None, None]:
+        """The process of arrivals that do not wait for answers."""
+        for block in blocks:
+            for request in block.rows():
+                if request.arrival_ns > self.env.now:
+                    yield self.env.timeout(request.arrival_ns - self.env.now)
+                self.dispatch(request)
+
+    def close_loop(self, blocks: Iterator[RequestBlock], users: int) -> None:
+        """Starts with one request of each user; each then sends the next one when its last has left."""
+        self._closed_loop = (request for block in blocks for request in block.rows())
+        for request in list(islice(self._closed_loop, users)):
+            self.dispatch(request)
+
+    def dispatch(self, request: Request, from_replica: int | None = None) -> None:
+        self._note_change()
+        self.arrived += 1
+        if self._router is Router.ROUND_ROBIN:
+            server = self.servers[(self.arrived - 1) % len(self.servers)]
+        else:
+            server = min(self.servers, key=lambda s: s.requests_in_system)
+        server.submit(request, from_replica)
+
+    def on_left(self, record: RequestRecord) -> None:
+        self._note_change()
+        self.left += 1
+        self._sojourn_ns += int(self.env.now) - record.arrival_ns
+        self._sink(record)
+        if self._closed_loop is not None:
+            self._to_release += 1
+            self._release(record.replica)
+
+    def check_littles_law(self) -> None:
+        """L = lambda W holds exactly on every run, in integers: arrivals and departures are counted separately."""
+        self._note_change()
+        if self._presence_ns != self._sojourn_ns or self.arrived != self.left:
+            raise LittlesLawViolated(
+                f"{self._presence_ns} request-ns in the system, {self._sojourn_ns} by request; "
+                f"{self.arrived} arrived, {self.left} left"
+            )
+
+    def _note_change(self) -> None:
+        now_ns = int(self.env.now)
+        self._presence_ns += (self.arrived - self.left) * (now_ns - self._changed_ns)
+        self._changed_ns = now_ns
+
+    def _release(self, from_replica: int) -> None:
+        """A request that is dropped on arrival leaves at once and releases the next: a loop, not a recursion."""
+        if self._releasing or self._closed_loop is None:
+            return
+        self._releasing = True
+        while self._to_release:
+            self._to_release -= 1
+            following = next(self._closed_loop, None)
+            if following is not None:
+                self.dispatch(replace(following, arrival_ns=int(self.env.now)), from_replica)
+        self._releasing = False
+
+
+def simulate(
+    make_server: MakeServer,
+    blocks: Iterator[RequestBlock],
+    requests: int,
+    sink: Callable[[RequestRecord], None],
+    *,
+    users: int | None = None,
+    replicas: int = 1,
+    router: Router = Router.ROUND_ROBIN,
+    env: simpy.Environment | None = None,
+) -> Run:
+    """Serves all requests and returns when the last one has left.
+
+    `sink` gets each record as its request leaves. With `users` the loop is closed. Raises LittlesLawViolated when
+    the books do not balance, which would be a defect of this program.
+    """
+    env = env or simpy.Environment(initial_time=0)
+    system = System(env, router, sink)
+    system.servers = tuple(make_server(env, number, system.on_left) for number in range(replicas))
+    if users is None:
+        env.process(system.open_loop(blocks))
+    else:
+        system.close_loop(blocks, users)
+    while system.left < requests and env.peek() != float("inf"):
+        env.step()
+    end_ns = int(env.now)
+    for server in system.servers:
+        server.finish()
+    system.check_littles_law()
+    stats = RunStats(block_tokens=system.servers[0].stats.block_tokens)
+    for server in system.servers:
+        stats.merge(server.stats)
+    return Run(system.servers, stats, system.arrived, end_ns)

@@ -1,0 +1,118 @@
+"""A small assembly of workload, profile, trace and policy for tests of the serving loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from helios_sim.engine.simulated import ModelData, SimulatedEngine
+from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.exits.trace import ANY_TASK, ExitTrace
+from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.telemetry import Candidate, Goal, Objective, Policy, Situation, Telemetry
+from helios_sim.policy.trigger import Cause
+from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.synthetic import flat_profile
+from helios_sim.request import RequestRecord
+from helios_sim.serving.server import Server
+from helios_sim.simulation import Router, Run, simulate
+from helios_sim.workload import Workload, generate
+
+EXITS = (2, 4)
+
+
+@dataclass
+class Scripted:
+    """A policy that starts with one deployment and then returns the given ones, one for each question."""
+
+    first: Deployment
+    then: list[Deployment | None] = field(default_factory=list)
+    asked: list[tuple[Cause, Telemetry]] = field(default_factory=list)
+
+    def start(self, situation: Situation) -> Deployment:
+        return self.first
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        self.asked.append((cause, telemetry))
+        return self.then.pop(0) if self.then else None
+
+
+def full_depth(model: str = "flat", layers: int = 4, batch_limit: int | None = None) -> Deployment:
+    return Deployment(Placement(model, layers), FullDepth(), kv_rule=KvRule.NONE, batch_limit=batch_limit)
+
+
+@dataclass
+class Served:
+    records: list[RequestRecord]
+    run: Run
+
+    def by_request(self) -> list[RequestRecord]:
+        return sorted(self.records, key=lambda r: r.request_id)
+
+    def seconds_in_system(self) -> np.ndarray:
+        return np.array([(r.last_token_ns - r.arrival_ns) / 1e9 for r in self.by_request()])
+
+
+def serve(
+    workload: Workload,
+    policy: Policy | Deployment,
+    profiles: Mapping[str, Profile] | None = None,
+    traces: Mapping[str, ExitTrace] | None = None,
+    *,
+    seed: int = 0,
+    hbm_bytes: int = 40 * 2**30,
+    utilisation: float = 0.9,
+    block_tokens: int = 16,
+    max_running_requests: int = 256,
+    max_batch_tokens: int = 2048,
+    replicas: int = 1,
+    router: Router = Router.ROUND_ROBIN,
+    leap: bool = True,
+    threshold: float = 0.7,
+) -> Served:
+    profiles = profiles or {"flat": flat_profile(0.001)}
+    traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
+    tasks = workload.mix.tasks
+    candidates = {
+        name: Candidate(profile, offline_exits(traces[name], threshold, Confidence.MAX_PROBABILITY))
+        for name, profile in profiles.items()
+    }
+    situation = Situation(
+        candidates=candidates,
+        memory=MemoryBudget(hbm_bytes, utilisation, block_tokens),
+        objective=Objective(Goal.THROUGHPUT, 0.1),
+        max_running_requests=max_running_requests,
+        max_batch_tokens=max_batch_tokens,
+        seed=seed,
+    )
+    models = {name: ModelData(profile, traces[name].bind(tasks)) for name, profile in profiles.items()}
+    made: list[Policy] = []
+
+    def make_server(env, number, on_left):
+        own = policy
+        if isinstance(policy, Deployment):
+            own = Scripted(policy)
+        elif number:
+            own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
+        made.append(own)
+        return Server(env, number, SimulatedEngine(env, models), own, situation, on_left, leap=leap)
+
+    records: list[RequestRecord] = []
+    run = simulate(
+        make_server,
+        generate(workload, seed),
+        workload.requests,
+        records.append,
+        users=workload.users,
+        replicas=replicas,
+        router=router,
+    )
+    return Served(records, run)
+
+
+__all__ = ["ANY_TASK", "EXITS", "Scripted", "Served", "full_depth", "serve"]

@@ -1,0 +1,171 @@
+"""Invariants of the serving loop over random workloads, profiles, deployments and numbers of replicas."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from hypothesis import HealthCheck, given, settings, strategies as st
+from rig import EXITS, Scripted, Served, full_depth, serve
+
+from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
+from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, KvRule, Placement, Probe
+from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
+from helios_sim.profile.synthetic import flat_profile
+from helios_sim.request import Status
+from helios_sim.simulation import Router
+from helios_sim.workload import (
+    AllAtOnce,
+    ClosedLoop,
+    Constant,
+    DrawnLengths,
+    Exponential,
+    Fixed,
+    Poisson,
+    TaskMix,
+    Workload,
+)
+
+SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+arrivals = st.one_of(
+    # With iterations of 1 ms, whole milliseconds between arrivals make every arrival a tie.
+    st.sampled_from([Constant(1000.0), Constant(500.0), Constant(100.0), AllAtOnce(), ClosedLoop(3), ClosedLoop(40)]),
+    st.floats(20, 400).map(Poisson),
+)
+workloads = st.builds(
+    lambda arrivals, prompt, output, n: Workload(
+        arrivals, DrawnLengths(prompt, output), TaskMix.single("text"), n, chars_per_token=None
+    ),
+    arrivals,
+    st.sampled_from([Fixed(1), Fixed(16), Fixed(40), Exponential(30)]),
+    st.sampled_from([Fixed(1), Fixed(2), Fixed(33), Exponential(20)]),
+    st.integers(1, 40),
+)
+rules = st.sampled_from(
+    [
+        (FullDepth(), 4),
+        (FixedCap(0.7), 2),
+        (FixedCap(0.7), 4),
+        (PerToken(0.7), 4),
+        (PerToken(0.7), 2),
+        (Clairvoyant(0.05), 4),
+    ]
+)
+triggers = st.lists(
+    st.sampled_from(
+        [
+            BreachLimit(10, 3),
+            BreachLimit(100, 20),
+            Completed(1),
+            Completed(4),
+            AtTime(7_000_000),
+            AtTime(30_500_000),
+            QueueAbove(2),
+            Drained(),
+            Probed(),
+        ]
+    ),
+    max_size=3,
+    unique=True,
+).map(tuple)
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> Deployment:
+    rule, layers = draw(rules)
+    deployment = Deployment(
+        active=Placement(draw(st.sampled_from(["a", "b"])), layers),
+        exit_rule=rule,
+        batching=draw(st.sampled_from(BatchingRule)),
+        kv_rule=draw(st.sampled_from(KvRule)),
+        batch_limit=draw(st.sampled_from([None, 1, 3])),
+        in_flight=draw(st.sampled_from(InFlight)),
+        observe_tokens=draw(st.sampled_from([None, None, 1, 5])),
+        probe=draw(st.sampled_from([None, None, Probe(("a", "b"), 2)])),
+        triggers=draw(triggers),
+    )
+    if isinstance(rule, FullDepth | FixedCap) and layers == 4 and draw(st.booleans()):
+        deployment = replace(deployment, run_layers=2)
+    return deployment
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> Scripted:
+    return Scripted(draw(deployments()), draw(st.lists(st.one_of(st.none(), deployments()), max_size=5)))
+
+
+def profiles(iteration_s: float, hbm_bytes: int) -> dict:
+    """Two models; a transfer of all their weights takes about 5 iterations."""
+    return {
+        name: flat_profile(s, name=name, hbm_bytes=hbm_bytes, load_bytes_per_s=60_000.0)
+        for name, s in (("a", iteration_s), ("b", iteration_s * 1.5))
+    }
+
+
+def run(workload: Workload, script: Scripted, replicas: int, router: Router, pool_blocks: int, leap: bool) -> Served:
+    made = profiles(0.001, 2**30)
+    traces = {
+        name: synthetic_trace(name, EXITS, tokens=400, seed=seed, chars_per_token=1) for seed, name in enumerate(made)
+    }
+    block_bytes = 16 * made["a"].kv_bytes_per_token(4)
+    hbm_bytes = made["a"].weight_bytes(4) + made["b"].weight_bytes(4) + pool_blocks * block_bytes
+    return serve(
+        workload,
+        Scripted(script.first, list(script.then)),
+        made,
+        traces,
+        hbm_bytes=hbm_bytes,
+        utilisation=1.0,
+        max_batch_tokens=64,
+        max_running_requests=32,
+        replicas=replicas,
+        router=router,
+        leap=leap,
+    )
+
+
+cases = {
+    "workload": workloads,
+    "script": scripts(),
+    "replicas": st.sampled_from([1, 2]),
+    "router": st.sampled_from(Router),
+    "pool_blocks": st.sampled_from([4, 9, 40, 1000]),
+}
+
+
+@SLOW
+@given(**cases)
+def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, router, pool_blocks) -> None:
+    leaping = run(workload, script, replicas, router, pool_blocks, leap=True)
+    stepping = run(workload, script, replicas, router, pool_blocks, leap=False)
+    assert leaping.records == stepping.records
+    for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
+        assert fast.decisions == slow.decisions
+        assert asdict(fast.stats) == asdict(slow.stats)
+
+
+@SLOW
+@given(**cases)
+def test_every_request_leaves_once_and_memory_returns(workload, script, replicas, router, pool_blocks) -> None:
+    served = run(workload, script, replicas, router, pool_blocks, leap=True)
+    assert sorted(r.request_id for r in served.records) == list(range(workload.requests))
+    for server in served.run.servers:
+        assert server.used_blocks == 0
+        assert server.requests_in_system == 0
+    for record in served.records:
+        if record.status is Status.COMPLETED:
+            assert record.arrival_ns <= record.scheduled_ns < record.first_token_ns <= record.last_token_ns
+            assert record.output_tokens >= 1
+            assert 2 * record.output_tokens <= record.layers_run <= 4 * record.output_tokens
+            assert max(record.early_tokens, record.agreed_tokens, record.evaluated_tokens) <= record.output_tokens
+        else:
+            assert record.status is Status.UNFINISHED or record.drop_reason
+
+
+@SLOW
+@given(workload=workloads, replicas=st.sampled_from([1, 3]))
+def test_every_request_completes_when_memory_is_ample(workload, replicas) -> None:
+    served = serve(workload, full_depth(), replicas=replicas)
+    assert {r.status for r in served.records} == {Status.COMPLETED}
+    assert served.run.stats.preemptions == 0
