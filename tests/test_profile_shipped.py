@@ -110,7 +110,10 @@ def test_provenance_says_derived_from_what_and_lists_what_is_assumed(name: str) 
     assert any("1555 GB/s" in line for line in provenance.scaled) == (profile.hardware.name == "a100-40gb")
     listed = {a.name for a in provenance.assumptions}
     assert {"load_bytes_per_s", "load_slowdown", "runtime.host_overhead_s", "idle_w", "mixed_factor"} <= listed
-    assert profile.hardware.idle_w is None
+    idle_w = profile.hardware.idle_w
+    assert idle_w is not None
+    assert 0 < idle_w < profile.hardware.tdp_w
+    assert "idle: nvidia-smi" in profile.hardware.source
 
 
 @pytest.mark.usefixtures("kernels")

@@ -171,7 +171,10 @@ def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
                 "profile.mixed_factor",
             ),
             Assumption("unequal_kv_factor", None, "KV lengths enter by their mean", "profile.unequal_kv_factor"),
-            Assumption("idle_w", None, "no source: energy is null", "hardware.idle_w"),
+            Assumption(
+                "idle_w", card.idle_w, "nvidia-smi readings of cards that held nothing: a lower bound",
+                "hardware.idle_w",
+            ),
             Assumption(
                 "chars_per_token", CHARS_PER_TOKEN[_tokenizer(model)], "English text; no tokenizer at hand",
                 "model.chars_per_token",

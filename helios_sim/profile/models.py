@@ -47,20 +47,25 @@ MODELS = {
     )
 }
 
+# Idle power is what nvidia-smi showed for cards that held nothing: a lower bound, since a card that holds weights
+# idles higher (an H100 at 140 W: wilicc/gpu-burn, issue 114).
 HARDWARE = {
     spec.name: spec
     for spec in (
         HardwareSpec(
-            "a100-40gb", 40 * GIB, 1.555e12, 312e12, 400.0, None,
-            "NVIDIA A100 Tensor Core GPU data sheet: SXM4 40 GB, 1,555 GB/s, 312 TFLOPS dense bf16, 400 W",
+            "a100-40gb", 40 * GIB, 1.555e12, 312e12, tdp_w=400.0, idle_w=50.0,
+            source="NVIDIA A100 Tensor Core GPU data sheet: SXM4 40 GB, 1,555 GB/s, 312 TFLOPS dense bf16, 400 W; "
+            "idle: nvidia-smi of eight cards, 50 to 56 W, facebookresearch/vissl issue 422",
         ),
         HardwareSpec(
-            "a100-80gb", 80 * GIB, 2.039e12, 312e12, 400.0, None,
-            "NVIDIA A100 Tensor Core GPU data sheet: SXM4 80 GB, 2,039 GB/s, 312 TFLOPS dense bf16, 400 W",
+            "a100-80gb", 80 * GIB, 2.039e12, 312e12, tdp_w=400.0, idle_w=59.0,
+            source="NVIDIA A100 Tensor Core GPU data sheet: SXM4 80 GB, 2,039 GB/s, 312 TFLOPS dense bf16, 400 W; "
+            "idle: nvidia-smi of several cards, 59 to 62 W, allenai/PeerRead issue 40",
         ),
         HardwareSpec(
-            "h100-80gb", 80 * GIB, 3.35e12, 989e12, 700.0, None,
-            "NVIDIA H100 Tensor Core GPU data sheet: SXM5 80 GB, 3.35 TB/s, 989 TFLOPS dense bf16, 700 W",
+            "h100-80gb", 80 * GIB, 3.35e12, 989e12, tdp_w=700.0, idle_w=69.0,
+            source="NVIDIA H100 Tensor Core GPU data sheet: SXM5 80 GB, 3.35 TB/s, 989 TFLOPS dense bf16, 700 W; "
+            "idle: nvidia-smi of one card, 69 W, huggingface/diffusers tests/quantization/torchao/README.md",
         ),
     )
 }  # fmt: skip

@@ -36,7 +36,8 @@ PRESETS = {
             (
                 "launch_s_per_layer",
                 "assumed: about 15 kernels a layer at 4 to 6 us each (susun-blog.com/blog/pegainfer-3-cuda-graph), "
-                "somewhat more from Python; swept from 0 to 0.5 ms",
+                "somewhat more from Python; swept from 0 to 0.5 ms (vLLM of 2023 on 8 cards was bound by its host at "
+                "0.4 to 0.6 ms a layer, communication included: experiments/profile_validation)",
             ),
             ("launch_s_per_graph", "by definition: no graphs"),
             _SYNC,
