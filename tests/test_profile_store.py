@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,12 @@ def test_what_is_read_equals_what_was_written(make: Callable[[], Profile], tmp_p
     write_profile(profile, tmp_path / "here")
     assert same(profile, read_profile(tmp_path / "here"))
     assert same(profile, load_profile(str(tmp_path / "here")))
+
+
+def test_profiles_travel_between_processes() -> None:
+    for profile in (rich_profile(), load_profile("opt-1.3b@a100-40gb").scaled(1.05)):
+        assert same(profile, pickle.loads(pickle.dumps(profile)))
+        assert same(profile, copy.deepcopy(profile))
 
 
 def test_shipped_profiles_are_found_by_name_and_read_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,10 @@ class Profile:
             self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor,
         )  # fmt: skip
         object.__setattr__(self, "_pricing", pricing)
+
+    def __reduce__(self) -> tuple[type[Profile], tuple[object, ...]]:
+        """Processes of a sweep get the tables; lookups are made anew there, to the same bits."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     @property
     def name(self) -> str:

@@ -19,7 +19,10 @@ PRESETS = {
         host_overhead_s=200e-6,
         graph_batch_sizes=GRAPH_BATCH_SIZES,
         sources=(
-            ("launch_s_per_layer", "by definition: the layers are inside the graph"),
+            (
+                "launch_s_per_layer",
+                "by definition: the layers are inside the graph; prefill is taken to hide its eager launches",
+            ),
             ("launch_s_per_graph", "assumed: one graph launch, of the order of 10 us plus argument copies"),
             _SYNC,
             _OVERHEAD,
