@@ -66,7 +66,7 @@ class Plan:
     time_s: FloatArray  # (R,)
 
     def model(self, request_id: int) -> str:
-        return self.models[self.model_index[self.request_ids[request_id]]]
+        return self.models[int(self.model_index[self.request_ids[request_id]])]
 
     def layers(self, request_id: int) -> IntArray:
         """(n,) depth of each answer token."""
@@ -74,7 +74,7 @@ class Plan:
         m = self.model_index[place]
         table = self.tables[m]
         span = slice(table.first[place], table.first[place] + table.tokens[place])
-        return np.asarray(table.exits, dtype=np.int64)[self.exit_index[m][span]]
+        return np.asarray(np.array(table.exits, dtype=np.int64)[self.exit_index[m][span]])
 
 
 def make_plan(
@@ -146,7 +146,7 @@ def _plan_at(
 def _split(low: Plan, high: Plan) -> Plan:
     """Both minimise at the critical price: the first requests spend as in `low`, as few as use up the budget."""
     gained = np.cumsum(low.slack - high.slack)
-    n = int(np.searchsorted(gained, -high.slack.sum(), side="left")) + 1
+    n = int(np.argmax(gained >= -high.slack.sum())) + 1
     first = np.arange(len(low.slack)) < n
     exit_index = tuple(
         np.where(np.repeat(first, table.tokens), a, b)
