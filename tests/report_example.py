@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from helios_sim.exits.rule import FixedCap
@@ -171,8 +173,10 @@ def example_points(arms: dict[str, ArmResult]) -> tuple[SweepPoint, ...]:
     return tuple(points)
 
 
-def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, points: bool = True) -> ExperimentResult:
-    arms = {arm: example_arm(arm, seeds) for arm in ARMS}
+def example_result(
+    seeds: tuple[int, ...] = (1, 2, 3), *, names: Iterable[str] = ARMS, points: bool = True
+) -> ExperimentResult:
+    arms = {arm: example_arm(arm, seeds) for arm in names}
     assumption = Assumption("host overhead of an iteration", 0.0004, "example: no source", "runtime.host_overhead_s")
     profile = Provenance(
         ProvenanceClass.DERIVED,

@@ -17,8 +17,13 @@ def cautions(result: ExperimentResult) -> list[str]:
             f"{', '.join(published)} {'is' if len(published) == 1 else 'are'} fitted to published statistics: quality "
             "figures restate the publication; only time, memory and the policies' costs are predictions."
         )
+    arms_by_text: dict[str, list[str]] = {}
     for arm in result.arms.values():
-        found += [f"{arm.name}: {text}" for text in _of_arm(arm, result.workload.offered_requests_per_s)]
+        for text in _of_arm(arm, result.workload.offered_requests_per_s):
+            arms_by_text.setdefault(text, []).append(arm.name)
+    for text, arms in arms_by_text.items():
+        everyone = len(arms) == len(result.arms) > 1
+        found.append(f"{'Every arm' if everyone else ', '.join(arms)}: {text}")
     if all(len(arm.replicates) == 1 for arm in result.arms.values()):
         found.append("One seed: figures of the whole system, such as throughput, have no confidence interval.")
     return found
@@ -32,12 +37,16 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
     if isinstance(outside, float) and outside > 0:
         found.append(f"{outside:.1%} of the iterations were priced outside the profile's tables.")
     if isinstance(dropped, int | float) and dropped > 0:
-        found.append(f"{dropped:g} requests were dropped; the reasons are in requests.parquet.")
+        found.append(f"{_requests(dropped)} dropped; the reasons are in requests.parquet.")
     if isinstance(unfinished, int | float) and unfinished > 0:
-        found.append(f"{unfinished:g} requests were still in the system when the run was stopped.")
+        found.append(f"{_requests(unfinished)} still in the system when the run was stopped.")
     if offered_per_s and isinstance(rate, float) and rate < NEAR_SATURATION * offered_per_s:
         found.append(
             f"served {rate:.3g} of {offered_per_s:.3g} offered requests/s: it is saturated, and its latencies grow "
             "with the length of the run."
         )
     return found
+
+
+def _requests(count: float) -> str:
+    return "1 request was" if count == 1 else f"{count:g} requests were"

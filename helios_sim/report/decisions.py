@@ -81,10 +81,10 @@ def _row(arm: str, decision: Decision) -> DecisionRow:
 
 
 def in_words(value: Cause | object) -> str:
-    """A trigger or exit rule as text: `breach limit (window_tokens 100, limit 50)`."""
+    """A trigger or exit rule as text: `breach limit (window tokens 100, limit 50)`."""
     name = "".join(f" {c.lower()}" if c.isupper() else c for c in type(value).__name__).strip()
     settings = ", ".join(f"{f.name} {getattr(value, f.name)}" for f in fields(value))  # type: ignore[arg-type]
-    return f"{name} ({settings})" if settings else name
+    return f"{name} ({settings})".replace("_", " ") if settings else name
 
 
 def _placement(placement: Placement) -> str:

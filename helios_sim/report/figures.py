@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from helios_sim.report import format as fmt
 from helios_sim.report.definitions import DEFINITIONS, Better
@@ -18,6 +18,7 @@ from helios_sim.report.style import (
     ArmStyle,
     Drawing,
     arm_styles,
+    handles_of,
     legend_above,
     look,
     new_figure,
@@ -29,16 +30,19 @@ _FOREST = ("throughput_requests_per_s", "e2e_s_mean", "layers_per_token")
 _CDF_POINTS = 600  # enough for a smooth line, few enough for a small file
 
 
-def arm_drawings(result: ExperimentResult, ratios: Comparisons) -> list[Drawing]:
-    """Those figures of the arms for which there is something to draw."""
+def answer_drawings(result: ExperimentResult, ratios: Comparisons) -> list[Drawing]:
+    """The figures that answer the question: ours beside the published, and each arm against the baseline."""
     styles = arm_styles(list(result.arms), result.baseline)
     with look():
-        found = [
-            published_figure(result),
-            forest_figure(result, ratios, styles),
-            latency_figure(result, styles),
-            exit_figure(result, styles),
-        ]
+        found = [published_figure(result), forest_figure(result, ratios, styles)]
+    return [drawing for drawing in found if drawing is not None]
+
+
+def detail_drawings(result: ExperimentResult) -> list[Drawing]:
+    """Latency distributions and exit depths, where there are any."""
+    styles = arm_styles(list(result.arms), result.baseline)
+    with look():
+        found = [latency_figure(result, styles), exit_figure(result, styles)]
     return [drawing for drawing in found if drawing is not None]
 
 
@@ -108,13 +112,13 @@ def latency_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Dra
         return None
     for ax, (title, bound_s) in zip(axes, panels, strict=True):
         ax.set_title(title)
-        use_log_seconds(ax)
         if bound_s is not None:
             ax.axvline(bound_s, color=MUTED, linewidth=1.2, linestyle=":")
             ax.annotate("SLO", (bound_s, 3), (3, 0), textcoords="offset points", fontsize=8.5, color=MUTED)
+        use_log_seconds(ax)
     axes[0].set_ylabel("requests at or below (%)")
     axes[0].set_ylim(0, 100)
-    legend_above(figure, axes[2])
+    legend_above(figure, handles_of(*axes))
     return Drawing("latency", "Latency distributions", "Further left is faster. Completed requests, log scale.", figure)
 
 
@@ -127,12 +131,10 @@ def exit_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawin
     if not models:
         return None
     figure, axes = new_figure(1, len(models), 3.7, sharey=True)
-    names: dict[str, None] = {}
     for ax, (model, depths_of_model) in zip(axes, models.items(), strict=True):
         arms = [a for a in result.arms.values() if any(d.model == model for d in a.exit_depths)]
         width = 0.84 / len(arms)
         for place, arm in enumerate(arms):
-            names[arm.name] = None
             counts = next(d.tokens_by_depth for d in arm.exit_depths if d.model == model)
             total = sum(counts.values())
             shares = [100 * counts.get(depth, 0) / total if total else 0.0 for depth in depths_of_model]
@@ -146,8 +148,7 @@ def exit_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawin
         ax.grid(axis="x", visible=False)
         ax.tick_params(axis="x", length=0)
     axes[0].set_ylabel("output tokens (%)")
-    handles = {t: h for ax in axes for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend([handles[n] for n in names], list(names), loc="outside upper left", ncols=min(5, len(names)))
+    legend_above(figure, handles_of(*axes))
     caption = "Where tokens leave: under a fixed cap all leave at the cap; under per-token exits where they are sure."
     return Drawing("exit_depths", "Exit depths", caption, figure)
 
@@ -193,14 +194,19 @@ def published_figure(result: ExperimentResult) -> Drawing | None:
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    legend_above(figure, ax)
+    legend_above(figure, handles_of(ax))
     caption = "Whiskers: 95 % intervals of ours. Conditions and the class of every input are in the table."
     return Drawing("published", "Ours beside the published figures", caption, figure)
 
 
 def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
-    """A log axis of seconds with readable ticks."""
+    """A log axis of seconds with readable ticks: every decade, and 2 and 5 between when there are few."""
     axis = ax.yaxis if y else ax.xaxis
     (ax.set_yscale if y else ax.set_xscale)("log")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: fmt.seconds(value)))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    low, high = ax.get_ylim() if y else ax.get_xlim()
+    decades = np.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
+    )
+    axis.set_minor_formatter(NullFormatter())

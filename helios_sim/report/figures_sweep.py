@@ -11,7 +11,17 @@ from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.report.figures import use_log_seconds
 from helios_sim.report.metrics import Band
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
-from helios_sim.report.style import INK, MUTED, ArmStyle, Drawing, arm_styles, legend_above, look, new_figure
+from helios_sim.report.style import (
+    INK,
+    MUTED,
+    ArmStyle,
+    Drawing,
+    arm_styles,
+    handles_of,
+    legend_above,
+    look,
+    new_figure,
+)
 
 _SPLIT_LINES = ("-", "--", ":", "-.")
 
@@ -76,7 +86,7 @@ def sweep_figure(
         )
     ax.set_xlabel(spec.x_label)
     ax.set_ylabel(spec.y_label)
-    legend_above(figure, ax, columns=4)
+    legend_above(figure, handles_of(ax), columns=4)
     caption = "Pale bands: 95 % intervals, where the runs give one." + (
         f" Baseline: {baseline}." if spec.relative else ""
     )
@@ -129,8 +139,9 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
         axes[3].axhline(0.99, color=MUTED, linewidth=1.2, linestyle=":")
         axes[3].annotate(
             "99 %",
-            (0, 0.99),
-            (4, -11),
+            (1, 0.99),
+            (-4, -11),
+            ha="right",
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             fontsize=8.5,
@@ -139,7 +150,7 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
         axes[3].set_ylim(0, 1.03)
     for ax in axes[2:]:
         ax.set_xlabel(spec.x_label)
-    legend_above(figure, axes[0], columns=5)
+    legend_above(figure, handles_of(axes[0]))
     caption = "Beyond saturation an arm serves less than is offered, and its latencies depend on how long the run is."
     return Drawing(name, spec.title, caption, figure)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from matplotlib.patches import Patch
 
@@ -44,7 +46,7 @@ def _timeline(arm: ArmResult) -> Drawing:
         [Patch(color=MODEL_COLORS[i % len(MODEL_COLORS)], alpha=0.75) for i in range(len(names))],
         names,
         loc="lower left",
-        bbox_to_anchor=(0.18, 0.99),
+        bbox_to_anchor=(0.18, 1.01),
         ncols=4,
         fontsize=9,
         borderaxespad=0,
@@ -88,7 +90,8 @@ def _timeline(arm: ArmResult) -> Drawing:
         )
     memory.set_title("Memory")
     memory.set_ylabel("GB")
-    memory.legend(loc="lower left", bbox_to_anchor=(0.18, 0.99), ncols=2, fontsize=9, borderaxespad=0)
+    memory.set_ylim(bottom=0)
+    memory.legend(loc="lower left", bbox_to_anchor=(0.18, 1.01), ncols=2, fontsize=9, borderaxespad=0)
 
     load.step(time_s, running, where="post", color=INK, linewidth=1.5, label="running")
     load.step(time_s, queued, where="post", color="#e5822e", linewidth=1.5, label="waiting")
@@ -96,11 +99,12 @@ def _timeline(arm: ArmResult) -> Drawing:
     load.set_ylabel("requests")
     load.set_ylim(bottom=0)
     load.set_xlabel("time (s)")
-    load.legend(loc="lower left", bbox_to_anchor=(0.18, 0.99), ncols=2, fontsize=9, borderaxespad=0)
+    load.legend(loc="lower left", bbox_to_anchor=(0.18, 1.01), ncols=2, fontsize=9, borderaxespad=0)
 
     for ax in axes:
         ax.set_xlim(time_s[0], time_s[-1])
         for moment_ns in arm.replicates[0].stats.transitions_ns:
             ax.axvline(moment_ns / NS_PER_S, color=MUTED, linewidth=0.8, linestyle=":")
     caption = "Dotted lines: a changed placement came into force. Samples of the first seed; metrics do not use them."
-    return Drawing(f"timeline_{arm.name}", f"What {arm.name} did", caption, figure)
+    name = re.sub(r"[^\w.-]", "_", arm.name)  # it becomes a file's name
+    return Drawing(f"timeline_{name}", f"What {arm.name} did", caption, figure)

@@ -51,7 +51,8 @@ def in_unit(value: float, unit: str) -> str:
         return f"{number(value)}/s"
     if unit == "x":
         return f"{number(value)}×"
-    return f"{number(value)} {unit}".rstrip()
+    text = f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else number(value)
+    return f"{text} {unit}".rstrip()
 
 
 def metric(name: str, value: MetricValue) -> str:

@@ -110,7 +110,7 @@ def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, A
     rows = []
     for arm in result.arms.values():
         is_baseline = arm.name == result.baseline
-        versus, interval = ("1", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
+        versus, interval = ("1×", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
         metrics = arm.metrics
         rows.append(
             {
@@ -168,4 +168,5 @@ def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
     if len(arm.decisions) < 2:
         return None
     rows = decision_rows(arm)
-    return {"arm": arm.name, "total": len(rows), "rows": rows[:SHOWN_DECISIONS]}
+    shown = rows[:SHOWN_DECISIONS]
+    return {"arm": arm.name, "total": len(rows), "rows": shown, "any_standby": any(row.standby for row in shown)}

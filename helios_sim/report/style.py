@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 INK = "#1b1f26"
 MUTED = "#5e6673"
@@ -24,7 +26,8 @@ PAPER = "#fefefd"
 _CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--card)"}
 
 WIDTH_IN = 9.0
-_PNG_DPI = 160
+_PNG_DPI = 150
+_PAD_IN = 0.06
 
 # Of middling lightness, so that they read on white and on near-black.
 _NAMED = {"helios": "#2f74e6", "helios_probe": "#0fa08a", "oracle": "#8a63d2"}
@@ -111,28 +114,51 @@ def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tup
     return figure, list(axes.ravel())
 
 
-def legend_above(figure: Figure, axes: Axes, columns: int = 5) -> None:
-    """The legend of one of the axes, above all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)), fontsize=9.5)
+def legend_above(figure: Figure, handles: dict[str, Artist], columns: int = 5) -> None:
+    """One legend above all panels, read row by row (matplotlib itself fills columns)."""
+    if not handles:
+        return
+    columns = min(columns, len(handles))
+    by_column = [label for column in range(columns) for label in list(handles)[column::columns]]
+    figure.legend(
+        [handles[label] for label in by_column], by_column, loc="outside upper left", ncols=columns, fontsize=9.5
+    )
+
+
+def handles_of(*axes: Axes) -> dict[str, Artist]:
+    """What is labelled in these axes, each label once."""
+    return {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def lay_out(drawing: Drawing) -> None:
+    """Fix the places of everything, title included: the exports then need not work them out again."""
+    with look():
+        drawing.figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
+        drawing.figure.draw_without_rendering()
+        drawing.figure.set_layout_engine("none")
 
 
 def to_png(drawing: Drawing) -> bytes:
     """With its title, on white."""
     out = io.BytesIO()
     with look():
-        drawing.figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
         drawing.figure.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
     return out.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
-    """An <svg> element without title, for a page that defines the CSS variables; ids are unique to the drawing."""
+    """An <svg> element, cropped below the title, for a page that defines the CSS variables; its ids are its own."""
     out = io.StringIO()
+    figure = drawing.figure
     with look(), mpl.rc_context({"svg.hashsalt": drawing.name}):
-        drawing.figure.suptitle("")
-        drawing.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        title = figure._suptitle  # type: ignore[attr-defined]  # no public accessor for the artist
+        if title is not None:
+            title.set_visible(False)
+        top = min(figure.get_tightbbox().y1 + _PAD_IN, figure.get_figheight())
+        box = Bbox.from_extents(0, 0, WIDTH_IN, top)
+        figure.savefig(out, format="svg", bbox_inches=box, metadata={"Date": None, "Creator": None})
+        if title is not None:
+            title.set_visible(True)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -37,13 +37,20 @@ def write_requests(result: ExperimentResult, folder: Path) -> None:
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
     """figures/*.png and report.html. Loads matplotlib here, because it is slow to load and not always wanted."""
-    from helios_sim.report.figures import arm_drawings
+    from helios_sim.report.figures import answer_drawings, detail_drawings
     from helios_sim.report.figures_sweep import sweep_drawings
     from helios_sim.report.figures_timeline import timeline_drawings
     from helios_sim.report.html import render
-    from helios_sim.report.style import to_png
+    from helios_sim.report.style import lay_out, to_png
 
-    drawings = [*arm_drawings(result, ratios), *sweep_drawings(result), *timeline_drawings(result)]
+    drawings = [
+        *answer_drawings(result, ratios),
+        *sweep_drawings(result),
+        *detail_drawings(result),
+        *timeline_drawings(result),
+    ]
+    for drawing in drawings:
+        lay_out(drawing)
     files.write_text(folder / "report.html", render(result, ratios, drawings))
     for drawing in drawings:
         files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))

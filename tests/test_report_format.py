@@ -1,0 +1,42 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from helios_sim.report import format as fmt
+from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.metrics import Band
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (7.0, "7.00"), (1234.5, "1,234"), (0.01234, "0.0123"), (12.34, "12.3"), (1500000, "1,500,000")],
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert fmt.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("ttft_s_p50", 0.0123, "12.3 ms"),
+        ("ttft_s_p50", 2.5, "2.50 s"),
+        ("tpot_s_mean", 63e-6, "63.0 µs"),
+        ("hbm_peak_bytes", 31_000_000_000, "31.0 GB"),
+        ("agreement", 0.976, "97.6 %"),
+        ("switches", 2, "2"),
+        ("throughput_requests_per_s", 7.716, "7.72/s"),
+        ("bits_per_char", None, "–"),
+        ("energy_wh_per_request", Band(0.0049, 0.0086), "0.0049 to 0.0086 Wh"),
+    ],
+)
+def test_metrics_come_with_their_unit(name: str, value: float | Band | None, text: str) -> None:
+    assert fmt.metric(name, value) == text
+
+
+def test_ratios_show_what_is_known() -> None:
+    assert fmt.ratio(Ratio(1.484, 1.45, 1.519, Method.PAIRED_BOOTSTRAP, 99)) == "1.48× [1.45, 1.52]"
+    assert fmt.ratio(Ratio(1.484, None, None, Method.NONE, 1)) == "1.48×"
+    assert fmt.ratio(Ratio(None, 0.9, 1.1, Method.BAND, 1)) == "0.90 to 1.10×"
+    assert fmt.ratio(None) == "–"
