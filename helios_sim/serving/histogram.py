@@ -7,6 +7,7 @@ by 0.1 %. Counts and sums are integers: adding in any order, in leaps or step by
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,19 +40,23 @@ class GapHistogram:
         self.longest_ns: int | None = None
 
     def add(self, gaps_ns: ArrayLike, counts: ArrayLike = 1) -> None:
-        """Count each gap (>= 0 ns) as often as `counts` says (>= 0; broadcast against the gaps)."""
-        gaps, times = np.broadcast_arrays(np.asarray(gaps_ns, dtype=np.int64), np.asarray(counts, dtype=np.int64))
-        gaps, times = gaps.ravel(), times.ravel()
-        if (times == 0).any():
-            gaps, times = gaps[times > 0], times[times > 0]
-        if gaps.size == 0:
+        """Count each gap (>= 0 ns) as often as `counts` says (>= 0; one for all, or one of each)."""
+        gaps = np.asarray(gaps_ns, dtype=np.int64).ravel()
+        times: Any = counts
+        if isinstance(counts, int):  # the hot path: no array of equal counts is made
+            n, n_least = counts * gaps.size, counts
+        else:
+            times = np.broadcast_to(np.asarray(counts, dtype=np.int64), np.shape(gaps_ns)).ravel()
+            gaps, times = gaps[times != 0], times[times != 0]
+            n, n_least = int(times.sum()), int(times.min(initial=1))
+        if n == 0:
             return
         shortest, longest = int(gaps.min()), int(gaps.max())
-        if shortest < 0 or times.min() < 0:
-            raise ValueError(f"gap {shortest} ns, count {times.min()}: neither may be negative")
-        np.add.at(self.counts, np.searchsorted(bucket_edges_ns(), gaps), times)
-        self.total_count += int(times.sum())
-        self.total_ns += int(np.dot(gaps, times))
+        if shortest < 0 or n_least < 0:
+            raise ValueError(f"gap {shortest} ns, count {n_least}: neither may be negative")
+        np.add.at(self.counts, bucket_edges_ns().searchsorted(gaps), times)
+        self.total_count += n
+        self.total_ns += int((gaps * times).sum())
         self._widen(shortest, longest)
 
     def merge(self, other: GapHistogram) -> None:
