@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +29,7 @@ KV_BYTES = 4  # per token and layer
 ONE_USER = ExpectedLoad(prompt_chars=10.0, output_chars=21.0, closed_loop_users=1)
 
 
+@cache
 def layered_profile(
     name: str, layer_s: float, n_layers: int, *, load_bytes_per_s: float = 1e9, idle_w: float | None = None
 ) -> Profile:
@@ -63,12 +65,14 @@ def offline(
     )
 
 
+@cache
 def small() -> Candidate:
     return Candidate(
         layered_profile("small", 0.001, 4), offline("small", (2, 4), (0.04, 0.0), (0.8, 1.0), bits=(1.2, 1.1))
     )
 
 
+@cache
 def large() -> Candidate:
     return Candidate(
         layered_profile("large", 0.002, 8), offline("large", (2, 8), (0.02, 0.0), (0.9, 1.0), bits=(1.0, 0.9))

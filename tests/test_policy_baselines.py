@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from policy_example import large, offline, situation, small
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth, PerToken
@@ -13,6 +12,7 @@ from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Candidate, Goal
 from helios_sim.policy.trigger import Completed
+from policy_example import large, offline, situation, small
 
 
 def test_full_depth_runs_all_layers_and_asks_for_nothing() -> None:

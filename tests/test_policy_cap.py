@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from policy_example import large, observed, offline, small
 
 from helios_sim.policy.cap import Evidence, choose_cap, upper_bounds
 from helios_sim.policy.history import OBSERVATIONS_KEPT, HistoryTable
 from helios_sim.policy.telemetry import Observation
+from policy_example import large, observed, offline, small
 
 EXITS = (2, 4, 8)
 

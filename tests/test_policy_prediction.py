@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from policy_example import KV_BYTES, LAYER_BYTES, OTHER_BYTES, large, layered_profile, offline, situation, small
 
 from helios_sim.policy.deployment import Placement
 from helios_sim.policy.depth import decode_time_s, fixed_depth, per_token_depths, prefill_time_s
 from helios_sim.policy.load import Load, expected_load, seen_load
 from helios_sim.policy.prediction import Prediction, predict
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Situation, Telemetry
+from policy_example import KV_BYTES, LAYER_BYTES, OTHER_BYTES, large, layered_profile, offline, situation, small
 
 PROMPT, OUTPUT = 10.0, 21.0
 ITERATION_S = 0.002  # small at 2 layers

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from policy_example import situation, small
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
@@ -15,6 +14,7 @@ from helios_sim.policy.deployment import BatchingRule, Deployment
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import Evaluation
 from helios_sim.policy.registry import POLICIES, make_parameters, make_policy
+from policy_example import situation, small
 
 NEEDED = {"early_exit": {"threshold": 0.8}, "static_cap": {"threshold": 0.8}, "helios": {"threshold": 0.8}}
 NEEDED["helios_probe"] = NEEDED["helios"]

@@ -95,9 +95,11 @@ class Assessor:
             return None
         return Option(placement, prediction, transition, cap, self.breach_share(placement))
 
-    def fits(self, active: Placement, standby: Sequence[Placement]) -> bool:
-        """Whether these placements leave room for at least one block of KV."""
-        return batch_capacity(self.situation, active, 1.0, standby) > 0
+    def fits(self, active: Placement, standby: Sequence[Placement], load: Load) -> bool:
+        """Whether these placements leave room for one request of mean length."""
+        candidate = self.situation.candidates[active.model]
+        tokens = load.prompt_tokens(candidate) + load.output_tokens(candidate)
+        return batch_capacity(self.situation, active, tokens, standby) > 0
 
     def breach_share(self, placement: Placement) -> float:
         """Share of tokens expected to leave there without confidence; none does at full depth."""

@@ -49,6 +49,7 @@ class Chooser:
             batch_limit=parameters.batch_limit,
         )
         self.shortlist: list[Option] = []  # best predicted first
+        self._load: Load  # when the shortlist was made
         self._caps: dict[str, CapChoice] = {}
 
     def renew_shortlist(self, load: Load, batch: float, completed_requests: int) -> None:
@@ -57,6 +58,7 @@ class Chooser:
         Evaluation by serving needs room for the whole model.
         """
         p = self._parameters
+        self._load = load
         ranked = self.assessor.ranked(
             load,
             p.at_batch(batch).round_requests,
@@ -138,7 +140,7 @@ class Chooser:
             if placement.model == active.model:
                 continue
             other = self.whole(placement.model) if self._parameters.standby is Standby.WHOLE else placement
-            if self.assessor.fits(active, (*kept, other)):
+            if self.assessor.fits(active, (*kept, other), self._load):
                 kept = (*kept, other)
         return kept
 
