@@ -39,7 +39,7 @@ class GapHistogram:
         self.shortest_ns: int | None = None
         self.longest_ns: int | None = None
 
-    def add(self, gaps_ns: ArrayLike, counts: ArrayLike = 1) -> None:
+    def add(self, gaps_ns: ArrayLike, counts: int | ArrayLike = 1) -> None:
         """Count each gap (>= 0 ns) as often as `counts` says (>= 0; one for all, or one of each)."""
         gaps = np.asarray(gaps_ns, dtype=np.int64).ravel()
         times: Any = counts
