@@ -86,13 +86,14 @@ def _count(replica: Replica, plan: Plan, rows: slice | IntArray | list[int], tok
         observed = np.clip(plan.observe_tokens - generated[rows], 0, iterations)
         batch.column(Column.EVALUATED)[rows] += observed
     generated[rows] += iterations
-    layers = tokens.layers
+    layers = tokens.layers if isinstance(tokens.layers, int) else tokens.layers[:iterations]
+    replica.stats.count_depths(plan.model, layers, generated[rows].size * iterations)
     if isinstance(layers, int):
         batch.column(Column.LAYERS_RUN)[rows] += layers * iterations
         batch.column(Column.EARLY)[rows] += iterations if layers < n_layers else 0
     else:
-        batch.column(Column.LAYERS_RUN)[rows] += layers[:iterations].sum(axis=0)
-        batch.column(Column.EARLY)[rows] += (layers[:iterations] < n_layers).sum(axis=0)
+        batch.column(Column.LAYERS_RUN)[rows] += layers.sum(axis=0)
+        batch.column(Column.EARLY)[rows] += (layers < n_layers).sum(axis=0)
     if tokens.breach is not None:
         batch.column(Column.BREACH)[rows] += tokens.breach[:iterations].sum(axis=0)
     agreed: int | NDArray[np.int64] = iterations

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from helios_sim.serving.histogram import GapHistogram
 
 
@@ -29,8 +32,20 @@ class RunStats:
     load_ns: int = 0  # transfers in progress
     evaluation_ns: int = 0  # time under deployments that observe or probe
     preemptions: int = 0
+    tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)
+
+    def count_depths(self, model: str, layers: int | NDArray[np.int64], tokens: int) -> None:
+        """Tokens by the layers that they ran; `layers` is one depth for all of them, or one of each."""
+        counts = self.tokens_by_depth.setdefault(model, {})
+        if isinstance(layers, int):
+            found = {layers: tokens} if tokens else {}
+        else:
+            by_depth = np.bincount(layers.ravel())
+            found = {depth: int(by_depth[depth]) for depth in np.flatnonzero(by_depth).tolist()}
+        for depth, n in found.items():
+            counts[depth] = counts.get(depth, 0) + n
 
     def merge(self, other: RunStats) -> None:
         for name in self.__slots__:
@@ -39,6 +54,11 @@ class RunStats:
                 mine.merge(theirs)
             elif isinstance(mine, list):
                 mine[:] = sorted(mine + theirs)
+            elif isinstance(mine, dict):
+                for model, counts in theirs.items():
+                    ours = mine.setdefault(model, {})
+                    for depth, n in counts.items():
+                        ours[depth] = ours.get(depth, 0) + n
             elif name == "block_tokens":
                 continue
             elif name == "hbm_peak_bytes":  # of the fullest card

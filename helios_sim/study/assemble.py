@@ -1,0 +1,214 @@
+"""Puts finished jobs together into one result: arms, points, published figures beside ours, gates, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.provenance import Assumption, Provenance
+from helios_sim.report.compare import Ratio, compare
+from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
+from helios_sim.report.result import (
+    ArmResult,
+    ExperimentResult,
+    Gate,
+    Line,
+    LoadFigure,
+    Published,
+    Replicate,
+    SweepFigure,
+    SweepPoint,
+    Workload,
+)
+from helios_sim.study.job import Job, JobResult
+from helios_sim.study.plan import Point, StudyPlan
+from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
+from helios_sim.study.verdict import conditions, verdict, workload_facts
+
+Results = Mapping[str, JobResult]  # by job key
+NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
+
+
+def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -> ExperimentResult:
+    """All jobs of the plan must be among the results."""
+    config = plan.config
+    arms = {name: _arm(name, jobs, results) for name, jobs in plan.headline.jobs.items()}
+    compared = _Compared(results)
+    baseline = plan.headline.baseline
+    first = results[next(iter(plan.headline.jobs.values()))[0].key]
+    inputs: dict[str, Provenance] = {}
+    assumptions: list[Assumption] = []
+    for jobs in plan.headline.jobs.values():
+        inputs |= results[jobs[0].key].inputs
+        assumptions += results[jobs[0].key].assumptions
+    figures = {"rate_per_s": config.workload.arrivals.rate_per_s}
+    result = ExperimentResult(
+        experiment=config.name,
+        title=config.title or config.name,
+        question=config.question,
+        conditions=conditions(config),
+        verdict=(),
+        baseline=baseline,
+        arms=arms,
+        workload=Workload(
+            statement=config.workload.statement,
+            requests=len(first.replicate.records),
+            offered_requests_per_s=figures["rate_per_s"],
+            facts=workload_facts(config, first.replicate.records),
+        ),
+        inputs=inputs,
+        provenance=provenance,
+        slo=Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s),
+        published=tuple(_published(p, plan, results, compared, inputs) for p in config.published),
+        gates=tuple(_gate(g, plan, compared) for g in config.gates),
+        assumptions=tuple(dict.fromkeys(assumptions)),
+        points=tuple(_sweep_point(point, results, compared) for point in plan.points),
+        figures=tuple(_figure(f, config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s) for f in config.figures),
+        headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
+    )
+    return _with_verdict(result, config.subject, compared, plan)
+
+
+def _with_verdict(
+    result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan
+) -> ExperimentResult:
+    from dataclasses import replace
+
+    name = subject or list(result.arms)[-1]
+    ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline])
+    return replace(result, verdict=verdict(result, name, ratios))
+
+
+class _Compared:
+    """Ratios between arms, each pair once."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._found: dict[tuple[str, ...], dict[str, Ratio]] = {}
+
+    def ratios(self, arm: Sequence[Job], over: Sequence[Job]) -> dict[str, Ratio]:
+        key = tuple(job.key for job in (*arm, *over))
+        if key not in self._found:
+            self._found[key] = compare(self._runs(arm), self._runs(over))
+        return self._found[key]
+
+    def metrics(self, arm: Sequence[Job]) -> dict[str, MetricValue]:
+        return mean_metrics([replicate.metrics for replicate in self._replicates(arm)])
+
+    def _replicates(self, arm: Sequence[Job]) -> list[Replicate]:
+        return [self._results[job.key].replicate for job in arm]
+
+    def _runs(self, arm: Sequence[Job]) -> list[Any]:
+        return [(replicate.records, replicate.metrics) for replicate in self._replicates(arm)]
+
+
+def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
+    first = results[jobs[0].key]
+    return ArmResult(
+        name=name,
+        description=str(jobs[0].entry.get("description", "")) or str(jobs[0].entry["policy"]),
+        replicates=tuple(results[job.key].replicate for job in jobs),
+        timeline=first.timeline,
+        capacity_bytes=first.capacity_bytes,
+        decisions=first.decisions,
+        exit_depths=first.exit_depths,
+    )
+
+
+def _sweep_point(point: Point, results: Results, compared: _Compared) -> SweepPoint:
+    baseline = point.jobs[point.baseline]
+    return SweepPoint(
+        settings=point.settings,
+        metrics={name: compared.metrics(jobs) for name, jobs in point.jobs.items()},
+        vs_baseline={
+            name: compared.ratios(jobs, baseline) for name, jobs in point.jobs.items() if name != point.baseline
+        },
+    )
+
+
+def _figure(c: FigureConfig, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None) -> Any:
+    if c.kind == "load":
+        return LoadFigure(c.title, c.x, c.x_label, Slo(ttft_s, tpot_s, e2e_s), dict(c.where))
+    if c.kind != "sweep":
+        raise UserError("figures.kind", c.kind, "sweep or load", "set it to one of these")
+    return SweepFigure(
+        title=c.title,
+        x=c.x,
+        x_label=c.x_label,
+        metric=c.metric,
+        y_label=c.y_label,
+        relative=c.relative,
+        arms=None if c.arms is None else tuple(c.arms),
+        split_by=c.split_by,
+        log_x=c.log_x,
+        log_y=c.log_y,
+        marks=tuple(Line(label, value) for label, value in c.marks.items()),
+        where=dict(c.where),
+    )
+
+
+def _published(
+    c: PublishedConfig, plan: StudyPlan, results: Results, compared: _Compared, inputs: Mapping[str, Provenance]
+) -> Published:
+    point = _point_at(plan, c.at)
+    arm, over = _jobs(point, c.arm), _jobs(point, c.over or point.baseline)
+    # With an inverse metric (lower is better) the published gain is over / arm.
+    ratio = compared.ratios(over, arm).get(c.metric) if c.inverse else compared.ratios(arm, over).get(c.metric)
+    ours = low = high = None
+    if ratio is not None:
+        ours, low, high = ratio.ratio, ratio.low, ratio.high
+    return Published(
+        what=c.what,
+        published=c.published,
+        condition=c.condition,
+        source=c.source,
+        ours=ours,
+        low=low,
+        high=high,
+        inputs=tuple((name, source.provenance_class) for name, source in inputs.items()),
+        remark=" ".join(filter(None, (_follows(c.published, ours, low, high), c.remark))),
+    )
+
+
+def _follows(published: float, ours: float | None, low: float | None, high: float | None) -> str:
+    if ours is None and (low is None or high is None):
+        return "Not defined here."
+    bottom = low if low is not None else ours
+    top = high if high is not None else ours
+    assert bottom is not None
+    assert top is not None
+    if bottom * (1 - NEAR) <= published <= top * (1 + NEAR):
+        return "Consistent with the published figure."
+    return "Lower than published." if top < published else "Higher than published."
+
+
+def _point_at(plan: StudyPlan, at: Mapping[str, Any]) -> Point:
+    if not at:
+        return plan.headline
+    for point in plan.points:
+        if all(point.settings.get(key) == value for key, value in at.items()):
+            return point
+    raise UserError("published.at", dict(at), "a point of one of the sweeps", "correct it or extend a sweep")
+
+
+def _jobs(point: Point, arm: str) -> tuple[Job, ...]:
+    if arm not in point.jobs:
+        raise UserError("published.arm", arm, f"one of {', '.join(point.jobs)}", "correct the name")
+    return point.jobs[arm]
+
+
+def _gate(c: GateConfig, plan: StudyPlan, compared: _Compared) -> Gate:
+    arm = _jobs(plan.headline, c.arm)
+    value: Any
+    if c.over is None:
+        value = compared.metrics(arm).get(c.metric)
+    else:
+        ratio = compared.ratios(arm, _jobs(plan.headline, c.over)).get(c.metric)
+        value = None if ratio is None else ratio.ratio
+    bounds = [f">= {c.low:g}" if c.low is not None else "", f"<= {c.high:g}" if c.high is not None else ""]
+    passed = isinstance(value, int | float) and (
+        (c.low is None or value >= c.low) and (c.high is None or value <= c.high)
+    )
+    number = float(value) if isinstance(value, int | float) else None
+    return Gate(c.name or f"{c.arm} {c.metric}", number, " and ".join(filter(None, bounds)), passed)

@@ -1,0 +1,253 @@
+"""Turns settings into the parts of a run: workload, models with their exits, situation. Knows no arm and no result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.engine.simulated import ModelData
+from helios_sim.errors import UserError
+from helios_sim.exits.none import no_exits
+from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.published import THRESHOLD
+from helios_sim.exits.rule import Confidence
+from helios_sim.exits.store import load_trace
+from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Situation
+from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.runtime import preset
+from helios_sim.profile.spec import Runtime
+from helios_sim.profile.store import PROFILES_FOLDER, load_profile
+from helios_sim.request import Request
+from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
+from helios_sim.workload import (
+    AllAtOnce,
+    Arrivals,
+    ClosedLoop,
+    Constant,
+    DrawnLengths,
+    Drift,
+    Exponential,
+    Fixed,
+    Gamma,
+    Length,
+    Lengths,
+    Linear,
+    Lognormal,
+    Per,
+    Periodic,
+    Poisson,
+    Step,
+    TaskMix,
+    TraceArrivals,
+    TraceLengths,
+    Workload,
+    generate,
+    read_trace,
+)
+
+_Enum = TypeVar("_Enum", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a server needs besides its policy."""
+
+    workload: Workload
+    models: Mapping[str, ModelData]
+    situation: Situation
+
+
+def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
+    members = {member.value: member for member in kind}
+    if value not in members:
+        raise UserError(key, value, f"one of {', '.join(members)}", f"set {key} to one of these")
+    return members[value]
+
+
+def build(config: Config, seed: int) -> Parts:
+    """UserError where a setting is missing, unknown or out of range, or a file cannot be read."""
+    workload = build_workload(config.workload)
+    profiles = {name: build_profile(config, name) for name in config.models}
+    models, candidates = {}, {}
+    for name, profile in profiles.items():
+        trace = _trace(config, name, profile)
+        models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
+        offline = offline_exits(trace, threshold(config), confidence(config))
+        candidates[name] = Candidate(profile, offline)
+    card = next(iter(profiles.values())).hardware
+    objective = config.objective
+    situation = Situation(
+        candidates=candidates,
+        memory=MemoryBudget(card.hbm_bytes, config.server.memory_utilisation, config.server.block_tokens),
+        objective=Objective(
+            choose(Goal, "objective.goal", objective.goal), objective.max_disagreement, objective.max_bits_per_char
+        ),
+        max_running_requests=config.server.max_running_requests,
+        max_batch_tokens=config.server.max_batch_tokens,
+        seed=seed,
+        expected=_expected(workload, seed),
+        outlook=Foresight(workload, seed, models),
+    )
+    return Parts(workload, models, situation)
+
+
+def build_profile(config: Config, model: str) -> Profile:
+    folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
+    profile = load_profile(f"{model}@{config.hardware}", folder).with_runtime(build_runtime(config))
+    return profile.scaled(config.profile_time_factor) if config.profile_time_factor != 1.0 else profile
+
+
+def build_runtime(config: Config) -> Runtime:
+    runtime = preset(config.runtime.preset)
+    for key in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s"):
+        value = getattr(config.runtime, key)
+        if value is not None:
+            sources = tuple((name, text) for name, text in runtime.sources if name != key)
+            runtime = replace(runtime, **{key: value}, sources=(*sources, (key, f"set by runtime.{key}")))
+    return runtime
+
+
+def threshold(config: Config) -> float:
+    return THRESHOLD if config.exits.threshold is None else config.exits.threshold
+
+
+def confidence(config: Config) -> Confidence:
+    return choose(Confidence, "exits.confidence", config.exits.confidence)
+
+
+def _trace(config: Config, model: str, profile: Profile):  # type: ignore[no-untyped-def]
+    exits = config.exits
+    if exits.source == "none":
+        return no_exits(profile.model)
+    return load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
+
+
+class Foresight:
+    """The requests to come and the exits of their answers, for the oracle. Generated when it asks."""
+
+    def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
+        self._workload, self._seed, self._models = workload, seed, models
+
+    def requests(self) -> Sequence[Request]:
+        return [request for block in generate(self._workload, self._seed) for request in block.rows()]
+
+    def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
+        bound = self._models[model].trace
+        span = bound.locate(request.task, request.text_start, request.output_chars)
+        rows: NDArray[np.bool_] = bound.trace.agree[span.indices()]
+        return rows
+
+
+def _expected(workload: Workload, seed: int) -> ExpectedLoad:
+    """What an operator knows beforehand: mean lengths, and the rate or the users."""
+    prompts = outputs = requests = 0
+    first_ns = last_ns = 0
+    for block in generate(workload, seed):
+        if not requests:
+            first_ns = int(block.arrival_ns[0])
+        prompts += int(block.prompt_chars.sum())
+        outputs += int(block.output_chars.sum())
+        requests += len(block)
+        last_ns = int(block.arrival_ns[-1])
+    span_s = (last_ns - first_ns) / 1e9
+    rate = (requests - 1) / span_s if span_s > 0 and workload.users is None else None
+    return ExpectedLoad(prompts / requests, outputs / requests, rate, workload.users)
+
+
+def build_workload(config: WorkloadConfig) -> Workload:
+    return Workload(
+        _arrivals(config.arrivals), _lengths(config.lengths), _mix(config.mix), config.n_requests,
+        config.chars_per_token,
+    )  # fmt: skip
+
+
+def _given(key: str, value: float | str | None, why: str) -> float:
+    if value is None:
+        raise UserError(key, None, f"{why} needs a value", f"set {key}")
+    return value  # type: ignore[return-value]
+
+
+def _unknown(key: str, value: str, kinds: str) -> UserError:
+    return UserError(key, value, f"one of {kinds}", f"set {key} to one of these")
+
+
+def _arrivals(c: ArrivalsConfig) -> Arrivals:
+    def rate() -> float:
+        return _given("workload.arrivals.rate_per_s", c.rate_per_s, f"{c.kind} arrivals")
+
+    match c.kind:
+        case "poisson":
+            return Poisson(rate())
+        case "gamma":
+            return Gamma(rate(), _given("workload.arrivals.cv", c.cv, "gamma arrivals"))
+        case "constant":
+            return Constant(rate())
+        case "all_at_once":
+            return AllAtOnce()
+        case "closed_loop":
+            return ClosedLoop(int(_given("workload.arrivals.users", c.users, "a closed loop")))
+        case "trace":
+            return TraceArrivals(read_trace(_file("workload.arrivals.trace", c.trace)), c.rate_scale)
+    raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
+
+
+def _file(key: str, path: str | None) -> str:
+    return str(_given(key, path, "a trace"))
+
+
+def _lengths(c: LengthsConfig) -> Lengths:
+    match c.kind:
+        case "drawn":
+            return DrawnLengths(
+                _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
+            )
+        case "trace":
+            return TraceLengths(read_trace(_file("workload.lengths.trace", c.trace)), c.resample)
+    raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
+
+
+def _length(key: str, c: LengthConfig) -> Length:
+    match c.kind:
+        case "fixed":
+            return Fixed(int(_given(f"{key}.value", c.value, "a fixed length")))
+        case "exponential":
+            return Exponential(_given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
+        case "lognormal":
+            limits = (c.minimum, c.maximum)
+            if c.p50 is not None:
+                return Lognormal.from_percentiles(c.p50, _given(f"{key}.p95", c.p95, "lognormal with p50"), *limits)
+            sigma = _given(f"{key}.sigma", c.sigma, "lognormal")
+            if c.median is not None:
+                return Lognormal(c.median, sigma, *limits)
+            return Lognormal.from_mean(_given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
+    raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
+
+
+def _mix(c: MixConfig) -> TaskMix:
+    tasks = tuple(dict.fromkeys((*c.tasks, *(c.after or {}))))
+    shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
+    after = None if c.after is None else tuple(float(c.after.get(task, 0.0)) for task in tasks)
+    return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per))
+
+
+def _drift(c: MixConfig) -> Drift | None:
+    def position(name: str) -> float:
+        return _given(f"workload.mix.{name}", getattr(c, name), f"{c.drift} drift")
+
+    match c.drift:
+        case None:
+            return None
+        case "step":
+            return Step(position("at"))
+        case "linear":
+            return Linear(position("start"), position("end"))
+        case "periodic":
+            return Periodic(position("period"))
+    raise _unknown("workload.mix.drift", c.drift, "step, linear, periodic, null")

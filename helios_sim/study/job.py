@@ -1,0 +1,146 @@
+"""One job: one arm, one seed, one setting. Knows how to run it anywhere and how to name it for good."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from time import perf_counter
+from typing import Any
+
+import simpy
+
+import helios_sim
+from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.errors import UserError
+from helios_sim.policy.registry import POLICIES, make_policy
+from helios_sim.policy.telemetry import Policy
+from helios_sim.profile.profile import Profile
+from helios_sim.provenance import Assumption, Provenance
+from helios_sim.report.metrics import Power, Slo, compute_metrics
+from helios_sim.report.records import Records
+from helios_sim.report.result import ExitDepths, Replicate
+from helios_sim.request import RequestRecord
+from helios_sim.serving.decider import Decision
+from helios_sim.serving.server import Server
+from helios_sim.serving.timeline import Timeline
+from helios_sim.simulation import Router, simulate
+from helios_sim.study.build import Parts, build, choose, confidence, threshold
+from helios_sim.study.schema import Config
+from helios_sim.workload import generate
+
+# Settings that change how a result is shown, not what it is.
+PRESENTATION = (
+    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
+    "gates", "headline_metrics", "jobs",
+)  # fmt: skip
+ARM_KEYS = ("policy", "overrides", "description")  # of an arm's entry; the rest are the policy's settings
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    arm: str
+    entry: Mapping[str, Any]  # the arm's: policy and settings
+    config: Config
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The same for the same result: two sweeps that share a job run it once."""
+        shown = {name: value for name, value in asdict(self.config).items() if name not in PRESENTATION}
+        shown["workload"].pop("statement")
+        entry = {name: value for name, value in self.entry.items() if name not in ("overrides", "description")}
+        identity = [helios_sim.__version__, shown, entry, self.seed]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    replicate: Replicate
+    timeline: Timeline
+    decisions: tuple[Decision, ...]
+    exit_depths: tuple[ExitDepths, ...]
+    capacity_bytes: int
+    inputs: Mapping[str, Provenance]
+    assumptions: tuple[Assumption, ...]
+    wall_s: float
+
+
+def run_job(job: Job) -> JobResult:
+    """Simulates the job from nothing. UserError where its settings cannot be run."""
+    started_s = perf_counter()
+    config = job.config
+    parts = build(config, job.seed)
+    policies = [policy_of(job.entry, config) for _ in range(config.server.replicas)]
+    records: list[RequestRecord] = []
+
+    def make_server(env: simpy.Environment, number: int, on_left: Any) -> Server:
+        engine = SimulatedEngine(env, parts.models)
+        return Server(env, number, engine, policies[number], parts.situation, on_left)
+
+    run = simulate(
+        make_server,
+        generate(parts.workload, job.seed),
+        parts.workload.requests,
+        records.append,
+        users=parts.workload.users,
+        replicas=config.server.replicas,
+        router=choose(Router, "server.router", config.server.router),
+    )
+    columns = Records.of(records)
+    hardware = next(iter(parts.models.values())).profile.hardware
+    power = None if hardware.idle_w is None else Power(hardware.idle_w, hardware.tdp_w)
+    slo = Slo(**asdict(config.slo))
+    metrics = compute_metrics(columns, run.stats, slo=slo, power=power, replicas=config.server.replicas)
+    return JobResult(
+        replicate=Replicate(job.seed, columns, run.stats, metrics),
+        timeline=run.servers[0].timeline,
+        decisions=tuple(decision for server in run.servers for decision in server.decisions),
+        exit_depths=tuple(
+            ExitDepths(model, parts.models[model].profile.model.n_layers, dict(sorted(counts.items())))
+            for model, counts in run.stats.tokens_by_depth.items()
+        ),
+        capacity_bytes=hardware.hbm_bytes,
+        inputs=_inputs(parts),
+        assumptions=_assumptions(config, next(iter(parts.models.values())).profile),
+        wall_s=perf_counter() - started_s,
+    )
+
+
+def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
+    """The arm's policy; threshold and confidence come from the exits' settings unless the arm has its own."""
+    if "policy" not in entry:
+        raise UserError("arms", dict(entry), "each arm names its policy", f"add policy: one of {', '.join(POLICIES)}")
+    name = str(entry["policy"])
+    settings = {key: value for key, value in entry.items() if key not in ARM_KEYS}
+    if name in POLICIES:
+        known = {f.name for f in fields(POLICIES[name].parameters)}
+        for key, value in (("threshold", threshold(config)), ("confidence", confidence(config).value)):
+            if key in known:
+                settings.setdefault(key, value)
+    return make_policy(name, settings)
+
+
+def _inputs(parts: Parts) -> dict[str, Provenance]:
+    found: dict[str, Provenance] = {}
+    for model, data in parts.models.items():
+        found[f"profile {data.profile.name}"] = data.profile.provenance
+        found[f"exits of {model}"] = data.trace.trace.provenance
+    return found
+
+
+def _assumptions(config: Config, profile: Profile) -> tuple[Assumption, ...]:
+    found = [
+        Assumption(f"runtime: {name}", _plain(getattr(profile.runtime, name)), why, f"runtime.{name}")
+        for name, why in profile.runtime.sources
+        if not why.startswith("by definition")
+    ]
+    if config.profile_time_factor != 1.0:
+        why = "every iteration scaled, to study profile error"
+        found.append(Assumption("profile time factor", config.profile_time_factor, why, "profile_time_factor"))
+    return tuple(found)
+
+
+def _plain(value: Any) -> float | str | None:
+    return value if isinstance(value, float | str) or value is None else str(value)

@@ -1,0 +1,226 @@
+"""What a study's settings are, in plain types. Knows ranges of single values, not how the parts are built.
+
+The classes are mutable and hold only plain types because Hydra fills them; everything behind them is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from helios_sim.errors import UserError
+
+
+@dataclass
+class ArrivalsConfig:
+    kind: str = "poisson"  # poisson, gamma, constant, all_at_once, closed_loop, trace
+    rate_per_s: float | None = None
+    cv: float | None = None  # gamma
+    users: int | None = None  # closed_loop
+    trace: str | None = None  # trace: a file
+    rate_scale: float = 1.0  # trace
+
+
+@dataclass
+class LengthConfig:
+    kind: str = "fixed"  # fixed, lognormal, exponential
+    value: int | None = None  # fixed
+    mean: float | None = None  # exponential; lognormal with sigma
+    sigma: float | None = None
+    median: float | None = None  # lognormal with sigma
+    p50: float | None = None  # lognormal with p95
+    p95: float | None = None
+    minimum: int = 1
+    maximum: int | None = None
+
+
+@dataclass
+class LengthsConfig:
+    kind: str = "drawn"  # drawn, trace
+    prompt: LengthConfig = field(default_factory=LengthConfig)
+    output: LengthConfig = field(default_factory=LengthConfig)
+    trace: str | None = None
+    resample: bool = False
+
+
+@dataclass
+class MixConfig:
+    tasks: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] | None = None  # shares to which the mix drifts
+    drift: str | None = None  # step, linear, periodic
+    at: float | None = None  # step
+    start: float | None = None  # linear
+    end: float | None = None
+    period: float | None = None  # periodic
+    per: str = "requests"  # positions count the share of requests, or seconds
+
+
+@dataclass
+class WorkloadConfig:
+    statement: str = ""  # one sentence for the reader: what this workload stands for
+    n_requests: int | None = None
+    chars_per_token: float | None = 4.2
+    arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+
+
+@dataclass
+class ServerConfig:
+    max_running_requests: int = 256  # vLLM's max_num_seqs
+    max_batch_tokens: int = 2048  # vLLM's max_num_batched_tokens
+    memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
+    block_tokens: int = 16
+    replicas: int = 1
+    router: str = "round_robin"  # round_robin, least_loaded
+
+    def __post_init__(self) -> None:
+        for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
+            require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
+        value = self.memory_utilisation
+        require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
+
+
+@dataclass
+class RuntimeConfig:
+    preset: str = "captured_graphs"  # captured_graphs, eager
+    launch_s_per_layer: float | None = None  # each of these replaces the preset's value
+    launch_s_per_graph: float | None = None
+    sync_s: float | None = None
+    host_overhead_s: float | None = None
+
+
+@dataclass
+class ExitsConfig:
+    source: str = "published"  # published, none, a shipped source, or a folder; {model} in it is the model's name
+    threshold: float | None = None  # None: the published one
+    confidence: str = "max_probability"  # max_probability, margin
+    parameters: dict[str, Any] = field(default_factory=dict)  # of published traces
+
+
+@dataclass
+class ObjectiveConfig:
+    goal: str = "throughput"  # throughput, response_time, energy, batch_size
+    max_disagreement: float = 0.05  # epsilon: share of tokens that may differ from the same model's full depth
+    max_bits_per_char: float | None = None
+
+    def __post_init__(self) -> None:
+        value = self.max_disagreement
+        require(0 <= value <= 1, "objective.max_disagreement", value, "from 0 to 1")
+
+
+@dataclass
+class SloConfig:
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+
+@dataclass
+class AxisConfig:
+    """One setting and its values; several settings move together."""
+
+    name: str = ""  # the key in the points' settings and in figures
+    settings: list[str] = field(default_factory=list)  # dotted paths of this configuration
+    values: list[Any] = field(default_factory=list)
+    labels: list[Any] | None = None  # how values are named in figures; None: as they are
+
+
+@dataclass
+class SweepConfig:
+    """All combinations of the axes' values, for the named arms."""
+
+    axes: list[AxisConfig] = field(default_factory=list)
+    arms: list[str] | None = None  # None: all
+    baseline: str | None = None  # None: the study's
+
+
+@dataclass
+class FigureConfig:
+    kind: str = "sweep"  # sweep: a metric against a setting; load: throughput and latency against load
+    title: str = ""
+    x: str = ""
+    x_label: str = ""
+    metric: str = "throughput_requests_per_s"
+    y_label: str = ""
+    relative: bool = False
+    arms: list[str] | None = None
+    split_by: str | None = None
+    log_x: bool = False
+    log_y: bool = False
+    marks: dict[str, float] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PublishedConfig:
+    """A published figure, and where ours comes from: `metric` of `arm` over that of `over`."""
+
+    what: str = ""
+    published: float = 0.0
+    condition: str = ""
+    source: str = "arXiv 2504.10724, abstract"
+    metric: str = "throughput_requests_per_s"
+    arm: str = ""
+    over: str | None = None  # None: the baseline
+    inverse: bool = False  # of a metric where lower is better: over / arm
+    at: dict[str, Any] = field(default_factory=dict)  # a sweep's point; empty: the arms themselves
+    remark: str = ""
+
+
+@dataclass
+class GateConfig:
+    name: str = ""
+    arm: str = ""
+    metric: str = ""
+    over: str | None = None  # None: the metric itself, not a ratio
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Config:
+    """One study: every arm in `arms` (and `policy`, if set) over one workload, and the sweeps beside it."""
+
+    name: str = "study"
+    title: str = ""
+    question: str = ""
+    mode: str = "simulate"
+    hardware: str = "a100-40gb"
+    models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])
+    profile_time_factor: float = 1.0  # scales every iteration, to study profile error
+    profile_folder: str | None = None  # None: the shipped profiles
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    policy: dict[str, Any] | None = None  # one more arm: name and settings
+    arms: dict[str, Any] = field(default_factory=dict)  # by name: policy, settings, overrides of this configuration
+    baseline: str = ""
+    subject: str | None = None  # the arm that the verdict is about; None: the last one
+    seeds: list[int] = field(default_factory=lambda: [0])
+    sweeps: list[SweepConfig] = field(default_factory=list)
+    figures: list[FigureConfig] = field(default_factory=list)
+    published: list[PublishedConfig] = field(default_factory=list)
+    gates: list[GateConfig] = field(default_factory=list)
+    headline_metrics: list[str] | None = None
+    jobs: int | None = None  # processes; None: one per core, or none for short studies
+
+    def __post_init__(self) -> None:
+        require(bool(self.models), "models", self.models, "at least one model")
+        require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
+        require(bool(self.seeds), "seeds", self.seeds, "at least one seed")
+        seeds_ok = all(seed >= 0 for seed in self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        require(seeds_ok, "seeds", self.seeds, "different whole numbers of 0 or more")
+        require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
+        require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
+        if self.mode != "simulate":
+            raise UserError("mode", self.mode, "only simulate; serving on a device is not part of this release",
+                            "leave mode out")  # fmt: skip
+
+
+def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")

@@ -1,0 +1,111 @@
+"""The answer in plain sentences, from the figures alone. Knows no experiment by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from helios_sim.report.compare import Ratio
+from helios_sim.report.definitions import DEFINITIONS, Better
+from helios_sim.report.format import metric as shown
+from helios_sim.report.metrics import MetricValue
+from helios_sim.report.records import Records
+from helios_sim.report.result import ExperimentResult, headline_metrics
+from helios_sim.study.schema import Config
+
+EVEN = 0.01  # ratios closer to 1 than this are called even
+
+
+def verdict(result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio]) -> tuple[str, ...]:
+    """First the subject against the baseline in the headline metric, then what it costs, then who is best."""
+    name = headline_metrics(result)[0]
+    sentences = [_against(result, subject, name, ratios.get(name))]
+    metrics = result.arms[subject].metrics
+    sentences.append(_quality(subject, metrics))
+    if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
+        sentences.append(_changes(subject, metrics))
+    sentences.append(_best(result, name))
+    return tuple(filter(None, sentences))
+
+
+def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | None) -> str:
+    label = DEFINITIONS[name].label.lower()
+    if subject == result.baseline or ratio is None:
+        return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
+    if ratio.ratio is None:
+        return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {result.baseline}."
+    lower = DEFINITIONS[name].better is Better.LOWER
+    gain = 1 / ratio.ratio if lower else ratio.ratio
+    interval = ""
+    if ratio.low is not None and ratio.high is not None:
+        low, high = (1 / ratio.high, 1 / ratio.low) if lower else (ratio.low, ratio.high)
+        interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    if abs(gain - 1) < EVEN:
+        return f"{subject} is even with {result.baseline} in {label}{interval}."
+    words = "helps" if gain > 1 else "hurts"
+    better = f"{gain:.2f} times better {label}" if lower else f"{gain:.2f} times the {label}"
+    return f"{subject} {words}: {better} than {result.baseline}{interval}." if lower else (
+        f"{subject} {words}: {better} of {result.baseline}{interval}."
+    )  # fmt: skip
+
+
+def _quality(subject: str, metrics: Mapping[str, MetricValue]) -> str:
+    agreement, layers = metrics.get("agreement"), metrics.get("layers_per_token")
+    if not isinstance(agreement, float) or not isinstance(layers, float):
+        return ""
+    return f"Its tokens ran {layers:.1f} layers on average, and {agreement:.1%} of them equal those of full depth."
+
+
+def _changes(subject: str, metrics: Mapping[str, MetricValue]) -> str:
+    span, evaluated = metrics.get("span_s"), metrics.get("evaluation_time_s")
+    share = f"{evaluated / span:.1%} of the time" if isinstance(span, float) and isinstance(evaluated, float) else ""
+    return (
+        f"It switched {shown('switches', metrics.get('switches'))} times, loaded weights "
+        f"{shown('loads', metrics.get('loads'))} times and spent {share or 'no time'} on evaluation."
+    )
+
+
+def _best(result: ExperimentResult, name: str) -> str:
+    """The best arm that a person could deploy, and how far the oracle is."""
+    values = {
+        arm: value
+        for arm, value in ((arm, r.metrics.get(name)) for arm, r in result.arms.items())
+        if isinstance(value, int | float)
+    }
+    real = {arm: value for arm, value in values.items() if not arm.startswith("oracle")}
+    if len(real) < 2:
+        return ""
+    pick = min if DEFINITIONS[name].better is Better.LOWER else max
+    best = pick(real, key=lambda arm: real[arm])
+    label = DEFINITIONS[name].label.lower()
+    sentence = f"Best of the arms in {label}: {best} with {shown(name, values[best])}"
+    bounds = [value for arm, value in values.items() if arm.startswith("oracle")]
+    return f"{sentence}; the oracle reaches {shown(name, bounds[0])}." if bounds else f"{sentence}."
+
+
+def conditions(config: Config) -> str:
+    """Hardware, models, runtime and load in a sentence."""
+    runtime = config.runtime.preset.replace("_", " ")
+    arrivals = config.workload.arrivals
+    load = {
+        "closed_loop": f"a closed loop of {arrivals.users} users",
+        "all_at_once": "all requests queued at the start",
+        "trace": f"the arrivals of {arrivals.trace}",
+    }.get(arrivals.kind, f"{arrivals.kind} arrivals at {arrivals.rate_per_s} requests/s")
+    replicas = "" if config.server.replicas == 1 else f"{config.server.replicas} x "
+    return f"{', '.join(config.models)} on {replicas}{config.hardware}, {runtime}, {load}."
+
+
+def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], ...]:
+    """Lengths and mix as they were served."""
+    facts = []
+    for label, tokens in (("prompt tokens", records.prompt_tokens), ("output tokens", records.output_tokens)):
+        p50, p95, p99 = np.percentile(tokens, (50, 95, 99))
+        facts.append((label, f"mean {tokens.mean():.0f}, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"))
+    shares = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.tasks.items())
+    facts.append(("task shares", shares))
+    if config.workload.mix.after is not None:
+        after = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.after.items())
+        facts.append((f"drift ({config.workload.mix.drift})", f"to {after}"))
+    return tuple(facts)
