@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.transforms import Bbox
 
 INK = "#1b1f26"
@@ -27,7 +27,7 @@ _CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "v
 
 WIDTH_IN = 9.0
 _PNG_DPI = 150
-_PAD_IN = 0.06
+_TITLE_IN = 0.42
 
 # Of middling lightness, so that they read on white and on near-black.
 _NAMED = {"helios": "#2f74e6", "helios_probe": "#0fa08a", "oracle": "#8a63d2"}
@@ -80,7 +80,14 @@ class Drawing:
     name: str
     title: str
     caption: str
-    figure: Figure
+    figure: SubFigure
+
+    @property
+    def whole(self) -> Figure:
+        """With the strip for the title."""
+        root = self.figure.get_figure(root=True)
+        assert isinstance(root, Figure)
+        return root
 
 
 def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, ArmStyle]:
@@ -107,14 +114,18 @@ def look() -> Iterator[None]:
         yield
 
 
-def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of the standard width with its axes in reading order."""
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[SubFigure, list[Axes]]:
+    """A figure of the standard width with its axes in reading order.
+
+    The drawing lies in a sub-figure; the strip above it is for the title, which only the PNG shows.
+    """
+    whole = Figure(figsize=(WIDTH_IN, height_in + _TITLE_IN), layout="constrained")
+    figure: SubFigure = whole.subfigures(2, 1, squeeze=False, height_ratios=[_TITLE_IN, height_in])[1, 0]
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
 
 
-def legend_above(figure: Figure, handles: dict[str, Artist], columns: int = 5) -> None:
+def legend_above(figure: SubFigure, handles: dict[str, Artist], columns: int = 5) -> None:
     """One legend above all panels, read row by row (matplotlib itself fills columns)."""
     if not handles:
         return
@@ -131,34 +142,29 @@ def handles_of(*axes: Axes) -> dict[str, Artist]:
 
 
 def lay_out(drawing: Drawing) -> None:
-    """Fix the places of everything, title included: the exports then need not work them out again."""
+    """Fix the places of everything: the exports then need not work them out again."""
     with look():
-        drawing.figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
-        drawing.figure.draw_without_rendering()
-        drawing.figure.set_layout_engine("none")
+        drawing.whole.draw_without_rendering()
+        drawing.whole.set_layout_engine("none")
 
 
 def to_png(drawing: Drawing) -> bytes:
-    """With its title, on white."""
+    """With its title above, on white."""
     out = io.BytesIO()
+    height = 1 - 0.5 * _TITLE_IN / drawing.whole.get_figheight()
     with look():
-        drawing.figure.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+        title = drawing.whole.text(0.012, height, drawing.title, va="center", fontsize=12.5, fontweight="bold")
+        drawing.whole.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+        title.remove()
     return out.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
-    """An <svg> element, cropped below the title, for a page that defines the CSS variables; its ids are its own."""
+    """An <svg> element without title, for a page that defines the CSS variables; its ids are its own."""
     out = io.StringIO()
-    figure = drawing.figure
+    box = Bbox.from_extents(0, 0, WIDTH_IN, drawing.whole.get_figheight() - _TITLE_IN)
     with look(), mpl.rc_context({"svg.hashsalt": drawing.name}):
-        title = figure._suptitle  # type: ignore[attr-defined]  # no public accessor for the artist
-        if title is not None:
-            title.set_visible(False)
-        top = min(figure.get_tightbbox().y1 + _PAD_IN, figure.get_figheight())
-        box = Bbox.from_extents(0, 0, WIDTH_IN, top)
-        figure.savefig(out, format="svg", bbox_inches=box, metadata={"Date": None, "Creator": None})
-        if title is not None:
-            title.set_visible(True)
+        drawing.whole.savefig(out, format="svg", bbox_inches=box, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
