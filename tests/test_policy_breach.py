@@ -140,23 +140,18 @@ def test_after_a_switch_the_counter_watches_until_the_next_round() -> None:
     assert answered(BreachAction.CHEAPER, small(), lighter(), in_flight=InFlight.MIGRATE).in_flight is InFlight.MIGRATE
 
 
-def test_what_breached_since_the_last_round_is_not_switched_to_again() -> None:
+def test_one_that_breached_may_come_round_again_if_it_is_the_cheapest() -> None:
     policy = helios(evaluation=Evaluation.OFF)
     policy.start(situation(small(), lighter()))
-    policy.decide(BREACH, seen(50, running=1))
-    second = policy.decide(BREACH, seen(60, running=1))
-    assert second is not None
-    assert second.active == Placement("large", 8)
-    assert list(second.evidence["options"]) == ["large@8"]
-    policy.decide(Completed(90), seen(150))  # a new round: bygones
-    assert policy.decide(BREACH, seen(151, running=1)).active == Placement("large", 2)
-
-
-def test_switch_only_comes_round_again() -> None:
-    policy = helios(evaluation=Evaluation.OFF, on_breach=BreachAction.SWITCH_ONLY)
-    policy.start(situation(small(), lighter()))
-    there, back = policy.decide(BREACH, seen(50)), policy.decide(BREACH, seen(60))
+    there, back = policy.decide(BREACH, seen(50, running=1)), policy.decide(BREACH, seen(60, running=1))
     assert (there.active, back.active) == (Placement("large", 2), Placement("small", 2))
+    assert set(back.evidence["options"]) == {"large@8", "small@2"}
+    assert back.triggers == (BREACH, Completed(90))
+
+
+def test_switch_only_switches_even_where_a_breach_is_expected() -> None:
+    unsure = replace(lighter(), offline=offline("large", (2, 8), (0.02, 0.0), (0.4, 1.0)))
+    assert answered(BreachAction.SWITCH_ONLY, small(), unsure).active == Placement("large", 2)
 
 
 def test_switch_only_with_one_candidate_can_do_nothing() -> None:

@@ -107,11 +107,8 @@ class Chooser:
         }
         return Choice(options[costs.index(min(costs))], evidence)
 
-    def after_breach(self, moment: Moment, breached: set[str], remaining_requests: int) -> Choice | None:
-        """Load the active model's remaining layers or switch to another's partial load; None if neither can be.
-
-        `breached`: models that breached since the last round, the active one among them.
-        """
+    def after_breach(self, moment: Moment, remaining_requests: int) -> Choice | None:
+        """Load the active model's remaining layers or switch to another's partial load; None if neither can be."""
         assert moment.in_force is not None
         active = moment.in_force.active.model
         raised = self._option(self.whole(active), moment)
@@ -119,7 +116,7 @@ class Chooser:
             option
             for model in self.models
             if model != active
-            and self._may_switch_to(model, breached)
+            and self._may_switch_to(model)
             and (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
         ]
         options = [*([] if raised is None else [raised]), *switches]
@@ -144,17 +141,18 @@ class Chooser:
                 kept = (*kept, other)
         return kept
 
-    def _may_switch_to(self, model: str, breached: set[str]) -> bool:
-        """Within the quality floor, and not bound to breach again, which would make it no choice beside loading.
+    def _may_switch_to(self, model: str) -> bool:
+        """Within the quality floor, and not expected to breach at once, which would make it no choice beside loading.
 
-        With switch_only there is nothing else to do, so one that breached may come round again.
+        One that breached earlier may come round again: the table says what is to be expected of it. With switch_only
+        there is nothing else to do, so even a breach that is expected is no obstacle.
         """
         if not self.assessor.meets_quality_floor(model):
             return False
         if self._parameters.on_breach is BreachAction.SWITCH_ONLY:
             return True
         limit = self._parameters.limit / self._parameters.window_tokens
-        return model not in breached and self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
+        return self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
 
     def _option(self, placement: Placement, moment: Moment) -> Option | None:
         """Going to `placement` from what is in force; None if it does not fit."""

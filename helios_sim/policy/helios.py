@@ -23,13 +23,12 @@ from helios_sim.request import NS_PER_S
 
 
 class HeliosPolicy:
-    """State: the deployment decided last, what is left of a round, and what breached since."""
+    """State: the deployment decided last, what is left of a round, and when the next begins."""
 
     def __init__(self, parameters: HeliosParameters) -> None:
         self.parameters = parameters
         self._batch = 1.0  # mean running requests as last seen
         self._left: deque[str] = deque()  # candidates that this round has still to evaluate
-        self._breached: set[str] = set()  # since the last round
         self._round_ends = 0  # completed requests at which the next round begins
         self._answered_ns: int | None = None  # when a breach was answered last
 
@@ -129,7 +128,6 @@ class HeliosPolicy:
         choice = self._chooser.after_round(moment)
         requests = self._constants.round_requests
         self._round_ends = moment.completed_requests + requests
-        self._breached.clear()
         placement = choice.option.placement
         where = "whole" if self._chooser.is_whole(placement) else f"cut at layer {placement.layers}"
         reason = f"{placement.model}, {where}, has the least predicted cost of the next {requests} requests"
@@ -141,9 +139,8 @@ class HeliosPolicy:
             since_s = (telemetry.now_ns - self._answered_ns) / NS_PER_S
             if since_s < constants.cooldown_s:
                 return None
-        self._breached.add(now.model)
         remaining = max(1, self._round_ends - moment.completed_requests)
-        choice = self._chooser.after_breach(moment, self._breached, remaining)
+        choice = self._chooser.after_breach(moment, remaining)
         if choice is None:
             return None
         self._answered_ns = telemetry.now_ns
