@@ -38,6 +38,10 @@ class DecisionRow:
     def evidence_text(self) -> str:
         return "; ".join(f"{key}: {_short(value)}" for key, value in self.evidence.items())
 
+    @property
+    def evidence_json(self) -> str:
+        return to_json(self.evidence, indent=2)
+
 
 def decision_rows(arm: ArmResult) -> list[DecisionRow]:
     return [_row(arm.name, decision) for decision in arm.decisions]
@@ -92,6 +96,8 @@ def _placement(placement: Placement) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):

@@ -75,6 +75,7 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
                 fontsize=8.5,
                 ha="center",
                 color=INK,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
             )
         better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
         hint = {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]
@@ -148,7 +149,8 @@ def exit_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawin
         ax.grid(axis="x", visible=False)
         ax.tick_params(axis="x", length=0)
     axes[0].set_ylabel("output tokens (%)")
-    legend_above(figure, handles_of(*axes))
+    handles = handles_of(*axes)
+    legend_above(figure, {name: handles[name] for name in result.arms if name in handles})
     caption = "Where tokens leave: under a fixed cap all leave at the cap; under per-token exits where they are sure."
     return Drawing("exit_depths", "Exit depths", caption, figure)
 

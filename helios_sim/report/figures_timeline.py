@@ -34,7 +34,7 @@ def _timeline(arm: ArmResult) -> Drawing:
     assert arm.timeline is not None
     times_ns, models, layers, running, queued, kv_bytes, weight_bytes = zip(*arm.timeline.rows, strict=True)
     time_s = np.array(times_ns, dtype=np.float64) / NS_PER_S
-    names = list(dict.fromkeys(models))
+    names = sorted(set(models))  # so that a model has its colour in every arm
     figure, axes = new_figure(3, 1, 6.2, sharex=True, gridspec_kw={"height_ratios": [1, 1.2, 1]})
     depth, memory, load = axes
 

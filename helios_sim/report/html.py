@@ -11,7 +11,7 @@ from helios_sim.report import format as fmt
 from helios_sim.report.cautions import cautions
 from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.decisions import decision_rows
-from helios_sim.report.definitions import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
+from helios_sim.report.definitions import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, Better
 from helios_sim.report.files import to_json
 from helios_sim.report.result import ArmResult, ExperimentResult, headline_metrics
 from helios_sim.report.style import Drawing, arm_styles, to_svg
@@ -92,11 +92,13 @@ def _cards(result: ExperimentResult, ratios: Comparisons) -> list[Card]:
     ]
     if not cards:
         name = headline_metrics(result)[0]
+        better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
+        hint = {Better.HIGHER: ", more is better", Better.LOWER: ", less is better", Better.NEITHER: ""}[better]
         for arm, of_arm in ratios.items():
             value = of_arm.get(name)
             if value is not None and value.ratio is not None:
                 note = _beside(value.low, value.high, f"against {result.baseline}")
-                cards.append(Card(f"{arm}: {fmt.label(name)}", f"{value.ratio:.2f}×", note))
+                cards.append(Card(f"{arm}: {fmt.label(name)}{hint}", f"{value.ratio:.2f}×", note))
     return cards[:_MOST_CARDS]
 
 

@@ -21,8 +21,6 @@ def print_table(result: ExperimentResult, ratios: Comparisons, file: TextIO | No
     file = file or sys.stdout
     console = Console(file=file) if file.isatty() else Console(file=file, width=PLAIN_WIDTH, no_color=True)
     console.print(arms_table(result, ratios))
-    if result.verdict:
-        console.print(result.verdict[0], soft_wrap=False)
 
 
 def arms_table(result: ExperimentResult, ratios: Comparisons) -> Table:
