@@ -1,6 +1,6 @@
 """What each candidate would give, from profile, offline exits and the history table. Knows no state machine.
 
-Every draw comes from a generator of its own (seed, model, moment), so results do not depend on the order of calls.
+Every draw comes from a generator of its own (seed, model, prompts seen), whatever the order of calls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.policy.candidates import check_cap
-from helios_sim.policy.cap import CapChoice, choose_cap
+from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
 from helios_sim.policy.deployment import Placement
 from helios_sim.policy.depth import fixed_depth
 from helios_sim.policy.history import HistoryTable
@@ -39,7 +39,8 @@ class Assessor:
         self.batch_limit = batch_limit
         self._cap_layers = cap_layers
         self._refused: list[str] = []  # of the latest ranking
-        self._caps: dict[str, tuple[int, int, CapChoice]] = {}  # with when, and on how many observed prompts
+        self._caps: dict[str, tuple[int, CapChoice]] = {}  # with the number of observed prompts behind it
+        self._offline: dict[str, Resampled] = {}
         self._index = {name: i for i, name in enumerate(situation.candidates)}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
@@ -50,26 +51,33 @@ class Assessor:
         most, bits = self.situation.objective.max_bits_per_char, self.history.shares(model).bits_per_char
         return most is None or bits is None or bool(bits[-1] <= most)
 
-    def cap(self, model: str, completed_requests: int) -> CapChoice:
+    def cap(self, model: str) -> CapChoice:
         """The shallowest exit within the quality floor by what is known now; the given cap if there is one."""
-        known = self._caps.get(model)
-        observed = self.history.observed_prompts(model)
-        if known is not None and known[:2] == (completed_requests, observed):
-            return known[2]
-        choice = self._cap(model, completed_requests)
-        self._caps[model] = (completed_requests, observed, choice)
-        return choice
+        known, observed = self._caps.get(model), self.history.observed_prompts(model)
+        if known is None or known[0] != observed:  # it depends on nothing else
+            known = self._caps[model] = (observed, self._cap(model, observed))
+        return known[1]
 
-    def _cap(self, model: str, completed_requests: int) -> CapChoice:
+    def _cap(self, model: str, observed: int) -> CapChoice:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
         bits, most = self.history.shares(model).bits_per_char, objective.max_bits_per_char
         allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
-        seed = np.random.SeedSequence(self.situation.seed, spawn_key=(self._index[model], completed_requests))
-        evidence = self.history.evidence(model, completed_requests)
-        choice = choose_cap(offline.exits, evidence, objective.max_disagreement, np.random.default_rng(seed), allowed)
+        if model not in self._offline:
+            everything = np.ones(len(offline.prompt_tokens))
+            recorded = Evidence(offline.prompt_tokens, offline.prompt_disagreements, everything)
+            self._offline[model] = resample(recorded, self._rng(model, 0))
+        pooled = self._offline[model]
+        seen, offline_weight = self.history.observed(model)
+        if seen is not None:
+            pooled = resample(seen, self._rng(model, observed)).plus(pooled, offline_weight)
+        choice = choose_cap(offline.exits, pooled, objective.max_disagreement, allowed)
         if self._cap_layers is None:
             return choice
         return CapChoice(self._cap_layers, choice.share, choice.upper_bound)
+
+    def _rng(self, model: str, observed: int) -> np.random.Generator:
+        seed = np.random.SeedSequence(self.situation.seed, spawn_key=(self._index[model], observed))
+        return np.random.default_rng(seed)
 
     def option(
         self,
@@ -118,7 +126,7 @@ class Assessor:
             if not self.meets_quality_floor(model):
                 self._refused.append(f"{model} is above the floor in bits per character")
                 continue
-            cap = self.cap(model, completed_requests)
+            cap = self.cap(model)
             option = self.option(Placement(model, cap.layers), load, horizon_requests, cap=cap)
             whole = Placement(model, candidate.profile.model.n_layers)
             if option is None or (whole_must_fit and self.option(whole, load, horizon_requests) is None):

@@ -30,33 +30,58 @@ class CapChoice:
     upper_bound: tuple[float, ...]  # (E,) of that share
 
 
-def upper_bounds(evidence: Evidence, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(E,) weighted share of tokens that differ, and its upper 95 % bound, one-sided.
+@dataclass(frozen=True, slots=True, eq=False)
+class Resampled:
+    """Weighted sums over prompts, as they are and over R resamples. Sources that were sampled apart add up."""
 
-    Percentile bootstrap of the ratio sum(w d) / sum(w t), prompts resampled with replacement; all exits share the
-    draws, so that bounds are ordered where counts are.
-    """
+    tokens: float
+    differs: NDArray[np.float64]  # (E,)
+    tokens_drawn: NDArray[np.float64]  # (R,)
+    differs_drawn: NDArray[np.float64]  # (R, E)
+
+    def plus(self, other: Resampled, weight: float) -> Resampled:
+        """With each of the other's prompts weighted by so much more."""
+        return Resampled(
+            self.tokens + weight * other.tokens,
+            self.differs + weight * other.differs,
+            self.tokens_drawn + weight * other.tokens_drawn,
+            self.differs_drawn + weight * other.differs_drawn,
+        )
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """(E,) weighted share of tokens that differ: sum(w d) / sum(w t)."""
+        return np.asarray(self.differs / self.tokens)
+
+    @property
+    def upper_bound(self) -> NDArray[np.float64]:
+        """(E,) upper 95 % bound of that share, one-sided: the percentile of the resampled ratios.
+
+        All exits share the draws, so bounds are ordered where counts are.
+        """
+        return np.asarray(np.quantile(self.differs_drawn / self.tokens_drawn[:, None], UPPER_SHARE, axis=0))
+
+
+def resample(evidence: Evidence, rng: np.random.Generator) -> Resampled:
+    """Bootstrap over prompts, with replacement. With several sources, each is resampled within itself."""
     n_prompts = len(evidence.tokens)
     tokens = evidence.weights * evidence.tokens
     differs = evidence.weights[:, None] * evidence.disagreements
-    share = differs.sum(axis=0) / tokens.sum()
     drawn = rng.multinomial(n_prompts, np.full(n_prompts, 1.0 / n_prompts), size=RESAMPLES).astype(np.float64)
-    resampled = (drawn @ differs) / (drawn @ tokens)[:, None]
-    return share, np.quantile(resampled, UPPER_SHARE, axis=0)
+    return Resampled(float(tokens.sum()), differs.sum(axis=0), drawn @ tokens, drawn @ differs)
 
 
 def choose_cap(
     exits: tuple[int, ...],
-    evidence: Evidence,
+    resampled: Resampled,
     max_disagreement: float,
-    rng: np.random.Generator,
     allowed: tuple[bool, ...] | None = None,
 ) -> CapChoice:
     """The shallowest exit whose upper bound is at most `max_disagreement`, else full depth, which never differs.
 
     `allowed` (E,) bars exits for other reasons, such as bits per character; full depth is never barred here.
     """
-    share, bound = upper_bounds(evidence, rng)
+    share, bound = resampled.share, resampled.upper_bound
     within = bound <= max_disagreement
     if allowed is not None:
         within &= np.asarray(allowed)

@@ -88,7 +88,7 @@ class Chooser:
         models = self.models
         if moment.in_force is not None:  # on equal terms what is there stays
             models.sort(key=lambda model: model != moment.in_force.active.model)  # type: ignore[union-attr]
-        self._caps = {model: self.assessor.cap(model, moment.completed_requests) for model in models}
+        self._caps = {model: self.assessor.cap(model) for model in models}
         within = [model for model in models if self.assessor.meets_quality_floor(model)]
         options = [
             replace(option, cap=self._caps[model])

@@ -42,7 +42,7 @@ class HeliosPolicy:
         if self.parameters.evaluation is Evaluation.SERVE:
             # The best predicted comes last: if it stays the choice, its weights are already there.
             self._left.extend(reversed(self._chooser.models))
-            self._deployment = self._evaluate_next(0)
+            self._deployment = self._evaluate_next()
         else:
             self._deployment = self._conclude(Moment(load, self._batch, 0, 0, 0, None))
         return self._deployment
@@ -66,7 +66,7 @@ class HeliosPolicy:
             case Completed():
                 decided = self._begin_round(moment)
             case Drained() if self._left:
-                decided = self._evaluate_next(moment.completed_requests)
+                decided = self._evaluate_next()
             case Drained() | Probed():
                 decided = self._conclude(moment)
             case BreachLimit():
@@ -106,10 +106,10 @@ class HeliosPolicy:
                     evidence={"history": history},
                 )
 
-    def _evaluate_next(self, completed_requests: int) -> Deployment:
+    def _evaluate_next(self) -> Deployment:
         p, model = self.parameters, self._left.popleft()
         active = self._chooser.whole(model)
-        cap = self._chooser.assessor.cap(model, completed_requests).layers
+        cap = self._chooser.assessor.cap(model).layers
         # No answer is longer than the model's context, so this observes every token.
         all_tokens = self._situation.candidates[model].profile.model.max_context_tokens
         tokens = all_tokens if p.evaluated_tokens is None else p.evaluated_tokens

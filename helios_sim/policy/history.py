@@ -75,23 +75,24 @@ class HistoryTable:
     def note(self, model: str, prediction: Prediction, completed_requests: int) -> None:
         self._predictions[model] = (prediction, completed_requests)
 
-    def evidence(self, model: str, completed_requests: int) -> Evidence:
-        """Offline prompts and observed ones, weighted by age; the youngest weighs 1."""
-        offline, seen = self._candidates[model].offline, self._prompts[model]
-        ages = np.array([completed_requests - p.at_request for p in seen] or [], dtype=np.float64)
-        ages = np.concatenate([np.full(len(offline.prompt_tokens), float(completed_requests)), ages])
-        weights = 0.5 ** ((ages - ages.min()) / self._half_life_requests)
-        tokens = np.concatenate([offline.prompt_tokens, [p.tokens for p in seen]]).astype(np.int64)
-        differs = np.concatenate([offline.prompt_disagreements, *(p.differs[None, :] for p in seen)])
-        kept = weights > 1e-9  # what is older by 30 half-lives cannot move a share, and may not underflow it
-        return Evidence(tokens[kept], differs[kept].astype(np.int64), weights[kept])
+    def observed(self, model: str) -> tuple[Evidence | None, float]:
+        """Observed prompts weighted by age, the youngest 1; and the weight of an offline prompt beside them.
+
+        Only ages relative to the youngest matter, so nothing changes while nothing is observed.
+        """
+        seen = self._prompts[model]
+        if not seen:
+            return None, 1.0
+        ages = np.array([seen[-1].at_request - p.at_request for p in seen], dtype=np.float64)
+        tokens = np.array([p.tokens for p in seen], dtype=np.int64)
+        evidence = Evidence(tokens, np.stack([p.differs for p in seen]), 0.5 ** (ages / self._half_life_requests))
+        return evidence, 0.5 ** (seen[-1].at_request / self._half_life_requests)
 
     def shares(self, model: str) -> Shares:
         """Offline shares and observed ones, each offline token and observed token weighted by age."""
         offline, seen = self._candidates[model].offline, self._prompts[model]
-        youngest = max((p.at_request for p in seen), default=0)
-        weights = np.array([0.5 ** ((youngest - p.at_request) / self._half_life_requests) for p in seen])
-        offline_weight = 0.5 ** (youngest / self._half_life_requests)
+        evidence, offline_weight = self.observed(model)
+        weights = np.zeros(0) if evidence is None else evidence.weights
         offline_tokens = offline_weight * float(offline.prompt_tokens.sum())
         total = offline_tokens + sum(w * p.tokens for w, p in zip(weights, seen, strict=True))
 
