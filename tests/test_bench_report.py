@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from report_example import example_records
 
 from helios_sim.report.compare import compare
 from helios_sim.report.metrics import compute_metrics
 from helios_sim.serving.histogram import GapHistogram
 from helios_sim.serving.stats import RunStats
+from report_example import example_records
 
 pytestmark = pytest.mark.bench
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from report_example import example_records
 from scipy import stats as scipy_stats
-from test_report_metrics import dropped, record
 
 from helios_sim.report.compare import Method, compare, interval_over_seeds
 from helios_sim.report.metrics import Band, MetricValue, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.serving.stats import RunStats
+from report_example import example_records
+from test_report_metrics import dropped, record
 
 Run = tuple[Records, dict[str, MetricValue]]
 

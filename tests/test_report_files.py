@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_example import BASELINE, example_result
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
@@ -22,6 +21,7 @@ from helios_sim.report.result import ExperimentResult
 from helios_sim.report.summary import Comparisons, comparisons, json_value
 from helios_sim.report.table import print_table
 from helios_sim.report.write import write_result
+from report_example import BASELINE, example_result
 
 ARMS = (BASELINE, "static_cap_opt-1.3b", "helios")
 
