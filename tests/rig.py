@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.offline import offline_exits
@@ -13,7 +14,7 @@ from helios_sim.exits.rule import Confidence, FullDepth
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.telemetry import Candidate, Goal, Objective, Policy, Situation, Telemetry
+from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
@@ -21,6 +22,7 @@ from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestRecord
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Router, Run, simulate
+from helios_sim.study.build import Foresight
 from helios_sim.workload import Workload, generate
 
 EXITS = (2, 4)
@@ -44,6 +46,20 @@ class Scripted:
 
 def full_depth(model: str = "flat", layers: int = 4, batch_limit: int | None = None) -> Deployment:
     return Deployment(Placement(model, layers), FullDepth(), kv_rule=KvRule.NONE, batch_limit=batch_limit)
+
+
+class Watched(simpy.Environment):
+    """Shows every server to `watch` after every event."""
+
+    def __init__(self, watch: Callable[[Server], None]) -> None:
+        super().__init__(initial_time=0)
+        self.watch = watch
+        self.servers: list[Server] = []
+
+    def step(self) -> None:
+        super().step()
+        for server in self.servers:
+            self.watch(server)
 
 
 @dataclass
@@ -74,6 +90,10 @@ def serve(
     router: Router = Router.ROUND_ROBIN,
     leap: bool = True,
     threshold: float = 0.7,
+    objective: Objective | None = None,
+    expected: ExpectedLoad | None = None,
+    foresight: bool = False,
+    watch: Callable[[Server], None] | None = None,
 ) -> Served:
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
@@ -82,15 +102,18 @@ def serve(
         name: Candidate(profile, offline_exits(traces[name], threshold, Confidence.MAX_PROBABILITY))
         for name, profile in profiles.items()
     }
+    models = {name: ModelData(profile, traces[name].bind(tasks)) for name, profile in profiles.items()}
     situation = Situation(
         candidates=candidates,
         memory=MemoryBudget(hbm_bytes, utilisation, block_tokens),
-        objective=Objective(Goal.THROUGHPUT, 0.1),
+        objective=objective or Objective(Goal.THROUGHPUT, 0.1),
         max_running_requests=max_running_requests,
         max_batch_tokens=max_batch_tokens,
         seed=seed,
+        expected=expected,
+        outlook=Foresight(workload, seed, models) if foresight else None,
     )
-    models = {name: ModelData(profile, traces[name].bind(tasks)) for name, profile in profiles.items()}
+    env = None if watch is None else Watched(watch)
     made: list[Policy] = []
 
     def make_server(env, number, on_left):
@@ -100,7 +123,10 @@ def serve(
         elif number:
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
-        return Server(env, number, SimulatedEngine(env, models), own, situation, on_left, leap=leap)
+        server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left, leap=leap)
+        if isinstance(env, Watched):
+            env.servers.append(server)
+        return server
 
     records: list[RequestRecord] = []
     run = simulate(
@@ -111,6 +137,7 @@ def serve(
         users=workload.users,
         replicas=replicas,
         router=router,
+        env=env,
     )
     return Served(records, run)
 
