@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from helios_sim.exits.trace import ANY_TASK, ExitTrace
+from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.provenance import Provenance, ProvenanceClass
 
 _TOKENS = 1000  # so that a fractional number of characters per token comes out to 0.1 %
 
 
-def no_exits(spec: ModelSpec) -> ExitTrace:
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class NoExits(ExitTrace):
+    """A trace whose tokens are all alike, so that answers can be counted in whole tokens."""
+
+    spec: ModelSpec
+
+    def bind(self, task_names: Sequence[str]) -> BoundTrace:
+        return _BoundNoExits(self, (0,) * len(task_names))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _BoundNoExits(BoundTrace):
+    def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
+        """As many tokens as the model's tokenizer makes of such a text, wherever it lies.
+
+        Counting the tokens that begin within a span would give one more or one less, depending on where it begins;
+        so a workload in this model's own tokens gets its counts back.
+        """
+        trace = self.trace
+        assert isinstance(trace, NoExits)
+        return TokenSpan(0, text_start % trace.n_tokens, trace.n_tokens, trace.spec.tokens(output_chars))
+
+
+def no_exits(spec: ModelSpec) -> NoExits:
     """One exit, the last layer, which agrees with itself. For full depth only; it only says how long tokens are."""
     ends = np.floor(np.arange(_TOKENS + 1) * spec.chars_per_token + 1e-9).astype(np.int64)
-    return ExitTrace(
+    return NoExits(
+        spec=spec,
         model=spec.name,
         exits=(spec.n_layers,),
         tasks=(ANY_TASK,),
