@@ -9,7 +9,6 @@ from functools import cache
 import numpy as np
 from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
-from policy_example import layered_profile
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.offline import offline_exits
@@ -22,6 +21,7 @@ from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.server import Server
 from helios_sim.simulation import simulate
 from helios_sim.workload import ClosedLoop, DrawnLengths, Exponential, TaskMix, Workload, generate
+from policy_example import layered_profile
 
 THRESHOLD = 0.7
 ROUND = {"round_requests": 8, "prompts_per_candidate": 2, "window_tokens": 20, "limit": 10, "evaluated_tokens": 4}
