@@ -32,8 +32,12 @@ class Depths:
     tokens: Tokens
 
 
-def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay) -> Depths:
-    """Depths of the plan's decoding requests in up to `plan.max_iterations` iterations."""
+def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay, checks_sample: bool = True) -> Depths:
+    """Depths of the plan's decoding requests in up to `plan.max_iterations` iterations.
+
+    `checks_sample`: an exit check is a pass of the LM head, which gives a token that leaves there; with a cheaper
+    check of its own the token has to pass the head besides.
+    """
     k = plan.max_iterations
     generated = plan.batch.column(Column.GENERATED)
     observing = plan.observe_tokens is not None and bool((generated < plan.observe_tokens).any())
@@ -41,7 +45,7 @@ def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay) -> Depths:
         return _planned(plan, plan.service_plan, trace, k)
     if isinstance(plan.exit_rule, FullDepth | FixedCap) and not observing:
         return _uniform(plan, trace, replayed, k)
-    return _banded(plan, trace, replayed, k)
+    return _banded(plan, trace, replayed, k, checks_sample)
 
 
 def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
@@ -75,7 +79,7 @@ def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) ->
     return Depths(bounds, runs.sum(axis=1), decode_kv, np.full(k, n, np.int64), None, None, tokens)
 
 
-def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
+def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sample: bool) -> Depths:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
     bounds = trace.exits[: trace.exits.index(plan.loaded_layers) + 1]
     last, n = len(bounds) - 1, len(plan.decoding)
@@ -103,8 +107,8 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
     elif observed.any():
         check = np.zeros_like(decode_tokens)
         check[:, :last] = int(observed.sum())
-    # A token that left at a check is sampled from that check's logits; the others pass the head once.
-    if isinstance(plan.exit_rule, PerToken):
+    # A token that left at a check is sampled from that check's logits, if it has any; the others pass the head once.
+    if isinstance(plan.exit_rule, PerToken) and checks_sample:
         sampled = (leaves >= rule_last).sum(axis=1)
     else:
         sampled = np.full(k, n, np.int64)

@@ -52,7 +52,7 @@ class SimulatedEngine:
         data = self._models[plan.model]
         rule_layers = plan.run_layers if isinstance(plan.exit_rule, FixedCap | FullDepth) else plan.loaded_layers
         replayed = replay(data.trace.trace, plan.exit_rule, rule_layers)
-        depths = decode_depths(plan, data.trace.trace, replayed)
+        depths = decode_depths(plan, data.trace.trace, replayed, checks_sample=data.profile.check is None)
         prefilled, chunks = self._prefill(plan, data, replayed)
         composition = _composition(plan, depths, chunks)
         time_ns = _to_ns(data.profile.iteration_time_s(composition))
@@ -128,8 +128,7 @@ class SimulatedEngine:
         trace = data.trace.trace
         chunks, layers, agrees = [], [], []
         for part in plan.prefill:
-            observed = plan.observe_tokens is not None and _generated(plan, part.index) < plan.observe_tokens
-            depth = plan.loaded_layers if observed else replayed.layers
+            depth = plan.loaded_layers if _observed(plan, part.index) else replayed.layers
             row = _next_row(plan, part.index)
             if plan.service_plan is not None:
                 request_id = plan.batch.members[part.index].request.request_id
@@ -149,18 +148,27 @@ def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -
     deepest = max((chunk.layers for chunk in chunks), default=0)
     if not all(chunk.layers in bounds for chunk in chunks):
         raise ValueError(f"prefill to {deepest} layers, bands end at {bounds}")
-    finishing = sum(part.finishes for part in plan.prefill)
+    finishing = [part.index for part in plan.prefill if part.finishes]
+    observed = sum(_observed(plan, index) for index in finishing)
+    if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
+        check = np.zeros_like(decode_tokens) if check is None else check.copy()
+        check[:, :-1] += observed
     return Composition(
         bounds=bounds,
         decode_tokens=decode_tokens,
         decode_kv_tokens=decode_kv,
-        sampled_tokens=depths.sampled_tokens + finishing,
+        sampled_tokens=depths.sampled_tokens + len(finishing),
         check_tokens=check,
         propagated_tokens=propagated,
         prefill=chunks,
         host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
         loading=plan.loading,
     )
+
+
+def _observed(plan: Plan, index: int) -> bool:
+    """Whether the next token of this request is one of those that run all loaded layers, every exit observed."""
+    return plan.observe_tokens is not None and _generated(plan, index) < plan.observe_tokens
 
 
 def _generated(plan: Plan, index: int) -> int:

@@ -58,7 +58,7 @@ def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], co
         bounds=depths.bounds,
         decode_tokens=rows,
         decode_kv_tokens=np.rint(rows * context_tokens).astype(np.int64),
-        sampled_tokens=rows[:, -1] if depths.checked else whole,
+        sampled_tokens=rows[:, -1] if depths.checked and profile.check is None else whole,
         check_tokens=np.where(last, 0, rows) if depths.checked else None,
         propagated_tokens=whole[:, None] - rows if depths.propagated else None,
     )
