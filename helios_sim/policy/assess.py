@@ -13,7 +13,7 @@ from helios_sim.errors import UserError
 from helios_sim.policy.candidates import check_cap
 from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
 from helios_sim.policy.deployment import Placement
-from helios_sim.policy.depth import fixed_depth
+from helios_sim.policy.depth import fixed_depth, per_token_depths
 from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.load import Load
 from helios_sim.policy.options import Option, cost_until_next_round
@@ -88,12 +88,14 @@ class Assessor:
         cap: CapChoice | None = None,
         transition: Transition = NO_TRANSITION,
         standby: Iterable[Placement] = (),
+        leave_early: bool = False,
     ) -> Option | None:
-        """None when the placement leaves no room for one request."""
+        """None when the placement leaves no room for one request. `leave_early`: with per-token exits."""
+        offline = self.situation.candidates[placement.model].offline
         prediction = predict(
             self.situation,
             placement,
-            fixed_depth(placement.layers),
+            per_token_depths(offline) if leave_early else fixed_depth(placement.layers),
             load,
             standby=standby,
             batch_limit=self.batch_limit,

@@ -10,7 +10,7 @@ from helios_sim.policy.assess import Assessor
 from helios_sim.policy.breach import answer
 from helios_sim.policy.cap import CapChoice
 from helios_sim.policy.deployment import Deployment, Placement
-from helios_sim.policy.helios_parameters import BreachAction, Evaluation, HeliosParameters, Standby
+from helios_sim.policy.helios_parameters import BreachAction, Evaluation, HeliosParameters, Raised, Standby
 from helios_sim.policy.load import Load
 from helios_sim.policy.options import COST_UNITS, Option
 from helios_sim.policy.telemetry import Situation
@@ -111,7 +111,8 @@ class Chooser:
         """Load the active model's remaining layers or switch to another's partial load; None if neither can be."""
         assert moment.in_force is not None
         active = moment.in_force.active.model
-        raised = self._option(self.whole(active), moment)
+        leave_early = self._parameters.raised is Raised.EARLY_EXIT
+        raised = self._option(self.whole(active), moment, leave_early)
         switches = [
             option
             for model in self.models
@@ -154,7 +155,7 @@ class Chooser:
         limit = self._parameters.limit / self._parameters.window_tokens
         return self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
 
-    def _option(self, placement: Placement, moment: Moment) -> Option | None:
+    def _option(self, placement: Placement, moment: Moment, leave_early: bool = False) -> Option | None:
         """Going to `placement` from what is in force; None if it does not fit."""
         horizon = self._parameters.at_batch(moment.batch).round_requests
         step = NO_TRANSITION
@@ -164,7 +165,10 @@ class Chooser:
             decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
             now = Underway(at, standby, moment.running_requests, decode_iteration_s)
             step = transition(self._situation, now, placement, moment.load, self._parameters.in_flight)
-        return self.assessor.option(placement, moment.load, horizon, transition=step, standby=self.standby(placement))
+        standby = self.standby(placement)
+        return self.assessor.option(
+            placement, moment.load, horizon, transition=step, standby=standby, leave_early=leave_early
+        )
 
     def _costs(self, options: Sequence[Option], moment: Moment, requests: int) -> list[float]:
         if not options:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from helios_sim.exits.rule import FixedCap
+from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.choice import Chooser, Moment
 from helios_sim.policy.deployment import Deployment, KvRule, Placement, Probe
-from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters, RoundConstants
+from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters, Raised, RoundConstants
 from helios_sim.policy.load import expected_load, seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
 from helios_sim.policy.trigger import BreachLimit, Cause, Completed, Drained, Probed, Trigger
@@ -134,7 +134,7 @@ class HeliosPolicy:
         return self._serve(placement, requests, reason, choice.evidence)
 
     def _answer_breach(self, moment: Moment, telemetry: Telemetry) -> Deployment | None:
-        constants, now = self._constants, self._deployment.active
+        p, constants, now = self.parameters, self._constants, self._deployment.active
         if self._answered_ns is not None:
             since_s = (telemetry.now_ns - self._answered_ns) / NS_PER_S
             if since_s < constants.cooldown_s:
@@ -154,7 +154,11 @@ class HeliosPolicy:
             f"without confidence: {action}"
         )
         evidence = {"breaches_in_window": telemetry.breaches_in_window, **choice.evidence}
-        return self._serve(placement, remaining, reason, evidence)
+        decided = self._serve(placement, remaining, reason, evidence)
+        if self._chooser.is_whole(placement) and p.raised is Raised.EARLY_EXIT:
+            rule = PerToken(p.threshold, p.confidence)
+            return replace(decided, exit_rule=rule, kv_rule=KvRule.PROPAGATE)
+        return decided
 
     @property
     def _constants(self) -> RoundConstants:

@@ -46,6 +46,13 @@ class BreachAction(StrEnum):
     TRANSFER_ONLY = "transfer_only"  # load or switch, by bytes over bandwidth alone
 
 
+class Raised(StrEnum):
+    """What tokens do once the remaining layers are loaded. Not published; the first is our reading."""
+
+    FULL_DEPTH = "full_depth"  # every token runs all layers until the next round, as it ran all of the cap's before
+    EARLY_EXIT = "early_exit"  # a token leaves at the first exit where it is confident, K and V are propagated
+
+
 class Standby(StrEnum):
     """Weights of other shortlisted candidates that stay resident."""
 
@@ -73,6 +80,7 @@ class HeliosParameters:
     constants: Constants = Constants.PUBLISHED
     evaluation: Evaluation = Evaluation.SERVE
     on_breach: BreachAction = BreachAction.CHEAPER
+    raised: Raised = Raised.FULL_DEPTH
     standby: Standby = Standby.NONE
     in_flight: InFlight = InFlight.DRAIN
     shortlist: int = PUBLISHED_SHORTLIST

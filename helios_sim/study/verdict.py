@@ -12,6 +12,7 @@ from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import MetricValue
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, headline_metrics
+from helios_sim.study.findings import load_findings
 from helios_sim.study.schema import Config
 
 EVEN = 0.01  # ratios closer to 1 than this are called even
@@ -26,6 +27,7 @@ def verdict(result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio])
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
         sentences.append(_changes(subject, metrics))
     sentences.append(_best(result, name))
+    sentences += load_findings(result, subject, name)
     return tuple(filter(None, sentences))
 
 
@@ -37,17 +39,16 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
         return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {result.baseline}."
     lower = DEFINITIONS[name].better is Better.LOWER
     gain = 1 / ratio.ratio if lower else ratio.ratio
-    interval = ""
+    low = high = None
     if ratio.low is not None and ratio.high is not None:
         low, high = (1 / ratio.high, 1 / ratio.low) if lower else (ratio.low, ratio.high)
-        interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    interval = "" if low is None else f" (95 % interval {low:.2f} to {high:.2f})"
+    compared = f"{label} {gain:.2f} times {'lower than' if lower else 'that of'} {result.baseline}{interval}"
+    if low is not None and high is not None and low <= 1 <= high:
+        return f"No clear difference: {subject} has {compared}."
     if abs(gain - 1) < EVEN:
-        return f"{subject} is even with {result.baseline} in {label}{interval}."
-    words = "helps" if gain > 1 else "hurts"
-    better = f"{gain:.2f} times better {label}" if lower else f"{gain:.2f} times the {label}"
-    return f"{subject} {words}: {better} than {result.baseline}{interval}." if lower else (
-        f"{subject} {words}: {better} of {result.baseline}{interval}."
-    )  # fmt: skip
+        return f"No difference that matters: {subject} and {result.baseline} are even in {label}{interval}."
+    return f"{subject} {'helps' if gain > 1 else 'hurts'}: {compared}."
 
 
 def _quality(subject: str, metrics: Mapping[str, MetricValue]) -> str:

@@ -1,0 +1,84 @@
+"""What a sweep over load says in numbers: the rate that each arm carries, and where the subject breaks even."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import exp, log
+
+from helios_sim.report.definitions import DEFINITIONS, Better
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint
+
+ATTAINMENT = 0.99
+
+
+def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
+    """Sentences for every load figure; empty without one. Rates between two points are interpolated in log(rate)."""
+    sentences = []
+    for figure in result.figures:
+        if not isinstance(figure, LoadFigure):
+            continue
+        points = [p for p in result.points if all(p.settings.get(k) == v for k, v in figure.where.items())]
+        points = sorted((p for p in points if figure.x in p.settings), key=lambda p: float(p.settings[figure.x]))
+        if result.slo.any:
+            carried = {arm: highest_rate(points, figure.x, arm) for arm in result.arms}
+            known = ", ".join(f"{arm} {_rate(points, figure.x, rate)}" for arm, rate in carried.items())
+            sentences.append(f"Highest rate with {ATTAINMENT:.0%} of requests inside the service levels: {known}.")
+        crossings = break_even(points, figure.x, subject, metric)
+        sentences.append(_break_even_sentence(result, subject, metric, points, figure.x, crossings))
+    return sentences
+
+
+def highest_rate(points: Sequence[SweepPoint], x: str, arm: str) -> float | None:
+    """The largest rate up to which attainment stays at 99 %: None when it is below that at the lowest rate."""
+    best = None
+    for lower, upper in zip([None, *points], points, strict=False):
+        attained = upper.metrics[arm].get("slo_attainment")
+        if not isinstance(attained, int | float):
+            return best
+        if attained >= ATTAINMENT:
+            best = float(upper.settings[x])
+            continue
+        if lower is None:
+            return None
+        before = lower.metrics[arm]["slo_attainment"]
+        assert isinstance(before, int | float)
+        return _between(float(lower.settings[x]), float(upper.settings[x]), (before - ATTAINMENT) / (before - attained))
+    return best
+
+
+def break_even(points: Sequence[SweepPoint], x: str, subject: str, metric: str) -> list[float]:
+    """Rates at which the subject's ratio to the baseline crosses 1."""
+    found = []
+    ratios = [(float(p.settings[x]), p.vs_baseline.get(subject, {}).get(metric)) for p in points]
+    known = [(rate, log(r.ratio)) for rate, r in ratios if r is not None and r.ratio]
+    for (rate, value), (next_rate, next_value) in pairwise(known):
+        if value * next_value < 0:
+            found.append(_between(rate, next_rate, value / (value - next_value)))
+    return found
+
+
+def _break_even_sentence(
+    result: ExperimentResult, subject: str, metric: str, points: Sequence[SweepPoint], x: str, crossings: list[float]
+) -> str:
+    label = DEFINITIONS[metric].label.lower() if metric in DEFINITIONS else metric
+    if crossings:
+        rates = ", ".join(f"{rate:.1f}" for rate in crossings)
+        return f"In {label}, {subject} and {result.baseline} break even at {rates} requests/s."
+    ratio = next((r for p in points if (r := p.vs_baseline.get(subject, {}).get(metric)) and r.ratio), None)
+    if ratio is None or ratio.ratio is None:
+        return f"In {label}, {subject} cannot be compared with {result.baseline}."
+    better = (ratio.ratio < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
+    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at every rate tried."
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return exp(log(low) + share * (log(high) - log(low)))
+
+
+def _rate(points: Sequence[SweepPoint], x: str, rate: float | None) -> str:
+    if rate is None:
+        return f"below {float(points[0].settings[x]):g}/s"
+    if rate >= float(points[-1].settings[x]):
+        return f"at least {rate:g}/s"
+    return f"{rate:.1f}/s"
