@@ -39,8 +39,9 @@ def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay, checks_sample:
     check of its own the token has to pass the head besides.
     """
     k = plan.max_iterations
-    generated = plan.batch.column(Column.GENERATED)
-    observing = plan.observe_tokens is not None and bool((generated < plan.observe_tokens).any())
+    observing = False
+    if plan.observe_tokens is not None:
+        observing = bool((plan.batch.column(Column.GENERATED) < plan.observe_tokens).any())
     if plan.service_plan is not None:
         return _planned(plan, plan.service_plan, trace, k)
     if isinstance(plan.exit_rule, FullDepth | FixedCap) and not observing:
@@ -50,7 +51,7 @@ def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay, checks_sample:
 
 def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
     """All tokens run the same layers: one band."""
-    context = plan.batch.column(Column.CONTEXT)[plan.decoding]
+    context = plan.batch.decoding_column(Column.CONTEXT)
     n = len(context)
     tokens = np.full((k, 1), n, np.int64)
     kv = (int(context.sum()) + n * np.arange(1, k + 1, dtype=np.int64))[:, None]
@@ -65,14 +66,14 @@ def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
 
 def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) -> Depths:
     """The oracle's depths: nothing is checked, and K and V of skipped layers cost nothing."""
-    batch, bounds, n = plan.batch, trace.exits, len(plan.decoding)
+    batch, bounds, n = plan.batch, trace.exits, plan.decoding
     layers = np.zeros((k, n), np.int64)
-    for column, index in enumerate(plan.decoding.tolist()):
+    for index, sequence in enumerate(batch.members[:n]):
         generated = int(batch.column(Column.GENERATED)[index])
-        depths = service_plan.layers(batch.members[index].request.request_id)
-        layers[:, column] = depths[generated : generated + k]
+        depths = service_plan.layers(sequence.request.request_id)
+        layers[:, index] = depths[generated : generated + k]
     leaves = np.searchsorted(bounds, layers)
-    context = batch.column(Column.CONTEXT)[plan.decoding] + np.arange(1, k + 1, dtype=np.int64)[:, None]
+    context = batch.decoding_column(Column.CONTEXT) + np.arange(1, k + 1, dtype=np.int64)[:, None]
     runs = leaves[:, :, None] >= np.arange(len(bounds))
     tokens = Tokens(layers, None, trace.agree[_rows(plan, k), leaves])
     decode_kv = np.einsum("kns,kn->ks", runs, context)
@@ -82,7 +83,7 @@ def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) ->
 def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sample: bool) -> Depths:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
     bounds = trace.exits[: trace.exits.index(plan.loaded_layers) + 1]
-    last, n = len(bounds) - 1, len(plan.decoding)
+    last, n = len(bounds) - 1, plan.decoding
     rows = _rows(plan, k)
     rule_last = len(replayed.exits) - 1
     leaves = replayed.exit_index[rows].astype(np.int64)  # (k, n) where each token leaves
@@ -91,11 +92,11 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sampl
         leaves = np.broadcast_to(leaves.max(axis=1, keepdims=True), leaves.shape).copy()
     observed = np.zeros(n, bool)
     if plan.observe_tokens is not None:
-        observed = plan.batch.column(Column.GENERATED)[plan.decoding] < plan.observe_tokens
+        observed = plan.batch.decoding_column(Column.GENERATED) < plan.observe_tokens
         leaves[:, observed] = last
         assert breach is not None
         breach[:, observed] = False
-    context = plan.batch.column(Column.CONTEXT)[plan.decoding] + np.arange(1, k + 1, dtype=np.int64)[:, None]
+    context = plan.batch.decoding_column(Column.CONTEXT) + np.arange(1, k + 1, dtype=np.int64)[:, None]
 
     runs = leaves[:, :, None] >= np.arange(last + 1)  # (k, n, S)
     decode_tokens = runs.sum(axis=1)
@@ -132,7 +133,7 @@ def _repaid(plan: Plan, runs: NDArray[np.bool_]) -> IntArray:
     before these iterations.
     """
     k, n, bands = runs.shape
-    debt = plan.batch.kv_debt_of(plan.decoding, bands)  # (n, S)
+    debt = plan.batch.kv_debt_of_decoding(bands)  # (n, S)
     steps = np.arange(k)[:, None, None]
     last_run = np.maximum.accumulate(np.where(runs, steps, -1), axis=0)
     before = np.concatenate([np.full((1, n, bands), -1), last_run[:-1]])  # last run strictly before each step
@@ -142,7 +143,7 @@ def _repaid(plan: Plan, runs: NDArray[np.bool_]) -> IntArray:
 
 def _rows(plan: Plan, k: int) -> IntArray:
     """Rows of the trace for the next k tokens of each decoding request, (k, n)."""
-    batch, decoding = plan.batch, plan.decoding
-    next_token = batch.column(Column.START)[decoding] + batch.column(Column.GENERATED)[decoding]
+    column = plan.batch.decoding_column
+    next_token = column(Column.START) + column(Column.GENERATED)
     offsets = next_token + np.arange(k, dtype=np.int64)[:, None]
-    return batch.column(Column.FIRST)[decoding] + offsets % batch.column(Column.LENGTH)[decoding]
+    return column(Column.FIRST) + offsets % column(Column.LENGTH)

@@ -57,7 +57,7 @@ class SimulatedEngine:
         composition = _composition(plan, depths, chunks)
         time_ns = _to_ns(data.profile.iteration_time_s(composition))
         return Outcome(
-            end_ns=now_ns + np.cumsum(time_ns),
+            end_ns=time_ns.cumsum() + now_ns,
             floor_ns=_to_ns(data.profile.iteration_floor_s(composition)),
             outside_grid=data.profile.outside_grid(composition),
             bounds=depths.bounds,
@@ -129,37 +129,40 @@ class SimulatedEngine:
         chunks, layers, agrees = [], [], []
         for part in plan.prefill:
             depth = plan.loaded_layers if _observed(plan, part.index) else replayed.layers
-            row = _next_row(plan, part.index)
             if plan.service_plan is not None:
                 request_id = plan.batch.members[part.index].request.request_id
                 depth = int(plan.service_plan.layers(request_id)[_generated(plan, part.index)])
             elif isinstance(plan.exit_rule, Clairvoyant):
-                depth = trace.exits[int(replayed.exit_index[row])]
+                depth = trace.exits[int(replayed.exit_index[_next_row(plan, part.index)])]
             chunks.append(PrefillChunk(part.tokens, part.context_tokens, depth))
             if part.finishes:
                 layers.append(depth)
-                agrees.append(bool(trace.agree[row, trace.exits.index(depth)]))
+                whole = depth == trace.n_layers
+                agrees.append(whole or bool(trace.agree[_next_row(plan, part.index), trace.exits.index(depth)]))
+        if all(depth == trace.n_layers for depth in layers):
+            return Tokens(trace.n_layers, None, None), tuple(chunks)
         return Tokens(np.array([layers], np.int64), None, np.array([agrees], bool)), tuple(chunks)
 
 
 def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -> Composition:
-    bounds, decode_tokens, decode_kv = depths.bounds, depths.decode_tokens, depths.decode_kv_tokens
-    check, propagated = depths.check_tokens, depths.propagated_tokens
-    deepest = max((chunk.layers for chunk in chunks), default=0)
-    if not all(chunk.layers in bounds for chunk in chunks):
-        raise ValueError(f"prefill to {deepest} layers, bands end at {bounds}")
-    finishing = [part.index for part in plan.prefill if part.finishes]
-    observed = sum(_observed(plan, index) for index in finishing)
-    if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
-        check = np.zeros_like(decode_tokens) if check is None else check.copy()
-        check[:, :-1] += observed
+    check, sampled = depths.check_tokens, depths.sampled_tokens
+    if chunks:
+        deepest = max(chunk.layers for chunk in chunks)
+        if not all(chunk.layers in depths.bounds for chunk in chunks):
+            raise ValueError(f"prefill to {deepest} layers, bands end at {depths.bounds}")
+        finishing = [part.index for part in plan.prefill if part.finishes]
+        sampled = sampled + len(finishing)
+        observed = sum(_observed(plan, index) for index in finishing)
+        if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
+            check = np.zeros_like(depths.decode_tokens) if check is None else check.copy()
+            check[:, :-1] += observed
     return Composition(
-        bounds=bounds,
-        decode_tokens=decode_tokens,
-        decode_kv_tokens=decode_kv,
-        sampled_tokens=depths.sampled_tokens + len(finishing),
+        bounds=depths.bounds,
+        decode_tokens=depths.decode_tokens,
+        decode_kv_tokens=depths.decode_kv_tokens,
+        sampled_tokens=sampled,
         check_tokens=check,
-        propagated_tokens=propagated,
+        propagated_tokens=depths.propagated_tokens,
         prefill=chunks,
         host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
         loading=plan.loading,
@@ -185,5 +188,7 @@ def _next_row(plan: Plan, index: int) -> int:
 
 def _to_ns(seconds: NDArray[np.float64]) -> IntArray:
     """Whole nanoseconds, at least one, so that time always advances."""
+    if len(seconds) == 1:  # plain numbers are quicker, and both round halves to even
+        return np.array([max(round(seconds.item() * NS_PER_S), 1)])
     whole: IntArray = np.rint(seconds * NS_PER_S).astype(np.int64)
-    return np.maximum(whole, 1)
+    return np.maximum(whole, 1, out=whole)

@@ -5,7 +5,7 @@ Knows what a request has done so far; knows neither time nor memory sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -59,15 +59,18 @@ class Column(IntEnum):
     BREACH = 9
     AGREED = 10
     EVALUATED = 11
-    BLOCKS = 12  # KV blocks held
-    LAST_TOKEN_NS = 13  # when its latest token was produced
+    LAST_TOKEN_NS = 12  # when its latest token was produced
 
 
 class RunningBatch:
-    """Running requests in the order of their admission; the last one is the newest."""
+    """Running requests in the order of their admission; the last one is the newest.
+
+    Prompts are prefilled in that order too, so the requests that decode are always the first ones.
+    """
 
     def __init__(self, capacity: int = 64) -> None:
         self.members: list[Sequence] = []
+        self.decoding = 0  # how many of the members decode; the others still prefill
         self._table = np.zeros((len(Column), capacity), np.int64)
         # Tokens that left above band s and whose K and V there are still to be computed (KvRule.RECOMPUTE).
         self.kv_debt = np.zeros((0, capacity), np.int64)
@@ -79,23 +82,34 @@ class RunningBatch:
         """A writable view of one column, shape (len(self),)."""
         return self._table[column, : len(self.members)]
 
-    def kv_debt_of(self, decoding: NDArray[np.int64], bands: int) -> NDArray[np.int64]:
-        """What these requests owe each band, shape (len(decoding), bands)."""
+    def decoding_column(self, column: Column) -> NDArray[np.int64]:
+        """A writable view of one column of the requests that decode, shape (self.decoding,)."""
+        return self._table[column, : self.decoding]
+
+    def add(self, rows: slice, changes: Mapping[Column, int]) -> None:
+        """Adds to several columns of these requests, to each the same for all of them."""
+        change = np.zeros((len(Column), 1), np.int64)
+        for column, value in changes.items():
+            change[column] = value
+        self._table[:, rows] += change
+
+    def kv_debt_of_decoding(self, bands: int) -> NDArray[np.int64]:
+        """What the requests that decode owe each band, a view of shape (self.decoding, bands)."""
         if len(self.kv_debt) != bands:
             self.kv_debt = np.zeros((bands, self._table.shape[1]), np.int64)
-        return self.kv_debt[:, decoding].T
+        return self.kv_debt[:, : self.decoding].T
 
-    def settle_kv_debt(self, decoding: NDArray[np.int64], layers: NDArray[np.int64], bounds: tuple[int, ...]) -> None:
-        """Tokens ran to `layers`, (k, D): bands that they ran are paid up, the others owe one token more each."""
+    def settle_kv_debt(self, layers: NDArray[np.int64], bounds: tuple[int, ...]) -> None:
+        """Decoded tokens ran to `layers`, (k, D): bands that they ran are paid up, the others owe a token more each."""
         k = len(layers)
         starts = np.array((0, *bounds[:-1]))
         runs = layers[:, :, None] > starts
         steps = np.arange(1, k + 1)[:, None, None]
         last_run = np.where(runs, steps, 0).max(axis=0)  # (D, S), 0: not once
-        debt = self.kv_debt_of(decoding, len(bounds))
-        self.kv_debt[:, decoding] = np.where(last_run > 0, k - last_run, debt + k).T
+        debt = self.kv_debt_of_decoding(len(bounds))
+        debt[:] = np.where(last_run > 0, k - last_run, debt + k)
 
-    def append(self, sequence: Sequence, blocks: int) -> None:
+    def append(self, sequence: Sequence) -> None:
         n = len(self.members)
         if n == self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
@@ -114,33 +128,34 @@ class RunningBatch:
             sequence.breach_tokens,
             sequence.agreed_tokens,
             sequence.evaluated_tokens,
-            blocks,
             -1 if sequence.last_token_ns is None else sequence.last_token_ns,
         )
         self.kv_debt[:, n] = 0
         self.members.append(sequence)
 
     def pop_newest(self) -> tuple[Sequence, int]:
-        """Takes the newest request out, for a preemption. Returns it and the blocks that it held."""
-        sequence = self.members[-1]
-        blocks = self._write_back(len(self.members) - 1)
-        self.members.pop()
-        return sequence, blocks
+        """Takes the newest request out, for a preemption. Returns it and the tokens whose KV it had reserved."""
+        index = len(self.members) - 1
+        reserved_tokens = self._write_back(index)
+        self.decoding = min(self.decoding, index)
+        return self.members.pop(), reserved_tokens
 
-    def remove(self, indices: list[int]) -> Iterator[tuple[Sequence, int]]:
-        """Takes requests out and yields each with the blocks that it held, in the order of `indices` (ascending)."""
-        n = len(self.members)
-        keep = np.ones(n, bool)
-        keep[indices] = False
+    def remove(self, indices: list[int]) -> list[tuple[Sequence, int]]:
+        """Takes requests that decode out, in the order of `indices` (ascending).
+
+        Returns each with the tokens whose KV it had reserved.
+        """
         taken = [(self.members[i], self._write_back(i)) for i in indices]
-        kept = np.flatnonzero(keep)
-        self._table[:, : len(kept)] = self._table[:, kept]
-        self.kv_debt[:, : len(kept)] = self.kv_debt[:, kept]
-        self.members = [self.members[i] for i in kept.tolist()]
-        yield from taken
+        for index in reversed(indices):
+            n = len(self.members)
+            self._table[:, index : n - 1] = self._table[:, index + 1 : n]
+            self.kv_debt[:, index : n - 1] = self.kv_debt[:, index + 1 : n]
+            del self.members[index]
+        self.decoding -= len(indices)
+        return taken
 
     def _write_back(self, index: int) -> int:
-        """Moves what happened in the batch into the sequence. Returns the blocks held."""
+        """Moves what happened in the batch into the sequence. Returns the tokens whose KV it has reserved."""
         sequence = self.members[index]
         row = self._table[:, index].tolist()
         sequence.generated = row[Column.GENERATED]
@@ -151,5 +166,5 @@ class RunningBatch:
         sequence.evaluated_tokens = row[Column.EVALUATED]
         if row[Column.LAST_TOKEN_NS] >= 0:
             sequence.last_token_ns = row[Column.LAST_TOKEN_NS]
-        blocks: int = row[Column.BLOCKS]
-        return blocks
+        reserved_tokens: int = row[Column.CONTEXT] + row[Column.PREFILL_LEFT]
+        return reserved_tokens

@@ -147,12 +147,10 @@ class Decider:
 def counted_breaches(plan: Plan, outcome: Outcome, iterations: int) -> NDArray[np.bool_]:
     """Breaches of the decode tokens that the counter sees, shape (iterations, requests): observed tokens are left
     out, because they ran deeper than the cap."""
-    decoding = plan.decoding
     if plan.observe_tokens is not None:
-        decoding_generated = plan.batch.column(Column.GENERATED)[decoding]
-        seen = decoding_generated >= plan.observe_tokens
+        seen = plan.batch.decoding_column(Column.GENERATED) >= plan.observe_tokens
     else:
-        seen = np.ones(len(decoding), bool)
+        seen = np.ones(plan.decoding, bool)
     if outcome.decoded.breach is None:
         return np.zeros((iterations, int(seen.sum())), bool)
     return outcome.decoded.breach[:iterations, seen]

@@ -44,11 +44,12 @@ class Plan:
     batching: BatchingRule
     kv_rule: KvRule
     batch: RunningBatch
-    decoding: IntArray  # indices of the requests that decode, ascending
+    decoding: int  # so many requests decode: the first ones of the batch
     prefill: tuple[PrefillPart, ...]
     observe_tokens: int | None  # each request's first tokens that run all loaded layers, every exit observed
     service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
     max_iterations: int  # 1 whenever there is prefill
+    new_blocks: IntArray  # (max_iterations,) KV blocks that the decodes take up by the end of each iteration
     loading: bool  # weights stream in meanwhile
 
 
@@ -69,7 +70,7 @@ class Outcome:
     floor_ns: IntArray  # (k,) roofline time of each iteration
     outside_grid: BoolArray  # (k,) priced by extrapolation
     bounds: tuple[int, ...]  # depths that end the bands in which decodes ran
-    decoded: Tokens  # of plan.decoding
+    decoded: Tokens  # of the requests that decode
     prefilled: Tokens  # (1, P) of the parts that finish, in their order
 
     def iterations_until(self, time_ns: int, passed: bool = False) -> int:

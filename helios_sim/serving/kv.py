@@ -41,19 +41,32 @@ class KvPool:
         self.total_blocks = total_blocks
 
 
-def decode_iterations_that_fit(context_tokens: NDArray[np.int64], free_blocks: int, block_tokens: int) -> int:
-    """How many decode iterations of the whole batch fit into the free blocks.
+class BlockDemand:
+    """Blocks that a batch of D decoding requests will need, D >= 0.
 
     In iteration j (from 0) a request with c tokens in the cache needs a new block when (c + j) is a multiple of
     the block size, so demand repeats with that period and has a closed form.
     """
-    batch = len(context_tokens)
-    first_need = np.bincount((-context_tokens) % block_tokens, minlength=block_tokens)
-    periods, rest = divmod(free_blocks, batch)
-    within_period = int(np.searchsorted(np.cumsum(first_need), rest, side="right"))
-    return periods * block_tokens + within_period
 
+    __slots__ = ("_period", "_within_period")
 
-def new_blocks(context_tokens: NDArray[np.int64], iterations: int, block_tokens: int) -> NDArray[np.int64]:
-    """Blocks that each request adds while its cache grows by that many tokens. Shape of `context_tokens`."""
-    return -(-(context_tokens + iterations) // block_tokens) + (-context_tokens // block_tokens)
+    def __init__(self, context_tokens: NDArray[np.int64], block_tokens: int) -> None:
+        self._period = block_tokens
+        self._within_period = np.bincount(-context_tokens % block_tokens, minlength=block_tokens).cumsum()
+
+    @property
+    def next_iteration(self) -> int:
+        return int(self._within_period[0])
+
+    def iterations_that_fit(self, free_blocks: int) -> int:
+        """How many decode iterations of the whole batch (D > 0) fit into the free blocks."""
+        periods, rest = divmod(free_blocks, int(self._within_period[-1]))
+        return periods * self._period + int(self._within_period.searchsorted(rest, side="right"))
+
+    def after(self, iterations: int) -> NDArray[np.int64]:
+        """New blocks by the end of each of the next iterations, shape (iterations,)."""
+        if iterations <= self._period:
+            return self._within_period[:iterations]
+        periods, steps = np.divmod(np.arange(iterations), self._period)
+        blocks: NDArray[np.int64] = periods * self._within_period[-1] + self._within_period[steps]
+        return blocks

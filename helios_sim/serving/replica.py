@@ -11,6 +11,7 @@ from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.batch import RunningBatch, Sequence
+from helios_sim.serving.histogram import GapBuffer
 from helios_sim.serving.iteration import Engine
 from helios_sim.serving.kv import KvPool, blocks_for
 from helios_sim.serving.meters import Recent
@@ -40,6 +41,7 @@ class Replica:
         self.waiting: deque[Sequence] = deque()
         self.pool = KvPool(0, situation.memory.block_tokens)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)
+        self.gaps = GapBuffer(self.stats.itl)
         self.timeline = Timeline()
         self.recent = Recent()
         self.observations: list[Observation] = []  # new since the policy was last asked
@@ -66,8 +68,8 @@ class Replica:
 
     def preempt(self) -> None:
         """The newest running request loses its place and its cache; it is computed again later."""
-        sequence, blocks = self.batch.pop_newest()
-        self.pool.give(blocks)
+        sequence, reserved_tokens = self.batch.pop_newest()
+        self.pool.give(blocks_for(reserved_tokens, self.pool.block_tokens))
         sequence.preemptions += 1
         self.stats.preemptions += 1
         self.waiting.appendleft(sequence)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from helios_sim.serving.batch import Column, RunningBatch, Sequence
 from helios_sim.serving.iteration import PrefillPart
-from helios_sim.serving.kv import KvPool, blocks_for, decode_iterations_that_fit
+from helios_sim.serving.kv import BlockDemand, KvPool, blocks_for
 
 LEAP_ITERATIONS = 256  # bounds the memory of one leap; results do not depend on it
 
@@ -40,9 +40,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    decoding: NDArray[np.int64]  # indices into the batch
     prefill: tuple[PrefillPart, ...]
     max_iterations: int
+    new_blocks: NDArray[np.int64]  # (max_iterations,) that the decodes take up by the end of each iteration
 
 
 def schedule(
@@ -59,24 +59,22 @@ def schedule(
     `preempt` moves the newest running request back to the head of the queue.
     """
     preempted = False
-    decoding = np.flatnonzero(batch.column(Column.PREFILL_LEFT) == 0)
-    blocks_due = _blocks_due(batch, decoding, pool.block_tokens)
-    while blocks_due > pool.free_blocks:
+    demand = _demand(batch, pool)
+    while demand.next_iteration > pool.free_blocks:
         preempt()
         preempted = True
-        decoding = np.flatnonzero(batch.column(Column.PREFILL_LEFT) == 0)
-        blocks_due = _blocks_due(batch, decoding, pool.block_tokens)
+        demand = _demand(batch, pool)
+    decoding, blocks_due = batch.decoding, demand.next_iteration
 
-    budget = limits.batch_tokens - len(decoding)
+    budget = limits.batch_tokens - decoding
     prefill: list[PrefillPart] = []
-    if len(decoding) < len(batch):
-        left = batch.column(Column.PREFILL_LEFT)
-        for index in np.flatnonzero(left).tolist():
-            if budget <= 0:
-                break
-            part = _part(index, int(left[index]), int(batch.column(Column.CONTEXT)[index]), budget)
-            prefill.append(part)
-            budget -= part.tokens
+    for index in range(decoding, len(batch)):
+        if budget <= 0:
+            break
+        left, context = batch.column(Column.PREFILL_LEFT)[index], batch.column(Column.CONTEXT)[index]
+        part = _part(index, int(left), int(context), budget)
+        prefill.append(part)
+        budget -= part.tokens
 
     starts_left = limits.starts_left
     blocked = preempted or not limits.admission_open
@@ -96,22 +94,21 @@ def schedule(
         if not sequence.started and starts_left is not None:
             starts_left -= 1
         pool.take(blocks)
-        batch.append(sequence, blocks)
+        batch.append(sequence)
         part = _part(len(batch) - 1, sequence.prefill_tokens, 0, budget)
         prefill.append(part)
         budget -= part.tokens
 
-    if not len(decoding) and not prefill:
+    if not decoding and not prefill:
         return None
     iterations = 1
-    if limits.leap and not prefill and len(decoding) == len(batch) and not preempted:
-        iterations = _leap_iterations(batch, pool, limits.observe_tokens)
-    return Schedule(decoding, tuple(prefill), iterations)
+    if limits.leap and not prefill and decoding == len(batch) and not preempted:
+        iterations = _leap_iterations(batch, demand.iterations_that_fit(pool.free_blocks), limits.observe_tokens)
+    return Schedule(tuple(prefill), iterations, demand.after(iterations))
 
 
-def _blocks_due(batch: RunningBatch, decoding: NDArray[np.int64], block_tokens: int) -> int:
-    context = batch.column(Column.CONTEXT)[decoding]
-    return int(np.count_nonzero(context % block_tokens == 0))
+def _demand(batch: RunningBatch, pool: KvPool) -> BlockDemand:
+    return BlockDemand(batch.decoding_column(Column.CONTEXT), pool.block_tokens)
 
 
 def _part(index: int, tokens_left: int, context_tokens: int, budget: int) -> PrefillPart:
@@ -119,9 +116,8 @@ def _part(index: int, tokens_left: int, context_tokens: int, budget: int) -> Pre
     return PrefillPart(index, tokens, context_tokens, finishes=tokens == tokens_left)
 
 
-def _leap_iterations(batch: RunningBatch, pool: KvPool, observe_tokens: int | None) -> int:
-    """Decode iterations until the first completion, failed allocation or end of an observation."""
-    fit = decode_iterations_that_fit(batch.column(Column.CONTEXT), pool.free_blocks, pool.block_tokens)
+def _leap_iterations(batch: RunningBatch, fit: int, observe_tokens: int | None) -> int:
+    """Decode iterations until the first completion, the last that fits into memory, or the end of an observation."""
     iterations = min(int(batch.column(Column.REMAINING).min()), fit, LEAP_ITERATIONS)
     if observe_tokens is not None:
         observed_left = observe_tokens - batch.column(Column.GENERATED)

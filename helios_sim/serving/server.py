@@ -114,6 +114,7 @@ class Server:
 
     @property
     def stats(self) -> RunStats:
+        self._replica.gaps.flush()
         return self._replica.stats
 
     @property
@@ -154,11 +155,12 @@ class Server:
             batching=deployment.batching,
             kv_rule=deployment.kv_rule,
             batch=replica.batch,
-            decoding=scheduled.decoding,
+            decoding=replica.batch.decoding,
             prefill=scheduled.prefill,
             observe_tokens=deployment.observe_tokens,
             service_plan=deployment.plan,
             max_iterations=scheduled.max_iterations,
+            new_blocks=scheduled.new_blocks,
             loading=self._transitions.loading,
         )
 
