@@ -2,65 +2,155 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from helios_sim.config import Variants, conf_folder, register
+import helios_sim
+from helios_sim.config import Variants, conf_folder, given, in_words, register
 from helios_sim.errors import UserError
 
 DEFAULT = "+experiment=quickstart"
+BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before a study has written anything
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message; 2: a gate failed."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
-    if not any(argument.lstrip("+").startswith("experiment=") for argument in sys.argv[1:]):
-        sys.argv.append(DEFAULT)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = 0
+    started = False
+    refused: list[Path] = []  # output folders of studies that could not start
 
     def study(settings: DictConfig) -> None:
-        nonlocal status
+        nonlocal status, started
         from helios_sim.study.command import run_study
 
-        folder = Path(HydraConfig.get().runtime.output_dir)
+        started = True
+        run = HydraConfig.get()
+        folder = Path(run.runtime.output_dir)
         try:
+            _check_choices(settings, run.overrides.task)
             status = max(status, run_study(Variants(settings), folder))
-        except UserError as error:  # here, since Hydra would announce it in words of its own
-            status = _fail(str(error))
+        except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
+            mistake = error if isinstance(error, UserError) else in_words(error, run.overrides.task)
+            status = _fail(mistake, run.overrides.task if run.mode is RunMode.MULTIRUN else ())
+            refused.append(folder)
 
     try:
+        arguments = _in_order(arguments)
+        if "--version" in arguments:
+            print(f"helios_sim {helios_sim.__version__}")
+            return 0
+        _check_flags(arguments)
         register()
+        GlobalHydra.instance().clear()
+        sys.argv[1:] = arguments
         hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(_in_words(error))
-    except SystemExit as leaving:  # argparse: --help leaves with 0, a wrong flag with 2
-        return 1 if leaving.code else 0
+        return _fail(in_words(error, arguments))
+    except yaml.YAMLError as error:
+        return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
+    except (OSError, AssertionError) as error:
+        if started:
+            raise  # a defect of ours
+        return _fail(_before_start(error, arguments))
     except KeyboardInterrupt:
-        return _fail("stopped; what was finished is in the output folder, and the same hydra.run.dir takes it up again")
+        again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
+        print(f"helios_sim: stopped; {again}", file=sys.stderr)
+        return 1
+    finally:
+        for folder in refused:
+            _leave_no_trace(folder)
     return status
 
 
-def _fail(message: str) -> int:
-    print(f"helios_sim: {message}", file=sys.stderr)
+def _in_order(arguments: Sequence[str]) -> list[str]:
+    """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in arguments if a not in overrides]
+    for place, override in enumerate(overrides):
+        if override.startswith("experiment="):
+            overrides[place] = f"+{override}"  # without the + Hydra looks for it among the defaults
+    if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
+        overrides.append(DEFAULT)
+    return [*overrides, *flags]
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """UserError for what argparse would refuse with a page of usage and status 2."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = get_args_parser().parse_args(arguments)
+    except SystemExit:
+        reason = said.getvalue().strip().splitlines()[-1].split("error: ")[-1]
+        raise UserError("command line", " ".join(arguments), reason, "see python -m helios_sim --help") from None
+    for override in parsed.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError("argument", override, "settings are written key=value", "see python -m helios_sim --help")
+    folder = parsed.config_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
+
+
+def _check_choices(settings: DictConfig, overrides: Sequence[str]) -> None:
+    """UserError where an experiment's own value hides a choice from the command line."""
+    from helios_sim.policy.telemetry import Goal
+    from helios_sim.profile.runtime import PRESETS
+
+    for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
+        chosen, value = given(group, overrides), settings[group][key]
+        if chosen in options and value != chosen:
+            allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
+            raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
+
+
+def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
+    """What Hydra raised while it made the output folder, or set a key under one that is null."""
+    if isinstance(error, OSError):
+        folder = given("hydra.run.dir", arguments) or given("hydra.sweep.dir", arguments) or str(error.filename)
+        reason = f"the output folder cannot be made: {error.strerror or error}"
+        return UserError("hydra.run.dir", folder, reason, "choose a folder that you may write to")
+    if "Unexpected type for root" not in str(error):
+        raise error
+    key = next((a.split("=")[0].lstrip("+") for a in arguments if a.lstrip("+").startswith("policy.")), "policy")
+    fix = "choose one first, such as policy=helios policy.round_requests=50"
+    return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)
+
+
+def _leave_no_trace(folder: Path) -> None:
+    """Remove a folder in which nothing but Hydra's own files were written, and empty ones above it here."""
+    here = Path.cwd()
+    folder = folder.resolve()
+    above = [parent for parent in folder.parents if here in parent.parents]
+    for place in (folder, *above):
+        if place == here or not place.is_dir() or not {entry.name for entry in place.iterdir()} <= BY_HYDRA:
+            return
+        shutil.rmtree(place)
+
+
+def _fail(error: UserError, overrides: Sequence[str] = ()) -> int:
+    """`overrides` say which study of several it was."""
+    where = f"{' '.join(overrides)}: " if overrides else ""
+    print(f"helios_sim: {where}{error}", file=sys.stderr)
     return 1
-
-
-def _in_words(error: Exception) -> str:
-    """Hydra's messages without their explanations of Hydra."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("object_type=", "Set the environment", "full_key:"))]
-    keys = [line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")]
-    fix = "see the names in conf/, or print all settings with --cfg job"
-    return f"{keys[0] + ': ' if keys else ''}{' '.join(kept)} Fix: {fix}."
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""Hydra's side: where conf/ lies, the typed schemas, and turning settings into a `Config`."""
+"""Hydra's side: where conf/ lies, the typed schemas, turning settings into a `Config`, and its errors in our words."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
 from helios_sim.study.schema import Config
+
+OPEN = ("arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.")  # take new names
+PRINT_ALL = "--cfg job prints all settings"
 
 
 def conf_folder() -> str:
@@ -39,9 +47,9 @@ class Variants:
         settings = copy.deepcopy(self._settings)
         for path, value in changes.items():
             try:
-                OmegaConf.update(settings, path, value, force_add=path.startswith("arms."))
-            except OmegaConfBaseException as error:
-                raise UserError(path, value, _first_line(error), "correct the setting") from error
+                OmegaConf.update(settings, path, value, force_add=path.startswith(OPEN))
+            except (OmegaConfBaseException, AssertionError) as error:  # an assertion: a path through a plain value
+                raise _wrong(path, value, str(error)) from error
         return to_config(settings)
 
 
@@ -49,11 +57,117 @@ def to_config(settings: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", "") or "configuration")
-        raise UserError(key, None, _first_line(error), "correct the setting") from error
+        raise in_words(error) from error
     assert isinstance(config, Config)
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def in_words(error: Exception, arguments: Sequence[str] = ()) -> UserError:
+    """An error of Hydra or OmegaConf as one message; `arguments` are the command line's."""
+    text = str(error)
+    if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
+                          text, re.DOTALL):  # fmt: skip
+        group, option, options = found[1], found[2], found[3].split()
+        fix = _closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
+        return UserError(group, option, f"one of {', '.join(options)}", fix)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments)
+    if found := re.search(r"Error merging override (\S+?)=(.*)", text):
+        return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments)
+    if found := re.search(r"Error parsing override '(.*?)'\s+(.*)", text):
+        fix = "write key=value; put quotes around the whole if the value holds spaces, commas, braces or colons"
+        return UserError("argument", found[1], f"cannot be read: {_shorter(found[2])}", fix)
+    if found := re.search(r"Interpolation key '(.*)' not found", text):
+        place = next((a.split("=")[0] for a in arguments if "${" + found[1] + "}" in a), "settings")
+        return UserError(place, "${" + found[1] + "}", "no such setting to copy", f"correct it; {PRINT_ALL}")
+    if found := re.search(r"full_key: (\S+)", text):
+        key = found[1]
+        if isinstance(error, MissingMandatoryValue):
+            return UserError(key, None, "it has no default and needs a value", f"set {key}")
+        wrong = _wrong(key, given(key, arguments), text, arguments)
+        if file := re.search(r"In '([^']+)'", text):
+            wrong = UserError(f"{file[1]}: {key}", wrong.value, wrong.allowed, wrong.fix)
+        return wrong
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return UserError("settings", " ".join(arguments), first.rstrip("."), f"correct it; {PRINT_ALL}")
+
+
+def given(key: str, arguments: Sequence[str]) -> str | None:
+    """What the command line sets a key to."""
+    for argument in reversed(arguments):
+        name, equals, value = argument.partition("=")
+        if equals and name.lstrip("+~").split("@")[0] == key:
+            return value
+    return None
+
+
+def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = ()) -> UserError:
+    """A key that does not exist, or a value that it cannot have."""
+    known = _known()
+    if key in known and "is not in struct" not in cause:
+        return UserError(key, value, f"must be {_kind(known[key])}", f"set {key} to such a value")
+    group = key.split(".")[0]
+    if group == "policy":
+        return _wrong_policy_key(key, value, arguments)
+    if key in known or key.startswith(OPEN):
+        allowed = "a new name in a mapping is added with +"
+        return UserError(key, value, allowed, f"write '+{key}={value}'")
+    if group == "hydra":
+        return UserError(key, value, "no such setting of Hydra", "--cfg hydra prints all of them")
+    fix = _closest(key, list(known))
+    if not fix:  # the right name in the wrong place
+        last = key.split(".")[-1]
+        same = [name for name in known if name.split(".")[-1] == last]
+        fix = f"you may have meant {same[0]}; {PRINT_ALL}" if same else PRINT_ALL
+    return UserError(key, value, "no such setting", fix)
+
+
+def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> UserError:
+    policy = given("policy", arguments)
+    file = Path(conf_folder()) / "policy" / f"{policy}.yaml"
+    if policy in (None, "none") or not file.is_file():
+        allowed = "settings of a policy need a policy"
+        return UserError(key, value, allowed, "choose one first, such as policy=helios policy.round_requests=50")
+    names = [f"policy.{name}" for name in OmegaConf.load(file) if name not in ("name", "arm")]
+    allowed = f"{policy} knows {', '.join(name.removeprefix('policy.') for name in names)}"
+    return UserError(key, value, allowed, _closest(key, names) or "correct the name or leave it out")
+
+
+def _closest(name: str, names: Sequence[str], prefix: str = "") -> str:
+    matches = get_close_matches(name, names, n=1, cutoff=0.7)
+    return f"you may have meant {prefix}{matches[0]}" if matches else ""
+
+
+def _shorter(reason: str) -> str:
+    """A parser's complaint without the list of all its tokens."""
+    return re.sub(r" expecting \{.*", "", reason.split("\n")[0])
+
+
+def _known() -> dict[str, Any]:
+    """All settings by dotted path, with their types; groups of settings too."""
+    found: dict[str, Any] = {}
+
+    def collect(kind: Any, prefix: str) -> None:
+        hints = typing.get_type_hints(kind)
+        for field in fields(kind):
+            found[prefix + field.name] = hints[field.name]
+            if is_dataclass(hints[field.name]):
+                collect(hints[field.name], f"{prefix}{field.name}.")
+
+    collect(Config, "")
+    return found
+
+
+def _kind(hint: Any) -> str:
+    """A type in words."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_kind(part) for part in parts)
+    if origin is list:
+        return f"a list such as [a,b], each {_kind(parts[0])}"
+    if origin is dict:
+        return f"a mapping such as {{a: b}}, each {_kind(parts[1])}"
+    if is_dataclass(hint):
+        return f"a group of settings: {', '.join(field.name for field in fields(hint))}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(hint, "a value")

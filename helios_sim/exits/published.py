@@ -80,7 +80,7 @@ class PublishedParameters:
             whole = isinstance(low, int)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 allowed = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
-                raise UserError(f"exits.{name}", value, allowed, "choose one in this range")
+                raise UserError(f"exits.parameters.{name}", value, allowed, "choose one in this range")
 
 
 def published_trace(model: str, **parameters: Any) -> ExitTrace:
@@ -90,11 +90,13 @@ def published_trace(model: str, **parameters: Any) -> ExitTrace:
     model, an unknown parameter, or a value that cannot be.
     """
     if model not in EXIT_SHARES:
-        raise UserError("model", model, f"published exits exist for {', '.join(EXIT_SHARES)}", "use a measured trace")
+        allowed = f"published exits exist for {', '.join(EXIT_SHARES)}"
+        raise UserError("models", model, allowed, "set exits.source to none, or to a measured trace")
     known = [f.name for f in fields(PublishedParameters)]
     for name in parameters:
         if name not in known:
-            raise UserError(f"exits.{name}", parameters[name], f"parameters are {', '.join(known)}", "use one of these")
+            key = f"exits.parameters.{name}"
+            raise UserError(key, parameters[name], f"parameters are {', '.join(known)}", "use one of these")
     return dict(zip(EXIT_SHARES, published_pair(PublishedParameters(**parameters)), strict=True))[model]
 
 

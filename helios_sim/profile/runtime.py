@@ -54,5 +54,5 @@ PRESETS = {
 def preset(name: str) -> Runtime:
     """Raises UserError for an unknown name."""
     if name not in PRESETS:
-        raise UserError("runtime", name, f"one of {', '.join(PRESETS)}", "choose one of these or give the five values")
+        raise UserError("runtime.preset", name, f"one of {', '.join(PRESETS)}", "choose one of these")
     return PRESETS[name]

@@ -22,7 +22,7 @@ from helios_sim.report.result import (
     Workload,
 )
 from helios_sim.study.job import Job, JobResult
-from helios_sim.study.plan import Point, StudyPlan
+from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.verdict import conditions, verdict, workload_facts
 
@@ -151,7 +151,7 @@ def _figure(c: FigureConfig, ttft_s: float | None, tpot_s: float | None, e2e_s: 
 def _published(
     c: PublishedConfig, plan: StudyPlan, results: Results, compared: _Compared, inputs: Mapping[str, Provenance]
 ) -> Published:
-    point = _point_at(plan, c.at)
+    point = point_at(plan, c.at)
     arm, over = _jobs(point, c.arm), _jobs(point, c.over or point.baseline)
     # With an inverse metric (lower is better) the published gain is over / arm.
     ratio = compared.ratios(over, arm).get(c.metric) if c.inverse else compared.ratios(arm, over).get(c.metric)
@@ -181,15 +181,6 @@ def _follows(published: float, ours: float | None, low: float | None, high: floa
     if bottom * (1 - NEAR) <= published <= top * (1 + NEAR):
         return "Consistent with the published figure."
     return "Lower than published." if top < published else "Higher than published."
-
-
-def _point_at(plan: StudyPlan, at: Mapping[str, Any]) -> Point:
-    if not at:
-        return plan.headline
-    for point in plan.points:
-        if all(point.settings.get(key) == value for key, value in at.items()):
-            return point
-    raise UserError("published.at", dict(at), "a point of one of the sweeps", "correct it or extend a sweep")
 
 
 def _jobs(point: Point, arm: str) -> tuple[Job, ...]:

@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import helios_sim
 from helios_sim.report.files import make_folder
-from helios_sim.report.summary import comparisons
+from helios_sim.report.result import ExperimentResult
+from helios_sim.report.summary import Comparisons, comparisons
 from helios_sim.report.table import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
+from helios_sim.study.check import check_study
 from helios_sim.study.plan import StudyPlan, Variant, plan_study
 from helios_sim.study.progress import progress
-from helios_sim.study.runner import run_jobs
+from helios_sim.study.runner import forget_jobs, run_jobs
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 
 
 def run_study(variant: Variant, folder: Path) -> int:
-    """Runs, writes and prints. Returns 0, or 2 when a gate failed."""
+    """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
     plan = plan_study(variant)
+    check_study(plan)
     make_folder(folder)
     with progress(plan) as on_done:
         results = run_jobs(plan.jobs, folder, plan.config.jobs, on_done)
     result = assemble(plan, results, _provenance(plan))
     ratios = comparisons(result)
     summary = write_result(result, folder, ratios)
+    forget_jobs(folder)
+    try:
+        _show(result, ratios, folder, summary)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader left, as `head` does; the files are there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0 if all(gate.passed for gate in result.gates) else 2
+
+
+def _show(result: ExperimentResult, ratios: Comparisons, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Standard output: the table, the answer, the folder, and summary.json as the last line."""
     print_table(result, ratios)
-    for sentence in result.verdict:
+    for sentence in (*result.verdict[1:], *_without_answers(result)):  # the table ends with the first
         print(sentence)
     for gate in result.gates:
         print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} = {gate.value}, must be {gate.bound}")
-    print(f"report: {folder / 'report.html'}")
+    print(f"output folder: {folder}")
     print(json.dumps(summary, allow_nan=False))
-    return 0 if all(gate.passed for gate in result.gates) else 2
+
+
+def _without_answers(result: ExperimentResult) -> list[str]:
+    """Arms that dropped every request: their metrics are blank, and this is why."""
+    found = []
+    for name, arm in result.arms.items():
+        reasons = [reason for replicate in arm.replicates for reason in replicate.records.drop_reason]
+        if reasons and None not in reasons:
+            most, _ = Counter(reasons).most_common(1)[0]
+            found.append(f"{name} dropped all {len(reasons)} requests, so it has no times. Most often: {most}.")
+    return found
 
 
 def _provenance(plan: StudyPlan) -> dict[str, object]:

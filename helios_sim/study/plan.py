@@ -11,6 +11,7 @@ from helios_sim.errors import UserError
 from helios_sim.study.job import Job
 from helios_sim.study.schema import AxisConfig, Config, SweepConfig
 
+FROM_EXITS = ("threshold", "confidence")  # a policy's; null: as in `exits`
 Variant = Callable[[Mapping[str, Any]], Config]  # the configuration with some settings (dotted paths) changed
 
 
@@ -47,20 +48,43 @@ def plan_study(variant: Variant) -> StudyPlan:
     return StudyPlan(config, headline, tuple(points))
 
 
+def point_at(plan: StudyPlan, settings: Mapping[str, Any]) -> Point:
+    """The first point with these settings; without any, the study itself. UserError where there is none."""
+    if not settings:
+        return plan.headline
+    for point in plan.points:
+        if all(point.settings.get(key) == value for key, value in settings.items()):
+            return point
+    raise UserError("published.at", dict(settings), "a point of one of the sweeps", "correct it or extend a sweep")
+
+
 def arms_of(config: Config) -> dict[str, Mapping[str, Any]]:
-    """The study's arms, with the one that `policy` adds."""
+    """The study's arms, with the one that `policy` adds. UserError where an entry is no arm."""
     arms: dict[str, Mapping[str, Any]] = {}
     for name, entry in config.arms.items():
         if not isinstance(entry, Mapping):
             raise UserError(f"arms.{name}", entry, "a mapping with a policy and its settings", "write {policy: ...}")
         arms[str(name)] = entry
+        if "policy" not in entry:
+            raise UserError(f"arms.{name}", dict(entry), "each arm names its policy", "write {policy: helios}")
     if config.policy is not None:
-        entry = dict(config.policy)
-        name = str(entry.pop("name", ""))
-        arms[name] = {"policy": name, **entry}
+        name, entry = _added_arm(config.policy)
+        while name in arms:  # an experiment's arm stays what it is
+            name = f"{name}_added"
+        arms[name] = entry
     if not arms:
         raise UserError("arms", {}, "at least one arm", "set policy=helios, or name arms in the experiment")
     return arms
+
+
+def _added_arm(policy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Its name and entry. It is called by its policy, and by its model if it has one."""
+    settings = {key: value for key, value in policy.items() if not (key in FROM_EXITS and value is None)}
+    kind = settings.pop("name", None)
+    if kind is None:
+        raise UserError("policy", dict(policy), "it must have a name", "choose one, such as policy=helios")
+    name, model = str(settings.pop("arm", kind)), settings.get("model")
+    return f"{name}_{model}" if model else name, {"policy": str(kind), **settings}
 
 
 def _known_arm(key: str, name: str, arms: Mapping[str, Any]) -> str:
@@ -96,11 +120,11 @@ def _values(axis: AxisConfig) -> list[tuple[Any, Any]]:
 def _point(
     changes: Mapping[str, Any], settings: Mapping[str, Any], names: list[str], baseline: str, variant: Variant
 ) -> Point:
-    arms = arms_of(variant(changes))
-    jobs = {}
+    own = variant(changes)
+    arms, jobs = arms_of(own), {}
     for name in names:
         overrides = dict(arms[name].get("overrides") or {})
-        config = variant({**overrides, **changes})
+        config = variant({**overrides, **changes}) if overrides else own
         entry = {key: value for key, value in arms_of(config)[name].items() if key != "overrides"}
         jobs[name] = tuple(Job(name, entry, config, seed) for seed in config.seeds)
     return Point(settings, baseline, jobs)

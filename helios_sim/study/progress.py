@@ -20,15 +20,11 @@ def progress(plan: StudyPlan) -> Iterator[OnDone]:
     if not sys.stderr.isatty():
         done = 0
 
-        def line(job: Job, result: JobResult) -> None:
+        def line(job: Job, result: JobResult, kept: bool) -> None:
             nonlocal done
             done += 1
-            requests = len(result.replicate.records)
-            print(
-                f"[{done}/{total}] {job.arm}, seed {job.seed}: {requests} requests in {result.wall_s:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            how = "kept from before" if kept else f"{len(result.replicate.records)} requests in {result.wall_s:.1f} s"
+            print(f"[{done}/{total}] {job.arm}, seed {job.seed}: {how}", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -37,7 +33,7 @@ def progress(plan: StudyPlan) -> Iterator[OnDone]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(plan.config.name, total=total)
 
-        def advance(job: Job, result: JobResult) -> None:
+        def advance(job: Job, result: JobResult, kept: bool) -> None:
             bar.update(task, advance=1, description=job.arm)
 
         yield advance

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+from helios_sim.errors import UserError
 from helios_sim.report import files
 from helios_sim.report.summary import json_value
 from helios_sim.study.job import Job, JobResult, run_job
@@ -18,7 +22,7 @@ FINISHED = "finished"  # the folder of finished jobs inside the output folder
 LOG = "finished.jsonl"  # one line for each, for people and other programs
 JOBS_WORTH_A_POOL = 8  # fewer are done before the processes have started
 
-OnDone = Callable[[Job, JobResult], None]
+OnDone = Callable[[Job, JobResult, bool], None]  # true: kept from before, not run now
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, processes: int | None, on_done: OnDone) -> dict[str, JobResult]:
@@ -27,39 +31,63 @@ def run_jobs(jobs: Sequence[Job], folder: Path, processes: int | None, on_done: 
     Raises the first job's UserError; what was finished before stays in the folder.
     """
     unique = {job.key: job for job in jobs}
+    logged = _logged(folder / LOG)
     results: dict[str, JobResult] = {}
     for key, job in unique.items():
         found = _read(folder, key)
         if found is not None:
             results[key] = found
-            on_done(job, found)
+            if key not in logged:
+                _log(folder, key, job, found)
+            on_done(job, found, True)
     missing = {key: job for key, job in unique.items() if key not in results}
     for key, result in _execute(missing, processes):
         results[key] = result
-        _keep(folder, key, missing[key], result)
-        on_done(missing[key], result)
+        files.write_bytes(folder / FINISHED / f"{key}.pickle", pickle.dumps(result))
+        _log(folder, key, missing[key], result)
+        on_done(missing[key], result, False)
     return results
 
 
-def _execute(jobs: dict[str, Job], processes: int | None) -> Iterable[tuple[str, JobResult]]:
+def forget_jobs(folder: Path) -> None:
+    """Once the study's own files are written, they hold all results, and the jobs' (a quarter MB each) only take room.
+
+    The log of finished jobs stays.
+    """
+    shutil.rmtree(folder / FINISHED, ignore_errors=True)
+
+
+def _execute(jobs: dict[str, Job], processes: int | None) -> Iterator[tuple[str, JobResult]]:
     wanted = min(len(jobs), (os.cpu_count() or 1) if processes is None else processes)
     if wanted <= 1 or (processes is None and len(jobs) < JOBS_WORTH_A_POOL):
         for key, job in jobs.items():
             yield key, run_job(job)
         return
     # spawn: the same on every platform, and no thread of this process is copied half-way
-    with ProcessPoolExecutor(wanted, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(wanted, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
+    try:
         futures = {pool.submit(run_job, job): key for key, job in jobs.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        allowed = "a process was killed from outside, most often for want of memory; finished jobs are kept"
+        raise UserError(
+            "jobs", wanted, allowed, "start again in the same hydra.run.dir with fewer, such as jobs=1"
+        ) from error
+    except BaseException:
+        # An error or an interrupt: what is half done is lost anyway, so nobody waits for it.
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
-def _keep(folder: Path, key: str, job: Job, result: JobResult) -> None:
-    files.write_bytes(folder / FINISHED / f"{key}.pickle", pickle.dumps(result))
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _log(folder: Path, key: str, job: Job, result: JobResult) -> None:
     line = {
         "key": key,
         "arm": job.arm,
@@ -67,8 +95,24 @@ def _keep(folder: Path, key: str, job: Job, result: JobResult) -> None:
         "wall_s": round(result.wall_s, 3),
         "metrics": json_value(result.replicate.metrics),
     }
-    with (folder / LOG).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
+    path = folder / LOG
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:
+        fix = "free space on the disk or choose a folder that you may write to"
+        raise UserError("output folder", str(path), f"cannot be written: {error.strerror}", fix) from error
+
+
+def _logged(path: Path) -> set[str]:
+    """Keys in the log. Half a line at its end, left by a kill, is cut off."""
+    if not path.is_file():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        files.write_text(path, whole)
+    return {json.loads(line)["key"] for line in whole.splitlines()}
 
 
 def _read(folder: Path, key: str) -> JobResult | None:
@@ -77,6 +121,6 @@ def _read(folder: Path, key: str) -> JobResult | None:
         return None
     try:
         found = pickle.loads(path.read_bytes())
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError):
-        return None  # of another version: run again
+    except Exception:  # unpickling damage, or classes of another version, can raise anything: run again
+        return None
     return found if isinstance(found, JobResult) else None

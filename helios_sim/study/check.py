@@ -1,0 +1,104 @@
+"""Finds what is wrong with a study's settings before anything runs or is written. Knows no result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from difflib import get_close_matches
+
+import simpy
+
+from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.errors import UserError
+from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.serving.server import Server
+from helios_sim.simulation import Router
+from helios_sim.study.build import Parts, build, choose
+from helios_sim.study.job import PRESENTATION, Job, policy_of
+from helios_sim.study.plan import Point, StudyPlan, point_at
+from helios_sim.study.schema import Config
+
+FIGURES = ("sweep", "load")
+NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
+
+
+def check_study(plan: StudyPlan) -> None:
+    """UserError for a name that means nothing here, a setting that cannot be, or an arm that cannot start.
+
+    Points of sweeps are built but not started: what does not fit there is found when it runs, with the rest kept.
+    """
+    _check_names(plan)
+    for job in {(job.arm, id(job.config)): job for job in plan.jobs}.values():
+        with _of_arm(job):
+            policy_of(job.entry, job.config)
+    built: dict[str, Parts] = {}
+    for job in {id(job.config): job for job in plan.jobs}.values():
+        name = _same_parts(job.config)
+        if name not in built:
+            choose(Router, "server.router", job.config.server.router)
+            built[name] = build(job.config, job.seed)
+    for jobs in plan.headline.jobs.values():
+        job = jobs[0]
+        if job.entry["policy"] not in NOT_TRIED:
+            parts, env = built[_same_parts(job.config)], simpy.Environment()
+            policy = policy_of(job.entry, job.config)
+            with _of_arm(job):
+                Server(env, 0, SimulatedEngine(env, parts.models), policy, parts.situation, lambda record: None)
+
+
+@contextmanager
+def _of_arm(job: Job) -> Iterator[None]:
+    """Says in a UserError which of the experiment's arms it is about."""
+    try:
+        yield
+    except UserError as error:
+        if job.arm not in job.config.arms:  # the one that `policy` added
+            raise
+        raise UserError(f"arms.{job.arm}: {error.key}", error.value, error.allowed, error.fix) from error
+
+
+def _same_parts(config: Config) -> str:
+    settings = {key: value for key, value in asdict(config).items() if key not in PRESENTATION}
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _check_names(plan: StudyPlan) -> None:
+    config, arms = plan.config, list(plan.headline.jobs)
+    for name in config.headline_metrics or ():
+        _known("headline_metrics", name, DEFINITIONS)
+    for gate in config.gates:
+        _known("gates.arm", gate.arm, arms)
+        _known("gates.metric", gate.metric, DEFINITIONS)
+        if gate.over is not None:
+            _known("gates.over", gate.over, arms)
+        if gate.low is None and gate.high is None:
+            raise UserError("gates", gate.name or gate.metric, "a gate needs a bound", "set low or high")
+    for published in config.published:
+        point = point_at(plan, published.at)
+        _known("published.arm", published.arm, point.jobs)
+        _known("published.over", published.over or point.baseline, point.jobs)
+        _known("published.metric", published.metric, DEFINITIONS)
+    _check_figures(config, plan.points, arms)
+
+
+def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> None:
+    axes = dict.fromkeys(name for point in points for name in point.settings)
+    for figure in config.figures:
+        _known("figures.kind", figure.kind, FIGURES)
+        _known("figures.x", figure.x, axes)
+        _known("figures.metric", figure.metric, DEFINITIONS)
+        for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
+            _known("figures.where and split_by", key, axes)
+        for arm in figure.arms or ():
+            _known("figures.arms", arm, arms)
+
+
+def _known(key: str, name: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if name in names:
+        return
+    close = get_close_matches(name, names, n=1)
+    fix = f"you may have meant {close[0]}" if close else f"set {key} to one of these"
+    raise UserError(key, name, f"one of {', '.join(names) or 'none: there are no sweeps'}", fix)

@@ -1,0 +1,85 @@
+"""The policies' files in conf/policy: complete, true to the code's defaults, and ready to be added as an arm."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helios_sim.config import conf_folder
+from helios_sim.errors import UserError
+from helios_sim.policy.registry import POLICIES, make_parameters
+from helios_sim.policy.telemetry import Goal
+from helios_sim.profile.runtime import PRESETS
+from helios_sim.study.plan import FROM_EXITS, arms_of
+from helios_sim.study.schema import Config
+
+CONF = Path(conf_folder())
+FILES = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "policy").glob("*.yaml")}
+SHIPPED = {name: settings for name, settings in FILES.items() if name != "none"}
+# A file of another name than its policy's differs from that policy's defaults in this one setting.
+VARIANTS = {
+    "early_exit_lazy": ("batching", "lazy"),
+    "switch_only": ("on_breach", "switch_only"),
+    "load_only": ("on_breach", "load_only"),
+    "transfer_only": ("on_breach", "transfer_only"),
+}
+
+
+def test_every_policy_has_a_file():
+    assert set(SHIPPED) == set(POLICIES) | set(VARIANTS)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED))
+def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
+    settings = {key: value for key, value in SHIPPED[file].items() if key not in ("name", "arm")}
+    kind = POLICIES[SHIPPED[file]["name"]]
+    parameters = {f.name: f for f in fields(kind.parameters) if f.name not in kind.fixed}
+    assert set(settings) == set(parameters)
+    variant = dict([VARIANTS[file]] if file in VARIANTS else [])
+    for key, f in parameters.items():
+        if key in FROM_EXITS:
+            assert settings[key] is None
+        elif key in variant:
+            assert settings[key] == variant[key]
+        elif f.default is MISSING and f.default_factory is MISSING:
+            assert settings[key] == "???"
+        else:
+            default = f.default if f.default is not MISSING else f.default_factory()
+            assert settings[key] == (default.value if isinstance(default, Enum) else default)
+
+
+@pytest.mark.parametrize("file", sorted(set(SHIPPED) - {"custom"}))
+def test_a_file_makes_an_arm_of_its_own_name_that_the_policy_accepts(file):
+    (name, entry), *rest = arms_of(Config(policy=SHIPPED[file])).items()
+    assert (name, rest) == (file, [])
+    settings = {key: value for key, value in entry.items() if key != "policy"}
+    known = {f.name for f in fields(POLICIES[entry["policy"]].parameters)}
+    make_parameters(entry["policy"], settings | ({"threshold": 0.9} if "threshold" in known else {}))
+
+
+@pytest.mark.parametrize("group", ["policy", "objective", "runtime", "workload", "experiment"])
+def test_every_file_says_what_it_is(group):
+    for path in (CONF / group).glob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+
+
+def test_objectives_and_runtimes_have_a_file_each():
+    assert {path.stem for path in (CONF / "objective").glob("*.yaml")} == {goal.value for goal in Goal}
+    assert {path.stem for path in (CONF / "runtime").glob("*.yaml")} == set(PRESETS)
+
+
+def test_an_added_arm_is_called_by_its_model_and_leaves_others_alone():
+    settings = {"name": "full_depth", "model": "opt-1.3b"}
+    assert list(arms_of(Config(policy=settings))) == ["full_depth_opt-1.3b"]
+    own = {"policy": "helios", "constants": "batch_scaled"}
+    arms = arms_of(Config(arms={"helios": own}, policy={"name": "helios", "round_requests": 50}))
+    assert arms == {"helios": own, "helios_added": {"policy": "helios", "round_requests": 50}}
+
+
+def test_settings_without_a_policys_name_are_no_arm():
+    with pytest.raises(UserError, match="must have a name"):
+        arms_of(Config(policy={"round_requests": 50}))
