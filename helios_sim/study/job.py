@@ -143,4 +143,6 @@ def _assumptions(config: Config, profile: Profile) -> tuple[Assumption, ...]:
 
 
 def _plain(value: Any) -> float | str | None:
+    if isinstance(value, tuple) and len(value) > 6:
+        return f"{value[0]} to {value[-1]}, {len(value)} values"
     return value if isinstance(value, float | str) or value is None else str(value)

@@ -1,0 +1,68 @@
+"""Every shipped experiment runs, small: few requests, one seed, the ends of every sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from helios_sim.config import Variants, conf_folder, register
+from helios_sim.study.command import run_study
+
+EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
+NEEDS_SHARED_DATA = {"speed_w1"}
+
+
+def small(name: str) -> DictConfig:
+    register()
+    with initialize_config_dir(conf_folder(), version_base=None):
+        settings = compose("config", overrides=[f"+experiment={name}", "workload.n_requests=14", "seeds=[0]", "jobs=1"])
+    for sweep in settings.sweeps:
+        for axis in sweep.axes:
+            for key in ("values", "labels"):
+                if axis.get(key) is not None and len(axis[key]) > 2:
+                    axis[key] = [axis[key][0], axis[key][-1]]
+    return settings
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> None:
+    if name in NEEDS_SHARED_DATA:
+        request.getfixturevalue("shared_data")
+    settings = small(name)
+    status = run_study(Variants(settings), tmp_path)
+    assert status in (0, 2)  # a gate may fail on fourteen requests
+    printed = capsys.readouterr().out.strip().splitlines()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert json.loads(printed[-1]) == summary
+    assert summary["experiment"] == name
+    assert summary["baseline"] in summary["arms"]
+    assert list(summary["arms"]) == list(settings.arms)
+    for arm in summary["arms"].values():
+        left = [arm["metrics"][f"requests_{status}"] for status in ("completed", "dropped", "unfinished")]
+        assert sum(left) == 14
+        assert arm["metrics"]["requests_completed"] > 0
+    assert len(summary.get("points", [])) == sum(_points(sweep) for sweep in settings.sweeps)
+    assert len(summary.get("published", [])) == len(settings.published)
+    page = (tmp_path / "report.html").read_text()
+    assert all(arm in page for arm in summary["arms"])
+    for file in ("requests.parquet", "decisions.parquet", "provenance.json"):
+        assert (tmp_path / file).stat().st_size > 0
+    assert len(list((tmp_path / "figures").glob("*.png"))) >= 1 + len(settings.figures)
+
+
+def _points(sweep: DictConfig) -> int:
+    points = 1
+    for axis in sweep.axes:
+        points *= len(axis["values"])
+    return points
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_opens_with_the_line_that_runs_it(name: str) -> None:
+    text = Path(conf_folder(), "experiment", f"{name}.yaml").read_text()
+    assert f"# python -m helios_sim +experiment={name}" in text.splitlines()[1]
+    assert OmegaConf.create(text).name == name
