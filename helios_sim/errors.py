@@ -11,7 +11,8 @@ class UserError(ValueError):
 
     def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
         self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
-        super().__init__(f"{key}={value!r}: {allowed}. Fix: {fix}.")
+        # SimPy makes an error of a process anew from its arguments, and so does pickle.
+        super().__init__(key, value, allowed, fix)
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
-        return type(self), (self.key, self.value, self.allowed, self.fix)
+    def __str__(self) -> str:
+        return f"{self.key}={self.value!r}: {self.allowed}. Fix: {self.fix}."

@@ -79,6 +79,10 @@ class System:
             server = min(self.servers, key=lambda s: s.requests_in_system)
         server.submit(request, from_replica)
 
+    def close(self) -> None:
+        """The run ends: nobody sends a further request."""
+        self._closed_loop = None
+
     def on_left(self, record: RequestRecord) -> None:
         self._note_change()
         self.left += 1
@@ -141,6 +145,7 @@ def simulate(
     while system.left < requests and env.peek() != float("inf"):
         env.step()
     end_ns = int(env.now)
+    system.close()
     for server in system.servers:
         server.finish()
     system.check_littles_law()

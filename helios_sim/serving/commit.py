@@ -22,6 +22,7 @@ def commit(replica: Replica, plan: Plan, outcome: Outcome, iterations: int, star
     _account(replica, plan, outcome, durations)
     if plan.decoding:
         _decoded(replica, plan, outcome, ends, durations)
+    replica.note_memory()
     finished = _prefilled(replica, plan, outcome.prefilled, end_ns) if plan.prefill else range(0)
     if plan.observe_tokens is not None:
         _observe(replica, plan, plan.observe_tokens, iterations, finished)
@@ -59,7 +60,6 @@ def _decoded(replica: Replica, plan: Plan, outcome: Outcome, ends: IntArray, dur
     """Tokens of the decoding requests, with the memory that they take."""
     batch, iterations = replica.batch, len(ends)
     replica.pool.take(int(plan.new_blocks[iterations - 1]))
-    replica.note_memory()
     _count(replica, plan, range(plan.decoding), outcome.decoded, iterations, cached_tokens=iterations)
     if plan.kv_rule is KvRule.RECOMPUTE and not isinstance(outcome.decoded.layers, int):
         batch.settle_kv_debt(outcome.decoded.layers[:iterations], outcome.bounds)

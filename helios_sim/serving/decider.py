@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.telemetry import Policy, Telemetry
 from helios_sim.policy.trigger import AtTime, BreachLimit, Cause, Completed, Drained, Probed, QueueAbove, Started
 from helios_sim.serving.batch import Column
@@ -35,7 +35,8 @@ class Decider:
         self._policy = policy
         self.decisions: list[Decision] = []
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
-        self._window: BreachWindow | None = None
+        self._windows: dict[BreachLimit, BreachWindow] = {}
+        self._watched: Placement | None = None  # by these windows
         self._spent: set[Cause] = set()  # triggers that fire once
         self._completed_before = 0
 
@@ -49,18 +50,20 @@ class Decider:
         deployment = self._replica.deployment
         self._spent.clear()
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
+        known = self._windows if deployment.active == self._watched else {}
         limits = [t for t in deployment.triggers if isinstance(t, BreachLimit)]
-        self._window = BreachWindow(limits[0].window_tokens, limits[0].limit) if limits else None
+        self._windows = {t: known.get(t) or BreachWindow(t.window_tokens, t.limit) for t in limits}
+        self._watched = deployment.active
 
     def decide(self) -> Deployment | None:
         """What the policy decides now, if a trigger has fired and it decides anything."""
         for trigger in self._replica.deployment.triggers:
             if not self._fired(trigger):
                 continue
-            deployment = self._policy.decide(trigger, self._telemetry())
+            deployment = self._policy.decide(trigger, self._telemetry(trigger))
             self._replica.observations.clear()
-            if isinstance(trigger, BreachLimit) and self._window is not None:
-                self._window.clear()
+            if isinstance(trigger, BreachLimit):
+                self._windows[trigger].clear()
             elif isinstance(trigger, Completed):
                 self._completed_before = self._replica.completed_requests
             else:
@@ -84,9 +87,9 @@ class Decider:
         """How many of the iterations run before the policy is to be asked (all of them if none fires)."""
         iterations = len(outcome.end_ns)
         for trigger in self._replica.deployment.triggers:
-            if isinstance(trigger, BreachLimit) and self._window is not None:
+            if isinstance(trigger, BreachLimit):
                 breach = counted_breaches(plan, outcome, iterations)
-                first = self._window.first_over_limit(breach) if breach.shape[1] else None
+                first = self._windows[trigger].first_over_limit(breach) if breach.shape[1] else None
                 if first is not None:
                     iterations = first + 1
             elif isinstance(trigger, AtTime) and trigger not in self._spent:
@@ -94,13 +97,15 @@ class Decider:
         return iterations
 
     def count_breaches(self, plan: Plan, outcome: Outcome, iterations: int) -> None:
-        if self._window is not None:
-            self._window.add(counted_breaches(plan, outcome, iterations))
+        if self._windows:
+            breach = counted_breaches(plan, outcome, iterations)
+            for window in self._windows.values():
+                window.add(breach)
 
     def _fired(self, trigger: Cause) -> bool:
         replica = self._replica
         if isinstance(trigger, BreachLimit):
-            return self._window is not None and self._window.over_limit
+            return self._windows[trigger].over_limit
         if isinstance(trigger, Completed):
             return replica.completed_requests - self._completed_before >= trigger.requests
         if isinstance(trigger, QueueAbove):
@@ -117,8 +122,9 @@ class Decider:
             return replica.starts_left == 0 and not in_flight
         return isinstance(trigger, Probed) and replica.deployment.probe is not None and not self.probe_left
 
-    def _telemetry(self) -> Telemetry:
+    def _telemetry(self, cause: Cause) -> Telemetry:
         replica, recent = self._replica, self._replica.recent
+        windows = [self._windows[cause]] if isinstance(cause, BreachLimit) else list(self._windows.values())
         return Telemetry(
             now_ns=replica.now_ns,
             completed_requests=replica.completed_requests,
@@ -128,7 +134,7 @@ class Decider:
             prompt_tokens_mean=recent.prompt_tokens_mean,
             output_tokens_mean=recent.output_tokens_mean,
             arrival_rate_per_s=recent.arrival_rate_per_s,
-            breaches_in_window=self._window.breaches if self._window is not None else 0,
+            breaches_in_window=windows[0].breaches if windows else 0,
             observations=tuple(replica.observations),
         )
 

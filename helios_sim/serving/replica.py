@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import takewhile
 
 import simpy
 
@@ -66,12 +67,29 @@ class Replica:
         limit = self.situation.max_running_requests
         return limit if self.deployment.batch_limit is None else min(limit, self.deployment.batch_limit)
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether an answer of the active model is begun; one that was preempted is at the head of the queue."""
+        return len(self.batch) > 0 or (len(self.waiting) > 0 and self.is_begun(self.waiting[0]))
+
+    def is_begun(self, sequence: Sequence) -> bool:
+        return sequence.generated > 0 and sequence.model == self.deployment.active.model
+
+    def blocks_to_finish(self) -> int:
+        """Blocks that all answers in flight hold when each is complete."""
+        begun = [*self.batch.members, *takewhile(self.is_begun, self.waiting)]
+        return sum(blocks_for(s.prompt_tokens + s.output_tokens - 1, self.pool.block_tokens) for s in begun)
+
     def preempt(self) -> None:
         """The newest running request loses its place and its cache; it is computed again later."""
+        self.batch.members[-1].preemptions += 1
+        self.stats.preemptions += 1
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """The newest running request goes back to the head of the queue."""
         sequence, reserved_tokens = self.batch.pop_newest()
         self.pool.give(blocks_for(reserved_tokens, self.pool.block_tokens))
-        sequence.preemptions += 1
-        self.stats.preemptions += 1
         self.waiting.appendleft(sequence)
 
     def preempt_until(self, blocks: int) -> None:
@@ -92,8 +110,11 @@ class Replica:
         used = self.weight_bytes + self.pool.used_blocks * self.block_bytes
         self.stats.hbm_peak_bytes = max(self.stats.hbm_peak_bytes, used)
 
-    def admit(self, sequence: Sequence) -> Admission:
-        """Prepares the head of the queue for the active model; drops it if it can never run there."""
+    def admit(self, sequence: Sequence, change_pending: bool) -> Admission:
+        """Prepares the head of the queue for the active model; drops it if it can never run there.
+
+        While a change is on its way nothing is dropped: there may be room again when it has come.
+        """
         model = self.deployment.active.model
         if self.planned_model(sequence) != model:
             return Admission.LATER
@@ -102,6 +123,8 @@ class Replica:
         reason = self.why_impossible(sequence)
         if reason is None:
             return Admission.READY
+        if change_pending:
+            return Admission.LATER
         self.waiting.popleft()
         self.leave(sequence, Status.DROPPED, reason)
         return Admission.DROPPED

@@ -19,7 +19,7 @@ from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.iteration import Engine, Outcome, Plan
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import Replica
-from helios_sim.serving.scheduler import Limits, schedule
+from helios_sim.serving.scheduler import Admission, Limits, schedule
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.transition import Transitions
@@ -98,7 +98,8 @@ class Server:
     def finish(self) -> None:
         """Ends the run: whatever is still here leaves as unfinished."""
         replica = self._replica
-        replica.preempt_until(0)
+        while len(replica.batch):
+            replica.withdraw()
         while replica.waiting:
             replica.leave(replica.waiting.popleft(), Status.UNFINISHED)
         replica.stats.batch_capacity_blocks = replica.pool.total_blocks
@@ -136,12 +137,12 @@ class Server:
             batch_tokens=replica.situation.max_batch_tokens,
             running_requests=replica.running_limit,
             starts_left=replica.starts_left,
-            admission_open=not self._transitions.draining,
+            admission_open=not self._transitions.closed,
             observe_tokens=deployment.observe_tokens,
             leap=self._leap,
         )
         scheduled = schedule(
-            replica.batch, replica.waiting, replica.pool, limits, admit=replica.admit, preempt=replica.preempt
+            replica.batch, replica.waiting, replica.pool, limits, admit=self._admit, preempt=replica.preempt
         )
         if scheduled is None:
             return None
@@ -163,6 +164,11 @@ class Server:
             new_blocks=scheduled.new_blocks,
             loading=self._transitions.loading,
         )
+
+    def _admit(self, sequence: Sequence) -> Admission:
+        if self._transitions.draining and not self._replica.is_begun(sequence):
+            return Admission.LATER
+        return self._replica.admit(sequence, self._transitions.pending)
 
     def _wait_for(self, outcome: Outcome, iterations: int) -> Generator[Event, Any, None]:
         """Waits until the used iterations have ended. Whoever acts on this replica meanwhile shortens them."""

@@ -1,8 +1,8 @@
 """Brings a decided deployment into force: loads, drains, preempts, and accounts for what that costs.
 
 Weights load while serving goes on as long as they fit beside what is there; the KV pool shrinks to make room. When
-they do not fit, a change of model waits for the batch to drain (or migrates it), and a raise of the cap preempts the
-newest requests, which have to be computed again anyway.
+they do not fit beside what requests in flight will need, a change of model waits until these are done (or migrates
+them), and a raise of the cap preempts the newest requests, which have to be computed again anyway.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class Transitions:
             and (pending.deployment.in_flight is InFlight.DRAIN or not len(self._replica.batch))
         )
 
+    @property
+    def closed(self) -> bool:
+        """Nothing starts at all. In a drain, an answer that was begun and has lost its place comes back to finish."""
+        return self.draining and self._pending is not None and self._pending.deployment.in_flight is InFlight.MIGRATE
+
     def start(self, deployment: Deployment) -> None:
         """The first deployment of a run: loaded before the first request, at no charge."""
         self._require_fit(deployment)
@@ -66,8 +71,7 @@ class Transitions:
         """A decision was taken now; it comes into force here or, after loads and drains, in `advance`."""
         replica = self._replica
         missing = [] if deployment.instant else self.residency.missing(deployment)
-        if missing:
-            self._require_fit(deployment)
+        self._require_fit(deployment)
         self._pending = Pending(deployment, replica.now_ns, missing)
         self.advance()
 
@@ -85,8 +89,8 @@ class Transitions:
                 self.transfer(n_bytes, placement.model, self._next_missing)
             return
         deployment = pending.deployment
-        if deployment.active.model != replica.deployment.active.model and len(replica.batch):
-            if deployment.in_flight is InFlight.DRAIN:
+        if deployment.active.model != replica.deployment.active.model:
+            if deployment.in_flight is InFlight.DRAIN and replica.in_flight:
                 return
             replica.preempt_until(0)
         self._activate(pending)
@@ -135,15 +139,15 @@ class Transitions:
         del self._pending.missing[0]
 
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
-        """Shrinks the KV pool so that the placement fits beside what is resident. False: the batch must drain."""
+        """Shrinks the KV pool so that the placement fits beside what is resident. False: more has to drain first."""
         replica, residency = self._replica, self.residency
         active = replica.deployment.active
         both = residency.with_placement(placement)
         blocks = residency.pool_blocks(both, active)
-        if replica.pool.used_blocks > blocks:
-            if deployment.active.model != active.model and deployment.in_flight is InFlight.DRAIN:
-                return False
-            replica.preempt_until(blocks)
+        drains = deployment.active.model != active.model and deployment.in_flight is InFlight.DRAIN
+        if drains and replica.blocks_to_finish() > blocks:
+            return False
+        replica.preempt_until(blocks)
         if residency.pool_bytes(both) < 0:
             # Nothing runs any more: only what the new deployment keeps stays resident, the old weights leave first.
             wanted = residency.wanted(deployment)
