@@ -45,6 +45,8 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
             **{key: json_value(value) for key, value in result.provenance.items()},
         },
     }
+    summary["verdict"] = list(result.verdict)
+    summary["headline_metrics"] = list(headline_metrics(result))
     if result.published:
         summary["published"] = [json_value(p) for p in result.published]
     if result.points:

@@ -61,7 +61,7 @@ def break_even(points: Sequence[SweepPoint], x: str, subject: str, metric: str) 
 def _break_even_sentence(
     result: ExperimentResult, subject: str, metric: str, points: Sequence[SweepPoint], x: str, crossings: list[float]
 ) -> str:
-    label = DEFINITIONS[metric].label.lower() if metric in DEFINITIONS else metric
+    label = DEFINITIONS[metric].label if metric in DEFINITIONS else metric
     if crossings:
         rates = ", ".join(f"{rate:.1f}" for rate in crossings)
         return f"In {label}, {subject} and {result.baseline} break even at {rates} requests/s."

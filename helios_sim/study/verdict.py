@@ -32,23 +32,20 @@ def verdict(result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio])
 
 
 def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | None) -> str:
-    label = DEFINITIONS[name].label.lower()
+    label = DEFINITIONS[name].label
     if subject == result.baseline or ratio is None:
         return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
     if ratio.ratio is None:
         return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {result.baseline}."
-    lower = DEFINITIONS[name].better is Better.LOWER
-    gain = 1 / ratio.ratio if lower else ratio.ratio
-    low = high = None
-    if ratio.low is not None and ratio.high is not None:
-        low, high = (1 / ratio.high, 1 / ratio.low) if lower else (ratio.low, ratio.high)
-    interval = "" if low is None else f" (95 % interval {low:.2f} to {high:.2f})"
-    compared = f"{label} {gain:.2f} times {'lower than' if lower else 'that of'} {result.baseline}{interval}"
-    if low is not None and high is not None and low <= 1 <= high:
+    known = ratio.low is not None and ratio.high is not None
+    interval = f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})" if known else ""
+    compared = f"{ratio.ratio:.2f} times the {label} of {result.baseline}{interval}"
+    if known and ratio.low <= 1 <= ratio.high:  # type: ignore[operator]
         return f"No clear difference: {subject} has {compared}."
-    if abs(gain - 1) < EVEN:
-        return f"No difference that matters: {subject} and {result.baseline} are even in {label}{interval}."
-    return f"{subject} {'helps' if gain > 1 else 'hurts'}: {compared}."
+    if abs(ratio.ratio - 1) < EVEN:
+        return f"No difference that matters: {subject} has {compared}."
+    better = (ratio.ratio < 1) == (DEFINITIONS[name].better is Better.LOWER)
+    return f"{subject} {'helps' if better else 'hurts'}: {compared}."
 
 
 def _quality(subject: str, metrics: Mapping[str, MetricValue]) -> str:
@@ -79,7 +76,7 @@ def _best(result: ExperimentResult, name: str) -> str:
         return ""
     pick = min if DEFINITIONS[name].better is Better.LOWER else max
     best = pick(real, key=lambda arm: real[arm])
-    label = DEFINITIONS[name].label.lower()
+    label = DEFINITIONS[name].label
     sentence = f"Best of the arms in {label}: {best} with {shown(name, values[best])}"
     bounds = [value for arm, value in values.items() if arm.startswith("oracle")]
     return f"{sentence}; the oracle reaches {shown(name, bounds[0])}." if bounds else f"{sentence}."

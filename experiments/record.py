@@ -1,0 +1,93 @@
+"""Records a finished run beside its question: `python experiments/record.py OUTPUT_FOLDER`.
+
+Writes experiments/NAME/results.md (the arms, published figures beside ours, the verdict) and copies the figures that
+the page of that experiment shows. The page itself, README.md, is written by people and is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.report.format import metric as shown
+from helios_sim.report.metrics import Band
+
+FOLDER = Path(__file__).parent
+
+
+def record(output: Path) -> Path:
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    folder = FOLDER / summary["experiment"]
+    folder.mkdir(exist_ok=True)
+    lines = [f"# {summary['experiment']}: results", "", _source(summary), "", *_bullets(summary["verdict"]), ""]
+    lines += ["## Arms", "", *_arms(summary), ""]
+    if summary.get("published"):
+        lines += ["## Published figures beside ours", "", *_published(summary["published"]), ""]
+    page = folder / "README.md"
+    figures = [f for f in sorted((output / "figures").glob("*.png")) if page.is_file() and f.name in page.read_text()]
+    for figure in figures:
+        shutil.copyfile(figure, folder / figure.name)
+    target = folder / "results.md"
+    target.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return target
+
+
+def _source(summary: dict[str, Any]) -> str:
+    made = summary["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    return (
+        f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
+        f"`{made['class']}`, helios-sim {made['helios_sim']}, Python {made['python']}, {versions}. Ratios are to "
+        f"`{summary['baseline']}`, with 95 % intervals."
+    )
+
+
+def _bullets(sentences: list[str]) -> list[str]:
+    return [f"- {sentence}" for sentence in sentences]
+
+
+def _arms(summary: dict[str, Any]) -> list[str]:
+    metrics = summary["headline_metrics"]
+    first = metrics[0]
+    labels = [DEFINITIONS[name].label for name in metrics]
+    rows = [["arm", labels[0], "ratio", *labels[1:]]]
+    for name, arm in summary["arms"].items():
+        values = [shown(metric, _value(arm["metrics"][metric])) for metric in metrics]
+        ratio = "baseline" if name == summary["baseline"] else _ratio(arm["vs_baseline"].get(first))
+        rows.append([f"`{name}`", values[0], ratio, *values[1:]])
+    return _table(rows)
+
+
+def _published(figures: list[dict[str, Any]]) -> list[str]:
+    rows = [["figure", "published", "ours", "remark"]]
+    for figure in figures:
+        ours = _ratio({"ratio": figure["ours"], "low": figure["low"], "high": figure["high"]})
+        rows.append([figure["what"], f"{figure['published']:g}", ours, figure["remark"]])
+    return _table(rows)
+
+
+def _value(value: Any) -> Any:
+    return Band(**value) if isinstance(value, dict) else value
+
+
+def _ratio(ratio: dict[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
+    low, high = ratio["low"], ratio["high"]
+    if ratio["ratio"] is None:
+        return "-" if low is None else f"{low:.2f} to {high:.2f}"
+    return f"{ratio['ratio']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(record(Path(argument)))
