@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -73,11 +74,12 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
 def _with_verdict(
     result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan
 ) -> ExperimentResult:
-    from dataclasses import replace
-
     name = subject or list(result.arms)[-1]
+    arms = plan.config.arms
+    conditions_of = {arm: (arms.get(arm) or {}).get("overrides") for arm in result.arms}
+    comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline])
-    return replace(result, verdict=verdict(result, name, ratios))
+    return replace(result, verdict=verdict(result, name, ratios, comparable))
 
 
 class _Compared:

@@ -51,7 +51,7 @@ def run_study(variant: Variant, folder: Path) -> int:
 def _show(result: ExperimentResult, ratios: Comparisons, folder: Path, summary: Mapping[str, Any]) -> None:
     """Standard output: the table, the answer, the folder, and summary.json as the last line."""
     print_table(result, ratios)
-    for sentence in (*result.verdict[1:], *_without_answers(result)):  # the table ends with the first
+    for sentence in (*result.verdict, *_without_answers(result)):
         print(sentence)
     for gate in result.gates:
         print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} = {gate.value}, must be {gate.bound}")

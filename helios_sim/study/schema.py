@@ -115,6 +115,11 @@ class SloConfig:
     tpot_s: float | None = None
     e2e_s: float | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("ttft_s", "tpot_s", "e2e_s"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"slo.{key}", value, "null or above 0")
+
 
 @dataclass
 class AxisConfig:

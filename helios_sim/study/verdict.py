@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -18,15 +18,20 @@ from helios_sim.study.schema import Config
 EVEN = 0.01  # ratios closer to 1 than this are called even
 
 
-def verdict(result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio]) -> tuple[str, ...]:
-    """First the subject against the baseline in the headline metric, then what it costs, then who is best."""
+def verdict(
+    result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio], comparable: Collection[str]
+) -> tuple[str, ...]:
+    """First the subject against the baseline in the headline metric, then what it costs, then who is best.
+
+    `comparable` are the arms under the subject's conditions: only among those is a best one named.
+    """
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
     metrics = result.arms[subject].metrics
     sentences.append(_quality(subject, metrics))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
         sentences.append(_changes(subject, metrics))
-    sentences.append(_best(result, name))
+    sentences.append(_best(result, name, comparable))
     sentences += load_findings(result, subject, name)
     return tuple(filter(None, sentences))
 
@@ -64,12 +69,12 @@ def _changes(subject: str, metrics: Mapping[str, MetricValue]) -> str:
     )
 
 
-def _best(result: ExperimentResult, name: str) -> str:
+def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
     """The best arm that a person could deploy, and how far the oracle is."""
     values = {
         arm: value
         for arm, value in ((arm, r.metrics.get(name)) for arm, r in result.arms.items())
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and arm in comparable
     }
     real = {arm: value for arm, value in values.items() if not arm.startswith("oracle")}
     if len(real) < 2:
