@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hydra
@@ -31,7 +31,7 @@ BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before a
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message; 2: a gate failed."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = sys.argv[1:] if arguments is None else list(arguments)
     status = 0
     started = False
     refused: list[Path] = []  # output folders of studies that could not start
@@ -44,33 +44,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         try:
-            _check_choices(settings, run.overrides.task)
-            status = max(status, run_study(Variants(settings), folder))
+            _check_choices(settings, run.runtime.choices, command)
+            status = max(status, run_study(Variants(settings, command), folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
-            mistake = error if isinstance(error, UserError) else in_words(error, run.overrides.task)
-            status = _fail(mistake, run.overrides.task if run.mode is RunMode.MULTIRUN else ())
+            mistake = error if isinstance(error, UserError) else in_words(error, command)
+            status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
             refused.append(folder)
 
     try:
-        arguments = _in_order(arguments)
-        if "--version" in arguments:
+        command = _in_order(command)
+        if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
-        _check_flags(arguments)
+        _check_flags(command)
         register()
         GlobalHydra.instance().clear()
-        sys.argv[1:] = arguments
+        sys.argv[1:] = command
         hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(in_words(error, arguments))
+        return _fail(in_words(error, command))
     except yaml.YAMLError as error:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
-    except (OSError, AssertionError) as error:
+    except (OSError, ValueError, AssertionError) as error:
         if started:
             raise  # a defect of ours
-        return _fail(_before_start(error, arguments))
+        return _fail(_before_start(error, command))
+    except SystemExit as leaving:  # Hydra's own commands, such as --help, end so
+        return 1 if leaving.code else 0
     except KeyboardInterrupt:
         again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
         print(f"helios_sim: stopped; {again}", file=sys.stderr)
@@ -110,24 +112,28 @@ def _check_flags(arguments: Sequence[str]) -> None:
         raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
 
 
-def _check_choices(settings: DictConfig, overrides: Sequence[str]) -> None:
+def _check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
     """UserError where an experiment's own value hides a choice from the command line."""
     from helios_sim.policy.telemetry import Goal
     from helios_sim.profile.runtime import PRESETS
 
     for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
-        chosen, value = given(group, overrides), settings[group][key]
+        if given(group, arguments) is None:
+            continue
+        chosen, value = choices[group], settings[group][key]
         if chosen in options and value != chosen:
             allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
             raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
 
 
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
-    """What Hydra raised while it made the output folder, or set a key under one that is null."""
+    """What Hydra raised while it read flags, made the output folder, or set a key under one that is null."""
     if isinstance(error, OSError):
         folder = given("hydra.run.dir", arguments) or given("hydra.sweep.dir", arguments) or str(error.filename)
         reason = f"the output folder cannot be made: {error.strerror or error}"
         return UserError("hydra.run.dir", folder, reason, "choose a folder that you may write to")
+    if isinstance(error, ValueError):  # of flags that exclude each other
+        return UserError("command line", " ".join(arguments), str(error), "see python -m helios_sim --help")
     if "Unexpected type for root" not in str(error):
         raise error
     key = next((a.split("=")[0].lstrip("+") for a in arguments if a.lstrip("+").startswith("policy.")), "policy")
@@ -146,9 +152,9 @@ def _leave_no_trace(folder: Path) -> None:
         shutil.rmtree(place)
 
 
-def _fail(error: UserError, overrides: Sequence[str] = ()) -> int:
-    """`overrides` say which study of several it was."""
-    where = f"{' '.join(overrides)}: " if overrides else ""
+def _fail(error: UserError, study: str = "") -> int:
+    """`study` says which of several it was."""
+    where = f"{study}: " if study else ""
     print(f"helios_sim: {where}{error}", file=sys.stderr)
     return 1
 

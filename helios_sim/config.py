@@ -39,8 +39,9 @@ def register() -> None:
 class Variants:
     """The study's configuration, and copies of it with some settings changed."""
 
-    def __init__(self, settings: DictConfig) -> None:
-        self._settings = settings
+    def __init__(self, settings: DictConfig, arguments: Sequence[str] = ()) -> None:
+        """`arguments`, of the command line, are for messages."""
+        self._settings, self._arguments = settings, arguments
 
     def __call__(self, changes: Mapping[str, Any]) -> Config:
         """UserError where a setting does not exist or has a value of the wrong type."""
@@ -50,14 +51,14 @@ class Variants:
                 OmegaConf.update(settings, path, value, force_add=path.startswith(OPEN))
             except (OmegaConfBaseException, AssertionError) as error:  # an assertion: a path through a plain value
                 raise _wrong(path, value, str(error)) from error
-        return to_config(settings)
+        return to_config(settings, self._arguments)
 
 
-def to_config(settings: DictConfig) -> Config:
+def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
-        raise in_words(error) from error
+        raise in_words(error, arguments) from error
     assert isinstance(config, Config)
     return config
 

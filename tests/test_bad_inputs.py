@@ -1,0 +1,233 @@
+"""Every mistake of a user: one message with key, value, what is allowed and the fix, status 1, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import helios_sim.study.command
+from command_line import STUDY, CommandLine, write_study
+from helios_sim.policy.registry import POLICIES
+from helios_sim.profile.store import PROFILES_FOLDER
+
+# (arguments, parts of the message). Each message must name the key and the value.
+SETTINGS = [
+    ("workload.n_request=5", ["workload.n_request='5'", "no such setting", "workload.n_requests"]),
+    ("n_requests=5", ["n_requests='5'", "workload.n_requests"]),
+    ("colour=red", ["colour='red'", "no such setting", "--cfg job"]),
+    ("server.replicas=abc", ["server.replicas='abc'", "a whole number"]),
+    ("workload.arrivals.rate_per_s=fast", ["workload.arrivals.rate_per_s='fast'", "a number or null"]),
+    ("models=opt-1.3b", ["models='opt-1.3b'", "a list such as [a,b]"]),
+    ("seeds=[a]", ["seeds='[a]'", "each a whole number"]),
+    ("server=3", ["server='3'", "a group of settings", "max_running_requests"]),
+    ("+experiment=qickstart", ["experiment='qickstart'", "quickstart", "experiment=quickstart"]),
+    ("policy=helois", ["policy='helois'", *POLICIES, "policy=helios"]),
+    ("workload=none_such", ["workload='none_such'", "sharegpt_like"]),
+    ("objective=joy", ["objective='joy'", "energy"]),
+    ("objective=energy objective.goal=throughput", ["objective='energy'", "objective.goal=energy"]),
+    ("hardware=tpu", ["opt-1.3b@tpu", "opt-1.3b@a100-40gb"]),
+    ("models=[gpt-5]", ["gpt-5@a100-40gb", "opt-1.3b@a100-40gb"]),
+    ("models=[]", ["models=[]", "at least one model"]),
+    ("models=[opt-1.3b,opt-1.3b]", ["models=", "each model once"]),
+    ("runtime.preset=magic", ["runtime.preset='magic'", "captured_graphs, eager"]),
+    ("objective.goal=joy", ["objective.goal='joy'", "throughput, response_time, energy, batch_size"]),
+    ("objective.max_disagreement=2", ["objective.max_disagreement=2.0", "from 0 to 1"]),
+    ("server.router=magic", ["server.router='magic'", "round_robin, least_loaded"]),
+    ("server.block_tokens=0", ["server.block_tokens=0", "at least 1"]),
+    ("server.memory_utilisation=1.5", ["server.memory_utilisation=1.5", "at most 1"]),
+    ("server.memory_utilisation=0.05", ["arms.full_depth_opt-1.3b", "server.memory_utilisation"]),
+    ("exits.source=nowhere", ["exits.source='nowhere'", "published"]),
+    ("exits.confidence=mood", ["exits.confidence='mood'", "max_probability"]),
+    ("exits.threshold=0.5", ["threshold", "0.5", "0.9"]),
+    ("+exits.parameters.magic=1", ["exits.parameters.magic=1", "unchanged"]),
+    ("+exits.parameters.unchanged=7", ["exits.parameters.unchanged=7", "Fix"]),
+    ("workload.n_requests=0", ["n_requests=0", "Fix"]),
+    ("workload.arrivals.rate_per_s=-1", ["workload.arrivals.rate_per_s=-1.0", "above 0"]),
+    ("workload.arrivals.rate_per_s=null", ["workload.arrivals.rate_per_s=None", "needs a value"]),
+    ("workload.arrivals.kind=gamma", ["workload.arrivals.cv=None", "needs a value"]),
+    ("workload.arrivals.kind=rush", ["workload.arrivals.kind='rush'", "poisson"]),
+    ("workload.arrivals.kind=closed_loop workload.arrivals.users=0", ["users=0", "Fix"]),
+    ("workload.arrivals.kind=trace workload.arrivals.trace=none.csv", ["none.csv", "Fix"]),
+    ("workload.lengths.output.minimum=-3", ["minimum=-3", "Fix"]),
+    ("workload.lengths.output.p50=20 workload.lengths.output.p95=1", ["p95", "1.0", "Fix"]),
+    ("workload.mix.tasks.gsm8k=-1", ["workload.mix.shares", "-1.0", "0 or more"]),
+    ("workload.mix.drift=step workload.mix.at=0.5", ["workload.mix.", "after"]),
+    ("workload.mix.drift=sudden", ["workload.mix.drift='sudden'", "step, linear, periodic"]),
+    ("slo.ttft_s=-1", ["slo.ttft_s=-1", "Fix"]),
+    ("seeds=[1,1]", ["seeds=[1, 1]", "different"]),
+    ("jobs=0", ["jobs=0", "at least 1"]),
+    ("profile_time_factor=0", ["profile_time_factor=0", "above 0"]),
+    ("mode=live", ["mode='live'", "simulate"]),
+    ("baseline=best", ["baseline='best'", "full_depth_opt-1.3b"]),
+    ("subject=best", ["subject='best'", "full_depth_opt-1.3b"]),
+    ("headline_metrics=[e2e_mean]", ["headline_metrics='e2e_mean'", "e2e_s_mean"]),
+    ("policy=full_depth", ["policy.model=None", "opt-1.3b, opt-6.7b"]),
+    ("policy=early_exit policy.model=gpt", ["policy.model='gpt'", "opt-1.3b, opt-6.7b"]),
+    ("policy=helios policy.round_request=3", ["policy.round_request='3'", "policy.round_requests"]),
+    ("policy=helios policy.limit=100", ["policy.limit=100", "below the window"]),
+    ("policy=helios policy.shortlist=many", ["policy.shortlist='many'", "whole number"]),
+    ("policy=helios policy.on_breach=panic", ["policy.on_breach='panic'", "load_only"]),
+    ("policy=static_cap policy.model=opt-1.3b policy.cap_layers=7", ["cap_layers", "7", "6, 12, 24"]),
+    ("policy.limit=3", ["policy.limit='3'", "need a policy"]),
+    ("+policy.limit=3", ["policy.limit='3'", "need a policy"]),
+    ("policy=custom", ["policy.object=None", "set policy.object"]),
+    ("policy=custom policy.object=nowhere:Policy", ["policy.object='nowhere:Policy'", "no module nowhere"]),
+    ("policy=custom policy.object=json", ["policy.object='json'", "module:Name"]),
+    ("policy=custom policy.object=json:Nothing", ["policy.object='json:Nothing'", "correct the name"]),
+    ("policy=custom policy.object=json:JSONEncoder", ["json:JSONEncoder", "start(situation)"]),
+    ("arms.mine.policy=helios", ["arms.mine.policy='helios'", "'+arms.mine.policy=helios'"]),
+    ("+arms.mine=3", ["arms.mine=3", "a mapping"]),
+    ("+arms.mine.model=opt-1.3b", ["arms.mine=", "names its policy"]),
+    ("+arms.mine.policy=magic", ["arms.mine: policy='magic'", "helios"]),
+    ("hydra.colour=red", ["hydra.colour='red'", "--cfg hydra"]),
+    ("name=${title_of}", ["name='${title_of}'", "no such setting"]),
+    ("a==b", ["argument='a==b'", "key=value"]),
+    ("quickstart", ["argument='quickstart'", "key=value"]),
+    ("--fast", ["--fast", "--help"]),
+    ("--cfg", ["--cfg", "expected one argument"]),
+    ("--config-dir nowhere", ["--config-dir='nowhere'", "a folder"]),
+    ("--config-name other", ["other", "Fix"]),
+    ("--cfg job -m", ["--cfg job -m", "Only one of"]),
+    ("~jobs", ["jobs", "Fix"]),
+]  # fmt: skip
+
+EXPERIMENTS = {
+    "arms without a policy": (STUDY.replace("{policy: early_exit}", "{model: opt-1.3b}"), ["arms.early_exit"]),
+    "unknown setting": (STUDY + "servers: {replicas: 2}\n", ["experiment/mine: servers", "no such setting", "server"]),
+    "wrong type": (STUDY + "seeds: many\n", ["experiment/mine: seeds", "a list"]),
+    "no YAML": (STUDY + "seeds: [1\n", ["YAML", "Fix"]),
+    "labels that do not match": (
+        STUDY + "sweeps: [{axes: [{name: batch, settings: [server.replicas], values: [1, 2], labels: [a]}]}]\n",
+        ["sweeps.axes.labels=['a']", "2 labels"],
+    ),
+    "an axis without values": (STUDY + "sweeps: [{axes: [{name: b, settings: [jobs]}]}]\n", ["sweeps.axes='b'"]),
+    "a sweep over what does not exist": (
+        STUDY + "sweeps: [{axes: [{name: b, settings: [server.batch], values: [1]}]}]\n",
+        ["server.batch", "no such setting"],
+    ),
+    "a sweep with a wrong value": (
+        STUDY + "sweeps: [{axes: [{name: b, settings: [server.replicas], values: [1, two]}]}]\n",
+        ["server.replicas='two'", "a whole number"],
+    ),
+    "a sweep of an unknown arm": (
+        STUDY + "sweeps: [{arms: [best], axes: [{name: b, settings: [jobs], values: [1]}]}]\n",
+        ["sweeps.arms='best'"],
+    ),
+    "a gate on an unknown metric": (
+        STUDY + "gates: [{arm: early_exit, metric: speed, low: 1}]\n",
+        ["gates.metric='speed'"],
+    ),
+    "a gate without a bound": (
+        STUDY + "gates: [{arm: early_exit, metric: batch_mean}]\n",
+        ["gates='batch_mean'", "a bound"],
+    ),
+    "a published figure of an unknown arm": (STUDY + "published: [{arm: best}]\n", ["published.arm='best'"]),
+    "a figure over no sweep": (STUDY + "figures: [{x: rate}]\n", ["figures.x='rate'", "no sweeps"]),
+    "an override that does not exist": (
+        STUDY.replace("{policy: early_exit}", "{policy: early_exit, overrides: {server.batch: 3}}"),
+        ["server.batch", "no such setting"],
+    ),
+    "exits that were not published": (
+        STUDY.replace("models: [opt-1.3b]", "models: [llama-2-7b]"),
+        ["llama-2-7b", "opt-1.3b, opt-6.7b", "exits.source"],
+    ),
+    "a model that does not fit": (
+        STUDY.replace("models: [opt-1.3b]", "models: [llama-2-13b]")
+        .replace("early_exit: {policy: early_exit}", "other: {policy: full_depth}")
+        + "server: {memory_utilisation: 0.3}\nexits: {source: none}\n",
+        ["arms.full_depth", "llama-2-13b", "server.memory_utilisation"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def helios(capsys, monkeypatch, tmp_path) -> CommandLine:
+    def never(*_: object) -> None:
+        raise AssertionError("a job ran")
+
+    monkeypatch.setattr(helios_sim.study.command, "run_jobs", never)
+    return CommandLine(capsys, monkeypatch, tmp_path)
+
+
+def refused(said, folder: Path, parts: list[str], kept: set[str] = frozenset()) -> None:
+    assert said.status == 1, said
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.err.startswith("helios_sim: ")
+    assert "Fix: " in said.err
+    for part in parts:
+        assert part in said.err
+    assert {path.name for path in folder.iterdir()} == set(kept)
+
+
+@pytest.mark.parametrize(("arguments", "parts"), SETTINGS, ids=[arguments for arguments, _ in SETTINGS])
+def test_a_wrong_setting(helios, tmp_path, arguments, parts):
+    refused(helios(*arguments.split()), tmp_path, parts)
+
+
+@pytest.mark.parametrize(("text", "parts"), EXPERIMENTS.values(), ids=EXPERIMENTS)
+def test_a_wrong_experiment(helios, tmp_path, text, parts):
+    refused(helios(*write_study(tmp_path, text)), tmp_path, parts, kept={"conf"})
+
+
+def test_a_damaged_trace_of_requests(helios, tmp_path):
+    (tmp_path / "requests.csv").write_text("arrived,prompt\n1,two\n")
+    said = helios("workload.arrivals.kind=trace", "workload.arrivals.trace=requests.csv")
+    refused(said, tmp_path, ["requests.csv"], kept={"requests.csv"})
+
+
+def test_a_damaged_exit_trace(helios, tmp_path):
+    (tmp_path / "exits").mkdir()
+    (tmp_path / "exits" / "trace.json").write_text('{"format": "exit-trace"')
+    (tmp_path / "exits" / "tokens.parquet").write_bytes(b"PAR1")
+    refused(helios("exits.source=exits"), tmp_path, ["exits/trace.json", "unreadable"], kept={"exits"})
+
+
+def test_a_damaged_profile(helios, tmp_path):
+    folder = tmp_path / "profiles" / "opt-1.3b@a100-40gb"
+    folder.mkdir(parents=True)
+    for file in (PROFILES_FOLDER / folder.name).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes()[:200])
+    said = helios("profile_folder=profiles", "models=[opt-1.3b]")
+    refused(said, tmp_path, ["profiles/opt-1.3b@a100-40gb"], kept={"profiles"})
+
+
+def test_an_output_folder_that_cannot_be(helios, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(helios(into="file/out"), tmp_path, ["hydra.run.dir='file/out'", "cannot be made"], kept={"file"})
+
+
+def test_a_folder_that_holds_something_is_left_alone(helios, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused(helios("hardware=tpu"), tmp_path, ["tpu"], kept={"out"})
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_several_studies_each_say_which_one_was_wrong(helios, tmp_path):
+    said = helios("-m", "hardware=tpu,abacus")
+    assert said.status == 1
+    messages = [line for line in said.err.splitlines() if line.startswith("helios_sim: ")]
+    assert len(messages) == 2
+    assert "hardware=tpu" in messages[0]
+    assert "hardware=abacus" in messages[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_of_ours_is_no_message_but_a_traceback(helios):
+    with pytest.raises(AssertionError, match="a job ran"):
+        helios()
+
+
+@pytest.mark.parametrize("arguments", [("workload.n_request=5",), ("--fast",), ("hardware=tpu",)])
+def test_the_program_itself_ends_with_one_line_and_status_1(tmp_path, arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(helios_sim.__file__).parents[1])}
+    ran = subprocess.run(
+        [sys.executable, "-m", "helios_sim", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout, len(ran.stderr.splitlines())) == (1, "", 1)
+    assert list(tmp_path.iterdir()) == []
