@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 NS_PER_S = 1_000_000_000
 
 
+def whole_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Durations in whole nanoseconds, at least one, so that time always advances."""
+    if len(seconds) == 1:  # plain numbers are quicker, and both round halves to even
+        return np.array([max(round(seconds.item() * NS_PER_S), 1)])
+    whole: NDArray[np.int64] = np.rint(seconds * NS_PER_S).astype(np.int64)
+    return np.maximum(whole, 1, out=whole)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     request_id: int  # position in the workload, from 0

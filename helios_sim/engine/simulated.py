@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import simpy
-from numpy.typing import NDArray
 
 from helios_sim.engine.depths import Depths, decode_depths
 from helios_sim.exits.replay import Replay, replay
@@ -19,9 +18,9 @@ from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.policy.telemetry import Observation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
-from helios_sim.request import NS_PER_S, Request
+from helios_sim.request import NS_PER_S, Request, whole_ns
 from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import IntArray, Outcome, Plan, Tokens
+from helios_sim.serving.iteration import Outcome, Plan, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +54,11 @@ class SimulatedEngine:
         depths = decode_depths(plan, data.trace.trace, replayed, checks_sample=data.profile.check is None)
         prefilled, chunks = self._prefill(plan, data, replayed)
         composition = _composition(plan, depths, chunks)
-        time_ns = _to_ns(data.profile.iteration_time_s(composition))
+        time_ns = whole_ns(data.profile.iteration_time_s(composition))
         return Outcome(
             end_ns=time_ns.cumsum() + now_ns,
-            floor_ns=_to_ns(data.profile.iteration_floor_s(composition)),
-            outside_grid=data.profile.outside_grid(composition),
-            bounds=depths.bounds,
+            profile=data.profile,
+            composition=composition,
             decoded=depths.tokens,
             prefilled=prefilled,
         )
@@ -98,7 +96,7 @@ class SimulatedEngine:
                 prefill=(PrefillChunk(prompt_tokens + rows, 0, n_layers),),
                 host_sync_at_checks=False,
             )
-            duration_ns += int(_to_ns(data.profile.iteration_time_s(composition))[0])
+            duration_ns += int(whole_ns(data.profile.iteration_time_s(composition))[0])
             observations.append(self._observation(model, request.request_id, span, rows, exit_rule))
         return duration_ns, tuple(observations)
 
@@ -184,11 +182,3 @@ def _next_row(plan: Plan, index: int) -> int:
         int(batch.column(column)[index]) for column in (Column.FIRST, Column.START, Column.LENGTH, Column.GENERATED)
     )
     return first + (start + generated) % length
-
-
-def _to_ns(seconds: NDArray[np.float64]) -> IntArray:
-    """Whole nanoseconds, at least one, so that time always advances."""
-    if len(seconds) == 1:  # plain numbers are quicker, and both round halves to even
-        return np.array([max(round(seconds.item() * NS_PER_S), 1)])
-    whole: IntArray = np.rint(seconds * NS_PER_S).astype(np.int64)
-    return np.maximum(whole, 1, out=whole)

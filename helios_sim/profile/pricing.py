@@ -16,6 +16,8 @@ from helios_sim.profile.lookup import DecodeLookup, Flags, PrefillLookup, RowLoo
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.tables import FloatArray, LayerTables, RowsTable
 
+FEW = 8  # iterations times bands up to which plain numbers are quicker than arrays
+
 
 class LayerPricing:
     """Lookups of one layer class. Only the dense part of a batch without prefill is padded to a graph's size."""
@@ -77,19 +79,20 @@ class Pricing:
         return found
 
     def time_s(self, c: Composition) -> FloatArray:
-        if len(c.sampled_tokens) == 1:
-            return np.array([self._one(c)])
-        if c.prefill:
+        iterations = len(c.sampled_tokens)
+        if c.prefill and iterations != 1:
             raise ValueError("a composition with prefill is one iteration")
+        if iterations == 1 or iterations * len(c.bounds) <= FEW:
+            return np.array([self._one(c, i) for i in range(iterations)])
         return self._many(c)
 
-    def _one(self, c: Composition) -> float:
-        """One iteration, with or without prefill, in plain floats: numpy calls would cost more than the sums."""
+    def _one(self, c: Composition, i: int) -> float:
+        """Iteration i, with or without prefill, in plain floats: numpy calls would cost more than the sums."""
         bands, runtime = self.bands(c.bounds), self._runtime
-        decode, kv = c.decode_tokens.tolist()[0], c.decode_kv_tokens.tolist()[0]
-        propagated = None if c.propagated_tokens is None else c.propagated_tokens.tolist()[0]
-        checks = None if c.check_tokens is None else c.check_tokens.tolist()[0]
-        sampled = c.sampled_tokens.tolist()[0]
+        decode, kv = c.decode_tokens[i].tolist(), c.decode_kv_tokens[i].tolist()
+        propagated = None if c.propagated_tokens is None else c.propagated_tokens[i].tolist()
+        checks = None if c.check_tokens is None else c.check_tokens[i].tolist()
+        sampled = int(c.sampled_tokens[i])
         slowdown = self._load_slowdown if c.loading else 1.0
         mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
         total_s, layers = 0.0, 0

@@ -5,7 +5,6 @@ Knows what a request has done so far; knows neither time nor memory sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -86,12 +85,9 @@ class RunningBatch:
         """A writable view of one column of the requests that decode, shape (self.decoding,)."""
         return self._table[column, : self.decoding]
 
-    def add(self, rows: slice, changes: Mapping[Column, int]) -> None:
-        """Adds to several columns of these requests, to each the same for all of them."""
-        change = np.zeros((len(Column), 1), np.int64)
-        for column, value in changes.items():
-            change[column] = value
-        self._table[:, rows] += change
+    def add(self, rows: slice, changes: list[int]) -> None:
+        """Adds to the columns of these requests, to each the same for all of them; one change a column."""
+        self._table[:, rows] += np.array(changes, np.int64)[:, None]
 
     def kv_debt_of_decoding(self, bands: int) -> NDArray[np.int64]:
         """What the requests that decode owe each band, a view of shape (self.decoding, bands)."""

@@ -19,7 +19,7 @@ def commit(replica: Replica, plan: Plan, outcome: Outcome, iterations: int, star
     durations = ends.copy()
     durations[1:] -= ends[:-1]
     durations[0] -= started_ns
-    _account(replica, plan, outcome, durations)
+    _account(replica, plan, outcome, durations, started_ns)
     if plan.decoding:
         _decoded(replica, plan, outcome, ends, durations)
     replica.note_memory()
@@ -38,13 +38,12 @@ def commit(replica: Replica, plan: Plan, outcome: Outcome, iterations: int, star
     )
 
 
-def _account(replica: Replica, plan: Plan, outcome: Outcome, durations: IntArray) -> None:
+def _account(replica: Replica, plan: Plan, outcome: Outcome, durations: IntArray, started_ns: int) -> None:
     stats, iterations = replica.stats, len(durations)
-    busy_ns = int(durations.sum())
+    busy_ns = int(outcome.end_ns[iterations - 1]) - started_ns
     stats.busy_ns += busy_ns
-    stats.floor_ns += int(outcome.floor_ns[:iterations].sum())
     stats.iterations += iterations
-    stats.outside_grid_iterations += int(np.count_nonzero(outcome.outside_grid[:iterations]))
+    replica.utilisation.add(outcome.profile, outcome.composition, iterations)
     grown_block_ns = int(plan.new_blocks[:iterations].dot(durations))
     stats.kv_block_ns += replica.pool.used_blocks * busy_ns + grown_block_ns
     stats.kv_pool_block_ns += replica.pool.total_blocks * busy_ns
@@ -62,7 +61,7 @@ def _decoded(replica: Replica, plan: Plan, outcome: Outcome, ends: IntArray, dur
     replica.pool.take(int(plan.new_blocks[iterations - 1]))
     _count(replica, plan, range(plan.decoding), outcome.decoded, iterations, cached_tokens=iterations)
     if plan.kv_rule is KvRule.RECOMPUTE and not isinstance(outcome.decoded.layers, int):
-        batch.settle_kv_debt(outcome.decoded.layers[:iterations], outcome.bounds)
+        batch.settle_kv_debt(outcome.decoded.layers[:iterations], outcome.composition.bounds)
 
     last = batch.decoding_column(Column.LAST_TOKEN_NS)
     replica.gaps.add(ends[0] - last)
@@ -80,7 +79,10 @@ def _count(
     if plan.observe_tokens is not None:
         observed = np.clip(plan.observe_tokens - batch.column(Column.GENERATED)[rows], 0, iterations)
         batch.column(Column.EVALUATED)[rows] += observed
-    changes = {Column.CONTEXT: cached_tokens, Column.REMAINING: -iterations, Column.GENERATED: iterations}
+    changes = [0] * len(Column)
+    changes[Column.CONTEXT], changes[Column.REMAINING], changes[Column.GENERATED] = (
+        cached_tokens, -iterations, iterations,
+    )  # fmt: skip
     layers = tokens.layers if isinstance(tokens.layers, int) else tokens.layers[:iterations]
     replica.stats.count_depths(plan.model, layers, len(indices) * iterations)
     if isinstance(layers, int):

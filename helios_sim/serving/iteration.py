@@ -16,6 +16,8 @@ from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
 from helios_sim.policy.telemetry import Observation
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
 from helios_sim.serving.batch import RunningBatch, Sequence
 
@@ -67,9 +69,8 @@ class Outcome:
     """k iterations, already computed; the server may use only the first of them."""
 
     end_ns: IntArray  # (k,) absolute, ascending
-    floor_ns: IntArray  # (k,) roofline time of each iteration
-    outside_grid: BoolArray  # (k,) priced by extrapolation
-    bounds: tuple[int, ...]  # depths that end the bands in which decodes ran
+    profile: Profile  # of the model and the card that ran it
+    composition: Composition  # what ran
     decoded: Tokens  # of the requests that decode
     prefilled: Tokens  # (1, P) of the parts that finish, in their order
 

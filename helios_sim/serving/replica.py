@@ -19,6 +19,7 @@ from helios_sim.serving.meters import Recent
 from helios_sim.serving.scheduler import Admission
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.utilisation import Utilisation
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
 
@@ -43,6 +44,7 @@ class Replica:
         self.pool = KvPool(0, situation.memory.block_tokens)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)
         self.gaps = GapBuffer(self.stats.itl)
+        self.utilisation = Utilisation(self.stats)
         self.timeline = Timeline()
         self.recent = Recent()
         self.observations: list[Observation] = []  # new since the policy was last asked

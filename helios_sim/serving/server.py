@@ -116,6 +116,7 @@ class Server:
     @property
     def stats(self) -> RunStats:
         self._replica.gaps.flush()
+        self._replica.utilisation.flush()
         return self._replica.stats
 
     @property
