@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.replay import Replay
-from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
+from helios_sim.exits.rule import FixedCap, FullDepth, PerToken
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
 from helios_sim.serving.batch import Column
@@ -114,7 +114,8 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sampl
     else:
         sampled = np.full(k, n, np.int64)
     propagated: IntArray | None = None
-    if not isinstance(plan.exit_rule, Clairvoyant):  # its skipped layers cost nothing
+    # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
+    if isinstance(plan.exit_rule, PerToken):
         if plan.kv_rule is KvRule.PROPAGATE or (plan.batching is BatchingRule.LAZY and plan.kv_rule is not KvRule.NONE):
             propagated = n - decode_tokens
         elif plan.kv_rule is KvRule.RECOMPUTE:

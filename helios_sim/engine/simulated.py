@@ -126,11 +126,12 @@ class SimulatedEngine:
         trace = data.trace.trace
         chunks, layers, agrees = [], [], []
         for part in plan.prefill:
-            depth = plan.loaded_layers if _observed(plan, part.index) else replayed.layers
+            observed = _observed(plan, part.index)
+            depth = plan.loaded_layers if observed else replayed.layers
             if plan.service_plan is not None:
                 request_id = plan.batch.members[part.index].request.request_id
                 depth = int(plan.service_plan.layers(request_id)[_generated(plan, part.index)])
-            elif isinstance(plan.exit_rule, Clairvoyant):
+            elif isinstance(plan.exit_rule, Clairvoyant) and not observed:
                 depth = trace.exits[int(replayed.exit_index[_next_row(plan, part.index)])]
             chunks.append(PrefillChunk(part.tokens, part.context_tokens, depth))
             if part.finishes:
