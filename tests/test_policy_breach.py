@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from helios_sim.policy.deployment import Deployment, InFlight, Placement
-from helios_sim.policy.helios_parameters import BreachAction, Constants, Evaluation
+from helios_sim.exits.rule import FixedCap, PerToken
+from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement
+from helios_sim.policy.helios_parameters import BreachAction, Constants, Evaluation, Raised
 from helios_sim.policy.load import Load
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.policy.transition import Underway, transition
@@ -130,6 +131,17 @@ def test_after_a_raise_the_depth_stays_until_the_next_round() -> None:
     decided = answered(BreachAction.LOAD_ONLY)
     assert decided.active == Placement("small", 4)
     assert decided.triggers == (Completed(100),)
+
+
+@pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])
+def test_a_raised_model_may_let_tokens_leave_early(kv_rule: KvRule) -> None:
+    """Not the published reading, but not excluded by it: all layers are loaded, confident tokens still leave."""
+    raised = answered(BreachAction.LOAD_ONLY, raised=Raised.EARLY_EXIT, raised_kv_rule=kv_rule)
+    assert raised.active == Placement("small", 4)
+    assert isinstance(raised.exit_rule, PerToken)
+    assert raised.kv_rule is kv_rule
+    kept = answered(BreachAction.LOAD_ONLY)
+    assert isinstance(kept.exit_rule, FixedCap)
 
 
 def test_after_a_switch_the_counter_watches_until_the_next_round() -> None:

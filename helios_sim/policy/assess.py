@@ -12,7 +12,7 @@ import numpy as np
 from helios_sim.errors import UserError
 from helios_sim.policy.candidates import check_cap
 from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
-from helios_sim.policy.deployment import Placement
+from helios_sim.policy.deployment import KvRule, Placement
 from helios_sim.policy.depth import fixed_depth, per_token_depths
 from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.load import Load
@@ -88,14 +88,17 @@ class Assessor:
         cap: CapChoice | None = None,
         transition: Transition = NO_TRANSITION,
         standby: Iterable[Placement] = (),
-        leave_early: bool = False,
+        leave_early: KvRule | None = None,
     ) -> Option | None:
-        """None when the placement leaves no room for one request. `leave_early`: with per-token exits."""
+        """None when the placement leaves no room for one request. `leave_early`: tokens do, under that KV rule."""
         offline = self.situation.candidates[placement.model].offline
+        depths = fixed_depth(placement.layers)
+        if leave_early is not None:
+            depths = per_token_depths(offline, propagated=leave_early is KvRule.PROPAGATE)
         prediction = predict(
             self.situation,
             placement,
-            per_token_depths(offline) if leave_early else fixed_depth(placement.layers),
+            depths,
             load,
             standby=standby,
             batch_limit=self.batch_limit,

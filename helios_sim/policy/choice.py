@@ -9,7 +9,7 @@ from typing import Any
 from helios_sim.policy.assess import Assessor
 from helios_sim.policy.breach import answer
 from helios_sim.policy.cap import CapChoice
-from helios_sim.policy.deployment import Deployment, Placement
+from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.helios_parameters import BreachAction, Evaluation, HeliosParameters, Raised, Standby
 from helios_sim.policy.load import Load
 from helios_sim.policy.options import COST_UNITS, Option
@@ -111,7 +111,7 @@ class Chooser:
         """Load the active model's remaining layers or switch to another's partial load; None if neither can be."""
         assert moment.in_force is not None
         active = moment.in_force.active.model
-        leave_early = self._parameters.raised is Raised.EARLY_EXIT
+        leave_early = self._parameters.raised_kv_rule if self._parameters.raised is Raised.EARLY_EXIT else None
         raised = self._option(self.whole(active), moment, leave_early)
         switches = [
             option
@@ -155,7 +155,7 @@ class Chooser:
         limit = self._parameters.limit / self._parameters.window_tokens
         return self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
 
-    def _option(self, placement: Placement, moment: Moment, leave_early: bool = False) -> Option | None:
+    def _option(self, placement: Placement, moment: Moment, leave_early: KvRule | None = None) -> Option | None:
         """Going to `placement` from what is in force; None if it does not fit."""
         horizon = self._parameters.at_batch(moment.batch).round_requests
         step = NO_TRANSITION

@@ -157,7 +157,7 @@ class HeliosPolicy:
         decided = self._serve(placement, remaining, reason, evidence)
         if self._chooser.is_whole(placement) and p.raised is Raised.EARLY_EXIT:
             rule = PerToken(p.threshold, p.confidence)
-            return replace(decided, exit_rule=rule, kv_rule=KvRule.PROPAGATE)
+            return replace(decided, exit_rule=rule, kv_rule=p.raised_kv_rule)
         return decided
 
     @property

@@ -13,7 +13,7 @@ from enum import StrEnum
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.checks import check_not_negative, check_positive
-from helios_sim.policy.deployment import InFlight
+from helios_sim.policy.deployment import InFlight, KvRule
 
 PUBLISHED_SHORTLIST = 3
 PUBLISHED_PROMPTS = 5
@@ -81,6 +81,7 @@ class HeliosParameters:
     evaluation: Evaluation = Evaluation.SERVE
     on_breach: BreachAction = BreachAction.CHEAPER
     raised: Raised = Raised.FULL_DEPTH
+    raised_kv_rule: KvRule = KvRule.PROPAGATE  # of tokens that leave early once raised
     standby: Standby = Standby.NONE
     in_flight: InFlight = InFlight.DRAIN
     shortlist: int = PUBLISHED_SHORTLIST
@@ -101,6 +102,9 @@ class HeliosParameters:
         for key in ("half_life_requests", "cap_layers", "batch_limit"):
             check_positive(key, getattr(self, key))
         check_not_negative("cooldown_s", self.cooldown_s)
+        if self.raised_kv_rule is KvRule.NONE:
+            allowed = "propagate or recompute: later tokens that go deeper read K and V of the layers left out"
+            raise UserError("policy.raised_kv_rule", "none", allowed, "set policy.raised_kv_rule=propagate")
         check_not_negative("limit", self.limit)
         if self.limit >= self.window_tokens:
             allowed = f"below the window of {self.window_tokens} tokens, or it is never exceeded"
