@@ -1,0 +1,101 @@
+"""Times the simulation loop alone, without start-up and report. Knows one experiment of one arm.
+
+`python experiments/speed/measure.py [--runs 5] [key=value ...]` prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import resource
+import statistics
+from dataclasses import astuple
+from time import perf_counter
+
+import numpy as np
+import simpy
+from hydra import compose, initialize_config_dir
+
+from helios_sim.config import Variants, conf_folder, register
+from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.request import RequestRecord
+from helios_sim.serving.server import Server
+from helios_sim.simulation import Run, simulate
+from helios_sim.study.build import Parts, build
+from helios_sim.study.job import Job, policy_of
+from helios_sim.study.plan import plan_study
+from helios_sim.workload import generate
+
+
+def jobs(experiment: str, overrides: list[str]) -> list[Job]:
+    register()
+    with initialize_config_dir(conf_folder(), version_base=None):
+        settings = compose("config", overrides=[f"+experiment={experiment}", *overrides])
+    return plan_study(Variants(settings)).jobs
+
+
+def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
+    """The loop: arrivals, scheduling, pricing, records."""
+    records: list[RequestRecord] = []
+
+    def make_server(env: simpy.Environment, number: int, on_left) -> Server:  # type: ignore[no-untyped-def]
+        engine = SimulatedEngine(env, parts.models)
+        return Server(env, number, engine, policy_of(job.entry, job.config), parts.situation, on_left)
+
+    run = simulate(
+        make_server,
+        generate(parts.workload, job.seed),
+        parts.workload.requests,
+        records.append,
+        users=parts.workload.users,
+        replicas=job.config.server.replicas,
+    )
+    return records, run
+
+
+def digest(records: list[RequestRecord], run: Run) -> str:
+    """The same for the same result: every record and every integral over the run."""
+    stats = run.stats
+    integrals = {name: getattr(stats, name) for name in stats.__slots__ if name != "itl"}
+    gaps = (stats.itl.counts.tolist(), stats.itl.total_ns, stats.itl.shortest_ns, stats.itl.longest_ns)
+    rows = [tuple(map(str, astuple(record))) for record in records]
+    decisions = [(d.time_ns, d.replica, str(d.cause)) for server in run.servers for d in server.decisions]
+    timelines = [server.timeline.rows for server in run.servers]
+    everything = (rows, integrals, gaps, decisions, timelines, run.end_ns)
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experiment", default="speed_w1")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    for job in jobs(options.experiment, options.overrides):
+        parts = build(job.config, job.seed)
+        wall_s = []
+        for _ in range(options.runs):
+            started_s = perf_counter()
+            records, run = serve(job, parts)
+            wall_s.append(perf_counter() - started_s)
+        result = {
+            "experiment": options.experiment,
+            "arm": job.arm,
+            "requests": run.requests,
+            "iterations": run.stats.iterations,
+            "preemptions": run.stats.preemptions,
+            "loop_s_median": round(statistics.median(wall_s), 3),
+            "loop_s_min": round(min(wall_s), 3),
+            "requests_per_s": round(run.requests / statistics.median(wall_s)),
+            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "digest": digest(records, run),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
