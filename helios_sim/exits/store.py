@@ -163,6 +163,6 @@ def _table(path: Path, sha256: str) -> Any:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError("exit trace", str(path), "its sha256 is not the one in its header", _FIX)
-        return pq.read_table(pa.BufferReader(content))
+        return pq.ParquetFile(pa.BufferReader(content)).read()  # read_table would import pandas
     except (OSError, pa.ArrowException) as error:
         raise UserError("exit trace", str(path), f"unreadable ({error})", _FIX) from error

@@ -163,13 +163,23 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _read_parquet(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
     try:
-        table = pq.read_table(path, use_threads=False)
+        with pq.ParquetFile(path) as file:  # read_table would import pandas
+            table = file.read(use_threads=False)
     except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
         raise UserError(str(path), str(error).splitlines()[0], "a Parquet file of a profile", _REBUILD) from error
     missing = [c for c in columns if c not in table.column_names]
     if missing:
         raise UserError(str(path), table.column_names, f"columns {', '.join(columns)}", _REBUILD)
-    return {c: table[c].to_numpy() for c in columns}
+    return {c: _to_numpy(table[c]) for c in columns}
+
+
+def _to_numpy(column: Any) -> Any:
+    """As the column's own to_numpy, which imports pandas: a third of a second for every process."""
+    if pa.types.is_string(column.type):
+        return np.array(column.to_pylist(), dtype=object)
+    if column.null_count:
+        return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
+    return np.from_dlpack(column.combine_chunks())
 
 
 def _rows_table(columns: dict[str, Any], name: str, layer_class: int) -> RowsTable:
