@@ -24,17 +24,23 @@ from helios_sim.policy.telemetry import Policy
 class PolicyKind:
     parameters: type[Any]  # a frozen dataclass
     make: Callable[[Any], Policy]  # from an instance of it
+    about: str  # one line for tables
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that the name implies; they cannot be changed
 
 
 POLICIES: Mapping[str, PolicyKind] = {
-    "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy),
-    "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy),
-    "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy),
-    "helios": PolicyKind(HeliosParameters, HeliosPolicy),
-    "helios_probe": PolicyKind(HeliosParameters, HeliosPolicy, fixed={"evaluation": Evaluation.PROBE}),
-    "oracle": PolicyKind(OracleParameters, OraclePolicy),
-    "custom": PolicyKind(CustomParameters, load_custom),
+    "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy, "every token runs all layers"),
+    "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy, "each token leaves at its first confident exit"),
+    "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy, "a cap chosen once from offline exits"),
+    "helios": PolicyKind(HeliosParameters, HeliosPolicy, "evaluation rounds, a cap, load or switch on breaches"),
+    "helios_probe": PolicyKind(
+        HeliosParameters,
+        HeliosPolicy,
+        "as helios, but candidates score served text in one pass",
+        fixed={"evaluation": Evaluation.PROBE},
+    ),
+    "oracle": PolicyKind(OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change"),
+    "custom": PolicyKind(CustomParameters, load_custom, "a policy of your own"),
 }
 
 

@@ -46,6 +46,9 @@ def detail_drawings(result: ExperimentResult) -> list[Drawing]:
     return [drawing for drawing in found if drawing is not None]
 
 
+WIDE_RATIOS = 8  # from here on ratios are drawn on a log scale
+
+
 def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[str, ArmStyle]) -> Drawing | None:
     """Ratio to the baseline with its interval, a row for each arm."""
     first = (result.headline_metrics or _FOREST)[0]
@@ -80,7 +83,12 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
         better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
         hint = {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]
         ax.set_title(fmt.label(name))
-        ax.set_xlabel("ratio to baseline" + (f", {hint}" if hint else ""))
+        ax.set_xlabel("ratio to baseline" + (f",\n{hint}" if hint else ""))
+        known = [r.ratio for arm in arms if (r := ratios[arm].get(name)) is not None and r.ratio]
+        if max(known) > WIDE_RATIOS * min(known):
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_minor_formatter(lambda value, _: "")
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.4, -0.7)
         ax.margins(x=0.14)

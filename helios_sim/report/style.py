@@ -125,11 +125,15 @@ def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tup
     return figure, list(axes.ravel())
 
 
+LEGEND_CHARACTERS = 105  # fit across a figure in the legend's size
+
+
 def legend_above(figure: SubFigure, handles: dict[str, Artist], columns: int = 5) -> None:
     """One legend above all panels, read row by row (matplotlib itself fills columns)."""
     if not handles:
         return
-    columns = min(columns, len(handles))
+    longest = max(len(label) for label in handles)
+    columns = min(columns, len(handles), max(1, LEGEND_CHARACTERS // (longest + 6)))
     by_column = [label for column in range(columns) for label in list(handles)[column::columns]]
     figure.legend(
         [handles[label] for label in by_column], by_column, loc="outside upper left", ncols=columns, fontsize=9.5

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.policy.registry import POLICIES
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
@@ -22,10 +23,10 @@ from helios_sim.report.result import (
     SweepPoint,
     Workload,
 )
-from helios_sim.study.job import Job, JobResult
+from helios_sim.study.job import ARM_KEYS, Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
-from helios_sim.study.verdict import conditions, verdict, workload_facts
+from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts
 
 Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
@@ -43,7 +44,6 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
     for jobs in plan.headline.jobs.values():
         inputs |= results[jobs[0].key].inputs
         assumptions += results[jobs[0].key].assumptions
-    figures = {"rate_per_s": config.workload.arrivals.rate_per_s}
     result = ExperimentResult(
         experiment=config.name,
         title=config.title or config.name,
@@ -55,7 +55,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         workload=Workload(
             statement=config.workload.statement,
             requests=len(first.replicate.records),
-            offered_requests_per_s=figures["rate_per_s"],
+            offered_requests_per_s=offered_requests_per_s(config),
             facts=workload_facts(config, first.replicate.records),
         ),
         inputs=inputs,
@@ -109,13 +109,24 @@ def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
     first = results[jobs[0].key]
     return ArmResult(
         name=name,
-        description=str(jobs[0].entry.get("description", "")) or str(jobs[0].entry["policy"]),
+        description=_description(jobs[0].entry),
         replicates=tuple(results[job.key].replicate for job in jobs),
         timeline=first.timeline,
         capacity_bytes=first.capacity_bytes,
         decisions=first.decisions,
         exit_depths=first.exit_depths,
     )
+
+
+def _description(entry: Mapping[str, Any]) -> str:
+    """The experiment's own words, or the policy's with whatever this arm sets differently from its defaults."""
+    if entry.get("description"):
+        return str(entry["description"])
+    name = str(entry["policy"])
+    about = POLICIES[name].about if name in POLICIES else name
+    told = {key: value for key, value in entry.items() if key not in (*ARM_KEYS, "model", "batch_limit", "arm")}
+    own = ", ".join(f"{key}={value}" for key, value in told.items() if value is not None)
+    return f"{about}; {own}" if own and name != "custom" else about
 
 
 def _sweep_point(point: Point, results: Results, compared: _Compared) -> SweepPoint:

@@ -92,12 +92,18 @@ def conditions(config: Config) -> str:
     runtime = config.runtime.preset.replace("_", " ")
     arrivals = config.workload.arrivals
     load = {
-        "closed_loop": f"a closed loop of {arrivals.users} users",
+        "closed_loop": f"a closed loop of {arrivals.users} user" + ("" if arrivals.users == 1 else "s"),
         "all_at_once": "all requests queued at the start",
         "trace": f"the arrivals of {arrivals.trace}",
     }.get(arrivals.kind, f"{arrivals.kind} arrivals at {arrivals.rate_per_s} requests/s")
     replicas = "" if config.server.replicas == 1 else f"{config.server.replicas} x "
     return f"{', '.join(config.models)} on {replicas}{config.hardware}, {runtime}, {load}."
+
+
+def offered_requests_per_s(config: Config) -> float | None:
+    """The rate of arrivals that do not wait for answers; None in a closed loop, a full queue or a trace."""
+    arrivals = config.workload.arrivals
+    return arrivals.rate_per_s if arrivals.kind in ("poisson", "gamma", "constant") else None
 
 
 def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], ...]:
