@@ -96,12 +96,17 @@ class Pricing:
         slowdown = self._load_slowdown if c.loading else 1.0
         mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
         total_s, layers = 0.0, 0
-        device_s = self._embedding.scalar(decode[0] + sum(chunk.tokens for chunk in c.prefill))
+        rows, chunks = decode[0], c.prefill
+        if chunks:
+            rows += sum(p.tokens for p in chunks)
+        device_s = self._embedding.scalar(rows)
         for s, band_layers in enumerate(bands.layers):
-            chunks = [p for p in c.prefill if p.layers > bands.starts[s]]
-            if chunks and any(p.layers < c.bounds[s] for p in chunks):
-                raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
-            rows = decode[s] + sum(p.tokens for p in chunks)
+            rows = decode[s]
+            if c.prefill:
+                chunks = tuple(p for p in c.prefill if p.layers > bands.starts[s])
+                if any(p.layers < c.bounds[s] for p in chunks):
+                    raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+                rows += sum(p.tokens for p in chunks)
             moved = 0 if propagated is None else propagated[s]
             band_s = 0.0
             for layer, counts in zip(self._classes, bands.of_class, strict=True):
