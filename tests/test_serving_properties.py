@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from hypothesis import HealthCheck, given, settings, strategies as st
-from rig import EXITS, Scripted, Served, full_depth, serve
 
 from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
 from helios_sim.exits.synthetic import synthetic_trace
@@ -25,6 +24,8 @@ from helios_sim.workload import (
     TaskMix,
     Workload,
 )
+from priced import priced_profile
+from rig import EXITS, Scripted, Served, full_depth, serve
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -81,6 +82,8 @@ def deployments(draw: st.DrawFn) -> Deployment:
         kv_rule=draw(st.sampled_from(KvRule)),
         batch_limit=draw(st.sampled_from([None, 1, 3])),
         in_flight=draw(st.sampled_from(InFlight)),
+        standby=draw(st.sampled_from([(), (), (Placement("a", 4),), (Placement("b", 2),), (Placement("b", 4),)])),
+        admit_limit=draw(st.sampled_from([None, None, None, 0, 2])),
         observe_tokens=draw(st.sampled_from([None, None, 1, 5])),
         probe=draw(st.sampled_from([None, None, Probe(("a", "b"), 2)])),
         triggers=draw(triggers),
@@ -103,8 +106,27 @@ def profiles(iteration_s: float, hbm_bytes: int) -> dict:
     }
 
 
-def run(workload: Workload, script: Scripted, replicas: int, router: Router, pool_blocks: int, leap: bool) -> Served:
-    made = profiles(0.001, 2**30)
+def uneven_profiles(sync_s: float) -> dict:
+    """Two models that no iteration costs the same on: rows, KV, depth, checks and loads all take time."""
+    costs = {"row_s": 3.1e-5, "kv_projection_s": 7e-5, "kv_token_s": 1.3e-6, "prefill_token_s": 2.9e-6, "head_s": 2e-4}
+    return {
+        name: priced_profile(
+            name, layer_s=layer_s, check_s=check_s, sync_s=sync_s, load_slowdown=1.3, load_bytes_per_s=60_000.0, **costs
+        )
+        for name, layer_s, check_s in (("a", 2.1e-4, None), ("b", 3.7e-4, 5e-5))
+    }
+
+
+def run(
+    workload: Workload,
+    script: Scripted,
+    replicas: int,
+    router: Router,
+    pool_blocks: int,
+    leap: bool,
+    made: dict | None = None,
+) -> Served:
+    made = made or profiles(0.001, 2**30)
     traces = {
         name: synthetic_trace(name, EXITS, tokens=400, seed=seed, chars_per_token=1) for seed, name in enumerate(made)
     }
@@ -146,10 +168,25 @@ def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, r
 
 
 @SLOW
+@given(**cases, sync_s=st.sampled_from([0.0, 2e-5]))
+def test_they_do_so_too_where_every_iteration_costs_something_else(
+    workload, script, replicas, router, pool_blocks, sync_s
+) -> None:
+    made = uneven_profiles(sync_s)
+    leaping = run(workload, script, replicas, router, pool_blocks, leap=True, made=made)
+    stepping = run(workload, script, replicas, router, pool_blocks, leap=False, made=made)
+    assert leaping.records == stepping.records
+    assert asdict(leaping.run.stats) == asdict(stepping.run.stats)
+
+
+@SLOW
 @given(**cases)
 def test_every_request_leaves_once_and_memory_returns(workload, script, replicas, router, pool_blocks) -> None:
     served = run(workload, script, replicas, router, pool_blocks, leap=True)
-    assert sorted(r.request_id for r in served.records) == list(range(workload.requests))
+    # In a closed loop whose answers stop coming the rest is never sent.
+    assert sorted(r.request_id for r in served.records) == list(range(served.run.requests))
+    stopped = any(r.status is Status.UNFINISHED for r in served.records)
+    assert served.run.requests == workload.requests or (stopped and workload.users is not None)
     for server in served.run.servers:
         assert server.used_blocks == 0
         assert server.requests_in_system == 0

@@ -1,0 +1,150 @@
+"""The books of a run: Little's law, time that never goes back, runs that cannot finish; and that errors are noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import simpy
+from hypothesis import HealthCheck, given, settings
+
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.trigger import AtTime
+from helios_sim.request import Status
+from helios_sim.serving.replica import Replica
+from helios_sim.serving.server import Server
+from helios_sim.simulation import LittlesLawViolated, Router, System
+from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Fixed, TaskMix, Workload
+from rig import Scripted, full_depth, serve
+from test_serving_properties import cases, run
+
+MS = 1_000_000
+
+
+def workload(requests: int, arrivals) -> Workload:
+    lengths = DrawnLengths(Fixed(5), Fixed(10))
+    return Workload(arrivals, lengths, TaskMix.single("text"), requests, chars_per_token=None)
+
+
+def never(**other) -> Deployment:
+    return replace(full_depth(), admit_limit=0, **other)
+
+
+ARRIVALS = [AllAtOnce(), Constant(100.0), ClosedLoop(1), ClosedLoop(3), ClosedLoop(50)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+@pytest.mark.parametrize("router", Router)
+def test_a_server_that_admits_nobody_ends_with_all_unfinished(arrivals, replicas: int, router: Router) -> None:
+    served = serve(workload(7, arrivals), Scripted(never()), replicas=replicas, router=router)
+    sent = 7 if not isinstance(arrivals, ClosedLoop) else min(7, arrivals.users)  # nobody sends after no answer
+    assert sorted(r.request_id for r in served.records) == list(range(sent))
+    for record in served.records:
+        assert (record.status, record.scheduled_ns, record.output_tokens) == (Status.UNFINISHED, None, 0)
+        assert record.preemptions == 0
+    assert served.run.requests == sent
+    assert served.run.stats.iterations == 0
+
+
+@pytest.mark.parametrize("arrivals", [AllAtOnce(), ClosedLoop(2)])
+def test_a_server_that_stops_admitting_finishes_what_runs(arrivals) -> None:
+    policy = Scripted(replace(full_depth(batch_limit=2), triggers=(AtTime(15 * MS),)), [never()])
+    served = serve(workload(9, arrivals), policy)
+    status = [r.status for r in served.by_request()]
+    assert status[:4] == [Status.COMPLETED] * 4
+    assert set(status[4:]) == {Status.UNFINISHED}
+    assert served.run.end_ns == 20 * MS
+    assert served.run.stats.preemptions == 0
+    assert served.run.servers[0].used_blocks == 0
+
+
+def test_a_run_cut_short_gives_back_what_it_held() -> None:
+    """What runs when a run is stopped leaves as unfinished with its tokens, and was not preempted."""
+
+    class Stops(simpy.Environment):
+        def peek(self):
+            return float("inf") if self.now >= 4 * MS else super().peek()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("helios_sim.simulation.simpy.Environment", Stops)
+        served = serve(workload(3, AllAtOnce()), full_depth(), leap=False)
+    assert [r.status for r in served.records] == [Status.UNFINISHED] * 3
+    assert {r.output_tokens for r in served.records} <= {3, 4}
+    assert [r.preemptions for r in served.records] == [0] * 3
+    assert served.run.stats.preemptions == 0
+    assert served.run.servers[0].used_blocks == 0
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(**cases)
+def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas, router, pool_blocks) -> None:
+    served = run(workload, script, replicas, router, pool_blocks, leap=True)
+    for server in served.run.servers:
+        times = [d.time_ns for d in server.decisions]
+        assert times == sorted(times)
+        assert server.stats.transitions_ns == sorted(server.stats.transitions_ns)
+        assert server.stats.busy_ns <= served.run.end_ns
+        assert server.stats.kv_block_ns <= server.stats.kv_pool_block_ns
+        assert server.stats.decode_ns <= server.stats.busy_ns
+    for record in served.records:
+        moments = [record.arrival_ns, record.scheduled_ns, record.first_token_ns, record.last_token_ns]
+        seen = [t for t in moments if t is not None]
+        assert seen == sorted(seen)
+        assert not seen or seen[-1] <= served.run.end_ns
+    # Every gap between two tokens of a request is in the histogram, once.
+    tokens = sum(r.output_tokens - 1 for r in served.records if r.output_tokens)
+    gaps = served.run.stats.itl
+    assert gaps.total_count == tokens
+    assert gaps.total_ns == sum(
+        r.last_token_ns - r.first_token_ns for r in served.records if r.first_token_ns is not None
+    )
+
+
+# --- books that are wrong are noticed
+
+
+def test_a_request_that_leaves_twice_is_noticed(monkeypatch) -> None:
+    leave = Replica.leave
+
+    def twice(self, sequence, status, reason=None) -> None:
+        leave(self, sequence, status, reason)
+        if sequence.request.request_id == 2:
+            leave(self, sequence, status, reason)
+
+    monkeypatch.setattr(Replica, "leave", twice)
+    with pytest.raises(LittlesLawViolated):
+        serve(workload(4, Constant(50.0)), full_depth())
+
+
+def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
+    submit = Server.submit
+
+    def loses(self, request, from_replica=None) -> None:
+        if request.request_id != 1:
+            submit(self, request, from_replica)
+
+    monkeypatch.setattr(Server, "submit", loses)
+    with pytest.raises(LittlesLawViolated, match="4 arrived, 3 left"):
+        serve(workload(4, Constant(50.0)), full_depth())
+
+
+def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
+    """Arrived earlier than it was counted: its time in the system is not the system's time with it."""
+    submit = Server.submit
+
+    def early(self, request, from_replica=None) -> None:
+        submit(self, replace(request, arrival_ns=request.arrival_ns - (request.request_id == 3)), from_replica)
+
+    monkeypatch.setattr(Server, "submit", early)
+    with pytest.raises(LittlesLawViolated):
+        serve(workload(4, Constant(50.0)), full_depth())
+
+
+def test_an_arrival_without_a_request_is_noticed() -> None:
+    env = simpy.Environment(initial_time=0)
+    records: list = []
+    system = System(env, Router.ROUND_ROBIN, records.append)
+    system.arrived = 1  # counted, and nobody is there
+    with pytest.raises(LittlesLawViolated):
+        system.check_littles_law()

@@ -1,0 +1,244 @@
+"""When a policy is asked, against counters that look at one token, one request or one millisecond at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import helios_sim.serving.server as server_module
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import FixedCap
+from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
+from helios_sim.profile.synthetic import flat_profile
+from helios_sim.serving.batch import Column
+from helios_sim.serving.commit import commit
+from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
+from rig import Scripted, full_depth, serve
+
+MS = 1_000_000
+
+
+def workload(requests: int, arrivals, prompt=5, output=10) -> Workload:
+    lengths = DrawnLengths(Fixed(prompt), Fixed(output) if isinstance(output, int) else output)
+    return Workload(arrivals, lengths, TaskMix.single("text"), requests, chars_per_token=None)
+
+
+def capped(*triggers, layers: int = 2, **other) -> Deployment:
+    return Deployment(Placement("flat", layers), FixedCap(0.7), kv_rule=KvRule.NONE, triggers=triggers, **other)
+
+
+def asked(policy: Scripted, kind: type) -> list[int]:
+    return [telemetry.now_ns for cause, telemetry in policy.asked if isinstance(cause, kind)]
+
+
+# --- breaches
+
+
+def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, leap: bool) -> list[tuple[int, int]]:
+    """(time, breaches in the window) at which the limit should fire, token by token; serves `policy` meanwhile."""
+    trace = synthetic_trace("flat", (2, 4), tokens=300, seed=9, chars_per_token=1)
+    window: deque[bool] = deque(maxlen=limit.window_tokens)
+    expected: list[tuple[int, int]] = []
+
+    def count(replica, plan, outcome, iterations: int, started_ns: int) -> None:
+        deployment, batch = replica.deployment, replica.batch
+        generated = batch.column(Column.GENERATED).tolist()
+        left = batch.column(Column.PREFILL_LEFT).tolist()
+        cap = trace.exits.index(replica.run_layers)
+        for j in range(iterations):
+            for i, member in enumerate(batch.members):
+                observed = deployment.observe_tokens is not None and generated[i] + j < deployment.observe_tokens
+                if left[i] or observed:
+                    continue
+                row = member.span.first + (member.span.start + generated[i] + j) % member.span.length
+                window.append(cap == 0 and bool(trace.confidence[row, cap] < 0.7))
+            if len(window) == limit.window_tokens and sum(window) > limit.limit:
+                expected.append((int(outcome.end_ns[j]), sum(window)))
+                window.clear()
+        commit(replica, plan, outcome, iterations, started_ns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_module, "commit", count)
+        serve(work, policy, traces={"flat": trace}, leap=leap)
+    return expected
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    window=st.integers(1, 60),
+    share=st.floats(0.3, 0.75),
+    arrivals=st.sampled_from([AllAtOnce(), ClosedLoop(1), ClosedLoop(7), Constant(90.0)]),
+    requests=st.integers(1, 15),
+    observe=st.sampled_from([None, None, 3]),
+    leap=st.booleans(),
+)
+def test_the_breach_limit_fires_at_the_iteration_that_exceeds_it(
+    window, share, arrivals, requests, observe, leap
+) -> None:
+    """With windows shorter and longer than an iteration's tokens, and again after it was cleared."""
+    limit = BreachLimit(window, int(window * share))
+    policy = Scripted(capped(limit, observe_tokens=observe))
+    expected = breach_times(limit, policy, workload(requests, arrivals, output=Exponential(30)), leap)
+    assert [(t.now_ns, t.breaches_in_window) for _, t in policy.asked] == expected
+
+
+def test_several_limits_are_each_watched() -> None:
+    """Alone and together they fire at the same times, in whichever order they stand."""
+    limits = [BreachLimit(10, 6), BreachLimit(40, 20)]
+    work = workload(12, ClosedLoop(3), output=Exponential(40))
+    alone = {}
+    for limit in limits:
+        policy = Scripted(capped(limit))
+        alone[limit] = breach_times(limit, policy, work, leap=True)
+        assert len(alone[limit]) > 1
+    for together in (limits, limits[::-1]):
+        policy = Scripted(capped(*together))
+        serve(work, policy, traces={"flat": synthetic_trace("flat", (2, 4), tokens=300, seed=9, chars_per_token=1)})
+        for limit in limits:
+            times = [(t.now_ns, t.breaches_in_window) for cause, t in policy.asked if cause == limit]
+            assert times == alone[limit]
+
+
+@pytest.mark.parametrize("keeps_placement", [True, False])
+def test_only_a_deployment_that_changes_the_placement_clears_the_window(keeps_placement: bool) -> None:
+    """A new deployment after each request, with the same limit. Back and forth between two caps nothing is counted."""
+    limit = BreachLimit(25, 12)
+    work = workload(12, ClosedLoop(1), output=20)
+    steady = Scripted(capped(limit))
+    expected = breach_times(limit, steady, work, leap=True)
+    assert len(expected) > 2
+    renewed = [capped(limit, Completed(1), reason=f"{i}", layers=2) for i in range(100)]
+    if not keeps_placement:
+        renewed = [replace(d, active=Placement("flat", 4 if i % 2 else 2)) for i, d in enumerate(renewed)]
+    policy = Scripted(renewed[0], renewed[1:])
+    breach_times(limit, policy, work, leap=True)
+    assert asked(policy, BreachLimit) == ([time_ns for time_ns, _ in expected] if keeps_placement else [])
+
+
+# --- the others
+
+
+def test_completed_counts_since_the_decision_and_since_it_last_fired() -> None:
+    policy = Scripted(full_depth_with(Completed(3)))
+    serve(workload(10, ClosedLoop(1)), policy)
+    assert [t.completed_requests for _, t in policy.asked] == [3, 6, 9]
+    policy = Scripted(full_depth_with(Completed(3)), [full_depth_with(Completed(2))])
+    serve(workload(10, ClosedLoop(1)), policy)
+    assert [t.completed_requests for _, t in policy.asked] == [3, 5, 7, 9]
+
+
+def full_depth_with(*triggers, **other) -> Deployment:
+    return replace(full_depth(), triggers=triggers, **other)
+
+
+@pytest.mark.parametrize("leap", [True, False])
+def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_when_busy(leap: bool) -> None:
+    """Requests come at 100, 200, 300 ms and run for 10."""
+    times = (0, 50_300_000, 103_300_000, 104 * MS, 150 * MS, 205_000_001)
+    policy = Scripted(full_depth_with(*map(AtTime, times)))
+    serve(workload(3, Constant(10.0)), policy, leap=leap)
+    assert [(cause.time_ns, t.now_ns) for cause, t in policy.asked] == [
+        (0, 0),
+        (50_300_000, 50_300_000),
+        (103_300_000, 104 * MS),
+        (104 * MS, 104 * MS),
+        (150 * MS, 150 * MS),
+        (205_000_001, 206 * MS),
+    ]
+
+
+@pytest.mark.parametrize("leap", [True, False])
+def test_a_queue_is_reported_once_until_it_has_been_short_again(leap: bool) -> None:
+    """One at a time, 10 ms each; one comes every 4 ms. At 20 ms 4 wait and one of them starts; at 24 ms there are 4
+    again, and from then on more."""
+    policy = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(3),)))
+    serve(workload(24, Constant(250.0)), policy, leap=leap)
+    assert [(t.now_ns, t.queued_requests) for _, t in policy.asked] == [(20 * MS, 4), (24 * MS, 4)]
+
+    twice = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(0),)))
+    serve(workload(4, Constant(60.0), output=20), twice, leap=leap)
+    assert [t.queued_requests for _, t in twice.asked] == [1] * 4  # the first one too: it comes to an idle server
+
+
+def test_drained_fires_when_the_admitted_are_done_and_nobody_else_starts() -> None:
+    """Two may start; a third waits. The second deployment admits nobody, so it is drained at once."""
+    first = full_depth_with(Drained(), admit_limit=2)
+    policy = Scripted(first, [full_depth_with(Drained(), admit_limit=0), full_depth_with(Drained())])
+    served = serve(workload(5, AllAtOnce()), policy)
+    assert asked(policy, Drained) == [10 * MS, 10 * MS]
+    assert [r.scheduled_ns for r in served.by_request()] == [0, 0, 10 * MS, 10 * MS, 10 * MS]
+
+
+def test_a_preempted_request_counts_once_against_the_admission_limit() -> None:
+    """Room for 30 tokens: both start with 10, one has to go and comes back, and the limit of two is used up."""
+    policy = Scripted(full_depth_with(Drained(), admit_limit=2), [full_depth()])
+    rig = {"hbm_bytes": 228 + 30 * 16, "utilisation": 1.0, "block_tokens": 1}
+    served = serve(workload(3, AllAtOnce(), prompt=10, output=15), policy, **rig)
+    assert [r.preemptions > 0 for r in served.by_request()] == [False, True, False]
+    third = served.by_request()[2]
+    assert third.scheduled_ns == policy.asked[0][1].now_ns == served.by_request()[1].last_token_ns
+
+
+@pytest.mark.parametrize("leap", [True, False])
+@pytest.mark.parametrize("observe", [1, 6, 100])
+def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, leap: bool) -> None:
+    """Three requests are evaluated on the whole model, then go on at the cap; each yields what its first tokens say."""
+    trace = synthetic_trace("flat", (2, 4), tokens=300, seed=4, chars_per_token=1)
+    first = Deployment(
+        Placement("flat", 4), FixedCap(0.7), kv_rule=KvRule.NONE, run_layers=2, observe_tokens=observe, admit_limit=3,
+        triggers=(Drained(),),
+    )  # fmt: skip
+    policy = Scripted(first, [capped()])
+    spans = {}
+
+    def watch(server) -> None:
+        for sequence in (*server._replica.batch.members, *server._replica.waiting):
+            spans[sequence.request.request_id] = sequence.span
+
+    work = workload(6, AllAtOnce(), output=Exponential(20, minimum=2))
+    served = serve(work, policy, traces={"flat": trace}, leap=leap, watch=watch)
+    ((cause, telemetry),) = policy.asked
+    assert isinstance(cause, Drained)
+    assert sorted(o.request_id for o in telemetry.observations) == [0, 1, 2]
+    for observation in telemetry.observations:
+        record = served.by_request()[observation.request_id]
+        n = min(observe, record.output_tokens)
+        rows = spans[observation.request_id].indices()[:n]
+        assert record.evaluated_tokens == n
+        assert np.array_equal(observation.agrees, trace.agree[rows])
+        assert np.array_equal(observation.confident, trace.confidence[rows] >= np.float32(0.7))
+        assert observation.chars == n
+        assert record.layers_run == 4 * n + 2 * (record.output_tokens - n)
+        assert observation.time_ns == n * MS
+    assert {r.evaluated_tokens for r in served.by_request()[3:]} == {0}
+
+
+def test_a_policy_that_contradicts_its_own_triggers_is_told_so() -> None:
+    """It decides the same again at once, forever: an error of the user, with its message."""
+    always = full_depth_with(QueueAbove(0), batch_limit=1, admit_limit=0)
+
+    class Stubborn(Scripted):
+        def decide(self, cause, telemetry) -> Deployment:
+            return always
+
+    with pytest.raises(UserError, match="at most 1000 times at one moment"):
+        serve(workload(2, AllAtOnce()), Stubborn(always))
+
+
+def test_a_policy_s_own_error_reaches_its_user_whole() -> None:
+    class Refuses(Scripted):
+        def decide(self, cause, telemetry) -> Deployment:
+            raise UserError("policy.x", 3, "x must be even", "set policy.x=4")
+
+    with pytest.raises(UserError, match=r"policy.x=3: x must be even. Fix: set policy.x=4."):
+        serve(workload(2, ClosedLoop(1)), Refuses(full_depth_with(Completed(1))))
+
+
+def test_flat_iterations_take_a_millisecond() -> None:
+    assert serve(workload(1, AllAtOnce()), full_depth(), {"flat": flat_profile(0.001)}).run.end_ns == 10 * MS
