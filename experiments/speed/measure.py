@@ -12,7 +12,7 @@ import platform
 import resource
 import statistics
 from dataclasses import astuple
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import simpy
@@ -75,11 +75,12 @@ def main() -> None:
     options = parser.parse_args()
     for job in jobs(options.experiment, options.overrides):
         parts = build(job.config, job.seed)
-        wall_s = []
+        wall_s, cpu_s = [], []
         for _ in range(options.runs):
-            started_s = perf_counter()
+            started_s, started_cpu_s = perf_counter(), process_time()
             records, run = serve(job, parts)
             wall_s.append(perf_counter() - started_s)
+            cpu_s.append(process_time() - started_cpu_s)
         result = {
             "experiment": options.experiment,
             "arm": job.arm,
@@ -88,6 +89,7 @@ def main() -> None:
             "preemptions": run.stats.preemptions,
             "loop_s_median": round(statistics.median(wall_s), 3),
             "loop_s_min": round(min(wall_s), 3),
+            "loop_cpu_s_median": round(statistics.median(cpu_s), 3),
             "requests_per_s": round(run.requests / statistics.median(wall_s)),
             "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "digest": digest(records, run),
