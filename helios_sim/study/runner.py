@@ -61,12 +61,12 @@ def _execute(jobs: dict[str, Job], processes: int | None) -> Iterator[tuple[str,
     wanted = min(len(jobs), (os.cpu_count() or 1) if processes is None else processes)
     if wanted <= 1 or (processes is None and len(jobs) < JOBS_WORTH_A_POOL):
         for key, job in jobs.items():
-            yield key, run_job(job)
+            yield key, _run(job)
         return
     # spawn: the same on every platform, and no thread of this process is copied half-way
     pool = ProcessPoolExecutor(wanted, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
     try:
-        futures = {pool.submit(run_job, job): key for key, job in jobs.items()}
+        futures = {pool.submit(_run, job): key for key, job in jobs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
         pool.shutdown()
@@ -81,6 +81,14 @@ def _execute(jobs: dict[str, Job], processes: int | None) -> Iterator[tuple[str,
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
+
+
+def _run(job: Job) -> JobResult:
+    """Says in a UserError which arm it is about."""
+    try:
+        return run_job(job)
+    except UserError as error:
+        raise UserError(f"{job.arm}, seed {job.seed}: {error.key}", error.value, error.allowed, error.fix) from error
 
 
 def _leave_interrupts_to_parent() -> None:
