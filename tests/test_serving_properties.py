@@ -125,6 +125,7 @@ def run(
     pool_blocks: int,
     leap: bool,
     made: dict | None = None,
+    schedule_ahead: int = 0,
 ) -> Served:
     made = made or profiles(0.001, 2**30)
     traces = {
@@ -144,6 +145,7 @@ def run(
         replicas=replicas,
         router=router,
         leap=leap,
+        schedule_ahead=schedule_ahead,
     )
 
 
@@ -157,10 +159,10 @@ cases = {
 
 
 @SLOW
-@given(**cases)
-def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, router, pool_blocks) -> None:
-    leaping = run(workload, script, replicas, router, pool_blocks, leap=True)
-    stepping = run(workload, script, replicas, router, pool_blocks, leap=False)
+@given(**cases, ahead=st.sampled_from([0, 1]))
+def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, router, pool_blocks, ahead) -> None:
+    leaping = run(workload, script, replicas, router, pool_blocks, True, None, ahead)
+    stepping = run(workload, script, replicas, router, pool_blocks, False, None, ahead)
     assert leaping.records == stepping.records
     for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
         assert fast.decisions == slow.decisions
@@ -168,13 +170,13 @@ def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, r
 
 
 @SLOW
-@given(**cases, sync_s=st.sampled_from([0.0, 2e-5]))
+@given(**cases, sync_s=st.sampled_from([0.0, 2e-5]), ahead=st.sampled_from([0, 1]))
 def test_they_do_so_too_where_every_iteration_costs_something_else(
-    workload, script, replicas, router, pool_blocks, sync_s
+    workload, script, replicas, router, pool_blocks, sync_s, ahead
 ) -> None:
     made = uneven_profiles(sync_s)
-    leaping = run(workload, script, replicas, router, pool_blocks, leap=True, made=made)
-    stepping = run(workload, script, replicas, router, pool_blocks, leap=False, made=made)
+    leaping = run(workload, script, replicas, router, pool_blocks, True, made, ahead)
+    stepping = run(workload, script, replicas, router, pool_blocks, False, made, ahead)
     assert leaping.records == stepping.records
     assert asdict(leaping.run.stats) == asdict(stepping.run.stats)
 

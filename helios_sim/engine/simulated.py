@@ -164,6 +164,7 @@ def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -
         propagated_tokens=depths.propagated_tokens,
         prefill=chunks,
         host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
+        host_ahead=plan.host_ahead,
         loading=plan.loading,
     )
 

@@ -78,6 +78,7 @@ class Situation:
     seed: int  # for whatever the policy draws
     expected: ExpectedLoad | None = None  # None: nothing is known beforehand
     outlook: Outlook | None = None
+    schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Composition:
     propagated_tokens: IntArray | None = None  # (K, S) rows for which band s computes K and V only
     prefill: tuple[PrefillChunk, ...] = ()  # the same in each of the K iterations; with any, K is 1
     host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band
+    host_ahead: bool = False  # the host prepares the next iteration meanwhile: its overhead runs beside the device
     loading: bool = False  # weights stream into the card meanwhile
 
     @property

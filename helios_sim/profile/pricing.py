@@ -1,7 +1,9 @@
 """Time of an iteration from lookups and the host's costs. Knows no memory, no file and no policy.
 
 Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
-checks that the host must see, an iteration is one such group; each check ends one.
+checks that the host must see, an iteration is one such group; each check ends one. The host's own overhead comes on
+top, unless it prepares the next iteration while this one runs (`host_ahead`, without such checks): then it is part of
+the host's side.
 """
 
 from __future__ import annotations
@@ -127,11 +129,15 @@ class Pricing:
                     device_s, layers = 0.0, 0
         if sampled or layers:
             total_s += self._group_s(device_s + self._head.scalar(sampled), layers, slowdown)
+        if c.host_ahead:
+            return max(total_s, self._launch_s(layers) + runtime.host_overhead_s) * self._time_factor
         return (total_s + runtime.host_overhead_s) * self._time_factor
 
+    def _launch_s(self, layers: int) -> float:
+        return layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
+
     def _group_s(self, device_s: float, layers: int, slowdown: float) -> float:
-        host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
-        return max(device_s * slowdown, host_s)
+        return max(device_s * slowdown, self._launch_s(layers))
 
     def _many(self, c: Composition) -> FloatArray:
         """Many iterations without prefill; the operations of `_one`, in its order, over arrays of shape (K, S)."""
@@ -167,7 +173,12 @@ class Pricing:
                         device_s, layers = np.where(ends, 0.0, device_s), np.where(ends, 0, layers)
         last_s = self._groups_s(device_s + self._head.array(c.sampled_tokens), layers, slowdown)
         runs = (c.sampled_tokens > 0) | (layers > 0)
-        return (np.where(runs, total_s + last_s, total_s) + runtime.host_overhead_s) * self._time_factor
+        total_s = np.where(runs, total_s + last_s, total_s)
+        if c.host_ahead:
+            host_s = (layers * runtime.launch_s_per_layer + runtime.launch_s_per_graph) + runtime.host_overhead_s
+            ahead_s: FloatArray = np.maximum(total_s, host_s) * self._time_factor
+            return ahead_s
+        return (total_s + runtime.host_overhead_s) * self._time_factor
 
     def _groups_s(self, device_s: FloatArray, layers: IntArray, slowdown: float) -> FloatArray:
         host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph

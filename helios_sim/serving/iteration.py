@@ -52,6 +52,7 @@ class Plan:
     service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
     max_iterations: int  # 1 whenever there is prefill
     new_blocks: IntArray  # (max_iterations,) KV blocks that the decodes take up by the end of each iteration
+    host_ahead: bool  # the host plans the next iteration while this one runs
     loading: bool  # weights stream in meanwhile
 
 

@@ -36,6 +36,7 @@ class Limits:
     admission_open: bool
     observe_tokens: int | None  # a leap ends where a request has been observed for long enough
     leap: bool
+    seen_until_ns: int | None  # only requests that had arrived by then are known to the planner; None: all are
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,13 @@ def schedule(
 
     starts_left = limits.starts_left
     blocked = preempted or not limits.admission_open
+    unseen = False
     while waiting and not blocked and budget > 0 and len(batch) < limits.running_requests:
         sequence = waiting[0]
         if not sequence.started and starts_left == 0:
+            break
+        if limits.seen_until_ns is not None and sequence.request.arrival_ns > limits.seen_until_ns:
+            unseen = True
             break
         admission = admit(sequence)
         if admission is Admission.DROPPED:
@@ -102,7 +107,7 @@ def schedule(
     if not decoding and not prefill:
         return None
     iterations = 1
-    if limits.leap and not prefill and decoding == len(batch) and not preempted:
+    if limits.leap and not prefill and decoding == len(batch) and not preempted and not unseen:
         iterations = _leap_iterations(batch, demand.iterations_that_fit(pool.free_blocks), limits.observe_tokens)
     return Schedule(tuple(prefill), iterations, demand.after(iterations))
 

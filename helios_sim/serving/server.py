@@ -11,6 +11,7 @@ from typing import Any
 import simpy
 from simpy.events import Event, EventPriority
 
+from helios_sim.exits.rule import PerToken
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.batch import Sequence
@@ -48,6 +49,7 @@ class Server:
         self._idle: Event | None = None
         self._outcome: Outcome | None = None  # of the iterations in progress
         self._cut = 0  # how many of them will be used
+        self._planned_ns: int | None = None  # start of the latest iteration; None: the server was idle since
         self._transitions.start(self._decider.start())
         self._process = env.process(self._run())
 
@@ -65,13 +67,17 @@ class Server:
                 yield self._event_at(probe_end_ns)
                 continue
             self._transitions.follow_plan()
-            plan = self._plan()
+            plan = self._plan(self._planned_ns if self._ahead else None)
+            if plan is None and self._ahead and self._planned_ns is not None:
+                self._planned_ns = None  # with nothing to run, whoever has arrived meanwhile is seen at once
+                continue
             if plan is None:
                 yield from self._wait_idle()
                 continue
             started_ns = replica.now_ns
             outcome = replica.engine.execute(plan, started_ns)
             yield from self._wait_for(outcome, self._decider.iterations_until_trigger(plan, outcome))
+            self._planned_ns = int(outcome.end_ns[self._cut - 2]) if self._cut > 1 else started_ns
             self._decider.count_breaches(plan, outcome, self._cut)
             commit(replica, plan, outcome, self._cut, started_ns)
 
@@ -93,7 +99,9 @@ class Server:
         next_in_line = not replica.waiting
         replica.waiting.append(sequence)
         if self._decider.watches_queue or (next_in_line and self._could_start()):
-            self._notify(turn_passed=from_replica is not None and from_replica > replica.number)
+            passed = from_replica is not None and from_replica > replica.number
+            # Planned ahead, the iteration after the one in progress is settled already.
+            self._notify(turn_passed=passed, settled=1 if self._ahead and not passed else 0)
 
     def finish(self) -> None:
         """Ends the run: whatever is still here leaves as unfinished."""
@@ -132,7 +140,13 @@ class Server:
         has_place = len(replica.batch) < replica.running_limit
         return not self._transitions.draining and replica.starts_left != 0 and has_place
 
-    def _plan(self) -> Plan | None:
+    @property
+    def _ahead(self) -> bool:
+        """An exit check that the host must see is a barrier: nothing is planned across it."""
+        replica = self._replica
+        return replica.situation.schedule_ahead > 0 and not isinstance(replica.deployment.exit_rule, PerToken)
+
+    def _plan(self, seen_until_ns: int | None) -> Plan | None:
         replica, deployment = self._replica, self._replica.deployment
         limits = Limits(
             batch_tokens=replica.situation.max_batch_tokens,
@@ -141,6 +155,7 @@ class Server:
             admission_open=not self._transitions.closed,
             observe_tokens=deployment.observe_tokens,
             leap=self._leap,
+            seen_until_ns=seen_until_ns,
         )
         scheduled = schedule(
             replica.batch, replica.waiting, replica.pool, limits, admit=self._admit, preempt=replica.preempt
@@ -163,6 +178,7 @@ class Server:
             service_plan=deployment.plan,
             max_iterations=scheduled.max_iterations,
             new_blocks=scheduled.new_blocks,
+            host_ahead=self._ahead,
             loading=self._transitions.loading,
         )
 
@@ -192,16 +208,17 @@ class Server:
         yield self._idle
         self._idle = None
 
-    def _notify(self, turn_passed: bool = False) -> None:
+    def _notify(self, turn_passed: bool = False, settled: int = 0) -> None:
         """Something acted on this replica: wake it, or end its leap with the iteration in progress.
 
         `turn_passed`: whoever acted comes after this server at equal times, so an iteration that ends now is over.
+        `settled`: further iterations that nobody can change any more.
         """
         if self._idle is not None:
             if not self._idle.triggered:
                 _schedule(self._env, self._idle, SERVER_PRIORITY + self._replica.number, 0)
         elif self._outcome is not None:
-            cut = self._outcome.iterations_until(self._replica.now_ns, turn_passed)
+            cut = self._outcome.iterations_until(self._replica.now_ns, turn_passed) + settled
             if cut < self._cut:
                 self._cut = cut
                 self._process.interrupt()

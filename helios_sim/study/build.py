@@ -94,6 +94,7 @@ def build(config: Config, seed: int) -> Parts:
         seed=seed,
         expected=_expected(workload, seed),
         outlook=Foresight(workload, seed, models),
+        schedule_ahead=config.server.schedule_ahead,
     )
     return Parts(workload, models, situation)
 

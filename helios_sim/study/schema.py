@@ -72,11 +72,13 @@ class ServerConfig:
     memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
     block_tokens: int = 16
     replicas: int = 1
+    schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     router: str = "round_robin"  # round_robin, least_loaded
 
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
             require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
+        require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
 

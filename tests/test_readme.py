@@ -1,0 +1,40 @@
+"""What the README shows works as it is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import helios_sim.__main__ as command_line
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, capsys) -> None:
+    (code,) = re.findall(r"```python\n# my_policy.py\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 32
+    (tmp_path / "my_policy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["helios_sim", "policy=custom", "policy.object=my_policy:CutWhenBusy", "+policy.settings.queue=2",
+         "workload.n_requests=40", "workload.arrivals.kind=all_at_once", "server.max_running_requests=8",
+         "subject=custom", f"hydra.run.dir={tmp_path}/out"],
+    )  # fmt: skip
+    status = command_line.main()
+    streams = capsys.readouterr()
+    assert status == 0, streams.err
+    summary = json.loads(streams.out.strip().splitlines()[-1])
+    layers = summary["arms"]["custom"]["metrics"]["layers_per_token"]
+    assert 6 <= layers < 24
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "wait: cut at layer 6" in page
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))))
+def test_links_lead_somewhere(path: str) -> None:
+    assert (README.parent / path).exists()
