@@ -134,10 +134,12 @@ def test_a_switch_drains_and_loads_meanwhile_if_there_is_room(
     assert switched_ms in (load_begins_ms + 10, 20)
 
 
-def test_a_request_that_loses_its_place_during_the_drain_still_finishes_where_it_began() -> None:
-    """Room for 40 tokens; two requests that need 29 each. The newer is preempted, during the drain, and comes back."""
-    first = replace(full_depth("a", batch_limit=2), triggers=(AtTime(5 * MS),))
-    rig = {"hbm_bytes": WHOLE + 40 * 16, "block_tokens": 1}
+@pytest.mark.parametrize("standby", [(), (Placement("b", 4),)])
+def test_a_request_that_loses_its_place_during_the_drain_still_finishes_where_it_began(standby) -> None:
+    """Room for 40 tokens; two requests that need 29 each. The newer is preempted, during the drain, and comes back,
+    whether or not b is there already."""
+    first = replace(full_depth("a", batch_limit=2), standby=standby, triggers=(AtTime(5 * MS),))
+    rig = {"hbm_bytes": (2 if standby else 1) * WHOLE + 40 * 16, "block_tokens": 1}
     served = run(first, [full_depth("b")], workload(3, 10, 20), flat("a") | flat("b"), **rig)
     assert [r.model for r in served.by_request()] == ["a", "a", "b"]
     assert [r.preemptions for r in served.by_request()] == [0, 1, 0]
