@@ -179,6 +179,25 @@ def test_migration_keeps_the_answer_and_prefills_the_text_so_far(asked_ms: int) 
     assert record.first_token_ns == 1 * MS
 
 
+def test_an_answer_may_move_twice() -> None:
+    """5 tokens of one character on a, 4 of two on b, the rest on a again: 40 characters in all, within one of b's
+    tokens, since b began inside of one."""
+    both = {"a": flat_profile(0.001, name="a"), "b": flat_profile(0.001, name="b", chars_per_token=2)}
+    traces = {
+        name: synthetic_trace(name, (2, 4), tokens=n, chars_per_token=c) for name, n, c in (("a", 100, 1), ("b", 50, 2))
+    }
+    there = (Placement("a", 4), Placement("b", 4))
+    first = replace(full_depth("a"), standby=there, triggers=(AtTime(5 * MS),))
+    to_b = replace(full_depth("b"), standby=there, in_flight=InFlight.MIGRATE, triggers=(AtTime(9 * MS),))
+    back = replace(full_depth("a"), standby=there, in_flight=InFlight.MIGRATE)
+    served = run(first, [to_b, back], workload(1, 10, 40), both, traces=traces)
+    record = served.records[0]
+    assert (record.model, record.preemptions, served.run.stats.switches) == ("a", 2, 2)
+    assert abs(5 + 4 * 2 + (record.output_tokens - 9) - 40) <= 2
+    assert record.layers_run == 4 * record.output_tokens
+    assert record.last_token_ns == record.output_tokens * MS
+
+
 def test_a_standby_model_is_there_at_once() -> None:
     standby = (Placement("b", 4),)
     first = replace(full_depth("a"), standby=standby, triggers=(Completed(1),))
