@@ -10,6 +10,7 @@ from helios_sim.report.definitions import DEFINITIONS, Better
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint
 
 ATTAINMENT = 0.99
+PROFILE_ERROR = "profile_time_factor"  # a sweep's setting
 
 
 def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
@@ -27,6 +28,27 @@ def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[s
         crossings = break_even(points, figure.x, subject, metric)
         sentences.append(_break_even_sentence(result, subject, metric, points, figure.x, crossings))
     return sentences
+
+
+def error_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
+    """Whether the subject stays on its side of the baseline when the profile is off; empty without such a sweep."""
+    by_setting: dict[tuple[tuple[str, object], ...], dict[float, float]] = {}
+    for point in result.points:
+        ratio = point.vs_baseline.get(subject, {}).get(metric)
+        if PROFILE_ERROR in point.settings and ratio is not None and ratio.ratio:
+            others = tuple((key, value) for key, value in point.settings.items() if key != PROFILE_ERROR)
+            by_setting.setdefault(others, {})[float(point.settings[PROFILE_ERROR])] = ratio.ratio
+    if not by_setting:
+        return []
+    factors = sorted({factor for ratios in by_setting.values() for factor in ratios})
+    turned = [others for others, ratios in by_setting.items() if len({ratio < 1 for ratio in ratios.values()}) > 1]
+    spread = max(max(ratios.values()) / min(ratios.values()) for ratios in by_setting.values()) - 1
+    scaled = f"With every iteration {factors[0]:g} to {factors[-1]:g} times as long"
+    moved = f"the ratio moves by at most {spread:.0%}"
+    if not turned:
+        return [f"{scaled}, {subject} stays on the same side of {result.baseline} at every setting; {moved}."]
+    where = "; ".join(", ".join(f"{key} {value}" for key, value in others) for others in turned)
+    return [f"{scaled}, the verdict turns at {where}; {moved}."]
 
 
 def highest_rate(points: Sequence[SweepPoint], x: str, arm: str) -> float | None:

@@ -12,7 +12,7 @@ from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import MetricValue
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, headline_metrics
-from helios_sim.study.findings import load_findings
+from helios_sim.study.findings import error_findings, load_findings
 from helios_sim.study.schema import Config
 
 EVEN = 0.01  # ratios closer to 1 than this are called even
@@ -33,6 +33,7 @@ def verdict(
         sentences.append(_changes(subject, metrics))
     sentences.append(_best(result, name, comparable))
     sentences += load_findings(result, subject, name)
+    sentences += error_findings(result, subject, name)
     return tuple(filter(None, sentences))
 
 
