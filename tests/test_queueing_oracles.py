@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from rig import full_depth, serve
 
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import Constant, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
+from rig import full_depth, serve
 
 ITERATION_S = 0.001
 OUTPUT_TOKENS = 200  # a request takes one iteration for its prompt and one for each further token
