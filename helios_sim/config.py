@@ -129,7 +129,7 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
     if policy in (None, "none") or not file.is_file():
         allowed = "settings of a policy need a policy"
         return UserError(key, value, allowed, "choose one first, such as policy=helios policy.round_requests=50")
-    names = [f"policy.{name}" for name in OmegaConf.load(file) if name not in ("name", "arm")]
+    names = [f"policy.{name}" for name in map(str, OmegaConf.load(file)) if name not in ("name", "arm")]
     allowed = f"{policy} knows {', '.join(name.removeprefix('policy.') for name in names)}"
     return UserError(key, value, allowed, _closest(key, names) or "correct the name or leave it out")
 
