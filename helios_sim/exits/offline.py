@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import first_true
 from helios_sim.exits.rule import Confidence
-from helios_sim.exits.trace import ExitTrace
+from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ def offline_exits(
 
 
 def _rows(trace: ExitTrace, tasks: Collection[str] | None) -> slice | NDArray[np.bool_]:
-    if tasks is None or trace.tasks == ("*",):
+    if tasks is None or trace.tasks == (ANY_TASK,):
         return slice(None)
     wanted = [name in tasks for name in trace.tasks]
     missing = sorted(set(tasks) - set(trace.tasks))

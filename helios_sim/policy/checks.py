@@ -5,12 +5,6 @@ from __future__ import annotations
 from helios_sim.errors import UserError
 
 
-def check_share(key: str, value: float) -> None:
-    """Raises UserError unless 0 <= value <= 1."""
-    if not 0.0 <= value <= 1.0:
-        raise UserError(f"policy.{key}", value, "a number from 0 to 1", f"set policy.{key} within that range")
-
-
 def check_positive(key: str, value: float | None) -> None:
     """Raises UserError unless value > 0 (None stands for "not given" and passes)."""
     if value is not None and not value > 0:

@@ -32,7 +32,7 @@ class KvRule(StrEnum):
 
     PROPAGATE = "propagate"  # computed from the exit's hidden state in the same iteration
     RECOMPUTE = "recompute"  # the token runs the layers later, with the next token of its request that goes there
-    NONE = "none"  # nothing above the cap is loaded, so none is needed
+    NONE = "none"  # no later token of its request goes deeper, or it needs none there (the oracle)
 
 
 class InFlight(StrEnum):

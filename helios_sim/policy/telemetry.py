@@ -49,10 +49,6 @@ class ExpectedLoad:
     arrival_rate_per_s: float | None = None  # open arrivals; None: a full queue, or a closed loop
     closed_loop_users: int | None = None  # each sends the next request when the last is answered; None: open
 
-    @property
-    def closed(self) -> bool:
-        return self.closed_loop_users is not None
-
 
 class Outlook(Protocol):
     """What no real policy can know: the requests to come and the exits of their answers. For the oracle only."""
@@ -96,17 +92,17 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """Read at the end of an iteration. Means are over what was served since the last placement change."""
+    """Read at the end of an iteration, or of the wait of an idle server."""
 
     now_ns: int
     completed_requests: int  # since the run began
     queued_requests: int
     running_requests: int
-    batch_mean: float | None  # running requests per decode iteration, time-weighted
+    batch_mean: float | None  # running requests while some decode, by time, since the last placement change
     prompt_tokens_mean: float | None  # of the latest completed requests (up to 256), in the active model's tokens
     output_tokens_mean: float | None
     arrival_rate_per_s: float | None  # over the latest 256 arrivals
-    breaches_in_window: int
+    breaches_in_window: int  # of the trigger that fired, or of the deployment's first breach limit
     observations: tuple[Observation, ...]  # new since the last decision
 
 

@@ -5,7 +5,7 @@ Knows what a request has done so far; knows neither time nor memory sizes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -37,7 +37,6 @@ class Sequence:
     started: bool = False  # counted against the deployment's admission limit
     earlier_chars: int = 0  # answer already given by another model, before a migration
     earlier_tokens: int = 0
-    previous: list[str] = field(default_factory=list)
 
     @property
     def prefill_tokens(self) -> int:
@@ -58,7 +57,7 @@ class Column(IntEnum):
     BREACH = 9
     AGREED = 10
     EVALUATED = 11
-    LAST_TOKEN_NS = 12  # when its latest token was produced
+    LAST_TOKEN_NS = 12  # when its latest token was produced; -1 before the first, since a table has no None
 
 
 class RunningBatch:

@@ -25,7 +25,7 @@ LEAP_ITERATIONS = 256  # bounds the memory of one leap; results do not depend on
 class Admission(Enum):
     READY = auto()
     DROPPED = auto()  # left the queue: it can never run
-    LATER = auto()  # it runs on another model than the active one
+    LATER = auto()  # it waits for another model, for the end of a drain, or for room that a change may bring
 
 
 @dataclass(frozen=True, slots=True)
