@@ -198,6 +198,30 @@ def test_scaled_constants_use_the_batch_that_was_seen() -> None:
     assert later.triggers == (BreachLimit(4000, 2000), Completed(400))
 
 
+def test_scaled_constants_leave_out_the_small_batches_of_a_round() -> None:
+    """A round of 5 prompts runs a batch of 5 or fewer, whatever the server will run afterwards."""
+    policy = helios(constants=Constants.BATCH_SCALED)
+    policy.start(situation(expected=ExpectedLoad(10.0, 21.0, closed_loop_users=40), max_running_requests=40))
+    policy.decide(Drained(), seen(5, batch=3.0))
+    first = policy.decide(Drained(), seen(10, batch=3.0))
+    assert first is not None
+    assert first.triggers == (BreachLimit(4000, 2000), Completed(400))
+    policy.decide(Completed(400), seen(410, batch=30.0))
+    policy.decide(Drained(), seen(440, batch=20.0))  # as the batch drained
+    policy.decide(Drained(), seen(445, batch=3.0))
+    second = policy.decide(Drained(), seen(450, batch=3.0))
+    assert second is not None
+    assert second.triggers == (BreachLimit(3000, 1500), Completed(300))
+
+
+def test_the_log_of_a_breach_names_the_limit_that_was_exceeded() -> None:
+    policy = helios(evaluation=Evaluation.OFF, constants=Constants.BATCH_SCALED, on_breach=BreachAction.LOAD_ONLY)
+    policy.start(situation())
+    raised = policy.decide(BreachLimit(300, 150), seen(50, now_s=1.0, running=2, batch=7.0))
+    assert raised is not None
+    assert raised.reason.startswith("more than 150 of 300 tokens")
+
+
 @pytest.mark.parametrize(
     ("standby", "kept"),
     [(Standby.NONE, ()), (Standby.CAPS, (Placement("large", 2),)), (Standby.WHOLE, (Placement("large", 8),))],

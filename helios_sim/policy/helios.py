@@ -51,7 +51,8 @@ class HeliosPolicy:
         """One step of the round, or the answer to a breach."""
         for observation in telemetry.observations:
             self._chooser.assessor.history.add(observation, telemetry.completed_requests)
-        if telemetry.batch_mean is not None:
+        # While admission is limited the batch is that of a round or a drain, not what the constants scale with.
+        if telemetry.batch_mean is not None and self._deployment.admit_limit is None:
             self._batch = telemetry.batch_mean
         moment = Moment(
             load=seen_load(self._situation, telemetry, self._deployment.active.model),
@@ -70,7 +71,7 @@ class HeliosPolicy:
             case Drained() | Probed():
                 decided = self._conclude(moment)
             case BreachLimit():
-                decided = self._answer_breach(moment, telemetry)
+                decided = self._answer_breach(cause, moment, telemetry)
         if decided is not None:
             self._deployment = decided
         return decided
@@ -133,11 +134,11 @@ class HeliosPolicy:
         reason = f"{placement.model}, {where}, has the least predicted cost of the next {requests} requests"
         return self._serve(placement, requests, reason, choice.evidence)
 
-    def _answer_breach(self, moment: Moment, telemetry: Telemetry) -> Deployment | None:
-        p, constants, now = self.parameters, self._constants, self._deployment.active
+    def _answer_breach(self, cause: BreachLimit, moment: Moment, telemetry: Telemetry) -> Deployment | None:
+        p, now = self.parameters, self._deployment.active
         if self._answered_ns is not None:
             since_s = (telemetry.now_ns - self._answered_ns) / NS_PER_S
-            if since_s < constants.cooldown_s:
+            if since_s < self._constants.cooldown_s:
                 return None
         remaining = max(1, self._round_ends - moment.completed_requests)
         choice = self._chooser.after_breach(moment, remaining)
@@ -150,7 +151,7 @@ class HeliosPolicy:
         else:
             action = f"switch to {placement.model} cut at layer {placement.layers}"
         reason = (
-            f"more than {constants.limit} of {constants.window_tokens} tokens left {now.model} at layer {now.layers} "
+            f"more than {cause.limit} of {cause.window_tokens} tokens left {now.model} at layer {now.layers} "
             f"without confidence: {action}"
         )
         evidence = {"breaches_in_window": telemetry.breaches_in_window, **choice.evidence}
