@@ -41,6 +41,11 @@ def test_a_rate_that_is_met_again_later_does_not_count() -> None:
     assert highest_rate([point(1, 1.0), point(2, 0.5), point(4, 1.0)], "rate", "ours") < 2
 
 
+def test_it_is_said_where_it_is_met_again() -> None:
+    result = Result([point(1, 1.0), point(2, 0.98), point(4, 0.995), point(8, 0.5)])
+    assert "ours 1.4/s (and again at 4)" in load_findings(result, "ours", "e2e_s_mean")[0]
+
+
 def test_break_even_is_where_the_ratio_crosses_one() -> None:
     """Ratios 1/2 and 2 are as far from 1 either way: half-way between 2/s and 8/s."""
     assert break_even([point(2, 1, 0.5), point(8, 1, 2.0)], "rate", "ours", "e2e_s_mean") == pytest.approx([4.0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,7 @@ from helios_sim.exits.offline import offline_exits
 from helios_sim.exits.published import THRESHOLD
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
+from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
@@ -45,6 +47,7 @@ from helios_sim.workload import (
     Poisson,
     Step,
     TaskMix,
+    Trace,
     TraceArrivals,
     TraceLengths,
     Workload,
@@ -53,6 +56,7 @@ from helios_sim.workload import (
 )
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
+_Value = TypeVar("_Value", float, int, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def build(config: Config, seed: int) -> Parts:
     profiles = {name: build_profile(config, name) for name in config.models}
     models, candidates = {}, {}
     for name, profile in profiles.items():
-        trace = _trace(config, name, profile)
+        trace = _exit_trace(config, name, profile)
         models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
         offline = offline_exits(trace, threshold(config), confidence(config))
         candidates[name] = Candidate(profile, offline)
@@ -123,7 +127,7 @@ def confidence(config: Config) -> Confidence:
     return choose(Confidence, "exits.confidence", config.exits.confidence)
 
 
-def _trace(config: Config, model: str, profile: Profile):  # type: ignore[no-untyped-def]
+def _exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     exits = config.exits
     if exits.source == "none":
         return no_exits(profile.model)
@@ -169,10 +173,10 @@ def build_workload(config: WorkloadConfig) -> Workload:
     )  # fmt: skip
 
 
-def _given(key: str, value: float | str | None, why: str) -> float:
+def _given(key: str, value: _Value | None, why: str) -> _Value:
     if value is None:
         raise UserError(key, None, f"{why} needs a value", f"set {key}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _unknown(key: str, value: str, kinds: str) -> UserError:
@@ -193,31 +197,45 @@ def _arrivals(c: ArrivalsConfig) -> Arrivals:
         case "all_at_once":
             return AllAtOnce()
         case "closed_loop":
-            return ClosedLoop(int(_given("workload.arrivals.users", c.users, "a closed loop")))
+            return ClosedLoop(_given("workload.arrivals.users", c.users, "a closed loop"))
         case "trace":
-            return TraceArrivals(read_trace(_file("workload.arrivals.trace", c.trace)), c.rate_scale)
+            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace), c.rate_scale)
     raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
 
 
-def _file(key: str, path: str | None) -> str:
-    return str(_given(key, path, "a trace"))
+def _recorded(key: str, path: str | None) -> Trace:
+    with _under("workload.trace", key):
+        return read_trace(_given(key, path, "a trace"))
+
+
+@contextmanager
+def _under(general: str, key: str) -> Iterator[None]:
+    """Specifications name a setting in general; here it is known which of several it is."""
+    try:
+        yield
+    except UserError as error:
+        if error.key.startswith(key) or not error.key.startswith(general):
+            raise
+        raise error.about(key + error.key.removeprefix(general)) from error
 
 
 def _lengths(c: LengthsConfig) -> Lengths:
     match c.kind:
         case "drawn":
-            return DrawnLengths(
-                _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
-            )
+            with _under("workload.lengths", "workload.lengths.prompt"):
+                prompt = _length("workload.lengths.prompt", c.prompt)
+            with _under("workload.lengths", "workload.lengths.output"):
+                output = _length("workload.lengths.output", c.output)
+            return DrawnLengths(prompt, output)
         case "trace":
-            return TraceLengths(read_trace(_file("workload.lengths.trace", c.trace)), c.resample)
+            return TraceLengths(_recorded("workload.lengths.trace", c.trace), c.resample)
     raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
 
 
 def _length(key: str, c: LengthConfig) -> Length:
     match c.kind:
         case "fixed":
-            return Fixed(int(_given(f"{key}.value", c.value, "a fixed length")))
+            return Fixed(_given(f"{key}.value", c.value, "a fixed length"))
         case "exponential":
             return Exponential(_given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
         case "lognormal":
@@ -232,15 +250,16 @@ def _length(key: str, c: LengthConfig) -> Length:
 
 
 def _mix(c: MixConfig) -> TaskMix:
-    tasks = tuple(dict.fromkeys((*c.tasks, *(c.after or {}))))
+    tasks = tuple(dict.fromkeys((*c.tasks, *c.after)))
     shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
-    after = None if c.after is None else tuple(float(c.after.get(task, 0.0)) for task in tasks)
+    after = tuple(float(c.after.get(task, 0.0)) for task in tasks) if c.after else None
     return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per))
 
 
 def _drift(c: MixConfig) -> Drift | None:
     def position(name: str) -> float:
-        return _given(f"workload.mix.{name}", getattr(c, name), f"{c.drift} drift")
+        value: float | None = getattr(c, name)
+        return _given(f"workload.mix.{name}", value, f"{c.drift} drift")
 
     match c.drift:
         case None:

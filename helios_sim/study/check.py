@@ -12,6 +12,8 @@ import simpy
 
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import FixedCap, PerToken
+from helios_sim.policy.deployment import Deployment
 from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Router
@@ -44,8 +46,10 @@ def check_study(plan: StudyPlan) -> None:
         if job.entry["policy"] not in NOT_TRIED:
             parts, env = built[_same_parts(job.config)], simpy.Environment()
             policy = policy_of(job.entry, job.config)
+            engine = SimulatedEngine(env, parts.models)
             with _of_arm(job):
-                Server(env, 0, SimulatedEngine(env, parts.models), policy, parts.situation, lambda record: None)
+                server = Server(env, 0, engine, policy, parts.situation, lambda record: None)
+                _check_threshold(parts, server.decisions[0].deployment)
 
 
 @contextmanager
@@ -56,7 +60,14 @@ def _of_arm(job: Job) -> Iterator[None]:
     except UserError as error:
         if job.arm not in job.config.arms:  # the one that `policy` added
             raise
-        raise UserError(f"arms.{job.arm}: {error.key}", error.value, error.allowed, error.fix) from error
+        raise error.about(f"arms.{job.arm}: {error.key}") from error
+
+
+def _check_threshold(parts: Parts, first: Deployment) -> None:
+    """UserError where the recorded exits cannot answer the rule of an arm's first deployment."""
+    rule = first.exit_rule
+    if isinstance(rule, FixedCap | PerToken):
+        parts.models[first.active.model].trace.trace.confident_at(rule.threshold, rule.confidence)
 
 
 def _same_parts(config: Config) -> str:

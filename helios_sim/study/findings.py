@@ -23,7 +23,10 @@ def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[s
         points = sorted((p for p in points if figure.x in p.settings), key=lambda p: float(p.settings[figure.x]))
         if result.slo.any:
             carried = {arm: highest_rate(points, figure.x, arm) for arm in result.arms}
-            known = ", ".join(f"{arm} {_rate(points, figure.x, rate)}" for arm, rate in carried.items())
+            known = ", ".join(
+                f"{arm} {_rate(points, figure.x, rate)}{_again(points, figure.x, arm, rate)}"
+                for arm, rate in carried.items()
+            )
             sentences.append(f"Highest rate with {ATTAINMENT:.0%} of requests inside the service levels: {known}.")
         crossings = break_even(points, figure.x, subject, metric)
         sentences.append(_break_even_sentence(result, subject, metric, points, figure.x, crossings))
@@ -92,6 +95,14 @@ def _break_even_sentence(
         return f"In {label}, {subject} cannot be compared with {result.baseline}."
     better = (ratio.ratio < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
     return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at every rate tried."
+
+
+def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None) -> str:
+    """Higher rates at which the arm meets the levels after all: a dip, or a queue that changes the policy's mind."""
+    beyond = [p for p in points if float(p.settings[x]) > (carried or 0.0)]
+    met = [p for p in beyond if isinstance(a := p.metrics[arm].get("slo_attainment"), float) and a >= ATTAINMENT]
+    rates = ", ".join(f"{float(p.settings[x]):g}" for p in met)
+    return f" (and again at {rates})" if met else ""
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -88,7 +88,7 @@ def _run(job: Job) -> JobResult:
     try:
         return run_job(job)
     except UserError as error:
-        raise UserError(f"{job.arm}, seed {job.seed}: {error.key}", error.value, error.allowed, error.fix) from error
+        raise error.about(f"{job.arm}, seed {job.seed}: {error.key}") from error
 
 
 def _leave_interrupts_to_parent() -> None:

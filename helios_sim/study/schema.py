@@ -46,7 +46,7 @@ class LengthsConfig:
 @dataclass
 class MixConfig:
     tasks: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] | None = None  # shares to which the mix drifts
+    after: dict[str, float] = field(default_factory=dict)  # shares to which the mix drifts; empty: it does not
     drift: str | None = None  # step, linear, periodic
     at: float | None = None  # step
     start: float | None = None  # linear

@@ -115,7 +115,7 @@ def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], .
         facts.append((label, f"mean {tokens.mean():.0f}, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"))
     shares = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.tasks.items())
     facts.append(("task shares", shares))
-    if config.workload.mix.after is not None:
+    if config.workload.mix.after:
         after = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.after.items())
         facts.append((f"drift ({config.workload.mix.drift})", f"to {after}"))
     return tuple(facts)
