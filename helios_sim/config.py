@@ -87,7 +87,7 @@ def in_words(error: Exception, arguments: Sequence[str] = ()) -> UserError:
             return UserError(key, None, "it has no default and needs a value", f"set {key}")
         wrong = _wrong(key, given(key, arguments), text, arguments)
         if file := re.search(r"In '([^']+)'", text):
-            wrong = UserError(f"{file[1]}: {key}", wrong.value, wrong.allowed, wrong.fix)
+            wrong = wrong.about(f"{file[1]}: {key}")
         return wrong
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return UserError("settings", " ".join(arguments), first.rstrip("."), f"correct it; {PRINT_ALL}")

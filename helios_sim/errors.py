@@ -14,5 +14,9 @@ class UserError(ValueError):
         # SimPy makes an error of a process anew from its arguments, and so does pickle.
         super().__init__(key, value, allowed, fix)
 
+    def about(self, key: str) -> UserError:
+        """The same mistake under a key that tells the user more."""
+        return UserError(key, self.value, self.allowed, self.fix)
+
     def __str__(self) -> str:
         return f"{self.key}={self.value!r}: {self.allowed}. Fix: {self.fix}."

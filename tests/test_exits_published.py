@@ -159,12 +159,12 @@ def test_provenance_lists_what_is_assumed() -> None:
     trace = load_trace("opt-1.3b", "published", unchanged=0.8, prompts_per_task=1)
     assert trace.provenance.provenance_class is ProvenanceClass.PUBLISHED
     assumed = {a.change: a.value for a in trace.provenance.assumptions}
-    assert assumed["exits.unchanged"] == 0.8
-    assert assumed["exits.confident_agreement"] == 1.0
+    assert assumed["exits.parameters.unchanged"] == 0.8
+    assert assumed["exits.parameters.confident_agreement"] == 1.0
     helped = trace.provenance.details["late_tokens_helped"]
     assert not helped["fitted"]
     other = load_trace("opt-6.7b", "published", unchanged=0.8, prompts_per_task=1)
-    assert "exits.unchanged" not in {a.change for a in other.provenance.assumptions}
+    assert "exits.parameters.unchanged" not in {a.change for a in other.provenance.assumptions}
 
 
 def test_characters_add_up_to_the_mean() -> None:

@@ -61,8 +61,8 @@ def fit_latent(
     def missed(cross_correlation: float, cut: float = first_cut) -> float:
         return both_above(cut - shift, second_cut - shift, cross_correlation)
 
-    cross = _solve(lambda r: 1 - missed(r) - jointly_early, "exits.jointly_early", jointly_early, (-0.999, 0.999))
-    lag = _solve(lambda r: near_share(r) - near_last_five, "exits.near_last_five", near_last_five, (0.0, 0.99))
+    cross = _solve(lambda r: 1 - missed(r) - jointly_early, "jointly_early", jointly_early, (-0.999, 0.999))
+    lag = _solve(lambda r: near_share(r) - near_last_five, "near_last_five", near_last_five, (0.0, 0.99))
     late, last = 1 - exit_shares[0][0], exit_shares[0][-1]
     return Fit(
         cuts=cuts,
@@ -133,13 +133,13 @@ def _cut(below: float, shift: Floats) -> float:
     return round(float(brentq(lambda cut: ndtr(cut - shift).mean() - below, -40, 40, xtol=1e-12)), _DIGITS)
 
 
-def _solve(excess: Callable[[float], float], key: str, value: float, bracket: tuple[float, float]) -> float:
+def _solve(excess: Callable[[float], float], name: str, value: float, bracket: tuple[float, float]) -> float:
     from scipy.optimize import brentq
 
     low, high = (excess(end) + value for end in bracket)
     if not min(low, high) <= value <= max(low, high):
         raise UserError(
-            key,
+            f"exits.parameters.{name}",
             value,
             f"with these exit shares, from {min(low, high):.3f} to {max(low, high):.3f}",
             "choose one in this range",

@@ -160,7 +160,7 @@ def _provenance(model: str, parameters: PublishedParameters, fitted: Fit) -> Pro
     arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
 
     def assume(name: str, why: str) -> Assumption:
-        return Assumption(f"{model} exits: {name}", chosen[name], why, f"exits.{name}")
+        return Assumption(f"{model} exits: {name}", chosen[name], why, f"exits.parameters.{name}")
 
     assumptions = [
         assume(

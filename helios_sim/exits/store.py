@@ -51,7 +51,8 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         return published_trace(model, **parameters)
     if parameters:
         name = next(iter(parameters))
-        raise UserError(f"exits.{name}", parameters[name], "a recorded trace has no parameters", "leave it out")
+        key = f"exits.parameters.{name}"
+        raise UserError(key, parameters[name], "a recorded trace has no parameters", "leave it out")
     shipped = SHIPPED / f"{model}@{source}"
     folder = shipped if (shipped / HEADER).is_file() else Path(source)
     if not (folder / HEADER).is_file():

@@ -110,11 +110,11 @@ class ExitTrace:
         asked = f"{confidence.value} {threshold:g}"
         if self.confident is None:
             recorded = ", ".join(c.value for c, r in records.items() if r is not None)
-            self._fail("exit_rule.confidence", asked, f"measures recorded: {recorded}", "use one of them")
+            self._fail("confidence", asked, f"measures recorded: {recorded}", "use one of them")
         if (threshold, confidence) != (self.published_threshold, self.published_confidence):
             measure = self.published_confidence.value if self.published_confidence else "?"
             raise UserError(
-                "exit_rule.threshold",
+                "threshold",
                 asked,
                 f"the exit trace of {self.model} ({self.provenance.source}) knows exits but no confidences, and "
                 f"answers only {measure} {self.published_threshold:g}",
@@ -129,7 +129,7 @@ class ExitTrace:
         missing = [name for name in task_names if name not in self.tasks]
         if missing:
             raise UserError(
-                "workload.tasks",
+                "workload.mix.tasks",
                 ", ".join(missing),
                 f"the exit trace of {self.model} has the tasks {', '.join(self.tasks)}",
                 "name only these tasks in the workload, or take a trace that has them",

@@ -145,7 +145,7 @@ class Assessor:
         """Raises UserError if the latest ranking is empty."""
         if not ranked:
             raise UserError(
-                "policy.candidates",
+                "models",
                 ", ".join(self.situation.candidates),
                 "at least one must fit in memory and meet the quality floor, but " + "; ".join(self._refused),
                 "use a smaller model, a larger card, or a looser floor",

@@ -53,7 +53,7 @@ class OraclePolicy:
         models = [name for name, c in situation.candidates.items() if meets_bits_floor(c, objective)]
         if not models:
             allowed = "at least one must meet the floor in bits per character"
-            raise UserError("policy.candidates", ", ".join(situation.candidates), allowed, "loosen the floor")
+            raise UserError("models", ", ".join(situation.candidates), allowed, "loosen the floor")
         tables = [token_times(situation, model, requests) for model in models]
         ids = [request.request_id for request in requests]
         plan = make_plan(models, tables, ids, objective.max_disagreement, self.parameters.epoch_requests)

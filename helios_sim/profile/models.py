@@ -35,7 +35,6 @@ def _llama(
     )  # fmt: skip
 
 
-
 MODELS = {
     spec.name: spec
     for spec in (

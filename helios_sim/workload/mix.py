@@ -33,7 +33,7 @@ class Step:
     at: float
 
     def __post_init__(self) -> None:
-        _require_position("workload.mix.drift.at", self.at)
+        _require_position("workload.mix.at", self.at)
 
     def weight(self, position: Floats) -> Floats:
         return (position >= self.at).astype(np.float64)
@@ -47,10 +47,10 @@ class Linear:
     end: float
 
     def __post_init__(self) -> None:
-        _require_position("workload.mix.drift.start", self.start)
+        _require_position("workload.mix.start", self.start)
         if not (math.isfinite(self.end) and self.end > self.start):
             raise UserError(
-                "workload.mix.drift.end", self.end, f"must lie after the start, {self.start}", "use a step for a jump"
+                "workload.mix.end", self.end, f"must lie after the start, {self.start}", "use a step for a jump"
             )
 
     def weight(self, position: Floats) -> Floats:
@@ -64,7 +64,7 @@ class Periodic:
     period: float
 
     def __post_init__(self) -> None:
-        require_positive("workload.mix.drift.period", self.period, "give the length of one cycle")
+        require_positive("workload.mix.period", self.period, "give the length of one cycle")
 
     def weight(self, position: Floats) -> Floats:
         cycle: Floats = 0.5 - 0.5 * np.cos(position * (2 * math.pi / self.period))
@@ -87,16 +87,16 @@ class TaskMix:
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
             raise UserError("workload.mix.tasks", self.tasks, "must be different names, at least one", "rename")
-        require_shares("workload.mix.shares", self.shares, len(self.tasks))
+        require_shares("workload.mix.tasks", self.shares, len(self.tasks))
         if (self.shares_after is None) != (self.drift is None):
             raise UserError(
                 "workload.mix.drift",
-                self.drift,
+                None if self.drift is None else type(self.drift).__name__.lower(),
                 "a drift and the shares that it leads to go together",
-                "set both shares_after and drift, or neither",
+                "set both workload.mix.drift and workload.mix.after, or neither",
             )
         if self.shares_after is not None:
-            require_shares("workload.mix.shares_after", self.shares_after, len(self.tasks))
+            require_shares("workload.mix.after", self.shares_after, len(self.tasks))
 
     @classmethod
     def single(cls, task: str) -> TaskMix:
