@@ -58,7 +58,9 @@ def test_models_with_other_tokenizers_read_the_same_text(start: int, chars: int,
         rows = span.indices()
         begin = trace.char_start[rows[0]] - trace.char_start[span.first]
         longest = int(trace.chars.max())
-        assert (begin - start) % 1200 <= longest
+        late = (begin - start) % 1200
+        within_one = span.n_tokens == 1 and 1200 - late <= longest  # then the token begins before the answer
+        assert late <= longest or within_one
         assert abs(int(trace.chars[rows].sum()) - chars) <= longest
         spans.append(trace.chars[rows].sum())
     assert abs(int(spans[0]) - int(spans[1])) <= 2 * longest + 60
