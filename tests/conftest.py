@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from helios_sim.shared_data import shared_data_folder
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _NO_DATA = "data from elsewhere is not here"
 
@@ -25,7 +27,7 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of data from elsewhere (`HELIOS_SHARED_DATA`, else ../shared/data); skips the test without it."""
-    folder = Path(os.environ.get("HELIOS_SHARED_DATA", REPOSITORY / ".." / "shared" / "data")).resolve()
+    folder = shared_data_folder().resolve()
     if not folder.is_dir():
         pytest.skip(f"{_NO_DATA}: no folder {folder} (set HELIOS_SHARED_DATA)")
     return folder

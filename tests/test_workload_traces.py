@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from helios_sim.errors import UserError
+from helios_sim.shared_data import VARIABLE
 from helios_sim.workload import TaskMix, Trace, TraceArrivals, TraceLengths, Workload, describe, generate, read_trace
-from helios_sim.workload.shared_data import VARIABLE
 
 
 def written(folder: Path, name: str, text: str | bytes) -> Path:

@@ -23,12 +23,12 @@ from helios_sim.profile.kernel_tables import (
     KernelSource,
     gemm_times,
     rising,
-    shared_data_folder,
 )
 from helios_sim.profile.kernels import LayerTimes, kernel_profile
 from helios_sim.profile.models import HARDWARE, MODELS
 from helios_sim.profile.operations import Elementwise, Gemm, layer_elementwise
 from helios_sim.profile.spec import ModelSpec, Runtime
+from helios_sim.shared_data import shared_data_folder
 
 NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
 KERNELS = shared_data_folder() / "kernels"

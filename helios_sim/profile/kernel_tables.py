@@ -6,10 +6,8 @@ and heads. Gaps are closed here, each in one function, so that a profile's prove
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from helios_sim.profile.models import HARDWARE
 from helios_sim.profile.operations import Gemm
 from helios_sim.profile.spec import HardwareSpec
 from helios_sim.profile.tables import FloatArray
+from helios_sim.shared_data import VARIABLE, shared_data_folder
 
 MS = 1e-3
 BF16_BYTES = 2
@@ -42,18 +41,12 @@ H100 = KernelSource("h100_sxm", "0.19.0", (64, 128), HARDWARE["h100-80gb"])
 SOURCES = {"a100-40gb": A100, "a100-80gb": A100, "h100-80gb": H100}
 
 
-def shared_data_folder() -> Path:
-    """HELIOS_SHARED_DATA, or shared/data beside the repository."""
-    default = Path(__file__).parents[2] / ".." / "shared" / "data"
-    return Path(os.environ.get("HELIOS_SHARED_DATA", default))
-
-
 def _read(source: KernelSource, kind: str, name: str, **equal: Any) -> dict[str, Any]:
     path = shared_data_folder() / "kernels" / "aiconfigurator" / source.folder / kind / "vllm" / source.vllm
     path = path / f"{name}_perf.parquet"
     if not path.is_file():
-        fix = "set HELIOS_SHARED_DATA to the folder that holds kernels/aiconfigurator (github ai-dynamo/aiconfigurator)"
-        raise UserError("HELIOS_SHARED_DATA", str(path), "a file of measured kernel times", fix)
+        fix = f"set {VARIABLE} to the folder that holds kernels/aiconfigurator (github ai-dynamo/aiconfigurator)"
+        raise UserError(VARIABLE, str(path), "a file of measured kernel times", fix)
     table = pq.read_table(path)
     for column, value in equal.items():
         if column in table.column_names:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.request import NS_PER_S
-from helios_sim.workload.ranges import require_count, require_positive, whole_ns
+from helios_sim.workload.ranges import arrivals_ns, require_count, require_positive
 from helios_sim.workload.trace import Trace
 
 ArrivalSampler = Callable[[int, int], NDArray[np.int64]]
@@ -66,7 +66,7 @@ class Constant:
         require_positive("workload.arrivals.rate_per_s", self.rate_per_s, _RATE_FIX)
 
     def sampler(self, rng: Generator) -> ArrivalSampler:
-        return lambda first, n: whole_ns(np.arange(first, first + n) / self.rate_per_s)
+        return lambda first, n: arrivals_ns(np.arange(first, first + n) / self.rate_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class TraceArrivals:
         if self.rate_scale == 1.0:
             return lambda first, n: arrival_ns[first : first + n].copy()
         arrival_s = arrival_ns / (NS_PER_S * self.rate_scale)
-        return lambda first, n: whole_ns(arrival_s[first : first + n])
+        return lambda first, n: arrivals_ns(arrival_s[first : first + n])
 
 
 Arrivals = Poisson | Gamma | Constant | AllAtOnce | ClosedLoop | TraceArrivals
@@ -131,7 +131,7 @@ def _renewal(draw_unit_gaps: Callable[[int], NDArray[np.float64]], rate_per_s: f
         gaps[0] += elapsed  # the running sum goes on in the same order whatever the size of a block
         clock = np.cumsum(gaps)
         elapsed = float(clock[-1])
-        return whole_ns(clock / rate_per_s)
+        return arrivals_ns(clock / rate_per_s)
 
     return sample
 

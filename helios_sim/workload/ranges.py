@@ -12,7 +12,7 @@ from helios_sim.errors import UserError
 from helios_sim.request import NS_PER_S
 
 LONGEST = 2**31 - 1  # of one text: no model reads more; keeps the tail of a wide distribution within int64
-_LATEST_NS = 2.0**62  # 146 years: later times do not fit int64 with room for a run
+LATEST_NS = 2.0**62  # 146 years: later times do not fit int64 with room for a run
 
 
 def require_positive(key: str, value: float, fix: str) -> None:
@@ -37,10 +37,10 @@ def require_shares(key: str, shares: Sequence[float], n_tasks: int) -> None:
         )
 
 
-def whole_ns(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+def arrivals_ns(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """Ascending seconds, shape (n,), as whole nanoseconds. UserError where they leave the range of int64."""
     times_ns = times_s * NS_PER_S
-    if not times_ns[-1] <= _LATEST_NS:
+    if not times_ns[-1] <= LATEST_NS:
         raise UserError(
             "workload.arrivals",
             float(times_s[-1]),

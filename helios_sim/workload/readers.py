@@ -19,16 +19,14 @@ from helios_sim.errors import UserError
 from helios_sim.request import NS_PER_S
 from helios_sim.workload.bad_line import refuse_file
 from helios_sim.workload.columns import Column, Kind, Role, find_columns
-from helios_sim.workload.ranges import LONGEST, require_count
-from helios_sim.workload.shared_data import locate
-from helios_sim.workload.text_file import DAMAGE, is_jsonl, open_text
+from helios_sim.workload.ranges import LATEST_NS, LONGEST, require_count
+from helios_sim.workload.text_file import DAMAGE, is_jsonl, locate, open_text
 from helios_sim.workload.trace import Trace
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _NS_PER = {Kind.SECONDS: NS_PER_S, Kind.MILLISECONDS: 1_000_000}
-_LATEST_NS = 2**62  # 146 years: later times do not fit int64 with room for a run
 
 
 class _NotReadable(Exception):
@@ -108,7 +106,7 @@ def _values(table: pa.Table, column: Column) -> NDArray[np.int64]:
     numbers: NDArray[np.float64] = data.to_numpy().astype(np.float64)
     if column.role is Role.ARRIVAL:
         ns_per = _NS_PER[column.kind]
-        if not ((numbers >= 0) & (numbers < _LATEST_NS / ns_per)).all():  # false for NaN too
+        if not ((numbers >= 0) & (numbers < LATEST_NS / ns_per)).all():  # false for NaN too
             raise _NotReadable(f"{column.name} has values out of range")
         # The offset goes first: seconds since 1970, as ns, are beyond float64's whole numbers.
         numbers = np.rint((numbers - numbers.min()) * ns_per)
