@@ -15,18 +15,14 @@ from dataclasses import astuple
 from time import perf_counter, process_time
 
 import numpy as np
-import simpy
 from hydra import compose, initialize_config_dir
 
 from helios_sim.config import Variants, conf_folder, register
-from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.request import RequestRecord
-from helios_sim.serving.server import Server
-from helios_sim.simulation import Run, simulate
-from helios_sim.study.build import Parts, build
-from helios_sim.study.job import Job, policy_of
+from helios_sim.simulation import Run
+from helios_sim.study.build import build
+from helios_sim.study.job import Job, serve
 from helios_sim.study.plan import plan_study
-from helios_sim.workload import generate
 
 
 def jobs(experiment: str, overrides: list[str]) -> list[Job]:
@@ -34,25 +30,6 @@ def jobs(experiment: str, overrides: list[str]) -> list[Job]:
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", overrides=[f"+experiment={experiment}", *overrides])
     return plan_study(Variants(settings)).jobs
-
-
-def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
-    """The loop: arrivals, scheduling, pricing, records."""
-    records: list[RequestRecord] = []
-
-    def make_server(env: simpy.Environment, number: int, on_left) -> Server:  # type: ignore[no-untyped-def]
-        engine = SimulatedEngine(env, parts.models)
-        return Server(env, number, engine, policy_of(job.entry, job.config), parts.situation, on_left)
-
-    run = simulate(
-        make_server,
-        generate(parts.workload, job.seed),
-        parts.workload.requests,
-        records.append,
-        users=parts.workload.users,
-        replicas=job.config.server.replicas,
-    )
-    return records, run
 
 
 def digest(records: list[RequestRecord], run: Run) -> str:

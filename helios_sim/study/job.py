@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
@@ -25,7 +25,7 @@ from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
-from helios_sim.simulation import Router, simulate
+from helios_sim.simulation import Router, Run, simulate
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
 from helios_sim.study.schema import Config
 from helios_sim.workload import generate
@@ -72,22 +72,7 @@ def run_job(job: Job) -> JobResult:
     started_s = perf_counter()
     config = job.config
     parts = build(config, job.seed)
-    policies = [policy_of(job.entry, config) for _ in range(config.server.replicas)]
-    records: list[RequestRecord] = []
-
-    def make_server(env: simpy.Environment, number: int, on_left: Any) -> Server:
-        engine = SimulatedEngine(env, parts.models)
-        return Server(env, number, engine, policies[number], parts.situation, on_left)
-
-    run = simulate(
-        make_server,
-        generate(parts.workload, job.seed),
-        parts.workload.requests,
-        records.append,
-        users=parts.workload.users,
-        replicas=config.server.replicas,
-        router=choose(Router, "server.router", config.server.router),
-    )
+    records, run = serve(job, parts)
     columns = Records.of(records)
     hardware = next(iter(parts.models.values())).profile.hardware
     power = None if hardware.idle_w is None else Power(hardware.idle_w, hardware.tdp_w)
@@ -106,6 +91,26 @@ def run_job(job: Job) -> JobResult:
         assumptions=_assumptions(config, next(iter(parts.models.values())).profile),
         wall_s=perf_counter() - started_s,
     )
+
+
+def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
+    """The loop alone: arrivals, scheduling, pricing, records. `parts` are those of the job's configuration."""
+    records: list[RequestRecord] = []
+
+    def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
+        engine = SimulatedEngine(env, parts.models)
+        return Server(env, number, engine, policy_of(job.entry, job.config), parts.situation, on_left)
+
+    run = simulate(
+        make_server,
+        generate(parts.workload, job.seed),
+        parts.workload.requests,
+        records.append,
+        users=parts.workload.users,
+        replicas=job.config.server.replicas,
+        router=choose(Router, "server.router", job.config.server.router),
+    )
+    return records, run
 
 
 def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
