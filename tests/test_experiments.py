@@ -40,7 +40,7 @@ def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> No
     assert json.loads(printed[-1]) == summary
     assert summary["experiment"] == name
     assert summary["baseline"] in summary["arms"]
-    assert list(summary["arms"]) == list(settings.arms)
+    assert list(summary["arms"]) == [*settings.arms, *([settings.policy.name] if settings.policy else [])]
     for arm in summary["arms"].values():
         left = [arm["metrics"][f"requests_{status}"] for status in ("completed", "dropped", "unfinished")]
         assert sum(left) == 14
