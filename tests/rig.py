@@ -10,7 +10,7 @@ import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.offline import offline_exits
-from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.exits.rule import Confidence, ExitRule, FullDepth, PerToken
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
@@ -42,6 +42,11 @@ class Scripted:
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
         self.asked.append((cause, telemetry))
         return self.then.pop(0) if self.then else None
+
+
+def kv_rules(rule: ExitRule) -> list[KvRule]:
+    """Those that a deployment with this exit rule may have."""
+    return [KvRule.PROPAGATE, KvRule.RECOMPUTE] if isinstance(rule, PerToken) else list(KvRule)
 
 
 def full_depth(model: str = "flat", layers: int = 4, batch_limit: int | None = None) -> Deployment:

@@ -19,7 +19,7 @@ from helios_sim.serving.batch import Column
 from helios_sim.serving.commit import commit
 from helios_sim.workload import AllAtOnce, ClosedLoop, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from priced import priced_profile
-from rig import Scripted, serve
+from rig import Scripted, kv_rules, serve
 
 EXITS = (2, 4, 6)
 N_LAYERS = 6
@@ -171,7 +171,8 @@ def deployments(draw: st.DrawFn) -> Deployment:
     batching = draw(st.sampled_from(BatchingRule))
     observe = draw(st.sampled_from([None, 1, 5])) if batching is BatchingRule.EACH_TOKEN else None
     return Deployment(
-        Placement("a", layers), rule, batching=batching, kv_rule=draw(st.sampled_from(KvRule)), run_layers=run_layers,
+        Placement("a", layers), rule, batching=batching, kv_rule=draw(st.sampled_from(kv_rules(rule))),
+        run_layers=run_layers,
         observe_tokens=observe,
     )  # fmt: skip
 

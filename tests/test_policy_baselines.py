@@ -6,7 +6,7 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth, PerToken
-from helios_sim.policy.deployment import BatchingRule, KvRule, Placement
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
@@ -99,3 +99,9 @@ def test_static_cap_may_aim_at_the_batch() -> None:
     assert deployment.active == Placement("large", 2)
     assert deployment.evidence["large"]["prediction"]["batch_capacity"] == (1500 - 68 - 2 * 40) // (31 * 2 * 4)
     assert deployment.evidence["small"]["prediction"]["batch_capacity"] == (1500 - 68 - 4 * 40) // (31 * 4 * 4)
+
+
+def test_per_token_exits_without_a_kv_rule_are_no_deployment() -> None:
+    """A policy from outside could ask for it: deeper tokens would then read K and V that nobody computed."""
+    with pytest.raises(UserError, match="read K and V of those that left"):
+        Deployment(Placement("small", 4), PerToken(0.7), kv_rule=KvRule.NONE)

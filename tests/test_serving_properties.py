@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
 from helios_sim.exits.synthetic import synthetic_trace
-from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, KvRule, Placement, Probe
+from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, Placement, Probe
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
@@ -25,7 +25,7 @@ from helios_sim.workload import (
     Workload,
 )
 from priced import priced_profile
-from rig import EXITS, Scripted, Served, full_depth, serve
+from rig import EXITS, Scripted, Served, full_depth, kv_rules, serve
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -79,7 +79,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
         active=Placement(draw(st.sampled_from(["a", "b"])), layers),
         exit_rule=rule,
         batching=draw(st.sampled_from(BatchingRule)),
-        kv_rule=draw(st.sampled_from(KvRule)),
+        kv_rule=draw(st.sampled_from(kv_rules(rule))),
         batch_limit=draw(st.sampled_from([None, 1, 3])),
         in_flight=draw(st.sampled_from(InFlight)),
         standby=draw(st.sampled_from([(), (), (Placement("a", 4),), (Placement("b", 2),), (Placement("b", 4),)])),

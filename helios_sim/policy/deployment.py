@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.exits.rule import ExitRule
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import ExitRule, PerToken
 from helios_sim.policy.trigger import Trigger
 
 
@@ -83,3 +84,12 @@ class Deployment:
     triggers: tuple[Trigger, ...] = ()
     reason: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)  # for the decision log, JSON values
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exit_rule, PerToken) and self.kv_rule is KvRule.NONE:
+            raise UserError(
+                "deployment.kv_rule",
+                self.kv_rule.value,
+                "per-token exits need propagate or recompute: tokens that go deeper read K and V of those that left",
+                "set kv_rule=KvRule.PROPAGATE",
+            )
