@@ -8,12 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import helios_sim.report.write
 from command_line import STUDY, CommandLine, write_study
+from helios_sim.errors import UserError
+from helios_sim.study.run import run
+from helios_sim.study.schema import (
+    ArrivalsConfig,
+    Config,
+    GateConfig,
+    LengthConfig,
+    LengthsConfig,
+    MixConfig,
+    WorkloadConfig,
+)
 
 HELD = """
 import time
@@ -218,3 +230,19 @@ def test_a_damaged_leftover_is_run_again(helios, tmp_path):
     assert again.status == 0
     assert "kept from before" not in again.err
     assert without_the_clock(first.summary) == without_the_clock(again.summary)
+
+
+def test_a_study_from_python_is_checked_before_it_runs():
+    config = Config(
+        models=["opt-1.3b"],
+        workload=WorkloadConfig(
+            n_requests=5,
+            arrivals=ArrivalsConfig("all_at_once"),
+            lengths=LengthsConfig(prompt=LengthConfig(value=20), output=LengthConfig(value=5)),
+            mix=MixConfig({"gsm8k": 1.0}),
+        ),
+        arms={"full_depth": {"policy": "full_depth"}},
+    )
+    assert run(config).arms["full_depth"].metrics["requests_completed"] == 5
+    with pytest.raises(UserError, match=r"gates\.metric='speed'"):
+        run(replace(config, gates=[GateConfig(arm="full_depth", metric="speed", low=1.0)]))

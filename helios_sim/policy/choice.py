@@ -87,7 +87,8 @@ class Chooser:
         """
         models = self.models
         if moment.in_force is not None:  # on equal terms what is there stays
-            models.sort(key=lambda model: model != moment.in_force.active.model)  # type: ignore[union-attr]
+            active = moment.in_force.active.model
+            models.sort(key=lambda model: model != active)
         self._caps = {model: self.assessor.cap(model) for model in models}
         within = [model for model in models if self.assessor.meets_quality_floor(model)]
         options = [

@@ -67,17 +67,17 @@ def interval_over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
 
 def _system_ratio(ours: Sequence[MetricValue], theirs: Sequence[MetricValue]) -> Ratio | None:
     """Ratio from whole-run figures; None where it is undefined."""
-    if any(v is None for v in (*ours, *theirs)):
-        return None
-    if all(isinstance(v, Band) for v in (*ours, *theirs)):
+    our_bands, their_bands = ([v for v in values if isinstance(v, Band)] for values in (ours, theirs))
+    if len(our_bands) == len(ours) and len(their_bands) == len(theirs):
         # The same power model for both arms at either end: the ends are compared with each other.
-        low = _mean_ratio([v.low for v in ours], [v.low for v in theirs])  # type: ignore[union-attr]
-        high = _mean_ratio([v.high for v in ours], [v.high for v in theirs])  # type: ignore[union-attr]
+        low = _mean_ratio([v.low for v in our_bands], [v.low for v in their_bands])
+        high = _mean_ratio([v.high for v in our_bands], [v.high for v in their_bands])
         if low is None or high is None:
             return None
         return Ratio(None, min(low, high), max(low, high), Method.BAND, len(ours))
-    a = [float(v) for v in ours]  # type: ignore[arg-type]
-    b = [float(v) for v in theirs]  # type: ignore[arg-type]
+    a, b = ([float(v) for v in values if isinstance(v, int | float)] for values in (ours, theirs))
+    if len(a) < len(ours) or len(b) < len(theirs):
+        return None
     ratio = _mean_ratio(a, b)
     if ratio is None:
         return None

@@ -111,8 +111,7 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
                 _plot_metric(ax, points, spec.x, arm, metric, styles[arm], line)
         ax.set_title(title)
         ax.set_ylabel(y_label)
-        in_seconds = DEFINITIONS[metrics[0]].unit == "s"
-        if in_seconds and any(line.get_ydata(orig=False).size for line in ax.lines):  # type: ignore[union-attr]
+        if ax.lines and DEFINITIONS[metrics[0]].unit == "s":
             use_log_seconds(ax, y=True)
         if bound is not None:
             ax.axhline(bound, color=MUTED, linewidth=1.2, linestyle=":")

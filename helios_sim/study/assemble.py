@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from helios_sim.errors import UserError
 from helios_sim.policy.registry import POLICIES
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.compare import Ratio, compare
@@ -33,12 +32,13 @@ NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is 
 
 
 def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -> ExperimentResult:
-    """All jobs of the plan must be among the results."""
+    """All jobs of the plan must be among the results, and the plan must have passed `check_study`."""
     config = plan.config
     arms = {name: _arm(name, jobs, results) for name, jobs in plan.headline.jobs.items()}
     compared = _Compared(results)
     baseline = plan.headline.baseline
     first = results[next(iter(plan.headline.jobs.values()))[0].key]
+    slo = Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s)
     inputs: dict[str, Provenance] = {}
     assumptions: list[Assumption] = []
     for jobs in plan.headline.jobs.values():
@@ -60,12 +60,12 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         ),
         inputs=inputs,
         provenance=provenance,
-        slo=Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s),
+        slo=slo,
         published=tuple(_published(p, plan, results, compared, inputs) for p in config.published),
         gates=tuple(_gate(g, plan, compared) for g in config.gates),
         assumptions=tuple(dict.fromkeys(assumptions)),
         points=tuple(_sweep_point(point, results, compared) for point in plan.points),
-        figures=tuple(_figure(f, config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s) for f in config.figures),
+        figures=tuple(_figure(f, slo) for f in config.figures),
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
     )
     return _with_verdict(result, config.subject, compared, plan)
@@ -140,11 +140,9 @@ def _sweep_point(point: Point, results: Results, compared: _Compared) -> SweepPo
     )
 
 
-def _figure(c: FigureConfig, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None) -> Any:
+def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure:
     if c.kind == "load":
-        return LoadFigure(c.title, c.x, c.x_label, Slo(ttft_s, tpot_s, e2e_s), dict(c.where))
-    if c.kind != "sweep":
-        raise UserError("figures.kind", c.kind, "sweep or load", "set it to one of these")
+        return LoadFigure(c.title, c.x, c.x_label, slo, dict(c.where))
     return SweepFigure(
         title=c.title,
         x=c.x,
@@ -165,7 +163,7 @@ def _published(
     c: PublishedConfig, plan: StudyPlan, results: Results, compared: _Compared, inputs: Mapping[str, Provenance]
 ) -> Published:
     point = point_at(plan, c.at)
-    arm, over = _jobs(point, c.arm), _jobs(point, c.over or point.baseline)
+    arm, over = point.jobs[c.arm], point.jobs[c.over or point.baseline]
     # With an inverse metric (lower is better) the published gain is over / arm.
     ratio = compared.ratios(over, arm).get(c.metric) if c.inverse else compared.ratios(arm, over).get(c.metric)
     ours = low = high = None
@@ -196,19 +194,13 @@ def _follows(published: float, ours: float | None, low: float | None, high: floa
     return "Lower than published." if top < published else "Higher than published."
 
 
-def _jobs(point: Point, arm: str) -> tuple[Job, ...]:
-    if arm not in point.jobs:
-        raise UserError("published.arm", arm, f"one of {', '.join(point.jobs)}", "correct the name")
-    return point.jobs[arm]
-
-
 def _gate(c: GateConfig, plan: StudyPlan, compared: _Compared) -> Gate:
-    arm = _jobs(plan.headline, c.arm)
+    arms = plan.headline.jobs
     value: Any
     if c.over is None:
-        value = compared.metrics(arm).get(c.metric)
+        value = compared.metrics(arms[c.arm]).get(c.metric)
     else:
-        ratio = compared.ratios(arm, _jobs(plan.headline, c.over)).get(c.metric)
+        ratio = compared.ratios(arms[c.arm], arms[c.over]).get(c.metric)
         value = None if ratio is None else ratio.ratio
     bounds = [f">= {c.low:g}" if c.low is not None else "", f"<= {c.high:g}" if c.high is not None else ""]
     passed = isinstance(value, int | float) and (

@@ -13,7 +13,6 @@ import simpy
 
 import helios_sim
 from helios_sim.engine.simulated import SimulatedEngine
-from helios_sim.errors import UserError
 from helios_sim.policy.registry import POLICIES, make_policy
 from helios_sim.policy.telemetry import Policy
 from helios_sim.profile.profile import Profile
@@ -115,8 +114,6 @@ def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
 
 def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
     """The arm's policy; threshold and confidence come from the exits' settings unless the arm has its own."""
-    if "policy" not in entry:
-        raise UserError("arms", dict(entry), "each arm names its policy", f"add policy: one of {', '.join(POLICIES)}")
     name = str(entry["policy"])
     settings = {key: value for key, value in entry.items() if key not in ARM_KEYS}
     if name in POLICIES:

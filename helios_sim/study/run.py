@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from helios_sim.report.result import ExperimentResult
 from helios_sim.study.assemble import assemble
+from helios_sim.study.check import check_study
 from helios_sim.study.job import run_job
 from helios_sim.study.plan import plan_study
 from helios_sim.study.schema import Config
@@ -17,4 +18,5 @@ def run(config: Config) -> ExperimentResult:
     if config.sweeps or any("overrides" in entry for entry in config.arms.values()):
         raise ValueError("sweeps and overrides need the command line: vary the Config in a loop instead")
     plan = plan_study(lambda changes: config)
+    check_study(plan)
     return assemble(plan, {job.key: run_job(job) for job in plan.jobs}, {"seeds": list(config.seeds)})

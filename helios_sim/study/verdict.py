@@ -43,11 +43,11 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
         return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
     if ratio.ratio is None:
         return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {result.baseline}."
-    known = ratio.low is not None and ratio.high is not None
-    interval = f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})" if known else ""
-    compared = f"{ratio.ratio:.2f} times the {label} of {result.baseline}{interval}"
-    if known and ratio.low <= 1 <= ratio.high:  # type: ignore[operator]
-        return f"No clear difference: {subject} has {compared}."
+    compared = f"{ratio.ratio:.2f} times the {label} of {result.baseline}"
+    if ratio.low is not None and ratio.high is not None:
+        compared += f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
+        if ratio.low <= 1 <= ratio.high:
+            return f"No clear difference: {subject} has {compared}."
     if abs(ratio.ratio - 1) < EVEN:
         return f"No difference that matters: {subject} has {compared}."
     better = (ratio.ratio < 1) == (DEFINITIONS[name].better is Better.LOWER)
