@@ -31,7 +31,7 @@ class Assumption:
     name: str
     value: float | str | None
     why: str
-    change: str  # the setting that changes it, e.g. "runtime.sync_s"
+    change: str  # a setting such as "runtime.sync_s", an entry of profile.json such as "model.chars_per_token"
 
 
 @dataclass(frozen=True, slots=True)

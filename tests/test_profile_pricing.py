@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import load_profile
 from helios_sim.profile.synthetic import flat_profile
@@ -243,3 +244,12 @@ def test_a_leap_costs_the_same_bits_as_its_iterations(data: st.DataObject, launc
         assert profile.iteration_time_s(one)[0] == together[k]
         assert profile.outside_grid(one)[0] == outside[k]
         assert profile.iteration_floor_s(one)[0] == floor_s[k]
+
+
+def test_another_runtime_takes_its_assumptions_along() -> None:
+    shipped = load_profile("opt-1.3b@a100-40gb")
+    assert any(a.change == "runtime.sync_s" for a in shipped.provenance.assumptions)
+    eager = shipped.with_runtime(preset("eager"))
+    assert not any(a.change.startswith("runtime.") for a in eager.provenance.assumptions)
+    assert any(a.change == "model.chars_per_token" for a in eager.provenance.assumptions)
+    assert "launch_s_per_layer" in dict(eager.runtime.sources)

@@ -87,7 +87,9 @@ class Profile:
         return self._pricing.outside_grid(c)
 
     def with_runtime(self, runtime: Runtime) -> Profile:
-        return replace(self, runtime=runtime)
+        """Under other host costs, whose `sources` say what is assumed in place of what was under the old ones."""
+        kept = tuple(a for a in self.provenance.assumptions if not a.change.startswith("runtime."))
+        return replace(self, runtime=runtime, provenance=replace(self.provenance, assumptions=kept))
 
     def scaled(self, time_factor: float) -> Profile:
         """Iterations take `time_factor` times as long; loads do not change. For studies of profile error."""

@@ -26,7 +26,7 @@ from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Router, Run, simulate
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
-from helios_sim.study.schema import Config
+from helios_sim.study.schema import Config, RuntimeConfig
 from helios_sim.workload import generate
 
 # Settings that change how a result is shown, not what it is.
@@ -133,8 +133,14 @@ def _inputs(parts: Parts) -> dict[str, Provenance]:
 
 
 def _assumptions(config: Config, profile: Profile) -> tuple[Assumption, ...]:
+    settable = {f.name for f in fields(RuntimeConfig)}
     found = [
-        Assumption(f"runtime: {name}", _plain(getattr(profile.runtime, name)), why, f"runtime.{name}")
+        Assumption(
+            f"runtime: {name}",
+            _plain(getattr(profile.runtime, name)),
+            why,
+            f"runtime.{name}" if name in settable else "runtime.preset",
+        )
         for name, why in profile.runtime.sources
         if not why.startswith("by definition")
     ]

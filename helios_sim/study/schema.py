@@ -14,52 +14,54 @@ from helios_sim.errors import UserError
 @dataclass
 class ArrivalsConfig:
     kind: str = "poisson"  # poisson, gamma, constant, all_at_once, closed_loop, trace
-    rate_per_s: float | None = None
-    cv: float | None = None  # gamma
-    users: int | None = None  # closed_loop
-    trace: str | None = None  # trace: a file
-    rate_scale: float = 1.0  # trace
+    rate_per_s: float | None = None  # poisson, gamma, constant
+    cv: float | None = None  # gamma: coefficient of variation of the gaps
+    users: int | None = None  # closed_loop: each sends the next request when the last is answered
+    trace: str | None = None  # trace: a file, here or in the folder of shared data
+    rate_scale: float = 1.0  # trace: so many times as fast as recorded
 
 
 @dataclass
 class LengthConfig:
+    """In the workload's unit: tokens of `chars_per_token` characters, or characters when that is null."""
+
     kind: str = "fixed"  # fixed, lognormal, exponential
     value: int | None = None  # fixed
     mean: float | None = None  # exponential; lognormal with sigma
-    sigma: float | None = None
+    sigma: float | None = None  # lognormal: standard deviation of the logarithm
     median: float | None = None  # lognormal with sigma
     p50: float | None = None  # lognormal with p95
     p95: float | None = None
-    minimum: int = 1
+    minimum: int = 1  # lengths are clipped to these two
     maximum: int | None = None
 
 
 @dataclass
 class LengthsConfig:
-    kind: str = "drawn"  # drawn, trace
+    kind: str = "drawn"  # drawn: prompt and answer independently; trace: both of a recorded request
     prompt: LengthConfig = field(default_factory=LengthConfig)
     output: LengthConfig = field(default_factory=LengthConfig)
-    trace: str | None = None
-    resample: bool = False
+    trace: str | None = None  # trace: a file, here or in the folder of shared data
+    resample: bool = False  # trace: rows drawn with replacement; false: in the file's order
 
 
 @dataclass
 class MixConfig:
-    tasks: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)  # shares by name; scaled to a sum of 1
     after: dict[str, float] = field(default_factory=dict)  # shares to which the mix drifts; empty: it does not
-    drift: str | None = None  # step, linear, periodic
-    at: float | None = None  # step
-    start: float | None = None  # linear
+    drift: str | None = None  # step, linear, periodic; null: none
+    at: float | None = None  # step: the position of the jump
+    start: float | None = None  # linear: from here to `end`
     end: float | None = None
-    period: float | None = None  # periodic
-    per: str = "requests"  # positions count the share of requests, or seconds
+    period: float | None = None  # periodic: length of a cycle
+    per: str = "requests"  # requests: a position is the share of requests so far, 0 to 1; seconds: an arrival time
 
 
 @dataclass
 class WorkloadConfig:
     statement: str = ""  # one sentence for the reader: what this workload stands for
-    n_requests: int | None = None
-    chars_per_token: float | None = 4.2
+    n_requests: int | None = None  # null: all of a trace in its own order
+    chars_per_token: float | None = 4.2  # of the tokenizer in whose tokens lengths are given; null: in characters
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
@@ -70,10 +72,10 @@ class ServerConfig:
     max_running_requests: int = 256  # vLLM's max_num_seqs
     max_batch_tokens: int = 2048  # vLLM's max_num_batched_tokens
     memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
-    block_tokens: int = 16
-    replicas: int = 1
+    block_tokens: int = 16  # of a KV block, vLLM's block_size
+    replicas: int = 1  # cards, each with a server and a policy of its own
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
-    router: str = "round_robin"  # round_robin, least_loaded
+    router: str = "round_robin"  # round_robin, least_loaded: to the replica with the fewest requests in it
 
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
@@ -86,7 +88,7 @@ class ServerConfig:
 @dataclass
 class RuntimeConfig:
     preset: str = "captured_graphs"  # captured_graphs, eager
-    launch_s_per_layer: float | None = None  # each of these replaces the preset's value
+    launch_s_per_layer: float | None = None  # each of these replaces the preset's value; see profile/spec.py
     launch_s_per_graph: float | None = None
     sync_s: float | None = None
     host_overhead_s: float | None = None
@@ -97,14 +99,14 @@ class ExitsConfig:
     source: str = "published"  # published, none, a shipped source, or a folder; {model} in it is the model's name
     threshold: float | None = None  # None: the published one
     confidence: str = "max_probability"  # max_probability, margin
-    parameters: dict[str, Any] = field(default_factory=dict)  # of published traces
+    parameters: dict[str, Any] = field(default_factory=dict)  # of published traces: see exits/published.py
 
 
 @dataclass
 class ObjectiveConfig:
     goal: str = "throughput"  # throughput, response_time, energy, batch_size
     max_disagreement: float = 0.05  # epsilon: share of tokens that may differ from the same model's full depth
-    max_bits_per_char: float | None = None
+    max_bits_per_char: float | None = None  # of a model at all, where it is known; null: any
 
     def __post_init__(self) -> None:
         value = self.max_disagreement
@@ -113,6 +115,8 @@ class ObjectiveConfig:
 
 @dataclass
 class SloConfig:
+    """Service levels of one request: first token, time per further token, last token. Null: not asked for."""
+
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
@@ -144,19 +148,21 @@ class SweepConfig:
 
 @dataclass
 class FigureConfig:
+    """A figure over the sweeps' points. Settings are called by the names of their axes."""
+
     kind: str = "sweep"  # sweep: a metric against a setting; load: throughput and latency against load
     title: str = ""
-    x: str = ""
+    x: str = ""  # an axis
     x_label: str = ""
     metric: str = "throughput_requests_per_s"
     y_label: str = ""
-    relative: bool = False
-    arms: list[str] | None = None
-    split_by: str | None = None
+    relative: bool = False  # true: the ratio to the baseline
+    arms: list[str] | None = None  # None: all
+    split_by: str | None = None  # another axis: one line for each of its values
     log_x: bool = False
     log_y: bool = False
-    marks: dict[str, float] = field(default_factory=dict)
-    where: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)  # level lines: label and value
+    where: dict[str, Any] = field(default_factory=dict)  # only points with these settings
 
 
 @dataclass
@@ -177,6 +183,8 @@ class PublishedConfig:
 
 @dataclass
 class GateConfig:
+    """A bound that the study's result must keep, or the command's status is 2."""
+
     name: str = ""
     arm: str = ""
     metric: str = ""
@@ -189,12 +197,12 @@ class GateConfig:
 class Config:
     """One study: every arm in `arms` (and `policy`, if set) over one workload, and the sweeps beside it."""
 
-    name: str = "study"
-    title: str = ""
+    name: str = "study"  # the output folder's
+    title: str = ""  # "": the name
     question: str = ""
-    mode: str = "simulate"
-    hardware: str = "a100-40gb"
-    models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])
+    mode: str = "simulate"  # the only one in this release
+    hardware: str = "a100-40gb"  # with each model, the name of a profile: MODEL@HARDWARE
+    models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])  # candidates of every arm
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -204,15 +212,16 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     policy: dict[str, Any] | None = None  # one more arm: name and settings
-    arms: dict[str, Any] = field(default_factory=dict)  # by name: policy, settings, overrides of this configuration
-    baseline: str = ""
+    # By name: policy, its settings, and if wanted a description and overrides (of this configuration, by dotted path).
+    arms: dict[str, Any] = field(default_factory=dict)
+    baseline: str = ""  # an arm; "": the first
     subject: str | None = None  # the arm that the verdict is about; None: the last one
     seeds: list[int] = field(default_factory=lambda: [0])
     sweeps: list[SweepConfig] = field(default_factory=list)
     figures: list[FigureConfig] = field(default_factory=list)
     published: list[PublishedConfig] = field(default_factory=list)
     gates: list[GateConfig] = field(default_factory=list)
-    headline_metrics: list[str] | None = None
+    headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
     jobs: int | None = None  # processes; None: one per core, or none for short studies
 
     def __post_init__(self) -> None:
