@@ -8,15 +8,16 @@ import pytest
 import simpy
 from hypothesis import HealthCheck, given, settings
 
-from helios_sim.policy.deployment import Deployment
+from helios_sim.exits.rule import FullDepth
+from helios_sim.policy.deployment import Deployment, Placement, Probe
 from helios_sim.policy.trigger import AtTime
 from helios_sim.request import Status
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.server import Server
 from helios_sim.simulation import LittlesLawViolated, Router, System
-from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Fixed, TaskMix, Workload
+from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
 from rig import Scripted, full_depth, serve
-from test_serving_properties import cases, run
+from test_serving_properties import cases, run, uneven_profiles
 
 MS = 1_000_000
 
@@ -148,3 +149,17 @@ def test_an_arrival_without_a_request_is_noticed() -> None:
     system.arrived = 1  # counted, and nobody is there
     with pytest.raises(LittlesLawViolated):
         system.check_littles_law()
+
+
+def test_timers_of_leaps_that_were_cut_do_not_lengthen_an_unfinished_evaluation() -> None:
+    """The third request may never start. While weights stream in, leaps are planned slower than they turn out: their
+    timers stay behind and move the clock beyond the server's last turn."""
+    workload = Workload(
+        Constant(1000.0), DrawnLengths(Fixed(1), Exponential(20)), TaskMix.single("text"), 3, chars_per_token=None
+    )
+    probing = Deployment(Placement("a", 4), FullDepth(), admit_limit=2, probe=Probe(("a", "b"), 2))
+    spent = [
+        run(workload, Scripted(probing), 1, Router.ROUND_ROBIN, 4, leap, uneven_profiles(0.0)).run.stats.evaluation_ns
+        for leap in (True, False)
+    ]
+    assert spent[0] == spent[1] > 0

@@ -50,6 +50,7 @@ class Replica:
         self.observations: list[Observation] = []  # new since the policy was last asked
         self.served: deque[Request] = deque(maxlen=SERVED_TEXTS)
         self.completed_requests = 0
+        self.acted_ns = 0  # the server's latest turn; timers of leaps that were cut may move the clock beyond it
         self.starts_left: int | None = None  # of the deployment's admission limit
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0

@@ -56,6 +56,7 @@ class Server:
     def _run(self) -> Generator[Event, Any, None]:
         replica = self._replica
         while True:
+            replica.acted_ns = replica.now_ns
             self._transitions.advance()
             if not self._transitions.pending:  # one change at a time
                 decided = self._decider.decide()

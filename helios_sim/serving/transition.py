@@ -126,10 +126,9 @@ class Transitions:
 
     def close(self) -> None:
         """The run ends: closes the books on the deployment in force."""
-        self._end_evaluation(self._replica.deployment)
+        self._end_evaluation(self._replica.deployment, self._replica.acted_ns)
 
-    def _end_evaluation(self, deployment: Deployment) -> None:
-        now_ns = self._replica.now_ns
+    def _end_evaluation(self, deployment: Deployment, now_ns: int) -> None:
         if deployment.observe_tokens is not None or deployment.probe is not None:
             self._replica.stats.evaluation_ns += now_ns - self._in_force_since_ns
         self._in_force_since_ns = now_ns
@@ -162,7 +161,7 @@ class Transitions:
         replica, stats, deployment = self._replica, self._replica.stats, pending.deployment
         old, old_depth = replica.deployment, replica.run_layers
         now_ns = replica.now_ns
-        self._end_evaluation(old)
+        self._end_evaluation(old, now_ns)
         replica.deployment = deployment
         if deployment.active.model != old.active.model:
             stats.switches += 1
