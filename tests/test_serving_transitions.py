@@ -1,4 +1,4 @@
-"""Loads, switches and probes in closed form, on profiles whose iterations take 1 ms and whose bytes can be counted.
+"""Loads and switches in closed form, on profiles whose iterations take 1 ms and whose bytes can be counted.
 
 The flat model weighs 68 bytes and 40 for each layer; a token's K and V weigh 4 bytes in each layer.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import simpy
 from hypothesis import HealthCheck, given, settings
@@ -16,8 +15,8 @@ from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap
 from helios_sim.exits.synthetic import synthetic_trace
-from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement, Probe
-from helios_sim.policy.trigger import AtTime, Completed, Probed
+from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement
+from helios_sim.policy.trigger import AtTime, Completed
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
 from helios_sim.serving.batch import Column
@@ -301,47 +300,3 @@ def test_the_peak_counts_caches_that_live_for_one_iteration() -> None:
     """Three requests whose answer is their prompt's token: 5 blocks of 16 bytes each, never a decode."""
     served = run(full_depth("a"), [], workload(3, 5, 1), flat(), hbm_bytes=10_000, block_tokens=1)
     assert served.run.stats.hbm_peak_bytes == WHOLE + 3 * 5 * 16
-
-
-# --- probing
-
-
-def test_a_probe_streams_beside_serving_and_takes_the_device_once() -> None:
-    """Asked at 30 ms, when the third answer is complete; b streams for 10 ms; scoring two texts takes 2 ms, in which
-    nothing else runs; then the policy is asked, once."""
-    first = replace(full_depth("a"), triggers=(Completed(3),))
-    probing = replace(full_depth("a"), probe=Probe(("b",), 2), triggers=(Probed(),))
-    traces = {name: synthetic_trace(name, (2, 4), seed=i, chars_per_token=1) for i, name in enumerate("ab")}
-    work = workload(8, 5, 10, ClosedLoop(1))
-    served = run(first, [probing, None], work, flat("a") | flat("b"), traces=traces)
-    assert [type(cause) for cause, _ in served.policy.asked] == [Completed, Probed]
-    telemetry = served.policy.asked[1][1]
-    assert telemetry.now_ns == 42 * MS
-    assert served.run.end_ns == (80 + 2) * MS
-    assert [(o.model, o.request_id, o.time_ns, o.chars) for o in telemetry.observations] == [
-        ("b", 2, 40 * MS, 10),
-        ("b", 3, 40 * MS, 10),
-    ]
-    bound = traces["b"].bind(("text",))
-    from helios_sim.workload import generate
-
-    rows = {r.request_id: r for block in generate(work, 0) for r in block.rows()}
-    for observation in telemetry.observations:
-        request = rows[observation.request_id]
-        at = bound.locate(0, request.text_start, request.output_chars).indices()
-        assert np.array_equal(observation.agrees, traces["b"].agree[at])
-    assert served.run.stats.itl.longest_ns == 1 * MS  # the pass fell between two requests
-    assert served.run.stats.loads == 0
-    assert served.run.stats.switches == 0
-
-
-def test_a_probe_of_what_is_resident_starts_at_once_and_several_follow_each_other() -> None:
-    """a is there, so its pass is at 10 ms; b then streams for 10 ms, in which a serves, and is scored."""
-    first = replace(full_depth("a"), triggers=(Completed(1),))
-    probing = replace(full_depth("a"), probe=Probe(("a", "b"), 5), triggers=(Probed(),))
-    served = run(first, [probing], workload(4, 5, 10, ClosedLoop(1)), flat("a") | flat("b"))
-    asked = served.policy.asked
-    assert [type(cause) for cause, _ in asked] == [Completed, Probed]
-    assert [(o.model, o.request_id) for o in asked[1][1].observations] == [("a", 0), ("b", 0), ("b", 1)]
-    assert asked[1][1].now_ns == (10 + 1 + 10 + 2) * MS
-    assert served.run.end_ns == (40 + 3) * MS
