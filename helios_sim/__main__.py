@@ -96,7 +96,7 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
-    """UserError for what argparse would refuse with a page of usage and status 2."""
+    """UserError for what argparse would refuse with a page of usage and status 2. Hydra's parser is not public."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

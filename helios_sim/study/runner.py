@@ -76,7 +76,8 @@ def _execute(jobs: dict[str, Job], processes: int | None) -> Iterator[tuple[str,
             "jobs", wanted, allowed, "start again in the same hydra.run.dir with fewer, such as jobs=1"
         ) from error
     except BaseException:
-        # An error or an interrupt: what is half done is lost anyway, so nobody waits for it.
+        # An error or an interrupt: what is half done is lost anyway, so nobody waits for it. The pool has no public
+        # way to end its processes before Python 3.14.
         for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
