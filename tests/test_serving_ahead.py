@@ -8,9 +8,10 @@ import pytest
 
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.trigger import QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import AllAtOnce, Constant, DrawnLengths, Fixed, TaskMix, Workload
-from rig import full_depth, serve
+from rig import Scripted, full_depth, serve
 
 ITERATION_NS = 1_000_000
 
@@ -72,3 +73,15 @@ def test_an_exit_check_that_the_host_must_see_is_a_barrier() -> None:
     several = workload(Constant(300.0), 8, 12)
     runs = [serve(several, early, schedule_ahead=ahead).records for ahead in (0, 1)]
     assert runs[0] == runs[1]
+
+
+def test_a_policy_that_watches_the_queue_is_asked_at_once_all_the_same() -> None:
+    """Planning ahead settles what runs next, not when the policy is asked."""
+    watching = replace(full_depth(batch_limit=1), triggers=(QueueAbove(2),))
+    many = workload(Constant(1000.0), 9, 33)
+    asked = []
+    for leap in (True, False):
+        policy = Scripted(watching)
+        serve(many, policy, leap=leap, schedule_ahead=1)
+        asked.append([telemetry.now_ns for _, telemetry in policy.asked])
+    assert asked[0] == asked[1] == [3 * ITERATION_NS]

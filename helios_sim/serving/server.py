@@ -99,10 +99,12 @@ class Server:
                 return
         next_in_line = not replica.waiting
         replica.waiting.append(sequence)
-        if self._decider.watches_queue or (next_in_line and self._could_start()):
+        watched = self._decider.watches_queue  # then the policy may be asked at the end of this very iteration
+        if watched or (next_in_line and self._could_start()):
             passed = from_replica is not None and from_replica > replica.number
             # Planned ahead, the iteration after the one in progress is settled already.
-            self._notify(turn_passed=passed, settled=1 if self._ahead and not passed else 0)
+            settled = 1 if self._ahead and not passed and not watched else 0
+            self._notify(turn_passed=passed, settled=settled)
 
     def finish(self) -> None:
         """Ends the run: whatever is still here leaves as unfinished."""
