@@ -62,7 +62,6 @@ def test_replay_equals_the_rules_one_token_at_a_time(trace: ExitTrace, rule: Exi
         depth, breach = one_token(trace, t, rule, layers)
         assert result.exits[result.exit_index[t]] == depth
         assert result.breach[t] == breach
-        assert result.early[t] == (depth < 12)
         assert result.agreed[t] == trace.agree[t, EXITS.index(depth)]
     assert np.array_equal(result.agree, trace.agree[:, : len(result.exits)])
 
@@ -105,7 +104,7 @@ def test_a_deeper_cap_never_changes_more_tokens_when_agreement_is_nested(trace: 
 def test_a_cap_at_the_whole_model_is_full_depth() -> None:
     trace = synthetic_trace(exits=EXITS)
     capped, full = replay(trace, FixedCap(2.0), 12), replay(trace, FullDepth(), 12)
-    for name in ("exit_index", "breach", "early", "agreed"):
+    for name in ("exit_index", "breach", "agreed"):
         assert np.array_equal(getattr(capped, name), getattr(full, name))
     assert full.agreed.all()
     assert not full.breach.any()

@@ -246,3 +246,14 @@ def test_a_study_from_python_is_checked_before_it_runs():
     assert run(config).arms["full_depth"].metrics["requests_completed"] == 5
     with pytest.raises(UserError, match=r"gates\.metric='speed'"):
         run(replace(config, gates=[GateConfig(arm="full_depth", metric="speed", low=1.0)]))
+
+
+def test_what_the_reader_of_a_trace_changed_is_said_in_the_report(with_pictures, tmp_path):
+    (tmp_path / "unsorted.csv").write_text("arrival_s,prompt_tokens,output_tokens\n2,20,5\n1,20,5\n3,20,5\n")
+    trace = [
+        f"workload.{part}.{key}"
+        for part in ("arrivals", "lengths")
+        for key in ("kind=trace", f"trace={tmp_path}/unsorted.csv")
+    ]
+    assert with_pictures(*write_study(tmp_path), *trace, "workload.n_requests=null").status == 0
+    assert "1 of 3 rows arrive before the row above" in (tmp_path / "out" / "report.html").read_text()

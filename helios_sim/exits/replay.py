@@ -30,7 +30,6 @@ class Replay:
     layers: int
     exit_index: NDArray[np.int8]  # (T,) where each token leaves when it leaves alone
     breach: NDArray[np.bool_]  # (T,) left at the cap without confidence
-    early: NDArray[np.bool_]  # (T,) left before the deepest layer of the whole model
     agree: NDArray[np.bool_]  # (T, E') equal to full depth if it left there
     agreed: NDArray[np.bool_]  # (T,) the same at its own exit
 
@@ -82,9 +81,8 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                 breach = np.logical_not(confident.any(axis=1))
         case Clairvoyant(disagreement_budget):
             exit_index = _clairvoyant(trace, agree, disagreement_budget)
-    early = np.less(np.asarray(exits)[exit_index], trace.n_layers)
     agreed = np.take_along_axis(agree, exit_index[:, None].astype(np.intp), axis=1)[:, 0]
-    return Replay(exits, layers, exit_index, breach, early, agree, agreed)
+    return Replay(exits, layers, exit_index, breach, agree, agreed)
 
 
 def first_true(flags: NDArray[np.bool_], otherwise: int) -> NDArray[np.int8]:

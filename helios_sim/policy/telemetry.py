@@ -84,7 +84,7 @@ class Observation:
     model: str
     request_id: int
     time_ns: int  # when the last of them was observed
-    confident: NDArray[np.bool_]  # (n, E) the deployment's threshold would let it leave here; `agrees` under a rule without one
+    confident: NDArray[np.bool_]  # (n, E) the rule's threshold would let it leave here; without one, `agrees`
     agrees: NDArray[np.bool_]  # (n, E) the exit's prediction equals full depth's
     bits: NDArray[np.float32] | None  # (n, E) of the text's own token; None unless the text is human reference text
     chars: int  # characters that the n tokens cover

@@ -61,10 +61,11 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         inputs=inputs,
         provenance=provenance,
         slo=slo,
-        published=tuple(_published(p, plan, results, compared, inputs) for p in config.published),
+        published=tuple(_published(p, plan, compared, inputs) for p in config.published),
         gates=tuple(_gate(g, plan, compared) for g in config.gates),
         assumptions=tuple(dict.fromkeys(assumptions)),
-        points=tuple(_sweep_point(point, results, compared) for point in plan.points),
+        warnings=first.notices,
+        points=tuple(_sweep_point(point, compared) for point in plan.points),
         figures=tuple(_figure(f, slo) for f in config.figures),
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
     )
@@ -129,7 +130,7 @@ def _description(entry: Mapping[str, Any]) -> str:
     return f"{about}; {own}" if own and name != "custom" else about
 
 
-def _sweep_point(point: Point, results: Results, compared: _Compared) -> SweepPoint:
+def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:
     baseline = point.jobs[point.baseline]
     return SweepPoint(
         settings=point.settings,
@@ -159,9 +160,7 @@ def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure:
     )
 
 
-def _published(
-    c: PublishedConfig, plan: StudyPlan, results: Results, compared: _Compared, inputs: Mapping[str, Provenance]
-) -> Published:
+def _published(c: PublishedConfig, plan: StudyPlan, compared: _Compared, inputs: Mapping[str, Provenance]) -> Published:
     point = point_at(plan, c.at)
     arm, over = point.jobs[c.arm], point.jobs[c.over or point.baseline]
     # With an inverse metric (lower is better) the published gain is over / arm.

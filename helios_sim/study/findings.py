@@ -29,7 +29,7 @@ def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[s
             )
             sentences.append(f"Highest rate with {ATTAINMENT:.0%} of requests inside the service levels: {known}.")
         crossings = break_even(points, figure.x, subject, metric)
-        sentences.append(_break_even_sentence(result, subject, metric, points, figure.x, crossings))
+        sentences.append(_break_even_sentence(result, subject, metric, points, crossings))
     return sentences
 
 
@@ -84,7 +84,7 @@ def break_even(points: Sequence[SweepPoint], x: str, subject: str, metric: str) 
 
 
 def _break_even_sentence(
-    result: ExperimentResult, subject: str, metric: str, points: Sequence[SweepPoint], x: str, crossings: list[float]
+    result: ExperimentResult, subject: str, metric: str, points: Sequence[SweepPoint], crossings: list[float]
 ) -> str:
     label = DEFINITIONS[metric].label if metric in DEFINITIONS else metric
     if crossings:

@@ -27,7 +27,7 @@ from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Router, Run, simulate
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
 from helios_sim.study.schema import Config, RuntimeConfig
-from helios_sim.workload import generate
+from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
@@ -63,6 +63,7 @@ class JobResult:
     capacity_bytes: int
     inputs: Mapping[str, Provenance]
     assumptions: tuple[Assumption, ...]
+    notices: tuple[str, ...]  # what the reader of a trace has changed
     wall_s: float
 
 
@@ -88,6 +89,7 @@ def run_job(job: Job) -> JobResult:
         capacity_bytes=hardware.hbm_bytes,
         inputs=_inputs(parts),
         assumptions=_assumptions(config, next(iter(parts.models.values())).profile),
+        notices=_notices(parts.workload),
         wall_s=perf_counter() - started_s,
     )
 
@@ -130,6 +132,11 @@ def _inputs(parts: Parts) -> dict[str, Provenance]:
         found[f"profile {data.profile.name}"] = data.profile.provenance
         found[f"exits of {model}"] = data.trace.trace.provenance
     return found
+
+
+def _notices(workload: Workload) -> tuple[str, ...]:
+    recorded = [p for p in (workload.arrivals, workload.lengths) if isinstance(p, TraceArrivals | TraceLengths)]
+    return tuple(dict.fromkeys(notice for part in recorded for notice in part.trace.notices))
 
 
 def _assumptions(config: Config, profile: Profile) -> tuple[Assumption, ...]:

@@ -44,7 +44,7 @@ def plan_study(variant: Variant) -> StudyPlan:
     if config.subject is not None:
         _known_arm("subject", config.subject, arms)
     headline = _point({}, {}, list(arms), baseline, variant)
-    points = [point for sweep in config.sweeps for point in _sweep(sweep, config, arms, baseline, variant)]
+    points = [point for sweep in config.sweeps for point in _sweep(sweep, arms, baseline, variant)]
     return StudyPlan(config, headline, tuple(points))
 
 
@@ -93,7 +93,7 @@ def _known_arm(key: str, name: str, arms: Mapping[str, Any]) -> str:
     return name
 
 
-def _sweep(sweep: SweepConfig, config: Config, arms: Mapping[str, Any], baseline: str, variant: Variant) -> list[Point]:
+def _sweep(sweep: SweepConfig, arms: Mapping[str, Any], baseline: str, variant: Variant) -> list[Point]:
     names = list(arms) if sweep.arms is None else [_known_arm("sweeps.arms", name, arms) for name in sweep.arms]
     own = baseline if sweep.baseline is None else _known_arm("sweeps.baseline", sweep.baseline, arms)
     if own not in names:

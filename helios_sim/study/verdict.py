@@ -28,9 +28,9 @@ def verdict(
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
     metrics = result.arms[subject].metrics
-    sentences.append(_quality(subject, metrics))
+    sentences.append(_quality(metrics))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
-        sentences.append(_changes(subject, metrics))
+        sentences.append(_changes(metrics))
     sentences.append(_best(result, name, comparable))
     sentences += load_findings(result, subject, name)
     sentences += error_findings(result, subject, name)
@@ -54,14 +54,14 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
     return f"{subject} {'helps' if better else 'hurts'}: {compared}."
 
 
-def _quality(subject: str, metrics: Mapping[str, MetricValue]) -> str:
+def _quality(metrics: Mapping[str, MetricValue]) -> str:
     agreement, layers = metrics.get("agreement"), metrics.get("layers_per_token")
     if not isinstance(agreement, float) or not isinstance(layers, float):
         return ""
     return f"Its tokens ran {layers:.1f} layers on average, and {agreement:.1%} of them equal those of full depth."
 
 
-def _changes(subject: str, metrics: Mapping[str, MetricValue]) -> str:
+def _changes(metrics: Mapping[str, MetricValue]) -> str:
     span, evaluated = metrics.get("span_s"), metrics.get("evaluation_time_s")
     share = f"{evaluated / span:.1%} of the time" if isinstance(span, float) and isinstance(evaluated, float) else ""
     return (
