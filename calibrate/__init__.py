@@ -1,1 +1,1 @@
-"""Measure a real early-exit model: time, memory, energy, and what every exit would have said."""
+"""For measuring real early-exit models. So far it only fetches their weights."""

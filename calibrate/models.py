@@ -52,7 +52,7 @@ MODELS = {
 }
 QWEN_HINT = (
     "Qwen2.5-Coder-0.5B-Instruct is not fetched here: get the Q4_K_M GGUF from its makers "
-    "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF) and pass model.weights=PATH"
+    "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF)"
 )
 
 
