@@ -78,10 +78,10 @@ def test_an_exit_check_that_the_host_must_see_is_a_barrier() -> None:
 def test_a_policy_that_watches_the_queue_is_asked_at_once_all_the_same() -> None:
     """Planning ahead settles what runs next, not when the policy is asked."""
     watching = replace(full_depth(batch_limit=1), triggers=(QueueAbove(2),))
-    many = workload(Constant(1000.0), 9, 33)
+    many = workload(Constant(1 / 0.0105), 4, 60)  # the third to wait comes in the 32nd iteration
     asked = []
     for leap in (True, False):
         policy = Scripted(watching)
         serve(many, policy, leap=leap, schedule_ahead=1)
         asked.append([telemetry.now_ns for _, telemetry in policy.asked])
-    assert asked[0] == asked[1] == [3 * ITERATION_NS]
+    assert asked[0] == asked[1] == [32 * ITERATION_NS]
