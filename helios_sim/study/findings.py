@@ -101,8 +101,12 @@ def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None
     """Higher rates at which the arm meets the levels after all: a dip, or a queue that changes the policy's mind."""
     beyond = [p for p in points if float(p.settings[x]) > (carried or 0.0)]
     met = [p for p in beyond if isinstance(a := p.metrics[arm].get("slo_attainment"), float) and a >= ATTAINMENT]
-    rates = ", ".join(f"{float(p.settings[x]):g}" for p in met)
-    return f" (and again at {rates})" if met else ""
+    if not met:
+        return ""
+    rates = [f"{float(p.settings[x]):g}" for p in met]
+    if len(met) > 2 and met == beyond[beyond.index(met[0]) :]:
+        return f" (and again from {rates[0]} to {rates[-1]})"
+    return f" (and again at {', '.join(rates)})"
 
 
 def _between(low: float, high: float, share: float) -> float:
