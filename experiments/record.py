@@ -57,7 +57,10 @@ def _arms(summary: dict[str, Any]) -> list[str]:
     rows = [["arm", labels[0], "ratio", *labels[1:]]]
     for name, arm in summary["arms"].items():
         values = [shown(metric, _value(arm["metrics"][metric])) for metric in metrics]
-        ratio = "baseline" if name == summary["baseline"] else _ratio(arm["vs_baseline"].get(first))
+        over = arm.get("baseline", summary["baseline"])
+        ratio = "baseline" if name == over else _ratio(arm["vs_baseline"].get(first))
+        if name != over and over != summary["baseline"]:
+            ratio += f" of `{over}`"
         rows.append([f"`{name}`", values[0], ratio, *values[1:]])
     return _table(rows)
 

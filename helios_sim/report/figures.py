@@ -57,6 +57,8 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
     if not ratios or not shown:
         return None
     arms = list(ratios)
+    names = [arm if result.baseline_of(arm) == result.baseline else f"{arm} †" for arm in arms]
+    others = dict.fromkeys(result.baseline_of(arm) for arm in arms if result.baseline_of(arm) != result.baseline)
     figure, axes = new_figure(1, len(shown), 1.15 + 0.34 * len(arms), sharey=True)
     for ax, name in zip(axes, shown, strict=True):
         ax.axvline(1, color=BASELINE_COLOR, linewidth=1.4)
@@ -89,12 +91,14 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.xaxis.set_minor_formatter(lambda value, _: "")
-        ax.set_yticks(range(len(arms)), arms)
+        ax.set_yticks(range(len(arms)), names)
         ax.set_ylim(len(arms) - 0.4, -0.7)
         ax.margins(x=0.14)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     caption = f"Grey line: {result.baseline}. Pale bars: 95 % intervals, where the runs give one."
+    if others:
+        caption += f" † against {', '.join(others)}."
     return Drawing("arms_vs_baseline", f"Each arm against {result.baseline}", caption, figure)
 
 

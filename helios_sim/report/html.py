@@ -97,7 +97,7 @@ def _cards(result: ExperimentResult, ratios: Comparisons) -> list[Card]:
         for arm, of_arm in ratios.items():
             value = of_arm.get(name)
             if value is not None and value.ratio is not None:
-                note = _beside(value.low, value.high, f"against {result.baseline}")
+                note = _beside(value.low, value.high, f"against {result.baseline_of(arm)}")
                 cards.append(Card(f"{arm}: {fmt.label(name)}{hint}", f"{value.ratio:.2f}×", note))
     return cards[:_MOST_CARDS]
 
@@ -111,8 +111,11 @@ def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, A
     styles = arm_styles(list(result.arms), result.baseline)
     rows = []
     for arm in result.arms.values():
-        is_baseline = arm.name == result.baseline
+        over = result.baseline_of(arm.name)
+        is_baseline = arm.name == over
         versus, interval = ("1×", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
+        if not is_baseline and over != result.baseline:
+            interval = f"{interval} over {over}".strip()
         metrics = arm.metrics
         rows.append(
             {

@@ -58,6 +58,7 @@ class ArmResult:
     capacity_bytes: int | None = None  # of the card, for the timeline's memory
     decisions: Sequence[Decision] = ()
     exit_depths: tuple[ExitDepths, ...] = ()
+    baseline: str | None = None  # the arm under the same conditions that it is compared with; None: the result's
 
     @property
     def metrics(self) -> Metrics:
@@ -169,6 +170,10 @@ class ExperimentResult:
     points: tuple[SweepPoint, ...] = ()
     figures: tuple[SweepFigure | LoadFigure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
+
+    def baseline_of(self, arm: str) -> str:
+        """What this arm is compared with: an arm under other conditions has a baseline of its own."""
+        return self.arms[arm].baseline or self.baseline
 
     @property
     def provenance_class(self) -> ProvenanceClass | None:

@@ -20,12 +20,12 @@ Comparisons = Mapping[str, Mapping[str, Ratio]]  # by arm, then by metric
 
 
 def comparisons(result: ExperimentResult) -> dict[str, dict[str, Ratio]]:
-    """Ratios of every arm but the baseline to the baseline."""
-    baseline = [(r.records, r.metrics) for r in result.arms[result.baseline].replicates]
+    """Ratios of every arm to its baseline, baselines left out."""
+    runs = {name: [(r.records, r.metrics) for r in arm.replicates] for name, arm in result.arms.items()}
     return {
-        name: compare([(r.records, r.metrics) for r in arm.replicates], baseline)
-        for name, arm in result.arms.items()
-        if name != result.baseline
+        name: compare(runs[name], runs[result.baseline_of(name)])
+        for name in result.arms
+        if name != result.baseline_of(name)
     }
 
 
@@ -76,6 +76,8 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
     intervals = _intervals([replicate.metrics for replicate in arm.replicates])
     if intervals:
         entry["intervals"] = intervals
+    if arm.baseline is not None:
+        entry["baseline"] = arm.baseline
     return entry
 
 

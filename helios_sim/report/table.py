@@ -21,6 +21,8 @@ def print_table(result: ExperimentResult, ratios: Comparisons, file: TextIO | No
     file = file or sys.stdout
     console = Console(file=file) if file.isatty() else Console(file=file, width=PLAIN_WIDTH, no_color=True)
     console.print(arms_table(result, ratios))
+    for mark, name in baseline_marks(result).items():
+        console.print(f"{mark} against {name}", highlight=False)
 
 
 def arms_table(result: ExperimentResult, ratios: Comparisons) -> Table:
@@ -38,12 +40,21 @@ def arms_table(result: ExperimentResult, ratios: Comparisons) -> Table:
         table.add_column(_in_two_lines(label(name)), justify="right", no_wrap=True)
         if place == 0:
             table.add_column("vs baseline\n[95 %]", justify="right", no_wrap=True)
+    mark_of = {name: mark for mark, name in baseline_marks(result).items()}
     for arm in result.arms.values():
         cells = [metric(name, arm.metrics[name]) for name in names]
-        is_baseline = arm.name == result.baseline
+        over = result.baseline_of(arm.name)
+        is_baseline = arm.name == over
         versus = "baseline" if is_baseline else ratio(ratios.get(arm.name, {}).get(names[0]))
+        versus = f"{versus} {mark_of[over]}" if over in mark_of else versus
         table.add_row(arm.name, cells[0], versus, *cells[1:], style="dim" if is_baseline else None)
     return table
+
+
+def baseline_marks(result: ExperimentResult) -> dict[str, str]:
+    """Signs for baselines besides the result's, in the order of the arms."""
+    others = dict.fromkeys(arm.baseline for arm in result.arms.values() if arm.baseline not in (None, result.baseline))
+    return {"†‡§¶"[place % 4]: str(name) for place, name in enumerate(others)}
 
 
 def _in_two_lines(text: str) -> str:

@@ -79,7 +79,7 @@ def _with_verdict(
     arms = plan.config.arms
     conditions_of = {arm: (arms.get(arm) or {}).get("overrides") for arm in result.arms}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
-    ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline])
+    ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline_of(name)])
     return replace(result, verdict=verdict(result, name, ratios, comparable))
 
 
@@ -116,6 +116,7 @@ def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
         capacity_bytes=first.capacity_bytes,
         decisions=first.decisions,
         exit_depths=first.exit_depths,
+        baseline=jobs[0].entry.get("baseline"),
     )
 
 

@@ -34,7 +34,8 @@ PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
     "gates", "headline_metrics", "jobs",
 )  # fmt: skip
-ARM_KEYS = ("policy", "overrides", "description")  # of an arm's entry; the rest are the policy's settings
+SHOWN_OF_AN_ARM = ("overrides", "description", "baseline")  # overrides are in the configuration by then
+ARM_KEYS = ("policy", *SHOWN_OF_AN_ARM)  # of an arm's entry; the rest are the policy's settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Job:
         """The same for the same result: two sweeps that share a job run it once."""
         shown = {name: value for name, value in asdict(self.config).items() if name not in PRESENTATION}
         shown["workload"].pop("statement")
-        entry = {name: value for name, value in self.entry.items() if name not in ("overrides", "description")}
+        entry = {name: value for name, value in self.entry.items() if name not in SHOWN_OF_AN_ARM}
         identity = [helios_sim.__version__, shown, entry, self.seed]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

@@ -43,6 +43,9 @@ def plan_study(variant: Variant) -> StudyPlan:
     baseline = _known_arm("baseline", config.baseline or next(iter(arms)), arms)
     if config.subject is not None:
         _known_arm("subject", config.subject, arms)
+    for name, entry in arms.items():
+        if entry.get("baseline") is not None:
+            _known_arm(f"arms.{name}.baseline", str(entry["baseline"]), arms)
     headline = _point({}, {}, list(arms), baseline, variant)
     points = [point for sweep in config.sweeps for point in _sweep(sweep, arms, baseline, variant)]
     return StudyPlan(config, headline, tuple(points))

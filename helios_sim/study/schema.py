@@ -212,7 +212,8 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     policy: dict[str, Any] | None = None  # one more arm: name and settings
-    # By name: policy, its settings, and if wanted a description and overrides (of this configuration, by dotted path).
+    # By name: policy, its settings, and if wanted a description, overrides (of this configuration, by dotted path)
+    # and a baseline of its own, for arms under other conditions than the study's.
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""  # an arm; "": the first
     subject: str | None = None  # the arm that the verdict is about; None: the last one

@@ -38,12 +38,12 @@ def verdict(
 
 
 def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | None) -> str:
-    label = DEFINITIONS[name].label
-    if subject == result.baseline or ratio is None:
+    label, over = DEFINITIONS[name].label, result.baseline_of(subject)
+    if subject == over or ratio is None:
         return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
     if ratio.ratio is None:
-        return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {result.baseline}."
-    compared = f"{ratio.ratio:.2f} times the {label} of {result.baseline}"
+        return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {over}."
+    compared = f"{ratio.ratio:.2f} times the {label} of {over}"
     if ratio.low is not None and ratio.high is not None:
         compared += f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
         if ratio.low <= 1 <= ratio.high:
