@@ -89,6 +89,7 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
         known = [r.ratio for arm in arms if (r := ratios[arm].get(name)) is not None and r.ratio]
         if max(known) > WIDE_RATIOS * min(known):
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.xaxis.set_minor_formatter(lambda value, _: "")
         ax.set_yticks(range(len(arms)), names)
