@@ -7,6 +7,7 @@ import io
 import pytest
 
 from helios_sim.errors import UserError
+from helios_sim.report.html import render
 from helios_sim.report.summary import comparisons, summarise_result
 from helios_sim.report.table import print_table
 from helios_sim.study.run import run
@@ -52,6 +53,9 @@ def test_an_arm_is_compared_with_its_own_baseline() -> None:
     print_table(result, ratios, printed)
     assert f"† against {OWN}" in printed.getvalue()
     assert "baseline †" in printed.getvalue()
+    page = render(result, ratios, [])
+    assert f"† against {OWN}" in page
+    assert f"{ratios['cap']['tpot_s_mean'].ratio:.2f}× †" in page
 
 
 def test_a_baseline_that_is_no_arm_is_refused() -> None:

@@ -16,6 +16,7 @@ from helios_sim.report.files import to_json
 from helios_sim.report.result import ArmResult, ExperimentResult, headline_metrics
 from helios_sim.report.style import Drawing, arm_styles, to_svg
 from helios_sim.report.summary import Comparisons, json_value
+from helios_sim.report.table import baseline_marks
 
 SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
 _MOST_CARDS = 4
@@ -69,6 +70,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         warnings=warnings,
         columns=[{"label": fmt.label(name)} for name in headline_metrics(result)],
         rows=_arm_rows(result, ratios),
+        baseline_marks=baseline_marks(result),
         all_metrics=_all_metrics(result, ratios),
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
@@ -109,13 +111,13 @@ def _beside(low: float | None, high: float | None, note: str) -> str:
 def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
     names = headline_metrics(result)
     styles = arm_styles(list(result.arms), result.baseline)
+    mark_of = {name: mark for mark, name in baseline_marks(result).items()}
     rows = []
     for arm in result.arms.values():
         over = result.baseline_of(arm.name)
         is_baseline = arm.name == over
         versus, interval = ("1×", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
-        if not is_baseline and over != result.baseline:
-            interval = f"{interval} over {over}".strip()
+        versus = f"{versus} {mark_of[over]}" if over in mark_of else versus
         metrics = arm.metrics
         rows.append(
             {
