@@ -1,0 +1,291 @@
+"""Runs named stages in order of worth within a time budget. Knows folders and clocks, not what a stage does.
+
+OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
+there in one step, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes
+on with what is missing. A finished stage is measured anew only when its settings changed, or when a stage that it
+builds on was. OUT/transcript.jsonl has a line for every event of every call.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calibrate.transcript import OnProgress, Transcript, now
+from helios_sim.errors import UserError
+from helios_sim.report import files
+
+STAGES, RECORD = "stages", "stage.json"
+_SCRATCH, _LOCK = ".scratch", ".lock"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class Status(StrEnum):
+    DONE = "done"  # in this call
+    KEPT = "kept"  # finished by an earlier call
+    SKIPPED = "skipped"  # the time left, or a stage that it needs, did not allow it
+    FAILED = "failed"  # by a defect; the other stages went on
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A stage that is complete on disk."""
+
+    name: str
+    folder: Path
+    result: Mapping[str, Any]
+    wall_s: float
+    finished_at: str
+
+    def part(self, name: str) -> Path:
+        """A file or folder that the stage wrote."""
+        return self.folder / name
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What a running stage is given. It writes into `folder` alone."""
+
+    folder: Path
+    allowance_s: float | None  # its part of the time left; a stage may use less; None: as long as it takes
+    finished: Mapping[str, Finished]  # all stages before it that are complete, by name
+    tell: Callable[[str, float | None], None]  # (what it does now, share done)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`run` returns what goes into stage.json as its result (JSON values).
+
+    Stages run in order of `worth`, the highest first. `estimate_s` is the time that one takes unhurried; with a
+    budget, the time left is divided in these proportions. Below `least_s` (None: `estimate_s`) it is not begun.
+    `needs` names stages without whose results it cannot run; they must be worth more. `settings` are all values that
+    its result depends on.
+    """
+
+    name: str
+    run: Callable[[StageRun], Mapping[str, Any]]
+    estimate_s: float
+    worth: float
+    least_s: float | None = None
+    needs: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shortest_s(self) -> float:
+        return self.estimate_s if self.least_s is None else self.least_s
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    stage: str
+    status: Status
+    why: str = ""  # of skipped and failed
+    finished: Finished | None = None  # of done and kept
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folder: Path,
+    budget_s: float | None = None,
+    on_progress: OnProgress = lambda progress: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Outcomes in the order of running. Stages that `folder` holds with the same settings are kept, not run.
+
+    Raises a stage's UserError at once, since a user's mistake concerns the others too; a defect costs its own stage
+    and those that need it. UserError too when the folder cannot be written to or another process works in it.
+    """
+    began = clock()
+    ordered = in_order(stages)
+    files.make_folder(folder)
+    with _alone(folder):
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # of a call that was killed
+        transcript = Transcript(folder, on_progress)
+        found: dict[str, Finished] = {}
+        outcomes: list[Outcome] = []
+        kept = _kept(ordered, folder, transcript)
+        waiting = [stage for stage in ordered if stage.name not in kept]
+        for stage in ordered:
+            if stage.name in kept:
+                outcome = Outcome(stage.name, Status.KEPT, finished=kept[stage.name])
+                transcript.note(stage.name, "kept", f"of {kept[stage.name].finished_at}")
+            else:
+                left_s = None if budget_s is None else budget_s - (clock() - began)
+                outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
+                waiting.remove(stage)
+            outcomes.append(outcome)
+            if outcome.finished is not None:
+                found[stage.name] = outcome.finished
+        return outcomes
+
+
+def in_order(stages: Sequence[Stage]) -> list[Stage]:
+    """By worth; ValueError when a stage needs one that is missing or does not come before it."""
+    ordered = sorted(stages, key=lambda stage: -stage.worth)
+    seen: set[str] = set()
+    for stage in ordered:
+        if missing := set(stage.needs) - seen:
+            raise ValueError(f"stage {stage.name} needs {', '.join(sorted(missing))} before it")
+        seen.add(stage.name)
+    return ordered
+
+
+def read_finished(folder: Path) -> dict[str, Finished]:
+    """All complete stages in an output folder, whatever their settings."""
+    records = sorted((folder / STAGES).glob(f"*/{RECORD}"))
+    return {path.parent.name: _finished(path.parent, json.loads(path.read_text())) for path in records}
+
+
+def _one(
+    stage: Stage,
+    folder: Path,
+    found: Mapping[str, Finished],
+    allowance_s: float | None,
+    left_s: float | None,
+    transcript: Transcript,
+    clock: Callable[[], float],
+) -> Outcome:
+    if missing := [name for name in stage.needs if name not in found]:
+        return _skipped(stage, f"needs {', '.join(missing)}, which is not there", transcript)
+    if left_s is not None and left_s < stage.shortest_s:
+        why = f"{max(0.0, left_s):.0f} s of the budget are left and it takes {stage.shortest_s:.0f} s or more"
+        return _skipped(stage, why, transcript)
+    transcript.note(stage.name, "started", "" if allowance_s is None else f"with {allowance_s:.0f} s")
+    began = clock()
+    try:
+        with _scratch(folder, stage.name) as draft:
+            run = StageRun(draft, allowance_s, dict(found), partial(transcript.going, stage.name))
+            result = stage.run(run)
+            record = {
+                "stage": stage.name,
+                "settings": _plain(stage.settings),
+                "needs": {name: found[name].finished_at for name in stage.needs},
+                "result": result,
+                "wall_s": round(clock() - began, 3),
+                "finished_at": now(),
+            }
+            files.write_json(draft / RECORD, record)
+            place = _put(draft, folder / STAGES / stage.name)
+    except UserError as error:
+        transcript.note(stage.name, "failed", str(error))
+        raise
+    except OSError as error:
+        transcript.note(stage.name, "failed", str(error))
+        if error.errno in _NO_ROOM:
+            raise _unwritable(folder, error) from error
+        return Outcome(stage.name, Status.FAILED, transcript.defect(stage.name, error))
+    except MemoryError as error:
+        transcript.note(stage.name, "failed", "out of memory")
+        allowed = "the memory of this machine did not suffice"
+        raise UserError("stage", stage.name, allowed, "load fewer layers, or measure smaller batches") from error
+    except Exception as error:
+        return Outcome(stage.name, Status.FAILED, transcript.defect(stage.name, error))
+    finished = _finished(place, record)
+    transcript.note(stage.name, "done", f"{finished.wall_s:.1f} s")
+    return Outcome(stage.name, Status.DONE, finished=finished)
+
+
+def _skipped(stage: Stage, why: str, transcript: Transcript) -> Outcome:
+    transcript.note(stage.name, "skipped", why)
+    return Outcome(stage.name, Status.SKIPPED, why)
+
+
+def _allowance(stage: Stage, waiting: Sequence[Stage], left_s: float | None) -> float | None:
+    """Its share of the time left, in proportion to the estimates of all that still wait."""
+    if left_s is None:
+        return None
+    total_s = sum(other.estimate_s for other in waiting)
+    return max(stage.shortest_s, left_s * stage.estimate_s / total_s) if total_s else left_s
+
+
+def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dict[str, Finished]:
+    """Finished stages whose settings and foundations are the same as now; says of the others why they are not."""
+    kept: dict[str, Finished] = {}
+    for stage in ordered:
+        path = folder / STAGES / stage.name / RECORD
+        if not path.is_file():
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            finished, settings, needs = _finished(path.parent, record), record["settings"], record["needs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            transcript.note(stage.name, "outdated", "its record cannot be read: it is measured anew")
+            continue
+        why = _changed(settings, _plain(stage.settings))
+        newer = [n for n in stage.needs if n not in kept or kept[n].finished_at != needs.get(n)]
+        if why or newer:
+            why = why or f"{', '.join(newer)} is measured anew"
+            transcript.note(stage.name, "outdated", f"{why}: measured anew")
+        else:
+            kept[stage.name] = finished
+    return kept
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, what differs; "" if nothing does."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(keys))
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file."""
+    plain: dict[str, Any] = json.loads(files.to_json(dict(settings)))
+    return plain
+
+
+def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
+    return Finished(record["stage"], folder, record["result"], float(record["wall_s"]), record["finished_at"])
+
+
+@contextmanager
+def _scratch(folder: Path, name: str) -> Iterator[Path]:
+    place = folder / _SCRATCH
+    place.mkdir(exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=place, prefix=f"{name}."))
+    draft.chmod(0o755)  # temporary folders are private by default
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _put(draft: Path, place: Path) -> Path:
+    """Moves the finished folder to its place; one with outdated settings makes way."""
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        os.rename(place, draft.parent / f"{draft.name}.outdated")
+    os.rename(draft, place)
+    return place
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder. The system drops the lock when this one ends, however it does."""
+    try:
+        with (folder / _LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                allowed = "another process is at work in this folder"
+                raise UserError("out", str(folder), allowed, "wait until it ends, or name another folder") from None
+            yield
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    fix = "free space on the disk or choose a folder that you may write to; finished stages are kept"
+    return UserError("out", str(folder), f"cannot be written: {error.strerror or error}", fix)

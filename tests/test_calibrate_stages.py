@@ -1,0 +1,209 @@
+"""Stages of a calibration: order of worth, a time budget, and nothing that was finished is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calibrate.stages import Stage, StageRun, Status, read_finished, run_stages
+from calibrate.transcript import Progress
+from helios_sim.errors import UserError
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def working(clock: Clock, for_s: float, log: list[str] | None = None, name: str = "") -> Callable[[StageRun], dict]:
+    """A stage that takes a time, writes a file, and says how much time it was given."""
+
+    def run(stage: StageRun) -> dict:
+        (stage.folder / "data.txt").write_text("measured")
+        clock.now_s += for_s
+        if log is not None:
+            log.append(name)
+        return {"allowance_s": stage.allowance_s, "before": sorted(stage.finished)}
+
+    return run
+
+
+def statuses(outcomes) -> dict[str, str]:
+    return {outcome.stage: outcome.status.value for outcome in outcomes}
+
+
+def test_stages_run_in_order_of_worth_and_leave_their_files(tmp_path: Path) -> None:
+    clock, log = Clock(), []
+    stages = [Stage(n, working(clock, 1, log, n), 1, worth) for n, worth in (("b", 2), ("c", 1), ("a", 3))]
+    outcomes = run_stages(stages, tmp_path, clock=clock)
+    assert log == ["a", "b", "c"] == [outcome.stage for outcome in outcomes]
+    assert outcomes[2].finished.result["before"] == ["a", "b"]
+    assert outcomes[0].finished.part("data.txt").read_text() == "measured"
+    assert outcomes[0].finished.wall_s == 1
+    assert set(read_finished(tmp_path)) == {"a", "b", "c"}
+    assert not (tmp_path / ".scratch").exists()
+
+
+def test_the_time_left_is_divided_in_proportion_and_what_does_not_fit_is_skipped(tmp_path: Path) -> None:
+    clock = Clock()
+    stages = [
+        Stage("slow", working(clock, 70), 30, worth=3, least_s=10),  # is given 30 / 60 of 100 s and takes 70
+        Stage("long", working(clock, 20), 20, worth=2, least_s=35),
+        Stage("short", working(clock, 5), 10, worth=1, least_s=2),
+    ]
+    outcomes = run_stages(stages, tmp_path, budget_s=100, clock=clock)
+    assert statuses(outcomes) == {"slow": "done", "long": "skipped", "short": "done"}
+    assert outcomes[0].finished.result["allowance_s"] == pytest.approx(50)
+    assert "30 s of the budget are left" in outcomes[1].why
+    assert outcomes[2].finished.result["allowance_s"] == pytest.approx(30)
+
+
+def test_a_later_call_keeps_what_is_finished_and_adds_what_was_skipped(tmp_path: Path) -> None:
+    clock, log = Clock(), []
+    stages = [Stage(n, working(clock, 8, log, n), 8, worth) for n, worth in (("a", 2), ("b", 1))]
+    assert statuses(run_stages(stages, tmp_path, 10, clock=clock)) == {"a": "done", "b": "skipped"}
+    assert statuses(run_stages(stages, tmp_path, 10, clock=clock)) == {"a": "kept", "b": "done"}
+    assert log == ["a", "b"]
+    events = [json.loads(line)["event"] for line in (tmp_path / "transcript.jsonl").read_text().splitlines()]
+    assert events == ["started", "done", "skipped", "kept", "started", "done"]
+
+
+def test_a_changed_setting_measures_that_stage_and_its_dependents_anew_and_says_so(tmp_path: Path) -> None:
+    clock, log, told = Clock(), [], []
+
+    def stages(dtype: str) -> list[Stage]:
+        return [
+            Stage("base", working(clock, 1, log, "base"), 1, 3, settings={"dtype": dtype}),
+            Stage("above", working(clock, 1, log, "above"), 1, 2, needs=("base",)),
+            Stage("beside", working(clock, 1, log, "beside"), 1, 1),
+        ]
+
+    run_stages(stages("float32"), tmp_path, clock=clock)
+    time.sleep(0.002)  # finishing times differ
+    outcomes = run_stages(stages("bfloat16"), tmp_path, on_progress=told.append, clock=clock)
+    assert statuses(outcomes) == {"base": "done", "above": "done", "beside": "kept"}
+    outdated = {p.stage: p.text for p in told if isinstance(p, Progress) and p.event == "outdated"}
+    assert "dtype was 'float32' and is 'bfloat16'" in outdated["base"]
+    assert "base is measured anew" in outdated["above"]
+    assert log == ["base", "above", "beside", "base", "above"]
+
+
+def test_a_stage_whose_foundation_was_skipped_is_skipped(tmp_path: Path) -> None:
+    clock = Clock()
+    stages = [Stage("base", working(clock, 1), 50, 2), Stage("above", working(clock, 1), 1, 1, needs=("base",))]
+    outcomes = run_stages(stages, tmp_path, budget_s=10, clock=clock)
+    assert statuses(outcomes) == {"base": "skipped", "above": "skipped"}
+    assert "base" in outcomes[1].why
+
+
+def test_a_stage_must_be_worth_less_than_what_it_needs(tmp_path: Path) -> None:
+    stages = [Stage("base", dict, 1, 1), Stage("above", dict, 1, 2, needs=("base",))]
+    with pytest.raises(ValueError, match="above needs base before it"):
+        run_stages(stages, tmp_path)
+
+
+def test_a_defect_costs_its_own_stage_only_and_its_traceback_is_kept(tmp_path: Path) -> None:
+    def broken(stage: StageRun) -> dict:
+        (stage.folder / "half.txt").write_text("half")
+        raise ZeroDivisionError("by nothing")
+
+    clock = Clock()
+    outcomes = run_stages([Stage("broken", broken, 1, 2), Stage("sound", working(clock, 1), 1, 1)], tmp_path)
+    assert statuses(outcomes) == {"broken": "failed", "sound": "done"}
+    assert outcomes[0].why == "ZeroDivisionError: by nothing"
+    assert not (tmp_path / "stages" / "broken").exists()
+    assert "half.txt" not in {path.name for path in tmp_path.rglob("*")}
+    assert "in broken" in (tmp_path / "transcript.jsonl").read_text()
+
+
+def test_a_mistake_of_the_user_ends_the_run_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    def refuses(stage: StageRun) -> dict:
+        raise UserError("device", "tpu", "cpu or cuda", "set device")
+
+    clock = Clock()
+    with pytest.raises(UserError, match="device='tpu'"):
+        run_stages([Stage("a", working(clock, 1), 1, 2), Stage("b", refuses, 1, 1)], tmp_path)
+    assert set(read_finished(tmp_path)) == {"a"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_forbidden_disk_gives_one_message(tmp_path: Path, code: int) -> None:
+    def full(stage: StageRun) -> dict:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(UserError, match=r"out=.*cannot be written: .*Fix: free space"):
+        run_stages([Stage("a", full, 1, 1)], tmp_path)
+
+
+def test_a_damaged_record_is_measured_anew(tmp_path: Path) -> None:
+    clock, log = Clock(), []
+    stages = [Stage("a", working(clock, 1, log, "a"), 1, 1)]
+    run_stages(stages, tmp_path, clock=clock)
+    (tmp_path / "stages" / "a" / "stage.json").write_text('{"stage": "a", ')
+    assert statuses(run_stages(stages, tmp_path, clock=clock)) == {"a": "done"}
+    assert log == ["a", "a"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    def again(stage: StageRun) -> dict:
+        run_stages([], tmp_path)
+        return {}
+
+    with pytest.raises(UserError, match="another process is at work"):
+        run_stages([Stage("a", again, 1, 1)], tmp_path)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from calibrate.stages import Stage, run_stages
+
+folder = Path(sys.argv[1])
+
+def quick(stage):
+    (stage.folder / "data.txt").write_text("whole")
+    with (folder.parent / "runs.txt").open("a") as log:
+        log.write("quick ")
+    return {}
+
+def endless(stage):
+    (stage.folder / "data.txt").write_text("half")
+    (folder.parent / "reached").touch()
+    time.sleep(float(sys.argv[2]))
+    return {}
+
+run_stages([Stage("quick", quick, 1, 2), Stage("endless", endless, 1, 1)], folder)
+"""
+
+
+def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_written(tmp_path, repository) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(out)]
+    victim = subprocess.Popen([*command, "600"], cwd=repository)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "reached").exists():
+        assert time.monotonic() < deadline
+        assert victim.poll() is None
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert set(read_finished(out)) == {"quick"}
+
+    subprocess.run([*command, "0"], cwd=repository, check=True)
+    assert (tmp_path / "runs.txt").read_text() == "quick "  # not run a second time
+    assert set(read_finished(out)) == {"quick", "endless"}
+    assert not (out / ".scratch").exists()
+    last = json.loads((out / "transcript.jsonl").read_text().splitlines()[-1])
+    assert (last["stage"], last["event"]) == ("endless", Status.DONE)
