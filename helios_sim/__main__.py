@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -21,11 +17,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from helios_sim.config import Variants, conf_folder, given, in_words, register
+from helios_sim.config import Variants, check_flags, conf_folder, given, in_words, leave_no_trace, register
 from helios_sim.errors import UserError
 
 DEFAULT = "+experiment=quickstart"
-BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before a study has written anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
-        _check_flags(command)
+        check_flags(command)
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
@@ -79,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         for folder in refused:
-            _leave_no_trace(folder)
+            leave_no_trace(folder)
     return status
 
 
@@ -93,23 +88,6 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
         overrides.append(DEFAULT)
     return [*overrides, *flags]
-
-
-def _check_flags(arguments: Sequence[str]) -> None:
-    """UserError for what argparse would refuse with a page of usage and status 2. Hydra's parser is not public."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = get_args_parser().parse_args(arguments)
-    except SystemExit:
-        reason = said.getvalue().strip().splitlines()[-1].split("error: ")[-1]
-        raise UserError("command line", " ".join(arguments), reason, "see python -m helios_sim --help") from None
-    for override in parsed.overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise UserError("argument", override, "settings are written key=value", "see python -m helios_sim --help")
-    folder = parsed.config_dir
-    if folder is not None and not Path(folder).is_dir():
-        raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
 
 
 def _check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
@@ -139,17 +117,6 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
     key = next((a.split("=")[0].lstrip("+") for a in arguments if a.lstrip("+").startswith("policy.")), "policy")
     fix = "choose one first, such as policy=helios policy.round_requests=50"
     return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)
-
-
-def _leave_no_trace(folder: Path) -> None:
-    """Remove a folder in which nothing but Hydra's own files were written, and empty ones above it here."""
-    here = Path.cwd()
-    folder = folder.resolve()
-    above = [parent for parent in folder.parents if here in parent.parents]
-    for place in (folder, *above):
-        if place == here or not place.is_dir() or not {entry.name for entry in place.iterdir()} <= BY_HYDRA:
-            return
-        shutil.rmtree(place)
 
 
 def _fail(error: UserError, study: str = "") -> int:

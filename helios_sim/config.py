@@ -1,17 +1,24 @@
-"""Hydra's side: where conf/ lies, the typed schemas, turning settings into a `Config`, and its errors in our words."""
+"""Hydra's side: where conf/ lies, the typed schemas, turning settings into a `Config`, and its errors in our words.
+
+What is about Hydra alone serves every command line of the project: such functions take the schema of its settings.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import re
+import shutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -21,6 +28,7 @@ from helios_sim.study.schema import Config
 
 OPEN = ("arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.")  # take new names
 PRINT_ALL = "--cfg job prints all settings"
+BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
 def conf_folder() -> str:
@@ -63,7 +71,7 @@ def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
     return config
 
 
-def in_words(error: Exception, arguments: Sequence[str] = ()) -> UserError:
+def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """An error of Hydra or OmegaConf as one message; `arguments` are the command line's."""
     text = str(error)
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
@@ -72,9 +80,9 @@ def in_words(error: Exception, arguments: Sequence[str] = ()) -> UserError:
         fix = _closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments)
+        return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Error merging override (\S+?)=(.*)", text):
-        return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments)
+        return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Error parsing override '(.*?)'\s+(.*)", text):
         fix = "write key=value; put quotes around the whole if the value holds spaces, commas, braces or colons"
         return UserError("argument", found[1], f"cannot be read: {_shorter(found[2])}", fix)
@@ -85,7 +93,7 @@ def in_words(error: Exception, arguments: Sequence[str] = ()) -> UserError:
         key = found[1]
         if isinstance(error, MissingMandatoryValue):
             return UserError(key, None, "it has no default and needs a value", f"set {key}")
-        wrong = _wrong(key, given(key, arguments), text, arguments)
+        wrong = _wrong(key, given(key, arguments), text, arguments, schema)
         if file := re.search(r"In '([^']+)'", text):
             wrong = wrong.about(f"{file[1]}: {key}")
         return wrong
@@ -102,13 +110,42 @@ def given(key: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = ()) -> UserError:
+def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
+    """UserError for what argparse would refuse with a page of usage and status 2. Hydra's parser is not public."""
+    said = io.StringIO()
+    see = f"see python -m {program} --help"
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = get_args_parser().parse_args(arguments)
+    except SystemExit:
+        reason = said.getvalue().strip().splitlines()[-1].split("error: ")[-1]
+        raise UserError("command line", " ".join(arguments), reason, see) from None
+    for override in parsed.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError("argument", override, "settings are written key=value", see)
+    folder = parsed.config_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
+
+
+def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
+    """Remove a folder in which nothing but Hydra's own files and `worthless` ones lie, and empty ones above it here."""
+    here = Path.cwd()
+    folder = folder.resolve()
+    above = [parent for parent in folder.parents if here in parent.parents]
+    for place in (folder, *above):
+        if place == here or not place.is_dir() or not {e.name for e in place.iterdir()} <= BY_HYDRA | {*worthless}:
+            return
+        shutil.rmtree(place)
+
+
+def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """A key that does not exist, or a value that it cannot have."""
-    known = _known()
+    known = _known(schema)
     if key in known and "is not in struct" not in cause:
         return UserError(key, value, f"must be {_kind(known[key])}", f"set {key} to such a value")
     group = key.split(".")[0]
-    if group == "policy":
+    if group == "policy" and schema is Config:
         return _wrong_policy_key(key, value, arguments)
     if key in known or key.startswith(OPEN):
         allowed = "a new name in a mapping is added with +"
@@ -144,7 +181,7 @@ def _shorter(reason: str) -> str:
     return re.sub(r" expecting \{.*", "", reason.split("\n")[0])
 
 
-def _known() -> dict[str, Any]:
+def _known(schema: type) -> dict[str, Any]:
     """All settings by dotted path, with their types; groups of settings too."""
     found: dict[str, Any] = {}
 
@@ -155,7 +192,7 @@ def _known() -> dict[str, Any]:
             if is_dataclass(hints[field.name]):
                 collect(hints[field.name], f"{prefix}{field.name}.")
 
-    collect(Config, "")
+    collect(schema, "")
     return found
 
 
