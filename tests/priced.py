@@ -30,6 +30,7 @@ def priced_profile(
     prefill_token_s: float = 0.0,  # of a layer's prefill attention, for each new token; above kv_token_s
     head_s: float = 0.0,
     check_s: float | None = None,  # None: a check goes through the head
+    classifier_s: float | None = None,  # None: no classifier's cost is known
     launch_s_per_layer: float = 0.0,
     launch_s_per_graph: float = 0.0,
     sync_s: float = 0.0,
@@ -59,5 +60,6 @@ def priced_profile(
         layer_tables=(layer,),
         head=line(head_s),
         check=None if check_s is None else line(check_s),
+        check_classifier=None if classifier_s is None else line(classifier_s),
         load_slowdown=load_slowdown,
     )

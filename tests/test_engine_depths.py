@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import helios_sim.serving.server as server_module
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, FullDepth, PerToken
+from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
@@ -32,12 +32,13 @@ class Work:
     rows: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kv_tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     propagated: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    checked: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    checked: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # through the head
+    classified: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     prefill: list[tuple[int, int, int]] = field(default_factory=list)
     sampled: int = 0
 
     def comparable(self) -> tuple:
-        counts = (self.rows, self.kv_tokens, self.propagated, self.checked)
+        counts = (self.rows, self.kv_tokens, self.propagated, self.checked, self.classified)
         return (*({k: n for k, n in count.items() if n} for count in counts), sorted(self.prefill), self.sampled)
 
 
@@ -49,6 +50,7 @@ def work_of(c: Composition, j: int) -> Work:
             work.kv_tokens[layer] = int(c.decode_kv_tokens[j, s])
             work.propagated[layer] = 0 if c.propagated_tokens is None else int(c.propagated_tokens[j, s])
         work.checked[end] = 0 if c.check_tokens is None else int(c.check_tokens[j, s])
+        work.classified[end] = 0 if c.classifier_tokens is None else int(c.classifier_tokens[j, s])
     return work
 
 
@@ -74,7 +76,12 @@ class Reference:
         self.answers: dict[int, Answer] = defaultdict(Answer)
 
     def confident(self, row: int, layers: int) -> bool:
-        return bool(self.trace.confidence[row, EXITS.index(layers)] >= 0.7)
+        record = self.trace.classifier if self.by_classifier else self.trace.confidence
+        return bool(record[row, EXITS.index(layers)] >= 0.7)
+
+    @property
+    def by_classifier(self) -> bool:
+        return getattr(self.deployment.exit_rule, "confidence", None) is Confidence.CLASSIFIER
 
     def agrees(self, row: int, layers: int) -> bool:
         return bool(self.trace.agree[row, EXITS.index(layers)])
@@ -130,10 +137,16 @@ class Reference:
                         work.propagated[layer] += 1
                     elif kv_rule is KvRule.RECOMPUTE:
                         answer.owed[layer] += 1
-            checks = isinstance(rule, PerToken) or self.observed(generated)
+            per_token, observed = isinstance(rule, PerToken), self.observed(generated)
+            by_head = observed or (per_token and not self.by_classifier)
             for e in EXITS:
-                work.checked[e] += checks and e <= layers and e < self.loaded
-            work.sampled += not (isinstance(rule, PerToken) and layers < self.loaded)
+                below = e <= layers and e < self.loaded
+                work.checked[e] += by_head and below
+                work.classified[e] += per_token and self.by_classifier and below
+            if isinstance(rule, FixedCap) and self.by_classifier and self.run < N_LAYERS:
+                work.classified[self.run] += 1  # the counter of breaches needs to know
+            # what left after a look at its logits has its token already
+            work.sampled += not (per_token and not self.by_classifier and layers < self.loaded)
         return work
 
     def prefill(self, work: Work, request: int, row: int, generated: int, part) -> None:
@@ -158,8 +171,12 @@ RULES: list[tuple[ExitRule, int, int | None]] = [
     (FixedCap(0.7), 4, None),
     (FixedCap(0.7), 6, 2),
     (FixedCap(0.7), 4, 2),
+    (FixedCap(0.7, Confidence.CLASSIFIER), 4, 2),
+    (FixedCap(0.7, Confidence.CLASSIFIER), 6, 2),
+    (FixedCap(0.7, Confidence.CLASSIFIER), 6, None),
     (PerToken(0.7), 6, None),
-    (PerToken(0.7), 6, None),
+    (PerToken(0.7, Confidence.CLASSIFIER), 6, None),
+    (PerToken(0.7, Confidence.CLASSIFIER), 4, None),
     (PerToken(0.7), 4, None),
     (Clairvoyant(), 6, None),
 ]
@@ -196,7 +213,9 @@ def rows_of(sequence, generated: int) -> int:
 def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, leap: bool) -> int:
     """Serves, compares every iteration that counted and every record. Returns how many were preempted."""
     trace = synthetic_trace("a", EXITS, tokens=97, seed=5, chars_per_token=1)
-    profile = priced_profile("a", n_layers=N_LAYERS, layer_s=1e-4, row_s=1e-5, kv_token_s=1e-6, prefill_token_s=2e-6)
+    profile = priced_profile(
+        "a", n_layers=N_LAYERS, layer_s=1e-4, row_s=1e-5, kv_token_s=1e-6, prefill_token_s=2e-6, classifier_s=1e-6
+    )
     reference = Reference(trace, deployment)
     priced: list[Composition] = []
     time_s = Profile.iteration_time_s

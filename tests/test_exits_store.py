@@ -33,7 +33,7 @@ def test_round_trip(trace: ExitTrace, tmp_path: Path) -> None:
     again = read_trace(tmp_path / "a")
     for name in ("model", "exits", "tasks", "published_threshold", "published_confidence", "human_text", "provenance"):
         assert getattr(again, name) == getattr(trace, name), name
-    for name in ("task", "prompt", "chars", "agree", "confidence", "margin", "confident", "bits"):
+    for name in ("task", "prompt", "chars", "agree", "confidence", "margin", "classifier", "confident", "bits"):
         ours, theirs = getattr(trace, name), getattr(again, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:

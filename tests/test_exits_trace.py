@@ -108,6 +108,18 @@ def test_a_measure_that_was_not_recorded_is_refused() -> None:
         trace.confident_at(0.5, Confidence.MARGIN)
 
 
+def test_each_measure_reads_its_own_record() -> None:
+    trace = synthetic_trace(tokens=40)
+    for measure, record in (
+        (Confidence.MAX_PROBABILITY, trace.confidence),
+        (Confidence.MARGIN, trace.margin),
+        (Confidence.CLASSIFIER, trace.classifier),
+    ):
+        assert np.array_equal(trace.confident_at(0.5, measure), record >= 0.5)
+    with pytest.raises(UserError, match=r"confidence='classifier 0\.5'.*measures recorded: max_probability, margin"):
+        replace(trace, classifier=None).confident_at(0.5, Confidence.CLASSIFIER)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -121,7 +133,7 @@ def test_a_measure_that_was_not_recorded_is_refused() -> None:
         {"prompt": np.zeros(19, dtype=int)},
         {"agree": np.zeros((20, 3), dtype=bool)},
         {"confidence": np.full((20, 3), np.nan)},
-        {"confidence": None, "margin": None},
+        {"confidence": None, "margin": None, "classifier": None},
         {"confident": np.ones((20, 3), dtype=bool)},
         {"published_threshold": 0.5},
     ],

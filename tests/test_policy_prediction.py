@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from helios_sim.exits.rule import Confidence
 from helios_sim.policy.deployment import Placement
 from helios_sim.policy.depth import decode_time_s, fixed_depth, per_token_depths, prefill_time_s
 from helios_sim.policy.load import Load, expected_load, seen_load
 from helios_sim.policy.prediction import Prediction, predict
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Situation, Telemetry
 from policy_example import KV_BYTES, LAYER_BYTES, OTHER_BYTES, large, layered_profile, offline, situation, small
+from priced import priced_profile
 
 PROMPT, OUTPUT = 10.0, 21.0
 ITERATION_S = 0.002  # small at 2 layers
@@ -128,6 +130,19 @@ def test_per_token_exits_at_batch_one_are_the_mixture_of_the_exits() -> None:
     time_s, _ = decode_time_s(small().profile, depths, np.array([1, 16]), 50.0)
     launches_s = [0.75 * 2 + 0.25 * 4, 4.0]  # in a batch of 16 somebody always runs deep
     assert time_s == pytest.approx(0.001 * np.array(launches_s))
+
+
+def test_a_token_that_left_by_a_classifier_pays_for_the_head_besides() -> None:
+    """A check and a head pass cost 2 s each, a classifier 0.5 s; 75 % of the tokens leave at the first of two exits."""
+    profile = priced_profile("small", n_layers=4, layer_s=1.0, head_s=2.0, classifier_s=0.5)
+    shares = offline("small", (2, 4), (0.0, 0.0), (0.75, 1.0))
+    for confidence, expected_s in (
+        (Confidence.MAX_PROBABILITY, 2.0 + (2.0 + 2.0) * 0.25 + 2.0),  # layers, layers and head of the rest, check
+        (Confidence.CLASSIFIER, 2.0 + 2.0 * 0.25 + 0.5 + 2.0),
+    ):
+        depths = per_token_depths(replace(shares, confidence=confidence), propagated=False)
+        time_s, _ = decode_time_s(profile, depths, np.array([1]), 50.0)
+        assert time_s == pytest.approx([expected_s])
 
 
 @given(layers=st.integers(1, 8), users=st.integers(1, 40))

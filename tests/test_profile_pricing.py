@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
@@ -46,7 +47,7 @@ def simple_profile(runtime: Runtime = NO_HOST, *, check: bool = True, n_layers: 
 def composition(
     bounds: tuple[int, ...], decode: list[int], kv: list[int], sampled: int, **changes: object
 ) -> Composition:
-    for key in ("check_tokens", "propagated_tokens"):
+    for key in ("check_tokens", "classifier_tokens", "propagated_tokens"):
         if key in changes:
             changes[key] = np.array([changes[key]])
     return Composition(bounds, np.array([decode]), np.array([kv]), np.array([sampled]), **changes)  # type: ignore[arg-type]
@@ -116,6 +117,39 @@ def test_checks_go_through_the_head_unless_a_cheaper_table_is_given() -> None:
     c = composition((2, 8), [8, 8], [8, 8], 8, check_tokens=[8, 0], host_sync_at_checks=False)
     cheap, through_head = simple_profile(), simple_profile(check=False)
     assert time_s(cheap, c) - time_s(through_head, c) == 8 / 4 - 8 / 8
+
+
+def test_a_classifier_has_a_price_of_its_own_beside_the_heads() -> None:
+    profile = simple_profile(check_classifier=line((0.0, 1 / 32)))
+    checks = {"check_tokens": [8, 0], "classifier_tokens": [16, 0]}
+    none = composition((2, 8), [16, 8], [16, 8], 8)
+    head, classifier = (
+        time_s(profile, composition((2, 8), [16, 8], [16, 8], 8, host_sync_at_checks=False, **{key: rows}))
+        for key, rows in checks.items()
+    )
+    both = composition((2, 8), [16, 8], [16, 8], 8, host_sync_at_checks=False, **checks)
+    assert head - time_s(profile, none) == 8 / 4
+    assert classifier - time_s(profile, none) == 16 / 32
+    assert time_s(profile, both) - time_s(profile, none) == 8 / 4 + 16 / 32
+    assert profile.check_table(Confidence.CLASSIFIER) is profile.check_classifier
+    assert profile.check_table(Confidence.MARGIN) is profile.check
+    assert simple_profile(check=False).check_table(Confidence.MARGIN).time_s.tolist() == line(HEAD).time_s.tolist()
+
+
+def test_the_host_waits_for_a_classifier_as_for_the_head() -> None:
+    profile = simple_profile(
+        Runtime(0.0, 0.25, sync_s=0.125, host_overhead_s=0.0, graph_batch_sizes=None),
+        check_classifier=line((0.0, 1 / 32)),
+    )
+    by_head = composition((2, 8), [4, 4], [40, 40], 4, check_tokens=[4, 0])
+    by_classifier = composition((2, 8), [4, 4], [40, 40], 4, classifier_tokens=[4, 0])
+    assert time_s(profile, by_head) - time_s(profile, by_classifier) == 4 / 4 - 4 / 32
+
+
+def test_a_classifier_whose_cost_is_not_known_is_refused() -> None:
+    c = composition((2, 8), [16, 8], [16, 8], 8, classifier_tokens=[16, 0])
+    with pytest.raises(UserError, match=r"exits\.confidence='classifier'.*check_classifier"):
+        time_s(simple_profile(), c)
 
 
 def test_only_dense_rows_without_prefill_are_padded_and_only_up_to_the_largest_size() -> None:
@@ -209,6 +243,7 @@ def leaps(draw: st.DrawFn, n_layers: int) -> Composition:
         decode_kv_tokens=decode * rng.integers(1, 5000, (n, 1)) + rng.integers(0, 9, (n, 1)) * (decode > 0),
         sampled_tokens=rng.integers(0, top, n),
         check_tokens=draw(st.sampled_from([None, decode * rng.integers(0, 2, (n, n_bands))])),
+        classifier_tokens=draw(st.sampled_from([None, decode * rng.integers(0, 2, (n, n_bands))])),
         propagated_tokens=draw(st.sampled_from([None, rng.integers(0, top, (n, n_bands))])),
         host_sync_at_checks=draw(st.booleans()),
         loading=draw(st.booleans()),
@@ -222,7 +257,7 @@ def alone(c: Composition, k: int) -> Composition:
     return dataclasses.replace(
         c, decode_tokens=c.decode_tokens[k : k + 1], decode_kv_tokens=c.decode_kv_tokens[k : k + 1],
         sampled_tokens=c.sampled_tokens[k : k + 1], check_tokens=row(c.check_tokens),
-        propagated_tokens=row(c.propagated_tokens),
+        classifier_tokens=row(c.classifier_tokens), propagated_tokens=row(c.propagated_tokens),
     )  # fmt: skip
 
 
@@ -232,7 +267,10 @@ def test_a_leap_costs_the_same_bits_as_its_iterations(data: st.DataObject, launc
     profile = load_profile("opt-1.3b@a100-40gb")
     runtime = dataclasses.replace(profile.runtime, launch_s_per_layer=launch_s)
     runtime = runtime if padded else dataclasses.replace(runtime, graph_batch_sizes=None)
-    profile = dataclasses.replace(profile, runtime=runtime, unequal_kv_factor=1.07, time_factor=1.05)
+    classifier = RowsTable(np.array([1, 300]), np.array([7e-6, 31e-6]))
+    profile = dataclasses.replace(
+        profile, runtime=runtime, unequal_kv_factor=1.07, time_factor=1.05, check_classifier=classifier
+    )
     c = data.draw(leaps(24))
     together = profile.iteration_time_s(c)
     outside = profile.outside_grid(c)

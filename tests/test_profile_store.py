@@ -47,8 +47,9 @@ def rich_profile() -> Profile:
     grid = dataclasses.replace(first.decode_attention, iqr_s=first.decode_attention.time_s / 20)
     second = dataclasses.replace(first, dense=measured, decode_attention=grid)
     return dataclasses.replace(
-        profile, layer_tables=(first, second), layer_class=(0, 1) * 16, check=first.kv_projection, mixed_factor=1.1
-    )
+        profile, layer_tables=(first, second), layer_class=(0, 1) * 16, check=first.kv_projection, mixed_factor=1.1,
+        check_classifier=measured,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [rich_profile, lambda: flat_profile(0.25)])

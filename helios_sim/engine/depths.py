@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.replay import Replay
-from helios_sim.exits.rule import FixedCap, FullDepth, PerToken
+from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, FullDepth, PerToken
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
 from helios_sim.serving.batch import Column
@@ -28,15 +28,16 @@ class Depths:
     decode_kv_tokens: IntArray  # (k, S)
     sampled_tokens: IntArray  # (k,)
     check_tokens: IntArray | None  # (k, S)
+    classifier_tokens: IntArray | None  # (k, S)
     propagated_tokens: IntArray | None  # (k, S)
     tokens: Tokens
 
 
-def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay, checks_sample: bool = True) -> Depths:
+def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay) -> Depths:
     """Depths of the plan's decoding requests in up to `plan.max_iterations` iterations.
 
-    `checks_sample`: an exit check is a pass of the LM head, which gives a token that leaves there; with a cheaper
-    check of its own the token has to pass the head besides.
+    An exit check through the LM head gives the token that leaves there; after a classifier's check it has to pass
+    the head besides. To observe an exit takes the head whatever the rule: agreement is between tokens.
     """
     k = plan.max_iterations
     observing = False
@@ -46,7 +47,7 @@ def decode_depths(plan: Plan, trace: ExitTrace, replayed: Replay, checks_sample:
         return _planned(plan, plan.service_plan, trace, k)
     if isinstance(plan.exit_rule, FullDepth | FixedCap) and not observing:
         return _uniform(plan, trace, replayed, k)
-    return _banded(plan, trace, replayed, k, checks_sample)
+    return _banded(plan, trace, replayed, k)
 
 
 def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
@@ -61,7 +62,14 @@ def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
         rows = _rows(plan, k)
         agrees = replayed.agreed[rows]
         breach = replayed.breach[rows] if isinstance(plan.exit_rule, FixedCap) else None
-    return Depths((replayed.layers,), tokens, kv, tokens[:, 0], None, None, Tokens(replayed.layers, breach, agrees))
+    classified = tokens if watches_cap(plan.exit_rule, whole) else None
+    became = Tokens(replayed.layers, breach, agrees)
+    return Depths((replayed.layers,), tokens, kv, tokens[:, 0], None, classified, None, became)
+
+
+def watches_cap(rule: ExitRule, whole: bool) -> bool:
+    """Whether every token passes a classifier at the cap: its own logits do not give that confidence."""
+    return isinstance(rule, FixedCap) and rule.confidence is Confidence.CLASSIFIER and not whole
 
 
 def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) -> Depths:
@@ -77,10 +85,10 @@ def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) ->
     runs = leaves[:, :, None] >= np.arange(len(bounds))
     tokens = Tokens(layers, None, trace.agree[_rows(plan, k), leaves])
     decode_kv = np.einsum("kns,kn->ks", runs, context)
-    return Depths(bounds, runs.sum(axis=1), decode_kv, np.full(k, n, np.int64), None, None, tokens)
+    return Depths(bounds, runs.sum(axis=1), decode_kv, np.full(k, n, np.int64), None, None, None, tokens)
 
 
-def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sample: bool) -> Depths:
+def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
     bounds = trace.exits[: trace.exits.index(plan.loaded_layers) + 1]
     last, n = len(bounds) - 1, plan.decoding
@@ -102,14 +110,20 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sampl
     decode_tokens = runs.sum(axis=1)
     decode_kv = np.einsum("kns,kn->ks", runs, context)
     check: IntArray | None = None
+    classified: IntArray | None = None
+    leaves_at_head = isinstance(plan.exit_rule, PerToken) and plan.exit_rule.confidence is not Confidence.CLASSIFIER
     if isinstance(plan.exit_rule, PerToken):
-        check = decode_tokens.copy()
-        check[:, rule_last:] = 0  # at the last layer there is nothing to decide: the token is sampled there
-    elif observed.any():
+        checked = decode_tokens.copy()
+        checked[:, rule_last:] = 0  # at the last layer there is nothing to decide: the token is sampled there
+        check, classified = (checked, None) if leaves_at_head else (None, checked)
+    elif watches_cap(plan.exit_rule, replayed.layers == trace.n_layers):
+        classified = np.zeros_like(decode_tokens)
+        classified[:, rule_last] = n
+    if observed.any() and not leaves_at_head:
         check = np.zeros_like(decode_tokens)
         check[:, :last] = int(observed.sum())
-    # A token that left at a check is sampled from that check's logits, if it has any; the others pass the head once.
-    if isinstance(plan.exit_rule, PerToken) and checks_sample:
+    # A token that left at a head's check is sampled from that check's logits; the others pass the head once.
+    if leaves_at_head:
         sampled = (leaves >= rule_last).sum(axis=1)
     else:
         sampled = np.full(k, n, np.int64)
@@ -124,7 +138,7 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int, checks_sampl
             decode_kv = decode_kv + np.einsum("kns,kn->ks", repaid, context)
     agrees = trace.agree[rows, leaves]
     tokens = Tokens(np.asarray(bounds, np.int64)[leaves], breach, agrees)
-    return Depths(bounds, decode_tokens, decode_kv, sampled, check, propagated, tokens)
+    return Depths(bounds, decode_tokens, decode_kv, sampled, check, classified, propagated, tokens)
 
 
 def _repaid(plan: Plan, runs: NDArray[np.bool_]) -> IntArray:

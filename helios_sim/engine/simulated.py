@@ -51,7 +51,7 @@ class SimulatedEngine:
         data = self._models[plan.model]
         rule_layers = plan.run_layers if isinstance(plan.exit_rule, FixedCap | FullDepth) else plan.loaded_layers
         replayed = replay(data.trace.trace, plan.exit_rule, rule_layers)
-        depths = decode_depths(plan, data.trace.trace, replayed, checks_sample=data.profile.check is None)
+        depths = decode_depths(plan, data.trace.trace, replayed)
         prefilled, chunks = self._prefill(plan, data, replayed)
         composition = _composition(plan, depths, chunks)
         time_ns = whole_ns(data.profile.iteration_time_s(composition))
@@ -161,6 +161,7 @@ def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -
         decode_kv_tokens=depths.decode_kv_tokens,
         sampled_tokens=sampled,
         check_tokens=check,
+        classifier_tokens=depths.classifier_tokens,
         propagated_tokens=depths.propagated_tokens,
         prefill=chunks,
         host_sync_at_checks=isinstance(plan.exit_rule, PerToken),

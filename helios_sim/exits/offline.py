@@ -27,6 +27,7 @@ class OfflineExits:
     prompt_disagreements: NDArray[np.int64]  # (P, E) tokens that differ, for a bootstrap over prompts
     chars_per_token: float
     bits_per_char: NDArray[np.float64] | None  # (E,) on human text only
+    confidence: Confidence = Confidence.MAX_PROBABILITY  # by which tokens are confident here
 
 
 def offline_exits(
@@ -58,6 +59,7 @@ def offline_exits(
         prompt_disagreements=np.stack(disagreements, axis=1).astype(np.int64),
         chars_per_token=chars / len(first),
         bits_per_char=bits,
+        confidence=confidence,
     )
 
 

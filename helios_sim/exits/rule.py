@@ -7,8 +7,11 @@ from enum import StrEnum
 
 
 class Confidence(StrEnum):
+    """How sure an exit is. The first two need the LM head, which gives the token as well; the last does not."""
+
     MAX_PROBABILITY = "max_probability"
     MARGIN = "margin"  # top1 - top2 probability
+    CLASSIFIER = "classifier"  # probability of agreement, predicted from the hidden state alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,8 @@ class FullDepth:
 class FixedCap:
     """Every token runs exactly the loaded layers and leaves there, confident or not.
 
-    The confidence comes from the same logits that sample the token, so it costs no extra head. A token whose
-    confidence is below the threshold is a breach.
+    The confidence comes from the same logits that sample the token, so it costs no extra head; a classifier's is
+    charged. A token whose confidence is below the threshold is a breach.
     """
 
     threshold: float
@@ -32,8 +35,9 @@ class FixedCap:
 class PerToken:
     """A token leaves at the first exit where its confidence reaches the threshold.
 
-    Each exit that a token reaches is a check that is paid for. A token that is nowhere confident runs all loaded
-    layers; that is a breach when these are not the whole model.
+    Each exit that a token reaches is a check that is paid for; after a classifier's check a token that leaves still
+    has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these are
+    not the whole model.
     """
 
     threshold: float

@@ -51,6 +51,7 @@ def synthetic_trace(
         confidence=confidence.astype(np.float32),
         margin=(confidence * rng.uniform(size=shape)).astype(np.float32),
         bits=rng.gamma(2.0, 2.0 / depth, size=shape).astype(np.float32),
+        classifier=np.clip(confidence + rng.normal(0, 0.05, size=shape), 0, 1).astype(np.float32),
         human_text=human_text,
     )
 

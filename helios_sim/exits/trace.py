@@ -56,6 +56,7 @@ class ExitTrace:
     provenance: Provenance
     confidence: NDArray[np.float32] | None = None  # (T, E) largest probability
     margin: NDArray[np.float32] | None = None  # (T, E) largest minus second largest probability
+    classifier: NDArray[np.float32] | None = None  # (T, E) probability of agreement, predicted from the hidden state
     confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, where no confidence was recorded
     published_threshold: float | None = None
     published_confidence: Confidence | None = None
@@ -76,6 +77,7 @@ class ExitTrace:
             ("confident", np.bool_, wide),
             ("confidence", np.float32, wide),
             ("margin", np.float32, wide),
+            ("classifier", np.float32, wide),
             ("bits", np.float32, wide),
         ):
             if getattr(self, name) is not None:
@@ -103,7 +105,7 @@ class ExitTrace:
 
         UserError when this trace has no such record: another measure, or a published trace and another threshold.
         """
-        records = {Confidence.MAX_PROBABILITY: self.confidence, Confidence.MARGIN: self.margin}
+        records = self._confidences()
         record = records[confidence]
         if record is not None:
             return record >= np.float32(threshold)
@@ -121,6 +123,13 @@ class ExitTrace:
                 f"use threshold {self.published_threshold:g} with {measure}, or a measured trace",
             )
         return self.confident
+
+    def _confidences(self) -> dict[Confidence, NDArray[np.float32] | None]:
+        return {
+            Confidence.MAX_PROBABILITY: self.confidence,
+            Confidence.MARGIN: self.margin,
+            Confidence.CLASSIFIER: self.classifier,
+        }
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
         """The trace as a workload with these task names reads it; UserError when a task is missing."""
@@ -153,11 +162,12 @@ class ExitTrace:
         published = [x is not None for x in (self.confident, self.published_threshold, self.published_confidence)]
         if any(published) != all(published):
             self._fail("confident", published, "confident, published_threshold and published_confidence come together")
-        if published[0] and (self.confidence is not None or self.margin is not None):
+        recorded = any(record is not None for record in self._confidences().values())
+        if published[0] and recorded:
             self._fail("confident", "beside confidences", "recorded confidences or published exits, not both")
-        if not published[0] and self.confidence is None and self.margin is None:
-            self._fail("confidence", None, "a confidence, a margin, or published exits")
-        for name in ("confidence", "margin", "bits"):
+        if not published[0] and not recorded:
+            self._fail("confidence", None, "a confidence, a margin, a classifier, or published exits")
+        for name in ("confidence", "margin", "classifier", "bits"):
             record = getattr(self, name)
             if record is not None and not np.isfinite(record).all():
                 self._fail(name, "not finite", "finite numbers")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.offline import OfflineExits
+from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 
@@ -22,7 +23,7 @@ class Depths:
 
     bounds: tuple[int, ...]  # depth at the end of each band, ascending
     reach: tuple[float, ...]  # share of tokens that run the band; the first is 1, and they do not rise
-    checked: bool = False  # an exit check at the end of every band but the last
+    checked: Confidence | None = None  # an exit check of this kind at the end of every band but the last
     propagated: bool = False  # K and V of tokens that left are computed in the bands above
 
     @property
@@ -39,7 +40,7 @@ def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
     """Tokens leave alone, all layers loaded, in the recorded shares."""
     left = np.concatenate([[0.0], np.cumsum(offline.exit_share)[:-1]])
     reach = tuple(np.clip(1.0 - left, 0.0, 1.0).tolist())
-    return Depths(offline.exits, reach, checked=True, propagated=propagated)
+    return Depths(offline.exits, reach, checked=offline.confidence, propagated=propagated)
 
 
 def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> TimeAndFloor:
@@ -54,12 +55,15 @@ def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], co
     rows = np.minimum(rows, batch[:, None, None]).reshape(-1, len(depths.bounds))
     last = np.arange(len(depths.bounds)) == len(depths.bounds) - 1
     whole = np.repeat(batch, strata)
+    checks = None if depths.checked is None else np.where(last, 0, rows)
+    by_classifier = depths.checked is Confidence.CLASSIFIER
     composition = Composition(
         bounds=depths.bounds,
         decode_tokens=rows,
         decode_kv_tokens=np.rint(rows * context_tokens).astype(np.int64),
-        sampled_tokens=rows[:, -1] if depths.checked and profile.check is None else whole,
-        check_tokens=np.where(last, 0, rows) if depths.checked else None,
+        sampled_tokens=whole if checks is None or by_classifier else rows[:, -1],
+        check_tokens=None if by_classifier else checks,
+        classifier_tokens=checks if by_classifier else None,
         propagated_tokens=whole[:, None] - rows if depths.propagated else None,
     )
     shape = (len(batch), strata)

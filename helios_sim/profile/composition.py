@@ -34,7 +34,8 @@ class Composition:
     decode_tokens: IntArray  # (K, S) rows that run band s
     decode_kv_tokens: IntArray  # (K, S) context lengths of those rows, summed, the new token included
     sampled_tokens: IntArray  # (K,) rows that go through the final norm and LM head after their last layer
-    check_tokens: IntArray | None = None  # (K, S) rows checked for an exit at the end of band s
+    check_tokens: IntArray | None = None  # (K, S) rows checked for an exit at the end of band s, through the head
+    classifier_tokens: IntArray | None = None  # (K, S) rows checked there by a classifier on the hidden state
     propagated_tokens: IntArray | None = None  # (K, S) rows for which band s computes K and V only
     prefill: tuple[PrefillChunk, ...] = ()  # the same in each of the K iterations; with any, K is 1
     host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band

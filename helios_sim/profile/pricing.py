@@ -61,11 +61,14 @@ class Pricing:
         mixed_factor: float | None,
         unequal_kv_factor: float | None,
         time_factor: float,
+        check_classifier: RowsTable | None = None,
     ) -> None:
         self._classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes) for tables in classes)
         self._layer_class = tuple(layer_class)
         self._head = RowLookup(head)
         self._check = self._head if check is None else RowLookup(check)
+        # without a table nothing asks for it: the profile refuses
+        self._classifier = self._check if check_classifier is None else RowLookup(check_classifier)
         self._embedding = RowLookup(embedding)
         self._runtime = runtime
         self._load_slowdown = load_slowdown
@@ -94,6 +97,7 @@ class Pricing:
         decode, kv = c.decode_tokens[i].tolist(), c.decode_kv_tokens[i].tolist()
         propagated = None if c.propagated_tokens is None else c.propagated_tokens[i].tolist()
         checks = None if c.check_tokens is None else c.check_tokens[i].tolist()
+        classified = None if c.classifier_tokens is None else c.classifier_tokens[i].tolist()
         sampled = int(c.sampled_tokens[i])
         slowdown = self._load_slowdown if c.loading else 1.0
         mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
@@ -122,8 +126,10 @@ class Pricing:
             device_s += band_s
             if rows or moved:
                 layers += band_layers
-            if checks is not None and checks[s]:
-                device_s += self._check.scalar(checks[s])
+            by_head = 0 if checks is None else checks[s]
+            by_classifier = 0 if classified is None else classified[s]
+            if by_head or by_classifier:
+                device_s += self._check.scalar(by_head) + self._classifier.scalar(by_classifier)
                 if c.host_sync_at_checks:
                     total_s += self._group_s(device_s, layers, slowdown) + runtime.sync_s
                     device_s, layers = 0.0, 0
@@ -155,7 +161,12 @@ class Pricing:
         if c.propagated_tokens is not None:
             active |= c.propagated_tokens > 0
         layers_run = active * np.array(bands.layers)
-        check_s = None if c.check_tokens is None else self._check.array(c.check_tokens)
+        check_s: FloatArray | None = None
+        checked: IntArray | None = None
+        for tokens, table in ((c.check_tokens, self._check), (c.classifier_tokens, self._classifier)):
+            if tokens is not None:
+                check_s = table.array(tokens) if check_s is None else check_s + table.array(tokens)
+                checked = tokens if checked is None else checked + tokens
 
         total_s: FloatArray = np.zeros(c.n_iterations)
         layers: IntArray = np.zeros(c.n_iterations, dtype=np.int64)
@@ -163,10 +174,10 @@ class Pricing:
         for s in range(len(bands.layers)):
             device_s = device_s + band_s[:, s]
             layers = layers + layers_run[:, s]
-            if c.check_tokens is not None and check_s is not None:
+            if check_s is not None and checked is not None:
                 device_s = device_s + check_s[:, s]
                 if c.host_sync_at_checks:
-                    ends = c.check_tokens[:, s] > 0
+                    ends = checked[:, s] > 0
                     if ends.any():
                         group_s = self._groups_s(device_s, layers, slowdown) + runtime.sync_s
                         total_s = np.where(ends, total_s + group_s, total_s)
@@ -199,7 +210,8 @@ class Pricing:
                 for moved in columns(c.propagated_tokens):
                     outside = outside | layer.kv_projection.outside(moved)
         outside = outside | self._embedding.outside(decode[0] + sum(p.tokens for p in c.prefill))
-        if c.check_tokens is not None:
-            for checked in columns(c.check_tokens):
-                outside = outside | self._check.outside(checked)
+        for tokens, table in ((c.check_tokens, self._check), (c.classifier_tokens, self._classifier)):
+            if tokens is not None:
+                for checked in columns(tokens):
+                    outside = outside | table.outside(checked)
         return np.atleast_1d(outside)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.floor import iteration_floor_s
 from helios_sim.profile.pricing import Pricing
@@ -34,20 +35,21 @@ class Profile:
     layer_class: tuple[int, ...]  # (n_layers,) index into layer_tables
     head: RowsTable  # final norm, LM head and sampling
     embedding: RowsTable  # lookup, once an iteration
-    check: RowsTable | None  # an exit check; None: it goes through the head
+    check: RowsTable | None  # an exit check through the head, with what is attached there; None: the head's own time
     activation_reserve_bytes: int
     load_bytes_per_s: float  # pinned host memory to the card
     load_slowdown: float = 1.0
     mixed_factor: float | None = None
     unequal_kv_factor: float | None = None
     time_factor: float = 1.0
+    check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
     _pricing: Pricing = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_all()
         pricing = Pricing(
             self.layer_tables, self.layer_class, self.head, self.check, self.embedding, self.runtime,
-            self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor,
+            self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor, self.check_classifier,
         )  # fmt: skip
         object.__setattr__(self, "_pricing", pricing)
 
@@ -71,11 +73,27 @@ class Profile:
         """Seconds to copy weights from pinned host memory, the channel otherwise free."""
         return n_bytes / self.load_bytes_per_s
 
+    def check_table(self, confidence: Confidence) -> RowsTable:
+        """What one exit check costs under this measure. UserError where it was not measured."""
+        if confidence is not Confidence.CLASSIFIER:
+            return self.head if self.check is None else self.check
+        if self.check_classifier is None:
+            raise UserError(
+                "exits.confidence",
+                confidence.value,
+                f"the profile {self.name} has no cost of a classifier's check (table check_classifier)",
+                f"set it to {Confidence.MAX_PROBABILITY.value} or {Confidence.MARGIN.value}, or measure the profile",
+            )
+        return self.check_classifier
+
     def iteration_time_s(self, c: Composition) -> NDArray[np.float64]:
         """(K,) seconds. The same to the last bit whether an iteration is priced alone or as one of K.
 
-        Raises ValueError when bounds do not ascend within the model or a prefill depth is not one of them.
+        Raises ValueError when bounds do not ascend within the model or a prefill depth is not one of them, UserError
+        when a classifier checks and its cost is not known.
         """
+        if c.classifier_tokens is not None:
+            self.check_table(Confidence.CLASSIFIER)
         return self._pricing.time_s(c)
 
     def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
@@ -102,6 +120,8 @@ class Profile:
         self.embedding.check(f"{self.name}.embedding")
         if self.check is not None:
             self.check.check(f"{self.name}.check")
+        if self.check_classifier is not None:
+            self.check_classifier.check(f"{self.name}.check_classifier")
         known = range(len(self.layer_tables))
         if len(self.layer_class) != self.model.n_layers or not all(i in known for i in self.layer_class):
             raise UserError(

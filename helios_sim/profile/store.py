@@ -1,7 +1,8 @@
 """Profiles on disk: one folder with profile.json and two Parquet tables. Knows the format, not where numbers come from.
 
 `rows.parquet`: table, layer_class, rows, time_s, iqr_s, samples. `grids.parquet`: table, layer_class, first, second,
-time_s, iqr_s, samples. Tables of the whole model (head, embedding, check) have layer_class -1.
+time_s, iqr_s, samples. Tables of the whole model (head, embedding, and where measured check, check_classifier) have
+layer_class -1.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def read_profile(path: Path) -> Profile:
             layer_class=tuple(header["layer_class"]),
             head=_rows_table(rows, "head", WHOLE_MODEL),
             embedding=_rows_table(rows, "embedding", WHOLE_MODEL),
-            check=_rows_table(rows, "check", WHOLE_MODEL) if "check" in rows["table"] else None,
+            check=_optional_rows_table(rows, "check"),
+            check_classifier=_optional_rows_table(rows, "check_classifier"),
             **{key: header[key] for key in _SCALARS},
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -112,8 +114,9 @@ def _rows_tables(profile: Profile) -> Iterator[tuple[str, int, RowsTable]]:
         yield "kv_projection", i, tables.kv_projection
     yield "head", WHOLE_MODEL, profile.head
     yield "embedding", WHOLE_MODEL, profile.embedding
-    if profile.check is not None:
-        yield "check", WHOLE_MODEL, profile.check
+    for name, check in (("check", profile.check), ("check_classifier", profile.check_classifier)):
+        if check is not None:
+            yield name, WHOLE_MODEL, check
 
 
 def _grid_tables(profile: Profile) -> Iterator[tuple[str, int, GridTable]]:
@@ -185,6 +188,10 @@ def _to_numpy(column: Any) -> Any:
 def _rows_table(columns: dict[str, Any], name: str, layer_class: int) -> RowsTable:
     at = _rows_of(columns, name, layer_class)
     return RowsTable(columns["rows"][at], columns["time_s"][at], _known(columns["iqr_s"][at]), _counts(columns, at))
+
+
+def _optional_rows_table(columns: dict[str, Any], name: str) -> RowsTable | None:
+    return _rows_table(columns, name, WHOLE_MODEL) if name in columns["table"] else None
 
 
 def _grid_table(columns: dict[str, Any], name: str, layer_class: int) -> GridTable:

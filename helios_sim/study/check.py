@@ -64,10 +64,12 @@ def _of_arm(job: Job) -> Iterator[None]:
 
 
 def _check_threshold(parts: Parts, first: Deployment) -> None:
-    """UserError where the recorded exits cannot answer the rule of an arm's first deployment."""
+    """UserError where recorded exits cannot answer the rule of an arm's first deployment, or nobody knows its cost."""
     rule = first.exit_rule
     if isinstance(rule, FixedCap | PerToken):
-        parts.models[first.active.model].trace.trace.confident_at(rule.threshold, rule.confidence)
+        data = parts.models[first.active.model]
+        data.trace.trace.confident_at(rule.threshold, rule.confidence)
+        data.profile.check_table(rule.confidence)
 
 
 def _same_parts(config: Config) -> str:

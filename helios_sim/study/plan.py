@@ -129,5 +129,8 @@ def _point(
         overrides = dict(arms[name].get("overrides") or {})
         config = variant({**overrides, **changes}) if overrides else own
         entry = {key: value for key, value in arms_of(config)[name].items() if key != "overrides"}
+        rule = {f"exits.{key}": entry[key] for key in FROM_EXITS if entry.get(key) is not None}
+        if rule:  # what was recorded beforehand is summed up at the arm's own rule
+            config = variant({**overrides, **changes, **rule})
         jobs[name] = tuple(Job(name, entry, config, seed) for seed in config.seeds)
     return Point(settings, baseline, jobs)
