@@ -2,8 +2,9 @@
 
 OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
 there in one step, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes
-on with what is missing. A finished stage is measured anew only when its settings changed, or when a stage that it
-builds on was. OUT/transcript.jsonl has a line for every event of every call.
+on with what is missing. The stage that was interrupted finds again what it had written. A finished stage is measured
+anew only when its settings changed, or when a stage that it builds on was. OUT/transcript.jsonl has a line for every
+event of every call.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -56,7 +56,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """What a running stage is given. It writes into `folder` alone."""
+    """What a running stage is given. It writes into `folder` alone, and may find there what it wrote before a kill."""
 
     folder: Path
     allowance_s: float | None  # its part of the time left; a stage may use less; None: as long as it takes
@@ -111,7 +111,6 @@ def run_stages(
     ordered = in_order(stages)
     files.make_folder(folder)
     with _alone(folder):
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # of a call that was killed
         transcript = Transcript(folder, on_progress)
         found: dict[str, Finished] = {}
         outcomes: list[Outcome] = []
@@ -164,14 +163,15 @@ def _one(
         return _skipped(stage, why, transcript)
     transcript.note(stage.name, "started", "" if allowance_s is None else f"with {allowance_s:.0f} s")
     began = clock()
+    needs = {name: found[name].finished_at for name in stage.needs}
     try:
-        with _scratch(folder, stage.name) as draft:
+        with _draft(folder, stage, needs) as draft:
             run = StageRun(draft, allowance_s, dict(found), partial(transcript.going, stage.name))
             result = stage.run(run)
             record = {
                 "stage": stage.name,
                 "settings": _plain(stage.settings),
-                "needs": {name: found[name].finished_at for name in stage.needs},
+                "needs": needs,
                 "result": result,
                 "wall_s": round(clock() - began, 3),
                 "finished_at": now(),
@@ -250,23 +250,30 @@ def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
 
 
 @contextmanager
-def _scratch(folder: Path, name: str) -> Iterator[Path]:
-    place = folder / _SCRATCH
-    place.mkdir(exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=place, prefix=f"{name}."))
-    draft.chmod(0o755)  # temporary folders are private by default
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Path]:
+    """Where a stage writes until it is finished. It outlives a kill or an interrupt, not an error or other settings."""
+    place = folder / _SCRATCH / stage.name
+    basis = place.with_name(f"{stage.name}.json")
+    now_is = files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
+    if not basis.is_file() or basis.read_text(encoding="utf-8") != now_is:
         shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    files.write_text(basis, now_is)
+    try:
+        yield place
+    except Exception:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    basis.unlink(missing_ok=True)
+    with suppress(OSError):
+        place.parent.rmdir()  # unless another interrupted stage is in there
 
 
 def _put(draft: Path, place: Path) -> Path:
     """Moves the finished folder to its place; one with outdated settings makes way."""
     place.parent.mkdir(exist_ok=True)
     if place.exists():
-        os.rename(place, draft.parent / f"{draft.name}.outdated")
+        shutil.rmtree(place)
     os.rename(draft, place)
     return place
 

@@ -179,19 +179,25 @@ def quick(stage):
     return {}
 
 def endless(stage):
-    (stage.folder / "data.txt").write_text("half")
+    samples = stage.folder / "samples.txt"
+    with samples.open("a") as file:
+        file.write("sample ")
     (folder.parent / "reached").touch()
     time.sleep(float(sys.argv[2]))
-    return {}
+    return {"samples": samples.read_text()}
 
-run_stages([Stage("quick", quick, 1, 2), Stage("endless", endless, 1, 1)], folder)
+settings = {"kind": sys.argv[3]}
+run_stages([Stage("quick", quick, 1, 2), Stage("endless", endless, 1, 1, settings=settings)], folder)
 """
 
 
-def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_written(tmp_path, repository) -> None:
+@pytest.mark.parametrize(("kind_later", "samples"), [("a", "sample sample "), ("b", "sample ")])
+def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_written(
+    tmp_path, repository, kind_later, samples
+) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(out)]
-    victim = subprocess.Popen([*command, "600"], cwd=repository)
+    victim = subprocess.Popen([*command, "600", "a"], cwd=repository)
     deadline = time.monotonic() + 60
     while not (tmp_path / "reached").exists():
         assert time.monotonic() < deadline
@@ -201,9 +207,10 @@ def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_writt
     victim.wait()
     assert set(read_finished(out)) == {"quick"}
 
-    subprocess.run([*command, "0"], cwd=repository, check=True)
+    subprocess.run([*command, "0", kind_later], cwd=repository, check=True)
     assert (tmp_path / "runs.txt").read_text() == "quick "  # not run a second time
     assert set(read_finished(out)) == {"quick", "endless"}
+    assert read_finished(out)["endless"].result["samples"] == samples  # it finds its own again, with the same settings
     assert not (out / ".scratch").exists()
     last = json.loads((out / "transcript.jsonl").read_text().splitlines()[-1])
     assert (last["stage"], last["event"]) == ("endless", Status.DONE)
