@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
@@ -15,9 +15,8 @@ import helios_sim
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.policy.registry import POLICIES, make_policy
 from helios_sim.policy.telemetry import Policy
-from helios_sim.profile.profile import Profile
 from helios_sim.provenance import Assumption, Provenance
-from helios_sim.report.metrics import Power, Slo, compute_metrics
+from helios_sim.report.metrics import MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
@@ -32,7 +31,7 @@ from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "jobs",
+    "gates", "headline_metrics", "jobs", "sweep",
 )  # fmt: skip
 SHOWN_OF_AN_ARM = ("overrides", "description", "baseline")  # overrides are in the configuration by then
 ARM_KEYS = ("policy", *SHOWN_OF_AN_ARM)  # of an arm's entry; the rest are the policy's settings
@@ -74,11 +73,7 @@ def run_job(job: Job) -> JobResult:
     config = job.config
     parts = build(config, job.seed)
     records, run = serve(job, parts)
-    columns = Records.of(records)
-    hardware = next(iter(parts.models.values())).profile.hardware
-    power = None if hardware.idle_w is None else Power(hardware.idle_w, hardware.tdp_w)
-    slo = Slo(**asdict(config.slo))
-    metrics = compute_metrics(columns, run.stats, slo=slo, power=power, replicas=config.server.replicas)
+    columns, metrics = measure(job, parts, records, run)
     return JobResult(
         replicate=Replicate(job.seed, columns, run.stats, metrics),
         timeline=run.servers[0].timeline,
@@ -87,10 +82,10 @@ def run_job(job: Job) -> JobResult:
             ExitDepths(model, parts.models[model].profile.model.n_layers, dict(sorted(counts.items())))
             for model, counts in run.stats.tokens_by_depth.items()
         ),
-        capacity_bytes=hardware.hbm_bytes,
-        inputs=_inputs(parts),
-        assumptions=_assumptions(config, next(iter(parts.models.values())).profile),
-        notices=_notices(parts.workload),
+        capacity_bytes=next(iter(parts.models.values())).profile.hardware.hbm_bytes,
+        inputs=inputs_of(parts),
+        assumptions=assumptions_of(config, parts),
+        notices=notices_of(parts.workload),
         wall_s=perf_counter() - started_s,
     )
 
@@ -115,6 +110,18 @@ def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
     return records, run
 
 
+def measure(
+    job: Job, parts: Parts, records: Sequence[RequestRecord], run: Run
+) -> tuple[Records, dict[str, MetricValue]]:
+    """The records as columns, and the metrics that the job's settings ask for."""
+    columns = Records.of(records)
+    hardware = next(iter(parts.models.values())).profile.hardware
+    power = None if hardware.idle_w is None else Power(hardware.idle_w, hardware.tdp_w)
+    slo = Slo(**asdict(job.config.slo))
+    replicas = job.config.server.replicas
+    return columns, compute_metrics(columns, run.stats, slo=slo, power=power, replicas=replicas)
+
+
 def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
     """The arm's policy; threshold and confidence come from the exits' settings unless the arm has its own."""
     name = str(entry["policy"])
@@ -127,7 +134,7 @@ def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
     return make_policy(name, settings)
 
 
-def _inputs(parts: Parts) -> dict[str, Provenance]:
+def inputs_of(parts: Parts) -> dict[str, Provenance]:
     found: dict[str, Provenance] = {}
     for model, data in parts.models.items():
         found[f"profile {data.profile.name}"] = data.profile.provenance
@@ -135,12 +142,14 @@ def _inputs(parts: Parts) -> dict[str, Provenance]:
     return found
 
 
-def _notices(workload: Workload) -> tuple[str, ...]:
+def notices_of(workload: Workload) -> tuple[str, ...]:
     recorded = [p for p in (workload.arrivals, workload.lengths) if isinstance(p, TraceArrivals | TraceLengths)]
     return tuple(dict.fromkeys(notice for part in recorded for notice in part.trace.notices))
 
 
-def _assumptions(config: Config, profile: Profile) -> tuple[Assumption, ...]:
+def assumptions_of(config: Config, parts: Parts) -> tuple[Assumption, ...]:
+    """Those of the runtime, which is the same for all models, and of the settings."""
+    profile = next(iter(parts.models.values())).profile
     settable = {f.name for f in fields(RuntimeConfig)}
     found = [
         Assumption(
