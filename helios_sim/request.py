@@ -84,3 +84,6 @@ class RequestRecord:
     agreed_tokens: int  # equal to the same model's token at full depth
     evaluated_tokens: int  # run at full depth with every exit observed, in an evaluation round
     preemptions: int
+    # Millionths of a bit that the reference text costs under what was served: -log2 of the probability of each of its
+    # tokens at the exit where that token left. None unless people wrote the text and it was recorded for all models.
+    microbits: int | None = None

@@ -63,6 +63,7 @@ class Answer:
     breaches: int = 0
     agreed: int = 0
     evaluated: int = 0
+    bits: float = 0.0
     owed: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by layer, K and V not computed there yet
 
 
@@ -126,6 +127,7 @@ class Reference:
             answer.early += layers < N_LAYERS
             answer.breaches += self.is_breach(row, generated)
             answer.agreed += self.agrees(row, layers)
+            answer.bits += float(self.trace.bits[row, EXITS.index(layers)])
             answer.evaluated += self.observed(generated)
             for layer in range(1, layers + 1):
                 again = answer.owed.pop(layer, 0)
@@ -160,6 +162,7 @@ class Reference:
             answer.layers_run += layers
             answer.early += layers < N_LAYERS
             answer.agreed += self.agrees(row, layers)
+            answer.bits += float(self.trace.bits[row, EXITS.index(layers)])
             answer.evaluated += self.observed(generated)
             if self.observed(generated):
                 for e in self.exits()[:-1]:
@@ -257,6 +260,7 @@ def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, leap
         counts = (record.layers_run, record.early_tokens, record.breach_tokens, record.agreed_tokens)
         assert counts == (answer.layers_run, answer.early, answer.breaches, answer.agreed)
         assert record.evaluated_tokens == answer.evaluated
+        assert record.microbits == pytest.approx(1e6 * answer.bits, abs=record.output_tokens)
     return served.run.stats.preemptions
 
 

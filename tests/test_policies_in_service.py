@@ -75,14 +75,20 @@ def test_otherwise_it_differs_by_exactly_the_checks_made(check_s: float, sync_s:
     assert [replace(r, **untimed) for r in early.by_request()] == [replace(r, **untimed) for r in full.by_request()]
 
 
-@pytest.mark.parametrize("check_s", [None, 1e-4])
-def test_a_check_without_the_head_gives_no_token(check_s: float | None) -> None:
-    """All leave at the first of two exits. Through the head, a check is what samples; a cheaper one comes on top."""
-    profile = priced_profile(layer_s=1e-3, head_s=3e-3, check_s=check_s)
-    early = run("early_exit", {"threshold": 0.0}, workload(20), profile)
+@pytest.mark.parametrize(
+    ("check_s", "confidence", "token_ns"),
+    [
+        (None, "max_probability", 5_000_000),  # two layers and a look through the head, which gives the token
+        (4e-3, "max_probability", 6_000_000),  # what is attached at the exit costs a millisecond
+        (4e-3, "classifier", 5_100_000),  # two layers, the classifier, and the head for the token
+    ],
+)
+def test_a_check_without_the_head_gives_no_token(check_s: float | None, confidence: str, token_ns: int) -> None:
+    """All leave at the first of two exits. Through the head, a check is what samples; a classifier comes on top."""
+    profile = priced_profile(layer_s=1e-3, head_s=3e-3, check_s=check_s, classifier_s=1e-4)
+    early = run("early_exit", {"threshold": 0.0, "confidence": confidence}, workload(20), profile)
     decoded = sum(r.output_tokens - 1 for r in early.records)
     prompts_ns = 20 * 7_000_000
-    token_ns = 5_000_000 if check_s is None else 5_100_000
     assert early.run.end_ns == prompts_ns + decoded * token_ns
 
 

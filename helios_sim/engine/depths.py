@@ -57,13 +57,16 @@ def _uniform(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
     tokens = np.full((k, 1), n, np.int64)
     kv = (int(context.sum()) + n * np.arange(1, k + 1, dtype=np.int64))[:, None]
     whole = replayed.layers == trace.n_layers
-    breach = agrees = None
-    if not whole and n:
+    breach = agrees = microbits = None
+    if n and not (whole and trace.microbits is None):
         rows = _rows(plan, k)
-        agrees = replayed.agreed[rows]
-        breach = replayed.breach[rows] if isinstance(plan.exit_rule, FixedCap) else None
+        if not whole:
+            agrees = replayed.agreed[rows]
+            breach = replayed.breach[rows] if isinstance(plan.exit_rule, FixedCap) else None
+        if trace.microbits is not None:
+            microbits = trace.microbits[rows, len(replayed.exits) - 1]
     classified = tokens if watches_cap(plan.exit_rule, whole) else None
-    became = Tokens(replayed.layers, breach, agrees)
+    became = Tokens(replayed.layers, breach, agrees, microbits)
     return Depths((replayed.layers,), tokens, kv, tokens[:, 0], None, classified, None, became)
 
 
@@ -83,7 +86,7 @@ def _planned(plan: Plan, service_plan: ServicePlan, trace: ExitTrace, k: int) ->
     leaves = np.searchsorted(bounds, layers)
     context = batch.decoding_column(Column.CONTEXT) + np.arange(1, k + 1, dtype=np.int64)[:, None]
     runs = leaves[:, :, None] >= np.arange(len(bounds))
-    tokens = Tokens(layers, None, trace.agree[_rows(plan, k), leaves])
+    tokens = _became(trace, _rows(plan, k), leaves, None)
     decode_kv = np.einsum("kns,kn->ks", runs, context)
     return Depths(bounds, runs.sum(axis=1), decode_kv, np.full(k, n, np.int64), None, None, None, tokens)
 
@@ -136,9 +139,14 @@ def _banded(plan: Plan, trace: ExitTrace, replayed: Replay, k: int) -> Depths:
             repaid = _repaid(plan, runs)
             decode_tokens = decode_tokens + repaid.sum(axis=1)
             decode_kv = decode_kv + np.einsum("kns,kn->ks", repaid, context)
-    agrees = trace.agree[rows, leaves]
-    tokens = Tokens(np.asarray(bounds, np.int64)[leaves], breach, agrees)
+    tokens = _became(trace, rows, leaves, breach)
     return Depths(bounds, decode_tokens, decode_kv, sampled, check, classified, propagated, tokens)
+
+
+def _became(trace: ExitTrace, rows: IntArray, leaves: IntArray, breach: BoolArray | None) -> Tokens:
+    """What tokens at these rows of the trace are when they leave at these exits, each (k, n)."""
+    microbits = None if trace.microbits is None else trace.microbits[rows, leaves]
+    return Tokens(np.asarray(trace.exits, np.int64)[leaves], breach, trace.agree[rows, leaves], microbits)
 
 
 def _repaid(plan: Plan, runs: NDArray[np.bool_]) -> IntArray:

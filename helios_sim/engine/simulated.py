@@ -124,7 +124,7 @@ class SimulatedEngine:
         if not plan.prefill:
             return Tokens(plan.run_layers, None, None), ()
         trace = data.trace.trace
-        chunks, layers, agrees = [], [], []
+        chunks, layers, agrees, microbits = [], [], [], []
         for part in plan.prefill:
             observed = _observed(plan, part.index)
             depth = plan.loaded_layers if observed else replayed.layers
@@ -135,12 +135,15 @@ class SimulatedEngine:
                 depth = trace.exits[int(replayed.exit_index[_next_row(plan, part.index)])]
             chunks.append(PrefillChunk(part.tokens, part.context_tokens, depth))
             if part.finishes:
+                at = _next_row(plan, part.index), trace.exits.index(depth)
                 layers.append(depth)
-                whole = depth == trace.n_layers
-                agrees.append(whole or bool(trace.agree[_next_row(plan, part.index), trace.exits.index(depth)]))
+                agrees.append(bool(trace.agree[at]))
+                if trace.microbits is not None:
+                    microbits.append(int(trace.microbits[at]))
+        scores = np.array([microbits], np.int64) if microbits else None
         if all(depth == trace.n_layers for depth in layers):
-            return Tokens(trace.n_layers, None, None), tuple(chunks)
-        return Tokens(np.array([layers], np.int64), None, np.array([agrees], bool)), tuple(chunks)
+            return Tokens(trace.n_layers, None, None, scores), tuple(chunks)
+        return Tokens(np.array([layers], np.int64), None, np.array([agrees], bool), scores), tuple(chunks)
 
 
 def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -> Composition:

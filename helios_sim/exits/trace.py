@@ -18,6 +18,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.provenance import Provenance
 
+MICROBITS = 1_000_000  # in a bit
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -64,6 +65,8 @@ class ExitTrace:
     human_text: bool = False  # the text was written by people: only then do bits per character rank models
     task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
     char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
+    # (T, E) millionths of a bit, of human text only: whole numbers, whose sums do not depend on the order
+    microbits: NDArray[np.int64] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_exits()
@@ -85,6 +88,8 @@ class ExitTrace:
         self._check_columns()
         self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
         self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
+        microbits = None if self.bits is None or not self.human_text else _frozen(_whole_microbits(self.bits))
+        self._set("microbits", microbits)
         if not self.task_chars().all():
             self._fail("chars", "0 in a whole task", "each task's text covers at least one character")
 
@@ -214,6 +219,10 @@ class BoundTrace:
         if n_tokens < 1:
             return TokenSpan(first, int(begins.searchsorted(origin + begin, "right")) - 1, length, 1)
         return TokenSpan(first, start % length, length, n_tokens)
+
+
+def _whole_microbits(bits: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.rint(bits.astype(np.float64) * MICROBITS).astype(np.int64)
 
 
 def _frozen(values: NDArray[_Scalar]) -> NDArray[_Scalar]:

@@ -33,6 +33,7 @@ class Sequence:
     breach_tokens: int = 0
     agreed_tokens: int = 0
     evaluated_tokens: int = 0
+    microbits: int = 0  # 0 where nothing was recorded
     preemptions: int = 0
     started: bool = False  # counted against the deployment's admission limit
     earlier_chars: int = 0  # answer already given by another model, before a migration
@@ -57,7 +58,8 @@ class Column(IntEnum):
     BREACH = 9
     AGREED = 10
     EVALUATED = 11
-    LAST_TOKEN_NS = 12  # when its latest token was produced; -1 before the first, since a table has no None
+    MICROBITS = 12
+    LAST_TOKEN_NS = 13  # when its latest token was produced; -1 before the first, since a table has no None
 
 
 class RunningBatch:
@@ -123,6 +125,7 @@ class RunningBatch:
             sequence.breach_tokens,
             sequence.agreed_tokens,
             sequence.evaluated_tokens,
+            sequence.microbits,
             -1 if sequence.last_token_ns is None else sequence.last_token_ns,
         )
         self.kv_debt[:, n] = 0
@@ -159,6 +162,7 @@ class RunningBatch:
         sequence.breach_tokens = row[Column.BREACH]
         sequence.agreed_tokens = row[Column.AGREED]
         sequence.evaluated_tokens = row[Column.EVALUATED]
+        sequence.microbits = row[Column.MICROBITS]
         if row[Column.LAST_TOKEN_NS] >= 0:
             sequence.last_token_ns = row[Column.LAST_TOKEN_NS]
         reserved_tokens: int = row[Column.CONTEXT] + row[Column.PREFILL_LEFT]

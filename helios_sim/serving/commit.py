@@ -97,6 +97,8 @@ def _count(
         changes[Column.AGREED] = iterations
     else:
         batch.column(Column.AGREED)[rows] += tokens.agrees[:iterations].sum(axis=0)
+    if tokens.microbits is not None:
+        batch.column(Column.MICROBITS)[rows] += tokens.microbits[:iterations].sum(axis=0)
     batch.add(rows, changes)
 
 

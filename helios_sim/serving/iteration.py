@@ -63,6 +63,7 @@ class Tokens:
     layers: int | IntArray  # (k, D) layers that the token ran
     breach: BoolArray | None  # (k, D) left at the cap without confidence; None: none did
     agrees: BoolArray | None  # (k, D) equal to full depth's token; None: all are
+    microbits: IntArray | None = None  # (k, D) -log2 of the probability of the text's own token; None: not recorded
 
 
 @dataclass(frozen=True, slots=True)

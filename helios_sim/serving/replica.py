@@ -54,6 +54,8 @@ class Replica:
         self.starts_left: int | None = None  # of the deployment's admission limit
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0
+        # Models can be compared only where what they make of the text was recorded for all of them.
+        self._scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
         self.decode_ns = 0  # since the placement last changed
         self.decode_batch_ns = 0
 
@@ -189,5 +191,6 @@ class Replica:
                 agreed_tokens=sequence.agreed_tokens,
                 evaluated_tokens=sequence.evaluated_tokens,
                 preemptions=sequence.preemptions,
+                microbits=sequence.microbits if self._scores_text else None,
             )
         )
