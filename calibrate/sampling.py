@@ -1,0 +1,163 @@
+"""Warm-up and interleaved repeats until the samples suffice or the time is spent. Knows neither models nor tables.
+
+Drift of a shared machine spreads evenly when every round visits all jobs, in an order of its own; one anchor job,
+measured again all along, shows how large the drift was. A sample during which other processes had the cores is no
+sample of this device: it is counted, dropped and taken again, unless that happens too often to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from calibrate.device import Device, Step
+from calibrate.points import Point, Points, figure
+
+STABLE = 0.1  # warm-up ends when two calls in a row differ by no more than this share
+MAX_WARM_UPS = 6
+LONG_S = 0.3  # a job that takes longer than this warms itself up
+MOST_WAITED = 0.02  # share of a sample's time that its threads may stand waiting for others to leave the cores
+MOST_DROPPED = 6  # samples of one job dropped for that; then they are taken as they come, and counted
+ANCHOR_EVERY_S = 5.0
+SAVE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Steps timed back to back, and what their laps mean.
+
+    `build` makes the steps (inputs included); `read` turns the laps' seconds into samples of points. A job counts as
+    measured as often as the first of its `points` is.
+    """
+
+    points: tuple[Point, ...]
+    build: Callable[[], Sequence[Step]]
+    read: Callable[[Sequence[float]], Mapping[Point, float]]
+
+
+class Clock:
+    """A budget of seconds that began when this was made."""
+
+    def __init__(self, budget_s: float, now_s: Callable[[], float] = monotonic) -> None:
+        self._now_s, self._start_s, self._budget_s = now_s, now_s(), budget_s
+
+    @property
+    def spent_s(self) -> float:
+        return self._now_s() - self._start_s
+
+    @property
+    def left_s(self) -> float:
+        return self._budget_s - self.spent_s
+
+
+class Sampler:
+    """Takes samples of jobs into `points`.
+
+    `anchor` is measured every few seconds beside them; `anchor_laps_s` keeps (seconds since the start, seconds it
+    took) of this call.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        points: Points,
+        clock: Clock,
+        *,
+        seed: int = 0,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self.device, self.points, self.clock = device, points, clock
+        self.anchor: Job | None = None
+        self.anchor_laps_s: list[tuple[float, float]] = []
+        self.dropped: dict[Point, int] = {}  # samples taken while others had the cores
+        self._progress = progress
+        self._rng = np.random.default_rng(seed)
+        self._cost_s: dict[Point, float] = {}
+        self._last_anchor_s = self._last_save_s = -np.inf
+
+    def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0) -> bool:
+        """Rounds over the jobs until each has `samples`; false when time ran out before.
+
+        A sample is not begun where it would leave less than `until_left_s` of the budget, going by its last cost.
+        """
+        waiting = list(jobs)
+        while True:
+            waiting = [job for job in waiting if self.points.count(job.points[0]) < samples]
+            if not waiting:
+                break
+            begun = 0
+            for index in self._rng.permutation(len(waiting)):
+                job = waiting[index]
+                if self.clock.left_s - self._cost_s.get(job.points[0], 0.0) > until_left_s:
+                    self._sample(job)
+                    self._housekeeping()
+                    begun += 1
+            if self._progress is not None:
+                self._progress(jobs[0].points[0].table, self.clock.spent_s)
+            if not begun:
+                break
+        self.points.save()
+        return not waiting
+
+    def drift(self) -> dict[str, Any] | None:
+        """How the anchor's time moved; None where it was measured less than twice."""
+        if len(self.anchor_laps_s) < 2:
+            return None
+        times = [lap_s for _, lap_s in self.anchor_laps_s]
+        f = figure(times)
+        return {
+            "measurements": len(times),
+            "median_s": f.median_s,
+            "iqr_over_median": f.iqr_s / f.median_s,
+            "slowest_over_median": max(times) / f.median_s,
+            "fastest_over_median": min(times) / f.median_s,
+        }
+
+    def _sample(self, job: Job) -> None:
+        start_s = self.clock.spent_s
+        steps = [self.device.prepare(step) for step in job.build()]
+        cost_s = self._cost_s.get(job.points[0])
+        if cost_s is None:
+            self._warm_up(steps)
+        elif cost_s < LONG_S:
+            self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
+        self._cost_s[job.points[0]] = self.clock.spent_s - start_s
+        laps_s, waited_s = self._laps(steps)
+        contended = waited_s > MOST_WAITED * sum(laps_s)
+        if contended:
+            self.dropped[job.points[0]] = self.dropped.get(job.points[0], 0) + 1
+            if self.dropped[job.points[0]] <= MOST_DROPPED:
+                return
+        self.points.add(job.read(laps_s), contended)
+
+    def _laps(self, steps: Sequence[Step]) -> tuple[list[float], float]:
+        """Seconds of each step, and seconds that threads waited for cores meanwhile."""
+        before_s = self.device.waited_s()
+        laps_s = self.device.laps_s(steps)
+        after_s = self.device.waited_s()
+        return laps_s, 0.0 if before_s is None or after_s is None else after_s - before_s
+
+    def _warm_up(self, steps: Sequence[Step]) -> None:
+        last_s = sum(self.device.laps_s(steps))
+        for _ in range(MAX_WARM_UPS - 1):
+            now_s = sum(self.device.laps_s(steps))
+            if abs(now_s - last_s) <= STABLE * last_s or now_s > LONG_S:
+                return
+            last_s = now_s
+
+    def _housekeeping(self) -> None:
+        now_s = self.clock.spent_s
+        if self.anchor is not None and now_s - self._last_anchor_s >= ANCHOR_EVERY_S:
+            steps = [self.device.prepare(step) for step in self.anchor.build()]
+            self.device.laps_s(steps)
+            laps_s, waited_s = self._laps(steps)
+            if waited_s <= MOST_WAITED * sum(laps_s):
+                self.anchor_laps_s.append((now_s, sum(laps_s)))
+            self._last_anchor_s = self.clock.spent_s
+        if now_s - self._last_save_s >= SAVE_EVERY_S:
+            self.points.save()
+            self._last_save_s = now_s
