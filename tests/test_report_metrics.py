@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from helios_sim.report.by_task import by_task
+from helios_sim.report.compare import compare
 from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.report.metrics import Band, MetricValue, Power, Slo, compute_metrics, energy_band_j, mean_metrics
 from helios_sim.report.records import Records
@@ -36,6 +40,12 @@ def record(request_id: int, arrival_s: float, first_s: float, last_s: float, tok
         evaluated_tokens=0,
         preemptions=0,
     )
+
+
+def scored(request_id: int, task: int, bits: float | None, tokens: int, model: str = "m") -> RequestRecord:
+    """`tokens` tokens of 4 characters each."""
+    microbits = None if bits is None else round(bits * 1e6)
+    return replace(record(request_id, 0, 1, 2, tokens), task=task, microbits=microbits, model=model)
 
 
 def dropped(request_id: int) -> RequestRecord:
@@ -81,6 +91,44 @@ def test_latencies_by_hand() -> None:
     assert metrics["layers_per_token"] == 6
     assert metrics["agreement"] == pytest.approx(10 / 12)
     assert (metrics["requests_completed"], metrics["requests_dropped"], metrics["requests_unfinished"]) == (2, 1, 0)
+
+
+def test_bits_per_char_weighs_requests_by_their_characters() -> None:
+    rows = [scored(0, 0, 10.0, 2), scored(1, 1, 50.0, 10), replace(dropped(2), microbits=7)]
+    assert compute_metrics(Records.of(rows), RunStats())["bits_per_char"] == pytest.approx(60 / 48)
+    rows[0] = scored(0, 0, None, 2)
+    assert compute_metrics(Records.of(rows), RunStats())["bits_per_char"] is None
+    assert Records.of(rows).to_table("arm", 0)["bits"].to_pylist() == [None, 50.0, 7e-6]
+
+
+def test_each_task_has_figures_of_its_own_over_all_replicates() -> None:
+    first = Records.of([scored(0, 0, 10.0, 2), scored(1, 2, 50.0, 10), dropped(2)])
+    second = Records.of([scored(0, 0, 30.0, 8, "n"), scored(1, 0, 8.0, 2)])
+    figures = by_task([first, second], ("prose", "dialogue", "code"))
+    assert list(figures) == ["prose", "code"]  # nobody asked for dialogue
+    prose = figures["prose"]
+    assert prose.requests == 3
+    assert prose.bits_per_char == pytest.approx(48 / (4 * 12))
+    assert prose.layers_per_token == 6
+    assert prose.agreement == pytest.approx((12 - 3) / 12)
+    assert prose.e2e_s_mean == 2
+    assert prose.models == pytest.approx({"m": 2 / 3, "n": 1 / 3})
+    assert figures["code"].bits_per_char == pytest.approx(50 / 40)
+    unknown = Records.of([scored(0, 0, None, 2)])
+    assert by_task([first, unknown], ("prose",))["prose"].bits_per_char is None
+
+
+def test_bits_are_compared_over_the_requests_that_both_arms_completed() -> None:
+    ours = Records.of([scored(0, 0, 8.0, 2), scored(1, 0, 20.0, 10), dropped(2)])
+    theirs = Records.of([scored(0, 0, 10.0, 2), scored(1, 0, 25.0, 10), scored(2, 0, 9.0, 3)])
+    found = compare([(ours, compute_metrics(ours, RunStats()))], [(theirs, compute_metrics(theirs, RunStats()))])[
+        "bits_per_char"
+    ]
+    assert (found.ratio, found.low, found.high) == pytest.approx((0.8, 0.8, 0.8))
+    unknown = Records.of([scored(0, 0, None, 2), scored(1, 0, None, 10)])
+    assert "bits_per_char" not in compare(
+        [(ours, compute_metrics(ours, RunStats()))], [(unknown, compute_metrics(unknown, RunStats()))]
+    )
 
 
 def test_what_is_undefined_is_none() -> None:

@@ -47,7 +47,8 @@ def compare(
     ratios: dict[str, Ratio] = {}
     for name in arm[0][1]:
         ours, theirs = [m[name] for _, m in arm], [m[name] for _, m in baseline]
-        ratio = boot.get(name) or _system_ratio(ours, theirs)
+        defined = None not in ours and None not in theirs
+        ratio = (boot.get(name) or _system_ratio(ours, theirs)) if defined else None
         if ratio is not None:
             ratios[name] = ratio
     return ratios
@@ -150,6 +151,8 @@ def _columns(records: Records, rows: NDArray[np.bool_]) -> dict[str, NDArray[np.
         "agreement": records.agreed_tokens[rows],
         "early_exit_fraction": records.early_tokens[rows],
         "breach_fraction": records.breach_tokens[rows],
+        "chars": records.output_chars[rows],
+        "bits_per_char": records.microbits.values[rows],  # 0 where not known: then no ratio is
     }
 
 
@@ -165,6 +168,7 @@ def _statistics(columns: dict[str, NDArray[np.int64]], drawn: NDArray[np.int64])
         found["tpot_s_mean"] = sums["tpot_s"] / sums["tpot_defined"]
         for name in ("layers_per_token", "agreement", "early_exit_fraction", "breach_fraction"):
             found[name] = sums[name] / sums["tokens"]
+        found["bits_per_char"] = sums["bits_per_char"] / sums["chars"]
     for name in ("ttft_s", "e2e_s"):
         p50, p99 = np.percentile(columns[name][drawn], [50, 99], axis=1)
         found |= {f"{name}_p50": p50, f"{name}_p99": p99}

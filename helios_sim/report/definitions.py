@@ -53,7 +53,14 @@ _OTHERS = (
     ("early_exit_fraction", "Early exits", "share", "neither", "output tokens that left before the model's last layer"),
     ("breach_fraction", "Breaches", "share", "lower", "output tokens that left at the cap without confidence"),
     ("agreement", "Agreement", "share", "higher", "output tokens equal to the same model's at full depth"),
-    ("bits_per_char", "Bits/char", "bits", "lower", "on human reference text only; the one that ranks models"),
+    (
+        "bits_per_char",
+        "Bits/char",
+        "bits",
+        "lower",
+        "-log2 of the probability of the reference text under what was served, each token at the exit where it left, "
+        "over its characters; human text only; the one that ranks models",
+    ),
     ("energy_j_per_char", "J/char", "J", "lower", "energy over the span / output characters; a band, see energy"),
     ("energy_wh_per_request", "Wh/request", "Wh", "lower", "energy over the span / completed requests; a band"),
     ("switches", "Switches", "", "neither", "changes of the active model"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helios_sim import __version__
 from helios_sim.report import format as fmt
+from helios_sim.report.by_task import TaskFigures
 from helios_sim.report.cautions import cautions
 from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.decisions import decision_rows
@@ -17,6 +18,10 @@ from helios_sim.report.result import ArmResult, ExperimentResult, headline_metri
 from helios_sim.report.style import Drawing, arm_styles, to_svg
 from helios_sim.report.summary import Comparisons, json_value
 from helios_sim.report.table import baseline_marks
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
 _MOST_CARDS = 4
@@ -31,21 +36,27 @@ class Card:
     note: str
 
 
-def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
-    """The whole page as text: no script, no network, figures inline."""
+def page_environment() -> tuple[Environment, Markup]:
+    """Where the templates of pages are, and the look that they share."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
+    loader = PackageLoader("helios_sim.report")
     environment = Environment(
-        loader=PackageLoader("helios_sim.report"),
+        loader=loader,
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    loader = environment.loader
-    assert loader is not None
-    css = loader.get_source(environment, "report.css")[0]
+    return environment, Markup(loader.get_source(environment, "report.css")[0])
+
+
+def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
+    """The whole page as text: no script, no network, figures inline."""
+    from markupsafe import Markup
+
+    environment, css = page_environment()
     warnings = cautions(result)
     assumptions = result.all_assumptions
     decisions = [log for arm in result.arms.values() if (log := _decision_log(arm))]
@@ -64,7 +75,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
     return environment.get_template("report.html.j2").render(
         result=result,
         version=__version__,
-        css=Markup(css),
+        css=css,
         contents=[(key, text) for key, (text, there) in parts.items() if there],
         cards=_cards(result, ratios),
         warnings=warnings,
@@ -72,6 +83,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         rows=_arm_rows(result, ratios),
         baseline_marks=baseline_marks(result),
         all_metrics=_all_metrics(result, ratios),
+        tasks=_task_rows(result),
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
         figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
@@ -155,6 +167,27 @@ def _all_metrics(result: ExperimentResult, ratios: Comparisons) -> list[dict[str
         ]
         lines.append({"name": name, "cells": cells})
     return lines
+
+
+def _task_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    """One row for each task, one cell for each arm; none with a single task, which the arms' table shows."""
+    figures = {arm: result.by_task(arm) for arm in result.arms}
+    tasks = [task for task in result.workload.tasks if any(task in of_arm for of_arm in figures.values())]
+    return [
+        {"task": task, "cells": [_task_cell(of_arm.get(task)) for of_arm in figures.values()]}
+        for task in tasks
+        if len(tasks) > 1
+    ]
+
+
+def _task_cell(figures: TaskFigures | None) -> dict[str, Any]:
+    """Bits per character where known, else the mean time of a request; below it depth and who served."""
+    if figures is None:
+        return {"value": fmt.NOTHING, "notes": []}
+    bits = figures.bits_per_char
+    value = fmt.seconds(figures.e2e_s_mean) if bits is None else f"{bits:.3f} bits/char"
+    models = [f"{share:.0%} {model}" for model, share in figures.models.items()]
+    return {"value": value, "notes": [f"{figures.layers_per_token:.1f} layers", *(models if len(models) > 1 else [])]}
 
 
 def _shown_ratio(ratio: Ratio | None) -> str:

@@ -57,13 +57,11 @@ def compute_metrics(
     *,
     slo: Slo | None = None,
     power: Power | None = None,
-    bits_per_char: float | None = None,
     replicas: int = 1,
 ) -> dict[str, MetricValue]:
     """All metrics of one run; what is undefined is None.
 
-    `stats` is merged over the replicas; `power` is of one replica's card; `bits_per_char` comes from human reference
-    text, which records do not hold.
+    `stats` is merged over the replicas; `power` is of one replica's card.
     """
     slo = slo or Slo()
     done = records.completed
@@ -94,7 +92,7 @@ def compute_metrics(
     metrics["early_exit_fraction"] = _over(int(records.early_tokens[done].sum()), tokens)
     metrics["breach_fraction"] = _over(int(records.breach_tokens[done].sum()), tokens)
     metrics["agreement"] = _over(int(records.agreed_tokens[done].sum()), tokens)
-    metrics["bits_per_char"] = bits_per_char
+    metrics["bits_per_char"] = records.bits_per_char(done)
     energy_j = None if power is None or span_s is None else energy_band_j(stats, span_s, power, replicas)
     metrics["energy_j_per_char"] = _spread(energy_j, chars)
     metrics["energy_wh_per_request"] = _spread(energy_j, n_done * 3600)

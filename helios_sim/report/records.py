@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.exits.trace import MICROBITS
 from helios_sim.request import RequestRecord, Status
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
+class Amounts:
+    """Whole numbers, shape (n,), that may not be known: where `present` is false, `values` mean nothing."""
+
+    values: IntColumn
+    present: BoolColumn
+
+    @classmethod
+    def of(cls, amounts: Sequence[int | None]) -> Amounts:
+        present = np.array([amount is not None for amount in amounts], dtype=np.bool_)
+        return cls(np.array([0 if amount is None else amount for amount in amounts], dtype=np.int64), present)
+
+
+@dataclass(frozen=True, slots=True)
 class Records:
     """Columns of RequestRecord, each of shape (n,), in order of request id."""
 
@@ -71,6 +85,7 @@ class Records:
     scheduled_ns: Moments
     first_token_ns: Moments
     last_token_ns: Moments
+    microbits: Amounts
     model: tuple[str, ...]
     status: tuple[Status, ...]
     drop_reason: tuple[str | None, ...]
@@ -89,6 +104,7 @@ class Records:
         return cls(
             **integers,
             **moments,
+            microbits=Amounts.of([row.microbits for row in rows]),
             model=tuple(row.model for row in rows),
             status=tuple(row.status for row in rows),
             drop_reason=tuple(row.drop_reason for row in rows),
@@ -119,6 +135,14 @@ class Records:
         decode_ns = (self.last_token_ns.ns - self.first_token_ns.ns)[self.completed]
         return decode_ns / np.maximum(gaps, 1), gaps > 0
 
+    def bits_per_char(self, rows: BoolColumn) -> float | None:
+        """Of the completed requests among `rows`; None where bits of any of them are not known, or there is none."""
+        rows = rows & self.completed
+        chars = int(self.output_chars[rows].sum())
+        if not chars or not self.microbits.present[rows].all():
+            return None
+        return int(self.microbits.values[rows].sum()) / MICROBITS / chars
+
     def span_ns(self) -> int | None:
         """First arrival to last completion; None when nothing was completed or all happened at once."""
         done = self.completed
@@ -128,7 +152,8 @@ class Records:
         return span if span > 0 else None
 
     def to_table(self, arm: str, seed: int) -> pyarrow.Table:
-        """The columns with their RequestRecord names, nulls where a time did not happen, plus `arm` and `seed`."""
+        """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
+        known, plus `arm` and `seed`."""
         import pyarrow as pa
 
         n = len(self)
@@ -143,4 +168,5 @@ class Records:
         for name in _MOMENTS:
             moments: Moments = getattr(self, name)
             columns[name] = pa.array(moments.ns, mask=~moments.present)
+        columns["bits"] = pa.array(self.microbits.values / MICROBITS, mask=~self.microbits.present)
         return pa.table(columns)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
+from helios_sim.report.by_task import TaskFigures, by_task
 from helios_sim.report.compare import Ratio
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
@@ -100,6 +101,7 @@ class Workload:
     requests: int
     offered_requests_per_s: float | None  # None in a closed loop or when all came at once
     facts: tuple[tuple[str, str], ...] = ()  # (name, value): lengths, mix, drift, source
+    tasks: tuple[str, ...] = ()  # by the number that records have
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,10 @@ class ExperimentResult:
     def baseline_of(self, arm: str) -> str:
         """What this arm is compared with: an arm under other conditions has a baseline of its own."""
         return self.arms[arm].baseline or self.baseline
+
+    def by_task(self, arm: str) -> dict[str, TaskFigures]:
+        """The arm's figures for each of the workload's tasks."""
+        return by_task([replicate.records for replicate in self.arms[arm].replicates], self.workload.tasks)
 
     @property
     def provenance_class(self) -> ProvenanceClass | None:

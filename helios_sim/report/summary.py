@@ -36,7 +36,10 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         "schema_version": SCHEMA_VERSION,
         "experiment": result.experiment,
         "baseline": result.baseline,
-        "arms": {name: _arm(arm, ratios.get(name, {})) for name, arm in result.arms.items()},
+        "arms": {
+            name: {**_arm(arm, ratios.get(name, {})), "tasks": json_value(result.by_task(name))}
+            for name, arm in result.arms.items()
+        },
         "gates": [json_value(gate) for gate in result.gates],
         "provenance": {
             "class": json_value(result.provenance_class),

@@ -22,6 +22,7 @@ from helios_sim.report.result import (
     SweepPoint,
     Workload,
 )
+from helios_sim.study.build import task_names
 from helios_sim.study.job import ARM_KEYS, Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
@@ -57,6 +58,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
             requests=len(first.replicate.records),
             offered_requests_per_s=offered_requests_per_s(config),
             facts=workload_facts(config, first.replicate.records),
+            tasks=task_names(config.workload.mix),
         ),
         inputs=inputs,
         provenance=provenance,

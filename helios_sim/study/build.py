@@ -249,8 +249,13 @@ def _length(key: str, c: LengthConfig) -> Length:
     raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
 
 
+def task_names(c: MixConfig) -> tuple[str, ...]:
+    """All tasks of the mix, by the number that requests carry."""
+    return tuple(dict.fromkeys((*c.tasks, *c.after)))
+
+
 def _mix(c: MixConfig) -> TaskMix:
-    tasks = tuple(dict.fromkeys((*c.tasks, *c.after)))
+    tasks = task_names(c)
     shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
     after = tuple(float(c.after.get(task, 0.0)) for task in tasks) if c.after else None
     return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per))
