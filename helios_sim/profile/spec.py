@@ -29,6 +29,7 @@ class ModelSpec:
     weight_bytes_per_value: int  # 2 for bf16
     kv_bytes_per_value: int
     chars_per_token: float
+    other_layer_values: int = 0  # of one layer, beyond the formula below (Qwen-2's q, k, v biases, Gemma-3's norms)
 
     @property
     def kv_width(self) -> int:
@@ -46,7 +47,7 @@ class ModelSpec:
         mlp = (3 if self.gated_mlp else 2) * self.d_model * self.d_ff
         norms = 2 * self.d_model * (2 if self.bias else 1)
         biases = (q_width + 2 * self.kv_width + self.d_model + self.d_ff + self.d_model) if self.bias else 0
-        return attention + mlp + norms + biases
+        return attention + mlp + norms + biases + self.other_layer_values
 
     @property
     def embedding_values(self) -> int:

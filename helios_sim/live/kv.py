@@ -1,0 +1,187 @@
+"""Attention over a KV cache of slots, and over whole texts without one. Knows who sees whom, no weights.
+
+A slot holds one request: per layer K and V (slots, kv_heads, max_tokens, head_dim), allocated once. A step is built
+for one call of the model (or refilled) and then handed to every layer: what depends only on lengths (rotations, masks,
+where to write) is computed once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_sim.live.architecture import Architecture
+from helios_sim.live.rope import Rotary, Rotation
+
+
+class KvCache:
+    """Preallocated slots for the first `layers` layers."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: int,
+        slots: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.architecture, self.slots, self.max_tokens = architecture, slots, max_tokens
+        self.dtype, self.device = dtype, torch.device(device)
+        self.rotary = Rotary(architecture, dtype, device)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.resize(layers)
+
+    def resize(self, layers: int) -> None:
+        """Keep the first `layers` layers: drops what is above, allocates what is missing (its content is undefined)."""
+        del self.keys[layers:], self.values[layers:]
+        shape = (self.slots, self.architecture.n_kv_heads, self.max_tokens, self.architecture.head_dim)
+        while len(self.keys) < layers:
+            # Zeros, not undefined memory: a masked NaN would still spoil the sum.
+            self.keys.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.values.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+class PromptStep:
+    """A chunk of `tokens` tokens of the request in `slot`, whose first `context` tokens are in the cache already."""
+
+    def __init__(self, cache: KvCache, slot: int, tokens: int, context: int = 0) -> None:
+        self._cache, self._slot, self._start, self._end = cache, slot, context, context + tokens
+        self.positions = torch.arange(context, context + tokens, device=cache.device)
+        self.rotations = cache.rotary.at(self.positions)
+        a = cache.architecture
+        self._scale = a.attention_scale
+        self._masks = _causal_masks(a, tokens, context, cache.dtype, cache.device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._cache.keys[layer][self._slot, :, self._start : self._end] = k.transpose(0, 1)
+        self._cache.values[layer][self._slot, :, self._start : self._end] = v.transpose(0, 1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.write(layer, k, v)
+        keys = self._cache.keys[layer][self._slot : self._slot + 1, :, : self._end]
+        values = self._cache.values[layer][self._slot : self._slot + 1, :, : self._end]
+        mask = self._masks[layer]
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scale,
+            enable_gqa=True,
+        )  # fmt: skip
+        return out.squeeze(0).transpose(0, 1).reshape(len(q), -1)
+
+
+class DecodeStep:
+    """One token for each of B requests: request b is in slots[b] and has lengths[b] tokens in the cache.
+
+    Slots in a row (first, first + 1, ...) are read in place; others are gathered. `span` pads the context that is read
+    (for captured graphs); without it the longest request decides.
+    """
+
+    def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
+        a, batch = cache.architecture, len(slots)
+        self._cache, self._span = cache, span or max(lengths) + 1
+        self._in_row = list(slots) == list(range(slots[0], slots[0] + batch))
+        self._first, self._batch, self._scale = slots[0], batch, a.attention_scale
+        self._shape = (batch, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
+        self.slots = torch.tensor(slots, device=cache.device)
+        self.positions = torch.tensor(lengths, device=cache.device)
+        self.rotations: list[Rotation | None] = cache.rotary.at(self.positions)
+        heads = torch.arange(a.n_kv_heads, device=cache.device)
+        rows = (self.slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + self.positions[:, None]
+        self._rows = rows.flatten()  # of the cache seen as (slots x kv_heads x max_tokens, head_dim)
+        even = min(lengths) + 1 == self._span
+        self._masks = _decode_masks(a, self.positions, self._span, even, cache.dtype)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        width = k.shape[-1]
+        self._cache.keys[layer].view(-1, width).index_copy_(0, self._rows, k.reshape(-1, width))
+        self._cache.values[layer].view(-1, width).index_copy_(0, self._rows, v.reshape(-1, width))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.write(layer, k, v)
+        keys, values = self._read(self._cache.keys[layer]), self._read(self._cache.values[layer])
+        # The query heads that share a KV head stand where the query's tokens would: nothing is repeated.
+        out = F.scaled_dot_product_attention(
+            q.view(self._shape), keys, values, attn_mask=self._masks[layer], scale=self._scale
+        )
+        return out.reshape(self._batch, -1)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        spanned = tensor[:, :, : self._span]
+        if self._in_row:
+            return spanned[self._first : self._first + self._batch]
+        return spanned.index_select(0, self.slots)
+
+
+class Packed:
+    """B whole texts of T tokens side by side, without a cache: token t of text b is row b T + t.
+
+    A shorter text is padded at its end: no token sees a later one, so the padding changes nothing before it.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._batch, self._tokens, self._scale = batch, tokens, architecture.attention_scale
+        self.positions = torch.arange(tokens, device=device).repeat(batch)
+        self.rotations = Rotary(architecture, dtype, device).at(self.positions)
+        self._masks = _causal_masks(architecture, tokens, 0, dtype, device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Nothing is kept: every text is whole."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = self._masks[layer]
+        q, k, v = (x.view(self._batch, self._tokens, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).reshape(self._batch * self._tokens, -1)
+
+
+def _causal_masks(
+    a: Architecture, tokens: int, context: int, dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor | None]:
+    """Per layer (tokens, context + tokens), 0 where a token sees and -inf elsewhere; None: plainly causal."""
+    end = context + tokens
+    slides = a.window_tokens is not None and any(a.sliding) and end > a.window_tokens
+    if context == 0 and not slides:
+        return [None] * a.n_layers
+    query = torch.arange(context, end, device=device)[:, None]
+    key = torch.arange(end, device=device)
+    return _masks(a, query, key, None if context == 0 else key <= query, dtype, slides)
+
+
+def _decode_masks(a: Architecture, positions: Tensor, span: int, even: bool, dtype: torch.dtype) -> list[Tensor | None]:
+    """Per layer (B, 1, 1, span); None where every request sees all of the span."""
+    slides = a.window_tokens is not None and any(a.sliding) and span > a.window_tokens
+    if even and not slides:
+        return [None] * a.n_layers
+    query, key = positions[:, None, None, None], torch.arange(span, device=positions.device)
+    return _masks(a, query, key, None if even else key <= query, dtype, slides)
+
+
+def _masks(
+    a: Architecture, query: Tensor, key: Tensor, sees: Tensor | None, dtype: torch.dtype, slides: bool
+) -> list[Tensor | None]:
+    whole = None if sees is None else _additive(sees, dtype)
+    if not slides:
+        return [whole] * a.n_layers
+    near = _additive((key <= query) & (key > query - a.window_tokens), dtype)
+    return [near if a.slides(layer) else whole for layer in range(a.n_layers)]
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))

@@ -1,0 +1,126 @@
+"""Finds a checkpoint by what a user writes: a known name, a folder, a GGUF file, a hub id. Knows no tensor.
+
+Known names are `helios_sim.live.known.KNOWN`; their files lie in the cache folder and are checked by sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from helios_sim.errors import UserError
+from helios_sim.live.architecture import Architecture, Shape
+from helios_sim.live.gguf_file import GgufFile
+from helios_sim.live.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.naming import Piece
+from helios_sim.live.safetensors_folder import SafetensorsFolder
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk with their tokenizer. Nothing but headers is read until a tensor is asked for."""
+
+    name: str  # short: of a known model, a folder, a file
+    source: str  # where it came from, for provenance
+    licence: str | None
+    storage: GgufFile | SafetensorsFolder
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.storage.architecture
+
+    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
+        return self.storage.pieces(part, layer)
+
+    def shape(self, name: str) -> Shape:
+        return self.storage.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.storage.rows(name, start, stop)
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor, as it is named and laid out in the file; dequantized where it is quantized."""
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer. Raises UserError where the checkpoint has none."""
+        return self.storage.tokenizer()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weight file; of several, of the lines "digest  name" in order of name. Reads them all."""
+        files = self.storage.files
+        digests = [sha256_of(path) for path in files]
+        if len(files) == 1:
+            return digests[0]
+        lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
+    """The checkpoint that `weights` names: a known name, a folder, a .gguf file or a hub id (OWNER/NAME).
+
+    `cache` is the folder of known weights (None: `known.cache_folder()`). Raises UserError for a name that is none of
+    these, weights that are not here, a file that is damaged or not the recorded one, or a family that is not built.
+    """
+    if weights in KNOWN:
+        return _known(weights, cache or cache_folder())
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return Checkpoint(path.resolve().name, str(path), None, SafetensorsFolder(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError("weights", weights, "a folder or a .gguf file", "give the folder that holds this file")
+        return Checkpoint(path.stem, str(path), None, GgufFile(path))
+    if _HUB_ID.fullmatch(weights) and path.suffix != ".gguf":
+        return _from_hub(weights)
+    raise UserError(
+        "weights", weights, f"one of {', '.join(KNOWN)}, a folder, a .gguf file or a hub id OWNER/NAME",
+        "choose one of these, or check the path",
+    )  # fmt: skip
+
+
+def _known(name: str, cache: Path) -> Checkpoint:
+    known = KNOWN[name]
+    path = cache / known.file
+    if not path.exists():
+        raise UserError("weights", name, f"its file {known.file} in {cache}", known.get_it)
+    if (digest := sha256_of(path)) != known.sha256:
+        raise UserError(f"sha256 of {path}", digest, known.sha256, f"delete the file and get it again: {known.get_it}")
+    return Checkpoint(name, f"{known.file}, sha256 {known.sha256}", known.licence, GgufFile(path))
+
+
+def _from_hub(hub_id: str) -> Checkpoint:
+    """Raises UserError for a missing or gated model, or without a network; nothing half-fetched is used."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise UserError(
+            "weights", hub_id, "a model that you may read; this one is gated",
+            f"accept its terms at https://huggingface.co/{hub_id} and log in (hf auth login), or choose another model",
+        ) from error  # fmt: skip
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            "weights",
+            hub_id,
+            "a model on the hub, or a folder that exists",
+            "check the name, or log in (hf auth login)",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            "weights", hub_id, f"a model that can be fetched ({str(error).splitlines()[0] if str(error) else error!r})",
+            "check network and disk, or give a local folder or .gguf file",
+        ) from error  # fmt: skip
+    return Checkpoint(hub_id.split("/")[-1].lower(), f"huggingface.co/{hub_id}", None, SafetensorsFolder(folder))

@@ -1,0 +1,128 @@
+"""Weights of a model in memory, filled in place from a checkpoint. Knows parts and pieces, not what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from helios_sim.errors import UserError
+from helios_sim.live.architecture import Architecture, Shape
+from helios_sim.live.naming import Change, Piece
+
+_BLOCK_VALUES = 4 << 20  # read at once: 16 MB as float32
+
+
+class TensorSource(Protocol):
+    """A checkpoint as the loader sees it."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]: ...
+    def shape(self, name: str) -> Shape: ...
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer. Matrices are (out, in). Training may put a tensor that needs gradients in a field's place."""
+
+    attention_norm: Tensor
+    qkv: Tensor  # (q_width + 2 kv_width, d_model)
+    attention_out: Tensor
+    mlp_norm: Tensor
+    mlp_in: Tensor  # (2 d_ff, d_model), gate first; (d_ff, d_model) without a gate
+    mlp_out: Tensor
+    attention_norm_bias: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    attention_out_bias: Tensor | None = None
+    mlp_norm_bias: Tensor | None = None
+    mlp_in_bias: Tensor | None = None
+    mlp_out_bias: Tensor | None = None
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(slots=True)
+class OuterWeights:
+    """What lies outside the layers. `head` is the embedding itself where the two are tied."""
+
+    embedding: Tensor  # (vocab, d_model)
+    final_norm: Tensor
+    head: Tensor  # (vocab, d_model)
+    final_norm_bias: Tensor | None = None
+    positions: Tensor | None = None  # (max_context, d_model)
+
+
+def weight_bytes(weights: LayerWeights | OuterWeights) -> int:
+    """Bytes resident, a tied head counted once."""
+    return sum(tensor.nbytes for tensor in tensors(weights))
+
+
+def tensors(weights: LayerWeights | OuterWeights) -> Iterator[Tensor]:
+    """Every tensor once."""
+    seen: set[int] = set()
+    for field in fields(weights):
+        tensor = getattr(weights, field.name)
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def load_layer(source: TensorSource, layer: int, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+    shapes = source.architecture.layer_shapes()
+    return LayerWeights(**{part: _load(source, part, layer, shape, dtype, device) for part, shape in shapes.items()})
+
+
+def load_outer(source: TensorSource, dtype: torch.dtype, device: torch.device) -> OuterWeights:
+    shapes = source.architecture.outer_shapes()
+    parts = {part: _load(source, part, None, shape, dtype, device) for part, shape in shapes.items()}
+    return OuterWeights(**{"head": parts["embedding"]} | parts)
+
+
+def _load(
+    source: TensorSource, part: str, layer: int | None, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One part, filled piece by piece: beside it at most one block (or one piece that must be turned) is in memory."""
+    into = torch.empty(shape, dtype=dtype, device=device)
+    row = 0
+    for piece in source.pieces(part, layer):
+        row = _fill(source, piece, into, row)
+    if row != shape[0]:
+        raise _damaged(part, (row, *shape[1:]), shape)
+    return into
+
+
+def _fill(source: TensorSource, piece: Piece, into: Tensor, row: int) -> int:
+    stored = source.shape(piece.name)
+    skipped = 2 if piece.change is Change.SKIP_TWO_ROWS else 0
+    rows = stored[1] if piece.change is Change.TRANSPOSED else stored[0] - skipped
+    fits = stored[0] if piece.change is Change.TRANSPOSED else stored[-1]
+    if row + rows > len(into) or (into.dim() == 2 and fits != into.shape[1]):
+        raise _damaged(piece.name, stored, tuple(into.shape))
+    target = into[row : row + rows]
+    if piece.change is Change.TRANSPOSED:
+        target.copy_(source.rows(piece.name, 0, stored[0]).t())
+    elif piece.change is Change.INTERLEAVED_HEADS:
+        head_dim = source.architecture.head_dim
+        whole = source.rows(piece.name, 0, rows)
+        halves = whole.view(rows // head_dim, head_dim // 2, 2, -1).transpose(1, 2)
+        target.view(rows // head_dim, 2, head_dim // 2, -1).copy_(halves)
+    else:
+        block = max(1, _BLOCK_VALUES // (stored[1] if len(stored) > 1 else 1))
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            read = source.rows(piece.name, start + skipped, stop + skipped)
+            target[start:stop].copy_(read.float() + 1.0 if piece.change is Change.PLUS_ONE else read)
+    return row + rows
+
+
+def _damaged(name: str, found: Shape, expected: Shape) -> UserError:
+    return UserError(
+        f"tensor {name}", found, f"{expected} by the checkpoint's own configuration", "fetch the checkpoint again"
+    )
