@@ -1,0 +1,87 @@
+"""A page of sections with tables and figures, in the look of the simulator's reports. Knows no measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from helios_sim import __version__
+
+if TYPE_CHECKING:
+    from helios_sim.report.style import Drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number that stands out."""
+
+    what: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column names the row, the others are numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page with the class of its numbers."""
+
+    id: str
+    title: str
+    provenance_class: str | None = None
+    text: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Drawing] = ()
+    details: Sequence[tuple[str, str]] = ()  # (summary, text), folded
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Everything that the page shows."""
+
+    title: str
+    subtitle: str
+    provenance_class: str | None
+    verdict: Sequence[str]
+    cards: Sequence[Card]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        return [figure for section in self.sections for figure in section.figures]
+
+
+def render(page: Page) -> str:
+    """The whole page as text: no script, no network, figures inline."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+
+    from helios_sim.report.style import to_svg
+
+    loader = ChoiceLoader([PackageLoader("calibrate"), PackageLoader("helios_sim.report")])
+    environment = Environment(
+        loader=loader,
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = loader.get_source(environment, "report.css")[0]
+    context: Mapping[str, object] = {
+        "page": page,
+        "css": Markup(css),
+        "version": __version__,
+        "svg": lambda drawing: Markup(to_svg(drawing)),
+    }
+    return environment.get_template("calibration.html.j2").render(context)
