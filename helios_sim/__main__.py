@@ -34,13 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def study(settings: DictConfig) -> None:
         nonlocal status, started
         from helios_sim.study.command import run_study
+        from helios_sim.sweep.command import run_sweep
 
         started = True
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         try:
             _check_choices(settings, run.runtime.choices, command)
-            status = max(status, run_study(Variants(settings, command), folder))
+            run_it = run_sweep if settings.sweep.parameters else run_study
+            status = max(status, run_it(Variants(settings, command), folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
             status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")

@@ -57,6 +57,15 @@ class DesignsResult:
         return tuple(self.designs[i] for i in order)
 
     @property
+    def distinct_front(self) -> tuple[tuple[Design, int], ...]:
+        """The front with designs that come to the same in every objective named once, and how many they are."""
+        costs = map(tuple, merits_of(self.front, self.objectives).tolist())
+        alike: dict[tuple[float, ...], list[Design]] = {}
+        for design, found in zip(self.front, costs, strict=True):
+            alike.setdefault(found, []).append(design)
+        return tuple((designs[0], len(designs)) for designs in alike.values())
+
+    @property
     def failed(self) -> tuple[Design, ...]:
         return tuple(design for design in self.designs if design.error is not None)
 

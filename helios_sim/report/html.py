@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helios_sim import __version__
 from helios_sim.report import format as fmt
@@ -14,14 +14,11 @@ from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.decisions import decision_rows
 from helios_sim.report.definitions import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, Better
 from helios_sim.report.files import to_json
+from helios_sim.report.page import page_environment
 from helios_sim.report.result import ArmResult, ExperimentResult, headline_metrics
 from helios_sim.report.style import Drawing, arm_styles, to_svg
 from helios_sim.report.summary import Comparisons, json_value
 from helios_sim.report.table import baseline_marks
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
 
 SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
 _MOST_CARDS = 4
@@ -34,22 +31,6 @@ class Card:
     what: str
     value: str
     note: str
-
-
-def page_environment() -> tuple[Environment, Markup]:
-    """Where the templates of pages are, and the look that they share."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-    from markupsafe import Markup
-
-    loader = PackageLoader("helios_sim.report")
-    environment = Environment(
-        loader=loader,
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment, Markup(loader.get_source(environment, "report.css")[0])
 
 
 def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:

@@ -37,7 +37,7 @@ def arms_table(result: ExperimentResult, ratios: Comparisons) -> Table:
     )
     table.add_column("arm", no_wrap=True)
     for place, name in enumerate(names):
-        table.add_column(_in_two_lines(label(name)), justify="right", no_wrap=True)
+        table.add_column(in_two_lines(label(name)), justify="right", no_wrap=True)
         if place == 0:
             table.add_column("vs baseline\n[95 %]", justify="right", no_wrap=True)
     mark_of = {name: mark for mark, name in baseline_marks(result).items()}
@@ -57,7 +57,7 @@ def baseline_marks(result: ExperimentResult) -> dict[str, str]:
     return {"†‡§¶"[place % 4]: str(name) for place, name in enumerate(others)}
 
 
-def _in_two_lines(text: str) -> str:
+def in_two_lines(text: str) -> str:
     """A narrow header: broken at its last space, else behind its slash."""
     if " " in text:
         return "\n".join(text.rsplit(" ", 1))

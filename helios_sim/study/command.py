@@ -22,9 +22,10 @@ from helios_sim.report.table import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.check import check_study
-from helios_sim.study.plan import StudyPlan, Variant, plan_study
+from helios_sim.study.plan import Variant, plan_study
 from helios_sim.study.progress import progress
 from helios_sim.study.runner import forget_jobs, run_jobs
+from helios_sim.study.schema import Config
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 
@@ -36,7 +37,7 @@ def run_study(variant: Variant, folder: Path) -> int:
     make_folder(folder)
     with progress(plan) as on_done:
         results = run_jobs(plan.jobs, folder, plan.config.jobs, on_done)
-    result = assemble(plan, results, _provenance(plan))
+    result = assemble(plan, results, provenance(plan.config))
     ratios = comparisons(result)
     summary = write_result(result, folder, ratios)
     forget_jobs(folder)
@@ -70,7 +71,8 @@ def _without_answers(result: ExperimentResult) -> list[str]:
     return found
 
 
-def _provenance(plan: StudyPlan) -> dict[str, object]:
+def provenance(config: Config) -> dict[str, object]:
+    """Of the run: what made it, with what, when."""
     return {
         "command": " ".join(["python -m helios_sim", *sys.argv[1:]]),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,6 +80,6 @@ def _provenance(plan: StudyPlan) -> dict[str, object]:
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "machine": platform.machine(),
-        "seeds": list(plan.config.seeds),
-        "configuration": asdict(plan.config),
+        "seeds": list(config.seeds),
+        "configuration": asdict(config),
     }

@@ -42,7 +42,8 @@ def _set(config: Config, path: str, value: Any) -> None:
     if isinstance(place, dict):
         place[last] = value
     else:
-        hint = _hints(type(place)).get(last) if is_dataclass(place) else None
+        kind: Any = type(place)
+        hint = _hints(kind).get(last) if is_dataclass(place) else None
         if hint is None:
             raise _nowhere(path)
         setattr(place, last, _as(hint, value, path))
@@ -54,7 +55,8 @@ def _set(config: Config, path: str, value: Any) -> None:
 def _below(place: Any, name: str, path: str) -> Any:
     if isinstance(place, dict) and isinstance(place.get(name), dict):
         return place[name]
-    if is_dataclass(place) and name in _hints(type(place)):
+    kind: Any = type(place)
+    if is_dataclass(place) and name in _hints(kind):
         found = getattr(place, name)
         if isinstance(found, dict) or is_dataclass(found):
             return found
