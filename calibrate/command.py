@@ -1,0 +1,85 @@
+"""One calibration from its configuration to its files and the lines on stdout. Knows the order, not the measuring."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from calibrate.inputs import Inputs
+from calibrate.outputs import write_outputs
+from calibrate.progress import progress
+from calibrate.schema import CalibrateConfig
+from calibrate.stages import Finished, Outcome, Stage, Status, read_finished, run_stages
+from calibrate.work import stages_of
+from helios_sim.errors import UserError
+from helios_sim.report.table import PLAIN_WIDTH
+
+
+def run_calibration(config: CalibrateConfig, folder: Path) -> int:
+    """Measures, writes and prints. Returns 0, or 1 when a stage failed by a defect.
+
+    UserError before anything is measured where that is possible.
+    """
+    if config.task == "report":
+        finished = read_finished(folder)
+        if not finished:
+            allowed = "a folder in which a calibration finished a stage"
+            raise UserError("out", str(folder), allowed, "name the folder of an earlier calibration by out=FOLDER")
+        outcomes = [Outcome(name, Status.KEPT, finished=found) for name, found in finished.items()]
+    else:
+        inputs = Inputs(config)
+        inputs.check()
+        stages = stages_of(inputs)
+        _check_budget(config.budget_s, stages)
+        with progress(stages) as watch:
+            outcomes = run_stages(stages, folder, config.budget_s, watch)
+        finished = {**read_finished(folder), **_finished(outcomes)}
+    summary = write_outputs(config, folder, finished, outcomes)
+    try:
+        _show(summary, outcomes, folder)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader left, as `head` does; the files are there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    failed = [outcome for outcome in outcomes if outcome.status is Status.FAILED]
+    for outcome in failed:
+        print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; transcript.jsonl has it", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
+    shortest = min(stage.shortest_s for stage in stages)
+    if budget_s is not None and budget_s < shortest:
+        allowed = f"no stage is done in that time; the shortest takes {shortest:g} s"
+        raise UserError("budget_s", budget_s, allowed, f"allow {sum(s.estimate_s for s in stages):.0f} s for all")
+
+
+def _finished(outcomes: Sequence[Outcome]) -> dict[str, Finished]:
+    return {outcome.stage: outcome.finished for outcome in outcomes if outcome.finished is not None}
+
+
+def _show(summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Standard output: a table of the stages, what was found, the folder, and summary.json as the last line."""
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+    table = Table(title=summary["title"], box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for name in ("stage", "status", "time", "what came out"):
+        table.add_column(name, justify="right" if name == "time" else "left")
+    for outcome in outcomes:
+        took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
+        table.add_row(outcome.stage, outcome.status, took, outcome.why or summary["headlines"].get(outcome.stage, ""))
+    console.print(table, highlight=False)
+    for sentence in summary["verdict"]:
+        print(sentence)
+    for command in summary["use"]:
+        print(f"    {command}")
+    if any(outcome.status is Status.SKIPPED for outcome in outcomes):
+        print(f"skipped stages run when the same command is given again with out={folder}")
+    print(f"output folder: {folder}")
+    print(json.dumps(summary, allow_nan=False))

@@ -1,0 +1,57 @@
+"""Hydra's side of calibration: its schema, short ways to write settings, and the typed result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from calibrate.schema import SHORT_NAMES, CalibrateConfig
+from helios_sim.config import given, in_words
+
+
+def register() -> None:
+    ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
+
+
+def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> CalibrateConfig:
+    """UserError where a value has the wrong type or lies out of its range."""
+    try:
+        config = OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        raise in_words(error, arguments, CalibrateConfig) from error
+    assert isinstance(config, CalibrateConfig)
+    return config
+
+
+def in_full(arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra reads it: overrides first, `model=X` as the model's name or its weights.
+
+    A model of the user's own is called as its weights are, unless `model.name` says otherwise.
+    """
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in arguments if a not in overrides]
+    overrides = [a.removeprefix("+") if a.startswith("+task=") else a for a in overrides]
+    chosen = given("model", overrides)
+    if chosen is not None and not chosen.startswith("{"):
+        overrides = [a for a in overrides if not a.startswith("model=")]
+        name = SHORT_NAMES.get(chosen, chosen)
+        if name in SHORT_NAMES.values():
+            overrides.append(f"model.name={name}")
+        elif given("model.weights", overrides) is None:
+            overrides.append(f"model.weights={chosen}")
+        else:
+            overrides.append(f"model.name={name}")
+    weights = given("model.weights", overrides)
+    if weights not in (None, "null") and given("model.name", overrides) is None:
+        overrides.append(f"model.name={name_of(str(weights))}")
+    return [*overrides, *flags]
+
+
+def name_of(weights: str) -> str:
+    """A model's name from its folder, file or hub id: lower case, without what paths and shells take amiss."""
+    last = weights.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"

@@ -1,0 +1,177 @@
+"""What a calibration works on: device, checkpoint, exit heads. Opens each when first asked, measures nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrate.schema import CalibrateConfig
+from calibrate.texts import TASKS
+from helios_sim.errors import UserError
+from helios_sim.report import format as fmt
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibrate.device import Device
+    from helios_sim.live.architecture import Architecture
+    from helios_sim.live.heads import ExitHeads
+    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.source import Checkpoint
+    from helios_sim.profile.spec import ModelSpec
+
+LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
+EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
+
+
+class Inputs:
+    """Opened lazily, since a later call may find that everything is finished."""
+
+    def __init__(self, config: CalibrateConfig) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """UserError for whatever would stop a stage anyway: packages, device, weights, family, memory, heads."""
+        check_packages()
+        layers = self.layers
+        needed, there = self.spec(1.0).weight_bytes(layers), self.device.facts.memory_bytes
+        if needed > there:
+            taken, given = (fmt.in_unit(n_bytes, "bytes") for n_bytes in (needed, there))
+            allowed = f"{layers} layers in {self.dtype} take {taken}, and {given} are there"
+            raise UserError("memory", self.config.model.name, allowed, "set model.layers lower, or another dtype")
+        if not set(self.exits) <= set(range(1, layers)):
+            allowed = f"depths from 1 to {layers - 1}, below the last layer loaded"
+            raise UserError("model.exits", list(self.exits), allowed, "name others, or leave it out")
+        _ = self.heads
+        unknown = sorted(set(self.config.tasks or ()) - set(TASKS))
+        if unknown:
+            raise UserError("tasks", unknown, f"some of {', '.join(TASKS)}", "correct the names, or leave it out")
+
+    @cached_property
+    def device(self) -> Device:
+        from calibrate.device import open_device
+
+        return open_device(self.config.device, self.config.memory_bytes, self.config.threads)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        from helios_sim.live.source import find_checkpoint
+
+        wanted = self.config.model.weights or self.config.model.name
+        try:
+            return find_checkpoint(wanted)
+        except UserError as error:
+            key = "model" if self.config.model.weights is None else "model.weights"
+            raise (error.about(key) if error.key == "weights" else error) from error
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    @cached_property
+    def layers(self) -> int:
+        """How many are loaded."""
+        most, wanted = self.architecture.n_layers, self.config.model.layers
+        if wanted is not None and wanted > most:
+            raise UserError("model.layers", wanted, f"1 to {most}, the model's own", "choose a cap within the model")
+        return wanted or most
+
+    @cached_property
+    def dtype(self) -> str:
+        if self.config.dtype is not None:
+            return self.config.dtype
+        facts = self.device.facts
+        return "bfloat16" if facts.kind == "cuda" or "bf16" in facts.description else "float32"
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        kind: torch.dtype = getattr(torch, self.dtype)
+        return kind
+
+    @cached_property
+    def model(self) -> SegmentedModel:
+        """All layers that are asked for, on the device."""
+        from helios_sim.live.model import SegmentedModel
+
+        return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, self.device.torch_device)
+
+    @cached_property
+    def heads_folder(self) -> Path | None:
+        """Named, shipped, or none. With exits named and no heads, the model's own head serves at each."""
+        from helios_sim.live.heads import HEADER, SHIPPED
+
+        if self.config.heads is not None:
+            return Path(self.config.heads).expanduser()
+        shipped = SHIPPED / self.config.model.name
+        return shipped if (shipped / HEADER).is_file() and self.config.model.exits is None else None
+
+    @cached_property
+    def heads(self) -> ExitHeads:
+        """UserError where they belong to another model."""
+        from helios_sim.live.heads import ExitHeads
+
+        if self.heads_folder is None:
+            return ExitHeads.own(self.exits)
+        return ExitHeads.load(self.heads_folder, self.architecture, self.device.torch_device)
+
+    @cached_property
+    def exits(self) -> tuple[int, ...]:
+        """Depths of the early exits, below the last layer loaded."""
+        from helios_sim.live.heads import read_header
+
+        if self.config.model.exits is not None:
+            return tuple(self.config.model.exits)
+        if self.heads_folder is not None:
+            depths = (int(depth) for depth in read_header(self.heads_folder)["exits"])
+            return tuple(depth for depth in depths if depth < self.layers)
+        return even_exits(self.layers)
+
+    def heads_sha256(self) -> str | None:
+        """What identifies the heads; None for the model's own."""
+        from helios_sim.live.heads import read_header
+
+        return None if self.heads_folder is None else str(read_header(self.heads_folder)["sha256"])
+
+    def spec(self, chars_per_token: float) -> ModelSpec:
+        from helios_sim.live.architecture import model_spec
+
+        return model_spec(self.architecture, self.config.model.name, chars_per_token, self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings on which every measurement of the model depends."""
+        facts = self.device.facts
+        return {
+            "model": self.config.model.name,
+            "weights": self._weights_identity,
+            "layers": self.layers,
+            "dtype": self.dtype,
+            "device": facts.name,
+            "threads": self.config.threads,
+            "memory_bytes": self.config.memory_bytes,
+        }
+
+    @cached_property
+    def _weights_identity(self) -> str:
+        """Names, sizes and times of the files: a digest of their content would take longer than some stages."""
+        files = [Path(path) for path in self.checkpoint.storage.files]
+        stats = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+        return hashlib.sha256("\n".join(stats).encode()).hexdigest()[:16]
+
+
+def check_packages() -> None:
+    """UserError where what the extra `live` brings is not installed."""
+    missing = [name for name in LIVE_PACKAGES if find_spec(name) is None]
+    if missing:
+        fix = "run `make live`, or pip install 'helios-llm-sim[live]'"
+        raise UserError("packages", ", ".join(missing), "measuring a model needs them installed", fix)
+
+
+def even_exits(layers: int) -> tuple[int, ...]:
+    """At most EVEN_EXITS depths below `layers`, evenly spaced; none for a single layer."""
+    count = min(EVEN_EXITS, layers - 1)
+    return tuple(sorted({round(layers * (i + 1) / (count + 1)) for i in range(count)}))
