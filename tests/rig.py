@@ -22,7 +22,7 @@ from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestRecord
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Router, Run, simulate
-from helios_sim.study.build import Foresight
+from helios_sim.study.foresight import Foresight
 from helios_sim.workload import Workload, generate
 
 EXITS = (2, 4)

@@ -52,6 +52,9 @@ class Foreseen:
         span = bound.locate(request.task, request.text_start, request.output_chars)
         return bound.trace.agree[span.indices()]
 
+    def bits(self, model: str, request: Request) -> None:
+        return None
+
 
 @cache
 def models(ratio: float, launch_s: float, nested: bool) -> dict[str, ModelData]:

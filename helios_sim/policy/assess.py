@@ -18,6 +18,7 @@ from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.load import Load
 from helios_sim.policy.options import Option, cost_until_next_round
 from helios_sim.policy.prediction import batch_capacity, predict
+from helios_sim.policy.quality import bits_floor, quick_enough
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Transition
 
@@ -38,29 +39,42 @@ class Assessor:
         self.history = HistoryTable(situation.candidates, half_life_requests)
         self.batch_limit = batch_limit
         self._cap_layers = cap_layers
+        self.above_floor: list[Option] = []  # of the latest ranking: would be in it but for the floor in bits
         self._refused: list[str] = []  # of the latest ranking
-        self._caps: dict[str, tuple[int, CapChoice]] = {}  # with the number of observed prompts behind it
+        self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # with what is behind it
         self._offline: dict[str, Resampled] = {}
         self._index = {name: i for i, name in enumerate(situation.candidates)}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
                 check_cap(candidate, cap_layers)
 
+    def bits_floor(self) -> float | None:
+        """Bits per character that are good enough by what is known now; None: any are."""
+        return bits_floor(self.situation.objective, {name: self._bits(name) for name in self.situation.candidates})
+
     def meets_quality_floor(self, model: str) -> bool:
         """Whether full depth is within the floor in bits per character; true where that is not known."""
-        most, bits = self.situation.objective.max_bits_per_char, self.history.shares(model).bits_per_char
-        return most is None or bits is None or bool(bits[-1] <= most)
+        most, bits = self.bits_floor(), self._bits(model)
+        return most is None or bits is None or bits <= most
+
+    def _bits(self, model: str, layers: int | None = None) -> float | None:
+        """Bits per character by the history table at an exit, full depth by default; None where not known."""
+        bits = self.history.shares(model).bits_per_char
+        exits = self.situation.candidates[model].offline.exits
+        return None if bits is None else float(bits[-1 if layers is None else exits.index(layers)])
 
     def cap(self, model: str) -> CapChoice:
         """The shallowest exit within the quality floor by what is known now; the given cap if there is one."""
-        known, observed = self._caps.get(model), self.history.observed_prompts(model)
-        if known is None or known[0] != observed:  # it depends on nothing else
-            known = self._caps[model] = (observed, self._cap(model, observed))
+        # Nothing else is behind a cap: the model's own prompts, and for a floor that follows a reference all of them.
+        behind = (self.history.observed_prompts(model), self.bits_floor())
+        known = self._caps.get(model)
+        if known is None or known[0] != behind:
+            known = self._caps[model] = (behind, self._cap(model, *behind))
         return known[1]
 
-    def _cap(self, model: str, observed: int) -> CapChoice:
+    def _cap(self, model: str, observed: int, most: float | None) -> CapChoice:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
-        bits, most = self.history.shares(model).bits_per_char, objective.max_bits_per_char
+        bits = self.history.shares(model).bits_per_char
         allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
         if model not in self._offline:
             everything = np.ones(len(offline.prompt_tokens))
@@ -106,7 +120,9 @@ class Assessor:
         )
         if prediction is None:
             return None
-        return Option(placement, prediction, transition, cap, self.breach_share(placement))
+        # Tokens that leave early on their own are taken to cost what they cost at full depth: they were confident.
+        bits = self._bits(placement.model, placement.layers)
+        return Option(placement, prediction, transition, cap, self.breach_share(placement), bits)
 
     def fits(self, active: Placement, standby: Sequence[Placement], load: Load) -> bool:
         """Whether these placements leave room for one request of mean length."""
@@ -124,22 +140,36 @@ class Assessor:
     def ranked(
         self, load: Load, horizon_requests: int, completed_requests: int, *, whole_must_fit: bool
     ) -> list[Option]:
-        """Candidates at their caps that meet memory and quality floor, best predicted objective first."""
+        """Candidates at their caps that meet memory and floors, best predicted objective first.
+
+        Those that fit but are above the floor in bits per character are in `above_floor`, in the same order.
+        """
         options: list[Option] = []
+        above: list[Option] = []
         self._refused.clear()
         for model, candidate in self.situation.candidates.items():
-            if not self.meets_quality_floor(model):
-                self._refused.append(f"{model} is above the floor in bits per character")
-                continue
             cap = self.cap(model)
             option = self.option(Placement(model, cap.layers), load, horizon_requests, cap=cap)
             whole = Placement(model, candidate.profile.model.n_layers)
             if option is None or (whole_must_fit and self.option(whole, load, horizon_requests) is None):
                 self._refused.append(f"{model} leaves no room for one request")
                 continue
-            options.append(option)
             self.history.note(model, option.prediction, completed_requests)
-        return sorted(options, key=lambda option: self.cost(option, load, 0, 1, 1.0))
+            if self.meets_quality_floor(model):
+                options.append(option)
+            else:
+                above.append(option)
+                self._refused.append(f"{model} is above the floor in bits per character")
+
+        def cost(option: Option) -> float:
+            return self.cost(option, load, 0, 1, 1.0)
+
+        self.above_floor = sorted(above, key=cost)
+        return sorted(self.quick_enough(options), key=cost)
+
+    def quick_enough(self, options: Sequence[Option]) -> list[Option]:
+        """Those within the bound on response time; where none is, the quickest."""
+        return quick_enough(self.situation.objective, options)
 
     def require(self, ranked: Sequence[Option]) -> None:
         """Raises UserError if the latest ranking is empty."""

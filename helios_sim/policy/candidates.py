@@ -1,9 +1,9 @@
-"""Names of candidates, their exits and the floor they must meet. Knows no load and no time."""
+"""Names of candidates and their exits. Knows no load and no time."""
 
 from __future__ import annotations
 
 from helios_sim.errors import UserError
-from helios_sim.policy.telemetry import Candidate, Objective, Situation
+from helios_sim.policy.telemetry import Candidate, Situation
 
 
 def find_model(situation: Situation, model: str | None) -> str:
@@ -27,9 +27,3 @@ def check_cap(candidate: Candidate, layers: int) -> int:
             "choose one of these",
         )
     return layers
-
-
-def meets_bits_floor(candidate: Candidate, objective: Objective) -> bool:
-    """Whether full depth is within the floor in bits per character, as recorded; true where none is known or set."""
-    bits, most = candidate.offline.bits_per_char, objective.max_bits_per_char
-    return bits is None or most is None or bool(bits[-1] <= most)

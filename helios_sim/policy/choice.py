@@ -55,7 +55,8 @@ class Chooser:
     def renew_shortlist(self, load: Load, batch: float, completed_requests: int) -> None:
         """Keeps the last one when no candidate qualifies any more. Raises UserError if none ever did.
 
-        Evaluation by serving needs room for the whole model.
+        Places that are left go to candidates above the floor in bits per character: that was on the text seen so far,
+        and only a candidate that is evaluated can come back. Evaluation by serving needs room for the whole model.
         """
         p = self._parameters
         self._load = load
@@ -67,7 +68,7 @@ class Chooser:
         )
         if not self.shortlist:
             self.assessor.require(ranked)
-        self.shortlist = ranked[: p.shortlist] or self.shortlist
+        self.shortlist = [*ranked, *self.assessor.above_floor][: p.shortlist] or self.shortlist
 
     @property
     def models(self) -> list[str]:
@@ -97,12 +98,13 @@ class Chooser:
             if (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
         ]
         # Requests may have become so long that none of mean length fits: then the best ranked goes on.
-        options = options or self.shortlist[:1]
+        options = self.assessor.quick_enough(options) or self.shortlist[:1]
         for option in options:
             self.assessor.history.note(option.placement.model, option.prediction, moment.completed_requests)
         costs = self._costs(options, moment, self._parameters.at_batch(moment.batch).round_requests)
         evidence = {
             **self._evidence(options, costs),
+            "bits_floor": self.assessor.bits_floor(),
             "above_quality_floor": [model for model in models if model not in within],
             "history": self.assessor.history.rows(moment.completed_requests),
         }
@@ -121,10 +123,12 @@ class Chooser:
             and self._may_switch_to(model)
             and (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
         ]
-        options = [*([] if raised is None else [raised]), *switches]
+        options = self.assessor.quick_enough([*([] if raised is None else [raised]), *switches])
         costs = self._costs(options, moment, remaining_requests)
         cost_of = {option.placement: cost for option, cost in zip(options, costs, strict=True)}
-        chosen = answer(self._parameters.on_breach, raised, switches, lambda option: cost_of[option.placement])
+        load = raised if raised in options else None
+        switches = [option for option in switches if option in options]
+        chosen = answer(self._parameters.on_breach, load, switches, lambda option: cost_of[option.placement])
         if chosen is None:
             return None
         return Choice(chosen, {"requests_until_next_round": remaining_requests, **self._evidence(options, costs)})

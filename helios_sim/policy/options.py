@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from helios_sim.errors import UserError
 from helios_sim.policy.cap import CapChoice
 from helios_sim.policy.deployment import Placement
 from helios_sim.policy.load import Load
@@ -22,11 +23,13 @@ class Option:
     transition: Transition
     cap: CapChoice | None = None
     breach_share: float | None = None  # tokens expected to leave there without confidence
+    bits_per_char: float | None = None  # expected there, from the history table
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": self.placement.layers,
             "breach_share": self.breach_share,
+            "bits_per_char": self.bits_per_char,
             "upper_bound": None if self.cap is None else list(self.cap.upper_bound),
             "transition": asdict(self.transition),
             "prediction": self.prediction.to_json(),
@@ -38,6 +41,7 @@ COST_UNITS = {
     Goal.RESPONSE_TIME: "request-seconds",
     Goal.ENERGY: "J",
     Goal.BATCH_SIZE: "slot-seconds (negative: given)",
+    Goal.QUALITY: "bits",
 }
 
 
@@ -49,7 +53,8 @@ def cost_until_next_round(
     Throughput: seconds to serve them at capacity, plus the seconds lost (under open arrivals below saturation all
     candidates deliver what arrives, and the faster one has more to spare). Response time: their summed response, plus
     the delay of all who are in the system or arrive while time is lost. Energy: their joules, plus the lost time at
-    the same power. Batch size: minus the slots held over `horizon_s`, which is the same for all options.
+    the same power. Batch size: minus the slots held over `horizon_s`, which is the same for all options. Quality: the
+    bits that their text costs; lost time costs none, and is what the bound on response time is for.
     """
     prediction, lost_s = option.prediction, option.transition.lost_s
     if goal is Goal.THROUGHPUT:
@@ -60,4 +65,13 @@ def cost_until_next_round(
     if goal is Goal.ENERGY:
         busy_w = prediction.energy_rank_j / prediction.busy_s_per_request
         return requests * prediction.energy_rank_j + lost_s * busy_w
+    if goal is Goal.QUALITY:
+        if option.bits_per_char is None:
+            raise UserError(
+                "objective.goal",
+                goal.value,
+                f"nothing is recorded of what text costs under {option.placement.model}",
+                "take exit traces of human text that have bits",
+            )
+        return requests * load.output_chars * option.bits_per_char
     return -prediction.batch_capacity * max(0.0, horizon_s - lost_s)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant
-from helios_sim.policy.candidates import meets_bits_floor
 from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.depth import prefill_time_s
 from helios_sim.policy.oracle_plan import Plan, TokenTimes, make_plan
-from helios_sim.policy.telemetry import Situation, Telemetry
+from helios_sim.policy.telemetry import Candidate, Objective, Outlook, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
@@ -50,13 +50,13 @@ class OraclePolicy:
             allowed = "the requests to come and their exits must be known, and there must be one"
             raise UserError("policy", "oracle", allowed, "use it in simulation, on a workload that ends")
         objective = situation.objective
-        models = [name for name, c in situation.candidates.items() if meets_bits_floor(c, objective)]
+        models = [name for name, c in situation.candidates.items() if _meets_absolute_floor(c, objective)]
         if not models:
             allowed = "at least one must meet the floor in bits per character"
             raise UserError("models", ", ".join(situation.candidates), allowed, "loosen the floor")
         tables = [token_times(situation, model, requests) for model in models]
         ids = [request.request_id for request in requests]
-        plan = make_plan(models, tables, ids, objective.max_disagreement, self.parameters.epoch_requests)
+        plan = make_plan(models, tables, ids, self.parameters.epoch_requests)
         first = plan.model(ids[0])
         return Deployment(
             active=Placement(first, situation.candidates[first].profile.model.n_layers),
@@ -66,15 +66,24 @@ class OraclePolicy:
             instant=True,
             plan=plan,
             reason="every request and every exit is known, and no change costs anything",
-            evidence=_evidence(plan, objective.max_disagreement),
+            evidence=_evidence(plan),
         )
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
         return None
 
 
+def _meets_absolute_floor(candidate: Candidate, objective: Objective) -> bool:
+    """Whether full depth is within it, as recorded beforehand; true where none is known or set."""
+    bits, most = candidate.offline.bits_per_char, objective.max_bits_per_char
+    return bits is None or most is None or bool(bits[-1] <= most)
+
+
 def token_times(situation: Situation, model: str, requests: Sequence[Request]) -> TokenTimes:
-    """Times alone on the card: the first token is its prompt's prefill, token j (from 0) reads prompt + j tokens."""
+    """Times alone on the card: the first token is its prompt's prefill, token j (from 0) reads prompt + j tokens.
+
+    What they lose is bits where the objective's floor follows a reference, else agreement with full depth.
+    """
     assert situation.outlook is not None
     candidate = situation.candidates[model]
     profile, exits = candidate.profile, candidate.offline.exits
@@ -91,7 +100,34 @@ def token_times(situation: Situation, model: str, requests: Sequence[Request]) -
         prefills = [prefill_time_s(profile, layers, p, situation.max_batch_tokens)[0] for p in prompt_seen.tolist()]
         time_s[first, e] = np.array(prefills)[prompt_which]
     possible = prompts + lengths <= profile.model.max_context_tokens
-    return TokenTimes(exits, time_s, ~np.concatenate(agrees), first, possible)
+    if situation.objective.max_bits_ratio is not None:
+        loss: NDArray[Any] = np.concatenate([_bits(situation.outlook, model, request) for request in requests])
+        allowed: NDArray[Any] = situation.objective.max_bits_ratio * reference_bits(situation, requests)
+    else:
+        loss = ~np.concatenate(agrees)
+        allowed = situation.objective.max_disagreement * lengths
+    return TokenTimes(exits, time_s, loss, allowed, first, possible)
+
+
+def reference_bits(situation: Situation, requests: Sequence[Request]) -> NDArray[np.float64]:
+    """(R,) bits of each request's text under the reference at full depth; the best single model where none is named.
+
+    A policy whose reference is the best candidate at any time needs no more than that in all.
+    """
+    assert situation.outlook is not None
+    outlook, named = situation.outlook, situation.objective.bits_reference
+    models = situation.candidates if named is None else [named]
+    needed = [np.array([_bits(outlook, model, request)[:, -1].sum() for request in requests]) for model in models]
+    return min(needed, key=lambda bits: float(bits.sum()))
+
+
+def _bits(outlook: Outlook, model: str, request: Request) -> NDArray[np.float64]:
+    bits = outlook.bits(model, request)
+    if bits is None:
+        raise UserError(
+            "objective.max_bits_ratio", model, "bits of human text are recorded for each model", "take other traces"
+        )
+    return bits
 
 
 def _decode_alone_s(profile: Profile, layers: int, contexts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -101,11 +137,12 @@ def _decode_alone_s(profile: Profile, layers: int, contexts: NDArray[np.int64]) 
     return profile.iteration_time_s(composition)
 
 
-def _evidence(plan: Plan, epsilon: float) -> dict[str, object]:
-    tokens = sum(int(t.tokens[plan.model_index == m].sum()) for m, t in enumerate(plan.tables))
+def _evidence(plan: Plan) -> dict[str, object]:
+    allowed = np.array([t.allowed for t in plan.tables])[plan.model_index, np.arange(len(plan.slack))]
     return {
         "requests": {name: int(np.count_nonzero(plan.model_index == m)) for m, name in enumerate(plan.models)},
-        "changed_share": float(plan.slack.sum()) / tokens + epsilon,
-        "price_s_per_changed_token": plan.price_s,
+        "loss": float((plan.slack + allowed).sum()),
+        "loss_allowed": float(allowed.sum()),
+        "price_s_per_loss": plan.price_s,
         "busy_s": float(plan.time_s.sum()),
     }

@@ -23,6 +23,7 @@ class Goal(StrEnum):
     RESPONSE_TIME = "response_time"  # mean end-to-end seconds, lower is better
     ENERGY = "energy"  # joules per request, lower is better
     BATCH_SIZE = "batch_size"  # requests that fit at once, higher is better
+    QUALITY = "quality"  # bits per character of the text, lower is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class Objective:
     goal: Goal
     max_disagreement: float  # epsilon: share of tokens that may differ from full depth of the same model
     max_bits_per_char: float | None = None  # floor across models, where bits per character are known
+    max_bits_ratio: float | None = None  # the same, over those of `bits_reference` at full depth on the same text
+    bits_reference: str | None = None  # a candidate; None: the best one
+    max_response_time_s: float | None = None  # predicted mean; where no candidate keeps it, the quickest serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,10 @@ class Outlook(Protocol):
 
     def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
         """(n, E) for the n answer tokens of this model: does the exit predict what full depth predicts."""
+        ...
+
+    def bits(self, model: str, request: Request) -> NDArray[np.float64] | None:
+        """(n, E) of the text's own tokens at each exit; None unless people wrote the text and it was recorded."""
         ...
 
 

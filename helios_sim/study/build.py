@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
@@ -20,13 +17,13 @@ from helios_sim.exits.published import THRESHOLD
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
-from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Situation
+from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile
-from helios_sim.request import Request
+from helios_sim.study.foresight import Foresight, expected_load
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
 from helios_sim.workload import (
     AllAtOnce,
@@ -51,7 +48,6 @@ from helios_sim.workload import (
     TraceArrivals,
     TraceLengths,
     Workload,
-    generate,
     read_trace,
 )
 
@@ -86,21 +82,43 @@ def build(config: Config, seed: int) -> Parts:
         offline = offline_exits(trace, threshold(config), confidence(config))
         candidates[name] = Candidate(profile, offline)
     card = next(iter(profiles.values())).hardware
-    objective = config.objective
     situation = Situation(
         candidates=candidates,
         memory=MemoryBudget(card.hbm_bytes, config.server.memory_utilisation, config.server.block_tokens),
-        objective=Objective(
-            choose(Goal, "objective.goal", objective.goal), objective.max_disagreement, objective.max_bits_per_char
-        ),
+        objective=_objective(config, candidates),
         max_running_requests=config.server.max_running_requests,
         max_batch_tokens=config.server.max_batch_tokens,
         seed=seed,
-        expected=_expected(workload, seed),
+        expected=expected_load(workload, seed),
         outlook=Foresight(workload, seed, models),
         schedule_ahead=config.server.schedule_ahead,
     )
     return Parts(workload, models, situation)
+
+
+def _objective(config: Config, candidates: Mapping[str, Candidate]) -> Objective:
+    c = config.objective
+    goal = choose(Goal, "objective.goal", c.goal)
+    if c.bits_reference is not None and c.bits_reference not in candidates:
+        raise UserError("objective.bits_reference", c.bits_reference, f"one of {', '.join(candidates)}", "name a model")
+    if c.max_bits_ratio is not None or goal is Goal.QUALITY:
+        unknown = [name for name, candidate in candidates.items() if candidate.offline.bits_per_char is None]
+        if unknown:
+            key, value = ("goal", c.goal) if c.max_bits_ratio is None else ("max_bits_ratio", c.max_bits_ratio)
+            raise UserError(
+                f"objective.{key}",
+                value,
+                f"needs exit traces of human text with bits, which {', '.join(unknown)} lacks in {config.exits.source}",
+                "leave it out, or take other traces (exits.source)",
+            )
+    return Objective(
+        goal,
+        c.max_disagreement,
+        max_bits_per_char=c.max_bits_per_char,
+        max_bits_ratio=c.max_bits_ratio,
+        bits_reference=c.bits_reference,
+        max_response_time_s=c.max_response_time_s,
+    )
 
 
 def build_profile(config: Config, model: str) -> Profile:
@@ -132,38 +150,6 @@ def _exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     if exits.source == "none":
         return no_exits(profile.model)
     return load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
-
-
-class Foresight:
-    """The requests to come and the exits of their answers, for the oracle. Generated when it asks."""
-
-    def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
-        self._workload, self._seed, self._models = workload, seed, models
-
-    def requests(self) -> Sequence[Request]:
-        return [request for block in generate(self._workload, self._seed) for request in block.rows()]
-
-    def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
-        bound = self._models[model].trace
-        span = bound.locate(request.task, request.text_start, request.output_chars)
-        rows: NDArray[np.bool_] = bound.trace.agree[span.indices()]
-        return rows
-
-
-def _expected(workload: Workload, seed: int) -> ExpectedLoad:
-    """What an operator knows beforehand: mean lengths, and the rate or the users."""
-    prompts = outputs = requests = 0
-    first_ns = last_ns = 0
-    for block in generate(workload, seed):
-        if not requests:
-            first_ns = int(block.arrival_ns[0])
-        prompts += int(block.prompt_chars.sum())
-        outputs += int(block.output_chars.sum())
-        requests += len(block)
-        last_ns = int(block.arrival_ns[-1])
-    span_s = (last_ns - first_ns) / 1e9
-    rate = (requests - 1) / span_s if span_s > 0 and workload.users is None else None
-    return ExpectedLoad(prompts / requests, outputs / requests, rate, workload.users)
 
 
 def build_workload(config: WorkloadConfig) -> Workload:

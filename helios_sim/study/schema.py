@@ -105,13 +105,19 @@ class ExitsConfig:
 
 @dataclass
 class ObjectiveConfig:
-    goal: str = "throughput"  # throughput, response_time, energy, batch_size
+    goal: str = "throughput"  # throughput, response_time, energy, batch_size, quality
     max_disagreement: float = 0.05  # epsilon: share of tokens that may differ from the same model's full depth
     max_bits_per_char: float | None = None  # of a model at all, where it is known; null: any
+    max_bits_ratio: float | None = None  # over those of bits_reference at full depth on the same text; null: any
+    bits_reference: str | None = None  # a model; null: the best candidate at any time
+    max_response_time_s: float | None = None  # predicted mean E2E; null: any
 
     def __post_init__(self) -> None:
         value = self.max_disagreement
         require(0 <= value <= 1, "objective.max_disagreement", value, "from 0 to 1")
+        for key in ("max_bits_per_char", "max_bits_ratio", "max_response_time_s"):
+            bound = getattr(self, key)
+            require(bound is None or bound > 0, f"objective.{key}", bound, "null or above 0")
 
 
 @dataclass

@@ -1,0 +1,53 @@
+"""What is known of the requests to come: by the operator, in means, and by the oracle, all. Knows no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.engine.simulated import ModelData
+from helios_sim.exits.trace import MICROBITS
+from helios_sim.policy.telemetry import ExpectedLoad
+from helios_sim.request import Request
+from helios_sim.workload import Workload, generate
+
+
+class Foresight:
+    """The requests to come and the exits of their answers, for the oracle. Generated when it asks."""
+
+    def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
+        self._workload, self._seed, self._models = workload, seed, models
+
+    def requests(self) -> Sequence[Request]:
+        return [request for block in generate(self._workload, self._seed) for request in block.rows()]
+
+    def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
+        bound = self._models[model].trace
+        span = bound.locate(request.task, request.text_start, request.output_chars)
+        rows: NDArray[np.bool_] = bound.trace.agree[span.indices()]
+        return rows
+
+    def bits(self, model: str, request: Request) -> NDArray[np.float64] | None:
+        bound = self._models[model].trace
+        if bound.trace.microbits is None:
+            return None
+        span = bound.locate(request.task, request.text_start, request.output_chars)
+        return bound.trace.microbits[span.indices()] / MICROBITS
+
+
+def expected_load(workload: Workload, seed: int) -> ExpectedLoad:
+    """What an operator knows beforehand: mean lengths, and the rate or the users."""
+    prompts = outputs = requests = 0
+    first_ns = last_ns = 0
+    for block in generate(workload, seed):
+        if not requests:
+            first_ns = int(block.arrival_ns[0])
+        prompts += int(block.prompt_chars.sum())
+        outputs += int(block.output_chars.sum())
+        requests += len(block)
+        last_ns = int(block.arrival_ns[-1])
+    span_s = (last_ns - first_ns) / 1e9
+    rate = (requests - 1) / span_s if span_s > 0 and workload.users is None else None
+    return ExpectedLoad(prompts / requests, outputs / requests, rate, workload.users)
