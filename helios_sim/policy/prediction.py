@@ -32,18 +32,19 @@ class Prediction:
     prefill_s: float
     decode_iteration_s: float  # at the operating batch
     busy_s_per_request: float
-    energy_j_low: float | None  # per request, busy time only; None where idle power is not known
+    energy_j_low: float | None  # per request, busy time only; None where idle power or TDP is not known
     energy_j_high: float | None
-    tdp_w: float
+    tdp_w: float | None
 
     @property
     def energy_rank_j(self) -> float:
         """What the energy objective compares: the middle of the band.
 
-        Without idle power there is no band; busy time at TDP then ranks, an upper bound that is no estimate.
+        Without idle power there is no band; busy time at TDP then ranks, an upper bound that is no estimate. Without
+        TDP busy time itself ranks: the same order, since all candidates run on one device.
         """
         if self.energy_j_low is None or self.energy_j_high is None:
-            return self.busy_s_per_request * self.tdp_w
+            return self.busy_s_per_request * (1.0 if self.tdp_w is None else self.tdp_w)
         return 0.5 * (self.energy_j_low + self.energy_j_high)
 
     def to_json(self) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _wait_s(load: Load, most_per_s: float, slots: int, horizon_requests: int) ->
 def _energy_j(profile: Profile, busy_s: float, floor_s: float) -> tuple[float | None, float | None]:
     """Joules of a request's busy time: from idle power plus utilisation x (TDP - idle) up to TDP throughout."""
     idle_w, tdp_w = profile.hardware.idle_w, profile.hardware.tdp_w
-    if idle_w is None:
+    if idle_w is None or tdp_w is None:
         return None, None
     utilisation = min(1.0, floor_s / busy_s)
     return busy_s * (idle_w + utilisation * (tdp_w - idle_w)), busy_s * tdp_w

@@ -67,13 +67,13 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class HardwareSpec:
-    """A card as its maker describes it."""
+    """A card as its maker describes it, or a device by the ceilings measured on it; `source` says which."""
 
     name: str
     hbm_bytes: int
     hbm_bytes_per_s: float
     flops_per_s: float  # dense bf16 tensor cores
-    tdp_w: float
+    tdp_w: float | None  # None where the device does not say: energy is then null
     idle_w: float | None  # None where no source is known: energy is then null
     source: str
 

@@ -116,7 +116,8 @@ def measure(
     """The records as columns, and the metrics that the job's settings ask for."""
     columns = Records.of(records)
     hardware = next(iter(parts.models.values())).profile.hardware
-    power = None if hardware.idle_w is None else Power(hardware.idle_w, hardware.tdp_w)
+    idle_w, tdp_w = hardware.idle_w, hardware.tdp_w
+    power = None if idle_w is None or tdp_w is None else Power(idle_w, tdp_w)
     slo = Slo(**asdict(job.config.slo))
     replicas = job.config.server.replicas
     return columns, compute_metrics(columns, run.stats, slo=slo, power=power, replicas=replicas)
