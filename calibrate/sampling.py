@@ -21,6 +21,7 @@ STABLE = 0.1  # warm-up ends when two calls in a row differ by no more than this
 MAX_WARM_UPS = 6
 LONG_S = 0.3  # a job that takes longer than this warms itself up
 MOST_WAITED = 0.02  # share of a sample's time that its threads may stand waiting for others to leave the cores
+WAKE_S = 1e-4  # waking threads takes them that long on an idle machine too
 MOST_DROPPED = 6  # samples of one job dropped for that; then they are taken as they come, and counted
 ANCHOR_EVERY_S = 5.0
 SAVE_EVERY_S = 10.0
@@ -127,7 +128,7 @@ class Sampler:
             self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
         self._cost_s[job.points[0]] = self.clock.spent_s - start_s
         laps_s, waited_s = self._laps(steps)
-        contended = waited_s > MOST_WAITED * sum(laps_s)
+        contended = waited_s > MOST_WAITED * sum(laps_s) + WAKE_S
         if contended:
             self.dropped[job.points[0]] = self.dropped.get(job.points[0], 0) + 1
             if self.dropped[job.points[0]] <= MOST_DROPPED:
@@ -155,7 +156,7 @@ class Sampler:
             steps = [self.device.prepare(step) for step in self.anchor.build()]
             self.device.laps_s(steps)
             laps_s, waited_s = self._laps(steps)
-            if waited_s <= MOST_WAITED * sum(laps_s):
+            if waited_s <= MOST_WAITED * sum(laps_s) + WAKE_S:
                 self.anchor_laps_s.append((now_s, sum(laps_s)))
             self._last_anchor_s = self.clock.spent_s
         if now_s - self._last_save_s >= SAVE_EVERY_S:

@@ -1,0 +1,208 @@
+"""Times of a model's parts on grids that adapt: rows, decode attention, prefill attention. Knows no clock but laps.
+
+All layers run in one go and the time is divided among them, since a small kernel alone is timed too kindly. Attention
+is what a run with it takes longer than a run of the same rows without it, lap beside lap, so that the two parts add up
+to whole iterations. Classes of layers differ in attention only: each class has a run in which only its layers attend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from calibrate.attention import NoAttention, OnlyLayers
+from calibrate.device import Step
+from calibrate.grid import Axes, HeldOut, Place, geometric, refine
+from calibrate.points import Point, Points
+from calibrate.sampling import Job, Sampler
+from calibrate.subject import Subject
+
+WHOLE_MODEL = -1
+DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
+CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
+DECODE, PREFILL = "decode_attention", "prefill_attention"
+NEAR_CONTEXT = 16  # a first chunk has a kernel of its own: the line from there on begins just after it
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """The axes that tables are read with, and what was measured beside them."""
+
+    axes: Mapping[str, Axes]
+    held_out: Mapping[str, tuple[HeldOut, ...]]
+
+    def with_table(self, table: str, axes: Axes, held_out: Sequence[HeldOut]) -> Grids:
+        return Grids({**self.axes, table: axes}, {**self.held_out, table: tuple(held_out)})
+
+
+class Latency:
+    """Measures a subject's tables through a sampler. Every call may stop early; what is there, is in the points."""
+
+    def __init__(self, subject: Subject, sampler: Sampler) -> None:
+        self.subject, self.sampler, self.points = subject, sampler, sampler.points
+        sampler.anchor = self.decode_job(min(4, subject.limits.max_batch), subject.limits.max_kv_tokens // 4)
+
+    @property
+    def row_tables(self) -> tuple[str, ...]:
+        """Tables by rows, those that decide where the rows axis is refined first."""
+        own = (DENSE, HEAD, CHECK, KV_PROJECTION, EMBEDDING)
+        return (*own, CHECK_CLASSIFIER) if self.subject.has_classifier else own
+
+    def coarse(self) -> Grids:
+        """The axes before anything is known: few points that span the limits."""
+        limits = self.subject.limits
+        rows = geometric(1, limits.max_rows, 2.0)
+        head_rows = geometric(1, limits.max_head_rows, 2.0)
+        kv = tuple(sorted({1, *geometric(min(128, limits.max_kv_tokens), limits.max_kv_tokens, 4.0)}))
+        context = limits.max_kv_tokens - min(limits.max_chunk, limits.max_kv_tokens // 2)
+        contexts = tuple(sorted({0, min(NEAR_CONTEXT, context // 2), context // 2, context}))
+        chunks = tuple(sorted({1, *geometric(min(16, limits.max_chunk), limits.max_chunk, 4.0)}))
+        axes = {table: Axes((head_rows if table in (HEAD, CHECK) else rows,)) for table in self.row_tables}
+        axes[DECODE] = Axes((geometric(1, limits.max_batch, 4.0), kv))
+        axes[PREFILL] = Axes((chunks, contexts))
+        return Grids(axes, {})
+
+    def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0) -> bool:
+        """Every place of the grids and every held-out place, `samples` times; false when time ran out."""
+        jobs: dict[tuple[str, Place], Job] = {}
+        for table, axes in grids.axes.items():
+            held_out = [h.place for h in grids.held_out.get(table, ())]
+            for place in [*axes.places(), *held_out]:
+                if job := self._job(table, place):
+                    jobs.setdefault((table if table in (DECODE, PREFILL) else DENSE, place), job)
+        return self.sampler.measure(list(jobs.values()), samples, until_left_s)
+
+    def refine(self, grids: Grids, table: str, samples: int, tolerance: float, until_left_s: float = 0.0) -> Grids:
+        """The table's axes refined as far as the time goes."""
+        axes, held_out = refine(
+            grids.axes[table],
+            measure=lambda places: self.sampler.measure(
+                [job for place in places if (job := self._job(table, place))], samples, until_left_s
+            ),
+            time_s=partial(self.time_s, table),
+            scale_s=partial(self.scale_s, table),
+            tolerance=tolerance,
+        )
+        return grids.with_table(table, axes, held_out)
+
+    def time_s(self, table: str, place: Place) -> float:
+        """Seconds at a measured place, summed over the classes of layers; places that do not fit go by proportion."""
+        if table in (DECODE, PREFILL):
+            return sum(len(c) * self.attention_s(table, i, place) for i, c in enumerate(self.subject.classes))
+        return self.points.figure(self._point(table, 0, place)).median_s * self._layers(table)
+
+    def attention_s(self, table: str, layer_class: int, place: Place) -> float:
+        """Of one layer of a class. A batch that no pool holds costs as much more as it is larger than one that fits."""
+        first, second = place
+        fits = place
+        if table == DECODE and not self.subject.holds(first, second):
+            fits = (max(p[0] for p in self._measured(table, layer_class) if p[1] == second), second)
+        return max(0.0, self.points.figure(self._point(table, layer_class, fits)).median_s) * (first / fits[0])
+
+    def scale_s(self, table: str, place: Place) -> float:
+        """What an error at the place is a share of: for attention, all layers of such a step with it."""
+        own_s = self.time_s(table, place)
+        if table not in (DECODE, PREFILL):
+            return own_s
+        return own_s + self.points.figure(Point(f"{table}_rows", WHOLE_MODEL, *place)).median_s
+
+    def _measured(self, table: str, layer_class: int) -> list[Place]:
+        return list(self.points.of(table, layer_class))
+
+    def _layers(self, table: str) -> int:
+        return self.subject.n_layers if table in (DENSE, KV_PROJECTION) else 1
+
+    def _point(self, table: str, layer_class: int, place: Place) -> Point:
+        of = layer_class if table in (DENSE, KV_PROJECTION, DECODE, PREFILL) else WHOLE_MODEL
+        return Point(table, of, *place)
+
+    def _job(self, table: str, place: Place) -> Job | None:
+        if table == DECODE:
+            return self.decode_job(*place) if self.subject.holds(*place) else None
+        if table == PREFILL:
+            return self.prefill_job(*place)
+        return self.rows_job(place[0])
+
+    def rows_job(self, rows: int) -> Job:
+        """Embedding, all layers without attention, K and V alone, head, checks: one after the other, caches and all."""
+        subject, model = self.subject, self.subject.model
+        tables = list(self.row_tables)
+        if rows > subject.limits.max_head_rows:
+            tables = [t for t in tables if t not in (HEAD, CHECK)]
+
+        def build() -> Sequence[Step]:
+            step = subject.decode_step([8] * rows)
+            ids, hidden, none = subject.tokens(rows), subject.hidden(rows), NoAttention(step.rotations)
+            steps: dict[str, Step] = {
+                EMBEDDING: lambda: model.embed(ids, step.positions),
+                DENSE: lambda: model.run(hidden, 0, subject.n_layers, none),
+                KV_PROJECTION: lambda: model.propagate(hidden, 0, subject.n_layers, step),
+                CHECK_CLASSIFIER: lambda: subject.classified(hidden),
+                HEAD: lambda: subject.sampled(hidden),
+                CHECK: lambda: subject.checked(hidden),
+            }
+            return [steps[table] for table in tables]
+
+        def read(laps_s: Sequence[float]) -> Mapping[Point, float]:
+            return {
+                self._point(table, 0, (rows,)): lap_s / self._layers(table)
+                for table, lap_s in zip(tables, laps_s, strict=True)
+            }
+
+        return Job(tuple(self._point(table, 0, (rows,)) for table in tables), build, read)
+
+    def decode_job(self, batch: int, kv_tokens: int) -> Job:
+        """Equal lengths, slots in a row."""
+        return self._attention_job(
+            DECODE, (batch, kv_tokens), batch, lambda: self.subject.decode_step([kv_tokens] * batch)
+        )
+
+    def prefill_job(self, tokens: int, context_tokens: int) -> Job:
+        return self._attention_job(
+            PREFILL, (tokens, context_tokens), tokens, lambda: self.subject.prompt_step(tokens, context_tokens)
+        )
+
+    def _attention_job(self, table: str, place: Place, rows: int, make: Callable[[], Any]) -> Job:
+        subject, model, classes = self.subject, self.subject.model, self.subject.classes
+
+        def build() -> Sequence[Step]:
+            step, hidden = make(), subject.hidden(rows)
+            attends: list[Any] = [NoAttention(step.rotations)]
+            attends += [OnlyLayers(step, layers) if len(classes) > 1 else step for layers in classes]
+            return [partial(model.run, hidden, 0, subject.n_layers, attend) for attend in attends]
+
+        def read(laps_s: Sequence[float]) -> Mapping[Point, float]:
+            bare_s, *with_s = laps_s
+            found = {
+                Point(table, i, *place): (lap_s - bare_s) / len(layers)
+                for i, (layers, lap_s) in enumerate(zip(classes, with_s, strict=True))
+            }
+            return found | {Point(f"{table}_rows", WHOLE_MODEL, *place): bare_s}
+
+        points = tuple(Point(table, i, *place) for i in range(len(classes)))
+        return Job((*points, Point(f"{table}_rows", WHOLE_MODEL, *place)), build, read)
+
+
+def grids_to_json(grids: Grids) -> dict[str, Any]:
+    def outside(table: str) -> list[list[Any]]:
+        return [[list(h.place), h.measured_s, h.interpolated_s, h.scale_s] for h in grids.held_out.get(table, ())]
+
+    return {
+        table: {"axes": [list(v) for v in axes.values], "held_out": outside(table)}
+        for table, axes in grids.axes.items()
+    }
+
+
+def grids_from_json(data: Mapping[str, Any]) -> Grids:
+    axes = {t: Axes(tuple(tuple(v) for v in d["axes"])) for t, d in data.items()}
+    held_out = {t: tuple(HeldOut(tuple(p), *rest) for p, *rest in d["held_out"]) for t, d in data.items()}
+    return Grids(axes, {t: h for t, h in held_out.items() if h})
+
+
+def iqrs(points: Points, table: str, layer_class: int, places: Sequence[Place]) -> tuple[list[float], list[int]]:
+    """IQR and sample count of measured places; 0 samples where a place was filled by proportion."""
+    found = points.of(table, layer_class)
+    known = [found.get((*place, 0) if len(place) == 1 else (place[0], place[1])) for place in places]
+    return [0.0 if f is None else f.iqr_s for f in known], [0 if f is None else f.samples for f in known]

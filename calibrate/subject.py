@@ -1,0 +1,151 @@
+"""A real model on a device with noise in its KV cache, ready to run any step. Knows shapes, not what is timed when.
+
+Inputs are noise, never zeros, which can run faster than data. One pool of KV memory serves every (batch, length):
+slots lie in it exactly as long as they need to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calibrate.device import Device
+from helios_sim.live.architecture import Architecture
+
+if TYPE_CHECKING:
+    from helios_sim.live.heads import ExitHeads
+    from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
+    from helios_sim.live.model import SegmentedModel
+
+NOISE_VALUES = 1 << 20  # drawn once and repeated: drawing gigabytes takes longer than measuring with them
+POOL_SHARE = 0.4  # of the memory given to the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far tables reach. Beyond them a profile extrapolates and its reports say so."""
+
+    max_batch: int  # requests that decode at once
+    max_rows: int  # tokens of one iteration
+    max_chunk: int  # tokens of one prompt in one iteration
+    max_kv_tokens: int  # context of one request
+    max_head_rows: int  # rows through the LM head at once
+
+    def within(self, architecture: Architecture) -> Limits:
+        """No longer than the model's own context."""
+        context = architecture.max_context_tokens
+        return Limits(
+            self.max_batch, self.max_rows, min(self.max_chunk, context // 2), min(self.max_kv_tokens, context),
+            min(self.max_head_rows, self.max_rows),
+        )  # fmt: skip
+
+
+LIMITS = {
+    "cpu": Limits(max_batch=32, max_rows=512, max_chunk=512, max_kv_tokens=2048, max_head_rows=128),
+    "cuda": Limits(max_batch=256, max_rows=8192, max_chunk=8192, max_kv_tokens=8192, max_head_rows=1024),
+}
+
+
+class Subject:
+    """The model under measurement. `classes` are its layers by kind of attention, in order of first appearance."""
+
+    def __init__(
+        self, model: SegmentedModel, device: Device, limits: Limits, heads: ExitHeads | None = None, seed: int = 0
+    ) -> None:
+        import torch
+
+        self.model, self.device, self.heads = model, device, heads
+        self.architecture = a = model.architecture
+        self.limits = limits.within(a)
+        self.n_layers = model.n_loaded
+        kinds = [a.slides(layer) for layer in range(self.n_layers)]
+        order = list(dict.fromkeys(kinds))
+        self.layer_class = tuple(order.index(kind) for kind in kinds)
+        self.classes = tuple(tuple(i for i, k in enumerate(kinds) if k == kind) for kind in order)
+        self._generator = torch.Generator(device=device.torch_device).manual_seed(seed)
+        token_bytes = 2 * a.kv_width * self.n_layers * torch.empty((), dtype=model.dtype).element_size()
+        wanted = self.limits.max_batch * self.limits.max_kv_tokens
+        fits = int(device.facts.memory_bytes * POOL_SHARE) // token_bytes
+        self.pool_tokens = max(min(wanted, fits), self.limits.max_kv_tokens + self.limits.max_chunk)
+        shape = (self.pool_tokens * a.kv_width,)
+        self._pools = [(self._noise(shape), self._noise(shape)) for _ in range(self.n_layers)]
+
+    def cache(self, slots: int, tokens: int) -> KvCache:
+        """`slots` slots of `tokens` tokens inside the pool, which holds noise. ValueError where it does not fit."""
+        from helios_sim.live.kv import KvCache
+
+        a = self.architecture
+        if not self.holds(slots, tokens):
+            raise ValueError(f"{slots} slots of {tokens} tokens exceed the pool of {self.pool_tokens}")
+        cache = KvCache(a, 0, slots, tokens, self.model.dtype, self.device.torch_device)
+        used = slots * tokens * a.kv_width
+        shape = (slots, a.n_kv_heads, tokens, a.head_dim)
+        cache.keys.extend(keys[:used].view(shape) for keys, _ in self._pools)
+        cache.values.extend(values[:used].view(shape) for _, values in self._pools)
+        return cache
+
+    def holds(self, slots: int, tokens: int) -> bool:
+        return slots * tokens <= self.pool_tokens
+
+    def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep:
+        """One token for each of the requests, whose contexts have these lengths, the new token included."""
+        return self.decode_step_in(self.cache(len(kv_tokens), max(kv_tokens)), kv_tokens, 0)
+
+    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep:
+        """The same in a given cache, from a slot on."""
+        from helios_sim.live.kv import DecodeStep
+
+        slots = range(first_slot, first_slot + len(kv_tokens))
+        return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens])
+
+    def prompt_step(self, tokens: int, context_tokens: int) -> PromptStep:
+        from helios_sim.live.kv import PromptStep
+
+        return PromptStep(self.cache(1, tokens + context_tokens), 0, tokens, context_tokens)
+
+    def tokens(self, rows: int) -> Any:
+        """(rows,) ids."""
+        import torch
+
+        return torch.randint(
+            self.architecture.vocab_size, (rows,), generator=self._generator, device=self.device.torch_device
+        )
+
+    def hidden(self, rows: int) -> Any:
+        """(rows, d_model) hidden states: embeddings of random tokens."""
+        ids = self.tokens(rows)
+        return self.model.embed(ids, ids % self.architecture.max_context_tokens)
+
+    def sampled(self, hidden: Any) -> Any:
+        """What the end of an iteration computes: the likeliest token of each row."""
+        return self.model.logits(hidden).argmax(-1)
+
+    def checked(self, hidden: Any, exit_index: int = 0) -> Any:
+        """An exit check through the LM head: the token and its probability, on the device."""
+        adapted = hidden if self.heads is None else self.heads.adapt(exit_index, hidden)
+        logits = self.model.logits(adapted.to(hidden.dtype)).float()
+        best = logits.max(-1)
+        return best.indices, (best.values - logits.logsumexp(-1)).exp()
+
+    def classified(self, hidden: Any, exit_index: int = 0) -> Any:
+        """An exit check by the classifier alone. Only with heads that have one."""
+        assert self.heads is not None
+        return self.heads.classify(exit_index, hidden)
+
+    def layer_tensors(self, layer: int) -> list[Any]:
+        """The weights of one layer."""
+        from helios_sim.live.weights import tensors
+
+        return list(tensors(self.model.layers[layer]))
+
+    @property
+    def has_classifier(self) -> bool:
+        return self.heads is not None and len(self.heads.exits) > 0 and self.heads.has_check
+
+    def _noise(self, shape: tuple[int, ...]) -> Any:
+        import torch
+
+        on = self.device.torch_device
+        block = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(self.model.dtype)
+        return block.repeat(-(-shape[0] // NOISE_VALUES))[: shape[0]]
