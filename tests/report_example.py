@@ -15,6 +15,7 @@ from helios_sim.report.metrics import Power, Slo, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
+    ArmsFigure,
     ExitDepths,
     ExperimentResult,
     Gate,
@@ -76,6 +77,7 @@ def example_records(arm: str, seed: int, n: int = 200, slowdown: float = 1.0) ->
                 agreed_tokens=0 if dropped else min(tokens, round(agree * tokens)),
                 evaluated_tokens=0,
                 preemptions=0,
+                microbits=0 if dropped else round(4 * tokens * (1 + 0.1 * (i % 3) + 0.02 * (1 - agree)) * 1e6),
             )
         )
         now_ns = now_ns if dropped else last_ns
@@ -203,6 +205,7 @@ def example_result(
             requests=200,
             offered_requests_per_s=None,
             facts=(("answer length", "lognormal, median 90 tokens"), ("tasks", "a third each")),
+            tasks=("stories", "sums", "code"),
         ),
         inputs={"profile opt-1.3b@a100-40gb": profile, "exit trace opt-1.3b": exits},
         provenance={"command": "pytest", "seeds": list(seeds), "python": "3.11"},
@@ -226,5 +229,6 @@ def example_result(
                         marks=(Line("published 1.48×", 1.48),)),
             SweepFigure("TTFT by launch cost", "launch_ms", "launch cost per layer (ms)", "ttft_s_mean",
                         "mean TTFT (s)", arms=("helios", BASELINE)),
+            ArmsFigure("What speed costs", "throughput_chars_per_s", "bits_per_char"),
         ),
     )  # fmt: skip

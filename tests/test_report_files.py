@@ -64,12 +64,24 @@ def test_summary_has_the_promised_shape(folder: Path) -> None:
     assert len(summary["points"]) == 10
 
 
+def test_tasks_are_told_apart_in_the_summary_and_on_the_page(folder: Path) -> None:
+    tasks = json.loads((folder / "summary.json").read_text())["arms"]["helios"]["tasks"]
+    assert list(tasks) == ["stories", "sums", "code"]
+    assert sum(task["requests"] for task in tasks.values()) == 2 * 199  # two seeds, one request dropped in each
+    assert tasks["code"]["bits_per_char"] == pytest.approx(1.2 + 0.02 * 0.07)
+    page = (folder / "report.html").read_text()
+    assert "By task" in page
+    assert "1.201 bits/char" in page
+
+
 def test_all_promised_files_are_there_and_no_scrap(folder: Path) -> None:
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     expected = {"summary.json", "requests.parquet", "decisions.parquet", "provenance.json", "report.html"}
     assert expected <= found
     pictures = found - expected
-    assert {"figures/published.png", "figures/load_0.png", "figures/timeline_helios.png"} <= pictures
+    assert {
+        "figures/published.png", "figures/load_0.png", "figures/arms_0.png", "figures/timeline_helios.png"
+    } <= pictures  # fmt: skip
     assert all(p.startswith("figures/") and p.endswith(".png") for p in pictures)
 
 
@@ -105,7 +117,7 @@ def test_page_needs_no_network_and_shows_every_part(folder: Path) -> None:
     assert len(shapes) > 100
     assert len(shapes) == len(set(shapes))  # the drawings do not share ids
     figure_ids = re.findall(r'<figure id="([^"]+)"', page)
-    assert len(figure_ids) == len(set(figure_ids)) == 8
+    assert len(figure_ids) == len(set(figure_ids)) == 9
 
 
 def test_page_escapes_what_users_write(ratios: Comparisons, result: ExperimentResult) -> None:

@@ -151,6 +151,16 @@ class LoadFigure:
 
 
 @dataclass(frozen=True, slots=True)
+class ArmsFigure:
+    """One metric of the arms against another, a point for each arm."""
+
+    title: str
+    x: str
+    y: str
+    arms: tuple[str, ...] | None = None  # None: all
+
+
+@dataclass(frozen=True, slots=True)
 class ExperimentResult:
     """Everything that `summary.json`, the tables, the figures and the HTML are made of."""
 
@@ -170,7 +180,7 @@ class ExperimentResult:
     assumptions: tuple[Assumption, ...] = ()  # besides those of the inputs
     warnings: tuple[str, ...] = ()  # besides those that the report finds itself
     points: tuple[SweepPoint, ...] = ()
-    figures: tuple[SweepFigure | LoadFigure, ...] = ()
+    figures: tuple[SweepFigure | LoadFigure | ArmsFigure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
 
     def baseline_of(self, arm: str) -> str:

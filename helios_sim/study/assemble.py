@@ -12,6 +12,7 @@ from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
 from helios_sim.report.result import (
     ArmResult,
+    ArmsFigure,
     ExperimentResult,
     Gate,
     Line,
@@ -144,7 +145,9 @@ def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:
     )
 
 
-def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure:
+def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure | ArmsFigure:
+    if c.kind == "arms":
+        return ArmsFigure(c.title, c.x, c.metric, None if c.arms is None else tuple(c.arms))
     if c.kind == "load":
         return LoadFigure(c.title, c.x, c.x_label, slo, dict(c.where))
     return SweepFigure(

@@ -155,11 +155,12 @@ class SweepConfig:
 
 @dataclass
 class FigureConfig:
-    """A figure over the sweeps' points. Settings are called by the names of their axes."""
+    """A figure over the sweeps' points, whose settings are called by the names of their axes, or over the arms."""
 
-    kind: str = "sweep"  # sweep: a metric against a setting; load: throughput and latency against load
+    # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another
+    kind: str = "sweep"
     title: str = ""
-    x: str = ""  # an axis
+    x: str = ""  # an axis; arms: a metric
     x_label: str = ""
     metric: str = "throughput_requests_per_s"
     y_label: str = ""
