@@ -54,5 +54,6 @@ PRESETS = {
 def preset(name: str) -> Runtime:
     """Raises UserError for an unknown name."""
     if name not in PRESETS:
-        raise UserError("runtime.preset", name, f"one of {', '.join(PRESETS)}", "choose one of these")
+        allowed = f"one of {', '.join(PRESETS)}, or profile for the costs that came with it"
+        raise UserError("runtime.preset", name, allowed, "choose one of these")
     return PRESETS[name]

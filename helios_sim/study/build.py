@@ -51,6 +51,8 @@ from helios_sim.workload import (
     read_trace,
 )
 
+PROFILE_RUNTIME = "profile"  # a preset's name: host costs as the profile has them, which a measured one measured
+
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
 
@@ -123,12 +125,14 @@ def _objective(config: Config, candidates: Mapping[str, Candidate]) -> Objective
 
 def build_profile(config: Config, model: str) -> Profile:
     folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
-    profile = load_profile(f"{model}@{config.hardware}", folder).with_runtime(build_runtime(config))
+    profile = load_profile(f"{model}@{config.hardware}", folder)
+    profile = profile.with_runtime(build_runtime(config, profile.runtime))
     return profile.scaled(config.profile_time_factor) if config.profile_time_factor != 1.0 else profile
 
 
-def build_runtime(config: Config) -> Runtime:
-    runtime = preset(config.runtime.preset)
+def build_runtime(config: Config, of_profile: Runtime) -> Runtime:
+    """The named host costs, or those that came with the profile."""
+    runtime = of_profile if config.runtime.preset == PROFILE_RUNTIME else preset(config.runtime.preset)
     for key in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s"):
         value = getattr(config.runtime, key)
         if value is not None:

@@ -149,19 +149,19 @@ def notices_of(workload: Workload) -> tuple[str, ...]:
 
 
 def assumptions_of(config: Config, parts: Parts) -> tuple[Assumption, ...]:
-    """Those of the runtime, which is the same for all models, and of the settings."""
-    profile = next(iter(parts.models.values())).profile
+    """Those of the runtime, which models share unless it came with their profiles, and of the settings."""
     settable = {f.name for f in fields(RuntimeConfig)}
-    found = [
+    found = list(dict.fromkeys(
         Assumption(
             f"runtime: {name}",
-            _plain(getattr(profile.runtime, name)),
+            _plain(getattr(data.profile.runtime, name)),
             why,
             f"runtime.{name}" if name in settable else "runtime.preset",
         )
-        for name, why in profile.runtime.sources
-        if not why.startswith("by definition")
-    ]
+        for data in parts.models.values()
+        for name, why in data.profile.runtime.sources
+        if not why.startswith(("by definition", "measured"))
+    ))  # fmt: skip
     if config.profile_time_factor != 1.0:
         why = "every iteration scaled, to study profile error"
         found.append(Assumption("profile time factor", config.profile_time_factor, why, "profile_time_factor"))

@@ -88,7 +88,7 @@ class ServerConfig:
 
 @dataclass
 class RuntimeConfig:
-    preset: str = "captured_graphs"  # captured_graphs, eager
+    preset: str = "captured_graphs"  # captured_graphs, eager; profile: the costs that came with the profile
     launch_s_per_layer: float | None = None  # each of these replaces the preset's value; see profile/spec.py
     launch_s_per_graph: float | None = None
     sync_s: float | None = None

@@ -12,6 +12,7 @@ from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import MetricValue
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, headline_metrics
+from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.findings import error_findings, load_findings
 from helios_sim.study.schema import Config
 
@@ -91,6 +92,8 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
 def conditions(config: Config) -> str:
     """Hardware, models, runtime and load in a sentence."""
     runtime = config.runtime.preset.replace("_", " ")
+    if config.runtime.preset == PROFILE_RUNTIME:
+        runtime = "host costs of the profiles"
     arrivals = config.workload.arrivals
     load = {
         "closed_loop": f"a closed loop of {arrivals.users} user" + ("" if arrivals.users == 1 else "s"),

@@ -1,0 +1,143 @@
+"""What settings become: runtimes, objectives and each arm's own exit rule, without running a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.exits.store import write_trace
+from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.policy.telemetry import Goal
+from helios_sim.profile.store import write_profile
+from helios_sim.study.build import build
+from helios_sim.study.check import check_study
+from helios_sim.study.job import policy_of
+from helios_sim.study.plan import plan_study
+from helios_sim.study.run import run
+from helios_sim.study.schema import (
+    ArrivalsConfig,
+    Config,
+    ExitsConfig,
+    LengthConfig,
+    LengthsConfig,
+    MixConfig,
+    ObjectiveConfig,
+    RuntimeConfig,
+    WorkloadConfig,
+)
+from priced import priced_profile
+
+EXITS = {"small": (2, 4), "large": (4, 8)}
+
+
+def measured(folder: Path, *, classifier: bool = True, bits: bool = True) -> Config:
+    """A study of two models from files like those that a calibration writes."""
+    for seed, (name, exits) in enumerate(EXITS.items()):
+        profile = priced_profile(
+            name, n_layers=exits[-1], layer_s=1e-3, head_s=2e-3, host_s=1e-3, sync_s=1e-4,
+            classifier_s=1e-4 if classifier else None, chars_per_token=4.0,
+        )  # fmt: skip
+        hardware = replace(profile.hardware, name="box")
+        write_profile(replace(profile, hardware=hardware), folder / "profiles" / f"{name}@box")
+        trace = synthetic_trace(name, exits, ("prose", "code"), tokens=400, seed=seed)
+        write_trace(trace if bits else replace(trace, bits=None), folder / "exits" / name)
+    return Config(
+        hardware="box",
+        models=list(EXITS),
+        profile_folder=str(folder / "profiles"),
+        runtime=RuntimeConfig(preset="profile"),
+        exits=ExitsConfig(source=str(folder / "exits" / "{model}")),
+        workload=WorkloadConfig(
+            n_requests=12,
+            chars_per_token=None,
+            arrivals=ArrivalsConfig("all_at_once"),
+            lengths=LengthsConfig(prompt=LengthConfig(value=80), output=LengthConfig(value=40)),
+            mix=MixConfig({"prose": 0.5, "code": 0.5}),
+        ),
+        arms={"full": {"policy": "full_depth", "model": "small"}},
+    )
+
+
+def variants(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with exits.KEY and objective.KEY changed."""
+    for path, value in changes.items():
+        part, key = path.split(".")
+        config = replace(config, **{part: replace(getattr(config, part), **{key: value})})
+    return config
+
+
+def test_host_costs_may_be_those_of_the_profile(tmp_path: Path) -> None:
+    config = measured(tmp_path)
+    assert build(config, 0).models["small"].profile.runtime.sync_s == 1e-4
+    assert (
+        build(replace(config, runtime=RuntimeConfig("profile", sync_s=0.5)), 0).models["small"].profile.runtime.sync_s
+        == 0.5
+    )
+    assert build(replace(config, runtime=RuntimeConfig("eager")), 0).models["small"].profile.runtime.sync_s == 20e-6
+
+
+def test_an_arms_own_rule_is_what_policies_are_told_of_the_exits_too(tmp_path: Path) -> None:
+    """Otherwise it would predict by one rule and serve by another."""
+    arms = {
+        "head": {"policy": "early_exit", "model": "small"},
+        "classifier": {"policy": "early_exit", "model": "small", "confidence": "classifier", "threshold": 0.6},
+    }
+    config = replace(measured(tmp_path), arms=arms)
+    plan = plan_study(lambda changes: variants(config, changes))
+    head, classifier = (plan.headline.jobs[arm][0] for arm in arms)
+    assert head.config.exits == config.exits
+    assert (classifier.config.exits.threshold, classifier.config.exits.confidence) == (0.6, "classifier")
+    offline = build(classifier.config, 0).situation.candidates["small"].offline
+    trace = synthetic_trace("small", EXITS["small"], ("prose", "code"), tokens=400, seed=0)
+    assert offline.confident_share == pytest.approx((trace.classifier >= 0.6).mean(axis=0))
+    assert offline.confidence is Confidence.CLASSIFIER
+    deployed = policy_of(classifier.entry, classifier.config).start(build(classifier.config, 0).situation)
+    assert deployed.exit_rule == PerToken(0.6, Confidence.CLASSIFIER)
+    check_study(plan)
+
+
+def test_a_classifier_without_a_measured_cost_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    arms = {"classifier": {"policy": "early_exit", "model": "small", "confidence": "classifier"}}
+    config = replace(measured(tmp_path, classifier=False), arms=arms)
+    with pytest.raises(UserError, match=r"small@box has no cost of a classifier's check"):
+        check_study(plan_study(lambda changes: variants(config, changes)))
+
+
+def test_floors_in_bits_need_traces_that_have_them(tmp_path: Path) -> None:
+    config = measured(tmp_path)
+    floors = ObjectiveConfig("quality", 0.1, max_bits_ratio=1.1, bits_reference="large", max_response_time_s=2.0)
+    objective = build(replace(config, objective=floors), 0).situation.objective
+    assert (objective.goal, objective.max_bits_ratio, objective.bits_reference) == (Goal.QUALITY, 1.1, "large")
+    assert objective.max_response_time_s == 2.0
+    with pytest.raises(UserError, match=r"objective\.bits_reference='huge'.*one of small, large"):
+        build(replace(config, objective=ObjectiveConfig(bits_reference="huge")), 0)
+    blind = measured(tmp_path / "blind", bits=False)
+    for key, changed in (("goal", {"goal": "quality"}), ("max_bits_ratio", {"max_bits_ratio": 1.0})):
+        with pytest.raises(UserError, match=rf"objective\.{key}=.*which small, large lacks"):
+            build(replace(blind, objective=ObjectiveConfig(**changed)), 0)
+
+
+def test_every_arm_says_what_the_text_cost_it_in_all_and_by_task(tmp_path: Path) -> None:
+    arms = {name: {"policy": "full_depth", "model": name} for name in EXITS}
+    result = run(replace(measured(tmp_path), arms=arms))
+    for seed, name in enumerate(EXITS):
+        trace = synthetic_trace(name, EXITS[name], ("prose", "code"), tokens=400, seed=seed)
+        records = result.arms[name].replicates[0].records
+        by_task = result.by_task(name)
+        assert list(by_task) == ["prose", "code"]
+        bits = 0.0
+        for task in (0, 1):  # 40 characters are exactly ten tokens, wherever they begin in a text of whole ones
+            rows = records.task == task
+            share = by_task[("prose", "code")[task]].bits_per_char
+            assert share == pytest.approx(records.bits_per_char(rows))
+            bits += share * int(records.output_chars[rows].sum())
+        assert result.arms[name].metrics["bits_per_char"] == pytest.approx(bits / (12 * 40))
+        assert 0.5 < result.arms[name].metrics["bits_per_char"] / (trace.bits[:, -1].mean() / 4) < 2
+    without = run(replace(measured(tmp_path / "blind", bits=False), arms=arms))
+    assert without.arms["small"].metrics["bits_per_char"] is None
