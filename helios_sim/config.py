@@ -166,9 +166,22 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
     if policy in (None, "none") or not file.is_file():
         allowed = "settings of a policy need a policy"
         return UserError(key, value, allowed, "choose one first, such as policy=helios policy.round_requests=50")
-    names = [f"policy.{name}" for name in map(str, OmegaConf.load(file)) if name not in ("name", "arm")]
+    names = [f"policy.{name}" for name in _settings_in(file) if name not in ("name", "arm")]
     allowed = f"{policy} knows {', '.join(name.removeprefix('policy.') for name in names)}"
     return UserError(key, value, allowed, _closest(key, names) or "correct the name or leave it out")
+
+
+def _settings_in(file: Path) -> list[str]:
+    """Keys of a file of settings and of the files that it builds on."""
+    found: dict[str, None] = {}
+    for key, value in OmegaConf.load(file).items():
+        if key != "defaults":
+            found[str(key)] = None
+            continue
+        for name in (str(entry).removesuffix("@_here_") for entry in value if entry != "_self_"):
+            folder = Path(conf_folder()) if name.startswith("/") else file.parent
+            found |= dict.fromkeys(_settings_in(folder / f"{name.removeprefix('/')}.yaml"))
+    return list(found)
 
 
 def _closest(name: str, names: Sequence[str], prefix: str = "") -> str:

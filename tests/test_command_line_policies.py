@@ -5,21 +5,35 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from helios_sim.config import conf_folder
+from helios_sim.config import conf_folder, register
 from helios_sim.errors import UserError
 from helios_sim.policy.registry import POLICIES, make_parameters
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.runtime import PRESETS
+from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.plan import FROM_EXITS, arms_of
 from helios_sim.study.schema import Config
 
 CONF = Path(conf_folder())
-FILES = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "policy").glob("*.yaml")}
-SHIPPED = {name: settings for name, settings in FILES.items() if name != "none"}
+FILES = sorted(path.stem for path in (CONF / "policy").glob("*.yaml"))
+
+
+def composed(name: str) -> dict[str, Any]:
+    """With what the file builds on."""
+    register()
+    with initialize_config_dir(str(CONF), version_base=None):
+        settings = OmegaConf.to_container(compose("config", overrides=[f"policy={name}"]).policy)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+SHIPPED = {name: composed(name) for name in FILES if name != "none"}
 # A file of another name than its policy's differs from that policy's defaults in this one setting.
 VARIANTS = {
     "early_exit_lazy": ("batching", "lazy"),
@@ -69,7 +83,7 @@ def test_every_file_says_what_it_is(group):
 
 def test_objectives_and_runtimes_have_a_file_each():
     assert {path.stem for path in (CONF / "objective").glob("*.yaml")} == {goal.value for goal in Goal}
-    assert {path.stem for path in (CONF / "runtime").glob("*.yaml")} == set(PRESETS)
+    assert {path.stem for path in (CONF / "runtime").glob("*.yaml")} == {*PRESETS, PROFILE_RUNTIME}
 
 
 def test_an_added_arm_is_called_by_its_model_and_leaves_others_alone():
