@@ -145,6 +145,14 @@ def test_a_token_that_left_by_a_classifier_pays_for_the_head_besides() -> None:
         assert time_s == pytest.approx([expected_s])
 
 
+def test_what_costs_nothing_takes_the_clocks_step() -> None:
+    """A rate from no time at all would be infinite, and its ratios undefined."""
+    free = Candidate(layered_profile("small", 0.0, 4), small().offline)
+    found = predict(situation(free), Placement("small", 4), fixed_depth(4), Load(PROMPT, OUTPUT, users=1))
+    assert found is not None
+    assert found.capacity_requests_per_s == pytest.approx(1e9 / OUTPUT)  # the prompt and one step for each later token
+
+
 @given(layers=st.integers(1, 8), users=st.integers(1, 40))
 def test_deeper_is_never_faster(layers: int, users: int) -> None:
     here, load = situation(), Load(PROMPT, OUTPUT, users=users)

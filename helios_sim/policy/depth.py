@@ -11,7 +11,9 @@ from helios_sim.exits.offline import OfflineExits
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
+from helios_sim.request import NS_PER_S
 
+LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
 STRATA = 64  # rows per batch when tokens leave at different exits
 
 TimeAndFloor = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -67,7 +69,7 @@ def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], co
         propagated_tokens=whole[:, None] - rows if depths.propagated else None,
     )
     shape = (len(batch), strata)
-    time_s = profile.iteration_time_s(composition).reshape(shape).mean(axis=1)
+    time_s = np.maximum(profile.iteration_time_s(composition), LEAST_S).reshape(shape).mean(axis=1)
     return time_s, profile.iteration_floor_s(composition).reshape(shape).mean(axis=1)
 
 
@@ -84,6 +86,6 @@ def prefill_time_s(profile: Profile, layers: int, prompt_tokens: int, max_batch_
             sampled_tokens=np.array([int(finishes)]),
             prefill=(PrefillChunk(tokens, context, layers),),
         )
-        time_s += float(profile.iteration_time_s(composition)[0])
+        time_s += max(float(profile.iteration_time_s(composition)[0]), LEAST_S)
         floor_s += float(profile.iteration_floor_s(composition)[0])
     return time_s, floor_s
