@@ -1,0 +1,241 @@
+"""Trains exit heads for a frozen model, calibrates them, chooses exits, writes the folder. Knows the steps, no loss.
+
+Steps: hidden states of training and calibration texts at all candidate depths (kept in files, so an interrupted run
+goes on); adapters; checks, on whether an adapter's token is full depth's; then on the calibration texts a temperature
+and a calibration of the check for each exit; then the exits are chosen: starting from all candidates, the one whose
+absence raises the mean net saving of the three domains most is dropped, as long as one does or the files are too large.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate import training
+from calibrate.hidden import HiddenStates, Passage, collect, start_token, tokenized_passages
+from calibrate.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature
+from calibrate.texts import PROSE_TASKS, TASKS, Split, domain_of
+from calibrate.training import Recipe, Say, Tensors
+from helios_sim.live.heads import ExitHeads, write_heads
+
+if TYPE_CHECKING:
+    from helios_sim.live.model import SegmentedModel
+
+DOMAINS = ("prose", "code", "dialogue")
+SHARES = {  # characters of each task, in thousands, of a whole of 1,000
+    **dict.fromkeys(PROSE_TASKS, 41),
+    "code": 268,
+    "humaneval": 67,
+    "dialogue": 54,
+    "qa": 93,
+    "issues": 67,
+}
+MAX_BYTES = 9_900_000
+_TEMPERATURE_TOKENS = 800
+AGREEMENT = 0.95  # at which exits are chosen
+CHECK_LAYERS = 0.05  # charged for a check: at least this share of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What to train, on how much text, for how long."""
+
+    model: str
+    candidates: tuple[int, ...]  # depths in layers, ascending, below the model's last
+    train_chars: int = 860_000
+    calibration_chars: int = 240_000
+    passage_chars: int = 1_500
+    shares: Mapping[str, int] = field(default_factory=lambda: SHARES)
+    recipe: Recipe = field(default_factory=Recipe)
+    budget_s: float | None = None  # of training the adapters; None: the recipe's epochs
+    max_bytes: int = MAX_BYTES
+    command: str = "python -m calibrate +task=adapters"
+
+
+def training_passages(tokenizer: Any, config: AdapterConfig) -> list[Passage]:
+    """Passages of the training and of the calibration split."""
+    found: list[Passage] = []
+    for split, chars in ((Split.TRAIN, config.train_chars), (Split.CALIBRATION, config.calibration_chars)):
+        wanted = {task: round(chars * share / 1000) for task, share in config.shares.items()}
+        found += tokenized_passages(tokenizer, wanted, split, config.passage_chars)
+    return found
+
+
+def train_heads(
+    model: SegmentedModel, tokenizer: Any, config: AdapterConfig, folder: Path, scratch: Path, say: Say = print
+) -> ExitHeads:
+    """Trains heads for the model and writes them to `folder`. `scratch` keeps hidden states for a resumed run."""
+    depths = (*config.candidates, model.architecture.n_layers)
+    passages = training_passages(tokenizer, config)
+    say(f"hidden states of {sum(len(p.tokens) for p in passages):,} tokens at {len(depths)} depths")
+    states = collect(model, start_token(tokenizer), passages, depths, scratch, config.recipe.seed, say)
+    return fit_heads(model, states, config, folder, scratch, say)
+
+
+def fit_heads(
+    model: SegmentedModel, states: HiddenStates, config: AdapterConfig, folder: Path, scratch: Path, say: Say = print
+) -> ExitHeads:
+    """The steps after the hidden states; writes heads to `folder` and returns them as loaded from there."""
+    from safetensors.torch import load_file, save_file
+
+    architecture, recipe = model.architecture, config.recipe
+    rows = states.rows(Split.TRAIN)
+    kept = scratch / "adapters.safetensors"
+    last = states.at(architecture.n_layers, rows)
+    teacher = training.teach(model, last, recipe.considered)
+    if kept.exists():
+        stored = load_file(kept)
+        adapters = {
+            d: {k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{d}.")} for d in config.candidates
+        }
+    else:
+        sample = np.random.default_rng(recipe.seed).permutation(len(rows))[:30_000]
+        adapters = {
+            d: training.first_adapter(states.at(d, rows[sample]), last[sample], recipe.width, recipe.seed)
+            for d in config.candidates
+        }
+        began = time.monotonic()
+        spent = (lambda: (time.monotonic() - began) / config.budget_s) if config.budget_s else (lambda: 0.0)
+        training.train_adapters(
+            model, teacher, lambda d, chosen: states.at(d, rows[chosen.numpy()]), adapters, recipe, spent, say
+        )
+        save_file({f"{d}.{k}": v.contiguous() for d, of in adapters.items() for k, v in of.items()}, kept)
+    tensors = _with_checks(model, states, rows, teacher, adapters, recipe, say)
+    temperature, report, tensors = _calibrated(model, states, tensors, config, say)
+    exits, curve = _chosen(states, tensors, report, config, architecture, say)
+    header = {
+        "model": config.model,
+        "architecture": {name: getattr(architecture, name) for name in ("family", "n_layers", "d_model", "vocab_size")},
+        "exits": exits,
+        "temperature": [*(temperature[d] for d in exits), 1.0],
+        "training": {
+            "command": config.command,
+            "data": "calibrate.texts: " + ", ".join(TASKS),
+            "licence": "heads: the project's; texts: see calibrate.texts; the model's own licence covers its weights",
+            "train_tokens": len(rows),
+            "calibration_tokens": len(states.rows(Split.CALIBRATION)),
+            "recipe": asdict(recipe),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "candidates": config.candidates,
+        },
+        "calibration": {str(d): report[d]["ece"] for d in exits},
+        "curves": curve,
+    }
+    write_heads(folder, header, {d: tensors[d] for d in exits})
+    return ExitHeads.load(folder, architecture, model.device)
+
+
+def _with_checks(
+    model: SegmentedModel,
+    states: HiddenStates,
+    rows: NDArray[np.int64],
+    teacher: training.Teacher,
+    adapters: Mapping[int, Tensors],
+    recipe: Recipe,
+    say: Say,
+) -> dict[int, Tensors]:
+    """Adapters with checks, trained on agreement among the tokens that full depth ever chooses."""
+    import torch
+
+    words = torch.unique(teacher.top[:, 0])
+    found = {}
+    for depth, adapter in adapters.items():
+        hidden = states.at(depth, rows)
+        agree = training.choices(model, adapter, hidden, words) == teacher.top[:, 0]
+        found[depth] = {**adapter, **training.train_check(hidden, agree, adapter["scale"], recipe)}
+        say(f"layer {depth}: {float(agree.float().mean()):.3f} of the training tokens agree")
+    return found
+
+
+def _calibrated(
+    model: SegmentedModel, states: HiddenStates, tensors: dict[int, Tensors], config: AdapterConfig, say: Say
+) -> tuple[dict[int, float], dict[int, dict[str, Any]], dict[int, Tensors]]:
+    """Temperatures, what was seen on the calibration split, and tensors with calibrated checks."""
+    import torch
+
+    rows = states.rows(Split.CALIBRATION)
+    truth = training.choices(model, None, states.at(model.architecture.n_layers, rows))
+    temperature: dict[int, float] = {}
+    report: dict[int, dict[str, Any]] = {}
+    calibrated: dict[int, Tensors] = {}
+    for depth, of in tensors.items():
+        hidden = states.at(depth, rows)
+        agree = (training.choices(model, of, hidden) == truth).numpy()
+        sample = np.random.default_rng(0).permutation(len(rows))[:_TEMPERATURE_TOKENS]
+        logits = training.exit_logits(model, of, hidden[torch.from_numpy(sample)])
+        temperature[depth] = fit_temperature(lambda t, few=logits: training.confidences(few, t), agree[sample])
+        logit = training.check_logits(of, hidden)
+        slope, offset = fit_logistic(logit, agree)
+        calibrated[depth] = training.fold(of, slope, offset)
+        check = 1 / (1 + np.exp(-(slope * logit + offset)))
+        ece = {
+            "temperature": temperature[depth],
+            "probability_before": expected_calibration_error(training.confidences(logits, 1.0), agree[sample]),
+            "probability_after": expected_calibration_error(
+                training.confidences(logits, temperature[depth]), agree[sample]
+            ),
+            "check_before": expected_calibration_error(1 / (1 + np.exp(-logit)), agree),
+            "check_after": expected_calibration_error(check, agree),
+            "agreement": float(agree.mean()),
+        }
+        report[depth] = {"agree": agree, "check": check, "ece": ece}
+        say(f"layer {depth}: " + ", ".join(f"{name} {value:.3f}" for name, value in ece.items()))
+    return temperature, report, calibrated
+
+
+def _chosen(
+    states: HiddenStates,
+    tensors: Mapping[int, Tensors],
+    report: Mapping[int, Mapping[str, Any]],
+    config: AdapterConfig,
+    architecture: Any,
+    say: Say,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The exits to ship and, by domain, what they save at `AGREEMENT` on the calibration split."""
+    rows = states.rows(Split.CALIBRATION)
+    domain = np.array([DOMAINS.index(domain_of(task)) for task in TASKS])[states.task[rows]]
+    layer_values = sum(int(np.prod(shape)) for shape in architecture.layer_shapes().values())
+
+    def layers(names: tuple[str, ...]) -> float:
+        return sum(t.numel() for name, t in next(iter(tensors.values())).items() if name in names) / layer_values
+
+    check = max(CHECK_LAYERS, layers(("check_in", "check_bias", "check_out")))
+    leave = layers(("linear", "gate", "up", "down"))
+
+    def saved(exits: tuple[int, ...]) -> dict[str, Any]:
+        found = {}
+        for d, name in enumerate(DOMAINS):
+            mine = domain == d
+            if mine.any():
+                columns = [np.column_stack([report[e][k][mine] for e in exits]) for k in ("check", "agree")]
+                sure = np.column_stack((columns[0], np.ones(mine.sum())))
+                agree = np.column_stack((columns[1], np.ones(mine.sum(), dtype=bool)))
+                point = at_agreement(sure, agree, (*exits, architecture.n_layers), AGREEMENT, check, leave)
+                found[name] = point.to_json()
+        return found
+
+    def worth(exits: tuple[int, ...]) -> float:
+        return float(np.mean([point["saved_net"] for point in saved(exits).values()]))
+
+    exit_bytes = 2 * sum(t.numel() for t in next(iter(tensors.values())).values())
+    exits, best = config.candidates, worth(config.candidates)
+    while len(exits) > 1:
+        fewer = {tuple(e for e in exits if e != dropped): dropped for dropped in exits}
+        value, choice = max((worth(f), f) for f in fewer)
+        if value < best and len(exits) * exit_bytes <= config.max_bytes:
+            break
+        say(f"without the exit at {fewer[choice]}: {value:.3f} layers saved per token, net (with it {best:.3f})")
+        exits, best = choice, value
+    return exits, {
+        "split": "calibration",
+        "agreement": AGREEMENT,
+        "check_layers": check,
+        "leave_layers": leave,
+        **saved(exits),
+    }

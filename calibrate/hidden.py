@@ -1,0 +1,168 @@
+"""Hidden states of a frozen model at chosen depths, for texts and kept in files. Knows tokens, no head and no loss."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate.texts import TASKS, Split, domain_of, passages
+from helios_sim.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios_sim.live.model import SegmentedModel
+
+_BATCH_TOKENS = 3_072
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Passage:
+    """A piece of text, tokenized: what a model reads in one go, without what came before."""
+
+    task: str
+    split: Split
+    tokens: NDArray[np.int64]  # (n,)
+    chars: NDArray[np.int32]  # (n,) characters that begin in each token; sums to the text's length
+
+    @property
+    def domain(self) -> str:
+        return domain_of(self.task)
+
+
+def tokenized(tokenizer: Any, text: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Tokens (n,) of the text and the characters that each adds (n,), which sum to len(text).
+
+    A character that takes several tokens counts at the first of them. UserError for a tokenizer that does not say
+    where its tokens lie or that drops characters at an end.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("tokenizer", type(tokenizer).__name__, "one that gives offsets", "take a fast tokenizer")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = np.maximum.accumulate(np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int32))
+    if not len(ends) or ends[-1] != len(text):
+        raise UserError("tokenizer", type(tokenizer).__name__, "one that covers the whole text", "take another one")
+    return np.array(encoded["input_ids"], dtype=np.int64), np.diff(ends, prepend=np.int32(0))
+
+
+def start_token(tokenizer: Any) -> int:
+    """What stands before a text so that its first token is predicted too; it is not counted.
+
+    The token between documents where the vocabulary has one, as in pretraining, else the tokenizer's own start or end.
+    """
+    known = tokenizer.get_vocab()
+    for token in ("<bos>", "<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token):
+        if token in known:
+            return int(known[token])
+    raise UserError("tokenizer", type(tokenizer).__name__, "a token that begins or ends a text", "take another one")
+
+
+def tokenized_passages(
+    tokenizer: Any, chars_by_task: dict[str, int], split: Split, passage_chars: int
+) -> list[Passage]:
+    """The tasks' passages of one split, sorted by task as in `chars_by_task`."""
+    return [
+        Passage(task, split, *tokenized(tokenizer, text))
+        for task, chars in chars_by_task.items()
+        for text in passages(task, split, chars, passage_chars)
+    ]
+
+
+def batches(chosen: Sequence[Passage], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices of passages of about the same length, at most `batch_tokens` with padding, every passage once."""
+    group: list[int] = []
+    for i in sorted(range(len(chosen)), key=lambda i: len(chosen[i].tokens)):
+        if group and (len(group) + 1) * len(chosen[i].tokens) > batch_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def states(
+    model: SegmentedModel, start: int, texts: Sequence[NDArray[np.int64]], depths: Sequence[int]
+) -> list[Tensor]:
+    """Hidden states (sum of n, d) at each depth, row i being what predicts token i; texts follow one another."""
+    import torch
+
+    from helios_sim.live.kv import Packed
+
+    longest = max(map(len, texts))
+    if longest > model.architecture.max_context_tokens:
+        context = model.architecture.max_context_tokens
+        raise UserError("passage_chars", f"{longest} tokens", f"at most {context} tokens", "take shorter passages")
+    rows = np.full((len(texts), longest), start, dtype=np.int64)
+    for row, tokens in zip(rows, texts, strict=True):
+        row[1 : len(tokens)] = tokens[:-1]
+    attend = Packed(model.architecture, len(texts), longest, model.dtype, model.device)
+    real = np.arange(longest) < np.array([[len(tokens)] for tokens in texts])
+    keep = torch.from_numpy(np.flatnonzero(real)).to(model.device)
+    hidden = model.embed(torch.from_numpy(rows.ravel()).to(model.device), attend.positions)
+    found, done = [], 0
+    for depth in depths:
+        hidden = model.run(hidden, done, depth, attend)
+        done = depth
+        found.append(hidden[keep])
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenStates:
+    """N tokens at D depths, as training reads them."""
+
+    depths: tuple[int, ...]
+    hidden: Tensor  # (N, D, d) in the model's dtype
+    split: NDArray[np.int32]  # (N,) index into Split
+    task: NDArray[np.int32]  # (N,) index into TASKS
+
+    def rows(self, split: Split) -> NDArray[np.int64]:
+        return np.flatnonzero(self.split == list(Split).index(split))
+
+    def at(self, depth: int, rows: NDArray[np.int64]) -> Tensor:
+        """(len(rows), d)"""
+        import torch
+
+        return self.hidden[torch.from_numpy(rows), self.depths.index(depth)]
+
+
+def collect(
+    model: SegmentedModel,
+    start: int,
+    chosen: Sequence[Passage],
+    depths: Sequence[int],
+    folder: Path,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> HiddenStates:
+    """Hidden states of all passages. Every batch is a file, so an interrupted run goes on where it was."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = list(batches(chosen))
+    random.Random(seed).shuffle(groups)
+    shards = []
+    for b, group in enumerate(groups):
+        path = folder / f"{b:05d}.safetensors"
+        if not path.exists():
+            with torch.inference_mode():
+                hidden = torch.stack(states(model, start, [chosen[i].tokens for i in group], depths), dim=1)
+            labels = [(list(Split).index(chosen[i].split), TASKS.index(chosen[i].task)) for i in group]
+            lengths = [len(chosen[i].tokens) for i in group]
+            label = torch.from_numpy(np.repeat(np.array(labels, dtype=np.int32), lengths, axis=0))
+            draft = path.with_suffix(".part")
+            save_file({"hidden": hidden.cpu().contiguous(), "label": label}, draft)
+            os.replace(draft, path)
+            if b % 10 == 0:
+                say(f"hidden states: batch {b + 1} of {len(groups)}")
+        shards.append(load_file(path))
+    label = torch.cat([shard["label"] for shard in shards]).numpy()
+    return HiddenStates(tuple(depths), torch.cat([shard["hidden"] for shard in shards]), label[:, 0], label[:, 1])

@@ -1,0 +1,262 @@
+"""Training of adapters and checks on hidden states of a frozen model. Knows tensors and losses, no text and no file.
+
+**Adapter**: from a ridge regression of the last layer's hidden state, then KL divergence to the full-depth distribution
+(mixed with its own first choice, since agreement is what counts). The divergence is taken over a part of the
+vocabulary: the tokens that full depth most often considers, those it considers at the batch's positions, and others
+drawn at random. That costs a sixth of the whole SmolLM2 vocabulary and a thirtieth of Gemma's. Matrix products are in
+the model's dtype, parameters and softmax in float32.
+
+**Check**: a small network on the hidden state, trained on whether the adapter's token is full depth's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.live.heads import adapted, check_logit, scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios_sim.live.model import SegmentedModel
+
+Tensors = dict[str, "Tensor"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How heads are trained."""
+
+    width: int = 256  # of the adapter's gated network
+    check_width: int = 64
+    vocabulary: int | None = 6_144  # tokens that every batch compares, by rank at full depth; None: all
+    drawn: int = 1_024  # others drawn at random for each batch
+    considered: int = 8  # first choices of full depth that count as considered
+    sharpen: float = 0.25  # weight of full depth's first choice in the target, beside its distribution
+    epochs: float = 2.0
+    check_epochs: float = 6.0
+    batch: int = 512  # tokens
+    learning_rate: float = 1e-3
+    check_learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Teacher:
+    """What full depth says at N tokens."""
+
+    normed: Tensor  # (N, d) after the final norm
+    top: Tensor  # (N, considered) its first choices, best first
+
+
+def teach(model: SegmentedModel, last: Tensor, considered: int) -> Teacher:
+    """The full-depth choices for hidden states (N, d) after the last layer."""
+    import torch
+
+    normed, top = [], []
+    with torch.inference_mode():
+        for chunk in last.split(512):
+            normed.append(model.normed(chunk))
+            top.append(largest(normed[-1] @ model.outer.head.T, considered)[1])
+    return Teacher(torch.cat(normed), torch.cat(top))
+
+
+def largest(logits: Tensor, k: int, run: int = 128) -> tuple[Tensor, Tensor]:
+    """Values and indices (N, k) of the k largest of each row (N, V): topk in two steps, much faster on a CPU."""
+    n, vocabulary = logits.shape
+    whole = vocabulary // run
+    if whole <= k:
+        values, places = logits.topk(k, dim=-1)
+        return values, places
+    runs = logits[:, : whole * run].reshape(n, whole, run)
+    best = runs.amax(-1).topk(k, dim=-1).indices  # the k largest lie in the k runs with the largest maxima
+    inside = runs.gather(1, best[..., None].expand(-1, -1, run)).reshape(n, k * run)
+    values, places = inside.topk(k, dim=-1)
+    places = best.gather(1, places // run) * run + places % run
+    if whole * run < vocabulary:
+        import torch
+
+        rest = logits[:, whole * run :]
+        values = torch.cat((values, rest), -1)
+        places = torch.cat((places, torch.arange(whole * run, vocabulary, device=logits.device).expand(n, -1)), -1)
+        order = values.topk(k, dim=-1).indices
+        values, places = values.gather(1, order), places.gather(1, order)
+    return values, places
+
+
+def common_tokens(teacher: Teacher, count: int, vocabulary: int) -> NDArray[np.int64]:
+    """The tokens that full depth considers most often, (count,), most frequent first."""
+    counts = np.bincount(teacher.top.numpy().ravel(), minlength=vocabulary)
+    return np.argsort(-counts, kind="stable")[:count].astype(np.int64)
+
+
+def first_adapter(hidden: Tensor, last: Tensor, width: int, seed: int) -> Tensors:
+    """An adapter whose linear part is the ridge regression of `last` (N, d) on `hidden` (N, d), both divided by rms."""
+    import torch
+
+    d = hidden.shape[1]
+    drawn = torch.Generator().manual_seed(seed)
+    unit, _ = scaled(torch.ones(d), hidden)
+    scale = 1 / unit.std(0).clamp_min(1e-4)
+    x, z = scaled(scale, hidden)
+    target = scaled(torch.ones(d), last)[0] - x
+    ones = torch.cat((z, torch.ones(len(z), 1)), 1)
+    gram = ones.T @ ones
+    gram += 0.003 * len(z) * torch.eye(d + 1)
+    solved = torch.linalg.solve(gram, ones.T @ target).T
+    return {
+        "scale": scale,
+        "linear": solved[:, :d].contiguous(),
+        "bias": solved[:, d].contiguous(),
+        "gate": torch.randn(width, d, generator=drawn) / math.sqrt(d),
+        "up": torch.randn(width, d, generator=drawn) / math.sqrt(d),
+        "down": torch.zeros(d, width),
+    }
+
+
+def train_adapters(
+    model: SegmentedModel,
+    teacher: Teacher,
+    hidden: Callable[[int, Tensor], Tensor],
+    adapters: dict[int, Tensors],
+    recipe: Recipe,
+    deadline: Callable[[], float],
+    say: Say,
+) -> None:
+    """Trains the adapters (by depth) in place. `hidden(depth, rows)` gives hidden states, rows index the teacher's.
+
+    Ends after `recipe.epochs`, or sooner with the learning rate brought to zero when `deadline()`, the share of the
+    time budget that is spent, reaches 1.
+    """
+    import torch
+
+    head, n = model.outer.head, len(teacher.normed)
+    common = None
+    if recipe.vocabulary is not None:
+        common = torch.from_numpy(common_tokens(teacher, recipe.vocabulary, len(head)))
+    trained = [t.requires_grad_(True) for of in adapters.values() for name, t in of.items() if name != "scale"]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    drawn = torch.Generator().manual_seed(recipe.seed)
+    steps = max(1, int(recipe.epochs * n / recipe.batch))
+    order = torch.cat([torch.randperm(n, generator=drawn) for _ in range(math.ceil(recipe.epochs) + 1)])
+    started, running = time.monotonic(), 0.0
+    for step in range(steps):
+        progress = max(step / steps, deadline())
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
+        rows = order[step * recipe.batch : (step + 1) * recipe.batch]
+        compared, words = torch.arange(len(head)), head
+        if common is not None:
+            others = torch.randint(len(head), (recipe.drawn,), generator=drawn)
+            compared = torch.unique(torch.cat((common, teacher.top[rows].flatten(), others)))
+            words = head[compared]
+        target = torch.softmax((teacher.normed[rows] @ words.T).float(), -1) * (1 - recipe.sharpen)
+        choice = torch.searchsorted(compared, teacher.top[rows, 0].contiguous())
+        target[torch.arange(len(rows)), choice] += recipe.sharpen
+        optimizer.zero_grad(set_to_none=True)
+        for depth, tensors in adapters.items():
+            normed = model.normed(adapted(tensors, hidden(depth, rows)).to(model.dtype))
+            with torch.no_grad():
+                logits = (normed @ words.T).float()
+                q = torch.softmax(logits, -1)
+                running = 0.98 * running + 0.02 * float(-(q[torch.arange(len(rows)), choice] + 1e-9).log().mean())
+                slope = (q - target).to(model.dtype)  # of the cross entropy by the logits
+                gradient = (slope @ words) / len(rows)
+            normed.backward(gradient)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            say(f"adapters: step {step} of {steps}, loss {running:.3f}, {time.monotonic() - started:.0f} s")
+    for tensor in trained:
+        tensor.requires_grad_(False)
+
+
+def choices(
+    model: SegmentedModel, tensors: Tensors | None, hidden: Tensor, words: Tensor | None = None, chunk: int = 1024
+) -> Tensor:
+    """First choice (N,) at hidden states (N, d) through an adapter (or none), among `words` (all where None)."""
+    import torch
+
+    head = model.outer.head if words is None else model.outer.head[words]
+    found = []
+    with torch.inference_mode():
+        for part in hidden.split(chunk):
+            state = part if tensors is None else adapted(tensors, part).to(model.dtype)
+            found.append((model.normed(state) @ head.T).argmax(-1))
+    index = torch.cat(found)
+    return index if words is None else words[index]
+
+
+def exit_logits(model: SegmentedModel, tensors: Tensors, hidden: Tensor) -> Tensor:
+    """(N, V) in the model's dtype, from hidden states (N, d) through an adapter."""
+    import torch
+
+    with torch.inference_mode():
+        return model.normed(adapted(tensors, hidden).to(model.dtype)) @ model.outer.head.T
+
+
+def confidences(logits: Tensor, temperature: float, rows: int = 16) -> NDArray[np.float64]:
+    """Largest probability of each row of logits (N, V) divided by the temperature, (N,)."""
+    import torch
+
+    with torch.inference_mode():
+        parts = (part.float() / temperature for part in logits.split(rows))
+        return torch.cat([1 / (part - part.amax(-1, keepdim=True)).exp_().sum(-1) for part in parts]).double().numpy()
+
+
+def train_check(hidden: Tensor, agree: Tensor, scale: Tensor, recipe: Recipe, weight: Tensor | None = None) -> Tensors:
+    """A check trained to predict `agree` (N,) from hidden states (N, d)."""
+    import torch
+    import torch.nn.functional as F
+
+    d, width = hidden.shape[1], recipe.check_width
+    drawn = torch.Generator().manual_seed(recipe.seed)
+    tensors: Tensors = {
+        "check_in": torch.randn(width, d, generator=drawn) / math.sqrt(d),
+        "check_bias": torch.zeros(width),
+        "check_out": torch.randn(width, generator=drawn) / math.sqrt(width),
+        "check_offset": torch.zeros(()),
+    }
+    trained = [t.requires_grad_(True) for t in tensors.values()]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.check_learning_rate, weight_decay=0.02)
+    n, batch = len(agree), 1024
+    steps = max(1, int(recipe.check_epochs * n / batch))
+    order = torch.cat([torch.randperm(n, generator=drawn) for _ in range(math.ceil(recipe.check_epochs) + 1)])
+    truth = agree.float()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.check_learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rows = order[step * batch : (step + 1) * batch]
+        logit = check_logit({**tensors, "scale": scale}, hidden[rows])
+        loss = F.binary_cross_entropy_with_logits(logit, truth[rows], weight[rows] if weight is not None else None)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def fold(check: Tensors, slope: float, offset: float) -> Tensors:
+    """The check whose logit is slope x the old one + offset."""
+    return {
+        **check,
+        "check_out": check["check_out"] * slope,
+        "check_offset": check["check_offset"] * slope + offset,
+    }
+
+
+def check_logits(tensors: Tensors, hidden: Tensor, chunk: int = 8192) -> NDArray[np.float64]:
+    """(N,)"""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([check_logit(tensors, part) for part in hidden.split(chunk)]).double().numpy()

@@ -1,0 +1,192 @@
+"""What is attached at an early exit: an adapter, a temperature and a cheap check. Knows no text, no cost and no rule.
+
+At an exit the hidden state h is divided by its root mean square (the model's final norm does that anyway) and its
+dimensions are brought to one scale for the small networks:
+
+    x = h / rms(h),  z = x * scale
+    adapted = x + W z + b + D (silu(G z) * U z)        goes through the model's own final norm and LM head
+    check   = sigmoid(slope * (v . silu(A z + a) + c) + offset)    predicted probability that the token is full depth's
+
+A token that leaves pays the adapter once; a token that is only asked pays the check, which reads no vocabulary.
+
+A folder of heads holds heads.json (what they belong to, how they were trained and what they reach) and
+heads.safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from helios_sim.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from helios_sim.live.architecture import Architecture
+
+SCHEMA_VERSION = 1
+HEADER, TENSORS = "heads.json", "heads.safetensors"
+SHIPPED = Path(__file__).parents[1] / "data" / "exit_heads"
+ADAPTER = ("scale", "linear", "bias", "gate", "up", "down")
+CHECK = ("check_in", "check_bias", "check_out", "check_offset")
+_FIX = "train the heads anew with `python -m calibrate +task=adapters`, or fetch the files again"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExitHeads:
+    """Heads at the early exits of one model; the last layer, which is the model itself, has none but a temperature.
+
+    `tensors[e]` is empty where the model's own norm and head are used as they are, without a check.
+    """
+
+    exits: tuple[int, ...]  # depths of the early exits in layers, ascending, all below the model's last
+    temperature: tuple[float, ...]  # one per early exit and one for full depth: logits are divided by it
+    tensors: tuple[Mapping[str, torch.Tensor], ...]
+    header: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def own(cls, exits: Sequence[int]) -> Self:
+        """No heads of ours: the model's own final norm and LM head at every exit, as LayerSkip checkpoints have it."""
+        return cls(tuple(exits), (1.0,) * (len(exits) + 1), ({},) * len(exits))
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        architecture: Architecture,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Heads from a folder, on `device` in `dtype` (float32 where None).
+
+        Raises UserError for a missing or damaged file and for heads of another model: other layers, hidden size or
+        vocabulary.
+        """
+        import torch
+        from safetensors.torch import load
+
+        header = read_header(folder)
+        for name, value in header["architecture"].items():
+            if getattr(architecture, name) != value:
+                raise UserError(
+                    "heads",
+                    str(folder),
+                    f"{name} of the model is {getattr(architecture, name)}, the heads were trained for {value} "
+                    f"({header['model']})",
+                    "name heads of this model, or train some with `python -m calibrate +task=adapters`",
+                )
+        path = folder / TENSORS
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError("heads", str(path), f"unreadable ({error})", _FIX) from error
+        if hashlib.sha256(content).hexdigest() != header["sha256"]:
+            raise UserError("heads", str(path), "its sha256 is not the one in its header", _FIX)
+        stored = load(content)
+        names = (*ADAPTER, *CHECK)
+        exits = tuple(int(depth) for depth in header["exits"])
+        try:
+            tensors = tuple(
+                {name: stored[f"{depth}.{name}"].to(device, dtype or torch.float32) for name in names}
+                for depth in exits
+            )
+        except KeyError as error:
+            raise UserError("heads", str(path), f"{error.args[0]} is missing", _FIX) from error
+        return cls(exits, tuple(float(t) for t in header["temperature"]), tensors, header)
+
+    @property
+    def has_check(self) -> bool:
+        return all(tensors for tensors in self.tensors)
+
+    def adapt(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What goes through the model's final norm and LM head, (..., d), for the hidden state after that exit.
+
+        `exit_index` counts `exits`; one past them is full depth, whose hidden state comes back as it is.
+        """
+        if exit_index == len(self.exits) or not self.tensors[exit_index]:
+            return hidden
+        return adapted(self.tensors[exit_index], hidden)
+
+    def classify(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Predicted probability that this exit's token is full depth's, float32 (...,), from hidden (..., d).
+
+        Full depth answers 1. UserError for heads without a check.
+        """
+        import torch
+
+        if exit_index == len(self.exits):
+            return torch.ones(hidden.shape[:-1], device=hidden.device)
+        if not self.tensors[exit_index]:
+            raise UserError(
+                "confidence", "classifier", "the model's own heads have no check", "use max_probability or margin"
+            )
+        return torch.sigmoid(check_logit(self.tensors[exit_index], hidden).float())
+
+
+def adapted(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """The adapter's formula, (..., d) -> (..., d) in the tensors' dtype."""
+    import torch.nn.functional as F
+
+    x, z = scaled(tensors["scale"], hidden)
+    gated = F.silu(z @ tensors["gate"].T) * (z @ tensors["up"].T)
+    return x + z @ tensors["linear"].T + tensors["bias"] + gated @ tensors["down"].T
+
+
+def check_logit(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """The check's formula before the sigmoid, (..., d) -> (...,). Slope and offset are folded into the weights."""
+    import torch.nn.functional as F
+
+    _, z = scaled(tensors["scale"], hidden)
+    return F.silu(z @ tensors["check_in"].T + tensors["check_bias"]) @ tensors["check_out"] + tensors["check_offset"]
+
+
+def scaled(scale: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and z of the module's formulae, both (..., d); the norm is taken in float32."""
+    wide = hidden.float()
+    x = (wide * (wide.square().mean(-1, keepdim=True) + 1e-12).rsqrt()).to(scale.dtype)
+    return x, x * scale
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """heads.json of a folder; UserError when it is missing, damaged or of another schema version."""
+    path = folder / HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))) or "none"
+        raise UserError("heads", str(path), f"no such file; shipped: {shipped}", "name a folder with heads") from error
+    except (OSError, ValueError) as error:
+        raise UserError("heads", str(path), f"unreadable ({error})", _FIX) from error
+    wanted = {"format", "schema_version", "model", "architecture", "exits", "temperature", "sha256"}
+    if not isinstance(header, dict) or header.get("format") != "exit-heads" or not wanted <= header.keys():
+        raise UserError("heads", str(path), "not the header of exit heads", _FIX)
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise UserError("schema_version", header["schema_version"], f"this version reads {SCHEMA_VERSION}", _FIX)
+    return header
+
+
+def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Writes the folder in float16, header last, each file in one step. `tensors` maps depths to adapter and check."""
+    import torch
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save(
+        {
+            f"{depth}.{name}": value.to(torch.float16).contiguous()
+            for depth, of in tensors.items()
+            for name, value in of.items()
+        }
+    )
+    full = {"format": "exit-heads", "schema_version": SCHEMA_VERSION, **header}
+    full["sha256"] = hashlib.sha256(content).hexdigest()
+    for name, data in ((TENSORS, content), (HEADER, (json.dumps(full, indent=1) + "\n").encode())):
+        draft = folder / f"{name}.part"
+        draft.write_bytes(data)
+        os.replace(draft, folder / name)

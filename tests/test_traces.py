@@ -1,0 +1,101 @@
+"""Traces of a tiny model: what is recorded equals what the model says, and characters add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from calibrate import traces  # noqa: E402
+from calibrate.generate import characters  # noqa: E402
+from calibrate.hidden import start_token, tokenized  # noqa: E402
+from calibrate.texts import Split, passages  # noqa: E402
+from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
+from helios_sim.live.heads import ExitHeads  # noqa: E402
+from helios_sim.live.model import SegmentedModel  # noqa: E402
+from helios_sim.live.source import find_checkpoint  # noqa: E402
+from tests.tiny_models import tiny_tokenizer, write_tiny  # noqa: E402
+
+ORIGIN = traces.Origin("tiny", "0" * 64, "a test")
+CHARS = {"code": 700}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = write_tiny("llama", tmp_path_factory.mktemp("tiny"))
+    checkpoint = find_checkpoint(str(folder))
+    return SegmentedModel.load(checkpoint), checkpoint.tokenizer(), folder
+
+
+@pytest.fixture(autouse=True)
+def short_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "PASSAGE_CHARS", 150)
+
+
+def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) -> None:
+    import transformers
+
+    model, tokenizer, folder = tiny
+    trace = traces.reference_trace(model, tokenizer, ExitHeads.own((3,)), ORIGIN, tmp_path, CHARS, lambda _: None)
+    texts = passages("code", Split.HELDOUT, CHARS["code"], 150)
+    assert trace.task_chars().tolist() == [sum(map(len, texts))]
+    assert trace.prompt[-1] == len(texts) - 1
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, _ = tokenized(tokenizer, texts[1])
+    with torch.no_grad():
+        logits = whole(torch.tensor([[start_token(tokenizer), *tokens[:-1]]])).logits[0]
+    p = torch.softmax(logits, -1)
+    mine = trace.prompt == 1
+    assert np.allclose(trace.confidence[mine, 1], p.amax(-1).numpy(), rtol=2e-3, atol=1e-4)
+    bits = -torch.log2(p[torch.arange(len(tokens)), torch.from_numpy(tokens)]).numpy()
+    assert np.allclose(trace.bits[mine, 1], bits, rtol=2e-3, atol=1e-3)
+    best = p.topk(2).values
+    assert np.allclose(trace.margin[mine, 1], (best[:, 0] - best[:, 1]).numpy(), rtol=5e-3, atol=2e-4)
+
+
+def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_path: Path) -> None:
+    model, tokenizer, _ = tiny
+    heads = ExitHeads.own((2, 4))
+    first = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, lambda _: None)
+    said: list[str] = []
+    again = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, said.append)
+    assert said == []
+    write_trace(again, tmp_path / "trace")
+    back = read_trace(tmp_path / "trace")
+    assert np.array_equal(back.confidence, first.confidence)
+    assert back.human_text
+
+
+def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
+    model, tokenizer, _ = tiny
+    trace = traces.generated_trace(
+        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, say=lambda _: None, prompt_chars=150
+    )
+    assert not trace.human_text
+    assert trace.agree[:, -1].all()
+    assert np.allclose(2.0 ** -trace.bits[:, -1], trace.confidence[:, -1], rtol=2e-3)  # its own most probable token
+
+
+def test_characters_of_an_answer_add_up_to_its_text() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "café — naïve, said 東京\n"
+    tokens = np.array(tokenizer(text)["input_ids"])
+    chars = characters(tokenizer, tokens)
+    assert chars.sum() == len(text)
+    assert (chars >= 0).all()
+
+
+def test_tokens_of_a_text_cover_every_character_once() -> None:
+    text = "x = 'é€🙂'  # naïve\n"
+    tokens, chars = tokenized(tiny_tokenizer(), text)
+    assert len(tokens) == len(chars)
+    assert chars.sum() == len(text)
+
+
+def test_what_is_kept_of_a_probability_is_three_digits() -> None:
+    values = np.array([0.123456, 0.9999, 1.0, 1e-4], dtype=np.float32)
+    assert np.allclose(traces.short(values), values, rtol=6e-4)
