@@ -15,9 +15,10 @@ from helios_sim.exits.store import write_trace
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.store import write_profile
+from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
 from helios_sim.study.check import check_study
-from helios_sim.study.job import policy_of
+from helios_sim.study.job import policy_of, run_job
 from helios_sim.study.plan import plan_study
 from helios_sim.study.run import run
 from helios_sim.study.schema import (
@@ -139,5 +140,34 @@ def test_every_arm_says_what_the_text_cost_it_in_all_and_by_task(tmp_path: Path)
             bits += share * int(records.output_chars[rows].sum())
         assert result.arms[name].metrics["bits_per_char"] == pytest.approx(bits / (12 * 40))
         assert 0.5 < result.arms[name].metrics["bits_per_char"] / (trace.bits[:, -1].mean() / 4) < 2
+    speed, bits_of = (
+        {name: result.arms[name].metrics[metric] for name in EXITS}
+        for metric in ("throughput_requests_per_s", "bits_per_char")
+    )
+    assert speed["small"] > speed["large"]
+    told = next(sentence for sentence in result.verdict if sentence.startswith("Unbeaten"))
+    assert "small (" in told
+    assert ("large (" in told) == (bits_of["large"] < bits_of["small"])
     without = run(replace(measured(tmp_path / "blind", bits=False), arms=arms))
     assert without.arms["small"].metrics["bits_per_char"] is None
+    assert not any(sentence.startswith("Unbeaten") for sentence in without.verdict)
+
+
+def test_what_an_arm_aims_at_is_no_other_condition_but_its_load_is(tmp_path: Path) -> None:
+    arms = {
+        "full": {"policy": "full_depth", "model": "small"},
+        "aims": {"policy": "full_depth", "model": "large", "overrides": {"objective.goal": "quality"}},
+        "alone": {"policy": "full_depth", "model": "large", "overrides": {"workload.chars_per_token": 1.0}},
+    }
+    config = replace(measured(tmp_path), arms=arms, subject="full", headline_metrics=["bits_per_char"])
+
+    def variant(changes: Mapping[str, Any]) -> Config:
+        if "workload.chars_per_token" in changes:
+            return replace(config, workload=replace(config.workload, chars_per_token=1.0))
+        return variants(config, changes)
+
+    plan = plan_study(variant)
+    result = assemble(plan, {job.key: run_job(job) for job in plan.jobs}, {})
+    best = next(sentence for sentence in result.verdict if sentence.startswith("Best of the arms"))
+    fewest = min(("full", "aims"), key=lambda arm: result.arms[arm].metrics["bits_per_char"])
+    assert f"Bits/char: {fewest} with" in best

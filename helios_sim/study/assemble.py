@@ -80,10 +80,15 @@ def _with_verdict(
 ) -> ExperimentResult:
     name = subject or list(result.arms)[-1]
     arms = plan.config.arms
-    conditions_of = {arm: (arms.get(arm) or {}).get("overrides") for arm in result.arms}
+    conditions_of = {arm: _conditions((arms.get(arm) or {}).get("overrides")) for arm in result.arms}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline_of(name)])
     return replace(result, verdict=verdict(result, name, ratios, comparable))
+
+
+def _conditions(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an arm changes of load or hardware; what it aims at is its own affair."""
+    return {key: value for key, value in (overrides or {}).items() if not key.startswith("objective.")}
 
 
 class _Compared:

@@ -81,7 +81,8 @@ def build(config: Config, seed: int) -> Parts:
     for name, profile in profiles.items():
         trace = _exit_trace(config, name, profile)
         models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
-        offline = offline_exits(trace, threshold(config), confidence(config))
+        # of texts like those to be served, whatever else was recorded
+        offline = offline_exits(trace, threshold(config), confidence(config), workload.mix.tasks)
         candidates[name] = Candidate(profile, offline)
     card = next(iter(profiles.values())).hardware
     situation = Situation(

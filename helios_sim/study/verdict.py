@@ -8,6 +8,7 @@ import numpy as np
 
 from helios_sim.report.compare import Ratio
 from helios_sim.report.definitions import DEFINITIONS, Better
+from helios_sim.report.designs import cost, on_front
 from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import MetricValue
 from helios_sim.report.records import Records
@@ -33,6 +34,7 @@ def verdict(
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
         sentences.append(_changes(metrics))
     sentences.append(_best(result, name, comparable))
+    sentences.append(_unbeaten(result, name, comparable))
     sentences += load_findings(result, subject, name)
     sentences += error_findings(result, subject, name)
     return tuple(filter(None, sentences))
@@ -59,7 +61,11 @@ def _quality(metrics: Mapping[str, MetricValue]) -> str:
     agreement, layers = metrics.get("agreement"), metrics.get("layers_per_token")
     if not isinstance(agreement, float) or not isinstance(layers, float):
         return ""
-    return f"Its tokens ran {layers:.1f} layers on average, and {agreement:.1%} of them equal those of full depth."
+    bits = metrics.get("bits_per_char")
+    told = f"; the text cost it {shown('bits_per_char', bits)} per character" if isinstance(bits, float) else ""
+    return (
+        f"Its tokens ran {layers:.1f} layers on average, and {agreement:.1%} of them equal those of full depth{told}."
+    )
 
 
 def _changes(metrics: Mapping[str, MetricValue]) -> str:
@@ -87,6 +93,27 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
     sentence = f"Best of the arms in {label}: {best} with {shown(name, values[best])}"
     bounds = [value for arm, value in values.items() if arm.startswith("oracle")]
     return f"{sentence}; the oracle reaches {shown(name, bounds[0])}." if bounds else f"{sentence}."
+
+
+def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
+    """Where bits are known: the arms that no other beats in the first metric and in bits per character together."""
+    names = (name, "bits_per_char")
+    rows = {
+        arm: [cost(metric, r.metrics.get(metric)) for metric in names]
+        for arm, r in result.arms.items()
+        if arm in comparable and not arm.startswith("oracle")
+    }
+    if name == "bits_per_char" or not rows:
+        return ""
+    costs = np.array(list(rows.values()))
+    front = [arm for arm, kept in zip(rows, on_front(costs), strict=True) if kept]
+    if len(front) == 0:
+        return ""
+    front.sort(key=lambda arm: rows[arm])
+    told = (
+        f"{arm} ({', '.join(shown(metric, result.arms[arm].metrics[metric]) for metric in names)})" for arm in front
+    )
+    return f"Unbeaten in {DEFINITIONS[name].label} and bits per character together: {'; '.join(told)}."
 
 
 def conditions(config: Config) -> str:
