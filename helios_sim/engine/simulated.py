@@ -6,7 +6,7 @@ It computes as many iterations at once as the plan allows; each has the same bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simpy
@@ -54,6 +54,8 @@ class SimulatedEngine:
         depths = decode_depths(plan, data.trace.trace, replayed)
         prefilled, chunks = self._prefill(plan, data, replayed)
         composition = _composition(plan, depths, chunks)
+        if any(tables.unequal_kv is not None for tables in data.profile.layer_tables):
+            composition = _with_spread(plan, composition)
         time_ns = whole_ns(data.profile.iteration_time_s(composition))
         return Outcome(
             end_ns=time_ns.cumsum() + now_ns,
@@ -171,6 +173,15 @@ def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -
         host_ahead=plan.host_ahead,
         loading=plan.loading,
     )
+
+
+def _with_spread(plan: Plan, composition: Composition) -> Composition:
+    """The shortest and the longest context of the decodes, which grow by a token in each iteration."""
+    context = plan.batch.decoding_column(Column.CONTEXT)
+    if not len(context):
+        return composition
+    steps = np.arange(1, composition.n_iterations + 1, dtype=np.int64)
+    return replace(composition, decode_kv_least=int(context.min()) + steps, decode_kv_most=int(context.max()) + steps)
 
 
 def _observed(plan: Plan, index: int) -> bool:

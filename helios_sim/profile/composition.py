@@ -36,6 +36,10 @@ class Composition:
     sampled_tokens: IntArray  # (K,) rows that go through the final norm and LM head after their last layer
     check_tokens: IntArray | None = None  # (K, S) rows checked for an exit at the end of band s, through the head
     classifier_tokens: IntArray | None = None  # (K, S) rows checked there by a classifier on the hidden state
+    # (K,) shortest and longest context of iteration k's decodes, the new token included; None: not known, so that
+    # lengths enter by their mean. Rows that leave early are taken to be a fair sample.
+    decode_kv_least: IntArray | None = None
+    decode_kv_most: IntArray | None = None
     propagated_tokens: IntArray | None = None  # (K, S) rows for which band s computes K and V only
     prefill: tuple[PrefillChunk, ...] = ()  # the same in each of the K iterations; with any, K is 1
     host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band

@@ -3,7 +3,7 @@
 Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
 checks that the host must see, an iteration is one such group; each check ends one. The host's own overhead comes on
 top, unless it prepares the next iteration while this one runs (`host_ahead`, without such checks): then it is part of
-the host's side.
+the host's side. A gap of the runtime is time in which neither works.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.profile.composition import Composition, IntArray
+from helios_sim.profile.composition import Composition, IntArray, PrefillChunk
 from helios_sim.profile.lookup import DecodeLookup, Flags, PrefillLookup, RowLookup, columns
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.tables import FloatArray, LayerTables, RowsTable
+from helios_sim.profile.term_lookup import MixedLookup, UnequalLookup
 
 FEW = 8  # iterations times bands up to which plain numbers are quicker than arrays
 
@@ -30,6 +31,38 @@ class LayerPricing:
         self.kv_projection = RowLookup(tables.kv_projection)
         self.decode_attention = DecodeLookup(tables.decode_attention)
         self.prefill_attention = PrefillLookup(tables.prefill_attention)
+        self.mixed_attention = None if tables.mixed_attention is None else MixedLookup(tables.mixed_attention)
+        self.unequal_kv = None if tables.unequal_kv is None else UnequalLookup(tables.unequal_kv)
+
+    def decode_s(
+        self, decode: int, kv: int, spread: tuple[int, int, int, int] | None, chunks: tuple[PrefillChunk, ...]
+    ) -> float:
+        """Attention of one iteration's decodes. `spread`: their sum, least and most KV tokens and their number."""
+        longest = max(chunks, key=_size) if chunks else None
+        if longest is None or self.mixed_attention is None:
+            time_s = self.decode_attention.scalar(decode, kv)
+        else:
+            time_s = self.mixed_attention.scalar(longest.tokens, longest.context_tokens, decode, kv)
+        if self.unequal_kv is None or spread is None:
+            return time_s
+        total, least, most, batch = spread
+        chunk = 0 if longest is None else longest.tokens
+        return time_s * (1.0 + self.unequal_kv.scalar(chunk, batch, total, least, most))
+
+    def decodes_s(self, c: Composition) -> FloatArray:
+        """(K, S) of iterations without prefill: `decode_s` of each."""
+        time_s = self.decode_attention.array(c.decode_tokens, c.decode_kv_tokens)
+        if self.unequal_kv is None or c.decode_kv_least is None or c.decode_kv_most is None:
+            return time_s
+        excess = self.unequal_kv.array(
+            c.decode_tokens[:, 0], c.decode_kv_tokens[:, 0], c.decode_kv_least, c.decode_kv_most
+        )
+        slower_s: FloatArray = time_s * (1.0 + excess)[:, None]
+        return slower_s
+
+
+def _size(chunk: PrefillChunk) -> tuple[int, int]:
+    return chunk.tokens, chunk.context_tokens
 
 
 class Bands:
@@ -98,6 +131,9 @@ class Pricing:
         propagated = None if c.propagated_tokens is None else c.propagated_tokens[i].tolist()
         checks = None if c.check_tokens is None else c.check_tokens[i].tolist()
         classified = None if c.classifier_tokens is None else c.classifier_tokens[i].tolist()
+        spread = None
+        if c.decode_kv_least is not None and c.decode_kv_most is not None:
+            spread = kv[0], int(c.decode_kv_least[i]), int(c.decode_kv_most[i]), decode[0]
         sampled = int(c.sampled_tokens[i])
         slowdown = self._load_slowdown if c.loading else 1.0
         mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
@@ -117,7 +153,8 @@ class Pricing:
             band_s = 0.0
             for layer, counts in zip(self._classes, bands.of_class, strict=True):
                 dense = layer.dense if c.prefill else layer.padded_dense
-                layer_s = dense.scalar(rows) + layer.decode_attention.scalar(decode[s], kv[s]) * self._kv_factor
+                decode_s = layer.decode_s(decode[s], kv[s], spread, chunks)
+                layer_s = dense.scalar(rows) + decode_s * self._kv_factor
                 if chunks:
                     attention = layer.prefill_attention
                     over_s = sum(attention.scalar(p.tokens, p.context_tokens) - attention.fixed_s for p in chunks)
@@ -136,8 +173,11 @@ class Pricing:
         if sampled or layers:
             total_s += self._group_s(device_s + self._head.scalar(sampled), layers, slowdown)
         if c.host_ahead:
-            return max(total_s, self._launch_s(layers) + runtime.host_overhead_s) * self._time_factor
-        return (total_s + runtime.host_overhead_s) * self._time_factor
+            total_s = max(total_s, self._launch_s(layers) + runtime.host_overhead_s)
+        else:
+            total_s += runtime.host_overhead_s
+        gap_s = runtime.gap_s + runtime.prefill_gap_s if c.prefill else runtime.gap_s
+        return (total_s + gap_s) * self._time_factor
 
     def _launch_s(self, layers: int) -> float:
         return layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
@@ -151,7 +191,7 @@ class Pricing:
         slowdown = self._load_slowdown if c.loading else 1.0
         band_s: FloatArray | float = 0.0
         for layer, counts in zip(self._classes, bands.of_class_array, strict=True):
-            attention_s = layer.decode_attention.array(c.decode_tokens, c.decode_kv_tokens) * self._kv_factor
+            attention_s = layer.decodes_s(c) * self._kv_factor
             layer_s = layer.padded_dense.array(c.decode_tokens) + attention_s
             if c.propagated_tokens is not None:
                 layer_s = layer_s + layer.kv_projection.array(c.propagated_tokens)
@@ -187,9 +227,10 @@ class Pricing:
         total_s = np.where(runs, total_s + last_s, total_s)
         if c.host_ahead:
             host_s = (layers * runtime.launch_s_per_layer + runtime.launch_s_per_graph) + runtime.host_overhead_s
-            ahead_s: FloatArray = np.maximum(total_s, host_s) * self._time_factor
-            return ahead_s
-        return (total_s + runtime.host_overhead_s) * self._time_factor
+            total_s = np.maximum(total_s, host_s)
+        else:
+            total_s = total_s + runtime.host_overhead_s
+        return (total_s + runtime.gap_s) * self._time_factor
 
     def _groups_s(self, device_s: FloatArray, layers: IntArray, slowdown: float) -> FloatArray:
         host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph

@@ -137,6 +137,8 @@ class Profile:
             ("runtime.launch_s_per_graph", self.runtime.launch_s_per_graph, 0.0),
             ("runtime.sync_s", self.runtime.sync_s, 0.0),
             ("runtime.host_overhead_s", self.runtime.host_overhead_s, 0.0),
+            ("runtime.gap_s", self.runtime.gap_s, 0.0),
+            ("runtime.prefill_gap_s", self.runtime.prefill_gap_s, 0.0),
         ):
             if not (np.isfinite(value) and value >= least):
                 raise UserError(f"{self.name}.{key}", value, f"a finite number of at least {least}", "set it so")

@@ -92,3 +92,5 @@ class Runtime:
     host_overhead_s: float  # scheduling, sampling and bookkeeping of one iteration, while the device waits
     graph_batch_sizes: tuple[int, ...] | None  # decode batches are padded up to one of these; None: no padding
     sources: tuple[tuple[str, str], ...] = ()  # (quantity, source or "assumed: why")
+    gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
+    prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches

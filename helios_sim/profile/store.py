@@ -1,8 +1,8 @@
 """Profiles on disk: one folder with profile.json and two Parquet tables. Knows the format, not where numbers come from.
 
 `rows.parquet`: table, layer_class, rows, time_s, iqr_s, samples. `grids.parquet`: table, layer_class, first, second,
-time_s, iqr_s, samples. Tables of the whole model (head, embedding, and where measured check, check_classifier) have
-layer_class -1.
+time_s, iqr_s, samples. `terms.parquet`, where there are optional terms: see `store_terms`. Tables of the whole model
+(head, embedding, and where measured check, check_classifier) have layer_class -1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.store_terms import read_terms, write_terms
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Provenance
 
@@ -53,12 +54,13 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Writes the three files into the folder `path`; profile.json last, so that an interrupted write is no profile."""
+    """Writes the files into the folder `path`; profile.json last, so that an interrupted write is no profile."""
     path.mkdir(parents=True, exist_ok=True)
     rows = [_row_columns(name, index, table) for name, index, table in _rows_tables(profile)]
     grids = [_grid_columns(name, index, table) for name, index, table in _grid_tables(profile)]
     _write_parquet(rows, path / "rows.parquet")
     _write_parquet(grids, path / "grids.parquet")
+    write_terms(profile.layer_tables, path)
     header = {
         "schema_version": SCHEMA_VERSION,
         "model": asdict(profile.model),
@@ -81,6 +83,7 @@ def read_profile(path: Path) -> Profile:
         runtime = dict(header["runtime"])
         sizes = runtime.pop("graph_batch_sizes")
         sources = tuple((key, value) for key, value in runtime.pop("sources"))
+        terms = [read_terms(path, i) for i in range(max(header["layer_class"]) + 1)]
         return Profile(
             model=ModelSpec(**header["model"]),
             hardware=HardwareSpec(**header["hardware"]),
@@ -92,6 +95,8 @@ def read_profile(path: Path) -> Profile:
                     kv_projection=_rows_table(rows, "kv_projection", i),
                     decode_attention=_grid_table(grids, "decode_attention", i),
                     prefill_attention=_grid_table(grids, "prefill_attention", i),
+                    mixed_attention=terms[i][0],
+                    unequal_kv=terms[i][1],
                 )
                 for i in range(max(header["layer_class"]) + 1)
             ),

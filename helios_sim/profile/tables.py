@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import IntArray
+
+if TYPE_CHECKING:
+    from helios_sim.profile.terms import MixedTable, UnequalTable
 
 FloatArray = NDArray[np.float64]
 
@@ -60,12 +64,18 @@ class LayerTables:
     kv_projection: RowsTable  # K and V of this layer only, written to the cache
     decode_attention: GridTable
     prefill_attention: GridTable
+    mixed_attention: MixedTable | None = None  # decodes beside a chunk; None: as decodes alone
+    unequal_kv: UnequalTable | None = None  # None: KV lengths enter by their mean
 
     def check(self, name: str) -> None:
         self.dense.check(f"{name}.dense")
         self.kv_projection.check(f"{name}.kv_projection")
         self.decode_attention.check(f"{name}.decode_attention")
         self.prefill_attention.check(f"{name}.prefill_attention")
+        if self.mixed_attention is not None:
+            self.mixed_attention.check(f"{name}.mixed_attention")
+        if self.unequal_kv is not None:
+            self.unequal_kv.check(f"{name}.unequal_kv")
 
 
 def check_axis(key: str, axis: IntArray, start: int) -> None:
