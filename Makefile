@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench live models clean
+.PHONY: help run test check bench sweep live models clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -20,7 +20,11 @@ $(STAMPS)/core: $(PINS) | $(BIN)/python
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/test: $(PINS) | $(BIN)/python
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[test,sweep]'
+	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+
+$(STAMPS)/sweep: $(PINS) | $(BIN)/python
+	$(INSTALL) -e '.[sweep]'
 	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
 
 $(STAMPS)/live: $(PINS) | $(BIN)/python
@@ -40,6 +44,8 @@ test: check  ## everything in check, then all tests
 
 bench: $(STAMPS)/test  ## speed measurements (deselected in `make test`)
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
+
+sweep: $(STAMPS)/sweep  ## add joblib, Optuna and Ray to the same .venv
 
 live: $(STAMPS)/live  ## add torch and transformers to the same .venv
 

@@ -6,8 +6,13 @@ Whatever runs them, each design is computed by the same function from the same i
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
+from time import sleep
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +23,7 @@ from helios_sim.sweep.journal import Outcome
 from helios_sim.sweep.schema import DesignsConfig
 
 Evaluate = Callable[[Sequence[Job]], Outcome]
-MOST_ROUNDS = 5  # of starting again with what was lost to machines that went away
+MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a design in between
 
 
 def need(name: str, key: str, value: object) -> ModuleType:
@@ -38,7 +43,7 @@ class Workers:
     def __init__(self, config: DesignsConfig, run: Evaluate = evaluate) -> None:
         """UserError where the backend's libraries are missing or its cluster cannot be reached."""
         self._config, self._run = config, run
-        self._started_ray: Any = None
+        self._connected: Any = None
         if config.backend != "serial":
             self._joblib = need("joblib", "sweep.backend", config.backend)
         if config.backend == "ray":
@@ -57,68 +62,91 @@ class Workers:
                     yield key, self._run(jobs)
 
     def close(self) -> None:
-        """Ends a Ray cluster that was started for this sweep; one that was there before stays."""
-        if self._started_ray is not None:
-            self._started_ray.shutdown()
-            self._started_ray = None
+        """Leaves the Ray cluster, which ends it if it was started for this sweep."""
+        if self._connected is not None:
+            self._connected.shutdown()
+            self._connected = None
 
     def _processes(self, designs: Mapping[str, Sequence[Job]]) -> Iterator[tuple[str, Outcome]]:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         workers = min(self._config.workers or os.cpu_count() or 1, max(len(designs), 1))
         try:
-            yield from self._parallel(designs, self._joblib.Parallel(
-                n_jobs=workers, backend="loky", batch_size=1, return_as="generator_unordered"
-            ))  # fmt: skip
+            yield from self._parallel(designs, workers, os.getpid(), backend="loky")
         except TerminatedWorkerError as error:
             allowed = "a process was killed from outside, most often for want of memory; finished designs are kept"
             fix = "start again in the same hydra.run.dir with fewer, such as sweep.workers=1"
             raise UserError("sweep.workers", workers, allowed, fix) from error
 
     def _cluster(self, designs: Mapping[str, Sequence[Job]]) -> Iterator[tuple[str, Outcome]]:
-        """An actor that goes down with its node is started on another, and its designs run again there."""
+        """What was lost with a node runs again on those that are left."""
         from ray.exceptions import RayError
 
-        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
-        missing = dict(designs)
-        for _ in range(MOST_ROUNDS):
+        missing, in_vain = dict(designs), 0
+        while missing:
             cpus = int(self._ray.cluster_resources().get("CPU", 1))
             workers = max(1, min(self._config.workers or cpus, cpus, len(missing)))
+            before = len(missing)
             try:
-                with self._joblib.parallel_config("ray", n_jobs=workers, ray_remote_args=options):
-                    parallel = self._joblib.Parallel(batch_size=1, return_as="generator_unordered")
-                    for key, outcome in self._parallel(missing, parallel):
+                with self._joblib.parallel_config("ray", ray_remote_args={"scheduling_strategy": "SPREAD"}):
+                    for key, outcome in self._parallel(missing, workers, None):
                         del missing[key]
                         yield key, outcome
-                return
             except RayError as error:
-                lost = error
-        allowed = f"the cluster failed {MOST_ROUNDS} times ({type(lost).__name__}); finished designs are kept"
-        raise UserError("sweep.backend", "ray", allowed, "look at the cluster, then start again in the same folder")
+                in_vain = in_vain + 1 if len(missing) == before else 0
+                if in_vain == MOST_IN_VAIN:
+                    allowed = f"the cluster does not answer ({type(error).__name__}); finished designs are kept"
+                    fix = "look at the cluster, then start again in the same hydra.run.dir"
+                    raise UserError("sweep.backend", "ray", allowed, fix) from error
 
-    def _parallel(self, designs: Mapping[str, Sequence[Job]], parallel: Any) -> Iterator[tuple[str, Outcome]]:
-        delayed = self._joblib.delayed(_one)
-        yield from parallel(delayed(self._run, key, jobs) for key, jobs in list(designs.items()))
+    def _parallel(
+        self, designs: Mapping[str, Sequence[Job]], workers: int, parent: int | None, **options: Any
+    ) -> Iterator[tuple[str, Outcome]]:
+        parallel = self._joblib.Parallel(workers, batch_size=1, return_as="generator_unordered", **options)
+        one = self._joblib.delayed(_one)
+        yield from parallel(one(self._run, key, jobs, parent) for key, jobs in list(designs.items()))
 
     def _connect(self) -> None:
-        import_module("ray.util.joblib").register_ray()
+        ray_backend = import_module("ray.util.joblib.ray_backend").RayBackend
+        # Results as they come: Ray hands them over as joblib's other pools do, which joblib does not know of it.
+        streaming = type("RayBackend", (ray_backend,), {"supports_return_generator": True})
+        self._joblib.register_parallel_backend("ray", streaming)
         if self._ray.is_initialized():
             return
         address = self._config.address
+        own = address in (None, "local") and "RAY_ADDRESS" not in os.environ
+        of_own = {"include_dashboard": False, "num_cpus": self._config.workers} if own else {}
         try:
-            self._ray.init(
-                address=address, log_to_driver=False, include_dashboard=False if self._starts() else None,
-                num_cpus=self._config.workers if self._starts() else None,
-            )  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _knock(address)
+            self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
+        except (OSError, ValueError, RuntimeError) as error:
             reason = f"no Ray cluster can be reached there: {str(error).splitlines()[0]}"
             fix = "correct it, or leave it out to start one here"
             raise UserError("sweep.address", address, reason, fix) from error
-        self._started_ray = self._ray
-
-    def _starts(self) -> bool:
-        return self._config.address in (None, "local") and "RAY_ADDRESS" not in os.environ
+        self._connected = self._ray
 
 
-def _one(run: Evaluate, key: str, jobs: Sequence[Job]) -> tuple[str, Outcome]:
+def _knock(address: str | None) -> None:
+    """OSError where nothing listens at HOST:PORT, which Ray would wait minutes for."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _one(run: Evaluate, key: str, jobs: Sequence[Job], parent: int | None) -> tuple[str, Outcome]:
+    if parent is not None and parent != os.getpid():
+        _follow(parent)
     return key, run(jobs)
+
+
+@cache
+def _follow(parent: int) -> None:
+    """A process of ours leaves interrupts to its parent, and does not outlive it: joblib's would wait for minutes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        sleep(1.0)
+    os._exit(1)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def run_sweep(variant: Variant, folder: Path) -> int:
     """Runs, writes and prints. Returns 0. UserError before anything is written, or when every design failed."""
     plan = plan_sweep(variant)
     make_folder(folder)
-    with progress(plan) as on_done:
+    with redirect_stdout(sys.stderr), progress(plan) as on_done:  # Ray prints what happens to its nodes
         result = run_plan(plan, folder, provenance(plan.config), on_done)
     summary = write_designs(result, folder)
     try:
