@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,10 +76,6 @@ class GgufFile:
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer made from the file's vocabulary."""
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Any:
         if "tokenizer.ggml.model" not in self.metadata:
             raise UserError("weights", str(self.path), "a GGUF file with a tokenizer", "choose a file that has one")
         import transformers

@@ -55,6 +55,7 @@ class PromptStep:
 
     def __init__(self, cache: KvCache, slot: int, tokens: int, context: int = 0) -> None:
         self._cache, self._slot, self._start, self._end = cache, slot, context, context + tokens
+        _check_room(cache, [slot], self._end)
         self.positions = torch.arange(context, context + tokens, device=cache.device)
         self.rotations = cache.rotary.at(self.positions)
         a = cache.architecture
@@ -80,13 +81,14 @@ class PromptStep:
 class DecodeStep:
     """One token for each of B requests: request b is in slots[b] and has lengths[b] tokens in the cache.
 
-    Slots in a row (first, first + 1, ...) are read in place; others are gathered. `span` pads the context that is read
-    (for captured graphs); without it the longest request decides.
+    Slots in a row (first, first + 1, ...) are read in place; others are gathered. `span` fixes how much context is
+    read, with a mask, so that the step can be refilled; without it the longest request decides.
     """
 
     def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
         a, batch = cache.architecture, len(slots)
-        self._cache, self._span = cache, span or max(lengths) + 1
+        self._cache, self._span = cache, max(lengths) + 1 if span is None else span
+        _check_room(cache, slots, max(self._span, max(lengths) + 1))
         self._in_row = list(slots) == list(range(slots[0], slots[0] + batch))
         self._first, self._batch, self._scale = slots[0], batch, a.attention_scale
         self._shape = (batch, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
@@ -96,8 +98,19 @@ class DecodeStep:
         heads = torch.arange(a.n_kv_heads, device=cache.device)
         rows = (self.slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + self.positions[:, None]
         self._rows = rows.flatten()  # of the cache seen as (slots x kv_heads x max_tokens, head_dim)
-        even = min(lengths) + 1 == self._span
+        even = span is None and min(lengths) == max(lengths)
         self._masks = _decode_masks(a, self.positions, self._span, even, cache.dtype)
+
+    def refill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Other requests or longer ones in the same tensors, as a captured graph needs. Only with a fixed `span`.
+
+        A step that reads slots in a row stays with its slots; one that gathers takes any.
+        """
+        new = DecodeStep(self._cache, slots, lengths, self._span)
+        if self._in_row and (not new._in_row or new._first != self._first):
+            raise ValueError(f"this step reads slots from {self._first} on in a row; asked for {list(slots)}")
+        for mine, theirs in zip(self._tensors(), new._tensors(), strict=True):
+            mine.copy_(theirs)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         width = k.shape[-1]
@@ -118,6 +131,13 @@ class DecodeStep:
         if self._in_row:
             return spanned[self._first : self._first + self._batch]
         return spanned.index_select(0, self.slots)
+
+    def _tensors(self) -> list[Tensor]:
+        """All that depends on slots and lengths, each tensor once though several layers share it."""
+        rotations = [tensor for rotation in self.rotations if rotation is not None for tensor in rotation]
+        masks = [mask for mask in self._masks if mask is not None]
+        every = (self.slots, self.positions, self._rows, *rotations, *masks)
+        return list({id(tensor): tensor for tensor in every}.values())
 
 
 class Packed:
@@ -149,6 +169,12 @@ class Packed:
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=True
         )
         return out.transpose(1, 2).reshape(self._batch * self._tokens, -1)
+
+
+def _check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
+    """A write past a slot's end would land in its neighbour."""
+    if tokens > cache.max_tokens or not all(0 <= slot < cache.slots for slot in slots):
+        raise ValueError(f"{tokens} tokens in slots {list(slots)}: {cache.slots} slots of {cache.max_tokens} tokens")
 
 
 def _causal_masks(

@@ -11,16 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture
+from helios_sim.live.architecture import Architecture, values
 from helios_sim.live.layers import Attend, norm, run_layer, write_kv
-from helios_sim.live.weights import (
-    LayerWeights,
-    OuterWeights,
-    TensorSource,
-    load_layer,
-    load_outer,
-    weight_bytes,
-)
+from helios_sim.live.room import check_fits
+from helios_sim.live.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
 
 
 class SegmentedModel:
@@ -47,10 +41,14 @@ class SegmentedModel:
     ) -> SegmentedModel:
         """The model up to `layers` (None: all). Layers above are never read.
 
-        Raises UserError for a cap outside 1..n_layers or a damaged file.
+        Raises UserError for a cap outside 1..n_layers, too little memory or a damaged file.
         """
+        a = checkpoint.architecture
+        cap = a.n_layers if layers is None else layers
+        _check_cap(cap, a)
+        check_fits(f"{cap} layers", a.weight_values(cap) * dtype.itemsize, torch.device(device))
         model = cls(checkpoint, load_outer(checkpoint, dtype, torch.device(device)), dtype, device)
-        model.load_layers(model.architecture.n_layers if layers is None else layers)
+        model.load_layers(cap)
         return model
 
     @property
@@ -63,10 +61,11 @@ class SegmentedModel:
         return weight_bytes(self.outer) + sum(weight_bytes(layer) for layer in self.layers)
 
     def load_layers(self, end: int) -> None:
-        """Read what is missing of the first `end` layers, one tensor at a time."""
-        n_layers = self.architecture.n_layers
-        if not 1 <= end <= n_layers:
-            raise UserError("layers", end, f"1 to {n_layers}, the model's own", "choose a cap within the model")
+        """Read what is missing of the first `end` layers, one tensor at a time. Raises as `load` does."""
+        _check_cap(end, self.architecture)
+        missing = max(0, end - self.n_loaded)
+        layer_bytes = values(self.architecture.layer_shapes()) * self.dtype.itemsize
+        check_fits(f"{missing} more layers", missing * layer_bytes, self.device)
         for layer in range(self.n_loaded, end):
             self.layers.append(load_layer(self._source, layer, self.dtype, self.device))
 
@@ -101,3 +100,8 @@ class SegmentedModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: (N, d_model) -> (N, vocab). At an exit this is the model's own head (LayerSkip)."""
         return F.linear(self.normed(hidden), self.outer.head)
+
+
+def _check_cap(layers: int, a: Architecture) -> None:
+    if not 1 <= layers <= a.n_layers:
+        raise UserError("layers", layers, f"1 to {a.n_layers}, the model's own", "choose a cap within the model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,6 @@ class SafetensorsFolder:
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the folder. Raises UserError where there is none."""
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Any:
         if not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise UserError(
                 "weights", str(self.folder), "a folder with a tokenizer", "save the tokenizer into it (save_pretrained)"

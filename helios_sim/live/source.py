@@ -6,7 +6,10 @@ Known names are `helios_sim.live.known.KNOWN`; their files lie in the cache fold
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import re
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,7 @@ from helios_sim.live.known import KNOWN, cache_folder, sha256_of
 from helios_sim.live.naming import Piece
 from helios_sim.live.safetensors_folder import SafetensorsFolder
 
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*"]
 
@@ -52,8 +56,24 @@ class Checkpoint:
         return self.rows(name, 0, self.shape(name)[0])
 
     def tokenizer(self) -> Any:
-        """transformers' tokenizer. Raises UserError where the checkpoint has none."""
-        return self.storage.tokenizer()
+        """transformers' tokenizer, made once. Raises UserError where the checkpoint has none.
+
+        One made from a GGUF file is kept in the cache folder by the file's sha256: it takes 3 to 20 s to make.
+        """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if isinstance(self.storage, SafetensorsFolder):
+            return self.storage.tokenizer()
+        import transformers
+
+        kept = cache_folder() / "tokenizers" / self.sha256
+        if (kept / "tokenizer.json").exists():
+            return transformers.AutoTokenizer.from_pretrained(kept)
+        made = self.storage.tokenizer()
+        _keep(made, kept)
+        return made
 
     @cached_property
     def sha256(self) -> str:
@@ -64,6 +84,17 @@ class Checkpoint:
             return digests[0]
         lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _keep(tokenizer: Any, folder: Path) -> None:
+    """Whole or not at all. A cache that cannot be written costs time, nothing else."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            tokenizer.save_pretrained(Path(scratch) / "whole")
+            os.replace(Path(scratch) / "whole", folder)
+    except OSError as error:
+        _log.warning("the tokenizer is not kept in %s: %s", folder, error)
 
 
 def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:

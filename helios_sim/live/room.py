@@ -1,0 +1,47 @@
+"""Whether weights fit where they are to go. Knows how much memory is free, not what is put there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from helios_sim.errors import UserError
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, of a CPU also within its control group; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [n for n in (_free_on_host(), _free_in_group()) if n is not None]
+    return min(found) if device.type == "cpu" and found else None
+
+
+def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
+    """Raises UserError, before anything is allocated, where the weights cannot fit."""
+    free = available_bytes(device)
+    if free is not None and needed_bytes > free:
+        raise UserError(
+            "memory", f"{free / 1e9:.2f} GB free on {device}", f"{needed_bytes / 1e9:.2f} GB for the weights of {name}",
+            "load fewer layers, use bfloat16, choose a smaller model or free memory",
+        )  # fmt: skip
+
+
+def _free_on_host() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _free_in_group() -> int | None:
+    """Of a container with a limit (cgroup v2)."""
+    try:
+        limit, used = (_CGROUP / "memory.max").read_text(), (_CGROUP / "memory.current").read_text()
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return None

@@ -1,0 +1,169 @@
+"""GGUF files: written here from tiny models by llama.cpp's conventions, and the known files where they are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from helios_sim.errors import UserError
+from helios_sim.live.architecture import model_spec
+from helios_sim.live.gguf_file import GgufFile
+from helios_sim.live.known import KNOWN, cache_folder
+from helios_sim.live.model import SegmentedModel
+from helios_sim.live.source import find_checkpoint
+from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
+from tiny_models import tiny_model
+
+_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+_SIZES = {"hidden_size": 64, "intermediate_size": 96}  # multiples of 32, the block of Q8_0
+
+
+def _gguf_name(name: str, family: str) -> str:
+    outer = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }  # fmt: skip
+    if name in outer:
+        return outer[name]
+    _, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    after = "post_attention_norm" if family == "gemma3" else "ffn_norm"
+    return f"blk.{layer}.{after if stem == 'post_attention_layernorm' else _NAMES[stem]}.{kind}"
+
+
+def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to Llama's q and k."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, reference: Any, quantized: bool = False, rope_freqs: list[float] | None = None) -> Path:
+    c, family = reference.config, reference.config.model_type.removesuffix("_text")
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_array("tokenizer.ggml.scores", [0.5] * 5000)  # a long array is stepped over
+    if family == "gemma3":
+        writer.add_rope_freq_base(c.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_sliding_window(c.sliding_window)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    else:
+        writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))
+    for name, tensor in reference.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        data = tensor.float().numpy()
+        if family == "llama" and "q_proj" in name:
+            data = _permuted(data, c.num_attention_heads)
+        if family == "llama" and "k_proj" in name:
+            data = _permuted(data, c.num_key_value_heads)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            data = data + 1
+        if quantized and data.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(_gguf_name(name, family), gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(name, family), np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen2", {}), ("gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": None}),
+    ],
+)  # fmt: skip
+def test_a_gguf_file_is_the_model_it_was_written_from(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    layers = 7  # past Gemma-3's first layer that sees everything
+    reference = tiny_model(family, layers, **_SIZES | changes)
+    model = SegmentedModel.load(find_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", reference))))
+    ids = token_ids(batch=2, tokens=40)
+    torch.testing.assert_close(packed_logits(model, ids), reference_logits(reference, ids), atol=TOLERANCE, rtol=0)
+    assert model_spec(model.architecture, "tiny", 3.0).weight_bytes(layers) == model.weight_bytes
+
+
+def test_quantized_tensors_are_what_the_gguf_package_says(tmp_path: Path) -> None:
+    reference = tiny_model("llama", **_SIZES)
+    checkpoint = find_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", reference, quantized=True)))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    for name in ("token_embd.weight", "blk.3.ffn_down.weight", "blk.3.attn_norm.weight"):
+        want = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
+        np.testing.assert_array_equal(checkpoint.tensor(name).numpy(), want)
+        np.testing.assert_array_equal(checkpoint.rows(name, 5, 9).numpy(), want[5:9])
+    ids = token_ids(batch=1, tokens=30)
+    got, want = packed_logits(SegmentedModel.load(checkpoint), ids), reference_logits(reference, ids)
+    assert ((got - want).std() / want.std()).item() < 0.05  # eight bits
+
+
+def test_llama3_scaling_comes_from_its_tensor(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    reference = tiny_model("llama", **_SIZES, rope_parameters=scaling)
+    plain = 1e4 ** -(np.arange(0, 16, 2) / 16)
+    divisors = plain / reference.model.rotary_emb.inv_freq.numpy()
+    path = write_gguf(tmp_path / "tiny.gguf", reference, rope_freqs=divisors.tolist())
+    ids = token_ids(batch=1, tokens=100)
+    got = packed_logits(SegmentedModel.load(find_checkpoint(str(path))), ids)
+    torch.testing.assert_close(got, reference_logits(reference, ids), atol=TOLERANCE, rtol=0)
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", 1, **_SIZES)).read_bytes()
+    for content, says in ((whole[:-1], "bytes by its header"), (whole[:300], "ends in the middle"), (b"no", "GGUF")):
+        (tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            find_checkpoint(str(tmp_path / "bad.gguf"))
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"family llama.*'mamba'"):
+        find_checkpoint(str(tmp_path / "other.gguf"))
+
+
+def test_a_file_without_tokenizer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIOS_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", 1, **_SIZES))
+    with pytest.raises(UserError, match="with a tokenizer"):
+        find_checkpoint(str(path)).tokenizer()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_model_computes_what_transformers_computes(name: str) -> None:
+    """Two layers of each, since transformers takes a minute to read a whole file; `bench` compares them whole."""
+    path = cache_folder() / KNOWN[name].file
+    if not path.exists():
+        pytest.skip(f"the weights of {name} are not in {cache_folder()}: {KNOWN[name].get_it}")
+    file = GgufFile(path)
+    a = file.architecture
+    model = SegmentedModel.load(file, layers=1)
+    step_ids = token_ids(batch=1, tokens=8, vocab_size=1000)
+    logits = packed_logits(model, step_ids)
+    assert torch.isfinite(logits).all()
+    assert logits.shape == (1, 8, a.vocab_size)
