@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from calibrate.device import Device
+    from calibrate.subject import Limits
     from helios_sim.live.architecture import Architecture
     from helios_sim.live.heads import ExitHeads
     from helios_sim.live.model import SegmentedModel
@@ -93,12 +95,50 @@ class Inputs:
         kind: torch.dtype = getattr(torch, self.dtype)
         return kind
 
-    @cached_property
+    @property
     def model(self) -> SegmentedModel:
         """All layers that are asked for, on the device."""
+        return self.loaded[0]
+
+    @cached_property
+    def loaded(self) -> tuple[SegmentedModel, int | None]:
+        """The model, and by how many bytes memory grew when it was loaded (None where the device cannot tell)."""
+        from calibrate.memory import grown
         from helios_sim.live.model import SegmentedModel
 
-        return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, self.device.torch_device)
+        def load() -> SegmentedModel:
+            return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, self.device.torch_device)
+
+        return grown(self.device, load)
+
+    def reload_layer(self) -> int:
+        """Reads the first layer anew from the checkpoint; its bytes."""
+        from helios_sim.live.weights import load_layer, weight_bytes
+
+        device = self.model.device
+        return weight_bytes(load_layer(self.checkpoint, 0, self.torch_dtype, device))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.checkpoint.tokenizer()
+
+    @property
+    def whole(self) -> bool:
+        """Every layer is loaded: only then is there a full depth to compare with."""
+        return self.layers == self.architecture.n_layers
+
+    def limits(self) -> Limits:
+        """How far tables reach."""
+        from calibrate.subject import LIMITS, Limits
+
+        c = self.config
+        if c.quick:
+            context = min(64, c.max_context_tokens or 64)
+            return Limits(min(4, c.max_batch or 4), 16, min(16, context // 2), context, 8)
+        most = LIMITS[self.device.facts.kind]
+        context = c.max_context_tokens or most.max_kv_tokens
+        chunk = min(most.max_chunk, context // 2)
+        return replace(most, max_batch=c.max_batch or most.max_batch, max_kv_tokens=context, max_chunk=chunk)
 
     @cached_property
     def heads_folder(self) -> Path | None:
@@ -118,6 +158,12 @@ class Inputs:
         if self.heads_folder is None:
             return ExitHeads.own(self.exits)
         return ExitHeads.load(self.heads_folder, self.architecture, self.device.torch_device)
+
+    def use_heads(self, folder: Path) -> None:
+        """From now on these, which were just trained."""
+        for name in ("heads_folder", "heads", "exits"):
+            self.__dict__.pop(name, None)
+        self.config = replace(self.config, heads=str(folder), model=replace(self.config.model, exits=None))
 
     @cached_property
     def exits(self) -> tuple[int, ...]:
@@ -140,7 +186,8 @@ class Inputs:
     def spec(self, chars_per_token: float) -> ModelSpec:
         from helios_sim.live.architecture import model_spec
 
-        return model_spec(self.architecture, self.config.model.name, chars_per_token, self.dtype)
+        spec = model_spec(self.architecture, self.config.model.name, chars_per_token, self.dtype)
+        return replace(spec, n_layers=self.layers)
 
     def identity(self) -> dict[str, Any]:
         """Settings on which every measurement of the model depends."""

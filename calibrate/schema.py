@@ -43,11 +43,13 @@ class CalibrateConfig:
     dtype: str | None = None  # float32, bfloat16; null: bfloat16 where the device computes in it, else float32
     budget_s: float | None = None  # for everything together; null: as long as it takes
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
-    tasks: list[str] | None = None  # labelled texts to trace; null: all
-    trace_tokens: int = 50_000  # of all tasks together
-    train_tokens: int = 200_000  # for exit adapters
-    max_batch: int = 64  # largest decode batch in the grid
-    max_context_tokens: int | None = None  # longest context in the grid; null: the model's, at most 2048
+    tasks: list[str] | None = None  # labelled texts to trace; null: all that are there
+    trace_tokens: int = 55_000  # about as many, of all tasks together
+    answers: int = 6  # the model's own, to trace for each task; 0: none
+    train_tokens: int = 200_000  # for exit adapters, about
+    max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
+    max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
+    quick: bool = False  # tiny shapes and few samples: to try the command; its numbers are worth little
     threshold: float = 0.9  # at which the report counts exits; the trace answers every other
     pairs: list[str] = field(default_factory=list)  # more trace folders, for joint exits; shipped ones are used anyway
     out: str = ""  # the output folder; the same again resumes
@@ -60,11 +62,11 @@ class CalibrateConfig:
         budget = self.budget_s
         require(budget is None or budget > 0, "budget_s", budget, "null or above 0")
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
-        for key in ("trace_tokens", "train_tokens", "max_batch"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("threads", "memory_bytes", "max_context_tokens"):
+        for key, least in (("trace_tokens", 1), ("train_tokens", 1), ("answers", 0)):
+            require(getattr(self, key) >= least, key, getattr(self, key), f"at least {least}")
+        for key, least in (("threads", 1), ("memory_bytes", 1), ("max_batch", 2), ("max_context_tokens", 16)):
             value = getattr(self, key)
-            require(value is None or value >= 1, key, value, "null or at least 1")
+            require(value is None or value >= least, key, value, f"null or at least {least}")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 

@@ -32,6 +32,10 @@ _SCRATCH, _LOCK = ".scratch", ".lock"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
+class NotEnoughTime(Exception):
+    """A stage found that its time does not suffice. What it wrote is kept for the next call, and others go on."""
+
+
 class Status(StrEnum):
     DONE = "done"  # in this call
     KEPT = "kept"  # finished by an earlier call
@@ -45,6 +49,7 @@ class Finished:
 
     name: str
     folder: Path
+    settings: Mapping[str, Any]
     result: Mapping[str, Any]
     wall_s: float
     finished_at: str
@@ -178,6 +183,8 @@ def _one(
             }
             files.write_json(draft / RECORD, record)
             place = _put(draft, folder / STAGES / stage.name)
+    except NotEnoughTime as error:
+        return _skipped(stage, str(error), transcript)
     except UserError as error:
         transcript.note(stage.name, "failed", str(error))
         raise
@@ -219,11 +226,11 @@ def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dic
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            finished, settings, needs = _finished(path.parent, record), record["settings"], record["needs"]
+            finished, needs = _finished(path.parent, record), record["needs"]
         except (OSError, ValueError, KeyError, TypeError):
             transcript.note(stage.name, "outdated", "its record cannot be read: it is measured anew")
             continue
-        why = _changed(settings, _plain(stage.settings))
+        why = _changed(finished.settings, _plain(stage.settings))
         newer = [n for n in stage.needs if n not in kept or kept[n].finished_at != needs.get(n)]
         if why or newer:
             why = why or f"{', '.join(newer)} is measured anew"
@@ -246,12 +253,14 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
-    return Finished(record["stage"], folder, record["result"], float(record["wall_s"]), record["finished_at"])
+    return Finished(
+        record["stage"], folder, record["settings"], record["result"], float(record["wall_s"]), record["finished_at"]
+    )
 
 
 @contextmanager
 def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Path]:
-    """Where a stage writes until it is finished. It outlives a kill or an interrupt, not an error or other settings."""
+    """Where a stage writes until it is finished. It outlives a kill or want of time, not a defect or other settings."""
     place = folder / _SCRATCH / stage.name
     basis = place.with_name(f"{stage.name}.json")
     now_is = files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
@@ -261,8 +270,11 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
     files.write_text(basis, now_is)
     try:
         yield place
+    except (UserError, NotEnoughTime):
+        raise
     except Exception:
         shutil.rmtree(place, ignore_errors=True)
+        basis.unlink(missing_ok=True)
         raise
     basis.unlink(missing_ok=True)
     with suppress(OSError):

@@ -2,28 +2,235 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import wraps
 from typing import Any
 
 from calibrate.inputs import Inputs
-from calibrate.stages import Stage, StageRun
+from calibrate.reading import chars_per_token, chars_that_fit, texts_at_hand
+from calibrate.stages import NotEnoughTime, Stage, StageRun
+from helios_sim.errors import UserError
+from helios_sim.report import files
 
-CEILINGS = "ceilings"
+CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
+STAGES_OF = {
+    "all": (CEILINGS, PROFILE, TRACES, ANSWERS),
+    "latency": (CEILINGS, PROFILE),
+    "adapters": (ADAPTERS, TRACES),
+    "traces": (TRACES, ANSWERS),
+}
+Run = Callable[[StageRun], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Seconds that a stage takes unhurried, and in which it is worth beginning."""
+
+    estimate_s: float
+    least_s: float
+
+
+# On two cores with a model of a tenth of a billion weights; larger ones take more, and then are cut shorter.
+EFFORTS = {
+    CEILINGS: Effort(10, 3),
+    PROFILE: Effort(600, 60),
+    ADAPTERS: Effort(1500, 120),
+    TRACES: Effort(400, 30),
+    ANSWERS: Effort(100, 30),
+}
+QUICK = Effort(2, 0.5)
 
 
 def stages_of(inputs: Inputs) -> list[Stage]:
-    """Those of the task that was asked for."""
-    return [_ceilings(inputs)]
+    """Those of the task that was asked for. Traces need the whole model: without its last layer none compares."""
+    makers = {CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRACES: _traces, ANSWERS: _answers}
+    names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
+    if not names:
+        allowed = "exits are compared with full depth, so every layer must be loaded"
+        raise UserError("model.layers", inputs.layers, allowed, "leave model.layers out, or use task=latency")
+    if not inputs.config.answers:
+        names = [name for name in names if name != ANSWERS]
+    return [makers[name](inputs) for name in names]
+
+
+def _stage(
+    inputs: Inputs, name: str, run: Run, worth: float, needs: tuple[str, ...], settings: dict[str, Any]
+) -> Stage:
+    effort = QUICK if inputs.config.quick else EFFORTS[name]
+    return Stage(name, _memory_named(run), effort.estimate_s, worth, effort.least_s, needs, settings)
 
 
 def _ceilings(inputs: Inputs) -> Stage:
+    quick = inputs.config.quick
+
     def run(stage: StageRun) -> Mapping[str, Any]:
         from calibrate.ceilings import measure_ceilings
 
-        found = measure_ceilings(inputs.device, inputs.dtype)
+        sizes = {"buffer_bytes": 16 << 20, "matrix_rows": 256} if quick else {}
+        found = measure_ceilings(inputs.device, inputs.dtype, **sizes)
         return {"facts": asdict(inputs.device.facts), "ceilings": found.to_json()}
 
-    facts = inputs.device.facts
-    settings = {"device": facts.name, "dtype": inputs.dtype, "threads": inputs.config.threads}
-    return Stage(CEILINGS, run, estimate_s=10, least_s=3, worth=100, settings=settings)
+    facts, threads = inputs.device.facts, inputs.config.threads
+    settings = {"device": facts.name, "dtype": inputs.dtype, "threads": threads, "quick": quick}
+    return _stage(inputs, CEILINGS, run, 100, (), settings)
+
+
+def _profile(inputs: Inputs) -> Stage:
+    config = inputs.config
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.campaign import About, Plan, measure_profile
+        from calibrate.subject import Subject
+        from helios_sim.profile.store import write_profile
+
+        model, loaded_bytes = inputs.loaded
+        subject = Subject(model, inputs.device, inputs.limits(), inputs.heads, config.seed)
+        about = About(inputs.spec(chars_per_token(inputs)), _command(), _today(), settings["weights"], _details(inputs))
+        samples = 2 if config.quick else 5
+        allowance_s = stage.allowance_s
+        folder = stage.folder / "measurements"
+        # the same ceilings as in the report's first section
+        files.write_json(folder / "ceilings.json", stage.finished[CEILINGS].result["ceilings"])
+
+        def progress(what: str, spent_s: float) -> None:
+            stage.tell(what, None if allowance_s is None else spent_s / allowance_s)
+
+        try:
+            profile = measure_profile(
+                subject, about, folder, Plan(allowance_s, samples, seed=config.seed),
+                loaded_bytes=loaded_bytes, reload=inputs.reload_layer, progress=progress,
+            )  # fmt: skip
+        except UserError as error:
+            if error.key == "budget_s":
+                raise NotEnoughTime(error.allowed) from error
+            raise
+        write_profile(profile, stage.folder / "profile" / profile.name)
+        return {"name": profile.name}
+
+    settings = {
+        **inputs.identity(), "limits": asdict(inputs.limits()), "heads": inputs.heads_sha256(),
+        "exits": list(inputs.exits), "quick": config.quick, "seed": config.seed,
+    }  # fmt: skip
+    return _stage(inputs, PROFILE, run, 90, (CEILINGS,), settings)
+
+
+def _adapters(inputs: Inputs) -> Stage:
+    config = inputs.config
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.adapters import AdapterConfig, train_heads
+
+        chars = config.train_tokens * chars_per_token(inputs)
+        shares = texts_at_hand(inputs).shares()
+        plan = AdapterConfig(
+            config.model.name, _candidates(inputs), round(chars), round(chars * 0.28), shares=shares,
+            budget_s=None if stage.allowance_s is None else 0.4 * stage.allowance_s, command=_command(),
+        )  # fmt: skip
+        folder = stage.folder / "heads"
+        heads = train_heads(
+            inputs.model, inputs.tokenizer, plan, folder, stage.folder / "scratch", lambda text: stage.tell(text, None)
+        )
+        return {"exits": list(heads.exits)}
+
+    settings = {**inputs.identity(), "train_tokens": config.train_tokens, "exits": list(_candidates(inputs))}
+    settings |= {"tasks": config.tasks, "seed": config.seed}
+    return _stage(inputs, ADAPTERS, run, 95, (), settings)
+
+
+def _traces(inputs: Inputs) -> Stage:
+    config = inputs.config
+    trains = config.task == "adapters"
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.traces import Origin, reference_trace
+        from helios_sim.exits.store import write_trace
+
+        if trains:
+            inputs.use_heads(stage.finished[ADAPTERS].part("heads"))
+        chars, left_out = chars_that_fit(inputs, stage)
+        origin = Origin(config.model.name, inputs.checkpoint.sha256, _command())
+        trace = reference_trace(
+            inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars,
+            lambda text: stage.tell(text, _share(text)),
+        )  # fmt: skip
+        write_trace(trace, stage.folder / "trace")
+        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out}
+
+    settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.trace_tokens}
+    settings |= {} if trains else {"heads": inputs.heads_sha256(), "exits": list(inputs.exits)}
+    return _stage(inputs, TRACES, run, 80, (ADAPTERS,) if trains else (), settings)
+
+
+def _answers(inputs: Inputs) -> Stage:
+    config = inputs.config
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.traces import GENERATED_TASKS, Origin, generated_trace
+        from helios_sim.exits.store import write_trace
+
+        at_hand = texts_at_hand(inputs)
+        tasks = [task for task in GENERATED_TASKS if task in at_hand.tasks]
+        if not tasks:
+            raise UserError("tasks", config.tasks, f"some of {', '.join(GENERATED_TASKS)}", "add one, or set answers=0")
+        origin = Origin(config.model.name, inputs.checkpoint.sha256, _command())
+        tokens, prompt_chars = (12, 60) if config.quick else (64, 400)
+        trace = generated_trace(
+            inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens,
+            lambda text: stage.tell(text, None), prompt_chars,
+        )  # fmt: skip
+        write_trace(trace, stage.folder / "trace")
+        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks)}
+
+    settings = {**inputs.identity(), "tasks": config.tasks, "answers": config.answers, "quick": config.quick}
+    settings |= {"heads": inputs.heads_sha256(), "exits": list(inputs.exits)}
+    return _stage(inputs, ANSWERS, run, 40, (), settings)
+
+
+def _candidates(inputs: Inputs) -> tuple[int, ...]:
+    """Depths at which adapters are tried: those named, else every second layer of the upper two thirds."""
+    if inputs.config.model.exits is not None:
+        return inputs.exits
+    n = inputs.layers
+    return tuple(depth for depth in range(max(1, n // 3), n) if (n - depth) % 2 == 0) or (max(1, n - 1),)
+
+
+def _details(inputs: Inputs) -> dict[str, Any]:
+    checkpoint = inputs.checkpoint
+    found = {"weights": checkpoint.source, "weights_sha256": checkpoint.sha256, "licence": checkpoint.licence}
+    return {**found, "heads": inputs.heads_sha256(), "quick": inputs.config.quick}
+
+
+def _memory_named(run: Run) -> Run:
+    """torch has several ways to say that memory is out; this is one."""
+
+    @wraps(run)
+    def renamed(stage: StageRun) -> Mapping[str, Any]:
+        try:
+            return run(stage)
+        except RuntimeError as error:
+            text = str(error).lower()
+            if "out of memory" in text or "can't allocate memory" in text:
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
+
+    return renamed
+
+
+def _share(text: str) -> float | None:
+    """Of `... batch 3 of 12`."""
+    words = text.split()
+    if len(words) >= 3 and words[-2] == "of" and words[-1].isdigit() and words[-3].isdigit():
+        return int(words[-3]) / int(words[-1])
+    return None
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "calibrate", *sys.argv[1:]])
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
