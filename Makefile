@@ -39,7 +39,7 @@ check: $(STAMPS)/test  ## lint, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## everything in check, then all tests
+test: check $(STAMPS)/live  ## everything in check, then all tests, those of live models included (torch)
 	$(BIN)/python -m pytest -n auto --benchmark-disable
 
 bench: $(STAMPS)/test  ## speed measurements (deselected in `make test`)

@@ -10,6 +10,9 @@ from hypothesis import settings
 
 from helios_sim.shared_data import shared_data_folder
 
+# Before a test loads torch: pytest-xdist has a worker on every core, and torch's threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _NO_DATA = "data from elsewhere is not here"
 
