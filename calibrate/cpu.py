@@ -126,10 +126,13 @@ class CpuDevice:
             return torch.from_file(file.name, shared=True, size=n_bytes, dtype=torch.uint8)
 
     def start_copy(self, pairs: Sequence[tuple[Any, Any]], repeats: int = 1) -> ThreadCopy:
+        import torch
+
         def copy() -> None:
-            for _ in range(repeats):
-                for source, target in pairs:
-                    target.copy_(source)
+            with torch.inference_mode():  # which holds for a thread, and the tensors may come from it
+                for _ in range(repeats):
+                    for source, target in pairs:
+                        target.copy_(source)
 
         return ThreadCopy(copy)
 
@@ -160,17 +163,23 @@ class ThreadCopy:
 
     def __init__(self, copy: Callable[[], None]) -> None:
         self._end_s = 0.0
+        self._error: Exception | None = None
         self._copy = copy
         self._start_s = perf_counter()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        self._copy()
+        try:
+            self._copy()
+        except Exception as error:  # of the thread; it belongs to who waits
+            self._error = error
         self._end_s = perf_counter()
 
     def wait_s(self) -> float:
         self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self._end_s - self._start_s
 
 
