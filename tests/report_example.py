@@ -22,6 +22,7 @@ from helios_sim.report.result import (
     Line,
     LoadFigure,
     Published,
+    QualityFigure,
     Replicate,
     SweepFigure,
     SweepPoint,
@@ -230,5 +231,6 @@ def example_result(
             SweepFigure("TTFT by launch cost", "launch_ms", "launch cost per layer (ms)", "ttft_s_mean",
                         "mean TTFT (s)", arms=("helios", BASELINE)),
             ArmsFigure("What speed costs", "throughput_chars_per_s", "bits_per_char"),
+            QualityFigure("Quality over the run", ("helios", BASELINE)),
         ),
     )  # fmt: skip

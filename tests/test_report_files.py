@@ -80,8 +80,8 @@ def test_all_promised_files_are_there_and_no_scrap(folder: Path) -> None:
     assert expected <= found
     pictures = found - expected
     assert {
-        "figures/published.png", "figures/load_0.png", "figures/arms_0.png", "figures/timeline_helios.png"
-    } <= pictures  # fmt: skip
+        f"figures/{name}.png" for name in ("published", "load_0", "arms_3", "quality_4", "timeline_helios")
+    } <= pictures
     assert all(p.startswith("figures/") and p.endswith(".png") for p in pictures)
 
 
@@ -117,7 +117,7 @@ def test_page_needs_no_network_and_shows_every_part(folder: Path) -> None:
     assert len(shapes) > 100
     assert len(shapes) == len(set(shapes))  # the drawings do not share ids
     figure_ids = re.findall(r'<figure id="([^"]+)"', page)
-    assert len(figure_ids) == len(set(figure_ids)) == 9
+    assert len(figure_ids) == len(set(figure_ids)) == 10
 
 
 def test_page_escapes_what_users_write(ratios: Comparisons, result: ExperimentResult) -> None:

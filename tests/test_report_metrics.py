@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from helios_sim.report.by_task import by_task
 from helios_sim.report.compare import compare
 from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.report.figures_arms import bits_over_run
 from helios_sim.report.metrics import Band, MetricValue, Power, Slo, compute_metrics, energy_band_j, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, RequestRecord, Status
@@ -116,6 +117,13 @@ def test_each_task_has_figures_of_its_own_over_all_replicates() -> None:
     assert figures["code"].bits_per_char == pytest.approx(50 / 40)
     unknown = Records.of([scored(0, 0, None, 2)])
     assert by_task([first, unknown], ("prose",))["prose"].bits_per_char is None
+
+
+def test_quality_over_the_run_is_that_of_consecutive_requests() -> None:
+    rows = [scored(i, 0, 4.0 * (i // 2 + 1), 2) for i in range(6)]
+    assert bits_over_run(Records.of(rows), 3) == pytest.approx([0.5, 1.0, 1.5])
+    rows[3] = replace(dropped(3), microbits=0)
+    assert bits_over_run(Records.of(rows), 6)[3] is None
 
 
 def test_bits_are_compared_over_the_requests_that_both_arms_completed() -> None:

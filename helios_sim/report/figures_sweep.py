@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.report.figures import use_log_seconds
 from helios_sim.report.metrics import Band
-from helios_sim.report.result import ArmsFigure, ExperimentResult, LoadFigure, SweepFigure, SweepPoint
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
 from helios_sim.report.style import (
     INK,
     MUTED,
@@ -33,7 +33,7 @@ def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
     found = []
     with look():
         for place, spec in enumerate(result.figures):
-            if isinstance(spec, ArmsFigure):
+            if not isinstance(spec, LoadFigure | SweepFigure):
                 continue
             points = [p for p in result.points if all(p.settings.get(k) == v for k, v in spec.where.items())]
             points = [p for p in points if spec.x in p.settings]

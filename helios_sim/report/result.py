@@ -161,6 +161,18 @@ class ArmsFigure:
 
 
 @dataclass(frozen=True, slots=True)
+class QualityFigure:
+    """Bits per character over the run, a line for each arm."""
+
+    title: str
+    arms: tuple[str, ...] | None = None  # None: all
+    parts: int = 20  # of the requests in their order, one point each
+
+
+Figure = SweepFigure | LoadFigure | ArmsFigure | QualityFigure
+
+
+@dataclass(frozen=True, slots=True)
 class ExperimentResult:
     """Everything that `summary.json`, the tables, the figures and the HTML are made of."""
 
@@ -180,7 +192,7 @@ class ExperimentResult:
     assumptions: tuple[Assumption, ...] = ()  # besides those of the inputs
     warnings: tuple[str, ...] = ()  # besides those that the report finds itself
     points: tuple[SweepPoint, ...] = ()
-    figures: tuple[SweepFigure | LoadFigure | ArmsFigure, ...] = ()
+    figures: tuple[Figure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
 
     def baseline_of(self, arm: str) -> str:

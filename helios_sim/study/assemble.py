@@ -14,10 +14,12 @@ from helios_sim.report.result import (
     ArmResult,
     ArmsFigure,
     ExperimentResult,
+    Figure,
     Gate,
     Line,
     LoadFigure,
     Published,
+    QualityFigure,
     Replicate,
     SweepFigure,
     SweepPoint,
@@ -150,9 +152,12 @@ def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:
     )
 
 
-def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure | ArmsFigure:
+def _figure(c: FigureConfig, slo: Slo) -> Figure:
+    arms = None if c.arms is None else tuple(c.arms)
     if c.kind == "arms":
-        return ArmsFigure(c.title, c.x, c.metric, None if c.arms is None else tuple(c.arms))
+        return ArmsFigure(c.title, c.x, c.metric, arms)
+    if c.kind == "quality":
+        return QualityFigure(c.title, arms)
     if c.kind == "load":
         return LoadFigure(c.title, c.x, c.x_label, slo, dict(c.where))
     return SweepFigure(
@@ -162,7 +167,7 @@ def _figure(c: FigureConfig, slo: Slo) -> SweepFigure | LoadFigure | ArmsFigure:
         metric=c.metric,
         y_label=c.y_label,
         relative=c.relative,
-        arms=None if c.arms is None else tuple(c.arms),
+        arms=arms,
         split_by=c.split_by,
         log_x=c.log_x,
         log_y=c.log_y,

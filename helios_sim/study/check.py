@@ -22,7 +22,7 @@ from helios_sim.study.job import PRESENTATION, Job, policy_of
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config
 
-FIGURES = ("sweep", "load", "arms")
+FIGURES = ("sweep", "load", "arms", "quality")
 NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
 
 
@@ -100,7 +100,8 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
     axes = dict.fromkeys(name for point in points for name in point.settings)
     for figure in config.figures:
         _known("figures.kind", figure.kind, FIGURES)
-        _known("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
+        if figure.kind != "quality":
+            _known("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
         _known("figures.metric", figure.metric, DEFINITIONS)
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
             _known("figures.where and split_by", key, axes)

@@ -76,12 +76,14 @@ class ServerConfig:
     block_tokens: int = 16  # of a KV block, vLLM's block_size
     replicas: int = 1  # cards, each with a server and a policy of its own
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
+    scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see serving/scheduler.py)
     router: str = "round_robin"  # round_robin, least_loaded: to the replica with the fewest requests in it
 
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
             require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
+        require(self.scheduler in ("plain", "vllm_v1"), "server.scheduler", self.scheduler, "plain or vllm_v1")
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
 
@@ -157,7 +159,8 @@ class SweepConfig:
 class FigureConfig:
     """A figure over the sweeps' points, whose settings are called by the names of their axes, or over the arms."""
 
-    # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another
+    # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another;
+    # quality: bits per character over the run
     kind: str = "sweep"
     title: str = ""
     x: str = ""  # an axis; arms: a metric
