@@ -41,7 +41,7 @@ def run_calibration(config: CalibrateConfig, folder: Path) -> int:
         _check_budget(config.budget_s, stages)
         with progress(stages) as watch:
             outcomes = run_stages(stages, folder, config.budget_s, watch)
-        finished = {**read_finished(folder), **_finished(outcomes)}
+        finished = _earlier(folder, inputs, stages) | _finished(outcomes)
     summary = write_outputs(config, folder, finished, outcomes)
     try:
         _show(summary, outcomes, folder)
@@ -61,6 +61,17 @@ def _check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
         raise UserError("budget_s", budget_s, allowed, f"allow {sum(s.estimate_s for s in stages):.0f} s for all")
 
 
+def _earlier(folder: Path, inputs: Inputs, stages: Sequence[Stage]) -> dict[str, Finished]:
+    """Stages of other tasks that an earlier call finished here, for the same model on the same device."""
+    now = {stage.name for stage in stages}
+    identity = {**inputs.identity(), "quick": inputs.config.quick}
+    return {
+        name: found
+        for name, found in read_finished(folder).items()
+        if name not in now and all(identity.get(key, value) == value for key, value in found.settings.items())
+    }
+
+
 def _finished(outcomes: Sequence[Outcome]) -> dict[str, Finished]:
     return {outcome.stage: outcome.finished for outcome in outcomes if outcome.finished is not None}
 
@@ -69,11 +80,11 @@ def _show(summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path)
     """Standard output: a table of the stages, what was found, the folder, and summary.json as the last line."""
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
     table = Table(title=summary["title"], box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("stage", "status", "time", "what came out"):
+    for name in ("stage", "status", "time", "remark"):
         table.add_column(name, justify="right" if name == "time" else "left")
     for outcome in outcomes:
         took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
-        table.add_row(outcome.stage, outcome.status, took, outcome.why or summary["headlines"].get(outcome.stage, ""))
+        table.add_row(outcome.stage, outcome.status, took, outcome.why)
     console.print(table, highlight=False)
     for sentence in summary["verdict"]:
         print(sentence)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from helios_sim.profile.spec import ModelSpec
 
 LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
+QUICK_MODELS = 16  # of memory in a quick run, so many times the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
 
 
@@ -56,7 +57,10 @@ class Inputs:
     def device(self) -> Device:
         from calibrate.device import open_device
 
-        return open_device(self.config.device, self.config.memory_bytes, self.config.threads)
+        memory_bytes = self.config.memory_bytes
+        if memory_bytes is None and self.config.quick:  # what is copied and reserved goes by it
+            memory_bytes = QUICK_MODELS * 4 * self.architecture.weight_values(self.architecture.n_layers)
+        return open_device(self.config.device, memory_bytes, self.config.threads)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

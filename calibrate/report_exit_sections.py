@@ -187,7 +187,13 @@ def _calibration(found: Sequence[ExitStatistics], heads: Mapping[str, Any] | Non
 
 def _before(heads: Mapping[str, Any] | None) -> dict[str, dict[int, float]]:
     """ECE before calibration by confidence and depth, where the heads' header tells."""
-    return {}
+    recorded: Mapping[str, Mapping[str, float]] = {} if heads is None else heads.get("calibration", {})
+    names = {"max_probability": "probability_before", "classifier": "check_before"}
+    return {
+        confidence: {int(depth): float(found[name]) for depth, found in recorded.items() if name in found}
+        for confidence, name in names.items()
+        if recorded
+    }
 
 
 def _joint(joints: Sequence[JointExits]) -> Table:
