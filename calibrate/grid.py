@@ -1,8 +1,8 @@
 """Where to measure so that straight lines between the points are true. Knows numbers on axes, not what they mean.
 
 A grid is a product of axes. An interval of an axis is tried at a point inside it; where the line between its ends
-misses by more than the tolerance, the point joins the axis, and both halves are tried in turn. Points that the line
-met stay out of the grid: they are what its error is reported at.
+misses by more than the tolerance and by more than noise explains, the point joins the axis, and both halves are tried
+in turn. Points that the line met stay out of the grid: they are what its error is reported at.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Place = tuple[int, ...]
+
+NARROW = 1.15  # an interval whose ends are this near each other is not split
+SIGNIFICANT = 2.0  # a miss counts from so many standard errors of the measured time on
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +78,10 @@ def interpolate(axes: Axes, time_s: Mapping[Place, float], place: Place) -> floa
 
 
 def intervals(axes: Axes) -> Iterator[Interval]:
-    """Those with a whole number inside."""
+    """Those with a whole number inside that are not narrow."""
     for axis, values in enumerate(axes.values):
         for low, high in pairwise(values):
-            if high - low >= 2:
+            if high - low >= 2 and high > NARROW * low:
                 yield Interval(axis, low, high)
 
 
@@ -96,13 +99,16 @@ def refine(
     measure: Callable[[Sequence[Place]], bool],
     time_s: Callable[[Place], float],
     scale_s: Callable[[Place], float],
+    noise_s: Callable[[Place], float],
     tolerance: float,
-    most_places: int = 400,
+    fits: Callable[[Place], bool] = lambda place: True,
+    most_places: int = 150,
 ) -> tuple[Axes, list[HeldOut]]:
     """The grid that straight lines fit, and the trials that stayed outside it, by place.
 
     `measure` makes sure that places are measured, and is false when the time is spent: then the grid as it was last
-    whole comes back. An error counts as a share of `scale_s`. Intervals that a value has split are tried again.
+    whole comes back. An error counts as a share of `scale_s`; `noise_s` is the standard error of `time_s`. Intervals
+    that a value has split are tried again. Places that do not `fit` are not tried.
     """
     if not measure(axes.places()):
         return axes, []
@@ -112,14 +118,15 @@ def refine(
         untried = [i for i in intervals(axes) if i not in tried]
         if not untried or len(axes.places()) > most_places:
             break
-        if not measure([place for interval in untried for place in trials(axes, interval)]):
+        places = {i: [place for place in trials(axes, i) if fits(place)] for i in untried}
+        if not measure([place for tried_at in places.values() for place in tried_at]):
             break
         known = {place: time_s(place) for place in axes.places()}
         grown = axes
         for interval in untried:
             tried.add(interval)
-            misses = [_held_out(axes, known, place, time_s, scale_s) for place in trials(axes, interval)]
-            if max(abs(m.error) for m in misses) > tolerance:
+            misses = [_held_out(axes, known, place, time_s, scale_s) for place in places[interval]]
+            if any(abs(m.error) > tolerance + SIGNIFICANT * noise_s(m.place) / m.scale_s for m in misses):
                 grown = grown.with_value(interval.axis, interval.inner)
             else:
                 held_out.update((m.place, m) for m in misses)

@@ -83,7 +83,9 @@ class Latency:
             ),
             time_s=partial(self.time_s, table),
             scale_s=partial(self.scale_s, table),
+            noise_s=partial(self.noise_s, table),
             tolerance=tolerance,
+            fits=lambda place: table != DECODE or self.subject.holds(*place),
         )
         return grids.with_table(table, axes, held_out)
 
@@ -107,6 +109,15 @@ class Latency:
         if table not in (DECODE, PREFILL):
             return own_s
         return own_s + self.points.figure(Point(f"{table}_rows", WHOLE_MODEL, *place)).median_s
+
+    def noise_s(self, table: str, place: Place) -> float:
+        """Standard error of `time_s` at a measured place."""
+        if table in (DECODE, PREFILL):
+            figures = [
+                (len(c), self.points.figure(self._point(table, i, place))) for i, c in enumerate(self.subject.classes)
+            ]
+            return sum(layers * f.standard_error_s for layers, f in figures)
+        return self.points.figure(self._point(table, 0, place)).standard_error_s * self._layers(table)
 
     def _measured(self, table: str, layer_class: int) -> list[Place]:
         return list(self.points.of(table, layer_class))

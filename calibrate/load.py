@@ -16,6 +16,7 @@ from calibrate.subject import Subject
 
 REPEATS = 7
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # at least that much, in whole layers
+MOST_LAYERS = 128
 MEANWHILE_S = 1.5  # how long iterations and a copy run side by side
 
 
@@ -53,7 +54,8 @@ def measure_loads(subject: Subject, reload: Callable[[], int] | None = None) -> 
 
     device = subject.device
     layer_bytes = sum(t.nbytes for t in subject.layer_tensors(0))
-    layers = max(1, min(COPY_BYTES[device.facts.kind], device.facts.memory_bytes // 16) // layer_bytes)
+    enough = max(1, min(COPY_BYTES[device.facts.kind], device.facts.memory_bytes // 16) // layer_bytes)
+    layers = min(enough, MOST_LAYERS)
     targets = [
         torch.empty(t.nbytes, dtype=torch.uint8, device=device.torch_device)
         for _ in range(layers)

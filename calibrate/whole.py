@@ -26,6 +26,7 @@ from helios_sim.profile.spec import Runtime
 
 Factor = Literal["mixed_factor", "unequal_kv_factor"]
 KINDS = ("equal", "unequal", "prefill", "mixed", "exits")
+FITTED = ("unequal", "mixed")  # kinds that give the profile's factors
 _NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
 
 

@@ -1,0 +1,267 @@
+"""All measurements of one model on one device in order of worth, within a budget. Knows the order, not how.
+
+A folder holds what was found: points.parquet (every sample), and a JSON file for each finished part. The same call with
+the same folder goes on where the last one stopped. After the coarse grids and the small parts, which take about a
+minute, there is a whole profile; what follows refines it, takes more samples and tries it on whole iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrate import whole
+from calibrate.build_profile import Measured, build_profile
+from calibrate.ceilings import Ceilings, measure_ceilings
+from calibrate.device import Device
+from calibrate.energy import Energy, measure_energy, why_absent
+from calibrate.grid import HeldOut, errors, interpolate
+from calibrate.host import HostCosts, measure_host
+from calibrate.latency import DECODE, DENSE, HEAD, PREFILL, Grids, Latency, grids_from_json, grids_to_json
+from calibrate.load import Loads, measure_loads
+from calibrate.memory import Memory, measure_memory
+from calibrate.parts import Parts
+from calibrate.points import Points
+from calibrate.report_floor import below_floor, over_floor
+from calibrate.sampling import Clock, Sampler
+from calibrate.subject import Subject
+from helios_sim.errors import UserError
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import ModelSpec
+
+COARSE_SAMPLES = 2
+REFINE_SAMPLES = 3
+KEEP_FOR_REST = 0.45  # of the budget when refining begins: more samples and whole iterations
+KEEP_FOR_WHOLE = 0.2
+FIT, TRY = 1, 2  # seeds: iterations that give the factors, and those that try the profile
+WHOLE_EACH = 8  # iterations of each kind
+UNLIMITED_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How good is good enough."""
+
+    budget_s: float | None = None
+    samples: int = 5  # of every point of the tables
+    tolerance: float = 0.03  # interpolation error above which a grid is refined
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the measurements alone do not tell."""
+
+    spec: ModelSpec
+    command: str
+    date: str
+    weights: str  # identity of the weights, since a folder holds those of one model
+    details: Mapping[str, Any]  # for the provenance: comparison of dtypes, versions of files
+
+
+def measure_profile(
+    subject: Subject,
+    about: About,
+    folder: Path,
+    plan: Plan,
+    *,
+    loaded_bytes: int | None = None,
+    reload: Callable[[], int] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Profile:
+    """Measures what is missing in `folder` and builds the profile.
+
+    `loaded_bytes`: how much memory grew when the model was loaded. `reload` reads one layer anew and returns its bytes.
+    Raises UserError when the budget does not suffice for the coarse tables; what was measured is kept.
+    """
+    import torch
+
+    with torch.no_grad():  # not inference mode: its tensors may not be copied into by another thread
+        return _Campaign(subject, about, folder, plan, progress).run(loaded_bytes, reload)
+
+
+class _Campaign:
+    def __init__(
+        self,
+        subject: Subject,
+        about: About,
+        folder: Path,
+        plan: Plan,
+        progress: Callable[[str, float], None] | None,
+    ) -> None:
+        self.subject, self.about, self.plan, self.device = subject, about, plan, subject.device
+        dtype = str(subject.model.dtype).removeprefix("torch.")
+        settings = {
+            "model": about.spec.name, "weights": about.weights, "layers": subject.n_layers, "dtype": dtype,
+            "device": self.device.facts.name, "limits": asdict(subject.limits),
+            "memory_bytes": self.device.facts.memory_bytes,
+        }  # fmt: skip
+        self.dtype = dtype
+        self.parts = Parts(folder, settings)
+        self.budget_s = UNLIMITED_S if plan.budget_s is None else plan.budget_s
+        clock = Clock(self.budget_s)
+        self.sampler = Sampler(self.device, Points(folder / "points.parquet"), clock, seed=plan.seed, progress=progress)
+        self.latency = Latency(subject, self.sampler)
+
+    def run(self, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Profile:
+        ceilings = Ceilings.from_json(
+            self.parts.made("ceilings", lambda: measure_ceilings(self.device, self.dtype).to_json())
+        )
+        state = self.parts.get("grids")
+        grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
+        refined: list[str] = [] if state is None else state["refined"]
+        if not self.latency.measure(grids, COARSE_SAMPLES):
+            self._note_drift()
+            raise UserError(
+                "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",
+                "call again with the same folder, or allow more",
+            )  # fmt: skip
+        measured = self._measured(ceilings, loaded_bytes, reload)
+        self._note_drift()
+        for table in self._order():
+            if table not in refined and self._left(KEEP_FOR_REST) > 0:
+                keep_s = self.budget_s * KEEP_FOR_REST
+                grids = self.latency.refine(grids, table, REFINE_SAMPLES, self.plan.tolerance, keep_s)
+                if self._left(KEEP_FOR_REST) > 0:
+                    refined.append(table)
+                self.parts.put("grids", {"grids": grids_to_json(grids), "refined": refined})
+        for samples in range(COARSE_SAMPLES + 1, self.plan.samples + 1):
+            self.latency.measure(grids, samples, self.budget_s * KEEP_FOR_WHOLE)
+        fit, tries = self._whole(whole.FITTED, FIT), self._whole(whole.KINDS, TRY)
+        self._note_drift()
+        return self._profile(grids, measured, fit, tries)
+
+    def _order(self) -> list[str]:
+        """Tables by what they are worth."""
+        others = [t for t in self.latency.row_tables if t not in (DENSE, HEAD)]
+        return [DENSE, DECODE, PREFILL, HEAD, *others]
+
+    def _left(self, keep_share: float) -> float:
+        return self.sampler.clock.left_s - keep_share * self.budget_s
+
+    def _measured(self, ceilings: Ceilings, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Measured:
+        subject, made, device = self.subject, self.parts.made, self.device
+        host = made("host", lambda: measure_host(subject).to_json())
+        memory = made("memory", lambda: measure_memory(subject, self.about.spec, loaded_bytes).to_json())
+        loads = made("load", lambda: measure_loads(subject, reload).to_json())
+        energy = made("energy", partial(self._energy, device))
+        return Measured(
+            facts=device.facts,
+            ceilings=ceilings,
+            host=HostCosts.from_json(host),
+            memory=Memory.from_json(memory),
+            loads=Loads.from_json(loads),
+            energy=None if energy["found"] is None else Energy.from_json(energy["found"]),
+            energy_absent=energy["absent"],
+            command=self.about.command,
+            date=self.about.date,
+        )
+
+    def _energy(self, device: Device) -> dict[str, Any]:
+        subject, limits = self.subject, self.subject.limits
+        steps = {}
+        for batch in sorted({1, max(1, limits.max_batch // 4), limits.max_batch}):
+            kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
+            step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
+            steps[f"decode, batch {batch}, {kv} KV tokens"] = partial(
+                subject.model.run, hidden, 0, subject.n_layers, step
+            )
+        prompt, hidden = subject.prompt_step(limits.max_chunk, 0), subject.hidden(limits.max_chunk)
+        steps[f"prefill, {limits.max_chunk} tokens"] = partial(subject.model.run, hidden, 0, subject.n_layers, prompt)
+        found = measure_energy(device, steps)
+        return {
+            "found": None if found is None else found.to_json(),
+            "absent": why_absent(device) if found is None else None,
+        }
+
+    def _whole(self, kinds: tuple[str, ...], seed: int) -> list[whole.Iteration]:
+        found = [it for kind in kinds for it in whole.iterations(self.subject, kind, WHOLE_EACH, seed)]
+        # kinds take turns, so that a budget that ends early leaves some of each
+        turns = sorted(found, key=lambda it: it.index)
+        self.sampler.measure([whole.job(self.subject, it) for it in turns], REFINE_SAMPLES)
+        return found
+
+    def _profile(
+        self, grids: Grids, measured: Measured, fit: list[whole.Iteration], tries: list[whole.Iteration]
+    ) -> Profile:
+        points = self.sampler.points
+        bare = build_profile(self.about.spec, self.latency, grids, measured)
+        unequal = [it for it in fit if it.kind == "unequal"]
+        kv_factor = _positive(whole.fitted_factor(bare, points, unequal, "unequal_kv_factor"))
+        with_kv = replace(bare, unequal_kv_factor=kv_factor)
+        mixed = [it for it in fit if it.kind == "mixed"]
+        mixed_factor = _positive(whole.fitted_factor(with_kv, points, mixed, "mixed_factor"))
+        profile = replace(with_kv, mixed_factor=mixed_factor)
+        too_fast = below_floor(over_floor(profile, measured.ceilings))
+        details = {
+            **self.about.details,
+            "interpolation": {table: _errors(self._held_out(grids, table)) for table in grids.axes},
+            "whole_iterations": whole.summary(whole.compare(profile, points, tries)),
+            "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
+            "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
+            "samples": self._sampling(),
+        }
+        provenance = replace(profile.provenance, details={**profile.provenance.details, **details})
+        return replace(profile, provenance=provenance)
+
+    def _held_out(self, grids: Grids, table: str) -> list[HeldOut]:
+        """With the samples that there are now."""
+        axes, latency = grids.axes[table], self.latency
+        known = {place: latency.time_s(table, place) for place in axes.places()}
+        return [
+            HeldOut(
+                h.place,
+                latency.time_s(table, h.place),
+                interpolate(axes, known, h.place),
+                latency.scale_s(table, h.place),
+            )
+            for h in grids.held_out.get(table, ())
+        ]
+
+    def _sampling(self) -> dict[str, Any]:
+        found = self.sampler.points.everything()
+        return {
+            "points": len(found),
+            "samples": sum(f.samples for f in found.values()),
+            "outliers": sum(f.outliers for f in found.values()),
+            "contended": sum(f.contended for f in found.values()),
+            "dropped": sum(n for slice_ in self.parts.get("drift") or [] for n in [slice_["dropped"]]),
+            "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
+            "anchor": [slice_["anchor"] for slice_ in self.parts.get("drift") or []],
+        }
+
+    def _note_drift(self) -> None:
+        """One entry for each call, brought up to date as it goes on."""
+        entries = self.parts.get("drift") or []
+        if getattr(self, "_slice", None) is None:
+            self._slice = len(entries)
+            entries.append({})
+        entries[self._slice] = {
+            "anchor": self.sampler.drift(),
+            "dropped": sum(self.sampler.dropped.values()),
+            "disturbance": self.device.disturbance(),
+        }
+        self.parts.put("drift", entries)
+
+
+def _positive(factor: float | None) -> float | None:
+    """None where noise was larger than what was to be found."""
+    return factor if factor is not None and factor > 0 else None
+
+
+def _errors(held_out: list[HeldOut]) -> dict[str, Any] | None:
+    """None where nothing was held out."""
+    if not held_out:
+        return None
+    found = np.abs(errors(held_out))
+    return {
+        "held_out": len(found),
+        "median_absolute": float(np.median(found)),
+        "p90_absolute": float(np.quantile(found, 0.9)),
+        "largest": float(found.max()),
+    }
