@@ -13,6 +13,7 @@ from helios_sim.config import Variants, conf_folder, register
 from helios_sim.study.command import run_study
 
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
+STUDIES = [name for name in EXPERIMENTS if not name.startswith("sweep_")]  # sweeps: test_sweep_experiments.py
 NEEDS_SHARED_DATA = {"speed_w1"}
 
 
@@ -28,7 +29,7 @@ def small(name: str) -> DictConfig:
     return settings
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", STUDIES)
 def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> None:
     if name in NEEDS_SHARED_DATA:
         request.getfixturevalue("shared_data")

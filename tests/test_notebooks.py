@@ -20,4 +20,4 @@ def test_notebook_runs(path: Path) -> None:
 
 
 def test_there_is_a_notebook() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "04_policy_design"]

@@ -8,6 +8,7 @@ that starts again asks for the same designs, whose outcomes it finds in the jour
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ Answer = Callable[[Sequence[Point]], Sequence[Costs]]  # costs to be made small,
 
 def search(parameters: Sequence[Parameter], config: DesignsConfig, answer: Answer) -> None:
     """Asks for `config.designs` points in all, some of them possibly twice. UserError without Optuna."""
-    optuna = need("optuna", "sweep.method", config.method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a library that it loads advises on progress bars in notebooks
+        optuna = need("optuna", "sweep.method", config.method)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.sampler == "nsga2":
         sampler = optuna.samplers.NSGAIISampler(population_size=max(2, config.generation), seed=config.seed)
