@@ -38,6 +38,8 @@ class Sequence:
     started: bool = False  # counted against the deployment's admission limit
     earlier_chars: int = 0  # answer already given by another model, before a migration
     earlier_tokens: int = 0
+    cached_tokens: int = 0  # whose K and V were in the cache when it last lost its place
+    admitted: int = 0  # how many had been admitted to the batch when it last was, itself included
 
     @property
     def prefill_tokens(self) -> int:
@@ -70,6 +72,7 @@ class RunningBatch:
 
     def __init__(self, capacity: int = 64) -> None:
         self.members: list[Sequence] = []
+        self.admitted = 0  # requests ever appended
         self.decoding = 0  # how many of the members decode; the others still prefill
         self._table = np.zeros((len(Column), capacity), np.int64)
         # Tokens that left above band s and whose K and V there are still to be computed (KvRule.RECOMPUTE).
@@ -106,15 +109,18 @@ class RunningBatch:
         debt = self.kv_debt_of_decoding(len(bounds))
         debt[:] = np.where(last_run > 0, k - last_run, debt + k)
 
-    def append(self, sequence: Sequence) -> None:
+    def append(self, sequence: Sequence, cached_tokens: int = 0) -> None:
+        """`cached_tokens`: so many of its first tokens are in the cache already."""
+        self.admitted += 1
+        sequence.admitted = self.admitted
         n = len(self.members)
         if n == self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
             self.kv_debt = np.concatenate([self.kv_debt, np.zeros_like(self.kv_debt)], axis=1)
         span = sequence.span
         self._table[:, n] = (
-            0,
-            sequence.prefill_tokens,
+            cached_tokens,
+            sequence.prefill_tokens - cached_tokens,
             sequence.output_tokens - sequence.generated,
             sequence.generated,
             span.first,
@@ -157,6 +163,7 @@ class RunningBatch:
         sequence = self.members[index]
         row = self._table[:, index].tolist()
         sequence.generated = row[Column.GENERATED]
+        sequence.cached_tokens = row[Column.CONTEXT]
         sequence.layers_run = row[Column.LAYERS_RUN]
         sequence.early_tokens = row[Column.EARLY]
         sequence.breach_tokens = row[Column.BREACH]

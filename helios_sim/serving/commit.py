@@ -26,7 +26,7 @@ def commit(replica: Replica, plan: Plan, outcome: Outcome, iterations: int, star
     finished = _prefilled(replica, plan, outcome.prefilled, end_ns) if plan.prefill else range(0)
     if plan.observe_tokens is not None:
         _observe(replica, plan, plan.observe_tokens, iterations, finished)
-    _complete(replica)
+    _complete(replica, plan)
     replica.timeline.sample(
         end_ns,
         replica.deployment.active.model,
@@ -137,10 +137,15 @@ def _observe(replica: Replica, plan: Plan, limit: int, iterations: int, finished
             )
 
 
-def _complete(replica: Replica) -> None:
+def _complete(replica: Replica, plan: Plan) -> None:
+    """Where the next iteration was planned before anyone knew, who is done keeps place and blocks until then."""
     remaining = replica.batch.column(Column.REMAINING)
     if remaining.all():
         return
     for sequence, reserved_tokens in replica.batch.remove(np.flatnonzero(remaining == 0).tolist()):
-        replica.pool.give(blocks_for(reserved_tokens, replica.pool.block_tokens))
+        blocks = blocks_for(reserved_tokens, replica.pool.block_tokens)
+        if plan.host_ahead and replica.situation.vllm_v1:
+            replica.lingering.append((sequence.admitted, blocks))
+        else:
+            replica.pool.give(blocks)
         replica.leave(sequence, Status.COMPLETED)

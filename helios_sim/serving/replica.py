@@ -41,7 +41,8 @@ class Replica:
         self.deployment: Deployment  # in force; set before the first event
         self.batch = RunningBatch()
         self.waiting: deque[Sequence] = deque()
-        self.pool = KvPool(0, situation.memory.block_tokens)
+        self.pool = KvPool(0, situation.memory.block_tokens, remember=situation.vllm_v1)
+        self.lingering: list[tuple[int, int]] = []  # (admission number, blocks) of requests that are done
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)
         self.gaps = GapBuffer(self.stats.itl)
         self.utilisation = Utilisation(self.stats)
@@ -86,7 +87,13 @@ class Replica:
         return sum(blocks_for(s.prompt_tokens + s.output_tokens - 1, self.pool.block_tokens) for s in begun)
 
     def preempt(self) -> None:
-        """The newest running request loses its place and its cache; it is computed again later."""
+        """The newest running request loses its place and its cache; it is computed again later.
+
+        If the newest is one that is done, only what it still holds becomes free.
+        """
+        if self.lingering and self.lingering[-1][0] > self.batch.members[-1].admitted:
+            self.pool.give(self.lingering.pop()[1])
+            return
         self.batch.members[-1].preemptions += 1
         self.stats.preemptions += 1
         self.withdraw()
@@ -94,8 +101,14 @@ class Replica:
     def withdraw(self) -> None:
         """The newest running request goes back to the head of the queue."""
         sequence, reserved_tokens = self.batch.pop_newest()
-        self.pool.give(blocks_for(reserved_tokens, self.pool.block_tokens))
+        self.pool.give(blocks_for(reserved_tokens, self.pool.block_tokens), sequence.request.request_id)
         self.waiting.appendleft(sequence)
+
+    def release(self) -> None:
+        """Requests that are done give back what they still hold."""
+        for _, blocks in self.lingering:
+            self.pool.give(blocks)
+        self.lingering.clear()
 
     def preempt_until(self, blocks: int) -> None:
         """Preempts, newest first, until at most so many blocks are used (0: nothing runs any more)."""

@@ -1,8 +1,18 @@
-"""Chooses what the next iteration runs, as vLLM's v1 scheduler does. Knows neither time nor models.
+"""Chooses what the next iteration runs, as the v1 scheduler of vLLM 0.19 does. Knows neither time nor models.
 
 Decodes first, then the rest of prompts that were begun, then new prompts first come first served, all within one
 token budget. A prompt enters only when blocks for all of it are free; when a decode finds no block, the newest
-running request is preempted, and it is computed again from its text later.
+running request is preempted, and it is computed again from its text later. There is no watermark.
+
+Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_scheduler.py, core/block_pool.py) where the
+situation says `vllm_v1`:
+- Planned ahead, an iteration is settled when the one before it begins. Whoever produces its last token in between is
+  known not to run again, but still holds its place among the running requests and its blocks (`Limits.lingering`).
+- A preempted request finds those of its blocks in the prefix cache that nobody has taken since: the longest free are
+  taken first, of one request its last ones first. It computes the rest again.
+
+One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
+them chunk by chunk, so that a decode can take one between two chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -36,6 +46,7 @@ class Limits:
     admission_open: bool
     observe_tokens: int | None  # a leap ends where a request has been observed for long enough
     leap: bool
+    lingering: int  # requests that are done but still count as running
     seen_until_ns: int | None  # only requests that had arrived by then are known to the planner; None: all are
 
 
@@ -80,7 +91,7 @@ def schedule(
     starts_left = limits.starts_left
     blocked = preempted or not limits.admission_open
     unseen = False
-    while waiting and not blocked and budget > 0 and len(batch) < limits.running_requests:
+    while waiting and not blocked and budget > 0 and len(batch) + limits.lingering < limits.running_requests:
         sequence = waiting[0]
         if not sequence.started and starts_left == 0:
             break
@@ -98,22 +109,34 @@ def schedule(
         waiting.popleft()
         if not sequence.started and starts_left is not None:
             starts_left -= 1
-        pool.take(blocks)
-        batch.append(sequence)
-        part = _part(len(batch) - 1, sequence.prefill_tokens, 0, budget)
+        kept = _blocks_kept(sequence, pool)
+        pool.take_back(sequence.request.request_id, kept)
+        pool.take(blocks - kept)
+        cached_tokens = kept * pool.block_tokens
+        batch.append(sequence, cached_tokens)
+        part = _part(len(batch) - 1, sequence.prefill_tokens - cached_tokens, cached_tokens, budget)
         prefill.append(part)
         budget -= part.tokens
 
     if not decoding and not prefill:
         return None
     iterations = 1
-    if limits.leap and not prefill and decoding == len(batch) and not preempted and not unseen:
+    alone = not prefill and decoding == len(batch) and not limits.lingering
+    if limits.leap and alone and not preempted and not unseen:
         iterations = _leap_iterations(batch, demand.iterations_that_fit(pool.free_blocks), limits.observe_tokens)
     return Schedule(tuple(prefill), iterations, demand.after(iterations))
 
 
 def _demand(batch: RunningBatch, pool: KvPool) -> BlockDemand:
     return BlockDemand(batch.decoding_column(Column.CONTEXT), pool.block_tokens)
+
+
+def _blocks_kept(sequence: Sequence, pool: KvPool) -> int:
+    """Whole blocks of a returning request that are still in the cache. Its last token is computed in any case."""
+    if not sequence.cached_tokens:
+        return 0
+    known = min(sequence.cached_tokens, sequence.prefill_tokens - 1)
+    return min(pool.kept(sequence.request.request_id), known // pool.block_tokens)
 
 
 def _part(index: int, tokens_left: int, context_tokens: int, budget: int) -> PrefillPart:

@@ -57,10 +57,13 @@ class Server:
         replica = self._replica
         while True:
             replica.acted_ns = replica.now_ns
+            if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
+                replica.release()
             self._transitions.advance()
             if not self._transitions.pending:  # one change at a time
                 decided = self._decider.decide()
                 if decided is not None:
+                    replica.release()
                     self._transitions.begin(decided)
                     continue
             probe_end_ns = self._prober.advance()
@@ -109,6 +112,7 @@ class Server:
     def finish(self) -> None:
         """Ends the run: whatever is still here leaves as unfinished."""
         replica = self._replica
+        replica.release()
         while len(replica.batch):
             replica.withdraw()
         while replica.waiting:
@@ -158,11 +162,13 @@ class Server:
             admission_open=not self._transitions.closed,
             observe_tokens=deployment.observe_tokens,
             leap=self._leap,
+            lingering=len(replica.lingering),
             seen_until_ns=seen_until_ns,
         )
         scheduled = schedule(
             replica.batch, replica.waiting, replica.pool, limits, admit=self._admit, preempt=replica.preempt
         )
+        replica.release()
         if scheduled is None:
             return None
         for part in scheduled.prefill:

@@ -95,6 +95,7 @@ def build(config: Config, seed: int) -> Parts:
         expected=expected_load(workload, seed),
         outlook=Foresight(workload, seed, models),
         schedule_ahead=config.server.schedule_ahead,
+        vllm_v1=config.server.scheduler == "vllm_v1",
     )
     return Parts(workload, models, situation)
 
