@@ -46,7 +46,7 @@ def read_terms(path: Path, layer_class: int) -> tuple[MixedTable | None, Unequal
     mixed = _table(columns, "mixed_attention", layer_class, 4)
     unequal = _table(columns, "unequal_kv", layer_class, 4)
     return (
-        None if mixed is None else MixedTable(*map(_whole, mixed[:4]), mixed[4]),
+        None if mixed is None else MixedTable(*[_whole(axis) for axis in mixed[:4]], mixed[4]),  # type: ignore[call-arg]
         None if unequal is None else UnequalTable(*map(_whole, unequal[:3]), *unequal[3:]),
     )
 

@@ -1,0 +1,154 @@
+"""Shapes of published dense models and data sheets of cards, under the names that logs use. Knows published figures.
+
+Shapes are those of the models' configuration files on Hugging Face (num_hidden_layers, hidden_size, ...); a suffix of
+the name, such as -Instruct, does not change them. Cards are the makers' data sheets; `total_bytes` is what the driver
+reports of a card (nvidia-smi), which is somewhat less than the nominal size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from helios_sim.errors import UserError
+from helios_sim.profile.spec import HardwareSpec, ModelSpec
+
+MIB = 2**20
+
+# family, layers, d_model, heads, KV heads, head width, MLP width, vocabulary, tied embeddings, context
+_Shape = tuple[str, int, int, int, int, int, int, int, bool, int]
+_SHAPES: dict[str, _Shape] = {
+    "llama-2-7b": ("llama", 32, 4096, 32, 32, 128, 11_008, 32_000, False, 4096),
+    "llama-2-13b": ("llama", 40, 5120, 40, 40, 128, 13_824, 32_000, False, 4096),
+    "llama-2-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 32_000, False, 4096),
+    "llama-3-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256, False, 8192),
+    "llama-3-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 128_256, False, 8192),
+    "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256, False, 131_072),
+    "llama-3.1-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 128_256, False, 131_072),
+    "llama-3.1-405b": ("llama", 126, 16_384, 128, 8, 128, 53_248, 128_256, False, 131_072),
+    "llama-3.2-1b": ("llama", 16, 2048, 32, 8, 64, 8192, 128_256, True, 131_072),
+    "llama-3.2-3b": ("llama", 28, 3072, 24, 8, 128, 8192, 128_256, True, 131_072),
+    "llama-3.3-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 128_256, False, 131_072),
+    "qwen2.5-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, True, 32_768),
+    "qwen2.5-1.5b": ("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, True, 32_768),
+    "qwen2.5-3b": ("qwen2", 36, 2048, 16, 2, 128, 11_008, 151_936, True, 32_768),
+    "qwen2.5-7b": ("qwen2", 28, 3584, 28, 4, 128, 18_944, 152_064, False, 32_768),
+    "qwen2.5-14b": ("qwen2", 48, 5120, 40, 8, 128, 13_824, 152_064, False, 32_768),
+    "qwen2.5-32b": ("qwen2", 64, 5120, 40, 8, 128, 27_648, 152_064, False, 32_768),
+    "qwen2.5-72b": ("qwen2", 80, 8192, 64, 8, 128, 29_568, 152_064, False, 32_768),
+    "qwen3-0.6b": ("qwen3", 28, 1024, 16, 8, 128, 3072, 151_936, True, 40_960),
+    "qwen3-1.7b": ("qwen3", 28, 2048, 16, 8, 128, 6144, 151_936, True, 40_960),
+    "qwen3-4b": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936, True, 40_960),
+    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 128, 12_288, 151_936, False, 40_960),
+    "qwen3-14b": ("qwen3", 40, 5120, 40, 8, 128, 17_408, 151_936, False, 40_960),
+    "qwen3-32b": ("qwen3", 64, 5120, 64, 8, 128, 25_600, 151_936, False, 40_960),
+    "mistral-7b-v0.1": ("mistral", 32, 4096, 32, 8, 128, 14_336, 32_000, False, 32_768),
+    "mistral-7b-v0.3": ("mistral", 32, 4096, 32, 8, 128, 14_336, 32_768, False, 32_768),
+    "mistral-nemo": ("mistral", 40, 5120, 32, 8, 128, 14_336, 131_072, False, 131_072),
+    "mistral-small-24b": ("mistral", 40, 5120, 32, 8, 128, 32_768, 131_072, False, 32_768),
+    "phi-3-mini-4k": ("phi3", 32, 3072, 32, 32, 96, 8192, 32_064, False, 4096),
+    "phi-3-medium-4k": ("phi3", 40, 5120, 40, 10, 128, 17_920, 32_064, False, 4096),
+    "phi-4": ("phi3", 40, 5120, 40, 10, 128, 17_920, 100_352, False, 16_384),
+    "gemma-2-2b": ("gemma2", 26, 2304, 8, 4, 256, 9216, 256_000, True, 8192),
+    "gemma-2-9b": ("gemma2", 42, 3584, 16, 8, 256, 14_336, 256_000, True, 8192),
+    "gemma-2-27b": ("gemma2", 46, 4608, 32, 16, 128, 36_864, 256_000, True, 8192),
+    "gemma-3-1b": ("gemma3", 26, 1152, 4, 1, 256, 6912, 262_144, True, 32_768),
+    "gemma-3-4b": ("gemma3", 34, 2560, 8, 4, 256, 10_240, 262_208, True, 131_072),
+    "gemma-3-12b": ("gemma3", 48, 3840, 16, 8, 256, 15_360, 262_208, True, 131_072),
+    "gemma-3-27b": ("gemma3", 62, 5376, 32, 16, 128, 21_504, 262_208, True, 131_072),
+}
+_VARIANTS = re.compile(r"-(instruct|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What joins the cards of a tensor-parallel group, for all-reduces."""
+
+    latency_s: float  # of one all-reduce, however small
+    bytes_per_s: float  # in each direction of each card
+    source: str
+
+
+PCIE_LINK = Link(20e-6, 16e9, "assumed for cards on PCIe without NVLink: 20 us and 16 GB/s")
+NVLINK_4 = Link(10e-6, 450e9, "assumed latency of 10 us; NVLink 4: 450 GB/s a direction, NVIDIA H100 data sheet")
+NVLINK_3 = Link(10e-6, 300e9, "assumed latency of 10 us; NVLink 3: 300 GB/s a direction, NVIDIA A100 data sheet")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card as logs name it."""
+
+    total_bytes: int
+    bytes_per_s: float
+    flops_per_s: float  # dense bf16 tensor cores, accumulation in float32
+    tdp_w: float
+    link: Link
+    source: str
+
+
+_ADA = "NVIDIA Ada GPU architecture white paper"
+_AMPERE = "NVIDIA Ampere GA102 GPU architecture white paper"
+CARDS: dict[str, Card] = {
+    "rtxpro6000": Card(97_887 * MIB, 1.597e12, 503.8e12, 600.0, PCIE_LINK, "NVIDIA RTX PRO 6000 Server data sheet"),
+    "rtx5090": Card(32_607 * MIB, 1.792e12, 209.5e12, 575.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper"),
+    "rtx4090": Card(24_564 * MIB, 1.008e12, 165.2e12, 450.0, PCIE_LINK, _ADA),
+    "rtx3090": Card(24_576 * MIB, 0.936e12, 71.0e12, 350.0, PCIE_LINK, _AMPERE),
+    "rtxa6000": Card(49_140 * MIB, 0.768e12, 154.8e12, 300.0, PCIE_LINK, _AMPERE),
+    "rtxa5000": Card(24_564 * MIB, 0.768e12, 111.1e12, 230.0, PCIE_LINK, _AMPERE),
+    "rtx6000ada": Card(49_140 * MIB, 0.960e12, 364.2e12, 300.0, PCIE_LINK, _ADA),
+    "l40s": Card(46_068 * MIB, 0.864e12, 362.05e12, 350.0, PCIE_LINK, "NVIDIA L40S data sheet"),
+    "l4": Card(23_034 * MIB, 0.300e12, 121.0e12, 72.0, PCIE_LINK, "NVIDIA L4 data sheet"),
+    "a10": Card(23_028 * MIB, 0.600e12, 125.0e12, 150.0, PCIE_LINK, "NVIDIA A10 data sheet"),
+    "a10040gb": Card(40_960 * MIB, 1.555e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 40 GB"),
+    "a10080gb": Card(81_920 * MIB, 2.039e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 80 GB"),
+    "h100pcie": Card(81_559 * MIB, 2.0e12, 756e12, 350.0, PCIE_LINK, "NVIDIA H100 data sheet, PCIe"),
+    "h100": Card(81_559 * MIB, 3.35e12, 989e12, 700.0, NVLINK_4, "NVIDIA H100 data sheet, SXM5"),
+    "h200": Card(143_771 * MIB, 4.8e12, 989e12, 700.0, NVLINK_4, "NVIDIA H200 data sheet"),
+}  # fmt: skip
+_OTHER_NAMES = {
+    "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a10080gb", "a100pcie": "a10080gb", "a100pcie80gb": "a10080gb",
+    "a100pcie40gb": "a10040gb", "h10080gb": "h100", "h200141gb": "h200", "rtxpro6000blackwell": "rtxpro6000",
+}  # fmt: skip
+
+
+def published_model(name: str, key: str = "model") -> ModelSpec:
+    """The shape of a model by its name on Hugging Face, in tokens of its own. UserError where it is not known."""
+    shape = _SHAPES.get(name) or _SHAPES.get(_plain_model(name))
+    if shape is None:
+        raise UserError(
+            key, name, f"a known shape; known: {', '.join(_SHAPES)}",
+            f"set {key} to one of the same shape (mixtures of experts are not modelled)",
+        )  # fmt: skip
+    family, layers, d_model, heads, kv_heads, head_dim, d_ff, vocabulary, tied, context = shape
+    return ModelSpec(
+        name=name.rsplit("/", 1)[-1].lower(), family=family, n_layers=layers, d_model=d_model, n_heads=heads,
+        n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=True, vocab_size=vocabulary,
+        tied_embeddings=tied, max_context_tokens=context, learned_positions=False, bias=False,
+        weight_bytes_per_value=2, kv_bytes_per_value=2, chars_per_token=1.0,
+    )  # fmt: skip
+
+
+def published_card(name: str) -> Card | None:
+    """A card by what a log or a profile calls it, such as RTXPRO6000 or NVIDIA GeForce RTX 4090; None: not known."""
+    plain = re.sub(r"(nvidia|geforce|edition|server|workstation|generation|sxm\d?|hbm\d?e?)", "", name.lower())
+    plain = re.sub(r"[^a-z0-9]", "", plain)
+    return CARDS.get(_OTHER_NAMES.get(plain, plain))
+
+
+def cards_together(name: str, card: Card, number: int) -> HardwareSpec:
+    """A tensor-parallel group as one device: its memory, bandwidth and operations are the cards' sums."""
+    return HardwareSpec(
+        name=name if number == 1 else f"{number}x{name}",
+        hbm_bytes=number * card.total_bytes,
+        hbm_bytes_per_s=number * card.bytes_per_s,
+        flops_per_s=number * card.flops_per_s,
+        tdp_w=number * card.tdp_w,
+        idle_w=None,
+        source=card.source,
+    )
+
+
+def _plain_model(name: str) -> str:
+    """Without owner, tuning and date, none of which change a shape."""
+    plain = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    return _VARIANTS.sub("", plain).replace("-v0.2", "-v0.1")

@@ -1,0 +1,115 @@
+"""One attention table over (chunk, context, decodes, KV) as the tables of a profile. Knows the grid, not the card.
+
+The measured grid has holes: not every chunk was measured with every context, and the largest batches only with short
+ones. Missing points lie on the line through their neighbours along one axis, beyond the last point on its slope.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from helios_sim.errors import UserError
+from helios_sim.profile.composition import IntArray
+from helios_sim.profile.importers.reading import US, FloatArray, along, read_columns
+from helios_sim.profile.tables import GridTable
+from helios_sim.profile.terms import MixedTable
+
+_AXES = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+
+
+class AttentionGrid:
+    """Seconds of one layer's attention. `kv_decode` in the file leaves the new token out; here it is in."""
+
+    def __init__(self, path: Path) -> None:
+        columns = read_columns(path, (*_AXES, "time_us"))
+        chunk, context, batch, kv = (columns[a].astype(np.int64) for a in _AXES)
+        time_s = columns["time_us"].astype(np.float64) * US
+        kv = np.where(batch > 0, kv + 1, 0)
+        self.chunks, self.contexts = np.unique(chunk[chunk > 0]), np.unique(context[chunk > 0])
+        self.batches, self.kvs = np.unique(batch[batch > 0]), np.unique(kv[batch > 0])
+        few = [n for n in ("chunks", "contexts", "batches", "kvs") if len(getattr(self, n)) < 2]
+        if few:
+            raise UserError(str(path), few[0], "two points or more of prompts and of decodes", "measure more points")
+        self._by: dict[tuple[int, int], tuple[FloatArray, FloatArray, FloatArray]] = {}
+        for c, b in sorted({*zip(chunk.tolist(), batch.tolist(), strict=True)}):
+            own = (chunk == c) & (batch == b)
+            self._by[c, b] = context[own].astype(np.float64), kv[own].astype(np.float64), time_s[own]
+        self.prompts_s = np.stack([self._line(int(c), 0, self.contexts) for c in self.chunks])  # (C, X)
+        self.decodes_s = self._filled([self._row(0, int(b)) for b in self.batches])  # (B, V)
+
+    def decode_table(self) -> GridTable:
+        return GridTable(self.batches, self.kvs, self.decodes_s)
+
+    def prefill_table(self) -> GridTable:
+        return GridTable(self.chunks, self.contexts, self.prompts_s)
+
+    def mixed_table(self) -> MixedTable | None:
+        """What decodes add to a chunk; None where nothing mixed was measured."""
+        mixed = [c for c in self.chunks.tolist() if any((c, b) in self._by for b in self.batches.tolist())]
+        if len(mixed) < 2:
+            return None
+        times = np.zeros((len(mixed), len(self.contexts), len(self.batches), len(self.kvs)))
+        for i, c in enumerate(mixed):
+            alone_s = self.prompts_s[self.chunks.tolist().index(c)][:, None]
+            planes = [self._plane(c, int(b)) for b in self.batches]
+            added = [None if plane is None else np.maximum(plane - alone_s, 0.0) for plane in planes]
+            times[i] = np.moveaxis(self._filled(added), 0, 1)
+        return MixedTable(np.array(mixed, np.int64), self.contexts, self.batches, self.kvs, times)
+
+    def chunk_s(self, chunk: int, context: int) -> float:
+        """Seconds of a chunk without decodes, 0 for none."""
+        if chunk == 0:
+            return 0.0
+        at = np.array([float(context)])
+        by_chunk = np.array([along(self.contexts.astype(np.float64), row, at)[0] for row in self.prompts_s])
+        return float(along(self.chunks.astype(np.float64), by_chunk, np.array([float(chunk)]))[0])
+
+    def decode_s(self, batch: int, kv: int) -> float:
+        """Seconds of decodes alone."""
+        at = np.array([float(kv)])
+        by_batch = np.array([along(self.kvs.astype(np.float64), row, at)[0] for row in self.decodes_s])
+        return float(along(self.batches.astype(np.float64), by_batch, np.array([float(batch)]))[0])
+
+    def _line(self, chunk: int, batch: int, contexts: IntArray) -> FloatArray:
+        if (chunk, batch) not in self._by:
+            raise UserError("attention.csv", chunk, "every chunk measured without decodes too", "measure these")
+        points, _, seconds = self._by[chunk, batch]
+        order = np.argsort(points)
+        return along(points[order], seconds[order], contexts.astype(np.float64))
+
+    def _row(self, chunk: int, batch: int) -> FloatArray | None:
+        """(V,) of decodes alone."""
+        if (chunk, batch) not in self._by:
+            return None
+        _, points, seconds = self._by[chunk, batch]
+        order = np.argsort(points)
+        return along(points[order], seconds[order], self.kvs.astype(np.float64))
+
+    def _plane(self, chunk: int, batch: int) -> FloatArray | None:
+        """(X, V) of a chunk with so many decodes."""
+        if (chunk, batch) not in self._by:
+            return None
+        contexts, kvs, seconds = self._by[chunk, batch]
+        measured = np.unique(contexts)
+        rows = []
+        for context in measured:
+            own = contexts == context
+            order = np.argsort(kvs[own])
+            rows.append(along(kvs[own][order], seconds[own][order], self.kvs.astype(np.float64)))
+        by_kv = np.stack(rows, axis=1)  # (V, measured contexts)
+        return np.stack([along(measured, row, self.contexts.astype(np.float64)) for row in by_kv], axis=1)
+
+    def _filled(self, by_batch: list[FloatArray | None]) -> FloatArray:
+        """(B, ...) with batches that were not measured in proportion to the next smaller one (or larger, at first)."""
+        known = [k for k, values in enumerate(by_batch) if values is not None]
+        if not known:
+            raise UserError("attention.csv", "no decodes", "decodes alone, by batch and KV", "measure these")
+        found = []
+        for k, values in enumerate(by_batch):
+            near = max((n for n in known if n <= k), default=known[0])
+            found.append(
+                np.asarray(by_batch[near]) * (self.batches[k] / self.batches[near]) if values is None else values
+            )
+        return np.stack(found)
