@@ -9,7 +9,7 @@ import numpy as np
 from helios_sim.report.definitions import DEFINITIONS, Better
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmsFigure, ExperimentResult, QualityFigure
-from helios_sim.report.style import INK, Drawing, arm_styles, handles_of, legend_above, look, new_figure
+from helios_sim.report.style import Drawing, arm_styles, handles_of, legend_above, look, new_figure
 
 _DIRECTION = {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}
 
@@ -35,8 +35,7 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
     for arm, x, y in points:
         style = styles[arm]
         ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
-        ax.annotate(arm, (x, y), (6, 5), textcoords="offset points", fontsize=8.5, color=INK)
-    ax.margins(x=0.16, y=0.12)
+    ax.margins(x=0.08, y=0.1)
     ax.set_xlabel(_axis(spec.x))
     ax.set_ylabel(_axis(spec.y))
     legend_above(figure, handles_of(ax), columns=4)
