@@ -95,6 +95,19 @@ def test_names_of_older_checkpoints(family: str, drop: str, tmp_path: Path) -> N
     torch.testing.assert_close(got, reference_logits(tiny_model(family), ids), atol=TOLERANCE, rtol=0)
 
 
+def test_the_text_part_of_a_model_that_also_sees(tmp_path: Path) -> None:
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    path = write_tiny("gemma3", tmp_path) / "model.safetensors"
+    renamed = {f"language_model.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(renamed | {"vision_tower.embeddings.weight": torch.zeros(2, 2)}, path)
+    transformers.Gemma3Config(text_config=tiny_config("gemma3").to_dict()).save_pretrained(tmp_path)
+    ids = token_ids(batch=1, tokens=20)
+    got = packed_logits(SegmentedModel.load(find_checkpoint(str(tmp_path))), ids)
+    torch.testing.assert_close(got, reference_logits(tiny_model("gemma3"), ids), atol=TOLERANCE, rtol=0)
+
+
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
