@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _check_choices(settings, run.runtime.choices, command)
             run_it = run_sweep if settings.sweep.parameters else run_study
+            if run_it is run_study:
+                _check_no_sweep(command)
             status = max(status, run_it(Variants(settings, command), folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
@@ -104,6 +106,15 @@ def _check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: 
         if chosen in options and value != chosen:
             allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
             raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
+
+
+def _check_no_sweep(arguments: Sequence[str]) -> None:
+    """UserError for settings of a sweep where no parameter is to be varied: they would do nothing."""
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and key.startswith("sweep."):
+            fix = "choose +experiment=sweep_helios, or add '+sweep.parameters={NAME: {settings: [...], values: [...]}}'"
+            raise UserError(key, value, "does nothing: this study has no sweep.parameters", fix)
 
 
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:

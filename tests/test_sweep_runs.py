@@ -256,6 +256,23 @@ def test_one_message_for_a_mistake_and_nothing_left(helios, tmp_path, arguments,
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_of_a_sweep_are_refused_where_nothing_is_swept(helios, tmp_path):
+    said = helios(*write_study(tmp_path), "sweep.backend=ray")
+    assert said.status == 1
+    assert "sweep.backend='ray': does nothing" in said.err
+
+
+def test_a_parameter_from_the_command_line(helios, tmp_path):
+    more = "+sweep.parameters={k: {settings: [arms.helios.shortlist], values: [1, 2]}}"
+    fewer = "sweep.parameters.limit.values=[30]"
+    said = helios(*write_study(tmp_path, SWEEP), more, fewer)
+    assert said.status == 0, said.err
+    table = pq.read_table(tmp_path / "out" / "designs.parquet").to_pylist()
+    assert [(row["cap_bound"], row["limit"], row["k"]) for row in table[:-2]] == [
+        (0.01, 30, 1), (0.01, 30, 2), (0.2, 30, 1), (0.2, 30, 2),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("library", "settings"),
     [("joblib", {"backend": "processes"}), ("ray", {"backend": "ray"}), ("optuna", {"method": "search"})],
