@@ -126,8 +126,8 @@ class Sampler:
             self._warm_up(steps)
         elif cost_s < LONG_S:
             self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
-        self._cost_s[job.points[0]] = self.clock.spent_s - start_s
         laps_s, waited_s = self._laps(steps)
+        self._cost_s[job.points[0]] = self.clock.spent_s - start_s
         contended = waited_s > MOST_WAITED * sum(laps_s) + WAKE_S
         if contended:
             self.dropped[job.points[0]] = self.dropped.get(job.points[0], 0) + 1
@@ -144,9 +144,11 @@ class Sampler:
 
     def _warm_up(self, steps: Sequence[Step]) -> None:
         last_s = sum(self.device.laps_s(steps))
+        if last_s > LONG_S:
+            return
         for _ in range(MAX_WARM_UPS - 1):
             now_s = sum(self.device.laps_s(steps))
-            if abs(now_s - last_s) <= STABLE * last_s or now_s > LONG_S:
+            if abs(now_s - last_s) <= STABLE * last_s:
                 return
             last_s = now_s
 

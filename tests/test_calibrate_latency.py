@@ -1,0 +1,191 @@
+"""Sampling, grids and tables against costs in closed form, on a device whose clock passes as it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibrate.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
+from calibrate.points import Point, Points, figure
+from calibrate.sampling import Clock, Job, Sampler
+from fake_device import VirtualClock, VirtualDevice
+from helios_sim.errors import UserError
+
+A, B = Point("a", -1, 1), Point("b", -1, 2)
+
+
+def job(clock: VirtualClock, point: Point, seconds: float) -> Job:
+    return Job((point,), lambda: [lambda: clock.pass_s(seconds)], lambda laps_s: {point: laps_s[0]})
+
+
+def sampler(folder: Path, clock: VirtualClock, budget_s: float = 1e9, **changes: Any) -> Sampler:
+    device = VirtualDevice(clock, **changes)
+    return Sampler(device, Points(folder / "points.parquet"), Clock(budget_s, clock))
+
+
+def test_figures_are_quantiles_and_far_out_samples_are_counted_not_removed() -> None:
+    found = figure([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found.median_s, found.iqr_s, found.samples, found.outliers) == (3.0, 2.0, 5, 1)
+
+
+def test_points_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    points = Points(tmp_path / "p" / "points.parquet")
+    points.add({A: 1.0, B: 2.0})
+    points.add({A: 3.0}, contended=True)
+    points.save()
+    again = Points(tmp_path / "p" / "points.parquet")
+    assert again.everything() == points.everything()
+    assert again.samples_s(A) == (1.0, 3.0)
+    assert (again.figure(A).contended, again.figure(B).contended) == (1, 0)
+    assert not list((tmp_path / "p").glob("*.partial"))
+    (tmp_path / "bad").write_text("no table")
+    with pytest.raises(UserError, match="table of points"):
+        Points(tmp_path / "bad")
+
+
+def test_rounds_visit_all_jobs_before_any_comes_again(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    order: list[Point] = []
+
+    def seen(point: Point) -> Job:
+        def read(laps_s: Sequence[float]) -> dict[Point, float]:
+            order.append(point)
+            return {point: laps_s[0]}
+
+        return replace(job(clock, point, 0.1), read=read)
+
+    points = [Point("x", -1, i) for i in range(5)]
+    assert sampler(tmp_path, clock).measure([seen(p) for p in points], 3)
+    assert all(sorted(order[i : i + 5]) == points for i in (0, 5, 10))
+    assert order[:5] != points or order[5:10] != points  # in an order of its own
+
+
+def test_a_later_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    jobs = [job(clock, A, 1.0), job(clock, B, 2.0)]
+    first = sampler(tmp_path, clock, budget_s=30.0)
+    assert not first.measure(jobs, 20)
+    assert 20.0 < clock.now_s <= 30.0
+    done = first.points.count(A) + first.points.count(B)
+    assert 0 < done < 40
+    second = sampler(tmp_path, clock)
+    assert second.measure(jobs, 20)
+    assert (second.points.count(A), second.points.count(B)) == (20, 20)
+    before_s = clock.now_s
+    assert sampler(tmp_path, clock).measure(jobs, 20)
+    assert clock.now_s == before_s  # nothing is measured twice
+
+
+def test_samples_taken_while_others_had_the_cores_are_taken_again(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    waited = iter([0.0, 1.0, 1.0, 2.0, 2.0, *[2.0] * 100])  # before and after each sample: two are spoilt
+    s = sampler(tmp_path, clock, waiting=lambda: next(waited))
+    assert s.measure([job(clock, A, 1.0)], 2)
+    assert s.points.figure(A).contended == 0
+    assert s.dropped == {A: 2}
+
+
+def test_a_machine_that_is_never_free_is_measured_all_the_same_and_that_is_known(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    s = sampler(tmp_path, clock, waiting=clock)
+    assert s.measure([job(clock, A, 1.0)], 2)
+    assert s.points.figure(A).contended == 2
+
+
+def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    s = sampler(tmp_path, clock)
+    s.anchor = Job((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
+    s.measure([job(clock, A, 1.0)], 100)
+    drift = s.drift()
+    assert drift is not None
+    assert drift["slowest_over_median"] > 1.05
+    assert drift["fastest_over_median"] < 0.95
+    assert sampler(tmp_path, clock).drift() is None
+
+
+def test_geometric_axes_span_their_range() -> None:
+    assert geometric(1, 32) == (1, 2, 4, 8, 16, 32)
+    assert geometric(1, 1) == (1,)
+    assert geometric(128, 2048, 4.0) == (128, 512, 2048)
+
+
+def refined(
+    function: Any, axes: Axes, tolerance: float = 0.03, noise: float = 0.0
+) -> tuple[Axes, list[HeldOut], list[Place]]:
+    asked: list[Place] = []
+
+    def measure(places: Sequence[Place]) -> bool:
+        asked.extend(places)
+        return True
+
+    def time_s(place: Place) -> float:
+        return float(function(*place))
+
+    axes, held_out = refine(axes, measure, time_s, time_s, lambda place: noise, tolerance)
+    return axes, held_out, asked
+
+
+def test_a_straight_line_needs_no_points_between_its_ends() -> None:
+    axes, held_out, _ = refined(lambda rows: 5 + 2 * rows, Axes(((1, 512),)))
+    assert axes.values == ((1, 512),)
+    assert np.abs(errors(held_out)).max() < 1e-12
+    plane, held_out, _ = refined(lambda a, b: 1 + a + 2 * b + 0.5 * a * b, Axes(((1, 64), (1, 1000))))
+    assert plane.values == ((1, 64), (1, 1000))
+    assert held_out
+
+
+def test_a_knee_is_found_and_the_line_then_fits_everywhere() -> None:
+    def roofline(rows: int) -> float:
+        return max(100.0, float(rows))
+
+    axes, held_out, _ = refined(roofline, Axes(((1, 1024),)))
+    rows = np.arange(1, 1025)
+    (grid,) = axes.values
+    line = np.interp(rows, grid, [roofline(r) for r in grid])
+    assert np.max(np.abs(line / [roofline(int(r)) for r in rows] - 1)) < 0.08  # a third beside the trial may miss more
+    assert np.abs(errors(held_out)).max() <= 0.03
+    assert len(grid) < 20
+
+
+def test_both_axes_are_refined_where_they_bend() -> None:
+    axes, held_out, _ = refined(lambda batch, kv: 10 + max(0, kv - 300) * batch, Axes(((1, 32), (1, 2048))))
+    assert axes.values[0] == (1, 32)  # straight in the batch
+    assert min(abs(v - 300) for v in axes.values[1]) < 60
+    assert np.abs(errors(held_out)).max() <= 0.03
+
+
+def test_noise_is_not_chased() -> None:
+    rng = np.random.default_rng(0)
+    wobble = {r: 100.0 + rng.normal(0, 10) for r in range(1, 2000)}
+    _, _, chased = refined(lambda rows: wobble[rows], Axes((geometric(1, 1024),)), noise=0.0)
+    _, _, left = refined(lambda rows: wobble[rows], Axes((geometric(1, 1024),)), noise=10.0)
+    assert len(left) < len(chased) / 2
+
+
+def test_time_that_runs_out_leaves_the_last_whole_grid() -> None:
+    calls = 0
+
+    def measure(places: Sequence[Place]) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls <= 2  # the grid and its first trials, no more
+
+    def bent(place: Place) -> float:
+        return float(place[0] ** 2)
+
+    axes, held_out = refine(Axes(((1, 1000),)), measure, bent, bent, lambda p: 0.0, 0.03)
+    assert axes.values == ((1, 1000),)
+    assert held_out == []
+
+
+def test_interpolation_is_what_profiles_do() -> None:
+    axes = Axes(((1, 3), (10, 20)))
+    times = {(1, 10): 1.0, (1, 20): 2.0, (3, 10): 3.0, (3, 20): 6.0}
+    assert interpolate(axes, times, (2, 15)) == pytest.approx(3.0)
+    assert interpolate(axes, times, (9, 99)) == pytest.approx(6.0)
