@@ -67,4 +67,5 @@ def test_an_unknown_name_lists_the_models(
 ) -> None:
     monkeypatch.setenv("HELIOS_CACHE", str(tmp_path))
     assert models.main(["gpt-9"]) == 1
-    assert all(name in capsys.readouterr().err for name in KNOWN)
+    message = capsys.readouterr().err
+    assert all(name in message for name in KNOWN)
