@@ -27,8 +27,11 @@ def record(output: Path) -> Path:
     lines += ["## Arms", "", *_arms(summary), ""]
     if summary.get("published"):
         lines += ["## Published figures beside ours", "", *_published(summary["published"]), ""]
+    if summary.get("sweep"):
+        lines += ["## Designs that no other beats", "", *_front(summary), ""]
     page = folder / "README.md"
-    figures = [f for f in sorted((output / "figures").glob("*.png")) if page.is_file() and f.name in page.read_text()]
+    drawn = sorted([*output.glob("*.png"), *(output / "figures").glob("*.png")])
+    figures = [f for f in drawn if page.is_file() and f.name in page.read_text()]
     for figure in figures:
         shutil.copyfile(figure, folder / figure.name)
     target = folder / "results.md"
@@ -62,6 +65,21 @@ def _arms(summary: dict[str, Any]) -> list[str]:
         if name != over and over != summary["baseline"]:
             ratio += f" of `{over}`"
         rows.append([f"`{name}`", values[0], ratio, *values[1:]])
+    return _table(rows)
+
+
+def _front(summary: dict[str, Any]) -> list[str]:
+    """One row for designs that come to the same in every objective, the first of them."""
+    parameters, objectives = summary["sweep"]["parameters"], summary["sweep"]["objectives"]
+    rows = [["design", *parameters, *(DEFINITIONS[name].label for name in objectives)]]
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for design in summary["sweep"]["front"]:
+        found = tuple(shown(name, _value(design["metrics"].get(name))) for name in objectives)
+        alike.setdefault(found, []).append(design)
+    for found, designs in alike.items():
+        more = f" +{len(designs) - 1}" if len(designs) > 1 else ""
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in designs[0]["parameters"].values()]
+        rows.append([f"{designs[0]['design']}{more}", *values, *found])
     return _table(rows)
 
 

@@ -44,7 +44,7 @@ class Journal:
             return
         line = {
             "key": key,
-            **shown,
+            "design": dict(shown),
             "wall_s": round(outcome.wall_s, 3),
             "error": outcome.error,
             "metrics": json_value(outcome.metrics),

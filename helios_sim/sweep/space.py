@@ -24,13 +24,16 @@ class Range:
     whole: bool
 
     def at(self, value: float) -> float | int:
-        return round(value) if self.whole else float(value)
+        """As the settings get it: a point of the grid without what sums leave in its last digits."""
+        if self.whole:
+            return round(value)
+        return float(value) if self.step is None else round(float(value), 12)
 
     def points(self) -> tuple[float | int, ...]:
         """The grid: low, low + step, ... up to high. Each is its own product, so that no error adds up."""
         assert self.step is not None
         count = int((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.at(round(self.low + i * self.step, 12)) for i in range(count))
+        return tuple(self.at(self.low + i * self.step) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True)
