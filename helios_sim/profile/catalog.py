@@ -81,7 +81,7 @@ class Card:
     total_bytes: int
     bytes_per_s: float
     flops_per_s: float  # dense bf16 tensor cores, accumulation in float32
-    tdp_w: float
+    tdp_w: float | None
     link: Link
     source: str
 
@@ -142,7 +142,7 @@ def cards_together(name: str, card: Card, number: int) -> HardwareSpec:
         hbm_bytes=number * card.total_bytes,
         hbm_bytes_per_s=number * card.bytes_per_s,
         flops_per_s=number * card.flops_per_s,
-        tdp_w=number * card.tdp_w,
+        tdp_w=None if card.tdp_w is None else number * card.tdp_w,
         idle_w=None,
         source=card.source,
     )

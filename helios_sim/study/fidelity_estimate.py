@@ -1,0 +1,121 @@
+"""Quantities that no kernel table has, from the first requests of a log. Knows what each means and what it is seen in.
+
+- `warm_up_s`: the first iteration of all is slower (lazy loading, first use of kernels). Seen in the first request's
+  time to first token.
+- `prefill_gap_s`: what an iteration with prefill takes beyond its kernels: it is launched without a captured graph.
+  Seen in the time from a request's schedule to its first token, which does not hold the wait in the queue.
+- `gap_s`: time between two iterations in which the device waits for the host. Seen in the time per output token.
+- `unequal_kv_part`: how much of the measured excess of unequal KV lengths shows. The profiler's batches have two
+  lengths, the long ones first; a served batch has many, in any order. All of it unless time per output token is longer
+  in the simulation than in the log even without any gap.
+
+The last two answer to the same figure, so only one of them departs from its default (no gap, the whole excess).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from helios_sim.profile.tables import FloatArray
+from helios_sim.provenance import Assumption
+from helios_sim.study.fidelity_log import IntColumn, ServingLog, Times
+from helios_sim.study.fidelity_run import run_once
+from helios_sim.study.fidelity_setup import Setup
+
+ROUNDS = 5
+CLOSE = 2e-3  # of the measured figure
+STEP_S = 4e-3  # long enough that the slope is not lost in what single arrivals do
+_FROM = "estimated from the first {n} requests: {seen}"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantities:
+    warm_up_s: float = 0.0
+    prefill_gap_s: float = 0.0
+    gap_s: float = 0.0
+    unequal_kv_part: float = 1.0
+
+    def applied(self, setup: Setup) -> Setup:
+        """The setup with these in its profile; the warm-up belongs to a run."""
+        profile = setup.profile
+        runtime = replace(profile.runtime, gap_s=self.gap_s, prefill_gap_s=self.prefill_gap_s)
+        tables = tuple(
+            t if t.unequal_kv is None else replace(t, unequal_kv=t.unequal_kv.part(self.unequal_kv_part))
+            for t in profile.layer_tables
+        )
+        return setup.with_profile(replace(profile, runtime=runtime, layer_tables=tables))
+
+    def assumptions(self, n: int) -> tuple[Assumption, ...]:
+        """For the report: each with what it was seen in."""
+        first_token, output = "their time from schedule to first token", "their time per output token"
+        seen = {
+            "warm_up_s": "the first one's time to first token", "prefill_gap_s": first_token, "gap_s": output,
+            "unequal_kv_part": output,
+        }  # fmt: skip
+        return tuple(
+            Assumption(name, float(getattr(self, name)), _FROM.format(n=n, seen=text), "fidelity.estimate")
+            for name, text in seen.items()
+        )
+
+
+def estimated_from(log: ServingLog, wanted: int) -> int:
+    """The first requests to arrive that quantities may be estimated from: at most half of the log."""
+    return max(min(wanted, len(log) // 2), 1)
+
+
+def estimate(log: ServingLog, setup: Setup, n: int, note: Callable[[str], None] = lambda text: None) -> Quantities:
+    """From the measured times of the first `n` requests; arrivals and lengths of all are known to the engine."""
+    plain = run_once(log, setup).times
+    first = int(np.argmin(log.measured.queued_ns))
+    warm_up_s = max(float(_ttft_ns(log.measured)[first] - _ttft_ns(plain)[first]) / 1e9, 0.0)
+    measured = _seen(log, log.measured, n)
+    unit_s = 0.0  # of the second number below: what the whole excess adds to the time per output token
+
+    def quantities(point: FloatArray) -> Quantities:
+        """`point`: the prefill gap; and the gap in units, or below 0 the part of the excess that is taken away."""
+        gap_s, part = max(point[1], 0.0) * unit_s, 1.0 + min(point[1], 0.0)
+        return Quantities(warm_up_s, float(point[0]), float(gap_s), float(part))
+
+    def miss(point: FloatArray) -> FloatArray:
+        found = quantities(point)
+        note(f"prefill gap {found.prefill_gap_s * 1e3:.2f} ms, gap {found.gap_s * 1e3:.3f} ms, "
+             f"excess {found.unequal_kv_part:.2f}")  # fmt: skip
+        return _seen(log, run_once(log, found.applied(setup), warm_up_s).times, n) - measured
+
+    point = np.zeros(2)
+    missed = miss(point)
+    without = miss(np.array([0.0, -1.0])) if _has_excess(setup) else missed
+    least = -1.0 if missed[1] > without[1] else 0.0
+    unit_s = float(missed[1] - without[1]) if least < 0 else 1e-3
+    by_gap = (miss(np.array([STEP_S, 0.0])) - missed) / STEP_S
+    tried = [(float(np.abs(missed / measured).max()), quantities(point))]
+    for _ in range(ROUNDS):
+        wanted = point.copy()
+        # What each is seen in, one after the other: a prefill gap shows in both figures, the second number in one.
+        wanted[0] = max(point[0] - missed[0] / max(by_gap[0], 0.5), 0.0)
+        left = missed[1] + by_gap[1] * (wanted[0] - point[0])
+        wanted[1] = max(point[1] - left / unit_s, least)
+        if np.all(np.abs(missed) < CLOSE * measured) or np.allclose(wanted, point, rtol=0.01, atol=1e-5):
+            break
+        point, missed = wanted, miss(wanted)
+        tried.append((float(np.abs(missed / measured).max()), quantities(point)))
+    return min(tried, key=lambda found: found[0])[1]
+
+
+def _ttft_ns(times: Times) -> IntColumn:
+    return times.first_ns - times.queued_ns
+
+
+def _seen(log: ServingLog, times: Times, n: int) -> FloatArray:
+    """Means over the first n requests, s: from schedule to first token (without the very first), per output token."""
+    service_ns = (times.first_ns - times.scheduled_ns)[1:n] if n > 1 else (times.first_ns - times.scheduled_ns)[:1]
+    several = log.output_tokens[:n] > 1
+    decode_ns = (times.last_ns - times.first_ns)[:n][several] / (log.output_tokens[:n][several] - 1)
+    return np.array([service_ns.mean(), decode_ns.mean() if several.any() else 0.0]) / 1e9
+
+
+def _has_excess(setup: Setup) -> bool:
+    return any(tables.unequal_kv is not None for tables in setup.profile.layer_tables)
