@@ -9,8 +9,9 @@ absence raises the mean net saving of the three domains most is dropped, as long
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ SHARES = {  # characters of each task, in thousands, of a whole of 1,000
     "issues": 67,
 }
 MAX_BYTES = 9_900_000
-_TEMPERATURE_TOKENS = 800
+_TEMPERATURE_TOKENS, _DOMAIN_TOKENS = 800, 6_000
 AGREEMENT = 0.95  # at which exits are chosen
 CHECK_LAYERS = 0.05  # charged for a check: at least this share of a layer
 
@@ -55,6 +56,8 @@ class AdapterConfig:
     recipe: Recipe = field(default_factory=Recipe)
     budget_s: float | None = None  # of training the adapters; None: the recipe's epochs
     max_bytes: int = MAX_BYTES
+    least_exits: int = 2  # so that there is a depth to choose
+    most_exits: int = 4
     command: str = "python -m calibrate +task=adapters"
 
 
@@ -100,8 +103,11 @@ def fit_heads(
             d: training.first_adapter(states.at(d, rows[sample]), last[sample], recipe.width, recipe.seed)
             for d in config.candidates
         }
-        began = time.monotonic()
-        spent = (lambda: (time.monotonic() - began) / config.budget_s) if config.budget_s else (lambda: 0.0)
+        began, budget_s = time.monotonic(), config.budget_s
+
+        def spent() -> float:
+            return 0.0 if budget_s is None else (time.monotonic() - began) / budget_s
+
         training.train_adapters(
             model, teacher, lambda d, chosen: states.at(d, rows[chosen.numpy()]), adapters, recipe, spent, say
         )
@@ -113,13 +119,14 @@ def fit_heads(
         "model": config.model,
         "architecture": {name: getattr(architecture, name) for name in ("family", "n_layers", "d_model", "vocab_size")},
         "exits": exits,
+        "risk_scale": risk_scale(exits, architecture.n_layers).tolist(),
         "temperature": [*(temperature[d] for d in exits), 1.0],
         "training": {
             "command": config.command,
             "data": "calibrate.texts: " + ", ".join(TASKS),
             "licence": "heads: the project's; texts: see calibrate.texts; the model's own licence covers its weights",
             "train_tokens": len(rows),
-            "calibration_tokens": len(states.rows(Split.CALIBRATION)),
+            "calibration_tokens": len(calibration_rows(states)),
             "recipe": asdict(recipe),
             "dtype": str(model.dtype).removeprefix("torch."),
             "candidates": config.candidates,
@@ -131,6 +138,19 @@ def fit_heads(
     return ExitHeads.load(folder, architecture, model.device)
 
 
+def risk_scale(exits: Sequence[int], n_layers: int) -> NDArray[np.float64]:
+    """What a risk at each exit counts, (E,): in inverse proportion to the layers saved there, 1 at the first exit."""
+    return (n_layers - exits[0]) / (n_layers - np.asarray(exits, dtype=np.float64))
+
+
+def calibration_rows(states: HiddenStates) -> NDArray[np.int64]:
+    """Rows of the calibration split, at most `_DOMAIN_TOKENS` of each domain."""
+    rows = states.rows(Split.CALIBRATION)
+    domain = np.array([DOMAINS.index(domain_of(task)) for task in TASKS])[states.task[rows]]
+    drawn = np.random.default_rng(1)
+    return np.sort(np.concatenate([drawn.permutation(rows[domain == d])[:_DOMAIN_TOKENS] for d in range(len(DOMAINS))]))
+
+
 def _with_checks(
     model: SegmentedModel,
     states: HiddenStates,
@@ -140,16 +160,28 @@ def _with_checks(
     recipe: Recipe,
     say: Say,
 ) -> dict[int, Tensors]:
-    """Adapters with checks, trained on agreement among the tokens that full depth ever chooses."""
+    """Adapters with checks. A check learns from tokens that the adapters saw, where these agree a little too often, and
+    from what calibration leaves over of its split; choices are among the tokens that full depth ever makes.
+    """
     import torch
 
     words = torch.unique(teacher.top[:, 0])
+    seen = np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.check_tokens]
+    unseen = np.setdiff1d(states.rows(Split.CALIBRATION), calibration_rows(states))
+    groups = [(rows[seen], teacher.top[torch.from_numpy(seen), 0])]
+    if len(unseen):
+        groups.append((unseen, training.choices(model, None, states.at(model.architecture.n_layers, unseen), words)[0]))
     found = {}
     for depth, adapter in adapters.items():
-        hidden = states.at(depth, rows)
-        agree = training.choices(model, adapter, hidden, words) == teacher.top[:, 0]
-        found[depth] = {**adapter, **training.train_check(hidden, agree, adapter["scale"], recipe)}
-        say(f"layer {depth}: {float(agree.float().mean()):.3f} of the training tokens agree")
+        targets = []
+        for chosen, first in groups:
+            choice, sure = training.choices(model, adapter, states.at(depth, chosen), words)
+            agree = choice == first
+            targets.append(training.softened(sure, agree, recipe.check_soft))
+        hidden = states.at(depth, np.concatenate([chosen for chosen, _ in groups]))
+        check = training.train_check(hidden, torch.cat(targets), adapter["scale"], recipe)
+        found[depth] = {**adapter, **check}
+        say(f"layer {depth}: {float(agree.float().mean()):.3f} of the last tokens agree")
     return found
 
 
@@ -159,17 +191,17 @@ def _calibrated(
     """Temperatures, what was seen on the calibration split, and tensors with calibrated checks."""
     import torch
 
-    rows = states.rows(Split.CALIBRATION)
-    truth = training.choices(model, None, states.at(model.architecture.n_layers, rows))
+    rows = calibration_rows(states)
+    truth, _ = training.choices(model, None, states.at(model.architecture.n_layers, rows))
     temperature: dict[int, float] = {}
     report: dict[int, dict[str, Any]] = {}
     calibrated: dict[int, Tensors] = {}
     for depth, of in tensors.items():
         hidden = states.at(depth, rows)
-        agree = (training.choices(model, of, hidden) == truth).numpy()
+        agree = (training.choices(model, of, hidden)[0] == truth).numpy()
         sample = np.random.default_rng(0).permutation(len(rows))[:_TEMPERATURE_TOKENS]
         logits = training.exit_logits(model, of, hidden[torch.from_numpy(sample)])
-        temperature[depth] = fit_temperature(lambda t, few=logits: training.confidences(few, t), agree[sample])
+        temperature[depth] = fit_temperature(partial(training.confidences, logits), agree[sample])
         logit = training.check_logits(of, hidden)
         slope, offset = fit_logistic(logit, agree)
         calibrated[depth] = training.fold(of, slope, offset)
@@ -198,7 +230,7 @@ def _chosen(
     say: Say,
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The exits to ship and, by domain, what they save at `AGREEMENT` on the calibration split."""
-    rows = states.rows(Split.CALIBRATION)
+    rows = calibration_rows(states)
     domain = np.array([DOMAINS.index(domain_of(task)) for task in TASKS])[states.task[rows]]
     layer_values = sum(int(np.prod(shape)) for shape in architecture.layer_shapes().values())
 
@@ -214,7 +246,8 @@ def _chosen(
             mine = domain == d
             if mine.any():
                 columns = [np.column_stack([report[e][k][mine] for e in exits]) for k in ("check", "agree")]
-                sure = np.column_stack((columns[0], np.ones(mine.sum())))
+                worth = 1 - (1 - columns[0]) * risk_scale(exits, architecture.n_layers)
+                sure = np.column_stack((worth, np.ones(mine.sum())))
                 agree = np.column_stack((columns[1], np.ones(mine.sum(), dtype=bool)))
                 point = at_agreement(sure, agree, (*exits, architecture.n_layers), AGREEMENT, check, leave)
                 found[name] = point.to_json()
@@ -225,10 +258,10 @@ def _chosen(
 
     exit_bytes = 2 * sum(t.numel() for t in next(iter(tensors.values())).values())
     exits, best = config.candidates, worth(config.candidates)
-    while len(exits) > 1:
+    while len(exits) > config.least_exits:
         fewer = {tuple(e for e in exits if e != dropped): dropped for dropped in exits}
         value, choice = max((worth(f), f) for f in fewer)
-        if value < best and len(exits) * exit_bytes <= config.max_bytes:
+        if value < best and len(exits) <= config.most_exits and len(exits) * exit_bytes <= config.max_bytes:
             break
         say(f"without the exit at {fewer[choice]}: {value:.3f} layers saved per token, net (with it {best:.3f})")
         exits, best = choice, value

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from helios_sim.live.model import SegmentedModel
 
 _EXACT = 8  # largest logits that are computed again
-_CHUNK_TOKENS, _SUM_ROWS = 256, 16
+_CHUNK_TOKENS, _SUM_ROWS = 256, 4
 LN2 = 0.6931471805599453
 
 
@@ -84,8 +84,10 @@ def _exit(
     tokens = torch.cat((tokens, reference[:, None]), 1)
     exact = torch.einsum("nd,nkd->nk", normed.float(), model.outer.head[tokens].float()) / temperature
     peak = exact[:, :_EXACT].amax(1, keepdim=True)
-    rows = [(part.float() / temperature - p).exp_().sum(-1) for part, p in zip(
-        logits.split(_SUM_ROWS), peak.split(_SUM_ROWS), strict=True)]  # fmt: skip
+    rows = [
+        few.float().div_(temperature).sub_(p).exp_().sum(-1)  # few rows at a time stay in the processor's cache
+        for few, p in zip(logits.split(_SUM_ROWS), peak.split(_SUM_ROWS), strict=True)
+    ]
     total = torch.cat(rows).double()
     fine, rough = exact[:, :_EXACT].double() - peak, coarse.double() / temperature - peak
     total += (fine.exp() - rough.exp()).sum(1)

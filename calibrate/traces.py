@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from helios_sim.live.model import SegmentedModel
 
 HELDOUT_CHARS = {  # about 55,000 tokens of SmolLM2
-    **dict.fromkeys(PROSE_TASKS, 12_500),
-    "code": 33_000,
-    "humaneval": 14_000,
-    "dialogue": 26_000,
-    "qa": 13_000,
-    "issues": 9_000,
+    **dict.fromkeys(PROSE_TASKS, 10_000),
+    "code": 28_000,
+    "humaneval": 12_500,
+    "dialogue": 24_000,
+    "qa": 11_500,
+    "issues": 8_000,
 }
 PASSAGE_CHARS = 1_500
 GENERATED_TASKS = ("news", "fiction", "learned", "code", "humaneval", "dialogue", "qa", "writing")
@@ -74,7 +74,7 @@ def reference_trace(
         if not path.exists():
             found = _read(model, heads, start, [chosen[i] for i in group], depths)
             draft = path.with_suffix(".part.npz")
-            np.savez(draft, **found)
+            np.savez(draft, allow_pickle=False, **found)
             os.replace(draft, path)
             say(f"trace: batch {b + 1} of {len(groups)}")
         with np.load(path) as columns:
@@ -161,7 +161,7 @@ def _trace(
 ) -> ExitTrace:
     lengths = [len(c) for c in chars]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    rounded = {name: short(values) for name, values in columns.items() if name != "agree"}
+    rounded: dict[str, Any] = {name: short(values) for name, values in columns.items() if name != "agree"}
     return ExitTrace(
         model=origin.model,
         exits=tuple(depths),

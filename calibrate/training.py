@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.reliability import fit_logistic
 from helios_sim.live.heads import adapted, check_logit, scaled
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ class Recipe:
     """How heads are trained."""
 
     width: int = 256  # of the adapter's gated network
-    check_width: int = 64
+    check_width: int = 256
+    check_soft: float = 0.6  # weight of the exit's own calibrated probability in a check's target
     vocabulary: int | None = 6_144  # tokens that every batch compares, by rank at full depth; None: all
     drawn: int = 1_024  # others drawn at random for each batch
     considered: int = 8  # first choices of full depth that count as considered
     sharpen: float = 0.25  # weight of full depth's first choice in the target, beside its distribution
     epochs: float = 2.0
     check_epochs: float = 6.0
+    check_tokens: int = 60_000  # at most so many tokens that the adapters saw train the checks
     batch: int = 512  # tokens
     learning_rate: float = 1e-3
     check_learning_rate: float = 2e-3
@@ -182,19 +185,25 @@ def train_adapters(
 
 
 def choices(
-    model: SegmentedModel, tensors: Tensors | None, hidden: Tensor, words: Tensor | None = None, chunk: int = 1024
-) -> Tensor:
-    """First choice (N,) at hidden states (N, d) through an adapter (or none), among `words` (all where None)."""
+    model: SegmentedModel, tensors: Tensors | None, hidden: Tensor, words: Tensor | None = None, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """First choice and its probability, (N,) each, at hidden states (N, d), among `words` (all where None).
+
+    Through an adapter, or as they are where `tensors` is None.
+    """
     import torch
 
     head = model.outer.head if words is None else model.outer.head[words]
-    found = []
+    found, sure = [], []
     with torch.inference_mode():
         for part in hidden.split(chunk):
             state = part if tensors is None else adapted(tensors, part).to(model.dtype)
-            found.append((model.normed(state) @ head.T).argmax(-1))
+            logits = model.normed(state) @ head.T
+            peak, best = logits.max(-1, keepdim=True)
+            found.append(best[:, 0])
+            sure.append(1 / (logits - peak).float().exp_().sum(-1))
     index = torch.cat(found)
-    return index if words is None else words[index]
+    return (index if words is None else words[index]), torch.cat(sure)
 
 
 def exit_logits(model: SegmentedModel, tensors: Tensors, hidden: Tensor) -> Tensor:
@@ -214,8 +223,22 @@ def confidences(logits: Tensor, temperature: float, rows: int = 16) -> NDArray[n
         return torch.cat([1 / (part - part.amax(-1, keepdim=True)).exp_().sum(-1) for part in parts]).double().numpy()
 
 
-def train_check(hidden: Tensor, agree: Tensor, scale: Tensor, recipe: Recipe, weight: Tensor | None = None) -> Tensors:
-    """A check trained to predict `agree` (N,) from hidden states (N, d)."""
+def softened(probability: Tensor, agree: Tensor, share: float) -> Tensor:
+    """Targets of a check, (N,): agreement itself mixed with how likely the exit's own probability makes it.
+
+    Whether one token agrees is a coin's throw; the exit's probability, calibrated on the same tokens, is the same
+    knowledge with less noise, and a function of the hidden state, so that fewer tokens teach a check more.
+    """
+    import torch
+
+    p = probability.double().clamp(1e-6, 1 - 1e-6)
+    logit = torch.log(p / (1 - p))
+    slope, offset = fit_logistic(logit.numpy(), agree.numpy())
+    return share * torch.sigmoid(slope * logit + offset).float() + (1 - share) * agree.float()
+
+
+def train_check(hidden: Tensor, target: Tensor, scale: Tensor, recipe: Recipe) -> Tensors:
+    """A check trained to predict `target` (N,), between 0 and 1, from hidden states (N, d)."""
     import torch
     import torch.nn.functional as F
 
@@ -229,16 +252,15 @@ def train_check(hidden: Tensor, agree: Tensor, scale: Tensor, recipe: Recipe, we
     }
     trained = [t.requires_grad_(True) for t in tensors.values()]
     optimizer = torch.optim.AdamW(trained, lr=recipe.check_learning_rate, weight_decay=0.02)
-    n, batch = len(agree), 1024
+    n, batch = len(target), 1024
     steps = max(1, int(recipe.check_epochs * n / batch))
     order = torch.cat([torch.randperm(n, generator=drawn) for _ in range(math.ceil(recipe.check_epochs) + 1)])
-    truth = agree.float()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.check_learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         rows = order[step * batch : (step + 1) * batch]
         logit = check_logit({**tensors, "scale": scale}, hidden[rows])
-        loss = F.binary_cross_entropy_with_logits(logit, truth[rows], weight[rows] if weight is not None else None)
+        loss = F.binary_cross_entropy_with_logits(logit, target[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -5,7 +5,12 @@ dimensions are brought to one scale for the small networks:
 
     x = h / rms(h),  z = x * scale
     adapted = x + W z + b + D (silu(G z) * U z)        goes through the model's own final norm and LM head
-    check   = sigmoid(slope * (v . silu(A z + a) + c) + offset)    predicted probability that the token is full depth's
+    p       = sigmoid(v . silu(A z + a) + c)           calibrated probability that the exit's token is full depth's
+    check   = 1 - (1 - p) * risk_scale                 what is held against the threshold
+
+Leaving at a deep exit saves little, so a risk there counts more: risk_scale is 1 at the first exit and grows in inverse
+proportion to the layers that leaving saves. One threshold then spends the changed tokens where they save most. At deep
+exits the check can fall below 0.
 
 A token that leaves pays the adapter once; a token that is only asked pays the check, which reads no vocabulary.
 
@@ -48,12 +53,13 @@ class ExitHeads:
     exits: tuple[int, ...]  # depths of the early exits in layers, ascending, all below the model's last
     temperature: tuple[float, ...]  # one per early exit and one for full depth: logits are divided by it
     tensors: tuple[Mapping[str, torch.Tensor], ...]
+    risk_scale: tuple[float, ...]  # one per early exit
     header: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def own(cls, exits: Sequence[int]) -> Self:
         """No heads of ours: the model's own final norm and LM head at every exit, as LayerSkip checkpoints have it."""
-        return cls(tuple(exits), (1.0,) * (len(exits) + 1), ({},) * len(exits))
+        return cls(tuple(exits), (1.0,) * (len(exits) + 1), ({},) * len(exits), (1.0,) * len(exits))
 
     @classmethod
     def load(
@@ -98,7 +104,8 @@ class ExitHeads:
             )
         except KeyError as error:
             raise UserError("heads", str(path), f"{error.args[0]} is missing", _FIX) from error
-        return cls(exits, tuple(float(t) for t in header["temperature"]), tensors, header)
+        temperature, scale = (tuple(float(x) for x in header[name]) for name in ("temperature", "risk_scale"))
+        return cls(exits, temperature, tensors, scale, header)
 
     @property
     def has_check(self) -> bool:
@@ -114,9 +121,10 @@ class ExitHeads:
         return adapted(self.tensors[exit_index], hidden)
 
     def classify(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Predicted probability that this exit's token is full depth's, float32 (...,), from hidden (..., d).
+        """The check at this exit, float32 (...,), from hidden (..., d): at the first exit the predicted probability
+        that its token is full depth's, at deeper ones with the risk scaled. Full depth answers 1.
 
-        Full depth answers 1. UserError for heads without a check.
+        UserError for heads without a check.
         """
         import torch
 
@@ -126,7 +134,8 @@ class ExitHeads:
             raise UserError(
                 "confidence", "classifier", "the model's own heads have no check", "use max_probability or margin"
             )
-        return torch.sigmoid(check_logit(self.tensors[exit_index], hidden).float())
+        probability = torch.sigmoid(check_logit(self.tensors[exit_index], hidden).float())
+        return 1 - (1 - probability) * self.risk_scale[exit_index]
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -163,7 +172,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise UserError("heads", str(path), f"no such file; shipped: {shipped}", "name a folder with heads") from error
     except (OSError, ValueError) as error:
         raise UserError("heads", str(path), f"unreadable ({error})", _FIX) from error
-    wanted = {"format", "schema_version", "model", "architecture", "exits", "temperature", "sha256"}
+    wanted = {"format", "schema_version", "model", "architecture", "exits", "temperature", "risk_scale", "sha256"}
     if not isinstance(header, dict) or header.get("format") != "exit-heads" or not wanted <= header.keys():
         raise UserError("heads", str(path), "not the header of exit heads", _FIX)
     if header["schema_version"] != SCHEMA_VERSION:
