@@ -74,7 +74,7 @@ def _verdict(results: Results, statistics: Sequence[ExitStatistics]) -> list[str
         step_s, floor_s = _decode_step(results.profile)
         found.append(
             f"One token of one request takes {fmt.seconds(step_s)} through all {results.profile.model.n_layers} "
-            f"layers, {step_s / floor_s:.1f} times what the device's own ceilings allow."
+            f"layers, {fmt.number(step_s / floor_s)} times what the device's own ceilings allow."
         )
     if statistics:
         best = max(statistics, key=lambda s: _saved_at(s, 0.95))
@@ -99,7 +99,9 @@ def _cards(results: Results, statistics: Sequence[ExitStatistics]) -> list[Card]
         cards.append(Card("ceilings", gbs, f"bandwidth; matrices in {ceilings.dtype}: {rate}"))
     if profile is not None:
         step_s, floor_s = _decode_step(profile)
-        cards.append(Card("decode step, batch 1", fmt.seconds(step_s), f"{step_s / floor_s:.2f} times its floor"))
+        cards.append(
+            Card("decode step, batch 1", fmt.seconds(step_s), f"{fmt.number(step_s / floor_s)} times its floor")
+        )
         if (check := _check_layers(profile)) is not None:
             cards.append(Card("one exit check", f"{check[0]:.1f} layers", check[1]))
         errors = _held_out(profile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calibrate.ceilings import Ceilings
@@ -49,7 +49,7 @@ def device_section(facts: Mapping[str, Any], ceilings: Ceilings) -> Section:
         "Device and its ceilings",
         MEASURED,
         [f"{facts['description']}. {versions}."],
-        tables=[Table(("ceiling", "value", "how"), rows)],
+        tables=[Table(("ceiling", "value", "how"), rows, words=(2,))],
     )
 
 
@@ -138,7 +138,9 @@ def host_section(profile: Profile) -> Section:
     runtime, sources = profile.runtime, dict(profile.runtime.sources)
     names = ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s")
     rows = [(name, fmt.seconds(getattr(runtime, name)), sources.get(name, fmt.NOTHING)) for name in names]
-    return Section("host", "What the host adds", MEASURED, tables=[Table(("quantity", "value", "source"), rows)])
+    return Section(
+        "host", "What the host adds", MEASURED, tables=[Table(("quantity", "value", "source"), rows, words=(2,))]
+    )
 
 
 def _curves(found: Mapping[str, list[OverFloor]]) -> list[tuple[str, list[int], list[float]]]:
@@ -171,7 +173,7 @@ def _parts(profile: Profile, found: Mapping[str, list[OverFloor]], interpolation
                 PARTS[table],
                 str(len(entries)),
                 f"{fmt.seconds(first.time_s)} to {fmt.seconds(last.time_s)}",
-                f"{median_ratio(known):.2f}× ({min(e.ratio for e in known):.2f} to {max(e.ratio for e in known):.2f})",
+                _ratios(known),
                 f"{100 * spread[len(spread) // 2]:.1f} %" if spread else fmt.NOTHING,
                 fmt.NOTHING
                 if held is None
@@ -185,6 +187,11 @@ def _parts(profile: Profile, found: Mapping[str, list[OverFloor]], interpolation
         "Held-out points were measured and left out of the grid: how far the straight line between its points missed."
     )
     return Table(columns, rows, note=note)
+
+
+def _ratios(entries: Sequence[OverFloor]) -> str:
+    least, most = (f(e.ratio for e in entries) for f in (min, max))
+    return f"{fmt.in_unit(median_ratio(entries), 'x')} ({fmt.number(least)} to {fmt.number(most)})"
 
 
 def _whole(whole: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -23,12 +23,13 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The first column names the row, the others are numbers."""
+    """The first column names the row; the others are numbers, but for those in `words`, counted from 0."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     note: str = ""
+    words: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
