@@ -13,7 +13,8 @@ from helios_sim.config import Variants, conf_folder, register
 from helios_sim.study.command import run_study
 
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
-STUDIES = [name for name in EXPERIMENTS if not name.startswith("sweep_")]  # sweeps: test_sweep_experiments.py
+# sweeps: test_sweep_experiments.py; comparisons with a log: test_fidelity_command.py
+STUDIES = [name for name in EXPERIMENTS if not name.startswith(("sweep_", "fidelity_"))]
 NEEDS_SHARED_DATA = {"speed_w1"}
 
 

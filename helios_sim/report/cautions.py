@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.report.result import ArmResult, ExperimentResult
+from helios_sim.report.saturation import WORTH_A_WARNING, ttft_sensitivity
 
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
 
@@ -44,6 +45,12 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
         found.append(
             f"served {rate:.3g} of {offered_per_s:.3g} offered requests/s: it is saturated, and its latencies grow "
             "with the length of the run."
+        )
+    sensitivity = ttft_sensitivity(arm.replicates[0].records)
+    if sensitivity is not None and sensitivity >= WORTH_A_WARNING:
+        found.append(
+            f"it is near saturation: requests wait so long that a profile 1 % off would move mean TTFT by about "
+            f"{sensitivity:.2g} %."
         )
     return found
 

@@ -45,6 +45,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         "answer": ("Answer", True),
         "warnings": ("Read with care", warnings),
         "arms": ("Arms", True),
+        "fidelity": ("Measured beside simulated", result.fidelity),
         "published": ("Published", result.published),
         "gates": ("Gates", result.gates),
         "figures": ("Figures", drawings),
@@ -65,6 +66,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         baseline_marks=baseline_marks(result),
         all_metrics=_all_metrics(result, ratios),
         tasks=_task_rows(result),
+        compared=_compared(result),
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
         figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
@@ -74,6 +76,32 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         definitions=list(DEFINITIONS.values()),
         notes={"latency": LATENCY_NOTE, "interval": INTERVAL_NOTE, "energy": ENERGY_NOTE},
     )
+
+
+def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
+    """A table for each part of the requests, all of them first."""
+    if result.fidelity is None:
+        return []
+
+    def text(value: float | None, form: str) -> str:
+        return fmt.NOTHING if value is None else format(value, form)
+
+    return [
+        {
+            "part": part,
+            "rows": [
+                {
+                    "name": f"{row.group} {row.statistic}" if row.group != "system" else row.statistic,
+                    "unit": row.unit,
+                    "measured": text(row.measured, ",.1f"),
+                    "simulated": text(row.simulated, ",.1f"),
+                    "difference": text(row.difference, "+.2%"),
+                }
+                for row in rows
+            ],
+        }
+        for part, rows in result.fidelity.parts
+    ]
 
 
 def _cards(result: ExperimentResult, ratios: Comparisons) -> list[Card]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
 from helios_sim.report.by_task import TaskFigures, by_task
 from helios_sim.report.compare import Ratio
+from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.serving.stats import RunStats
@@ -194,6 +195,7 @@ class ExperimentResult:
     points: tuple[SweepPoint, ...] = ()
     figures: tuple[Figure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
+    fidelity: Fidelity | None = None  # of a comparison with a measured run
 
     def baseline_of(self, arm: str) -> str:
         """What this arm is compared with: an arm under other conditions has a baseline of its own."""

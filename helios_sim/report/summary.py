@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.report.compare import Ratio, compare, interval_over_seeds
+from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.metrics import Metrics
 from helios_sim.report.result import ArmResult, ExperimentResult, SweepFigure, SweepPoint, headline_metrics
 
@@ -50,11 +51,26 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
     }
     summary["verdict"] = list(result.verdict)
     summary["headline_metrics"] = list(headline_metrics(result))
+    if result.fidelity is not None:
+        summary["fidelity"] = _fidelity(result.fidelity)
     if result.published:
         summary["published"] = [json_value(p) for p in result.published]
     if result.points:
         summary["points"] = [_point(point, _shown_metrics(result)) for point in result.points]
     return summary
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {
+        "parts": {
+            part: [{**json_value(row), "difference": json_value(row.difference)} for row in rows]
+            for part, rows in fidelity.parts
+        },
+        "counts": [json_value(count) for count in fidelity.counts],
+        "profile_error": fidelity.profile_error,
+        "load_errors": [{"load": point.load, "changes": dict(point.changes)} for point in fidelity.load_errors],
+        "terms": dict(fidelity.terms),
+    }
 
 
 def _shown_metrics(result: ExperimentResult) -> set[str]:

@@ -39,6 +39,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
     """figures/*.png and report.html. Loads matplotlib here, because it is slow to load and not always wanted."""
     from helios_sim.report.figures import answer_drawings, detail_drawings
     from helios_sim.report.figures_arms import arms_drawings
+    from helios_sim.report.figures_fidelity import fidelity_drawings
     from helios_sim.report.figures_sweep import sweep_drawings
     from helios_sim.report.figures_timeline import timeline_drawings
     from helios_sim.report.html import render
@@ -46,6 +47,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
 
     drawings = [
         *answer_drawings(result, ratios),
+        *fidelity_drawings(result),
         *arms_drawings(result),
         *sweep_drawings(result),
         *detail_drawings(result),

@@ -31,7 +31,7 @@ from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "jobs", "sweep",
+    "gates", "headline_metrics", "jobs", "sweep", "fidelity",
 )  # fmt: skip
 SHOWN_OF_AN_ARM = ("overrides", "description", "baseline")  # overrides are in the configuration by then
 ARM_KEYS = ("policy", *SHOWN_OF_AN_ARM)  # of an arm's entry; the rest are the policy's settings

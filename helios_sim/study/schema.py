@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.study.fidelity_schema import FidelityConfig
 from helios_sim.sweep.schema import DesignsConfig
 
 
@@ -236,6 +237,7 @@ class Config:
     headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
 
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "at least one model")

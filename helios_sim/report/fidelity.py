@@ -1,0 +1,99 @@
+"""A simulated run beside the measured one, as data for tables and figures. Computes no time of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.report.records import Records
+
+FloatArray = NDArray[np.float64]
+STATISTICS = ("mean", "median", "p90", "p95", "p99")
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """One figure of both runs; None where it is not defined or the log does not tell."""
+
+    group: str  # TTFT, TPOT, ITL, E2E, system
+    statistic: str
+    unit: str
+    measured: float | None
+    simulated: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """Simulated over measured, less 1."""
+        if self.measured is None or self.simulated is None or not self.measured:
+            return None
+        return self.simulated / self.measured - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Running or waiting requests over time, both runs at the same times, each (k,)."""
+
+    name: str
+    time_s: FloatArray
+    measured: FloatArray
+    simulated: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class LoadError:
+    """What a slower profile does at one load: relative changes of the derived figures."""
+
+    load: float  # arrivals over the log's own
+    changes: tuple[tuple[str, float], ...]  # (figure, relative change)
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    parts: tuple[tuple[str, tuple[ComparedRow, ...]], ...]  # (which requests, their rows): all, then parts of them
+    counts: tuple[Count, ...]
+    load_errors: tuple[LoadError, ...]
+    profile_error: float  # that load_errors assume
+    terms: tuple[tuple[str, str], ...]  # named quantities: what and how much
+
+    @property
+    def rows(self) -> tuple[ComparedRow, ...]:
+        return self.parts[0][1]
+
+
+def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | None, ...]) -> tuple[ComparedRow, ...]:
+    """TTFT, TPOT, ITL (of the simulation; a log has no gaps between tokens), E2E, span and throughput."""
+    rows = []
+    for group, of in (("TTFT", _ttft), ("TPOT", _tpot), ("E2E", _e2e)):
+        if group == "E2E":
+            rows += [ComparedRow("ITL", s, "ms", None, v) for s, v in zip(STATISTICS, itl_ms, strict=False)]
+        both = (statistics(of(measured)), statistics(of(simulated)))
+        rows += [ComparedRow(group, s, "ms", a, b) for s, a, b in zip(STATISTICS, *both, strict=True)]
+    spans = [records.span_ns() for records in (measured, simulated)]
+    span_s = [None if span is None else span / 1e9 for span in spans]
+    tokens, n = int(measured.output_tokens.sum()), len(measured)
+    rows.append(ComparedRow("system", "makespan", "s", *span_s))
+    rows.append(ComparedRow("system", "throughput", "tokens/s", *(None if s is None else tokens / s for s in span_s)))
+    rows.append(ComparedRow("system", "throughput", "requests/s", *(None if s is None else n / s for s in span_s)))
+    return tuple(rows)
+
+
+def statistics(values_ms: FloatArray) -> tuple[float | None, ...]:
+    """Mean, median, p90, p95, p99."""
+    if not len(values_ms):
+        return (None,) * len(STATISTICS)
+    return float(values_ms.mean()), *(float(p) for p in np.percentile(values_ms, (50, 90, 95, 99)))
+
+
+def _ttft(records: Records) -> FloatArray:
+    return records.ttft_ns() / 1e6
+
+
+def _e2e(records: Records) -> FloatArray:
+    return records.e2e_ns() / 1e6
+
+
+def _tpot(records: Records) -> FloatArray:
+    tpot_ns, defined = records.tpot_ns()
+    return tpot_ns[defined] / 1e6

@@ -1,0 +1,50 @@
+"""Figures of a comparison with a measured run: counts over time, and error against load. Draws, no more."""
+
+from __future__ import annotations
+
+from helios_sim.report.result import ExperimentResult
+from helios_sim.report.style import BASELINE_COLOR, MODEL_COLORS, Drawing, handles_of, legend_above, look, new_figure
+
+
+def fidelity_drawings(result: ExperimentResult) -> list[Drawing]:
+    """None unless the result is a comparison with a log."""
+    if result.fidelity is None:
+        return []
+    with look():
+        return [d for d in (_counts(result), _load_errors(result)) if d is not None]
+
+
+def _counts(result: ExperimentResult) -> Drawing | None:
+    fidelity = result.fidelity
+    if fidelity is None or not fidelity.counts:
+        return None
+    figure, axes = new_figure(1, len(fidelity.counts), 3.2)
+    for ax, count in zip(axes, fidelity.counts, strict=True):
+        ax.plot(count.time_s, count.measured, color=BASELINE_COLOR, label="measured")
+        ax.plot(count.time_s, count.simulated, color=MODEL_COLORS[0], linewidth=1.2, label="simulated")
+        ax.set_title(f"{count.name} requests")
+        ax.set_xlabel("time since the first request (s)")
+        ax.set_ylim(bottom=0)
+    legend_above(figure, handles_of(*axes))
+    caption = "The log's series has one sample a second; its clock is set by when its counts of prompt tokens rise."
+    return Drawing("running_and_waiting", "Running and waiting requests", caption, figure)
+
+
+def _load_errors(result: ExperimentResult) -> Drawing | None:
+    fidelity = result.fidelity
+    if fidelity is None or len(fidelity.load_errors) < 2:
+        return None
+    figure, (ax,) = new_figure(1, 1, 3.4)
+    loads = [point.load for point in fidelity.load_errors]
+    names = [name for name, _ in fidelity.load_errors[0].changes]
+    for place, name in enumerate(names):
+        changes = [100 * dict(point.changes)[name] for point in fidelity.load_errors]
+        ax.plot(loads, changes, "o-", color=MODEL_COLORS[place % len(MODEL_COLORS)], label=name)
+    ax.axhline(100 * fidelity.profile_error, color=BASELINE_COLOR, linewidth=1)
+    ax.set_xlabel("arrivals over the log's own")
+    ax.set_ylabel(f"change by a profile {fidelity.profile_error:.0%} slower (%)")
+    legend_above(figure, handles_of(ax))
+    caption = (
+        "Grey: the profile's own error. Where waiting begins, a small error of capacity becomes a large one of TTFT."
+    )
+    return Drawing("error_against_load", "Error of the prediction against load", caption, figure)

@@ -1,0 +1,117 @@
+"""The comparison of a real serving log with its simulation, from settings to files and the lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from helios_sim.errors import UserError
+from helios_sim.report.fidelity import ComparedRow, LoadError
+from helios_sim.report.files import make_folder
+from helios_sim.report.records import Records
+from helios_sim.report.result import ExperimentResult
+from helios_sim.report.summary import comparisons
+from helios_sim.report.write import write_result
+from helios_sim.study.command import provenance
+from helios_sim.study.fidelity_estimate import Quantities, estimate, estimated_from
+from helios_sim.study.fidelity_log import ServingLog, read_log
+from helios_sim.study.fidelity_result import comparison
+from helios_sim.study.fidelity_run import run_once
+from helios_sim.study.fidelity_setup import Setup, set_up
+from helios_sim.study.plan import Variant
+from helios_sim.study.schema import Config
+
+WIDTH = 100
+
+
+def run_fidelity(variant: Variant, folder: Path) -> int:
+    """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
+    config = variant({})
+    if config.fidelity.folder is None:
+        raise UserError("fidelity.folder", None, "the folder of a log", "set fidelity.folder")
+    if config.sweeps or config.sweep.parameters:
+        raise UserError("sweeps", len(config.sweeps), "none beside a comparison with a log", "leave sweeps out")
+    result = compare(config)
+    make_folder(folder)
+    ratios = comparisons(result)
+    summary = write_result(result, folder, ratios)
+    _show(result)
+    print(f"output folder: {folder}")
+    print(json.dumps(summary, allow_nan=False))
+    return 0 if all(gate.passed for gate in result.gates) else 2
+
+
+def compare(config: Config) -> ExperimentResult:
+    """The whole comparison, without files."""
+    wanted = config.fidelity
+    log = read_log(Path(wanted.folder or ""))
+    setup = set_up(log, wanted)
+    n = estimated_from(log, wanted.estimate_from)
+    quantities = estimate(log, setup, n, _note) if wanted.estimate else None
+    used = quantities or Quantities()
+    setup = used.applied(setup)
+    run = run_once(log, setup, used.warm_up_s)
+    errors = _load_errors(log, setup, wanted.load_factors, wanted.profile_error)
+    return comparison(log, setup, quantities, n, run, errors, config, provenance(config))
+
+
+def _load_errors(log: ServingLog, setup: Setup, factors: Sequence[float], error: float) -> list[LoadError]:
+    """The log's requests at other rates, with the profile as it is and slower by `error`."""
+    slower = setup.with_profile(setup.profile.scaled(1.0 + error))
+    found = []
+    for factor in sorted(factors):
+        if factor <= 0:
+            raise UserError("fidelity.load_factors", factor, "above 0", "correct it")
+        _note(f"load {factor:g}")
+        runs = [Records.of(run_once(log, each, rate=factor).records) for each in (setup, slower)]
+        means = [
+            (
+                r.ttft_ns().mean(),
+                r.tpot_ns()[0][r.tpot_ns()[1]].mean() if r.tpot_ns()[1].any() else 1.0,
+                r.e2e_ns().mean(),
+            )
+            for r in runs
+        ]
+        names = ("mean TTFT", "mean TPOT", "mean E2E")
+        found.append(LoadError(factor, tuple((n, float(b / a - 1)) for n, a, b in zip(names, *means, strict=True))))
+    return found
+
+
+def _note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def _show(result: ExperimentResult) -> None:
+    """The table of all requests, the means of both parts, the verdict and the gates."""
+    assert result.fidelity is not None
+    console = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=WIDTH, no_color=True)
+    for place, (part, rows) in enumerate(result.fidelity.parts):
+        console.print(
+            _table(part, rows if place == 0 else [r for r in rows if r.statistic in ("mean", "median", "p99")])
+        )
+    for name, value in result.fidelity.terms:
+        print(f"{name}: {value}")
+    for sentence in result.verdict:
+        print(sentence)
+    for gate in result.gates:
+        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
+        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")
+
+
+def _table(title: str, rows: Sequence[ComparedRow]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for heading in ("figure", "measured", "simulated", "unit", "difference"):
+        table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right", no_wrap=True)
+    for row in rows:
+        name = row.statistic if row.group == "system" else f"{row.group} {row.statistic}"
+        numbers = ["–" if v is None else f"{v:,.1f}" for v in (row.measured, row.simulated)]
+        difference = "–" if row.difference is None else f"{row.difference:+.2%}"
+        table.add_row(name, *numbers, row.unit, difference)
+    return table
