@@ -8,16 +8,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+NEED_TORCH = ("02_calibrate",)
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path) -> None:
+    if path.stem in NEED_TORCH:
+        pytest.importorskip("torch")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
 
 
-def test_there_is_a_notebook() -> None:
+def test_the_notebooks_are_there() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "04_policy_design"]
