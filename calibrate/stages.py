@@ -10,9 +10,7 @@ event of every call.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from calibrate.folders import alone, put, unwritable
 from calibrate.transcript import OnProgress, Transcript, now
 from helios_sim.errors import UserError
 from helios_sim.report import files
 
 STAGES, RECORD = "stages", "stage.json"
-_SCRATCH, _LOCK = ".scratch", ".lock"
+_SCRATCH = ".scratch"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
@@ -115,7 +114,7 @@ def run_stages(
     began = clock()
     ordered = in_order(stages)
     files.make_folder(folder)
-    with _alone(folder):
+    with alone(folder):
         transcript = Transcript(folder, on_progress)
         found: dict[str, Finished] = {}
         outcomes: list[Outcome] = []
@@ -182,7 +181,7 @@ def _one(
                 "finished_at": now(),
             }
             files.write_json(draft / RECORD, record)
-            place = _put(draft, folder / STAGES / stage.name)
+            place = put(draft, folder / STAGES / stage.name)
     except NotEnoughTime as error:
         return _skipped(stage, str(error), transcript)
     except UserError as error:
@@ -191,7 +190,7 @@ def _one(
     except OSError as error:
         transcript.note(stage.name, "failed", str(error))
         if error.errno in _NO_ROOM:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         return Outcome(stage.name, Status.FAILED, transcript.defect(stage.name, error))
     except MemoryError as error:
         transcript.note(stage.name, "failed", "out of memory")
@@ -279,32 +278,3 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
     basis.unlink(missing_ok=True)
     with suppress(OSError):
         place.parent.rmdir()  # unless another interrupted stage is in there
-
-
-def _put(draft: Path, place: Path) -> Path:
-    """Moves the finished folder to its place; one with outdated settings makes way."""
-    place.parent.mkdir(exist_ok=True)
-    if place.exists():
-        shutil.rmtree(place)
-    os.rename(draft, place)
-    return place
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder. The system drops the lock when this one ends, however it does."""
-    try:
-        with (folder / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                allowed = "another process is at work in this folder"
-                raise UserError("out", str(folder), allowed, "wait until it ends, or name another folder") from None
-            yield
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    fix = "free space on the disk or choose a folder that you may write to; finished stages are kept"
-    return UserError("out", str(folder), f"cannot be written: {error.strerror or error}", fix)
