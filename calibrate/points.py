@@ -62,6 +62,7 @@ class Points:
         self.path = path
         self._samples: dict[Point, list[float]] = {}
         self._contended: dict[Point, int] = {}
+        self._figures: dict[Point, Figure] = {}  # until a sample is added
         if path.exists():
             try:
                 table = pq.read_table(path, use_threads=False)
@@ -76,6 +77,7 @@ class Points:
     def add(self, samples: Mapping[Point, float], contended: bool = False) -> None:
         for point, time_s in samples.items():
             self._samples.setdefault(point, []).append(time_s)
+            self._figures.pop(point, None)
             self._contended[point] = self._contended.get(point, 0) + contended
 
     def count(self, point: Point) -> int:
@@ -86,7 +88,11 @@ class Points:
 
     def figure(self, point: Point) -> Figure:
         """KeyError where the point was not measured."""
-        return replace(figure(self._samples[point]), contended=self._contended[point])
+        found = self._figures.get(point)
+        if found is None:
+            found = replace(figure(self._samples[point]), contended=self._contended[point])
+            self._figures[point] = found
+        return found
 
     def of(self, table: str, layer_class: int) -> dict[tuple[int, int], Figure]:
         """(first, second) -> figure, ascending."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from virtual_subject import ARCHITECTURE, LIMITS, Costs, VirtualSubject  # noqa:
 CEILINGS = Ceilings("float32", 1e12, 1e12, 1e15, 1, 1)
 LOADS = Loads({"host": 1e9}, {"host": 0.0}, 100, 1.5, 0.5e9, None)
 ABOUT = About(model_spec(ARCHITECTURE, "virtual", 4.0), "a test", "2026-01-01", "weights", {"note": "of a test"})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take ten times as long where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan | None = None) -> Profile:
