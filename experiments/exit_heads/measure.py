@@ -67,7 +67,8 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
             )
             rows.append([d, f"{mine.sum():,}", f"{level:.2f}", f"{ours.threshold:.3f}", f"{1 - ours.left[-1]:.3f}",
                          f"{ours.saved_gross:.2f}", f"{ours.saved_net:.2f}",
-                         f"{whole.saved_net:.1f} (gross {whole.saved_gross:.2f})", f"{break_even(ours, leave):.2f}"])  # fmt: skip
+                         f"{whole.saved_net:.1f} (gross {whole.saved_gross:.2f})",
+                         f"{break_even(ours, leave):.2f}"])  # fmt: skip
     lines += [*table(rows), ""]
     if trial:
         rows = [["domain", "trial, gross", "trial, net", "ours, gross", "ours, net", "ours net over trial gross"]]
@@ -98,7 +99,8 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
              "check: calibration split before", "after", "held out"]]  # fmt: skip
     for e, depth in enumerate(trace.exits[:-1]):
         ece = header["calibration"][str(depth)]
-        held = [expected_calibration_error(c[:, e], trace.agree[:, e]) for c in (trace.confidence, trace.classifier)]
+        predicted = (trace.confidence[:, e], probability(trace, header, e))
+        held = [expected_calibration_error(p, trace.agree[:, e]) for p in predicted]
         rows.append([f"layer {depth}", f"{ece['temperature']:.2f}", f"{ece['probability_before']:.3f}",
                      f"{ece['probability_after']:.3f}", f"{held[0]:.3f}", f"{ece['check_before']:.3f}",
                      f"{ece['check_after']:.3f}", f"{held[1]:.3f}"])  # fmt: skip
@@ -108,6 +110,11 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
 def break_even(at: CurvePoint, leave: float) -> float:
     """What one check may cost, in layers, before nothing is saved; 0 where nothing leaves."""
     return max(0.0, (at.saved_gross - (1 - at.left[-1]) * leave) / at.checks_per_token)
+
+
+def probability(trace: ExitTrace, header: dict[str, Any], e: int) -> NDArray[Any]:
+    """The check's predicted probability of agreement, (T,): the recorded check with its risk scale undone."""
+    return np.clip(1 - (1 - trace.classifier[:, e]) / header["risk_scale"][e], 0, 1)
 
 
 def domains(trace: ExitTrace) -> NDArray[Any]:
@@ -158,11 +165,13 @@ def _figures(traces: dict[str, ExitTrace]) -> None:
     figure.savefig(FOLDER / "saving.png", dpi=130)
     figure, axes = plt.subplots(1, len(traces), figsize=(4.6 * len(traces), 3.6), squeeze=False)
     for axis, (name, trace) in zip(axes[0], traces.items(), strict=True):
+        header = json.loads((HEADS / name / "heads.json").read_text())
         for e, depth in enumerate(trace.exits[:-1]):
-            which = np.minimum((trace.classifier[:, e] * 10).astype(int), 9)
-            seen = [k for k in range(10) if (which == k).sum() >= 50]
-            axis.plot([trace.classifier[which == k, e].mean() for k in seen],
-                      [trace.agree[which == k, e].mean() for k in seen], marker=".", label=f"layer {depth}")  # fmt: skip
+            p = probability(trace, header, e)
+            which = np.minimum((p * 10).astype(int), 9)
+            seen = [which == k for k in range(10) if (which == k).sum() >= 50]
+            shares = [trace.agree[mine, e].mean() for mine in seen]
+            axis.plot([p[mine].mean() for mine in seen], shares, marker=".", label=f"layer {depth}")
         axis.plot((0, 1), (0, 1), color="0.6", lw=0.8)
         axis.set(title=name, xlabel="predicted probability of agreement")
         axis.legend(fontsize=7)
