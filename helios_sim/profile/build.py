@@ -1,4 +1,9 @@
-"""Command that builds one model x card profile: `python -m helios_sim.profile.build model=NAME hardware=NAME`."""
+"""Command that builds a profile from tables that others measured.
+
+`python -m helios_sim.profile.build model=NAME hardware=NAME` from aiconfigurator's GEMM and attention tables (see
+`kernels`), `... importer=layers tables=FOLDER model=NAME [hardware=NAME] [tensor_parallel=N]` from kernel times by
+layer (see `importers.layers`), `... importer=vidur tables=FOLDER model=NAME hardware=NAME` from Vidur's.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
+from helios_sim.profile.catalog import CARDS, published_card, published_model
+from helios_sim.profile.importers.layers import layer_profile, read_meta
+from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.kernels import kernel_profile
 from helios_sim.profile.models import HARDWARE, MODELS, hardware_spec, model_spec
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.runtime import preset
 from helios_sim.profile.store import PROFILES_FOLDER, write_profile
 
-USAGE = "model=NAME|all hardware=NAME [folder=PATH]"
+IMPORTERS = ("aiconfigurator", "layers", "vidur")
+KEYS = ("importer", "tables", "model", "hardware", "tensor_parallel", "folder")
+USAGE = (
+    "model=NAME|all hardware=NAME [importer=aiconfigurator|layers|vidur tables=PATH tensor_parallel=N] [folder=PATH]"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Builds from measured kernels and writes; returns the exit status."""
     try:
         options = dict(_option(a) for a in arguments)
-        if missing := {"model", "hardware"} - options.keys():
-            raise UserError("arguments", " ".join(arguments), USAGE, f"add {' and '.join(sorted(missing))}")
-        hardware = hardware_spec(options["hardware"])
-        names = tuple(MODELS) if options["model"] == "all" else (options["model"],)
-        for name in names:
-            profile = kernel_profile(model_spec(name), hardware)
+        importer = options.get("importer", "aiconfigurator")
+        if importer not in IMPORTERS:
+            raise UserError("importer", importer, f"one of {', '.join(IMPORTERS)}", "choose one of these")
+        for profile in _from_kernels(options) if importer == "aiconfigurator" else [_from_tables(importer, options)]:
             path = Path(options.get("folder", PROFILES_FOLDER)) / profile.name
             write_profile(profile, path)
             print(path)
@@ -33,9 +45,35 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _from_kernels(options: dict[str, str]) -> list[Profile]:
+    if missing := {"model", "hardware"} - options.keys():
+        raise UserError("arguments", " ".join(options), USAGE, f"add {' and '.join(sorted(missing))}")
+    hardware = hardware_spec(options["hardware"])
+    names = tuple(MODELS) if options["model"] == "all" else (options["model"],)
+    return [kernel_profile(model_spec(name), hardware) for name in names]
+
+
+def _from_tables(importer: str, options: dict[str, str]) -> Profile:
+    tables = Path(options.get("tables", ""))
+    if "tables" not in options or not tables.is_dir():
+        raise UserError("tables", options.get("tables"), "a folder of measured tables", "set tables=FOLDER")
+    meta = read_meta(tables)
+    name, hardware = options.get("model", meta.get("model")), options.get("hardware", meta.get("hardware"))
+    if name is None or hardware is None:
+        raise UserError("arguments", " ".join(options), "model=NAME hardware=NAME", "add what meta.yaml does not say")
+    card = published_card(str(hardware))
+    if card is None:
+        raise UserError("hardware", hardware, f"one of {', '.join(CARDS)}", "choose one of these")
+    degree = options.get("tensor_parallel", "1")
+    if not degree.isdigit() or int(degree) < 1:
+        raise UserError("tensor_parallel", degree, "a whole number from 1", "correct it")
+    build = layer_profile if importer == "layers" else vidur_profile
+    return build(tables, published_model(str(name)), str(hardware), card, preset("captured_graphs"), int(degree))
+
+
 def _option(argument: str) -> tuple[str, str]:
     key, equals, value = argument.partition("=")
-    if not equals or key not in {"model", "hardware", "folder"}:
+    if not equals or key not in KEYS:
         known = f"models {', '.join(MODELS)}; cards {', '.join(HARDWARE)}"
         raise UserError("argument", argument, USAGE, f"write key=value ({known})")
     return key, value

@@ -92,7 +92,7 @@ def layer_profile(
     rows = dense["qkv_proj"][0]
     others = [name for name in dense if name not in IN_A_LAYER and name not in ONCE]
     in_a_layer = {**IN_A_LAYER, **dict.fromkeys(others, 1)}
-    layer_s = _sum(dense, in_a_layer, rows) + _all_reduces_s(model, rows, tensor_parallel, link)
+    layer_s = _sum(dense, in_a_layer, rows) + all_reduces_s(model, rows, tensor_parallel, link)
     q_width = model.n_heads * model.head_dim
     kv_share = 2 * model.kv_width / (q_width + 2 * model.kv_width)
     repetitions, unequal = None, None
@@ -136,7 +136,8 @@ def _rows(points: FloatArray, seconds: FloatArray) -> RowsTable:
     return RowsTable(points.astype(np.int64), np.maximum(seconds, 0.0))
 
 
-def _all_reduces_s(model: ModelSpec, rows: FloatArray, tensor_parallel: int, link: Link) -> FloatArray:
+def all_reduces_s(model: ModelSpec, rows: FloatArray, tensor_parallel: int, link: Link) -> FloatArray:
+    """Two of one layer, by rows."""
     if tensor_parallel == 1:
         return np.zeros(len(rows))
     moved = 2 * (tensor_parallel - 1) / tensor_parallel * rows * model.d_model * model.weight_bytes_per_value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ def need_table(folders: Sequence[Path], name: str) -> Path:
     return found
 
 
-def read_columns(path: Path, numbers: Sequence[str], words: Sequence[str] = ()) -> dict[str, NDArray[np.object_]]:
+def read_columns(path: Path, numbers: Sequence[str], words: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
     """The named columns: numbers as float64, words as objects. UserError for a column or a value that is not there."""
     try:
         table = csv.read_csv(path)

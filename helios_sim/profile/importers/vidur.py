@@ -1,0 +1,150 @@
+"""A profile from Vidur's tables of a model's layer operations and of attention. Knows the format, no card.
+
+Two tables (.csv or .csv.gz), times in ms, medians used:
+- `mlp.csv`: time_stats.<op>.median by num_tokens and num_tensor_parallel_workers, with n_head, n_kv_head, n_embd,
+  n_expanded_embd, vocab_size. Operations of one layer: input_layernorm, attn_pre_proj (QKV), attn_rope,
+  attn_post_proj, post_attention_layernorm, mlp_up_proj, mlp_act, mlp_down_proj, add (twice); emb once.
+- `attention.csv`: time_stats.{attn_input_reshape, attn_output_reshape, attn_prefill, attn_decode}.median by
+  batch_size, prefill_chunk_size, kv_cache_size and is_prefill, with n_embd, n_q_head, n_kv_head (of the whole model)
+  and num_tensor_parallel_workers. A prefill row is one chunk after kv_cache_size tokens; a decode row is a batch whose
+  requests have kv_cache_size tokens each.
+Neither has the LM head: its time is its bytes over the card's bandwidth or its operations over the card's peak, at the
+share of them that the MLP reaches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.profile.catalog import Card, Link, cards_together
+from helios_sim.profile.composition import IntArray
+from helios_sim.profile.importers.layers import LOAD_BYTES_PER_S, all_reduces_s
+from helios_sim.profile.importers.reading import MS, FloatArray, along, need_table, read_columns
+from helios_sim.profile.models import activation_reserve_bytes
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import ModelSpec, Runtime
+from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+
+_LAYER = {
+    "input_layernorm": 1, "attn_pre_proj": 1, "attn_rope": 1, "attn_post_proj": 1, "post_attention_layernorm": 1,
+    "mlp_up_proj": 1, "mlp_act": 1, "mlp_down_proj": 1, "add": 2,
+}  # fmt: skip
+_SHAPE = {"n_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model", "n_expanded_embd": "d_ff"}
+_ATTENTION_SHAPE = {"n_q_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model"}
+
+
+def vidur_profile(
+    folder: Path, model: ModelSpec, hardware: str, card: Card, runtime: Runtime, tensor_parallel: int = 1,
+    link: Link | None = None,
+) -> Profile:  # fmt: skip
+    """The profile of a model on `tensor_parallel` cards that work as one. UserError where a table does not fit it."""
+    link = link or card.link
+    rows, layer_s, ops = _layer(need_table([folder], "mlp"), model, tensor_parallel)
+    decode, prefill = _attention(need_table([folder], "attention"), model, tensor_parallel)
+    kv_share = 2 * model.kv_width / (model.n_heads * model.head_dim + 2 * model.kv_width)
+    head_s = _head_s(model, card, tensor_parallel, rows, ops["mlp_up_proj"])
+    whole = [r.astype(np.int64) for r in (rows, rows)]
+    layer = LayerTables(
+        dense=RowsTable(whole[0], layer_s + all_reduces_s(model, rows, tensor_parallel, link)),
+        kv_projection=RowsTable(whole[1], ops["attn_pre_proj"] * kv_share),
+        decode_attention=decode,
+        prefill_attention=prefill,
+    )
+    return Profile(
+        model=model,
+        hardware=cards_together(hardware, card, tensor_parallel),
+        runtime=runtime,
+        provenance=Provenance(
+            ProvenanceClass.DERIVED,
+            f"Vidur's measured operations in {folder}",
+            f"python -m helios_sim.profile.build importer=vidur tables={folder} model={model.name} hardware={hardware} "
+            f"tensor_parallel={tensor_parallel}",
+            scaled=("decode and prefill in one iteration: sum of their kernels", "missing grid points: along one axis"),
+            assumptions=(
+                Assumption(
+                    "head", None, "no LM head in these tables: at the MLP's share of the card's limits", "rebuild"
+                ),
+                Assumption(
+                    "load_bytes_per_s", LOAD_BYTES_PER_S, "0.8 of PCIe 4.0 x16; no copy was measured", "rebuild"
+                ),
+            ),
+        ),
+        layer_tables=(layer,),
+        layer_class=(0,) * model.n_layers,
+        head=RowsTable(rows.astype(np.int64), head_s),
+        embedding=RowsTable(rows.astype(np.int64), ops["emb"]),
+        check=None,
+        activation_reserve_bytes=activation_reserve_bytes(model),
+        load_bytes_per_s=LOAD_BYTES_PER_S,
+    )
+
+
+def _layer(path: Path, model: ModelSpec, degree: int) -> tuple[FloatArray, FloatArray, dict[str, FloatArray]]:
+    names = {name: f"time_stats.{name}.median" for name in (*_LAYER, "emb")}
+    columns = read_columns(path, (*names.values(), *_SHAPE, "num_tokens", "num_tensor_parallel_workers"))
+    own = columns["num_tensor_parallel_workers"].astype(np.int64) == degree
+    _check_shape(path, columns, _SHAPE, model)
+    if not own.any():
+        known = sorted({int(d) for d in columns["num_tensor_parallel_workers"]})
+        raise UserError("tensor_parallel", degree, f"one of those in {path.name}: {known}", "choose one of these")
+    rows, place = np.unique(columns["num_tokens"][own].astype(np.float64), return_inverse=True)
+    ops = {}
+    for name, column in names.items():
+        values = columns[column][own].astype(np.float64)
+        ops[name] = np.array([np.nanmedian(values[place == k]) for k in range(len(rows))]) * MS
+    return rows, np.sum([often * ops[name] for name, often in _LAYER.items()], axis=0), ops
+
+
+def _attention(path: Path, model: ModelSpec, degree: int) -> tuple[GridTable, GridTable]:
+    times = {n: f"time_stats.attn_{n}.median" for n in ("input_reshape", "output_reshape", "prefill", "decode")}
+    keys = ("batch_size", "prefill_chunk_size", "kv_cache_size", "num_tensor_parallel_workers")
+    columns = read_columns(path, (*times.values(), *keys, *_ATTENTION_SHAPE), ("is_prefill",))
+    _check_shape(path, columns, _ATTENTION_SHAPE, model)
+    degrees = columns["num_tensor_parallel_workers"].astype(np.int64)
+    prompts = np.array([str(word).lower() == "true" for word in columns["is_prefill"]])
+    value = {name: np.nan_to_num(columns[column].astype(np.float64)) * MS for name, column in times.items()}
+    total = value["input_reshape"] + value["output_reshape"] + np.where(prompts, value["prefill"], value["decode"])
+    batch, chunk, kv = (columns[k].astype(np.int64) for k in keys[:3])
+    decode = _grid(path, batch, kv + 1, total, ~prompts & (degrees == degree))
+    single = prompts & (batch == 1) & (degrees == degree) & (chunk > 0)
+    return decode, _grid(path, chunk, kv, total, single)
+
+
+def _grid(path: Path, first: IntArray, second: IntArray, time_s: FloatArray, own: NDArray[np.bool_]) -> GridTable:
+    firsts, seconds = np.unique(first[own]), np.unique(second[own])
+    if len(firsts) < 2 or len(seconds) < 2:
+        raise UserError(
+            str(path), len(firsts), "two points or more of either axis for this degree", "measure more points"
+        )
+    rows = []
+    for value in firsts:
+        at = own & (first == value)
+        points, place = np.unique(second[at].astype(np.float64), return_inverse=True)
+        means = np.bincount(place, time_s[at]) / np.bincount(place)
+        rows.append(along(points, means, seconds.astype(np.float64)))
+    return GridTable(firsts.astype(np.int64), seconds.astype(np.int64), np.stack(rows))
+
+
+def _check_shape(path: Path, columns: dict[str, NDArray[Any]], shape: dict[str, str], model: ModelSpec) -> None:
+    for column, name in shape.items():
+        found, wanted = int(columns[column][0]), getattr(model, name)
+        if found != wanted:
+            raise UserError(
+                f"{path.name}: {column}", found, f"{wanted}, as {model.name} has", "choose the model measured"
+            )
+
+
+def _head_s(model: ModelSpec, card: Card, degree: int, rows: FloatArray, up_s: FloatArray) -> FloatArray:
+    def limit_s(width: int) -> FloatArray:
+        moved = model.weight_bytes_per_value * (width * model.d_model + rows * (width + model.d_model)) / degree
+        operations = 2 * rows * width * model.d_model / degree
+        return np.maximum(moved / card.bytes_per_s, operations / card.flops_per_s)
+
+    share = limit_s((2 if model.gated_mlp else 1) * model.d_ff) / up_s
+    return limit_s(model.vocab_size) / np.minimum(share, 1.0)
