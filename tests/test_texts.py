@@ -1,4 +1,4 @@
-"""Texts are split by document, cut without loss and set as in print. What needs downloads runs where they are cached."""
+"""Texts are split by document, cut without loss and set as in print. Some tests need cached downloads."""
 
 from __future__ import annotations
 

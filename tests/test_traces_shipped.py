@@ -1,0 +1,76 @@
+"""The shipped traces and heads of real models: large enough, of the same texts, with what others rely on."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from helios_sim.exits.joint import joint_exits
+from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.exits.store import SHIPPED, load_trace
+from helios_sim.provenance import ProvenanceClass
+
+MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")
+HEADS = SHIPPED.parent / "exit_heads"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_reference_trace_is_measured_on_human_text_of_many_tasks(model: str) -> None:
+    trace = load_trace(model, "reference")
+    assert trace.n_tokens >= 50_000
+    assert len(trace.tasks) >= 10
+    assert trace.human_text
+    assert trace.provenance.provenance_class is ProvenanceClass.MEASURED
+    assert trace.classifier is not None
+    assert trace.bits is not None
+    assert trace.agree[:, -1].all()
+    assert (np.diff(trace.agree.mean(axis=0)) > 0).all()  # deeper exits agree more often
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(MODELS, 2)))
+def test_reference_traces_line_up_by_characters(first: str, second: str) -> None:
+    a, b = load_trace(first, "reference"), load_trace(second, "reference")
+    for trace in (a, b):
+        assert trace.prompt[-1] + 1 == len(np.unique(trace.prompt))
+    chars = [np.bincount(t.prompt, weights=t.chars) for t in (a, b)]
+    assert np.array_equal(*chars)  # passage by passage
+    rule = PerToken(0.6, Confidence.CLASSIFIER)
+    assert joint_exits(a, rule, b, rule).share.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_generated_trace_is_no_human_text_and_has_the_same_exits(model: str) -> None:
+    trace = load_trace(model, "generated")
+    assert not trace.human_text
+    assert trace.n_tokens >= 1_000
+    assert trace.exits == load_trace(model, "reference").exits
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shipped_heads_are_small_and_belong_to_the_traces(model: str) -> None:
+    header = json.loads((HEADS / model / "heads.json").read_text())
+    assert sum(path.stat().st_size for path in (HEADS / model).iterdir()) < 10_000_000
+    trace = load_trace(model, "reference")
+    assert trace.exits == (*header["exits"], header["architecture"]["n_layers"])
+    for exit_ in header["calibration"].values():
+        assert exit_["check_after"] < 0.05
+    assert {"command", "data", "licence"} <= header["training"].keys()
+
+
+def test_smollm2_saves_more_than_it_asks_on_every_kind_of_text() -> None:
+    from calibrate.reliability import at_agreement
+    from calibrate.texts import domain_of
+
+    trace = load_trace("smollm2-135m", "reference")
+    costs = json.loads((HEADS / "smollm2-135m" / "heads.json").read_text())["curves"]
+    domain = np.array([domain_of(task) for task in trace.tasks])[trace.task]
+    gross_of_plain_heads = {"prose": 2.43, "code": 3.07, "dialogue": 3.19}  # experiments/exit_heads/trial.json
+    for name, plain in gross_of_plain_heads.items():
+        mine = domain == name
+        at = at_agreement(
+            trace.classifier[mine], trace.agree[mine], trace.exits, 0.95, costs["check_layers"], costs["leave_layers"]
+        )
+        assert at.saved_net > 1.45 * plain
