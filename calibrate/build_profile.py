@@ -29,6 +29,7 @@ from calibrate.latency import (
 from calibrate.load import Loads
 from calibrate.memory import Memory
 from calibrate.points import Point
+from calibrate.unequal import unequal_table
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import GRAPH_BATCH_SIZES
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
@@ -54,15 +55,7 @@ class Measured:
 
 def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Measured) -> Profile:
     """KeyError where a place of the grids was not measured. Factors are None until whole iterations give them."""
-    tables = tuple(
-        LayerTables(
-            dense=_rows(latency, DENSE, grids.axes[DENSE]),
-            kv_projection=_rows(latency, KV_PROJECTION, grids.axes[KV_PROJECTION]),
-            decode_attention=_grid(latency, DECODE, i, grids.axes[DECODE]),
-            prefill_attention=_grid(latency, PREFILL, i, grids.axes[PREFILL]),
-        )
-        for i in range(len(latency.subject.classes))
-    )
+    tables = tuple(_layer(latency, grids, i) for i in range(len(latency.subject.classes)))
     classifier = (
         _rows(latency, CHECK_CLASSIFIER, grids.axes[CHECK_CLASSIFIER]) if CHECK_CLASSIFIER in grids.axes else None
     )
@@ -75,6 +68,17 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
         activation_reserve_bytes=measured.memory.activation_reserve_bytes,
         load_bytes_per_s=loads.engine_bytes_per_s, load_slowdown=loads.slowdown, check_classifier=classifier,
     )  # fmt: skip
+
+
+def _layer(latency: Latency, grids: Grids, layer_class: int) -> LayerTables:
+    decode = _grid(latency, DECODE, layer_class, grids.axes[DECODE])
+    return LayerTables(
+        dense=_rows(latency, DENSE, grids.axes[DENSE]),
+        kv_projection=_rows(latency, KV_PROJECTION, grids.axes[KV_PROJECTION]),
+        decode_attention=decode,
+        prefill_attention=_grid(latency, PREFILL, layer_class, grids.axes[PREFILL]),
+        unequal_kv=unequal_table(latency, layer_class, decode),
+    )
 
 
 def _rows(latency: Latency, table: str, axes: Axes) -> RowsTable:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate import whole
+from calibrate import unequal, whole
 from calibrate.build_profile import Measured, build_profile
 from calibrate.ceilings import Ceilings, measure_ceilings
 from calibrate.device import Device
@@ -132,7 +132,9 @@ class _Campaign:
                 self.parts.put("grids", {"grids": grids_to_json(grids), "refined": refined})
         for samples in range(COARSE_SAMPLES + 1, self.plan.samples + 1):
             self.latency.measure(grids, samples, self.budget_s * KEEP_FOR_WHOLE)
-        fit, tries = self._whole(whole.FITTED, FIT), self._whole(whole.KINDS, TRY)
+        self.sampler.measure(unequal.jobs(self.latency), REFINE_SAMPLES, self.budget_s * KEEP_FOR_WHOLE)
+        fit = {kind: self._whole((kind,), FIT) for kind in whole.FITTED}
+        tries = self._whole(whole.KINDS, TRY)
         self._note_drift()
         return self._profile(grids, measured, fit, tries)
 
@@ -187,15 +189,20 @@ class _Campaign:
         return found
 
     def _profile(
-        self, grids: Grids, measured: Measured, fit: list[whole.Iteration], tries: list[whole.Iteration]
+        self,
+        grids: Grids,
+        measured: Measured,
+        fit: dict[str, list[whole.Iteration]],
+        tries: list[whole.Iteration],
     ) -> Profile:
         points = self.sampler.points
         bare = build_profile(self.about.spec, self.latency, grids, measured)
-        unequal = [it for it in fit if it.kind == "unequal"]
-        kv_factor = _positive(whole.fitted_factor(bare, points, unequal, "unequal_kv_factor"))
+        # where there is no table of unequal lengths, one factor stands for it
+        kv_factor = None
+        if all(tables.unequal_kv is None for tables in bare.layer_tables):
+            kv_factor = _positive(whole.fitted_factor(bare, points, fit["unequal"], "unequal_kv_factor"))
         with_kv = replace(bare, unequal_kv_factor=kv_factor)
-        mixed = [it for it in fit if it.kind == "mixed"]
-        mixed_factor = _positive(whole.fitted_factor(with_kv, points, mixed, "mixed_factor"))
+        mixed_factor = _positive(whole.fitted_factor(with_kv, points, fit["mixed"], "mixed_factor"))
         profile = replace(with_kv, mixed_factor=mixed_factor)
         too_fast = below_floor(over_floor(profile, measured.ceilings))
         details = {

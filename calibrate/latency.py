@@ -166,16 +166,19 @@ class Latency:
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
         """Equal lengths, slots in a row."""
-        return self._attention_job(
-            DECODE, (batch, kv_tokens), batch, lambda: self.subject.decode_step([kv_tokens] * batch)
-        )
+        bare = Point(f"{DECODE}_rows", WHOLE_MODEL, batch, kv_tokens)
+        points = self._points_of_classes(DECODE, (batch, kv_tokens))
+        return self.attention_job(points, batch, lambda: self.subject.decode_step([kv_tokens] * batch), bare)
 
     def prefill_job(self, tokens: int, context_tokens: int) -> Job:
-        return self._attention_job(
-            PREFILL, (tokens, context_tokens), tokens, lambda: self.subject.prompt_step(tokens, context_tokens)
-        )
+        bare = Point(f"{PREFILL}_rows", WHOLE_MODEL, tokens, context_tokens)
+        points = self._points_of_classes(PREFILL, (tokens, context_tokens))
+        return self.attention_job(points, tokens, lambda: self.subject.prompt_step(tokens, context_tokens), bare)
 
-    def _attention_job(self, table: str, place: Place, rows: int, make: Callable[[], Any]) -> Job:
+    def attention_job(
+        self, points: tuple[Point, ...], rows: int, make: Callable[[], Any], bare: Point | None = None
+    ) -> Job:
+        """Attention of one layer of each class, in `points`, and the run of the same rows without it, in `bare`."""
         subject, model, classes = self.subject, self.subject.model, self.subject.classes
 
         def build() -> Sequence[Step]:
@@ -187,13 +190,15 @@ class Latency:
         def read(laps_s: Sequence[float]) -> Mapping[Point, float]:
             bare_s, *with_s = laps_s
             found = {
-                Point(table, i, *place): (lap_s - bare_s) / len(layers)
-                for i, (layers, lap_s) in enumerate(zip(classes, with_s, strict=True))
+                point: (lap_s - bare_s) / len(layers)
+                for point, layers, lap_s in zip(points, classes, with_s, strict=True)
             }
-            return found | {Point(f"{table}_rows", WHOLE_MODEL, *place): bare_s}
+            return found if bare is None else {**found, bare: bare_s}
 
-        points = tuple(Point(table, i, *place) for i in range(len(classes)))
-        return Job((*points, Point(f"{table}_rows", WHOLE_MODEL, *place)), build, read)
+        return Job(points if bare is None else (*points, bare), build, read)
+
+    def _points_of_classes(self, table: str, place: Place) -> tuple[Point, ...]:
+        return tuple(Point(table, i, *place) for i in range(len(self.subject.classes)))
 
 
 def grids_to_json(grids: Grids) -> dict[str, Any]:

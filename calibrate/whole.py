@@ -60,6 +60,8 @@ class Iteration:
             classifier_tokens=checks if self.by_classifier else None,
             propagated_tokens=batch - decode if bands > 1 else None,
             prefill=chunks, host_sync_at_checks=False,
+            decode_kv_least=np.array([min(self.kv_tokens)]) if batch else None,
+            decode_kv_most=np.array([max(self.kv_tokens)]) if batch else None,
         )  # fmt: skip
 
 

@@ -86,7 +86,9 @@ def test_whole_iterations_are_priced_to_the_last_digit_where_costs_are_straight_
     whole = profile.provenance.details["whole_iterations"]
     assert set(whole) == {"equal", "unequal", "prefill", "mixed", "exits", "all"}
     assert abs(whole["all"]["largest"]) < 1e-6
-    assert profile.unequal_kv_factor == pytest.approx(1.0)
+    assert profile.unequal_kv_factor is None
+    assert profile.layer_tables[0].unequal_kv is not None
+    np.testing.assert_allclose(profile.layer_tables[0].unequal_kv.excess, 0.0, atol=1e-6)
     assert profile.mixed_factor == pytest.approx(1.0)
     for table in profile.provenance.details["interpolation"].values():
         assert table is None or table["largest"] < 1e-6
@@ -108,13 +110,17 @@ def test_the_factors_are_what_iterations_of_their_kind_cost_more(
 ) -> None:
     mixed = campaign(VirtualSubject(Costs(mixed=1.2)), tmp_path / "mixed", monkeypatch)
     assert mixed.mixed_factor == pytest.approx(1.2, rel=1e-6)
-    assert mixed.unequal_kv_factor == pytest.approx(1.0)
+    assert mixed.unequal_kv_factor is None  # the table says it
     padded = campaign(VirtualSubject(Costs(by_longest=True)), tmp_path / "padded", monkeypatch)
-    assert padded.unequal_kv_factor is not None
-    assert 1.2 < padded.unequal_kv_factor < 2.0  # lengths are uniform up to the longest
-    details = padded.provenance.details
-    without, with_it = details["whole_iterations_without_factors"]["unequal"], details["whole_iterations"]["unequal"]
-    assert with_it["median_absolute"] < without["median_absolute"]
+    table = padded.layer_tables[1].unequal_kv
+    assert table is not None
+    costs, (batch, longest) = Costs(by_longest=True), (int(table.batch[-1]), int(table.longest[-1]))
+    half = [longest] * (batch // 2) + [16] * (batch // 2)
+    equal = [sum(half) // batch] * batch
+    excess = costs.decode(False, half) / costs.decode(False, equal) - 1
+    assert table.excess[0, -1, -1, list(table.share).index(0.5)] == pytest.approx(excess, rel=1e-3)
+    assert (table.excess[..., 0] == 0).all()  # equal lengths
+    assert (table.excess[..., -1] == 0).all()
 
 
 def test_a_finished_campaign_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
