@@ -22,6 +22,10 @@ from helios_sim.sweep.evaluate import evaluate
 from helios_sim.sweep.journal import Outcome
 from helios_sim.sweep.schema import DesignsConfig
 
+# Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
+# part of the cluster is gone before anybody has noticed.
+SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
+
 Evaluate = Callable[[Sequence[Job]], Outcome]
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a design in between
 
@@ -88,7 +92,7 @@ class Workers:
             workers = max(1, min(self._config.workers or cpus, cpus, len(missing)))
             before = len(missing)
             try:
-                with self._joblib.parallel_config("ray", ray_remote_args={"scheduling_strategy": "SPREAD"}):
+                with self._joblib.parallel_config("ray", ray_remote_args=SPREAD):
                     for key, outcome in self._parallel(missing, workers, None):
                         del missing[key]
                         yield key, outcome
