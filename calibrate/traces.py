@@ -7,6 +7,7 @@ full depth and records what every exit would have said.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import time
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from helios_sim.live.heads import ExitHeads
     from helios_sim.live.model import SegmentedModel
 
-HELDOUT_CHARS = {  # about 55,000 tokens of SmolLM2
-    **dict.fromkeys(PROSE_TASKS, 10_000),
+HELDOUT_CHARS = {  # more than 50,000 tokens of each of the three models
+    **dict.fromkeys(PROSE_TASKS, 11_600),
     "code": 28_000,
     "humaneval": 12_500,
     "dialogue": 24_000,
@@ -61,33 +62,42 @@ def reference_trace(
 ) -> ExitTrace:
     """The trace on held-out text people wrote, at least one passage of every task of `chars` (characters of each).
 
-    Every batch is a file in `scratch`, so an interrupted run goes on.
+    Every passage read is a file in `scratch`, so an interrupted run, or one with more text, goes on.
     """
     depths = (*heads.exits, model.architecture.n_layers)
     chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
     start = start_token(tokenizer)
-    parts: dict[int, dict[str, NDArray[Any]]] = {}
     scratch.mkdir(parents=True, exist_ok=True)
-    groups = list(batches(chosen))
+    files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
+    left = [i for i, path in enumerate(files) if not path.exists()]
+    groups = [[left[k] for k in group] for group in batches([chosen[i] for i in left])]
     for b, group in enumerate(groups):
-        path = scratch / f"{b:05d}.npz"
-        if not path.exists():
-            found = _read(model, heads, start, [chosen[i] for i in group], depths)
-            draft = path.with_suffix(".part.npz")
-            np.savez(draft, allow_pickle=False, **found)
-            os.replace(draft, path)
-            say(f"trace: batch {b + 1} of {len(groups)}")
-        with np.load(path) as columns:
-            ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
-            split = {name: np.split(columns[name], ends) for name in columns.files}
+        found = _read(model, heads, start, [chosen[i] for i in group], depths)
+        ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
+        split = {name: np.split(values, ends) for name, values in found.items()}
         for j, i in enumerate(group):
-            parts[i] = {name: pieces[j] for name, pieces in split.items()}
+            _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
+        say(f"trace: batch {b + 1} of {len(groups)}")
+    parts = []
+    for path in files:
+        with np.load(path) as columns:
+            parts.append({name: columns[name] for name in columns.files})
     tasks = tuple(dict.fromkeys(p.task for p in chosen))
     order = range(len(chosen))
     return _trace(
         origin, model, depths, tasks, [tasks.index(chosen[i].task) for i in order], [chosen[i].chars for i in order],
-        [parts[i] for i in order], human_text=True, what="held-out text that people wrote, read passage by passage",
+        parts, human_text=True, what="held-out text that people wrote, read passage by passage",
     )  # fmt: skip
+
+
+def _fingerprint(passage: Passage) -> str:
+    return hashlib.sha256(passage.tokens.tobytes()).hexdigest()[:20]
+
+
+def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    draft = path.with_suffix(".part.npz")
+    np.savez(draft, allow_pickle=False, **columns)
+    os.replace(draft, path)
 
 
 def _read(
