@@ -1,0 +1,221 @@
+"""Profiles from tables that others measured: what comes out is what the tables say, and what does not fit is named."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helios_sim.errors import UserError
+from helios_sim.profile.build import main
+from helios_sim.profile.catalog import CARDS, PCIE_LINK, Link, published_card, published_model
+from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.importers.attention_grid import AttentionGrid
+from helios_sim.profile.importers.layers import Terms, layer_profile
+from helios_sim.profile.importers.skew import repetitions_of, unequal_table
+from helios_sim.profile.importers.vidur import vidur_profile
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.runtime import preset
+from helios_sim.profile.spec import Runtime
+from helios_sim.profile.store import read_profile, write_profile
+from helios_sim.profile.term_lookup import UnequalLookup
+from helios_sim.provenance import ProvenanceClass
+from vllm_log import BATCHES, KVS, LAYER_US, REPETITIONS, attention_us, write_profile as write_tables
+
+MODEL = "Qwen/Qwen2.5-0.5B"
+BARE = Runtime(0.0, 0.0, 0.0, 0.0, None)
+
+
+def imported(folder: Path, degree: int = 1, link: Link | None = None, terms: Terms | None = None) -> Profile:
+    return layer_profile(folder, published_model(MODEL), "RTX4090", CARDS["rtx4090"], BARE, degree, link, terms)
+
+
+@pytest.fixture(params=[".csv", ".csv.gz"])
+def tables(tmp_path: Path, request) -> Path:
+    write_tables(tmp_path / "tables", MODEL, "RTX4090", request.param)
+    return tmp_path / "tables"
+
+
+def test_an_iteration_is_the_sum_of_its_kernels(tables: Path) -> None:
+    profile = imported(tables)
+    assert profile.provenance.provenance_class is ProvenanceClass.DERIVED
+    layers = profile.model.n_layers
+    per_layer = sum(us * (2 if name == "layernorm" else 1) for name, us in LAYER_US.items())
+    dense_us = per_layer * (1 + 0.05)  # at 8 rows
+    once_us = 2 * (3 + 0.001 * 8) + 200 + 20 + 2 * 8
+    attention = 8 * (1 + 0.01 * 127)
+    step = Composition((layers,), np.array([[8]]), np.array([[8 * 128]]), np.array([8]))
+    assert profile.iteration_time_s(step)[0] * 1e6 == pytest.approx(layers * (dense_us + attention) + once_us, rel=1e-6)
+
+
+def test_decodes_beside_a_chunk_cost_what_was_measured_with_it(tables: Path) -> None:
+    profile = imported(tables)
+    layers = profile.model.n_layers
+
+    def time_us(decodes: int) -> float:
+        c = Composition(
+            (layers,), np.array([[decodes]]), np.array([[decodes * 129]]), np.array([decodes]),
+            prefill=(PrefillChunk(64, 64, layers),),
+        )  # fmt: skip
+        return float(profile.iteration_time_s(c)[0]) * 1e6
+
+    dense = sum(us * (2 if n == "layernorm" else 1) for n, us in LAYER_US.items()) * 0.05 / 8 * 4
+    head = 4 * 2 - 0.0  # lm_head and sampler by row
+    added = time_us(4) - time_us(0) - head - 0.001 * 4 * 2 - 200 - 20  # without sampled rows nothing passes the head
+    assert added == pytest.approx(layers * (dense + 1.5 * 4 * (1 + 0.01 * 128)), rel=1e-6)
+
+
+def test_holes_of_the_attention_grid_are_filled(tables: Path) -> None:
+    suffix = next(tables.glob("attention*")).name
+    grid = AttentionGrid(tables / suffix)
+    mixed = grid.mixed_table()
+    assert mixed is not None
+    assert mixed.time_s.shape == (3, 3, 3, 3)
+    # 16 decodes beside 256 tokens were not measured: in proportion to 4
+    assert mixed.time_s[2, :, 2] == pytest.approx(4 * mixed.time_s[2, :, 1])
+    assert grid.decodes_s[1, 1] == pytest.approx(attention_us(0, 0, BATCHES[1], KVS[1]) * 1e-6)
+    assert grid.kvs.tolist() == [kv + 1 for kv in KVS]  # the file leaves the new token out
+
+
+def test_unequal_lengths_are_sums_over_repetitions(tables: Path) -> None:
+    grid = AttentionGrid(next(tables.glob("attention*")))
+    skew = next(tables.glob("skew*"))
+    assert repetitions_of(skew, grid, None) == REPETITIONS
+    table = unequal_table(skew, grid, REPETITIONS)
+    lookup = UnequalLookup(table)
+    # the test's tables: a fifth longer, whatever the lengths; half of them long
+    assert lookup.scalar(0, 16, 16 * 320, 128, 512) == pytest.approx(0.2, rel=1e-3)
+    assert lookup.scalar(0, 16, 16 * 320, 320, 320) == 0.0
+    with pytest.raises(UserError, match="measurement_iterations"):
+        repetitions_of(skew, grid, 5)
+
+
+def test_scalar_and_array_lookups_have_the_same_bits(tables: Path) -> None:
+    grid = AttentionGrid(next(tables.glob("attention*")))
+    lookup = UnequalLookup(unequal_table(next(tables.glob("skew*")), grid, REPETITIONS))
+    rng = np.random.default_rng(1)
+    least = rng.integers(1, 500, 200)
+    most = least + rng.integers(0, 900, 200)
+    batch = rng.integers(0, 40, 200)
+    kv = batch * rng.integers(1, 1500, 200)
+    at_once = lookup.array(batch, kv, least, most)
+    one_by_one = [lookup.scalar(0, *map(int, row)) for row in zip(batch, kv, least, most, strict=True)]
+    assert at_once.tolist() == one_by_one
+
+
+def test_tensor_parallelism_adds_two_all_reduces_a_layer(tables: Path) -> None:
+    one, two = imported(tables), imported(tables, 2, Link(1e-3, 1e9, "test"))
+    width = 2 * one.model.d_model
+    added = two.layer_tables[0].dense.time_s - one.layer_tables[0].dense.time_s
+    assert added == pytest.approx(2 * (1e-3 + one.layer_tables[0].dense.rows * width / 1e9))
+    assert two.hardware.hbm_bytes == 2 * one.hardware.hbm_bytes
+    assert PCIE_LINK.source in " ".join(a.why for a in imported(tables, 2).provenance.assumptions)
+
+
+def test_a_folder_for_each_degree_comes_first(tables: Path) -> None:
+    (tables / "tp2").mkdir()
+    for table in tables.glob("*.csv*"):
+        table.rename(tables / "tp2" / table.name)
+    assert imported(tables, 2).hardware.name == "2xRTX4090"
+    with pytest.raises(UserError, match=r"dense\.csv"):
+        imported(tables, 1)
+
+
+def test_terms_survive_the_disk(tables: Path, tmp_path: Path) -> None:
+    profile = imported(tables)
+    write_profile(profile, tmp_path / "profile")
+    back = read_profile(tmp_path / "profile")
+    for name in ("mixed_attention", "unequal_kv"):
+        wrote, read = (getattr(p.layer_tables[0], name) for p in (profile, back))
+        for field in wrote.__slots__:
+            assert np.array_equal(getattr(wrote, field), getattr(read, field)), (name, field)
+    write_profile(imported(tables, terms=Terms(False, False)), tmp_path / "profile")
+    assert read_profile(tmp_path / "profile").layer_tables[0].mixed_attention is None
+
+
+def test_experts_are_refused(tables: Path) -> None:
+    (tables / "moe.csv").write_text("tokens,activated_experts,time_us\n")
+    with pytest.raises(UserError, match="dense model"):
+        imported(tables)
+
+
+def test_the_command_builds_from_a_folder(tables: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["importer=layers", f"tables={tables}", f"folder={tmp_path / 'made'}"]
+    assert main(arguments) == 0
+    assert read_profile(tmp_path / "made" / "qwen2.5-0.5b@RTX4090").model.n_layers == 24
+    assert main([*arguments, "hardware=abacus"]) == 1
+    assert main([*arguments, "tensor_parallel=x"]) == 1
+    assert main(["importer=hearsay"]) == 1
+    assert main(["importer=layers"]) == 1
+    assert capsys.readouterr().err.count("Fix:") == 4
+
+
+def write_vidur(folder: Path, heads: int = 14) -> Path:
+    folder.mkdir()
+    layer = ("input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "post_attention_layernorm",
+             "mlp_up_proj", "mlp_act", "mlp_down_proj", "add", "emb")  # fmt: skip
+    shape = {"n_head": heads, "n_kv_head": 2, "n_embd": 896, "n_expanded_embd": 4864, "vocab_size": 151936}
+    mlp = [
+        {f"time_stats.{name}.median": 0.01 + 1e-4 * n for name in layer} | shape
+        | {"num_tokens": n, "num_tensor_parallel_workers": 1} for n in (1, 64, 512)
+    ]  # fmt: skip
+    own = {"n_q_head": heads, "n_kv_head": 2, "n_embd": 896, "num_tensor_parallel_workers": 1}
+    attention = []
+    for prompt, batches, chunks in ((False, (1, 8), (0,)), (True, (1,), (16, 128))):
+        for batch in batches:
+            for chunk in chunks:
+                for kv in (0, 256) if prompt else (32, 256):
+                    case = {"batch_size": batch, "prefill_chunk_size": chunk, "kv_cache_size": kv, "is_prefill": prompt}
+                    times = {
+                        "input_reshape": 0.0, "output_reshape": 0.001, "prefill": 0.02 * chunk if prompt else "",
+                        "decode": "" if prompt else 0.001 * batch * kv,
+                    }  # fmt: skip
+                    stats = {f"time_stats.attn_{name}.median": value for name, value in times.items()}
+                    attention.append(own | case | stats)
+    for name, rows in (("mlp", mlp), ("attention", attention)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def test_vidur_tables(tmp_path: Path) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    profile = vidur_profile(folder, published_model(MODEL), "A100", CARDS["a10080gb"], preset("captured_graphs"))
+    tables = profile.layer_tables[0]
+    assert tables.dense.time_s[1] == pytest.approx(10 * (0.01 + 64e-4) * 1e-3)
+    assert tables.decode_attention.time_s[1, 1] == pytest.approx((0.001 + 0.001 * 8 * 256) * 1e-3)
+    assert tables.prefill_attention.time_s[1, 0] == pytest.approx((0.001 + 0.02 * 128) * 1e-3)
+    assert profile.head.time_s[0] > tables.dense.time_s[0] / 10
+    with pytest.raises(UserError, match="n_head"):
+        vidur_profile(write_vidur(tmp_path / "other", heads=16), profile.model, "A100", CARDS["a10080gb"], BARE)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"), ("Qwen/Qwen3-32B", "qwen3-32b"),
+        ("mistralai/Mistral-7B-Instruct-v0.2", "mistral-7b-instruct-v0.2"), ("google/gemma-2-9b-it", "gemma-2-9b-it"),
+    ],
+)  # fmt: skip
+def test_models_by_the_names_of_logs(name: str, known: str) -> None:
+    assert published_model(name).name == known
+
+
+def test_weights_of_published_models() -> None:
+    """Parameters that the makers state, in billions."""
+    stated = {"Llama-3.1-8B": 8.03, "Llama-3.1-70B": 70.55, "Llama-3.2-1B": 1.24, "Qwen2.5-7B": 7.62, "Qwen3-8B": 8.19,
+              "Qwen3-32B": 32.76, "Mistral-7B-v0.1": 7.24, "phi-4": 14.66, "gemma-2-9b": 9.24, "Llama-2-13b": 13.02,
+              "Qwen2.5-32B": 32.76, "gemma-3-4b": 3.88, "Phi-3-mini-4k": 3.82}  # fmt: skip
+    for name, billions in stated.items():
+        model = published_model(name)
+        assert model.weight_bytes(model.n_layers) / 2e9 == pytest.approx(billions, rel=0.005), name
+
+
+@pytest.mark.parametrize("name", ["RTXPRO6000", "NVIDIA GeForce RTX 4090", "A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
+def test_cards_by_the_names_of_logs(name: str) -> None:
+    assert published_card(name) is not None
+    assert published_card("an abacus") is None
