@@ -22,7 +22,7 @@ from tests.tiny_models import write_tiny  # noqa: E402
 
 RECIPE = Recipe(width=8, check_width=8, vocabulary=64, drawn=16, epochs=1, check_epochs=2, batch=64)
 CONFIG = AdapterConfig(
-    "tiny", (2, 4), train_chars=9_000, calibration_chars=2_000, passage_chars=150, shares={"code": 1000}, recipe=RECIPE
+    "tiny", (2, 4), train_chars=9_000, calibration_chars=2_000, passage_chars=60, shares={"code": 1000}, recipe=RECIPE
 )
 
 

@@ -21,7 +21,7 @@ from helios_sim.live.source import find_checkpoint  # noqa: E402
 from tests.tiny_models import tiny_tokenizer, write_tiny  # noqa: E402
 
 ORIGIN = traces.Origin("tiny", "0" * 64, "a test")
-CHARS = {"code": 700}
+CHARS = {"code": 500}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "PASSAGE_CHARS", 150)
+    monkeypatch.setattr(traces, "PASSAGE_CHARS", 60)
 
 
 def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) 
 
     model, tokenizer, folder = tiny
     trace = traces.reference_trace(model, tokenizer, ExitHeads.own((3,)), ORIGIN, tmp_path, CHARS, lambda _: None)
-    texts = passages("code", Split.HELDOUT, CHARS["code"], 150)
+    texts = passages("code", Split.HELDOUT, CHARS["code"], 60)
     assert trace.task_chars().tolist() == [sum(map(len, texts))]
     assert trace.prompt[-1] == len(texts) - 1
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -73,7 +73,7 @@ def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_pa
 def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
     model, tokenizer, _ = tiny
     trace = traces.generated_trace(
-        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, say=lambda _: None, prompt_chars=150
+        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, say=lambda _: None, prompt_chars=60
     )
     assert not trace.human_text
     assert trace.agree[:, -1].all()
