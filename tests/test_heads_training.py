@@ -57,7 +57,11 @@ def test_adapters_bring_the_exit_nearer_to_full_depth(tiny, trained) -> None:
     full = torch.log_softmax(model.logits(shard[:, -1]), -1)
 
     def divergence(state: torch.Tensor) -> float:
-        return float(torch.nn.functional.kl_div(torch.log_softmax(model.logits(state), -1), full, log_target=True))
+        return float(
+            torch.nn.functional.kl_div(
+                torch.log_softmax(model.logits(state), -1), full, reduction="batchmean", log_target=True
+            )
+        )
 
     assert divergence(heads.adapt(e, shard[:, column])) < 0.8 * divergence(shard[:, column])
 
