@@ -133,16 +133,23 @@ def _some(records: Records, rows: slice) -> Records:
 
 
 def _counts(log: ServingLog, run: Simulated) -> tuple[Count, ...]:
-    """The log's samples, and what the simulation had at those times."""
+    """The log's samples, and what the simulation had at those times: whoever was queued and not done, runs or waits.
+
+    The number running changes only where the simulation notes it; requests may arrive in between.
+    """
     if log.series is None or not run.timeline.rows:
         return ()
     time_ns = np.array([row[0] for row in run.timeline.rows]) - int(log.measured.queued_ns.min())
     at = np.searchsorted(time_ns, log.series.time_s * 1e9, side="right") - 1
-    found = []
-    for name, column, measured in (("running", 3, log.series.running), ("waiting", 4, log.series.waiting)):
-        values = np.array([row[column] for row in run.timeline.rows], np.float64)
-        found.append(Count(name, log.series.time_s, measured, np.where(at >= 0, values[np.maximum(at, 0)], 0.0)))
-    return tuple(found)
+    sampled_ns = log.series.time_s * 1e9
+    noted = np.array([row[3] for row in run.timeline.rows], np.float64)
+    running = np.where(at >= 0, noted[np.maximum(at, 0)], 0.0)
+    queued = np.searchsorted(np.sort(run.times.queued_ns), sampled_ns, side="right")
+    waiting = np.maximum(queued - np.searchsorted(np.sort(run.times.last_ns), sampled_ns, side="right") - running, 0.0)
+    return (
+        Count("running", log.series.time_s, log.series.running, running),
+        Count("waiting", log.series.time_s, log.series.waiting, waiting),
+    )
 
 
 def _gate(rows: Sequence[ComparedRow], group: str, statistic: str, bound: float) -> Gate:
