@@ -8,10 +8,11 @@ import pytest
 
 from calibrate import texts
 from calibrate.models import cache_folder
-from calibrate.texts import Package, Split, detokenised, documents, fetch, passages, split_names
+from calibrate.text_packages import PACKAGES, Package, fetch
+from calibrate.texts import Split, detokenised, documents, passages, split_names
 from helios_sim.errors import UserError
 
-CACHED = all((cache_folder() / "texts" / package.file).exists() for package in texts.PACKAGES)
+CACHED = all((cache_folder() / "texts" / package.file).exists() for package in PACKAGES)
 
 
 def test_a_document_has_one_split_whatever_else_there_is() -> None:
