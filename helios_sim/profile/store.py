@@ -28,6 +28,7 @@ from helios_sim.provenance import Provenance
 SCHEMA_VERSION = 1
 PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
 WHOLE_MODEL = -1
+ADDED_LATER = ("other_layer_values", "gap_s", "prefill_gap_s")
 _SCALARS = (
     "activation_reserve_bytes", "load_bytes_per_s", "load_slowdown", "mixed_factor", "unequal_kv_factor", "time_factor",
 )  # fmt: skip
@@ -63,9 +64,9 @@ def write_profile(profile: Profile, path: Path) -> None:
     write_terms(profile.layer_tables, path)
     header = {
         "schema_version": SCHEMA_VERSION,
-        "model": asdict(profile.model),
+        "model": _used(profile.model),
         "hardware": asdict(profile.hardware),
-        "runtime": asdict(profile.runtime),
+        "runtime": _used(profile.runtime),
         "layer_class": list(profile.layer_class),
         **{key: getattr(profile, key) for key in _SCALARS},
         "provenance": profile.provenance.to_json(),
@@ -111,6 +112,11 @@ def read_profile(path: Path) -> Profile:
         if isinstance(error, UserError):
             raise
         raise UserError(str(path), str(error), "a whole profile of this schema version", _REBUILD) from error
+
+
+def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
+    """Its fields; those added later only where they say something, so that older files stay what they were."""
+    return {key: value for key, value in asdict(part).items() if value or key not in ADDED_LATER}
 
 
 def _rows_tables(profile: Profile) -> Iterator[tuple[str, int, RowsTable]]:
