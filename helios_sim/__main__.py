@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _check_choices(settings, run.runtime.choices, command)
             run_it = run_sweep if settings.sweep.parameters else run_study
-            if OmegaConf.is_missing(settings.fidelity, "folder") or settings.fidelity.folder is not None:
+            if settings.fidelity.compare or settings.fidelity.folder is not None:
                 run_it = run_fidelity
             if run_it is run_study:
                 _check_no_sweep(command)

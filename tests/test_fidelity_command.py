@@ -204,7 +204,9 @@ def test_a_mistake_leaves_nothing_behind(command: CommandLine, tmp_path: Path) -
     assert "fidelity.folder" in said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "out").exists()
-    assert command(*EXPERIMENT).status == 1  # the folder has no default
+    without = command(*EXPERIMENT)
+    assert without.status == 1
+    assert "set fidelity.folder" in without.err
 
 
 def test_a_logged_number_of_blocks_wins(tmp_path: Path) -> None:

@@ -66,8 +66,6 @@ def _load_errors(log: ServingLog, setup: Setup, factors: Sequence[float], error:
     slower = setup.with_profile(setup.profile.scaled(1.0 + error))
     found = []
     for factor in sorted(factors):
-        if factor <= 0:
-            raise UserError("fidelity.load_factors", factor, "above 0", "correct it")
         _note(f"load {factor:g}")
         runs = [Records.of(run_once(log, each, rate=factor).records) for each in (setup, slower)]
         means = [

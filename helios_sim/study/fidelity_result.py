@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
-from helios_sim.report.fidelity import ComparedRow, Count, Fidelity, LoadError, compared_rows, statistics
+from helios_sim.report.fidelity import ComparedRow, Count, Fidelity, LoadError, compared_rows
 from helios_sim.report.metrics import MetricValue, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, Workload
@@ -222,6 +222,3 @@ def _warnings(log: ServingLog, quantities: Quantities | None, n: int) -> tuple[s
         )
     found.append("Prompts are taken to share nothing: the log has their lengths, not their texts.")
     return tuple(found)
-
-
-__all__ = ["GATES", "MEASURED", "SIMULATED", "comparison", "statistics"]

@@ -46,7 +46,7 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
         value = log.meta["engine_kwargs"].get(key, allowed)
         if value != allowed:
             raise UserError(
-                f"meta.json: engine_kwargs.{key}", value, f"{allowed}: nothing else is modelled", "take another log"
+                f"meta.json: engine_kwargs.{key}", value, f"{allowed}, since nothing else is modelled", "take another log"
             )
     tables = log.folder / "profile"
     if not tables.is_dir():
