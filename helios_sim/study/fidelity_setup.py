@@ -45,9 +45,8 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
     for key, allowed in (("data_parallel_size", 1), ("pipeline_parallel_size", 1), ("enable_expert_parallel", False)):
         value = log.meta["engine_kwargs"].get(key, allowed)
         if value != allowed:
-            raise UserError(
-                f"meta.json: engine_kwargs.{key}", value, f"{allowed}, since nothing else is modelled", "take another log"
-            )
+            only = f"{allowed}, since nothing else is modelled"
+            raise UserError(f"meta.json: engine_kwargs.{key}", value, only, "take another log")
     tables = log.folder / "profile"
     if not tables.is_dir():
         raise UserError(
