@@ -15,6 +15,7 @@ from helios_sim.exits.store import write_trace
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.store import write_profile
+from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
 from helios_sim.study.check import check_study
@@ -108,6 +109,18 @@ def test_a_classifier_without_a_measured_cost_is_refused_before_anything_runs(tm
     config = replace(measured(tmp_path, classifier=False), arms=arms)
     with pytest.raises(UserError, match=r"small@box has no cost of a classifier's check"):
         check_study(plan_study(lambda changes: variants(config, changes)))
+
+
+def test_prompts_count_in_tokens_as_long_as_a_measured_trace_found_them(tmp_path: Path) -> None:
+    """Otherwise models whose tokenizers differ would be given prompts of the wrong lengths."""
+    config = measured(tmp_path)
+    made = synthetic_trace("small", EXITS["small"], ("prose", "code"), tokens=400, chars_per_token=5)
+    for provenance_class, expected in ((ProvenanceClass.MEASURED, 5.0), (ProvenanceClass.PUBLISHED, 4.0)):
+        provenance = replace(made.provenance, provenance_class=provenance_class)
+        write_trace(replace(made, provenance=provenance), tmp_path / "exits" / "small")
+        parts = build(config, 0)
+        assert parts.models["small"].profile.model.chars_per_token == expected
+        assert parts.situation.candidates["small"].profile.model.chars_per_token == expected
 
 
 def test_floors_in_bits_need_traces_that_have_them(tmp_path: Path) -> None:

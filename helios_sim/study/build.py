@@ -23,6 +23,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile
+from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.foresight import Foresight, expected_load
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
 from helios_sim.workload import (
@@ -80,9 +81,11 @@ def build(config: Config, seed: int) -> Parts:
     models, candidates = {}, {}
     for name, profile in profiles.items():
         trace = _exit_trace(config, name, profile)
-        models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
         # of texts like those to be served, whatever else was recorded
         offline = offline_exits(trace, threshold(config), confidence(config), workload.mix.tasks)
+        if trace.provenance.provenance_class is ProvenanceClass.MEASURED:
+            profile = _with_tokens_of(offline.chars_per_token, profile)
+        models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
         candidates[name] = Candidate(profile, offline)
     card = next(iter(profiles.values())).hardware
     situation = Situation(
@@ -130,6 +133,16 @@ def build_profile(config: Config, model: str) -> Profile:
     profile = load_profile(f"{model}@{config.hardware}", folder)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
     return profile.scaled(config.profile_time_factor) if config.profile_time_factor != 1.0 else profile
+
+
+def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:
+    """Prompts in tokens as long as they were measured to be on these texts, which a profile can only assume."""
+    kept = tuple(a for a in profile.provenance.assumptions if a.change != "model.chars_per_token")
+    return replace(
+        profile,
+        model=replace(profile.model, chars_per_token=chars_per_token),
+        provenance=replace(profile.provenance, assumptions=kept),
+    )
 
 
 def build_runtime(config: Config, of_profile: Runtime) -> Runtime:
