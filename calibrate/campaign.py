@@ -36,8 +36,7 @@ from helios_sim.profile.spec import ModelSpec
 
 COARSE_SAMPLES = 2
 REFINE_SAMPLES = 3
-KEEP_FOR_REST = 0.45  # of the budget when refining begins: more samples and whole iterations
-KEEP_FOR_WHOLE = 0.2
+KEEP_FOR_REST = 0.5  # of the budget: more samples, unequal lengths and whole iterations
 FIT, TRY = 1, 2  # seeds: iterations that give the factors, and those that try the profile
 WHOLE_EACH = 8  # iterations of each kind
 UNLIMITED_S = 1e9
@@ -130,11 +129,14 @@ class _Campaign:
                 if self._left(KEEP_FOR_REST) > 0:
                     refined.append(table)
                 self.parts.put("grids", {"grids": grids_to_json(grids), "refined": refined})
-        for samples in range(COARSE_SAMPLES + 1, self.plan.samples + 1):
-            self.latency.measure(grids, samples, self.budget_s * KEEP_FOR_WHOLE)
-        self.sampler.measure(unequal.jobs(self.latency), REFINE_SAMPLES, self.budget_s * KEEP_FOR_WHOLE)
-        fit = {kind: self._whole((kind,), FIT) for kind in whole.FITTED}
-        tries = self._whole(whole.KINDS, TRY)
+        fit = {kind: self._iterations((kind,), FIT) for kind in whole.FITTED}
+        tries = self._iterations(whole.KINDS, TRY)
+        whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit["unequal"], *fit["mixed"]]]
+        # tables and whole iterations take turns: what is compared shares the machine's good and bad minutes
+        for samples in range(1, self.plan.samples + 1):
+            self.sampler.measure(unequal.jobs(self.latency), min(samples, REFINE_SAMPLES))
+            self.sampler.measure(whole_jobs, min(samples, REFINE_SAMPLES))
+            self.latency.measure(grids, max(samples, COARSE_SAMPLES))
         self._note_drift()
         return self._profile(grids, measured, fit, tries)
 
@@ -181,12 +183,10 @@ class _Campaign:
             "absent": why_absent(device) if found is None else None,
         }
 
-    def _whole(self, kinds: tuple[str, ...], seed: int) -> list[whole.Iteration]:
+    def _iterations(self, kinds: tuple[str, ...], seed: int) -> list[whole.Iteration]:
+        """Kinds take turns, so that a budget that ends early leaves some of each."""
         found = [it for kind in kinds for it in whole.iterations(self.subject, kind, WHOLE_EACH, seed)]
-        # kinds take turns, so that a budget that ends early leaves some of each
-        turns = sorted(found, key=lambda it: it.index)
-        self.sampler.measure([whole.job(self.subject, it) for it in turns], REFINE_SAMPLES)
-        return found
+        return sorted(found, key=lambda it: it.index)
 
     def _profile(
         self,
@@ -236,8 +236,8 @@ class _Campaign:
             "points": len(found),
             "samples": sum(f.samples for f in found.values()),
             "outliers": sum(f.outliers for f in found.values()),
-            "contended": sum(f.contended for f in found.values()),
-            "dropped": sum(n for slice_ in self.parts.get("drift") or [] for n in [slice_["dropped"]]),
+            "contended": sum(f.samples for f in found.values() if f.contended),
+            "set_aside": sum(slice_["contended"] for slice_ in self.parts.get("drift") or []),
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchor": [slice_["anchor"] for slice_ in self.parts.get("drift") or []],
         }
@@ -250,7 +250,7 @@ class _Campaign:
             entries.append({})
         entries[self._slice] = {
             "anchor": self.sampler.drift(),
-            "dropped": sum(self.sampler.dropped.values()),
+            "contended": sum(self.sampler.contended.values()),
             "disturbance": self.device.disturbance(),
         }
         self.parts.put("drift", entries)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
 
+STANDARD_ERROR = 0.929  # of a median, in IQR / sqrt(n), were the samples normal: 1.253 sigma, and sigma IQR / 1.349
 OUTLIER_IQRS = 3.0  # beyond the quartiles by that many: Tukey's "far out"
 
 
@@ -38,12 +39,11 @@ class Figure:
     iqr_s: float
     samples: int
     outliers: int  # counted, never removed: a median does not mind them
-    contended: int = 0  # taken while other processes had the cores
+    contended: bool = False  # all samples were taken while other processes had the cores: none is clean
 
     @property
     def standard_error_s(self) -> float:
-        """Of the median, were the samples normal: 1.253 sigma / sqrt(n), and sigma IQR / 1.349."""
-        return float(0.929 * self.iqr_s / np.sqrt(self.samples))
+        return float(STANDARD_ERROR * self.iqr_s / np.sqrt(self.samples))
 
 
 def figure(samples_s: Iterable[float]) -> Figure:
@@ -55,56 +55,68 @@ def figure(samples_s: Iterable[float]) -> Figure:
 
 
 class Points:
-    """All samples of a campaign, in seconds. `save` is cheap enough to call after every few measurements."""
+    """All samples of a campaign, in seconds. `save` is cheap enough to call after every few measurements.
+
+    Samples taken while other processes had the cores are kept apart and speak only where there are no others.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads what an earlier call left. Raises UserError when the file is no table of points."""
         self.path = path
-        self._samples: dict[Point, list[float]] = {}
-        self._contended: dict[Point, int] = {}
+        self._clean: dict[Point, list[float]] = {}
+        self._contended: dict[Point, list[float]] = {}
         self._figures: dict[Point, Figure] = {}  # until a sample is added
         if path.exists():
             try:
                 table = pq.read_table(path, use_threads=False)
-                columns = [table[name].to_pylist() for name in (*Point._fields, "contended", "samples_s")]
+                columns = [table[name].to_pylist() for name in (*Point._fields, "samples_s", "contended_s")]
             except (pa.ArrowException, OSError, KeyError) as error:
                 fix = "delete it to measure anew"
                 raise UserError(str(path), str(error).splitlines()[0], "a table of points", fix) from error
-            for name, layer_class, first, second, contended, samples in zip(*columns, strict=True):
+            for name, layer_class, first, second, clean, contended in zip(*columns, strict=True):
                 point = Point(name, layer_class, first, second)
-                self._samples[point], self._contended[point] = samples, contended
+                for of, samples in ((self._clean, clean), (self._contended, contended)):
+                    if samples:
+                        of[point] = samples
 
     def add(self, samples: Mapping[Point, float], contended: bool = False) -> None:
         for point, time_s in samples.items():
-            self._samples.setdefault(point, []).append(time_s)
+            (self._contended if contended else self._clean).setdefault(point, []).append(time_s)
             self._figures.pop(point, None)
-            self._contended[point] = self._contended.get(point, 0) + contended
 
     def count(self, point: Point) -> int:
-        return len(self._samples.get(point, ()))
+        """Clean samples."""
+        return len(self._clean.get(point, ()))
+
+    def known(self, point: Point) -> bool:
+        """Whether there is any sample, clean or not."""
+        return point in self._clean or point in self._contended
 
     def samples_s(self, point: Point) -> tuple[float, ...]:
-        return tuple(self._samples[point])
+        return tuple(self._clean.get(point) or self._contended[point])
 
     def figure(self, point: Point) -> Figure:
         """KeyError where the point was not measured."""
         found = self._figures.get(point)
         if found is None:
-            found = replace(figure(self._samples[point]), contended=self._contended[point])
+            found = replace(figure(self.samples_s(point)), contended=point not in self._clean)
             self._figures[point] = found
         return found
 
     def of(self, table: str, layer_class: int) -> dict[tuple[int, int], Figure]:
         """(first, second) -> figure, ascending."""
-        found = [p for p in self._samples if p.table == table and p.layer_class == layer_class]
-        return {(p.first, p.second): self.figure(p) for p in sorted(found)}
+        found = [p for p in self._points() if p.table == table and p.layer_class == layer_class]
+        return {(p.first, p.second): self.figure(p) for p in found}
 
     def everything(self) -> dict[Point, Figure]:
-        return {point: self.figure(point) for point in sorted(self._samples)}
+        return {point: self.figure(point) for point in self._points()}
+
+    def _points(self) -> list[Point]:
+        return sorted({*self._clean, *self._contended})
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        ordered = sorted(self._samples)
+        ordered = self._points()
         figures = [self.figure(p) for p in ordered]
         table = pa.table(
             {
@@ -116,8 +128,8 @@ class Points:
                 "iqr_s": pa.array([f.iqr_s for f in figures], pa.float64()),
                 "samples": pa.array([f.samples for f in figures], pa.int64()),
                 "outliers": pa.array([f.outliers for f in figures], pa.int64()),
-                "contended": pa.array([f.contended for f in figures], pa.int64()),
-                "samples_s": pa.array([self._samples[p] for p in ordered], pa.list_(pa.float64())),
+                "samples_s": pa.array([self._clean.get(p, []) for p in ordered], pa.list_(pa.float64())),
+                "contended_s": pa.array([self._contended.get(p, []) for p in ordered], pa.list_(pa.float64())),
             }
         )
         partial = self.path.with_name(self.path.name + ".partial")

@@ -2,7 +2,7 @@
 
 Drift of a shared machine spreads evenly when every round visits all jobs, in an order of its own; one anchor job,
 measured again all along, shows how large the drift was. A sample during which other processes had the cores is no
-sample of this device: it is counted, dropped and taken again, unless that happens too often to go on.
+sample of this device: it is set aside and taken again, unless that happens too often to go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_WARM_UPS = 6
 LONG_S = 0.3  # a job that takes longer than this warms itself up
 MOST_WAITED = 0.02  # share of a sample's time that its threads may stand waiting for others to leave the cores
 WAKE_S = 1e-4  # waking threads takes them that long on an idle machine too
-MOST_DROPPED = 6  # samples of one job dropped for that; then they are taken as they come, and counted
+MOST_CONTENDED = 6  # such samples of one job in a call; then it is left as it is
 ANCHOR_EVERY_S = 5.0
 SAVE_EVERY_S = 10.0
 
@@ -74,20 +74,20 @@ class Sampler:
         self.device, self.points, self.clock = device, points, clock
         self.anchor: Job | None = None
         self.anchor_laps_s: list[tuple[float, float]] = []
-        self.dropped: dict[Point, int] = {}  # samples taken while others had the cores
+        self.contended: dict[Point, int] = {}  # samples of this call taken while others had the cores
         self._progress = progress
         self._rng = np.random.default_rng(seed)
         self._cost_s: dict[Point, float] = {}
         self._last_anchor_s = self._last_save_s = -np.inf
 
     def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0) -> bool:
-        """Rounds over the jobs until each has `samples`; false when time ran out before.
+        """Rounds over the jobs until each has `samples`, or the machine proved too busy; false when time ran out.
 
         A sample is not begun where it would leave less than `until_left_s` of the budget, going by its last cost.
         """
         waiting = list(jobs)
         while True:
-            waiting = [job for job in waiting if self.points.count(job.points[0]) < samples]
+            waiting = [job for job in waiting if self._wanting(job, samples)]
             if not waiting:
                 break
             begun = 0
@@ -103,6 +103,10 @@ class Sampler:
                 break
         self.points.save()
         return not waiting
+
+    def _wanting(self, job: Job, samples: int) -> bool:
+        first = job.points[0]
+        return self.points.count(first) < samples and self.contended.get(first, 0) < MOST_CONTENDED
 
     def drift(self) -> dict[str, Any] | None:
         """How the anchor's time moved; None where it was measured less than twice."""
@@ -130,9 +134,7 @@ class Sampler:
         self._cost_s[job.points[0]] = self.clock.spent_s - start_s
         contended = waited_s > MOST_WAITED * sum(laps_s) + WAKE_S
         if contended:
-            self.dropped[job.points[0]] = self.dropped.get(job.points[0], 0) + 1
-            if self.dropped[job.points[0]] <= MOST_DROPPED:
-                return
+            self.contended[job.points[0]] = self.contended.get(job.points[0], 0) + 1
         self.points.add(job.read(laps_s), contended)
 
     def _laps(self, steps: Sequence[Step]) -> tuple[list[float], float]:

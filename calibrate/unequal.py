@@ -63,7 +63,7 @@ def jobs(latency: Latency) -> list[Job]:
 def unequal_table(latency: Latency, layer_class: int, equal: GridTable) -> UnequalTable | None:
     """None where too little was measured."""
     batches, lengths = _batches(latency), _lengths(latency)
-    known = [m for m in mixtures(latency) if latency.points.count(m.point(layer_class))]
+    known = [m for m in mixtures(latency) if latency.points.known(m.point(layer_class))]
     if len(batches) < 2 or len(lengths) < 2 or not known:
         return None
     lookup = DecodeLookup(equal)

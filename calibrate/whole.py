@@ -149,7 +149,7 @@ def compare(profile: Profile, points: Points, found: Sequence[Iteration]) -> lis
     return [
         Comparison(it.kind, points.figure(it.point).median_s, float(bare.iteration_time_s(it.composition())[0]))
         for it in found
-        if points.count(it.point)
+        if points.known(it.point)
     ]
 
 
@@ -167,7 +167,7 @@ def fitted_factor(profile: Profile, points: Points, found: Sequence[Iteration], 
     without, with_it = priced(0.0), priced(1.0)
     above = below = 0.0
     for it in found:
-        if not points.count(it.point):
+        if not points.known(it.point):
             continue
         measured_s = points.figure(it.point).median_s
         rest_s = float(without.iteration_time_s(it.composition())[0])

@@ -12,11 +12,11 @@ import pytest
 
 from calibrate.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
 from calibrate.points import Point, Points, figure
-from calibrate.sampling import Clock, Job, Sampler
+from calibrate.sampling import MOST_CONTENDED, Clock, Job, Sampler
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
-A, B = Point("a", -1, 1), Point("b", -1, 2)
+A, B, C = Point("a", -1, 1), Point("b", -1, 2), Point("c", 0, 3, 4)
 
 
 def job(clock: VirtualClock, point: Point, seconds: float) -> Job:
@@ -36,12 +36,13 @@ def test_figures_are_quantiles_and_far_out_samples_are_counted_not_removed() -> 
 def test_points_come_back_as_they_were_saved(tmp_path: Path) -> None:
     points = Points(tmp_path / "p" / "points.parquet")
     points.add({A: 1.0, B: 2.0})
-    points.add({A: 3.0}, contended=True)
+    points.add({A: 3.0, C: 5.0}, contended=True)
     points.save()
     again = Points(tmp_path / "p" / "points.parquet")
     assert again.everything() == points.everything()
-    assert again.samples_s(A) == (1.0, 3.0)
-    assert (again.figure(A).contended, again.figure(B).contended) == (1, 0)
+    assert again.samples_s(A) == (1.0,)  # the other one was taken while others had the cores
+    assert (again.figure(A).contended, again.figure(C).contended) == (False, True)
+    assert (again.count(C), again.known(C), again.figure(C).median_s) == (0, True, 5.0)
     assert not list((tmp_path / "p").glob("*.partial"))
     (tmp_path / "bad").write_text("no table")
     with pytest.raises(UserError, match="table of points"):
@@ -86,15 +87,16 @@ def test_samples_taken_while_others_had_the_cores_are_taken_again(tmp_path: Path
     waited = iter([0.0, 1.0, 1.0, 2.0, 2.0, *[2.0] * 100])  # before and after each sample: two are spoilt
     s = sampler(tmp_path, clock, waiting=lambda: next(waited))
     assert s.measure([job(clock, A, 1.0)], 2)
-    assert s.points.figure(A).contended == 0
-    assert s.dropped == {A: 2}
+    assert s.points.samples_s(A) == (1.0, 1.0)
+    assert s.contended == {A: 2}
 
 
 def test_a_machine_that_is_never_free_is_measured_all_the_same_and_that_is_known(tmp_path: Path) -> None:
     clock = VirtualClock()
     s = sampler(tmp_path, clock, waiting=clock)
     assert s.measure([job(clock, A, 1.0)], 2)
-    assert s.points.figure(A).contended == 2
+    assert s.points.figure(A).contended
+    assert s.points.figure(A).samples == MOST_CONTENDED
 
 
 def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
