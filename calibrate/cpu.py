@@ -81,7 +81,8 @@ class CpuDevice:
         return None
 
     def used_bytes(self) -> int | None:
-        """Resident memory that is not a file's."""
+        """Resident memory that is not a file's; what was freed goes back to the system first."""
+        _trim()
         return _bytes(self.proc / "self" / "status", "RssAnon")
 
     def peak_bytes(self, step: Step) -> int | None:
