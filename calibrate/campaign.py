@@ -114,7 +114,7 @@ class _Campaign:
         state = self.parts.get("grids")
         grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
         refined: list[str] = [] if state is None else state["refined"]
-        if not self.latency.measure(grids, COARSE_SAMPLES):
+        if not self.latency.measure(grids, COARSE_SAMPLES) and not self.latency.known(grids):
             self._note_drift()
             raise UserError(
                 "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",

@@ -66,13 +66,20 @@ class Latency:
 
     def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0) -> bool:
         """Every place of the grids and every held-out place, `samples` times; false when time ran out."""
+        return self.sampler.measure(self._jobs(grids), samples, until_left_s)
+
+    def known(self, grids: Grids) -> bool:
+        """Whether every place has a sample, clean or not."""
+        return all(self.points.known(job.points[0]) for job in self._jobs(grids))
+
+    def _jobs(self, grids: Grids) -> list[Job]:
         jobs: dict[tuple[str, Place], Job] = {}
         for table, axes in grids.axes.items():
             held_out = [h.place for h in grids.held_out.get(table, ())]
             for place in [*axes.places(), *held_out]:
                 if job := self._job(table, place):
                     jobs.setdefault((table if table in (DECODE, PREFILL) else DENSE, place), job)
-        return self.sampler.measure(list(jobs.values()), samples, until_left_s)
+        return list(jobs.values())
 
     def refine(self, grids: Grids, table: str, samples: int, tolerance: float, until_left_s: float = 0.0) -> Grids:
         """The table's axes refined as far as the time goes."""
