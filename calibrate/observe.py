@@ -35,7 +35,7 @@ class Observed:
     confidence: NDArray[np.float32]  # (N, E) its probability, logits divided by the exit's temperature
     margin: NDArray[np.float32]  # (N, E) minus the second's
     bits: NDArray[np.float32]  # (N, E) -log2 of the probability of the reference token, likewise
-    classifier: NDArray[np.float32] | None  # (N, E) predicted probability of agreement
+    classifier: NDArray[np.float32] | None  # (N, E) 1 - (1 - p) x risk_scale, p of agreement
 
     @property
     def agree(self) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.adapters import risk_scale
 from calibrate.reliability import expected_calibration_error
 from helios_sim.errors import UserError
 from helios_sim.exits.joint import JointExits, joint_exits
@@ -75,7 +76,7 @@ class ExitStatistics:
 
 def exit_statistics(trace: ExitTrace, threshold: float, confidence: Confidence) -> ExitStatistics:
     """UserError where the trace has no such confidence."""
-    record = recorded(trace, confidence)
+    believed = probabilities(trace, confidence)
     depths = np.asarray(trace.exits, dtype=np.float64)
     left = replay(trace, PerToken(threshold, confidence), trace.n_layers)
     tasks = range(len(trace.tasks))
@@ -93,7 +94,7 @@ def exit_statistics(trace: ExitTrace, threshold: float, confidence: Confidence) 
         exit_share=np.array([np.bincount(left.exit_index[r], minlength=n_exits) / (r.stop - r.start) for r in rows]),
         agreement=np.array([left.agreed[r].mean() for r in rows]),
         layers_per_token=np.array([depths[left.exit_index[r]].mean() for r in rows]),
-        reliability=tuple(reliability(record[:, e], trace.agree[:, e]) for e in range(n_exits - 1)),
+        reliability=tuple(reliability(believed[:, e], trace.agree[:, e]) for e in range(n_exits - 1)),
         sweep=tuple(_at(trace, t, confidence) for t in sorted({*THRESHOLDS, threshold})),
         bits_per_char=bits,
     )
@@ -111,6 +112,18 @@ def recorded(trace: ExitTrace, confidence: Confidence) -> NDArray[np.float32]:
         there = ", ".join(c.value for c, r in columns.items() if r is not None) or "none"
         allowed = f"the exit trace of {trace.model} records: {there}"
         raise UserError("confidence", confidence.value, allowed, "use one of these")
+    return record
+
+
+def probabilities(trace: ExitTrace, confidence: Confidence) -> NDArray[np.float32]:
+    """What each exit below the last holds to be the probability of agreement, (T, E - 1), between 0 and 1.
+
+    The classifier's record is 1 - (1 - p) x risk_scale, which can lie below 0; this is p.
+    """
+    record = recorded(trace, confidence)[:, :-1]
+    if confidence is Confidence.CLASSIFIER and record.size:
+        scale = risk_scale(trace.exits[:-1], trace.n_layers)
+        return np.clip(1 - (1 - record) / scale, 0, 1).astype(np.float32)
     return record
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calibrate.report_exit_sections import exit_sections, exit_summary
-from calibrate.report_exits import BINS, exit_statistics, joint_of_pairs, measures, reliability
+from calibrate.report_exits import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
 from calibrate.report_page import Card, Page, Table, render
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
@@ -70,6 +70,27 @@ def test_a_confidence_that_tells_the_truth_has_no_calibration_error() -> None:
     assert truth.ece < 0.01
     assert len(truth.tokens) == BINS
     assert boast.ece == pytest.approx(0.3)
+
+
+def test_the_risk_scale_of_a_check_is_undone_before_it_is_compared_with_agreement() -> None:
+    """Exits after 2 and 5 of 6 layers: leaving saves 4 and 1, so a risk at the second counts four times."""
+    p = np.array([[0.9, 0.7], [0.5, 0.2]])
+    check = np.column_stack((1 - (1 - p) * [1, 4], np.ones(2)))
+    assert check.min() < 0
+    trace = ExitTrace(
+        model="hand",
+        exits=(2, 5, 6),
+        tasks=("prose",),
+        task=np.zeros(2, dtype=np.int32),
+        prompt=np.zeros(2, dtype=np.int32),
+        chars=np.ones(2, dtype=np.int32),
+        agree=np.ones((2, 3), dtype=np.bool_),
+        provenance=MEASURED,
+        classifier=check.astype(np.float32),
+    )
+    assert probabilities(trace, Confidence.CLASSIFIER) == pytest.approx(p, abs=1e-6)
+    errors = [curve.ece for curve in exit_statistics(trace, 0.9, Confidence.CLASSIFIER).reliability]
+    assert errors == pytest.approx([0.3, 0.55])  # all agree: the mean of 1 - p
 
 
 def test_only_pairs_on_the_same_text_are_joined() -> None:

@@ -11,7 +11,7 @@ class Confidence(StrEnum):
 
     MAX_PROBABILITY = "max_probability"
     MARGIN = "margin"  # top1 - top2 probability
-    CLASSIFIER = "classifier"  # probability of agreement, predicted from the hidden state alone
+    CLASSIFIER = "classifier"  # 1 - (1 - p) x risk_scale; p of agreement is predicted from the hidden state alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ A trace is a folder, shipped ones at data/exits/<model>@<source>/:
 - tokens.parquet, one row a token in reading order, sorted by task: task (index into tasks), prompt (an id that is
   unique in the file), chars (characters covered, at least 0), and for each exit depth D a column <column>_D:
   agree_D (bool, always there), and as listed in "columns": confidence_D (largest probability), margin_D (largest
-  minus second), classifier_D (probability of agreement predicted from the hidden state), bits_D (-log2 of the
-  probability of the text's own token), or confident_D (bool, published traces).
+  minus second), classifier_D (1 - (1 - p) x risk_scale, p the probability of agreement predicted from the
+  hidden state), bits_D (-log2 of the probability of the text's own token), or confident_D (bool, published traces).
 
 The texts of a task, one after the other, have the same total of characters in every model's trace: that is what
 lines models up.

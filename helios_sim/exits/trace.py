@@ -57,7 +57,9 @@ class ExitTrace:
     provenance: Provenance
     confidence: NDArray[np.float32] | None = None  # (T, E) largest probability
     margin: NDArray[np.float32] | None = None  # (T, E) largest minus second largest probability
-    classifier: NDArray[np.float32] | None = None  # (T, E) probability of agreement, predicted from the hidden state
+    # (T, E) 1 - (1 - p) x risk_scale, p the probability of agreement predicted from the hidden state. The scale is 1 at
+    # the first exit and grows as leaving saves less, so that one threshold suits all exits; values can lie below 0
+    classifier: NDArray[np.float32] | None = None
     confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, where no confidence was recorded
     published_threshold: float | None = None
     published_confidence: Confidence | None = None
