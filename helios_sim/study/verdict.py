@@ -107,9 +107,10 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
         return ""
     costs = np.array(list(rows.values()))
     front = [arm for arm, kept in zip(rows, on_front(costs), strict=True) if kept]
-    if len(front) == 0:
+    if not front:
         return ""
-    front.sort(key=lambda arm: rows[arm])
+    first_of = {tuple(rows[arm]): arm for arm in reversed(front)}  # of those that come to the same
+    front = [first_of[figures] for figures in sorted(first_of)]
     told = (
         f"{arm} ({', '.join(shown(metric, result.arms[arm].metrics[metric]) for metric in names)})" for arm in front
     )
