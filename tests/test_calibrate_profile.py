@@ -89,7 +89,8 @@ def test_whole_iterations_are_priced_to_the_last_digit_where_costs_are_straight_
     assert profile.unequal_kv_factor is None
     assert profile.layer_tables[0].unequal_kv is not None
     np.testing.assert_allclose(profile.layer_tables[0].unequal_kv.excess, 0.0, atol=1e-6)
-    assert profile.mixed_factor == pytest.approx(1.0)
+    assert profile.mixed_factor is None or profile.mixed_factor == pytest.approx(1.0)  # nothing, to the last digits
+    assert profile.provenance.details["fitted_mixed_factor"] == pytest.approx(1.0)
     for table in profile.provenance.details["interpolation"].values():
         assert table is None or table["largest"] < 1e-6
 
