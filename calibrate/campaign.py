@@ -273,8 +273,9 @@ def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ..
     if "all" not in tried or abs(tried["all"]["median"]) <= TOLERATED:
         return ()
     why = (
-        f"median of (priced - measured) / measured over {tried['all']['iterations']} random whole iterations; parts and "
-        "wholes were measured minutes apart, so this may be the machine's pace (details: samples.anchor) or the model"
+        f"median of (priced - measured) / measured over {tried['all']['iterations']} random whole iterations; parts "
+        "and wholes were measured minutes apart, so this may be the machine's pace (details: samples.anchor) or the "
+        "model"
     )
     return (Assumption("whole_iteration_error", round(tried["all"]["median"], 4), why, "measure again, for longer"),)
 
