@@ -25,6 +25,9 @@ def record(output: Path) -> Path:
     folder.mkdir(exist_ok=True)
     lines = [f"# {summary['experiment']}: results", "", _source(summary), "", *_bullets(summary["verdict"]), ""]
     lines += ["## Arms", "", *_arms(summary), ""]
+    tasks = [figures for arm in summary["arms"].values() for figures in arm.get("tasks", {}).values()]
+    if any(figures["bits_per_char"] is not None for figures in tasks):
+        lines += ["## Bits per character by task", "", *_tasks(summary), ""]
     if summary.get("published"):
         lines += ["## Published figures beside ours", "", *_published(summary["published"]), ""]
     if summary.get("sweep"):
@@ -80,6 +83,15 @@ def _front(summary: dict[str, Any]) -> list[str]:
         more = f" +{len(designs) - 1}" if len(designs) > 1 else ""
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in designs[0]["parameters"].values()]
         rows.append([f"{designs[0]['design']}{more}", *values, *found])
+    return _table(rows)
+
+
+def _tasks(summary: dict[str, Any]) -> list[str]:
+    names = list(dict.fromkeys(task for arm in summary["arms"].values() for task in arm["tasks"]))
+    rows = [["arm", *names]]
+    for arm, entry in summary["arms"].items():
+        bits = [entry["tasks"].get(task, {}).get("bits_per_char") for task in names]
+        rows.append([f"`{arm}`", *("-" if value is None else f"{value:.3f}" for value in bits)])
     return _table(rows)
 
 
