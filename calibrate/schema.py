@@ -47,6 +47,9 @@ class CalibrateConfig:
     trace_tokens: int = 55_000  # about as many, of all tasks together
     answers: int = 6  # the model's own, to trace for each task; 0: none
     train_tokens: int = 200_000  # for exit adapters, about
+    adapter_width: int = 128  # of an exit adapter's gated network
+    check_width: int = 256  # of the check of the hidden state
+    epochs: float = 1.5  # over the training tokens
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
     quick: bool = False  # tiny shapes and few samples: to try the command; its numbers are worth little
@@ -64,9 +67,17 @@ class CalibrateConfig:
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
         for key, least in (("trace_tokens", 1), ("train_tokens", 1), ("answers", 0)):
             require(getattr(self, key) >= least, key, getattr(self, key), f"at least {least}")
-        for key, least in (("threads", 1), ("memory_bytes", 1), ("max_batch", 2), ("max_context_tokens", 16)):
+        for key, least in (
+            ("adapter_width", 1),
+            ("check_width", 1),
+            ("threads", 1),
+            ("memory_bytes", 1),
+            ("max_batch", 2),
+            ("max_context_tokens", 16),
+        ):
             value = getattr(self, key)
             require(value is None or value >= least, key, value, f"null or at least {least}")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 

@@ -43,6 +43,9 @@ EFFORTS = {
     ANSWERS: Effort(100, 30),
 }
 QUICK = Effort(2, 0.5)
+# Of the layers. Where agreement rises leaving saves little; a changed token buys most where it saves most layers, so
+# these lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
+CANDIDATES = (0.2, 0.27, 0.4, 0.6, 0.8)
 
 
 def stages_of(inputs: Inputs) -> list[Stage]:
@@ -123,11 +126,13 @@ def _adapters(inputs: Inputs) -> Stage:
 
     def run(stage: StageRun) -> Mapping[str, Any]:
         from calibrate.adapters import AdapterConfig, train_heads
+        from calibrate.training import Recipe
 
         chars = config.train_tokens * chars_per_token(inputs)
         shares = texts_at_hand(inputs).shares()
         plan = AdapterConfig(
             config.model.name, _candidates(inputs), round(chars), round(chars * 0.28), shares=shares,
+            recipe=Recipe(config.adapter_width, config.check_width, epochs=config.epochs, seed=config.seed),
             budget_s=None if stage.allowance_s is None else 0.4 * stage.allowance_s, command=_command(),
         )  # fmt: skip
         folder = stage.folder / "heads"
@@ -137,7 +142,8 @@ def _adapters(inputs: Inputs) -> Stage:
         return {"exits": list(heads.exits)}
 
     settings = {**inputs.identity(), "train_tokens": config.train_tokens, "exits": list(_candidates(inputs))}
-    settings |= {"tasks": config.tasks, "seed": config.seed}
+    settings |= {"tasks": config.tasks, "seed": config.seed, "epochs": config.epochs}
+    settings |= {"adapter_width": config.adapter_width, "check_width": config.check_width}
     return _stage(inputs, ADAPTERS, run, 95, (), settings)
 
 
@@ -191,11 +197,11 @@ def _answers(inputs: Inputs) -> Stage:
 
 
 def _candidates(inputs: Inputs) -> tuple[int, ...]:
-    """Depths at which adapters are tried: those named, else every second layer of the upper two thirds."""
+    """Depths at which adapters are tried: those named, else the shares of the layers at which exits have paid."""
     if inputs.config.model.exits is not None:
         return inputs.exits
     n = inputs.layers
-    return tuple(depth for depth in range(max(1, n // 3), n) if (n - depth) % 2 == 0) or (max(1, n - 1),)
+    return tuple(sorted({min(max(1, round(n * share)), max(1, n - 1)) for share in CANDIDATES}))
 
 
 def _details(inputs: Inputs) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from calibrate.adapters import AdapterConfig, train_heads  # noqa: E402
+from calibrate.schema import CalibrateConfig  # noqa: E402
 from calibrate.training import Recipe  # noqa: E402
+from calibrate.work import _candidates  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.heads import HEADER, TENSORS, ExitHeads  # noqa: E402
 from helios_sim.live.model import SegmentedModel  # noqa: E402
@@ -123,3 +126,11 @@ def test_the_largest_logits_are_those_of_topk() -> None:
     wanted = logits.topk(6)
     assert torch.equal(values, wanted.values)
     assert torch.equal(places, wanted.indices)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths"), [(30, (6, 8, 12, 18, 24)), (18, (4, 5, 7, 11, 14)), (6, (1, 2, 4, 5)), (2, (1,))]
+)
+def test_exits_are_first_tried_at_a_fifth_of_the_layers(layers: int, depths: tuple[int, ...]) -> None:
+    inputs = SimpleNamespace(config=CalibrateConfig(), layers=layers)
+    assert _candidates(inputs) == depths
