@@ -1,7 +1,7 @@
 """Tables and figures of exit heads from the shipped traces: `python experiments/exit_heads/measure.py`.
 
-Writes results.md and the figures beside this file. Reads shipped traces, the headers of shipped heads and trial.json
-(the simple heads to beat); no model is run.
+Writes results.md and the figures beside this file. Reads shipped traces and profiles, the headers of shipped heads,
+trial.json (the simple heads to beat) and what low_rank.py and shortlist.py left beside this file; no model is run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from helios_sim.exits.joint import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.store import known_profiles, load_profile
+from helios_sim.profile.tables import RowsTable
 
 FOLDER = Path(__file__).parent
 HEADS = SHIPPED.parent / "exit_heads"
@@ -27,6 +30,7 @@ MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")
 DOMAINS = ("prose", "code", "dialogue")
 WHOLE_HEAD_LAYERS = {"smollm2-135m": 8.0, "gemma3-270m": 30.0, "qwen2.5-coder-0.5b": 9.0}  # one check, in layers
 LEVELS = (0.90, 0.95, 0.98, 0.99)
+BATCHES = (1, 8, 32)
 
 
 def main() -> None:
@@ -39,6 +43,9 @@ def main() -> None:
     ]
     for name, trace in traces.items():
         lines += _model(name, trace)
+    lines += _measured_checks(traces)
+    lines += _shortlist(json.loads((FOLDER / "shortlist.json").read_text()))
+    lines += _low_rank(json.loads((FOLDER / "low_rank.json").read_text()))
     lines += _joint(traces)
     (FOLDER / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     _figures(traces)
@@ -120,6 +127,99 @@ def probability(trace: ExitTrace, header: dict[str, Any], e: int) -> NDArray[Any
 def domains(trace: ExitTrace) -> NDArray[Any]:
     """prose, code or dialogue of each token, (T,)."""
     return np.array([domain_of(task) for task in trace.tasks])[trace.task]
+
+
+def _measured_checks(traces: dict[str, ExitTrace]) -> list[str]:
+    """What a check costs in layers by the shipped profiles, and what exits save at that price."""
+    lines = ["## Checks at their measured cost", ""]
+    rows = [["profile", "batch", "hidden-state check (layers)", "whole-head check (layers)",
+             *(f"net at 0.95: {d}" for d in DOMAINS)]]  # fmt: skip
+    for name in known_profiles():
+        model = name.partition("@")[0]
+        if model not in traces:
+            continue
+        profile, trace = load_profile(name), traces[model]
+        leave = json.loads((HEADS / model / "heads.json").read_text())["curves"]["leave_layers"]
+        for batch in BATCHES:
+            whole = check_layers(profile, profile.check_table(Confidence.MAX_PROBABILITY), batch)
+            cheap, saved = "not measured", ["" for _ in DOMAINS]
+            if profile.check_classifier is not None:
+                layers = check_layers(profile, profile.check_classifier, batch)
+                cheap = f"{layers:.2f}"
+                mine = [domains(trace) == d for d in DOMAINS]
+                points = [
+                    at_agreement(trace.classifier[m], trace.agree[m], trace.exits, 0.95, layers, leave) for m in mine
+                ]
+                saved = [f"{p.saved_net:.2f}" for p in points]
+            rows.append([name, str(batch), cheap, f"{whole:.1f}", *saved])
+    if len(rows) == 1:
+        return [*lines, "No profile of these models is shipped.", ""]
+    note = "A layer is its dense part and decode attention at a quarter of the longest context measured; leaving is "
+    return [*lines, f"{note}charged by weights, as above.", "", *table(rows), ""]
+
+
+def check_layers(profile: Profile, check: RowsTable, batch: int) -> float:
+    """A check of `batch` tokens over one layer of as many, both measured."""
+    layer = profile.layer_tables[profile.layer_class[0]]
+    attention = layer.decode_attention
+    column = int(np.searchsorted(attention.second, attention.second[-1] / 4))
+    layer_s = np.interp(batch, layer.dense.rows, layer.dense.time_s)
+    layer_s += np.interp(batch, attention.first, attention.time_s[:, column])
+    return float(np.interp(batch, check.rows, check.time_s) / layer_s)
+
+
+def _shortlist(found: dict[str, Any]) -> list[str]:
+    lines = ["## A shortlist of the vocabulary as a check", ""]
+    covered = ", ".join(f"{n} tokens cover {share:.2f}" for n, share in found["covered"].items())
+    lines += [
+        f"{found['model']}, {found['tokens']:,} held-out tokens at {found['agreement']:.2f} agreement; two values an "
+        f"exit calibrated on {found['calibration']:,} tokens, risks scaled as for the classifier. Of the training text "
+        f"{covered}. Costs by weights; a check that reads the vocabulary needs the adapter's answer and pays it.", "",
+    ]  # fmt: skip
+    rows = [["check", "a check (layers)", *(f"{d}: gross, net" for d in DOMAINS), "ECE held out, by exit"]]
+    for name in dict.fromkeys(p["check"] for p in found["points"]):
+        points = {p["domain"]: p for p in found["points"] if p["check"] == name}
+        saved = [f"{points[d]['saved_gross']:.2f}, {points[d]['saved_net']:.2f}" for d in DOMAINS]
+        ece = points[DOMAINS[0]]["ece"]
+        shown = "above" if ece is None else ", ".join(f"{x:.3f}" for x in ece)
+        rows.append([name, f"{points[DOMAINS[0]]['check_layers']:.2f}", *saved, shown])
+    lines += [*table(rows), ""]
+    if "measured" in found:
+        taken = found["measured"]
+        batches = [k for k in taken if k.startswith("batch")]
+        rows = [["one check on this machine", *(f"{k}: ms (layers)" for k in batches)]]
+        for name in taken[batches[0]]["ms"]:
+            cells = [f"{taken[k]['ms'][name]:.2f} ({taken[k]['layers'][name]:.2f})" for k in batches]
+            rows.append([name, *cells])
+        lines += [
+            f"Medians of {taken['passes']} passes, {taken['dtype']}, {taken['threads']} threads.",
+            "",
+            *table(rows),
+            "",
+        ]
+    return lines
+
+
+def _low_rank(found: dict[str, Any]) -> list[str]:
+    plan, arms = found["plan"], found["arms"]
+    depths = [str(e) for e in plan["exits"]]
+    size = found["relative_change"]
+    lines = [
+        "## Low-rank changes of the trunk", "",
+        f"{found['model']}, rank {plan['rank']} in {', '.join(plan['parts'])} of the {plan['before']} layers before "
+        f"exits {' and '.join(depths)}; {found['heldout_tokens']:,} held-out tokens. Agreement is with the "
+        "original model's full depth. Saving is gross, at 0.95 agreement with it; where even full depth agrees less, "
+        "none. The confidence is the whole head's. Against the weights the changes have a norm of "
+        f"{size['smallest']:.3f} to {size['largest']:.3f}.", "",
+    ]  # fmt: skip
+    rows = [["heads", "trained further on", "domain", *(f"agrees, layer {e}" for e in depths), "agrees, full depth",
+             "bits per character, full depth", "layers saved at 0.95"]]  # fmt: skip
+    for name, arm in arms.items():
+        for d in DOMAINS:
+            agree = [f"{share:.3f}" for share in arm[d]["agree"].values()]
+            saved = f"{arm[d]['saved_gross']:.2f}" if arm[d]["agreement"] >= 0.95 else "none"
+            rows.append([name, f"{arm['trained_tokens']:,}", d, *agree, f"{arm[d]['bits_per_char']:.3f}", saved])
+    return [*lines, *table(rows), ""]
 
 
 def _joint(traces: dict[str, ExitTrace]) -> list[str]:
