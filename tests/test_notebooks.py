@@ -23,4 +23,4 @@ def test_notebook_runs(path: Path) -> None:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "04_policy_design"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_calibrate", "04_policy_design"]
