@@ -77,7 +77,8 @@ def train_heads(
     depths = (*config.candidates, model.architecture.n_layers)
     passages = training_passages(tokenizer, config)
     say(f"hidden states of {sum(len(p.tokens) for p in passages):,} tokens at {len(depths)} depths")
-    states = collect(model, start_token(tokenizer), passages, depths, scratch, config.recipe.seed, say)
+    start = start_token(tokenizer, model.architecture.vocab_size)
+    states = collect(model, start, passages, depths, scratch, config.recipe.seed, say)
     return fit_heads(model, states, config, folder, scratch, say)
 
 

@@ -52,14 +52,15 @@ def tokenized(tokenizer: Any, text: str) -> tuple[NDArray[np.int64], NDArray[np.
     return np.array(encoded["input_ids"], dtype=np.int64), np.diff(ends, prepend=np.int32(0))
 
 
-def start_token(tokenizer: Any) -> int:
+def start_token(tokenizer: Any, vocab_size: int) -> int:
     """What stands before a text so that its first token is predicted too; it is not counted.
 
     The token between documents where the vocabulary has one, as in pretraining, else the tokenizer's own start or end.
+    A tokenizer may know tokens past the model's `vocab_size` rows; those do not count. UserError where none is left.
     """
     known = tokenizer.get_vocab()
     for token in ("<bos>", "<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token):
-        if token in known:
+        if token in known and known[token] < vocab_size:
             return int(known[token])
     raise UserError("tokenizer", type(tokenizer).__name__, "a token that begins or ends a text", "take another one")
 

@@ -66,7 +66,7 @@ def reference_trace(
     """
     depths = (*heads.exits, model.architecture.n_layers)
     chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
-    start = start_token(tokenizer)
+    start = start_token(tokenizer, model.architecture.vocab_size)
     scratch.mkdir(parents=True, exist_ok=True)
     files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
     left = [i for i, path in enumerate(files) if not path.exists()]
@@ -132,7 +132,10 @@ def generated_trace(
     depths = (*heads.exits, model.architecture.n_layers)
     parts, chars, task_of, kept = [], [], [], []
     for task in tasks:
-        asked = [_asked(tokenizer, prompt) for prompt in prompts(task, prompts_a_task, prompt_chars)]
+        asked = [
+            _asked(tokenizer, prompt, model.architecture.vocab_size)
+            for prompt in prompts(task, prompts_a_task, prompt_chars)
+        ]
         found = [a for a in answers(model, tokenizer, heads, asked, answer_tokens) if a.chars.sum()]
         say(f"answers: {task}, {sum(len(a.chars) for a in found)} tokens")
         if found:
@@ -149,13 +152,13 @@ def generated_trace(
     )  # fmt: skip
 
 
-def _asked(tokenizer: Any, prompt: str) -> list[int]:
+def _asked(tokenizer: Any, prompt: str, vocab_size: int) -> list[int]:
     """Token ids of the prompt: as a chat where the model knows one, else the plain text after a start token."""
     if tokenizer.chat_template is not None:
         talk = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return [start_token(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    return [start_token(tokenizer, vocab_size), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
 
 def _trace(

@@ -14,6 +14,7 @@ from calibrate import traces  # noqa: E402
 from calibrate.generate import characters  # noqa: E402
 from calibrate.hidden import start_token, tokenized  # noqa: E402
 from calibrate.texts import Split, passages  # noqa: E402
+from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
 from helios_sim.live.heads import ExitHeads  # noqa: E402
 from helios_sim.live.model import SegmentedModel  # noqa: E402
@@ -47,7 +48,7 @@ def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) 
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens, _ = tokenized(tokenizer, texts[1])
     with torch.no_grad():
-        logits = whole(torch.tensor([[start_token(tokenizer), *tokens[:-1]]])).logits[0]
+        logits = whole(torch.tensor([[start_token(tokenizer, 320), *tokens[:-1]]])).logits[0]
     p = torch.softmax(logits, -1)
     mine = trace.prompt == 1
     assert np.allclose(trace.confidence[mine, 1], p.amax(-1).numpy(), rtol=2e-3, atol=1e-4)
@@ -99,3 +100,13 @@ def test_tokens_of_a_text_cover_every_character_once() -> None:
 def test_what_is_kept_of_a_probability_is_three_digits() -> None:
     values = np.array([0.123456, 0.9999, 1.0, 1e-4], dtype=np.float32)
     assert np.allclose(traces.short(values), values, rtol=6e-4)
+
+
+def test_a_text_starts_with_a_token_that_the_model_has() -> None:
+    tokenizer, known = tiny_tokenizer(), 320
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == known
+    assert start_token(tokenizer, known) == tokenizer.bos_token_id
+    assert start_token(tokenizer, known + 1) == known
+    with pytest.raises(UserError, match="begins or ends a text"):
+        start_token(tokenizer, 1)

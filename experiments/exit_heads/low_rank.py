@@ -48,7 +48,7 @@ def main() -> None:
     checkpoint = find_checkpoint(NAME)
     model = SegmentedModel.load(checkpoint, dtype=torch.bfloat16)
     tokenizer = checkpoint.tokenizer()
-    start = start_token(tokenizer)
+    start = start_token(tokenizer, model.architecture.vocab_size)
     shipped = ExitHeads.load(SHIPPED / NAME, model.architecture)
     adapters = {d: dict(shipped.tensors[shipped.exits.index(d)]) for d in PLAN.exits}
     layers = {layer: load_layer(checkpoint, layer, torch.float32, model.device) for layer in PLAN.layers}

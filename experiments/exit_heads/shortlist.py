@@ -58,7 +58,7 @@ def main() -> None:
 
 def scored(model: SegmentedModel, tokenizer: Any, heads: ExitHeads, words: Any, calibration: Any) -> dict[str, Any]:
     """Layers saved at AGREEMENT on held-out text, by domain and check."""
-    start, n_layers = start_token(tokenizer), model.architecture.n_layers
+    start, n_layers = start_token(tokenizer, model.architecture.vocab_size), model.architecture.n_layers
     early = range(len(heads.exits))
     with torch.inference_mode():
         parts = [

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from helios_sim.errors import UserError
+from helios_sim.live.check import FoldedCheck
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,14 @@ class ExitHeads:
     tensors: tuple[Mapping[str, torch.Tensor], ...]
     risk_scale: tuple[float, ...]  # one per early exit
     header: Mapping[str, Any] = field(default_factory=dict)
+    checks: tuple[FoldedCheck | None, ...] = field(init=False)  # None: an exit without a check
+
+    def __post_init__(self) -> None:
+        folded = (
+            FoldedCheck.fold(tensors, scale) if "check_in" in tensors else None
+            for tensors, scale in zip(self.tensors, self.risk_scale, strict=True)
+        )
+        object.__setattr__(self, "checks", tuple(folded))
 
     @classmethod
     def own(cls, exits: Sequence[int]) -> Self:
@@ -109,7 +118,7 @@ class ExitHeads:
 
     @property
     def has_check(self) -> bool:
-        return all(tensors for tensors in self.tensors)
+        return all(check is not None for check in self.checks)
 
     def adapt(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What goes through the model's final norm and LM head, (..., d), for the hidden state after that exit.
@@ -130,12 +139,10 @@ class ExitHeads:
 
         if exit_index == len(self.exits):
             return torch.ones(hidden.shape[:-1], device=hidden.device)
-        if not self.tensors[exit_index]:
-            raise UserError(
-                "confidence", "classifier", "the model's own heads have no check", "use max_probability or margin"
-            )
-        probability = torch.sigmoid(check_logit(self.tensors[exit_index], hidden).float())
-        return 1 - (1 - probability) * self.risk_scale[exit_index]
+        check = self.checks[exit_index]
+        if check is None:
+            raise UserError("confidence", "classifier", "these heads have no check", "use max_probability or margin")
+        return check(hidden)
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
