@@ -22,13 +22,32 @@ class ComparedRow:
     unit: str
     measured: float | None
     simulated: float | None
+    again: float | None = None  # measured a second time, where that was done
+
+    @property
+    def name(self) -> str:
+        return self.statistic if self.group == "system" else f"{self.group} {self.statistic}"
 
     @property
     def difference(self) -> float | None:
         """Simulated over measured, less 1."""
-        if self.measured is None or self.simulated is None or not self.measured:
-            return None
-        return self.simulated / self.measured - 1.0
+        return _less_one(self.simulated, self.measured)
+
+    @property
+    def noise(self) -> float | None:
+        """The second measurement over the first, less 1: how far off a perfect prediction can seem."""
+        return _less_one(self.again, self.measured)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """One time of every request in each run of one part, sorted, each (n,)."""
+
+    part: str
+    name: str  # TTFT, TPOT, E2E
+    measured_s: FloatArray
+    simulated_s: FloatArray
+    again_s: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +70,26 @@ class LoadError:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    parts: tuple[tuple[str, tuple[ComparedRow, ...]], ...]  # (which requests, their rows): all, then parts of them
+    # (what, its rows): of a log all requests, then parts of them; of a live server each arm at each load
+    parts: tuple[tuple[str, tuple[ComparedRow, ...]], ...]
     counts: tuple[Count, ...]
     load_errors: tuple[LoadError, ...]
     profile_error: float  # that load_errors assume
     terms: tuple[tuple[str, str], ...]  # named quantities: what and how much
+    spreads: tuple[Spread, ...] = ()
 
     @property
     def rows(self) -> tuple[ComparedRow, ...]:
         return self.parts[0][1]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether anything was measured twice."""
+        return any(row.again is not None for _, rows in self.parts for row in rows)
+
+
+def _less_one(value: float | None, over: float | None) -> float | None:
+    return None if value is None or not over else value / over - 1.0
 
 
 def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | None, ...]) -> tuple[ComparedRow, ...]:

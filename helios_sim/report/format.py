@@ -55,6 +55,15 @@ def in_unit(value: float, unit: str) -> str:
     return f"{text} {unit}".rstrip()
 
 
+def compared(value: float | None, form: str = "") -> str:
+    """A figure beside another one that may be close: a digit more than elsewhere, or in the given form."""
+    if value is None:
+        return NOTHING
+    if form:
+        return format(value, form)
+    return f"{value:,.1f}" if abs(value) >= 100 else number(value, 4 if abs(value) >= 1 else 3)
+
+
 def metric(name: str, value: MetricValue) -> str:
     """A metric's value as the tables show it; a dash where it is undefined."""
     if value is None:

@@ -67,6 +67,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         all_metrics=_all_metrics(result, ratios),
         tasks=_task_rows(result),
         compared=_compared(result),
+        twice=result.fidelity is not None and result.fidelity.repeated,
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
         figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
@@ -79,23 +80,21 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
 
 
 def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
-    """A table for each part of the requests, all of them first."""
+    """A table for each part."""
     if result.fidelity is None:
         return []
-
-    def text(value: float | None, form: str) -> str:
-        return fmt.NOTHING if value is None else format(value, form)
-
     return [
         {
             "part": part,
             "rows": [
                 {
-                    "name": f"{row.group} {row.statistic}" if row.group != "system" else row.statistic,
+                    "name": row.name,
                     "unit": row.unit,
-                    "measured": text(row.measured, ",.1f"),
-                    "simulated": text(row.simulated, ",.1f"),
-                    "difference": text(row.difference, "+.2%"),
+                    "measured": fmt.compared(row.measured),
+                    "again": fmt.compared(row.again),
+                    "simulated": fmt.compared(row.simulated),
+                    "difference": fmt.compared(row.difference, "+.2%"),
+                    "noise": fmt.compared(row.noise, "+.2%"),
                 }
                 for row in rows
             ],

@@ -63,7 +63,10 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
 def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
     return {
         "parts": {
-            part: [{**json_value(row), "difference": json_value(row.difference)} for row in rows]
+            part: [
+                {**json_value(row), "difference": json_value(row.difference), "noise": json_value(row.noise)}
+                for row in rows
+            ]
             for part, rows in fidelity.parts
         },
         "counts": [json_value(count) for count in fidelity.counts],

@@ -7,12 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from helios_sim.errors import UserError
-from helios_sim.report.fidelity import ComparedRow, LoadError
+from helios_sim.report.compared_table import compared_table, plain_console
+from helios_sim.report.fidelity import LoadError
 from helios_sim.report.files import make_folder
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult
@@ -26,8 +23,6 @@ from helios_sim.study.fidelity_run import run_once
 from helios_sim.study.fidelity_setup import Setup, set_up
 from helios_sim.study.plan import Variant
 from helios_sim.study.schema import Config
-
-WIDTH = 100
 
 
 def run_fidelity(variant: Variant, folder: Path) -> int:
@@ -89,11 +84,10 @@ def _note(text: str) -> None:
 def _show(result: ExperimentResult) -> None:
     """The table of all requests, the means of both parts, the verdict and the gates."""
     assert result.fidelity is not None
-    console = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=WIDTH, no_color=True)
+    console = plain_console()
     for place, (part, rows) in enumerate(result.fidelity.parts):
-        console.print(
-            _table(part, rows if place == 0 else [r for r in rows if r.statistic in ("mean", "median", "p99")])
-        )
+        short = [r for r in rows if r.statistic in ("mean", "median", "p99")]
+        console.print(compared_table(part, rows if place == 0 else short))
     for name, value in result.fidelity.terms:
         print(f"{name}: {value}")
     for sentence in result.verdict:
@@ -101,15 +95,3 @@ def _show(result: ExperimentResult) -> None:
     for gate in result.gates:
         value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
         print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")
-
-
-def _table(title: str, rows: Sequence[ComparedRow]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for heading in ("figure", "measured", "simulated", "unit", "difference"):
-        table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right", no_wrap=True)
-    for row in rows:
-        name = row.statistic if row.group == "system" else f"{row.group} {row.statistic}"
-        numbers = ["–" if v is None else f"{v:,.1f}" for v in (row.measured, row.simulated)]
-        difference = "–" if row.difference is None else f"{row.difference:+.2%}"
-        table.add_row(name, *numbers, row.unit, difference)
-    return table

@@ -1,0 +1,85 @@
+"""The wall clock as a SimPy environment in whole nanoseconds, with a door for whoever is outside. Knows no server.
+
+Events run in order of their times, never before the clock has reached them. An engine that computes for a while
+returns late; what fell due meanwhile runs at the time for which it was due, before the end of that computation, just
+as in a simulation. Time that the host spends between two events makes the next one late, and so it counts.
+
+Other threads act on what is served by `call`. Such a call happens at the moment it was made: the queue of calls is
+drained before every event, and it wakes an environment that waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+import simpy.rt
+from simpy.core import EmptySchedule, Infinity
+from simpy.events import Timeout
+
+from helios_sim.request import NS_PER_S
+
+Call = Callable[[], None]
+
+
+class WallClock(simpy.rt.RealtimeEnvironment):
+    """`sync()` once everything is loaded and warm: from then on time passes. One clock, `time.monotonic`."""
+
+    def __init__(self) -> None:
+        super().__init__(initial_time=0, factor=1 / NS_PER_S, strict=False)
+        self._calls: SimpleQueue[tuple[int, Call]] = SimpleQueue()
+        self._doors = 0  # callers who may still come: until then an empty schedule is no end
+
+    @property
+    def wall_ns(self) -> int:
+        """Time on the clock now; `now` is the time of the event that runs, which is never later."""
+        return round((monotonic() - self.real_start) * NS_PER_S)
+
+    def call(self, what: Call) -> None:
+        """From any thread: `what` runs in the environment's thread, at the time of this call."""
+        self._calls.put((self.wall_ns, what))
+
+    def open_door(self) -> None:
+        """Somebody outside will call: an empty schedule is waited on. From the environment's thread."""
+        self._doors += 1
+
+    def close_door(self) -> None:
+        """That one calls no more. Also from within a call."""
+        self._doors -= 1
+
+    def step(self) -> None:
+        """Runs the next event when it is due. EmptySchedule where there is none and nobody can call any more."""
+        while not self._is_due():
+            left_s = self._seconds_left()
+            if left_s is None and not self._doors:
+                self._drain()
+                if self.peek() == Infinity:
+                    raise EmptySchedule
+                continue
+            with suppress(Empty):
+                self._accept(self._calls.get(timeout=left_s))
+        self._drain()  # with the event due, whoever called before it comes first; whoever calls now comes later
+        simpy.Environment.step(self)
+
+    def _is_due(self) -> bool:
+        left_s = self._seconds_left()
+        return left_s is not None and left_s <= 0
+
+    def _seconds_left(self) -> float | None:
+        due_ns = self.peek()
+        return None if due_ns == Infinity else self.real_start + due_ns / NS_PER_S - monotonic()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._accept(self._calls.get_nowait())
+            except Empty:
+                return
+
+    def _accept(self, call: tuple[int, Call]) -> None:
+        called_ns, what = call
+        event = Timeout(self, max(called_ns - int(self.now), 0))
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: what())

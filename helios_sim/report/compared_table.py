@@ -1,0 +1,37 @@
+"""A measured run beside its simulation as a table for the terminal. Knows rows, not where they come from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from helios_sim.report import format as fmt
+from helios_sim.report.fidelity import ComparedRow
+
+WIDTH = 100
+
+
+def plain_console() -> Console:
+    """Standard output, without colours and of a fixed width where nobody looks at it."""
+    return Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=WIDTH, no_color=True)
+
+
+def compared_table(title: str, rows: Sequence[ComparedRow]) -> Table:
+    """With a column of the second measurement and its difference where there is one."""
+    twice = any(row.again is not None for row in rows)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    headings = ["figure", "measured", *(["again"] if twice else []), "simulated", "unit", "difference"]
+    for heading in (*headings, *(["noise"] if twice else [])):
+        table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right", no_wrap=True)
+    for row in rows:
+        again = [fmt.compared(row.again)] if twice else []
+        noise = [fmt.compared(row.noise, "+.2%")] if twice else []
+        table.add_row(
+            row.name, fmt.compared(row.measured), *again, fmt.compared(row.simulated), row.unit,
+            fmt.compared(row.difference, "+.2%"), *noise,
+        )  # fmt: skip
+    return table
