@@ -65,6 +65,9 @@ class SimulatedEngine:
             prefilled=prefilled,
         )
 
+    def hold(self, layers: Mapping[str, int]) -> None:
+        """Memory is counted by the server; nothing lies in it here."""
+
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         duration_ns = max(1, round(self._models[model].profile.load_time_s(n_bytes) * NS_PER_S))
         now_ns = int(self._env.now)

@@ -5,7 +5,7 @@ Nothing here says whether the engine computes on a device or from a profile: the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -94,6 +94,13 @@ class Engine(Protocol):
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
         """Runs the plan's iterations, starting now."""
+        ...
+
+    def hold(self, layers: Mapping[str, int]) -> None:
+        """So many layers of these models lie in memory from now on, or are about to; everything else leaves it.
+
+        What is named first, when a run begins, is there at once.
+        """
         ...
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:

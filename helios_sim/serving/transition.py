@@ -193,6 +193,7 @@ class Transitions:
         replica.starts_left = deployment.admit_limit
 
     def _weigh(self, layers: dict[str, int]) -> None:
+        self._replica.engine.hold(layers)
         usable = self._replica.situation.memory.usable_bytes
         self._replica.weight_bytes = usable - self.residency.pool_bytes(layers)
         self._replica.note_memory()

@@ -1,0 +1,234 @@
+"""The live engine: iterations that really run, weights that really move, times from the wall clock.
+
+Knows the server's plans and the models; no queue and no policy. The server cannot tell it from the simulated engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence as SequenceOf
+from typing import Protocol
+
+import numpy as np
+
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.live.answer import Answer
+from helios_sim.live.clock import WallClock
+from helios_sim.live.forward import Chunk, Forward
+from helios_sim.live.leaving import Row, Seen
+from helios_sim.live.probe import observation, score
+from helios_sim.live.residents import Residents
+from helios_sim.live.served import LiveModel, Texts
+from helios_sim.live.tally import Tally
+from helios_sim.live.workspace import Workspace
+from helios_sim.policy.telemetry import Observation
+from helios_sim.request import Request
+from helios_sim.serving.batch import Column, Sequence
+from helios_sim.serving.iteration import Outcome, Plan, Tokens
+
+
+class Faults(Protocol):
+    """Who is told when something real went wrong. A `Server` is one."""
+
+    def request_failed(self, request_id: int, reason: str) -> None: ...
+    def load_failed(self, model: str, reason: str) -> None: ...
+
+
+class LiveEngine:
+    """Follows the `Engine` protocol. One object serves one replica.
+
+    `slots` requests can run at once, each of at most `slot_tokens` tokens, prompt and answer: the server's own limit
+    of running requests must not be higher.
+    """
+
+    def __init__(
+        self,
+        env: WallClock,
+        models: Mapping[str, LiveModel],
+        texts: Texts,
+        *,
+        slots: int,
+        slot_tokens: int,
+        device: str = "cpu",
+    ) -> None:
+        self._env, self._models, self._texts = env, models, texts
+        self.residents = Residents(models, device)
+        self.work = Workspace(slots, slot_tokens)
+        self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
+        self.faults: Faults | None = None
+
+    def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
+        return self._models[model].lengths(request, answered_chars)
+
+    def hold(self, layers: Mapping[str, int]) -> None:
+        self.residents.hold(layers)
+
+    def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        """Runs one iteration, however many the plan allows: whoever arrives meanwhile is seen after it."""
+        if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
+            raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
+        data = self._models[plan.model]
+        model = self.residents.running(plan.model, plan.loaded_layers)
+        self.work.use(plan.model, model, plan.loaded_layers)
+        answers = self._members(plan)
+        rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
+        banded = isinstance(plan.exit_rule, PerToken) or any(
+            row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
+        ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
+        bounds = data.exits[: data.exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
+        forward = Forward(model, self.residents.exits(plan.model), self.work.cache, plan, bounds)
+        in_slots = sorted(rows, key=lambda row: row.slot)
+        tally = forward.run(in_slots, chunks)
+        self._note(plan, answers, rows, chunks)
+        return self._outcome(plan, data, rows, chunks, tally, now_ns)
+
+    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        """Loads what is held and not there yet; a model that lacks nothing is streamed for a probe."""
+        env = self._env
+        env.open_door()
+
+        def finished(error: Exception | None) -> None:
+            env.close_door()
+            if error is None:
+                on_done()
+            elif self.faults is not None:
+                self.faults.load_failed(model, str(error))
+            else:
+                raise error
+
+        self.residents.load(model, lambda error: env.call(lambda: finished(error)))
+
+    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
+        answer = self.answers[sequence.request.request_id]
+        data = self._models[answer.model]
+        return observation(
+            data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, int(self._env.now)
+        )
+
+    def probe(
+        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        start_ns = self._env.wall_ns
+        data, whole = self._models[model], self.residents.visiting(model)
+        found = []
+        for request in requests:
+            served = self.answers[request.request_id]
+            text = served.before + self._models[served.model].decode(served.tokens)
+            answer = self._as_text_of(model, data, request, text)
+            found.append(score(data, whole, self.residents.exits(model), answer, exit_rule, int(self._env.now)))
+        self.residents.dismiss(model)
+        return max(1, self._env.wall_ns - start_ns), tuple(found)
+
+    def _as_text_of(self, model: str, data: LiveModel, request: Request, answered: str) -> Answer:
+        """A served text in another model's tokens."""
+        prompt_tokens, _ = data.lengths(request)
+        ids = data.encode(answered) or data.encode(" ")
+        return Answer(request, model, data.prompt_ids(request, self._texts, prompt_tokens), len(ids), tokens=ids)
+
+    def _members(self, plan: Plan) -> list[Answer]:
+        """The batch's texts, each with a slot; who left the batch loses its own."""
+        members = plan.batch.members
+        self.work.keep_only({sequence.request.request_id for sequence in members}, self.answers)
+        generated, context = plan.batch.column(Column.GENERATED), plan.batch.column(Column.CONTEXT)
+        answers = []
+        for index, sequence in enumerate(members):
+            answer = self._answer(sequence, int(generated[index]))
+            if answer.cached > context[index]:  # it lost its place and came back since
+                answer.lose_cache()
+            self.work.place(answer)
+            answers.append(answer)
+        self.work.slots.arrange([answer.request.request_id for answer in answers[: plan.decoding]])
+        return answers
+
+    def _answer(self, sequence: Sequence, generated: int) -> Answer:
+        request, data = sequence.request, self._models[sequence.model]
+        known = self.answers.get(request.request_id)
+        if known is not None and known.model == sequence.model and len(known.tokens) == generated:
+            return known
+        before = "" if known is None else known.before + self._models[known.model].decode(known.tokens)
+        prompt = data.prompt_ids(request, self._texts, sequence.prompt_tokens, before)
+        answer = Answer(request, sequence.model, prompt, sequence.output_tokens, before)
+        self.answers[request.request_id] = answer
+        return answer
+
+    def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
+        per_token = isinstance(plan.exit_rule, PerToken)
+        rows = []
+        for answer in answers[: plan.decoding]:
+            seen = Seen() if _observed(plan, answer) else None
+            deep = per_token or seen is not None
+            slot, at = self.work.slots.of(answer.request.request_id), answer.cached
+            rows.append(Row(
+                slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
+                asks=per_token and seen is None, seen=seen, owed=answer.owed,
+            ))  # fmt: skip
+        return rows
+
+    def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
+        chunks = []
+        for part in plan.prefill:
+            answer = answers[part.index]
+            observed = _observed(plan, answer)
+            layers = plan.loaded_layers if observed or isinstance(plan.exit_rule, PerToken) else plan.run_layers
+            slot, start = self.work.slots.of(answer.request.request_id), answer.cached
+            ids = answer.ids(start, part.context_tokens + part.tokens)
+            row = None
+            if part.finishes:
+                seen = Seen() if observed else None
+                row = Row(slot, start + len(ids) - 1, ids[-1], layers, decodes=False, seen=seen)
+            chunks.append(Chunk(slot, ids, start, layers, row))
+        return chunks
+
+    def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
+        """What the iteration made of the texts."""
+        for answer, row in zip(answers, rows, strict=False):
+            answer.cached += 1
+            self._add(answer, row)
+        for part, chunk in zip(plan.prefill, chunks, strict=True):
+            answer = answers[part.index]
+            answer.cached += len(chunk.tokens)
+            if chunk.row is not None:
+                self._add(answer, chunk.row)
+
+    def _add(self, answer: Answer, row: Row) -> None:
+        assert row.chosen is not None
+        answer.tokens.append(row.chosen)
+        answer.depths.append(row.layers)
+        if row.seen is not None:
+            answer.seen.append(row.seen)
+        if not row.finite:
+            reason = f"{answer.model} computed no number (NaN or infinity) for its token {len(answer.tokens)}"
+            if self.faults is None:
+                raise FloatingPointError(reason)
+            self.faults.request_failed(answer.request.request_id, reason)
+
+    def _outcome(
+        self,
+        plan: Plan,
+        data: LiveModel,
+        rows: SequenceOf[Row],
+        chunks: SequenceOf[Chunk],
+        tally: Tally,
+        now_ns: int,
+    ) -> Outcome:
+        first = [chunk.row for chunk in chunks if chunk.row is not None]
+        return Outcome(
+            end_ns=np.array([max(now_ns + 1, self._env.wall_ns)]),
+            profile=data.profile,
+            composition=tally.composition(plan, chunks),
+            decoded=_tokens(rows, plan.run_layers),
+            prefilled=_tokens(first, plan.run_layers),
+        )
+
+
+def _observed(plan: Plan, answer: Answer) -> bool:
+    return plan.observe_tokens is not None and len(answer.tokens) < plan.observe_tokens
+
+
+def _tokens(rows: SequenceOf[Row], run_layers: int) -> Tokens:
+    """Whether a token that left early equals full depth's is not known here: it is scored afterwards."""
+    if all(row.layers == run_layers and not row.breach for row in rows):
+        return Tokens(run_layers, None, None)
+    layers = np.array([[row.layers for row in rows]], np.int64)
+    return Tokens(layers, np.array([[row.breach for row in rows]], bool), None)

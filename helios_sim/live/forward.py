@@ -1,0 +1,145 @@
+"""One iteration through the layers: who runs which band, and what becomes of K and V of those who left.
+
+Knows rows and bands; no request, no clock, no memory. A band runs once for all rows that are in it: decodes, pieces of
+prompts, and tokens that left earlier and are computed now (KvRule.RECOMPUTE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helios_sim.exits.rule import PerToken
+from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
+from helios_sim.live.layers import Attend
+from helios_sim.live.leaving import Leaving, Owed, Row
+from helios_sim.live.look import Exits
+from helios_sim.live.mixed import Together
+from helios_sim.live.model import SegmentedModel
+from helios_sim.live.tally import Tally
+from helios_sim.policy.deployment import BatchingRule, KvRule
+from helios_sim.serving.iteration import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a prompt. `row` is its last token, where that one yields the next."""
+
+    slot: int
+    tokens: Sequence[int]
+    context: int
+    layers: int
+    row: Row | None
+
+
+@dataclass(slots=True)
+class _Inside:
+    """Who is in a band. `hidden` holds the decodes' rows first, then those of the pieces, one after the other."""
+
+    rows: list[Row]
+    pieces: list[tuple[Chunk, PromptStep]]
+    hidden: Tensor
+    step: DecodeStep | None  # of the rows; None: there are none, or it is to be made anew
+
+
+class Forward:
+    """Runs iterations of one plan's kind; `bounds` are the depths at which anybody may leave."""
+
+    def __init__(self, model: SegmentedModel, exits: Exits, cache: KvCache, plan: Plan, bounds: Sequence[int]) -> None:
+        self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
+        self._lazy = plan.batching is BatchingRule.LAZY
+        self._leaving = Leaving(model, exits, plan.exit_rule, self._lazy)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:
+        """Every row, and every chunk's row, has become a token when it returns."""
+        tally = Tally(self._bounds)
+        now, start = self._embedded(list(rows), chunks), 0
+        for band, end in enumerate(self._bounds):
+            self._band(band, start, end, now, tally)
+            self._leave(band, end, now, tally)
+            if not now.rows and not now.pieces:
+                break
+            start = end
+        return tally
+
+    def _embedded(self, rows: list[Row], chunks: Sequence[Chunk]) -> _Inside:
+        pieces = [(c, PromptStep(self._cache, c.slot, len(c.tokens), c.context)) for c in chunks]
+        step = self._decode_step(rows, []) if rows else None
+        ids = [row.token for row in rows] + [token for chunk in chunks for token in chunk.tokens]
+        positions = ([] if step is None else [step.positions]) + [prompt.positions for _, prompt in pieces]
+        at = positions[0] if len(positions) == 1 else torch.cat(positions)
+        return _Inside(rows, pieces, self._model.embed(torch.tensor(ids, device=self._cache.device), at), step)
+
+    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, Owed]]) -> DecodeStep:
+        slots = [row.slot for row in rows] + [row.slot for row, _ in owed]
+        lengths = [row.position for row in rows] + [token.position for _, token in owed]
+        return DecodeStep(self._cache, slots, lengths)
+
+    def _band(self, band: int, start: int, end: int, now: _Inside, tally: Tally) -> None:
+        rows, n = now.rows, len(now.rows)
+        owed = [(row, token) for row in rows for token in row.owed if token.depth == start]
+        tally.ran(band, [row.position + 1 for row in rows] + [token.position + 1 for _, token in owed])
+        if not owed:
+            if now.step is None and rows:
+                now.step = self._decode_step(rows, [])
+            now.hidden = self._model.run(now.hidden, start, end, _attend(now.step, n, now.pieces))
+            return
+        step, late = self._decode_step(rows, owed), torch.cat([token.hidden for _, token in owed])
+        joined = torch.cat((now.hidden[:n], late, now.hidden[n:]))
+        joined = self._model.run(joined, start, end, _attend(step, n + len(owed), now.pieces))
+        now.hidden = torch.cat((joined[:n], joined[n + len(owed) :]))
+        for (_, token), state in zip(owed, joined[n : n + len(owed)].split(1), strict=True):
+            token.depth, token.hidden = end, state
+        if end == self._plan.loaded_layers:
+            for row in rows:
+                row.owed.clear()  # all of them: who goes that far was joined by each on the way
+
+    def _leave(self, band: int, end: int, now: _Inside, tally: Tally) -> None:
+        """Lets the exit rule decide; whoever is done is not inside any more."""
+        n = len(now.rows)
+        edges = [n]
+        for chunk, _ in now.pieces:
+            edges.append(edges[-1] + len(chunk.tokens))
+        finishing = [(c.row, edge - 1) for (c, _), edge in zip(now.pieces, edges[1:], strict=True) if c.row is not None]
+        deciding = now.rows + [row for row, _ in finishing]
+        if deciding:
+            at = [*range(n), *(place for _, place in finishing)]
+            states = now.hidden if len(at) == len(now.hidden) else now.hidden[at]
+            self._leaving.decide(band, end, deciding, states, tally)
+        gone = [i for i, row in enumerate(now.rows) if row.chosen is not None]
+        if gone and end < self._plan.loaded_layers:
+            self._keep_kv(band, end, [now.rows[i] for i in gone], now.hidden[gone], tally)
+        going = [i for i, (chunk, _) in enumerate(now.pieces) if chunk.layers > end]
+        if not gone and len(going) == len(now.pieces):
+            return
+        stay = [i for i, row in enumerate(now.rows) if row.chosen is None]
+        now.hidden = now.hidden[[*stay, *(place for i in going for place in range(edges[i], edges[i + 1]))]]
+        now.pieces = [now.pieces[i] for i in going]
+        if gone:
+            now.rows, now.step = [now.rows[i] for i in stay], None
+
+    def _keep_kv(self, band: int, end: int, gone: Sequence[Row], hidden: Tensor, tally: Tally) -> None:
+        """K and V of tokens that left, in the layers that they did not run."""
+        plan = self._plan
+        if not isinstance(plan.exit_rule, PerToken):
+            return  # above a fixed cap nothing reads K and V any more
+        if plan.kv_rule is KvRule.PROPAGATE or self._lazy:
+            self._model.propagate(hidden, end, plan.loaded_layers, self._decode_step(gone, []))
+            tally.propagated_above(band, len(gone))
+            return
+        for row, state in zip(gone, hidden.split(1), strict=True):
+            row.owed.append(Owed(row.position, end, state))
+
+
+def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
+    if step is not None and not pieces:
+        return step
+    if step is None and len(pieces) == 1:
+        return pieces[0][1]
+    steps: list[Attend] = [] if step is None else [step]
+    sizes = [] if step is None else [rows]
+    return Together([*steps, *(prompt for _, prompt in pieces)], [*sizes, *(len(c.tokens) for c, _ in pieces)])

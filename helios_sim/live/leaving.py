@@ -1,0 +1,114 @@
+"""Who leaves at the end of a band, and with which token. Knows exits and the rule, no layer and no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, PerToken
+from helios_sim.live.look import Exits
+from helios_sim.live.model import SegmentedModel
+from helios_sim.live.tally import Tally
+
+
+@dataclass(slots=True)
+class Owed:
+    """A token that left and still has to run the layers from `depth` on, before anybody reads its K and V there."""
+
+    position: int
+    depth: int
+    hidden: Tensor  # (1, d_model)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What each exit said of one observed token, in the order of the exits."""
+
+    choices: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Row:
+    """A token on its way: of a request that decodes, or the last one of a prompt that finishes."""
+
+    slot: int
+    position: int
+    token: int
+    last_layer: int  # where it is sampled at the latest
+    asks: bool = False  # leaves at the first confident exit
+    decodes: bool = True
+    seen: Seen | None = None  # observed at every exit
+    owed: list[Owed] = field(default_factory=list)  # of its request
+    sure: bool = False  # was confident somewhere
+    chosen: int | None = None  # the token that it became
+    layers: int = 0
+    breach: bool = False
+    finite: bool = True
+
+
+class Leaving:
+    """The plan's exit rule at work."""
+
+    def __init__(self, model: SegmentedModel, exits: Exits, rule: ExitRule, lazy: bool) -> None:
+        self._model, self._exits, self._lazy = model, exits, lazy
+        watched = rule if isinstance(rule, FixedCap | PerToken) else None
+        self._threshold = 0.0 if watched is None else watched.threshold
+        self._measure = None if watched is None else watched.confidence
+        self._by_head = self._measure is not Confidence.CLASSIFIER
+        self._whole = model.architecture.n_layers
+
+    def decide(self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally) -> None:
+        """Samples whoever stops here, asks whoever may leave, notes what is observed.
+
+        `states` (n, d) are the rows' after `end` layers. At most one transfer to the host for the question and one
+        for the tokens; where the head answers both, they are the same.
+        """
+        stops = {i for i, row in enumerate(rows) if row.last_layer == end}
+        asking = [i for i, row in enumerate(rows) if row.asks and i not in stops]
+        leaving: set[int] = set()
+        if asking and not self._by_head:
+            tally.add("classifier_tokens", band, len(asking))
+            sure = self._exits.classify(end, _some(states, asking)) >= self._threshold
+            leaving = self._agreed(rows, asking, sure.tolist())
+        observed = {i for i, row in enumerate(rows) if row.seen is not None}
+        through = sorted(stops | leaving | observed | (set(asking) if self._by_head else set()))
+        if not through:
+            return
+        watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
+        asks_head = self._by_head and bool(asking)
+        measure = self._measure if observed or watched or asks_head else None
+        look = self._exits.look(self._model, end, _some(states, through), measure)
+        confidence = look.confidence or [0.0] * len(through)
+        if asks_head:
+            by_row = dict(zip(through, confidence, strict=True))
+            leaving = self._agreed(rows, asking, [by_row[i] >= self._threshold for i in asking])
+        sampled = stops | (set() if self._by_head else leaving)
+        tally.sampled(len(sampled))
+        tally.add("check_tokens", band, len(through) - len(sampled))
+        if not self._by_head:
+            tally.add("classifier_tokens", band, len(watched))
+        for i, token, sure_here, finite in zip(through, look.tokens, confidence, look.finite, strict=True):
+            row = rows[i]
+            if row.seen is not None:
+                row.seen.choices.append(token)
+                row.seen.confidence.append(sure_here)
+            if i in stops or i in leaving:
+                row.chosen, row.layers, row.finite = token, end, finite
+                row.breach = i in watched and self._measure is not None and not (
+                    row.sure or sure_here >= self._threshold
+                )  # fmt: skip
+
+    def _agreed(self, rows: Sequence[Row], asking: list[int], sure: list[bool]) -> set[int]:
+        """Each leaves alone, or lazily all together once each of them was confident somewhere."""
+        for i, confident in zip(asking, sure, strict=True):
+            rows[i].sure = rows[i].sure or confident
+        if self._lazy:
+            return set(asking) if all(rows[i].sure for i in asking) else set()
+        return {i for i in asking if rows[i].sure}
+
+
+def _some(states: Tensor, rows: Sequence[int]) -> Tensor:
+    return states if len(rows) == len(states) else states[list(rows)]
