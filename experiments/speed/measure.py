@@ -55,7 +55,8 @@ def main() -> None:
         wall_s, cpu_s = [], []
         for _ in range(options.runs):
             started_s, started_cpu_s = perf_counter(), process_time()
-            records, run = serve(job, parts)
+            records: list[RequestRecord] = []
+            run = serve(job, parts, records.append)
             wall_s.append(perf_counter() - started_s)
             cpu_s.append(process_time() - started_cpu_s)
         result = {

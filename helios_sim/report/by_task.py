@@ -5,6 +5,7 @@ Knows records and task numbers, not what the tasks are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,10 @@ def by_task(replicates: Sequence[Records], tasks: Sequence[str]) -> dict[str, Ta
             continue
         bits = [(records.bits_per_char(rows), int(records.output_chars[rows].sum())) for records, rows in chosen]
         tokens = _sum(chosen, "output_tokens")
-        served = [model for records, rows in chosen for model, kept in zip(records.model, rows, strict=True) if kept]
-        waited_ns = sum(int((r.last_token_ns.ns - r.arrival_ns)[rows].sum()) for r, rows in chosen)
+        served: Counter[str | None] = Counter()
+        for records, rows in chosen:
+            served.update(records.model.counts(rows))
+        waited_ns = sum(int((r.last_token_ns.values - r.arrival_ns)[rows].sum()) for r, rows in chosen)
         found[name] = TaskFigures(
             requests=requests,
             bits_per_char=_weighted(bits),
@@ -47,7 +50,7 @@ def by_task(replicates: Sequence[Records], tasks: Sequence[str]) -> dict[str, Ta
             early_exit_fraction=_sum(chosen, "early_tokens") / tokens,
             agreement=_sum(chosen, "agreed_tokens") / tokens,
             e2e_s_mean=waited_ns / NS_PER_S / requests,
-            models={model: served.count(model) / requests for model in dict.fromkeys(sorted(served))},
+            models={str(model): served[model] / requests for model in sorted(served, key=str)},
         )
     return found
 

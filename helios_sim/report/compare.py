@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from helios_sim.report.metrics import Band, Metrics, MetricValue
 from helios_sim.report.records import Records
 
+IntArray = NDArray[np.int32] | NDArray[np.int64]
+
 LEVEL = 0.95
 _MOST_RESAMPLES = 1000
 _FEWEST_RESAMPLES = 200
@@ -138,7 +140,7 @@ def _shared(one: Records, other: Records) -> NDArray[np.bool_]:
     return np.isin(one.request_id, both, assume_unique=True)
 
 
-def _columns(records: Records, rows: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:
+def _columns(records: Records, rows: NDArray[np.bool_]) -> dict[str, IntArray]:
     keep = rows[records.completed]
     tpot_ns, defined = records.tpot_ns()
     return {
@@ -156,11 +158,11 @@ def _columns(records: Records, rows: NDArray[np.bool_]) -> dict[str, NDArray[np.
     }
 
 
-def _join(blocks: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, NDArray[np.int64]]:
+def _join(blocks: Sequence[dict[str, IntArray]]) -> dict[str, IntArray]:
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _statistics(columns: dict[str, NDArray[np.int64]], drawn: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+def _statistics(columns: dict[str, IntArray], drawn: IntArray) -> dict[str, NDArray[np.float64]]:
     """Statistics of each resample; `drawn` has shape (resamples, n)."""
     sums = {name: column[drawn].sum(axis=1) for name, column in columns.items()}
     found = {f"{name}_mean": sums[name] / drawn.shape[1] for name in ("ttft_s", "e2e_s")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -72,6 +72,19 @@ def write_parquet(path: Path, table: pyarrow.Table) -> None:
 
     with replacing(path) as file:
         parquet.write_table(table, file, compression="zstd")
+
+
+def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
+    """Tables of one schema, at least one, as row groups of one file; only one of them is in memory at a time."""
+    from pyarrow import parquet
+
+    with replacing(path) as file:
+        parts = iter(tables)
+        first = next(parts)
+        with parquet.ParquetWriter(file, first.schema, compression="zstd") as writer:
+            writer.write_table(first)
+            for table in parts:
+                writer.write_table(table)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -181,7 +181,7 @@ def _near_transitions(records: Records, transitions_ns: Sequence[int]) -> dict[s
     times = np.sort(np.asarray(transitions_ns, dtype=np.int64))
     margin_ns = NEAR_TRANSITION_S * NS_PER_S
     first = np.searchsorted(times, records.arrival_ns[done] - margin_ns, side="left")
-    behind_last = np.searchsorted(times, records.last_token_ns.ns[done] + margin_ns, side="right")
+    behind_last = np.searchsorted(times, records.last_token_ns.values[done] + margin_ns, side="right")
     near = behind_last > first
     tpot_ns, defined = records.tpot_ns()
     chosen = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,62 +15,79 @@ from helios_sim.request import RequestRecord, Status
 if TYPE_CHECKING:
     import pyarrow
 
-IntColumn = NDArray[np.int64]
+TimeColumn = NDArray[np.int64]  # ns
+IntColumn = NDArray[np.int32]
 BoolColumn = NDArray[np.bool_]
 
-_INTEGERS = (
-    "request_id",
-    "replica",
-    "task",
-    "arrival_ns",
-    "prompt_tokens",
-    "output_tokens",
-    "prompt_chars",
-    "output_chars",
-    "layers_run",
-    "early_tokens",
-    "breach_tokens",
-    "agreed_tokens",
-    "evaluated_tokens",
-    "preemptions",
-)
-_MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
+# Whole numbers and how wide they are kept; what does not fit raises an OverflowError.
+INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
+    "request_id": np.int32,
+    "replica": np.int32,
+    "task": np.int32,
+    "arrival_ns": np.int64,
+    "prompt_tokens": np.int32,
+    "output_tokens": np.int32,
+    "prompt_chars": np.int32,
+    "output_chars": np.int32,
+    "layers_run": np.int32,
+    "early_tokens": np.int32,
+    "breach_tokens": np.int32,
+    "agreed_tokens": np.int32,
+    "evaluated_tokens": np.int32,
+    "preemptions": np.int32,
+}
+MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
+LABELS = ("model", "status", "drop_reason")
+BLOCK_ROWS = 65_536  # of a table that is written in parts
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    """Times in ns, shape (n,), that may not have happened: where `present` is false, `ns` means nothing."""
+class Maybe:
+    """Whole numbers, shape (n,), that may not be there: where `present` is false, `values` mean nothing."""
 
-    ns: IntColumn
+    values: NDArray[np.int64]
     present: BoolColumn
 
-    @classmethod
-    def of(cls, times: Sequence[int | None]) -> Moments:
-        present = np.array([time is not None for time in times], dtype=np.bool_)
-        return cls(np.array([0 if time is None else time for time in times], dtype=np.int64), present)
+    def __getitem__(self, rows: slice | NDArray[Any]) -> Maybe:
+        return Maybe(self.values[rows], self.present[rows])
 
 
 @dataclass(frozen=True, slots=True)
-class Amounts:
-    """Whole numbers, shape (n,), that may not be known: where `present` is false, `values` mean nothing."""
+class Labels:
+    """Texts, shape (n,), of which there are few: each is a number into `names`."""
 
-    values: IntColumn
-    present: BoolColumn
+    codes: NDArray[np.int16]
+    names: tuple[str | None, ...]
 
-    @classmethod
-    def of(cls, amounts: Sequence[int | None]) -> Amounts:
-        present = np.array([amount is not None for amount in amounts], dtype=np.bool_)
-        return cls(np.array([0 if amount is None else amount for amount in amounts], dtype=np.int64), present)
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __iter__(self) -> Iterator[str | None]:
+        return (self.names[code] for code in self.codes.tolist())
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> Labels:
+        return Labels(self.codes[rows], self.names)
+
+    def equals(self, name: str | None) -> BoolColumn:
+        """Where this text stands; nowhere if there is none of it."""
+        if name not in self.names:
+            return np.zeros(len(self.codes), np.bool_)
+        return np.asarray(self.codes == self.names.index(name))
+
+    def counts(self, rows: BoolColumn | slice = slice(None)) -> dict[str | None, int]:
+        """How often each text stands among `rows`; those that do not are left out."""
+        found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
+        return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Columns of RequestRecord, each of shape (n,), in order of request id."""
+    """Columns of RequestRecord, each of shape (n,), in order of request id: about 100 bytes a request."""
 
     request_id: IntColumn
     replica: IntColumn
     task: IntColumn
-    arrival_ns: IntColumn
+    arrival_ns: TimeColumn
     prompt_tokens: IntColumn
     output_tokens: IntColumn
     prompt_chars: IntColumn
@@ -82,13 +98,13 @@ class Records:
     agreed_tokens: IntColumn
     evaluated_tokens: IntColumn
     preemptions: IntColumn
-    scheduled_ns: Moments
-    first_token_ns: Moments
-    last_token_ns: Moments
-    microbits: Amounts
-    model: tuple[str, ...]
-    status: tuple[Status, ...]
-    drop_reason: tuple[str | None, ...]
+    scheduled_ns: Maybe
+    first_token_ns: Maybe
+    last_token_ns: Maybe
+    microbits: Maybe
+    model: Labels
+    status: Labels
+    drop_reason: Labels
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -96,43 +112,39 @@ class Records:
     @classmethod
     def of(cls, records: Iterable[RequestRecord]) -> Records:
         """Columns of these records, sorted by request id so that arms can be paired row by row."""
-        rows = sorted(records, key=attrgetter("request_id"))
-        integers: dict[str, Any] = {
-            name: np.array([getattr(row, name) for row in rows], dtype=np.int64) for name in _INTEGERS
-        }
-        moments: dict[str, Any] = {name: Moments.of([getattr(row, name) for row in rows]) for name in _MOMENTS}
-        return cls(
-            **integers,
-            **moments,
-            microbits=Amounts.of([row.microbits for row in rows]),
-            model=tuple(row.model for row in rows),
-            status=tuple(row.status for row in rows),
-            drop_reason=tuple(row.drop_reason for row in rows),
-        )
+        from helios_sim.report.record_log import RecordLog
+
+        log = RecordLog()
+        for record in records:
+            log.add(record)
+        return log.records()
+
+    def part(self, rows: slice | NDArray[Any]) -> Records:
+        return Records(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def has_status(self, status: Status) -> BoolColumn:
-        return np.array([s is status for s in self.status], dtype=np.bool_)
+        return self.status.equals(status)
 
     @property
     def completed(self) -> BoolColumn:
         return self.has_status(Status.COMPLETED)
 
-    def queue_ns(self) -> IntColumn:
+    def queue_ns(self) -> TimeColumn:
         """First scheduled - arrival, of completed requests."""
-        return (self.scheduled_ns.ns - self.arrival_ns)[self.completed]
+        return (self.scheduled_ns.values - self.arrival_ns)[self.completed]
 
-    def ttft_ns(self) -> IntColumn:
+    def ttft_ns(self) -> TimeColumn:
         """Time to first token: first token - arrival, of completed requests."""
-        return (self.first_token_ns.ns - self.arrival_ns)[self.completed]
+        return (self.first_token_ns.values - self.arrival_ns)[self.completed]
 
-    def e2e_ns(self) -> IntColumn:
+    def e2e_ns(self) -> TimeColumn:
         """End to end: last token - arrival, of completed requests."""
-        return (self.last_token_ns.ns - self.arrival_ns)[self.completed]
+        return (self.last_token_ns.values - self.arrival_ns)[self.completed]
 
     def tpot_ns(self) -> tuple[NDArray[np.float64], BoolColumn]:
         """Time per output token, (E2E - TTFT) / (n - 1), of completed requests, and where it is defined (n > 1)."""
         gaps = (self.output_tokens - 1)[self.completed]
-        decode_ns = (self.last_token_ns.ns - self.first_token_ns.ns)[self.completed]
+        decode_ns = (self.last_token_ns.values - self.first_token_ns.values)[self.completed]
         return decode_ns / np.maximum(gaps, 1), gaps > 0
 
     def bits_per_char(self, rows: BoolColumn) -> float | None:
@@ -148,8 +160,13 @@ class Records:
         done = self.completed
         if not done.any():
             return None
-        span = int(self.last_token_ns.ns[done].max()) - int(self.arrival_ns.min())
+        span = int(self.last_token_ns.values[done].max()) - int(self.arrival_ns.min())
         return span if span > 0 else None
+
+    def tables(self, arm: str, seed: int) -> Iterator[pyarrow.Table]:
+        """`to_table` in parts of at most BLOCK_ROWS rows."""
+        for first in range(0, max(len(self), 1), BLOCK_ROWS):
+            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed)
 
     def to_table(self, arm: str, seed: int) -> pyarrow.Table:
         """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
@@ -157,16 +174,21 @@ class Records:
         import pyarrow as pa
 
         n = len(self)
-        columns = {
-            "arm": pa.array([arm] * n, pa.dictionary(pa.int32(), pa.string())),
-            "seed": pa.array(np.full(n, seed, dtype=np.int64)),
-            "model": pa.array(self.model, pa.string()).dictionary_encode(),
-            "status": pa.array([str(s) for s in self.status], pa.string()).dictionary_encode(),
-            "drop_reason": pa.array(self.drop_reason, pa.string()).dictionary_encode(),
-        }
-        columns |= {name: pa.array(getattr(self, name)) for name in _INTEGERS}
-        for name in _MOMENTS:
-            moments: Moments = getattr(self, name)
-            columns[name] = pa.array(moments.ns, mask=~moments.present)
+        columns = {"arm": _texts(Labels(np.zeros(n, np.int16), (arm,))), "seed": pa.array(np.full(n, seed, np.int64))}
+        columns |= {name: _texts(getattr(self, name)) for name in LABELS}
+        columns |= {name: pa.array(getattr(self, name).astype(np.int64)) for name in INTEGERS}
+        for name in MOMENTS:
+            moments: Maybe = getattr(self, name)
+            columns[name] = pa.array(moments.values, mask=~moments.present)
         columns["bits"] = pa.array(self.microbits.values / MICROBITS, mask=~self.microbits.present)
         return pa.table(columns)
+
+
+def _texts(labels: Labels) -> pyarrow.Array:
+    import pyarrow as pa
+
+    known = [name for name in labels.names if name is not None]
+    place_of = np.array([0 if name is None else known.index(name) for name in labels.names], np.int32)
+    missing = np.array([name is None for name in labels.names], np.bool_)
+    codes = pa.array(place_of[labels.codes], mask=missing[labels.codes])
+    return pa.DictionaryArray.from_arrays(codes, pa.array([str(name) for name in known], pa.string()))

@@ -26,8 +26,8 @@ def ttft_sensitivity(records: Records) -> float | None:
     own_ns, moved_ns = 0, 0
     for replica in np.unique(records.replica[done]):
         rows = done & (records.replica == replica)
-        arrival, first = records.arrival_ns[rows], records.first_token_ns.ns[rows]
-        scheduled, last = records.scheduled_ns.ns[rows], records.last_token_ns.ns[rows]
+        arrival, first = records.arrival_ns[rows], records.first_token_ns.values[rows]
+        scheduled, last = records.scheduled_ns.values[rows], records.last_token_ns.values[rows]
         order = np.argsort(arrival, kind="stable")
         arrival, first, scheduled, last = arrival[order], first[order], scheduled[order], last[order]
         busy_until = np.maximum.accumulate(last)

@@ -28,11 +28,10 @@ def write_result(result: ExperimentResult, folder: Path, ratios: Comparisons | N
 
 
 def write_requests(result: ExperimentResult, folder: Path) -> None:
-    """One row for each request, arm and seed."""
-    import pyarrow as pa
-
-    tables = [r.records.to_table(arm.name, r.seed) for arm in result.arms.values() for r in arm.replicates]
-    files.write_parquet(folder / "requests.parquet", pa.concat_tables(tables).unify_dictionaries())
+    """One row for each request, arm and seed, a block of rows at a time."""
+    replicates = [(arm.name, replicate) for arm in result.arms.values() for replicate in arm.replicates]
+    tables = (table for name, it in replicates for table in it.records.tables(name, it.seed))
+    files.write_parquet_parts(folder / "requests.parquet", tables)
 
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:

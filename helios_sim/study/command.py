@@ -64,10 +64,12 @@ def _without_answers(result: ExperimentResult) -> list[str]:
     """Arms that dropped every request: their metrics are blank, and this is why."""
     found = []
     for name, arm in result.arms.items():
-        reasons = [reason for replicate in arm.replicates for reason in replicate.records.drop_reason]
+        reasons: Counter[str | None] = Counter()
+        for replicate in arm.replicates:
+            reasons.update(replicate.records.drop_reason.counts())
         if reasons and None not in reasons:
-            most, _ = Counter(reasons).most_common(1)[0]
-            found.append(f"{name} dropped all {len(reasons)} requests, so it has no times. Most often: {most}.")
+            most, _ = reasons.most_common(1)[0]
+            found.append(f"{name} dropped all {reasons.total()} requests, so it has no times. Most often: {most}.")
     return found
 
 

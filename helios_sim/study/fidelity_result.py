@@ -48,7 +48,7 @@ def comparison(
     """`quantities`: what was estimated from the first `estimated_from` requests; None: nothing was."""
     simulated = Records.of(run.records)
     measured = Records.of(stamped(record, log.measured, i) for i, record in enumerate(run.records))
-    measured = replace(measured, preemptions=np.zeros(len(log), np.int64))
+    measured = replace(measured, preemptions=np.zeros(len(log), np.int32))
     gaps = [run.stats.itl.mean_ns, *(run.stats.itl.percentile_ns(q) for q in (50, 90, 95, 99))]
     itl_ms = tuple(None if gap is None else gap / 1e6 for gap in gaps)
     parts = _parts(measured, simulated, itl_ms, estimated_from)
@@ -116,20 +116,9 @@ def _parts(
 ) -> tuple[tuple[str, tuple[ComparedRow, ...]], ...]:
     found = [(f"all {len(measured)} requests", compared_rows(measured, simulated, itl_ms))]
     for name, rows in ((f"requests 1 to {n}", slice(0, n)), (f"requests {n + 1} to {len(measured)}", slice(n, None))):
-        part = compared_rows(_some(measured, rows), _some(simulated, rows), ())
+        part = compared_rows(measured.part(rows), simulated.part(rows), ())
         found.append((name, tuple(row for row in part if row.group != "system")))
     return tuple(found)
-
-
-def _some(records: Records, rows: slice) -> Records:
-    """A part of the requests."""
-    fields = {}
-    for name in records.__slots__:
-        column = getattr(records, name)
-        fields[name] = column[rows] if hasattr(column, "__getitem__") else type(column)(
-            *(getattr(column, part)[rows] for part in column.__slots__)
-        )  # fmt: skip
-    return Records(**fields)
 
 
 def _counts(log: ServingLog, run: Simulated) -> tuple[Count, ...]:

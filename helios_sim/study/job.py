@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
@@ -17,6 +17,7 @@ from helios_sim.policy.registry import POLICIES, make_policy
 from helios_sim.policy.telemetry import Policy
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.metrics import MetricValue, Power, Slo, compute_metrics
+from helios_sim.report.record_log import RecordLog
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
@@ -72,10 +73,11 @@ def run_job(job: Job) -> JobResult:
     started_s = perf_counter()
     config = job.config
     parts = build(config, job.seed)
-    records, run = serve(job, parts)
-    columns, metrics = measure(job, parts, records, run)
+    log = RecordLog()
+    run = serve(job, parts, log.add)
+    records = log.records()
     return JobResult(
-        replicate=Replicate(job.seed, columns, run.stats, metrics),
+        replicate=Replicate(job.seed, records, run.stats, measure(job, parts, records, run)),
         timeline=run.servers[0].timeline,
         decisions=tuple(decision for server in run.servers for decision in server.decisions),
         exit_depths=tuple(
@@ -90,37 +92,35 @@ def run_job(job: Job) -> JobResult:
     )
 
 
-def serve(job: Job, parts: Parts) -> tuple[list[RequestRecord], Run]:
-    """The loop alone: arrivals, scheduling, pricing, records. `parts` are those of the job's configuration."""
-    records: list[RequestRecord] = []
+def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None]) -> Run:
+    """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
+
+    `parts` are those of the job's configuration.
+    """
 
     def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
         engine = SimulatedEngine(env, parts.models)
         return Server(env, number, engine, policy_of(job.entry, job.config), parts.situation, on_left)
 
-    run = simulate(
+    return simulate(
         make_server,
         generate(parts.workload, job.seed),
         parts.workload.requests,
-        records.append,
+        sink,
         users=parts.workload.users,
         replicas=job.config.server.replicas,
         router=choose(Router, "server.router", job.config.server.router),
     )
-    return records, run
 
 
-def measure(
-    job: Job, parts: Parts, records: Sequence[RequestRecord], run: Run
-) -> tuple[Records, dict[str, MetricValue]]:
-    """The records as columns, and the metrics that the job's settings ask for."""
-    columns = Records.of(records)
+def measure(job: Job, parts: Parts, records: Records, run: Run) -> dict[str, MetricValue]:
+    """The metrics that the job's settings ask for."""
     hardware = next(iter(parts.models.values())).profile.hardware
     idle_w, tdp_w = hardware.idle_w, hardware.tdp_w
     power = None if idle_w is None or tdp_w is None else Power(idle_w, tdp_w)
     slo = Slo(**asdict(job.config.slo))
     replicas = job.config.server.replicas
-    return columns, compute_metrics(columns, run.stats, slo=slo, power=power, replicas=replicas)
+    return compute_metrics(records, run.stats, slo=slo, power=power, replicas=replicas)
 
 
 def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:

@@ -43,7 +43,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, processes: int | None, on_done: 
     missing = {key: job for key, job in unique.items() if key not in results}
     for key, result in _execute(missing, processes):
         results[key] = result
-        files.write_bytes(folder / FINISHED / f"{key}.pickle", pickle.dumps(result))
+        with files.replacing(folder / FINISHED / f"{key}.pickle") as file:
+            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)  # columns go to disk without a copy
         _log(folder, key, missing[key], result)
         on_done(missing[key], result, False)
     return results

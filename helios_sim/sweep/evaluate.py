@@ -17,6 +17,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.offline import OfflineExits, offline_exits
 from helios_sim.policy.telemetry import Candidate, Goal, Objective
 from helios_sim.report.metrics import MetricValue, mean_metrics
+from helios_sim.report.record_log import RecordLog
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
 from helios_sim.study.job import PRESENTATION, Job, measure, serve
 from helios_sim.study.schema import Config, ObjectiveConfig
@@ -53,9 +54,9 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
 
 def _metrics(job: Job) -> dict[str, MetricValue]:
     parts = shared_parts(job.config, job.seed)
-    records, run = serve(job, parts)
-    _, metrics = measure(job, parts, records, run)
-    return metrics
+    log = RecordLog()
+    run = serve(job, parts, log.add)
+    return measure(job, parts, log.records(), run)
 
 
 def shared_parts(config: Config, seed: int) -> Parts:
