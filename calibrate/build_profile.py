@@ -87,7 +87,7 @@ def _rows(latency: Latency, table: str, axes: Axes) -> RowsTable:
     figures = [latency.points.figure(Point(table, WHOLE_MODEL if whole else 0, r)) for r in rows]
     return RowsTable(
         np.array(rows, dtype=np.int64),
-        np.array([f.median_s for f in figures]),
+        np.array([max(0.0, f.median_s) for f in figures]),
         np.array([f.iqr_s for f in figures]),
         np.array([f.samples for f in figures], dtype=np.int64),
     )

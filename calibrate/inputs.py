@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.schema import CalibrateConfig
 from calibrate.texts import TASKS
 from helios_sim.errors import UserError
+from helios_sim.live.packages import check_packages
 from helios_sim.report import format as fmt
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from helios_sim.live.source import Checkpoint
     from helios_sim.profile.spec import ModelSpec
 
-LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
 QUICK_MODELS = 16  # of memory in a quick run, so many times the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
 
@@ -38,7 +37,7 @@ class Inputs:
 
     def check(self) -> None:
         """UserError for whatever would stop a stage anyway: packages, device, weights, family, memory, heads."""
-        check_packages()
+        check_packages("measuring a model")
         layers = self.layers
         needed, there = self.spec(1.0).weight_bytes(layers), self.device.facts.memory_bytes
         if needed > there:
@@ -212,14 +211,6 @@ class Inputs:
         files = [Path(path) for path in self.checkpoint.storage.files]
         stats = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
         return hashlib.sha256("\n".join(stats).encode()).hexdigest()[:16]
-
-
-def check_packages() -> None:
-    """UserError where what the extra `live` brings is not installed."""
-    missing = [name for name in LIVE_PACKAGES if find_spec(name) is None]
-    if missing:
-        fix = "run `make live`, or pip install 'helios-llm-sim[live]'"
-        raise UserError("packages", ", ".join(missing), "measuring a model needs them installed", fix)
 
 
 def even_exits(layers: int) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 All layers run in one go and the time is divided among them, since a small kernel alone is timed too kindly. Attention
 is what a run with it takes longer than a run of the same rows without it, lap beside lap, so that the two parts add up
 to whole iterations. Classes of layers differ in attention only: each class has a run in which only its layers attend.
+A classifier's check is small beside what the first operation after other work costs, which is paid with and without it:
+it is what a run of some layers takes longer with a check after each.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ WHOLE_MODEL = -1
 DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
 CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
 DECODE, PREFILL = "decode_attention", "prefill_attention"
+BETWEEN_CHECKS = f"{CHECK_CLASSIFIER}_rows"  # the same layers without checks
+CHECKED_LAYERS = 8
 NEAR_CONTEXT = 16  # a first chunk has a kernel of its own: the line from there on begins just after it
 
 
@@ -100,7 +104,7 @@ class Latency:
         """Seconds at a measured place, summed over the classes of layers; places that do not fit go by proportion."""
         if table in (DECODE, PREFILL):
             return sum(len(c) * self.attention_s(table, i, place) for i, c in enumerate(self.subject.classes))
-        return self.points.figure(self._point(table, 0, place)).median_s * self._layers(table)
+        return max(0.0, self.points.figure(self._point(table, 0, place)).median_s) * self._layers(table)
 
     def attention_s(self, table: str, layer_class: int, place: Place) -> float:
         """Of one layer of a class. A batch that no pool holds costs as much more as it is larger than one that fits."""
@@ -111,8 +115,13 @@ class Latency:
         return max(0.0, self.points.figure(self._point(table, layer_class, fits)).median_s) * (first / fits[0])
 
     def scale_s(self, table: str, place: Place) -> float:
-        """What an error at the place is a share of: for attention, all layers of such a step with it."""
+        """What an error at the place is a share of: for attention, all layers of such a step with it; for a check of
+        the classifier, one layer with it.
+        """
         own_s = self.time_s(table, place)
+        if table == CHECK_CLASSIFIER:
+            layers = min(CHECKED_LAYERS, self.subject.n_layers)
+            return own_s + self.points.figure(self._point(BETWEEN_CHECKS, 0, place)).median_s / layers
         if table not in (DECODE, PREFILL):
             return own_s
         return own_s + self.points.figure(Point(f"{table}_rows", WHOLE_MODEL, *place)).median_s
@@ -146,28 +155,39 @@ class Latency:
     def rows_job(self, rows: int) -> Job:
         """Embedding, all layers without attention, K and V alone, head, checks: one after the other, caches and all."""
         subject, model = self.subject, self.subject.model
-        tables = list(self.row_tables)
+        tables, checked_layers = list(self.row_tables), min(CHECKED_LAYERS, subject.n_layers)
+        if CHECK_CLASSIFIER in tables:
+            tables.insert(tables.index(CHECK_CLASSIFIER), BETWEEN_CHECKS)
         if rows > subject.limits.max_head_rows:
             tables = [t for t in tables if t not in (HEAD, CHECK)]
 
         def build() -> Sequence[Step]:
             step = subject.decode_step([8] * rows)
             ids, hidden, none = subject.tokens(rows), subject.hidden(rows), NoAttention(step.rotations)
+
+            def layer_by_layer(check: bool) -> None:
+                passed = hidden
+                for layer in range(checked_layers):
+                    passed = model.run(passed, layer, layer + 1, none)
+                    if check:
+                        subject.classified(passed, layer)
+
             steps: dict[str, Step] = {
                 EMBEDDING: lambda: model.embed(ids, step.positions),
                 DENSE: lambda: model.run(hidden, 0, subject.n_layers, none),
                 KV_PROJECTION: lambda: model.propagate(hidden, 0, subject.n_layers, step),
-                CHECK_CLASSIFIER: lambda: subject.classified(hidden),
+                BETWEEN_CHECKS: lambda: layer_by_layer(False),
+                CHECK_CLASSIFIER: lambda: layer_by_layer(True),
                 HEAD: lambda: subject.sampled(hidden),
                 CHECK: lambda: subject.checked(hidden),
             }
             return [steps[table] for table in tables]
 
         def read(laps_s: Sequence[float]) -> Mapping[Point, float]:
-            return {
-                self._point(table, 0, (rows,)): lap_s / self._layers(table)
-                for table, lap_s in zip(tables, laps_s, strict=True)
-            }
+            laps = dict(zip(tables, laps_s, strict=True))
+            if CHECK_CLASSIFIER in laps:
+                laps[CHECK_CLASSIFIER] = (laps[CHECK_CLASSIFIER] - laps[BETWEEN_CHECKS]) / checked_layers
+            return {self._point(table, 0, (rows,)): lap_s / self._layers(table) for table, lap_s in laps.items()}
 
         return Job(tuple(self._point(table, 0, (rows,)) for table in tables), build, read)
 

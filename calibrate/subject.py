@@ -129,9 +129,9 @@ class Subject:
         return best.indices, (best.values - logits.logsumexp(-1)).exp()
 
     def classified(self, hidden: Any, exit_index: int = 0) -> Any:
-        """An exit check by the classifier alone. Only with heads that have one."""
+        """An exit check by the classifier alone, of one exit after another. Only with heads that have one."""
         assert self.heads is not None
-        return self.heads.classify(exit_index, hidden)
+        return self.heads.classify(exit_index % len(self.heads.exits), hidden)
 
     def layer_tensors(self, layer: int) -> list[Any]:
         """The weights of one layer."""

@@ -72,7 +72,7 @@ def test_a_cpus_peak_is_what_a_step_held_at_most() -> None:
 
     peak = device.peak_bytes(step)
     assert peak is not None
-    assert 60 * MIB < peak < 76 * MIB
+    assert 60 * MIB < peak < 90 * MIB  # an allocator may keep the first block while the second is there
 
 
 def test_a_cpus_memory_grows_by_what_is_written() -> None:

@@ -43,6 +43,9 @@ class Costs:
     def head(self, rows: int) -> float:
         return self.speed * (4e-3 + 1e-4 * rows)
 
+    def classifier(self, rows: int) -> float:
+        return self.speed * (3e-6 + 1e-7 * rows)
+
     def decode(self, slides: bool, kv_tokens: Sequence[int]) -> float:
         total = len(kv_tokens) * max(kv_tokens) if self.by_longest else sum(kv_tokens)
         return self.speed * (1e-4 * len(kv_tokens) + (1e-6 if slides else 3e-6) * total)
@@ -103,6 +106,13 @@ class VirtualSubject(Subject):
         self.clock, self.costs = VirtualClock(), costs or Costs()
         device = VirtualDevice(self.clock, **changes)
         super().__init__(StubModel(self.clock, self.costs), device, limits)  # type: ignore[arg-type]
+
+    @property
+    def has_classifier(self) -> bool:
+        return True
+
+    def classified(self, hidden: Any, exit_index: int = 0) -> Any:
+        self.clock.pass_s(self.costs.classifier(len(hidden)))
 
     def hidden(self, rows: int) -> Any:
         return torch.zeros(rows, 8)
