@@ -1,0 +1,54 @@
+"""The words of prompts, from plain text files of the user's or of the cache. Knows files and places, no model.
+
+A folder holds TASK.txt for every task of the workload; a single file serves all tasks. `python -m calibrate.prompts`
+(part of `make models`) writes the held-out texts that exit traces are measured on into the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helios_sim.errors import UserError
+from helios_sim.live.known import cache_folder
+
+FOLDER = "prompts"  # of the cache
+_FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
+
+
+@dataclass(frozen=True, slots=True)
+class FileTexts:
+    """Circular texts, one a task, in the order of the workload's numbers. None is empty."""
+
+    by_task: tuple[str, ...]
+
+    def prompt(self, task: int, start: int, chars: int) -> str:
+        """The `chars` characters of the task's text that end just before character `start`."""
+        text = self.by_task[task]
+        end = start % len(text)
+        rounds = -(-(chars - end) // len(text)) if chars > end else 0
+        whole = text * rounds + text[:end]
+        return whole[len(whole) - chars :]
+
+
+def read_texts(tasks: Sequence[str], place: str | None = None) -> FileTexts:
+    """`place`: a folder or a file; None: the cache's folder. UserError for a file that is not there or has no text."""
+    where = cache_folder() / FOLDER if place is None else Path(place).expanduser()
+    if where.is_file():
+        return FileTexts((_read(where),) * len(tasks))
+    missing = [task for task in tasks if not (where / f"{task}.txt").is_file()]
+    if missing:
+        files = ", ".join(f"{task}.txt" for task in missing)
+        raise UserError("live.texts", str(where), f"a folder that holds {files}", _FIX)
+    return FileTexts(tuple(_read(where / f"{task}.txt") for task in tasks))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("live.texts", str(path), f"text in UTF-8 that can be read ({error})", _FIX) from error
+    if not text.strip():
+        raise UserError("live.texts", str(path), "a file with some text", _FIX)
+    return text
