@@ -20,8 +20,9 @@ from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestRecord
+from helios_sim.routing import Router, Routing
 from helios_sim.serving.server import Server
-from helios_sim.simulation import Router, Run, simulate
+from helios_sim.simulation import Run, simulate
 from helios_sim.study.foresight import Foresight
 from helios_sim.workload import Workload, generate
 
@@ -93,6 +94,7 @@ def serve(
     max_batch_tokens: int = 2048,
     replicas: int = 1,
     router: Router = Router.ROUND_ROBIN,
+    homes: tuple[tuple[int, ...], ...] | None = None,
     leap: bool = True,
     schedule_ahead: int = 0,
     vllm_v1: bool = False,
@@ -145,7 +147,7 @@ def serve(
         records.append,
         users=workload.users,
         replicas=replicas,
-        router=router,
+        routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
     )
     return Served(records, run)

@@ -12,9 +12,10 @@ from helios_sim.exits.rule import FullDepth
 from helios_sim.policy.deployment import Deployment, Placement, Probe
 from helios_sim.policy.trigger import AtTime
 from helios_sim.request import Status
+from helios_sim.routing import Router, Routing
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.server import Server
-from helios_sim.simulation import LittlesLawViolated, Router, System
+from helios_sim.simulation import LittlesLawViolated, System
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
 from rig import Scripted, full_depth, serve
 from test_serving_properties import cases, run, uneven_profiles
@@ -145,8 +146,9 @@ def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
 def test_an_arrival_without_a_request_is_noticed() -> None:
     env = simpy.Environment(initial_time=0)
     records: list = []
-    system = System(env, Router.ROUND_ROBIN, records.append)
-    system.arrived = 1  # counted, and nobody is there
+    system = System(env, Routing(), records.append)
+    system.connect((None,))  # nobody is asked
+    system.books[0].arrived = 1  # counted, and nobody is there
     with pytest.raises(LittlesLawViolated):
         system.check_littles_law()
 

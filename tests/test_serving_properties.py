@@ -12,7 +12,7 @@ from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, Pla
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
-from helios_sim.simulation import Router
+from helios_sim.routing import Router
 from helios_sim.workload import (
     AllAtOnce,
     ClosedLoop,

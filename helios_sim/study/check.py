@@ -15,8 +15,8 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.routing import Router
 from helios_sim.serving.server import Server
-from helios_sim.simulation import Router
 from helios_sim.study.build import Parts, build, choose
 from helios_sim.study.job import PRESENTATION, Job, policy_of
 from helios_sim.study.plan import Point, StudyPlan, point_at

@@ -21,10 +21,11 @@ from helios_sim.report.record_log import RecordLog
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
+from helios_sim.routing import Router, Routing
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
-from helios_sim.simulation import Router, Run, simulate
+from helios_sim.simulation import Run, simulate
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
 from helios_sim.study.schema import Config, RuntimeConfig
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
@@ -109,7 +110,7 @@ def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None]) -> Run:
         sink,
         users=parts.workload.users,
         replicas=job.config.server.replicas,
-        router=choose(Router, "server.router", job.config.server.router),
+        routing=Routing(choose(Router, "server.router", job.config.server.router), job.seed),
     )
 
 
