@@ -22,13 +22,11 @@ from calibrate.latency import (
     HEAD,
     KV_PROJECTION,
     PREFILL,
-    WHOLE_MODEL,
     Grids,
     Latency,
 )
 from calibrate.load import Loads
 from calibrate.memory import Memory
-from calibrate.points import Point
 from calibrate.unequal import unequal_table
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import GRAPH_BATCH_SIZES
@@ -83,11 +81,10 @@ def _layer(latency: Latency, grids: Grids, layer_class: int) -> LayerTables:
 
 def _rows(latency: Latency, table: str, axes: Axes) -> RowsTable:
     (rows,) = axes.values
-    whole = table not in (DENSE, KV_PROJECTION)
-    figures = [latency.points.figure(Point(table, WHOLE_MODEL if whole else 0, r)) for r in rows]
+    figures = [latency.rows_figure(table, r) for r in rows]
     return RowsTable(
         np.array(rows, dtype=np.int64),
-        np.array([max(0.0, f.median_s) for f in figures]),
+        np.array([f.median_s for f in figures]),
         np.array([f.iqr_s for f in figures]),
         np.array([f.samples for f in figures], dtype=np.int64),
     )

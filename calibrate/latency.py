@@ -4,7 +4,7 @@ All layers run in one go and the time is divided among them, since a small kerne
 is what a run with it takes longer than a run of the same rows without it, lap beside lap, so that the two parts add up
 to whole iterations. Classes of layers differ in attention only: each class has a run in which only its layers attend.
 A classifier's check is small beside what the first operation after other work costs, which is paid with and without it:
-it is what a run of some layers takes longer with a check after each.
+it is what a run of some layers takes longer with a check after each. Where noise hides that, the check alone counts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 from calibrate.attention import NoAttention, OnlyLayers
 from calibrate.device import Step
 from calibrate.grid import Axes, HeldOut, Place, geometric, refine
-from calibrate.points import Point, Points
+from calibrate.points import Figure, Point, Points
 from calibrate.sampling import Job, Sampler
 from calibrate.subject import Subject
 
@@ -25,8 +26,9 @@ WHOLE_MODEL = -1
 DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
 CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
 DECODE, PREFILL = "decode_attention", "prefill_attention"
-BETWEEN_CHECKS = f"{CHECK_CLASSIFIER}_rows"  # the same layers without checks
+CLASSIFIER_ALONE, CLASSIFIED_LAYER = f"{CHECK_CLASSIFIER}_alone", f"{CHECK_CLASSIFIER}_layer"
 CHECKED_LAYERS = 8
+CHECKED_REPEATS = 3  # with and without checks, in turns
 NEAR_CONTEXT = 16  # a first chunk has a kernel of its own: the line from there on begins just after it
 
 
@@ -104,7 +106,14 @@ class Latency:
         """Seconds at a measured place, summed over the classes of layers; places that do not fit go by proportion."""
         if table in (DECODE, PREFILL):
             return sum(len(c) * self.attention_s(table, i, place) for i, c in enumerate(self.subject.classes))
-        return max(0.0, self.points.figure(self._point(table, 0, place)).median_s) * self._layers(table)
+        return self.rows_figure(table, place[0]).median_s * self._layers(table)
+
+    def rows_figure(self, table: str, rows: int) -> Figure:
+        """Of a table by rows, of one layer where it is one of layers."""
+        found = self.points.figure(self._point(table, 0, (rows,)))
+        if table == CHECK_CLASSIFIER and found.median_s <= 0:
+            return self.points.figure(self._point(CLASSIFIER_ALONE, 0, (rows,)))
+        return found
 
     def attention_s(self, table: str, layer_class: int, place: Place) -> float:
         """Of one layer of a class. A batch that no pool holds costs as much more as it is larger than one that fits."""
@@ -120,8 +129,7 @@ class Latency:
         """
         own_s = self.time_s(table, place)
         if table == CHECK_CLASSIFIER:
-            layers = min(CHECKED_LAYERS, self.subject.n_layers)
-            return own_s + self.points.figure(self._point(BETWEEN_CHECKS, 0, place)).median_s / layers
+            return own_s + self.points.figure(self._point(CLASSIFIED_LAYER, 0, place)).median_s
         if table not in (DECODE, PREFILL):
             return own_s
         return own_s + self.points.figure(Point(f"{table}_rows", WHOLE_MODEL, *place)).median_s
@@ -156,8 +164,8 @@ class Latency:
         """Embedding, all layers without attention, K and V alone, head, checks: one after the other, caches and all."""
         subject, model = self.subject, self.subject.model
         tables, checked_layers = list(self.row_tables), min(CHECKED_LAYERS, subject.n_layers)
-        if CHECK_CLASSIFIER in tables:
-            tables.insert(tables.index(CHECK_CLASSIFIER), BETWEEN_CHECKS)
+        if classifies := CHECK_CLASSIFIER in tables:
+            tables[tables.index(CHECK_CLASSIFIER)] = CLASSIFIER_ALONE
         if rows > subject.limits.max_head_rows:
             tables = [t for t in tables if t not in (HEAD, CHECK)]
 
@@ -176,20 +184,23 @@ class Latency:
                 EMBEDDING: lambda: model.embed(ids, step.positions),
                 DENSE: lambda: model.run(hidden, 0, subject.n_layers, none),
                 KV_PROJECTION: lambda: model.propagate(hidden, 0, subject.n_layers, step),
-                BETWEEN_CHECKS: lambda: layer_by_layer(False),
-                CHECK_CLASSIFIER: lambda: layer_by_layer(True),
+                CLASSIFIER_ALONE: lambda: subject.classified(hidden),
                 HEAD: lambda: subject.sampled(hidden),
                 CHECK: lambda: subject.checked(hidden),
             }
-            return [steps[table] for table in tables]
+            in_turns = [partial(layer_by_layer, False), partial(layer_by_layer, True)] * CHECKED_REPEATS
+            return [steps[table] for table in tables] + (in_turns if classifies else [])
 
         def read(laps_s: Sequence[float]) -> Mapping[Point, float]:
-            laps = dict(zip(tables, laps_s, strict=True))
-            if CHECK_CLASSIFIER in laps:
-                laps[CHECK_CLASSIFIER] = (laps[CHECK_CLASSIFIER] - laps[BETWEEN_CHECKS]) / checked_layers
-            return {self._point(table, 0, (rows,)): lap_s / self._layers(table) for table, lap_s in laps.items()}
+            found = {table: lap_s / self._layers(table) for table, lap_s in zip(tables, laps_s, strict=False)}
+            if classifies:
+                bare_s, with_s = (laps_s[len(tables) + i :: 2] for i in (0, 1))
+                found[CLASSIFIED_LAYER] = median(bare_s) / checked_layers
+                found[CHECK_CLASSIFIER] = median(w - b for w, b in zip(with_s, bare_s, strict=True)) / checked_layers
+            return {self._point(table, 0, (rows,)): time_s for table, time_s in found.items()}
 
-        return Job(tuple(self._point(table, 0, (rows,)) for table in tables), build, read)
+        measured = [*tables, *((CLASSIFIED_LAYER, CHECK_CLASSIFIER) if classifies else ())]
+        return Job(tuple(self._point(table, 0, (rows,)) for table in measured), build, read)
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
         """Equal lengths, slots in a row."""

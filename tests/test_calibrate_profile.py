@@ -15,9 +15,11 @@ torch = pytest.importorskip("torch")
 from calibrate.campaign import About, Plan, measure_profile  # noqa: E402
 from calibrate.ceilings import Ceilings  # noqa: E402
 from calibrate.cpu import CpuDevice  # noqa: E402
+from calibrate.latency import CHECK_CLASSIFIER, CLASSIFIER_ALONE, WHOLE_MODEL, Latency  # noqa: E402
 from calibrate.load import Loads  # noqa: E402
 from calibrate.memory import grown  # noqa: E402
-from calibrate.sampling import Clock  # noqa: E402
+from calibrate.points import Point, Points  # noqa: E402
+from calibrate.sampling import Clock, Sampler  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.architecture import model_spec  # noqa: E402
@@ -210,3 +212,12 @@ def test_a_real_model_gives_a_profile_that_prices_and_comes_back(family: str, tm
     assert details["memory"]["kv"]["predicted"] == 32 * 3 * again.model.kv_bytes_per_token_layer
     assert details["loads"]["slowdown"] >= 1.0
     assert again.runtime.launch_s_per_layer == 0.0
+
+
+def test_a_check_that_noise_hides_is_charged_what_it_takes_alone(tmp_path: Path) -> None:
+    subject = VirtualSubject()
+    points = Points(tmp_path / "points.parquet")
+    latency = Latency(subject, Sampler(subject.device, points, Clock(1e9, subject.clock)))
+    points.add({Point(CHECK_CLASSIFIER, WHOLE_MODEL, 1): -2e-6, Point(CLASSIFIER_ALONE, WHOLE_MODEL, 1): 9e-6})
+    points.add({Point(CHECK_CLASSIFIER, WHOLE_MODEL, 8): 5e-6, Point(CLASSIFIER_ALONE, WHOLE_MODEL, 8): 9e-6})
+    assert [latency.rows_figure(CHECK_CLASSIFIER, rows).median_s for rows in (1, 8)] == [9e-6, 5e-6]
