@@ -12,8 +12,6 @@ from simpy.events import Event
 
 from helios_sim.request import Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
-from helios_sim.serving.ahead.stretch import Ledger
-from helios_sim.serving.intake import Intake
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 
@@ -54,15 +52,6 @@ class Books:
         self.changed_ns = now_ns
 
 
-    def add(self, ledger: Ledger) -> None:
-        self.note_change(ledger.from_ns)
-        self.presence_ns += ledger.presence_ns
-        self.changed_ns = ledger.until_ns
-        self.arrived += ledger.arrived
-        self.left += len(ledger.records)
-        self.sojourn_ns += ledger.sojourn_ns
-
-
 class System:
     """Counts who is in the system, and hands out requests of a closed loop as others leave."""
 
@@ -85,17 +74,17 @@ class System:
         self._requests_in = [0] * len(servers)
         self._choose = self._routing.choice(self._requests_in)
 
-    def open_loop(self, intake: Intake) -> Generator[Event, None, None]:
+    def open_loop(self, blocks: Iterator[RequestBlock]) -> Generator[Event, None, None]:
         """The process of arrivals that do not wait for answers."""
-        while (arrival_ns := intake.next_arrival_ns) is not None:
-            if arrival_ns > self.env.now:  # a server that looks ahead may take it meanwhile
-                yield self.env.timeout(arrival_ns - int(self.env.now))
-            elif (request := intake.take(arrival_ns)) is not None:
+        for block in blocks:
+            for request in block.rows():
+                if request.arrival_ns > self.env.now:
+                    yield self.env.timeout(request.arrival_ns - self.env.now)
                 self.dispatch(request)
 
-    def close_loop(self, intake: Intake, users: int) -> None:
+    def close_loop(self, blocks: Iterator[RequestBlock], users: int) -> None:
         """Starts with one request of each user; each then sends the next one when its last has left."""
-        self._closed_loop = iter(lambda: intake.take(int(self.env.now)), None)
+        self._closed_loop = (request for block in blocks for request in block.rows())
         for request in list(islice(self._closed_loop, users)):
             self.dispatch(request)
 
@@ -107,15 +96,6 @@ class System:
         self.arrived += 1
         self._requests_in[number] += 1
         self.servers[number].submit(request, from_replica)
-
-    def settle(self, ledger: Ledger) -> None:
-        """A server that had all requests to itself has looked ahead and tells what has come to pass since."""
-        self.books[0].add(ledger)
-        self.arrived += ledger.arrived
-        self.left += len(ledger.records)
-        self._requests_in[0] = self.arrived - self.left
-        for record in ledger.records:
-            self._sink(record)
 
     def close(self) -> None:
         """The run ends: nobody sends a further request."""
@@ -176,13 +156,10 @@ def simulate(
     env = env or simpy.Environment(initial_time=0)
     system = System(env, routing, sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
-    intake = Intake(blocks, closed_loop=users is not None)
-    if replicas == 1:
-        system.servers[0].look_ahead(intake, system.settle)
     if users is None:
-        env.process(system.open_loop(intake))
+        env.process(system.open_loop(blocks))
     else:
-        system.close_loop(intake, users)
+        system.close_loop(blocks, users)
     while system.left < requests and env.peek() != float("inf"):
         env.step()
     end_ns = int(env.now)
