@@ -24,7 +24,7 @@ from helios_sim.exits.store import read_trace
 from helios_sim.profile.store import load_profile
 from tiny_models import FAMILIES, write_tiny
 
-QUICK = ("quick=true", "threads=1", "dtype=float32", "tasks=[code]", "trace_tokens=600", "answers=1")
+QUICK = ("quick=true", "threads=1", "dtype=float32", "tasks=[code]", "trace_tokens=600", "answers=3")
 
 
 def tiny(family: str, folder: Path) -> Path:
