@@ -9,8 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from calibrate.schema import SHORT_NAMES, CalibrateConfig
+from calibrate.schema import CalibrateConfig
 from helios_sim.config import given, in_words
+from helios_sim.live.known import SHORT_NAMES
 
 
 def register() -> None:

@@ -11,11 +11,6 @@ from helios_sim.errors import UserError
 
 TASKS = ("all", "latency", "adapters", "traces", "report")
 DTYPES = ("float32", "bfloat16")
-SHORT_NAMES = {
-    "smollm2": "smollm2-135m",
-    "gemma3": "gemma3-270m",
-    "qwen2.5-coder": "qwen2.5-coder-0.5b",
-}
 
 
 @dataclass

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from helios_sim.config import Variants, check_flags, conf_folder, given, in_words, leave_no_trace, register
+from helios_sim.config import Variants, check_flags, conf_folder, given, in_full, in_words, leave_no_trace, register
 from helios_sim.errors import UserError
 
 DEFAULT = "+experiment=quickstart"
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nonlocal status, started
         from helios_sim.study.command import run_study
         from helios_sim.study.fidelity import run_fidelity
+        from helios_sim.study.fidelity_live import run_fidelity_live
         from helios_sim.sweep.command import run_sweep
 
         started = True
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_it = run_sweep if settings.sweep.parameters else run_study
             if settings.fidelity.compare or settings.fidelity.folder is not None:
                 run_it = run_fidelity
+            elif settings.fidelity_live.loads:
+                run_it = run_fidelity_live
             if run_it is run_study:
                 _check_no_sweep(command)
             status = max(status, run_it(Variants(settings, command), folder))
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refused.append(folder)
 
     try:
-        command = _in_order(command)
+        command = in_full(_in_order(command))
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0

@@ -24,9 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
+from helios_sim.live.known import SHORT_NAMES
 from helios_sim.study.schema import Config
 
-OPEN = ("arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.")  # take new names
+OPEN = (  # take new names
+    "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "live.weights.",
+    "live.heads.",
+)  # fmt: skip
 PRINT_ALL = "--cfg job prints all settings"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
@@ -60,6 +64,19 @@ class Variants:
             except (OmegaConfBaseException, AssertionError) as error:  # an assertion: a path through a plain value
                 raise _wrong(path, value, str(error)) from error
         return to_config(settings, self._arguments)
+
+
+def in_full(arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves."""
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key == "model":
+            argument = f"models=[{SHORT_NAMES.get(value, value)}]"
+        elif equals and key == "device":
+            argument = f"live.device={value}"
+        found.append(argument)
+    return found
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:

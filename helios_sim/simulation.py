@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
 import simpy
+from simpy.core import EmptySchedule
 from simpy.events import Event
 
 from helios_sim.request import Request, RequestBlock, RequestRecord
@@ -147,8 +149,12 @@ def simulate(
     replicas: int = 1,
     routing: Routing = ONE_AFTER_THE_OTHER,
     env: simpy.Environment | None = None,
+    outside: Callable[[System], None] | None = None,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
+
+    `outside` is given the system before the first event: where the environment is a wall clock with a door, whoever
+    is outside can send and cancel requests from then on.
 
     `sink` gets each record as its request leaves. With `users` the loop is closed. Raises LittlesLawViolated when
     the books do not balance, which would be a defect of this program.
@@ -160,8 +166,11 @@ def simulate(
         env.process(system.open_loop(blocks))
     else:
         system.close_loop(blocks, users)
-    while system.left < requests and env.peek() != float("inf"):
-        env.step()
+    if outside is not None:
+        outside(system)
+    with suppress(EmptySchedule):  # nothing can happen any more, nor can anybody outside act
+        while system.left < requests:
+            env.step()
     end_ns = int(env.now)
     system.close()
     for server in system.servers:

@@ -63,7 +63,7 @@ SETTINGS = [
     ("seeds=[1,1]", ["seeds=[1, 1]", "different"]),
     ("jobs=0", ["jobs=0", "at least 1"]),
     ("profile_time_factor=0", ["profile_time_factor=0", "above 0"]),
-    ("mode=live", ["mode='live'", "simulate"]),
+    ("mode=lively", ["mode='lively'", "simulate, live"]),
     ("baseline=best", ["baseline='best'", "full_depth_opt-1.3b"]),
     ("subject=best", ["subject='best'", "full_depth_opt-1.3b"]),
     ("headline_metrics=[e2e_mean]", ["headline_metrics='e2e_mean'", "e2e_s_mean"]),

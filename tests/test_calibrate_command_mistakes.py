@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from calibrate.config import in_full
-from calibrate.schema import SHORT_NAMES
 from calibrate_line import calibrate as calibrate_line
 from helios_sim.live import packages
-from helios_sim.live.known import KNOWN
+from helios_sim.live.known import KNOWN, SHORT_NAMES
 from tiny_models import write_tiny
 
 torch = pytest.importorskip("torch")

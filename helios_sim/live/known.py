@@ -48,6 +48,8 @@ KNOWN = {
         "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF) and put it there",
     ),
 }
+# What a command line may say for short.
+SHORT_NAMES = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m", "qwen2.5-coder": "qwen2.5-coder-0.5b"}
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,8 @@
-"""Figures of a comparison with a measured run: counts over time, and error against load. Draws, no more."""
+"""Figures of a comparison with a measured run: counts over time, error against load, spreads. Draws, no more."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from helios_sim.report.result import ExperimentResult
 from helios_sim.report.style import BASELINE_COLOR, MODEL_COLORS, Drawing, handles_of, legend_above, look, new_figure
@@ -11,7 +13,8 @@ def fidelity_drawings(result: ExperimentResult) -> list[Drawing]:
     if result.fidelity is None:
         return []
     with look():
-        return [d for d in (_counts(result), _load_errors(result)) if d is not None]
+        found = [_counts(result), _load_errors(result), _spreads(result, "TTFT"), _spreads(result, "TPOT")]
+        return [d for d in found if d is not None]
 
 
 def _counts(result: ExperimentResult) -> Drawing | None:
@@ -48,3 +51,30 @@ def _load_errors(result: ExperimentResult) -> Drawing | None:
         "Grey: the profile's own error. Where waiting begins, a small error of capacity becomes a large one of TTFT."
     )
     return Drawing("error_against_load", "Error of the prediction against load", caption, figure)
+
+
+def _spreads(result: ExperimentResult, name: str) -> Drawing | None:
+    """The share of requests within a time, a panel for each arm at each load."""
+    spreads = [] if result.fidelity is None else [s for s in result.fidelity.spreads if s.name == name]
+    if not spreads:
+        return None
+    columns = min(4, len(spreads))
+    rows = -(-len(spreads) // columns)
+    figure, axes = new_figure(rows, columns, 2.3 * rows)
+    for ax, spread in zip(axes, spreads, strict=False):
+        for times_s, color, label, width in (
+            (spread.again_s, BASELINE_COLOR, "measured again", 0.8),
+            (spread.measured_s, BASELINE_COLOR, "measured", 1.8),
+            (spread.simulated_s, MODEL_COLORS[0], "simulated", 1.4),
+        ):
+            share = (np.arange(len(times_s)) + 1) / max(len(times_s), 1)
+            ax.step(times_s * 1e3, share, where="post", color=color, linewidth=width, label=label)
+        ax.set_title(spread.part, fontsize="small")
+        ax.set_xlabel(f"{name} (ms)")
+        ax.set_ylim(0, 1.02)
+        ax.set_xlim(left=0)
+    for ax in axes[len(spreads) :]:
+        ax.set_visible(False)
+    legend_above(figure, handles_of(axes[0]))
+    caption = f"Share of requests whose {name} is at most so long. Two measurements of the same show the noise."
+    return Drawing(f"spread_{name.lower()}", f"{name}, measured and simulated", caption, figure)

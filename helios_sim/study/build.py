@@ -80,7 +80,7 @@ def build(config: Config, seed: int) -> Parts:
     profiles = {name: build_profile(config, name) for name in config.models}
     models, candidates = {}, {}
     for name, profile in profiles.items():
-        trace = _exit_trace(config, name, profile)
+        trace = exit_trace(config, name, profile)
         # of texts like those to be served, whatever else was recorded
         offline = offline_exits(trace, threshold(config), confidence(config), workload.mix.tasks)
         if trace.provenance.provenance_class is ProvenanceClass.MEASURED:
@@ -164,7 +164,7 @@ def confidence(config: Config) -> Confidence:
     return choose(Confidence, "exits.confidence", config.exits.confidence)
 
 
-def _exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
+def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     exits = config.exits
     if exits.source == "none":
         return no_exits(profile.model)

@@ -19,6 +19,7 @@ from helios_sim.routing import Router
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, build, choose
 from helios_sim.study.job import PRESENTATION, Job, policy_of
+from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config
 
@@ -35,12 +36,20 @@ def check_study(plan: StudyPlan) -> None:
     for job in {(job.arm, id(job.config)): job for job in plan.jobs}.values():
         with _of_arm(job):
             policy_of(job.entry, job.config)
+            if job.config.mode == LIVE and job.entry["policy"] == "oracle":
+                raise UserError(
+                    "policy", "oracle", "one that needs no knowledge of what will come when mode=live", "leave it out"
+                )
     built: dict[str, Parts] = {}
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = _same_parts(job.config)
         if name not in built:
             choose(Router, "server.router", job.config.server.router)
             built[name] = build(job.config, job.seed)
+            if job.config.mode == LIVE:
+                from helios_sim.study.live import check_live
+
+                check_live(job.config)
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
         if job.entry["policy"] not in NOT_TRIED:

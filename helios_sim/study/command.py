@@ -22,6 +22,7 @@ from helios_sim.report.table import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.check import check_study
+from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Variant, plan_study
 from helios_sim.study.progress import progress
 from helios_sim.study.runner import forget_jobs, run_jobs
@@ -36,7 +37,7 @@ def run_study(variant: Variant, folder: Path) -> int:
     check_study(plan)
     make_folder(folder)
     with progress(plan) as on_done:
-        results = run_jobs(plan.jobs, folder, plan.config.jobs, on_done)
+        results = run_jobs(plan.jobs, folder, processes(plan.config), on_done)
     result = assemble(plan, results, provenance(plan.config))
     ratios = comparisons(result)
     summary = write_result(result, folder, ratios)
@@ -71,6 +72,11 @@ def _without_answers(result: ExperimentResult) -> list[str]:
             most, _ = reasons.most_common(1)[0]
             found.append(f"{name} dropped all {reasons.total()} requests, so it has no times. Most often: {most}.")
     return found
+
+
+def processes(config: Config) -> int | None:
+    """A live run has the device for itself."""
+    return 1 if config.mode == LIVE else config.jobs
 
 
 def provenance(config: Config) -> dict[str, object]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import simpy
 
@@ -27,13 +27,18 @@ from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.build import Parts, build, choose, confidence, threshold
+from helios_sim.study.live_notes import LiveNotes
+from helios_sim.study.live_schema import SIMULATE
 from helios_sim.study.schema import Config, RuntimeConfig
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
+
+if TYPE_CHECKING:
+    from helios_sim.study.live import LiveRun
 
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "jobs", "sweep", "fidelity",
+    "gates", "headline_metrics", "jobs", "sweep", "fidelity", "fidelity_live",
 )  # fmt: skip
 SHOWN_OF_AN_ARM = ("overrides", "description", "baseline")  # overrides are in the configuration by then
 ARM_KEYS = ("policy", *SHOWN_OF_AN_ARM)  # of an arm's entry; the rest are the policy's settings
@@ -51,6 +56,8 @@ class Job:
         """The same for the same result: two sweeps that share a job run it once."""
         shown = {name: value for name, value in asdict(self.config).items() if name not in PRESENTATION}
         shown["workload"].pop("statement")
+        if self.config.mode == SIMULATE:
+            del shown["live"]
         entry = {name: value for name, value in self.entry.items() if name not in SHOWN_OF_AN_ARM}
         identity = [helios_sim.__version__, shown, entry, self.seed]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -67,18 +74,21 @@ class JobResult:
     assumptions: tuple[Assumption, ...]
     notices: tuple[str, ...]  # what the reader of a trace has changed
     wall_s: float
+    live: LiveNotes | None = None  # of a run on a device
 
 
 def run_job(job: Job) -> JobResult:
-    """Simulates the job from nothing. UserError where its settings cannot be run."""
+    """Runs the job from nothing, simulated or live. UserError where its settings cannot be run."""
     started_s = perf_counter()
     config = job.config
     parts = build(config, job.seed)
+    live = None if config.mode == SIMULATE else open_live(config, parts, job.seed)
     log = RecordLog()
-    run = serve(job, parts, log.add)
-    records = log.records()
+    run = serve(job, parts, log.add, live)
+    records = log.records() if live is None else live.as_known(log.records())
+    metrics = measure(job, parts, records, run)
     return JobResult(
-        replicate=Replicate(job.seed, records, run.stats, measure(job, parts, records, run)),
+        replicate=Replicate(job.seed, records, run.stats, metrics if live is None else live.measured(metrics)),
         timeline=run.servers[0].timeline,
         decisions=tuple(decision for server in run.servers for decision in server.decisions),
         exit_depths=tuple(
@@ -90,18 +100,21 @@ def run_job(job: Job) -> JobResult:
         assumptions=assumptions_of(config, parts),
         notices=notices_of(parts.workload),
         wall_s=perf_counter() - started_s,
+        live=None if live is None else live.notes(),
     )
 
 
-def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None]) -> Run:
+def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None], live: LiveRun | None = None) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
-    `parts` are those of the job's configuration.
+    `parts` are those of the job's configuration. `live`: on a device and by the wall clock.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
-        engine = SimulatedEngine(env, parts.models)
-        return Server(env, number, engine, policy_of(job.entry, job.config), parts.situation, on_left)
+        policy = policy_of(job.entry, job.config)
+        if live is not None:
+            return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left, leap=False))
+        return Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
 
     return simulate(
         make_server,
@@ -111,7 +124,15 @@ def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None]) -> Run:
         users=parts.workload.users,
         replicas=job.config.server.replicas,
         routing=Routing(choose(Router, "server.router", job.config.server.router), job.seed),
+        env=None if live is None else live.clock,
     )
+
+
+def open_live(config: Config, parts: Parts, seed: int) -> LiveRun:
+    """torch is loaded here, and only for a live run."""
+    from helios_sim.study.live import LiveRun
+
+    return LiveRun(config, parts, seed)
 
 
 def measure(job: Job, parts: Parts, records: Records, run: Run) -> dict[str, MetricValue]:

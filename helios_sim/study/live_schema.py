@@ -7,13 +7,9 @@ from math import isfinite
 
 from helios_sim.errors import UserError
 
-MODES = ("simulate", "live")
+SIMULATE, LIVE = "simulate", "live"
+MODES = (SIMULATE, LIVE)
 DTYPES = ("float32", "bfloat16")
-SHORT_NAMES = {  # of the models whose weights are known
-    "smollm2": "smollm2-135m",
-    "gemma3": "gemma3-270m",
-    "qwen2.5-coder": "qwen2.5-coder-0.5b",
-}
 
 
 @dataclass

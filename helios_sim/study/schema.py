@@ -10,6 +10,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.study.fidelity_schema import FidelityConfig
+from helios_sim.study.live_schema import MODES, LiveConfig, LiveFidelityConfig
 from helios_sim.sweep.schema import DesignsConfig
 
 
@@ -212,7 +213,7 @@ class Config:
     name: str = "study"  # the output folder's
     title: str = ""  # "": the name
     question: str = ""
-    mode: str = "simulate"  # the only one in this release
+    mode: str = "simulate"  # simulate; live: the same requests, scheduler and policies on a real model and device
     hardware: str = "a100-40gb"  # with each model, the name of a profile: MODEL@HARDWARE
     models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])  # candidates of every arm
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
@@ -238,6 +239,8 @@ class Config:
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
+    live: LiveConfig = field(default_factory=LiveConfig)  # of mode=live
+    fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
 
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "at least one model")
@@ -247,9 +250,7 @@ class Config:
         require(seeds_ok, "seeds", self.seeds, "different whole numbers of 0 or more")
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
-        if self.mode != "simulate":
-            raise UserError("mode", self.mode, "only simulate; serving on a device is not part of this release",
-                            "leave mode out")  # fmt: skip
+        require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:

@@ -1,0 +1,126 @@
+"""The comparison of live serving with its simulation, from settings to files and the lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.report import files
+from helios_sim.report.compared_table import compared_table, plain_console
+from helios_sim.report.result import ExperimentResult
+from helios_sim.report.summary import comparisons
+from helios_sim.report.write import write_result
+from helios_sim.study.check import check_study
+from helios_sim.study.command import provenance
+from helios_sim.study.fidelity_live_cells import Cell, capacity_jobs, capacity_per_s, cells, in_passes
+from helios_sim.study.fidelity_live_result import Compared, comparison
+from helios_sim.study.job import Job, JobResult
+from helios_sim.study.plan import Variant, plan_study
+from helios_sim.study.runner import forget_jobs, run_jobs
+from helios_sim.study.schema import Config
+
+CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
+PRINTED = ("mean", "median", "p95", "p99")  # latencies in the terminal's tables; the page has all
+
+
+def run_fidelity_live(variant: Variant, folder: Path) -> int:
+    """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written.
+
+    Every run that is finished is kept in the folder: after a kill the same folder goes on with what is missing.
+    """
+    config = variant({})
+    _check(variant, config)
+    files.make_folder(folder)
+    changes = _measured_profiles(config, folder)
+    found = _cells(variant, changes, folder)
+    compared = [Compared(cell, *(results[job.key] for job in (cell.simulated, *cell.live))) for cell, results in found]
+    result = comparison(compared, variant(changes), provenance(config))
+    summary = write_result(result, folder, comparisons(result))
+    forget_jobs(folder)
+    _show(result)
+    print(f"output folder: {folder}")
+    print(json.dumps(summary, allow_nan=False))
+    return 0 if all(gate.passed for gate in result.gates) else 2
+
+
+def _check(variant: Variant, config: Config) -> None:
+    if config.sweeps or config.sweep.parameters:
+        raise UserError("sweeps", len(config.sweeps), "none beside a comparison with live serving", "leave sweeps out")
+    check_study(plan_study(lambda changes: variant({"mode": "live", **changes})))
+
+
+def _cells(variant: Variant, changes: Mapping[str, Any], folder: Path) -> list[tuple[Cell, Mapping[str, JobResult]]]:
+    """All cells with the results of their runs by key: simulated first, since that takes next to no time."""
+    full = capacity_jobs(variant, changes)
+    results = run_jobs(list(full.values()), folder, 1, _tell)
+    found = cells(variant, {arm: capacity_per_s(results[job.key]) for arm, job in full.items()}, changes)
+    results |= run_jobs([cell.simulated for cell in found], folder, 1, _tell)
+    results |= run_jobs(in_passes(found), folder, 1, _tell)
+    return [(cell, results) for cell in found]
+
+
+def _measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
+    """Profiles of every model, measured now on the device that will serve, and the settings that name them.
+
+    In a process of its own: measuring is another program (`python -m calibrate`), which resumes what it has begun.
+    """
+    seconds = config.fidelity_live.calibrate_s
+    if seconds is None:
+        return {}
+    profiles = folder / CALIBRATION / "profiles"
+    models = dict.fromkeys((*config.models, *_models_of_arms(config)))
+    hardware = config.hardware
+    for model in models:
+        out = folder / CALIBRATION / model
+        settings = [f"model={config.live.weights.get(model, model)}", f"model.name={model}"]
+        settings += [f"device={config.live.device}", f"budget_s={seconds:g}", f"out={out}", "+task=latency"]
+        settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
+        settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
+        print(f"measuring {model}", file=sys.stderr)
+        done = subprocess.run([sys.executable, "-m", "calibrate", *settings], stdout=subprocess.DEVNULL, check=False)
+        measured = sorted((out / "profile").glob(f"{model}@*/profile.json"))
+        if done.returncode != 0 or not measured:
+            fix = "allow more seconds, or leave it out and use a shipped profile"
+            raise UserError("fidelity_live.calibrate_s", seconds, f"enough to measure {model}", fix)
+        hardware = measured[0].parent.name.partition("@")[2]
+        target = profiles / measured[0].parent.name
+        if not target.exists():
+            profiles.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(measured[0].parent.resolve(), target_is_directory=True)
+    return {"profile_folder": str(profiles), "hardware": hardware}
+
+
+def _models_of_arms(config: Config) -> Sequence[str]:
+    """Models that only an arm's overrides name."""
+    overrides = [(entry or {}).get("overrides") or {} for entry in config.arms.values()]
+    return [model for one in overrides for model in one.get("models", ())]
+
+
+def _tell(job: Job, result: JobResult, kept: bool) -> None:
+    rate = job.config.workload.arrivals.rate_per_s
+    load = "a full queue" if job.config.workload.arrivals.kind == "all_at_once" else f"{rate:.2f} requests/s"
+    what = f"{job.config.mode}, {job.arm}, {load}" + (f", run {job.config.live.run + 1}" if result.live else "")
+    print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
+
+
+def _show(result: ExperimentResult) -> None:
+    assert result.fidelity is not None
+    console = plain_console()
+    for part, rows in result.fidelity.parts:
+        shown = [row for row in rows if row.group == "system" or row.statistic in PRINTED]
+        console.print(compared_table(part, [row for row in shown if row.measured is not None or row.simulated]))
+    for name, value in result.fidelity.terms:
+        print(f"{name}: {value}")
+    for sentence in result.verdict:
+        print(sentence)
+    for gate in result.gates:
+        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
+        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()

@@ -1,0 +1,125 @@
+"""One live run of a job: opens models and texts, makes the engine, starts the clock. Knows no arm and no result.
+
+Everything before `begin` happens before time does: weights are read, kernels are warm. torch is loaded here and only
+here, when a live run is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from helios_sim.errors import UserError
+from helios_sim.live.clock import WallClock
+from helios_sim.live.opening import Wanted, open_models
+from helios_sim.live.texts import read_texts
+from helios_sim.live.warm_up import warm_up
+from helios_sim.profile.profile import Profile
+from helios_sim.report.metrics import Metrics, MetricValue
+from helios_sim.report.records import Maybe, Records
+from helios_sim.request import Request
+from helios_sim.serving.iteration import Engine
+from helios_sim.study.build import Parts, build_profile, exit_trace, task_names
+from helios_sim.study.live_notes import LiveNotes
+from helios_sim.study.schema import Config
+from helios_sim.study.watched import WatchedEngine
+from helios_sim.workload import generate
+
+if TYPE_CHECKING:
+    from helios_sim.live.served import LiveModel
+    from helios_sim.serving.server import Server
+
+# What a run cannot know while it serves: nobody has computed what full depth would have said.
+UNKNOWN = ("agreement", "bits_per_char")
+WARM_REQUESTS = 8  # at most, running together
+
+
+class LiveRun:
+    """`engine` serves one replica; `begin` once its server is there."""
+
+    def __init__(self, config: Config, parts: Parts, seed: int) -> None:
+        """Raises UserError as `open_models` and `read_texts` do, and for more than one replica."""
+        check_settings(config)
+        self._config, self._parts, self._seed = config, parts, seed
+        self.clock = WallClock()
+        self.engine = WatchedEngine(make_engine(config, parts, seed, self.clock), self.clock)
+
+    def begin(self, make_server: Callable[[Engine], Server]) -> Server:
+        """The server with its first deployment in memory and everything warm. Time starts."""
+        server = make_server(self.engine)
+        self.engine.tell(server)
+        requests = list(islice(self._requests(), min(WARM_REQUESTS, self._config.server.max_running_requests)))
+        batch_tokens = self._parts.situation.max_batch_tokens
+        warm_up(self.engine.inner, server.decisions[0].deployment, requests, batch_tokens, self._config.live.warm_up)
+        self.clock.sync()
+        return server
+
+    def as_known(self, records: Records) -> Records:
+        """Without what nobody computed while serving: what the recorded text would have cost."""
+        nothing = np.zeros(len(records), np.bool_)
+        return replace(records, microbits=Maybe(records.microbits.values, nothing))
+
+    def measured(self, metrics: Metrics) -> dict[str, MetricValue]:
+        return {name: None if name in UNKNOWN else value for name, value in metrics.items()}
+
+    def notes(self) -> LiveNotes:
+        return self.engine.notes()
+
+    def _requests(self) -> Iterator[Request]:
+        return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())
+
+
+def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Engine:
+    """The live engine, its slots as long as the workload's longest request."""
+    from helios_sim.live.engine import LiveEngine
+
+    live_models = opened(config, parts)
+    texts = read_texts(parts.workload.mix.tasks, config.live.texts)
+    requests = [r for block in generate(parts.workload, seed) for r in block.rows()]
+    slots = min(config.server.max_running_requests, len(requests))
+    return LiveEngine(
+        clock, live_models, texts, slots=slots, slot_tokens=_longest(live_models, requests), device=config.live.device
+    )
+
+
+def opened(config: Config, parts: Parts) -> dict[str, LiveModel]:
+    profiles = {name: data.profile for name, data in parts.models.items()}
+    return open_models(wanted(config), profiles, {name: data.trace for name, data in parts.models.items()})
+
+
+def check_live(config: Config) -> None:
+    """UserError for whatever would stop a live run before its first request, found without reading any layer."""
+    check_settings(config)
+    profiles: Mapping[str, Profile] = {name: build_profile(config, name) for name in config.models}
+    tasks = task_names(config.workload.mix)
+    open_models(wanted(config), profiles, {n: exit_trace(config, n, p).bind(tasks) for n, p in profiles.items()})
+    read_texts(tasks, config.live.texts)
+
+
+def check_settings(config: Config) -> None:
+    server = config.server
+    for key, value, only, why in (
+        ("replicas", server.replicas, 1, "one device is served"),
+        ("schedule_ahead", server.schedule_ahead, 0, "each iteration is planned when the one before it has ended"),
+    ):
+        if value != only:
+            raise UserError(f"server.{key}", value, f"{only} when mode=live: {why}", f"set server.{key}={only}")
+
+
+def wanted(config: Config) -> Wanted:
+    live = config.live
+    return Wanted(live.device, live.dtype, live.threads, live.seed, dict(live.weights), dict(live.heads))
+
+
+def _longest(models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:
+    """Tokens of the longest request, prompt and answer, on whichever model makes most of it."""
+    longest = 1
+    for model in models.values():
+        for request in requests:
+            prompt_tokens, span = model.lengths(request)
+            longest = max(longest, prompt_tokens + span.n_tokens)
+    return longest

@@ -1,0 +1,130 @@
+"""`mode=live`: the same command serves the same requests with a real model, under every policy; and its mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("torch")
+
+from command_line import CommandLine
+from helios_sim.live import packages
+from live_study import write_live_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    write_live_study(folder)
+    return folder
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path) -> CommandLine:
+    return CommandLine(capsys, monkeypatch, tmp_path)
+
+
+def arguments(study: Path, *more: str) -> tuple[str, ...]:
+    return "--config-dir", str(study / "conf"), "+experiment=tiny_live", *more
+
+
+def test_live_and_simulated_serve_the_same_requests(command: CommandLine, study: Path, tmp_path: Path) -> None:
+    live = command(*arguments(study, "mode=live"), into="live")
+    assert live.status == 0, live.err
+    simulated = command(*arguments(study), into="simulated")
+    tables = [pq.read_table(tmp_path / name / "requests.parquet").to_pydict() for name in ("live", "simulated")]
+    for column in ("arm", "request_id", "arrival_ns", "prompt_tokens", "output_tokens", "status", "task"):
+        assert tables[0][column] == tables[1][column], column
+    for said in (live, simulated):
+        assert said.summary["arms"]["full_depth"]["metrics"]["layers_per_token"] == 6
+    metrics = live.summary["arms"]["early_exit"]["metrics"]
+    assert metrics["ttft_s_mean"] > 0
+    assert metrics["agreement"] is None  # nobody computed it while serving
+    assert metrics["bits_per_char"] is None
+    assert "configuration" in live.summary["provenance"]
+
+
+POLICIES = (
+    "full_depth", "early_exit", "early_exit_lazy", "static_cap", "helios", "helios_probe", "load_only", "switch_only",
+    "transfer_only",
+)  # fmt: skip
+SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.window_tokens=12", "policy.limit=3")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str) -> None:
+    more = ("policy.model=tiny",) if policy in ("full_depth", "early_exit", "early_exit_lazy", "static_cap") else SOON
+    said = command(*arguments(study, "mode=live", "models=[tiny,other]", f"policy={policy}", *more, "~arms"))
+    assert said.status == 0, said.err
+    (arm,) = said.summary["arms"].values()
+    assert arm["metrics"]["requests_completed"] == 12
+    if policy == "helios":
+        assert arm["metrics"]["switches"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (("live.device=cuda:7",), ["live.device='cuda:7'", "live.device=cpu"]),
+        (("live.device=tpu",), ["live.device='tpu'", "cpu, cuda"]),
+        (("live.dtype=bfloat16",), ["live.dtype='bfloat16'", "float32"]),
+        (("live.threads=0",), ["live.threads=0"]),
+        (("live.texts=nowhere",), ["live.texts='nowhere'", "text.txt"]),
+        (("live.weights.tiny=gone",), ["live.weights of tiny='gone'", "make models"]),
+        (("+live.heads.tiny=gone",), ["live.heads of tiny", "gone"]),
+        (("server.replicas=2",), ["server.replicas=2", "one device"]),
+        (("server.schedule_ahead=1",), ["server.schedule_ahead=1"]),
+        (("policy=oracle",), ["policy='oracle'", "mode=live"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_a_mistake_is_one_message(
+    command: CommandLine, study: Path, tmp_path: Path, change: tuple[str, ...], parts: list[str]
+) -> None:
+    said = command(*arguments(study, "mode=live", *change))
+    assert said.status == 1
+    assert len(said.err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torch_it_says_how_to_get_it(command: CommandLine, study: Path, monkeypatch) -> None:
+    there = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "torch" else there(name))
+    said = command(*arguments(study, "mode=live"))
+    assert said.status == 1
+    assert "packages='torch'" in said.err
+    assert "make live" in said.err
+
+
+def test_weights_of_another_shape_are_refused(command: CommandLine, study: Path, tmp_path: Path) -> None:
+    from tiny_models import write_tiny
+
+    write_tiny("llama", tmp_path / "shallow", layers=4)
+    said = command(*arguments(study, "mode=live", f"live.weights.tiny={tmp_path / 'shallow'}"))
+    assert said.status == 1
+    assert "6 layers" in said.err
+
+
+def test_too_little_memory_is_one_message(command: CommandLine, study: Path, monkeypatch) -> None:
+    from helios_sim.live import room
+
+    monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
+    said = command(*arguments(study, "mode=live"))
+    assert said.status == 1
+    assert "memory" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_damaged_text_is_refused(command: CommandLine, study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "text.txt").write_text("  \n")
+    said = command(*arguments(study, "mode=live", f"live.texts={folder}"))
+    assert said.status == 1
+    assert "text.txt" in said.err
+    shutil.rmtree(folder)
