@@ -5,6 +5,7 @@ Knows the server's plans and the models; no queue and no policy. The server cann
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answer import Answer
 from helios_sim.live.clock import WallClock
+from helios_sim.live.device import open_device
 from helios_sim.live.forward import Chunk, Forward
 from helios_sim.live.leaving import Row, Seen
 from helios_sim.live.probe import observation, score
@@ -26,6 +28,8 @@ from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Column, Sequence
 from helios_sim.serving.iteration import Outcome, Plan, Tokens
+
+_log = logging.getLogger(__name__)
 
 
 class Faults(Protocol):
@@ -39,7 +43,8 @@ class LiveEngine:
     """Follows the `Engine` protocol. One object serves one replica.
 
     `slots` requests can run at once, each of at most `slot_tokens` tokens, prompt and answer: the server's own limit
-    of running requests must not be higher.
+    of running requests must not be higher. `weight_bytes` of the device's memory are for weights; None: as many as all
+    models take.
     """
 
     def __init__(
@@ -51,9 +56,10 @@ class LiveEngine:
         slots: int,
         slot_tokens: int,
         device: str = "cpu",
+        weight_bytes: int | None = None,
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
-        self.residents = Residents(models, device)
+        self.residents = Residents(models, open_device(device), weight_bytes)
         self.work = Workspace(slots, slot_tokens)
         self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
         self.faults: Faults | None = None
@@ -110,18 +116,21 @@ class LiveEngine:
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
         start_ns = self._env.wall_ns
-        data, whole = self._models[model], self.residents.visiting(model)
-        found = []
-        for request in requests:
-            served = self.answers[request.request_id]
-            text = served.before + self._models[served.model].decode(served.tokens)
-            answer = self._as_text_of(model, data, request, text)
-            found.append(score(data, whole, self.residents.exits(model), answer, exit_rule, int(self._env.now)))
-        self.residents.dismiss(model)
-        return max(1, self._env.wall_ns - start_ns), tuple(found)
+        data, now_ns = self._models[model], int(self._env.now)
+        answers = [self._as_text_of(model, data, request) for request in requests]
+        found: tuple[Observation, ...] = ()
+        try:
+            with self.residents.whole(model) as whole:
+                exits = self.residents.exits(model)
+                found = tuple(score(data, whole, exits, answer, exit_rule, now_ns) for answer in answers)
+        except (MemoryError, RuntimeError) as error:  # what was served does not depend on a probe
+            _log.warning("%s scored nothing: %s", model, error)
+        return max(1, self._env.wall_ns - start_ns), found
 
-    def _as_text_of(self, model: str, data: LiveModel, request: Request, answered: str) -> Answer:
+    def _as_text_of(self, model: str, data: LiveModel, request: Request) -> Answer:
         """A served text in another model's tokens."""
+        served = self.answers[request.request_id]
+        answered = served.before + self._models[served.model].decode(served.tokens)
         prompt_tokens, _ = data.lengths(request)
         ids = data.encode(answered) or data.encode(" ")
         return Answer(request, model, data.prompt_ids(request, self._texts, prompt_tokens), len(ids), tokens=ids)

@@ -1,80 +1,223 @@
-"""Which layers of which models are in the device's memory, and how they get there. Knows no request and no time."""
+"""Which layers of which models are in the device's memory, and how they get there. Knows no request and no time.
+
+Every model's weights lie in host memory from the beginning. A load copies them block by block into the slab, in a
+thread of its own, while iterations run; the layers are there for them all at once, when the last one has come. A load
+that fails leaves everything as it was.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 
+from helios_sim.live.device import Device
+from helios_sim.live.host_store import OUTER, HostStore
 from helios_sim.live.look import Exits
 from helios_sim.live.model import SegmentedModel
+from helios_sim.live.room import check_fits
 from helios_sim.live.served import LiveModel
+from helios_sim.live.slab import Piece, Slab
+from helios_sim.live.weights import LayerWeights, OuterWeights
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 Done = Callable[[Exception | None], None]
 
 
+@dataclass(slots=True)
+class _Resident:
+    model: SegmentedModel
+    outer: Piece
+    layers: list[Piece] = field(default_factory=list)
+
+
 class Residents:
-    def __init__(self, models: Mapping[str, LiveModel], device: str) -> None:
-        self._models, self._device = models, torch.device(device)
-        self._held: dict[str, int] | None = None
-        self._there: dict[str, SegmentedModel] = {}
+    """`weight_bytes`: device memory for weights; None: enough for all models whole."""
+
+    def __init__(self, models: Mapping[str, LiveModel], device: Device, weight_bytes: int | None = None) -> None:
+        self._models, self._device, self._weight_bytes = models, device, weight_bytes
+        self._stores: dict[str, HostStore] = {}
+        self._slab: Slab
+        self._there: dict[str, _Resident] = {}
+        self._held: dict[str, int] = {}
         self._exits = {n: Exits(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")  # loads queue up
 
     def exits(self, name: str) -> Exits:
         return self._exits[name]
 
+    @property
+    def free_bytes(self) -> int:
+        """Of the memory for weights."""
+        return self._slab.free_bytes
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """How many are there, by model."""
+        return {name: resident.model.n_loaded for name, resident in self._there.items()}
+
     def hold(self, layers: Mapping[str, int]) -> None:
-        """The first call loads, at no charge; later ones drop what is not held any more."""
-        first = self._held is None
+        """Everything else leaves at once. The first call reads the checkpoints and loads what it names."""
         self._held = dict(layers)
-        for name in list(self._there):
-            if name not in layers:
-                del self._there[name]
-            else:
-                self._there[name].drop_layers(layers[name])
+        first = not self._stores
         if first:
-            for name in layers:
-                self._load(name, layers[name])
+            self._read()
+        for name in list(self._there):
+            self._drop(name, layers.get(name, 0))
+        if first:
+            for name, end in layers.items():
+                self._load(name, end)
 
     def running(self, name: str, layers: int) -> SegmentedModel:
-        model = self._there[name]
-        assert model.n_loaded >= layers
-        return model
+        """The model with at least so many layers. RuntimeError where they are not there."""
+        there = self.layers.get(name, 0)
+        if there < layers:
+            raise RuntimeError(f"{layers} layers of {name} are to run, {there} are there")
+        return self._there[name].model
 
     def load(self, name: str, done: Done) -> None:
-        assert self._held is not None
+        """Loads what is held of the model and not there yet; `done` is called from the loading thread."""
         end = self._held.get(name, 0)
-        end = end if name not in self._there or self._there[name].n_loaded < end else self._n_layers(name)
 
         def run() -> None:
+            error: Exception | None = None
             try:
-                self._load(name, end or self._n_layers(name))
-            except Exception as error:
-                done(error)
-            else:
-                done(None)
+                self._load(name, end)
+            except (MemoryError, RuntimeError, OSError) as failed:  # torch's own out-of-memory is a RuntimeError
+                error = failed
+            done(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        self._loader.submit(run)
 
-    def visiting(self, name: str) -> SegmentedModel:
-        return self._there[name]
+    @contextmanager
+    def whole(self, name: str) -> Iterator[SegmentedModel]:
+        """The model with all its layers; those that are not resident stream through a window of two.
 
-    def dismiss(self, name: str) -> None:
-        assert self._held is not None
-        if name not in self._held:
-            del self._there[name]
-        else:
-            self._there[name].drop_layers(self._held[name])
+        MemoryError where there is no room for the window.
+        """
+        store, resident = self._stores[name], self._there.get(name)
+        there = [] if resident is None else resident.model.layers
+        missing = store.architecture.n_layers - len(there)
+        taken: list[Piece] = []
+        try:
+            if resident is None:
+                taken.append(self._copied(store, OUTER))
+            window = [self._slab.take(store.n_bytes(len(there))) for _ in range(min(2, missing))]
+            taken += window
+            outer = store.outer(self._slab.bytes_of(taken[0])) if resident is None else resident.model.outer
+            model = self._model(name, outer)
+            streamed = _Streamed(there, store, [self._slab.bytes_of(piece) for piece in window], self._device)
+            model.layers = streamed  # type: ignore[assignment]
+            yield model
+        finally:
+            for piece in taken:
+                self._slab.give(piece)
 
-    def _n_layers(self, name: str) -> int:
-        return self._models[name].checkpoint.architecture.n_layers
+    def close(self) -> None:
+        """Waits for a load that is under way; later ones do not begin."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self) -> None:
+        on = self._device.torch_device
+        for name, live in self._models.items():
+            self._stores[name] = HostStore(name, live.checkpoint, _dtype(live), self._device)
+        n_bytes = self._weight_bytes
+        if n_bytes is None:
+            n_bytes = sum(s.n_bytes(b) for s in self._stores.values() for b in (OUTER, *range(s.architecture.n_layers)))
+        check_fits("the models", n_bytes, on)
+        self._slab = Slab(n_bytes, on)
 
     def _load(self, name: str, end: int) -> None:
-        if name in self._there:
-            self._there[name].load_layers(end)
+        """Whole or not at all."""
+        store, resident = self._stores[name], self._there.get(name)
+        there = 0 if resident is None else len(resident.layers)
+        if there >= end:
             return
+        taken: list[Piece] = []
+        try:
+            if resident is None:
+                taken.append(self._copied(store, OUTER))
+            for layer in range(there, end):
+                taken.append(self._copied(store, layer))
+        except BaseException:
+            for piece in taken:
+                self._slab.give(piece)
+            raise
+        if resident is None:
+            outer = taken.pop(0)
+            resident = _Resident(self._model(name, store.outer(self._slab.bytes_of(outer))), outer)
+        layers = [store.layer(there + i, self._slab.bytes_of(piece)) for i, piece in enumerate(taken)]
+        resident.layers += taken
+        resident.model.layers += layers
+        self._there[name] = resident
+
+    def _copied(self, store: HostStore, block: int) -> Piece:
+        piece = self._slab.take(store.n_bytes(block))
+        try:
+            self._device.copy(store.pairs(block, self._slab.bytes_of(piece)))()
+        except BaseException:
+            self._slab.give(piece)
+            raise
+        return piece
+
+    def _drop(self, name: str, end: int) -> None:
+        """Forgets the layers from `end` on; of a model that keeps none, everything."""
+        resident = self._there[name]
+        resident.model.drop_layers(end)
+        gone, resident.layers = resident.layers[end:], resident.layers[:end]
+        if not end:
+            gone.append(resident.outer)
+            del self._there[name]
+        for piece in gone:
+            self._slab.give(piece)
+
+    def _model(self, name: str, outer: OuterWeights) -> SegmentedModel:
         live = self._models[name]
-        dtype = DTYPES[live.profile.model.weight_bytes_per_value]
-        self._there[name] = SegmentedModel.load(live.checkpoint, end, dtype, self._device)
+        return SegmentedModel(live.checkpoint, outer, _dtype(live), self._device.torch_device)
+
+
+def _dtype(live: LiveModel) -> torch.dtype:
+    """The profile's bytes say what policies and the KV cache count with."""
+    return DTYPES[live.profile.model.weight_bytes_per_value]
+
+
+class _Streamed(Sequence[LayerWeights]):
+    """All layers in their order: resident ones, then those that take turns in the window.
+
+    While one is computed the next is copied. Read forwards; a step back costs a copy.
+    """
+
+    def __init__(
+        self, there: Sequence[LayerWeights], store: HostStore, window: Sequence[torch.Tensor], device: Device
+    ) -> None:
+        self._there, self._store, self._window, self._device = there, store, window, device
+        self._coming: dict[int, Callable[[], None]] = {}  # layers in the window or on their way
+
+    def __len__(self) -> int:
+        return self._store.architecture.n_layers
+
+    @overload
+    def __getitem__(self, layer: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[LayerWeights]: ...
+    def __getitem__(self, layer: int | slice) -> LayerWeights | Sequence[LayerWeights]:
+        if isinstance(layer, slice):
+            return [self[i] for i in range(*layer.indices(len(self)))]
+        if layer < len(self._there):
+            return self._there[layer]
+        self._fetch(layer)
+        self._coming[layer]()
+        if layer + 1 < len(self):
+            self._fetch(layer + 1)
+        return self._store.layer(layer, self._window[layer % len(self._window)])
+
+    def _fetch(self, layer: int) -> None:
+        if layer in self._coming:
+            return
+        self._coming = {other: wait for other, wait in self._coming.items() if (other - layer) % len(self._window)}
+        pairs = self._store.pairs(layer, self._window[layer % len(self._window)])
+        self._coming[layer] = self._device.copy(pairs, after_compute=True)

@@ -1,0 +1,66 @@
+"""All weights of a model in host memory, ready to be copied to the device. Knows parts and bytes, no placement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from helios_sim.live.architecture import Shape, values
+from helios_sim.live.device import Device
+from helios_sim.live.room import check_fits
+from helios_sim.live.slab import ALIGNMENT
+from helios_sim.live.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer
+
+OUTER = -1  # beside the layers' numbers: embedding, final norm, head
+
+
+class HostStore:
+    """Block after block: one of the parts outside the layers, and one of each layer. All read when it is made.
+
+    Raises UserError where host memory is too small.
+    """
+
+    def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> None:
+        self.architecture = a = source.architecture
+        self._dtype = dtype
+        self._shapes: dict[int, Mapping[str, Shape]] = {OUTER: a.outer_shapes()}
+        self._shapes |= dict.fromkeys(range(a.n_layers), a.layer_shapes())
+        check_fits(f"{name} in host memory", values(a.outer_shapes()) * dtype.itemsize, torch.device("cpu"))
+        self._blocks: dict[int, Tensor] = {}
+        cpu = torch.device("cpu")
+        for block in self._shapes:
+            read = load_outer(source, dtype, cpu) if block == OUTER else load_layer(source, block, dtype, cpu)
+            self._blocks[block] = device.host_empty(self.n_bytes(block))
+            for part, target in self._parts(block, self._blocks[block]).items():
+                target.copy_(getattr(read, part))
+
+    def n_bytes(self, block: int) -> int:
+        """Of one block, each part at an aligned place."""
+        return sum(_part_bytes(shape, self._dtype) for shape in self._shapes[block].values())
+
+    def pairs(self, block: int, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What to copy, and where to, so that the block lies in device memory (n_bytes,)."""
+        return [(self._blocks[block], memory[: len(self._blocks[block])])]
+
+    def layer(self, layer: int, memory: Tensor) -> LayerWeights:
+        """The layer's weights as views of device memory that holds its block."""
+        return LayerWeights(**self._parts(layer, memory))
+
+    def outer(self, memory: Tensor) -> OuterWeights:
+        parts = self._parts(OUTER, memory)
+        return OuterWeights(**{"head": parts["embedding"]} | parts)
+
+    def _parts(self, block: int, memory: Tensor) -> dict[str, Tensor]:
+        found, start = {}, 0
+        for part, shape in self._shapes[block].items():
+            n_bytes = values({part: shape}) * self._dtype.itemsize
+            found[part] = memory[start : start + n_bytes].view(self._dtype).view(shape)
+            start += _part_bytes(shape, self._dtype)
+        return found
+
+
+def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    n_bytes = values({"": shape}) * dtype.itemsize
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
