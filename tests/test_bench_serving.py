@@ -22,7 +22,7 @@ from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.store import load_profile
 from helios_sim.request import Request
 from helios_sim.serving.server import Server
-from helios_sim.study.build import build
+from helios_sim.study.fleet import build_fleet
 from helios_sim.workload import read_trace
 from rig import Scripted, full_depth
 
@@ -79,14 +79,14 @@ def test_the_timed_steps_are_what_they_are_called(name: str, iterations: int) ->
 @pytest.mark.bench
 def test_1000_requests_of_w1(benchmark: BenchmarkFixture, measure: dict[str, Any]) -> None:
     (job,) = measure["jobs"]("speed_w1", ["workload.n_requests=1000"])
-    parts = build(job.config, job.seed)
-    benchmark.pedantic(measure["serve"], (job, parts), rounds=5, warmup_rounds=1)
+    fleet = build_fleet(job.config, job.seed)
+    benchmark.pedantic(measure["served"], (job, fleet), rounds=5, warmup_rounds=1)
     assert benchmark.stats["median"] < 3.0
 
 
 def test_token_counts_of_w1_are_the_files_own(measure: dict[str, Any]) -> None:
     (job,) = measure["jobs"]("speed_w1", ["workload.n_requests=200"])
-    records, run = measure["serve"](job, build(job.config, job.seed))
+    records, run = measure["served"](job, build_fleet(job.config, job.seed))
     file = read_trace(job.config.workload.lengths.trace, limit=200)
     records.sort(key=lambda record: record.request_id)
     assert run.requests == len(records) == 200
@@ -99,5 +99,5 @@ def test_the_same_run_has_the_same_digest_and_another_has_not(measure: dict[str,
     digests = []
     for requests in (30, 30, 31):
         (job,) = measure["jobs"]("speed_w1", [f"workload.n_requests={requests}"])
-        digests.append(measure["digest"](*measure["serve"](job, build(job.config, job.seed))))
+        digests.append(measure["digest"](*measure["served"](job, build_fleet(job.config, job.seed))))
     assert digests[0] == digests[1] != digests[2]

@@ -12,7 +12,7 @@ from helios_sim.report.by_task import by_task
 from helios_sim.report.compare import compare
 from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.report.figures_arms import bits_over_run
-from helios_sim.report.metrics import Band, MetricValue, Power, Slo, compute_metrics, energy_band_j, mean_metrics
+from helios_sim.report.metrics import Band, Cards, MetricValue, Power, Slo, compute_metrics, energy_band_j, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving.stats import RunStats
@@ -161,6 +161,13 @@ def test_p99_near_transitions_sees_only_requests_in_the_system_then() -> None:
     metrics = compute_metrics(Records.of(rows), stats)
     assert metrics["ttft_s_p99_near_transition"] == pytest.approx(2.0)
     assert compute_metrics(Records.of(rows), RunStats())["ttft_s_p99_near_transition"] is None
+    # Of two replicas only the one that changed counts, and the request that it served.
+    rows[4] = replace(rows[4], replica=1, first_token_ns=rows[4].last_token_ns)
+    by_replica = {0: [66 * NS_PER_S], 1: []}
+    metrics = compute_metrics(Records.of(rows), stats, transitions=by_replica)
+    assert metrics["ttft_s_p99_near_transition"] == pytest.approx(2.0)
+    metrics = compute_metrics(Records.of(rows), stats, transitions={0: [], 1: [86 * NS_PER_S]})
+    assert metrics["ttft_s_p99_near_transition"] == pytest.approx(4.0)
 
 
 def test_batch_and_memory_come_from_integrals() -> None:
@@ -180,8 +187,11 @@ def test_batch_and_memory_come_from_integrals() -> None:
 
 def test_energy_is_a_band_between_idle_and_the_board_limit() -> None:
     stats = RunStats(busy_ns=6 * NS_PER_S, floor_ns=2 * NS_PER_S)
-    band = energy_band_j(stats, 10.0, Power(idle_w=50, tdp_w=400))
-    assert band == Band(50 * 10 + 350 * 2, 50 * 10 + 350 * 6)
+    cards = Cards(Power(idle_w=50, tdp_w=400), 1, stats.busy_ns, stats.floor_ns)
+    assert energy_band_j([cards], 10.0) == Band(50 * 10 + 350 * 2, 50 * 10 + 350 * 6)
+    smaller = Cards(Power(idle_w=10, tdp_w=20), 2, 4 * NS_PER_S, NS_PER_S)
+    assert energy_band_j([cards, smaller], 10.0) == Band(1200 + 200 + 10, 2600 + 200 + 40)
+    assert energy_band_j([cards, replace(smaller, power=None)], 10.0) is None
     energy = compute_metrics(TWO, stats, power=Power(50, 400))["energy_wh_per_request"]
     assert isinstance(energy, Band)
     assert 50 * 3.5 / 7200 <= energy.low < energy.high <= 400 * 3.5 / 7200 * 2

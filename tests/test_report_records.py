@@ -18,7 +18,7 @@ from helios_sim.report.records import Labels, Maybe, Records
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving import timeline
 from helios_sim.serving.stats import RunStats
-from helios_sim.study.build import build
+from helios_sim.study.fleet import build_fleet
 from helios_sim.study.job import Job, serve
 from helios_sim.study.schema import (
     ArrivalsConfig,
@@ -151,11 +151,11 @@ def peak_bytes(requests: int) -> int:
         ),
     )
     job = Job("arm", {"policy": "full_depth"}, config, 0)
-    parts = build(config, 0)
+    fleet = build_fleet(config, 0)
     log = RecordLog()
     tracemalloc.start()
     try:
-        serve(job, parts, log.add)
+        serve(job, fleet, log.add)
         assert len(log.records()) == requests
         return tracemalloc.get_traced_memory()[1]
     finally:

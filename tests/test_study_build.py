@@ -16,10 +16,11 @@ from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.store import write_profile
 from helios_sim.provenance import ProvenanceClass
+from helios_sim.study.arm import policy_of
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
 from helios_sim.study.check import check_study
-from helios_sim.study.job import policy_of, run_job
+from helios_sim.study.job import run_job
 from helios_sim.study.plan import plan_study
 from helios_sim.study.run import run
 from helios_sim.study.schema import (

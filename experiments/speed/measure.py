@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from helios_sim.config import Variants, conf_folder, register
 from helios_sim.request import RequestRecord
 from helios_sim.simulation import Run
-from helios_sim.study.build import build
+from helios_sim.study.fleet import Fleet, build_fleet
 from helios_sim.study.job import Job, serve
 from helios_sim.study.plan import plan_study
 
@@ -30,6 +30,12 @@ def jobs(experiment: str, overrides: list[str]) -> list[Job]:
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", overrides=[f"+experiment={experiment}", *overrides])
     return plan_study(Variants(settings)).jobs
+
+
+def served(job: Job, fleet: Fleet) -> tuple[list[RequestRecord], Run]:
+    """The loop, with every record as it comes."""
+    records: list[RequestRecord] = []
+    return records, serve(job, fleet, records.append)
 
 
 def digest(records: list[RequestRecord], run: Run) -> str:
@@ -51,12 +57,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     for job in jobs(options.experiment, options.overrides):
-        parts = build(job.config, job.seed)
+        fleet = build_fleet(job.config, job.seed)
         wall_s, cpu_s = [], []
         for _ in range(options.runs):
             started_s, started_cpu_s = perf_counter(), process_time()
-            records: list[RequestRecord] = []
-            run = serve(job, parts, records.append)
+            records, run = served(job, fleet)
             wall_s.append(perf_counter() - started_s)
             cpu_s.append(process_time() - started_cpu_s)
         result = {

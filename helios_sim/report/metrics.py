@@ -48,6 +48,16 @@ class Power:
     tdp_w: float
 
 
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """Replicas on cards of one kind, together."""
+
+    power: Power | None  # of one card; None: not known
+    replicas: int
+    busy_ns: int
+    floor_ns: int
+
+
 _QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
 
 
@@ -57,12 +67,16 @@ def compute_metrics(
     *,
     slo: Slo | None = None,
     power: Power | None = None,
-    replicas: int = 1,
+    cards: Sequence[Cards] | None = None,
+    transitions: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[str, MetricValue]:
     """All metrics of one run; what is undefined is None.
 
-    `stats` is merged over the replicas; `power` is of one replica's card.
+    `stats` is merged over the replicas. `power` is of the card where there is one replica; `cards` are given where
+    there are several. `transitions` are each replica's, in ns; None: those of `stats`, of all replicas.
     """
+    cards = [Cards(power, 1, stats.busy_ns, stats.floor_ns)] if cards is None else cards
+    replicas = sum(of_kind.replicas for of_kind in cards)
     slo = slo or Slo()
     done = records.completed
     span_ns = records.span_ns()
@@ -80,7 +94,7 @@ def compute_metrics(
     metrics |= summarise("tpot_s", tpot_ns[tpot_defined])
     metrics |= _summarise_gaps(stats.itl)
     metrics |= summarise("e2e_s", records.e2e_ns())
-    metrics |= _near_transitions(records, stats.transitions_ns)
+    metrics |= _near_transitions(records, stats.transitions_ns, transitions)
     metrics["throughput_requests_per_s"] = _over(n_done, span_s)
     metrics["throughput_tokens_per_s"] = _over(tokens, span_s)
     metrics["throughput_chars_per_s"] = _over(chars, span_s)
@@ -93,7 +107,7 @@ def compute_metrics(
     metrics["breach_fraction"] = _over(int(records.breach_tokens[done].sum()), tokens)
     metrics["agreement"] = _over(int(records.agreed_tokens[done].sum()), tokens)
     metrics["bits_per_char"] = records.bits_per_char(done)
-    energy_j = None if power is None or span_s is None else energy_band_j(stats, span_s, power, replicas)
+    energy_j = None if span_s is None else energy_band_j(cards, span_s)
     metrics["energy_j_per_char"] = _spread(energy_j, chars)
     metrics["energy_wh_per_request"] = _spread(energy_j, n_done * 3600)
     metrics["switches"] = stats.switches
@@ -136,13 +150,17 @@ def meets(records: Records, slo: Slo) -> NDArray[np.bool_]:
     return good
 
 
-def energy_band_j(stats: RunStats, span_s: float, power: Power, replicas: int = 1) -> Band:
-    """Joules over the span; see `definitions.ENERGY_NOTE` for the two ends."""
-    idle_j = power.idle_w * span_s * replicas
-    busy_s = stats.busy_ns / NS_PER_S
-    ceiling_s = min(stats.floor_ns, stats.busy_ns) / NS_PER_S
-    above_idle_w = power.tdp_w - power.idle_w
-    return Band(idle_j + above_idle_w * ceiling_s, idle_j + above_idle_w * busy_s)
+def energy_band_j(cards: Sequence[Cards], span_s: float) -> Band | None:
+    """Joules over the span, None where the power of a card is not known; see `definitions.ENERGY_NOTE`."""
+    low = high = 0.0
+    for it in cards:
+        if it.power is None:
+            return None
+        idle_j = it.power.idle_w * span_s * it.replicas
+        above_idle_w = it.power.tdp_w - it.power.idle_w
+        low += idle_j + above_idle_w * (min(it.floor_ns, it.busy_ns) / NS_PER_S)
+        high += idle_j + above_idle_w * (it.busy_ns / NS_PER_S)
+    return Band(low, high)
 
 
 def mean_metrics(runs: Sequence[Metrics]) -> dict[str, MetricValue]:
@@ -175,14 +193,18 @@ def _summarise_gaps(gaps: GapHistogram) -> dict[str, MetricValue]:
     return found
 
 
-def _near_transitions(records: Records, transitions_ns: Sequence[int]) -> dict[str, MetricValue]:
-    """p99 of requests whose time in the system comes within NEAR_TRANSITION_S of a transition."""
+def _near_transitions(
+    records: Records, of_all_ns: Sequence[int], by_replica: Mapping[int, Sequence[int]] | None
+) -> dict[str, MetricValue]:
+    """p99 of requests whose time in the system comes within NEAR_TRANSITION_S of a transition of their replica."""
     done = records.completed
-    times = np.sort(np.asarray(transitions_ns, dtype=np.int64))
-    margin_ns = NEAR_TRANSITION_S * NS_PER_S
-    first = np.searchsorted(times, records.arrival_ns[done] - margin_ns, side="left")
-    behind_last = np.searchsorted(times, records.last_token_ns.values[done] + margin_ns, side="right")
-    near = behind_last > first
+    if by_replica is None:
+        near = _near(records, done, of_all_ns)
+    else:
+        near = np.zeros(int(done.sum()), np.bool_)
+        for replica, moments_ns in by_replica.items():
+            if moments_ns:
+                near |= _near(records, done, moments_ns) & (records.replica[done] == replica)
     tpot_ns, defined = records.tpot_ns()
     chosen = {
         "ttft_s": records.ttft_ns()[near].astype(np.float64),
@@ -193,6 +215,14 @@ def _near_transitions(records: Records, transitions_ns: Sequence[int]) -> dict[s
         f"{name}_p99_near_transition": float(np.percentile(ns, 99)) / NS_PER_S if ns.size else None
         for name, ns in chosen.items()
     }
+
+
+def _near(records: Records, done: NDArray[np.bool_], moments_ns: Sequence[int]) -> NDArray[np.bool_]:
+    times = np.sort(np.asarray(moments_ns, dtype=np.int64))
+    margin_ns = NEAR_TRANSITION_S * NS_PER_S
+    first = np.searchsorted(times, records.arrival_ns[done] - margin_ns, side="left")
+    behind_last = np.searchsorted(times, records.last_token_ns.values[done] + margin_ns, side="right")
+    return np.asarray(behind_last > first)
 
 
 def _capacity(records: Records, stats: RunStats) -> int | None:

@@ -25,8 +25,9 @@ from helios_sim.report.result import (
     SweepPoint,
     Workload,
 )
+from helios_sim.study.arm import ARM_KEYS
 from helios_sim.study.build import task_names
-from helios_sim.study.job import ARM_KEYS, Job, JobResult
+from helios_sim.study.job import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts

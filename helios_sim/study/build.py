@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -74,15 +74,18 @@ def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
     return members[value]
 
 
-def build(config: Config, seed: int) -> Parts:
-    """UserError where a setting is missing, unknown or out of range, or a file cannot be read."""
+def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Parts:
+    """`tasks`: what its replicas are meant for, of the workload's (None: all of them).
+
+    UserError where a setting is missing, unknown or out of range, or a file cannot be read.
+    """
     workload = build_workload(config.workload)
     profiles = {name: build_profile(config, name) for name in config.models}
     models, candidates = {}, {}
     for name, profile in profiles.items():
         trace = exit_trace(config, name, profile)
         # of texts like those to be served, whatever else was recorded
-        offline = offline_exits(trace, threshold(config), confidence(config), workload.mix.tasks)
+        offline = offline_exits(trace, threshold(config), confidence(config), tasks or workload.mix.tasks)
         if trace.provenance.provenance_class is ProvenanceClass.MEASURED:
             profile = _with_tokens_of(offline.chars_per_token, profile)
         models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
@@ -91,7 +94,7 @@ def build(config: Config, seed: int) -> Parts:
     situation = Situation(
         candidates=candidates,
         memory=MemoryBudget(card.hbm_bytes, config.server.memory_utilisation, config.server.block_tokens),
-        objective=_objective(config, candidates),
+        objective=objective_of(config, candidates),
         max_running_requests=config.server.max_running_requests,
         max_batch_tokens=config.server.max_batch_tokens,
         seed=seed,
@@ -103,7 +106,7 @@ def build(config: Config, seed: int) -> Parts:
     return Parts(workload, models, situation)
 
 
-def _objective(config: Config, candidates: Mapping[str, Candidate]) -> Objective:
+def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objective:
     c = config.objective
     goal = choose(Goal, "objective.goal", c.goal)
     if c.bits_reference is not None and c.bits_reference not in candidates:

@@ -15,10 +15,11 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.definitions import DEFINITIONS
-from helios_sim.routing import Router
 from helios_sim.serving.server import Server
-from helios_sim.study.build import Parts, build, choose
-from helios_sim.study.job import PRESENTATION, Job, policy_of
+from helios_sim.study.arm import policy_of
+from helios_sim.study.build import Parts
+from helios_sim.study.fleet import Fleet, build_fleet, of_kind
+from helios_sim.study.job import PRESENTATION, Job
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config
@@ -40,25 +41,26 @@ def check_study(plan: StudyPlan) -> None:
                 raise UserError(
                     "policy", "oracle", "one that needs no knowledge of what will come when mode=live", "leave it out"
                 )
-    built: dict[str, Parts] = {}
+    built: dict[str, Fleet] = {}
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = _same_parts(job.config)
         if name not in built:
-            choose(Router, "server.router", job.config.server.router)
-            built[name] = build(job.config, job.seed)
+            built[name] = build_fleet(job.config, job.seed)
             if job.config.mode == LIVE:
                 from helios_sim.study.live import check_live
 
                 check_live(job.config)
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
-        if job.entry["policy"] not in NOT_TRIED:
-            parts, env = built[_same_parts(job.config)], simpy.Environment()
-            policy = policy_of(job.entry, job.config)
-            engine = SimulatedEngine(env, parts.models)
-            with _of_arm(job):
-                server = Server(env, 0, engine, policy, parts.situation, lambda record: None)
-                _check_threshold(parts, server.decisions[0].deployment)
+        for kind in built[_same_parts(job.config)].kinds:
+            entry = job.entry if kind.entry is None else kind.entry
+            if entry["policy"] not in NOT_TRIED:
+                parts, env = kind.parts, simpy.Environment()
+                engine = SimulatedEngine(env, parts.models)
+                with _of_arm(job), of_kind(kind.name):
+                    policy = policy_of(entry, job.config)
+                    server = Server(env, 0, engine, policy, parts.situation, lambda record: None)
+                    _check_threshold(parts, server.decisions[0].deployment)
 
 
 @contextmanager

@@ -37,17 +37,25 @@ class Foresight:
         return bound.trace.microbits[span.indices()] / MICROBITS
 
 
-def expected_load(workload: Workload, seed: int) -> ExpectedLoad:
-    """What an operator knows beforehand: mean lengths, and the rate or the users."""
-    prompts = outputs = requests = 0
+def expected_load(workload: Workload, seed: int, share: float | Sequence[float] = 1.0) -> ExpectedLoad:
+    """What an operator knows beforehand: mean lengths, and the rate or the users.
+
+    `share`: the part of all requests, or of those of each task, that the server in question gets.
+    """
+    of_task = np.broadcast_to(np.asarray(share, np.float64), len(workload.mix.tasks))
+    requests = 0
+    ours = prompts = outputs = 0.0
     first_ns = last_ns = 0
     for block in generate(workload, seed):
         if not requests:
             first_ns = int(block.arrival_ns[0])
-        prompts += int(block.prompt_chars.sum())
-        outputs += int(block.output_chars.sum())
+        weights = of_task[block.task]
+        ours += float(weights.sum())
+        prompts += float((weights * block.prompt_chars).sum())
+        outputs += float((weights * block.output_chars).sum())
         requests += len(block)
         last_ns = int(block.arrival_ns[-1])
     span_s = (last_ns - first_ns) / 1e9
-    rate = (requests - 1) / span_s if span_s > 0 and workload.users is None else None
-    return ExpectedLoad(prompts / requests, outputs / requests, rate, workload.users)
+    rate = (requests - 1) / span_s * (ours / requests) if span_s > 0 and workload.users is None else None
+    users = None if workload.users is None else max(1, round(workload.users * ours / requests))
+    return ExpectedLoad(prompts / ours, outputs / ours, rate, users)

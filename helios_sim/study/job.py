@@ -13,20 +13,19 @@ import simpy
 
 import helios_sim
 from helios_sim.engine.simulated import SimulatedEngine
-from helios_sim.policy.registry import POLICIES, make_policy
-from helios_sim.policy.telemetry import Policy
 from helios_sim.provenance import Assumption, Provenance
-from helios_sim.report.metrics import MetricValue, Power, Slo, compute_metrics
+from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.record_log import RecordLog
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
-from helios_sim.routing import Router, Routing
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
-from helios_sim.study.build import Parts, build, choose, confidence, threshold
+from helios_sim.study.arm import SHOWN_OF_AN_ARM, policy_of
+from helios_sim.study.build import Parts
+from helios_sim.study.fleet import Fleet, build_fleet
 from helios_sim.study.live_notes import LiveNotes
 from helios_sim.study.live_schema import SIMULATE
 from helios_sim.study.schema import Config, RuntimeConfig
@@ -40,8 +39,6 @@ PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
     "gates", "headline_metrics", "jobs", "sweep", "fidelity", "fidelity_live",
 )  # fmt: skip
-SHOWN_OF_AN_ARM = ("overrides", "description", "baseline")  # overrides are in the configuration by then
-ARM_KEYS = ("policy", *SHOWN_OF_AN_ARM)  # of an arm's entry; the rest are the policy's settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,49 +78,51 @@ def run_job(job: Job) -> JobResult:
     """Runs the job from nothing, simulated or live. UserError where its settings cannot be run."""
     started_s = perf_counter()
     config = job.config
-    parts = build(config, job.seed)
-    live = None if config.mode == SIMULATE else open_live(config, parts, job.seed)
+    fleet = build_fleet(config, job.seed)
+    live = None if config.mode == SIMULATE else open_live(config, fleet.parts, job.seed)
     log = RecordLog()
-    run = serve(job, parts, log.add, live)
+    run = serve(job, fleet, log.add, live)
     records = log.records() if live is None else live.as_known(log.records())
-    metrics = measure(job, parts, records, run)
+    metrics = measure(job, fleet, records, run)
     return JobResult(
         replicate=Replicate(job.seed, records, run.stats, metrics if live is None else live.measured(metrics)),
         timeline=run.servers[0].timeline,
         decisions=tuple(decision for server in run.servers for decision in server.decisions),
         exit_depths=tuple(
-            ExitDepths(model, parts.models[model].profile.model.n_layers, dict(sorted(counts.items())))
+            ExitDepths(model, fleet.models[model].profile.model.n_layers, dict(sorted(counts.items())))
             for model, counts in run.stats.tokens_by_depth.items()
         ),
-        capacity_bytes=next(iter(parts.models.values())).profile.hardware.hbm_bytes,
-        inputs=inputs_of(parts),
-        assumptions=assumptions_of(config, parts),
-        notices=notices_of(parts.workload),
+        capacity_bytes=fleet.kinds[0].card.hbm_bytes,
+        inputs=inputs_of(fleet),
+        assumptions=assumptions_of(config, fleet),
+        notices=notices_of(fleet.parts.workload),
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
     )
 
 
-def serve(job: Job, parts: Parts, sink: Callable[[RequestRecord], None], live: LiveRun | None = None) -> Run:
+def serve(job: Job, fleet: Fleet, sink: Callable[[RequestRecord], None], live: LiveRun | None = None) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
-    `parts` are those of the job's configuration. `live`: on a device and by the wall clock.
+    `fleet` is that of the job's configuration. `live`: on a device and by the wall clock.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
-        policy = policy_of(job.entry, job.config)
+        kind = fleet.kind_of(number)
+        parts, policy = kind.parts, policy_of(job.entry if kind.entry is None else kind.entry, job.config)
         if live is not None:
             return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left, leap=False))
         return Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
 
+    workload = fleet.parts.workload
     return simulate(
         make_server,
-        generate(parts.workload, job.seed),
-        parts.workload.requests,
+        generate(workload, job.seed),
+        workload.requests,
         sink,
-        users=parts.workload.users,
-        replicas=job.config.server.replicas,
-        routing=Routing(choose(Router, "server.router", job.config.server.router), job.seed),
+        users=workload.users,
+        replicas=fleet.replicas,
+        routing=fleet.routing,
         env=None if live is None else live.clock,
     )
 
@@ -135,33 +134,25 @@ def open_live(config: Config, parts: Parts, seed: int) -> LiveRun:
     return LiveRun(config, parts, seed)
 
 
-def measure(job: Job, parts: Parts, records: Records, run: Run) -> dict[str, MetricValue]:
+def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, MetricValue]:
     """The metrics that the job's settings ask for."""
-    hardware = next(iter(parts.models.values())).profile.hardware
-    idle_w, tdp_w = hardware.idle_w, hardware.tdp_w
-    power = None if idle_w is None or tdp_w is None else Power(idle_w, tdp_w)
+    cards = []
+    for kind in fleet.kinds:
+        idle_w, tdp_w = kind.card.idle_w, kind.card.tdp_w
+        power = None if idle_w is None or tdp_w is None else Power(idle_w, tdp_w)
+        stats = [run.servers[number].stats for number in kind.numbers]
+        cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
+    transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
-    replicas = job.config.server.replicas
-    return compute_metrics(records, run.stats, slo=slo, power=power, replicas=replicas)
+    return compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions)
 
 
-def policy_of(entry: Mapping[str, Any], config: Config) -> Policy:
-    """The arm's policy; threshold and confidence come from the exits' settings unless the arm has its own."""
-    name = str(entry["policy"])
-    settings = {key: value for key, value in entry.items() if key not in ARM_KEYS}
-    if name in POLICIES:
-        known = {f.name for f in fields(POLICIES[name].parameters)}
-        for key, value in (("threshold", threshold(config)), ("confidence", confidence(config).value)):
-            if key in known:
-                settings.setdefault(key, value)
-    return make_policy(name, settings)
-
-
-def inputs_of(parts: Parts) -> dict[str, Provenance]:
+def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
     found: dict[str, Provenance] = {}
-    for model, data in parts.models.items():
-        found[f"profile {data.profile.name}"] = data.profile.provenance
-        found[f"exits of {model}"] = data.trace.trace.provenance
+    for kind in fleet.kinds:
+        for model, data in kind.parts.models.items():
+            found[f"profile {data.profile.name}"] = data.profile.provenance
+            found[f"exits of {model}"] = data.trace.trace.provenance
     return found
 
 
@@ -170,7 +161,7 @@ def notices_of(workload: Workload) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notice for part in recorded for notice in part.trace.notices))
 
 
-def assumptions_of(config: Config, parts: Parts) -> tuple[Assumption, ...]:
+def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
     """Those of the runtime, which models share unless it came with their profiles, and of the settings."""
     settable = {f.name for f in fields(RuntimeConfig)}
     found = list(dict.fromkeys(
@@ -180,7 +171,8 @@ def assumptions_of(config: Config, parts: Parts) -> tuple[Assumption, ...]:
             why,
             f"runtime.{name}" if name in settable else "runtime.preset",
         )
-        for data in parts.models.values()
+        for kind in fleet.kinds
+        for data in kind.parts.models.values()
         for name, why in data.profile.runtime.sources
         if not why.startswith(("by definition", "measured"))
     ))  # fmt: skip

@@ -108,6 +108,9 @@ def check_settings(config: Config) -> None:
     ):
         if value != only:
             raise UserError(f"server.{key}", value, f"{only} when mode=live: {why}", f"set server.{key}={only}")
+    if config.cluster.kinds:
+        raise UserError("cluster.kinds", list(config.cluster.kinds), "none when mode=live: one device is served",
+                        "leave them out")  # fmt: skip
 
 
 def wanted(config: Config) -> Wanted:

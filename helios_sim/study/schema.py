@@ -79,7 +79,9 @@ class ServerConfig:
     replicas: int = 1  # cards, each with a server and a policy of its own
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see serving/scheduler.py)
-    router: str = "round_robin"  # round_robin, least_loaded: to the replica with the fewest requests in it
+    # round_robin; least_loaded: to the replica with the fewest requests in it; power_of_two: of two drawn at random to
+    # the one with fewer; by_task: to a kind of replica that is meant for the request's task (see cluster)
+    router: str = "round_robin"
 
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
@@ -88,6 +90,18 @@ class ServerConfig:
         require(self.scheduler in ("plain", "vllm_v1"), "server.scheduler", self.scheduler, "plain or vllm_v1")
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
+
+
+@dataclass
+class ClusterConfig:
+    """Replicas of several kinds, in place of `server.replicas` equal ones."""
+
+    # By name: count, and in what its replicas differ from the study and the arm: hardware, models, server (settings of
+    # one server, such as max_running_requests), policy with its settings.
+    kinds: dict[str, Any] = field(default_factory=dict)
+    # by_task: the kind that serves each task; empty: for each task the kind that has the model with the fewest bits per
+    # character on its texts
+    tasks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -220,6 +234,7 @@ class Config:
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     exits: ExitsConfig = field(default_factory=ExitsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

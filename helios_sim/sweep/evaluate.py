@@ -15,12 +15,13 @@ from time import perf_counter
 
 from helios_sim.errors import UserError
 from helios_sim.exits.offline import OfflineExits, offline_exits
-from helios_sim.policy.telemetry import Candidate, Goal, Objective
+from helios_sim.policy.telemetry import Candidate
 from helios_sim.report.metrics import MetricValue, mean_metrics
 from helios_sim.report.record_log import RecordLog
-from helios_sim.study.build import Parts, build, choose, confidence, threshold
+from helios_sim.study.build import confidence, objective_of, threshold
+from helios_sim.study.fleet import Fleet, Kind, build_fleet
 from helios_sim.study.job import PRESENTATION, Job, measure, serve
-from helios_sim.study.schema import Config, ObjectiveConfig
+from helios_sim.study.schema import Config
 from helios_sim.sweep.journal import Outcome
 
 MOST_KEPT = 4  # different parts at a time, such as one for each seed
@@ -29,9 +30,9 @@ MOST_USES = 200  # of the same parts: a trace remembers its replays, one for eve
 
 @dataclass(slots=True)
 class _Kept:
-    parts: Parts
+    fleet: Fleet
     uses: int = 0
-    offline: dict[tuple[str, float], OfflineExits] = field(default_factory=dict)  # by model and threshold
+    offline: dict[tuple[str, str, float], OfflineExits] = field(default_factory=dict)  # by kind, model and threshold
 
 
 _kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -53,38 +54,35 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
 
 
 def _metrics(job: Job) -> dict[str, MetricValue]:
-    parts = shared_parts(job.config, job.seed)
+    fleet = shared_fleet(job.config, job.seed)
     log = RecordLog()
-    run = serve(job, parts, log.add)
-    return measure(job, parts, log.records(), run)
+    run = serve(job, fleet, log.add)
+    return measure(job, fleet, log.records(), run)
 
 
-def shared_parts(config: Config, seed: int) -> Parts:
-    """As `build` gives them, the same to the last bit, from what was built before where it can be."""
+def shared_fleet(config: Config, seed: int) -> Fleet:
+    """As `build_fleet` gives it, the same to the last bit, from what was built before where it can be."""
     key = _key(config, seed)
     kept = _kept.pop(key, None)
     if kept is None or kept.uses >= MOST_USES:
-        kept = _Kept(build(config, seed))
+        kept = _Kept(build_fleet(config, seed))
     _kept[key] = kept
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
     kept.uses += 1
-    return replace(kept.parts, situation=replace(
-        kept.parts.situation, objective=_objective(config.objective), candidates=_candidates(config, kept)
-    ))  # fmt: skip
+    return replace(kept.fleet, kinds=tuple(_as_set(kind, config, kept) for kind in kept.fleet.kinds))
 
 
-def _candidates(config: Config, kept: _Kept) -> dict[str, Candidate]:
-    at, found = threshold(config), {}
-    for name, data in kept.parts.models.items():
-        if (name, at) not in kept.offline:
-            kept.offline[name, at] = offline_exits(data.trace.trace, at, confidence(config))
-        found[name] = Candidate(data.profile, kept.offline[name, at])
-    return found
-
-
-def _objective(c: ObjectiveConfig) -> Objective:
-    return Objective(choose(Goal, "objective.goal", c.goal), c.max_disagreement, c.max_bits_per_char)
+def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
+    """The kind with what its policy is told set anew: the objective, and sums over exits at the threshold."""
+    at, candidates = threshold(config), {}
+    for name, data in kind.parts.models.items():
+        place = (kind.name, name, at)
+        if place not in kept.offline:
+            kept.offline[place] = offline_exits(data.trace.trace, at, confidence(config), kind.tasks)
+        candidates[name] = Candidate(data.profile, kept.offline[place])
+    situation = replace(kind.parts.situation, objective=objective_of(config, candidates), candidates=candidates)
+    return replace(kind, parts=replace(kind.parts, situation=situation))
 
 
 def _key(config: Config, seed: int) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 from helios_sim.errors import UserError
 from helios_sim.report.definitions import DEFINITIONS, Better
 from helios_sim.report.designs_table import FIXED_COLUMNS
+from helios_sim.study.arm import policy_of
 from helios_sim.study.check import check_study
-from helios_sim.study.job import Job, policy_of
+from helios_sim.study.job import Job
 from helios_sim.study.plan import Variant, arms_of, plan_study
 from helios_sim.study.schema import Config
-from helios_sim.sweep.evaluate import shared_parts
+from helios_sim.sweep.evaluate import shared_fleet
 from helios_sim.sweep.settings import with_settings
 from helios_sim.sweep.space import Parameter, Point, Range, grid, parameters_of
 
@@ -100,7 +101,7 @@ def _check_parameter(plan: SweepPlan, parameter: Parameter) -> None:
 def _try(plan: SweepPlan, changes: Mapping[str, Any]) -> None:
     job = plan.jobs(Point({}, changes))[0]
     policy_of(job.entry, job.config)
-    shared_parts(job.config, job.seed)
+    shared_fleet(job.config, job.seed)
 
 
 def _check_objectives(config: Config) -> None:

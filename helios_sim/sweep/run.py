@@ -15,7 +15,7 @@ from helios_sim.study.job import Job, assumptions_of, inputs_of, notices_of
 from helios_sim.study.schema import Config
 from helios_sim.study.verdict import conditions, offered_requests_per_s
 from helios_sim.sweep.backends import Workers
-from helios_sim.sweep.evaluate import shared_parts
+from helios_sim.sweep.evaluate import shared_fleet
 from helios_sim.sweep.journal import Journal, Outcome
 from helios_sim.sweep.plan import SweepPlan, plan_sweep
 from helios_sim.sweep.search import search
@@ -121,7 +121,7 @@ def _result(
 ) -> DesignsResult:
     config, objectives = plan.config, tuple(plan.config.sweep.objectives)
     job = plan.references[plan.arm][0]
-    parts = shared_parts(job.config, job.seed)
+    fleet = shared_fleet(job.config, job.seed)
     shown = config.headline_metrics or USUAL_METRICS
     failed = [f"{d.name} failed: {d.error}" for d in references if d.error is not None]
     return DesignsResult(
@@ -136,11 +136,11 @@ def _result(
         shown_metrics=tuple(name for name in shown if name not in objectives),
         designs=designs,
         references=references,
-        workload=Workload(config.workload.statement, parts.workload.requests, offered_requests_per_s(config)),
-        inputs=inputs_of(parts),
+        workload=Workload(config.workload.statement, fleet.parts.workload.requests, offered_requests_per_s(config)),
+        inputs=inputs_of(fleet),
         provenance=provenance,
-        assumptions=assumptions_of(config, parts),
-        warnings=(*notices_of(parts.workload), *failed, *_cautions(config)),
+        assumptions=assumptions_of(config, fleet),
+        warnings=(*notices_of(fleet.parts.workload), *failed, *_cautions(config)),
     )
 
 

@@ -1,0 +1,210 @@
+"""The replicas of a run: what each is made of, and which requests it is meant for. Knows settings, no result.
+
+Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from helios_sim.engine.simulated import ModelData
+from helios_sim.errors import UserError
+from helios_sim.exits.trace import MICROBITS
+from helios_sim.profile.spec import HardwareSpec
+from helios_sim.routing import Router, Routing
+from helios_sim.study.arm import policy_of
+from helios_sim.study.build import Parts, build, choose, task_names
+from helios_sim.study.foresight import expected_load
+from helios_sim.study.schema import ClusterConfig, Config
+
+ALIKE = ""  # the only kind's name where all replicas are alike
+OF_ONE_SERVER = ("max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler")
+OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Replicas that are alike."""
+
+    name: str
+    numbers: range  # of its replicas in the run
+    parts: Parts
+    tasks: tuple[str, ...]  # of the workload, that they are meant for
+    entry: Mapping[str, Any] | None  # its own policy with settings; None: the arm's
+
+    @property
+    def card(self) -> HardwareSpec:
+        return next(iter(self.parts.models.values())).profile.hardware
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    kinds: tuple[Kind, ...]
+    routing: Routing
+
+    @property
+    def parts(self) -> Parts:
+        """Those of the first kind; the workload is everybody's."""
+        return self.kinds[0].parts
+
+    @property
+    def models(self) -> dict[str, ModelData]:
+        """All kinds'. Of a model on several cards the first one's."""
+        return {name: data for kind in reversed(self.kinds) for name, data in kind.parts.models.items()}
+
+    @property
+    def replicas(self) -> int:
+        return self.kinds[-1].numbers.stop
+
+    def kind_of(self, number: int) -> Kind:
+        return next(kind for kind in self.kinds if number in kind.numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A kind before its parts are built."""
+
+    name: str
+    numbers: range
+    config: Config
+    entry: Mapping[str, Any] | None
+
+
+def build_fleet(config: Config, seed: int) -> Fleet:
+    """UserError where a setting of the study or of a kind cannot be."""
+    router = choose(Router, "server.router", config.server.router)
+    plans = _plans(config)
+    if router is not Router.BY_TASK:
+        if config.cluster.tasks:
+            allowed = "only by_task sends tasks to kinds"
+            raise UserError("cluster.tasks", dict(config.cluster.tasks), allowed, "set server.router=by_task")
+        share = 1 / plans[-1].numbers.stop
+        return Fleet(tuple(_kind(plan, seed, None, share) for plan in plans), Routing(router, seed))
+    tasks = task_names(config.workload.mix)
+    kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
+    homes = tuple(
+        tuple(number for plan in plans if plan.name in kinds_of_task[task] for number in plan.numbers) for task in tasks
+    )
+    kinds = []
+    for plan in plans:
+        shares = [1 / len(home) if plan.numbers[0] in home else 0.0 for home in homes]
+        own = tuple(task for task, share in zip(tasks, shares, strict=True) if share)
+        kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop))
+    return Fleet(tuple(kinds), Routing(router, seed, homes))
+
+
+def _plans(config: Config) -> list[_Plan]:
+    kinds, replicas = config.cluster.kinds, config.server.replicas
+    if not kinds:
+        if config.server.router == Router.BY_TASK:
+            allowed = "replicas that are alike suit every task alike"
+            raise UserError("server.router", "by_task", allowed, "name kinds of replicas in cluster.kinds")
+        return [_Plan(ALIKE, range(replicas), config, None)]
+    plans: list[_Plan] = []
+    for name, entry in kinds.items():
+        if not isinstance(entry, Mapping):
+            allowed = f"a mapping of {', '.join(OWN)} and the policy's settings"
+            raise UserError(f"cluster.kinds.{name}", entry, allowed, "write {count: 2, models: [...]}")
+        with of_kind(name):
+            first = plans[-1].numbers.stop if plans else 0
+            plans.append(_plan(name, first, entry, config))
+    total = plans[-1].numbers.stop
+    if replicas not in (1, total):
+        fix = f"correct the counts, set server.replicas={total}, or leave it out"
+        raise UserError("server.replicas", replicas, f"the counts of cluster.kinds add up to {total}", fix)
+    return plans
+
+
+def _plan(name: str, first: int, entry: Mapping[str, Any], config: Config) -> _Plan:
+    count = entry.get("count", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError("count", count, "a whole number of at least 1", "say how many replicas are of this kind")
+    settings = {key: value for key, value in entry.items() if key not in OWN}
+    if settings and "policy" not in entry:
+        key = next(iter(settings))
+        allowed = f"a kind knows {', '.join(OWN)}; settings of a policy need a policy"
+        raise UserError(key, settings[key], allowed, "correct the name, or name the kind's own policy too")
+    own = {"policy": str(entry["policy"]), **settings} if "policy" in entry else None
+    if own is not None:
+        policy_of(own, config)  # only to see that it can be
+    server = entry.get("server", {})
+    if not isinstance(server, Mapping) or not set(server) <= set(OF_ONE_SERVER):
+        raise UserError("server", server, f"a mapping of {', '.join(OF_ONE_SERVER)}", "leave the others to the study")
+    models = entry.get("models", config.models)
+    if isinstance(models, str) or not all(isinstance(model, str) for model in models):
+        raise UserError("models", models, "a list of names", "write [opt-1.3b]")
+    changed = replace(
+        config,
+        hardware=str(entry.get("hardware", config.hardware)),
+        models=list(models),
+        server=replace(config.server, replicas=count, **server),
+        cluster=ClusterConfig(),
+    )
+    return _Plan(name, range(first, first + count), changed, own)
+
+
+def _kind(plan: _Plan, seed: int, tasks: tuple[str, ...] | None, share: float | list[float]) -> Kind:
+    """`share`: what part of the requests one of its replicas gets, of all or of each task."""
+    with of_kind(plan.name):
+        parts = build(plan.config, seed, tasks)
+    if share != 1:
+        situation = replace(parts.situation, expected=expected_load(parts.workload, seed, share))
+        parts = replace(parts, situation=situation)
+    return Kind(plan.name, plan.numbers, parts, tasks or parts.workload.mix.tasks, plan.entry)
+
+
+def _by_map(config: Config, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The kinds of each task, as `cluster.tasks` says: every task has one and every kind has a task."""
+    meant, kinds = config.cluster.tasks, config.cluster.kinds
+    for task, kind in meant.items():
+        if task not in tasks:
+            raise UserError(f"cluster.tasks.{task}", kind, f"tasks of the workload: {', '.join(tasks)}", "correct it")
+        if kind not in kinds:
+            allowed = f"one of the kinds {', '.join(map(str, kinds))}"
+            raise UserError(f"cluster.tasks.{task}", kind, allowed, "name one of these")
+    missing = [task for task in tasks if task not in meant]
+    if missing:
+        allowed = f"every task has a kind; without one: {', '.join(missing)}"
+        raise UserError("cluster.tasks", dict(meant), allowed, f"add {missing[0]}: {next(iter(kinds))}")
+    idle = [str(kind) for kind in kinds if kind not in meant.values()]
+    if idle:
+        allowed = f"every kind has a task; without one: {', '.join(idle)}"
+        raise UserError("cluster.tasks", dict(meant), allowed, "give it a task, or leave the kind out")
+    return {task: (meant[task],) for task in tasks}
+
+
+def _by_bits(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The kinds with the fewest bits per character of a task's text, by the best model that each has, at full depth."""
+    best: dict[str, list[float]] = {}
+    for plan in plans:
+        with of_kind(plan.name):
+            models = build(plan.config, seed).models
+        of_models = []
+        for model, data in models.items():
+            trace = data.trace.trace
+            if trace.microbits is None:
+                allowed = f"exits of {model} know no bits of human text, so its best tasks are not known"
+                raise UserError("cluster.tasks", {}, allowed, "say which kind serves each task, such as {code: coder}")
+            rows = [slice(trace.task_first[k], trace.task_first[k + 1]) for k in data.trace.task_index]
+            of_models.append([trace.microbits[r, -1].sum() / MICROBITS / trace.chars[r].sum() for r in rows])
+        best[plan.name] = np.min(of_models, axis=0).tolist()
+    return {
+        task: tuple(name for name, bits in best.items() if bits[place] == min(b[place] for b in best.values()))
+        for place, task in enumerate(tasks)
+    }
+
+
+@contextmanager
+def of_kind(name: str) -> Iterator[None]:
+    """Says in a UserError which kind of replicas it is about."""
+    try:
+        yield
+    except UserError as error:
+        if name == ALIKE or error.key.startswith("cluster."):
+            raise
+        raise error.about(f"cluster.kinds.{name}.{error.key}") from error
