@@ -90,6 +90,7 @@ def fit_heads(
 
     architecture, recipe = model.architecture, config.recipe
     rows = states.rows(Split.TRAIN)
+    rows, fresh = np.split(rows, [max(1, round(recipe.adapter_share * len(rows)))])
     kept = scratch / "adapters.safetensors"
     last = states.at(architecture.n_layers, rows)
     teacher = training.teach(model, last, recipe.considered)
@@ -113,7 +114,7 @@ def fit_heads(
             model, teacher, lambda d, chosen: states.at(d, rows[chosen.numpy()]), adapters, recipe, spent, say
         )
         save_file({f"{d}.{k}": v.contiguous() for d, of in adapters.items() for k, v in of.items()}, kept)
-    tensors = _with_checks(model, states, rows, teacher, adapters, recipe, say)
+    tensors = _with_checks(model, states, rows, fresh, teacher, adapters, recipe, say)
     temperature, report, tensors = _calibrated(model, states, tensors, config, say)
     exits, curve = _chosen(states, tensors, report, config, architecture, say)
     header = {
@@ -127,6 +128,7 @@ def fit_heads(
             "data": "calibrate.texts: " + ", ".join(TASKS),
             "licence": "heads: the project's; texts: see calibrate.texts; the model's own licence covers its weights",
             "train_tokens": len(rows),
+            "check_tokens": len(fresh),
             "calibration_tokens": len(calibration_rows(states)),
             "recipe": asdict(recipe),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -156,20 +158,21 @@ def _with_checks(
     model: SegmentedModel,
     states: HiddenStates,
     rows: NDArray[np.int64],
+    fresh: NDArray[np.int64],
     teacher: training.Teacher,
     adapters: Mapping[int, Tensors],
     recipe: Recipe,
     say: Say,
 ) -> dict[int, Tensors]:
-    """Adapters with checks. A check learns from tokens that the adapters saw, where these agree a little too often, and
-    from what calibration leaves over of its split; choices are among the tokens that full depth ever makes.
+    """Adapters with checks. A check learns from the tokens that the adapters saw, where these agree too often, and from
+    `fresh` ones and what calibration leaves over of its split; choices are among the tokens that full depth ever makes.
     """
     import torch
 
     words = torch.unique(teacher.top[:, 0])
-    seen = np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.check_tokens]
-    unseen = np.setdiff1d(states.rows(Split.CALIBRATION), calibration_rows(states))
-    groups = [(rows[seen], teacher.top[torch.from_numpy(seen), 0])]
+    leftover = np.setdiff1d(states.rows(Split.CALIBRATION), calibration_rows(states))
+    unseen = np.concatenate((fresh, leftover))
+    groups = [(rows, teacher.top[:, 0])]
     if len(unseen):
         groups.append((unseen, training.choices(model, None, states.at(model.architecture.n_layers, unseen), words)[0]))
     found = {}

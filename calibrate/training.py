@@ -37,6 +37,7 @@ class Recipe:
     """How heads are trained."""
 
     width: int = 256  # of the adapter's gated network
+    adapter_share: float = 0.67  # of the training tokens teach adapters; checks learn from these and from the rest
     check_width: int = 256
     check_soft: float = 0.6  # weight of the exit's own calibrated probability in a check's target
     vocabulary: int | None = 6_144  # tokens that every batch compares, by rank at full depth; None: all
@@ -45,7 +46,6 @@ class Recipe:
     sharpen: float = 0.25  # weight of full depth's first choice in the target, beside its distribution
     epochs: float = 2.0
     check_epochs: float = 6.0
-    check_tokens: int = 60_000  # at most so many tokens that the adapters saw train the checks
     batch: int = 512  # tokens
     learning_rate: float = 1e-3
     check_learning_rate: float = 2e-3

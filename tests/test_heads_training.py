@@ -87,7 +87,9 @@ def test_an_adapter_does_not_see_the_length_of_a_hidden_state(trained) -> None:
 
 def test_the_header_says_what_was_trained_on_what(trained) -> None:
     header = json.loads((trained[1] / HEADER).read_text())
-    assert header["training"]["train_tokens"] > 1_000
+    tokens = header["training"]["train_tokens"], header["training"]["check_tokens"]
+    assert sum(tokens) > 1_000
+    assert tokens[0] / sum(tokens) == pytest.approx(RECIPE.adapter_share, abs=1e-3)
     assert set(header["curves"]) >= {"code", "check_layers", "leave_layers"}
     for exit_ in header["calibration"].values():
         assert 0 <= exit_["check_after"] <= 1

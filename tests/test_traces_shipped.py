@@ -73,4 +73,4 @@ def test_smollm2_saves_more_than_it_asks_on_every_kind_of_text() -> None:
         at = at_agreement(
             trace.classifier[mine], trace.agree[mine], trace.exits, 0.95, costs["check_layers"], costs["leave_layers"]
         )
-        assert at.saved_net > 1.45 * plain
+        assert at.saved_net > 1.6 * plain
