@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.live.architecture import model_spec
 from helios_sim.live.clock import WallClock
+from helios_sim.live.device import Device
 from helios_sim.live.engine import LiveEngine
 from helios_sim.live.heads import ExitHeads
 from helios_sim.live.served import LiveModel
@@ -31,6 +33,7 @@ from tiny_models import TEXT, write_tiny
 LAYERS = 6
 EXITS = (2, 4, 6)
 SLOT_TOKENS = 96
+LAST: list[Any] = []  # records, server and engine of the latest run
 
 
 class RepeatedText:
@@ -105,9 +108,13 @@ def serve_live(
     expected: ExpectedLoad | None = None,
     objective: Objective | None = None,
     threshold: float = 0.5,
+    device: str | Device = "cpu",
     act: Callable[[WallClock, LiveEngine, Server], None] | None = None,
 ) -> Live:
-    """`kv_blocks` fit beside the weights of all models. `act` may interfere before the first event."""
+    """`kv_blocks` fit beside the weights of all models. `act` may interfere before the first event.
+
+    Whatever stops the run, what is left of it can be read from `LAST`.
+    """
     candidates = {
         name: Candidate(m.profile, offline_exits(m.trace.trace, threshold, Confidence.MAX_PROBABILITY))
         for name, m in models.items()
@@ -127,19 +134,22 @@ def serve_live(
         vllm_v1=vllm_v1,
     )
     env = WallClock()
-    engine = LiveEngine(env, models, RepeatedText(), slots=slots, slot_tokens=SLOT_TOKENS)
+    engine = LiveEngine(env, models, RepeatedText(), slots=slots, slot_tokens=SLOT_TOKENS, device=device)
     servers: list[Server] = []
+    records: list[RequestRecord] = []
 
     def make_server(env, number, on_left):
         own = Scripted(policy) if isinstance(policy, Deployment) else policy
         servers.append(Server(env, number, engine, own, situation, on_left))
+        engine.faults = servers[0]
+        LAST[:] = [records, servers[0], engine]
         if act is not None:
             act(env, engine, servers[0])
         env.sync()
         return servers[0]
 
-    records: list[RequestRecord] = []
     run = simulate(make_server, blocks, count, records.append, users=users, env=env)
+    engine.close()
     return Live(sorted(records, key=lambda r: r.request_id), engine, servers[0], run)
 
 

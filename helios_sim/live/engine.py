@@ -16,7 +16,7 @@ from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answer import Answer
 from helios_sim.live.clock import WallClock
-from helios_sim.live.device import open_device
+from helios_sim.live.device import Device, open_device
 from helios_sim.live.forward import Chunk, Forward
 from helios_sim.live.leaving import Row, Seen
 from helios_sim.live.probe import observation, score
@@ -55,11 +55,12 @@ class LiveEngine:
         *,
         slots: int,
         slot_tokens: int,
-        device: str = "cpu",
+        device: str | Device = "cpu",
         weight_bytes: int | None = None,
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
-        self.residents = Residents(models, open_device(device), weight_bytes)
+        on = open_device(device) if isinstance(device, str) else device
+        self.residents = Residents(models, on, weight_bytes)
         self.work = Workspace(slots, slot_tokens)
         self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
         self.faults: Faults | None = None
@@ -126,6 +127,10 @@ class LiveEngine:
         except (MemoryError, RuntimeError) as error:  # what was served does not depend on a probe
             _log.warning("%s scored nothing: %s", model, error)
         return max(1, self._env.wall_ns - start_ns), found
+
+    def close(self) -> None:
+        """Ends what runs beside the environment: loads."""
+        self.residents.close()
 
     def _as_text_of(self, model: str, data: LiveModel, request: Request) -> Answer:
         """A served text in another model's tokens."""

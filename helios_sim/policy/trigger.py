@@ -11,6 +11,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """Weights that were decided on could not be loaded. Only ever a cause in the log: no policy is asked."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class BreachLimit:
     """More than `limit` of the last `window_tokens` decode tokens left at the cap without confidence.
 
@@ -54,4 +62,4 @@ class QueueAbove:
 
 
 Trigger = BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove
-Cause = Trigger | Started
+Cause = Trigger | Started | LoadFailed

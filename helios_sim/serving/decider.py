@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.telemetry import Policy, Telemetry
-from helios_sim.policy.trigger import AtTime, BreachLimit, Cause, Completed, Drained, Probed, QueueAbove, Started
+from helios_sim.policy.trigger import (
+    AtTime,
+    BreachLimit,
+    Cause,
+    Completed,
+    Drained,
+    LoadFailed,
+    Probed,
+    QueueAbove,
+    Started,
+)
 from helios_sim.serving.batch import Column
 from helios_sim.serving.iteration import Outcome, Plan
 from helios_sim.serving.meters import BreachWindow
@@ -73,6 +83,10 @@ class Decider:
                 self._log(trigger, deployment)
                 return deployment
         return None
+
+    def note_failed_load(self, model: str, reason: str, deployment: Deployment) -> None:
+        """The log tells what stays in force; the policy finds out when it is asked next."""
+        self._log(LoadFailed(model, reason), deployment)
 
     @property
     def next_time_ns(self) -> int | None:

@@ -24,6 +24,7 @@ from helios_sim.serving.scheduler import Admission, Limits, schedule
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.transition import Transitions
+from helios_sim.serving.withdrawal import Withdrawals
 
 # At equal times arrivals and control come first (SimPy's own priorities are 0 and 1), then servers by replica.
 SERVER_PRIORITY = 10
@@ -46,6 +47,7 @@ class Server:
         self._decider = Decider(self._replica, policy)
         self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._notify)
         self._prober = Prober(self._replica, self._decider, self._transitions)
+        self._withdrawals = Withdrawals(self._replica)
         self._idle: Event | None = None
         self._outcome: Outcome | None = None  # of the iterations in progress
         self._cut = 0  # how many of them will be used
@@ -57,6 +59,7 @@ class Server:
         replica = self._replica
         while True:
             replica.acted_ns = replica.now_ns
+            self._withdrawals.carry_out()
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
                 replica.release()
             self._transitions.advance()
@@ -108,6 +111,19 @@ class Server:
             # Planned ahead, the iteration after the one in progress is settled already.
             settled = 1 if self._ahead and not passed and not watched else 0
             self._notify(turn_passed=passed, settled=settled)
+
+    def cancel(self, request_id: int, reason: str = "cancelled") -> None:
+        """The request leaves at the end of the iteration in progress, dropped for this reason."""
+        self._withdrawals.ask(request_id, reason)
+        self._notify()
+
+    def request_failed(self, request_id: int, reason: str) -> None:
+        """What the device computed for this request is no answer."""
+        self.cancel(request_id, reason)
+
+    def load_failed(self, model: str, reason: str) -> None:
+        """Weights under way will not come; serving goes on with what is there. UserError where nothing is."""
+        self._decider.note_failed_load(model, reason, self._transitions.give_up(model, reason))
 
     def finish(self) -> None:
         """Ends the run: whatever is still here leaves as unfinished."""

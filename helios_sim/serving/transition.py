@@ -23,6 +23,7 @@ class Pending:
     deployment: Deployment
     decided_ns: int
     missing: list[Placement]
+    falls_back: bool = False  # to what was in force, after a load has failed
 
 
 class Transitions:
@@ -35,6 +36,7 @@ class Transitions:
         self._pending: Pending | None = None
         self._transfers = 0
         self._loading_since_ns = 0
+        self._before_load: dict[str, int] = {}  # what was resident when the latest load began
         self._in_force_since_ns = 0
 
     @property
@@ -84,6 +86,7 @@ class Transitions:
             placement = pending.missing[0]
             if self._make_room(pending.deployment, placement):
                 n_bytes = self.residency.missing_bytes(placement)
+                self._before_load = self.residency.layers
                 self.residency.layers = self.residency.with_placement(placement)
                 replica.stats.loads += 1
                 self.transfer(n_bytes, placement.model, self._next_missing)
@@ -115,18 +118,41 @@ class Transitions:
         self._transfers += 1
 
         def done() -> None:
-            self._transfers -= 1
-            if not self._transfers:
-                replica.stats.load_ns += replica.now_ns - self._loading_since_ns
+            self._transfer_ended()
             on_done()
             self._wake()
 
         replica.engine.start_transfer(n_bytes, model, done)
         self._wake()
 
+    def give_up(self, model: str, reason: str) -> Deployment:
+        """The weights under way will not come: what is in force stays, without the limits of a round. Returns it.
+
+        What has left memory to make room is loaded again. Raises UserError where that fails too.
+        """
+        pending, kept = self._pending, self._replica.deployment
+        self._transfer_ended()
+        assert pending is not None
+        if pending.falls_back:
+            raise UserError(
+                "model", model, f"weights that can be loaded ({reason})", "free memory, or name fewer models"
+            )
+        self.residency.layers = self._before_load
+        stays = f"{model} could not be loaded ({reason}): {kept.active.model} serves on as before"
+        fallback = replace(kept, admit_limit=None, observe_tokens=None, probe=None, reason=stays, evidence={})
+        missing = self.residency.missing(fallback)
+        self._pending = Pending(fallback, self._replica.now_ns, missing, falls_back=True)
+        self._wake()
+        return fallback
+
     def close(self) -> None:
         """The run ends: closes the books on the deployment in force."""
         self._end_evaluation(self._replica.deployment, self._replica.acted_ns)
+
+    def _transfer_ended(self) -> None:
+        self._transfers -= 1
+        if not self._transfers:
+            self._replica.stats.load_ns += self._replica.now_ns - self._loading_since_ns
 
     def _end_evaluation(self, deployment: Deployment, now_ns: int) -> None:
         if deployment.observe_tokens is not None or deployment.probe is not None:
