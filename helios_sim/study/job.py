@@ -81,7 +81,11 @@ def run_job(job: Job) -> JobResult:
     fleet = build_fleet(config, job.seed)
     live = None if config.mode == SIMULATE else open_live(config, fleet.parts, job.seed)
     log = RecordLog()
-    run = serve(job, fleet, log.add, live)
+    try:
+        run = serve(job, fleet, log.add, live)
+    finally:
+        if live is not None:
+            live.close()
     records = log.records() if live is None else live.as_known(log.records())
     metrics = measure(job, fleet, records, run)
     return JobResult(

@@ -69,6 +69,10 @@ class LiveRun:
     def notes(self) -> LiveNotes:
         return self.engine.notes()
 
+    def close(self) -> None:
+        """Nothing of the run is left on the device."""
+        self.engine.close()
+
     def _requests(self) -> Iterator[Request]:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())
 

@@ -64,6 +64,10 @@ class WatchedEngine:
     ) -> tuple[int, tuple[Observation, ...]]:
         return self.inner.probe(model, requests, exit_rule)
 
+    def close(self) -> None:
+        if hasattr(self.inner, "close"):
+            self.inner.close()
+
     def notes(self) -> LiveNotes:
         """Prices what ran: only now, since that takes the host's time too."""
         priced_ns = sum(int(whole_ns(s.profile.iteration_time_s(s.composition))[0]) for s in self.steps)

@@ -1,0 +1,130 @@
+"""`+experiment=fidelity_live`: the table from stand-in numbers, and the whole command on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from command_line import CommandLine
+from helios_sim.report.fidelity import ComparedRow
+from helios_sim.study.fidelity_live_result import rows_of
+from helios_sim.study.live_notes import LiveNotes
+
+
+def test_rows_hold_both_runs_and_the_second_one() -> None:
+    live = {"ttft_s_p95": 0.2, "throughput_requests_per_s": 4.0, "switches": 1, "energy_wh_per_request": None}
+    simulated = {"ttft_s_p95": 0.21, "throughput_requests_per_s": 3.9, "switches": 2, "energy_wh_per_request": None}
+    again = {"ttft_s_p95": 0.18, "throughput_requests_per_s": 4.1, "switches": 1, "energy_wh_per_request": None}
+    rows = {(row.group, row.statistic, row.unit): row for row in rows_of(live, simulated, again)}
+    late = rows["TTFT", "p95", "ms"]
+    assert (late.measured, late.simulated, late.again) == pytest.approx((200.0, 210.0, 180.0))
+    assert late.difference == pytest.approx(0.05)
+    assert late.noise == pytest.approx(-0.1)
+    assert rows["system", "throughput", "requests/s"].difference == pytest.approx(-0.025)
+    assert rows["system", "switches", ""].difference == pytest.approx(1.0)
+    unreadable = rows["system", "energy", "Wh a request"]
+    assert (unreadable.measured, unreadable.simulated, unreadable.difference) == (None, None, None)
+    assert rows["E2E", "mean", "ms"].measured is None
+
+
+def test_a_row_without_a_measurement_has_no_difference() -> None:
+    assert ComparedRow("", "", "", 0.0, 1.0, 1.0).difference is None
+    assert ComparedRow("", "", "", None, 1.0).noise is None
+
+
+def test_notes_of_two_runs_add_up() -> None:
+    one = LiveNotes(iterations=10, device_ns=90, host_ns=10, priced_ns=80, behind_ns=1)
+    both = LiveNotes.together([one, replace(one, device_ns=110)])
+    assert (both.iterations, both.device_ns, both.host_ns) == (20, 200, 20)
+    assert both.price_error == pytest.approx(160 / 220 - 1)
+    assert LiveNotes(0, 0, 0, 0, 0).price_error is None
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path) -> CommandLine:
+    return CommandLine(capsys, monkeypatch, tmp_path)
+
+
+LOADS = ("fidelity_live.loads=[0.5,1.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> tuple[str, ...]:
+    pytest.importorskip("torch")
+    from live_study import write_live_study
+
+    return write_live_study(tmp_path)
+
+
+def test_the_whole_command(command: CommandLine, study: tuple[str, ...], tmp_path: Path) -> None:
+    said = command(*study, *LOADS)
+    assert said.status in (0, 2), said.err  # the tiny model's profile is made up
+    summary = said.summary
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["fidelity"]["parts"]) == [
+        f"{arm}, {load} of capacity" for arm in ("full_depth", "early_exit") for load in ("50%", "150%")
+    ]
+    for rows in summary["fidelity"]["parts"].values():
+        found = {(row["group"], row["statistic"], row["unit"]): row for row in rows}
+        mean = found["TPOT", "mean", "ms"]
+        assert mean["measured"] > 0
+        assert mean["difference"] == pytest.approx(mean["simulated"] / mean["measured"] - 1)
+        assert mean["noise"] == pytest.approx(mean["again"] / mean["measured"] - 1)
+        assert found["ITL", "p99", "ms"]["measured"] > 0
+    assert list(summary["arms"]) == [
+        f"{kind}_{arm}" for arm in ("full_depth", "early_exit") for kind in ("live", "simulated")
+    ]
+    points = {point["settings"]["load"]: point["metrics"] for point in summary["points"]}
+    assert set(points) == {0.5, 1.5}
+    for metrics in points.values():  # the same requests everywhere
+        assert len({m["requests_completed"] for name, m in metrics.items() if name.endswith("full_depth")}) == 1
+    assert len(summary["gates"]) == 6
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "noise" in page
+    assert "iterations of" in page
+    for name in ("spread_ttft", "spread_tpot"):
+        assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
+
+
+def test_finished_runs_are_kept_when_it_is_stopped(
+    command: CommandLine, study: tuple[str, ...], tmp_path: Path, monkeypatch
+) -> None:
+    from helios_sim.study import runner
+
+    run_job, ran = runner.run_job, []
+
+    def stop_at_the_third(job):
+        if job.config.mode == "live":
+            ran.append(job.key)
+            if len(ran) == 3:
+                raise KeyboardInterrupt
+        return run_job(job)
+
+    monkeypatch.setattr(runner, "run_job", stop_at_the_third)
+    assert command(*study, *LOADS).status == 1
+    assert not (tmp_path / "out" / "summary.json").exists()
+    said = command(*study, *LOADS)
+    assert said.status in (0, 2)
+    assert len(ran) == 2 + 1 + 6  # two finished, one was stopped, the other six of eight
+    assert len(set(ran)) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("fidelity_live.loads=[0.5,-1]", "fidelity_live.loads"),
+        ("fidelity_live.seconds=0", "fidelity_live.seconds"),
+        ("live.texts=nowhere", "live.texts"),
+        ("policy=oracle", "oracle"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_written(
+    command: CommandLine, study: tuple[str, ...], tmp_path: Path, change: str, part: str
+) -> None:
+    said = command(*study, LOADS[0], change)
+    assert said.status == 1
+    assert part in said.err
+    assert not (tmp_path / "out").exists()

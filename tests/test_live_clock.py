@@ -1,0 +1,113 @@
+"""The wall clock: no drift over thousands of events, calls from outside at the moment they were made."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from simpy.core import EmptySchedule
+
+from helios_sim.live.clock import WallClock
+
+MS = 1_000_000
+
+
+def run_until_empty(clock: WallClock) -> None:
+    with suppress(EmptySchedule):
+        while True:
+            clock.step()
+
+
+def test_two_thousand_steps_do_not_drift() -> None:
+    clock = WallClock()
+    late_ns = []
+
+    def ticking():
+        for _ in range(2000):
+            yield clock.timeout(MS // 2)
+            late_ns.append(clock.wall_ns - clock.now)
+
+    clock.process(ticking())
+    clock.sync()
+    run_until_empty(clock)
+    assert clock.now == 2000 * MS // 2
+    assert isinstance(clock.now, int)
+    assert min(late_ns) >= 0  # never early
+    # lateness does not add up: the last steps are as punctual as the first, whatever else this machine does
+    assert np.percentile(late_ns[-500:], 25) < 2 * MS
+
+
+def test_time_that_the_host_takes_counts() -> None:
+    clock = WallClock()
+    seen = []
+
+    def busy():
+        yield clock.timeout(MS)
+        time.sleep(0.02)
+        seen.append((clock.now, clock.wall_ns))
+        yield clock.timeout(MS)  # due long ago
+        seen.append((clock.now, clock.wall_ns))
+
+    clock.process(busy())
+    clock.sync()
+    run_until_empty(clock)
+    (first, wall), (second, later) = seen
+    assert (first, second) == (MS, 2 * MS)
+    assert wall >= 21 * MS
+    assert later >= wall
+
+
+def test_a_call_from_outside_happens_at_its_own_time() -> None:
+    clock = WallClock()
+    clock.open_door()
+    order: list[tuple[str, int]] = []
+
+    def caller() -> None:
+        time.sleep(0.03)
+        for i in range(3):
+            clock.call(lambda i=i: order.append((f"call {i}", clock.now)))
+            time.sleep(0.002)
+        clock.call(clock.close_door)
+
+    def computing():
+        yield clock.timeout(MS)
+        time.sleep(0.08)  # all calls are made meanwhile
+        end_ns = clock.wall_ns
+        yield clock.timeout(end_ns - clock.now)
+        order.append(("computed", clock.now))
+
+    clock.process(computing())
+    thread = threading.Thread(target=caller)
+    clock.sync()
+    thread.start()
+    run_until_empty(clock)
+    thread.join()
+    assert [name for name, _ in order] == ["call 0", "call 1", "call 2", "computed"]
+    times = [at for _, at in order]
+    assert times == sorted(times)
+    assert times[0] >= 29 * MS  # when it was made, not when it was noticed
+    assert times[2] < 80 * MS
+
+
+def test_an_open_door_is_waited_on_and_a_call_wakes() -> None:
+    clock = WallClock()
+    clock.open_door()
+    heard: list[int] = []
+
+    def heard_one() -> None:
+        heard.append(clock.now)
+        clock.close_door()
+
+    timer = threading.Timer(0.03, lambda: clock.call(heard_one))
+    clock.sync()
+    timer.start()
+    run_until_empty(clock)
+    assert heard[0] >= 29 * MS
+
+
+def test_without_a_door_an_empty_schedule_ends() -> None:
+    with pytest.raises(EmptySchedule):
+        WallClock().step()
