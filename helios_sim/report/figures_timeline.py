@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.patches import Patch
@@ -25,7 +26,7 @@ _MOST_TIMELINES = 4  # those of arms that change something come first
 def timeline_drawings(result: ExperimentResult) -> list[Drawing]:
     """Timelines of the arms that change their placement, else of the last arm that has one."""
     with_samples = [a for a in result.arms.values() if a.timeline is not None and len(a.timeline.rows) > 1]
-    moving = [a for a in with_samples if a.replicates[0].stats.transitions_ns]
+    moving = [a for a in with_samples if _transitions_ns(a)]
     with look():
         return [_timeline(arm) for arm in (moving or with_samples[-1:])[:_MOST_TIMELINES]]
 
@@ -103,8 +104,14 @@ def _timeline(arm: ArmResult) -> Drawing:
 
     for ax in axes:
         ax.set_xlim(time_s[0], time_s[-1])
-        for moment_ns in arm.replicates[0].stats.transitions_ns:
+        for moment_ns in _transitions_ns(arm):
             ax.axvline(moment_ns / NS_PER_S, color=MUTED, linewidth=0.8, linestyle=":")
     caption = "Dotted lines: a changed placement came into force. Samples of the first seed; metrics do not use them."
     name = re.sub(r"[^\w.-]", "_", arm.name)  # it becomes a file's name
-    return Drawing(f"timeline_{name}", f"What {arm.name} did", caption, figure)
+    which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
+    return Drawing(f"timeline_{name}", f"What {arm.name} did{which}", caption, figure)
+
+
+def _transitions_ns(arm: ArmResult) -> Sequence[int]:
+    own = arm.timeline_transitions_ns
+    return arm.replicates[0].stats.transitions_ns if own is None else own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from helios_sim.report.decisions import decision_rows
 from helios_sim.report.definitions import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, Better
 from helios_sim.report.files import to_json
 from helios_sim.report.page import page_environment
+from helios_sim.report.replicas import Spread, by_kind
 from helios_sim.report.result import ArmResult, ExperimentResult, headline_metrics
 from helios_sim.report.style import Drawing, arm_styles, to_svg
 from helios_sim.report.summary import Comparisons, json_value
@@ -66,6 +67,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         baseline_marks=baseline_marks(result),
         all_metrics=_all_metrics(result, ratios),
         tasks=_task_rows(result),
+        replicas=_replica_rows(result),
         compared=_compared(result),
         twice=result.fidelity is not None and result.fidelity.repeated,
         published=[_published(p) for p in result.published],
@@ -198,6 +200,36 @@ def _task_cell(figures: TaskFigures | None) -> dict[str, Any]:
     return {"value": value, "notes": [f"{figures.layers_per_token:.1f} layers", *(models if len(models) > 1 else [])]}
 
 
+def _replica_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    """One row for each kind of replica of each arm that has several replicas."""
+    rows = []
+    for arm in result.arms.values():
+        for it in by_kind(arm.replicas) if len(arm.replicas) > 1 else ():
+            name = f"{it.replicas} x {it.card}"
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "kind": f"{it.kind}: {name}" if it.kind else name,
+                    "models": ", ".join(it.models),
+                    "requests": f"{it.requests_completed:,}",
+                    "cells": [
+                        _spread(it.requests_in_it, fmt.number),
+                        _spread(it.busy_fraction, lambda share: fmt.in_unit(share, "share")),
+                        _spread(it.e2e_s, fmt.seconds),
+                    ],
+                    "switches": it.switches,
+                    "loads": it.loads,
+                }
+            )
+    return rows
+
+
+def _spread(value: Spread | None, shown: Callable[[float], str]) -> dict[str, str]:
+    if value is None:
+        return {"mean": fmt.NOTHING, "range": ""}
+    return {"mean": shown(value.mean), "range": f"{shown(value.low)} to {shown(value.high)}"}
+
+
 def _shown_ratio(ratio: Ratio | None) -> str:
     return "" if ratio is None else fmt.ratio(ratio)
 
@@ -217,4 +249,10 @@ def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
         return None
     rows = decision_rows(arm)
     shown = rows[:SHOWN_DECISIONS]
-    return {"arm": arm.name, "total": len(rows), "rows": shown, "any_standby": any(row.standby for row in shown)}
+    return {
+        "arm": arm.name,
+        "total": len(rows),
+        "rows": shown,
+        "any_standby": any(row.standby for row in shown),
+        "any_replica": any(row.replica for row in shown),
+    }

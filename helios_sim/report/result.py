@@ -12,6 +12,7 @@ from helios_sim.report.compare import Ratio
 from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
+from helios_sim.report.replicas import ReplicaFigures
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 
@@ -51,16 +52,18 @@ class ExitDepths:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One policy's runs. Timeline, decisions and exit depths are of the first replicate."""
+    """One policy's runs. Timeline, decisions, exit depths and replicas are of the first replicate."""
 
     name: str
     description: str  # one line: what the policy does
     replicates: tuple[Replicate, ...]  # at least one; those of all arms match by position
-    timeline: Timeline | None = None
+    timeline: Timeline | None = None  # of the first replica
     capacity_bytes: int | None = None  # of the card, for the timeline's memory
     decisions: Sequence[Decision] = ()
     exit_depths: tuple[ExitDepths, ...] = ()
     baseline: str | None = None  # the arm under the same conditions that it is compared with; None: the result's
+    timeline_transitions_ns: Sequence[int] | None = None  # of the timeline's replica; None: those of the replicate
+    replicas: tuple[ReplicaFigures, ...] = ()
 
     @property
     def metrics(self) -> Metrics:

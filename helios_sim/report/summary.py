@@ -100,6 +100,8 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
         entry["intervals"] = intervals
     if arm.baseline is not None:
         entry["baseline"] = arm.baseline
+    if len(arm.replicas) > 1:
+        entry["replicas"] = json_value(arm.replicas)
     return entry
 
 

@@ -39,6 +39,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
     from helios_sim.report.figures import answer_drawings, detail_drawings
     from helios_sim.report.figures_arms import arms_drawings
     from helios_sim.report.figures_fidelity import fidelity_drawings
+    from helios_sim.report.figures_replicas import replica_drawings
     from helios_sim.report.figures_sweep import sweep_drawings
     from helios_sim.report.figures_timeline import timeline_drawings
     from helios_sim.report.html import render
@@ -49,6 +50,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
         *fidelity_drawings(result),
         *arms_drawings(result),
         *sweep_drawings(result),
+        *replica_drawings(result),
         *detail_drawings(result),
         *timeline_drawings(result),
     ]

@@ -124,6 +124,8 @@ def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
         description=_description(jobs[0].entry),
         replicates=tuple(results[job.key].replicate for job in jobs),
         timeline=first.timeline,
+        timeline_transitions_ns=first.timeline_transitions_ns,
+        replicas=first.replicas,
         capacity_bytes=first.capacity_bytes,
         decisions=first.decisions,
         exit_depths=first.exit_depths,

@@ -17,6 +17,7 @@ from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.record_log import RecordLog
 from helios_sim.report.records import Records
+from helios_sim.report.replicas import ReplicaFigures, replica_figures
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision
@@ -63,7 +64,9 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class JobResult:
     replicate: Replicate
-    timeline: Timeline
+    timeline: Timeline  # of the first replica
+    timeline_transitions_ns: tuple[int, ...]
+    replicas: tuple[ReplicaFigures, ...]
     decisions: tuple[Decision, ...]
     exit_depths: tuple[ExitDepths, ...]
     capacity_bytes: int
@@ -91,6 +94,8 @@ def run_job(job: Job) -> JobResult:
     return JobResult(
         replicate=Replicate(job.seed, records, run.stats, metrics if live is None else live.measured(metrics)),
         timeline=run.servers[0].timeline,
+        timeline_transitions_ns=tuple(run.servers[0].stats.transitions_ns),
+        replicas=replicas_of(fleet, records, run),
         decisions=tuple(decision for server in run.servers for decision in server.decisions),
         exit_depths=tuple(
             ExitDepths(model, fleet.models[model].profile.model.n_layers, dict(sorted(counts.items())))
@@ -149,6 +154,22 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
     return compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions)
+
+
+def replicas_of(fleet: Fleet, records: Records, run: Run) -> tuple[ReplicaFigures, ...]:
+    return tuple(
+        replica_figures(
+            records,
+            number,
+            run.servers[number].stats,
+            run.presence_ns[number],
+            kind=kind.name,
+            card=kind.card.name,
+            models=tuple(kind.parts.models),
+        )
+        for kind in fleet.kinds
+        for number in kind.numbers
+    )
 
 
 def inputs_of(fleet: Fleet) -> dict[str, Provenance]:

@@ -32,7 +32,7 @@ def verdict(
     metrics = result.arms[subject].metrics
     sentences.append(_quality(metrics))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
-        sentences.append(_changes(metrics))
+        sentences.append(_changes(metrics, max(1, len(result.arms[subject].replicas))))
     sentences.append(_best(result, name, comparable))
     sentences.append(_unbeaten(result, name, comparable))
     sentences += load_findings(result, subject, name)
@@ -68,9 +68,13 @@ def _quality(metrics: Mapping[str, MetricValue]) -> str:
     )
 
 
-def _changes(metrics: Mapping[str, MetricValue]) -> str:
+def _changes(metrics: Mapping[str, MetricValue], replicas: int) -> str:
     span, evaluated = metrics.get("span_s"), metrics.get("evaluation_time_s")
-    share = f"{evaluated / span:.1%} of the time" if isinstance(span, float) and isinstance(evaluated, float) else ""
+    share = (
+        f"{evaluated / (span * replicas):.1%} of the time"
+        if isinstance(span, float) and isinstance(evaluated, float)
+        else ""
+    )
     return (
         f"It switched {shown('switches', metrics.get('switches'))} times, loaded weights "
         f"{shown('loads', metrics.get('loads'))} times and spent {share or 'no time'} on evaluation."
@@ -128,8 +132,20 @@ def conditions(config: Config) -> str:
         "all_at_once": "all requests queued at the start",
         "trace": f"the arrivals of {arrivals.trace}",
     }.get(arrivals.kind, f"{arrivals.kind} arrivals at {arrivals.rate_per_s} requests/s")
-    replicas = "" if config.server.replicas == 1 else f"{config.server.replicas} x "
-    return f"{', '.join(config.models)} on {replicas}{config.hardware}, {runtime}, {load}."
+    return f"{_machines(config)}, {runtime}, {load}."
+
+
+def _machines(config: Config) -> str:
+    """Models and cards, kind by kind where they differ, and how requests find them."""
+    n, router = config.server.replicas, config.server.router.replace("_", " ")
+    if not config.cluster.kinds:
+        models = ", ".join(config.models)
+        return f"{models} on {config.hardware}" if n == 1 else f"{models} on {n} x {config.hardware} ({router})"
+    kinds = []
+    for name, entry in config.cluster.kinds.items():
+        models = ", ".join(entry.get("models", config.models))
+        kinds.append(f"{models} on {entry.get('count', 1)} x {entry.get('hardware', config.hardware)} ({name})")
+    return f"{'; '.join(kinds)}; {router}"
 
 
 def offered_requests_per_s(config: Config) -> float | None:
