@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 torch = pytest.importorskip("torch")
 
-from helios_sim.live.check import FoldedCheck  # noqa: E402
+from helios_sim.live.check import FEW_ROWS, FoldedCheck  # noqa: E402
 from helios_sim.live.heads import check_logit  # noqa: E402
 
 
@@ -16,7 +16,7 @@ from helios_sim.live.heads import check_logit  # noqa: E402
     seed=st.integers(0, 2**16),
     d=st.integers(1, 40),
     width=st.integers(1, 24),
-    rows=st.sampled_from([(), (1,), (7,), (2, 3)]),
+    rows=st.sampled_from([(), (1,), (7,), (2, 3), (FEW_ROWS + 1,)]),
     risk_scale=st.sampled_from([1.0, 1.25, 4.0]),
     magnitude=st.sampled_from([1e-3, 1.0, 300.0]),
 )
@@ -36,7 +36,7 @@ def test_it_is_the_formula_of_the_heads(seed, d, width, rows, risk_scale, magnit
     assert torch.allclose(found.double(), 1 - (1 - p) * risk_scale, atol=2e-5 * risk_scale)
 
 
-def test_a_hidden_state_of_zeros_has_an_answer() -> None:
+def test_a_hidden_state_of_zeros_is_never_sure() -> None:
     tensors = {"scale": torch.ones(4), "check_in": torch.ones(3, 4), "check_bias": torch.zeros(3),
                "check_out": torch.ones(3), "check_offset": torch.tensor(0.5)}  # fmt: skip
-    assert FoldedCheck.fold(tensors, 1.0)(torch.zeros(2, 4)).tolist() == pytest.approx([0.622459] * 2)
+    assert not (FoldedCheck.fold(tensors, 1.0)(torch.zeros(2, 4)) >= 0.0).any()
