@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
-@njit(
-    cache=True, error_model="numpy", fastmath={"reassoc", "contract"}
-)  # sums may run in any order: that is what makes them vectors
+# Sums may run in any order: that is what makes them vectors.
+@njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def check_rows(
     hidden: Floats, weight: Floats, bias: Floats, out: Floats, offset: Any, risk_scale: Any, found: Floats
 ) -> None:
