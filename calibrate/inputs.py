@@ -63,9 +63,12 @@ class Inputs:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        from helios_sim.live.source import find_checkpoint
+        from helios_sim.live.random_weights import is_random
+        from helios_sim.live.source import find_checkpoint, random_checkpoint
 
         wanted = self.config.model.weights or self.config.model.name
+        if is_random(wanted):  # on the device at once: billions of values need not cross the bus
+            return random_checkpoint(wanted, self.config.device, self.config.seed)
         try:
             return find_checkpoint(wanted)
         except UserError as error:
@@ -208,6 +211,8 @@ class Inputs:
     @cached_property
     def _weights_identity(self) -> str:
         """Names, sizes and times of the files: a digest of their content would take longer than some stages."""
+        if self.checkpoint.is_random:
+            return self.checkpoint.source
         files = [Path(path) for path in self.checkpoint.storage.files]
         stats = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
         return hashlib.sha256("\n".join(stats).encode()).hexdigest()[:16]

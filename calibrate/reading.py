@@ -51,7 +51,11 @@ def texts_at_hand(inputs: Inputs) -> Texts:
 
 
 def chars_per_token(inputs: Inputs) -> float:
-    """Mean over a little held-out text of every task at hand."""
+    """Mean over a little held-out text of every task at hand; of random weights, what is assumed for their family."""
+    from helios_sim.live.random_weights import RandomWeights
+
+    if isinstance(inputs.checkpoint.storage, RandomWeights):
+        return inputs.checkpoint.storage.chars_per_token
     pieces = [p for t in texts_at_hand(inputs).tasks for p in passages(t, Split.HELDOUT, PROBE_CHARS, PROBE_CHARS)]
     tokens = sum(len(ids) for ids in inputs.tokenizer(pieces, add_special_tokens=False)["input_ids"])
     return sum(map(len, pieces)) / tokens

@@ -105,7 +105,8 @@ def _profile(inputs: Inputs) -> Stage:
         try:
             profile = measure_profile(
                 subject, about, folder, Plan(allowance_s, samples, seed=config.seed),
-                loaded_bytes=loaded_bytes, reload=inputs.reload_layer, progress=progress,
+                loaded_bytes=loaded_bytes, reload=None if inputs.checkpoint.is_random else inputs.reload_layer,
+                progress=progress,
             )  # fmt: skip
         except UserError as error:
             if error.key == "budget_s":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from helios_sim.live.slab import ALIGNMENT
 from helios_sim.live.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer
 
 OUTER = -1  # beside the layers' numbers: embedding, final norm, head
+
+
+_made: WeakKeyDictionary[TensorSource, dict[tuple[torch.dtype, bool], HostStore]] = WeakKeyDictionary()
+
+
+def host_store(name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> HostStore:
+    """The store of a checkpoint, kept as long as the checkpoint object: nobody writes into it, and reading takes long.
+
+    Raises as `HostStore` does.
+    """
+    stores = _made.setdefault(source, {})
+    key = (dtype, device.captures)
+    if key not in stores:
+        stores[key] = HostStore(name, source, dtype, device)
+    return stores[key]
 
 
 class HostStore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,6 +43,7 @@ class Row:
     seen: Seen | None = None  # observed at every exit
     owed: list[Owed] = field(default_factory=list)  # of its request
     sure: bool = False  # was confident somewhere
+    recorded: Mapping[int, bool] | None = None  # whether exits are confident, by depth, whatever the model says
     chosen: int | None = None  # the token that it became
     layers: int = 0
     breach: bool = False
@@ -72,7 +73,7 @@ class Leaving:
         if asking and not self._by_head:
             tally.add("classifier_tokens", band, len(asking))
             sure = self._exits.classify(end, _some(states, asking)) >= self._threshold
-            leaving = self._agreed(rows, asking, sure.tolist())
+            leaving = self._agreed(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         through = sorted(stops | leaving | observed | (set(asking) if self._by_head else set()))
         if not through:
@@ -84,7 +85,7 @@ class Leaving:
         confidence = look.confidence or [0.0] * len(through)
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))
-            leaving = self._agreed(rows, asking, [by_row[i] >= self._threshold for i in asking])
+            leaving = self._agreed(rows, asking, end, [by_row[i] >= self._threshold for i in asking])
         sampled = stops | (set() if self._by_head else leaving)
         tally.sampled(len(sampled))
         tally.add("check_tokens", band, len(through) - len(sampled))
@@ -98,16 +99,20 @@ class Leaving:
             if i in stops or i in leaving:
                 row.chosen, row.layers, row.finite = token, end, finite
                 row.breach = i in watched and self._measure is not None and not (
-                    row.sure or sure_here >= self._threshold
+                    row.sure or _said(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
 
-    def _agreed(self, rows: Sequence[Row], asking: list[int], sure: list[bool]) -> set[int]:
+    def _agreed(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
         """Each leaves alone, or lazily all together once each of them was confident somewhere."""
         for i, confident in zip(asking, sure, strict=True):
-            rows[i].sure = rows[i].sure or confident
+            rows[i].sure = rows[i].sure or _said(rows[i], end, confident)
         if self._lazy:
             return set(asking) if all(rows[i].sure for i in asking) else set()
         return {i for i in asking if rows[i].sure}
+
+
+def _said(row: Row, depth: int, sure: bool) -> bool:
+    return sure if row.recorded is None else row.recorded[depth]
 
 
 def _some(states: Tensor, rows: Sequence[int]) -> Tensor:

@@ -52,7 +52,7 @@ def open_models(
         _check_shape(checkpoint, profile)
         exits = traces[name].trace.exits
         heads = _heads(name, checkpoint, wanted, exits)
-        found[name] = LiveModel(checkpoint, heads, checkpoint.tokenizer(), profile, traces[name])
+        found[name] = LiveModel(checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random)
     return found
 
 

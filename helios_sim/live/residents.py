@@ -16,7 +16,7 @@ from typing import overload
 import torch
 
 from helios_sim.live.device import Device
-from helios_sim.live.host_store import OUTER, HostStore
+from helios_sim.live.host_store import OUTER, HostStore, host_store
 from helios_sim.live.look import Exits
 from helios_sim.live.model import SegmentedModel
 from helios_sim.live.room import check_fits
@@ -124,7 +124,7 @@ class Residents:
     def _read(self) -> None:
         on = self._device.torch_device
         for name, live in self._models.items():
-            self._stores[name] = HostStore(name, live.checkpoint, _dtype(live), self._device)
+            self._stores[name] = host_store(name, live.checkpoint, _dtype(live), self._device)
         n_bytes = self._weight_bytes
         if n_bytes is None:
             n_bytes = sum(s.n_bytes(b) for s in self._stores.values() for b in (OUTER, *range(s.architecture.n_layers)))

@@ -31,13 +31,17 @@ class Texts(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
-    """`tokenizer` is transformers'. The profile is what policies predict with; its bytes say the weights' dtype."""
+    """`tokenizer` is transformers'. The profile is what policies predict with; its bytes say the weights' dtype.
+
+    `replays`: the weights are random, so the trace says who is confident and what would have changed.
+    """
 
     checkpoint: TensorSource
     heads: ExitHeads
     tokenizer: Any
     profile: Profile
     trace: BoundTrace
+    replays: bool = False
 
     @property
     def exits(self) -> tuple[int, ...]:

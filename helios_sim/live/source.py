@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from helios_sim.live.architecture import Architecture, Shape
 from helios_sim.live.gguf_file import GgufFile
 from helios_sim.live.known import KNOWN, cache_folder, sha256_of
 from helios_sim.live.naming import Piece
+from helios_sim.live.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.safetensors_folder import SafetensorsFolder
 
 _log = logging.getLogger(__name__)
@@ -36,11 +37,16 @@ class Checkpoint:
     name: str  # short: of a known model, a folder, a file
     source: str  # where it came from, for provenance
     licence: str | None
-    storage: GgufFile | SafetensorsFolder
+    storage: GgufFile | SafetensorsFolder | RandomWeights
 
     @property
     def architecture(self) -> Architecture:
         return self.storage.architecture
+
+    @property
+    def is_random(self) -> bool:
+        """Of a shape alone: what it says means nothing."""
+        return isinstance(self.storage, RandomWeights)
 
     def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
         return self.storage.pieces(part, layer)
@@ -64,7 +70,7 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        if isinstance(self.storage, SafetensorsFolder):
+        if isinstance(self.storage, SafetensorsFolder | RandomWeights):
             return self.storage.tokenizer()
         import transformers
 
@@ -77,8 +83,13 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weight file; of several, of the lines "digest  name" in order of name. Reads them all."""
+        """Of the weight file; of several, of the lines "digest  name" in order of name. Reads them all.
+
+        Random weights have no file: then it is that of their description.
+        """
         files = self.storage.files
+        if isinstance(self.storage, RandomWeights):
+            return hashlib.sha256(self.source.encode()).hexdigest()
         digests = [sha256_of(path) for path in files]
         if len(files) == 1:
             return digests[0]
@@ -98,13 +109,17 @@ def _keep(tokenizer: Any, folder: Path) -> None:
 
 
 def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
-    """The checkpoint that `weights` names: a known name, a folder, a .gguf file or a hub id (OWNER/NAME).
+    """The checkpoint that `weights` names: a known name, a folder, a .gguf file, a hub id (OWNER/NAME), or a shape.
+
+    `random:NAME` is a known shape without a checkpoint; `tiny:NAME` a few small layers of its family.
 
     `cache` is the folder of known weights (None: `known.cache_folder()`). Raises UserError for a name that is none of
     these, weights that are not here, a file that is damaged or not the recorded one, or a family that is not built.
     """
     if weights in KNOWN:
         return _known(weights, cache or cache_folder())
+    if is_random(weights):
+        return random_checkpoint(weights)
     path = Path(weights).expanduser()
     if path.is_dir():
         return Checkpoint(path.resolve().name, str(path), None, SafetensorsFolder(path))
@@ -118,6 +133,13 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
         "weights", weights, f"one of {', '.join(KNOWN)}, a folder, a .gguf file or a hub id OWNER/NAME",
         "choose one of these, or check the path",
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def random_checkpoint(weights: str, device: str = "cpu", seed: int = 0) -> Checkpoint:
+    """`weights` as `is_random` knows them; values are drawn on `device`. UserError for a shape that is not known."""
+    source = f"{weights}, seed {seed}: a shape with random weights, no checkpoint"
+    return Checkpoint(weights.partition(":")[2], source, None, draw(weights, device, seed))
 
 
 def _known(name: str, cache: Path) -> Checkpoint:

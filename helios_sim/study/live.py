@@ -30,11 +30,12 @@ from helios_sim.study.watched import WatchedEngine
 from helios_sim.workload import generate
 
 if TYPE_CHECKING:
+    from helios_sim.live.engine import LiveEngine
     from helios_sim.live.served import LiveModel
     from helios_sim.serving.server import Server
 
 # What a run cannot know while it serves: nobody has computed what full depth would have said.
-UNKNOWN = ("agreement", "bits_per_char")
+UNKNOWN = frozenset({"agreement", "bits_per_char"})
 WARM_REQUESTS = 8  # at most, running together
 
 
@@ -59,12 +60,22 @@ class LiveRun:
         return server
 
     def as_known(self, records: Records) -> Records:
-        """Without what nobody computed while serving: what the recorded text would have cost."""
-        nothing = np.zeros(len(records), np.bool_)
-        return replace(records, microbits=Maybe(records.microbits.values, nothing))
+        """Without what nobody computed while serving: what the recorded text would have cost; and the agreement with
+        full depth where that was computed afterwards."""
+        known = replace(records, microbits=Maybe(records.microbits.values, np.zeros(len(records), np.bool_)))
+        if not self._config.live.score:
+            return known
+        from helios_sim.live.agreement import agreed_tokens
+
+        answers = [answer for number, answer in self.engine.inner.answers.items() if number >= 0]
+        found = agreed_tokens(opened(self._config, self._parts), answers, self._config.live.device)
+        agreed = [found.get(number, 0) for number in records.request_id.tolist()]
+        return replace(known, agreed_tokens=np.array(agreed, records.agreed_tokens.dtype))
 
     def measured(self, metrics: Metrics) -> dict[str, MetricValue]:
-        return {name: None if name in UNKNOWN else value for name, value in metrics.items()}
+        """Null for what is not known."""
+        unknown = UNKNOWN if not self._config.live.score else UNKNOWN - {"agreement"}
+        return {name: None if name in unknown else value for name, value in metrics.items()}
 
     def notes(self) -> LiveNotes:
         return self.engine.notes()
@@ -77,15 +88,17 @@ class LiveRun:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())
 
 
-def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Engine:
+def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> LiveEngine:
     """The live engine, its slots as long as the workload's longest request."""
     from helios_sim.live.engine import LiveEngine
+    from helios_sim.live.replayed import ReplayingEngine
 
     live_models = opened(config, parts)
     texts = read_texts(parts.workload.mix.tasks, config.live.texts)
     requests = [r for block in generate(parts.workload, seed) for r in block.rows()]
     slots = min(config.server.max_running_requests, len(requests))
-    return LiveEngine(
+    engine = ReplayingEngine if any(model.replays for model in live_models.values()) else LiveEngine
+    return engine(
         clock, live_models, texts, slots=slots, slot_tokens=_longest(live_models, requests), device=config.live.device
     )
 

@@ -1,0 +1,77 @@
+"""The live engine for models whose weights are random: real times, with exits as a trace recorded them.
+
+What such a model says means nothing, so who is confident where, and what full depth would have said, come from the exit
+trace, token by token as a simulation reads it. Everything is still computed: layers, heads, checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as SequenceOf
+
+from helios_sim.exits.rule import ExitRule, FixedCap, PerToken
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.live.answer import Answer
+from helios_sim.live.engine import LiveEngine
+from helios_sim.live.forward import Chunk
+from helios_sim.live.leaving import Row
+from helios_sim.policy.telemetry import Observation
+from helios_sim.request import Request
+from helios_sim.serving.batch import Sequence
+from helios_sim.serving.iteration import Plan
+
+
+class ReplayingEngine(LiveEngine):
+    """Follows the `Engine` protocol, as its parent does."""
+
+    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
+        return self._recorded(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)
+
+    def probe(
+        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        taken_ns, scored = super().probe(model, requests, exit_rule)
+        found = []
+        for request in requests[: len(scored)]:
+            _, span = self.tokenize(model, request)
+            found.append(self._recorded(model, request.request_id, span, span.n_tokens, exit_rule))
+        return taken_ns, tuple(found)
+
+    def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
+        rows = super()._rows(plan, answers)
+        for row, answer, sequence in zip(rows, answers, plan.batch.members, strict=False):
+            row.recorded = self._confident(plan, answer, sequence)
+        return rows
+
+    def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
+        chunks = super()._chunks(plan, answers)
+        for part, chunk in zip(plan.prefill, chunks, strict=True):
+            if chunk.row is not None:
+                chunk.row.recorded = self._confident(plan, answers[part.index], plan.batch.members[part.index])
+        return chunks
+
+    def _confident(self, plan: Plan, answer: Answer, sequence: Sequence) -> Mapping[int, bool] | None:
+        """Of the next token, by depth; None where nobody asks."""
+        rule = plan.exit_rule
+        if not isinstance(rule, FixedCap | PerToken):
+            return None
+        trace, span = self._models[plan.model].trace.trace, sequence.span
+        at = span.first + (span.start + len(answer.tokens)) % span.length
+        return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
+
+    def _recorded(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule
+    ) -> Observation:
+        trace = self._models[model].trace.trace
+        rows = span.indices()[:n_tokens]
+        confident = trace.agree
+        if isinstance(exit_rule, FixedCap | PerToken):
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)
+        return Observation(
+            model=model,
+            request_id=request_id,
+            time_ns=int(self._env.now),
+            confident=confident[rows],
+            agrees=trace.agree[rows],
+            bits=None,  # of a text that nobody wrote
+            chars=int(trace.chars[rows].sum()),
+        )
