@@ -61,7 +61,7 @@ class LiveEngine:
         self._env, self._models, self._texts = env, models, texts
         on = open_device(device) if isinstance(device, str) else device
         self.residents = Residents(models, on, weight_bytes)
-        self.work = Workspace(slots, slot_tokens)
+        self.work = Workspace(slots, slot_tokens, on)
         self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
         self.faults: Faults | None = None
 
@@ -84,7 +84,8 @@ class LiveEngine:
             row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
         ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
         bounds = data.exits[: data.exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
-        forward = Forward(model, self.residents.exits(plan.model), self.work.cache, plan, bounds)
+        exits = self.residents.exits(plan.model)
+        forward = Forward(model, exits, self.work.cache, plan, bounds, self.work.captured)
         in_slots = sorted(rows, key=lambda row: row.slot)
         tally = forward.run(in_slots, chunks)
         self._note(plan, answers, rows, chunks)
@@ -152,7 +153,7 @@ class LiveEngine:
                 answer.lose_cache()
             self.work.place(answer)
             answers.append(answer)
-        self.work.slots.arrange([answer.request.request_id for answer in answers[: plan.decoding]])
+        self.work.arrange(answers, plan.decoding)
         return answers
 
     def _answer(self, sequence: Sequence, generated: int) -> Answer:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helios_sim.exits.rule import PerToken
+from helios_sim.live.captured import Captured
 from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
 from helios_sim.live.layers import Attend
 from helios_sim.live.leaving import Leaving, Owed, Row
@@ -41,15 +42,25 @@ class _Inside:
 
     rows: list[Row]
     pieces: list[tuple[Chunk, PromptStep]]
-    hidden: Tensor
+    hidden: Tensor | None  # None: a captured first segment embeds for itself
     step: DecodeStep | None  # of the rows; None: there are none, or it is to be made anew
 
 
 class Forward:
     """Runs iterations of one plan's kind; `bounds` are the depths at which anybody may leave."""
 
-    def __init__(self, model: SegmentedModel, exits: Exits, cache: KvCache, plan: Plan, bounds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: SegmentedModel,
+        exits: Exits,
+        cache: KvCache,
+        plan: Plan,
+        bounds: Sequence[int],
+        captured: Captured | None = None,
+    ) -> None:
+        """`captured`: bands with nothing but decodes are launched as one."""
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
+        self._captured = captured
         self._lazy = plan.batching is BatchingRule.LAZY
         self._leaving = Leaving(model, exits, plan.exit_rule, self._lazy)
 
@@ -67,12 +78,18 @@ class Forward:
         return tally
 
     def _embedded(self, rows: list[Row], chunks: Sequence[Chunk]) -> _Inside:
+        if self._captured is not None and not chunks:
+            return _Inside(rows, [], None, None)
         pieces = [(c, PromptStep(self._cache, c.slot, len(c.tokens), c.context)) for c in chunks]
         step = self._decode_step(rows, []) if rows else None
         ids = [row.token for row in rows] + [token for chunk in chunks for token in chunk.tokens]
         positions = ([] if step is None else [step.positions]) + [prompt.positions for _, prompt in pieces]
         at = positions[0] if len(positions) == 1 else torch.cat(positions)
         return _Inside(rows, pieces, self._model.embed(torch.tensor(ids, device=self._cache.device), at), step)
+
+    def _embedded_alone(self, rows: Sequence[Row]) -> Tensor:
+        ids = torch.tensor([row.token for row in rows], device=self._cache.device)
+        return self._model.embed(ids, torch.tensor([row.position for row in rows], device=self._cache.device))
 
     def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, Owed]]) -> DecodeStep:
         slots = [row.slot for row in rows] + [row.slot for row, _ in owed]
@@ -83,6 +100,11 @@ class Forward:
         rows, n = now.rows, len(now.rows)
         owed = [(row, token) for row in rows for token in row.owed if token.depth == start]
         tally.ran(band, [row.position + 1 for row in rows] + [token.position + 1 for _, token in owed])
+        if self._captured is not None and not owed and not now.pieces:
+            now.hidden = self._captured.run(rows, now.hidden, start, end)
+            return
+        if now.hidden is None:  # a token that left before goes along: nothing is captured for that
+            now.hidden = self._embedded_alone(rows)
         if not owed:
             if now.step is None and rows:
                 now.step = self._decode_step(rows, [])
@@ -100,6 +122,7 @@ class Forward:
 
     def _leave(self, band: int, end: int, now: _Inside, tally: Tally) -> None:
         """Lets the exit rule decide; whoever is done is not inside any more."""
+        assert now.hidden is not None
         n = len(now.rows)
         edges = [n]
         for chunk, _ in now.pieces:
@@ -132,7 +155,7 @@ class Forward:
             tally.propagated_above(band, len(gone))
             return
         for row, state in zip(gone, hidden.split(1), strict=True):
-            row.owed.append(Owed(row.position, end, state))
+            row.owed.append(Owed(row.position, end, state.clone()))  # the next iteration may write over it
 
 
 def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:

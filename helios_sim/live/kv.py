@@ -86,20 +86,40 @@ class DecodeStep:
     """
 
     def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
+        longest = max(lengths) + 1
+        _check_room(cache, slots, max(longest, span or 0))
+        in_row = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self._set(
+            cache,
+            torch.tensor(slots, device=cache.device),
+            torch.tensor(lengths, device=cache.device),
+            longest if span is None else span,
+            slots[0] if in_row else None,
+            even=span is None and min(lengths) + 1 == longest,
+        )
+
+    @classmethod
+    def on_device(cls, cache: KvCache, slots: Tensor, positions: Tensor, span: int, first: int | None) -> DecodeStep:
+        """From tensors (B,) on the device, nothing of which the host looks at: a captured graph may make its own step.
+
+        `first`: slots are first, first + 1, ...; None: they are gathered. Positions past the span are written, not
+        read.
+        """
+        step = cls.__new__(cls)
+        step._set(cache, slots, positions, span, first, even=False)
+        return step
+
+    def _set(self, cache: KvCache, slots: Tensor, positions: Tensor, span: int, first: int | None, even: bool) -> None:
         a, batch = cache.architecture, len(slots)
-        self._cache, self._span = cache, max(lengths) + 1 if span is None else span
-        _check_room(cache, slots, max(self._span, max(lengths) + 1))
-        self._in_row = list(slots) == list(range(slots[0], slots[0] + batch))
-        self._first, self._batch, self._scale = slots[0], batch, a.attention_scale
+        self._cache, self._span, self._first, self._batch = cache, span, first, batch
+        self._scale = a.attention_scale
         self._shape = (batch, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
-        self.slots = torch.tensor(slots, device=cache.device)
-        self.positions = torch.tensor(lengths, device=cache.device)
-        self.rotations: list[Rotation | None] = cache.rotary.at(self.positions)
+        self.slots, self.positions = slots, positions
+        self.rotations: list[Rotation | None] = cache.rotary.at(positions)
         heads = torch.arange(a.n_kv_heads, device=cache.device)
-        rows = (self.slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + self.positions[:, None]
+        rows = (slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + positions[:, None]
         self._rows = rows.flatten()  # of the cache seen as (slots x kv_heads x max_tokens, head_dim)
-        even = span is None and min(lengths) == max(lengths)
-        self._masks = _decode_masks(a, self.positions, self._span, even, cache.dtype)
+        self._masks = _decode_masks(a, positions, span, even, cache.dtype)
 
     def refill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Other requests or longer ones in the same tensors, as a captured graph needs. Only with a fixed `span`.
@@ -107,7 +127,7 @@ class DecodeStep:
         A step that reads slots in a row stays with its slots; one that gathers takes any.
         """
         new = DecodeStep(self._cache, slots, lengths, self._span)
-        if self._in_row and (not new._in_row or new._first != self._first):
+        if self._first is not None and new._first != self._first:
             raise ValueError(f"this step reads slots from {self._first} on in a row; asked for {list(slots)}")
         for mine, theirs in zip(self._tensors(), new._tensors(), strict=True):
             mine.copy_(theirs)
@@ -128,7 +148,7 @@ class DecodeStep:
 
     def _read(self, tensor: Tensor) -> Tensor:
         spanned = tensor[:, :, : self._span]
-        if self._in_row:
+        if self._first is not None:
             return spanned[self._first : self._first + self._batch]
         return spanned.index_select(0, self.slots)
 

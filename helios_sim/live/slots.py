@@ -5,13 +5,13 @@ So a decode step reads the cache in place instead of gathering it. Knows numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class Slots:
-    """`move(source, target, swap)` copies one slot's content into another, or exchanges the two."""
+    """`move(source, target, tokens, swap)` copies a slot's first tokens into another, or exchanges the two's."""
 
-    def __init__(self, count: int, move: Callable[[int, int, bool], None]) -> None:
+    def __init__(self, count: int, move: Callable[[int, int, int, bool], None]) -> None:
         self.count = count
         self._move = move
         self._of: dict[int, int] = {}  # request -> slot
@@ -44,14 +44,18 @@ class Slots:
         self._of.clear()
         self._holder.clear()
 
-    def arrange(self, decoding: Sequence[int]) -> None:
-        """Brings these requests into the slots 0 .. len(decoding) - 1, in any order, with as few moves as it takes."""
+    def arrange(self, decoding: Sequence[int], cached: Mapping[int, int]) -> None:
+        """Brings these requests into the slots 0 .. len(decoding) - 1, in any order, with as few moves as it takes.
+
+        `cached`: tokens that each request has in its slot.
+        """
         first = set(decoding)
         outside = [request for request in decoding if self._of[request] >= len(decoding)]
         places = [slot for slot in range(len(decoding)) if self._holder.get(slot) not in first]
         for request, slot in zip(outside, places, strict=True):
             source, other = self._of[request], self._holder.get(slot)
-            self._move(source, slot, other is not None)
+            tokens = max(cached[request], 0 if other is None else cached[other])
+            self._move(source, slot, tokens, other is not None)
             del self._holder[source]
             if other is not None:
                 self._put(other, source)

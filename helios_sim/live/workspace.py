@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set as AbstractSet
+from collections.abc import Mapping, Sequence, Set as AbstractSet
 
 from helios_sim.errors import UserError
 from helios_sim.live.answer import Answer
+from helios_sim.live.captured import Captured
+from helios_sim.live.device import Device
 from helios_sim.live.kv import KvCache
 from helios_sim.live.model import SegmentedModel
 from helios_sim.live.slots import Slots
@@ -14,20 +16,25 @@ from helios_sim.live.slots import Slots
 class Workspace:
     """One model computes at a time, so there is one cache; another model's takes its place."""
 
-    def __init__(self, slots: int, slot_tokens: int) -> None:
-        self.slot_tokens = slot_tokens
+    def __init__(self, slots: int, slot_tokens: int, device: Device) -> None:
+        self.slot_tokens, self._device = slot_tokens, device
         self.slots = Slots(slots, self._move)
         self.cache: KvCache
+        self.captured: Captured | None = None
         self._name: str | None = None
+        self._model: SegmentedModel | None = None
 
     def use(self, name: str, model: SegmentedModel, layers: int) -> None:
         """The cache of this model with so many layers. What requests have in it stays valid if the model stays."""
-        if name != self._name:
+        if name != self._name or model is not self._model:
             self.slots.clear()
+            self.captured = None
             context = min(self.slot_tokens, model.architecture.max_context_tokens)
             self._name = None
             self.cache = KvCache(model.architecture, layers, self.slots.count, context, model.dtype, model.device)
-            self._name = name
+            self._name, self._model = name, model
+            if self._device.captures:
+                self.captured = Captured(model, self.cache, self._device)
         elif len(self.cache.keys) != layers:
             self.cache.resize(layers)
 
@@ -52,9 +59,15 @@ class Workspace:
         answer.lose_cache()
         self.slots.take(request_id)
 
-    def _move(self, source: int, target: int, swap: bool) -> None:
+    def arrange(self, answers: Sequence[Answer], decoding: int) -> None:
+        """The first `decoding` of the batch's texts come to lie in a row."""
+        cached = {answer.request.request_id: answer.cached for answer in answers}
+        self.slots.arrange(list(cached)[:decoding], cached)
+
+    def _move(self, source: int, target: int, tokens: int, swap: bool) -> None:
         for tensor in (*self.cache.keys, *self.cache.values):
-            kept = tensor[target].clone() if swap else None
-            tensor[target] = tensor[source]
+            there, here = tensor[target, :, :tokens], tensor[source, :, :tokens]
+            kept = there.clone() if swap else None
+            there.copy_(here)
             if kept is not None:
-                tensor[source] = kept
+                here.copy_(kept)
