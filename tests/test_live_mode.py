@@ -128,3 +128,15 @@ def test_a_damaged_text_is_refused(command: CommandLine, study: Path, tmp_path: 
     assert said.status == 1
     assert "text.txt" in said.err
     shutil.rmtree(folder)
+
+
+def test_agreement_is_known_when_it_is_scored(command: CommandLine, study: Path) -> None:
+    """At full depth every token is full depth's own; of a model cut in the middle many are not."""
+    arms = "+arms.cut={policy: static_cap, model: tiny, cap_layers: 2}"
+    said = command(*arguments(study, "mode=live", "live.score=true", arms))
+    assert said.status == 0, said.err
+    found = {name: arm["metrics"] for name, arm in said.summary["arms"].items()}
+    assert found["full_depth"]["agreement"] == 1.0
+    assert found["cut"]["layers_per_token"] == 2.0
+    assert 0.0 <= found["cut"]["agreement"] < 0.9
+    assert found["cut"]["bits_per_char"] is None

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NEED_TORCH = ("02_calibrate",)
+NEED_TORCH = ("02_calibrate", "03_live_vs_simulated")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -23,4 +23,5 @@ def test_notebook_runs(path: Path) -> None:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_calibrate", "04_policy_design"]
+    names = ["01_quickstart", "02_calibrate", "03_live_vs_simulated", "04_policy_design"]
+    assert [path.stem for path in NOTEBOOKS] == names

@@ -93,7 +93,7 @@ def answers_of(config: Config, entry: Mapping[str, Any]) -> dict[int, Served]:
     live.close()
     return {
         number: Served(a.request.task, list(a.prompt), list(a.tokens), list(a.depths))
-        for number, a in live.engine.inner.answers.items()  # type: ignore[attr-defined]
+        for number, a in live.device_engine.answers.items()
         if number >= 0
     }
 

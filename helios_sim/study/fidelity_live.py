@@ -80,6 +80,8 @@ def _measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
         out = folder / CALIBRATION / model
         settings = [f"model={config.live.weights.get(model, model)}", f"model.name={model}"]
         settings += [f"device={config.live.device}", f"budget_s={seconds:g}", f"out={out}", "+task=latency"]
+        settings += [f"max_batch={max(2, config.server.max_running_requests)}"]  # no more than will be served
+        settings += [f"max_context_tokens={2 * config.server.max_batch_tokens}"]
         settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
         settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
         print(f"measuring {model}", file=sys.stderr)

@@ -40,22 +40,23 @@ WARM_REQUESTS = 8  # at most, running together
 
 
 class LiveRun:
-    """`engine` serves one replica; `begin` once its server is there."""
+    """`device_engine` serves one replica, `engine` is what its server sees of it."""
 
     def __init__(self, config: Config, parts: Parts, seed: int) -> None:
         """Raises UserError as `open_models` and `read_texts` do, and for more than one replica."""
         check_settings(config)
         self._config, self._parts, self._seed = config, parts, seed
         self.clock = WallClock()
-        self.engine = WatchedEngine(make_engine(config, parts, seed, self.clock), self.clock)
+        self.device_engine = make_engine(config, parts, seed, self.clock)
+        self.engine = WatchedEngine(self.device_engine, self.clock)
 
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
         """The server with its first deployment in memory and everything warm. Time starts."""
         server = make_server(self.engine)
-        self.engine.tell(server)
+        self.device_engine.faults = server
         requests = list(islice(self._requests(), min(WARM_REQUESTS, self._config.server.max_running_requests)))
         batch_tokens = self._parts.situation.max_batch_tokens
-        warm_up(self.engine.inner, server.decisions[0].deployment, requests, batch_tokens, self._config.live.warm_up)
+        warm_up(self.device_engine, server.decisions[0].deployment, requests, batch_tokens, self._config.live.warm_up)
         self.clock.sync()
         return server
 
@@ -67,7 +68,7 @@ class LiveRun:
             return known
         from helios_sim.live.agreement import agreed_tokens
 
-        answers = [answer for number, answer in self.engine.inner.answers.items() if number >= 0]
+        answers = [answer for number, answer in self.device_engine.answers.items() if number >= 0]
         found = agreed_tokens(opened(self._config, self._parts), answers, self._config.live.device)
         agreed = [found.get(number, 0) for number in records.request_id.tolist()]
         return replace(known, agreed_tokens=np.array(agreed, records.agreed_tokens.dtype))
@@ -82,7 +83,7 @@ class LiveRun:
 
     def close(self) -> None:
         """Nothing of the run is left on the device."""
-        self.engine.close()
+        self.device_engine.close()
 
     def _requests(self) -> Iterator[Request]:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())

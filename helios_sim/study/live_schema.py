@@ -24,6 +24,7 @@ class LiveConfig:
     texts: str | None = None  # folder of TASK.txt, or one file for all tasks; null: those of `make models`
     warm_up: int = 3  # iterations of each kind before time begins
     seed: int = 0  # of torch, where anything is drawn at all; the requests go by `seeds`
+    score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
     run: int = 0  # which of several runs of the same: they are different results
 
     def __post_init__(self) -> None:

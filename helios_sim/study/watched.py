@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
@@ -17,6 +17,8 @@ from helios_sim.serving.batch import Sequence
 from helios_sim.serving.iteration import Engine, Outcome, Plan
 from helios_sim.study.live_notes import LiveNotes
 
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")  # Linux: ns on a processor, ns waited for one, times
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -26,47 +28,40 @@ class Step:
     composition: Composition  # what ran
     host_ns: int  # from when it was due until the engine was asked
     device_ns: int
+    waited_ns: int  # of that, while others had the processor
 
 
 class WatchedEngine:
     """Follows the `Engine` protocol by handing everything on."""
 
     def __init__(self, inner: Engine, clock: WallClock) -> None:
-        self.inner, self._clock = inner, clock
+        self._inner, self._clock = inner, clock
         self.steps: list[Step] = []
 
-    def tell(self, faults: Any) -> None:
-        """Who hears of what goes wrong."""
-        if hasattr(self.inner, "faults"):
-            self.inner.faults = faults
-
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        asked_ns = self._clock.wall_ns
-        outcome = self.inner.execute(plan, now_ns)
-        end_ns = int(outcome.end_ns[-1])
-        self.steps.append(Step(outcome.profile, outcome.composition, max(asked_ns - now_ns, 0), end_ns - asked_ns))
+        asked_ns, waited_ns = self._clock.wall_ns, waited_for_processor_ns()
+        outcome = self._inner.execute(plan, now_ns)
+        waited_ns = waited_for_processor_ns() - waited_ns
+        host_ns, device_ns = max(asked_ns - now_ns, 0), int(outcome.end_ns[-1]) - asked_ns
+        self.steps.append(Step(outcome.profile, outcome.composition, host_ns, device_ns, waited_ns))
         return outcome
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
-        return self.inner.tokenize(model, request, answered_chars)
+        return self._inner.tokenize(model, request, answered_chars)
 
     def hold(self, layers: Mapping[str, int]) -> None:
-        self.inner.hold(layers)
+        self._inner.hold(layers)
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        self.inner.start_transfer(n_bytes, model, on_done)
+        self._inner.start_transfer(n_bytes, model, on_done)
 
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        return self.inner.observe(sequence, n_tokens, exit_rule)
+        return self._inner.observe(sequence, n_tokens, exit_rule)
 
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
-        return self.inner.probe(model, requests, exit_rule)
-
-    def close(self) -> None:
-        if hasattr(self.inner, "close"):
-            self.inner.close()
+        return self._inner.probe(model, requests, exit_rule)
 
     def notes(self) -> LiveNotes:
         """Prices what ran: only now, since that takes the host's time too."""
@@ -75,6 +70,15 @@ class WatchedEngine:
             iterations=len(self.steps),
             device_ns=sum(step.device_ns for step in self.steps),
             host_ns=sum(step.host_ns for step in self.steps),
+            waited_ns=sum(step.waited_ns for step in self.steps),
             priced_ns=priced_ns,
             behind_ns=self._clock.wall_ns - int(self._clock.now),
         )
+
+
+def waited_for_processor_ns() -> int:
+    """A counter: how long this thread was ready to run and had no processor. 0 where the system keeps none."""
+    try:
+        return int(_SCHEDSTAT.read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
