@@ -14,6 +14,9 @@ from simpy.events import Event
 
 from helios_sim.request import Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
+from helios_sim.serving.ahead.contract import Ledger
+from helios_sim.serving.ahead.stretch import worth_compiling
+from helios_sim.serving.intake import Intake
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 
@@ -53,6 +56,14 @@ class Books:
         self.presence_ns += (self.arrived - self.left) * (now_ns - self.changed_ns)
         self.changed_ns = now_ns
 
+    def add(self, ledger: Ledger) -> None:
+        self.note_change(ledger.from_ns)
+        self.presence_ns += ledger.presence_ns
+        self.changed_ns = ledger.until_ns
+        self.arrived += ledger.arrived
+        self.left += len(ledger.records)
+        self.sojourn_ns += ledger.sojourn_ns
+
 
 class System:
     """Counts who is in the system, and hands out requests of a closed loop as others leave."""
@@ -76,19 +87,22 @@ class System:
         self._requests_in = [0] * len(servers)
         self._choose = self._routing.choice(self._requests_in)
 
-    def open_loop(self, blocks: Iterator[RequestBlock]) -> Generator[Event, None, None]:
+    def open_loop(self, intake: Intake) -> Generator[Event, None, None]:
         """The process of arrivals that do not wait for answers."""
-        for block in blocks:
-            for request in block.rows():
-                if request.arrival_ns > self.env.now:
-                    yield self.env.timeout(request.arrival_ns - self.env.now)
+        while (arrival_ns := intake.next_arrival_ns) is not None:
+            if arrival_ns > self.env.now:  # a server that looks ahead may take it meanwhile
+                yield self.env.timeout(arrival_ns - int(self.env.now))
+            elif (request := intake.take(arrival_ns)) is not None:
                 self.dispatch(request)
 
-    def close_loop(self, blocks: Iterator[RequestBlock], users: int) -> None:
+    def close_loop(self, intake: Intake, users: int) -> None:
         """Starts with one request of each user; each then sends the next one when its last has left."""
-        self._closed_loop = (request for block in blocks for request in block.rows())
-        for request in list(islice(self._closed_loop, users)):
+        self._closed_loop = iter(lambda: intake.take(int(self.env.now)), None)
+        self._releasing = True  # whoever is dropped now lets the next one come when all users have begun
+        for request in islice(self._closed_loop, users):
             self.dispatch(request)
+        self._releasing = False
+        self._release(None)
 
     def dispatch(self, request: Request, from_replica: int | None = None) -> None:
         number = self._choose(request)
@@ -98,6 +112,15 @@ class System:
         self.arrived += 1
         self._requests_in[number] += 1
         self.servers[number].submit(request, from_replica)
+
+    def settle(self, ledger: Ledger) -> None:
+        """A server that had all requests to itself has looked ahead and tells what has come to pass since."""
+        self.books[0].add(ledger)
+        self.arrived += ledger.arrived
+        self.left += len(ledger.records)
+        self._requests_in[0] = self.arrived - self.left
+        for record in ledger.records:
+            self._sink(record)
 
     def close(self) -> None:
         """The run ends: nobody sends a further request."""
@@ -126,7 +149,7 @@ class System:
                     f"{book.arrived} arrived, {book.left} left"
                 )
 
-    def _release(self, from_replica: int) -> None:
+    def _release(self, from_replica: int | None) -> None:
         """A request that is dropped on arrival leaves at once and releases the next: a loop, not a recursion."""
         if self._releasing or self._closed_loop is None:
             return
@@ -150,11 +173,15 @@ def simulate(
     routing: Routing = ONE_AFTER_THE_OTHER,
     env: simpy.Environment | None = None,
     outside: Callable[[System], None] | None = None,
+    ahead: bool | None = None,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
 
     `outside` is given the system before the first event: where the environment is a wall clock with a door, whoever
     is outside can send and cancel requests from then on.
+
+    `ahead`: a server that has all requests to itself computes iterations ahead of the clock, to the same result; None:
+    if that is worth it.
 
     `sink` gets each record as its request leaves. With `users` the loop is closed. Raises LittlesLawViolated when
     the books do not balance, which would be a defect of this program.
@@ -162,10 +189,13 @@ def simulate(
     env = env or simpy.Environment(initial_time=0)
     system = System(env, routing, sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
+    intake = Intake(blocks, closed_loop=users is not None)
+    if replicas == 1 and outside is None and (worth_compiling(requests) if ahead is None else ahead):
+        system.servers[0].look_ahead(intake, system.settle)
     if users is None:
-        env.process(system.open_loop(blocks))
+        env.process(system.open_loop(intake))
     else:
-        system.close_loop(blocks, users)
+        system.close_loop(intake, users)
     if outside is not None:
         outside(system)
     with suppress(EmptySchedule):  # nothing can happen any more, nor can anybody outside act

@@ -96,6 +96,7 @@ def serve(
     router: Router = Router.ROUND_ROBIN,
     homes: tuple[tuple[int, ...], ...] | None = None,
     leap: bool = True,
+    ahead: bool = True,  # where it can be, whatever it costs to compile
     schedule_ahead: int = 0,
     vllm_v1: bool = False,
     threshold: float = 0.7,
@@ -149,6 +150,7 @@ def serve(
         replicas=replicas,
         routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
+        ahead=ahead and watch is None,
     )
     return Served(records, run)
 

@@ -254,6 +254,7 @@ def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, leap
             hbm_bytes=profile.weight_bytes(deployment.active.layers)
             + pool_blocks * 16 * profile.kv_bytes_per_token(deployment.active.layers),
             leap=leap,
+            ahead=False,
         )  # fmt: skip
     for record in served.records:
         answer = reference.answers[record.request_id]

@@ -40,6 +40,7 @@ def run(work: Workload, blocks: int, block_tokens: int = 1, **rig) -> Served:
         patch.setattr(server_module, "commit", note)
         hbm_bytes = WEIGHTS + blocks * block_tokens * TOKEN
         policy = rig.pop("policy", full_depth())
+        rig.setdefault("ahead", False)
         served = serve(work, policy, hbm_bytes=hbm_bytes, utilisation=1.0, block_tokens=block_tokens, **rig)
     served.plans = plans
     return served

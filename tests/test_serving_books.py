@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import simpy
 from hypothesis import HealthCheck, given, settings
+from simpy.core import EmptySchedule
 
 from helios_sim.exits.rule import FullDepth
 from helios_sim.policy.deployment import Deployment, Placement, Probe
@@ -65,8 +66,10 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
     """What runs when a run is stopped leaves as unfinished with its tokens, and was not preempted."""
 
     class Stops(simpy.Environment):
-        def peek(self):
-            return float("inf") if self.now >= 4 * MS else super().peek()
+        def step(self):
+            if self.now >= 4 * MS:
+                raise EmptySchedule
+            super().step()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helios_sim.simulation.simpy.Environment", Stops)
@@ -116,7 +119,7 @@ def test_a_request_that_leaves_twice_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Replica, "leave", twice)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, Constant(50.0)), full_depth())
+        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
@@ -128,7 +131,7 @@ def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", loses)
     with pytest.raises(LittlesLawViolated, match="4 arrived, 3 left"):
-        serve(workload(4, Constant(50.0)), full_depth())
+        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
@@ -140,7 +143,7 @@ def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", early)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, Constant(50.0)), full_depth())
+        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_an_arrival_without_a_request_is_noticed() -> None:

@@ -126,6 +126,7 @@ def run(
     leap: bool,
     made: dict | None = None,
     schedule_ahead: int = 0,
+    ahead: bool = True,
 ) -> Served:
     made = made or profiles(0.001, 2**30)
     traces = {
@@ -146,6 +147,7 @@ def run(
         router=router,
         leap=leap,
         schedule_ahead=schedule_ahead,
+        ahead=ahead,
     )
 
 
@@ -179,6 +181,28 @@ def test_they_do_so_too_where_every_iteration_costs_something_else(
     stepping = run(workload, script, replicas, router, pool_blocks, False, made, ahead)
     assert leaping.records == stepping.records
     assert asdict(leaping.run.stats) == asdict(stepping.run.stats)
+
+
+@SLOW
+@given(
+    workload=workloads,
+    script=scripts(),
+    pool_blocks=st.sampled_from([4, 9, 40, 1000]),
+    sync_s=st.sampled_from([0.0, 2e-5]),
+    ahead=st.sampled_from([0, 1]),
+)
+def test_iterations_computed_ahead_give_the_same_bits_as_single_steps(
+    workload, script, pool_blocks, sync_s, ahead
+) -> None:
+    made = uneven_profiles(sync_s)
+    compiled = run(workload, script, 1, Router.ROUND_ROBIN, pool_blocks, True, made, ahead)
+    stepping = run(workload, script, 1, Router.ROUND_ROBIN, pool_blocks, False, made, ahead)
+    assert compiled.records == stepping.records
+    (fast,), (slow,) = compiled.run.servers, stepping.run.servers
+    assert fast.decisions == slow.decisions
+    assert asdict(fast.stats) == asdict(slow.stats)
+    if all(record.status is not Status.UNFINISHED for record in compiled.records):  # else a forgotten alarm is the end
+        assert compiled.run.end_ns == stepping.run.end_ns
 
 
 @SLOW

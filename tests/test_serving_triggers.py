@@ -65,7 +65,7 @@ def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, leap: boo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "commit", count)
-        serve(work, policy, traces={"flat": trace}, leap=leap)
+        serve(work, policy, traces={"flat": trace}, leap=leap, ahead=False)
     return expected
 
 

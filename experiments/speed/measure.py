@@ -39,14 +39,14 @@ def served(job: Job, fleet: Fleet) -> tuple[list[RequestRecord], Run]:
 
 
 def digest(records: list[RequestRecord], run: Run) -> str:
-    """The same for the same result: every record and every integral over the run."""
+    """The same for the same result: every record and every integral over the run. Samples for pictures are left out."""
     stats = run.stats
     integrals = {name: getattr(stats, name) for name in stats.__slots__ if name != "itl"}
     gaps = (stats.itl.counts.tolist(), stats.itl.total_ns, stats.itl.shortest_ns, stats.itl.longest_ns)
     rows = [tuple(map(str, astuple(record))) for record in records]
     decisions = [(d.time_ns, d.replica, str(d.cause)) for server in run.servers for d in server.decisions]
-    timelines = [server.timeline.rows for server in run.servers]
-    everything = (rows, integrals, gaps, decisions, timelines, run.end_ns)
+    integrals["tokens_by_depth"] = {model: sorted(n.items()) for model, n in sorted(stats.tokens_by_depth.items())}
+    everything = (rows, integrals, gaps, decisions, run.end_ns)
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
 
 

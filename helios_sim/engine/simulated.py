@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import simpy
 
+from helios_sim.engine.ahead import terms_of, tokens_of
 from helios_sim.engine.depths import Depths, decode_depths
 from helios_sim.exits.replay import Replay, replay
 from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, FullDepth, PerToken
 from helios_sim.exits.trace import BoundTrace, TokenSpan
-from helios_sim.policy.telemetry import Observation
-from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.telemetry import Observation, Situation
+from helios_sim.profile.composition import Composition, IntArray, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.request import NS_PER_S, Request, whole_ns
+from helios_sim.serving.ahead.contract import Terms
 from helios_sim.serving.batch import Column, Sequence
 from helios_sim.serving.iteration import Outcome, Plan, Tokens
 
@@ -77,7 +80,20 @@ class SimulatedEngine:
         arrival.callbacks.append(lambda _: on_done())
 
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        return self._observation(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)
+        request_id = sequence.request.request_id
+        return self.observed(sequence.model, request_id, sequence.span, n_tokens, exit_rule, int(self._env.now))
+
+    def terms(
+        self, deployment: Deployment, situation: Situation, running_limit: int, closed_loop: bool
+    ) -> Terms | None:
+        """What iterations under this deployment need to be computed ahead; None where they cannot be."""
+        data = self._models[deployment.active.model]
+        return terms_of(data.profile, data.trace.trace, deployment, situation, running_limit, closed_loop)
+
+    def tokens_of(self, model: str, arrivals: IntArray) -> IntArray:
+        """`tokenize` of n requests that are rows of arrivals, shape (n, TOKENS_COLUMNS)."""
+        data = self._models[model]
+        return tokens_of(data.profile, data.trace, arrivals)
 
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
@@ -102,11 +118,12 @@ class SimulatedEngine:
                 host_sync_at_checks=False,
             )
             duration_ns += int(whole_ns(data.profile.iteration_time_s(composition))[0])
-            observations.append(self._observation(model, request.request_id, span, rows, exit_rule))
+            now_ns = int(self._env.now)
+            observations.append(self.observed(model, request.request_id, span, rows, exit_rule, now_ns))
         return duration_ns, tuple(observations)
 
-    def _observation(
-        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule
+    def observed(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
     ) -> Observation:
         trace = self._models[model].trace.trace
         rows = span.indices()[:n_tokens]
@@ -117,7 +134,7 @@ class SimulatedEngine:
         return Observation(
             model=model,
             request_id=request_id,
-            time_ns=int(self._env.now),
+            time_ns=time_ns,
             confident=confident,
             agrees=trace.agree[rows],
             bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,

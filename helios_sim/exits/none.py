@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.profile.spec import ModelSpec
@@ -35,6 +36,15 @@ class _BoundNoExits(BoundTrace):
         trace = self.trace
         assert isinstance(trace, NoExits)
         return TokenSpan(0, text_start % trace.n_tokens, trace.n_tokens, trace.spec.tokens(output_chars))
+
+    def locate_many(
+        self, task: NDArray[np.int64], text_start: NDArray[np.int64], output_chars: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        trace = self.trace
+        assert isinstance(trace, NoExits)
+        length = trace.n_tokens
+        columns = np.broadcast_arrays(0, text_start % length, length, trace.spec.tokens_of_many(output_chars))
+        return np.stack(columns, axis=1)
 
 
 def no_exits(spec: ModelSpec) -> NoExits:

@@ -222,6 +222,27 @@ class BoundTrace:
             return TokenSpan(first, int(begins.searchsorted(origin + begin, "right")) - 1, length, 1)
         return TokenSpan(first, start % length, length, n_tokens)
 
+    def locate_many(
+        self, task: NDArray[np.int64], text_start: NDArray[np.int64], output_chars: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """`locate` of n answers: first, start, length and number of tokens of each, shape (n, 4)."""
+        trace = self.trace
+        found = np.zeros((len(task), 4), np.int64)
+        for k in set(self.task_index):
+            rows = np.flatnonzero(np.array(self.task_index)[task] == k)
+            first, end = int(trace.task_first[k]), int(trace.task_first[k + 1])
+            origin = int(trace.char_start[first])
+            begins = trace.char_start[first:end]
+            text_chars, length = int(trace.char_start[end]) - origin, end - first
+            begin = text_start[rows] % text_chars
+            loops, tail = np.divmod(begin + output_chars[rows], text_chars)
+            start = begins.searchsorted(origin + begin)
+            n_tokens = loops * length + begins.searchsorted(origin + tail) - start
+            within = n_tokens < 1  # one token
+            start = np.where(within, begins.searchsorted(origin + begin, "right") - 1, start % length)
+            found[rows] = np.stack(np.broadcast_arrays(first, start, length, np.where(within, 1, n_tokens)), axis=1)
+        return found
+
 
 def _whole_microbits(bits: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.rint(bits.astype(np.float64) * MICROBITS).astype(np.int64)

@@ -6,7 +6,6 @@ halves every `half_life_requests`; what was recorded offline has the age of the 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.policy.cap import Evidence
+from helios_sim.policy.observed import ObservedPrompts, sum_in_order
 from helios_sim.policy.prediction import Prediction
 from helios_sim.policy.telemetry import Candidate, Observation
 
@@ -31,24 +31,17 @@ class Shares:
     bits_per_char: NDArray[np.float64] | None  # (E,)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Prompt:
-    at_request: int  # requests completed when it was observed
-    tokens: int
-    differs: NDArray[np.int64]  # (E,)
-    confident: NDArray[np.int64]  # (E,)
-    first: NDArray[np.int64]  # (E,)
-    bits: NDArray[np.float64] | None  # (E,)
-    chars: int
-
-
 class HistoryTable:
     """One per replica and run. Observed prompts are added, predictions overwrite the last."""
 
     def __init__(self, candidates: Mapping[str, Candidate], half_life_requests: float) -> None:
         self._candidates = candidates
         self._half_life_requests = half_life_requests
-        self._prompts: dict[str, deque[_Prompt]] = {name: deque(maxlen=OBSERVATIONS_KEPT) for name in candidates}
+        self._prompts = {
+            name: ObservedPrompts(len(candidate.offline.exits), OBSERVATIONS_KEPT)
+            for name, candidate in candidates.items()
+        }
+        self._shares: dict[str, Shares] = {}  # by what is known now
         self._added = dict.fromkeys(candidates, 0)
         self._predictions: dict[str, tuple[Prediction, int]] = {}
 
@@ -58,18 +51,17 @@ class HistoryTable:
         if n_tokens == 0:
             return
         self._added[observation.model] += 1
+        self._shares.pop(observation.model, None)
         reached = observation.confident.copy()
         reached[:, -1] = True
-        self._prompts[observation.model].append(
-            _Prompt(
-                at_request=completed_requests,
-                tokens=n_tokens,
-                differs=np.count_nonzero(~observation.agrees, axis=0).astype(np.int64),
-                confident=np.count_nonzero(observation.confident, axis=0).astype(np.int64),
-                first=np.bincount(reached.argmax(axis=1), minlength=n_exits).astype(np.int64),
-                bits=None if observation.bits is None else observation.bits.sum(axis=0, dtype=np.float64),
-                chars=observation.chars,
-            )
+        self._prompts[observation.model].add(
+            at_request=completed_requests,
+            tokens=n_tokens,
+            chars=observation.chars,
+            differs=np.count_nonzero(~observation.agrees, axis=0),
+            confident=np.count_nonzero(observation.confident, axis=0),
+            first=np.bincount(reached.argmax(axis=1), minlength=n_exits),
+            bits=None if observation.bits is None else observation.bits.sum(axis=0, dtype=np.float64),
         )
 
     def note(self, model: str, prediction: Prediction, completed_requests: int) -> None:
@@ -81,45 +73,49 @@ class HistoryTable:
         Only ages relative to the youngest matter, so nothing changes while nothing is observed.
         """
         seen = self._prompts[model]
-        if not seen:
+        if not len(seen):
             return None, 1.0
-        ages = np.array([seen[-1].at_request - p.at_request for p in seen], dtype=np.float64)
-        tokens = np.array([p.tokens for p in seen], dtype=np.int64)
-        evidence = Evidence(tokens, np.stack([p.differs for p in seen]), 0.5 ** (ages / self._half_life_requests))
-        return evidence, 0.5 ** (seen[-1].at_request / self._half_life_requests)
+        youngest = int(seen.at_request[-1])
+        weights = 0.5 ** ((youngest - seen.at_request).astype(np.float64) / self._half_life_requests)
+        return Evidence(seen.tokens, seen.differs, weights), 0.5 ** (youngest / self._half_life_requests)
 
     def shares(self, model: str) -> Shares:
         """Offline shares and observed ones, each offline token and observed token weighted by age."""
+        found = self._shares.get(model)
+        if found is None:
+            found = self._shares[model] = self._pooled(model)
+        return found
+
+    def _pooled(self, model: str) -> Shares:
         offline, seen = self._candidates[model].offline, self._prompts[model]
         evidence, offline_weight = self.observed(model)
         weights = np.zeros(0) if evidence is None else evidence.weights
         offline_tokens = offline_weight * float(offline.prompt_tokens.sum())
-        total = offline_tokens + sum(w * p.tokens for w, p in zip(weights, seen, strict=True))
+        total = offline_tokens + sum_in_order(0.0, weights * seen.tokens)
 
-        def pooled(offline_share: NDArray[np.float64], counts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
-            observed = sum((w * c for w, c in zip(weights, counts, strict=True)), np.zeros(len(offline.exits)))
+        def pooled(offline_share: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+            observed = sum_in_order(np.zeros(len(offline.exits)), weights[:, None] * counts)
             return np.asarray((offline_tokens * offline_share + observed) / total)
 
         return Shares(
-            disagreement=pooled(offline.disagreement, [p.differs for p in seen]),
-            confident=pooled(offline.confident_share, [p.confident for p in seen]),
-            exit_histogram=pooled(offline.exit_share, [p.first for p in seen]),
+            disagreement=pooled(offline.disagreement, seen.differs),
+            confident=pooled(offline.confident_share, seen.confident),
+            exit_histogram=pooled(offline.exit_share, seen.first),
             bits_per_char=self._bits_per_char(model, offline_weight, weights),
         )
 
     def _bits_per_char(
         self, model: str, offline_weight: float, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
-        offline = self._candidates[model].offline
-        bits = np.zeros(len(offline.exits))
-        chars = 0.0
+        offline, seen = self._candidates[model].offline, self._prompts[model]
+        bits, chars = np.zeros(len(offline.exits)), 0.0
         if offline.bits_per_char is not None:
             chars = offline_weight * float(offline.prompt_tokens.sum()) * offline.chars_per_token
             bits = chars * offline.bits_per_char
-        for weight, prompt in zip(weights.tolist(), self._prompts[model], strict=True):
-            if prompt.bits is not None:
-                bits = bits + weight * prompt.bits
-                chars += weight * prompt.chars
+        with_bits = seen.has_bits
+        weights = weights[with_bits]
+        bits = sum_in_order(bits, weights[:, None] * seen.bits[with_bits])
+        chars = float(sum_in_order(chars, weights * seen.chars[with_bits]))
         return bits / chars if chars > 0 else None
 
     def observed_prompts(self, model: str) -> int:
@@ -134,7 +130,7 @@ class HistoryTable:
             row: dict[str, Any] = {
                 "exits": list(self._candidates[model].offline.exits),
                 "observed_prompts": len(prompts),
-                "age_requests": completed_requests - prompts[-1].at_request if prompts else None,
+                "age_requests": completed_requests - int(prompts.at_request[-1]) if len(prompts) else None,
                 "disagreement": shares.disagreement.tolist(),
                 "confident_share": shares.confident.tolist(),
                 "exit_histogram": shares.exit_histogram.tolist(),

@@ -64,22 +64,22 @@ class DecodeLookup:
     def __init__(self, table: GridTable) -> None:
         self.first_batch, self.end_batch = int(table.first[0]), int(table.first[-1])
         self.first_kv, self.end_kv = int(table.second[0]), int(table.second[-1])
-        self._width = len(table.second)
+        self.width = len(table.second)
         batches = np.arange(self.end_batch + 1)
         values = np.stack([np.interp(batches, table.first, column) for column in table.time_s.T], axis=1)
         values[0] = 0.0
         slopes = np.diff(values, axis=1) / np.diff(table.second)
-        self._values = np.ascontiguousarray(values).ravel()
-        self._slopes = np.concatenate([slopes, slopes[:, -1:]], axis=1).ravel()
-        self._kv = table.second.astype(np.float64)
+        self.values = np.ascontiguousarray(values).ravel()
+        self.slopes = np.concatenate([slopes, slopes[:, -1:]], axis=1).ravel()
+        self.kv = table.second.astype(np.float64)
         # the interval of every whole number of KV tokens: means fall into the interval of their whole part
         below = np.searchsorted(table.second, np.arange(self.end_kv + 1), side="right") - 1
-        self._interval = np.maximum(below, 0).astype(np.int64)
+        self.interval = np.maximum(below, 0).astype(np.int64)
         # memoryviews hand out plain numbers several times faster than arrays do
-        self._value_at: memoryview[float] = memoryview(self._values)  # type: ignore[arg-type]
-        self._slope_at: memoryview[float] = memoryview(self._slopes)  # type: ignore[arg-type]
-        self._kv_at: memoryview[float] = memoryview(self._kv)  # type: ignore[arg-type]
-        self._interval_at: memoryview[int] = memoryview(self._interval)  # type: ignore[arg-type]
+        self._value_at: memoryview[float] = memoryview(self.values)  # type: ignore[arg-type]
+        self._slope_at: memoryview[float] = memoryview(self.slopes)  # type: ignore[arg-type]
+        self._kv_at: memoryview[float] = memoryview(self.kv)  # type: ignore[arg-type]
+        self._interval_at: memoryview[int] = memoryview(self.interval)  # type: ignore[arg-type]
 
     def scalar(self, batch: int, kv_tokens: int) -> float:
         """`kv_tokens` is the sum over the batch."""
@@ -87,15 +87,15 @@ class DecodeLookup:
             return 0.0
         mean = kv_tokens / batch
         j = self._interval_at[min(int(mean), self.end_kv)]
-        at = min(batch, self.end_batch) * self._width + j
+        at = min(batch, self.end_batch) * self.width + j
         time_s = self._value_at[at] + self._slope_at[at] * (mean - self._kv_at[j])
         return time_s if batch <= self.end_batch else time_s * (batch / self.end_batch)
 
     def array(self, batch: IntArray, kv_tokens: IntArray) -> FloatArray:
         mean = kv_tokens / np.maximum(batch, 1)
-        j = self._interval.take(mean.astype(np.int64), mode="clip")
-        at = np.minimum(batch, self.end_batch) * self._width + j
-        time_s = self._values.take(at) + self._slopes.take(at) * (mean - self._kv.take(j))
+        j = self.interval.take(mean.astype(np.int64), mode="clip")
+        at = np.minimum(batch, self.end_batch) * self.width + j
+        time_s = self.values.take(at) + self.slopes.take(at) * (mean - self.kv.take(j))
         if batch.max(initial=0) > self.end_batch:
             time_s = np.where(batch > self.end_batch, time_s * (batch / self.end_batch), time_s)
         return time_s
@@ -112,25 +112,25 @@ class PrefillLookup:
     """
 
     def __init__(self, table: GridTable) -> None:
-        self._tokens: list[int] = table.first.tolist()
-        self._context: list[int] = table.second.tolist()
-        self._time_s: list[list[float]] = table.time_s.tolist()
+        self.tokens: list[int] = table.first.tolist()
+        self.context: list[int] = table.second.tolist()
+        self.time_s: list[list[float]] = table.time_s.tolist()
         self.fixed_s = float(table.time_s.min())
 
     def scalar(self, tokens: int, context_tokens: int) -> float:
-        i = min(max(bisect_right(self._tokens, tokens) - 1, 0), len(self._tokens) - 1)
-        other = i + 1 if i + 1 < len(self._tokens) else i - 1
+        i = min(max(bisect_right(self.tokens, tokens) - 1, 0), len(self.tokens) - 1)
+        other = i + 1 if i + 1 < len(self.tokens) else i - 1
         here_s, there_s = self._at_context(i, context_tokens), self._at_context(other, context_tokens)
-        slope_s = (there_s - here_s) / (self._tokens[other] - self._tokens[i])
-        return max(self.fixed_s, here_s + slope_s * (tokens - self._tokens[i]))
+        slope_s = (there_s - here_s) / (self.tokens[other] - self.tokens[i])
+        return max(self.fixed_s, here_s + slope_s * (tokens - self.tokens[i]))
 
     def _at_context(self, i: int, context_tokens: int) -> float:
-        grid, time_s = self._context, self._time_s[i]
+        grid, time_s = self.context, self.time_s[i]
         j = min(max(bisect_right(grid, context_tokens) - 1, 0), len(grid) - 1)
         other = j + 1 if j + 1 < len(grid) else j - 1
         slope_s = (time_s[other] - time_s[j]) / (grid[other] - grid[j])
         return time_s[j] + slope_s * (context_tokens - grid[j])
 
     def outside(self, tokens: int, context_tokens: int) -> bool:
-        inside_tokens = self._tokens[0] <= tokens <= self._tokens[-1]
-        return not (inside_tokens and self._context[0] <= context_tokens <= self._context[-1])
+        inside_tokens = self.tokens[0] <= tokens <= self.tokens[-1]
+        return not (inside_tokens and self.context[0] <= context_tokens <= self.context[-1])

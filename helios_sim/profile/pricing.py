@@ -96,24 +96,24 @@ class Pricing:
         time_factor: float,
         check_classifier: RowsTable | None = None,
     ) -> None:
-        self._classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes) for tables in classes)
+        self.classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes) for tables in classes)
         self._layer_class = tuple(layer_class)
-        self._head = RowLookup(head)
-        self._check = self._head if check is None else RowLookup(check)
+        self.head = RowLookup(head)
+        self.check = self.head if check is None else RowLookup(check)
         # without a table nothing asks for it: the profile refuses
-        self._classifier = self._check if check_classifier is None else RowLookup(check_classifier)
-        self._embedding = RowLookup(embedding)
-        self._runtime = runtime
-        self._load_slowdown = load_slowdown
-        self._mixed_factor = 1.0 if mixed_factor is None else mixed_factor
-        self._kv_factor = 1.0 if unequal_kv_factor is None else unequal_kv_factor
-        self._time_factor = time_factor
+        self.classifier = self.check if check_classifier is None else RowLookup(check_classifier)
+        self.embedding = RowLookup(embedding)
+        self.runtime = runtime
+        self.load_slowdown = load_slowdown
+        self.mixed_factor = 1.0 if mixed_factor is None else mixed_factor
+        self.kv_factor = 1.0 if unequal_kv_factor is None else unequal_kv_factor
+        self.time_factor = time_factor
         self._bands: dict[tuple[int, ...], Bands] = {}
 
     def bands(self, bounds: tuple[int, ...]) -> Bands:
         found = self._bands.get(bounds)
         if found is None:
-            found = self._bands[bounds] = Bands(bounds, self._layer_class, len(self._classes))
+            found = self._bands[bounds] = Bands(bounds, self._layer_class, len(self.classes))
         return found
 
     def time_s(self, c: Composition) -> FloatArray:
@@ -126,7 +126,7 @@ class Pricing:
 
     def _one(self, c: Composition, i: int) -> float:
         """Iteration i, with or without prefill, in plain floats: numpy calls would cost more than the sums."""
-        bands, runtime = self.bands(c.bounds), self._runtime
+        bands, runtime = self.bands(c.bounds), self.runtime
         decode, kv = c.decode_tokens[i].tolist(), c.decode_kv_tokens[i].tolist()
         propagated = None if c.propagated_tokens is None else c.propagated_tokens[i].tolist()
         checks = None if c.check_tokens is None else c.check_tokens[i].tolist()
@@ -135,13 +135,13 @@ class Pricing:
         if c.decode_kv_least is not None and c.decode_kv_most is not None:
             spread = kv[0], int(c.decode_kv_least[i]), int(c.decode_kv_most[i]), decode[0]
         sampled = int(c.sampled_tokens[i])
-        slowdown = self._load_slowdown if c.loading else 1.0
-        mixed = self._mixed_factor if c.prefill and decode[0] else 1.0
+        slowdown = self.load_slowdown if c.loading else 1.0
+        mixed = self.mixed_factor if c.prefill and decode[0] else 1.0
         total_s, layers = 0.0, 0
         rows, chunks = decode[0], c.prefill
         if chunks:
             rows += sum(p.tokens for p in chunks)
-        device_s = self._embedding.scalar(rows)
+        device_s = self.embedding.scalar(rows)
         for s, band_layers in enumerate(bands.layers):
             rows = decode[s]
             if c.prefill:
@@ -151,13 +151,14 @@ class Pricing:
                 rows += sum(p.tokens for p in chunks)
             moved = 0 if propagated is None else propagated[s]
             band_s = 0.0
-            for layer, counts in zip(self._classes, bands.of_class, strict=True):
+            for layer, counts in zip(self.classes, bands.of_class, strict=True):
                 dense = layer.dense if c.prefill else layer.padded_dense
                 decode_s = layer.decode_s(decode[s], kv[s], spread, chunks)
-                layer_s = dense.scalar(rows) + decode_s * self._kv_factor
+                layer_s = dense.scalar(rows) + decode_s * self.kv_factor
                 if chunks:
-                    attention = layer.prefill_attention
-                    over_s = sum(attention.scalar(p.tokens, p.context_tokens) - attention.fixed_s for p in chunks)
+                    attention, over_s = layer.prefill_attention, 0.0
+                    for p in chunks:  # one by one: from Python 3.12 on `sum` rounds floats in another way
+                        over_s += attention.scalar(p.tokens, p.context_tokens) - attention.fixed_s
                     layer_s = (layer_s + (attention.fixed_s + over_s)) * mixed
                 band_s += counts[s] * (layer_s + layer.kv_projection.scalar(moved))
             device_s += band_s
@@ -166,32 +167,32 @@ class Pricing:
             by_head = 0 if checks is None else checks[s]
             by_classifier = 0 if classified is None else classified[s]
             if by_head or by_classifier:
-                device_s += self._check.scalar(by_head) + self._classifier.scalar(by_classifier)
+                device_s += self.check.scalar(by_head) + self.classifier.scalar(by_classifier)
                 if c.host_sync_at_checks:
                     total_s += self._group_s(device_s, layers, slowdown) + runtime.sync_s
                     device_s, layers = 0.0, 0
         if sampled or layers:
-            total_s += self._group_s(device_s + self._head.scalar(sampled), layers, slowdown)
+            total_s += self._group_s(device_s + self.head.scalar(sampled), layers, slowdown)
         if c.host_ahead:
             total_s = max(total_s, self._launch_s(layers) + runtime.host_overhead_s)
         else:
             total_s += runtime.host_overhead_s
         gap_s = runtime.gap_s + runtime.prefill_gap_s if c.prefill else runtime.gap_s
-        return (total_s + gap_s) * self._time_factor
+        return (total_s + gap_s) * self.time_factor
 
     def _launch_s(self, layers: int) -> float:
-        return layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
+        return layers * self.runtime.launch_s_per_layer + self.runtime.launch_s_per_graph
 
     def _group_s(self, device_s: float, layers: int, slowdown: float) -> float:
         return max(device_s * slowdown, self._launch_s(layers))
 
     def _many(self, c: Composition) -> FloatArray:
         """Many iterations without prefill; the operations of `_one`, in its order, over arrays of shape (K, S)."""
-        bands, runtime = self.bands(c.bounds), self._runtime
-        slowdown = self._load_slowdown if c.loading else 1.0
+        bands, runtime = self.bands(c.bounds), self.runtime
+        slowdown = self.load_slowdown if c.loading else 1.0
         band_s: FloatArray | float = 0.0
-        for layer, counts in zip(self._classes, bands.of_class_array, strict=True):
-            attention_s = layer.decodes_s(c) * self._kv_factor
+        for layer, counts in zip(self.classes, bands.of_class_array, strict=True):
+            attention_s = layer.decodes_s(c) * self.kv_factor
             layer_s = layer.padded_dense.array(c.decode_tokens) + attention_s
             if c.propagated_tokens is not None:
                 layer_s = layer_s + layer.kv_projection.array(c.propagated_tokens)
@@ -203,14 +204,14 @@ class Pricing:
         layers_run = active * np.array(bands.layers)
         check_s: FloatArray | None = None
         checked: IntArray | None = None
-        for tokens, table in ((c.check_tokens, self._check), (c.classifier_tokens, self._classifier)):
+        for tokens, table in ((c.check_tokens, self.check), (c.classifier_tokens, self.classifier)):
             if tokens is not None:
                 check_s = table.array(tokens) if check_s is None else check_s + table.array(tokens)
                 checked = tokens if checked is None else checked + tokens
 
         total_s: FloatArray = np.zeros(c.n_iterations)
         layers: IntArray = np.zeros(c.n_iterations, dtype=np.int64)
-        device_s = self._embedding.array(c.decode_tokens[:, 0])
+        device_s = self.embedding.array(c.decode_tokens[:, 0])
         for s in range(len(bands.layers)):
             device_s = device_s + band_s[:, s]
             layers = layers + layers_run[:, s]
@@ -222,7 +223,7 @@ class Pricing:
                         group_s = self._groups_s(device_s, layers, slowdown) + runtime.sync_s
                         total_s = np.where(ends, total_s + group_s, total_s)
                         device_s, layers = np.where(ends, 0.0, device_s), np.where(ends, 0, layers)
-        last_s = self._groups_s(device_s + self._head.array(c.sampled_tokens), layers, slowdown)
+        last_s = self._groups_s(device_s + self.head.array(c.sampled_tokens), layers, slowdown)
         runs = (c.sampled_tokens > 0) | (layers > 0)
         total_s = np.where(runs, total_s + last_s, total_s)
         if c.host_ahead:
@@ -230,10 +231,10 @@ class Pricing:
             total_s = np.maximum(total_s, host_s)
         else:
             total_s = total_s + runtime.host_overhead_s
-        return (total_s + runtime.gap_s) * self._time_factor
+        return (total_s + runtime.gap_s) * self.time_factor
 
     def _groups_s(self, device_s: FloatArray, layers: IntArray, slowdown: float) -> FloatArray:
-        host_s = layers * self._runtime.launch_s_per_layer + self._runtime.launch_s_per_graph
+        host_s = layers * self.runtime.launch_s_per_layer + self.runtime.launch_s_per_graph
         slower_s: FloatArray = np.maximum(device_s * slowdown, host_s)
         return slower_s
 
@@ -241,8 +242,8 @@ class Pricing:
         """(K,) true where a table had to be extrapolated."""
         bands = self.bands(c.bounds)
         decode, kv = columns(c.decode_tokens), columns(c.decode_kv_tokens)
-        outside: Flags = self._head.outside(columns(c.sampled_tokens[:, None])[0])
-        for layer in self._classes:
+        outside: Flags = self.head.outside(columns(c.sampled_tokens[:, None])[0])
+        for layer in self.classes:
             for s, start in enumerate(bands.starts):
                 rows = decode[s] + sum(p.tokens for p in c.prefill if p.layers > start)
                 outside = outside | layer.dense.outside(rows) | layer.decode_attention.outside(decode[s], kv[s])
@@ -250,8 +251,8 @@ class Pricing:
             if c.propagated_tokens is not None:
                 for moved in columns(c.propagated_tokens):
                     outside = outside | layer.kv_projection.outside(moved)
-        outside = outside | self._embedding.outside(decode[0] + sum(p.tokens for p in c.prefill))
-        for tokens, table in ((c.check_tokens, self._check), (c.classifier_tokens, self._classifier)):
+        outside = outside | self.embedding.outside(decode[0] + sum(p.tokens for p in c.prefill))
+        for tokens, table in ((c.check_tokens, self.check), (c.classifier_tokens, self.classifier)):
             if tokens is not None:
                 for checked in columns(tokens):
                     outside = outside | table.outside(checked)

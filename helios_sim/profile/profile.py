@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,13 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.floor import iteration_floor_s
+from helios_sim.profile.price_tables import PriceTables, Scalars, price_tables
 from helios_sim.profile.pricing import Pricing
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Provenance
+
+_NOT_MADE = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +48,7 @@ class Profile:
     time_factor: float = 1.0
     check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
     _pricing: Pricing = field(init=False, repr=False)
+    _price_tables: object = field(init=False, repr=False, default=_NOT_MADE)
 
     def __post_init__(self) -> None:
         self._check_all()
@@ -56,6 +61,17 @@ class Profile:
     def __reduce__(self) -> tuple[type[Profile], tuple[object, ...]]:
         """Processes of a sweep get the tables; lookups are made anew there, to the same bits."""
         return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    @property
+    def pricing(self) -> Pricing:
+        return self._pricing
+
+    @property
+    def price_tables(self) -> tuple[PriceTables, Scalars] | None:
+        """For compiled prices; None where these do not know all terms of this profile."""
+        if self._price_tables is _NOT_MADE:
+            object.__setattr__(self, "_price_tables", price_tables(self.model, self.hardware, self._pricing))
+        return cast("tuple[PriceTables, Scalars] | None", self._price_tables)
 
     @property
     def name(self) -> str:

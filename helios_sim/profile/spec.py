@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -63,6 +66,10 @@ class ModelSpec:
     def tokens(self, chars: int) -> int:
         """Tokens of a text of that many characters, at least one."""
         return max(1, round(chars / self.chars_per_token))
+
+    def tokens_of_many(self, chars: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same of n texts, shape (n,)."""
+        return np.maximum(np.rint(chars / self.chars_per_token).astype(np.int64), 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,27 @@ class Column(IntEnum):
     LAST_TOKEN_NS = 13  # when its latest token was produced; -1 before the first, since a table has no None
 
 
+def batch_row(sequence: Sequence, cached_tokens: int) -> tuple[int, ...]:
+    """The columns of a request that enters the batch, with so many of its first tokens in the cache."""
+    span = sequence.span
+    return (
+        cached_tokens,
+        sequence.prefill_tokens - cached_tokens,
+        sequence.output_tokens - sequence.generated,
+        sequence.generated,
+        span.first,
+        span.start,
+        span.length,
+        sequence.layers_run,
+        sequence.early_tokens,
+        sequence.breach_tokens,
+        sequence.agreed_tokens,
+        sequence.evaluated_tokens,
+        sequence.microbits,
+        -1 if sequence.last_token_ns is None else sequence.last_token_ns,
+    )
+
+
 class RunningBatch:
     """Running requests in the order of their admission; the last one is the newest.
 
@@ -117,25 +138,25 @@ class RunningBatch:
         if n == self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
             self.kv_debt = np.concatenate([self.kv_debt, np.zeros_like(self.kv_debt)], axis=1)
-        span = sequence.span
-        self._table[:, n] = (
-            cached_tokens,
-            sequence.prefill_tokens - cached_tokens,
-            sequence.output_tokens - sequence.generated,
-            sequence.generated,
-            span.first,
-            span.start,
-            span.length,
-            sequence.layers_run,
-            sequence.early_tokens,
-            sequence.breach_tokens,
-            sequence.agreed_tokens,
-            sequence.evaluated_tokens,
-            sequence.microbits,
-            -1 if sequence.last_token_ns is None else sequence.last_token_ns,
-        )
+        self._table[:, n] = batch_row(sequence, cached_tokens)
         self.kv_debt[:, n] = 0
         self.members.append(sequence)
+
+    def rows(self) -> NDArray[np.int64]:
+        """All columns of all members, a copy of shape (len(self), columns)."""
+        return self._table[:, : len(self.members)].T.copy()
+
+    def replace(
+        self, members: list[Sequence], rows: NDArray[np.int64], kv_debt: NDArray[np.int64], decoding: int
+    ) -> None:
+        """Other members, with their columns (n, columns) and what they owe each band (n, bands)."""
+        n = len(members)
+        capacity = max(n, self._table.shape[1])
+        self._table = np.zeros((len(Column), capacity), np.int64)
+        self._table[:, :n] = rows.T
+        self.kv_debt = np.zeros((kv_debt.shape[1], capacity), np.int64)
+        self.kv_debt[:, :n] = kv_debt.T
+        self.members, self.decoding = members, decoding
 
     def pop_newest(self) -> tuple[Sequence, int]:
         """Takes the newest request out, for a preemption. Returns it and the tokens whose KV it had reserved."""

@@ -45,10 +45,10 @@ class Decider:
         self._policy = policy
         self.decisions: list[Decision] = []
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
-        self._windows: dict[BreachLimit, BreachWindow] = {}
+        self.windows: dict[BreachLimit, BreachWindow] = {}
         self._watched: Placement | None = None  # by these windows
-        self._spent: set[Cause] = set()  # triggers that fire once
-        self._completed_before = 0
+        self.spent: set[Cause] = set()  # triggers that fire once
+        self.completed_before = 0
 
     def start(self) -> Deployment:
         deployment = self._policy.start(self._replica.situation)
@@ -58,11 +58,11 @@ class Decider:
     def arm(self) -> None:
         """A deployment came into force: its triggers start to watch."""
         deployment = self._replica.deployment
-        self._spent.clear()
+        self.spent.clear()
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
-        known = self._windows if deployment.active == self._watched else {}
+        known = self.windows if deployment.active == self._watched else {}
         limits = [t for t in deployment.triggers if isinstance(t, BreachLimit)]
-        self._windows = {t: known.get(t) or BreachWindow(t.window_tokens, t.limit) for t in limits}
+        self.windows = {t: known.get(t) or BreachWindow(t.window_tokens, t.limit) for t in limits}
         self._watched = deployment.active
 
     def decide(self) -> Deployment | None:
@@ -73,13 +73,13 @@ class Decider:
             deployment = self._policy.decide(trigger, self._telemetry(trigger))
             self._replica.observations.clear()
             if isinstance(trigger, BreachLimit):
-                self._windows[trigger].clear()
+                self.windows[trigger].clear()
             elif isinstance(trigger, Completed):
-                self._completed_before = self._replica.completed_requests
+                self.completed_before = self._replica.completed_requests
             else:
-                self._spent.add(trigger)
+                self.spent.add(trigger)
             if deployment is not None:
-                self._completed_before = self._replica.completed_requests
+                self.completed_before = self._replica.completed_requests
                 self._log(trigger, deployment)
                 return deployment
         return None
@@ -103,42 +103,42 @@ class Decider:
         for trigger in self._replica.deployment.triggers:
             if isinstance(trigger, BreachLimit):
                 breach = counted_breaches(plan, outcome, iterations)
-                first = self._windows[trigger].first_over_limit(breach) if breach.shape[1] else None
+                first = self.windows[trigger].first_over_limit(breach) if breach.shape[1] else None
                 if first is not None:
                     iterations = first + 1
-            elif isinstance(trigger, AtTime) and trigger not in self._spent:
+            elif isinstance(trigger, AtTime) and trigger not in self.spent:
                 iterations = min(iterations, outcome.iterations_until(trigger.time_ns))
         return iterations
 
     def count_breaches(self, plan: Plan, outcome: Outcome, iterations: int) -> None:
-        if self._windows:
+        if self.windows:
             breach = counted_breaches(plan, outcome, iterations)
-            for window in self._windows.values():
+            for window in self.windows.values():
                 window.add(breach)
 
     def _fired(self, trigger: Cause) -> bool:
         replica = self._replica
         if isinstance(trigger, BreachLimit):
-            return self._windows[trigger].over_limit
+            return self.windows[trigger].over_limit
         if isinstance(trigger, Completed):
-            return replica.completed_requests - self._completed_before >= trigger.requests
+            return replica.completed_requests - self.completed_before >= trigger.requests
         if isinstance(trigger, QueueAbove):
             above = len(replica.waiting) > trigger.requests
             if not above:
-                self._spent.discard(trigger)
-            return above and trigger not in self._spent
-        if trigger in self._spent:
+                self.spent.discard(trigger)
+            return above and trigger not in self.spent
+        if trigger in self.spent:
             return False
         if isinstance(trigger, AtTime):
             return replica.now_ns >= trigger.time_ns
         if isinstance(trigger, Drained):
-            in_flight = len(replica.batch) or any(sequence.started for sequence in replica.waiting)
+            in_flight = len(replica.batch) or any(sequence.started for sequence in replica.waiting.known())
             return replica.starts_left == 0 and not in_flight
         return isinstance(trigger, Probed) and replica.deployment.probe is not None and not self.probe_left
 
     def _telemetry(self, cause: Cause) -> Telemetry:
         replica, recent = self._replica, self._replica.recent
-        windows = [self._windows[cause]] if isinstance(cause, BreachLimit) else list(self._windows.values())
+        windows = [self.windows[cause]] if isinstance(cause, BreachLimit) else list(self.windows.values())
         return Telemetry(
             now_ns=replica.now_ns,
             completed_requests=replica.completed_requests,

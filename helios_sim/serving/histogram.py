@@ -86,6 +86,13 @@ class GapHistogram:
         self.total_ns += int((gaps * times).sum())
         self._widen(shortest, longest)
 
+    def add_counted(self, n: int, total_ns: int, shortest_ns: int, longest_ns: int) -> None:
+        """Take note of n gaps that are in `counts` already."""
+        if n:
+            self.total_count += n
+            self.total_ns += total_ns
+            self._widen(shortest_ns, longest_ns)
+
     def merge(self, other: GapHistogram) -> None:
         """Add all that another histogram has counted."""
         self.counts += other.counts

@@ -31,6 +31,15 @@ class BreachWindow:
     def clear(self) -> None:
         self._flags = np.zeros(0, np.int64)
 
+    @property
+    def flags(self) -> NDArray[np.int64]:
+        """The latest tokens, at most the window, oldest first: 1 for a breach."""
+        return self._flags
+
+    @flags.setter
+    def flags(self, flags: NDArray[np.int64]) -> None:
+        self._flags = flags
+
     def first_over_limit(self, breach: NDArray[np.bool_]) -> int | None:
         """Index of the first iteration at whose end the full window holds more than the limit.
 

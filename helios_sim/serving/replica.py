@@ -15,6 +15,7 @@ from helios_sim.serving.batch import RunningBatch, Sequence
 from helios_sim.serving.histogram import GapBuffer
 from helios_sim.serving.iteration import Engine
 from helios_sim.serving.kv import KvPool, blocks_for
+from helios_sim.serving.line import WaitingLine
 from helios_sim.serving.meters import Recent
 from helios_sim.serving.scheduler import Admission
 from helios_sim.serving.stats import RunStats
@@ -40,7 +41,7 @@ class Replica:
         self.on_left = on_left
         self.deployment: Deployment  # in force; set before the first event
         self.batch = RunningBatch()
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingLine()
         self.pool = KvPool(0, situation.memory.block_tokens, remember=situation.vllm_v1)
         self.lingering: list[tuple[int, int]] = []  # (admission number, blocks) of requests that are done
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)
@@ -56,13 +57,18 @@ class Replica:
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
-        self._scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
+        self.scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
         self.decode_ns = 0  # since the placement last changed
         self.decode_batch_ns = 0
 
     @property
     def now_ns(self) -> int:
         return int(self.env.now)
+
+    @property
+    def model_number(self) -> int:
+        """Of the active model among the candidates."""
+        return list(self.situation.candidates).index(self.deployment.active.model)
 
     @property
     def run_layers(self) -> int:
@@ -83,7 +89,7 @@ class Replica:
 
     def blocks_to_finish(self) -> int:
         """Blocks that all answers in flight hold when each is complete."""
-        begun = [*self.batch.members, *takewhile(self.is_begun, self.waiting)]
+        begun = [*self.batch.members, *takewhile(self.is_begun, self.waiting.known())]
         return sum(blocks_for(s.prompt_tokens + s.output_tokens - 1, self.pool.block_tokens) for s in begun)
 
     def preempt(self) -> None:
@@ -204,6 +210,6 @@ class Replica:
                 agreed_tokens=sequence.agreed_tokens,
                 evaluated_tokens=sequence.evaluated_tokens,
                 preemptions=sequence.preemptions,
-                microbits=sequence.microbits if self._scores_text else None,
+                microbits=sequence.microbits if self.scores_text else None,
             )
         )

@@ -17,7 +17,6 @@ them chunk by chunk, so that a decode can take one between two chunks of a promp
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from helios_sim.serving.batch import Column, RunningBatch, Sequence
 from helios_sim.serving.iteration import PrefillPart
 from helios_sim.serving.kv import BlockDemand, KvPool, blocks_for
+from helios_sim.serving.line import WaitingLine
 
 LEAP_ITERATIONS = 256  # bounds the memory of one leap; results do not depend on it
 
@@ -59,7 +59,7 @@ class Schedule:
 
 def schedule(
     batch: RunningBatch,
-    waiting: deque[Sequence],
+    waiting: WaitingLine,
     pool: KvPool,
     limits: Limits,
     admit: Callable[[Sequence], Admission],

@@ -14,9 +14,12 @@ from simpy.events import Event, EventPriority
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Stop
+from helios_sim.serving.ahead.stretch import Stretch
 from helios_sim.serving.batch import Sequence
 from helios_sim.serving.commit import commit
 from helios_sim.serving.decider import Decider, Decision
+from helios_sim.serving.intake import Intake
 from helios_sim.serving.iteration import Engine, Outcome, Plan
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import Replica
@@ -41,6 +44,7 @@ class Server:
         on_left: Callable[[RequestRecord], None],
         leap: bool = True,
     ) -> None:
+        """Without `leap` every iteration is an event of its own."""
         self._env = env
         self._leap = leap
         self._replica = Replica(env, number, engine, situation, on_left)
@@ -52,6 +56,7 @@ class Server:
         self._outcome: Outcome | None = None  # of the iterations in progress
         self._cut = 0  # how many of them will be used
         self._planned_ns: int | None = None  # start of the latest iteration; None: the server was idle since
+        self._stretch: Stretch | None = None
         self._transitions.start(self._decider.start())
         self._process = env.process(self._run())
 
@@ -74,6 +79,9 @@ class Server:
                 yield self._event_at(probe_end_ns)
                 continue
             self._transitions.follow_plan()
+            if self._stretch is not None and self._looks_ahead and self._stretch.possible():
+                yield from self._go_ahead(self._stretch)
+                continue
             plan = self._plan(self._planned_ns if self._ahead else None)
             if plan is None and self._ahead and self._planned_ns is not None:
                 self._planned_ns = None  # with nothing to run, whoever has arrived meanwhile is seen at once
@@ -88,6 +96,18 @@ class Server:
             self._decider.count_breaches(plan, outcome, self._cut)
             commit(replica, plan, outcome, self._cut, started_ns)
 
+    def look_ahead(self, intake: Intake, settle: Callable[[Ledger], None]) -> bool:
+        """From now on all requests come from the intake and go to this server, and `settle` is told of them later.
+
+        False: it stays as it is, because this server has to see the clock at every iteration.
+        """
+        engine = self._replica.engine
+        if not self._leap or self._replica.situation.vllm_v1 or not isinstance(engine, Foreseeing):
+            return False
+        self._stretch = Stretch(self._replica, self._decider, engine, intake, settle)
+        self._replica.waiting.take_in(intake, self._sequence)
+        return True
+
     def submit(self, request: Request, from_replica: int | None = None) -> None:
         """A request arrives now. It is dropped at once if it can never run as deployed.
 
@@ -95,16 +115,20 @@ class Server:
         """
         replica = self._replica
         replica.recent.arrived(replica.now_ns)
-        model = replica.deployment.active.model
-        prompt_tokens, span = replica.engine.tokenize(model, request)
-        sequence = Sequence(request, model, prompt_tokens, span.n_tokens, span)
+        model, intake = replica.deployment.active.model, replica.waiting.intake
+        sequence = self._sequence(request, replica.model_number)
         if not self._transitions.pending and replica.planned_model(sequence) == model:
             reason = replica.why_impossible(sequence)
             if reason is not None:
+                if intake is not None:
+                    intake.let_go()
                 replica.leave(sequence, Status.DROPPED, reason)
                 return
         next_in_line = not replica.waiting
-        replica.waiting.append(sequence)
+        if intake is not None:
+            intake.keep(replica.model_number)
+        else:
+            replica.waiting.append(sequence)
         watched = self._decider.watches_queue  # then the policy may be asked at the end of this very iteration
         if watched or (next_in_line and self._could_start()):
             passed = from_replica is not None and from_replica > replica.number
@@ -157,6 +181,33 @@ class Server:
     @property
     def decisions(self) -> list[Decision]:
         return self._decider.decisions
+
+    def _sequence(self, request: Request, model_number: int) -> Sequence:
+        """A request that has not started, as that model reads it."""
+        model = list(self._replica.situation.candidates)[model_number]
+        prompt_tokens, span = self._replica.engine.tokenize(model, request)
+        return Sequence(request, model, prompt_tokens, span.n_tokens, span)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether nobody but the requests that are known can act on this replica."""
+        busy = self._transitions.pending or self._transitions.loading or self._replica.deployment.probe is not None
+        return not busy and not self._ahead
+
+    def _go_ahead(self, stretch: Stretch) -> Generator[Event, Any, None]:
+        """Takes turns ahead of the clock, up to one at which a trigger has fired or nothing can run."""
+        stretch.enter()
+        while True:
+            stop = stretch.advance()
+            yield self._event_at(stretch.now_ns)
+            if stop is not Stop.GO_ON:
+                break
+            stretch.hand_over()
+        stretch.leave()
+        if stretch.started_ns is not None:
+            self._planned_ns = stretch.started_ns
+        if stop is Stop.WAIT:
+            yield from self._wait_idle()
 
     def _could_start(self) -> bool:
         replica = self._replica

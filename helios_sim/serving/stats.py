@@ -47,6 +47,12 @@ class RunStats:
         for depth, n in found.items():
             counts[depth] = counts.get(depth, 0) + n
 
+    def count_by_depth(self, model: str, tokens: NDArray[np.int64]) -> None:
+        """The same for tokens that are counted already, (layers + 1,) by the layers that they ran."""
+        counts = self.tokens_by_depth.setdefault(model, {})
+        for depth in np.flatnonzero(tokens).tolist():
+            counts[depth] = counts.get(depth, 0) + int(tokens[depth])
+
     def merge(self, other: RunStats) -> None:
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(other, name)
