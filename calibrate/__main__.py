@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
+from calibrate.campaigns.schema import CampaignConfig
 from calibrate.config import in_full, register, to_config
 from calibrate.schema import CalibrateConfig
 from helios_sim.config import check_flags, conf_folder, given, in_words, leave_no_trace
@@ -26,22 +27,32 @@ WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # of a calibration in whi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: a mistake of the user, a defect of a stage, or an interrupt, in one message."""
+    """0: done; 1: a mistake of the user, a defect of a stage, or an interrupt, in one message.
+
+    With `+campaign=NAME` it is a campaign of many models; else one calibration of one model.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     command = sys.argv[1:] if arguments is None else list(arguments)
     status = 0
     folder: Path | None = None  # of the calibration at work
     started: list[Path] = []
+    of_many = given("campaign", command) is not None
+    schema = CampaignConfig if of_many else CalibrateConfig
 
     def calibrate(settings: DictConfig) -> None:
         nonlocal status, folder
+        from calibrate.campaigns.command import run_campaign
         from calibrate.command import run_calibration
 
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         started.append(folder)
         try:
-            status = max(status, run_calibration(to_config(settings, command), folder))
+            config = to_config(settings, command, schema)
+            done = (
+                run_campaign(config, folder) if isinstance(config, CampaignConfig) else run_calibration(config, folder)
+            )
+            status = max(status, done)
         except UserError as error:  # here, since Hydra would announce it in words of its own
             status = _fail(error, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
 
@@ -54,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        hydra.main(version_base=None, config_path=conf_folder(), config_name="calibrate")(calibrate)()
+        hydra.main(version_base=None, config_path=conf_folder(), config_name="campaign" if of_many else "calibrate")(
+            calibrate
+        )()
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(in_words(error, command, CalibrateConfig))
+        return _fail(in_words(error, command, schema))
     except yaml.YAMLError as error:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
     except BrokenPipeError:  # the reader left, as `head` does

@@ -38,7 +38,7 @@ def run_calibration(config: CalibrateConfig, folder: Path) -> int:
         inputs = Inputs(config)
         inputs.check()
         stages = stages_of(inputs)
-        _check_budget(config.budget_s, stages)
+        check_budget(config.budget_s, stages)
         with progress(stages) as watch:
             outcomes = run_stages(stages, folder, config.budget_s, watch)
         finished = _earlier(folder, inputs, stages) | _finished(outcomes)
@@ -54,7 +54,7 @@ def run_calibration(config: CalibrateConfig, folder: Path) -> int:
     return 1 if failed else 0
 
 
-def _check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
+def check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
     shortest = min(stage.shortest_s for stage in stages)
     if budget_s is not None and budget_s < shortest:
         allowed = f"no stage is done in that time; the shortest takes {shortest:g} s"

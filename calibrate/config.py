@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from calibrate.campaigns.schema import CampaignConfig
 from calibrate.schema import CalibrateConfig
 from helios_sim.config import given, in_words
 from helios_sim.live.known import SHORT_NAMES
@@ -16,15 +17,20 @@ from helios_sim.live.known import SHORT_NAMES
 
 def register() -> None:
     ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
+    ConfigStore.instance().store(name="campaign_schema", node=CampaignConfig)
 
 
-def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> CalibrateConfig:
-    """UserError where a value has the wrong type or lies out of its range."""
+def to_config(
+    settings: DictConfig,
+    arguments: Sequence[str] = (),
+    schema: type[CalibrateConfig | CampaignConfig] = CalibrateConfig,
+) -> CalibrateConfig | CampaignConfig:
+    """Of the schema. UserError where a value has the wrong type or lies out of its range."""
     try:
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
-        raise in_words(error, arguments, CalibrateConfig) from error
-    assert isinstance(config, CalibrateConfig)
+        raise in_words(error, arguments, schema) from error
+    assert isinstance(config, schema)
     return config
 
 

@@ -59,7 +59,8 @@ class WallClock(simpy.rt.RealtimeEnvironment):
                     raise EmptySchedule
                 continue
             with suppress(Empty):
-                self._accept(self._calls.get(timeout=left_s))
+                # it may have fallen due since it was looked at
+                self._accept(self._calls.get(timeout=None if left_s is None else max(0.0, left_s)))
         self._drain()  # with the event due, whoever called before it comes first; whoever calls now comes later
         simpy.Environment.step(self)
 

@@ -1,0 +1,201 @@
+"""An offline bundle: all that a host without network needs to run a campaign. Knows pip and files, measures nothing.
+
+`python -m calibrate.bundle out=DIR python=3.12 part_mib=60` makes DIR with
+
+- `wheels/`: this project and its packages for that Python, as far as the host does not have them;
+- `models/`: files of the cache (weights, labelled texts), those above the size limit in parts;
+- `SHA256SUMS`: a line for every file;
+- `run.py`: needs Python's standard library alone; joins, verifies, installs beside itself, and runs what it is given:
+  `python3 run.py +campaign=h100 budget_s=540 out=OUT`.
+
+torch and what came with it are taken from the host: they are large, and made for its driver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from helios_sim.errors import UserError
+from helios_sim.live.known import KNOWN, cache_folder
+from helios_sim.report import files
+
+SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
+MIB = 1 << 20
+# What this project imports and GPU images often lack. The rest of its packages is expected there, or named by `with`.
+PACKAGES = ("simpy", "hydra-core", "omegaconf", "jinja2", "markupsafe", "pyyaml", "gguf", "nvidia-ml-py")
+SOURCES = ("antlr4-python3-runtime",)  # of which there is no wheel: pure Python, built here
+GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux_2_N exactly, so each is named
+_PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+_RUNNER = Path(__file__).with_name("bundle_run.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One bundle's settings."""
+
+    out: Path
+    python: str = "3.12"
+    part_mib: int = 60
+    models: tuple[str, ...] = ("smollm2-135m",)
+    more: tuple[str, ...] = ()  # packages that this host lacks too
+    packages: tuple[str, ...] = PACKAGES
+    sources: tuple[str, ...] = SOURCES
+
+    @classmethod
+    def read(cls, arguments: Sequence[str]) -> Wanted:
+        """From key=value; UserError for what is missing or cannot be."""
+        given: dict[str, str] = {}
+        for argument in arguments:
+            key, equals, value = argument.partition("=")
+            if not equals or key not in ("out", "python", "part_mib", "models", "with"):
+                allowed = "settings are out=, python=, part_mib=, models=[...], with=[...]"
+                raise UserError("argument", argument, allowed, "python -m calibrate.bundle out=DIR python=3.12")
+            given[key] = value
+        if not given.get("out"):
+            raise UserError("out", None, "a folder for the bundle", "add out=DIR")
+        python, part = given.get("python", "3.12"), given.get("part_mib", "60")
+        if not re.fullmatch(r"3\.1[1-3]", python):
+            raise UserError("python", python, "the host's version, 3.11 to 3.13", "set python=3.12, say")
+        if not part.isdigit() or int(part) < 1:
+            raise UserError("part_mib", part, "a whole number of at least 1", "set part_mib=60, say")
+        models = _listed(given.get("models", "[smollm2-135m]"))
+        unknown = [name for name in models if name not in KNOWN]
+        if unknown:
+            raise UserError("models", unknown, f"some of {', '.join(KNOWN)}", "correct the names")
+        return cls(Path(given["out"]).expanduser(), python, int(part), models, _listed(given.get("with", "")))
+
+
+def make_bundle(wanted: Wanted) -> Path:
+    """The folder. UserError where it is not empty, a wheel cannot be had, or weights are not here."""
+    out = wanted.out
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError("out", str(out), "a new or an empty folder", "choose another one, or remove it")
+    sources = list(_cached(wanted.models))
+    files.make_folder(out / MODELS)
+    fetch_wheels(out / WHEELS, wanted.python, (*wanted.packages, *wanted.more), wanted.sources)
+    for name, source in sources:
+        split(source, out / MODELS / name, wanted.part_mib * MIB)
+    shutil.copyfile(_RUNNER, out / RUN)
+    files.write_text(out / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums(out).items()))
+    return out
+
+
+def fetch_wheels(folder: Path, python: str, packages: Sequence[str], sources: Sequence[str]) -> None:
+    """Wheels of this project and of packages, without what they need: they are named, or on the host already.
+
+    Each in the version that is installed here, if it is. `sources` are built here.
+    """
+    folder.mkdir(parents=True)
+    into = ("--no-deps", "--wheel-dir", str(folder))
+    isolated = () if find_spec("hatchling") is None else ("--no-build-isolation",)  # without it pip fetches hatchling
+    _pip("wheel", *into, *isolated, str(Path(__file__).resolve().parents[1]))
+    if sources:
+        _pip("wheel", *into, *map(_pinned, sources))
+    if packages:
+        tags = [f"manylinux_2_{n}_x86_64" for n in GLIBCS] + ["manylinux2014_x86_64", "any"]
+        on = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+        on += [word for tag in tags for word in ("--platform", tag)]
+        _pip("download", "--no-deps", *on, "--dest", str(folder), *map(_pinned, packages))
+    bound = [wheel.name for wheel in folder.glob("*.whl") if not _suits(wheel.name, python)]
+    if bound:
+        raise UserError(
+            "python", python, f"no wheel for it: {', '.join(bound)}", "leave it out, or use that Python here"
+        )
+
+
+def split(source: Path, target: Path, part_bytes: int) -> list[Path]:
+    """A copy of the file, in parts `NAME.part000`, ... where it is larger than that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.stat().st_size <= part_bytes:
+        shutil.copyfile(source, target)
+        return [target]
+    parts: list[Path] = []
+    with source.open("rb") as file:
+        while content := file.read(part_bytes):
+            parts.append(target.with_name(f"{target.name}{PART}{len(parts):03d}"))
+            parts[-1].write_bytes(content)
+    return parts
+
+
+def sums(folder: Path) -> Mapping[str, str]:
+    """sha256 of every file but the list itself, by name below the folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / SUMS:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _cached(models: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Weights of the models, their tokenizers, labelled texts: name in the cache, file."""
+    cache = cache_folder()
+    for model in models:
+        path = cache / KNOWN[model].file
+        if not path.is_file():
+            raise UserError("models", model, f"its file {path.name} in {cache}", KNOWN[model].get_it)
+        yield path.name, path
+        yield from _below(cache, cache / "tokenizers" / KNOWN[model].sha256)
+    yield from _below(cache, cache / "texts")
+
+
+def _below(cache: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            yield str(path.relative_to(cache)), path
+
+
+def _suits(wheel: str, python: str) -> bool:
+    """By its tags: pure, or for that Python."""
+    *_, tag, abi, platform = wheel.removesuffix(".whl").split("-")
+    return "any" in platform or f"cp{python.replace('.', '')}" in tag or "abi3" in abi
+
+
+def _pip(command: str, *arguments: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [*_PIP, command, *arguments], cwd=scratch, capture_output=True, text=True, check=False
+        )  # fmt: skip
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise UserError("package", arguments[-1], f"pip {command}: {said[-1]}", "check the network and pip's index")
+
+
+def _pinned(package: str) -> str:
+    """As installed here, since that is what was tested."""
+    if "=" in package:
+        return package
+    with suppress(PackageNotFoundError):
+        return f"{package}=={version(package)}"
+    return package
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\[\], ]+", text) if word)
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        out = make_bundle(Wanted.read(arguments))
+    except UserError as error:
+        print(f"calibrate.bundle: {error}", file=sys.stderr)
+        return 1
+    n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {len(sums(out))} files, {n_bytes / MIB:.0f} MiB")
+    print(f"    python3 {out / RUN} +campaign=h100 budget_s=540 out=OUT")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""Runs a campaign from an offline bundle. Knows the bundle's layout; needs nothing but Python's standard library.
+
+`python3 run.py [--only-install] +campaign=h100 budget_s=540 out=OUT`: every file is checked against SHA256SUMS, parts
+are joined, the wheels are installed beside this file without an index, and what follows is given to `calibrate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SITE, CACHE, DONE = HERE / "site", HERE / "cache", HERE / "site" / ".installed"
+
+
+def verify(folder: Path) -> list[str]:
+    """Names of files that are missing or not the ones of the list."""
+    wrong = []
+    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            wrong.append(name)
+    return wrong
+
+
+def join(models: Path, cache: Path) -> None:
+    """Whole files in the cache: copies, or their parts one after the other."""
+    for path in sorted(models.rglob("*")):
+        if not path.is_file():
+            continue
+        name, part, number = path.name.partition(".part")
+        target = cache / path.relative_to(models).with_name(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb" if not part or int(number) == 0 else "ab") as whole:
+            whole.write(path.read_bytes())
+
+
+def install(wheels: Path, site: Path) -> int:
+    """pip's exit status. Nothing is asked of any index."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    pip += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
+    return subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=False).returncode
+
+
+def prepare() -> int:
+    """0 when everything is in place, now or since an earlier call; 1 after one message."""
+    if DONE.exists():
+        return 0
+    if wrong := verify(HERE):
+        print(f"run.py: damaged or missing: {', '.join(wrong)}. Fix: copy the bundle again.", file=sys.stderr)
+        return 1
+    join(HERE / "models", CACHE)
+    if install(HERE / "wheels", SITE) != 0:
+        print(f"run.py: the wheels cannot be installed with Python {sys.version.split()[0]}.", file=sys.stderr)
+        return 1
+    DONE.touch()
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Becomes `python -m calibrate` with what was installed, unless something is amiss."""
+    status = prepare()
+    if status == 0 and "--only-install" not in arguments:
+        path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        settings = {**os.environ, "PYTHONPATH": path, "HELIOS_CACHE": str(CACHE)}
+        os.execve(sys.executable, [sys.executable, "-m", "calibrate", *arguments], settings)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

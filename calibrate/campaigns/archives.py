@@ -1,0 +1,151 @@
+"""Finished stages as archives, and back. Knows files and checksums, not what a stage is.
+
+An archive holds one group of stages: `manifest.json` first (whose campaign, which stages, a sha256 of every file), then
+the stages' folders. It appears whole or not at all, and is written anew whenever a stage of its group is finished.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrate.stages import RECORD, STAGES
+from calibrate.transcript import now
+from helios_sim.errors import UserError
+from helios_sim.report import files
+
+FORMAT, SCHEMA_VERSION = "helios-sim campaign", 1
+MANIFEST, SUFFIX = "manifest.json", ".tar.gz"
+MAX_BYTES = 16 << 20  # of one archive
+PASSING = {"scratch", "batches", "finished", ".hydra"}  # what a finished stage does not need any more
+_LEAVE_OUT = "leave it out (its stages are measured anew), or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    path: Path
+    n_bytes: int
+    left_out: tuple[str, ...]  # the largest files, where the archive would be too large
+
+
+def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str], max_bytes: int = MAX_BYTES) -> Written:
+    """The stages' folders in `state`. What does not fit is left out, the largest file first, and named."""
+    chosen = [file for stage in stages for file in _files(state / STAGES / stage)]
+    left_out: list[Path] = []
+    while True:
+        content = _packed(campaign, state, stages, chosen, left_out)
+        if len(content) <= max_bytes or not chosen:
+            break
+        largest = max((f for f in chosen if f.name != RECORD), key=lambda f: f.stat().st_size)
+        chosen.remove(largest)
+        left_out.append(largest)
+    files.write_bytes(path, content)
+    return Written(path, len(content), tuple(str(f.relative_to(state)) for f in left_out))
+
+
+def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
+    """Puts its stages into `state`; their names. A stage of which a file was left out is not among them.
+
+    Of a stage that `state` has already, the one that was finished later stays. UserError for a damaged archive or one
+    of another campaign; then nothing is put anywhere.
+    """
+    manifest, content = _checked(path)
+    if manifest["campaign"] != campaign:
+        allowed = f"it belongs to the campaign {manifest['campaign']}"
+        raise UserError(
+            "resume", str(path), allowed, f"name archives of {campaign}, or +campaign={manifest['campaign']}"
+        )
+    missing = {name.split("/")[1] for name in manifest["left_out"]}
+    found = [stage for stage in manifest["stages"] if stage not in missing]
+    for stage in found:
+        place = state / STAGES / stage
+        if (place / RECORD).is_file() and _finished_at(place / RECORD) >= json.loads(
+            content[f"{STAGES}/{stage}/{RECORD}"]
+        )["finished_at"]:
+            continue
+        for name, data in content.items():
+            if name.startswith(f"{STAGES}/{stage}/"):
+                files.write_bytes(state / name, data)
+    return found
+
+
+def archives_in(places: Iterable[str]) -> list[Path]:
+    """Archives named one by one or by their folder. UserError for a place that is not there."""
+    found: list[Path] = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            found += sorted(path.glob(f"*{SUFFIX}"))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError("resume", place, "archives of an earlier call, or a folder with them", "correct the path")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return [
+        path for path in sorted(folder.rglob("*"))
+        if path.is_file() and not PASSING & set(path.relative_to(folder).parts)
+    ]  # fmt: skip
+
+
+def _packed(
+    campaign: str, state: Path, stages: Sequence[str], chosen: Sequence[Path], left_out: Sequence[Path]
+) -> bytes:
+    named = {str(path.relative_to(state)): path.read_bytes() for path in chosen}
+    manifest = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "campaign": campaign,
+        "written_at": now(),
+        "stages": list(stages),
+        "left_out": [str(path.relative_to(state)) for path in left_out],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in named.items()},
+    }
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w|") as archive,
+    ):
+        for name, data in {MANIFEST: files.to_json(manifest, indent=1).encode(), **named}.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            archive.addfile(about, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and files, each of which has its sha256."""
+    content: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                content[member.name] = b"" if file is None else file.read()
+        manifest = json.loads(content.pop(MANIFEST))
+        wanted = manifest["files"]
+        known = (manifest["format"], manifest["schema_version"]) == (FORMAT, SCHEMA_VERSION)
+    except (OSError, tarfile.TarError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise UserError("resume", str(path), f"damaged, or no archive of a campaign ({error})", _LEAVE_OUT) from error
+    if not known:
+        raise UserError("resume", str(path), f"this version reads version {SCHEMA_VERSION}", _LEAVE_OUT)
+    wrong = [name for name, digest in wanted.items() if hashlib.sha256(content.get(name, b"")).hexdigest() != digest]
+    if wrong or set(content) != set(wanted):
+        raise UserError("resume", str(path), f"damaged: {(wrong or ['its list of files'])[0]}", _LEAVE_OUT)
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in content):
+        raise UserError("resume", str(path), "damaged: a name that leaves the archive's folder", _LEAVE_OUT)
+    return manifest, content
+
+
+def _finished_at(record: Path) -> str:
+    found: str = json.loads(record.read_text(encoding="utf-8"))["finished_at"]
+    return found

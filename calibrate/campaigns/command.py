@@ -1,0 +1,143 @@
+"""One call of a campaign: archives in, stages, archives out, and what is printed. Knows no measuring."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import helios_sim
+from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive
+from calibrate.campaigns.page import page
+from calibrate.campaigns.plan import Plan
+from calibrate.campaigns.schema import CampaignConfig
+from calibrate.command import check_budget
+from calibrate.progress import progress
+from calibrate.stages import Outcome, Status, run_stages
+from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
+from helios_sim.report import files
+from helios_sim.report.table import PLAIN_WIDTH
+
+
+def run_campaign(config: CampaignConfig, folder: Path) -> int:
+    """Returns 0, or 1 when a stage failed by a defect. UserError before anything is measured where that is possible.
+
+    `folder` gets an archive for each group of stages, written anew when a stage of it is finished: whatever ends this
+    call, what was finished is there, and the next call goes on from it.
+    """
+    plan = Plan(config)
+    check_budget(config.budget_s, plan.stages)
+    archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])
+    state = Path(tempfile.mkdtemp(prefix="helios-campaign-"))
+    try:
+        for path in archives:
+            read_archive(path, config.campaign, state)
+        plan.check()
+        with progress(plan.stages) as watch:
+            outcomes = run_stages(plan.stages, state, config.budget_s, _keeping(plan, state, folder, watch))
+        _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
+        summary = _summary(plan, state, outcomes)
+        files.write_json(folder / "summary.json", summary)
+        files.write_text(folder / "report.md", page(config.campaign, summary))
+        shutil.copyfile(state / TRANSCRIPT, folder / TRANSCRIPT)
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+    _show(config, summary, outcomes, folder)
+    failed = [outcome for outcome in outcomes if outcome.status is Status.FAILED]
+    for outcome in failed:
+        print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; {TRANSCRIPT} has it", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _keeping(plan: Plan, state: Path, folder: Path, watch: OnProgress) -> OnProgress:
+    """Writes the archive of a stage's group as soon as the stage is finished."""
+    finished: set[str] = set()
+
+    def told(event: Progress) -> None:
+        watch(event)
+        if event.event in ("done", "kept"):
+            finished.add(event.stage)
+        if event.event == "done":
+            _write_groups(plan, state, folder, finished, {plan.groups[event.stage]})
+
+    return told
+
+
+def _write_groups(plan: Plan, state: Path, folder: Path, finished: set[str], only: set[str] | None = None) -> None:
+    for group in sorted(only or set(plan.groups.values())):
+        stages = [stage.name for stage in plan.stages if plan.groups[stage.name] == group and stage.name in finished]
+        if stages:
+            written = write_archive(folder / f"{group}{SUFFIX}", plan.config.campaign, state, stages)
+            for name in written.left_out:
+                print(f"calibrate: {written.path.name} has no room for {name}", file=sys.stderr)
+
+
+def _summary(plan: Plan, state: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    config = plan.config
+    return {
+        "schema_version": 1,
+        "campaign": config.campaign,
+        "device": plan.device_name,
+        "worthless": config.quick,
+        "stages": {
+            o.stage: {
+                "status": o.status,
+                "archive": plan.groups[o.stage],
+                "wall_s": None if o.finished is None else o.finished.wall_s,
+                "finished_at": None if o.finished is None else o.finished.finished_at,
+                "why": o.why or None,
+                "result": None if o.finished is None else _result(o),
+            }
+            for o in outcomes
+        },
+        "provenance": {
+            "command": shlex.join(["python", "-m", "calibrate", *sys.argv[1:]]),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "helios_sim": helios_sim.__version__,
+            "configuration": asdict(config),
+        },
+    }
+
+
+def _result(outcome: Outcome) -> Mapping[str, Any]:
+    """What the stage returned, but for the points of a comparison; of a profile, what is behind it."""
+    assert outcome.finished is not None
+    result = {key: value for key, value in outcome.finished.result.items() if key != "points"}
+    name = result.get("name")
+    place = outcome.finished.part("profile") / str(name) / "profile.json"
+    if name is not None and place.is_file():
+        details = json.loads(place.read_text(encoding="utf-8"))["provenance"]["details"]
+        kept = ("weights", "interpolation", "whole_iterations", "below_floor", "host", "memory", "loads", "energy")
+        result |= {key: details.get(key) for key in kept}
+    return result
+
+
+def _show(config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Standard output: a table of the stages, the folder, and summary.json as the last line."""
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+    title = f"campaign {config.campaign} on {summary['device']}"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for name in ("stage", "archive", "status", "time", "remark"):
+        table.add_column(name, justify="right" if name == "time" else "left")
+    for outcome in outcomes:
+        took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
+        archive = summary["stages"][outcome.stage]["archive"]
+        table.add_row(outcome.stage, archive, outcome.status, took, outcome.why)
+    console.print(table, highlight=False)
+    if summary["worthless"]:
+        print("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
+    if any(outcome.status is Status.SKIPPED for outcome in outcomes):
+        print(f"skipped stages run when the same command is given again with resume=[{folder}]")
+    print(f"output folder: {folder}")
+    print(json.dumps(summary, allow_nan=False))

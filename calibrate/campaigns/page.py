@@ -1,0 +1,93 @@
+"""The page of a campaign in Markdown: what was measured, beside its ceiling. Knows results, not how they came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from helios_sim.report.format import in_unit
+
+WORTHLESS = (
+    "**A rehearsal: tiny shapes, few samples, a CPU. It shows that every stage runs and what it writes. "
+    "No figure below means anything.**"
+)
+
+
+def page(campaign: str, summary: Mapping[str, Any]) -> str:
+    """`summary` is summary.json's content."""
+    stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
+    parts = [f"# Campaign {campaign} on {summary['device']}", ""]
+    parts += [WORTHLESS, ""] if summary["worthless"] else []
+    parts += ["| stage | archive | status | seconds | remark |", "| --- | --- | --- | ---: | --- |"]
+    for name, stage in stages.items():
+        took = "" if stage["wall_s"] is None else f"{stage['wall_s']:.1f}"
+        parts.append(f"| {name} | {stage['archive']} | {stage['status']} | {took} | {stage['why'] or ''} |")
+    results = {name: stage["result"] for name, stage in stages.items() if stage["result"]}
+    if "ceilings" in results:
+        parts += ["", "## Device", "", *_device(results["ceilings"])]
+    profiles = {name: r for name, r in results.items() if name.startswith("profile-")}
+    if profiles:
+        parts += ["", "## Profiles", "", *_profiles(profiles)]
+    for name, result in results.items():
+        if name.startswith(("live-", "headline-")):
+            parts += ["", f"## {name}", "", f"Models: {', '.join(result['models'])}. Exits: {result['exits']}.", ""]
+            parts += [f"- {sentence}" for sentence in result["verdict"]]
+        if name.startswith("headline-"):
+            parts += ["", *_headline(result["arms"])]
+    return "\n".join(parts) + "\n"
+
+
+def _device(found: Mapping[str, Any]) -> list[str]:
+    ceilings, facts = found["ceilings"], found["facts"]
+    rows = [
+        f"- {facts['description']}, {in_unit(facts['memory_bytes'], 'bytes')} for the engine",
+        f"- reading {ceilings['read_bytes_per_s'] / 1e9:.0f} GB/s",
+        f"- copying {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written",
+        f"- {ceilings['dtype']} matrix products {ceilings['flops_per_s'] / 1e12:.2f} TFLOP/s",
+    ]
+    for kind, rates in found["host_copies"].items():
+        there, back = rates["to_device_bytes_per_s"] / 1e9, rates["to_host_bytes_per_s"] / 1e9
+        rows.append(f"- copies from {kind} memory: {there:.1f} GB/s to the device, {back:.1f} GB/s back")
+    if found["launch"] is not None:
+        launch = found["launch"]
+        rows.append(
+            f"- a launch takes the host {launch['host_s_per_kernel'] * 1e6:.1f} us, a graph of {launch['kernels']:.0f} "
+            f"kernels {launch['host_s_per_graph'] * 1e6:.1f} us; a result on the host {found['sync_s'] * 1e6:.1f} us"
+        )
+    power = found["power"]
+    rows.append(f"- no power: {found['power_absent']}" if power is None else f"- idle {power['idle_w']:.0f} W")
+    return rows
+
+
+def _profiles(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = ["| model | weights | interpolation error, median | whole iterations, median error | below the floor |",
+            "| --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for name, found in profiles.items():
+        errors = [t["median_absolute"] for t in (found.get("interpolation") or {}).values() if t is not None]
+        whole = (found.get("whole_iterations") or {}).get("all")
+        cells = [
+            name.removeprefix("profile-"),
+            str(found.get("weights")),
+            f"{max(errors):.1%}" if errors else "",
+            "" if whole is None else f"{whole['median']:+.1%}",
+            str(len(found.get("below_floor") or ())),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _headline(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    metrics = list(next(iter(arms.values())))
+    rows = [f"| arm | {' | '.join(metrics)} |", f"| --- | {' | '.join('---:' for _ in metrics)} |"]
+    for name, values in arms.items():
+        rows.append(f"| {name} | {' | '.join(_shown(values[metric]) for metric in metrics)} |")
+    return rows
+
+
+def _shown(value: Any) -> str:
+    """A band by both its ends."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return " to ".join(f"{float(v):.4g}" for v in value.values())
+    return f"{float(value):.4g}"

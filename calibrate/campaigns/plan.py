@@ -1,0 +1,182 @@
+"""The stages of a campaign: what each is worth and needs, and in which archive it lies. Measures nothing."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from calibrate.campaigns.device_report import measure_device
+from calibrate.campaigns.recording import Recorded
+from calibrate.campaigns.schema import CampaignConfig
+from calibrate.inputs import Inputs
+from calibrate.schema import CalibrateConfig, ModelConfig
+from calibrate.stages import Stage, StageRun
+from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, stages_of
+from helios_sim.errors import UserError
+from helios_sim.live.known import KNOWN, cache_folder
+
+DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
+TRANSCRIPT = "device.jsonl"
+Run = Callable[[StageRun], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Seconds that a stage takes unhurried, and in which it is worth beginning; both guessed, never measured."""
+
+    estimate_s: float
+    least_s: float
+
+
+# Of a card like an H100. No such card was at hand: the first campaign on one will correct them.
+EFFORTS = {
+    DEVICE: Effort(20, 5),
+    PROFILES: Effort(60, 20),
+    EXITS: Effort(80, 25),
+    LIVE: Effort(90, 40),
+    HEADLINE: Effort(15, 5),
+}
+REHEARSED = Effort(4, 0.5)
+QUICK_SIZES = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
+
+
+def profile_stage(model: str) -> str:
+    return f"{PROFILE}-{model}"
+
+
+def live_stage(model: str) -> str:
+    return f"live-{model}"
+
+
+def headline_stage(model: str) -> str:
+    return f"headline-{model}"
+
+
+class Plan:
+    """All stages of a campaign, and the archive of each."""
+
+    def __init__(self, config: CampaignConfig) -> None:
+        self.config = config
+        self._inputs = {model: Inputs(self._calibration(model)) for model in config.models}
+        self.groups: dict[str, str] = {}
+        self.stages: list[Stage] = []
+        self._worth = 1000.0
+        self._add_all()
+
+    def check(self) -> None:
+        """UserError for whatever would stop a stage anyway: packages, device, shapes, weights, memory."""
+        for inputs in self._inputs.values():
+            inputs.check()
+
+    @property
+    def device_name(self) -> str:
+        return self._inputs[self.config.models[0]].device.facts.name
+
+    def _add_all(self) -> None:
+        from calibrate.campaigns.headline import headline
+        from calibrate.campaigns.serving import served
+
+        config = self.config
+        self._add(DEVICE, self._ceilings())
+        for model in config.models:
+            self._add(PROFILES, self._profile(model))
+        for stage in self._exits():
+            self._add(EXITS, stage)
+        live = [config.live.pair] if config.live.pair else []
+        for models in (*live, [config.text_model]):
+            self._add(LIVE, self._stage(live_stage(models[-1]), partial(served, config, models), models))
+        for models in (*live, [config.text_model]):
+            self._add(HEADLINE, self._stage(headline_stage(models[-1]), partial(headline, config, models), models))
+
+    def _add(self, group: str, stage: Stage) -> None:
+        """In order of worth, each with its group's effort."""
+        effort = REHEARSED if self.config.quick else EFFORTS[group]
+        self._worth -= 1
+        self.groups[stage.name] = group
+        self.stages.append(
+            replace(
+                stage, worth=self._worth, estimate_s=effort.estimate_s, least_s=effort.least_s, run=_alone(stage.run)
+            )
+        )
+
+    def _stage(self, name: str, run: Run, models: Sequence[str]) -> Stage:
+        """One that reads profiles and, for the text model, its traces."""
+        needs = tuple(profile_stage(model) for model in models)
+        needs += (ADAPTERS, TRACES) if self.config.text_model in models else ()
+        settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
+        return Stage(name, run, 0, 0, needs=needs, settings=settings)
+
+    def _ceilings(self) -> Stage:
+        config, inputs = self.config, self._inputs[self.config.models[0]]
+
+        def run(stage: StageRun) -> Mapping[str, Any]:
+            with (stage.folder / TRANSCRIPT).open("w", encoding="utf-8") as file:
+                device = Recorded(inputs.device, file)
+                sizes = QUICK_SIZES if config.quick else {}
+                return measure_device(device, config.dtype, device.now_s, device.sleep, **sizes)
+
+        facts = inputs.device.facts
+        settings = {"device": facts.name, "dtype": config.dtype, "threads": config.threads, "quick": config.quick}
+        return Stage(CEILINGS, run, 0, 0, settings=settings)
+
+    def _profile(self, model: str) -> Stage:
+        inputs = self._inputs[model]
+        _, stage = stages_of(inputs)
+        return replace(stage, name=profile_stage(model), run=_released(inputs, stage.run))
+
+    def _exits(self) -> list[Stage]:
+        """Adapters trained on the text model and traced, with its own weights."""
+        config = self._calibration(self.config.text_model)
+        inputs = Inputs(replace(config, task="adapters", heads=None))
+        return [replace(stage, run=_released(inputs, stage.run)) for stage in stages_of(inputs)]
+
+    def _calibration(self, model: str) -> CalibrateConfig:
+        """The settings of `python -m calibrate` for one model."""
+        c = self.config
+        return CalibrateConfig(
+            task="latency", model=ModelConfig(model, weights_of(c, model)), device=c.device, threads=c.threads,
+            memory_bytes=c.memory_bytes, dtype=c.dtype, tasks=c.tasks, train_tokens=c.train_tokens,
+            trace_tokens=c.trace_tokens, adapter_width=c.adapter_width, check_width=c.check_width,
+            max_batch=c.max_batch, max_context_tokens=c.max_context_tokens, quick=c.quick, seed=c.seed, out=c.out,
+        )  # fmt: skip
+
+
+def weights_of(config: CampaignConfig, model: str) -> str:
+    """Those named, those in the cache, or random ones of the same shape."""
+    if model in config.weights:
+        return config.weights[model]
+    known = KNOWN.get(model)
+    return model if known is not None and (cache_folder() / known.file).exists() else f"random:{model}"
+
+
+def _released(inputs: Inputs, run: Run) -> Run:
+    """The model leaves the device when its stage is over: the next one needs the room."""
+
+    def released(stage: StageRun) -> Mapping[str, Any]:
+        try:
+            return run(stage)
+        finally:
+            inputs.__dict__.pop("loaded", None)
+
+    return released
+
+
+def _alone(run: Run) -> Run:
+    """Memory that nobody holds any more goes back to the device, and a mistake found here costs this stage alone."""
+
+    def alone(stage: StageRun) -> Mapping[str, Any]:
+        try:
+            return run(stage)
+        except UserError as error:  # what concerns all stages was checked before the first
+            raise RuntimeError(str(error)) from error
+        finally:
+            gc.collect()
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    return alone

@@ -1,0 +1,149 @@
+"""`python -m calibrate +campaign=rehearsal`: every stage of the campaign on tiny shapes, its archives, its mistakes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from calibrate.campaigns.archives import MAX_BYTES, read_archive
+from calibrate.stages import read_finished
+from calibrate_line import calibrate
+from helios_sim.profile.store import read_profile
+
+FEW = ("+campaign=rehearsal", "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]", "live.least_requests=4")
+STAGES = (
+    "ceilings", "profile-tiny-opt-1.3b", "profile-tiny-opt-6.7b", "profile-tiny-smollm2-135m", "adapters", "traces",
+    "live-tiny-opt-6.7b", "live-tiny-smollm2-135m", "headline-tiny-opt-6.7b", "headline-tiny-smollm2-135m",
+)  # fmt: skip
+
+
+def statuses(summary: dict) -> dict[str, str]:
+    return {name: stage["status"] for name, stage in summary["stages"].items()}
+
+
+def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archives(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "out=out")
+    assert said.status == 0, said.err
+    assert statuses(said.summary) == dict.fromkeys(STAGES, "done")
+    out = tmp_path / "out"
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert {path.parent for path in files} == {out}
+    assert all(path.stat().st_size <= MAX_BYTES for path in files)
+    assert "no figure" in said.out.lower()
+    assert "No figure below means anything" in (out / "report.md").read_text()
+
+    for path in sorted(out.glob("*.tar.gz")):
+        read_archive(path, "rehearsal", tmp_path / "state")
+    finished = read_finished(tmp_path / "state")
+    profile = finished["profile-tiny-opt-6.7b"]
+    found = read_profile(profile.part("profile") / profile.result["name"])
+    assert "random weights" in found.provenance.details["weights"]
+    live = finished["live-tiny-opt-6.7b"].result
+    assert "made up" in live["exits"]
+    for point in live["points"]:  # decisions are replayed, so both sides leave after the same layers
+        metrics = point["metrics"]
+        for arm in ("full_depth", "early_exit"):
+            layers = [metrics[f"{kind}_{arm}"]["layers_per_token"] for kind in ("live", "again", "simulated")]
+            assert layers[0] == layers[1] == layers[2]
+    arms = finished["headline-tiny-smollm2-135m"].result["arms"]
+    assert arms["helios_batched"]["throughput_requests_per_s"] > 0
+
+    again = calibrate(monkeypatch, capsys, tmp_path, *FEW, "resume=[out]", "out=second")
+    assert again.status == 0, again.err
+    assert statuses(again.summary) == dict.fromkeys(STAGES, "kept")
+    assert {p.name for p in (tmp_path / "second").iterdir()} == {p.name for p in out.iterdir()}
+
+
+def test_what_the_budget_does_not_allow_is_skipped_with_a_reason(tmp_path, monkeypatch, capsys) -> None:
+    said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "budget_s=0.6", "out=out")
+    assert said.status == 0, said.err
+    found = statuses(said.summary)
+    assert found["ceilings"] == "done"
+    assert found["headline-tiny-smollm2-135m"] == "skipped"
+    assert said.summary["stages"]["adapters"]["why"]
+    assert "resume=[" in said.out
+    assert (tmp_path / "out" / "a-device.tar.gz").is_file()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_whatever_ends_it_what_was_finished_is_there_and_is_taken_up(
+    how, repository, tmp_path, monkeypatch, capsys
+) -> None:
+    command = [sys.executable, "-m", "calibrate", *FEW, f"out={tmp_path / 'out'}"]
+    victim = subprocess.Popen(
+        command, cwd=repository, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )  # fmt: skip
+    archive, deadline = tmp_path / "out" / "b-profiles.tar.gz", time.monotonic() + 120
+    while not archive.exists():
+        assert time.monotonic() < deadline
+        assert victim.poll() is None, victim.stderr.read()
+        time.sleep(0.02)
+    victim.send_signal(how)
+    _, told = victim.communicate()
+    if how is signal.SIGINT:
+        assert victim.returncode == 1
+        assert "Traceback" not in told
+        assert "finished stages are kept" in told
+    names = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert {"a-device.tar.gz", "b-profiles.tar.gz"} <= names
+    said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "resume=[out]", "budget_s=0.6", "out=later")
+    assert said.status == 0, said.err
+    found = statuses(said.summary)
+    assert (found["ceilings"], found["profile-tiny-opt-1.3b"]) == ("kept", "kept")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("+campaign=a100",), ["campaign='a100'", "h100, rehearsal"]),
+        ((*FEW, "budget_s=0.1"), ["budget_s=0.1", "allow"]),
+        ((*FEW, "resume=[gone.tar.gz]"), ["resume='gone.tar.gz'"]),
+        ((*FEW, "resume=[damaged.tar.gz]"), ["resume='damaged.tar.gz'", "damaged"]),
+        ((*FEW, "resume=[other.tar.gz]"), ["resume='other.tar.gz'", "the campaign h100"]),
+        (("+campaign=rehearsal", "models=[tiny-opt-1.3b]"), ["models", "tiny-opt-6.7b"]),
+        ((*FEW, "weights={tiny-opt-1.3b: 'tiny:gpt-5'}"), ["gpt-5", "known shape"]),
+        ((*FEW, "device=cuda:7"), ["device='cuda:7'"]),
+        ((*FEW, "budgets=1"), ["budgets"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else None,
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(arguments, parts, tmp_path, monkeypatch, capsys) -> None:
+    from calibrate.campaigns.archives import write_archive
+
+    (tmp_path / "damaged.tar.gz").write_bytes(b"nothing")
+    write_archive(tmp_path / "other.tar.gz", "h100", tmp_path, [])
+    said = calibrate(monkeypatch, capsys, tmp_path, *arguments, "out=out")
+    assert said.status == 1
+    (line,) = said.err.strip().splitlines()
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_h100_is_the_rehearsal_s_plan_at_full_size(monkeypatch, capsys, tmp_path) -> None:
+    """Its settings are read and its stages planned, on whatever device is here: nothing is measured."""
+    import yaml
+
+    from calibrate.campaigns.plan import Plan
+    from calibrate.campaigns.schema import CampaignConfig, CampaignLiveConfig
+    from helios_sim.config import conf_folder
+
+    def stages(name: str) -> list[tuple[str, str]]:
+        settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text())
+        live = CampaignLiveConfig(**settings.pop("live"))
+        settings["weights"] = settings.get("weights") or {m: f"random:{m}" for m in settings["models"]}
+        plan = Plan(CampaignConfig(**{**settings, "device": "cpu"}, live=live))
+        return [(stage.name.replace("tiny-", ""), plan.groups[stage.name]) for stage in plan.stages]
+
+    assert stages("h100") == stages("rehearsal")
