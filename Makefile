@@ -42,8 +42,9 @@ check: $(STAMPS)/test  ## lint, types and import contracts
 test: check $(STAMPS)/live  ## everything in check, then all tests, those of live models included (torch)
 	$(BIN)/python -m pytest -n auto --benchmark-disable
 
-bench: $(STAMPS)/test  ## speed measurements (deselected in `make test`)
+bench: $(STAMPS)/test  ## speed measurements, and the table experiments/speed/bench.md (needs the shared data)
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python experiments/speed/bench.py
 
 sweep: $(STAMPS)/sweep  ## add joblib, Optuna and Ray to the same .venv
 

@@ -11,11 +11,13 @@ from helios_sim.report.result import ExperimentResult
 from helios_sim.report.summary import Comparisons, comparisons, summarise_result
 
 
-def write_result(result: ExperimentResult, folder: Path, ratios: Comparisons | None = None) -> dict[str, Any]:
+def write_result(
+    result: ExperimentResult, folder: Path, ratios: Comparisons | None = None, pictures: bool = True
+) -> dict[str, Any]:
     """Write summary.json, requests.parquet, decisions.parquet, provenance.json, figures/*.png and report.html.
 
     Returns what `summary.json` holds. Data come first and the page last, so that an interruption leaves whole files.
-    Raises UserError when the folder cannot be written to.
+    Without `pictures` there are no figures and no page. Raises UserError when the folder cannot be written to.
     """
     ratios = comparisons(result) if ratios is None else ratios
     summary = summarise_result(result, ratios)
@@ -23,7 +25,8 @@ def write_result(result: ExperimentResult, folder: Path, ratios: Comparisons | N
     files.write_parquet(folder / "decisions.parquet", decisions_table(result.arms))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
-    write_pictures(result, folder, ratios)
+    if pictures:
+        write_pictures(result, folder, ratios)
     return summary
 
 

@@ -40,7 +40,7 @@ def run_study(variant: Variant, folder: Path) -> int:
         results = run_jobs(plan.jobs, folder, processes(plan.config), on_done)
     result = assemble(plan, results, provenance(plan.config))
     ratios = comparisons(result)
-    summary = write_result(result, folder, ratios)
+    summary = write_result(result, folder, ratios, plan.config.pictures)
     forget_jobs(folder)
     try:
         _show(result, ratios, folder, summary)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "jobs", "sweep", "fidelity", "fidelity_live",
+    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
 )  # fmt: skip
 
 

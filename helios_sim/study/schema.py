@@ -251,6 +251,7 @@ class Config:
     published: list[PublishedConfig] = field(default_factory=list)
     gates: list[GateConfig] = field(default_factory=list)
     headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
+    pictures: bool = True  # false: no figures and no report.html, only the data
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,13 @@ def read_trace(path: str | Path, limit: int | None = None) -> Trace:
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
     file = locate(path)
+    written = file.stat()
+    return _read(file, limit, written.st_mtime_ns, written.st_size)
+
+
+@lru_cache(maxsize=4)  # arrivals and lengths come from one file, and every arm and seed of a study reads it
+def _read(file: Path, limit: int | None, written_ns: int, n_bytes: int) -> Trace:
+    """A file that was written again is another one."""
     names = _column_names(file)
     columns = find_columns(file.name, names)
     try:

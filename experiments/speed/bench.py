@@ -1,0 +1,142 @@
+"""Measures the simulator's speed and writes the table. Knows what is measured and what peers recorded.
+
+`python experiments/speed/bench.py [--runs 3]` writes bench.json and bench.md beside itself; a new figure is a new row
+of `CASES`. Needs the shared data (HELIOS_SHARED_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+FOLDER = Path(__file__).parent
+LIBRARIES = ("numpy", "numba", "simpy")
+EXITS = (
+    "models=[opt-1.3b,opt-6.7b]", "exits.source=published",
+    "~workload.mix.tasks.conversation", "+workload.mix.tasks.sharegpt=1.0",
+)  # fmt: skip
+EARLY_EXIT = (*EXITS, "+arms.early_exit={policy: early_exit, model: opt-6.7b}", "~arms.full_depth")
+HELIOS = (*EXITS, "+arms.helios={policy: helios}", "~arms.full_depth")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: an experiment with these settings. `whole`: the process from its start, else the loop alone."""
+
+    name: str
+    whole: bool
+    settings: tuple[str, ...] = ()
+    experiment: str = "speed_w1"
+
+
+CASES = (
+    Case("loop: w1, full depth", False),
+    Case("loop: w1 on a card with room (h100-80gb)", False, ("hardware=h100-80gb",)),
+    Case("loop: w1, early_exit, per-token exits of opt-6.7b", False, EARLY_EXIT),
+    Case("loop: w1, helios over opt-1.3b and opt-6.7b", False, HELIOS),
+    Case("process: w1, full depth, without pictures", True, ("pictures=false",)),
+    Case("process: w1, full depth, with pictures", True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Recorded by others for the 16,000 requests of w1, on one core of another machine; whole process."""
+
+    name: str
+    wall_s: float
+    peak_mb: str
+
+
+PEERS = (
+    Peer("inference-sim (BLIS, Go)", 5.9, "416"),
+    Peer("Vidur, no metrics", 15.7, "931 to 1,058"),
+    Peer("DistServe's simulator (SimPy)", 71.0, "1,783"),
+    Peer("SplitwiseSim", 89.0, "258"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians over the runs. CPU seconds are the figures to compare where other work runs beside."""
+
+    name: str
+    requests: int
+    wall_s: float
+    cpu_s: float
+    requests_per_cpu_s: int
+    peak_mib: int
+
+
+def measured(case: Case, runs: int) -> Row:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not case.whole:
+        command = [sys.executable, str(FOLDER / "measure.py"), "--experiment", case.experiment, "--runs", str(runs + 1)]
+        out = subprocess.run([*command, *case.settings], env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(out.stdout.splitlines()[-1])
+        cpu_s = found["loop_cpu_s_median"]
+        return Row(
+            case.name, found["requests"], found["loop_s_median"], cpu_s, round(found["requests"] / cpu_s),
+            found["peak_rss_mib"],
+        )  # fmt: skip
+    walls, cpus, requests = [], [], 0
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "helios_sim", f"+experiment={case.experiment}", f"hydra.run.dir={folder}"]
+            before, started_s = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
+            subprocess.run([*command, *case.settings], env=environment, capture_output=True, check=True)
+            walls.append(perf_counter() - started_s)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            summary = json.loads((Path(folder) / "summary.json").read_text())
+            (arm,) = summary["arms"].values()
+            requests = round(arm["metrics"]["requests_completed"] + arm["metrics"]["requests_dropped"])
+    wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
+    return Row(case.name, requests, round(wall_s, 2), round(cpu_s, 2), round(requests / cpu_s), after.ru_maxrss // 1024)
+
+
+def markdown(machine: dict[str, str], rows: list[Row]) -> str:
+    lines = [
+        "# Speed", "", "Written by `make bench`. " + ", ".join(f"{key} {value}" for key, value in machine.items()), "",
+        "| what | requests | wall s | CPU s | requests per CPU s | peak MiB |", "|---|---|---|---|---|---|",
+        *(f"| {r.name} | {r.requests:,} | {r.wall_s} | {r.cpu_s} | {r.requests_per_cpu_s:,} | {r.peak_mib} |"
+          for r in rows),
+        "", "Recorded by others for the 16,000 requests of w1, on another machine (one core, whole process):", "",
+        "| simulator | wall s | peak MB |", "|---|---|---|",
+        *(f"| {peer.name} | {peer.wall_s} | {peer.peak_mb} |" for peer in PEERS), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written")
+    options = parser.parse_args()
+    cores = os.cpu_count() or 1
+    machine = {"machine": platform.machine(), "cores": str(cores), "python": platform.python_version()}
+    machine |= {name: version(name) for name in LIBRARIES}
+    rows = []
+    for case in CASES:
+        if options.only in case.name:
+            rows.append(measured(case, options.runs))
+            print(json.dumps(asdict(rows[-1])), flush=True)
+    if not options.only:
+        found = {"machine": machine, "rows": [asdict(r) for r in rows], "peers": [asdict(peer) for peer in PEERS]}
+        (FOLDER / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        (FOLDER / "bench.md").write_text(markdown(machine, rows))
+
+
+if __name__ == "__main__":
+    main()
