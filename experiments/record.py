@@ -30,6 +30,14 @@ def record(output: Path) -> Path:
         lines += ["## Bits per character by task", "", *_tasks(summary), ""]
     if summary.get("published"):
         lines += ["## Published figures beside ours", "", *_published(summary["published"]), ""]
+    if any(row["noise"] is not None for rows in _parts(summary).values() for row in rows):
+        lines += ["## Measured beside simulated", "", *_compared(_parts(summary)), ""]
+        lines += [
+            "## What iterations took",
+            "",
+            *_bullets([f"{k}: {v}" for k, v in summary["fidelity"]["terms"].items()]),
+            "",
+        ]
     if summary.get("sweep"):
         lines += ["## Designs that no other beats", "", *_front(summary), ""]
     page = folder / "README.md"
@@ -83,6 +91,33 @@ def _front(summary: dict[str, Any]) -> list[str]:
         more = f" +{len(designs) - 1}" if len(designs) > 1 else ""
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in designs[0]["parameters"].values()]
         rows.append([f"{designs[0]['design']}{more}", *values, *found])
+    return _table(rows)
+
+
+def _parts(summary: dict[str, Any]) -> dict[str, Any]:
+    parts: dict[str, Any] = summary.get("fidelity", {}).get("parts", {})
+    return parts
+
+
+def _compared(parts: dict[str, Any]) -> list[str]:
+    """Of what was measured twice: measured, again, simulated, and the differences of the latter two."""
+    wanted = [
+        ("TPOT", "mean", "ms"), ("TTFT", "mean", "ms"), ("TTFT", "p95", "ms"), ("E2E", "mean", "ms"),
+        ("ITL", "p99", "ms"), ("system", "throughput", "requests/s"), ("system", "mean batch", "requests"),
+        ("system", "KV in use", "%"), ("system", "layers run", "a token"), ("system", "switches", ""),
+        ("system", "time of switches", "s"),
+    ]  # fmt: skip
+    rows = [["", "figure", "measured", "again", "simulated", "difference", "noise"]]
+    for part, of_part in parts.items():
+        found = {(row["group"], row["statistic"], row["unit"]): row for row in of_part}
+        for key in wanted:
+            row = found[key]
+            name = " ".join(
+                filter(None, (key[0] if key[0] != "system" else "", key[1], f"({key[2]})" if key[2] else ""))
+            )
+            values = ["-" if row[k] is None else f"{row[k]:.4g}" for k in ("measured", "again", "simulated")]
+            shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "noise")]
+            rows.append([part if key is wanted[0] else "", name, *values, *shares])
     return _table(rows)
 
 

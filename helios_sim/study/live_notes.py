@@ -16,6 +16,8 @@ class LiveNotes:
     waited_ns: int  # of that, ready to run while others had the processor; 0 where the system does not tell
     host_ns: int  # between the end of an iteration and the begin of the next, scheduler and policy included
     priced_ns: int  # of the very same iterations, by the profile, its own host overhead included
+    prompts_taken_ns: int  # by the iterations with prompts in them, device and host
+    prompts_priced_ns: int
     behind_ns: int  # by which the environment's clock was behind the wall clock when the run ended
 
     @classmethod
@@ -23,14 +25,20 @@ class LiveNotes:
         return cls(*(sum(getattr(run, f.name) for run in runs) for f in fields(cls)))
 
     @property
-    def host_s_per_iteration(self) -> float | None:
-        return self.host_ns / self.iterations / 1e9 if self.iterations else None
-
-    @property
     def price_error(self) -> float | None:
         """Priced over taken, less 1: what of a difference is the profile's or the machine's, not the path's."""
         taken_ns = self.device_ns + self.host_ns
         return self.priced_ns / taken_ns - 1 if taken_ns else None
+
+    @property
+    def price_errors_by_kind(self) -> tuple[float | None, float | None]:
+        """The same of iterations with prompts in them, and of those without."""
+        taken_ns, priced_ns = self.prompts_taken_ns, self.prompts_priced_ns
+        others_ns = self.device_ns + self.host_ns - taken_ns
+        return (
+            priced_ns / taken_ns - 1 if taken_ns else None,
+            (self.priced_ns - priced_ns) / others_ns - 1 if others_ns else None,
+        )
 
     @property
     def price_error_undisturbed(self) -> float | None:
@@ -45,10 +53,12 @@ class LiveNotes:
         told = f"{self.iterations} iterations of {each_ms[0]:.2f} ms and {each_ms[1]:.2f} ms of the host between them"
         if self.waited_ns:
             told += f", of which others had the processor for {each_ms[2]:.2f} ms"
-        return f"{told}; the profile prices these very iterations {_signed(self.price_error)}" + (
-            f", {_signed(self.price_error_undisturbed)} without that time" if self.waited_ns else ""
-        )
+        prompts, decodes = map(_signed, self.price_errors_by_kind)
+        priced = f"the profile prices these very iterations {_signed(self.price_error)}"
+        if self.waited_ns:
+            priced += f" ({_signed(self.price_error_undisturbed)} without that time)"
+        return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without"
 
 
 def _signed(share: float | None) -> str:
-    return "at nothing" if share is None else f"{share:+.1%}"
+    return "nothing" if share is None else f"{share:+.1%}"

@@ -65,13 +65,16 @@ class WatchedEngine:
 
     def notes(self) -> LiveNotes:
         """Prices what ran: only now, since that takes the host's time too."""
-        priced_ns = sum(int(whole_ns(s.profile.iteration_time_s(s.composition))[0]) for s in self.steps)
+        priced_ns = [int(whole_ns(s.profile.iteration_time_s(s.composition))[0]) for s in self.steps]
+        with_prompts = [i for i, step in enumerate(self.steps) if step.composition.prefill]
         return LiveNotes(
             iterations=len(self.steps),
             device_ns=sum(step.device_ns for step in self.steps),
             host_ns=sum(step.host_ns for step in self.steps),
             waited_ns=sum(step.waited_ns for step in self.steps),
-            priced_ns=priced_ns,
+            priced_ns=sum(priced_ns),
+            prompts_taken_ns=sum(self.steps[i].device_ns + self.steps[i].host_ns for i in with_prompts),
+            prompts_priced_ns=sum(priced_ns[i] for i in with_prompts),
             behind_ns=self._clock.wall_ns - int(self._clock.now),
         )
 
