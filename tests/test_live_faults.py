@@ -13,7 +13,7 @@ import pytest
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth
 from helios_sim.live.interrupt import between_events
-from helios_sim.live.look import Exits
+from helios_sim.live.model import SegmentedModel
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import Completed, Drained, LoadFailed
@@ -91,16 +91,17 @@ def test_a_cancelled_request_leaves_and_the_others_do_not_notice(
 def test_a_request_that_gets_no_number_leaves_alone(
     two: dict[str, LiveModel], undisturbed: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, calls = Exits.look, []
+    """Its K and V are no numbers either, and the next request gets its slot."""
+    run, calls = SegmentedModel.run, []
 
-    def once_no_number(self, model, depth, hidden, measure):
+    def once_no_number(self, hidden, start, end, attend):
         calls.append(len(hidden))
         if len(calls) == 12:
             hidden = hidden.clone()
             hidden[1] = math.nan
-        return look(self, model, depth, hidden, measure)
+        return run(self, hidden, start, end, attend)
 
-    monkeypatch.setattr(Exits, "look", once_no_number)
+    monkeypatch.setattr(SegmentedModel, "run", once_no_number)
     live = serve_live(two, whole("llama"), requests(LENGTHS), N, slots=3)
     ((hit, reason),) = reasons(live).items()
     assert "no number (NaN or infinity)" in str(reason)

@@ -213,6 +213,7 @@ class LiveEngine:
         if row.seen is not None:
             answer.seen.append(row.seen)
         if not row.finite:
+            self.work.spoil(answer.request.request_id)
             reason = f"{answer.model} computed no number (NaN or infinity) for its token {len(answer.tokens)}"
             if self.faults is None:
                 raise FloatingPointError(reason)

@@ -45,12 +45,12 @@ def observation(
 ) -> Observation:
     """From choices and confidences (n, E). The text is the model's own, so its bits say nothing: None."""
     agrees = choices == choices[:, -1:]
-    watched = isinstance(exit_rule, FixedCap | PerToken)
+    threshold = exit_rule.threshold if isinstance(exit_rule, FixedCap | PerToken) else None
     return Observation(
         model=answer.model,
         request_id=answer.request.request_id,
         time_ns=now_ns,
-        confident=confidences >= exit_rule.threshold if watched else agrees,  # type: ignore[union-attr]
+        confident=agrees if threshold is None else confidences >= threshold,
         agrees=agrees,
         bits=None,
         chars=len(data.decode(answer.tokens[: len(choices)])),

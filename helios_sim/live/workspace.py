@@ -21,6 +21,7 @@ class Workspace:
         self.slots = Slots(slots, self._move)
         self.cache: KvCache
         self.captured: Captured | None = None
+        self._spoilt: set[int] = set()  # slots that hold something that is no number
         self._name: str | None = None
         self._model: SegmentedModel | None = None
 
@@ -28,6 +29,7 @@ class Workspace:
         """The cache of this model with so many layers. What requests have in it stays valid if the model stays."""
         if name != self._name or model is not self._model:
             self.slots.clear()
+            self._spoilt.clear()
             self.captured = None
             context = min(self.slot_tokens, model.architecture.max_context_tokens)
             self._name = None
@@ -42,8 +44,13 @@ class Workspace:
         """Everyone else leaves its slot."""
         for request_id in self.slots:
             if request_id not in requests:
+                slot = self.slots.of(request_id)
                 self.slots.give(request_id)
                 answers[request_id].lose_cache()
+                if slot in self._spoilt:
+                    self._spoilt.remove(slot)
+                    for tensor in (*self.cache.keys, *self.cache.values):
+                        tensor[slot] = 0.0
 
     def place(self, answer: Answer) -> None:
         """A slot for this text, if it has none. UserError where the text is longer than a slot."""
@@ -58,6 +65,10 @@ class Workspace:
             )  # fmt: skip
         answer.lose_cache()
         self.slots.take(request_id)
+
+    def spoil(self, request_id: int) -> None:
+        """K or V of this request may be no number, which even a masked place passes on. Its slot is wiped after it."""
+        self._spoilt.add(self.slots.of(request_id))
 
     def arrange(self, answers: Sequence[Answer], decoding: int) -> None:
         """The first `decoding` of the batch's texts come to lie in a row."""
