@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 from command_line import CommandLine
+from helios_sim.config import in_full
 from helios_sim.live import packages
 from live_study import write_live_study
 
@@ -140,3 +141,14 @@ def test_agreement_is_known_when_it_is_scored(command: CommandLine, study: Path)
     assert found["cut"]["layers_per_token"] == 2.0
     assert 0.0 <= found["cut"]["agreement"] < 0.9
     assert found["cut"]["bits_per_char"] is None
+
+
+def test_a_model_and_a_device_for_short() -> None:
+    assert in_full(["+experiment=x", "model=smollm2", "device=cuda:1"]) == [
+        "+experiment=x", "models=[smollm2-135m]", "live.device=cuda:1",
+    ]  # fmt: skip
+    assert in_full(["model=mine", "models=[a,b]", "policy.model=c"]) == [
+        "models=[mine]",
+        "models=[a,b]",
+        "policy.model=c",
+    ]
