@@ -99,37 +99,50 @@ def _account(s: State, busy_ns: int) -> None:
 
 @compiled
 def _decoded(s: State, r: Rules, b: Batch, x: Trace, c: Counts, end_ns: int) -> None:
-    slots, lists = b.slots, b.lists
+    # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
+    slots, lists, owed = b.slots, b.lists, b.owed
+    exits, agree, microbits = x.exits, x.agree, x.microbits
+    depths, gaps, edges_ns = c.depths, c.gaps, c.gap_edges_ns
     gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
     for i in range(s.decoding):
         slot, leaf = lists[BATCH, i], lists[LEAF, i]
         slots[slot, CONTEXT] += 1
-        _count_token(r, slots, x, c.depths, slot, leaf, lists[ROW, i])
+        _count_token(r, slots, exits, agree, microbits, depths, slot, leaf, lists[ROW, i])
         slots[slot, BREACH] += lists[UNSURE, i]
         gap = end_ns - slots[slot, LAST_TOKEN_NS]
         if gap != gap_ns:
-            _count_gaps(s, c.gaps, c.gap_edges_ns, gap_ns, equal)
+            _count_gaps(s, gaps, edges_ns, gap_ns, equal)
             gap_ns, equal = gap, 0
         equal += 1
         slots[slot, LAST_TOKEN_NS] = end_ns
         if r.owes and s.banded:
-            for band in range(b.owed.shape[1]):
-                b.owed[slot, band] = 0 if band <= leaf else b.owed[slot, band] + 1
-    _count_gaps(s, c.gaps, c.gap_edges_ns, gap_ns, equal)
+            for band in range(owed.shape[1]):
+                owed[slot, band] = 0 if band <= leaf else owed[slot, band] + 1
+    _count_gaps(s, gaps, edges_ns, gap_ns, equal)
 
 
 @compiled
-def _count_token(r: Rules, slots: IntArray, x: Trace, depths: IntArray, slot: int, leaf: int, row: int) -> None:
+def _count_token(
+    r: Rules,
+    slots: IntArray,
+    exits: IntArray,
+    agree: NDArray[np.bool_],
+    microbits: IntArray,
+    depths: IntArray,
+    slot: int,
+    leaf: int,
+    row: int,
+) -> None:
     """One more output token, which left at that exit; `row` is the trace's, if that says anything about it."""
-    layers = x.exits[leaf]
+    layers = exits[leaf]
     slots[slot, EVALUATED] += is_observed(r, slots, slot)
     slots[slot, REMAINING] -= 1
     slots[slot, GENERATED] += 1
     slots[slot, LAYERS_RUN] += layers
     slots[slot, EARLY] += layers < r.n_layers
-    slots[slot, AGREED] += x.agree[row, leaf] if r.reads_trace else True
-    if len(x.microbits):
-        slots[slot, MICROBITS] += x.microbits[row, leaf]
+    slots[slot, AGREED] += agree[row, leaf] if r.reads_trace else True
+    if len(microbits):
+        slots[slot, MICROBITS] += microbits[row, leaf]
     depths[layers] += 1
 
 
@@ -171,7 +184,8 @@ def _prefilled(s: State, r: Rules, b: Batch, x: Trace, c: Counts, end_ns: int) -
         slots[slot, PREFILL_LEFT] -= tokens
         if p < s.finishing:
             leaf = r.loaded_exit if is_observed(r, slots, slot) else r.rule_exit
-            _count_token(r, slots, x, c.depths, slot, leaf, next_row(slots, slot))
+            row = next_row(slots, slot)
+            _count_token(r, slots, x.exits, x.agree, x.microbits, c.depths, slot, leaf, row)
             if slots[slot, FIRST_TOKEN_NS] == NEVER:
                 slots[slot, FIRST_TOKEN_NS] = end_ns
             else:

@@ -69,14 +69,14 @@ def lay_out(s: State, r: Rules, b: Batch, x: Trace) -> None:
 @compiled
 def _uniform(s: State, r: Rules, b: Batch, x: Trace) -> None:
     """All tokens run the same layers: one band."""
-    slots, lists, context = b.slots, b.lists, 0
+    slots, lists, breach, context = b.slots, b.lists, x.breach, 0
     for i in range(s.decoding):
         slot = lists[BATCH, i]
         context += slots[slot, CONTEXT]
         lists[LEAF, i], lists[OBSERVED, i], lists[UNSURE, i] = r.rule_exit, 0, 0
         if r.reads_trace:
             lists[ROW, i] = next_row(slots, slot)
-            lists[UNSURE, i] = x.breach[lists[ROW, i]]
+            lists[UNSURE, i] = breach[lists[ROW, i]]
     b.work[DECODE, 0] = s.decoding
     b.work[KV, 0] = context + s.decoding
     if r.watches_cap:
@@ -87,11 +87,11 @@ def _uniform(s: State, r: Rules, b: Batch, x: Trace) -> None:
 def _banded(s: State, r: Rules, b: Batch, x: Trace) -> None:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
     slots, lists, work = b.slots, b.lists, b.work
-    n, last = s.decoding, r.loaded_exit
+    exit_index, breach, n, last = x.exit_index, x.breach, s.decoding, r.loaded_exit
     deepest, n_observed = 0, 0
     for i in range(n):
         row = next_row(slots, lists[BATCH, i])
-        lists[ROW, i], lists[LEAF, i], lists[UNSURE, i] = row, x.exit_index[row], x.breach[row]
+        lists[ROW, i], lists[LEAF, i], lists[UNSURE, i] = row, exit_index[row], breach[row]
         deepest = max(deepest, lists[LEAF, i])
     for i in range(n):
         slot = lists[BATCH, i]
