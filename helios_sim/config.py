@@ -28,8 +28,8 @@ from helios_sim.live.known import SHORT_NAMES
 from helios_sim.study.schema import Config
 
 OPEN = (  # take new names
-    "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds.",
-    "cluster.tasks.", "live.weights.", "live.heads.",
+    "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
+    "cluster.tasks", "live.weights.", "live.heads.",
 )  # fmt: skip
 PRINT_ALL = "--cfg job prints all settings"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written

@@ -26,6 +26,7 @@ from helios_sim.serving.iteration import Outcome, Plan
 from helios_sim.serving.meters import BreachWindow
 from helios_sim.serving.replica import Replica
 
+MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
 DECISIONS_AT_ONE_TIME = 1000  # more than any policy needs; beyond it the policy contradicts its own triggers
 
 
@@ -43,7 +44,8 @@ class Decider:
     def __init__(self, replica: Replica, policy: Policy) -> None:
         self._replica = replica
         self._policy = policy
-        self.decisions: list[Decision] = []
+        self.decisions: list[Decision] = []  # at most MOST_DECISIONS: the first half of them and the latest
+        self.decisions_left_out = 0
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
         self.windows: dict[BreachLimit, BreachWindow] = {}
         self._watched: Placement | None = None  # by these windows
@@ -155,6 +157,9 @@ class Decider:
     def _log(self, cause: Cause, deployment: Deployment) -> None:
         now_ns = self._replica.now_ns
         self.decisions.append(Decision(now_ns, self._replica.number, cause, deployment))
+        if len(self.decisions) > MOST_DECISIONS:
+            del self.decisions[MOST_DECISIONS // 2]
+            self.decisions_left_out += 1
         if len(self.decisions) > DECISIONS_AT_ONE_TIME and self.decisions[-DECISIONS_AT_ONE_TIME].time_ns == now_ns:
             raise UserError(
                 "policy",

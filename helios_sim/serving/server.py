@@ -182,6 +182,11 @@ class Server:
     def decisions(self) -> list[Decision]:
         return self._decider.decisions
 
+    @property
+    def decisions_left_out(self) -> int:
+        """How many of the middle ones the log has dropped."""
+        return self._decider.decisions_left_out
+
     def _sequence(self, request: Request, model_number: int) -> Sequence:
         """A request that has not started, as that model reads it."""
         model = list(self._replica.situation.candidates)[model_number]

@@ -25,6 +25,7 @@ from helios_sim.report.result import (
     SweepPoint,
     Workload,
 )
+from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.arm import ARM_KEYS
 from helios_sim.study.build import task_names
 from helios_sim.study.job import Job, JobResult
@@ -70,7 +71,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         published=tuple(_published(p, plan, compared, inputs) for p in config.published),
         gates=tuple(_gate(g, plan, compared) for g in config.gates),
         assumptions=tuple(dict.fromkeys(assumptions)),
-        warnings=first.notices,
+        warnings=(*first.notices, *_left_out(plan.headline.jobs, results)),
         points=tuple(_sweep_point(point, compared) for point in plan.points),
         figures=tuple(_figure(f, slo) for f in config.figures),
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
@@ -85,13 +86,20 @@ def _with_verdict(
     arms = plan.config.arms
     conditions_of = {arm: _conditions((arms.get(arm) or {}).get("overrides")) for arm in result.arms}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
-    ratios = compared.ratios(plan.headline.jobs[name], plan.headline.jobs[result.baseline_of(name)])
+    over = result.baseline_of(name)
+    ratios = {} if name == over else compared.ratios(plan.headline.jobs[name], plan.headline.jobs[over])
     return replace(result, verdict=verdict(result, name, ratios, comparable))
 
 
 def _conditions(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What an arm changes of load or hardware; what it aims at is its own affair."""
-    return {key: value for key, value in (overrides or {}).items() if not key.startswith("objective.")}
+    """What an arm changes of load or hardware; what it aims at, and how it shares out cards that it has, are its own
+    affair. Whether it has as many is checked where kinds are."""
+    own = ("objective.", "server.router", "cluster.tasks")
+    changed = {key: value for key, value in (overrides or {}).items() if not key.startswith(own)}
+    kinds = changed.get("cluster.kinds")
+    if isinstance(kinds, Mapping) and not any("hardware" in kind for kind in kinds.values()):
+        del changed["cluster.kinds"]
+    return changed
 
 
 class _Compared:
@@ -131,6 +139,17 @@ def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
         exit_depths=first.exit_depths,
         baseline=jobs[0].entry.get("baseline"),
     )
+
+
+def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
+    """What long runs do not keep."""
+    left_out = {name: results[jobs[0].key].decisions_left_out for name, jobs in arms.items()}
+    return [
+        f"{name}: {count:,} of its decisions are not in the log, which holds the first {MOST_DECISIONS // 2:,} and the "
+        f"last {MOST_DECISIONS // 2:,} of each replica."
+        for name, count in left_out.items()
+        if count
+    ]
 
 
 def _description(entry: Mapping[str, Any]) -> str:

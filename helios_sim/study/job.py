@@ -75,6 +75,7 @@ class JobResult:
     notices: tuple[str, ...]  # what the reader of a trace has changed
     wall_s: float
     live: LiveNotes | None = None  # of a run on a device
+    decisions_left_out: int = 0
 
 
 def run_job(job: Job) -> JobResult:
@@ -107,6 +108,7 @@ def run_job(job: Job) -> JobResult:
         notices=notices_of(fleet.parts.workload),
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
+        decisions_left_out=sum(server.decisions_left_out for server in run.servers),
     )
 
 
