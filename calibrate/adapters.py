@@ -95,7 +95,7 @@ def fit_heads(
     last = states.at(architecture.n_layers, rows)
     teacher = training.teach(model, last, recipe.considered)
     if kept.exists():
-        stored = load_file(kept)
+        stored = {name: tensor.to(model.device) for name, tensor in load_file(kept).items()}
         adapters = {
             d: {k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{d}.")} for d in config.candidates
         }
@@ -202,7 +202,7 @@ def _calibrated(
     calibrated: dict[int, Tensors] = {}
     for depth, of in tensors.items():
         hidden = states.at(depth, rows)
-        agree = (training.choices(model, of, hidden)[0] == truth).numpy()
+        agree = (training.choices(model, of, hidden)[0] == truth).cpu().numpy()
         sample = np.random.default_rng(0).permutation(len(rows))[:_TEMPERATURE_TOKENS]
         logits = training.exit_logits(model, of, hidden[torch.from_numpy(sample)])
         temperature[depth] = fit_temperature(partial(training.confidences, logits), agree[sample])

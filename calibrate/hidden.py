@@ -123,15 +123,16 @@ class HiddenStates:
     hidden: Tensor  # (N, D, d) in the model's dtype
     split: NDArray[np.int32]  # (N,) index into Split
     task: NDArray[np.int32]  # (N,) index into TASKS
+    device: Any = "cpu"  # where training takes place
 
     def rows(self, split: Split) -> NDArray[np.int64]:
         return np.flatnonzero(self.split == list(Split).index(split))
 
     def at(self, depth: int, rows: NDArray[np.int64]) -> Tensor:
-        """(len(rows), d)"""
+        """(len(rows), d) on the training's device"""
         import torch
 
-        return self.hidden[torch.from_numpy(rows), self.depths.index(depth)]
+        return self.hidden[torch.from_numpy(rows), self.depths.index(depth)].to(self.device)
 
 
 def collect(
@@ -166,4 +167,5 @@ def collect(
                 say(f"hidden states: batch {b + 1} of {len(groups)}")
         shards.append(load_file(path))
     label = torch.cat([shard["label"] for shard in shards]).numpy()
-    return HiddenStates(tuple(depths), torch.cat([shard["hidden"] for shard in shards]), label[:, 0], label[:, 1])
+    hidden = torch.cat([shard["hidden"] for shard in shards])
+    return HiddenStates(tuple(depths), hidden, label[:, 0], label[:, 1], model.device)

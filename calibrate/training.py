@@ -97,7 +97,7 @@ def largest(logits: Tensor, k: int, run: int = 128) -> tuple[Tensor, Tensor]:
 
 def common_tokens(teacher: Teacher, count: int, vocabulary: int) -> NDArray[np.int64]:
     """The tokens that full depth considers most often, (count,), most frequent first."""
-    counts = np.bincount(teacher.top.numpy().ravel(), minlength=vocabulary)
+    counts = np.bincount(teacher.top.cpu().numpy().ravel(), minlength=vocabulary)
     return np.argsort(-counts, kind="stable")[:count].astype(np.int64)
 
 
@@ -105,23 +105,23 @@ def first_adapter(hidden: Tensor, last: Tensor, width: int, seed: int) -> Tensor
     """An adapter whose linear part is the ridge regression of `last` (N, d) on `hidden` (N, d), both divided by rms."""
     import torch
 
-    d = hidden.shape[1]
-    drawn = torch.Generator().manual_seed(seed)
-    unit, _ = scaled(torch.ones(d), hidden)
+    d, on = hidden.shape[1], hidden.device
+    drawn = torch.Generator().manual_seed(seed)  # of the CPU: the same start on every device
+    unit, _ = scaled(torch.ones(d, device=on), hidden)
     scale = 1 / unit.std(0).clamp_min(1e-4)
     x, z = scaled(scale, hidden)
-    target = scaled(torch.ones(d), last)[0] - x
-    ones = torch.cat((z, torch.ones(len(z), 1)), 1)
+    target = scaled(torch.ones(d, device=on), last)[0] - x
+    ones = torch.cat((z, torch.ones(len(z), 1, device=on)), 1)
     gram = ones.T @ ones
-    gram += 0.003 * len(z) * torch.eye(d + 1)
+    gram += 0.003 * len(z) * torch.eye(d + 1, device=on)
     solved = torch.linalg.solve(gram, ones.T @ target).T
     return {
         "scale": scale,
         "linear": solved[:, :d].contiguous(),
         "bias": solved[:, d].contiguous(),
-        "gate": torch.randn(width, d, generator=drawn) / math.sqrt(d),
-        "up": torch.randn(width, d, generator=drawn) / math.sqrt(d),
-        "down": torch.zeros(d, width),
+        "gate": torch.randn(width, d, generator=drawn).to(on) / math.sqrt(d),
+        "up": torch.randn(width, d, generator=drawn).to(on) / math.sqrt(d),
+        "down": torch.zeros(d, width, device=on),
     }
 
 
@@ -142,9 +142,10 @@ def train_adapters(
     import torch
 
     head, n = model.outer.head, len(teacher.normed)
+    on = head.device
     common = None
     if recipe.vocabulary is not None:
-        common = torch.from_numpy(common_tokens(teacher, recipe.vocabulary, len(head)))
+        common = torch.from_numpy(common_tokens(teacher, recipe.vocabulary, len(head))).to(on)
     trained = [t.requires_grad_(True) for of in adapters.values() for name, t in of.items() if name != "scale"]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     drawn = torch.Generator().manual_seed(recipe.seed)
@@ -158,21 +159,21 @@ def train_adapters(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
         rows = order[step * recipe.batch : (step + 1) * recipe.batch]
-        compared, words = torch.arange(len(head)), head
+        compared, words, line = torch.arange(len(head), device=on), head, torch.arange(len(rows), device=on)
         if common is not None:
-            others = torch.randint(len(head), (recipe.drawn,), generator=drawn)
+            others = torch.randint(len(head), (recipe.drawn,), generator=drawn).to(on)
             compared = torch.unique(torch.cat((common, teacher.top[rows].flatten(), others)))
             words = head[compared]
         target = torch.softmax((teacher.normed[rows] @ words.T).float(), -1) * (1 - recipe.sharpen)
         choice = torch.searchsorted(compared, teacher.top[rows, 0].contiguous())
-        target[torch.arange(len(rows)), choice] += recipe.sharpen
+        target[line, choice] += recipe.sharpen
         optimizer.zero_grad(set_to_none=True)
         for depth, tensors in adapters.items():
             normed = model.normed(adapted(tensors, hidden(depth, rows)).to(model.dtype))
             with torch.no_grad():
                 logits = (normed @ words.T).float()
                 q = torch.softmax(logits, -1)
-                running = 0.98 * running + 0.02 * float(-(q[torch.arange(len(rows)), choice] + 1e-9).log().mean())
+                running = 0.98 * running + 0.02 * float(-(q[line, choice] + 1e-9).log().mean())
                 slope = (q - target).to(model.dtype)  # of the cross entropy by the logits
                 gradient = (slope @ words) / len(rows)
             normed.backward(gradient)
@@ -220,7 +221,8 @@ def confidences(logits: Tensor, temperature: float, rows: int = 16) -> NDArray[n
 
     with torch.inference_mode():
         parts = (part.float() / temperature for part in logits.split(rows))
-        return torch.cat([1 / (part - part.amax(-1, keepdim=True)).exp_().sum(-1) for part in parts]).double().numpy()
+        found = torch.cat([1 / (part - part.amax(-1, keepdim=True)).exp_().sum(-1) for part in parts])
+    return found.double().cpu().numpy()
 
 
 def softened(probability: Tensor, agree: Tensor, share: float) -> Tensor:
@@ -233,7 +235,7 @@ def softened(probability: Tensor, agree: Tensor, share: float) -> Tensor:
 
     p = probability.double().clamp(1e-6, 1 - 1e-6)
     logit = torch.log(p / (1 - p))
-    slope, offset = fit_logistic(logit.numpy(), agree.numpy())
+    slope, offset = fit_logistic(logit.cpu().numpy(), agree.cpu().numpy())
     return share * torch.sigmoid(slope * logit + offset).float() + (1 - share) * agree.float()
 
 
@@ -242,13 +244,13 @@ def train_check(hidden: Tensor, target: Tensor, scale: Tensor, recipe: Recipe) -
     import torch
     import torch.nn.functional as F
 
-    d, width = hidden.shape[1], recipe.check_width
+    d, width, on = hidden.shape[1], recipe.check_width, hidden.device
     drawn = torch.Generator().manual_seed(recipe.seed)
     tensors: Tensors = {
-        "check_in": torch.randn(width, d, generator=drawn) / math.sqrt(d),
-        "check_bias": torch.zeros(width),
-        "check_out": torch.randn(width, generator=drawn) / math.sqrt(width),
-        "check_offset": torch.zeros(()),
+        "check_in": torch.randn(width, d, generator=drawn).to(on) / math.sqrt(d),
+        "check_bias": torch.zeros(width, device=on),
+        "check_out": torch.randn(width, generator=drawn).to(on) / math.sqrt(width),
+        "check_offset": torch.zeros((), device=on),
     }
     trained = [t.requires_grad_(True) for t in tensors.values()]
     optimizer = torch.optim.AdamW(trained, lr=recipe.check_learning_rate, weight_decay=0.02)
@@ -281,4 +283,4 @@ def check_logits(tensors: Tensors, hidden: Tensor, chunk: int = 8192) -> NDArray
     import torch
 
     with torch.inference_mode():
-        return torch.cat([check_logit(tensors, part) for part in hidden.split(chunk)]).double().numpy()
+        return torch.cat([check_logit(tensors, part) for part in hidden.split(chunk)]).double().cpu().numpy()

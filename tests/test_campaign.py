@@ -17,7 +17,7 @@ from calibrate.stages import read_finished
 from calibrate_line import calibrate
 from helios_sim.profile.store import read_profile
 
-FEW = ("+campaign=rehearsal", "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]", "live.least_requests=4")
+FEW = ("+campaign=rehearsal", "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]", "live.loads=[0.8]")
 STAGES = (
     "ceilings", "profile-tiny-opt-1.3b", "profile-tiny-opt-6.7b", "profile-tiny-smollm2-135m", "adapters", "traces",
     "live-tiny-opt-6.7b", "live-tiny-smollm2-135m", "headline-tiny-opt-6.7b", "headline-tiny-smollm2-135m",
@@ -113,6 +113,7 @@ def test_whatever_ends_it_what_was_finished_is_there_and_is_taken_up(
         ((*FEW, "resume=[other.tar.gz]"), ["resume='other.tar.gz'", "the campaign h100"]),
         (("+campaign=rehearsal", "models=[tiny-opt-1.3b]"), ["models", "tiny-opt-6.7b"]),
         ((*FEW, "weights={tiny-opt-1.3b: 'tiny:gpt-5'}"), ["gpt-5", "known shape"]),
+        ((*FEW, "weights={tiny-smollm2-135m: 'random:smollm2-135m'}"), ["text_model=", "weights of its own"]),
         ((*FEW, "device=cuda:7"), ["device='cuda:7'"]),
         ((*FEW, "budgets=1"), ["budgets"]),
     ],

@@ -26,6 +26,7 @@ from calibrate.command import check_budget
 from calibrate.progress import progress
 from calibrate.stages import Outcome, Status, run_stages
 from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
+from helios_sim.live.packages import check_packages
 from helios_sim.report import files
 from helios_sim.report.table import PLAIN_WIDTH
 
@@ -36,6 +37,7 @@ def run_campaign(config: CampaignConfig, folder: Path) -> int:
     `folder` gets an archive for each group of stages, written anew when a stage of it is finished: whatever ends this
     call, what was finished is there, and the next call goes on from it.
     """
+    check_packages("measuring a model")
     plan = Plan(config)
     check_budget(config.budget_s, plan.stages)
     archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])

@@ -69,6 +69,14 @@ class Plan:
 
     def check(self) -> None:
         """UserError for whatever would stop a stage anyway: packages, device, shapes, weights, memory."""
+        from helios_sim.live.random_weights import RANDOM
+
+        config = self.config
+        if weights_of(config, config.text_model).startswith(RANDOM):
+            known = KNOWN.get(config.text_model)
+            fix = "name them in weights" if known is None else known.get_it
+            allowed = "weights of its own: exits trained and traced with random ones mean nothing"
+            raise UserError("text_model", config.text_model, allowed, fix)
         for inputs in self._inputs.values():
             inputs.check()
 
