@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import hydra
@@ -65,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
+        with _wrapped() if {"--help", "-h"} & {*command} else nullcontext():
+            hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -86,6 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in refused:
             leave_no_trace(folder)
     return status
+
+
+@contextmanager
+def _wrapped() -> Iterator[None]:
+    """Breaks lines of standard output that no terminal holds: Hydra lists all options of a group on one."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        for line in text.getvalue().splitlines():
+            print(textwrap.fill(line, 120, subsequent_indent="  ") if len(line) > 120 else line)
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:

@@ -162,11 +162,12 @@ def peak_bytes(requests: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_grows_with_the_columns_and_not_with_what_was_seen(monkeypatch) -> None:
+@pytest.mark.parametrize(("ahead", "few", "many"), [(False, 1000, 4000), (True, 10_000, 30_000)])
+def test_memory_grows_with_the_columns_and_not_with_what_was_seen(ahead, few, many, monkeypatch) -> None:
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
     monkeypatch.setattr(record_log, "BLOCK_RECORDS", 128)
     monkeypatch.setattr(helios_sim.study.job, "generate", partial(generate, block_requests=128))
     monkeypatch.setattr(timeline, "SAMPLES", 100)
+    monkeypatch.setattr("helios_sim.simulation.worth_compiling", lambda requests: ahead)
     peak_bytes(300)  # what is loaded and remembered once
-    few, many = peak_bytes(1000), peak_bytes(4000)
-    assert (many - few) / 3000 < 150
+    assert (peak_bytes(many) - peak_bytes(few)) / (many - few) < 150

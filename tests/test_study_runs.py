@@ -143,7 +143,7 @@ def test_help_is_for_newcomers(helios):
     assert said.out.count("python -m helios_sim ") >= 6
     for name in ("quickstart", "helios_probe", "early_exit", "energy", "eager", "--config-dir"):
         assert name in said.out
-    assert max(len(line) for line in said.out.splitlines()) < 200
+    assert max(len(line) for line in said.out.splitlines()) <= 120
 
 
 def test_version(helios):

@@ -40,6 +40,7 @@ COMPLETED, CONTEXT_EXCEEDED, POOL_EXCEEDED = range(3)
 # Why the computation stopped, and where it stands.
 MORE_ARRIVALS, FLUSH, FIRED, IDLE = range(4)
 TURN, RUNNING = range(2)
+ENOUGH_DONE = 4096  # requests that left: it is time to hand their records over, so that they do not pile up here
 
 # Columns of a trigger, and the kinds that are known here.
 KIND, ARGUMENT, SPENT, TRIGGER_COLUMNS = range(4)

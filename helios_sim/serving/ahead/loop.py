@@ -16,6 +16,7 @@ from helios_sim.serving.ahead.layout import (
     BREACHES,
     COMPLETIONS,
     DRAINED,
+    ENOUGH_DONE,
     FILLED,
     FIRED,
     FLUSH,
@@ -98,10 +99,11 @@ def advance(
 
 @compiled
 def _has_room(s: State, r: Rules, q: Queue, c: Counts) -> bool:
-    """Whether all that one more iteration may hand over finds a place."""
+    """Whether all that one more iteration may hand over finds a place, and little has to be handed over yet."""
     may_leave = s.running + s.front + s.fresh + s.known - s.arrived
     return (
-        s.done + may_leave <= len(q.done)
+        s.done < ENOUGH_DONE
+        and s.done + may_leave <= len(q.done)
         and s.seen + s.running + r.running_limit <= len(c.seen)
         and s.samples < s.sample_room
     )

@@ -29,7 +29,6 @@ from helios_sim.serving.replica import SERVED_TEXTS, Replica
 from helios_sim.serving.timeline import SAMPLES
 
 WORTH_COMPILING = 2000  # requests that take about as long uncompiled as compiling does
-_ROOM = 4096  # requests that may leave before their records are handed over, at least
 _SEEN = 2048
 
 
@@ -114,9 +113,7 @@ class Stretch:
                 return Stop.WAIT
             if stop == at.MORE_ARRIVALS:
                 self._intake.read_on()
-                if s.done >= _ROOM and s.phase == at.TURN:
-                    return Stop.GO_ON
-            elif s.done >= _ROOM or s.samples < s.sample_room:
+            elif s.done >= at.ENOUGH_DONE or s.samples < s.sample_room:
                 return Stop.GO_ON
             else:
                 self._sample()
@@ -215,8 +212,8 @@ class Stretch:
         s.known, s.exhausted = len(intake.rows), intake.exhausted
         may_leave = int(s.running + s.front + s.fresh + s.known - s.arrived)
         done = self._queue.done
-        if len(done) < s.done + may_leave + _ROOM:
-            done = np.concatenate([done[: s.done], empty(may_leave + 2 * _ROOM, at.SLOT_COLUMNS)])
+        if len(done) < s.done + may_leave + at.ENOUGH_DONE:
+            done = np.concatenate([done[: s.done], empty(may_leave + 2 * at.ENOUGH_DONE, at.SLOT_COLUMNS)])
         tokens = intake.tokens(model, self._engine.tokens_of)
         self._queue = Queue(intake.rows, tokens, done)
 
