@@ -22,6 +22,7 @@ from calibrate.config import in_full, register, to_config
 from calibrate.schema import CalibrateConfig
 from helios_sim.config import check_flags, conf_folder, given, in_words, leave_no_trace
 from helios_sim.errors import UserError
+from helios_sim.interrupt import leave_by_status, remembered
 
 WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # of a calibration in which no stage was finished
 
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        hydra.main(version_base=None, config_path=conf_folder(), config_name="campaign" if of_many else "calibrate")(
-            calibrate
-        )()
+        name = "campaign" if of_many else "calibrate"
+        with remembered():
+            hydra.main(version_base=None, config_path=conf_folder(), config_name=name)(calibrate)()
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # Hydra's own commands, such as --help, end so
         return 1 if leaving.code else 0
     except KeyboardInterrupt:
+        leave_by_status()
         print(f"calibrate: stopped; {_how_to_resume(command, folder)}", file=sys.stderr)
         return 1
     finally:

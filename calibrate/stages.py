@@ -24,6 +24,7 @@ from typing import Any
 from calibrate.folders import alone, put, unwritable
 from calibrate.transcript import OnProgress, Transcript, now
 from helios_sim.errors import UserError
+from helios_sim.interrupt import stop_if_asked
 from helios_sim.report import files
 
 STAGES, RECORD = "stages", "stage.json"
@@ -129,6 +130,7 @@ def run_stages(
                 outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
                 waiting.remove(stage)
             outcomes.append(outcome)
+            stop_if_asked()
             if outcome.finished is not None:
                 found[stage.name] = outcome.finished
         return outcomes

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 import helios_sim
 from helios_sim.config import Variants, check_flags, conf_folder, given, in_full, in_words, leave_no_trace, register
 from helios_sim.errors import UserError
+from helios_sim.interrupt import leave_by_status
 
 DEFAULT = "+experiment=quickstart"
 
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # Hydra's own commands, such as --help, end so
         return 1 if leaving.code else 0
     except KeyboardInterrupt:
+        leave_by_status()
         again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
         print(f"helios_sim: stopped; {again}", file=sys.stderr)
         return 1

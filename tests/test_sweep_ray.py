@@ -44,7 +44,7 @@ class Held(EarlyExitPolicy):
 def cluster(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
-    (tmp_path / "held.py").write_text(HELD)
+    (tmp_path / "held_on_nodes.py").write_text(HELD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the cluster's processes
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -70,7 +70,7 @@ def held(**settings: Any) -> Any:
         objectives=["throughput_requests_per_s", "e2e_s_p99"],
         **settings,
     )
-    arm = {"policy": "custom", "object": "held:Held", "settings": {"number": 0}}
+    arm = {"policy": "custom", "object": "held_on_nodes:Held", "settings": {"number": 0}}
     return plan_sweep(lambda changes: replace(base, arms={**base.arms, "helios": arm}))
 
 

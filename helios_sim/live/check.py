@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from helios_sim.live.check_rows import check_rows
-
 if TYPE_CHECKING:
     import torch
 
@@ -63,6 +61,8 @@ class FoldedCheck:
         if hidden.dim() != 2:
             return self(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape[:-1])
         if len(hidden) <= FEW_ROWS and self._arrays is not None:
+            from helios_sim.live.check_rows import check_rows  # numba, which those without a check do not need
+
             found = np.empty(len(hidden), np.float32)
             weight, bias, out, offset, risk_scale = self._arrays
             check_rows(hidden.detach().float().contiguous().numpy(), weight, bias, out, offset, risk_scale, found)
