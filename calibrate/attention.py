@@ -1,4 +1,4 @@
-"""Attention steps for measuring: none at all, only in some layers, several side by side. Knows no time and no device.
+"""Attention steps for measuring: none at all, or only in some layers. Knows no time and no device.
 
 They stand where a real step stands (`helios_sim.live.layers.Attend`), so that the model runs the same code.
 """
@@ -38,27 +38,3 @@ class OnlyLayers:
 
     def write(self, layer: int, k: Any, v: Any) -> None:
         self._step.write(layer, k, v)
-
-
-class Together:
-    """Several steps in one run: the first `rows[0]` rows belong to the first, and so on."""
-
-    def __init__(self, steps: Sequence[Attend], rows: Sequence[int]) -> None:
-        import torch
-
-        self._steps, self._rows = list(steps), list(rows)
-        self.rotations: list[Rotation | None] = []
-        for parts in zip(*(step.rotations for step in steps), strict=True):
-            known = [part for part in parts if part is not None]
-            joined = (torch.cat([cos for cos, _ in known]), torch.cat([sin for _, sin in known])) if known else None
-            self.rotations.append(joined)
-
-    def __call__(self, layer: int, q: Any, k: Any, v: Any) -> Any:
-        import torch
-
-        parts = zip(self._steps, q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
-        return torch.cat([step(layer, *qkv) for step, *qkv in parts])
-
-    def write(self, layer: int, k: Any, v: Any) -> None:
-        for step, part_k, part_v in zip(self._steps, k.split(self._rows), v.split(self._rows), strict=True):
-            step.write(layer, part_k, part_v)

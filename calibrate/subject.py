@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from calibrate.device import Device
@@ -146,6 +147,11 @@ class Subject:
     def _noise(self, shape: tuple[int, ...]) -> Any:
         import torch
 
-        on = self.device.torch_device
-        block = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(self.model.dtype)
-        return block.repeat(-(-shape[0] // NOISE_VALUES))[: shape[0]]
+        from helios_sim.live.pages import block
+
+        on, dtype = self.device.torch_device, self.model.dtype
+        drawn = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(dtype)
+        pool = block(prod(shape) * dtype.itemsize, torch.device(on)).view(dtype)
+        for part in pool.split(NOISE_VALUES):
+            part.copy_(drawn[: len(part)])
+        return pool

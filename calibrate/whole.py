@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calibrate.attention import Together
 from calibrate.device import Step
 from calibrate.latency import WHOLE_MODEL
 from calibrate.points import Point, Points
@@ -103,6 +102,8 @@ def job(subject: Subject, iteration: Iteration) -> Job:
 
 
 def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:
+    from helios_sim.live.mixed import Together
+
     model, batch = subject.model, len(it.kv_tokens)
     cache = subject.cache(batch, max(it.kv_tokens)) if batch else None
     extra = it.chunk[0] if it.chunk else 0

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from calibrate.attention import Together
 from calibrate.subject import Limits, Subject
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.live.architecture import Architecture, Rope
+from helios_sim.live.mixed import Together
 
 LIMITS = Limits(max_batch=8, max_rows=64, max_chunk=64, max_kv_tokens=256, max_head_rows=16)
 ARCHITECTURE = Architecture(

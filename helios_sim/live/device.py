@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from helios_sim.live.pages import block
+
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
 WARM_UP_CALLS = 3  # before a capture: libraries make their handles and workspaces outside it
@@ -46,7 +48,7 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
 
     def host_empty(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8)
+        return block(n_bytes, self.torch_device)
 
     @torch.inference_mode()
     def copy(self, pairs: Pairs, after_compute: bool = False) -> Callable[[], None]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from helios_sim.live.architecture import Shape, values
 from helios_sim.live.device import Device
 from helios_sim.live.room import check_fits
-from helios_sim.live.slab import ALIGNMENT
-from helios_sim.live.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer
+from helios_sim.live.weights import LayerWeights, OuterWeights, TensorSource, block_bytes, fill, parts_in
 
 OUTER = -1  # beside the layers' numbers: embedding, final norm, head
 
@@ -45,16 +44,13 @@ class HostStore:
         self._shapes |= dict.fromkeys(range(a.n_layers), a.layer_shapes())
         check_fits(f"{name} in host memory", values(a.outer_shapes()) * dtype.itemsize, torch.device("cpu"))
         self._blocks: dict[int, Tensor] = {}
-        cpu = torch.device("cpu")
         for block in self._shapes:
-            read = load_outer(source, dtype, cpu) if block == OUTER else load_layer(source, block, dtype, cpu)
             self._blocks[block] = device.host_empty(self.n_bytes(block))
-            for part, target in self._parts(block, self._blocks[block]).items():
-                target.copy_(getattr(read, part))
+            fill(source, None if block == OUTER else block, self._parts(block, self._blocks[block]))
 
     def n_bytes(self, block: int) -> int:
         """Of one block, each part at an aligned place."""
-        return sum(_part_bytes(shape, self._dtype) for shape in self._shapes[block].values())
+        return block_bytes(self._shapes[block], self._dtype)
 
     def pairs(self, block: int, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What to copy, and where to, so that the block lies in device memory (n_bytes,)."""
@@ -69,14 +65,4 @@ class HostStore:
         return OuterWeights(**{"head": parts["embedding"]} | parts)
 
     def _parts(self, block: int, memory: Tensor) -> dict[str, Tensor]:
-        found, start = {}, 0
-        for part, shape in self._shapes[block].items():
-            n_bytes = values({part: shape}) * self._dtype.itemsize
-            found[part] = memory[start : start + n_bytes].view(self._dtype).view(shape)
-            start += _part_bytes(shape, self._dtype)
-        return found
-
-
-def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    n_bytes = values({"": shape}) * dtype.itemsize
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        return parts_in(memory, self._shapes[block], self._dtype)

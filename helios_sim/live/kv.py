@@ -8,12 +8,14 @@ where to write) is computed once a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from helios_sim.live.architecture import Architecture
+from helios_sim.live.pages import written_block
 from helios_sim.live.rope import Rotary, Rotation
 
 
@@ -39,15 +41,18 @@ class KvCache:
     def resize(self, layers: int) -> None:
         """Keep the first `layers` layers: drops what is above, allocates what is missing (its content is undefined)."""
         del self.keys[layers:], self.values[layers:]
-        shape = (self.slots, self.architecture.n_kv_heads, self.max_tokens, self.architecture.head_dim)
         while len(self.keys) < layers:
-            # Zeros, not undefined memory: a masked NaN would still spoil the sum.
-            self.keys.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
-            self.values.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.keys.append(self._empty())
+            self.values.append(self._empty())
 
     @property
     def kv_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def _empty(self) -> Tensor:
+        """Zeros, not undefined memory: a masked NaN would still spoil the sum."""
+        shape = (self.slots, self.architecture.n_kv_heads, self.max_tokens, self.architecture.head_dim)
+        return written_block(prod(shape) * self.dtype.itemsize, self.device).view(self.dtype).view(shape)
 
 
 class PromptStep:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALIGNMENT = 256  # bytes: what a card's loads want, and more than a cache line
+from helios_sim.live.pages import aligned, written_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Slab:
 
     def __init__(self, n_bytes: int, device: torch.device) -> None:
         self._lock = threading.Lock()
-        self._memory = torch.empty(_aligned(n_bytes), dtype=torch.uint8, device=device)
+        self._memory = written_block(aligned(n_bytes), device)
         self._free = [Piece(0, len(self._memory))]
 
     @property
@@ -38,7 +38,7 @@ class Slab:
 
     def take(self, n_bytes: int) -> Piece:
         """MemoryError where no free piece is large enough."""
-        wanted = _aligned(n_bytes)
+        wanted = aligned(n_bytes)
         with self._lock:
             for i, piece in enumerate(self._free):
                 if piece.n_bytes >= wanted:
@@ -60,7 +60,3 @@ class Slab:
     def bytes_of(self, piece: Piece) -> Tensor:
         """(n_bytes,) uint8, a view."""
         return self._memory[piece.start : piece.start + piece.n_bytes]
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

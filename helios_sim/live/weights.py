@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture, Shape
+from helios_sim.live.architecture import Architecture, Shape, values
 from helios_sim.live.naming import Change, Piece
+from helios_sim.live.pages import aligned, block
 
 _BLOCK_VALUES = 4 << 20  # read at once: 16 MB as float32
 
@@ -75,27 +76,50 @@ def tensors(weights: LayerWeights | OuterWeights) -> Iterator[Tensor]:
 
 
 def load_layer(source: TensorSource, layer: int, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+    """All parts in one block of memory."""
     shapes = source.architecture.layer_shapes()
-    return LayerWeights(**{part: _load(source, part, layer, shape, dtype, device) for part, shape in shapes.items()})
+    parts = parts_in(block(block_bytes(shapes, dtype), device), shapes, dtype)
+    fill(source, layer, parts)
+    return LayerWeights(**parts)
 
 
 def load_outer(source: TensorSource, dtype: torch.dtype, device: torch.device) -> OuterWeights:
     shapes = source.architecture.outer_shapes()
-    parts = {part: _load(source, part, None, shape, dtype, device) for part, shape in shapes.items()}
+    parts = parts_in(block(block_bytes(shapes, dtype), device), shapes, dtype)
+    fill(source, None, parts)
     return OuterWeights(**{"head": parts["embedding"]} | parts)
 
 
-def _load(
-    source: TensorSource, part: str, layer: int | None, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """One part, filled piece by piece: beside it at most one block (or one piece that must be turned) is in memory."""
-    into = torch.empty(shape, dtype=dtype, device=device)
-    row = 0
-    for piece in source.pieces(part, layer):
-        row = _fill(source, piece, into, row)
-    if row != shape[0]:
-        raise _damaged(part, (row, *shape[1:]), shape)
-    return into
+def block_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
+    """Of these parts one after the other, each at an aligned place."""
+    return sum(_part_bytes(shape, dtype) for shape in shapes.values())
+
+
+def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parts as views of memory (n_bytes,) that holds their block."""
+    found, start = {}, 0
+    for part, shape in shapes.items():
+        n_bytes = values({part: shape}) * dtype.itemsize
+        found[part] = memory[start : start + n_bytes].view(dtype).view(shape)
+        start += _part_bytes(shape, dtype)
+    return found
+
+
+def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -> None:
+    """Reads parts of a layer, or of what lies outside the layers, into place.
+
+    Beside them at most one block (or one piece that must be turned) is in memory.
+    """
+    for part, into in parts.items():
+        row = 0
+        for piece in source.pieces(part, layer):
+            row = _fill(source, piece, into, row)
+        if row != len(into):
+            raise _damaged(part, (row, *into.shape[1:]), tuple(into.shape))
+
+
+def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    return aligned(values({"": shape}) * dtype.itemsize)
 
 
 def _fill(source: TensorSource, piece: Piece, into: Tensor, row: int) -> int:
