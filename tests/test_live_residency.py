@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 
 from helios_sim.live.device import CpuDevice, Pairs
 from helios_sim.live.model import SegmentedModel
+from helios_sim.live.pages import ALIGNMENT
 from helios_sim.live.residents import Residents
 from helios_sim.live.served import LiveModel
-from helios_sim.live.pages import ALIGNMENT
 from helios_sim.live.slab import Piece, Slab
 from live_example import packed_logits, token_ids
 from live_rig import LAYERS, live_model
