@@ -16,7 +16,10 @@ from typing import Any, TypeVar, cast
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PACKAGE = Path(__file__).parent
-_SOURCES = ("compiled.py", "profile/price_tables.py", "profile/compiled_prices.py", "serving/ahead/*.py")
+_SOURCES = (
+    "compiled.py", "policy/compiled_draws.py", "profile/price_tables.py", "profile/compiled_prices.py",
+    "serving/ahead/*.py",
+)  # fmt: skip
 
 
 def compiled(function: _Function) -> _Function:

@@ -127,7 +127,7 @@ def test_per_token_exits_at_batch_one_are_the_mixture_of_the_exits() -> None:
     recorded = offline("small", (2, 4), (0.0, 0.0), (0.75, 1.0))
     depths = per_token_depths(recorded, propagated=False)
     assert depths.reach == pytest.approx((1.0, 0.25))
-    time_s, _ = decode_time_s(small().profile, depths, np.array([1, 16]), 50.0)
+    time_s = decode_time_s(small().profile, depths, np.array([1, 16]), 50.0)
     launches_s = [0.75 * 2 + 0.25 * 4, 4.0]  # in a batch of 16 somebody always runs deep
     assert time_s == pytest.approx(0.001 * np.array(launches_s))
 
@@ -141,7 +141,7 @@ def test_a_token_that_left_by_a_classifier_pays_for_the_head_besides() -> None:
         (Confidence.CLASSIFIER, 2.0 + 2.0 * 0.25 + 0.5 + 2.0),
     ):
         depths = per_token_depths(replace(shares, confidence=confidence), propagated=False)
-        time_s, _ = decode_time_s(profile, depths, np.array([1]), 50.0)
+        time_s = decode_time_s(profile, depths, np.array([1]), 50.0)
         assert time_s == pytest.approx([expected_s])
 
 

@@ -14,7 +14,7 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class OfflineExits:
     """Shares are of tokens. E exits, the last being the whole model; P prompts, in the order of the text."""
 

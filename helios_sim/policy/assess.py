@@ -6,10 +6,12 @@ Every draw comes from a generator of its own (seed, model, prompts seen), whatev
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from helios_sim.errors import UserError
+from helios_sim.exits.offline import OfflineExits
 from helios_sim.policy.candidates import check_cap
 from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
 from helios_sim.policy.deployment import KvRule, Placement
@@ -17,10 +19,12 @@ from helios_sim.policy.depth import fixed_depth, per_token_depths
 from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.load import Load
 from helios_sim.policy.options import Option, cost_until_next_round
-from helios_sim.policy.prediction import batch_capacity, predict
+from helios_sim.policy.prediction import Prediction, batch_capacity, predict
 from helios_sim.policy.quality import bits_floor, quick_enough
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Transition
+
+_recorded: WeakKeyDictionary[OfflineExits, dict[tuple[int, int], Resampled]] = WeakKeyDictionary()
 
 
 class Assessor:
@@ -42,7 +46,8 @@ class Assessor:
         self.above_floor: list[Option] = []  # of the latest ranking: would be in it but for the floor in bits
         self._refused: list[str] = []  # of the latest ranking
         self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # with what is behind it
-        self._offline: dict[str, Resampled] = {}
+        self._load: Load | None = None  # of the predictions below
+        self._predicted: dict[tuple[Placement, tuple[Placement, ...], KvRule | None, int], Prediction | None] = {}
         self._index = {name: i for i, name in enumerate(situation.candidates)}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
@@ -76,11 +81,7 @@ class Assessor:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
         bits = self.history.shares(model).bits_per_char
         allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
-        if model not in self._offline:
-            everything = np.ones(len(offline.prompt_tokens))
-            recorded = Evidence(offline.prompt_tokens, offline.prompt_disagreements, everything)
-            self._offline[model] = resample(recorded, self._rng(model, 0))
-        pooled = self._offline[model]
+        pooled = self._recorded(model)
         seen, offline_weight = self.history.observed(model)
         if seen is not None:
             pooled = resample(seen, self._rng(model, observed)).plus(pooled, offline_weight)
@@ -88,6 +89,16 @@ class Assessor:
         if self._cap_layers is None:
             return choice
         return CapChoice(self._cap_layers, choice.share, choice.upper_bound)
+
+    def _recorded(self, model: str) -> Resampled:
+        """Of the prompts recorded offline: the same for all runs of one seed, so remembered as long as these live."""
+        offline, key = self.situation.candidates[model].offline, (self.situation.seed, self._index[model])
+        found = _recorded.setdefault(offline, {})
+        if key not in found:
+            everything = np.ones(len(offline.prompt_tokens))
+            recorded = Evidence(offline.prompt_tokens, offline.prompt_disagreements, everything)
+            found[key] = resample(recorded, self._rng(model, 0))
+        return found[key]
 
     def _rng(self, model: str, observed: int) -> np.random.Generator:
         seed = np.random.SeedSequence(self.situation.seed, spawn_key=(self._index[model], observed))
@@ -105,24 +116,41 @@ class Assessor:
         leave_early: KvRule | None = None,
     ) -> Option | None:
         """None when the placement leaves no room for one request. `leave_early`: tokens do, under that KV rule."""
-        offline = self.situation.candidates[placement.model].offline
-        depths = fixed_depth(placement.layers)
-        if leave_early is not None:
-            depths = per_token_depths(offline, propagated=leave_early is KvRule.PROPAGATE)
-        prediction = predict(
-            self.situation,
-            placement,
-            depths,
-            load,
-            standby=standby,
-            batch_limit=self.batch_limit,
-            horizon_requests=horizon_requests,
-        )
+        prediction = self._predict(placement, load, horizon_requests, tuple(standby), leave_early)
         if prediction is None:
             return None
         # Tokens that leave early on their own are taken to cost what they cost at full depth: they were confident.
         bits = self._bits(placement.model, placement.layers)
         return Option(placement, prediction, transition, cap, self.breach_share(placement), bits)
+
+    def _predict(
+        self,
+        placement: Placement,
+        load: Load,
+        horizon_requests: int,
+        standby: tuple[Placement, ...],
+        early: KvRule | None,
+    ) -> Prediction | None:
+        """Each once under one load: a choice compares what is there with every option."""
+        if load != self._load:
+            self._load = load
+            self._predicted.clear()
+        key = placement, standby, early, horizon_requests
+        if key not in self._predicted:
+            depths = fixed_depth(placement.layers)
+            if early is not None:
+                offline = self.situation.candidates[placement.model].offline
+                depths = per_token_depths(offline, propagated=early is KvRule.PROPAGATE)
+            self._predicted[key] = predict(
+                self.situation,
+                placement,
+                depths,
+                load,
+                standby=standby,
+                batch_limit=self.batch_limit,
+                horizon_requests=horizon_requests,
+            )
+        return self._predicted[key]
 
     def fits(self, active: Placement, standby: Sequence[Placement], load: Load) -> bool:
         """Whether these placements leave room for one request of mean length."""

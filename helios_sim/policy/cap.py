@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.policy.draws import counts_drawn
+
 RESAMPLES = 500
 UPPER_SHARE = 0.95
 
@@ -64,10 +66,9 @@ class Resampled:
 
 def resample(evidence: Evidence, rng: np.random.Generator) -> Resampled:
     """Bootstrap over prompts, with replacement. With several sources, each is resampled within itself."""
-    n_prompts = len(evidence.tokens)
     tokens = evidence.weights * evidence.tokens
     differs = evidence.weights[:, None] * evidence.disagreements
-    drawn = rng.multinomial(n_prompts, np.full(n_prompts, 1.0 / n_prompts), size=RESAMPLES).astype(np.float64)
+    drawn = counts_drawn(len(evidence.tokens), RESAMPLES, rng)
     return Resampled(float(tokens.sum()), differs.sum(axis=0), drawn @ tokens, drawn @ differs)
 
 

@@ -16,8 +16,6 @@ from helios_sim.request import NS_PER_S
 LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
 STRATA = 64  # rows per batch when tokens leave at different exits
 
-TimeAndFloor = tuple[NDArray[np.float64], NDArray[np.float64]]
-
 
 @dataclass(frozen=True, slots=True)
 class Depths:
@@ -45,12 +43,28 @@ def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
     return Depths(offline.exits, reach, checked=offline.confidence, propagated=propagated)
 
 
-def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> TimeAndFloor:
-    """(K,) mean seconds of a decode iteration at each batch size, and its roofline floor.
+def decode_time_s(
+    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+) -> NDArray[np.float64]:
+    """(K,) mean seconds of a decode iteration at each batch size.
 
     With tokens that leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly
     over (0, 1): unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
     """
+    time_s = profile.iteration_time_s(_decodes(depths, batch, context_tokens))
+    return np.asarray(np.maximum(time_s, LEAST_S).reshape(len(batch), -1).mean(axis=1))
+
+
+def decode_floor_s(
+    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+) -> NDArray[np.float64]:
+    """(K,) its roofline floor."""
+    floor_s = profile.iteration_floor_s(_decodes(depths, batch, context_tokens))
+    return np.asarray(floor_s.reshape(len(batch), -1).mean(axis=1))
+
+
+def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
+    """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
     strata = 1 if len(depths.bounds) == 1 else STRATA
     u = (np.arange(strata) + 0.5) / strata
     rows = np.floor(batch[:, None, None] * np.asarray(depths.reach) + u[None, :, None]).astype(np.int64)
@@ -59,7 +73,7 @@ def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], co
     whole = np.repeat(batch, strata)
     checks = None if depths.checked is None else np.where(last, 0, rows)
     by_classifier = depths.checked is Confidence.CLASSIFIER
-    composition = Composition(
+    return Composition(
         bounds=depths.bounds,
         decode_tokens=rows,
         decode_kv_tokens=np.rint(rows * context_tokens).astype(np.int64),
@@ -68,9 +82,6 @@ def decode_time_s(profile: Profile, depths: Depths, batch: NDArray[np.int64], co
         classifier_tokens=checks if by_classifier else None,
         propagated_tokens=whole[:, None] - rows if depths.propagated else None,
     )
-    shape = (len(batch), strata)
-    time_s = np.maximum(profile.iteration_time_s(composition), LEAST_S).reshape(shape).mean(axis=1)
-    return time_s, profile.iteration_floor_s(composition).reshape(shape).mean(axis=1)
 
 
 def prefill_time_s(profile: Profile, layers: int, prompt_tokens: int, max_batch_tokens: int) -> tuple[float, float]:

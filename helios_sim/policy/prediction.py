@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.policy.deployment import Placement
-from helios_sim.policy.depth import Depths, decode_time_s, prefill_time_s
+from helios_sim.policy.depth import Depths, decode_floor_s, decode_time_s, prefill_time_s
 from helios_sim.policy.load import Load
 from helios_sim.policy.telemetry import Situation
 from helios_sim.profile.profile import Profile
@@ -78,7 +78,7 @@ def predict(
     most = capacity if load.users is None else min(capacity, load.users)
     prefill_s, prefill_floor_s = prefill_time_s(profile, depths.layers, round(prompt), situation.max_batch_tokens)
     batches = np.arange(1 if load.arrival_rate_per_s is not None else most, most + 1, dtype=np.int64)
-    decode_s, decode_floor_s = decode_time_s(profile, depths, batches, prompt + output / 2)
+    decode_s = decode_time_s(profile, depths, batches, prompt + output / 2)
     rate = 1.0 / (prefill_s + (output - 1) * decode_s / batches)
 
     at, batch = len(batches) - 1, float(most)  # a full queue
@@ -97,7 +97,8 @@ def predict(
     else:
         response_s = running / delivered
     busy_s = prefill_s + (output - 1) * float(decode_s[at]) / running
-    floor_s = prefill_floor_s + (output - 1) * float(decode_floor_s[at]) / running
+    decode_floor = decode_floor_s(profile, depths, batches[at : at + 1], prompt + output / 2)
+    floor_s = prefill_floor_s + (output - 1) * float(decode_floor[0]) / running
     low_j, high_j = _energy_j(profile, busy_s, floor_s)
     return Prediction(
         batch=batch,
