@@ -5,6 +5,7 @@ It computes as many iterations at once as the plan allows; each has the same bit
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,7 @@ class SimulatedEngine:
         self._env = env
         self._models = models
         self._channel_free_ns = 0  # one transfer at a time over the host link
+        self._transfer_ends_ns: deque[int] = deque()
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         data = self._models[model]
@@ -77,7 +79,17 @@ class SimulatedEngine:
         self._channel_free_ns = max(now_ns, self._channel_free_ns) + duration_ns
         arrival = self._env.timeout(self._channel_free_ns - now_ns)
         assert arrival.callbacks is not None
-        arrival.callbacks.append(lambda _: on_done())
+        self._transfer_ends_ns.append(self._channel_free_ns)
+        arrival.callbacks.append(lambda _: self._transfer_ended(on_done))
+
+    def _transfer_ended(self, on_done: Callable[[], None]) -> None:
+        self._transfer_ends_ns.popleft()
+        on_done()
+
+    @property
+    def transfer_end_ns(self) -> int | None:
+        """When the transfer in progress ends; None: there is none."""
+        return self._transfer_ends_ns[0] if self._transfer_ends_ns else None
 
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
         request_id = sequence.request.request_id

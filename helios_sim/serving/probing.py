@@ -20,6 +20,12 @@ class Prober:
         self._streaming: str | None = None
         self._streamed: str | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether it does nothing before a transfer or a change is over."""
+        scoring = self._replica.deployment.probe is not None and not self._transitions.pending
+        return not scoring or (self._streaming is not None and bool(self._decider.probe_left))
+
     def advance(self) -> int | None:
         """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass."""
         replica = self._replica

@@ -82,7 +82,8 @@ class Replica:
     @property
     def in_flight(self) -> bool:
         """Whether an answer of the active model is begun; one that was preempted is at the head of the queue."""
-        return len(self.batch) > 0 or (len(self.waiting) > 0 and self.is_begun(self.waiting[0]))
+        first = next(self.waiting.known(), None)
+        return len(self.batch) > 0 or (first is not None and self.is_begun(first))
 
     def is_begun(self, sequence: Sequence) -> bool:
         return sequence.generated > 0 and sequence.model == self.deployment.active.model

@@ -14,7 +14,7 @@ from simpy.events import Event, EventPriority
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import Request, RequestRecord, Status
-from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Stop
+from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Meanwhile, Stop
 from helios_sim.serving.ahead.stretch import Stretch
 from helios_sim.serving.batch import Sequence
 from helios_sim.serving.commit import commit
@@ -79,8 +79,9 @@ class Server:
                 yield self._event_at(probe_end_ns)
                 continue
             self._transitions.follow_plan()
-            if self._stretch is not None and self._looks_ahead and self._stretch.possible():
-                yield from self._go_ahead(self._stretch)
+            stretch = self._stretch
+            if stretch is not None and (meanwhile := self._meanwhile()) is not None and stretch.possible():
+                yield from self._go_ahead(stretch, meanwhile)
                 continue
             plan = self._plan(self._planned_ns if self._ahead else None)
             if plan is None and self._ahead and self._planned_ns is not None:
@@ -193,15 +194,13 @@ class Server:
         prompt_tokens, span = self._replica.engine.tokenize(model, request)
         return Sequence(request, model, prompt_tokens, span.n_tokens, span)
 
-    @property
-    def _looks_ahead(self) -> bool:
-        """Whether nobody but the requests that are known can act on this replica."""
-        busy = self._transitions.pending or self._transitions.loading or self._replica.deployment.probe is not None
-        return not busy and not self._ahead
+    def _meanwhile(self) -> Meanwhile | None:
+        """What goes on beside serving; None where not all that can act on this replica is known beforehand."""
+        return self._transitions.meanwhile() if self._prober.waits and not self._ahead else None
 
-    def _go_ahead(self, stretch: Stretch) -> Generator[Event, Any, None]:
+    def _go_ahead(self, stretch: Stretch, meanwhile: Meanwhile) -> Generator[Event, Any, None]:
         """Takes turns ahead of the clock, up to one at which a trigger has fired or nothing can run."""
-        stretch.enter()
+        stretch.enter(meanwhile)
         while True:
             stop = stretch.advance()
             yield self._event_at(stretch.now_ns)

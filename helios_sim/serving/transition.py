@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
+from helios_sim.serving.ahead.contract import Meanwhile
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.residency import Residency
 
@@ -61,6 +62,18 @@ class Transitions:
     def closed(self) -> bool:
         """Nothing starts at all. In a drain, an answer that was begun and has lost its place comes back to finish."""
         return self.draining and self._pending is not None and self._pending.deployment.in_flight is InFlight.MIGRATE
+
+    def meanwhile(self) -> Meanwhile | None:
+        """What goes on beside serving now; None where that depends on more than transfers and who is in flight."""
+        pending = self._pending
+        if pending is None:
+            return Meanwhile(self.loading)
+        changes = pending.deployment.active.model != self._replica.deployment.active.model
+        if changes and pending.deployment.in_flight is InFlight.MIGRATE:
+            return None
+        waits_for_room = bool(pending.missing) and not self.loading
+        room_blocks = self._blocks_beside(pending.missing[0]) if waits_for_room else None
+        return Meanwhile(self.loading, True, self.draining, room_blocks)
 
     def start(self, deployment: Deployment) -> None:
         """The first deployment of a run: loaded before the first request, at no charge."""
@@ -168,7 +181,7 @@ class Transitions:
         replica, residency = self._replica, self.residency
         active = replica.deployment.active
         both = residency.with_placement(placement)
-        blocks = residency.pool_blocks(both, active)
+        blocks = self._blocks_beside(placement)
         drains = deployment.active.model != active.model and deployment.in_flight is InFlight.DRAIN
         if drains and replica.blocks_to_finish() > blocks:
             return False
@@ -178,10 +191,14 @@ class Transitions:
             wanted = residency.wanted(deployment)
             residency.layers = {m: min(n, wanted[m]) for m, n in residency.layers.items() if m in wanted}
             both = residency.with_placement(placement)
-            blocks = residency.pool_blocks(both, active)
+            blocks = self._blocks_beside(placement)
         replica.pool.resize(blocks)
         self._weigh(both)
         return True
+
+    def _blocks_beside(self, placement: Placement) -> int:
+        """KV blocks of the active model that there is room for beside what is resident and this placement."""
+        return self.residency.pool_blocks(self.residency.with_placement(placement), self._replica.deployment.active)
 
     def _activate(self, pending: Pending) -> None:
         replica, stats, deployment = self._replica, self._replica.stats, pending.deployment

@@ -94,7 +94,8 @@ def _arrive(s: State, r: Rules, q: Queue, now_ns: int) -> bool:
     row = s.arrived
     s.arrived += 1
     s.arrivals += 1
-    why = cannot_run(s, r, q.tokens[row, TOKENS_PROMPT], q.tokens[row, TOKENS_OUTPUT])
+    # While a change is pending nobody is dropped: there may be room again when it has come.
+    why = 0 if s.pending else cannot_run(s, r, q.tokens[row, TOKENS_PROMPT], q.tokens[row, TOKENS_OUTPUT])
     if not why:
         _note_change(s, now_ns)
         s.in_system += 1

@@ -51,6 +51,16 @@ class Terms:
     banded: IntArray  # bands of the others
 
 
+@dataclass(frozen=True, slots=True)
+class Meanwhile:
+    """What goes on beside serving, and so what ends a stretch besides triggers."""
+
+    loading: bool  # weights are on their way: when the first of them are there is known beforehand
+    pending: bool = False  # a deployment is decided: until it is in force no policy is asked, and nobody is dropped
+    draining: bool = False  # nobody starts; what is in flight is to finish
+    room_blocks: int | None = None  # answers in flight must come to need no more than these before anything loads
+
+
 @runtime_checkable
 class Foreseeing(Protocol):
     """An engine that says beforehand what iterations will cost and what becomes of tokens."""
@@ -60,6 +70,11 @@ class Foreseeing(Protocol):
     ) -> Terms | None: ...
 
     def tokens_of(self, model: str, arrivals: IntArray) -> IntArray: ...
+
+    @property
+    def transfer_end_ns(self) -> int | None:
+        """When the transfer of weights in progress ends; None: there is none."""
+        ...
 
     def observed(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int

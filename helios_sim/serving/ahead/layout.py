@@ -42,9 +42,10 @@ MORE_ARRIVALS, FLUSH, FIRED, IDLE = range(4)
 TURN, RUNNING = range(2)
 ENOUGH_DONE = 4096  # requests that left: it is time to hand their records over, so that they do not pile up here
 
-# Columns of a trigger, and the kinds that are known here.
+# Columns of a trigger, and the kinds that are known here: those of a deployment, then what a change waits for, that
+# nothing is in flight any more or that it needs few enough blocks.
 KIND, ARGUMENT, SPENT, TRIGGER_COLUMNS = range(4)
-BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE = range(5)
+BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, ANSWERED, ROOM = range(7)
 # Columns of a breach window; its flags lie in a ring.
 SIZE, LIMIT, FILLED, NEXT, SUM, WINDOW_COLUMNS = range(6)
 
@@ -66,6 +67,7 @@ STATE = np.dtype(
             "running", "decoding", "front", "free",  # lengths of the lists of slots
             "head", "arrived", "known", "exhausted", "fresh", "to_release",  # of the arrivals
             "used_blocks", "total_blocks", "starts_left", "completed", "completed_before",
+            "loading", "pending", "draining",  # of a change that is on its way
             "chunks", "finishing", "sampled", "banded", "due_blocks", "floor", "outside",  # of the iteration
             "in_system", "changed_ns", "presence_ns", "arrivals",
             "done", "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",  # of what is handed over

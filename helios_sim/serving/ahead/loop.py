@@ -10,9 +10,11 @@ from helios_sim.serving.ahead.arrive import release, take_arrivals
 from helios_sim.serving.ahead.commit import commit
 from helios_sim.serving.ahead.depths import lay_out
 from helios_sim.serving.ahead.layout import (
+    ANSWERED,
     ARGUMENT,
     ARRIVES_NS,
     AT_TIME,
+    BATCH,
     BREACHES,
     COMPLETIONS,
     DRAINED,
@@ -21,11 +23,15 @@ from helios_sim.serving.ahead.layout import (
     FIRED,
     FLUSH,
     FRONT,
+    GENERATED,
     IDLE,
     KIND,
     LIMIT,
     MORE_ARRIVALS,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
     QUEUE_ABOVE,
+    ROOM,
     RUNNING,
     SIZE,
     SPENT,
@@ -82,16 +88,18 @@ def advance(
             continue
         s.idle = 0
         s.acted_ns = s.now_ns
-        if not s.asked and _fired(s, b.slots, b.lists, watch):
+        if not s.asked and _fired(s, r, b.slots, b.lists, watch):
             return FIRED
         s.asked = 0
         if not plan(s, r, b, q):
-            if not _next_arrival(s, r, q, watch):
+            if s.draining and s.loading:  # nobody starts before the weights are there, which is all that is waited for
+                s.now_ns = watch.triggers[0, ARGUMENT]
+            elif not _next_arrival(s, r, q, watch):
                 return IDLE
             continue
         lay_out(s, r, b, x)
         bands = banded if s.banded else uniform
-        duration_s = time_s(prices, scalars, bands, b.work, b.chunks, s.chunks, s.sampled, r.per_token, 0)
+        duration_s = time_s(prices, scalars, bands, b.work, b.chunks, s.chunks, s.sampled, r.per_token, s.loading)
         s.floor = whole_ns(floor_s(scalars, bands, b.work, b.chunks, s.chunks, s.sampled))
         s.outside = outside_grid(prices, bands, b.work, b.chunks, s.chunks, s.sampled)
         s.started_ns, s.end_ns, s.phase = s.now_ns, s.now_ns + whole_ns(duration_s), RUNNING
@@ -112,7 +120,7 @@ def _has_room(s: State, r: Rules, q: Queue, c: Counts) -> bool:
 @compiled
 def _next_arrival(s: State, r: Rules, q: Queue, watch: Watch) -> bool:
     """Nothing can run: the clock moves to the next arrival, if that is what an idle server waits for."""
-    if r.closed_loop or s.in_system or s.arrived == s.known or s.starts_left == 0:
+    if r.closed_loop or s.in_system or s.arrived == s.known or s.starts_left == 0 or s.draining:
         return False
     next_ns = q.arrivals[s.arrived, ARRIVES_NS]
     for k in range(len(watch.triggers)):
@@ -123,8 +131,8 @@ def _next_arrival(s: State, r: Rules, q: Queue, watch: Watch) -> bool:
 
 
 @compiled
-def _fired(s: State, slots: IntArray, lists: IntArray, watch: Watch) -> bool:
-    """Whether a trigger asks the policy now."""
+def _fired(s: State, r: Rules, slots: IntArray, lists: IntArray, watch: Watch) -> bool:
+    """Whether a trigger asks the policy now, or what a change waits for has come to pass."""
     window = 0
     for k in range(len(watch.triggers)):
         kind, argument, spent = watch.triggers[k, KIND], watch.triggers[k, ARGUMENT], watch.triggers[k, SPENT]
@@ -142,6 +150,12 @@ def _fired(s: State, slots: IntArray, lists: IntArray, watch: Watch) -> bool:
                 return True
             if not above:
                 watch.triggers[k, SPENT] = 0
+        elif kind == ANSWERED:
+            if s.running == 0 and not (s.front and slots[lists[FRONT, s.front - 1], GENERATED]):
+                return True
+        elif kind == ROOM:
+            if _blocks_to_finish(s, r, slots, lists) <= argument:
+                return True
         elif spent:
             continue
         elif kind == AT_TIME:
@@ -158,3 +172,21 @@ def _begun_waits(s: State, slots: IntArray, lists: IntArray) -> bool:
         if slots[lists[FRONT, i], STARTED]:
             return True
     return False
+
+
+@compiled
+def _blocks_to_finish(s: State, r: Rules, slots: IntArray, lists: IntArray) -> int:
+    """Blocks that all answers in flight hold when each is complete: `Replica.blocks_to_finish`."""
+    blocks = 0
+    for i in range(s.running):
+        blocks += _blocks_of(r, slots, lists[BATCH, i])
+    for i in range(s.front - 1, -1, -1):
+        if not slots[lists[FRONT, i], GENERATED]:
+            break
+        blocks += _blocks_of(r, slots, lists[FRONT, i])
+    return blocks
+
+
+@compiled
+def _blocks_of(r: Rules, slots: IntArray, slot: int) -> int:
+    return -(-(slots[slot, PROMPT_TOKENS] + slots[slot, OUTPUT_TOKENS] - 1) // r.block_tokens)

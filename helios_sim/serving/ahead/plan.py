@@ -133,8 +133,12 @@ def _admit(s: State, r: Rules, b: Batch, q: Queue, budget: int) -> None:
         starts = fresh or slots[slot, STARTED] == 0
         if starts and s.starts_left == 0:
             return
+        if s.draining and (fresh or slots[slot, GENERATED] == 0):
+            return
         why = cannot_run(s, r, prompt, output)
         blocks = -(-prefill // r.block_tokens)
+        if why and s.pending:
+            return
         if not why and blocks > s.total_blocks - s.used_blocks - s.due_blocks:
             return
         if fresh:

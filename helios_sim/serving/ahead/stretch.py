@@ -1,8 +1,8 @@
 """A replica's turns and iterations computed ahead of the clock, up to the next moment at which only Python can go on.
 
 Moves the state from objects into arrays, lets the compiled steps run, and moves it back when the clock has come to
-where they stopped. Until then nobody may act on the replica; so nobody else may send it requests, and no weights may
-be on their way.
+where they stopped. Until then nobody else may act on the replica or send it requests; weights on their way arrive when
+the engine says.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from helios_sim.compiled import is_made
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import Deployment
-from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
 from helios_sim.profile.price_tables import CHUNK_ROWS, WORK_ROWS
 from helios_sim.serving.ahead import layout as at
-from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Stop, Terms
+from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Meanwhile, Stop, Terms
 from helios_sim.serving.ahead.layout import STATE, Batch, Counts, Queue, Watch
 from helios_sim.serving.ahead.rows import empty, record_of, request_of, rows_of, sequence_of, slot_row, time_of
+from helios_sim.serving.ahead.watching import give_back, watch_of
 from helios_sim.serving.batch import Sequence
 from helios_sim.serving.decider import Decider
 from helios_sim.serving.histogram import bucket_edges_ns
@@ -55,6 +55,7 @@ class Stretch:
         self._queue: Queue
         self._counts: Counts
         self._watch: Watch
+        self._meanwhile: Meanwhile
         self._settled_ns = 0
         self._known: list[Sequence] = []  # objects of requests that have a slot
 
@@ -69,14 +70,14 @@ class Stretch:
         return time_of(int(self._state.started_ns))
 
     def possible(self) -> bool:
-        """Whether the compiled steps know all that is going on. Loads, probes and changes are the server's to know."""
+        """Whether the compiled steps know all that is going on, beside what the server knows of loads and changes."""
         replica = self._replica
         if replica.lingering or self._terms_now() is None:
             return False
         model = replica.deployment.active.model
         return all(sequence.model == model for sequence in replica.waiting.known())
 
-    def enter(self) -> None:
+    def enter(self, meanwhile: Meanwhile) -> None:
         """Moves the replica's state into arrays. The policy has just been asked."""
         replica, s = self._replica, self._state
         terms = self._terms_now()
@@ -90,7 +91,11 @@ class Stretch:
         s.peak_blocks = replica.pool.used_blocks
         s.starts_left = at.NEVER if replica.starts_left is None else replica.starts_left
         s.completed, s.completed_before = replica.completed_requests, self._decider.completed_before
+        s.loading, s.pending, s.draining = meanwhile.loading, meanwhile.pending, meanwhile.draining
         self._fill(terms)
+        self._meanwhile = meanwhile
+        triggers = replica.deployment.triggers
+        self._watch = watch_of(self._decider, triggers, meanwhile, self._engine.transfer_end_ns)
         s.in_system = s.running + s.front + self._intake.waiting
         self._meet_timeline()
 
@@ -152,7 +157,7 @@ class Stretch:
             replica.starts_left = int(s.starts_left)
         replica.acted_ns = int(s.acted_ns)
         self._known = []
-        self._return_triggers()
+        give_back(self._decider, replica.deployment.triggers, self._meanwhile, self._watch)
 
     def _terms_now(self) -> Terms | None:
         replica = self._replica
@@ -189,20 +194,6 @@ class Stretch:
             gaps=replica.stats.itl.counts,
             gap_edges_ns=bucket_edges_ns(),
         )
-        self._watch = self._watched()
-
-    def _watched(self) -> Watch:
-        decider, deployment = self._decider, self._replica.deployment
-        triggers = [(*_numbers(trigger), int(trigger in decider.spent)) for trigger in deployment.triggers]
-        limits = [trigger for trigger in deployment.triggers if isinstance(trigger, BreachLimit)]
-        flags = np.zeros((len(limits), max((limit.window_tokens for limit in limits), default=0)), np.bool_)
-        windows = empty(len(limits), at.WINDOW_COLUMNS)
-        for k, limit in enumerate(limits):
-            seen = decider.windows[limit].flags
-            flags[k, : len(seen)] = seen
-            following = len(seen) % limit.window_tokens
-            windows[k] = limit.window_tokens, limit.limit, len(seen), following, int(seen.sum())
-        return Watch(np.array(triggers, np.int64).reshape(-1, at.TRIGGER_COLUMNS), windows, flags)
 
     def _meet_intake(self) -> None:
         """Rows may have come and gone since; whoever may leave finds a place."""
@@ -213,7 +204,9 @@ class Stretch:
         may_leave = int(s.running + s.front + s.fresh + s.known - s.arrived)
         done = self._queue.done
         if len(done) < s.done + may_leave + at.ENOUGH_DONE:
-            done = np.concatenate([done[: s.done], empty(may_leave + 2 * at.ENOUGH_DONE, at.SLOT_COLUMNS)])
+            room = empty(int(s.done) + may_leave + 2 * at.ENOUGH_DONE, at.SLOT_COLUMNS)
+            room[: s.done] = done[: s.done]
+            done = room
         tokens = intake.tokens(model, self._engine.tokens_of)
         self._queue = Queue(intake.rows, tokens, done)
 
@@ -261,31 +254,3 @@ class Stretch:
             )
         s.samples = 0
         self._meet_timeline()
-
-    def _return_triggers(self) -> None:
-        decider, b, k = self._decider, self._watch, 0
-        for row, trigger in zip(b.triggers.tolist(), self._replica.deployment.triggers, strict=True):
-            if not row[at.SPENT]:
-                decider.spent.discard(trigger)
-            if isinstance(trigger, BreachLimit):
-                flags, filled = b.flags[k, : trigger.window_tokens], int(b.windows[k, at.FILLED])
-                full = filled == trigger.window_tokens
-                latest = np.roll(flags, -int(b.windows[k, at.NEXT])) if full else flags[:filled]
-                decider.windows[trigger].flags = latest.astype(np.int64)
-                k += 1
-
-
-def _numbers(trigger: object) -> tuple[int, int]:
-    """A trigger as kind and argument; a probe's never fires without a probe, so it counts as one that is never due."""
-    match trigger:
-        case BreachLimit():
-            return at.BREACHES, 0
-        case Completed(requests):
-            return at.COMPLETIONS, requests
-        case Drained():
-            return at.DRAINED, 0
-        case AtTime(time_ns):
-            return at.AT_TIME, time_ns
-        case QueueAbove(requests):
-            return at.QUEUE_ABOVE, requests
-    return at.NEVER, 0
