@@ -11,7 +11,9 @@ from hypothesis import given, strategies as st
 from helios_sim.errors import UserError
 from helios_sim.report.designs import cost, on_front, plain_value
 from helios_sim.report.metrics import Band
-from helios_sim.study.job import Job, run_job
+from helios_sim.report.record_log import RecordLog
+from helios_sim.study.fleet import build_fleet
+from helios_sim.study.job import Job, measure, serve
 from helios_sim.study.schema import Config
 from helios_sim.sweep.evaluate import evaluate
 from helios_sim.sweep.plan import plan_sweep
@@ -119,13 +121,20 @@ def test_a_band_counts_with_its_less_favourable_end() -> None:
     assert cost("agreement", None) == float("inf")
 
 
+def from_nothing(job: Job) -> dict:
+    """Its metrics, with nothing shared with any other job."""
+    fleet, log = build_fleet(job.config, job.seed), RecordLog()
+    run = serve(job, fleet, log.add)
+    return measure(job, fleet, log.records(), run)
+
+
 def test_what_designs_share_changes_no_bit() -> None:
     """A design's metrics are those of the same job run from nothing, in whatever order designs come."""
     plan = plan_sweep(lambda changes: replace(example(), seeds=[0, 1]))
     assert plan.points is not None
     for point in (plan.points[0], plan.points[-1], plan.points[10], plan.points[0]):
         for job in plan.jobs(point):
-            assert evaluate([job]).metrics == run_job(job).replicate.metrics
+            assert evaluate([job]).metrics == from_nothing(job)
 
 
 def test_a_threshold_reaches_what_is_known_of_exits_too(tmp_path) -> None:
@@ -139,9 +148,9 @@ def test_a_threshold_reaches_what_is_known_of_exits_too(tmp_path) -> None:
         own = with_settings(config, {"exits.threshold": threshold})
         job = Job("early_exit", {"policy": "early_exit"}, own, 0)
         helios = Job("helios", {"policy": "helios"}, own, 0)
-        assert evaluate([helios]).metrics == run_job(helios).replicate.metrics
+        assert evaluate([helios]).metrics == from_nothing(helios)
         metrics = evaluate([job]).metrics
-        assert metrics == run_job(job).replicate.metrics
+        assert metrics == from_nothing(job)
         layers.append(metrics["layers_per_token"])
     assert layers[0] == layers[2] < layers[3] < layers[1]
 

@@ -18,11 +18,12 @@ from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.arm import policy_of
 from helios_sim.study.build import Parts
-from helios_sim.study.fleet import Fleet, build_fleet, of_kind
-from helios_sim.study.job import PRESENTATION, Job
+from helios_sim.study.fleet import Fleet, of_kind
+from helios_sim.study.job import Job
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
-from helios_sim.study.schema import Config
+from helios_sim.study.schema import PRESENTATION, Config
+from helios_sim.study.shared import shared_fleet
 
 FIGURES = ("sweep", "load", "arms", "quality")
 NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
@@ -45,7 +46,7 @@ def check_study(plan: StudyPlan) -> None:
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = _same_parts(job.config)
         if name not in built:
-            built[name] = build_fleet(job.config, job.seed)
+            built[name] = shared_fleet(job.config, job.seed)
             if job.config.mode == LIVE:
                 from helios_sim.study.live import check_live
 

@@ -26,20 +26,15 @@ from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.arm import SHOWN_OF_AN_ARM, policy_of
 from helios_sim.study.build import Parts
-from helios_sim.study.fleet import Fleet, build_fleet
+from helios_sim.study.fleet import Fleet
 from helios_sim.study.live_notes import LiveNotes
 from helios_sim.study.live_schema import SIMULATE
-from helios_sim.study.schema import Config, RuntimeConfig
+from helios_sim.study.schema import PRESENTATION, Config, RuntimeConfig
+from helios_sim.study.shared import shared_fleet
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 
 if TYPE_CHECKING:
     from helios_sim.study.live import LiveRun
-
-# Settings that change how a result is shown, not what it is.
-PRESENTATION = (
-    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +74,10 @@ class JobResult:
 
 
 def run_job(job: Job) -> JobResult:
-    """Runs the job from nothing, simulated or live. UserError where its settings cannot be run."""
+    """Runs the job, simulated or live. UserError where its settings cannot be run."""
     started_s = perf_counter()
     config = job.config
-    fleet = build_fleet(config, job.seed)
+    fleet = shared_fleet(config, job.seed)
     live = None if config.mode == SIMULATE else open_live(config, fleet.parts, job.seed)
     log = RecordLog()
     try:
@@ -112,10 +107,17 @@ def run_job(job: Job) -> JobResult:
     )
 
 
-def serve(job: Job, fleet: Fleet, sink: Callable[[RequestRecord], None], live: LiveRun | None = None) -> Run:
+def serve(
+    job: Job,
+    fleet: Fleet,
+    sink: Callable[[RequestRecord], None],
+    live: LiveRun | None = None,
+    pictures: bool = True,
+) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
-    `fleet` is that of the job's configuration. `live`: on a device and by the wall clock.
+    `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: of the servers'
+    state over time there are samples.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
@@ -123,7 +125,10 @@ def serve(job: Job, fleet: Fleet, sink: Callable[[RequestRecord], None], live: L
         parts, policy = kind.parts, policy_of(job.entry if kind.entry is None else kind.entry, job.config)
         if live is not None:
             return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left, leap=False))
-        return Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
+        server = Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
+        if not pictures:
+            server.timeline.keep_few()
+        return server
 
     workload = fleet.parts.workload
     return simulate(

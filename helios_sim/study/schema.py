@@ -272,3 +272,10 @@ class Config:
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
     if not holds:
         raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
+
+
+# Settings that change how a result is shown, not what it is.
+PRESENTATION = (
+    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
+    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
+)  # fmt: skip

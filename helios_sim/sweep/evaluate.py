@@ -1,41 +1,17 @@
-"""One design from its jobs to its metrics, wherever it runs. Keeps what designs share; writes nothing.
-
-Designs differ in a policy's settings, the objective or the threshold. Profiles, exit traces, their replays and what
-is known of the load are the same for all: each process makes them once.
-"""
+"""One design from its jobs to its metrics, wherever it runs. Writes nothing."""
 
 from __future__ import annotations
 
-import json
 import traceback
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 
 from helios_sim.errors import UserError
-from helios_sim.exits.offline import OfflineExits, offline_exits
-from helios_sim.policy.telemetry import Candidate
 from helios_sim.report.metrics import MetricValue, mean_metrics
 from helios_sim.report.record_log import RecordLog
-from helios_sim.study.build import confidence, objective_of, threshold
-from helios_sim.study.fleet import Fleet, Kind, build_fleet
-from helios_sim.study.job import PRESENTATION, Job, measure, serve
-from helios_sim.study.schema import Config
+from helios_sim.study.job import Job, measure, serve
+from helios_sim.study.shared import shared_fleet
 from helios_sim.sweep.journal import Outcome
-
-MOST_KEPT = 4  # different parts at a time, such as one for each seed
-MOST_USES = 200  # of the same parts: a trace remembers its replays, one for every threshold
-
-
-@dataclass(slots=True)
-class _Kept:
-    fleet: Fleet
-    uses: int = 0
-    offline: dict[tuple[str, str, float], OfflineExits] = field(default_factory=dict)  # by kind, model and threshold
-
-
-_kept: OrderedDict[str, _Kept] = OrderedDict()
 
 
 def evaluate(jobs: Sequence[Job]) -> Outcome:
@@ -56,37 +32,5 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
 def _metrics(job: Job) -> dict[str, MetricValue]:
     fleet = shared_fleet(job.config, job.seed)
     log = RecordLog()
-    run = serve(job, fleet, log.add)
+    run = serve(job, fleet, log.add, pictures=False)
     return measure(job, fleet, log.records(), run)
-
-
-def shared_fleet(config: Config, seed: int) -> Fleet:
-    """As `build_fleet` gives it, the same to the last bit, from what was built before where it can be."""
-    key = _key(config, seed)
-    kept = _kept.pop(key, None)
-    if kept is None or kept.uses >= MOST_USES:
-        kept = _Kept(build_fleet(config, seed))
-    _kept[key] = kept
-    while len(_kept) > MOST_KEPT:
-        _kept.popitem(last=False)
-    kept.uses += 1
-    return replace(kept.fleet, kinds=tuple(_as_set(kind, config, kept) for kind in kept.fleet.kinds))
-
-
-def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
-    """The kind with what its policy is told set anew: the objective, and sums over exits at the threshold."""
-    at, candidates = threshold(config), {}
-    for name, data in kind.parts.models.items():
-        place = (kind.name, name, at)
-        if place not in kept.offline:
-            kept.offline[place] = offline_exits(data.trace.trace, at, confidence(config), kind.tasks)
-        candidates[name] = Candidate(data.profile, kept.offline[place])
-    situation = replace(kind.parts.situation, objective=objective_of(config, candidates), candidates=candidates)
-    return replace(kind, parts=replace(kind.parts, situation=situation))
-
-
-def _key(config: Config, seed: int) -> str:
-    """Of everything that parts are made of, but for what is set anew each time."""
-    settings = {name: value for name, value in asdict(config).items() if name not in (*PRESENTATION, "objective")}
-    settings["exits"].pop("threshold")
-    return json.dumps([seed, settings], sort_keys=True, default=str)

@@ -15,7 +15,7 @@ from helios_sim.study.check import check_study
 from helios_sim.study.job import Job
 from helios_sim.study.plan import Variant, arms_of, plan_study
 from helios_sim.study.schema import Config
-from helios_sim.sweep.evaluate import shared_fleet
+from helios_sim.study.shared import shared_fleet
 from helios_sim.sweep.settings import with_settings
 from helios_sim.sweep.space import Parameter, Point, Range, grid, parameters_of
 

@@ -13,9 +13,9 @@ from helios_sim.report.designs import Design, DesignsResult, cost
 from helios_sim.report.result import Workload
 from helios_sim.study.job import Job, assumptions_of, inputs_of, notices_of
 from helios_sim.study.schema import Config
+from helios_sim.study.shared import shared_fleet
 from helios_sim.study.verdict import conditions, offered_requests_per_s
 from helios_sim.sweep.backends import Workers
-from helios_sim.sweep.evaluate import shared_fleet
 from helios_sim.sweep.journal import Journal, Outcome
 from helios_sim.sweep.plan import SweepPlan, plan_sweep
 from helios_sim.sweep.search import search
