@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 
 FOLDER = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIBRARIES = ("numpy", "numba", "simpy")
 EXITS = (
     "models=[opt-1.3b,opt-6.7b]", "exits.source=published",
@@ -28,6 +29,16 @@ EXITS = (
 )  # fmt: skip
 EARLY_EXIT = (*EXITS, "+arms.early_exit={policy: early_exit, model: opt-6.7b}", "~arms.full_depth")
 HELIOS = (*EXITS, "+arms.helios={policy: helios}", "~arms.full_depth")
+MILLION = ("pictures=false", "workload.n_requests=1000000")
+VALUES = {
+    "cap_bound": ("objective.max_disagreement", [0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]),
+    "limit": ("arms.helios.limit", [20, 30, 40, 45, 50, 55, 60, 70, 80, 90]),
+    "round_requests": ("arms.helios.round_requests", [25, 50, 75, 100, 125, 150, 200, 250, 300, 400]),
+}
+SWEEP = (
+    "sweep.arm=helios", "sweep.backend=processes", "sweep.workers=2",
+    *(f"+sweep.parameters.{name}={{settings: [{path}], values: {values}}}" for name, (path, values) in VALUES.items()),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,8 @@ class Case:
     whole: bool
     settings: tuple[str, ...] = ()
     experiment: str = "speed_w1"
+    most_runs: int = 99
+    designs: int = 0  # of a sweep; 0: a study of one arm
 
 
 CASES = (
@@ -47,6 +60,8 @@ CASES = (
     Case("loop: w1, helios over opt-1.3b and opt-6.7b", False, HELIOS),
     Case("process: w1, full depth, without pictures", True, ("pictures=false",)),
     Case("process: w1, full depth, with pictures", True),
+    Case("process: a million requests, without pictures", True, MILLION, "scale", most_runs=1),
+    Case("process: 1,000 designs of the quickstart, two workers", True, SWEEP, "quickstart", most_runs=1, designs=1000),
 )
 
 
@@ -80,30 +95,40 @@ class Row:
 
 
 def measured(case: Case, runs: int) -> Row:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not case.whole:
         command = [sys.executable, str(FOLDER / "measure.py"), "--experiment", case.experiment, "--runs", str(runs + 1)]
-        out = subprocess.run([*command, *case.settings], env=environment, capture_output=True, text=True, check=True)
+        out = subprocess.run([*command, *case.settings], env=ENVIRONMENT, capture_output=True, text=True, check=True)
         found = json.loads(out.stdout.splitlines()[-1])
         cpu_s = found["loop_cpu_s_median"]
         return Row(
             case.name, found["requests"], found["loop_s_median"], cpu_s, round(found["requests"] / cpu_s),
             found["peak_rss_mib"],
         )  # fmt: skip
-    walls, cpus, requests = [], [], 0
-    for _ in range(runs):
+    walls, cpus, peaks, requests = [], [], [], 0
+    for _ in range(min(runs, case.most_runs)):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "helios_sim", f"+experiment={case.experiment}", f"hydra.run.dir={folder}"]
-            before, started_s = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
-            subprocess.run([*command, *case.settings], env=environment, capture_output=True, check=True)
-            walls.append(perf_counter() - started_s)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            wall_s, used = ran([*command, *case.settings])
+            walls.append(wall_s)
+            cpus.append(used.ru_utime + used.ru_stime)
+            peaks.append(used.ru_maxrss // 1024)
             summary = json.loads((Path(folder) / "summary.json").read_text())
-            (arm,) = summary["arms"].values()
+            arm, *others = summary["arms"].values()
             requests = round(arm["metrics"]["requests_completed"] + arm["metrics"]["requests_dropped"])
+            requests *= case.designs + len(others) + 1
     wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
-    return Row(case.name, requests, round(wall_s, 2), round(cpu_s, 2), round(requests / cpu_s), after.ru_maxrss // 1024)
+    return Row(case.name, requests, round(wall_s, 2), round(cpu_s, 2), round(requests / cpu_s), max(peaks))
+
+
+def ran(command: list[str]) -> tuple[float, resource.struct_rusage]:
+    """Seconds on the clock, and what the process and those that it started have used. Its peak is of the largest."""
+    started_s = perf_counter()
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return perf_counter() - started_s, used
 
 
 def markdown(machine: dict[str, str], rows: list[Row]) -> str:
