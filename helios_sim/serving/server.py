@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import simpy
-from simpy.events import Event, EventPriority
+from simpy.events import Event
 
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.telemetry import Policy, Situation
@@ -20,17 +20,15 @@ from helios_sim.serving.batch import Sequence
 from helios_sim.serving.commit import commit
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.intake import Intake
-from helios_sim.serving.iteration import Engine, Outcome, Plan
+from helios_sim.serving.iteration import Engine, Plan
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.scheduler import Admission, Limits, schedule
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.transition import Transitions
+from helios_sim.serving.turns import Turns
 from helios_sim.serving.withdrawal import Withdrawals
-
-# At equal times arrivals and control come first (SimPy's own priorities are 0 and 1), then servers by replica.
-SERVER_PRIORITY = 10
 
 
 class Server:
@@ -45,20 +43,17 @@ class Server:
         leap: bool = True,
     ) -> None:
         """Without `leap` every iteration is an event of its own."""
-        self._env = env
+        self._turns = Turns(env, number)
         self._leap = leap
         self._replica = Replica(env, number, engine, situation, on_left)
         self._decider = Decider(self._replica, policy)
-        self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._notify)
+        self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._turns.wake)
         self._prober = Prober(self._replica, self._decider, self._transitions)
         self._withdrawals = Withdrawals(self._replica)
-        self._idle: Event | None = None
-        self._outcome: Outcome | None = None  # of the iterations in progress
-        self._cut = 0  # how many of them will be used
         self._planned_ns: int | None = None  # start of the latest iteration; None: the server was idle since
         self._stretch: Stretch | None = None
         self._transitions.start(self._decider.start())
-        self._process = env.process(self._run())
+        self._turns.begin(self._run())
 
     def _run(self) -> Generator[Event, Any, None]:
         replica = self._replica
@@ -76,7 +71,7 @@ class Server:
                     continue
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
-                yield self._event_at(probe_end_ns)
+                yield self._turns.at(probe_end_ns)
                 continue
             self._transitions.follow_plan()
             stretch = self._stretch
@@ -88,14 +83,14 @@ class Server:
                 self._planned_ns = None  # with nothing to run, whoever has arrived meanwhile is seen at once
                 continue
             if plan is None:
-                yield from self._wait_idle()
+                yield from self._turns.idle(self._decider.next_time_ns)
                 continue
             started_ns = replica.now_ns
             outcome = replica.engine.execute(plan, started_ns)
-            yield from self._wait_for(outcome, self._decider.iterations_until_trigger(plan, outcome))
-            self._planned_ns = int(outcome.end_ns[self._cut - 2]) if self._cut > 1 else started_ns
-            self._decider.count_breaches(plan, outcome, self._cut)
-            commit(replica, plan, outcome, self._cut, started_ns)
+            used = yield from self._turns.after(outcome, self._decider.iterations_until_trigger(plan, outcome))
+            self._planned_ns = int(outcome.end_ns[used - 2]) if used > 1 else started_ns
+            self._decider.count_breaches(plan, outcome, used)
+            commit(replica, plan, outcome, used, started_ns)
 
     def look_ahead(self, intake: Intake, settle: Callable[[Ledger], None]) -> bool:
         """From now on all requests come from the intake and go to this server, and `settle` is told of them later.
@@ -135,12 +130,12 @@ class Server:
             passed = from_replica is not None and from_replica > replica.number
             # Planned ahead, the iteration after the one in progress is settled already.
             settled = 1 if self._ahead and not passed and not watched else 0
-            self._notify(turn_passed=passed, settled=settled)
+            self._turns.wake(turn_passed=passed, settled=settled)
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> None:
         """The request leaves at the end of the iteration in progress, dropped for this reason."""
         self._withdrawals.ask(request_id, reason)
-        self._notify()
+        self._turns.wake()
 
     def request_failed(self, request_id: int, reason: str) -> None:
         """What the device computed for this request is no answer."""
@@ -203,7 +198,7 @@ class Server:
         stretch.enter(meanwhile)
         while True:
             stop = stretch.advance()
-            yield self._event_at(stretch.now_ns)
+            yield self._turns.at(stretch.now_ns)
             if stop is not Stop.GO_ON:
                 break
             stretch.hand_over()
@@ -211,7 +206,7 @@ class Server:
         if stretch.started_ns is not None:
             self._planned_ns = stretch.started_ns
         if stop is Stop.WAIT:
-            yield from self._wait_idle()
+            yield from self._turns.idle(self._decider.next_time_ns)
 
     def _could_start(self) -> bool:
         replica = self._replica
@@ -266,51 +261,3 @@ class Server:
         if self._transitions.draining and not self._replica.is_begun(sequence):
             return Admission.LATER
         return self._replica.admit(sequence, self._transitions.pending)
-
-    def _wait_for(self, outcome: Outcome, iterations: int) -> Generator[Event, Any, None]:
-        """Waits until the used iterations have ended. Whoever acts on this replica meanwhile shortens them."""
-        self._outcome, self._cut = outcome, iterations
-        while True:
-            try:
-                yield self._event_at(int(outcome.end_ns[self._cut - 1]))
-                break
-            except simpy.Interrupt:
-                pass  # _notify has cut the leap
-        self._outcome = None
-
-    def _wait_idle(self) -> Generator[Event, Any, None]:
-        alarm_ns = self._decider.next_time_ns
-        if alarm_ns is not None:
-            alarm = self._env.timeout(alarm_ns - self._env.now)
-            assert alarm.callbacks is not None
-            alarm.callbacks.append(lambda _: self._notify())
-        self._idle = self._env.event()
-        yield self._idle
-        self._idle = None
-
-    def _notify(self, turn_passed: bool = False, settled: int = 0) -> None:
-        """Something acted on this replica: wake it, or end its leap with the iteration in progress.
-
-        `turn_passed`: whoever acted comes after this server at equal times, so an iteration that ends now is over.
-        `settled`: further iterations that nobody can change any more.
-        """
-        if self._idle is not None:
-            if not self._idle.triggered:
-                _schedule(self._env, self._idle, SERVER_PRIORITY + self._replica.number, 0)
-        elif self._outcome is not None:
-            cut = self._outcome.iterations_until(self._replica.now_ns, turn_passed) + settled
-            if cut < self._cut:
-                self._cut = cut
-                self._process.interrupt()
-
-    def _event_at(self, time_ns: int) -> Event:
-        event = self._env.event()
-        _schedule(self._env, event, SERVER_PRIORITY + self._replica.number, time_ns - self._replica.now_ns)
-        return event
-
-
-def _schedule(env: simpy.Environment, event: Event, priority: int, delay_ns: int) -> None:
-    """Triggers an event with a priority of our own, which SimPy's timeouts do not take."""
-    event._ok = True
-    event._value = None
-    env.schedule(event, EventPriority(priority), delay_ns)
