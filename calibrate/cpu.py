@@ -19,22 +19,21 @@ from typing import Any
 
 from calibrate.device import DeviceFacts, Step, short_name
 from helios_sim.errors import UserError
+from helios_sim.live.energy import Rapl
 
 SHARE_OF_AVAILABLE = 0.5  # of the memory that the system calls available: others live on the machine too
-POWERCAP = Path("/sys/class/powercap")
 PROC = Path("/proc")
 
 
 @dataclass(slots=True)
 class CpuDevice:
-    """`powercap` and `proc` are the folders of the kernel's counters; tests bring their own."""
+    """`proc` is the folder of the kernel's counters; tests bring their own, and their own `rapl`."""
 
     facts: DeviceFacts
-    powercap: Path = POWERCAP
+    rapl: Rapl = field(default_factory=Rapl)
     proc: Path = PROC
     asynchronous: bool = False
     host_buffers: tuple[str, ...] = ("host", "mapped_file")
-    _wraps: dict[Path, tuple[float, float]] = field(default_factory=dict)  # last reading, sum of what wrapped
 
     @classmethod
     def open(cls, memory_bytes: int | None = None, threads: int | None = None) -> CpuDevice:
@@ -98,22 +97,7 @@ class CpuDevice:
         return None if before is None or peak is None else max(0, peak - before)
 
     def energy_j(self) -> float | None:
-        """Sum over the packages that RAPL lists; None where it is absent or not readable."""
-        total_j, found = 0.0, False
-        for package in sorted(self.powercap.glob("intel-rapl:[0-9]*")):
-            if package.name.count(":") != 1:  # a part of a package, counted in it
-                continue
-            try:
-                now_j = int((package / "energy_uj").read_text()) / 1e6
-                range_j = int((package / "max_energy_range_uj").read_text()) / 1e6
-            except (OSError, ValueError):
-                return None
-            last_j, wrapped_j = self._wraps.get(package, (now_j, 0.0))
-            if now_j < last_j:
-                wrapped_j += range_j
-            self._wraps[package] = (now_j, wrapped_j)
-            total_j, found = total_j + now_j + wrapped_j, True
-        return total_j if found else None
+        return self.rapl.energy_j()
 
     def host_buffer(self, n_bytes: int, kind: str) -> Any:
         import torch

@@ -14,6 +14,7 @@ from typing import Any
 
 from calibrate.device import DeviceFacts, Step, short_name
 from helios_sim.errors import UserError
+from helios_sim.live.energy import NvmlCard, open_nvml
 
 WARM_UP_CALLS = 3  # before a capture: libraries make their handles and workspaces outside it
 LEAD_CYCLES = 400_000  # the card spins for some 0.2 ms, so that launches are queued before the first one runs
@@ -24,7 +25,7 @@ class CudaDevice:
     """One card. `eager` collects why steps could not be captured: their device time then includes launch gaps."""
 
     torch: Any
-    nvml: Any | None
+    card: NvmlCard | None  # as its driver tells of it; None: the driver cannot be asked
     index: int
     facts: DeviceFacts
     eager: list[str] = field(default_factory=list)
@@ -41,26 +42,18 @@ class CudaDevice:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
             raise UserError("device", f"cuda:{index}", f"torch sees {seen} cards", "use device=cpu, or install CUDA")
-        nvml: Any | None = None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            nvml = pynvml
-        except Exception:  # NVML has error classes of its own, and is optional: energy is then absent
-            nvml = None
         torch.cuda.set_device(index)
-        return cls.of(torch, nvml, index, memory_bytes)
+        return cls.of(torch, open_nvml(), index, memory_bytes)
 
     @classmethod
     def of(cls, torch: Any, nvml: Any | None, index: int, memory_bytes: int | None = None) -> CudaDevice:
         properties = torch.cuda.get_device_properties(index)
         versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
+        card = None if nvml is None else NvmlCard.of(nvml, properties, index)
         limit_w: float | None = None
-        if nvml is not None:
-            handle = _handle(nvml, properties, index)
-            versions["driver"] = str(nvml.nvmlSystemGetDriverVersion())
-            limit_w = _answer(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle, 1e-3)
+        if card is not None:
+            versions["driver"] = str(card.nvml.nvmlSystemGetDriverVersion())
+            limit_w = card.answer("nvmlDeviceGetEnforcedPowerLimit", 1e-3)
         facts = DeviceFacts(
             kind="cuda",
             name=short_name(properties.name),
@@ -69,7 +62,7 @@ class CudaDevice:
             power_limit_w=limit_w,
             versions=versions,
         )
-        return cls(torch, nvml, index, facts)
+        return cls(torch, card, index, facts)
 
     @property
     def torch_device(self) -> str:
@@ -133,10 +126,7 @@ class CudaDevice:
         return int(cuda.max_memory_allocated()) - before
 
     def energy_j(self) -> float | None:
-        if self.nvml is None:
-            return None
-        handle = _handle(self.nvml, self.torch.cuda.get_device_properties(self.index), self.index)
-        return _answer(self.nvml, "nvmlDeviceGetTotalEnergyConsumption", handle, 1e-3)
+        return None if self.card is None else self.card.energy_j()
 
     def host_buffer(self, n_bytes: int, kind: str) -> Any:
         noise = self.torch.randint(0, 256, (n_bytes,), dtype=self.torch.uint8)
@@ -152,15 +142,14 @@ class CudaDevice:
 
     def disturbance(self) -> dict[str, float]:
         """The clock and the temperature now: a card that is hot or at its power limit slows down."""
-        if self.nvml is None:
+        if self.card is None:
             return {}
-        handle = _handle(self.nvml, self.torch.cuda.get_device_properties(self.index), self.index)
         found: dict[str, float] = {}
         for key, name, argument in (
             ("sm_clock_mhz", "nvmlDeviceGetClockInfo", 1),  # NVML_CLOCK_SM
             ("temperature_c", "nvmlDeviceGetTemperature", 0),  # NVML_TEMPERATURE_GPU
         ):
-            value = _answer(self.nvml, name, handle, 1.0, argument)
+            value = self.card.answer(name, 1.0, argument)
             if value is not None:
                 found[key] = value
         return found
@@ -181,20 +170,3 @@ class StreamCopy:
     def wait_s(self) -> float:
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1e3
-
-
-def _handle(nvml: Any, properties: Any, index: int) -> Any:
-    """By unique id where torch tells it: NVML counts all cards, torch only those that are visible."""
-    uuid = getattr(properties, "uuid", None)
-    if uuid is None:
-        return nvml.nvmlDeviceGetHandleByIndex(index)
-    text = str(uuid)
-    return nvml.nvmlDeviceGetHandleByUUID(text if text.startswith("GPU-") else f"GPU-{text}")
-
-
-def _answer(nvml: Any, name: str, handle: Any, scale: float, *arguments: int) -> float | None:
-    """None where this card does not answer the question."""
-    try:
-        return float(getattr(nvml, name)(handle, *arguments)) * scale
-    except nvml.NVMLError:
-        return None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.device import Device, Step
+from helios_sim.live.energy import ABSENT
 
 POLL_S = 2.0  # how long the counter is watched for its period
 PERIODS = 50  # a window holds that many updates: an error of one at each end is then under 4 %
@@ -90,9 +91,7 @@ def measure_energy(
 
 def why_absent(device: Device) -> str:
     """For the record of a device without energy."""
-    if device.facts.kind == "cpu":
-        return "no RAPL counter under /sys/class/powercap that this process may read"
-    return "the driver gives no energy counter for this card"
+    return ABSENT[device.facts.kind]
 
 
 def _period_s(device: Device, step: Step, now_s: Callable[[], float]) -> float | None:

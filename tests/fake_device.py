@@ -199,6 +199,7 @@ class FakeNvml:
         return "580.1"
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        self._refuse("uuid")
         self.asked.append(uuid)
         return uuid
 

@@ -14,6 +14,7 @@ from calibrate.cuda import CudaDevice
 from calibrate.device import DeviceFacts, open_device, short_name
 from fake_device import FakeCuda, FakeNvml, VirtualClock
 from helios_sim.errors import UserError
+from helios_sim.live.energy import Rapl
 
 torch = pytest.importorskip("torch")
 FACTS = DeviceFacts("cpu", "x-1core", "x", 1 << 30, None)
@@ -94,7 +95,7 @@ def write_rapl(folder: Path, microjoules: int) -> None:
 
 
 def test_rapl_counts_packages_once_and_survives_their_wrapping(tmp_path: Path) -> None:
-    device = CpuDevice(FACTS, powercap=tmp_path)
+    device = CpuDevice(FACTS, rapl=Rapl(tmp_path))
     assert device.energy_j() is None  # never invented
     write_rapl(tmp_path, 9_000_000)
     assert device.energy_j() == pytest.approx(2 * 9.0)  # a package's parts are inside it

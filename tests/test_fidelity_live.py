@@ -10,7 +10,8 @@ import pytest
 
 from command_line import CommandLine
 from helios_sim.report.fidelity import ComparedRow
-from helios_sim.study.fidelity_live_result import rows_of
+from helios_sim.report.metrics import Band
+from helios_sim.study.fidelity_live_result import energy_told, rows_of
 from helios_sim.study.live_notes import LiveNotes
 
 
@@ -28,6 +29,19 @@ def test_rows_hold_both_runs_and_the_second_one() -> None:
     unreadable = rows["system", "energy", "Wh a request"]
     assert (unreadable.measured, unreadable.simulated, unreadable.difference) == (None, None, None)
     assert rows["E2E", "mean", "ms"].measured is None
+
+
+def test_measured_energy_stands_beside_the_middle_of_the_simulated_band() -> None:
+    live, again = ({"energy_wh_per_request": value} for value in (0.020, 0.021))
+    simulated = {"energy_wh_per_request": Band(0.010, 0.032)}
+    rows = {row.statistic: row for row in rows_of(live, simulated, again) if row.group == "system"}
+    energy = rows["energy"]
+    assert (energy.measured, energy.simulated) == (0.020, pytest.approx(0.021))
+    assert (energy.difference, energy.noise) == (pytest.approx(0.05), pytest.approx(0.05))
+    assert energy_told([(0.020, Band(0.010, 0.032)), (0.040, Band(0.010, 0.032)), (None, Band(0.1, 0.2))]) == [
+        "Measured energy of a request lies in the simulated band in 1 of 2 cells."
+    ]
+    assert energy_told([(None, Band(0.1, 0.2)), (0.3, None)]) == []
 
 
 def test_a_row_without_a_measurement_has_no_difference() -> None:

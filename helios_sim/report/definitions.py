@@ -61,8 +61,14 @@ _OTHERS = (
         "-log2 of the probability of the reference text under what was served, each token at the exit where it left, "
         "over its characters; human text only; the one that ranks models",
     ),
-    ("energy_j_per_char", "J/char", "J", "lower", "energy over the span / output characters; a band, see energy"),
-    ("energy_wh_per_request", "Wh/request", "Wh", "lower", "energy over the span / completed requests; a band"),
+    ("energy_j_per_char", "J/char", "J", "lower", "energy over the span / output characters; a band if simulated"),
+    (
+        "energy_wh_per_request",
+        "Wh/request",
+        "Wh",
+        "lower",
+        "energy over the span / completed requests; a band if simulated",
+    ),
     ("switches", "Switches", "", "neither", "changes of the active model"),
     ("loads", "Loads", "", "neither", "transfers of weights to the device"),
     ("switch_time_s", "Switch time", "s", "lower", "from a decision to change the placement until it is in force"),
@@ -89,9 +95,10 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 ENERGY_NOTE = (
-    "Energy has no measured source here, so it is a band and never a point. Low: idle power over the span, plus the "
-    "rest of the board limit (TDP) for the time that the same iterations would take at the card's ceilings. High: TDP "
-    "whenever an iteration runs, idle power otherwise."
+    "Energy of a simulation has no measured source, so it is a band and never a point. Low: idle power over the span, "
+    "plus the rest of the board limit (TDP) for the time that the same iterations would take at the card's ceilings. "
+    "High: TDP whenever an iteration runs, idle power otherwise. Energy of a live run is what the device's own counter "
+    "rose by over the span, whatever else the device did meanwhile included; without a counter there is none."
 )
 LATENCY_NOTE = (
     "Latencies are of completed requests. Percentiles interpolate linearly; what is undefined is left blank (null)."

@@ -108,8 +108,7 @@ def compute_metrics(
     metrics["agreement"] = _over(int(records.agreed_tokens[done].sum()), tokens)
     metrics["bits_per_char"] = records.bits_per_char(done)
     energy_j = None if span_s is None else energy_band_j(cards, span_s)
-    metrics["energy_j_per_char"] = _spread(energy_j, chars)
-    metrics["energy_wh_per_request"] = _spread(energy_j, n_done * 3600)
+    metrics |= energy_metrics(energy_j, n_done, chars)
     metrics["switches"] = stats.switches
     metrics["loads"] = stats.loads
     metrics["switch_time_s"] = stats.switch_time_ns / NS_PER_S
@@ -161,6 +160,11 @@ def energy_band_j(cards: Sequence[Cards], span_s: float) -> Band | None:
         low += idle_j + above_idle_w * (min(it.floor_ns, it.busy_ns) / NS_PER_S)
         high += idle_j + above_idle_w * (it.busy_ns / NS_PER_S)
     return Band(low, high)
+
+
+def energy_metrics(energy_j: Band | float | None, n_done: int, chars: int) -> dict[str, MetricValue]:
+    """The joules of a run over the characters and the number of its completed requests; None where undefined."""
+    return {"energy_j_per_char": _spread(energy_j, chars), "energy_wh_per_request": _spread(energy_j, n_done * 3600)}
 
 
 def mean_metrics(runs: Sequence[Metrics]) -> dict[str, MetricValue]:
@@ -238,5 +242,7 @@ def _over(amount: float, by: float | None) -> float | None:
     return amount / by if by else None
 
 
-def _spread(band: Band | None, by: float) -> Band | None:
-    return Band(band.low / by, band.high / by) if band is not None and by else None
+def _spread(amount: Band | float | None, by: float) -> Band | float | None:
+    if amount is None or not by:
+        return None
+    return Band(amount.low / by, amount.high / by) if isinstance(amount, Band) else amount / by

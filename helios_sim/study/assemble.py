@@ -47,9 +47,11 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
     slo = Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s)
     inputs: dict[str, Provenance] = {}
     assumptions: list[Assumption] = []
+    notices: dict[str, None] = {}
     for jobs in plan.headline.jobs.values():
         inputs |= results[jobs[0].key].inputs
         assumptions += results[jobs[0].key].assumptions
+        notices |= dict.fromkeys(results[jobs[0].key].notices)
     result = ExperimentResult(
         experiment=config.name,
         title=config.title or config.name,
@@ -71,7 +73,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         published=tuple(_published(p, plan, compared, inputs) for p in config.published),
         gates=tuple(_gate(g, plan, compared) for g in config.gates),
         assumptions=tuple(dict.fromkeys(assumptions)),
-        warnings=(*first.notices, *_left_out(plan.headline.jobs, results)),
+        warnings=(*notices, *_left_out(plan.headline.jobs, results)),
         points=tuple(_sweep_point(point, compared) for point in plan.points),
         figures=tuple(_figure(f, slo) for f in config.figures),
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,

@@ -10,7 +10,7 @@ import numpy as np
 
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.report.fidelity import ComparedRow, Fidelity, Spread
-from helios_sim.report.metrics import Band, Metrics
+from helios_sim.report.metrics import Band, Metrics, MetricValue
 from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, SweepPoint, Workload
 from helios_sim.study.build import task_names
 from helios_sim.study.fidelity_live_cells import Cell
@@ -90,6 +90,7 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
         provenance=provenance,
         gates=gates,
         assumptions=tuple(dict.fromkeys(a for c in found for a in c.simulated.assumptions)),
+        warnings=tuple(dict.fromkeys(notice for c in found for run in (c.live, c.again) for notice in run.notices)),
         points=tuple(_points(found)),
         headline_metrics=HEADLINE,
         fidelity=fidelity,
@@ -201,7 +202,7 @@ def _points(found: Sequence[Compared]) -> list[SweepPoint]:
 def _inputs(found: Sequence[Compared]) -> dict[str, Provenance]:
     inputs: dict[str, Provenance] = {}
     for c in found:
-        inputs |= c.simulated.inputs
+        inputs |= {**c.simulated.inputs, **c.live.inputs}
     inputs["live runs"] = Provenance(ProvenanceClass.MEASURED, "served by this program", "mode=live")
     return inputs
 
@@ -239,4 +240,15 @@ def _verdict(found: Sequence[Compared], gates: Sequence[Gate]) -> list[str]:
         values = [abs(value) for c in over if (value := _difference(c, "throughput_requests_per_s")[0]) is not None]
         if values:
             sentences.append(f"In overload its throughput is off by {max(values):.1%} at worst.")
-    return sentences
+    name = "energy_wh_per_request"
+    energies = [(c.live.replicate.metrics.get(name), c.simulated.replicate.metrics.get(name)) for c in found]
+    return [*sentences, *energy_told(energies)]
+
+
+def energy_told(pairs: Sequence[tuple[MetricValue, MetricValue]]) -> list[str]:
+    """Of (live, simulated) energies: the simulated one is a band, so what counts is whether the other lies in it."""
+    both = [(live, band) for live, band in pairs if isinstance(live, float) and isinstance(band, Band)]
+    if not both:
+        return []
+    inside = sum(band.low <= live <= band.high for live, band in both)
+    return [f"Measured energy of a request lies in the simulated band in {inside} of {len(both)} cells."]

@@ -67,7 +67,7 @@ class JobResult:
     capacity_bytes: int
     inputs: Mapping[str, Provenance]
     assumptions: tuple[Assumption, ...]
-    notices: tuple[str, ...]  # what the reader of a trace has changed
+    notices: tuple[str, ...]  # what the reader of a trace has changed, what a live run could not measure
     wall_s: float
     live: LiveNotes | None = None  # of a run on a device
     decisions_left_out: int = 0
@@ -87,8 +87,10 @@ def run_job(job: Job) -> JobResult:
             live.close()
     records = log.records() if live is None else live.as_known(log.records())
     metrics = measure(job, fleet, records, run)
+    if live is not None:
+        metrics = live.measured(metrics, records)
     return JobResult(
-        replicate=Replicate(job.seed, records, run.stats, metrics if live is None else live.measured(metrics)),
+        replicate=Replicate(job.seed, records, run.stats, metrics),
         timeline=run.servers[0].timeline,
         timeline_transitions_ns=tuple(run.servers[0].stats.transitions_ns),
         replicas=replicas_of(fleet, records, run),
@@ -98,9 +100,9 @@ def run_job(job: Job) -> JobResult:
             for model, counts in run.stats.tokens_by_depth.items()
         ),
         capacity_bytes=fleet.kinds[0].card.hbm_bytes,
-        inputs=inputs_of(fleet),
+        inputs=inputs_of(fleet) | ({} if live is None else live.inputs()),
         assumptions=assumptions_of(config, fleet),
-        notices=notices_of(fleet.parts.workload),
+        notices=notices_of(fleet.parts.workload) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),

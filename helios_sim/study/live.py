@@ -12,14 +12,17 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+from simpy.events import Timeout
 
 from helios_sim.errors import UserError
 from helios_sim.live.clock import WallClock
+from helios_sim.live.energy import ABSENT, Meter, open_counter
 from helios_sim.live.opening import Wanted, open_models
 from helios_sim.live.texts import read_texts
 from helios_sim.live.warm_up import warm_up
 from helios_sim.profile.profile import Profile
-from helios_sim.report.metrics import Metrics, MetricValue
+from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics
 from helios_sim.report.records import Maybe, Records
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Engine
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 # What a run cannot know while it serves: nobody has computed what full depth would have said.
 UNKNOWN = frozenset({"agreement", "bits_per_char"})
 WARM_REQUESTS = 8  # at most, running together
+METER_LEAD_NS = 20_000_000  # before the first arrival
 
 
 class LiveRun:
@@ -49,14 +53,20 @@ class LiveRun:
         self.clock = WallClock()
         self.device_engine = make_engine(config, parts, seed, self.clock)
         self.engine = WatchedEngine(self.device_engine, self.clock)
+        device = config.live.device
+        self.meter = Meter(open_counter(device), ABSENT[device.partition(":")[0]])
 
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
-        """The server with its first deployment in memory and everything warm. Time starts."""
+        """The server with its first deployment in memory and everything warm. Time starts.
+
+        Energy is counted from the first arrival to the last completion, as the span is.
+        """
         server = make_server(self.engine)
         self.device_engine.faults = server
         requests = list(islice(self._requests(), min(WARM_REQUESTS, self._config.server.max_running_requests)))
         batch_tokens = self._parts.situation.max_batch_tokens
         warm_up(self.device_engine, server.decisions[0].deployment, requests, batch_tokens, self._config.live.warm_up)
+        self._meter_from(requests[0].arrival_ns)
         self.clock.sync()
         return server
 
@@ -73,17 +83,39 @@ class LiveRun:
         agreed = [found.get(number, 0) for number in records.request_id.tolist()]
         return replace(known, agreed_tokens=np.array(agreed, records.agreed_tokens.dtype))
 
-    def measured(self, metrics: Metrics) -> dict[str, MetricValue]:
-        """Null for what is not known."""
+    def measured(self, metrics: Metrics, records: Records) -> dict[str, MetricValue]:
+        """With energy from the device's counter in place of the simulation's band; null for what is not known."""
         unknown = UNKNOWN if not self._config.live.score else UNKNOWN - {"agreement"}
-        return {name: None if name in unknown else value for name, value in metrics.items()}
+        known = {name: None if name in unknown else value for name, value in metrics.items()}
+        done = records.completed
+        return known | energy_metrics(self.meter.energy_j, int(done.sum()), int(records.output_chars[done].sum()))
+
+    def inputs(self) -> dict[str, Provenance]:
+        """Where the energy comes from."""
+        if self.meter.energy_j is None:
+            return {}
+        return {"energy": Provenance(ProvenanceClass.MEASURED, self.meter.source, "mode=live")}
+
+    def notices(self) -> tuple[str, ...]:
+        """What a reader may miss."""
+        return (f"Energy is not known: {self.meter.why}.",) if self.meter.why else ()
 
     def notes(self) -> LiveNotes:
         return self.engine.notes()
 
     def close(self) -> None:
-        """Nothing of the run is left on the device."""
+        """The run is over: nothing of it is left on the device."""
+        self.meter.stop()
         self.device_engine.close()
+
+    def _meter_from(self, arrival_ns: int) -> None:
+        """Asking a card takes some milliseconds, which are not to be the first request's."""
+        if arrival_ns <= METER_LEAD_NS:
+            self.meter.start()
+            return
+        soon = Timeout(self.clock, arrival_ns - METER_LEAD_NS)
+        assert soon.callbacks is not None
+        soon.callbacks.append(lambda _: self.meter.start())
 
     def _requests(self) -> Iterator[Request]:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())
