@@ -27,6 +27,7 @@ from calibrate.latency import (
 )
 from calibrate.load import Loads
 from calibrate.memory import Memory
+from calibrate.serving import ServingCosts
 from calibrate.unequal import unequal_table
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import GRAPH_BATCH_SIZES
@@ -42,6 +43,7 @@ class Measured:
     facts: DeviceFacts
     ceilings: Ceilings
     host: HostCosts
+    serving: ServingCosts
     memory: Memory
     loads: Loads
     energy: Energy | None
@@ -122,16 +124,16 @@ def _hardware(m: Measured) -> HardwareSpec:
 
 
 def _runtime(latency: Latency, m: Measured) -> Runtime:
-    host, asynchronous = m.host, latency.subject.device.asynchronous
+    host, serving, asynchronous = m.host, m.serving, latency.subject.device.asynchronous
     sizes = tuple(b for b in GRAPH_BATCH_SIZES if b <= latency.subject.limits.max_batch)
-    batches = ", ".join(f"{b}: {t * 1e6:.0f} us" for b, t in host.overhead_s.items())
-    syncs = ", ".join(f"{b}: {t * 1e6:.0f} us" for b, t in host.sync_s.items())
+    around, inside = _by_batch(serving.host_s), _by_batch(host.overhead_s)
+    syncs = _by_batch(host.sync_s)
     per_layer = f"measured: {host.launch_s_per_layer * 1e6:.1f} us a layer eagerly; 0 inside a captured graph"
     return Runtime(
         launch_s_per_layer=0.0,
         launch_s_per_graph=host.launch_s_per_graph,
         sync_s=host.host_sync_s,
-        host_overhead_s=host.host_overhead_s,
+        host_overhead_s=serving.middle_host_s + host.middle_overhead_s,
         graph_batch_sizes=sizes if asynchronous else None,
         sources=(
             (
@@ -145,8 +147,9 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
             ),
             (
                 "host_overhead_s",
-                f"measured: token ids and a step made from lists, tokens back into lists; by batch {batches}; the "
-                "scheduler's own work is not in it",
+                "measured: from the end of an iteration to the next one's, less the forward pass, when the real server "
+                f"serves at full depth, by batch {around}; and inside the pass token ids and a step made from lists, "
+                f"tokens back into lists, by batch {inside}",
             ),
             (
                 "graph_batch_sizes",
@@ -154,6 +157,10 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
             ),
         ),
     )
+
+
+def _by_batch(times_s: Mapping[int, float]) -> str:
+    return ", ".join(f"{batch}: {time_s * 1e6:.0f} us" for batch, time_s in times_s.items())
 
 
 def _provenance(spec: ModelSpec, latency: Latency, m: Measured) -> Provenance:
@@ -169,6 +176,7 @@ def _provenance(spec: ModelSpec, latency: Latency, m: Measured) -> Provenance:
         "facts": asdict(m.facts),
         "ceilings": m.ceilings.to_json(),
         "host": m.host.to_json(),
+        "serving": m.serving.to_json(),
         "memory": m.memory.to_json(),
         "loads": m.loads.to_json(),
         "energy": None if m.energy is None else m.energy.to_json(),

@@ -29,6 +29,7 @@ from calibrate.parts import Parts
 from calibrate.points import Points
 from calibrate.report_floor import below_floor, over_floor
 from calibrate.sampling import Clock, Sampler
+from calibrate.serving import ServingCosts, measure_serving
 from calibrate.subject import Subject
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
@@ -144,8 +145,7 @@ class _Campaign:
 
     def _order(self) -> list[str]:
         """Tables by what they are worth."""
-        others = [t for t in self.latency.row_tables if t not in (DENSE, HEAD)]
-        return [DENSE, DECODE, PREFILL, HEAD, *others]
+        return [DENSE, DECODE, PREFILL, HEAD, *(t for t in self.latency.row_tables if t not in (DENSE, HEAD))]
 
     def _left(self, keep_share: float) -> float:
         return self.sampler.clock.left_s - keep_share * self.budget_s
@@ -153,6 +153,7 @@ class _Campaign:
     def _measured(self, ceilings: Ceilings, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Measured:
         subject, made, device = self.subject, self.parts.made, self.device
         host = made("host", lambda: measure_host(subject).to_json())
+        serving = made("serving", lambda: measure_serving(subject, self.about.spec, ceilings).to_json())
         memory = made("memory", lambda: measure_memory(subject, self.about.spec, loaded_bytes).to_json())
         loads = made("load", lambda: measure_loads(subject, reload).to_json())
         energy = made("energy", partial(self._energy, device))
@@ -160,6 +161,7 @@ class _Campaign:
             facts=device.facts,
             ceilings=ceilings,
             host=HostCosts.from_json(host),
+            serving=ServingCosts.from_json(serving),
             memory=Memory.from_json(memory),
             loads=Loads.from_json(loads),
             energy=None if energy["found"] is None else Energy.from_json(energy["found"]),
@@ -171,7 +173,7 @@ class _Campaign:
     def _energy(self, device: Device) -> dict[str, Any]:
         subject, limits = self.subject, self.subject.limits
         steps = {}
-        for batch in sorted({1, max(1, limits.max_batch // 4), limits.max_batch}):
+        for batch in limits.few_batches:
             kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
             step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
             steps[f"decode, batch {batch}, {kv} KV tokens"] = partial(

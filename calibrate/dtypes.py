@@ -41,7 +41,7 @@ def compare_dtypes(
     """Decodes of small, middling and the largest batch, and a prompt; dtypes take turns. `load` gives the model."""
     import torch
 
-    batches = sorted({1, max(1, limits.max_batch // 4), limits.max_batch})
+    batches = limits.few_batches
     kv_tokens = max(1, limits.max_kv_tokens // 4)
     names = (*(f"decode, batch {b}, {kv_tokens} KV tokens" for b in batches), f"prompt, {limits.max_chunk} tokens")
     taken: dict[str, list[list[float]]] = {dtype: [[] for _ in names] for dtype in dtypes}

@@ -1,9 +1,9 @@
-"""What the host adds to the device's time: preparing an iteration, launching it, waiting for checks. Knows no table.
+"""What the host does inside a forward pass beside issuing it: making steps, launching, checks. Knows no table.
 
 Separate from device time by what it is: turning lists of requests into tensors and a step, and tokens back into lists.
 The device part begins where these inputs lie ready. On a CPU both are wall time of the same cores, one after the
-other, and issuing the layers' operations is inside device time. A scheduler's own work is not in here: that is code of
-the engine, not of the model.
+other, and issuing the layers' operations is inside device time. What the server and the engine do around the forward
+pass is not in here: `serving.py` measures it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ REPEATS = 15
 class HostCosts:
     """Medians in seconds; by batch where it matters. Launch costs are 0 by definition on a synchronous device."""
 
-    overhead_s: dict[int, float]
+    overhead_s: dict[int, float]  # of lists to a step and back
     overhead_iqr_s: dict[int, float]
     sync_s: dict[int, float]
     launch_s_per_layer: float  # eager
     launch_s_per_graph: float  # of all layers captured as one
 
     @property
-    def host_overhead_s(self) -> float:
+    def middle_overhead_s(self) -> float:
         """At the middle batch."""
         return self.overhead_s[sorted(self.overhead_s)[len(self.overhead_s) // 2]]
 
@@ -50,8 +50,7 @@ class HostCosts:
 
 def measure_host(subject: Subject) -> HostCosts:
     """A second or two."""
-    most = subject.limits.max_batch
-    overheads = {batch: figure(_overheads_s(subject, batch)) for batch in sorted({1, max(1, most // 4), most})}
+    overheads = {batch: figure(_overheads_s(subject, batch)) for batch in subject.limits.few_batches}
     syncs = {batch: figure(_syncs_s(subject, batch)).median_s for batch in overheads}
     per_layer, per_graph = _launches_s(subject)
     return HostCosts(

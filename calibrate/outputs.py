@@ -164,7 +164,10 @@ def _summary(
         "profile": None if profile is None else profile.provenance.provenance_class,
         "trace": None if results.trace is None else results.trace.provenance.provenance_class,
     }
-    kept = ("interpolation", "whole_iterations", "below_floor", "host", "memory", "loads", "energy", "energy_absent")
+    kept = (
+        "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads", "energy",
+        "energy_absent",
+    )  # fmt: skip
     paths = {name: str(folder / name) for name in ("profile", "trace", "answers", "heads") if (folder / name).is_dir()}
     return {
         "schema_version": 1,

@@ -33,6 +33,11 @@ class Limits:
     max_kv_tokens: int  # context of one request
     max_head_rows: int  # rows through the LM head at once
 
+    @property
+    def few_batches(self) -> tuple[int, ...]:
+        """One, a quarter of the most, and the most: where what depends little on the batch is looked at."""
+        return tuple(sorted({1, max(1, self.max_batch // 4), self.max_batch}))
+
     def within(self, architecture: Architecture) -> Limits:
         """No longer than the model's own context."""
         context = architecture.max_context_tokens

@@ -26,7 +26,7 @@ from helios_sim.profile.spec import Runtime
 Factor = Literal["mixed_factor", "unequal_kv_factor"]
 KINDS = ("equal", "unequal", "prefill", "mixed", "exits")
 FITTED = ("unequal", "mixed")  # kinds that give the profile's factors
-_NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
+NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Comparison:
 
 def compare(profile: Profile, points: Points, found: Sequence[Iteration]) -> list[Comparison]:
     """Those that were measured."""
-    bare = replace(profile, runtime=_NO_HOST)
+    bare = replace(profile, runtime=NO_HOST)
     return [
         Comparison(it.kind, points.figure(it.point).median_s, float(bare.iteration_time_s(it.composition())[0]))
         for it in found
@@ -162,8 +162,8 @@ def fitted_factor(profile: Profile, points: Points, found: Sequence[Iteration], 
 
     def priced(value: float) -> Profile:
         if factor == "mixed_factor":
-            return replace(profile, runtime=_NO_HOST, mixed_factor=value)
-        return replace(profile, runtime=_NO_HOST, unequal_kv_factor=value)
+            return replace(profile, runtime=NO_HOST, mixed_factor=value)
+        return replace(profile, runtime=NO_HOST, unequal_kv_factor=value)
 
     without, with_it = priced(0.0), priced(1.0)
     above = below = 0.0

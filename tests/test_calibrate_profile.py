@@ -20,6 +20,7 @@ from calibrate.load import Loads  # noqa: E402
 from calibrate.memory import grown  # noqa: E402
 from calibrate.points import Point, Points  # noqa: E402
 from calibrate.sampling import Clock, Sampler  # noqa: E402
+from calibrate.serving import ServingCosts  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.architecture import model_spec  # noqa: E402
@@ -32,6 +33,7 @@ from virtual_subject import ARCHITECTURE, LIMITS, Costs, VirtualSubject  # noqa:
 
 CEILINGS = Ceilings("float32", 1e12, 1e12, 1e15, 1, 1)
 LOADS = Loads({"host": 1e9}, {"host": 0.0}, 100, 1.5, 0.5e9, None)
+SERVING = ServingCosts({1: 4e-4}, {1: 1e-5}, {1: 1e-2}, 24)
 ABOUT = About(model_spec(ARCHITECTURE, "virtual", 4.0), "a test", "2026-01-01", "weights", {"note": "of a test"})
 
 
@@ -45,10 +47,11 @@ def one_thread() -> Iterator[None]:
 
 
 def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan | None = None) -> Profile:
-    """On the subject's own clock, with ceilings and loads as given: those are measured by the wall's clock."""
+    """On the subject's own clock; ceilings, loads and serving as given: those are measured by the wall's clock."""
     folder.mkdir(exist_ok=True)
     (folder / "ceilings.json").write_text(json.dumps(CEILINGS.to_json()))
     (folder / "load.json").write_text(json.dumps(LOADS.to_json()))
+    (folder / "serving.json").write_text(json.dumps(SERVING.to_json()))
     monkeypatch.setattr("calibrate.campaign.Clock", lambda budget_s: Clock(budget_s, subject.clock))
     return measure_profile(subject, ABOUT, folder, plan or Plan())
 
@@ -212,6 +215,9 @@ def test_a_real_model_gives_a_profile_that_prices_and_comes_back(family: str, tm
     assert details["memory"]["kv"]["predicted"] == 32 * 3 * again.model.kv_bytes_per_token_layer
     assert details["loads"]["slowdown"] >= 1.0
     assert again.runtime.launch_s_per_layer == 0.0
+    around, inside = details["serving"]["host_s"], details["host"]["overhead_s"]
+    assert again.runtime.host_overhead_s == pytest.approx(around["2"] + inside["2"])
+    assert min(around.values()) > 0
 
 
 def test_a_check_that_noise_hides_is_charged_what_it_takes_alone(tmp_path: Path) -> None:

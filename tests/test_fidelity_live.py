@@ -51,15 +51,16 @@ def test_a_row_without_a_measurement_has_no_difference() -> None:
 
 def test_notes_of_two_runs_add_up() -> None:
     one = LiveNotes(
-        10, device_ns=90, waited_ns=20, host_ns=10, priced_ns=80, prompts_taken_ns=40, prompts_priced_ns=20, behind_ns=1
-    )
-    both = LiveNotes.together([one, replace(one, device_ns=110)])
-    assert (both.iterations, both.device_ns, both.host_ns) == (20, 200, 20)
+        10, engine_ns=90, forward_ns=70, waited_ns=20, host_ns=10, priced_ns=80, prompts_taken_ns=40,
+        prompts_priced_ns=20, behind_ns=1,
+    )  # fmt: skip
+    both = LiveNotes.together([one, replace(one, engine_ns=110)])
+    assert (both.iterations, both.engine_ns, both.forward_ns, both.host_ns) == (20, 200, 140, 20)
     assert both.price_error == pytest.approx(160 / 220 - 1)
     assert both.price_error_undisturbed == pytest.approx(160 / 180 - 1)
     assert both.price_errors_by_kind == pytest.approx((40 / 80 - 1, 120 / 140 - 1))
-    assert LiveNotes(*[0] * 8).price_error is None
-    assert LiveNotes(*[0] * 8).sentence() == "nothing ran"
+    assert LiveNotes(*[0] * 9).price_error is None
+    assert LiveNotes(*[0] * 9).sentence() == "nothing ran"
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_greedy_generation_is_that_of_transformers(model: SegmentedModel, cache:
 
 def test_a_cap_is_raised_and_lowered_in_place(model: SegmentedModel) -> None:
     ids, reference = token_ids(batch=1, tokens=10), tiny_model(model.architecture.family)
-    moving = SegmentedModel.load(model._source, layers=2)
+    moving = SegmentedModel.load(model.source, layers=2)
     cache = KvCache(model.architecture, 2, 1, 16)
     for cap in (2, 5, 3, 6):
         moving.drop_layers(cap)

@@ -58,7 +58,7 @@ def test_logits_are_those_of_transformers(pair: tuple[SegmentedModel, Any]) -> N
 @pytest.mark.parametrize("cap", [1, 4])
 def test_a_cap_gives_the_truncated_model(pair: tuple[SegmentedModel, Any], cap: int) -> None:
     model, reference = pair
-    capped = SegmentedModel.load(model._source, layers=cap)
+    capped = SegmentedModel.load(model.source, layers=cap)
     ids = token_ids(batch=1, tokens=40)
     want = reference_logits(reference, ids, layers=cap)
     torch.testing.assert_close(packed_logits(capped, ids), want, atol=TOLERANCE, rtol=0)
@@ -99,7 +99,7 @@ def test_the_simulator_counts_the_bytes_that_are_resident(pair: tuple[SegmentedM
     model, _ = pair
     spec = model_spec(model.architecture, "tiny", chars_per_token=3.0, dtype=dtype)
     for cap in (1, 6):
-        loaded = SegmentedModel.load(model._source, layers=cap, dtype=getattr(torch, dtype))
+        loaded = SegmentedModel.load(model.source, layers=cap, dtype=getattr(torch, dtype))
         assert spec.weight_bytes(cap) == loaded.weight_bytes
 
 
@@ -107,7 +107,7 @@ def test_bfloat16_stays_close(pair: tuple[SegmentedModel, Any]) -> None:
     """Eight bits of mantissa through six layers: the answer moves by a few hundredths of its spread."""
     model, reference = pair
     ids = token_ids(batch=1, tokens=40)
-    rounded = packed_logits(SegmentedModel.load(model._source, dtype=torch.bfloat16), ids).float()
+    rounded = packed_logits(SegmentedModel.load(model.source, dtype=torch.bfloat16), ids).float()
     want = reference_logits(reference, ids)
     assert ((rounded - want).std() / want.std()).item() < 0.05
 

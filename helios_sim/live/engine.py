@@ -44,7 +44,7 @@ class LiveEngine:
 
     `slots` requests can run at once, each of at most `slot_tokens` tokens, prompt and answer: the server's own limit
     of running requests must not be higher. `weight_bytes` of the device's memory are for weights; None: as many as all
-    models take.
+    models take. `residents` holds the weights where somebody else has loaded them already.
     """
 
     def __init__(
@@ -57,13 +57,15 @@ class LiveEngine:
         slot_tokens: int,
         device: str | Device = "cpu",
         weight_bytes: int | None = None,
+        residents: Residents | None = None,
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
         on = open_device(device) if isinstance(device, str) else device
-        self.residents = Residents(models, on, weight_bytes)
+        self.residents = residents or Residents(models, on, weight_bytes)
         self.work = Workspace(slots, slot_tokens, on)
         self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
         self.faults: Faults | None = None
+        self.forward_ns = 0  # inside forward passes of iterations, since it was made
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
@@ -87,7 +89,9 @@ class LiveEngine:
         exits = self.residents.exits(plan.model)
         forward = Forward(model, exits, self.work.cache, plan, bounds, self.work.captured)
         in_slots = sorted(rows, key=lambda row: row.slot)
+        began_ns = self._env.wall_ns
         tally = forward.run(in_slots, chunks)
+        self.forward_ns += self._env.wall_ns - began_ns
         self._note(plan, answers, rows, chunks)
         return self._outcome(plan, data, rows, chunks, tally, now_ns)
 

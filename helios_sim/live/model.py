@@ -27,7 +27,7 @@ class SegmentedModel:
         self.dtype, self.device = dtype, torch.device(device)
         self.outer = outer
         self.layers: list[LayerWeights] = []
-        self._source = source
+        self.source = source
         # As in transformers, the scale is rounded like the weights.
         self._embedding_scale = float(torch.tensor(self.architecture.embedding_scale).to(dtype))
 
@@ -67,7 +67,7 @@ class SegmentedModel:
         layer_bytes = values(self.architecture.layer_shapes()) * self.dtype.itemsize
         check_fits(f"{missing} more layers", missing * layer_bytes, self.device)
         for layer in range(self.n_loaded, end):
-            self.layers.append(load_layer(self._source, layer, self.dtype, self.device))
+            self.layers.append(load_layer(self.source, layer, self.dtype, self.device))
 
     def drop_layers(self, start: int) -> None:
         """Forget the layers from `start` on; their memory is free once nobody else holds them."""

@@ -12,11 +12,12 @@ class LiveNotes:
     """Sums over a run."""
 
     iterations: int
-    device_ns: int  # inside the engine
-    waited_ns: int  # of that, ready to run while others had the processor; 0 where the system does not tell
+    engine_ns: int  # inside the engine
+    forward_ns: int  # of that, inside the model's forward pass
+    waited_ns: int  # of `engine_ns`, ready to run while others had the processor; 0 where the system does not tell
     host_ns: int  # between the end of an iteration and the begin of the next, scheduler and policy included
     priced_ns: int  # of the very same iterations, by the profile, its own host overhead included
-    prompts_taken_ns: int  # by the iterations with prompts in them, device and host
+    prompts_taken_ns: int  # by the iterations with prompts in them, engine and host
     prompts_priced_ns: int
     behind_ns: int  # by which the environment's clock was behind the wall clock when the run ended
 
@@ -27,14 +28,14 @@ class LiveNotes:
     @property
     def price_error(self) -> float | None:
         """Priced over taken, less 1: what of a difference is the profile's or the machine's, not the path's."""
-        taken_ns = self.device_ns + self.host_ns
+        taken_ns = self.engine_ns + self.host_ns
         return self.priced_ns / taken_ns - 1 if taken_ns else None
 
     @property
     def price_errors_by_kind(self) -> tuple[float | None, float | None]:
         """The same of iterations with prompts in them, and of those without."""
         taken_ns, priced_ns = self.prompts_taken_ns, self.prompts_priced_ns
-        others_ns = self.device_ns + self.host_ns - taken_ns
+        others_ns = self.engine_ns + self.host_ns - taken_ns
         return (
             priced_ns / taken_ns - 1 if taken_ns else None,
             (self.priced_ns - priced_ns) / others_ns - 1 if others_ns else None,
@@ -43,16 +44,20 @@ class LiveNotes:
     @property
     def price_error_undisturbed(self) -> float | None:
         """The same without the time in which others had the processor, which no profile can know."""
-        taken_ns = self.device_ns + self.host_ns - self.waited_ns
+        taken_ns = self.engine_ns + self.host_ns - self.waited_ns
         return self.priced_ns / taken_ns - 1 if taken_ns > 0 else None
 
     def sentence(self) -> str:
         if not self.iterations:
             return "nothing ran"
-        each_ms = [ns / self.iterations / 1e6 for ns in (self.device_ns, self.host_ns, self.waited_ns)]
-        told = f"{self.iterations} iterations of {each_ms[0]:.2f} ms and {each_ms[1]:.2f} ms of the host between them"
+        spent_ns = (self.forward_ns, self.engine_ns - self.forward_ns, self.host_ns, self.waited_ns)
+        forward_ms, around_ms, between_ms, waited_ms = (ns / self.iterations / 1e6 for ns in spent_ns)
+        told = (
+            f"{self.iterations} iterations of {forward_ms:.2f} ms in the model, {around_ms:.2f} ms of the engine "
+            f"around it and {between_ms:.2f} ms of the host between them"
+        )
         if self.waited_ns:
-            told += f", of which others had the processor for {each_ms[2]:.2f} ms"
+            told += f", of which others had the processor for {waited_ms:.2f} ms"
         prompts, decodes = map(_signed, self.price_errors_by_kind)
         priced = f"the profile prices these very iterations {_signed(self.price_error)}"
         if self.waited_ns:

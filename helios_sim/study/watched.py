@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
@@ -27,23 +28,37 @@ class Step:
     profile: Profile
     composition: Composition  # what ran
     host_ns: int  # from when it was due until the engine was asked
-    device_ns: int
-    waited_ns: int  # of that, while others had the processor
+    engine_ns: int  # from then on until it was done
+    forward_ns: int  # of `engine_ns`, inside the model's forward pass
+    waited_ns: int  # of `engine_ns`, while others had the processor
+
+    @property
+    def overhead_ns(self) -> int:
+        """The host's part, while the device waits: whatever is not the forward pass."""
+        return self.host_ns + self.engine_ns - self.forward_ns
+
+
+class Computes(Engine, Protocol):
+    """An engine that really computes, and tells for how long it has."""
+
+    @property
+    def forward_ns(self) -> int: ...
 
 
 class WatchedEngine:
     """Follows the `Engine` protocol by handing everything on."""
 
-    def __init__(self, inner: Engine, clock: WallClock) -> None:
+    def __init__(self, inner: Computes, clock: WallClock) -> None:
         self._inner, self._clock = inner, clock
         self.steps: list[Step] = []
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        asked_ns, waited_ns = self._clock.wall_ns, waited_for_processor_ns()
+        asked_ns, forward_ns, waited_ns = self._clock.wall_ns, self._inner.forward_ns, waited_for_processor_ns()
         outcome = self._inner.execute(plan, now_ns)
         waited_ns = waited_for_processor_ns() - waited_ns
-        host_ns, device_ns = max(asked_ns - now_ns, 0), int(outcome.end_ns[-1]) - asked_ns
-        self.steps.append(Step(outcome.profile, outcome.composition, host_ns, device_ns, waited_ns))
+        forward_ns = self._inner.forward_ns - forward_ns
+        host_ns, engine_ns = max(asked_ns - now_ns, 0), int(outcome.end_ns[-1]) - asked_ns
+        self.steps.append(Step(outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns))
         return outcome
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
@@ -69,11 +84,12 @@ class WatchedEngine:
         with_prompts = [i for i, step in enumerate(self.steps) if step.composition.prefill]
         return LiveNotes(
             iterations=len(self.steps),
-            device_ns=sum(step.device_ns for step in self.steps),
+            engine_ns=sum(step.engine_ns for step in self.steps),
             host_ns=sum(step.host_ns for step in self.steps),
+            forward_ns=sum(step.forward_ns for step in self.steps),
             waited_ns=sum(step.waited_ns for step in self.steps),
             priced_ns=sum(priced_ns),
-            prompts_taken_ns=sum(self.steps[i].device_ns + self.steps[i].host_ns for i in with_prompts),
+            prompts_taken_ns=sum(self.steps[i].engine_ns + self.steps[i].host_ns for i in with_prompts),
             prompts_priced_ns=sum(priced_ns[i] for i in with_prompts),
             behind_ns=self._clock.wall_ns - int(self._clock.now),
         )
