@@ -109,6 +109,7 @@ def serve_live(
     objective: Objective | None = None,
     threshold: float = 0.5,
     device: str | Device = "cpu",
+    kept_answers: int | None = None,
     act: Callable[[WallClock, LiveEngine, Server], None] | None = None,
 ) -> Live:
     """`kv_blocks` fit beside the weights of all models. `act` may interfere before the first event.
@@ -134,7 +135,9 @@ def serve_live(
         vllm_v1=vllm_v1,
     )
     env = WallClock()
-    engine = LiveEngine(env, models, RepeatedText(), slots=slots, slot_tokens=SLOT_TOKENS, device=device)
+    engine = LiveEngine(
+        env, models, RepeatedText(), slots=slots, slot_tokens=SLOT_TOKENS, device=device, kept_answers=kept_answers
+    )
     servers: list[Server] = []
     records: list[RequestRecord] = []
 

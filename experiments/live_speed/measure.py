@@ -85,7 +85,13 @@ class Ours:
         self.model = LiveModel(checkpoint, ExitHeads.own(()), checkpoint.tokenizer(), profile, trace.bind(("text",)))
         self.clock = WallClock()
         self.engine = LiveEngine(
-            self.clock, {"served": self.model}, Passage(), slots=8, slot_tokens=SLOT_TOKENS, device=device
+            self.clock,
+            {"served": self.model},
+            Passage(),
+            slots=8,
+            slot_tokens=SLOT_TOKENS,
+            device=device,
+            kept_answers=None,
         )
         offline = offline_exits(trace, 0.5, Confidence.MAX_PROBABILITY)
         self.situation = Situation(

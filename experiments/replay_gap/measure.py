@@ -38,6 +38,7 @@ JUDGES = {"smollm2-135m": "gemma3-270m", "gemma3-270m": "qwen2.5-coder-0.5b", "q
 THRESHOLDS = {"smollm2-135m": 0.72, "gemma3-270m": 0.68, "qwen2.5-coder-0.5b": 0.64}  # as in real_models
 SETTINGS = (
     "+experiment=fidelity_live", "mode=live", "workload.arrivals.kind=all_at_once", "live.warm_up=0",
+    "live.score=true",  # so that every answer is kept
     "workload.lengths.output.median=220", "workload.lengths.output.sigma=0.2", "workload.lengths.output.maximum=320",
 )  # fmt: skip
 

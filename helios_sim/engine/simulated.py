@@ -107,6 +107,9 @@ class SimulatedEngine:
         data = self._models[model]
         return tokens_of(data.profile, data.trace, arrivals)
 
+    def forget(self, request_id: int) -> None:
+        """Nothing is kept of a request here: its exits lie in the trace."""
+
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:

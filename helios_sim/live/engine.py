@@ -15,6 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answer import Answer
+from helios_sim.live.answers import Answers
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, open_device
 from helios_sim.live.forward import Chunk, Forward
@@ -28,6 +29,7 @@ from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Column, Sequence
 from helios_sim.serving.iteration import Outcome, Plan, Tokens
+from helios_sim.serving.replica import SERVED_TEXTS
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class LiveEngine:
 
     `slots` requests can run at once, each of at most `slot_tokens` tokens, prompt and answer: the server's own limit
     of running requests must not be higher. `weight_bytes` of the device's memory are for weights; None: as many as all
-    models take. `residents` holds the weights where somebody else has loaded them already.
+    models take. `residents` holds the weights where somebody else has loaded them already. `kept_answers`: of so many
+    requests that have completed and left, the latest, answers are kept; None: of all that ever ran.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class LiveEngine:
         device: str | Device = "cpu",
         weight_bytes: int | None = None,
         residents: Residents | None = None,
+        kept_answers: int | None = SERVED_TEXTS,
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
         on = open_device(device) if isinstance(device, str) else device
         self.residents = residents or Residents(models, on, weight_bytes)
         self.work = Workspace(slots, slot_tokens, on)
-        self.answers: dict[int, Answer] = {}  # of every request that ever ran, by its number
+        self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
         self.forward_ns = 0  # inside forward passes of iterations, since it was made
 
@@ -117,6 +121,12 @@ class LiveEngine:
         return observation(
             data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, int(self._env.now)
         )
+
+    def forget(self, request_id: int) -> None:
+        answer = self.answers.get(request_id)
+        if answer is not None:
+            self.work.give_up(answer)
+            self.answers.note_left(request_id)
 
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule

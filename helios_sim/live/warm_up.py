@@ -37,6 +37,8 @@ def warm_up(
             _note(batch, slice(0, batch.decoding), 1)
             ran += 1
         ran += 1
+    for number in range(len(batch)):
+        engine.forget(-1 - number)
     return ran
 
 

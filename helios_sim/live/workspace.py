@@ -44,13 +44,20 @@ class Workspace:
         """Everyone else leaves its slot."""
         for request_id in self.slots:
             if request_id not in requests:
-                slot = self.slots.of(request_id)
-                self.slots.give(request_id)
-                answers[request_id].lose_cache()
-                if slot in self._spoilt:
-                    self._spoilt.remove(slot)
-                    for tensor in (*self.cache.keys, *self.cache.values):
-                        tensor[slot] = 0.0
+                self.give_up(answers[request_id])
+
+    def give_up(self, answer: Answer) -> None:
+        """This text leaves its slot, if it has one."""
+        request_id = answer.request.request_id
+        answer.lose_cache()
+        if request_id not in self.slots:
+            return
+        slot = self.slots.of(request_id)
+        self.slots.give(request_id)
+        if slot in self._spoilt:
+            self._spoilt.remove(slot)
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor[slot] = 0.0
 
     def place(self, answer: Answer) -> None:
         """A slot for this text, if it has none. UserError where the text is longer than a slot."""

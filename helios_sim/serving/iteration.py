@@ -111,6 +111,10 @@ class Engine(Protocol):
         """What every exit said about the first tokens of this request's answer."""
         ...
 
+    def forget(self, request_id: int) -> None:
+        """The request has left the system. Of those that completed, a probe may still ask for the latest texts."""
+        ...
+
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:

@@ -189,6 +189,7 @@ class Replica:
             self.completed_requests += 1
             self.recent.completed(sequence.prompt_tokens, output_tokens)
             self.served.append(request)
+        self.engine.forget(request.request_id)
         self.on_left(
             RequestRecord(
                 request_id=request.request_id,

@@ -125,6 +125,7 @@ def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Li
     """The live engine, its slots as long as the workload's longest request."""
     from helios_sim.live.engine import LiveEngine
     from helios_sim.live.replayed import ReplayingEngine
+    from helios_sim.serving.replica import SERVED_TEXTS
 
     live_models = opened(config, parts)
     texts = read_texts(parts.workload.mix.tasks, config.live.texts)
@@ -132,8 +133,9 @@ def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Li
     slots = min(config.server.max_running_requests, len(requests))
     engine = ReplayingEngine if any(model.replays for model in live_models.values()) else LiveEngine
     return engine(
-        clock, live_models, texts, slots=slots, slot_tokens=_longest(live_models, requests), device=config.live.device
-    )
+        clock, live_models, texts, slots=slots, slot_tokens=_longest(live_models, requests), device=config.live.device,
+        kept_answers=None if config.live.score else SERVED_TEXTS,  # they are read once more when all is over
+    )  # fmt: skip
 
 
 def opened(config: Config, parts: Parts) -> dict[str, LiveModel]:

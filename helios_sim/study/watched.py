@@ -73,6 +73,9 @@ class WatchedEngine:
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
         return self._inner.observe(sequence, n_tokens, exit_rule)
 
+    def forget(self, request_id: int) -> None:
+        self._inner.forget(request_id)
+
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
