@@ -212,16 +212,18 @@ def _details(inputs: Inputs) -> dict[str, Any]:
 
 
 def _memory_named(run: Run) -> Run:
-    """torch has several ways to say that memory is out; this is one."""
+    """A shortage of memory is one kind of error, however torch has said it."""
 
     @wraps(run)
     def renamed(stage: StageRun) -> Mapping[str, Any]:
         try:
             return run(stage)
         except RuntimeError as error:
-            text = str(error).lower()
-            if "out of memory" in text or "can't allocate memory" in text:
-                raise MemoryError(str(error).splitlines()[0]) from error
+            from helios_sim.live.room import shortage
+
+            reason = shortage(error)
+            if reason is not None:
+                raise MemoryError(reason) from error
             raise
 
     return renamed

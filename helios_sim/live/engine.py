@@ -20,15 +20,17 @@ from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, open_device
 from helios_sim.live.forward import Chunk, Forward
 from helios_sim.live.leaving import Row, Seen
+from helios_sim.live.model import SegmentedModel
 from helios_sim.live.probe import observation, score
 from helios_sim.live.residents import Residents
+from helios_sim.live.room import shortage
 from helios_sim.live.served import LiveModel, Texts
 from helios_sim.live.tally import Tally
 from helios_sim.live.workspace import Workspace
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import Outcome, Plan, Tokens
+from helios_sim.serving.iteration import Outcome, OutOfMemory, Plan, Tokens
 from helios_sim.serving.replica import SERVED_TEXTS
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class LiveEngine:
         self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
         self.forward_ns = 0  # inside forward passes of iterations, since it was made
+        self.shortages = 0  # iterations that memory did not suffice for
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
@@ -81,23 +84,23 @@ class LiveEngine:
         """Runs one iteration, however many the plan allows: whoever arrives meanwhile is seen after it."""
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
-        data = self._models[plan.model]
-        model = self.residents.running(plan.model, plan.loaded_layers)
-        self.work.use(plan.model, model, plan.loaded_layers)
-        answers = self._members(plan)
-        rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
-        banded = isinstance(plan.exit_rule, PerToken) or any(
-            row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
-        ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
-        bounds = data.exits[: data.exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
-        exits = self.residents.exits(plan.model)
-        forward = Forward(model, exits, self.work.cache, plan, bounds, self.work.captured)
-        in_slots = sorted(rows, key=lambda row: row.slot)
-        began_ns = self._env.wall_ns
-        tally = forward.run(in_slots, chunks)
-        self.forward_ns += self._env.wall_ns - began_ns
+        reason = None
+        try:
+            model = self.residents.running(plan.model, plan.loaded_layers)
+            self.work.use(plan.model, model, plan.loaded_layers)
+            answers = self._members(plan)
+            rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
+            tally = self._forward(plan, model, rows, chunks)
+        except (MemoryError, RuntimeError) as error:
+            reason = shortage(error)
+            if reason is None:
+                raise
+        if reason is not None:  # out there: the error holds on to the tensors of its frames
+            self.shortages += 1
+            self.work.keep_only(set(), self.answers)
+            raise OutOfMemory(reason, max(now_ns + 1, self._env.wall_ns))
         self._note(plan, answers, rows, chunks)
-        return self._outcome(plan, data, rows, chunks, tally, now_ns)
+        return self._outcome(plan, rows, chunks, tally, now_ns)
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         """Loads what is held and not there yet; a model that lacks nothing is streamed for a probe."""
@@ -209,6 +212,19 @@ class LiveEngine:
             chunks.append(Chunk(slot, ids, start, layers, row))
         return chunks
 
+    def _forward(self, plan: Plan, model: SegmentedModel, rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> Tally:
+        """Makes tokens of all rows."""
+        exits = self._models[plan.model].exits
+        banded = isinstance(plan.exit_rule, PerToken) or any(
+            row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
+        ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
+        bounds = exits[: exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
+        forward = Forward(model, self.residents.exits(plan.model), self.work.cache, plan, bounds, self.work.captured)
+        began_ns = self._env.wall_ns
+        tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
+        self.forward_ns += self._env.wall_ns - began_ns
+        return tally
+
     def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
         """What the iteration made of the texts."""
         for answer, row in zip(answers, rows, strict=False):
@@ -234,18 +250,12 @@ class LiveEngine:
             self.faults.request_failed(answer.request.request_id, reason)
 
     def _outcome(
-        self,
-        plan: Plan,
-        data: LiveModel,
-        rows: SequenceOf[Row],
-        chunks: SequenceOf[Chunk],
-        tally: Tally,
-        now_ns: int,
+        self, plan: Plan, rows: SequenceOf[Row], chunks: SequenceOf[Chunk], tally: Tally, now_ns: int
     ) -> Outcome:
         first = [chunk.row for chunk in chunks if chunk.row is not None]
         return Outcome(
             end_ns=np.array([max(now_ns + 1, self._env.wall_ns)]),
-            profile=data.profile,
+            profile=self._models[plan.model].profile,
             composition=tally.composition(plan, chunks),
             decoded=_tokens(rows, plan.run_layers),
             prefilled=_tokens(first, plan.run_layers),

@@ -1,4 +1,4 @@
-"""Whether weights fit where they are to go. Knows how much memory is free, not what is put there."""
+"""How much memory is free, and whether it was that which ran out. Knows no weights and no cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from helios_sim.errors import UserError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -28,6 +29,13 @@ def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
             "memory", f"{free / 1e9:.2f} GB free on {device}", f"{needed_bytes / 1e9:.2f} GB for the weights of {name}",
             "load fewer layers, use bfloat16, choose a smaller model or free memory",
         )  # fmt: skip
+
+
+def shortage(error: BaseException) -> str | None:
+    """What the error says, if it says that memory has run out; torch has several ways to say so."""
+    text = str(error) or type(error).__name__
+    said = any(words in text.lower() for words in _SHORTAGES)
+    return text.splitlines()[0] if said or isinstance(error, MemoryError) else None
 
 
 def _free_on_host() -> int | None:

@@ -85,6 +85,14 @@ class Outcome:
         return min(int(self.end_ns.searchsorted(time_ns, side)) + 1, len(self.end_ns))
 
 
+class OutOfMemory(Exception):
+    """The device had no memory for an iteration: nothing of it counts, and whoever was in it must start again."""
+
+    def __init__(self, reason: str, end_ns: int) -> None:
+        super().__init__(reason)
+        self.reason, self.end_ns = reason, end_ns  # absolute: when it was given up
+
+
 class Engine(Protocol):
     """Executes plans and moves weights. Times are absolute integer nanoseconds of the environment's clock."""
 
@@ -93,7 +101,7 @@ class Engine(Protocol):
         ...
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Runs the plan's iterations, starting now."""
+        """Runs the plan's iterations, starting now. Raises OutOfMemory where the device has none for the first one."""
         ...
 
     def hold(self, layers: Mapping[str, int]) -> None:

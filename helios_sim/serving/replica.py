@@ -54,6 +54,7 @@ class Replica:
         self.completed_requests = 0
         self.acted_ns = 0  # the server's latest turn; timers of leaps that were cut may move the clock beyond it
         self.starts_left: int | None = None  # of the deployment's admission limit
+        self._fewer: int | None = None  # may run together, beside one for each completed request; None: no limit
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
@@ -77,7 +78,15 @@ class Replica:
     @property
     def running_limit(self) -> int:
         limit = self.situation.max_running_requests
-        return limit if self.deployment.batch_limit is None else min(limit, self.deployment.batch_limit)
+        if self.deployment.batch_limit is not None:
+            limit = min(limit, self.deployment.batch_limit)
+        if self._fewer is not None:
+            limit = min(limit, self._fewer + self.completed_requests)
+        return limit
+
+    def run_fewer(self, requests: int) -> None:
+        """So many may run together from now on, and one more with each that completes."""
+        self._fewer = requests - self.completed_requests
 
     @property
     def in_flight(self) -> bool:

@@ -20,10 +20,11 @@ from helios_sim.serving.batch import Sequence
 from helios_sim.serving.commit import commit
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.intake import Intake
-from helios_sim.serving.iteration import Engine, Plan
+from helios_sim.serving.iteration import Engine, OutOfMemory, Plan
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.scheduler import Admission, Limits, schedule
+from helios_sim.serving.shortage import Shortage
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.transition import Transitions
@@ -50,6 +51,7 @@ class Server:
         self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._turns.wake)
         self._prober = Prober(self._replica, self._decider, self._transitions)
         self._withdrawals = Withdrawals(self._replica)
+        self._shortage = Shortage(self._replica, self._withdrawals)
         self._planned_ns: int | None = None  # start of the latest iteration; None: the server was idle since
         self._stretch: Stretch | None = None
         self._transitions.start(self._decider.start())
@@ -86,7 +88,12 @@ class Server:
                 yield from self._turns.idle(self._decider.next_time_ns)
                 continue
             started_ns = replica.now_ns
-            outcome = replica.engine.execute(plan, started_ns)
+            try:
+                outcome = replica.engine.execute(plan, started_ns)
+            except OutOfMemory as short:
+                self._shortage.give_way(short.reason)
+                yield self._turns.at(short.end_ns)
+                continue
             used = yield from self._turns.after(outcome, self._decider.iterations_until_trigger(plan, outcome))
             self._planned_ns = int(outcome.end_ns[used - 2]) if used > 1 else started_ns
             self._decider.count_breaches(plan, outcome, used)
