@@ -24,7 +24,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.request import NS_PER_S, Request, whole_ns
 from helios_sim.serving.ahead.contract import Terms
 from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import Outcome, Plan, Tokens
+from helios_sim.serving.iteration import Outcome, Places, Plan, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ class SimulatedEngine:
             decoded=depths.tokens,
             prefilled=prefilled,
         )
+
+    def places(self, model: str) -> Places | None:
+        return None
 
     def hold(self, layers: Mapping[str, int]) -> None:
         """Memory is counted by the server; nothing lies in it here."""

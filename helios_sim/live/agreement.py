@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from helios_sim.live.answer import Answer
-from helios_sim.live.architecture import VALUE_BYTES
 from helios_sim.live.kv import Packed
 from helios_sim.live.model import SegmentedModel
 from helios_sim.live.served import LiveModel
@@ -25,8 +24,7 @@ def agreed_tokens(models: Mapping[str, LiveModel], answers: Iterable[Answer], de
     found = {}
     for name, of_model in by_model.items():
         live = models[name]
-        dtype = next(d for d, n in VALUE_BYTES.items() if n == live.profile.model.weight_bytes_per_value)
-        whole = SegmentedModel.load(live.checkpoint, dtype=getattr(torch, dtype), device=device)
+        whole = SegmentedModel.load(live.checkpoint, dtype=live.dtype, device=device)
         for answer in of_model:
             found[answer.request.request_id] = _agreed(whole, answer)
     return found

@@ -34,6 +34,10 @@ class Device(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Gives memory that nothing uses back to the device, so that it counts as free."""
+        ...
+
     def prepare(self, step: Step) -> Step:
         """The step as it runs at its best. It reads and writes the same tensors at every call."""
         ...
@@ -55,6 +59,9 @@ class CpuDevice:
         for source, target in pairs:
             target.copy_(source)
         return _nothing
+
+    def release(self) -> None:
+        """What is freed is the system's at once, or soon."""
 
     def prepare(self, step: Step) -> Step:
         return step
@@ -86,6 +93,9 @@ class CudaDevice:
             done.record()
         wait: Callable[[], None] = done.synchronize  # which lets other threads run
         return wait
+
+    def release(self) -> None:
+        self._cuda.empty_cache()
 
     def prepare(self, step: Step) -> Step:
         cuda = self._cuda

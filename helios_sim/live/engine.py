@@ -16,6 +16,7 @@ from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answer import Answer
 from helios_sim.live.answers import Answers
+from helios_sim.live.cache_shape import CacheShape
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, open_device
 from helios_sim.live.forward import Chunk, Forward
@@ -26,11 +27,12 @@ from helios_sim.live.residents import Residents
 from helios_sim.live.room import shortage
 from helios_sim.live.served import LiveModel, Texts
 from helios_sim.live.tally import Tally
+from helios_sim.live.trial import try_out
 from helios_sim.live.workspace import Workspace
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import Outcome, OutOfMemory, Plan, Tokens
+from helios_sim.serving.iteration import Outcome, OutOfMemory, Places, Plan, Tokens
 from helios_sim.serving.replica import SERVED_TEXTS
 
 _log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class Faults(Protocol):
 class LiveEngine:
     """Follows the `Engine` protocol. One object serves one replica.
 
-    `slots` requests can run at once, each of at most `slot_tokens` tokens, prompt and answer: the server's own limit
-    of running requests must not be higher. `weight_bytes` of the device's memory are for weights; None: as many as all
+    `slots` requests can run at once where memory suffices, each of at most `slot_tokens` tokens, prompt and answer. Of
+    the device's memory `weight_bytes` are for weights; None: as many as all
     models take. `residents` holds the weights where somebody else has loaded them already. `kept_answers`: of so many
     requests that have completed and left, the latest, answers are kept; None: of all that ever ran.
     """
@@ -68,7 +70,10 @@ class LiveEngine:
         self._env, self._models, self._texts = env, models, texts
         on = open_device(device) if isinstance(device, str) else device
         self.residents = residents or Residents(models, on, weight_bytes)
-        self.work = Workspace(slots, slot_tokens, on)
+        self.work = Workspace(
+            {name: _cache_shape(model, slot_tokens) for name, model in models.items()}, slots, on,
+            max(model.profile.activation_reserve_bytes for model in models.values()),
+        )  # fmt: skip
         self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
         self.forward_ns = 0  # inside forward passes of iterations, since it was made
@@ -77,8 +82,16 @@ class LiveEngine:
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
 
+    def places(self, model: str) -> Places | None:
+        return self.work.places[model]
+
     def hold(self, layers: Mapping[str, int]) -> None:
+        """When the first weights are there, KV memory is taken from what is free beside them."""
         self.residents.hold(layers)
+        if layers and not self.work.reserved_bytes:
+            name, end = next(iter(layers.items()))
+            try_out(self.residents.running(name, end), end)
+            self.work.reserve()
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
         """Runs one iteration, however many the plan allows: whoever arrives meanwhile is seen after it."""
@@ -260,6 +273,11 @@ class LiveEngine:
             decoded=_tokens(rows, plan.run_layers),
             prefilled=_tokens(first, plan.run_layers),
         )
+
+
+def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
+    a = model.checkpoint.architecture
+    return CacheShape(a, model.profile.model.n_layers, min(slot_tokens, a.max_context_tokens), model.dtype)
 
 
 def _observed(plan: Plan, answer: Answer) -> bool:

@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_sim.live.architecture import Architecture
-from helios_sim.live.pages import written_block
+from helios_sim.live.pages import aligned, written_block
 from helios_sim.live.rope import Rotary, Rotation
 
 
 class KvCache:
-    """Preallocated slots for the first `layers` layers."""
+    """Preallocated slots for the first `layers` layers.
+
+    They lie one after the other in `memory` (bytes, as many as `CacheShape.n_bytes` says), so that more or fewer layers
+    are more or fewer views of it; without it each layer has memory of its own.
+    """
 
     def __init__(
         self,
@@ -30,29 +34,37 @@ class KvCache:
         max_tokens: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        memory: Tensor | None = None,
     ) -> None:
         self.architecture, self.slots, self.max_tokens = architecture, slots, max_tokens
         self.dtype, self.device = dtype, torch.device(device)
         self.rotary = Rotary(architecture, dtype, device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._memory = memory
         self.resize(layers)
 
     def resize(self, layers: int) -> None:
-        """Keep the first `layers` layers: drops what is above, allocates what is missing (its content is undefined)."""
+        """Keep the first `layers` layers: drops what is above, adds what is missing (its content is undefined)."""
         del self.keys[layers:], self.values[layers:]
-        while len(self.keys) < layers:
-            self.keys.append(self._empty())
-            self.values.append(self._empty())
+        for layer in range(len(self.keys), layers):
+            self.keys.append(self._tensor(2 * layer))
+            self.values.append(self._tensor(2 * layer + 1))
 
     @property
     def kv_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def _empty(self) -> Tensor:
-        """Zeros, not undefined memory: a masked NaN would still spoil the sum."""
+    def _tensor(self, number: int) -> Tensor:
+        """Never memory that was not written: a masked NaN would still spoil the sum."""
         shape = (self.slots, self.architecture.n_kv_heads, self.max_tokens, self.architecture.head_dim)
-        return written_block(prod(shape) * self.dtype.itemsize, self.device).view(self.dtype).view(shape)
+        n_bytes = prod(shape) * self.dtype.itemsize
+        if self._memory is None:
+            memory = written_block(n_bytes, self.device)
+        else:
+            start = number * aligned(n_bytes)
+            memory = self._memory[start : start + n_bytes]
+        return memory.view(self.dtype).view(shape)
 
 
 class PromptStep:

@@ -24,7 +24,6 @@ from helios_sim.live.served import LiveModel
 from helios_sim.live.slab import Piece, Slab
 from helios_sim.live.weights import LayerWeights, OuterWeights
 
-DTYPES = {4: torch.float32, 2: torch.bfloat16}
 Done = Callable[[Exception | None], None]
 
 
@@ -124,7 +123,7 @@ class Residents:
     def _read(self) -> None:
         on = self._device.torch_device
         for name, live in self._models.items():
-            self._stores[name] = host_store(name, live.checkpoint, _dtype(live), self._device)
+            self._stores[name] = host_store(name, live.checkpoint, live.dtype, self._device)
         n_bytes = self._weight_bytes
         if n_bytes is None:
             n_bytes = sum(s.n_bytes(b) for s in self._stores.values() for b in (OUTER, *range(s.architecture.n_layers)))
@@ -177,12 +176,7 @@ class Residents:
 
     def _model(self, name: str, outer: OuterWeights) -> SegmentedModel:
         live = self._models[name]
-        return SegmentedModel(live.checkpoint, outer, _dtype(live), self._device.torch_device)
-
-
-def _dtype(live: LiveModel) -> torch.dtype:
-    """The profile's bytes say what policies and the KV cache count with."""
-    return DTYPES[live.profile.model.weight_bytes_per_value]
+        return SegmentedModel(live.checkpoint, outer, live.dtype, self._device.torch_device)
 
 
 class _Streamed(Sequence[LayerWeights]):

@@ -10,6 +10,7 @@ from helios_sim.errors import UserError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_SHARE = 0.9  # others grow too: processes on a host, an allocator's gaps on a card
 _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
@@ -29,6 +30,12 @@ def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
             "memory", f"{free / 1e9:.2f} GB free on {device}", f"{needed_bytes / 1e9:.2f} GB for the weights of {name}",
             "load fewer layers, use bfloat16, choose a smaller model or free memory",
         )  # fmt: skip
+
+
+def room_for_caches(device: torch.device, reserve_bytes: int) -> int | None:
+    """Of the memory that is free now, what caches may take beside a reserve; None where the system does not tell."""
+    free = available_bytes(device)
+    return None if free is None else max(0, int(free * _SHARE) - reserve_bytes)
 
 
 def shortage(error: BaseException) -> str | None:

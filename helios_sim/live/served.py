@@ -10,11 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.live.heads import ExitHeads
 from helios_sim.live.weights import TensorSource
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
+
+_DTYPES = {4: torch.float32, 2: torch.bfloat16}
 
 
 class Texts(Protocol):
@@ -42,6 +46,11 @@ class LiveModel:
     profile: Profile
     trace: BoundTrace
     replays: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and KV: policies and the server count with the bytes that the profile says."""
+        return _DTYPES[self.profile.model.weight_bytes_per_value]
 
     @property
     def exits(self) -> tuple[int, ...]:

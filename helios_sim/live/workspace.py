@@ -1,43 +1,84 @@
-"""The KV cache of the model that runs, and whose texts lie in it. Knows no plan and no weights."""
+"""The KV caches of all models in one block of memory, and whose texts lie in it. Knows no plan and no weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set as AbstractSet
 
+from torch import Tensor
+
 from helios_sim.errors import UserError
 from helios_sim.live.answer import Answer
+from helios_sim.live.cache_shape import CacheShape
 from helios_sim.live.captured import Captured
 from helios_sim.live.device import Device
 from helios_sim.live.kv import KvCache
 from helios_sim.live.model import SegmentedModel
+from helios_sim.live.pages import written_block
+from helios_sim.live.room import room_for_caches
 from helios_sim.live.slots import Slots
+from helios_sim.serving.iteration import Places
 
 
 class Workspace:
-    """One model computes at a time, so there is one cache; another model's takes its place."""
+    """One model computes at a time, so the caches are views of the same block, and a switch allocates nothing.
 
-    def __init__(self, slots: int, slot_tokens: int, device: Device) -> None:
-        self.slot_tokens, self._device = slot_tokens, device
+    Wanted are `slots` slots of each of the shapes. `reserve_bytes` of the device's memory stay free for activations.
+    """
+
+    def __init__(self, shapes: Mapping[str, CacheShape], slots: int, device: Device, reserve_bytes: int) -> None:
+        self.wanted = slots
+        self._shapes, self._device, self._reserve_bytes = shapes, device, reserve_bytes
+        self.places = {name: Places(slots, shape.slot_tokens) for name, shape in shapes.items()}  # until it is reserved
         self.slots = Slots(slots, self._move)
-        self.cache: KvCache
+        self.cache: KvCache  # of the model that runs
         self.captured: Captured | None = None
+        self._block: Tensor | None = None
+        self._caches: dict[str, KvCache] = {}
         self._spoilt: set[int] = set()  # slots that hold something that is no number
         self._name: str | None = None
         self._model: SegmentedModel | None = None
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the block; 0 where there is none yet."""
+        return 0 if self._block is None else len(self._block)
+
+    def reserve(self) -> None:
+        """Allocates the block: for all slots that are wanted, or for as many as memory has room for now.
+
+        UserError where not one request of every model fits.
+        """
+        on = self._device.torch_device
+        self._device.release()
+        room = room_for_caches(on, self._reserve_bytes)
+        slots = {
+            name: self.wanted if room is None else min(self.wanted, shape.slots_in(room))
+            for name, shape in self._shapes.items()
+        }
+        for name, shape in self._shapes.items():
+            if room is not None and not slots[name]:
+                raise UserError(
+                    "memory", f"{room / 1e9:.2f} GB for KV on {on}",
+                    f"{shape.n_bytes(1) / 1e9:.2f} GB for one request of {shape.slot_tokens} tokens on {name}",
+                    "shorten the workload's texts, choose a smaller model or free memory",
+                )  # fmt: skip
+        block = written_block(max(shape.n_bytes(slots[name]) for name, shape in self._shapes.items()), on)
+        self._block = block
+        for name, shape in self._shapes.items():
+            a = shape.architecture
+            self._caches[name] = KvCache(a, 0, slots[name], shape.slot_tokens, shape.dtype, on, block)
+            self.places[name] = Places(slots[name], shape.slot_tokens)
+
     def use(self, name: str, model: SegmentedModel, layers: int) -> None:
         """The cache of this model with so many layers. What requests have in it stays valid if the model stays."""
         if name != self._name or model is not self._model:
+            self._wipe_for(name)
+            self.cache = self._caches[name]
             self.slots.clear()
-            self._spoilt.clear()
-            self.captured = None
-            context = min(self.slot_tokens, model.architecture.max_context_tokens)
-            self._name = None
-            self.cache = KvCache(model.architecture, layers, self.slots.count, context, model.dtype, model.device)
+            self.slots.count = self.cache.slots
+            self.captured = Captured(model, self.cache, self._device) if self._device.captures else None
             self._name, self._model = name, model
-            if self._device.captures:
-                self.captured = Captured(model, self.cache, self._device)
-        elif len(self.cache.keys) != layers:
+        if len(self.cache.keys) != layers:
             self.cache.resize(layers)
 
     def keep_only(self, requests: AbstractSet[int], answers: Mapping[int, Answer]) -> None:
@@ -60,16 +101,13 @@ class Workspace:
                 tensor[slot] = 0.0
 
     def place(self, answer: Answer) -> None:
-        """A slot for this text, if it has none. UserError where the text is longer than a slot."""
+        """A slot for this text, if it has none. RuntimeError where it is longer: the server admits nobody who is."""
         request_id = answer.request.request_id
         if request_id in self.slots:
             return
         needed = len(answer.prompt) + answer.planned_tokens
         if needed > self.cache.max_tokens:
-            raise UserError(
-                "live.slot_tokens", self.slot_tokens, f"request {request_id} has {needed} tokens with its answer",
-                "give slots at least so many tokens, or shorten the workload's texts",
-            )  # fmt: skip
+            raise RuntimeError(f"request {request_id} has {needed} tokens, a KV slot {self.cache.max_tokens}")
         answer.lose_cache()
         self.slots.take(request_id)
 
@@ -81,6 +119,13 @@ class Workspace:
         """The first `decoding` of the batch's texts come to lie in a row."""
         cached = {answer.request.request_id: answer.cached for answer in answers}
         self.slots.arrange(list(cached)[:decoding], cached)
+
+    def _wipe_for(self, name: str) -> None:
+        """What another model left in the block must be numbers in this one's format too."""
+        other = None if self._name is None else self._shapes[self._name].dtype
+        if self._block is not None and (self._spoilt or other not in (None, self._shapes[name].dtype)):
+            self._block.zero_()
+        self._spoilt.clear()
 
     def _move(self, source: int, target: int, tokens: int, swap: bool) -> None:
         for tensor in (*self.cache.keys, *self.cache.values):

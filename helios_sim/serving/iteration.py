@@ -85,6 +85,14 @@ class Outcome:
         return min(int(self.end_ns.searchsorted(time_ns, side)) + 1, len(self.end_ns))
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What an engine's memory has room for at once."""
+
+    requests: int
+    tokens: int  # of each of them at most, prompt and answer
+
+
 class OutOfMemory(Exception):
     """The device had no memory for an iteration: nothing of it counts, and whoever was in it must start again."""
 
@@ -98,6 +106,10 @@ class Engine(Protocol):
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         """Prompt tokens (with the characters answered so far) and the span of what is still to be answered."""
+        ...
+
+    def places(self, model: str) -> Places | None:
+        """For requests of this model; None: as many and as long ones as the server's blocks hold."""
         ...
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:

@@ -80,6 +80,9 @@ class Replica:
         limit = self.situation.max_running_requests
         if self.deployment.batch_limit is not None:
             limit = min(limit, self.deployment.batch_limit)
+        places = self.engine.places(self.deployment.active.model)
+        if places is not None:
+            limit = min(limit, places.requests)
         if self._fewer is not None:
             limit = min(limit, self._fewer + self.completed_requests)
         return limit
@@ -175,6 +178,9 @@ class Replica:
         tokens = sequence.prompt_tokens + sequence.output_tokens
         if tokens > limit:
             return f"context of {model} exceeded"
+        places = self.engine.places(model)
+        if places is not None and tokens > places.tokens:
+            return f"longer than the {places.tokens} tokens that KV memory has for a request on {model}"
         if blocks_for(tokens - 1, self.pool.block_tokens) > self.pool.total_blocks:
             return f"larger than the KV pool beside {model}"
         return None

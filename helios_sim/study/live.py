@@ -25,7 +25,7 @@ from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics
 from helios_sim.report.records import Maybe, Records
 from helios_sim.request import Request
-from helios_sim.serving.iteration import Engine
+from helios_sim.serving.iteration import Engine, OutOfMemory
 from helios_sim.study.build import Parts, build_profile, exit_trace, task_names
 from helios_sim.study.live_notes import LiveNotes
 from helios_sim.study.schema import Config
@@ -59,13 +59,21 @@ class LiveRun:
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
         """The server with its first deployment in memory and everything warm. Time starts.
 
-        Energy is counted from the first arrival to the last completion, as the span is.
+        Energy is counted from the first arrival to the last completion, as the span is. UserError where memory does not
+        suffice for the first deployment.
         """
         server = make_server(self.engine)
         self.device_engine.faults = server
-        requests = list(islice(self._requests(), min(WARM_REQUESTS, self._config.server.max_running_requests)))
-        batch_tokens = self._parts.situation.max_batch_tokens
-        warm_up(self.device_engine, server.decisions[0].deployment, requests, batch_tokens, self._config.live.warm_up)
+        deployment, live = server.decisions[0].deployment, self._config.live
+        places = self.device_engine.work.places[deployment.active.model].requests
+        requests = list(islice(self._requests(), min(WARM_REQUESTS, places)))
+        try:
+            warm_up(self.device_engine, deployment, requests, self._parts.situation.max_batch_tokens, live.warm_up)
+        except OutOfMemory as short:
+            raise UserError(
+                "memory", short.reason, "enough for an iteration beside weights and KV",
+                "lower server.max_running_requests or server.max_batch_tokens, or free memory",
+            ) from short  # fmt: skip
         self._meter_from(requests[0].arrival_ns)
         self.clock.sync()
         return server
@@ -101,7 +109,14 @@ class LiveRun:
         return (f"Energy is not known: {self.meter.why}.",) if self.meter.why else ()
 
     def notes(self) -> LiveNotes:
-        return self.engine.notes()
+        work = self.device_engine.work
+        return replace(
+            self.engine.notes(),
+            shortages=self.device_engine.shortages,
+            kv_bytes=work.reserved_bytes,
+            places=min(places.requests for places in work.places.values()),
+            places_wanted=work.wanted,
+        )
 
     def close(self) -> None:
         """The run is over: nothing of it is left on the device."""
@@ -122,7 +137,7 @@ class LiveRun:
 
 
 def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> LiveEngine:
-    """The live engine, its slots as long as the workload's longest request."""
+    """The live engine, with room for the workload's longest requests."""
     from helios_sim.live.engine import LiveEngine
     from helios_sim.live.replayed import ReplayingEngine
     from helios_sim.serving.replica import SERVED_TEXTS
@@ -133,7 +148,8 @@ def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Li
     slots = min(config.server.max_running_requests, len(requests))
     engine = ReplayingEngine if any(model.replays for model in live_models.values()) else LiveEngine
     return engine(
-        clock, live_models, texts, slots=slots, slot_tokens=_longest(live_models, requests), device=config.live.device,
+        clock, live_models, texts, slots=slots, slot_tokens=_slot_tokens(config, live_models, requests),
+        device=config.live.device,
         kept_answers=None if config.live.score else SERVED_TEXTS,  # they are read once more when all is over
     )  # fmt: skip
 
@@ -168,6 +184,12 @@ def check_settings(config: Config) -> None:
 def wanted(config: Config) -> Wanted:
     live = config.live
     return Wanted(live.device, live.dtype, live.threads, live.seed, dict(live.weights), dict(live.heads))
+
+
+def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:
+    """In whole blocks, and one more: a text that changes its model half-way may come out some tokens longer."""
+    block_tokens = config.server.block_tokens
+    return (-(-_longest(models, requests) // block_tokens) + 1) * block_tokens
 
 
 def _longest(models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:

@@ -9,7 +9,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class LiveNotes:
-    """Sums over a run."""
+    """Sums over a run, and what memory allowed."""
 
     iterations: int
     engine_ns: int  # inside the engine
@@ -20,10 +20,15 @@ class LiveNotes:
     prompts_taken_ns: int  # by the iterations with prompts in them, engine and host
     prompts_priced_ns: int
     behind_ns: int  # by which the environment's clock was behind the wall clock when the run ended
+    shortages: int = 0  # further iterations that memory did not suffice for
+    kv_bytes: int = 0  # the block in which all caches lie
+    places: int = 0  # requests that fit into it at once, of the model that fits least
+    places_wanted: int = 0
 
     @classmethod
     def together(cls, runs: Sequence[Self]) -> Self:
-        return cls(*(sum(getattr(run, f.name) for run in runs) for f in fields(cls)))
+        joined = {"kv_bytes": max, "places": min, "places_wanted": max}
+        return cls(*(joined.get(f.name, sum)([getattr(run, f.name) for run in runs]) for f in fields(cls)))
 
     @property
     def price_error(self) -> float | None:
@@ -62,7 +67,14 @@ class LiveNotes:
         priced = f"the profile prices these very iterations {_signed(self.price_error)}"
         if self.waited_ns:
             priced += f" ({_signed(self.price_error_undisturbed)} without that time)"
-        return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without"
+        return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{self._memory()}"
+
+    def _memory(self) -> str:
+        told = ""
+        if self.places:
+            told = f"; KV memory of {self.kv_bytes / 2**20:.0f} MiB for {self.places} requests at once"
+            told += "" if self.places == self.places_wanted else f", {self.places_wanted} were wanted"
+        return told + (f"; memory ran out in {self.shortages} further iterations" if self.shortages else "")
 
 
 def _signed(share: float | None) -> str:

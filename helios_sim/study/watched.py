@@ -15,7 +15,7 @@ from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request, whole_ns
 from helios_sim.serving.batch import Sequence
-from helios_sim.serving.iteration import Engine, Outcome, Plan
+from helios_sim.serving.iteration import Engine, Outcome, Places, Plan
 from helios_sim.study.live_notes import LiveNotes
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")  # Linux: ns on a processor, ns waited for one, times
@@ -63,6 +63,9 @@ class WatchedEngine:
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._inner.tokenize(model, request, answered_chars)
+
+    def places(self, model: str) -> Places | None:
+        return self._inner.places(model)
 
     def hold(self, layers: Mapping[str, int]) -> None:
         self._inner.hold(layers)
