@@ -1,9 +1,9 @@
 """Times the live engine against transformers' generate, turn by turn in one run. Knows one model and one device.
 
-`python experiments/live_speed/measure.py [--model smollm2-135m] [--dtype bfloat16] [--device cpu] [--rounds 5]` prints
-one JSON line; with --record it also goes to results.json beside this file. Both sides have the same weights, dtype and
-threads, read the same prompts and write the same number of tokens, greedily. Ours runs behind the whole server:
-scheduler, accounting and clock are in its time.
+`python experiments/live_speed/measure.py [--model smollm2-135m] [--dtype bfloat16 float32] [--device cpu] [--rounds 5]`
+prints a JSON line for each dtype; with --record it also goes to results.json beside this file. Both sides have the same
+weights, dtype and threads, read the same prompts and write the same number of tokens, greedily. Ours runs behind the
+whole server: scheduler, accounting and clock are in its time. All sides of all dtypes take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -171,38 +172,54 @@ def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return times
 
 
-def compared(lengths: Sequence[tuple[int, int]], ours: Ours, theirs: Theirs, rounds: int) -> dict[str, Any]:
-    answers = ours.serve(lengths)
-    prompts = [ours.engine.answers[i].prompt for i in range(len(lengths))]
+def compared(
+    lengths: Sequence[tuple[int, int]], pairs: dict[str, tuple[Ours, Theirs]], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """By dtype; all sides of all dtypes take turns."""
     longest = max(answer for _, answer in lengths)
-    written = theirs.generate(prompts, longest)
+    tokens = sum(answer for _, answer in lengths)
+    found: dict[str, dict[str, Any]] = {}
+    sides: dict[str, Callable[[], object]] = {}
+    for dtype, (ours, theirs) in pairs.items():
+        answers = ours.serve(lengths)
+        prompts = [ours.engine.answers[i].prompt for i in range(len(lengths))]
+        found[dtype] = _agreement(theirs, prompts, answers, theirs.generate(prompts, longest))
+        sides[f"{dtype} ours"] = partial(ours.serve, lengths)
+        sides[f"{dtype} theirs"] = partial(theirs.generate, prompts, longest)
+    times = alternate(sides, rounds)
+    for dtype in pairs:
+        of = {name: times[f"{dtype} {name}"] for name in ("ours", "theirs")}
+        median = {name: statistics.median(t.wall_s) for name, t in of.items()}
+        median_cpu = {name: statistics.median(t.cpu_s) for name, t in of.items()}
+        found[dtype] = {
+            "requests": [list(pair) for pair in lengths],
+            "tokens_per_s": {name: round(tokens / s, 2) for name, s in median.items()},
+            "times_as_fast": round(median["theirs"] / median["ours"], 3),
+            "times_as_fast_by_cpu_time": round(median_cpu["theirs"] / median_cpu["ours"], 3),
+            **found[dtype],
+            "rounds": {name: {k: [round(s, 4) for s in v] for k, v in asdict(t).items()} for name, t in of.items()},
+        }
+    return found
+
+
+def _agreement(
+    theirs: Theirs, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """How many tokens are the same, and by how much ours misses the first choice where the two first part."""
     same = sum(a == b for answer, row in zip(answers, written, strict=True) for a, b in zip(answer, row, strict=False))
     gaps = [
         round(theirs.gap([*prompt, *answer[:at]], answer[at]), 4)
         for prompt, answer, row in zip(prompts, answers, written, strict=True)
         if (at := next((i for i, (a, b) in enumerate(zip(answer, row, strict=False)) if a != b), None)) is not None
     ]
-    times = alternate(
-        {"ours": lambda: ours.serve(lengths), "theirs": lambda: theirs.generate(prompts, longest)}, rounds
-    )
-    median = {name: statistics.median(t.wall_s) for name, t in times.items()}
-    median_cpu = {name: statistics.median(t.cpu_s) for name, t in times.items()}
-    tokens = sum(answer for _, answer in lengths)
-    return {
-        "requests": [list(pair) for pair in lengths],
-        "tokens_per_s": {name: round(tokens / s, 2) for name, s in median.items()},
-        "times_as_fast": round(median["theirs"] / median["ours"], 3),
-        "times_as_fast_by_cpu_time": round(median_cpu["theirs"] / median_cpu["ours"], 3),
-        "same_tokens_share": round(same / tokens, 3),
-        "logit_gaps_at_first_difference": gaps,
-        "rounds": {name: {k: [round(s, 4) for s in v] for k, v in asdict(t).items()} for name, t in times.items()},
-    }
+    share = round(same / sum(map(len, answers)), 3)
+    return {"same_tokens_share": share, "logit_gaps_at_first_difference": gaps}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
@@ -212,21 +229,28 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     checkpoint = find_checkpoint(options.model)
-    ours = Ours(checkpoint, options.dtype, options.device)
-    theirs = Theirs(checkpoint, options.dtype, options.device, options.kept)
-    result = {
-        "model": options.model, "weights": checkpoint.source, "dtype": options.dtype, "device": options.device,
-        "threads": torch.get_num_threads(), "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "alone": compared(ALONE, ours, theirs, options.rounds),
-        "mixed_8": compared(MIXED, ours, theirs, options.rounds),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_transformers_version()},
+    pairs = {
+        dtype: (Ours(checkpoint, dtype, options.device), Theirs(checkpoint, dtype, options.device, options.kept))
+        for dtype in options.dtype
+    }
+    alone, mixed = (compared(lengths, pairs, options.rounds) for lengths in (ALONE, MIXED))
+    about = {
+        "device": options.device, "threads": torch.get_num_threads(), "in_turn_with": options.dtype,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
-    print(json.dumps(result))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **_transformers_version()}
+    results = [
+        {"model": options.model, "weights": checkpoint.source, "dtype": dtype, **about, "alone": alone[dtype],
+         "mixed_8": mixed[dtype], "versions": versions}
+        for dtype in options.dtype
+    ]  # fmt: skip
+    for result in results:
+        print(json.dumps(result))
     if options.record:
         path = HERE / "results.json"
         found = json.loads(path.read_text()) if path.exists() else []
-        kept = [r for r in found if (r["model"], r["dtype"]) != (options.model, options.dtype)]
-        path.write_text(json.dumps([*kept, result], indent=1) + "\n")
+        kept = [r for r in found if r["model"] != options.model or r["dtype"] not in options.dtype]
+        path.write_text(json.dumps([*kept, *results], indent=1) + "\n")
 
 
 def _transformers_version() -> dict[str, str]:
