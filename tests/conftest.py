@@ -1,14 +1,18 @@
-"""Shared by all tests: where data from elsewhere lies, and reproducible property tests."""
+"""Shared by all tests: where data from elsewhere lies, the command line, and reproducible property tests."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from helios_sim.shared_data import shared_data_folder
+
+if TYPE_CHECKING:
+    from command_line import CommandLine
 
 # Before a test loads torch: pytest-xdist has a worker on every core, and torch's threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +38,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{_NO_DATA}: no folder {folder} (set HELIOS_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CommandLine:
+    """`python -m helios_sim` inside this process, in a folder of the test's own."""
+    from command_line import CommandLine
+
+    return CommandLine(capsys, monkeypatch, tmp_path)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,8 @@ from functools import cache
 import numpy as np
 
 from helios_sim.exits.offline import OfflineExits
+from helios_sim.policy.helios import HeliosPolicy
+from helios_sim.policy.helios_parameters import HeliosParameters
 from helios_sim.policy.telemetry import (
     Candidate,
     ExpectedLoad,
@@ -134,3 +136,7 @@ def observed(model: str, share_by_exit: Mapping[int, float], tokens: int = 100, 
     agrees = token >= np.rint(np.array(shares) * tokens)
     sure = np.repeat(token < round(confident * tokens), len(shares), axis=1)
     return Observation(model, 0, 0, confident=sure, agrees=agrees, bits=None, chars=tokens)
+
+
+def helios(**settings: object) -> HeliosPolicy:
+    return HeliosPolicy(HeliosParameters(**{"threshold": 0.7, **settings}))

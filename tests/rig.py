@@ -12,7 +12,7 @@ from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.offline import offline_exits
 from helios_sim.exits.rule import Confidence, ExitRule, FullDepth, PerToken
 from helios_sim.exits.synthetic import synthetic_trace
-from helios_sim.exits.trace import ANY_TASK, ExitTrace
+from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
@@ -24,9 +24,10 @@ from helios_sim.routing import Router, Routing
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.foresight import Foresight
-from helios_sim.workload import Workload, generate
+from helios_sim.workload import AllAtOnce, Arrivals, DrawnLengths, Fixed, Length, TaskMix, Workload, generate
 
 EXITS = (2, 4)
+AT_ONCE, ONE_TASK = AllAtOnce(), TaskMix.single("text")
 
 
 @dataclass
@@ -52,6 +53,18 @@ def kv_rules(rule: ExitRule) -> list[KvRule]:
 
 def full_depth(model: str = "flat", layers: int = 4, batch_limit: int | None = None) -> Deployment:
     return Deployment(Placement(model, layers), FullDepth(), kv_rule=KvRule.NONE, batch_limit=batch_limit)
+
+
+def workload(
+    requests: int,
+    prompt: int | Length = 5,
+    output: int | Length = 10,
+    arrivals: Arrivals = AT_ONCE,
+    mix: TaskMix = ONE_TASK,
+) -> Workload:
+    """A whole number is the length of every text, in characters; the models here make a token of each."""
+    lengths = DrawnLengths(*(Fixed(each) if isinstance(each, int) else each for each in (prompt, output)))
+    return Workload(arrivals, lengths, mix, requests, chars_per_token=None)
 
 
 class Watched(simpy.Environment):
@@ -153,6 +166,3 @@ def serve(
         ahead=ahead and watch is None,
     )
     return Served(records, run)
-
-
-__all__ = ["ANY_TASK", "EXITS", "Scripted", "Served", "full_depth", "serve"]

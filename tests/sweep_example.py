@@ -21,6 +21,13 @@ sweep:
     cap_bound: {settings: [objective.max_disagreement], values: [0.01, 0.2]}
     limit: {settings: [arms.helios.limit], values: [20, 80]}
 """
+FREE = {
+    "cap_bound": ParameterConfig(settings=["objective.max_disagreement"], low=0.01, high=0.3),
+    "limit": ParameterConfig(settings=["arms.helios.limit"], low=10, high=90, whole=True),
+    "prompts": ParameterConfig(settings=["arms.helios.prompts_per_candidate"], values=[1, 2, 5]),
+    "on_breach": ParameterConfig(settings=["arms.helios.on_breach"], values=["cheaper", "load_only"]),
+}
+SEARCH: dict[str, Any] = {"method": "search", "parameters": FREE, "designs": 24, "generation": 6}
 
 
 def example(**sweep: Any) -> Config:

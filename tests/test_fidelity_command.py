@@ -24,11 +24,6 @@ EXPERIMENT = ("+experiment=fidelity_vllm", "fidelity.load_factors=[0.5,1.0]")
 REAL = "serving_logs/rtxpro6000_llama31_8b_vllm019"
 
 
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path) -> CommandLine:
-    return CommandLine(capsys, monkeypatch, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [

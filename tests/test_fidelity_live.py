@@ -63,11 +63,6 @@ def test_notes_of_two_runs_add_up() -> None:
     assert LiveNotes(*[0] * 9).sentence() == "nothing ran"
 
 
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path) -> CommandLine:
-    return CommandLine(capsys, monkeypatch, tmp_path)
-
-
 LOADS = ("fidelity_live.loads=[0.5,1.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
 
 

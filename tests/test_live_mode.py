@@ -23,11 +23,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path) -> CommandLine:
-    return CommandLine(capsys, monkeypatch, tmp_path)
-
-
 def arguments(study: Path, *more: str) -> tuple[str, ...]:
     return "--config-dir", str(study / "conf"), "+experiment=tiny_live", *more
 

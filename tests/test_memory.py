@@ -13,17 +13,11 @@ from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
 from helios_sim.serving.commit import commit
 from helios_sim.serving.kv import KvPool
-from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
-from rig import Scripted, Served, full_depth, serve
+from helios_sim.workload import ClosedLoop, Constant, Exponential, Fixed, Workload
+from rig import Scripted, Served, full_depth, serve, workload
 
 MS = 1_000_000
 WEIGHTS, TOKEN = 228, 16  # bytes of the flat model and of one token's K and V
-
-
-def workload(requests: int, prompt, output, arrivals=None) -> Workload:
-    lengths = [Fixed(x) if isinstance(x, int) else x for x in (prompt, output)]
-    mix = TaskMix.single("text")
-    return Workload(arrivals or AllAtOnce(), DrawnLengths(*lengths), mix, requests, chars_per_token=None)
 
 
 def run(work: Workload, blocks: int, block_tokens: int = 1, **rig) -> Served:

@@ -14,8 +14,7 @@ from helios_sim.policy.load import Load
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.policy.transition import Underway, transition
 from helios_sim.policy.trigger import BreachLimit, Completed, Drained, Probed
-from policy_example import large, layered_profile, observed, offline, seen, situation, small
-from test_policy_helios import helios
+from policy_example import helios, large, layered_profile, observed, offline, seen, situation, small
 
 BREACH = BreachLimit(100, 50)
 LOAD = Load(10.0, 21.0)  # 10 tokens of prompt, 21 of answer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import CommandLine, write_study
+from command_line import write_study
 from helios_sim.report.replicas import ReplicaFigures, Spread, by_kind
 from helios_sim.study.job import Job, run_job
 from helios_sim.study.schema import ArrivalsConfig, ServerConfig
@@ -71,8 +71,8 @@ def test_one_replica_is_its_own_run(tmp_path: Path) -> None:
     assert (only.kind, only.card) == ("", "box")
 
 
-def test_a_cluster_is_shown_on_the_page_and_in_the_summary(capsys, monkeypatch, tmp_path: Path) -> None:
-    said = CommandLine(capsys, monkeypatch, tmp_path)(*write_study(tmp_path, CLUSTER))
+def test_a_cluster_is_shown_on_the_page_and_in_the_summary(command, tmp_path: Path) -> None:
+    said = command(*write_study(tmp_path, CLUSTER))
     assert said.status == 0, said.err
     replicas = json.loads((tmp_path / "out" / "summary.json").read_text())["arms"]["full_depth"]["replicas"]
     assert [(it["kind"], it["card"]) for it in replicas] == [
@@ -84,8 +84,8 @@ def test_a_cluster_is_shown_on_the_page_and_in_the_summary(capsys, monkeypatch, 
     assert (tmp_path / "out" / "figures" / "replicas.png").stat().st_size > 0
 
 
-def test_a_single_card_has_no_word_of_replicas(capsys, monkeypatch, tmp_path: Path) -> None:
-    said = CommandLine(capsys, monkeypatch, tmp_path)(*write_study(tmp_path))
+def test_a_single_card_has_no_word_of_replicas(command, tmp_path: Path) -> None:
+    said = command(*write_study(tmp_path))
     assert said.status == 0, said.err
     assert "replicas" not in said.summary["arms"]["full_depth"]
     assert "Replicas" not in (tmp_path / "out" / "report.html").read_text()

@@ -9,21 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import rig
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Request
 from helios_sim.routing import Router, Routing
 from helios_sim.simulation import System
-from helios_sim.workload import (
-    AllAtOnce,
-    ClosedLoop,
-    Constant,
-    DrawnLengths,
-    Exponential,
-    Fixed,
-    Poisson,
-    TaskMix,
-    Workload,
-)
+from helios_sim.workload import AllAtOnce, Arrivals, ClosedLoop, Constant, Exponential, Poisson, TaskMix, Workload
 from rig import Served, full_depth, serve
 
 SLOW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,9 +22,8 @@ TASKS = ("prose", "code", "sums")
 HOMES = ((0, 2), (1,), (1, 2))
 
 
-def workload(arrivals, n: int = 120) -> Workload:
-    lengths = DrawnLengths(Fixed(5), Exponential(20))
-    return Workload(arrivals, lengths, TaskMix(TASKS, (1.0, 1.0, 1.0)), n, chars_per_token=None)
+def workload(arrivals: Arrivals, n: int = 120) -> Workload:
+    return rig.workload(n, output=Exponential(20), arrivals=arrivals, mix=TaskMix(TASKS, (1.0, 1.0, 1.0)))
 
 
 @pytest.fixture

@@ -17,16 +17,11 @@ from helios_sim.routing import Router, Routing
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.server import Server
 from helios_sim.simulation import LittlesLawViolated, System
-from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
-from rig import Scripted, full_depth, serve
-from test_serving_properties import cases, run, uneven_profiles
+from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential
+from rig import Scripted, full_depth, serve, workload
+from serving_cases import cases, run, uneven_profiles
 
 MS = 1_000_000
-
-
-def workload(requests: int, arrivals) -> Workload:
-    lengths = DrawnLengths(Fixed(5), Fixed(10))
-    return Workload(arrivals, lengths, TaskMix.single("text"), requests, chars_per_token=None)
 
 
 def never(**other) -> Deployment:
@@ -40,7 +35,7 @@ ARRIVALS = [AllAtOnce(), Constant(100.0), ClosedLoop(1), ClosedLoop(3), ClosedLo
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 @pytest.mark.parametrize("router", Router)
 def test_a_server_that_admits_nobody_ends_with_all_unfinished(arrivals, replicas: int, router: Router) -> None:
-    served = serve(workload(7, arrivals), Scripted(never()), replicas=replicas, router=router)
+    served = serve(workload(7, arrivals=arrivals), Scripted(never()), replicas=replicas, router=router)
     sent = 7 if not isinstance(arrivals, ClosedLoop) else min(7, arrivals.users)  # nobody sends after no answer
     assert sorted(r.request_id for r in served.records) == list(range(sent))
     for record in served.records:
@@ -53,7 +48,7 @@ def test_a_server_that_admits_nobody_ends_with_all_unfinished(arrivals, replicas
 @pytest.mark.parametrize("arrivals", [AllAtOnce(), ClosedLoop(2)])
 def test_a_server_that_stops_admitting_finishes_what_runs(arrivals) -> None:
     policy = Scripted(replace(full_depth(batch_limit=2), triggers=(AtTime(15 * MS),)), [never()])
-    served = serve(workload(9, arrivals), policy)
+    served = serve(workload(9, arrivals=arrivals), policy)
     status = [r.status for r in served.by_request()]
     assert status[:4] == [Status.COMPLETED] * 4
     assert set(status[4:]) == {Status.UNFINISHED}
@@ -73,7 +68,7 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helios_sim.simulation.simpy.Environment", Stops)
-        served = serve(workload(3, AllAtOnce()), full_depth(), leap=False)
+        served = serve(workload(3), full_depth(), leap=False)
     assert [r.status for r in served.records] == [Status.UNFINISHED] * 3
     assert {r.output_tokens for r in served.records} <= {3, 4}
     assert [r.preemptions for r in served.records] == [0] * 3
@@ -119,7 +114,7 @@ def test_a_request_that_leaves_twice_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Replica, "leave", twice)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
@@ -131,7 +126,7 @@ def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", loses)
     with pytest.raises(LittlesLawViolated, match="4 arrived, 3 left"):
-        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
@@ -143,7 +138,7 @@ def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", early)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
 
 
 def test_an_arrival_without_a_request_is_noticed() -> None:
@@ -159,12 +154,10 @@ def test_an_arrival_without_a_request_is_noticed() -> None:
 def test_timers_of_leaps_that_were_cut_do_not_lengthen_an_unfinished_evaluation() -> None:
     """The third request may never start. While weights stream in, leaps are planned slower than they turn out: their
     timers stay behind and move the clock beyond the server's last turn."""
-    workload = Workload(
-        Constant(1000.0), DrawnLengths(Fixed(1), Exponential(20)), TaskMix.single("text"), 3, chars_per_token=None
-    )
+    few = workload(3, 1, Exponential(20), Constant(1000.0))
     probing = Deployment(Placement("a", 4), FullDepth(), admit_limit=2, probe=Probe(("a", "b"), 2))
     spent = [
-        run(workload, Scripted(probing), 1, Router.ROUND_ROBIN, 4, leap, uneven_profiles(0.0)).run.stats.evaluation_ns
+        run(few, Scripted(probing), 1, Router.ROUND_ROBIN, 4, leap, uneven_profiles(0.0)).run.stats.evaluation_ns
         for leap in (True, False)
     ]
     assert spent[0] == spent[1] > 0

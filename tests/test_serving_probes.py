@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from flat_rig import MS, flat, run
 from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.deployment import Probe
 from helios_sim.policy.trigger import Completed, Probed
 from helios_sim.workload import ClosedLoop, generate
-from rig import full_depth
-from test_serving_transitions import MS, flat, run, workload
+from rig import full_depth, workload
 
 
 def test_a_probe_streams_beside_serving_and_takes_the_device_once() -> None:

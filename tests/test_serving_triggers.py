@@ -18,15 +18,10 @@ from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Q
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.serving.batch import Column
 from helios_sim.serving.commit import commit
-from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, DrawnLengths, Exponential, Fixed, TaskMix, Workload
-from rig import Scripted, full_depth, serve
+from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
+from rig import Scripted, full_depth, serve, workload
 
 MS = 1_000_000
-
-
-def workload(requests: int, arrivals, prompt=5, output=10) -> Workload:
-    lengths = DrawnLengths(Fixed(prompt), Fixed(output) if isinstance(output, int) else output)
-    return Workload(arrivals, lengths, TaskMix.single("text"), requests, chars_per_token=None)
 
 
 def capped(*triggers, layers: int = 2, **other) -> Deployment:
@@ -84,14 +79,14 @@ def test_the_breach_limit_fires_at_the_iteration_that_exceeds_it(
     """With windows shorter and longer than an iteration's tokens, and again after it was cleared."""
     limit = BreachLimit(window, int(window * share))
     policy = Scripted(capped(limit, observe_tokens=observe))
-    expected = breach_times(limit, policy, workload(requests, arrivals, output=Exponential(30)), leap)
+    expected = breach_times(limit, policy, workload(requests, arrivals=arrivals, output=Exponential(30)), leap)
     assert [(t.now_ns, t.breaches_in_window) for _, t in policy.asked] == expected
 
 
 def test_several_limits_are_each_watched() -> None:
     """Alone and together they fire at the same times, in whichever order they stand."""
     limits = [BreachLimit(10, 6), BreachLimit(40, 20)]
-    work = workload(12, ClosedLoop(3), output=Exponential(40))
+    work = workload(12, arrivals=ClosedLoop(3), output=Exponential(40))
     alone = {}
     for limit in limits:
         policy = Scripted(capped(limit))
@@ -109,7 +104,7 @@ def test_several_limits_are_each_watched() -> None:
 def test_only_a_deployment_that_changes_the_placement_clears_the_window(keeps_placement: bool) -> None:
     """A new deployment after each request, with the same limit. Back and forth between two caps nothing is counted."""
     limit = BreachLimit(25, 12)
-    work = workload(12, ClosedLoop(1), output=20)
+    work = workload(12, arrivals=ClosedLoop(1), output=20)
     steady = Scripted(capped(limit))
     expected = breach_times(limit, steady, work, leap=True)
     assert len(expected) > 2
@@ -126,10 +121,10 @@ def test_only_a_deployment_that_changes_the_placement_clears_the_window(keeps_pl
 
 def test_completed_counts_since_the_decision_and_since_it_last_fired() -> None:
     policy = Scripted(full_depth_with(Completed(3)))
-    serve(workload(10, ClosedLoop(1)), policy)
+    serve(workload(10, arrivals=ClosedLoop(1)), policy)
     assert [t.completed_requests for _, t in policy.asked] == [3, 6, 9]
     policy = Scripted(full_depth_with(Completed(3)), [full_depth_with(Completed(2))])
-    serve(workload(10, ClosedLoop(1)), policy)
+    serve(workload(10, arrivals=ClosedLoop(1)), policy)
     assert [t.completed_requests for _, t in policy.asked] == [3, 5, 7, 9]
 
 
@@ -142,7 +137,7 @@ def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_whe
     """Requests come at 100, 200, 300 ms and run for 10."""
     times = (0, 50_300_000, 103_300_000, 104 * MS, 150 * MS, 205_000_001)
     policy = Scripted(full_depth_with(*map(AtTime, times)))
-    serve(workload(3, Constant(10.0)), policy, leap=leap)
+    serve(workload(3, arrivals=Constant(10.0)), policy, leap=leap)
     assert [(cause.time_ns, t.now_ns) for cause, t in policy.asked] == [
         (0, 0),
         (50_300_000, 50_300_000),
@@ -158,11 +153,11 @@ def test_a_queue_is_reported_once_until_it_has_been_short_again(leap: bool) -> N
     """One at a time, 10 ms each; one comes every 4 ms. At 20 ms 4 wait and one of them starts; at 24 ms there are 4
     again, and from then on more."""
     policy = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(3),)))
-    serve(workload(24, Constant(250.0)), policy, leap=leap)
+    serve(workload(24, arrivals=Constant(250.0)), policy, leap=leap)
     assert [(t.now_ns, t.queued_requests) for _, t in policy.asked] == [(20 * MS, 4), (24 * MS, 4)]
 
     twice = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(0),)))
-    serve(workload(4, Constant(60.0), output=20), twice, leap=leap)
+    serve(workload(4, arrivals=Constant(60.0), output=20), twice, leap=leap)
     assert [t.queued_requests for _, t in twice.asked] == [1] * 4  # the first one too: it comes to an idle server
 
 
@@ -170,7 +165,7 @@ def test_drained_fires_when_the_admitted_are_done_and_nobody_else_starts() -> No
     """Two may start; a third waits. The second deployment admits nobody, so it is drained at once."""
     first = full_depth_with(Drained(), admit_limit=2)
     policy = Scripted(first, [full_depth_with(Drained(), admit_limit=0), full_depth_with(Drained())])
-    served = serve(workload(5, AllAtOnce()), policy)
+    served = serve(workload(5), policy)
     assert asked(policy, Drained) == [10 * MS, 10 * MS]
     assert [r.scheduled_ns for r in served.by_request()] == [0, 0, 10 * MS, 10 * MS, 10 * MS]
 
@@ -179,7 +174,7 @@ def test_a_preempted_request_counts_once_against_the_admission_limit() -> None:
     """Room for 30 tokens: both start with 10, one has to go and comes back, and the limit of two is used up."""
     policy = Scripted(full_depth_with(Drained(), admit_limit=2), [full_depth()])
     rig = {"hbm_bytes": 228 + 30 * 16, "utilisation": 1.0, "block_tokens": 1}
-    served = serve(workload(3, AllAtOnce(), prompt=10, output=15), policy, **rig)
+    served = serve(workload(3, prompt=10, output=15), policy, **rig)
     assert [r.preemptions > 0 for r in served.by_request()] == [False, True, False]
     third = served.by_request()[2]
     assert third.scheduled_ns == policy.asked[0][1].now_ns == served.by_request()[1].last_token_ns
@@ -201,7 +196,7 @@ def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, 
         for sequence in (*server._replica.batch.members, *server._replica.waiting):
             spans[sequence.request.request_id] = sequence.span
 
-    work = workload(6, AllAtOnce(), output=Exponential(20, minimum=2))
+    work = workload(6, output=Exponential(20, minimum=2))
     served = serve(work, policy, traces={"flat": trace}, leap=leap, watch=watch)
     ((cause, telemetry),) = policy.asked
     assert isinstance(cause, Drained)
@@ -228,7 +223,7 @@ def test_a_policy_that_contradicts_its_own_triggers_is_told_so() -> None:
             return always
 
     with pytest.raises(UserError, match="at most 1000 times at one moment"):
-        serve(workload(2, AllAtOnce()), Stubborn(always))
+        serve(workload(2), Stubborn(always))
 
 
 def test_a_policy_s_own_error_reaches_its_user_whole() -> None:
@@ -237,8 +232,8 @@ def test_a_policy_s_own_error_reaches_its_user_whole() -> None:
             raise UserError("policy.x", 3, "x must be even", "set policy.x=4")
 
     with pytest.raises(UserError, match=r"policy.x=3: x must be even. Fix: set policy.x=4."):
-        serve(workload(2, ClosedLoop(1)), Refuses(full_depth_with(Completed(1))))
+        serve(workload(2, arrivals=ClosedLoop(1)), Refuses(full_depth_with(Completed(1))))
 
 
 def test_flat_iterations_take_a_millisecond() -> None:
-    assert serve(workload(1, AllAtOnce()), full_depth(), {"flat": flat_profile(0.001)}).run.end_ns == 10 * MS
+    assert serve(workload(1), full_depth(), {"flat": flat_profile(0.001)}).run.end_ns == 10 * MS

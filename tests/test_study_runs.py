@@ -46,15 +46,10 @@ HALF_WAY = STUDY.replace("baseline:", "  last: {policy: custom, object: 'held:He
 
 
 @pytest.fixture
-def with_pictures(capsys, monkeypatch, tmp_path) -> CommandLine:
-    return CommandLine(capsys, monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def helios(with_pictures, monkeypatch) -> CommandLine:
+def helios(command, monkeypatch) -> CommandLine:
     """Without report.html and figures, which take most of a small study's time."""
     monkeypatch.setattr(helios_sim.report.write, "write_pictures", lambda *_: None)
-    return with_pictures
+    return command
 
 
 def without_the_clock(summary):
@@ -62,8 +57,8 @@ def without_the_clock(summary):
     return {key: value for key, value in summary.items() if key != "provenance"}
 
 
-def test_what_is_said_and_written(with_pictures, tmp_path):
-    said = with_pictures(*write_study(tmp_path))
+def test_what_is_said_and_written(command, tmp_path):
+    said = command(*write_study(tmp_path))
     folder = tmp_path / "out"
     assert said.status == 0
     lines = said.out.splitlines()
@@ -248,12 +243,12 @@ def test_a_study_from_python_is_checked_before_it_runs():
         run(replace(config, gates=[GateConfig(arm="full_depth", metric="speed", low=1.0)]))
 
 
-def test_what_the_reader_of_a_trace_changed_is_said_in_the_report(with_pictures, tmp_path):
+def test_what_the_reader_of_a_trace_changed_is_said_in_the_report(command, tmp_path):
     (tmp_path / "unsorted.csv").write_text("arrival_s,prompt_tokens,output_tokens\n2,20,5\n1,20,5\n3,20,5\n")
     trace = [
         f"workload.{part}.{key}"
         for part in ("arrivals", "lengths")
         for key in ("kind=trace", f"trace={tmp_path}/unsorted.csv")
     ]
-    assert with_pictures(*write_study(tmp_path), *trace, "workload.n_requests=null").status == 0
+    assert command(*write_study(tmp_path), *trace, "workload.n_requests=null").status == 0
     assert "1 of 3 rows arrive before the row above" in (tmp_path / "out" / "report.html").read_text()
