@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,24 +15,14 @@ from calibrate.campaigns.schema import CampaignConfig
 from calibrate.inputs import Inputs
 from calibrate.schema import CalibrateConfig, ModelConfig
 from calibrate.stages import Stage, StageRun
-from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, stages_of
+from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, stages_of
 from helios_sim.errors import UserError
 from helios_sim.live.known import KNOWN, cache_folder
 
 DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
 TRANSCRIPT = "device.jsonl"
-Run = Callable[[StageRun], Mapping[str, Any]]
 
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """Seconds that a stage takes unhurried, and in which it is worth beginning; both guessed, never measured."""
-
-    estimate_s: float
-    least_s: float
-
-
-# Of a card like an H100. No such card was at hand: the first campaign on one will correct them.
+# Of a card like an H100, guessed: no such card was at hand, and the first campaign on one will correct them.
 EFFORTS = {
     DEVICE: Effort(20, 5),
     PROFILES: Effort(60, 20),

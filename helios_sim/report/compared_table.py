@@ -1,9 +1,9 @@
-"""A measured run beside its simulation as a table for the terminal. Knows rows, not where they come from."""
+"""Measured runs beside their simulations on the terminal. Knows rows, not where they come from."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from helios_sim.report import format as fmt
 from helios_sim.report.fidelity import ComparedRow
+from helios_sim.report.result import ExperimentResult
 
 WIDTH = 100
 
@@ -35,3 +36,18 @@ def compared_table(title: str, rows: Sequence[ComparedRow]) -> Table:
             fmt.compared(row.difference, "+.2%"), *noise,
         )  # fmt: skip
     return table
+
+
+def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow], bool]) -> None:
+    """A table of every part, with the rows that are shown there (by the part's place), terms, verdict and gates."""
+    assert result.fidelity is not None
+    console = plain_console()
+    for place, (part, rows) in enumerate(result.fidelity.parts):
+        console.print(compared_table(part, [row for row in rows if shown(place, row)]))
+    for name, value in result.fidelity.terms:
+        print(f"{name}: {value}")
+    for sentence in result.verdict:
+        print(sentence)
+    for gate in result.gates:
+        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
+        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")

@@ -5,6 +5,7 @@ Knows what a request has done so far; knows neither time nor memory sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -83,6 +84,19 @@ def batch_row(sequence: Sequence, cached_tokens: int) -> tuple[int, ...]:
         sequence.microbits,
         -1 if sequence.last_token_ns is None else sequence.last_token_ns,
     )
+
+
+def take_row(sequence: Sequence, row: SequenceOf[int]) -> None:
+    """What has happened since `batch_row` laid the request out; `row` may go on beyond those columns."""
+    sequence.generated = row[Column.GENERATED]
+    sequence.layers_run = row[Column.LAYERS_RUN]
+    sequence.early_tokens = row[Column.EARLY]
+    sequence.breach_tokens = row[Column.BREACH]
+    sequence.agreed_tokens = row[Column.AGREED]
+    sequence.evaluated_tokens = row[Column.EVALUATED]
+    sequence.microbits = row[Column.MICROBITS]
+    if row[Column.LAST_TOKEN_NS] >= 0:
+        sequence.last_token_ns = row[Column.LAST_TOKEN_NS]
 
 
 class RunningBatch:
@@ -183,15 +197,7 @@ class RunningBatch:
         """Moves what happened in the batch into the sequence. Returns the tokens whose KV it has reserved."""
         sequence = self.members[index]
         row = self._table[:, index].tolist()
-        sequence.generated = row[Column.GENERATED]
+        take_row(sequence, row)
         sequence.cached_tokens = row[Column.CONTEXT]
-        sequence.layers_run = row[Column.LAYERS_RUN]
-        sequence.early_tokens = row[Column.EARLY]
-        sequence.breach_tokens = row[Column.BREACH]
-        sequence.agreed_tokens = row[Column.AGREED]
-        sequence.evaluated_tokens = row[Column.EVALUATED]
-        sequence.microbits = row[Column.MICROBITS]
-        if row[Column.LAST_TOKEN_NS] >= 0:
-            sequence.last_token_ns = row[Column.LAST_TOKEN_NS]
         reserved_tokens: int = row[Column.CONTEXT] + row[Column.PREFILL_LEFT]
         return reserved_tokens

@@ -23,6 +23,8 @@ from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.utilisation import Utilisation
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
+# Why a request can never run as deployed; the model goes into the braces.
+CONTEXT_EXCEEDED, POOL_EXCEEDED = "context of {} exceeded", "larger than the KV pool beside {}"
 
 
 class Replica:
@@ -177,12 +179,12 @@ class Replica:
         limit = self.situation.candidates[model].profile.model.max_context_tokens
         tokens = sequence.prompt_tokens + sequence.output_tokens
         if tokens > limit:
-            return f"context of {model} exceeded"
+            return CONTEXT_EXCEEDED.format(model)
         places = self.engine.places(model)
         if places is not None and tokens > places.tokens:
             return f"longer than the {places.tokens} tokens that KV memory has for a request on {model}"
         if blocks_for(tokens - 1, self.pool.block_tokens) > self.pool.total_blocks:
-            return f"larger than the KV pool beside {model}"
+            return POOL_EXCEEDED.format(model)
         return None
 
     def _retokenize(self, sequence: Sequence, model: str) -> None:

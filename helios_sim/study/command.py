@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import helios_sim
 from helios_sim.report.files import make_folder
@@ -22,6 +18,7 @@ from helios_sim.report.table import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.check import check_study
+from helios_sim.study.ending import end
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Variant, plan_study
 from helios_sim.study.progress import progress
@@ -42,23 +39,16 @@ def run_study(variant: Variant, folder: Path) -> int:
     ratios = comparisons(result)
     summary = write_result(result, folder, ratios, plan.config.pictures)
     forget_jobs(folder)
-    try:
-        _show(result, ratios, folder, summary)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader left, as `head` does; the files are there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0 if all(gate.passed for gate in result.gates) else 2
+    return end(lambda: _show(result, ratios), folder, summary, result.gates)
 
 
-def _show(result: ExperimentResult, ratios: Comparisons, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Standard output: the table, the answer, the folder, and summary.json as the last line."""
+def _show(result: ExperimentResult, ratios: Comparisons) -> None:
+    """The table, the answer and the gates."""
     print_table(result, ratios)
     for sentence in (*result.verdict, *_without_answers(result)):
         print(sentence)
     for gate in result.gates:
         print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} = {gate.value}, must be {gate.bound}")
-    print(f"output folder: {folder}")
-    print(json.dumps(summary, allow_nan=False))
 
 
 def _without_answers(result: ExperimentResult) -> list[str]:

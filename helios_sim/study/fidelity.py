@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.report.compared_table import compared_table, plain_console
-from helios_sim.report.fidelity import LoadError
+from helios_sim.report.compared_table import print_comparison
+from helios_sim.report.fidelity import ComparedRow, LoadError
 from helios_sim.report.files import make_folder
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult
 from helios_sim.report.summary import comparisons
 from helios_sim.report.write import write_result
 from helios_sim.study.command import provenance
+from helios_sim.study.ending import end
 from helios_sim.study.fidelity_estimate import Quantities, estimate, estimated_from
 from helios_sim.study.fidelity_log import ServingLog, read_log
 from helios_sim.study.fidelity_result import comparison
@@ -36,10 +36,7 @@ def run_fidelity(variant: Variant, folder: Path) -> int:
     make_folder(folder)
     ratios = comparisons(result)
     summary = write_result(result, folder, ratios)
-    _show(result)
-    print(f"output folder: {folder}")
-    print(json.dumps(summary, allow_nan=False))
-    return 0 if all(gate.passed for gate in result.gates) else 2
+    return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
 
 
 def compare(config: Config) -> ExperimentResult:
@@ -81,17 +78,6 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _show(result: ExperimentResult) -> None:
-    """The table of all requests, the means of both parts, the verdict and the gates."""
-    assert result.fidelity is not None
-    console = plain_console()
-    for place, (part, rows) in enumerate(result.fidelity.parts):
-        short = [r for r in rows if r.statistic in ("mean", "median", "p99")]
-        console.print(compared_table(part, rows if place == 0 else short))
-    for name, value in result.fidelity.terms:
-        print(f"{name}: {value}")
-    for sentence in result.verdict:
-        print(sentence)
-    for gate in result.gates:
-        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
-        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")
+def _is_shown(place: int, row: ComparedRow) -> bool:
+    """All figures of all requests, and a few of the parts."""
+    return place == 0 or row.statistic in ("mean", "median", "p99")

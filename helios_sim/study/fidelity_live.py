@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
-from helios_sim.report.compared_table import compared_table, plain_console
-from helios_sim.report.result import ExperimentResult
+from helios_sim.report.compared_table import print_comparison
+from helios_sim.report.fidelity import ComparedRow
 from helios_sim.report.summary import comparisons
 from helios_sim.report.write import write_result
 from helios_sim.study.check import check_study
 from helios_sim.study.command import provenance
+from helios_sim.study.ending import end
 from helios_sim.study.fidelity_live_cells import Cell, capacity_jobs, capacity_per_s, cells, in_passes
 from helios_sim.study.fidelity_live_result import Compared, comparison
 from helios_sim.study.job import Job, JobResult
@@ -43,10 +42,7 @@ def run_fidelity_live(variant: Variant, folder: Path) -> int:
     result = comparison(compared, variant(changes), provenance(config))
     summary = write_result(result, folder, comparisons(result))
     forget_jobs(folder)
-    _show(result)
-    print(f"output folder: {folder}")
-    print(json.dumps(summary, allow_nan=False))
-    return 0 if all(gate.passed for gate in result.gates) else 2
+    return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
 
 
 def _check(variant: Variant, config: Config) -> None:
@@ -111,18 +107,5 @@ def _tell(job: Job, result: JobResult, kept: bool) -> None:
     print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
 
 
-def _show(result: ExperimentResult) -> None:
-    assert result.fidelity is not None
-    console = plain_console()
-    for part, rows in result.fidelity.parts:
-        shown = [row for row in rows if row.group == "system" or row.statistic in PRINTED]
-        console.print(compared_table(part, [row for row in shown if row.measured is not None or row.simulated]))
-    for name, value in result.fidelity.terms:
-        print(f"{name}: {value}")
-    for sentence in result.verdict:
-        print(sentence)
-    for gate in result.gates:
-        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
-        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
+def _is_shown(_: int, row: ComparedRow) -> bool:
+    return (row.group == "system" or row.statistic in PRINTED) and (row.measured is not None or bool(row.simulated))

@@ -8,9 +8,10 @@ from helios_sim.exits.trace import TokenSpan
 from helios_sim.profile.composition import IntArray
 from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.ahead import layout as at
-from helios_sim.serving.batch import Sequence, batch_row
+from helios_sim.serving.batch import Sequence, batch_row, take_row
+from helios_sim.serving.replica import CONTEXT_EXCEEDED, POOL_EXCEEDED
 
-WHY_DROPPED = {at.CONTEXT_EXCEEDED: "context of {} exceeded", at.POOL_EXCEEDED: "larger than the KV pool beside {}"}
+WHY_DROPPED = {at.CONTEXT_EXCEEDED: CONTEXT_EXCEEDED, at.POOL_EXCEEDED: POOL_EXCEEDED}
 
 
 def _moment(time_ns: int | None) -> int:
@@ -44,16 +45,9 @@ def sequence_of(row: list[int], known: list[Sequence], model: str) -> Sequence:
         tokens = row[at.OUTPUT_TOKENS]
         span = TokenSpan(row[at.FIRST], row[at.START], row[at.LENGTH], tokens)
         sequence = Sequence(request_of(row), model, row[at.PROMPT_TOKENS], tokens, span)
-    sequence.generated = row[at.GENERATED]
+    take_row(sequence, row)
     sequence.scheduled_ns = time_of(row[at.SCHEDULED_NS])
     sequence.first_token_ns = time_of(row[at.FIRST_TOKEN_NS])
-    sequence.last_token_ns = time_of(row[at.LAST_TOKEN_NS])
-    sequence.layers_run = row[at.LAYERS_RUN]
-    sequence.early_tokens = row[at.EARLY]
-    sequence.breach_tokens = row[at.BREACH]
-    sequence.agreed_tokens = row[at.AGREED]
-    sequence.evaluated_tokens = row[at.EVALUATED]
-    sequence.microbits = row[at.MICROBITS]
     sequence.preemptions = row[at.PREEMPTIONS]
     sequence.started = bool(row[at.STARTED])
     return sequence

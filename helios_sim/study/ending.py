@@ -1,0 +1,24 @@
+"""How a study ends on standard output, and with which exit status. Knows neither what ran nor what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helios_sim.report.result import Gate
+
+
+def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:
+    """Prints what is to be shown, the folder, and summary.json as the last line. 0, or 2 when a gate failed."""
+    try:
+        show()
+        print(f"output folder: {folder}")
+        print(json.dumps(summary, allow_nan=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader left, as `head` does; the files are there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0 if all(gate.passed for gate in gates) else 2
