@@ -25,6 +25,7 @@ from helios_sim.errors import UserError
 from helios_sim.interrupt import leave_by_status
 
 DEFAULT = "+experiment=quickstart"
+NOT_CHOSEN = ("campaign", "helios", "paper")  # groups: of python -m calibrate, and of what files of others share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        with _wrapped() if {"--help", "-h"} & {*command} else nullcontext():
+        with _for_readers() if {"--help", "-h"} & {*command} else nullcontext():
             hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
         return _fail(error)
@@ -95,15 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _wrapped() -> Iterator[None]:
-    """Breaks lines of standard output that no terminal holds: Hydra lists all options of a group on one."""
+def _for_readers() -> Iterator[None]:
+    """Hydra's help without groups that nobody chooses here, and without lines that no terminal holds."""
     text = io.StringIO()
     try:
         with redirect_stdout(text):
             yield
     finally:
         for line in text.getvalue().splitlines():
-            print(textwrap.fill(line, 120, subsequent_indent="  ") if len(line) > 120 else line)
+            if line.partition(":")[0] not in NOT_CHOSEN:
+                print(textwrap.fill(line, 120, subsequent_indent="  ") if len(line) > 120 else line)
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 
 import calibrate.work
+from calibrate.schema import TASKS
 from calibrate.stages import StageRun, read_finished
 from calibrate_line import calibrate as calibrate_line
 from command_line import CommandLine
@@ -168,3 +169,13 @@ def test_an_interrupt_keeps_finished_stages_and_says_how_to_go_on(llama, tmp_pat
     assert "go on with: python -m calibrate" in line
     assert "out=" in line
     assert "ceilings" in read_finished(tmp_path / "out")
+
+
+def test_help_names_every_task_and_every_campaign(tmp_path, monkeypatch, capsys, repository) -> None:
+    said = calibrate_line(monkeypatch, capsys, tmp_path, "--help")
+    assert said.status == 0, said.err
+    campaigns = sorted(path.stem for path in (repository / "conf" / "campaign").glob("*.yaml"))
+    listed = {title: re.search(rf"^{title}: (.*)", said.out, re.MULTILINE)[1] for title in ("Tasks", "Campaigns")}
+    assert [name for name in TASKS if name not in listed["Tasks"]] == []
+    assert [name for name in campaigns if name not in listed["Campaigns"]] == []
+    assert max(len(line) for line in said.out.splitlines()) <= 120

@@ -139,6 +139,9 @@ def test_help_is_for_newcomers(helios):
     for name in ("quickstart", "helios_probe", "early_exit", "energy", "eager", "--config-dir"):
         assert name in said.out
     assert max(len(line) for line in said.out.splitlines()) <= 120
+    groups = {line.partition(":")[0] for line in said.out.splitlines() if line[:1].islower()}
+    assert {"experiment", "workload", "policy", "objective", "runtime"} <= groups
+    assert not groups & {"campaign", "task", "helios", "paper"}  # of python -m calibrate, and parts of files
 
 
 def test_version(helios):
