@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from calibrate.stages import Finished, Outcome, Stage, Status, read_finished, ru
 from calibrate.work import stages_of
 from helios_sim.errors import UserError
 from helios_sim.report.table import PLAIN_WIDTH
+from helios_sim.study.ending import end
 
 
 def run_calibration(config: CalibrateConfig, folder: Path) -> int:
@@ -43,11 +42,7 @@ def run_calibration(config: CalibrateConfig, folder: Path) -> int:
             outcomes = run_stages(stages, folder, config.budget_s, watch)
         finished = _earlier(folder, inputs, stages) | _finished(outcomes)
     summary = write_outputs(config, folder, finished, outcomes)
-    try:
-        _show(summary, outcomes, folder)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader left, as `head` does; the files are there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    end(lambda: _show(summary, outcomes, folder), folder, summary)
     failed = [outcome for outcome in outcomes if outcome.status is Status.FAILED]
     for outcome in failed:
         print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; transcript.jsonl has it", file=sys.stderr)
@@ -77,7 +72,7 @@ def _finished(outcomes: Sequence[Outcome]) -> dict[str, Finished]:
 
 
 def _show(summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Standard output: a table of the stages, what was found, the folder, and summary.json as the last line."""
+    """A table of the stages, what was found, and how to go on."""
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
     table = Table(title=summary["title"], box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for name in ("stage", "status", "time", "remark"):
@@ -92,5 +87,3 @@ def _show(summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path)
         print(f"    {command}")
     if any(outcome.status is Status.SKIPPED for outcome in outcomes):
         print(f"skipped stages run when the same command is given again with out={folder}")
-    print(f"output folder: {folder}")
-    print(json.dumps(summary, allow_nan=False))

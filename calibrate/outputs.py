@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from helios_sim.exits.store import SHIPPED, load_trace, read_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile, write_profile
+from helios_sim.provenance import command_given
 from helios_sim.report import files
 
 
@@ -156,7 +155,7 @@ def _summary(
     profile = results.profile
     details: Mapping[str, Any] = {} if profile is None else profile.provenance.details
     provenance = {
-        "command": shlex.join(["python", "-m", "calibrate", *sys.argv[1:]]),
+        "command": command_given("calibrate"),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "helios_sim": helios_sim.__version__,
         "python": platform.python_version(),

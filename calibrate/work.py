@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,6 +12,7 @@ from calibrate.inputs import Inputs
 from calibrate.reading import chars_per_token, chars_that_fit, texts_at_hand
 from calibrate.stages import NotEnoughTime, Stage, StageRun
 from helios_sim.errors import UserError
+from helios_sim.provenance import command_given
 from helios_sim.report import files
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
@@ -92,7 +91,8 @@ def _profile(inputs: Inputs) -> Stage:
 
         model, loaded_bytes = inputs.loaded
         subject = Subject(model, inputs.device, inputs.limits(), inputs.heads, config.seed)
-        about = About(inputs.spec(chars_per_token(inputs)), _command(), _today(), settings["weights"], _details(inputs))
+        command, chars = command_given("calibrate"), chars_per_token(inputs)
+        about = About(inputs.spec(chars), command, _today(), settings["weights"], _details(inputs))
         samples = 2 if config.quick else 5
         allowance_s = stage.allowance_s
         folder = stage.folder / "measurements"
@@ -134,7 +134,7 @@ def _adapters(inputs: Inputs) -> Stage:
         plan = AdapterConfig(
             config.model.name, _candidates(inputs), round(chars), round(chars * 0.28), shares=shares,
             recipe=Recipe(config.adapter_width, config.check_width, epochs=config.epochs, seed=config.seed),
-            budget_s=None if stage.allowance_s is None else 0.4 * stage.allowance_s, command=_command(),
+            budget_s=None if stage.allowance_s is None else 0.4 * stage.allowance_s, command=command_given("calibrate"),
         )  # fmt: skip
         folder = stage.folder / "heads"
         heads = train_heads(
@@ -159,7 +159,7 @@ def _traces(inputs: Inputs) -> Stage:
         if trains:
             inputs.use_heads(stage.finished[ADAPTERS].part("heads"))
         chars, left_out = chars_that_fit(inputs, stage)
-        origin = Origin(config.model.name, inputs.checkpoint.sha256, _command())
+        origin = Origin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         trace = reference_trace(
             inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars,
             lambda text: stage.tell(text, _share(text)),
@@ -183,7 +183,7 @@ def _answers(inputs: Inputs) -> Stage:
         tasks = [task for task in GENERATED_TASKS if task in at_hand.tasks]
         if not tasks:
             raise UserError("tasks", config.tasks, f"some of {', '.join(GENERATED_TASKS)}", "add one, or set answers=0")
-        origin = Origin(config.model.name, inputs.checkpoint.sha256, _command())
+        origin = Origin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         tokens, prompt_chars = (12, 60) if config.quick else (64, 400)
         trace = generated_trace(
             inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens,
@@ -235,10 +235,6 @@ def _share(text: str) -> float | None:
     if len(words) >= 3 and words[-2] == "of" and words[-1].isdigit() and words[-3].isdigit():
         return int(words[-3]) / int(words[-1])
     return None
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "calibrate", *sys.argv[1:]])
 
 
 def _today() -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 
@@ -58,3 +61,11 @@ class Provenance:
             assumptions=tuple(Assumption(**a) for a in data.get("assumptions", ())),
             details=dict(data.get("details", {})),
         )
+
+
+def command_given(module: str) -> str:
+    """The command line as given to `python -m`. A notebook has arguments too, and they are not the module's."""
+    program = Path(sys.argv[0])
+    if module not in (program.name, program.parent.name):  # python runs MODULE/__main__.py
+        return f"{module}, called from Python"
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from calibrate.progress import progress
 from calibrate.stages import Outcome, Status, run_stages
 from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
 from helios_sim.live.packages import check_packages
+from helios_sim.provenance import command_given
 from helios_sim.report import files
 from helios_sim.report.table import PLAIN_WIDTH
 
@@ -104,7 +104,7 @@ def _summary(plan: Plan, state: Path, outcomes: Sequence[Outcome]) -> dict[str, 
             for o in outcomes
         },
         "provenance": {
-            "command": shlex.join(["python", "-m", "calibrate", *sys.argv[1:]]),
+            "command": command_given("calibrate"),
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "helios_sim": helios_sim.__version__,
             "configuration": asdict(config),

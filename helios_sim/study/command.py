@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import helios_sim
+from helios_sim.provenance import command_given
 from helios_sim.report.files import make_folder
 from helios_sim.report.result import ExperimentResult
 from helios_sim.report.summary import Comparisons, comparisons
@@ -72,7 +72,7 @@ def processes(config: Config) -> int | None:
 def provenance(config: Config) -> dict[str, object]:
     """Of the run: what made it, with what, when."""
     return {
-        "command": " ".join(["python -m helios_sim", *sys.argv[1:]]),
+        "command": command_given("helios_sim"),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "helios_sim": helios_sim.__version__,
         "python": platform.python_version(),

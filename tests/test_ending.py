@@ -1,0 +1,53 @@
+"""What stands at the end of every study: its last lines, its exit status, and the command that it names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import helios_sim
+from helios_sim.provenance import command_given
+from helios_sim.report.result import Gate
+from helios_sim.study.ending import end
+
+PASSED, FAILED = Gate("a", 1.0, "<= 2", True), Gate("b", 3.0, "<= 2", False)
+MUCH_TO_SAY = """
+import sys
+from pathlib import Path
+from helios_sim.report.result import Gate
+from helios_sim.study.ending import end
+sys.exit(end(lambda: print("x" * 1_000_000), Path("."), {}, [Gate("b", 3.0, "<= 2", False)]))
+"""
+
+
+@pytest.mark.parametrize(("gates", "status"), [([], 0), ([PASSED], 0), ([PASSED, FAILED], 2)])
+def test_the_summary_comes_last_and_gates_decide_the_status(capsys, gates: list[Gate], status: int) -> None:
+    assert end(lambda: print("a table"), Path("out"), {"metric": None}, gates) == status
+    assert capsys.readouterr().out == 'a table\noutput folder: out\n{"metric": null}\n'
+
+
+def test_a_reader_that_leaves_early_changes_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", MUCH_TO_SAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=Path(helios_sim.__file__).parents[1],
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/somewhere/calibrate/__main__.py", "model=a b", "-m"], "python -m calibrate 'model=a b' -m"),
+        (["/somewhere/ipykernel_launcher.py", "-f", "/there/kernel-1.json"], "calibrate, called from Python"),
+    ],
+)
+def test_the_command_is_named_only_where_there_was_one(monkeypatch, arguments: list[str], command: str) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert command_given("calibrate") == command
