@@ -85,6 +85,7 @@ def draw(runs: list[Run]) -> None:
         cost.plot(*zip(*costs, strict=True), "o-", label=label)
         memory.plot([run["requests"] for run in own], [run["peak_rss_mb"] for run in own], "o-", label=label)
     memory.axhline(500, color="grey", linewidth=1, linestyle="--")
+    memory.annotate("meant: 500 MB", (1e3, 500), (0, 4), textcoords="offset points", fontsize=9, color="grey")
     for axes, title in ((cost, "CPU ms of a further request"), (memory, "peak memory (MB)")):
         axes.set_xscale("log")
         axes.set_xlabel("requests")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 from helios_sim.report import format as fmt
 from helios_sim.report.definitions import DEFINITIONS, Better
@@ -215,13 +215,19 @@ def published_figure(result: ExperimentResult) -> Drawing | None:
 
 
 def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
-    """A log axis of seconds with readable ticks: every decade, and 2 and 5 between when there are few."""
+    """A log axis of seconds with a few readable ticks: round values of a narrow range, decades of a wide one."""
     axis = ax.yaxis if y else ax.xaxis
     (ax.set_yscale if y else ax.set_xscale)("log")
     low, high = ax.get_ylim() if y else ax.get_xlim()
-    decades = np.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)))
+    axis.set_major_locator(_few_ticks(np.log10(high / low)))
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
     )
     axis.set_minor_formatter(NullFormatter())
+
+
+def _few_ticks(decades: float) -> Locator:
+    """At least two within the range, and none so close to the next that their labels touch."""
+    if decades < 0.6:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0))

@@ -81,5 +81,6 @@ def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, f
 
 def _axis(metric: str) -> str:
     definition = DEFINITIONS[metric]
-    notes = ", ".join(filter(None, (definition.unit, _DIRECTION[definition.better])))
+    unit = "" if "/" in definition.label else definition.unit  # the label says it already
+    notes = ", ".join(filter(None, (unit, _DIRECTION[definition.better])))
     return f"{definition.label} ({notes})" if notes else definition.label

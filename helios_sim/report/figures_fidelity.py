@@ -60,18 +60,19 @@ def _spreads(result: ExperimentResult, name: str) -> Drawing | None:
         return None
     columns = min(4, len(spreads))
     rows = -(-len(spreads) // columns)
-    figure, axes = new_figure(rows, columns, 2.3 * rows)
-    for ax, spread in zip(axes, spreads, strict=False):
+    figure, axes = new_figure(rows, columns, 2.6 * rows)
+    for place, (ax, spread) in enumerate(zip(axes, spreads, strict=False)):
         for times_s, color, label, width in (
             (spread.again_s, BASELINE_COLOR, "measured again", 0.8),
             (spread.measured_s, BASELINE_COLOR, "measured", 1.8),
             (spread.simulated_s, MODEL_COLORS[0], "simulated", 1.4),
         ):
-            share = (np.arange(len(times_s)) + 1) / max(len(times_s), 1)
+            share = 100 * (np.arange(len(times_s)) + 1) / max(len(times_s), 1)
             ax.step(times_s * 1e3, share, where="post", color=color, linewidth=width, label=label)
-        ax.set_title(spread.part, fontsize="small")
+        ax.set_title(spread.part.replace(", ", "\n", 1), fontsize="small")
+        ax.set_ylabel("requests at or below (%)" if place % columns == 0 else "")
         ax.set_xlabel(f"{name} (ms)")
-        ax.set_ylim(0, 1.02)
+        ax.set_ylim(0, 102)
         ax.set_xlim(left=0)
     for ax in axes[len(spreads) :]:
         ax.set_visible(False)

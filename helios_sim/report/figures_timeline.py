@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from helios_sim.report.result import ArmResult, ExperimentResult
 from helios_sim.report.style import (
@@ -43,18 +45,21 @@ def _timeline(arm: ArmResult) -> Drawing:
         here = np.array([model == name for model in models])
         color = MODEL_COLORS[place % len(MODEL_COLORS)]
         depth.fill_between(time_s, 0, np.where(here, layers, 0), step="post", color=color, alpha=0.75, linewidth=0)
+    keys = [Patch(color=MODEL_COLORS[i % len(MODEL_COLORS)], alpha=0.75) for i in range(len(names))]
+    change = Line2D([], [], color=MUTED, linewidth=0.8, linestyle=":")
     depth.legend(
-        [Patch(color=MODEL_COLORS[i % len(MODEL_COLORS)], alpha=0.75) for i in range(len(names))],
-        names,
+        [*keys, change],
+        [*names, "new placement"],
         loc="lower left",
         bbox_to_anchor=(0.18, 1.01),
-        ncols=4,
+        ncols=5,
         fontsize=9,
         borderaxespad=0,
     )
     depth.set_title("Model and layers")
     depth.set_ylabel("layers run")
     depth.set_ylim(0, max(layers) * 1.12)
+    depth.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     weights_gb, kv_gb = np.array(weight_bytes) / 1e9, np.array(kv_bytes) / 1e9
     memory.fill_between(

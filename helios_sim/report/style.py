@@ -17,6 +17,7 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 INK = "#1b1f26"
@@ -132,12 +133,15 @@ def legend_above(figure: SubFigure, handles: dict[str, Artist], columns: int = 5
     """One legend above all panels, read row by row (matplotlib itself fills columns)."""
     if not handles:
         return
-    longest = max(len(label) for label in handles)
-    columns = min(columns, len(handles), max(1, LEGEND_CHARACTERS // (longest + 6)))
+    lines = [handle for handle in handles.values() if isinstance(handle, Line2D)]
+    dashed = any(line.get_linestyle() not in ("-", "None") for line in lines)
+    longest = max(len(label) for label in handles) + (8 if dashed else 6)
+    columns = min(columns, len(handles), max(1, LEGEND_CHARACTERS // longest))
     by_column = [label for column in range(columns) for label in list(handles)[column::columns]]
     figure.legend(
-        [handles[label] for label in by_column], by_column, loc="outside upper left", ncols=columns, fontsize=9.5
-    )
+        [handles[label] for label in by_column], by_column, loc="outside upper left", ncols=columns, fontsize=9.5,
+        handlelength=3.4 if dashed else 2.0,  # so that dashes show at both sides of a marker
+    )  # fmt: skip
 
 
 def handles_of(*axes: Axes) -> dict[str, Artist]:
