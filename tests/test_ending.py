@@ -13,7 +13,7 @@ from helios_sim.provenance import command_given
 from helios_sim.report.result import Gate
 from helios_sim.study.ending import end
 
-PASSED, FAILED = Gate("a", 1.0, "<= 2", True), Gate("b", 3.0, "<= 2", False)
+PASSED, FAILED = Gate("a", 1.0, "<= 2", True), Gate("b", 0.031, "within 3.0%", False)
 MUCH_TO_SAY = """
 import sys
 from pathlib import Path
@@ -26,7 +26,10 @@ sys.exit(end(lambda: print("x" * 1_000_000), Path("."), {}, [Gate("b", 3.0, "<= 
 @pytest.mark.parametrize(("gates", "status"), [([], 0), ([PASSED], 0), ([PASSED, FAILED], 2)])
 def test_the_summary_comes_last_and_gates_decide_the_status(capsys, gates: list[Gate], status: int) -> None:
     assert end(lambda: print("a table"), Path("out"), {"metric": None}, gates) == status
-    assert capsys.readouterr().out == 'a table\noutput folder: out\n{"metric": null}\n'
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], *lines[-2:]) == ("a table", "output folder: out", '{"metric": null}')
+    said = ["gate passed: a 1.000, must be <= 2", "gate FAILED: b +3.10%, must be within 3.0%"]
+    assert lines[1:-2] == said[: len(gates)]
 
 
 def test_a_reader_that_leaves_early_changes_nothing() -> None:

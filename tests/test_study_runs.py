@@ -83,7 +83,8 @@ def test_a_failed_gate_is_status_2_and_the_files_are_there(helios, tmp_path):
     text = STUDY + "gates: [{arm: early_exit, metric: layers_per_token, high: 1}]\n"
     said = helios(*write_study(tmp_path, text))
     assert said.status == 2
-    assert "gate FAILED" in said.out
+    assert "gate FAILED: early_exit layers_per_token " in said.out
+    assert "must be <= 1" in said.out
     assert not said.summary["gates"][0]["passed"]
     assert (tmp_path / "out" / "requests.parquet").is_file()
 

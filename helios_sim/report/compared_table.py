@@ -39,7 +39,7 @@ def compared_table(title: str, rows: Sequence[ComparedRow]) -> Table:
 
 
 def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow], bool]) -> None:
-    """A table of every part, with the rows that are shown there (by the part's place), terms, verdict and gates."""
+    """A table of every part with the rows that are shown there (by the part's place), the terms and the verdict."""
     assert result.fidelity is not None
     console = plain_console()
     for place, (part, rows) in enumerate(result.fidelity.parts):
@@ -48,6 +48,3 @@ def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow
         print(f"{name}: {value}")
     for sentence in result.verdict:
         print(sentence)
-    for gate in result.gates:
-        value = "not defined" if gate.value is None else f"{gate.value:+.2%}"
-        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} {value}, must be {gate.bound}")

@@ -64,6 +64,13 @@ def compared(value: float | None, form: str = "") -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else number(value, 4 if abs(value) >= 1 else 3)
 
 
+def gate_value(value: float | None, bound: str) -> str:
+    """In percent where the bound is; a digit more than elsewhere, since it may be close to the bound."""
+    if value is None:
+        return NOTHING
+    return format(value, "+.2%") if "%" in bound else number(value, 4)
+
+
 def metric(name: str, value: MetricValue) -> str:
     """A metric's value as the tables show it; a dash where it is undefined."""
     if value is None:

@@ -71,7 +71,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         compared=_compared(result),
         twice=result.fidelity is not None and result.fidelity.repeated,
         published=[_published(p) for p in result.published],
-        gates=[{"it": g, "value": fmt.NOTHING if g.value is None else fmt.number(g.value)} for g in result.gates],
+        gates=[{"it": g, "value": fmt.gate_value(g.value, g.bound)} for g in result.gates],
         figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
         decisions=decisions,
         assumptions=assumptions,

@@ -43,12 +43,10 @@ def run_study(variant: Variant, folder: Path) -> int:
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
-    """The table, the answer and the gates."""
+    """The table and the answer."""
     print_table(result, ratios)
     for sentence in (*result.verdict, *_without_answers(result)):
         print(sentence)
-    for gate in result.gates:
-        print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.name} = {gate.value}, must be {gate.bound}")
 
 
 def _without_answers(result: ExperimentResult) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a study ends on standard output, and with which exit status. Knows neither what ran nor what is shown of it."""
+"""How a study ends on standard output, and with which exit status. Knows neither what ran nor what came out of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from helios_sim.report.format import gate_value
 from helios_sim.report.result import Gate
 
 
 def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:
-    """Prints what is to be shown, the folder, and summary.json as the last line. 0, or 2 when a gate failed."""
+    """Prints what is to be shown, the gates, the folder, and summary.json last. Returns 0, or 2 when a gate failed."""
     try:
         show()
+        for gate in gates:
+            found = f"{gate.name} {gate_value(gate.value, gate.bound)}, must be {gate.bound}"
+            print(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
         print(f"output folder: {folder}")
         print(json.dumps(summary, allow_nan=False))
         sys.stdout.flush()
