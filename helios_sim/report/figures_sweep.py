@@ -24,6 +24,7 @@ from helios_sim.report.style import (
 )
 
 _SPLIT_LINES = ("-", "--", ":", "-.")
+_UNITS = {"_us": "µs", "_ms": "ms", "_s": "s"}  # by how a setting's name ends
 
 
 def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
@@ -64,7 +65,7 @@ def sweep_figure(
             style = styles[arm]
             x, y, low, high = (np.array(column) for column in zip(*rows, strict=True))
             line = _SPLIT_LINES[place % len(_SPLIT_LINES)] if spec.split_by else style.linestyle
-            text = arm if split is None else f"{arm}, {spec.split_by} {split}"
+            text = arm if split is None else f"{arm}, {_in_words(str(spec.split_by), split)}"
             ax.plot(x, y, color=style.color, linestyle=line, marker=style.marker, label=text)
             if (high > low).any():
                 ax.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
@@ -201,3 +202,11 @@ def _row(
     if isinstance(value, Band):
         return x, (value.low + value.high) / 2, value.low, value.high
     return x, float(value), float(value), float(value)
+
+
+def _in_words(name: str, value: float | int | str) -> str:
+    """`launch_us`, 500 as launch 500 µs; `evaluated_tokens`, 5 as evaluated tokens 5."""
+    for suffix, unit in _UNITS.items():
+        if name.endswith(suffix) and not isinstance(value, str):
+            return f"{name.removesuffix(suffix).replace('_', ' ')} {value:g} {unit}"
+    return f"{name.replace('_', ' ')} {value}"
