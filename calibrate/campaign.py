@@ -221,6 +221,7 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
+            "pace": self._pace(),
         }
         provenance = profile.provenance
         provenance = replace(
@@ -255,6 +256,17 @@ class _Campaign:
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchor": [slice_["anchor"] for slice_ in self.parts.get("drift") or []],
         }
+
+    def _pace(self) -> dict[str, Any] | None:
+        """The step that was timed all along (helios_sim.live.pace), a layer of it; None where it was hardly timed."""
+        slices = [s["anchor"] for s in self.parts.get("drift") or [] if s["anchor"] is not None]
+        if not slices:
+            return None
+        batch, kv_tokens = self.latency.anchor_place
+        counts = [s["measurements"] for s in slices]
+        step_s = float(np.average([s["median_s"] for s in slices], weights=counts))
+        layer_s = step_s / self.subject.n_layers
+        return {"batch": batch, "kv_tokens": kv_tokens, "layer_s": layer_s, "measurements": sum(counts)}
 
     def _note_drift(self) -> None:
         """One entry for each call, brought up to date as it goes on."""

@@ -26,6 +26,7 @@ WHOLE_MODEL = -1
 DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
 CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
 DECODE, PREFILL = "decode_attention", "prefill_attention"
+ANCHOR, ANCHOR_REQUESTS, ANCHOR_KV_TOKENS = "anchor", 4, 128  # a step that has room beside what is served
 CLASSIFIER_ALONE, CLASSIFIED_LAYER = f"{CHECK_CLASSIFIER}_alone", f"{CHECK_CLASSIFIER}_layer"
 CHECKED_LAYERS = 8
 CHECKED_REPEATS = 3  # with and without checks, in turns
@@ -48,7 +49,24 @@ class Latency:
 
     def __init__(self, subject: Subject, sampler: Sampler) -> None:
         self.subject, self.sampler, self.points = subject, sampler, sampler.points
-        sampler.anchor = self.decode_job(min(4, subject.limits.max_batch), subject.limits.max_kv_tokens // 4)
+        sampler.anchor = self._anchor_job()
+
+    @property
+    def anchor_place(self) -> tuple[int, int]:
+        """Requests that decode and tokens of each, in the step that is timed all along."""
+        limits = self.subject.limits
+        return min(ANCHOR_REQUESTS, limits.max_batch), max(1, min(ANCHOR_KV_TOKENS, limits.max_kv_tokens // 4))
+
+    def _anchor_job(self) -> Job:
+        """As `helios_sim.live.pace` has it: whoever serves from the profile times the same step again."""
+        subject, (batch, kv_tokens) = self.subject, self.anchor_place
+
+        def build() -> Sequence[Step]:
+            step = subject.decode_step([kv_tokens] * batch)
+            return [partial(subject.model.run, subject.hidden(batch), 0, subject.n_layers, step)]
+
+        point = Point(ANCHOR, WHOLE_MODEL, batch, kv_tokens)
+        return Job((point,), build, lambda laps_s: {point: laps_s[0]})
 
     @property
     def row_tables(self) -> tuple[str, ...]:

@@ -100,14 +100,16 @@ def _parts(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(parts: dict[str, Any]) -> list[str]:
-    """Of what was measured twice: measured, again, simulated, and the differences of the latter two."""
+    """Of what was measured twice: measured, again, simulated, and the differences of the latter two, the simulation's
+    also with its iterations at the pace that the device had meanwhile.
+    """
     wanted = [
         ("TPOT", "mean", "ms"), ("TTFT", "mean", "ms"), ("TTFT", "p95", "ms"), ("E2E", "mean", "ms"),
         ("ITL", "p99", "ms"), ("system", "throughput", "requests/s"), ("system", "mean batch", "requests"),
         ("system", "KV in use", "%"), ("system", "layers run", "a token"), ("system", "switches", ""),
         ("system", "time of switches", "s"),
     ]  # fmt: skip
-    rows = [["", "figure", "measured", "again", "simulated", "difference", "noise"]]
+    rows = [["", "figure", "measured", "again", "simulated", "difference", "at its pace", "noise"]]
     for part, of_part in parts.items():
         found = {(row["group"], row["statistic"], row["unit"]): row for row in of_part}
         for key in wanted:
@@ -116,7 +118,7 @@ def _compared(parts: dict[str, Any]) -> list[str]:
                 filter(None, (key[0] if key[0] != "system" else "", key[1], f"({key[2]})" if key[2] else ""))
             )
             values = ["-" if row[k] is None else f"{row[k]:.4g}" for k in ("measured", "again", "simulated")]
-            shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "noise")]
+            shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "paced_difference", "noise")]
             rows.append([part if key is wanted[0] else "", name, *values, *shares])
     return _table(rows)
 

@@ -56,6 +56,17 @@ def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: 
     return measure_profile(subject, ABOUT, folder, plan or Plan())
 
 
+def test_the_step_that_others_time_again_is_kept_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its oracle: what the virtual clock takes for a layer of four decodes, a third of the layers without a window."""
+    costs = Costs(speed=1.5)
+    details = campaign(VirtualSubject(costs), tmp_path / "work", monkeypatch).provenance.details
+    batch, kv_tokens = 4, LIMITS.max_kv_tokens // 4
+    attention = (2 * costs.decode(True, [kv_tokens] * batch) + costs.decode(False, [kv_tokens] * batch)) / 3
+    assert (details["pace"]["batch"], details["pace"]["kv_tokens"]) == (batch, kv_tokens)
+    assert details["pace"]["layer_s"] == pytest.approx(costs.dense(batch) + attention)
+    assert details["pace"]["measurements"] >= 2
+
+
 def test_the_tables_are_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = VirtualSubject()
     profile = campaign(subject, tmp_path, monkeypatch)

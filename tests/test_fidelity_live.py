@@ -49,6 +49,13 @@ def test_a_row_without_a_measurement_has_no_difference() -> None:
     assert ComparedRow("", "", "", None, 1.0).noise is None
 
 
+def test_a_row_knows_the_difference_at_the_devices_pace() -> None:
+    row = ComparedRow("TPOT", "mean", "ms", measured=12.0, simulated=10.0, again=11.0, paced=12.6)
+    assert row.paced_difference == pytest.approx(0.05)
+    assert row.difference == pytest.approx(-1 / 6)
+    assert ComparedRow("", "", "", 1.0, 1.0, 1.0).paced_difference is None
+
+
 def test_notes_of_two_runs_add_up() -> None:
     one = LiveNotes(
         10, engine_ns=90, forward_ns=70, waited_ns=20, host_ns=10, priced_ns=80, prompts_taken_ns=40,
@@ -59,6 +66,9 @@ def test_notes_of_two_runs_add_up() -> None:
     assert both.price_error == pytest.approx(160 / 220 - 1)
     assert both.price_error_undisturbed == pytest.approx(160 / 180 - 1)
     assert both.price_errors_by_kind == pytest.approx((40 / 80 - 1, 120 / 140 - 1))
+    assert both.pace is None
+    assert LiveNotes.together([replace(one, pace=1.1), replace(one, pace=1.3)]).pace == pytest.approx(1.2)
+    assert "took 1.20 of its time beside the profile" in replace(one, pace=1.2).sentence()
     assert LiveNotes(*[0] * 9).price_error is None
     assert LiveNotes(*[0] * 9).sentence() == "nothing ran"
 

@@ -38,6 +38,10 @@ class Device(Protocol):
         """Gives memory that nothing uses back to the device, so that it counts as free."""
         ...
 
+    def wait(self) -> None:
+        """Returns when everything that was issued is computed."""
+        ...
+
     def prepare(self, step: Step) -> Step:
         """The step as it runs at its best. It reads and writes the same tensors at every call."""
         ...
@@ -62,6 +66,9 @@ class CpuDevice:
 
     def release(self) -> None:
         """What is freed is the system's at once, or soon."""
+
+    def wait(self) -> None:
+        """A step is computed when it returns."""
 
     def prepare(self, step: Step) -> Step:
         return step
@@ -96,6 +103,9 @@ class CudaDevice:
 
     def release(self) -> None:
         self._cuda.empty_cache()
+
+    def wait(self) -> None:
+        self._cuda.synchronize(self.torch_device)
 
     def prepare(self, step: Step) -> Step:
         cuda = self._cuda

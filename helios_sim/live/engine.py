@@ -69,6 +69,7 @@ class LiveEngine:
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
         on = open_device(device) if isinstance(device, str) else device
+        self.device = on
         self.residents = residents or Residents(models, on, weight_bytes)
         self.work = Workspace(
             {name: _cache_shape(model, slot_tokens) for name, model in models.items()}, slots, on,

@@ -23,6 +23,7 @@ class ComparedRow:
     measured: float | None
     simulated: float | None
     again: float | None = None  # measured a second time, where that was done
+    paced: float | None = None  # simulated at the pace that the device had meanwhile, where that is known
 
     @property
     def name(self) -> str:
@@ -32,6 +33,11 @@ class ComparedRow:
     def difference(self) -> float | None:
         """Simulated over measured, less 1."""
         return _less_one(self.simulated, self.measured)
+
+    @property
+    def paced_difference(self) -> float | None:
+        """The same of the simulation at the device's pace."""
+        return _less_one(self.paced, self.measured)
 
     @property
     def noise(self) -> float | None:
@@ -81,6 +87,11 @@ class Fidelity:
     @property
     def rows(self) -> tuple[ComparedRow, ...]:
         return self.parts[0][1]
+
+    @property
+    def paced(self) -> bool:
+        """Whether the device's pace was measured beside anything."""
+        return any(row.paced is not None for _, rows in self.parts for row in rows)
 
     @property
     def repeated(self) -> bool:

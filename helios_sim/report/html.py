@@ -70,6 +70,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         replicas=_replica_rows(result),
         compared=_compared(result),
         twice=result.fidelity is not None and result.fidelity.repeated,
+        paced=result.fidelity is not None and result.fidelity.paced,
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.gate_value(g.value, g.bound)} for g in result.gates],
         figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
@@ -96,6 +97,7 @@ def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
                     "again": fmt.compared(row.again),
                     "simulated": fmt.compared(row.simulated),
                     "difference": fmt.compared(row.difference, "+.2%"),
+                    "at_pace": fmt.compared(row.paced_difference, "+.2%"),
                     "noise": fmt.compared(row.noise, "+.2%"),
                 }
                 for row in rows

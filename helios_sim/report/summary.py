@@ -64,7 +64,12 @@ def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
     return {
         "parts": {
             part: [
-                {**json_value(row), "difference": json_value(row.difference), "noise": json_value(row.noise)}
+                {
+                    **json_value(row),
+                    "difference": json_value(row.difference),
+                    "noise": json_value(row.noise),
+                    "paced_difference": json_value(row.paced_difference),
+                }
                 for row in rows
             ]
             for part, rows in fidelity.parts

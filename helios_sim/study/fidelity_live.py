@@ -38,7 +38,7 @@ def run_fidelity_live(variant: Variant, folder: Path) -> int:
     files.make_folder(folder)
     changes = _measured_profiles(config, folder)
     found = _cells(variant, changes, folder)
-    compared = [Compared(cell, *(results[job.key] for job in (cell.simulated, *cell.live))) for cell, results in found]
+    compared = [_compared(cell, results, folder) for cell, results in found]
     result = comparison(compared, variant(changes), provenance(config))
     summary = write_result(result, folder, comparisons(result))
     forget_jobs(folder)
@@ -59,6 +59,16 @@ def _cells(variant: Variant, changes: Mapping[str, Any], folder: Path) -> list[t
     results |= run_jobs([cell.simulated for cell in found], folder, 1, _tell)
     results |= run_jobs(in_passes(found), folder, 1, _tell)
     return [(cell, results) for cell in found]
+
+
+def _compared(cell: Cell, results: Mapping[str, JobResult], folder: Path) -> Compared:
+    """With one more simulation at the pace that the device had beside the first live run, where that is known."""
+    simulated, live, again = (results[job.key] for job in (cell.simulated, *cell.live))
+    pace = None if live.live is None else live.live.pace
+    if pace is None:
+        return Compared(cell, simulated, live, again)
+    job = cell.paced(pace)
+    return Compared(cell, simulated, live, again, run_jobs([job], folder, 1, _tell)[job.key])
 
 
 def _measured_profiles(config: Config, folder: Path) -> dict[str, Any]:

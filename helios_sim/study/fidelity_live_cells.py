@@ -7,7 +7,7 @@ same profile, and so the same KV blocks: what differs is where iterations are co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -27,6 +27,12 @@ class Cell:
     rate_per_s: float
     simulated: Job
     live: tuple[Job, Job]
+
+    def paced(self, pace: float) -> Job:
+        """The simulation with iterations `pace` times as long."""
+        config = self.simulated.config
+        slower = replace(config, profile_time_factor=config.profile_time_factor * pace)
+        return replace(self.simulated, config=slower)
 
     @property
     def name(self) -> str:

@@ -54,9 +54,12 @@ class Compared:
     simulated: JobResult
     live: JobResult
     again: JobResult
+    paced: JobResult | None = None  # simulated at the pace that the device had beside the first live run
 
-    def metrics(self) -> tuple[Metrics, Metrics, Metrics]:
-        return tuple(r.replicate.metrics for r in (self.live, self.simulated, self.again))  # type: ignore[return-value]
+    def metrics(self) -> tuple[Metrics | None, ...]:
+        """As rows want them: measured, simulated, measured again, simulated at the device's pace."""
+        runs = (self.live, self.simulated, self.again, self.paced)
+        return tuple(None if run is None else run.replicate.metrics for run in runs)
 
 
 def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[str, Any]) -> ExperimentResult:
@@ -97,31 +100,35 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
     )
 
 
-def rows_of(live: Metrics, simulated: Metrics, again: Metrics) -> tuple[ComparedRow, ...]:
-    """Latencies in ms, then the server as a whole. What a run does not know is None."""
+def rows_of(*runs: Metrics | None) -> tuple[ComparedRow, ...]:
+    """Of `Compared.metrics`: latencies in ms, then the server as a whole. What a run does not know is None."""
     rows = []
     for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
         for statistic in STATISTICS:
-            values = [_number(m, f"{name}_{statistic}", 1e3) for m in (live, simulated, again)]
+            values = [_number(m, f"{name}_{statistic}", 1e3) for m in runs]
             rows.append(ComparedRow(group, "median" if statistic == "p50" else statistic, "ms", *values))
     for name, figure, unit, factor in SYSTEM:
-        values = [_number(m, name, factor) for m in (live, simulated, again)]
+        values = [_number(m, name, factor) for m in runs]
         rows.append(ComparedRow("system", figure, unit, *values))
     return tuple(rows)
 
 
-def _number(metrics: Metrics, name: str, factor: float) -> float | None:
+def _number(metrics: Metrics | None, name: str, factor: float) -> float | None:
     """A band by its middle."""
-    value = metrics.get(name)
+    value = None if metrics is None else metrics.get(name)
     if value is None:
         return None
     return factor * ((value.low + value.high) / 2 if isinstance(value, Band) else value)
 
 
+def _row(c: Compared, metric: str) -> ComparedRow:
+    return ComparedRow("", "", "", *(_number(m, metric, 1.0) for m in c.metrics()))
+
+
 def _difference(c: Compared, metric: str) -> tuple[float | None, float | None]:
-    """Of the simulation, and of the second live run; each over the first."""
-    row = ComparedRow("", "", "", *(_number(m, metric, 1.0) for m in c.metrics()))
-    return row.difference, row.noise
+    """Of the simulation, at the device's pace where that is known, and of the second live run; each over the first."""
+    row = _row(c, metric)
+    return (row.difference if c.paced is None else row.paced_difference), row.noise
 
 
 def _gates(found: Sequence[Compared]) -> list[Gate]:
@@ -226,14 +233,18 @@ def _verdict(found: Sequence[Compared], gates: Sequence[Gate]) -> list[str]:
         off = [abs(value) for value, _ in pairs if value is not None]
         noise = [abs(value) for _, value in pairs if value is not None]
         if off and noise:
+            alone = [abs(d) for c in below if c.paced is not None and (d := _row(c, metric).difference) is not None]
+            by_profile = f" (without it {np.median(alone):.1%} and {max(alone):.1%})" if alone else ""
             told.append(
-                f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst; two live runs of the "
-                f"same differ by {np.median(noise):.1%} and {max(noise):.1%}"
+                f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst{by_profile}; two live "
+                f"runs of the same differ by {np.median(noise):.1%} and {max(noise):.1%}"
             )
     missed = sum(not gate.passed for gate in gates)
     first = "Under saturation the simulation keeps every target" if not missed else (
         f"Under saturation the simulation misses {missed} of {len(gates)} targets"
     )  # fmt: skip
+    if any(c.paced is not None for c in below):
+        first += ", with the device's pace as it was timed beside each run"
     sentences = [f"{first}. {'. '.join(told)}."]
     over = [c for c in found if c.cell.load >= 1]
     if over:

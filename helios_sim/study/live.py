@@ -28,6 +28,7 @@ from helios_sim.request import Request
 from helios_sim.serving.iteration import Engine, OutOfMemory
 from helios_sim.study.build import Parts, build_profile, exit_trace, task_names
 from helios_sim.study.live_notes import LiveNotes
+from helios_sim.study.pace import measured_pace
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import WatchedEngine
 from helios_sim.workload import generate
@@ -74,6 +75,7 @@ class LiveRun:
                 "memory", short.reason, "enough for an iteration beside weights and KV",
                 "lower server.max_running_requests or server.max_batch_tokens, or free memory",
             ) from short  # fmt: skip
+        self._paces = [self._pace()]
         self._meter_from(requests[0].arrival_ns)
         self.clock.sync()
         return server
@@ -110,8 +112,10 @@ class LiveRun:
 
     def notes(self) -> LiveNotes:
         work = self.device_engine.work
+        known = [pace for pace in (*self._paces, self._pace()) if pace is not None]
         return replace(
             self.engine.notes(),
+            pace=sum(known) / len(known) if known else None,
             shortages=self.device_engine.shortages,
             kv_bytes=work.reserved_bytes,
             places=min(places.requests for places in work.places.values()),
@@ -131,6 +135,9 @@ class LiveRun:
         soon = Timeout(self.clock, arrival_ns - METER_LEAD_NS)
         assert soon.callbacks is not None
         soon.callbacks.append(lambda _: self.meter.start())
+
+    def _pace(self) -> float | None:
+        return measured_pace(self.device_engine, {name: data.profile for name, data in self._parts.models.items()})
 
     def _requests(self) -> Iterator[Request]:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())

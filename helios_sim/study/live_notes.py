@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,13 @@ class LiveNotes:
     kv_bytes: int = 0  # the block in which all caches lie
     places: int = 0  # requests that fit into it at once, of the model that fits least
     places_wanted: int = 0
+    pace: float | None = None  # of the device beside the run, over that beside the profile: above 1 is slower
 
     @classmethod
     def together(cls, runs: Sequence[Self]) -> Self:
-        joined = {"kv_bytes": max, "places": min, "places_wanted": max}
+        joined: dict[str, Callable[[list[Any]], Any]] = {
+            "kv_bytes": max, "places": min, "places_wanted": max, "pace": _mean,
+        }  # fmt: skip
         return cls(*(joined.get(f.name, sum)([getattr(run, f.name) for run in runs]) for f in fields(cls)))
 
     @property
@@ -67,7 +70,10 @@ class LiveNotes:
         priced = f"the profile prices these very iterations {_signed(self.price_error)}"
         if self.waited_ns:
             priced += f" ({_signed(self.price_error_undisturbed)} without that time)"
-        return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{self._memory()}"
+        pace = ""
+        if self.pace is not None:
+            pace = f"; a step timed before and after took {self.pace:.2f} of its time beside the profile"
+        return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{pace}{self._memory()}"
 
     def _memory(self) -> str:
         told = ""
@@ -75,6 +81,11 @@ class LiveNotes:
             told = f"; KV memory of {self.kv_bytes / 2**20:.0f} MiB for {self.places} requests at once"
             told += "" if self.places == self.places_wanted else f", {self.places_wanted} were wanted"
         return told + (f"; memory ran out in {self.shortages} further iterations" if self.shortages else "")
+
+
+def _mean(known: Sequence[float | None]) -> float | None:
+    values = [value for value in known if value is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _signed(share: float | None) -> str:
