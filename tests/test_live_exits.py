@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.live.forward import Chunk, Forward
 from helios_sim.live.heads import ExitHeads
 from helios_sim.live.kv import Packed
+from helios_sim.live.leaving import Row
 from helios_sim.live.look import Exits
 from helios_sim.live.model import SegmentedModel
 from helios_sim.live.served import LiveModel
+from helios_sim.live.tally import Tally
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from slow_exits import SlowModel
@@ -72,6 +75,33 @@ def deployed(rule: PerToken, kv_rule: KvRule, batching: BatchingRule = BatchingR
 def slow(model: LiveModel, live: Live, rule: PerToken) -> SlowModel:
     whole = live.engine.residents.running("tiny", LAYERS)
     return SlowModel(whole, model.heads, rule.confidence.value, rule.threshold)
+
+
+def test_who_leaves_by_a_check_shares_one_reading_of_the_head(
+    llama: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An iteration reads it once, whatever depths its tokens left at: it is larger than several layers."""
+    model = replace(llama, heads=random_heads())
+    rule = rule_of(model, Confidence.CLASSIFIER)
+    read, iterations, depths = [0], [], []
+    logits, run = SegmentedModel.logits, Forward.run
+
+    def counted(self: SegmentedModel, hidden: torch.Tensor) -> torch.Tensor:
+        read[0] += 1
+        return logits(self, hidden)
+
+    def watched(self: Forward, rows: list[Row], chunks: list[Chunk]) -> Tally:
+        read[0] = 0
+        tally = run(self, rows, chunks)
+        iterations.append(read[0])
+        depths.append({row.layers for row in rows})
+        return tally
+
+    monkeypatch.setattr(SegmentedModel, "logits", counted)
+    monkeypatch.setattr(Forward, "run", watched)
+    serve_live({"tiny": model}, deployed(rule, KvRule.PROPAGATE), requests(LENGTHS), len(LENGTHS))
+    assert set(iterations) <= {0, 1}  # none where all there was are pieces of prompts that go on
+    assert any(len(at) >= 3 for at in depths)
 
 
 def check_spread(live: Live) -> None:

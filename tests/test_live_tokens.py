@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from helios_sim.exits.rule import FixedCap, FullDepth
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from live_example import layers_of
-from live_rig import LAYERS, Live, live_model, requests, serve_live
+from live_rig import LAYERS, Live, RepeatedText, live_model, requests, serve_live
 from tiny_models import FAMILIES, tiny_model, write_tiny
 
 # more requests than slots, prompts longer than a chunk and of one token, answers of one token
@@ -69,3 +71,26 @@ def test_a_cap_is_the_truncated_model(tiny: tuple[str, LiveModel]) -> None:
     live = serve_live({"tiny": model}, deployment, requests(LENGTHS[:6]), 6)
     check_tokens(family, live, layers=4)
     assert all(set(live.depths(r.request_id)) == {4} for r in live.records)
+
+
+def test_the_vocabulary_is_looked_through_once_not_for_every_prompt(tiny: tuple[str, LiveModel]) -> None:
+    """Making a dictionary of it takes tens of milliseconds for a real model, in the middle of serving."""
+    _, served = tiny
+    asked: list[bool] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(served.tokenizer, name)
+
+        def __call__(self, *given: object, **settings: object) -> object:
+            return served.tokenizer(*given, **settings)
+
+        def get_vocab(self) -> dict[str, int]:
+            asked.append(True)
+            return served.tokenizer.get_vocab()
+
+    model = replace(served, tokenizer=Counting())
+    first = next(requests([(12, 3)])).rows()
+    ids = [model.prompt_ids(request, RepeatedText(), n) for request in first for n in (3, 12, 24)]
+    assert [len(found) for found in ids] == [3, 12, 24]
+    assert len(asked) == 1

@@ -75,6 +75,7 @@ class Forward:
             if not now.rows and not now.pieces:
                 break
             start = end
+        self._leaving.finish()
         return tally
 
     def _embedded(self, rows: list[Row], chunks: Sequence[Chunk]) -> _Inside:
@@ -133,13 +134,13 @@ class Forward:
             at = [*range(n), *(place for _, place in finishing)]
             states = now.hidden if len(at) == len(now.hidden) else now.hidden[at]
             self._leaving.decide(band, end, deciding, states, tally)
-        gone = [i for i, row in enumerate(now.rows) if row.chosen is not None]
+        gone = [i for i, row in enumerate(now.rows) if row.layers]
         if gone and end < self._plan.loaded_layers:
             self._keep_kv(band, end, [now.rows[i] for i in gone], now.hidden[gone], tally)
         going = [i for i, (chunk, _) in enumerate(now.pieces) if chunk.layers > end]
         if not gone and len(going) == len(now.pieces):
             return
-        stay = [i for i, row in enumerate(now.rows) if row.chosen is None]
+        stay = [i for i, row in enumerate(now.rows) if not row.layers]
         now.hidden = now.hidden[[*stay, *(place for i in going for place in range(edges[i], edges[i + 1]))]]
         now.pieces = [now.pieces[i] for i in going]
         if gone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, PerToken
@@ -45,7 +46,7 @@ class Row:
     sure: bool = False  # was confident somewhere
     recorded: Mapping[int, bool] | None = None  # whether exits are confident, by depth, whatever the model says
     chosen: int | None = None  # the token that it became
-    layers: int = 0
+    layers: int = 0  # after which it left; 0 while it has not
     breach: bool = False
     finite: bool = True
 
@@ -60,12 +61,14 @@ class Leaving:
         self._measure = None if watched is None else watched.confidence
         self._by_head = self._measure is not Confidence.CLASSIFIER
         self._whole = model.architecture.n_layers
+        self._waiting: list[tuple[list[Row], Tensor]] = []  # for the head, with their adapted states
 
     def decide(self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally) -> None:
         """Samples whoever stops here, asks whoever may leave, notes what is observed.
 
         `states` (n, d) are the rows' after `end` layers. At most one transfer to the host for the question and one
-        for the tokens; where the head answers both, they are the same.
+        for the tokens; where the head answers both, they are the same. Whoever leaves by a question that does not
+        need the head gets its token in `finish`.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         asking = [i for i, row in enumerate(rows) if row.asks and i not in stops]
@@ -75,10 +78,12 @@ class Leaving:
             sure = self._exits.classify(end, _some(states, asking)) >= self._threshold
             leaving = self._agreed(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
-        through = sorted(stops | leaving | observed | (set(asking) if self._by_head else set()))
+        watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
+        later = set() if self._by_head else (stops | leaving) - observed - watched
+        self._let_go(end, rows, sorted(later), states, tally)
+        through = sorted((stops | leaving | observed | (set(asking) if self._by_head else set())) - later)
         if not through:
             return
-        watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
         asks_head = self._by_head and bool(asking)
         measure = self._measure if observed or watched or asks_head else None
         look = self._exits.look(self._model, end, _some(states, through), measure)
@@ -86,7 +91,7 @@ class Leaving:
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))
             leaving = self._agreed(rows, asking, end, [by_row[i] >= self._threshold for i in asking])
-        sampled = stops | (set() if self._by_head else leaving)
+        sampled = (stops | (set() if self._by_head else leaving)) - later
         tally.sampled(len(sampled))
         tally.add("check_tokens", band, len(through) - len(sampled))
         if not self._by_head:
@@ -101,6 +106,26 @@ class Leaving:
                 row.breach = i in watched and self._measure is not None and not (
                     row.sure or _said(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
+
+    def finish(self) -> None:
+        """Gives everybody who left without one its token: the head is read once, whatever depths they left at."""
+        if not self._waiting:
+            return
+        found = self._exits.tokens(self._model, torch.cat([adapted for _, adapted in self._waiting]))
+        rows = [row for left, _ in self._waiting for row in left]
+        for row, token, finite in zip(rows, found.tokens, found.finite, strict=True):
+            row.chosen, row.finite = token, finite
+        self._waiting.clear()
+
+    def _let_go(self, end: int, rows: Sequence[Row], going: list[int], states: Tensor, tally: Tally) -> None:
+        if not going:
+            return
+        left = [rows[i] for i in going]
+        for row in left:
+            row.layers = end
+        tally.sampled(len(left))
+        adapted = self._exits.adapted(self._model, end, _some(states, going))
+        self._waiting.append((left, adapted.clone() if adapted is states else adapted))  # a later band may write there
 
     def _agreed(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
         """Each leaves alone, or lazily all together once each of them was confident somewhere."""

@@ -43,13 +43,19 @@ class Exits:
         finite = [value - value == 0.0 for value in rows[1]]
         return Look([int(t) for t in rows[0]], None if confidence is None else rows[2], finite)
 
+    @torch.inference_mode()
+    def tokens(self, model: SegmentedModel, adapted: Tensor) -> Look:
+        """What states (n, d) that are adapted already say, whatever depths they come from. One transfer."""
+        best = model.logits(adapted).max(-1)
+        rows = torch.stack((best.indices.double(), best.values.double())).tolist()
+        return Look([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]])
+
     def on_device(
         self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens (n,), confidence (n,) if asked for, and the largest logit (n,), all still on the device."""
         index = self._index.get(depth)
-        adapted = hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
-        logits = model.logits(adapted)
+        logits = model.logits(self.adapted(model, depth, hidden))
         if measure is None:
             best = logits.max(-1)
             return best.indices, None, best.values
@@ -66,6 +72,11 @@ class Exits:
         if measure is Confidence.MARGIN:
             sure = sure - (logits.topk(2, dim=-1).values[:, 1] - total).exp()
         return best.indices, sure, best.values
+
+    def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
+        """Hidden states (n, d) after `depth` layers as the model's own norm and head read them."""
+        index = self._index.get(depth)
+        return hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
 
     def classify(self, depth: int, hidden: Tensor) -> Tensor:
         """The cheap check's answer (n,). UserError for heads without one."""

@@ -7,7 +7,7 @@ is whatever the model writes, exactly as many tokens as planned: an end token do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,11 @@ class LiveModel:
     profile: Profile
     trace: BoundTrace
     replays: bool = False
+    start_token: int | None = field(init=False)  # of a text, where the vocabulary has one
+
+    def __post_init__(self) -> None:
+        # Looked up once: the vocabulary is made into a dictionary anew whenever it is asked for.
+        object.__setattr__(self, "start_token", _start_token(self.tokenizer, self.checkpoint.architecture.vocab_size))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +81,7 @@ class LiveModel:
             if len(ids) >= n_tokens:
                 break
             chars *= 2
-        start = self._start_token()
+        start = self.start_token
         return ids[-n_tokens:] if start is None or n_tokens < 2 else [start, *ids[1 - n_tokens :]]
 
     def encode(self, text: str) -> list[int]:
@@ -86,9 +91,12 @@ class LiveModel:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _start_token(self) -> int | None:
-        """The token between documents where the vocabulary has one, as in pretraining, else the tokenizer's own."""
-        known = self.tokenizer.get_vocab()
-        names = ("<bos>", "<|endoftext|>", self.tokenizer.bos_token, self.tokenizer.eos_token)
-        vocab_size = self.checkpoint.architecture.vocab_size  # a tokenizer may know tokens past the model's rows
-        return next((int(known[n]) for n in names if n in known and known[n] < vocab_size), None)
+
+def _start_token(tokenizer: Any, vocab_size: int) -> int | None:
+    """The token between documents where the vocabulary has one, as in pretraining, else the tokenizer's own.
+
+    A tokenizer may know tokens past the model's rows.
+    """
+    known = tokenizer.get_vocab()
+    names = ("<bos>", "<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token)
+    return next((int(known[n]) for n in names if n in known and known[n] < vocab_size), None)
