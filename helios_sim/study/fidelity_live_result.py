@@ -126,9 +126,9 @@ def _row(c: Compared, metric: str) -> ComparedRow:
 
 
 def _difference(c: Compared, metric: str) -> tuple[float | None, float | None]:
-    """Of the simulation, at the device's pace where that is known, and of the second live run; each over the first."""
+    """Of the simulation, and of the second live run; each over the first."""
     row = _row(c, metric)
-    return (row.difference if c.paced is None else row.paced_difference), row.noise
+    return row.difference, row.noise
 
 
 def _gates(found: Sequence[Compared]) -> list[Gate]:
@@ -233,18 +233,16 @@ def _verdict(found: Sequence[Compared], gates: Sequence[Gate]) -> list[str]:
         off = [abs(value) for value, _ in pairs if value is not None]
         noise = [abs(value) for _, value in pairs if value is not None]
         if off and noise:
-            alone = [abs(d) for c in below if c.paced is not None and (d := _row(c, metric).difference) is not None]
-            by_profile = f" (without it {np.median(alone):.1%} and {max(alone):.1%})" if alone else ""
+            paced = [abs(d) for c in below if (d := _row(c, metric).paced_difference) is not None]
+            at_pace = f" ({np.median(paced):.1%} and {max(paced):.1%} at the device's pace)" if paced else ""
             told.append(
-                f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst{by_profile}; two live "
+                f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst{at_pace}; two live "
                 f"runs of the same differ by {np.median(noise):.1%} and {max(noise):.1%}"
             )
     missed = sum(not gate.passed for gate in gates)
     first = "Under saturation the simulation keeps every target" if not missed else (
         f"Under saturation the simulation misses {missed} of {len(gates)} targets"
     )  # fmt: skip
-    if any(c.paced is not None for c in below):
-        first += ", with the device's pace as it was timed beside each run"
     sentences = [f"{first}. {'. '.join(told)}."]
     over = [c for c in found if c.cell.load >= 1]
     if over:
