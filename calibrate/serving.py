@@ -16,8 +16,8 @@ from calibrate.subject import Subject
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.request import NS_PER_S
 
-WARM_ITERATIONS = 4  # decodes of each batch that do not count
-ITERATIONS = 24  # and those that do
+WARM_ITERATIONS = 3  # decodes of each batch that do not count
+ITERATIONS = 16  # and those that do
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ServingCosts:
 
 
 def measure_serving(subject: Subject, spec: ModelSpec, ceilings: Ceilings) -> ServingCosts:
-    """Some 30 iterations of each of three batches. KV memory for so many short requests must be free."""
+    """Some 20 iterations of each of three batches. KV memory for so many short requests must be free."""
     from calibrate.serving_run import serve
 
     host, forward = {}, {}
