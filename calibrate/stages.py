@@ -32,14 +32,18 @@ _SCRATCH = ".scratch"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
-class NotEnoughTime(Exception):
-    """A stage found that its time does not suffice. What it wrote is kept for the next call, and others go on."""
+class CannotRun(Exception):
+    """A stage found that it cannot run here, and says why. What it wrote is kept for the next call; others go on."""
+
+
+class NotEnoughTime(CannotRun):
+    """Its time does not suffice."""
 
 
 class Status(StrEnum):
     DONE = "done"  # in this call
     KEPT = "kept"  # finished by an earlier call
-    SKIPPED = "skipped"  # the time left, or a stage that it needs, did not allow it
+    SKIPPED = "skipped"  # the time left, the machine, or a stage that it needs, did not allow it
     FAILED = "failed"  # by a defect; the other stages went on
 
 
@@ -184,7 +188,7 @@ def _one(
             }
             files.write_json(draft / RECORD, record)
             place = put(draft, folder / STAGES / stage.name)
-    except NotEnoughTime as error:
+    except CannotRun as error:
         return _skipped(stage, str(error), transcript)
     except UserError as error:
         transcript.note(stage.name, "failed", str(error))
@@ -271,7 +275,7 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
     files.write_text(basis, now_is)
     try:
         yield place
-    except (UserError, NotEnoughTime):
+    except (UserError, CannotRun):
         raise
     except Exception:
         shutil.rmtree(place, ignore_errors=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NOISE_VALUES = 1 << 20  # drawn once and repeated: drawing gigabytes takes longer than measuring with them
 POOL_SHARE = 0.4  # of the memory given to the engine
+REST_SHARE = 0.6  # of what the weights leave of it: activations, copies and captured graphs need room too
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Subject:
         self._generator = torch.Generator(device=device.torch_device).manual_seed(seed)
         token_bytes = 2 * a.kv_width * self.n_layers * torch.empty((), dtype=model.dtype).element_size()
         wanted = self.limits.max_batch * self.limits.max_kv_tokens
-        fits = int(device.facts.memory_bytes * POOL_SHARE) // token_bytes
+        memory, rest = device.facts.memory_bytes, device.facts.memory_bytes - model.weight_bytes
+        fits = int(min(memory * POOL_SHARE, rest * REST_SHARE)) // token_bytes
         self.pool_tokens = max(min(wanted, fits), self.limits.max_kv_tokens + self.limits.max_chunk)
         shape = (self.pool_tokens * a.kv_width,)
         self._pools = [(self._noise(shape), self._noise(shape)) for _ in range(self.n_layers)]

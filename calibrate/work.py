@@ -63,7 +63,7 @@ def _stage(
     inputs: Inputs, name: str, run: Run, worth: float, needs: tuple[str, ...], settings: dict[str, Any]
 ) -> Stage:
     effort = QUICK if inputs.config.quick else EFFORTS[name]
-    return Stage(name, _memory_named(run), effort.estimate_s, worth, effort.least_s, needs, settings)
+    return Stage(name, memory_named(run), effort.estimate_s, worth, effort.least_s, needs, settings)
 
 
 def _ceilings(inputs: Inputs) -> Stage:
@@ -211,7 +211,7 @@ def _details(inputs: Inputs) -> dict[str, Any]:
     return {**found, "heads": inputs.heads_sha256(), "quick": inputs.config.quick}
 
 
-def _memory_named(run: Run) -> Run:
+def memory_named(run: Run) -> Run:
     """A shortage of memory is one kind of error, however torch has said it."""
 
     @wraps(run)

@@ -146,7 +146,7 @@ def test_torch_has_its_say_about_memory_in_one_way() -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with pytest.raises(MemoryError, match="out of memory"):
-        calibrate.work._memory_named(full)(None)  # type: ignore[arg-type]
+        calibrate.work.memory_named(full)(None)  # type: ignore[arg-type]
 
 
 def test_an_interrupt_keeps_finished_stages_and_says_how_to_go_on(llama, tmp_path, repository) -> None:

@@ -86,3 +86,18 @@ def test_a_real_copy_beside_real_iterations(tmp_path: Any, monkeypatch: pytest.M
     assert found.slowdown >= 1.0
     assert found.meanwhile_bytes_per_s > 1e5
     assert found.checkpoint_bytes_per_s is not None
+
+
+def test_the_pool_leaves_room_beside_weights_that_fill_most_of_the_memory(tmp_path: Any) -> None:
+    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.source import find_checkpoint
+
+    model = SegmentedModel.load(find_checkpoint(str(write_tiny("llama", tmp_path, layers=2))))
+    memory_bytes = int(1.25 * model.weight_bytes)
+    device = CpuDevice.open(memory_bytes=memory_bytes, threads=1)
+    subject = Subject(model, device, Limits(4096, 4, 4, 8, 4))
+    token_bytes = 2 * 2 * model.architecture.kv_width * 4  # K and V, two layers
+    assert subject.holds(1, 12)  # what a single request takes
+    assert subject.pool_tokens * token_bytes < memory_bytes - model.weight_bytes
+    roomy = Subject(model, CpuDevice.open(memory_bytes=100 * model.weight_bytes, threads=1), Limits(64, 4, 4, 8, 4))
+    assert roomy.pool_tokens == 64 * 8

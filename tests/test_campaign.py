@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,23 @@ import pytest
 pytest.importorskip("torch")
 
 from calibrate.campaigns.archives import MAX_BYTES, read_archive
+from calibrate.campaigns.land import land
 from calibrate.stages import read_finished
 from calibrate_line import calibrate
+from campaign_checkout import checkout
+from command_line import CommandLine
+from helios_sim.exits.store import write_trace
+from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.profile.store import read_profile
 
-FEW = ("+campaign=rehearsal", "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]", "live.loads=[0.8]")
+FEW = (
+    "+campaign=rehearsal", "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]", "last_model=null",
+    "live.loads=[0.8]",
+)  # fmt: skip
 STAGES = (
     "ceilings", "profile-tiny-opt-1.3b", "profile-tiny-opt-6.7b", "profile-tiny-smollm2-135m", "adapters", "traces",
     "live-tiny-opt-6.7b", "live-tiny-smollm2-135m", "headline-tiny-opt-6.7b", "headline-tiny-smollm2-135m",
+    "live-headline-tiny-opt-6.7b", "live-headline-tiny-smollm2-135m",
 )  # fmt: skip
 
 
@@ -29,7 +39,7 @@ def statuses(summary: dict) -> dict[str, str]:
 
 
 def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archives(
-    tmp_path, monkeypatch, capsys
+    repository, tmp_path, monkeypatch, capsys
 ) -> None:
     said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "out=out")
     assert said.status == 0, said.err
@@ -56,12 +66,34 @@ def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archi
             layers = [metrics[f"{kind}_{arm}"]["layers_per_token"] for kind in ("live", "again", "simulated")]
             assert layers[0] == layers[1] == layers[2]
     arms = finished["headline-tiny-smollm2-135m"].result["arms"]
-    assert arms["helios_batched"]["throughput_requests_per_s"] > 0
+    assert arms["simulated_helios_batched"]["throughput_requests_per_s"] > 0
+    headline = finished["live-headline-tiny-opt-6.7b"].result
+    for arm in ("full_depth", "early_exit_batched"):
+        served, simulated = (headline["arms"][f"{mode}_{arm}"] for mode in ("live", "simulated"))
+        assert served["layers_per_token"] == simulated["layers_per_token"]  # of the same requests
+        assert not isinstance(served["energy_wh_per_request"], dict)  # a counter's value or none, never a band
+        exits = None if arm == "full_depth" else "made up"
+        assert served["provenance"]["times"] == "served here"
+        assert (served["provenance"]["exits"], served["provenance"]["class"]) == (exits, exits or "measured")
+    assert len(headline["gains"]) == 8
 
     again = calibrate(monkeypatch, capsys, tmp_path, *FEW, "resume=[out]", "out=second")
     assert again.status == 0, again.err
     assert statuses(again.summary) == dict.fromkeys(STAGES, "kept")
     assert {p.name for p in (tmp_path / "second").iterdir()} == {p.name for p in out.iterdir()}
+
+    # what a full campaign would leave for good: profiles, an experiment on them, a row of the page
+    written = land(out, checkout(tmp_path / "checkout", repository), trial=True)
+    (experiment,) = (path for path in written if path.suffix == ".yaml")
+    for model in ("tiny-opt-1.3b", "tiny-opt-6.7b"):
+        write_trace(synthetic_trace(model, (2, 4), tokens=400), tmp_path / "traces" / model)
+    simulated = CommandLine(capsys, monkeypatch, tmp_path)(
+        "--config-dir", str(experiment.parents[1]), f"+experiment={experiment.stem}", "workload.n_requests=6",
+        f"profile_folder={tmp_path}/checkout/helios_sim/data/profiles", "exits.threshold=0.6",
+        f"exits.source='{tmp_path}/traces/{{model}}'", into="simulated",
+    )  # fmt: skip
+    assert simulated.status == 0, simulated.err
+    assert simulated.summary["arms"]["helios_batched"]["metrics"]["requests_completed"] > 0  # some are too long
 
 
 def test_what_the_budget_does_not_allow_is_skipped_with_a_reason(tmp_path, monkeypatch, capsys) -> None:
@@ -130,6 +162,51 @@ def test_a_mistake_is_one_message_and_leaves_nothing(arguments, parts, tmp_path,
     for part in parts:
         assert part in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def last(tmp_path):
+    """Runs the profile of a plan's last model alone."""
+    from calibrate.campaigns.plan import Plan
+    from calibrate.campaigns.schema import CampaignConfig
+    from calibrate.stages import run_stages
+
+    def ran(last_model: str, memory_bytes: int):
+        weights = {"small": "tiny:smollm2-135m", "same": "tiny:smollm2-135m"}
+        plan = Plan(
+            CampaignConfig(
+                device="cpu",
+                dtype="float32",
+                quick=True,
+                models=["small"],
+                text_model="small",
+                weights=weights,
+                last_model=last_model,
+                memory_bytes=memory_bytes,
+            )
+        )
+        plan.check()
+        (stage,) = (stage for stage in plan.stages if stage.name == f"profile-{last_model}")
+        (outcome,) = run_stages([replace(stage, needs=())], tmp_path)
+        return outcome
+
+    return ran
+
+
+def test_a_model_that_is_too_large_is_skipped_in_one_line(last) -> None:
+    outcome = last("codellama-34b", 100 << 20)
+    assert outcome.status == "skipped"
+    assert outcome.why == "codellama-34b: 48 layers in float32 take 135 GB, and 105 MB are there"
+
+
+def test_memory_that_runs_out_on_the_way_costs_that_stage_alone(last, monkeypatch) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("helios_sim.live.model.SegmentedModel.load", load)
+    outcome = last("same", 1 << 30)
+    assert outcome.status == "skipped"
+    assert outcome.why == "the device's memory does not suffice: CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def test_h100_is_the_rehearsal_s_plan_at_full_size(monkeypatch, capsys, tmp_path) -> None:

@@ -72,6 +72,7 @@ class StubStep:
 
 class StubModel:
     architecture, dtype, n_loaded = ARCHITECTURE, torch.float32, ARCHITECTURE.n_layers
+    weight_bytes = 0
 
     def __init__(self, clock: VirtualClock, costs: Costs) -> None:
         self._clock, self._costs = clock, costs

@@ -51,6 +51,11 @@ def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str],
     return Written(path, len(content), tuple(str(f.relative_to(state)) for f in left_out))
 
 
+def campaign_of(path: Path) -> str:
+    """Whose it is. UserError where it is damaged."""
+    return str(_checked(path)[0]["campaign"])
+
+
 def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
     """Puts its stages into `state`; their names. A stage of which a file was left out is not among them.
 

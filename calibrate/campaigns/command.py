@@ -140,6 +140,6 @@ def _show(config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence
     if summary["worthless"]:
         print("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
     if any(outcome.status is Status.SKIPPED for outcome in outcomes):
-        print(f"skipped stages run when the same command is given again with resume=[{folder}]")
+        print(f"what was skipped for want of time runs when the same command is given again with resume=[{folder}]")
     print(f"output folder: {folder}")
     print(json.dumps(summary, allow_nan=False))

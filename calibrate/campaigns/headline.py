@@ -1,52 +1,147 @@
 """What HELIOS gains on this device over early exits and full depth, alone and in a batch. Knows arms, runs no model.
 
-Times are measured; exits are the text model's own or published ones, and the result says which.
+Simulated from the profiles that were measured here; and served live, beside a simulation of the very same requests.
+Every arm says where its times, its exits and its energy come from.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import floor
 from typing import Any
 
 from calibrate.campaigns.schema import CampaignConfig
-from calibrate.campaigns.studies import arms, basis, variant_of
-from calibrate.stages import StageRun
+from calibrate.campaigns.studies import Basis, arms, basis, seconds_each, summary_of, weights_of
+from calibrate.stages import NotEnoughTime, StageRun
 from helios_sim.study.command import run_study
+from helios_sim.study.live_schema import LIVE, SIMULATE
 
 REQUESTS, QUICK_REQUESTS = 400, 12
+HELIOS, EARLY_EXIT, FULL_DEPTH = "helios", "early_exit", "full_depth"
+ONE_USER, FULL_QUEUE = "one user", "full queue"
+ARRIVALS: Mapping[str, Mapping[str, Any]] = {
+    ONE_USER: {"workload.arrivals.kind": "closed_loop", "workload.arrivals.users": 1},
+    FULL_QUEUE: {"workload.arrivals.kind": "all_at_once"},
+}
 METRICS = (
     "throughput_requests_per_s", "e2e_s_mean", "tpot_s_mean", "batch_mean", "energy_wh_per_request", "layers_per_token",
     "breach_fraction", "agreement",
 )  # fmt: skip
+GAINS = ("throughput_requests_per_s", "e2e_s_mean", "energy_wh_per_request", "batch_mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A policy under a load, simulated or live."""
+
+    mode: str
+    load: str
+    policy: str
+
+    @property
+    def name(self) -> str:
+        return f"{'live' if self.mode == LIVE else 'simulated'}_{self.policy}{'_batched' * (self.load == FULL_QUEUE)}"
 
 
 def headline(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Mapping[str, Any]:
-    """One user, then a full queue: every arm simulated from the profiles that were measured here."""
+    """One user, then a full queue: every arm simulated."""
     made = basis(config, models, stage, {})
-    largest = models[-1]
-    queue = {"workload.arrivals.kind": "all_at_once"}
-    batched = arms(config, models, baseline="early_exit_batched", overrides=queue)
-    workload = replace(made.config.workload, n_requests=QUICK_REQUESTS if config.quick else REQUESTS)
-    workload.arrivals = replace(workload.arrivals, kind="closed_loop", users=1)
+    requests = dict.fromkeys(ARRIVALS, QUICK_REQUESTS if config.quick else REQUESTS)
+    return _run(config, models, stage, made, _arms(SIMULATE), requests)
+
+
+def live_headline(config: CampaignConfig, models: Sequence[str], simulated: str, stage: StageRun) -> Mapping[str, Any]:
+    """The same served live, as many requests as there is time for, and simulated beside it.
+
+    `simulated` is the stage that tells how fast each arm is about. NotEnoughTime where that is too slow.
+    """
+    made = basis(config, models, stage, {model: weights_of(config, model) for model in models})
+    live, beside = _arms(LIVE), _arms(SIMULATE)
+    speeds = stage.finished[simulated].result["arms"]
+    seconds = seconds_each(config, stage, len(live))
+    requests = dict.fromkeys(ARRIVALS, QUICK_REQUESTS)
+    for load in () if config.quick else ARRIVALS:
+        each_s = [1 / speeds[arm.name]["throughput_requests_per_s"] for arm in beside if arm.load == load]
+        requests[load] = requests_within(seconds * len(each_s), sum(each_s), config.live.least_requests)
+    stage.tell(f"{len(live)} arms, {', '.join(f'{load}: {n} requests' for load, n in requests.items())}", None)
+    return _run(config, models, stage, made, [*live, *beside], requests)
+
+
+def requests_within(seconds: float, each_s: float, least: int) -> int:
+    """As many as fit, of which each takes so long; no more than are simulated. NotEnoughTime for fewer than `least`."""
+    if least * each_s > seconds:
+        raise NotEnoughTime(f"{least} requests take {least * each_s:.0f} s, and {seconds:.0f} s are there for them")
+    return min(floor(seconds / each_s), REQUESTS)
+
+
+def gains(figures: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """HELIOS over each other policy in the same mode under the same load, metric by metric. Of bands, a band."""
+    found = []
+    for arm, ours in figures.items():
+        for policy in (EARLY_EXIT, FULL_DEPTH) if arm.policy == HELIOS else ():
+            theirs = figures[replace(arm, policy=policy)]
+            ratios = {metric: _ratio(ours[metric], theirs[metric]) for metric in GAINS}
+            found.append({"mode": arm.mode, "load": arm.load, "over": policy, **ratios})
+    return found
+
+
+def _arms(mode: str) -> list[Arm]:
+    return [Arm(mode, load, policy) for load in ARRIVALS for policy in (FULL_DEPTH, EARLY_EXIT, HELIOS)]
+
+
+def _run(
+    config: CampaignConfig, models: Sequence[str], stage: StageRun, made: Basis, chosen: Sequence[Arm],
+    requests: Mapping[str, int],
+) -> Mapping[str, Any]:  # fmt: skip
+    policies = arms(config, models)
+    entries = {}
+    for arm in chosen:
+        overrides = {"mode": arm.mode, "workload.n_requests": requests[arm.load], **ARRIVALS[arm.load]}
+        baseline = replace(arm, policy=EARLY_EXIT).name
+        entries[arm.name] = {**policies[arm.policy], "baseline": baseline, "overrides": overrides}
     study = replace(
         made.config,
-        name=f"headline_{largest}",
+        name=f"headline_{models[-1]}",
         title=f"HELIOS over {', '.join(models)} on {made.config.hardware}",
-        question=f"What does HELIOS gain over early exits and full depth? Times: measured. Exits: {made.exits}.",
-        workload=workload,
-        arms=arms(config, models) | {f"{name}_batched": arm for name, arm in batched.items()},
-        baseline="early_exit",
-        subject="helios",
+        question=f"What does HELIOS gain over early exits and full depth? Times: measured. Exits: {made.exits.said}.",
+        arms=entries,
+        baseline=replace(chosen[0], policy=EARLY_EXIT).name,
+        subject=replace(chosen[0], policy=HELIOS).name,
         headline_metrics=list(METRICS),
         jobs=1,
     )
-    with (stage.folder / "table.txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
-        run_study(variant_of(study), stage.folder)
-    summary = json.loads((stage.folder / "summary.json").read_text(encoding="utf-8"))
-    figures = {
-        name: {metric: arm["metrics"].get(metric) for metric in METRICS} for name, arm in summary["arms"].items()
+    _, summary = summary_of(run_study, study, stage.folder)
+    figures = {arm: {m: summary["arms"][arm.name]["metrics"].get(m) for m in METRICS} for arm in chosen}
+    counter = summary["provenance"]["inputs"].get("energy")
+    return {
+        "models": list(models),
+        "exits": made.exits.said,
+        "requests": dict(requests),
+        "verdict": summary["verdict"],
+        "counter": None if counter is None else counter["source"],
+        "arms": {arm.name: {**values, "provenance": _provenance(made, arm, values)} for arm, values in figures.items()},
+        "gains": gains(figures),
     }
-    return {"models": list(models), "exits": made.exits, "verdict": summary["verdict"], "arms": figures}
+
+
+def _provenance(made: Basis, arm: Arm, figures: Mapping[str, Any]) -> dict[str, str | None]:
+    """`class` is the weakest of what the arm stands on; full depth stands on no exits."""
+    energy = figures["energy_wh_per_request"]
+    exits = None if arm.policy == FULL_DEPTH else made.exits.origin
+    return {
+        "times": "served here" if arm.mode == LIVE else "simulated from a profile measured here",
+        "exits": exits,
+        "energy": "counter" if isinstance(energy, float) else None if energy is None else "band",
+        "class": exits or "measured",
+    }
+
+
+def _ratio(ours: Any, theirs: Any) -> Any:
+    """None where either is undefined, or one is measured and the other a band."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        ends = [_ratio(ours[end], theirs[end]) for end in ("low", "high")]
+        return None if None in ends else {"low": min(ends), "high": max(ends)}
+    if isinstance(ours, Mapping) or isinstance(theirs, Mapping) or ours is None or not theirs:
+        return None
+    return ours / theirs

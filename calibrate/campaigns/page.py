@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helios_sim.report.format import in_unit
@@ -32,8 +32,8 @@ def page(campaign: str, summary: Mapping[str, Any]) -> str:
         if name.startswith(("live-", "headline-")):
             parts += ["", f"## {name}", "", f"Models: {', '.join(result['models'])}. Exits: {result['exits']}.", ""]
             parts += [f"- {sentence}" for sentence in result["verdict"]]
-        if name.startswith("headline-"):
-            parts += ["", *_headline(result["arms"])]
+        if "arms" in result:
+            parts += ["", *_headline(result)]
     return "\n".join(parts) + "\n"
 
 
@@ -76,15 +76,40 @@ def _profiles(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return rows
 
 
-def _headline(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    metrics = list(next(iter(arms.values())))
-    rows = [f"| arm | {' | '.join(metrics)} |", f"| --- | {' | '.join('---:' for _ in metrics)} |"]
-    for name, values in arms.items():
-        rows.append(f"| {name} | {' | '.join(_shown(values[metric]) for metric in metrics)} |")
-    return rows
+def _headline(result: Mapping[str, Any]) -> list[str]:
+    """Arms with where their figures come from, then what HELIOS gains over each rival."""
+    requests = ", ".join(f"{n} ({load})" for load, n in result["requests"].items())
+    counter = result["counter"] or "none of a live run; bands are between idle power and the board's limit"
+    arms: Mapping[str, Mapping[str, Any]] = result["arms"]
+    origins = ("times", "exits", "energy", "class")
+    metrics = [metric for metric in next(iter(arms.values())) if metric != "provenance"]
+    told = [
+        [name, *(values["provenance"][key] or "" for key in origins), *(shown(values[metric]) for metric in metrics)]
+        for name, values in arms.items()
+    ]
+    keys = [key for key in result["gains"][0] if key not in ("mode", "load", "over")]
+    gains = [
+        [f"{gain['mode']}, {gain['load']}", gain["over"], *(shown(gain[key]) for key in keys)]
+        for gain in result["gains"]
+    ]
+    return [
+        f"Requests of each arm: {requests}. Energy counter: {counter}.",
+        "",
+        *table(["arm", *origins, *metrics], told, 1 + len(origins)),
+        "",
+        "HELIOS's figure over the rival's:",
+        "",
+        *table(["served", "over", *keys], gains, 2),
+    ]
 
 
-def _shown(value: Any) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """The first `words` columns hold words, the others numbers."""
+    rule = ["---" if i < words else "---:" for i in range(len(columns))]
+    return [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
+
+
+def shown(value: Any) -> str:
     """A band by both its ends."""
     if value is None:
         return ""

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from calibrate.campaigns.device_report import measure_device
+from calibrate.campaigns.headline import headline, live_headline
 from calibrate.campaigns.recording import Recorded
 from calibrate.campaigns.schema import CampaignConfig
+from calibrate.campaigns.serving import served
+from calibrate.campaigns.studies import weights_of
 from calibrate.inputs import Inputs
 from calibrate.schema import CalibrateConfig, ModelConfig
-from calibrate.stages import Stage, StageRun
-from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, stages_of
+from calibrate.stages import CannotRun, Stage, StageRun
+from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
 from helios_sim.errors import UserError
-from helios_sim.live.known import KNOWN, cache_folder
+from helios_sim.live.known import KNOWN
 
 DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
 TRANSCRIPT = "device.jsonl"
+MEMORY = "memory"  # the key of the mistake of asking for more than there is
 
 # Of a card like an H100, guessed: no such card was at hand, and the first campaign on one will correct them.
 EFFORTS = {
@@ -38,27 +43,23 @@ def profile_stage(model: str) -> str:
     return f"{PROFILE}-{model}"
 
 
-def live_stage(model: str) -> str:
-    return f"live-{model}"
-
-
-def headline_stage(model: str) -> str:
-    return f"headline-{model}"
-
-
 class Plan:
     """All stages of a campaign, and the archive of each."""
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
-        self._inputs = {model: Inputs(self._calibration(model)) for model in config.models}
+        last = [] if config.last_model is None else [config.last_model]
+        self._inputs = {model: Inputs(self._calibration(model)) for model in (*config.models, *last)}
         self.groups: dict[str, str] = {}
         self.stages: list[Stage] = []
         self._worth = 1000.0
         self._add_all()
 
     def check(self) -> None:
-        """UserError for whatever would stop a stage anyway: packages, device, shapes, weights, memory."""
+        """UserError for whatever would stop a stage anyway: packages, device, shapes, weights.
+
+        A model that is too large for the memory only costs its own stages, which say so.
+        """
         from helios_sim.live.random_weights import RANDOM
 
         config = self.config
@@ -68,31 +69,36 @@ class Plan:
             allowed = "weights of its own: exits trained and traced with random ones mean nothing"
             raise UserError("text_model", config.text_model, allowed, fix)
         for inputs in self._inputs.values():
-            inputs.check()
+            with _memory_aside():
+                inputs.check()
 
     @property
     def device_name(self) -> str:
         return self._inputs[self.config.models[0]].device.facts.name
 
     def _add_all(self) -> None:
-        from calibrate.campaigns.headline import headline
-        from calibrate.campaigns.serving import served
-
         config = self.config
         self._add(DEVICE, self._ceilings())
         for model in config.models:
             self._add(PROFILES, self._profile(model))
         for stage in self._exits():
             self._add(EXITS, stage)
-        live = [config.live.pair] if config.live.pair else []
-        for models in (*live, [config.text_model]):
-            self._add(LIVE, self._stage(live_stage(models[-1]), partial(served, config, models), models))
-        for models in (*live, [config.text_model]):
-            self._add(HEADLINE, self._stage(headline_stage(models[-1]), partial(headline, config, models), models))
+        served_together = [*([config.live.pair] if config.live.pair else []), [config.text_model]]
+        for models in served_together:
+            self._add(LIVE, self._stage(f"live-{models[-1]}", partial(served, config, models), models))
+        for models in served_together:
+            self._add(HEADLINE, self._headline(models))
+        for models in served_together:
+            simulated = self._headline(models).name
+            run = partial(live_headline, config, models, simulated)
+            self._add(HEADLINE, self._stage(f"live-{simulated}", run, models, simulated), LIVE)
+        if config.last_model is not None:
+            self._add(PROFILES, self._profile(config.last_model))
+            self._add(HEADLINE, self._headline([config.last_model]))
 
-    def _add(self, group: str, stage: Stage) -> None:
-        """In order of worth, each with its group's effort."""
-        effort = REHEARSED if self.config.quick else EFFORTS[group]
+    def _add(self, group: str, stage: Stage, like: str | None = None) -> None:
+        """In order of worth, each with the effort of its group, or of the one that it is like."""
+        effort = REHEARSED if self.config.quick else EFFORTS[like or group]
         self._worth -= 1
         self.groups[stage.name] = group
         self.stages.append(
@@ -101,12 +107,15 @@ class Plan:
             )
         )
 
-    def _stage(self, name: str, run: Run, models: Sequence[str]) -> Stage:
-        """One that reads profiles and, for the text model, its traces."""
+    def _headline(self, models: Sequence[str]) -> Stage:
+        return self._stage(f"headline-{models[-1]}", partial(headline, self.config, models), models)
+
+    def _stage(self, name: str, run: Run, models: Sequence[str], *more: str) -> Stage:
+        """One that reads profiles, for the text model its traces, and what `more` stages found."""
         needs = tuple(profile_stage(model) for model in models)
         needs += (ADAPTERS, TRACES) if self.config.text_model in models else ()
         settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
-        return Stage(name, run, 0, 0, needs=needs, settings=settings)
+        return Stage(name, run, 0, 0, needs=(*needs, *more), settings=settings)
 
     def _ceilings(self) -> Stage:
         config, inputs = self.config, self._inputs[self.config.models[0]]
@@ -124,7 +133,12 @@ class Plan:
     def _profile(self, model: str) -> Stage:
         inputs = self._inputs[model]
         _, stage = stages_of(inputs)
-        return replace(stage, name=profile_stage(model), run=_released(inputs, stage.run))
+
+        def run(given: StageRun) -> Mapping[str, Any]:
+            inputs.check()  # whether it fits
+            return stage.run(given)
+
+        return replace(stage, name=profile_stage(model), run=_released(inputs, run))
 
     def _exits(self) -> list[Stage]:
         """Adapters trained on the text model and traced, with its own weights."""
@@ -143,14 +157,6 @@ class Plan:
         )  # fmt: skip
 
 
-def weights_of(config: CampaignConfig, model: str) -> str:
-    """Those named, those in the cache, or random ones of the same shape."""
-    if model in config.weights:
-        return config.weights[model]
-    known = KNOWN.get(model)
-    return model if known is not None and (cache_folder() / known.file).exists() else f"random:{model}"
-
-
 def _released(inputs: Inputs, run: Run) -> Run:
     """The model leaves the device when its stage is over: the next one needs the room."""
 
@@ -164,12 +170,19 @@ def _released(inputs: Inputs, run: Run) -> Run:
 
 
 def _alone(run: Run) -> Run:
-    """Memory that nobody holds any more goes back to the device, and a mistake found here costs this stage alone."""
+    """Memory that nobody holds any more goes back to the device, and a mistake found here costs this stage alone.
+
+    Too little memory is nobody's mistake: the stage is skipped.
+    """
 
     def alone(stage: StageRun) -> Mapping[str, Any]:
         try:
-            return run(stage)
+            return memory_named(run)(stage)
+        except MemoryError as error:
+            raise CannotRun(f"the device's memory does not suffice: {error}") from error
         except UserError as error:  # what concerns all stages was checked before the first
+            if error.key.endswith(MEMORY):  # an arm's name may stand before it
+                raise CannotRun(f"{error.value}: {error.allowed}") from error
             raise RuntimeError(str(error)) from error
         finally:
             gc.collect()
@@ -178,3 +191,12 @@ def _alone(run: Run) -> Run:
                 torch.cuda.empty_cache()
 
     return alone
+
+
+@contextmanager
+def _memory_aside() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if error.key != MEMORY:
+            raise

@@ -33,6 +33,7 @@ class CampaignConfig:
     dtype: str = "bfloat16"  # float32, bfloat16
     models: list[str] = field(default_factory=list)  # shapes to profile, in order of worth
     text_model: str = "smollm2-135m"  # with weights of its own: adapters, exit traces, live serving
+    last_model: str | None = None  # a large shape, profiled after all else; its headline is simulated, never served
     # by model: folder, .gguf file, hub id, or random:NAME; else the cache's file by the model's name, else random:NAME
     weights: dict[str, str] = field(default_factory=dict)
     quick: bool = False  # few samples of small tables: to rehearse; such numbers are worth nothing
@@ -57,5 +58,9 @@ class CampaignConfig:
         unknown = sorted({*self.live.pair, self.text_model} - set(self.models))
         require(not unknown, "models", self.models, f"with {', '.join(unknown)}, which is to be served")
         require(len(self.live.pair) in (0, 2), "live.pair", self.live.pair, "two models or none")
+        require(self.last_model not in self.models, "last_model", self.last_model, "a model that is not among models")
+        simulated = {*self.live.pair, *([self.last_model] if self.last_model else [])}
+        missing = sorted(simulated - set(self.live.exits)) if self.live.exits else []
+        require(not missing, "live.exits", dict(self.live.exits), f"with {', '.join(missing)}, or none at all")
         require(bool(self.live.loads), "live.loads", self.live.loads, "at least one load")
         require(self.seed >= 0, "seed", self.seed, "at least 0")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibrate.campaigns.exits import Exits, exits_of
 from calibrate.campaigns.schema import CampaignConfig
-from calibrate.stages import Finished, StageRun
-from calibrate.work import ADAPTERS, TRACES
-from helios_sim.exits.published import TASKS as PUBLISHED_TASKS
-from helios_sim.exits.store import read_trace, write_trace
-from helios_sim.exits.synthetic import synthetic_trace
+from calibrate.stages import Finished, NotEnoughTime, StageRun
+from calibrate.work import ADAPTERS
+from helios_sim.live.known import KNOWN, cache_folder
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile
 from helios_sim.report import files
@@ -23,7 +24,6 @@ from helios_sim.study.plan import Variant
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,
-    ExitsConfig,
     LengthConfig,
     LengthsConfig,
     MixConfig,
@@ -33,60 +33,87 @@ from helios_sim.study.schema import (
 )
 
 SCRATCH = "scratch"  # of a stage: not archived
-MADE_UP = "text"  # the task of made-up exits
-SURE_HEAD, SURE_CHECK = 0.9, 0.8  # thresholds of a head's probability, and of a classifier's check
 WORDS = "The river ran high in March and the keeper of the bridge wrote down every cart that crossed it. "
+UNHURRIED_S = 12.0  # of arrivals in each live run
+SERVING_SHARE = 0.6  # of the time allowed; the rest goes to opening models, overload's tails and figures
+SHORTEST_S = 1.0
+QUICK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a study stands on. `exits` says where exits come from, in words."""
+    """What a study stands on."""
 
     config: Config
-    profiles: Mapping[str, Profile]
-    exits: str
+    exits: Exits
 
 
 def basis(config: CampaignConfig, models: Sequence[str], stage: StageRun, weights: Mapping[str, str]) -> Basis:
-    """Profiles of the models from their stages, exits measured, published or made up, and a workload of texts."""
+    """Profiles of the models from their stages, exits, and a workload of texts. `weights`: of those to be served."""
     scratch = stage.folder / SCRATCH
     profiles = {model: _placed(stage.finished[f"profile-{model}"], scratch / "profiles") for model in models}
     card = profiles[models[0]].hardware.name
+    exits = exits_of(config, profiles, stage.finished, scratch / "traces")
     live = LiveConfig(device=config.device, threads=config.threads, weights=dict(weights), seed=config.seed)
     if config.text_model in models:
-        exits, tasks, chars, said = _measured(stage.finished, profiles[config.text_model])
         live.heads = {config.text_model: str(stage.finished[ADAPTERS].part("heads"))}
-        live.texts = str(_prompts(tasks, scratch / "prompts"))
+        live.texts = str(_prompts(exits.tasks, scratch / "prompts"))
     else:
-        exits, tasks, chars, said = _of_pair(config, models, scratch / "traces")
         files.write_text(scratch / "words.txt", WORDS * 200)
         live.texts = str(scratch / "words.txt")
     c = config.live
     workload = WorkloadConfig(
         statement=f"prompts of about {c.prompt_tokens} tokens and answers of about {c.output_tokens}",
         n_requests=c.least_requests,
-        chars_per_token=chars,
+        chars_per_token=exits.chars_per_token,
         arrivals=ArrivalsConfig(rate_per_s=1.0),  # each study sets its own
         lengths=LengthsConfig(prompt=_lengths(c.prompt_tokens), output=_lengths(c.output_tokens)),
-        mix=MixConfig(tasks=dict.fromkeys(tasks, 1.0)),
+        mix=MixConfig(tasks=dict.fromkeys(exits.tasks, 1.0)),
     )
     study = Config(
         hardware=card, models=list(models), profile_folder=str(scratch / "profiles"), workload=workload,
-        runtime=RuntimeConfig(preset="profile"), exits=exits, live=live, seeds=[config.seed],
+        runtime=RuntimeConfig(preset="profile"), exits=exits.settings, live=live, seeds=[config.seed],
         server=ServerConfig(max_running_requests=c.max_running_requests, max_batch_tokens=c.max_batch_tokens),
     )  # fmt: skip
-    return Basis(study, profiles, said)
+    return Basis(study, exits)
 
 
-def arms(config: CampaignConfig, models: Sequence[str], **more: Any) -> dict[str, Any]:
+def arms(config: CampaignConfig, models: Sequence[str]) -> dict[str, Any]:
     """Full depth and early exits of the largest model, and HELIOS over all of them, quick to decide again."""
     largest = models[-1]
     asks = {"prompts_per_candidate": 2, "window_tokens": 64, "limit": 24, "round_requests": config.live.round_requests}
     return {
-        "full_depth": {"policy": "full_depth", "model": largest, **more},
-        "early_exit": {"policy": "early_exit", "model": largest, **more},
-        "helios": {"policy": "helios", "constants": "published", **asks, **more},
+        "full_depth": {"policy": "full_depth", "model": largest},
+        "early_exit": {"policy": "early_exit", "model": largest},
+        "helios": {"policy": "helios", "constants": "published", **asks},
     }
+
+
+def weights_of(config: CampaignConfig, model: str) -> str:
+    """Those named, those in the cache, or random ones of the same shape."""
+    if model in config.weights:
+        return config.weights[model]
+    known = KNOWN.get(model)
+    return model if known is not None and (cache_folder() / known.file).exists() else f"random:{model}"
+
+
+def seconds_each(config: CampaignConfig, stage: StageRun, runs: int) -> float:
+    """Of arrivals, for each of so many live runs. NotEnoughTime where that is next to nothing."""
+    if config.quick:
+        return QUICK_S
+    if stage.allowance_s is None:
+        return UNHURRIED_S
+    found = min(UNHURRIED_S, SERVING_SHARE * stage.allowance_s / runs)
+    if found < SHORTEST_S:
+        raise NotEnoughTime(f"{runs} runs in {stage.allowance_s:.0f} s would be shorter than {SHORTEST_S:g} s each")
+    return found
+
+
+def summary_of(run: Callable[[Variant, Path], int], study: Config, folder: Path) -> tuple[int, Mapping[str, Any]]:
+    """Runs the study into the folder: its exit status and summary.json. What it prints is in table.txt there."""
+    with (folder / "table.txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
+        status = run(variant_of(study), folder)
+    return status, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def variant_of(config: Config) -> Variant:
@@ -113,36 +140,6 @@ def _placed(finished: Finished, folder: Path) -> Profile:
     name = finished.result["name"]
     shutil.copytree(finished.part("profile") / name, folder / name, dirs_exist_ok=True)
     return read_profile(folder / name)
-
-
-def _measured(finished: Mapping[str, Finished], profile: Profile) -> tuple[ExitsConfig, Sequence[str], float, str]:
-    place = finished[TRACES].part("trace")
-    trace = read_trace(place)
-    checks = trace.classifier is not None and profile.check_classifier is not None
-    exits = ExitsConfig(
-        source=str(place), threshold=SURE_CHECK if checks else SURE_HEAD,
-        confidence="classifier" if checks else "max_probability",
-    )  # fmt: skip
-    said = f"measured by this campaign, {trace.n_tokens} tokens"
-    return exits, trace.tasks, float(trace.chars.sum() / trace.n_tokens), said
-
-
-def _of_pair(
-    config: CampaignConfig, models: Sequence[str], folder: Path
-) -> tuple[ExitsConfig, Sequence[str], float, str]:
-    made_up = config.live.exits
-    if not made_up:
-        exits = ExitsConfig(source="published", threshold=SURE_HEAD)
-        return (
-            exits,
-            PUBLISHED_TASKS,
-            4.2,
-            "fitted to published shares; weights are random, so their text means nothing",
-        )
-    for model in models:
-        write_trace(synthetic_trace(model, made_up[model], (MADE_UP,), seed=config.seed), folder / model)
-    exits = ExitsConfig(source=f"{folder}/{{model}}", threshold=0.6)
-    return exits, (MADE_UP,), 4.0, "made up, to rehearse"
 
 
 def _prompts(tasks: Sequence[str], folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Shapes of the models and limits of the cards for which profiles are built. Knows published figures only.
 
-Model shapes are those of the published configuration files (Hugging Face: facebook/opt-*, meta-llama/*).
+Model shapes are those of the published configuration files (Hugging Face: facebook/opt-*, meta-llama/*, codellama/*).
 Card figures are the maker's data sheets.
 """
 
@@ -43,6 +43,7 @@ MODELS = {
         _llama("llama-2-7b", 32, 4096, 32, 32, 11_008, 32_000, 4096),
         _llama("llama-2-13b", 40, 5120, 40, 40, 13_824, 32_000, 4096),
         _llama("llama-3-8b", 32, 4096, 32, 8, 14_336, 128_256, 8192),
+        _llama("codellama-34b", 48, 8192, 64, 8, 22_016, 32_000, 16_384),
     )
 }
 
