@@ -51,6 +51,10 @@ def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archi
     assert all(path.stat().st_size <= MAX_BYTES for path in files)
     assert "no figure" in said.out.lower()
     assert "No figure below means anything" in (out / "report.md").read_text()
+    over = said.summary["stages"]["profile-tiny-opt-6.7b"]["result"]["over_ceiling"]
+    assert min(over.values()) > 0
+    row = f"| tiny-opt-6.7b | {over['dense']:.2f} | {over['decode_attention']:.2f} |"
+    assert row in (out / "report.md").read_text()
 
     for path in sorted(out.glob("*.tar.gz")):
         read_archive(path, "rehearsal", tmp_path / "state")

@@ -43,6 +43,7 @@ def campaign(folder: Path, iteration_s: float = 0.001, *, worthless: bool = Fals
             profile = replace(flat, hardware=replace(flat.hardware, name=CARD))
             write_profile(profile, place / "profile" / f"{model}@{CARD}")
     (state / STAGES / "ceilings" / "device.jsonl").write_text("[]\n")
+    (state / STAGES / "headline-opt-6.7b" / "report.html").write_text("<p>a page</p>")
     write_archive(folder / "out" / "all.tar.gz", "h100", state, list(results))
     stages = {name: {"result": result, "finished_at": "2027-01-02T03:04"} for name, result in results.items()}
     summary = {"campaign": "h100", "worthless": worthless, "stages": {**stages, "live-x": {"result": None}}}
@@ -60,7 +61,9 @@ def test_everything_lies_where_the_project_looks_for_it(tmp_path, repository) ->
         "helios_sim/data/profiles/opt-1.3b@h200", "helios_sim/data/profiles/opt-6.7b@h200",
         "experiments/h100_campaign/h200", "conf/experiment/measured_h200.yaml", "experiments/h100_campaign/README.md",
     }  # fmt: skip
-    assert {path.name for path in (into / PAGES / CARD).iterdir()} == {"summary.json", "report.md", "device.jsonl"}
+    assert {path.name for path in (into / PAGES / CARD).iterdir()} == {
+        "summary.json", "report.md", "device.jsonl", "headline-opt-6.7b.html",
+    }  # fmt: skip
     text = (into / PAGES / PAGE).read_text()
     part = text[text.index(FROM) : text.index(TO)]
     assert "| [h200](h200/report.md) | 2027-01-02 | 5 of 6 | 4500 | 790.0 |" in part

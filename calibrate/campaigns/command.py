@@ -21,11 +21,14 @@ from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, writ
 from calibrate.campaigns.page import page
 from calibrate.campaigns.plan import Plan
 from calibrate.campaigns.schema import CampaignConfig
+from calibrate.ceilings import Ceilings
 from calibrate.command import check_budget
 from calibrate.progress import progress
+from calibrate.report_floor import median_ratio, over_floor
 from calibrate.stages import Outcome, Status, run_stages
 from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
 from helios_sim.live.packages import check_packages
+from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
 from helios_sim.report import files
 from helios_sim.report.table import PLAIN_WIDTH
@@ -117,11 +120,17 @@ def _result(outcome: Outcome) -> Mapping[str, Any]:
     assert outcome.finished is not None
     result = {key: value for key, value in outcome.finished.result.items() if key != "points"}
     name = result.get("name")
-    place = outcome.finished.part("profile") / str(name) / "profile.json"
-    if name is not None and place.is_file():
-        details = json.loads(place.read_text(encoding="utf-8"))["provenance"]["details"]
-        kept = ("weights", "interpolation", "whole_iterations", "below_floor", "host", "memory", "loads", "energy")
+    place = outcome.finished.part("profile") / str(name)
+    if name is not None and place.is_dir():
+        profile = read_profile(place)
+        details = profile.provenance.details
+        kept = (
+            "weights", "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads",
+            "energy",
+        )  # fmt: skip
         result |= {key: details.get(key) for key in kept}
+        tables = over_floor(profile, Ceilings.from_json(details["ceilings"]))
+        result["over_ceiling"] = {table: median_ratio(entries) for table, entries in tables.items()}
     return result
 
 

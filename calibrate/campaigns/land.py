@@ -5,7 +5,7 @@ all archives; FOLDER is a checkout of this project (without it, the current fold
 
 - `helios_sim/data/profiles/MODEL@CARD/`, every profile;
 - `conf/experiment/measured_CARD.yaml`, a study on these profiles: `python -m helios_sim +experiment=measured_CARD`;
-- `experiments/h100_campaign/CARD/`, the report, its figures as JSON, and all that the device answered;
+- `experiments/h100_campaign/CARD/`, the report, its figures, pages of its studies, all that the device answered;
 - the part of that folder's page between its marks: a row for each card.
 
 What is there of the same card makes way. A rehearsal is refused unless `trial=true`: its figures are worth nothing.
@@ -36,6 +36,7 @@ PAGES = Path("experiments/h100_campaign")
 PAGE, REHEARSAL = "README.md", "rehearsal"
 FROM, TO = "<!-- cards: written by calibrate.campaigns.land -->", "<!-- end of cards -->"
 SUMMARY, REPORT, ANSWERS = "summary.json", "report.md", "device.jsonl"
+PAGE_OF_STUDY = "report.html"
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "measured.yaml"
 _USAGE = "python -m calibrate.campaigns.land OUT into=FOLDER"
 
@@ -62,6 +63,9 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
         place = into / PAGES / card
         for source in (out / SUMMARY, out / REPORT, finished[CEILINGS].part(ANSWERS)):
             files.write_bytes(place / source.name, source.read_bytes())
+        for name, stage in finished.items():  # of what was simulated and served
+            if stage.part(PAGE_OF_STUDY).is_file():
+                files.write_bytes(place / f"{name}.html", stage.part(PAGE_OF_STUDY).read_bytes())
     written.append(place)
     pair = summary["provenance"]["configuration"]["live"]["pair"]
     if all((into / PROFILES / f"{model}@{card}").is_dir() for model in pair) and pair:

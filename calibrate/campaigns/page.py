@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calibrate.work import PROFILE
 from helios_sim.report.format import in_unit
+
+OVER_CEILING = ("dense", "decode_attention", "prefill_attention", "head")
 
 WORTHLESS = (
     "**A rehearsal: tiny shapes, few samples, a CPU. It shows that every stage runs and what it writes. "
@@ -25,7 +28,7 @@ def page(campaign: str, summary: Mapping[str, Any]) -> str:
     results = {name: stage["result"] for name, stage in stages.items() if stage["result"]}
     if "ceilings" in results:
         parts += ["", "## Device", "", *_device(results["ceilings"])]
-    profiles = {name: r for name, r in results.items() if name.startswith("profile-")}
+    profiles = {name: r for name, r in results.items() if name.startswith(f"{PROFILE}-")}
     if profiles:
         parts += ["", "## Profiles", "", *_profiles(profiles)]
     for name, result in results.items():
@@ -60,20 +63,37 @@ def _device(found: Mapping[str, Any]) -> list[str]:
 
 
 def _profiles(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows = ["| model | weights | interpolation error, median | whole iterations, median error | below the floor |",
-            "| --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    """How good the tables are; then what was measured over what the device's ceilings or the shapes say."""
+    quality, over = [], []
     for name, found in profiles.items():
+        model = name.removeprefix(f"{PROFILE}-")
         errors = [t["median_absolute"] for t in (found.get("interpolation") or {}).values() if t is not None]
         whole = (found.get("whole_iterations") or {}).get("all")
-        cells = [
-            name.removeprefix("profile-"),
-            str(found.get("weights")),
-            f"{max(errors):.1%}" if errors else "",
-            "" if whole is None else f"{whole['median']:+.1%}",
-            str(len(found.get("below_floor") or ())),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        quality.append(
+            [
+                model,
+                str(found.get("weights")),
+                f"{max(errors):.1%}" if errors else "",
+                "" if whole is None else f"{whole['median']:+.1%}",
+                str(len(found.get("below_floor") or ())),
+            ]
+        )
+        times = [f"{found['over_ceiling'][kind]:.2f}" for kind in OVER_CEILING]
+        memory = [_measured_over_predicted(found["memory"][part]) for part in ("weights", "kv", "activations")]
+        over.append([model, *times, *memory, f"{next(iter(found['loads']['bytes_per_s'].values())) / 1e9:.1f}"])
+    columns = ["model", "weights", "interpolation error, median", "whole iterations, median error", "below the floor"]
+    names = [kind.replace("_", " ") for kind in OVER_CEILING]
+    return [
+        *table(columns, quality, 2),
+        "",
+        "Median time over the least that the ceilings allow, memory over what the shapes say, and loads:",
+        "",
+        *table(["model", *names, "weights", "KV", "activations", "loads, GB/s"], over, 1),
+    ]
+
+
+def _measured_over_predicted(found: Mapping[str, Any]) -> str:
+    return "" if found["measured"] is None else f"{found['measured'] / found['predicted']:.2f}"
 
 
 def _headline(result: Mapping[str, Any]) -> list[str]:
