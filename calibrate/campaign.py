@@ -19,6 +19,7 @@ from calibrate import unequal, whole
 from calibrate.build_profile import Measured, build_profile
 from calibrate.ceilings import Ceilings, measure_ceilings
 from calibrate.device import Device
+from calibrate.drift import Drift
 from calibrate.energy import Energy, measure_energy, why_absent
 from calibrate.grid import HeldOut, errors, interpolate
 from calibrate.host import HostCosts, measure_host
@@ -109,6 +110,7 @@ class _Campaign:
         clock = Clock(self.budget_s)
         self.sampler = Sampler(self.device, Points(folder / "points.parquet"), clock, seed=plan.seed, progress=progress)
         self.latency = Latency(subject, self.sampler)
+        self.drift = Drift(self.parts, self.sampler, self.device)
 
     def run(self, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Profile:
         ceilings = Ceilings.from_json(
@@ -118,13 +120,13 @@ class _Campaign:
         grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
         refined: list[str] = [] if state is None else state["refined"]
         if not self.latency.measure(grids, COARSE_SAMPLES) and not self.latency.known(grids):
-            self._note_drift()
+            self.drift.note()
             raise UserError(
                 "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",
                 "call again with the same folder, or allow more",
             )  # fmt: skip
         measured = self._measured(ceilings, loaded_bytes, reload)
-        self._note_drift()
+        self.drift.note()
         for table in self._order():
             if table not in refined and self._left(KEEP_FOR_REST) > 0:
                 keep_s = self.budget_s * KEEP_FOR_REST
@@ -140,7 +142,7 @@ class _Campaign:
             self.sampler.measure(unequal.jobs(self.latency), min(samples, REFINE_SAMPLES))
             self.sampler.measure(whole_jobs, min(samples, REFINE_SAMPLES))
             self.latency.measure(grids, max(samples, COARSE_SAMPLES))
-        self._note_drift()
+        self.drift.note()
         return self._profile(grids, measured, fit, tries)
 
     def _order(self) -> list[str]:
@@ -221,7 +223,7 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
-            "pace": self._pace(),
+            "pace": self.drift.pace(self.latency.anchor_place, self.subject.n_layers),
         }
         provenance = profile.provenance
         provenance = replace(
@@ -252,34 +254,10 @@ class _Campaign:
             "samples": sum(f.samples for f in found.values()),
             "outliers": sum(f.outliers for f in found.values()),
             "contended": sum(f.samples for f in found.values() if f.contended),
-            "set_aside": sum(slice_["contended"] for slice_ in self.parts.get("drift") or []),
+            "set_aside": self.drift.set_aside,
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
-            "anchor": [slice_["anchor"] for slice_ in self.parts.get("drift") or []],
+            "anchor": self.drift.anchors,
         }
-
-    def _pace(self) -> dict[str, Any] | None:
-        """The step that was timed all along (helios_sim.live.pace), a layer of it; None where it was hardly timed."""
-        slices = [s["anchor"] for s in self.parts.get("drift") or [] if s["anchor"] is not None]
-        if not slices:
-            return None
-        batch, kv_tokens = self.latency.anchor_place
-        counts = [s["measurements"] for s in slices]
-        step_s = float(np.average([s["median_s"] for s in slices], weights=counts))
-        layer_s = step_s / self.subject.n_layers
-        return {"batch": batch, "kv_tokens": kv_tokens, "layer_s": layer_s, "measurements": sum(counts)}
-
-    def _note_drift(self) -> None:
-        """One entry for each call, brought up to date as it goes on."""
-        entries = self.parts.get("drift") or []
-        if getattr(self, "_slice", None) is None:
-            self._slice = len(entries)
-            entries.append({})
-        entries[self._slice] = {
-            "anchor": self.sampler.drift(),
-            "contended": sum(self.sampler.contended.values()),
-            "disturbance": self.device.disturbance(),
-        }
-        self.parts.put("drift", entries)
 
 
 def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ...]:

@@ -110,6 +110,6 @@ def test_a_comparison_shows_the_simulation_at_the_devices_pace(
     assert tpot["paced_difference"] == pytest.approx(tpot["paced"] / tpot["measured"] - 1)
     gate = next(gate for gate in summary["gates"] if "full_depth, TPOT" in gate["name"])
     assert gate["value"] == pytest.approx(tpot["difference"])  # what is judged is the profile alone
-    assert "at the device's pace" in summary["verdict"][0]
+    assert "at the device's pace" in summary["verdict"][1]
     assert "at its pace" in said.out
     assert "took 2.00 of its time" in said.out

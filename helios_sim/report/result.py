@@ -103,7 +103,7 @@ class Workload:
 
     statement: str
     requests: int
-    offered_requests_per_s: float | None  # None in a closed loop or when all came at once
+    offered_requests_per_s: float | None  # None in a closed loop, when all came at once, or where arms differ
     facts: tuple[tuple[str, str], ...] = ()  # (name, value): lengths, mix, drift, source
     tasks: tuple[str, ...] = ()  # by the number that records have
 

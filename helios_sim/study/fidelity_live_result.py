@@ -72,6 +72,7 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
     gates = tuple(_gates(found))
     shown = [c for c in found if c.cell.load == _shown_load(found)]
     first = shown[0].live.replicate.records
+    rates = {c.cell.rate_per_s for c in shown}
     arms = {arm.name: arm for c in shown for arm in _arms(c)}
     return ExperimentResult(
         experiment=config.name,
@@ -85,7 +86,7 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
         workload=Workload(
             statement=config.workload.statement,
             requests=len(first),
-            offered_requests_per_s=shown[0].cell.rate_per_s,
+            offered_requests_per_s=rates.pop() if len(rates) == 1 else None,  # each arm has a rate of its own
             facts=workload_facts(config, first),
             tasks=task_names(config.workload.mix),
         ),
@@ -243,7 +244,7 @@ def _verdict(found: Sequence[Compared], gates: Sequence[Gate]) -> list[str]:
     first = "Under saturation the simulation keeps every target" if not missed else (
         f"Under saturation the simulation misses {missed} of {len(gates)} targets"
     )  # fmt: skip
-    sentences = [f"{first}. {'. '.join(told)}."]
+    sentences = [f"{first}.", *(f"{sentence}." for sentence in told)]
     over = [c for c in found if c.cell.load >= 1]
     if over:
         values = [abs(value) for c in over if (value := _difference(c, "throughput_requests_per_s")[0]) is not None]
