@@ -35,9 +35,9 @@ VALUES = {
     "limit": ("arms.helios.limit", [20, 30, 40, 45, 50, 55, 60, 70, 80, 90]),
     "round_requests": ("arms.helios.round_requests", [25, 50, 75, 100, 125, 150, 200, 250, 300, 400]),
 }
+PARAMETERS = ", ".join(f"{name}: {{settings: [{path}], values: {values}}}" for name, (path, values) in VALUES.items())
 SWEEP = (
-    "sweep.arm=helios", "sweep.backend=processes", "sweep.workers=2",
-    *(f"+sweep.parameters.{name}={{settings: [{path}], values: {values}}}" for name, (path, values) in VALUES.items()),
+    "sweep.arm=helios", "sweep.backend=processes", "sweep.workers=2", f"+sweep.parameters={{{PARAMETERS}}}",
 )  # fmt: skip
 
 

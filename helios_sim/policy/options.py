@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -31,7 +31,7 @@ class Option:
             "breach_share": self.breach_share,
             "bits_per_char": self.bits_per_char,
             "upper_bound": None if self.cap is None else list(self.cap.upper_bound),
-            "transition": asdict(self.transition),
+            "transition": self.transition.to_json(),
             "prediction": self.prediction.to_json(),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from helios_sim.policy.deployment import InFlight, Placement
 from helios_sim.policy.depth import prefill_time_s
@@ -20,6 +21,9 @@ class Transition:
     drain_s: float  # until requests in flight are done, 0 where none has to wait for it
     prefill_s: float  # texts in flight that are computed again
     lost_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)

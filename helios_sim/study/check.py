@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from difflib import get_close_matches
 
 import simpy
@@ -22,8 +20,8 @@ from helios_sim.study.fleet import Fleet, of_kind
 from helios_sim.study.job import Job
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
-from helios_sim.study.schema import PRESENTATION, Config
-from helios_sim.study.shared import shared_fleet
+from helios_sim.study.schema import Config
+from helios_sim.study.shared import in_json, shared_fleet, what_counts
 
 FIGURES = ("sweep", "load", "arms", "quality")
 NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
@@ -44,7 +42,7 @@ def check_study(plan: StudyPlan) -> None:
                 )
     built: dict[str, Fleet] = {}
     for job in {id(job.config): job for job in plan.jobs}.values():
-        name = _same_parts(job.config)
+        name = in_json(what_counts(job.config))
         if name not in built:
             built[name] = shared_fleet(job.config, job.seed)
             if job.config.mode == LIVE:
@@ -53,7 +51,7 @@ def check_study(plan: StudyPlan) -> None:
                 check_live(job.config)
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
-        for kind in built[_same_parts(job.config)].kinds:
+        for kind in built[in_json(what_counts(job.config))].kinds:
             entry = job.entry if kind.entry is None else kind.entry
             if entry["policy"] not in NOT_TRIED:
                 parts, env = kind.parts, simpy.Environment()
@@ -82,11 +80,6 @@ def _check_threshold(parts: Parts, first: Deployment) -> None:
         data = parts.models[first.active.model]
         data.trace.trace.confident_at(rule.threshold, rule.confidence)
         data.profile.check_table(rule.confidence)
-
-
-def _same_parts(config: Config) -> str:
-    settings = {key: value for key, value in asdict(config).items() if key not in PRESENTATION}
-    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _check_names(plan: StudyPlan) -> None:

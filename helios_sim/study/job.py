@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
@@ -29,8 +28,8 @@ from helios_sim.study.build import Parts
 from helios_sim.study.fleet import Fleet
 from helios_sim.study.live_notes import LiveNotes
 from helios_sim.study.live_schema import SIMULATE
-from helios_sim.study.schema import PRESENTATION, Config, RuntimeConfig
-from helios_sim.study.shared import shared_fleet
+from helios_sim.study.schema import Config, RuntimeConfig
+from helios_sim.study.shared import in_json, shared_fleet, what_counts
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 
 if TYPE_CHECKING:
@@ -47,13 +46,13 @@ class Job:
     @property
     def key(self) -> str:
         """The same for the same result: two sweeps that share a job run it once."""
-        shown = {name: value for name, value in asdict(self.config).items() if name not in PRESENTATION}
-        shown["workload"].pop("statement")
+        shown = what_counts(self.config)
+        shown["workload"] = {name: value for name, value in vars(self.config.workload).items() if name != "statement"}
         if self.config.mode == SIMULATE:
             del shown["live"]
         entry = {name: value for name, value in self.entry.items() if name not in SHOWN_OF_AN_ARM}
         identity = [helios_sim.__version__, shown, entry, self.seed]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        return hashlib.sha256(in_json(identity).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, slots=True)

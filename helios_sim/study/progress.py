@@ -6,9 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from helios_sim.study.job import Job, JobResult
 from helios_sim.study.plan import StudyPlan
 from helios_sim.study.runner import OnDone
@@ -28,6 +25,16 @@ def progress(plan: StudyPlan) -> Iterator[OnDone]:
 
         yield line
         return
+    from rich.console import Console  # a tenth of a second, and only a terminal needs it
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 from helios_sim.exits.offline import OfflineExits, offline_exits
 from helios_sim.policy.telemetry import Candidate
@@ -56,8 +57,25 @@ def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
     return replace(kind, parts=replace(kind.parts, situation=situation))
 
 
+def what_counts(config: Config) -> dict[str, Any]:
+    """The settings that change a result, by name; the groups are the configuration's own."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PRESENTATION}
+
+
+def in_json(settings: Any) -> str:
+    """The same text for the same settings, whatever their order."""
+    return json.dumps(settings, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return str(value)
+
+
 def _key(config: Config, seed: int) -> str:
     """Of everything that parts are made of, but for what is set anew each time."""
-    settings = {name: value for name, value in asdict(config).items() if name not in (*PRESENTATION, "objective")}
-    settings["exits"].pop("threshold")
-    return json.dumps([seed, settings], sort_keys=True, default=str)
+    settings = what_counts(config)
+    del settings["objective"]
+    settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
+    return in_json([seed, settings])

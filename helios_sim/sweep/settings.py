@@ -21,12 +21,12 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with these dotted paths set, every range checked anew.
+    """A copy with these dotted paths set, every range checked anew; groups off these paths are shared, not copied.
 
     UserError where a path leads nowhere or a value has the wrong type or is out of range. Names below `policy`, an
     arm or `exits.parameters` are free: what is wrong there is found by those who read them.
     """
-    changed = copy.deepcopy(config)
+    changed = copy.copy(config)
     for path, value in changes.items():
         _set(changed, path, value)
     return changed
@@ -37,7 +37,7 @@ def _set(config: Config, path: str, value: Any) -> None:
     place: Any = config
     groups = [config]
     for name in above:
-        place = _below(place, name, path)
+        place = _own(place, name, _below(place, name, path))
         groups.append(place)
     if isinstance(place, dict):
         place[last] = value
@@ -50,6 +50,16 @@ def _set(config: Config, path: str, value: Any) -> None:
     for group in reversed(groups):
         if hasattr(group, "__post_init__"):
             group.__post_init__()
+
+
+def _own(place: Any, name: str, below: Any) -> Any:
+    """A copy of what is below, put into its place."""
+    own = copy.copy(below)
+    if isinstance(place, dict):
+        place[name] = own
+    else:
+        setattr(place, name, own)
+    return own
 
 
 def _below(place: Any, name: str, path: str) -> Any:
