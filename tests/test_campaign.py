@@ -80,6 +80,8 @@ def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archi
         assert served["provenance"]["times"] == "served here"
         assert (served["provenance"]["exits"], served["provenance"]["class"]) == (exits, exits or "measured")
     assert len(headline["gains"]) == 8
+    pages = {name for name, stage in finished.items() if stage.part("report.html").is_file()}
+    assert pages == {name for name in STAGES if name.startswith("live-")}
 
     again = calibrate(monkeypatch, capsys, tmp_path, *FEW, "resume=[out]", "out=second")
     assert again.status == 0, again.err

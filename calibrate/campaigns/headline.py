@@ -109,6 +109,7 @@ def _run(
         baseline=replace(chosen[0], policy=EARLY_EXIT).name,
         subject=replace(chosen[0], policy=HELIOS).name,
         headline_metrics=list(METRICS),
+        pictures=any(arm.mode == LIVE for arm in chosen),  # to draw takes longer than to simulate
         jobs=1,
     )
     _, summary = summary_of(run_study, study, stage.folder)
