@@ -130,6 +130,12 @@ def test_the_recorded_command_rebuilds_the_shipped_files(name: str, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("kernels")
+def test_every_known_shape_can_be_built(tmp_path: Path) -> None:
+    assert build(["model=all", "hardware=h100-80gb", f"folder={tmp_path}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"{model}@h100-80gb" for model in MODELS}
+
+
+@pytest.mark.usefixtures("kernels")
 def test_measured_shapes_are_taken_as_they_are_and_missing_ones_from_neighbours() -> None:
     times = gemm_times(A100)
     i, j = list(times._n).index(4096), list(times._k).index(4096)

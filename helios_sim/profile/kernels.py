@@ -18,7 +18,7 @@ from helios_sim.profile.kernel_tables import (
     gemm_times,
     rising,
 )
-from helios_sim.profile.models import CHARS_PER_TOKEN, LOAD_BYTES_PER_S, activation_reserve_bytes
+from helios_sim.profile.models import LOAD_BYTES_PER_S, activation_reserve_bytes
 from helios_sim.profile.operations import (
     Elementwise,
     Gemm,
@@ -176,7 +176,7 @@ def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
                 "hardware.idle_w",
             ),
             Assumption(
-                "chars_per_token", CHARS_PER_TOKEN[_tokenizer(model)], "English text; no tokenizer at hand",
+                "chars_per_token", model.chars_per_token, "English text; no tokenizer at hand",
                 "model.chars_per_token",
             ),
             *(
@@ -190,7 +190,3 @@ def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
 def _runtime_value(runtime: Runtime, key: str) -> float:
     value: float = getattr(runtime, key)
     return value
-
-
-def _tokenizer(model: ModelSpec) -> str:
-    return next(k for k in ("opt", "llama-2", "llama-3") if model.name.startswith(k))
