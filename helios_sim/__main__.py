@@ -39,21 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def study(settings: DictConfig) -> None:
         nonlocal status, started
         from helios_sim.study.command import run_study
-        from helios_sim.study.fidelity import run_fidelity
-        from helios_sim.study.fidelity_live import run_fidelity_live
-        from helios_sim.sweep.command import run_sweep
 
         started = True
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         try:
             _check_choices(settings, run.runtime.choices, command)
-            run_it = run_sweep if settings.sweep.parameters else run_study
+            run_it = run_study
             if settings.fidelity.compare or settings.fidelity.folder is not None:
-                run_it = run_fidelity
+                from helios_sim.study.fidelity import run_fidelity as run_it
             elif settings.fidelity_live.loads:
-                run_it = run_fidelity_live
-            if run_it is run_study:
+                from helios_sim.study.fidelity_live import run_fidelity_live as run_it
+            elif settings.sweep.parameters:
+                from helios_sim.sweep.command import run_sweep as run_it
+            else:
                 _check_no_sweep(command)
             status = max(status, run_it(Variants(settings, command), folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.trigger import Cause
+from helios_sim.report.arrow_columns import numbers, texts
 from helios_sim.report.files import to_json
 from helios_sim.report.summary import json_value
 from helios_sim.request import NS_PER_S
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
     from helios_sim.report.result import ArmResult
     from helios_sim.serving.decider import Decision
+
+
+_NUMBERS: dict[str, type] = {"time_s": np.float64, "replica": np.int64, "layers": np.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +58,12 @@ def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
     import pyarrow as pa
 
     rows = [row for arm in arms.values() for row in decision_rows(arm)]
-    columns: dict[str, Any] = {
-        "arm": pa.string(),
-        "time_s": pa.float64(),
-        "replica": pa.int64(),
-        "cause": pa.string(),
-        "model": pa.string(),
-        "layers": pa.int64(),
-        "exit_rule": pa.string(),
-        "standby": pa.string(),
-        "reason": pa.string(),
-    }
-    data = {name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in columns.items()}
-    data["evidence"] = pa.array([to_json(row.evidence) for row in rows], pa.string())
+    data: dict[str, pyarrow.Array] = {}
+    for name in ("arm", "time_s", "replica", "cause", "model", "layers", "exit_rule", "standby", "reason"):
+        values = [getattr(row, name) for row in rows]
+        kind = _NUMBERS.get(name)
+        data[name] = texts(values) if kind is None else numbers(np.array(values, kind))
+    data["evidence"] = texts([to_json(row.evidence) for row in rows])
     return pa.table(data)
 
 

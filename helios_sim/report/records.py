@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.trace import MICROBITS
+from helios_sim.report.arrow_columns import numbers, texts
 from helios_sim.request import RequestRecord, Status
 
 if TYPE_CHECKING:
@@ -174,23 +175,14 @@ class Records:
         import pyarrow as pa
 
         n = len(self)
-        columns = {"arm": _texts(Labels(np.zeros(n, np.int16), (arm,))), "seed": _numbers(np.full(n, seed, np.int64))}
+        columns = {"arm": _texts(Labels(np.zeros(n, np.int16), (arm,))), "seed": numbers(np.full(n, seed, np.int64))}
         columns |= {name: _texts(getattr(self, name)) for name in LABELS}
-        columns |= {name: _numbers(getattr(self, name).astype(np.int64)) for name in INTEGERS}
+        columns |= {name: numbers(getattr(self, name).astype(np.int64)) for name in INTEGERS}
         for name in MOMENTS:
             moments: Maybe = getattr(self, name)
-            columns[name] = _numbers(moments.values, moments.present)
-        columns["bits"] = _numbers(self.microbits.values / MICROBITS, self.microbits.present)
+            columns[name] = numbers(moments.values, moments.present)
+        columns["bits"] = numbers(self.microbits.values / MICROBITS, self.microbits.present)
         return pa.table(columns)
-
-
-def _numbers(values: NDArray[Any], present: BoolColumn | None = None) -> pyarrow.Array:
-    """A column over the same memory, null where not `present`. `pyarrow.array` would load pandas to look at it."""
-    import pyarrow as pa
-
-    known = None if present is None else pa.py_buffer(np.packbits(present, bitorder="little"))
-    content = pa.py_buffer(np.ascontiguousarray(values))
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [known, content])
 
 
 def _texts(labels: Labels) -> pyarrow.Array:
@@ -199,5 +191,5 @@ def _texts(labels: Labels) -> pyarrow.Array:
     known = [name for name in labels.names if name is not None]
     place_of = np.array([0 if name is None else known.index(name) for name in labels.names], np.int32)
     missing = np.array([name is None for name in labels.names], np.bool_)
-    codes = _numbers(place_of[labels.codes], ~missing[labels.codes])
-    return pa.DictionaryArray.from_arrays(codes, pa.array([str(name) for name in known], pa.string()))
+    codes = numbers(place_of[labels.codes], ~missing[labels.codes])
+    return pa.DictionaryArray.from_arrays(codes, texts([str(name) for name in known]))
