@@ -114,11 +114,12 @@ def serve(
     sink: Callable[[RequestRecord], None],
     live: LiveRun | None = None,
     pictures: bool = True,
+    ahead: bool | None = None,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: of the servers'
-    state over time there are samples.
+    state over time there are samples. `ahead`: as `simulate` takes it.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
@@ -141,6 +142,7 @@ def serve(
         replicas=fleet.replicas,
         routing=fleet.routing,
         env=None if live is None else live.clock,
+        ahead=ahead,
     )
 
 

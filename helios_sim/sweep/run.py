@@ -12,6 +12,7 @@ from helios_sim.errors import UserError
 from helios_sim.report.designs import Design, DesignsResult, cost
 from helios_sim.report.result import Workload
 from helios_sim.study.job import Job, assumptions_of, inputs_of, notices_of
+from helios_sim.study.ready import make_ready
 from helios_sim.study.schema import Config
 from helios_sim.study.shared import shared_fleet
 from helios_sim.study.verdict import conditions, offered_requests_per_s
@@ -36,6 +37,8 @@ def run_plan(plan: SweepPlan, folder: Path | None, provenance: Mapping[str, Any]
     workers = Workers(plan.config.sweep)
     try:
         evaluations = Evaluations(plan, Journal(folder), workers, on_done)
+        job, runs = next(iter(plan.references.values()))[0], plan.n_designs * len(plan.config.seeds)
+        make_ready(job, runs * shared_fleet(job.config, job.seed).parts.workload.requests)
         if plan.points is None:
             search(plan.parameters, plan.config.sweep, lambda points: [_costs(plan, d) for d in evaluations(points)])
         else:

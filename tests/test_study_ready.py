@@ -1,0 +1,46 @@
+"""Machine code is made before many short runs, once, and never for a few."""
+
+from __future__ import annotations
+
+import pytest
+
+from helios_sim.study import ready
+from helios_sim.study.job import Job
+from helios_sim.study.schema import Config
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """How runs for it were asked to go; there is none on disk."""
+    asked: list[object] = []
+
+    def noted(*given: object, **settings: object) -> None:
+        asked.append(settings["ahead"])
+
+    monkeypatch.setattr(ready, "serve", noted)
+    monkeypatch.setattr(ready, "shared_fleet", lambda *_: None)
+    monkeypatch.setattr(ready, "is_made", lambda name: False)
+    return asked
+
+
+JOB = Job("full_depth", {"policy": "full_depth"}, Config(), 0)
+
+
+def test_many_requests_are_worth_one_run_ahead_of_the_clock(made: list[object]) -> None:
+    ready.make_ready(JOB, ready.WORTH_COMPILING)
+    assert made == [True]
+
+
+def test_few_are_not_nor_are_many_where_it_is_made(made: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    ready.make_ready(JOB, ready.WORTH_COMPILING - 1)
+    monkeypatch.setattr(ready, "is_made", lambda name: name == "advance")
+    ready.make_ready(JOB, 10 * ready.WORTH_COMPILING)
+    assert made == []
+
+
+def test_what_fails_is_left_to_the_run_that_reports_it(made: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ready, "serve", fails)
+    ready.make_ready(JOB, ready.WORTH_COMPILING)
