@@ -42,6 +42,7 @@ REFINE_SAMPLES = 3
 KEEP_FOR_REST = 0.5  # of the budget: more samples, unequal lengths and whole iterations
 FIT, TRY = 1, 2  # seeds: iterations that give the factors, and those that try the profile
 WHOLE_EACH = 8  # iterations of each kind
+KEEP_FOR_WHOLE = 0.25  # of the budget, for whole iterations
 TOLERATED = 0.03  # median error of whole iterations that is not mentioned among the assumptions
 UNLIMITED_S = 1e9
 
@@ -102,7 +103,7 @@ class _Campaign:
         settings = {
             "model": about.spec.name, "weights": about.weights, "layers": subject.n_layers, "dtype": dtype,
             "device": self.device.facts.name, "limits": asdict(subject.limits),
-            "memory_bytes": self.device.facts.memory_bytes,
+            "memory_bytes": self.device.facts.memory_bytes, "samples": "at one pace",
         }  # fmt: skip
         self.dtype = dtype
         self.parts = Parts(folder, settings)
@@ -116,6 +117,8 @@ class _Campaign:
         ceilings = Ceilings.from_json(
             self.parts.made("ceilings", lambda: measure_ceilings(self.device, self.dtype).to_json())
         )
+        reference = self.parts.made("reference", lambda: {"anchor_s": self.sampler.typical_anchor_s()})
+        self.sampler.reference_s = reference["anchor_s"]
         state = self.parts.get("grids")
         grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
         refined: list[str] = [] if state is None else state["refined"]
@@ -137,11 +140,11 @@ class _Campaign:
         fit = {kind: self._iterations((kind,), FIT) for kind in whole.FITTED}
         tries = self._iterations(whole.KINDS, TRY)
         whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit["unequal"], *fit["mixed"]]]
-        # tables and whole iterations take turns: what is compared shares the machine's good and bad minutes
-        for samples in range(1, self.plan.samples + 1):
-            self.sampler.measure(unequal.jobs(self.latency), min(samples, REFINE_SAMPLES))
-            self.sampler.measure(whole_jobs, min(samples, REFINE_SAMPLES))
-            self.latency.measure(grids, max(samples, COARSE_SAMPLES))
+        keep_s = self.budget_s * KEEP_FOR_WHOLE
+        self.sampler.measure(unequal.jobs(self.latency), REFINE_SAMPLES)
+        self.latency.measure(grids, REFINE_SAMPLES, keep_s, more=True)
+        self.sampler.measure(whole_jobs, REFINE_SAMPLES)
+        self.latency.measure(grids, self.plan.samples, more=True)
         self.drift.note()
         return self._profile(grids, measured, fit, tries)
 
@@ -201,7 +204,9 @@ class _Campaign:
         fit: dict[str, list[whole.Iteration]],
         tries: list[whole.Iteration],
     ) -> Profile:
-        points = self.sampler.points
+        points, pace = self.sampler.points, self.drift.pace(self.latency.anchor_place, self.subject.n_layers)
+        if pace is not None and self.sampler.reference_s is not None:  # from the first second's pace to that of all
+            points.rescale(pace["layer_s"] * self.subject.n_layers / self.sampler.reference_s)
         bare = build_profile(self.about.spec, self.latency, grids, measured)
         # where there is no table of unequal lengths, one factor stands for it
         kv_factor = None
@@ -223,7 +228,7 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
-            "pace": self.drift.pace(self.latency.anchor_place, self.subject.n_layers),
+            "pace": pace,
         }
         provenance = profile.provenance
         provenance = replace(

@@ -87,8 +87,9 @@ class CudaDevice:
             self.eager.append(str(error).splitlines()[0])
             self.wait()
             return step
-        replay: Step = graph.replay
-        return replay
+        from helios_sim.live.device import Replay  # torch is loaded by now
+
+        return Replay(graph, step)
 
     def laps_s(self, steps: Sequence[Step]) -> list[float]:
         cuda = self.torch.cuda

@@ -142,9 +142,12 @@ class Inputs:
             context = min(64, c.max_context_tokens or 64)
             return Limits(min(4, c.max_batch or 4), 16, min(16, context // 2), context, 8)
         most = LIMITS[self.device.facts.kind]
-        context = c.max_context_tokens or most.max_kv_tokens
-        chunk = min(most.max_chunk, context // 2)
-        return replace(most, max_batch=c.max_batch or most.max_batch, max_kv_tokens=context, max_chunk=chunk)
+        batch, context = c.max_batch or most.max_batch, c.max_context_tokens or most.max_kv_tokens
+        rows = max(batch, c.max_batch_tokens or most.max_rows)
+        return replace(
+            most, max_batch=batch, max_kv_tokens=context, max_rows=rows,
+            max_chunk=min(most.max_chunk, context // 2, rows), max_head_rows=min(most.max_head_rows, rows),
+        )  # fmt: skip
 
     @cached_property
     def heads_folder(self) -> Path | None:

@@ -88,9 +88,9 @@ class Latency:
         axes[PREFILL] = Axes((chunks, contexts))
         return Grids(axes, {})
 
-    def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0) -> bool:
-        """Every place of the grids and every held-out place, `samples` times; false when time ran out."""
-        return self.sampler.measure(self._jobs(grids), samples, until_left_s)
+    def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
+        """Every place of the grids and every held-out place, as `Sampler.measure` has it; false when time ran out."""
+        return self.sampler.measure(self._jobs(grids), samples, until_left_s, more)
 
     def known(self, grids: Grids) -> bool:
         """Whether every place has a sample, clean or not."""
@@ -221,10 +221,11 @@ class Latency:
         return Job(tuple(self._point(table, 0, (rows,)) for table in measured), build, read)
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
-        """Equal lengths, slots in a row."""
+        """Lengths as good as equal: were they all the same, the step would need no mask, which it has in service."""
+        lengths = [kv_tokens] * (batch - 1) + [kv_tokens if batch == 1 else max(1, kv_tokens - 1)]
         bare = Point(f"{DECODE}_rows", WHOLE_MODEL, batch, kv_tokens)
         points = self._points_of_classes(DECODE, (batch, kv_tokens))
-        return self.attention_job(points, batch, lambda: self.subject.decode_step([kv_tokens] * batch), bare)
+        return self.attention_job(points, batch, lambda: self.subject.decode_step(lengths), bare)
 
     def prefill_job(self, tokens: int, context_tokens: int) -> Job:
         bare = Point(f"{PREFILL}_rows", WHOLE_MODEL, tokens, context_tokens)

@@ -1,4 +1,4 @@
-"""Raw timings by point, kept on disk as they come. Knows quantities by name only, and nothing of what they time.
+"""Timings by point, kept on disk as they come. Knows quantities by name only, and nothing of what they time.
 
 One Parquet file holds every sample of every point and is replaced as a whole, so that an interrupted campaign leaves
 the last whole one and the next call goes on from there.
@@ -57,12 +57,14 @@ def figure(samples_s: Iterable[float]) -> Figure:
 class Points:
     """All samples of a campaign, in seconds. `save` is cheap enough to call after every few measurements.
 
-    Samples taken while other processes had the cores are kept apart and speak only where there are no others.
+    Samples taken while other processes had the cores are kept apart and speak only where there are no others. Figures
+    are `scale` times the samples.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads what an earlier call left. Raises UserError when the file is no table of points."""
         self.path = path
+        self._scale = 1.0
         self._clean: dict[Point, list[float]] = {}
         self._contended: dict[Point, list[float]] = {}
         self._figures: dict[Point, Figure] = {}  # until a sample is added
@@ -99,9 +101,14 @@ class Points:
         """KeyError where the point was not measured."""
         found = self._figures.get(point)
         if found is None:
-            found = replace(figure(self.samples_s(point)), contended=point not in self._clean)
+            scaled_s = (self._scale * time_s for time_s in self.samples_s(point))
+            found = replace(figure(scaled_s), contended=point not in self._clean)
             self._figures[point] = found
         return found
+
+    def rescale(self, scale: float) -> None:
+        self._scale = scale
+        self._figures.clear()
 
     def of(self, table: str, layer_class: int) -> dict[tuple[int, int], Figure]:
         """(first, second) -> figure, ascending."""

@@ -1,8 +1,9 @@
 """Warm-up and interleaved repeats until the samples suffice or the time is spent. Knows neither models nor tables.
 
-Drift of a shared machine spreads evenly when every round visits all jobs, in an order of its own; one anchor job,
-measured again all along, shows how large the drift was. A sample during which other processes had the cores is no
-sample of this device: it is set aside and taken again, unless that happens too often to go on.
+A shared machine is faster in one second than in the next. One anchor job, timed before and after every sample, says how
+fast it was just then, and samples are brought to one pace by it; rounds that visit all jobs, each in an order of its
+own, spread what is left. A sample during which other processes had the cores is no sample of this device: it is set
+aside and taken again, unless that happens too often to go on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from calibrate.device import Device, Step
 from calibrate.points import Point, Points, figure
 
 STABLE = 0.1  # warm-up ends when two calls in a row differ by no more than this share
-MAX_WARM_UPS = 6
+MAX_WARM_UPS = 3
 LONG_S = 0.3  # a job that takes longer than this warms itself up
 MOST_WAITED = 0.02  # share of a sample's time that its threads may stand waiting for others to leave the cores
 WAKE_S = 1e-4  # waking threads takes them that long on an idle machine too
+SHORT_S, MORE_SAMPLES, STEADY = 0.4, 4, 0.01  # a job this short has up to so many times the samples, unless so steady
 MOST_CONTENDED = 6  # such samples of one job in a call; then it is left as it is
-ANCHOR_EVERY_S = 5.0
+REFERENCE_LAPS = 15
 SAVE_EVERY_S = 10.0
 
 
@@ -58,8 +60,8 @@ class Clock:
 class Sampler:
     """Takes samples of jobs into `points`.
 
-    `anchor` is measured every few seconds beside them; `anchor_laps_s` keeps (seconds since the start, seconds it
-    took) of this call.
+    `anchor` is timed beside each of them; `anchor_laps_s` keeps (seconds since the start, seconds it took) of this
+    call. With `reference_s`, samples are what they would have been had the anchor taken so long.
     """
 
     def __init__(
@@ -73,21 +75,25 @@ class Sampler:
     ) -> None:
         self.device, self.points, self.clock = device, points, clock
         self.anchor: Job | None = None
+        self.reference_s: float | None = None
         self.anchor_laps_s: list[tuple[float, float]] = []
         self.contended: dict[Point, int] = {}  # samples of this call taken while others had the cores
         self._progress = progress
         self._rng = np.random.default_rng(seed)
         self._cost_s: dict[Point, float] = {}
-        self._last_anchor_s = self._last_save_s = -np.inf
+        self._totals_s: dict[Point, list[float]] = {}
+        self._anchor_steps: list[Step] = []
+        self._last_save_s = -np.inf
 
-    def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0) -> bool:
+    def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Rounds over the jobs until each has `samples`, or the machine proved too busy; false when time ran out.
 
+        With `more`, short jobs that scatter have more: small steps cost little to time, and are what is served most.
         A sample is not begun where it would leave less than `until_left_s` of the budget, going by its last cost.
         """
         waiting = list(jobs)
         while True:
-            waiting = [job for job in waiting if self._wanting(job, samples)]
+            waiting = [job for job in waiting if self._wanting(job, samples, more)]
             if not waiting:
                 break
             begun = 0
@@ -104,9 +110,17 @@ class Sampler:
         self.points.save()
         return not waiting
 
-    def _wanting(self, job: Job, samples: int) -> bool:
+    def _wanting(self, job: Job, samples: int, more: bool) -> bool:
         first = job.points[0]
-        return self.points.count(first) < samples and self.contended.get(first, 0) < MOST_CONTENDED
+        count = self.points.count(first)
+        if more and self._cost_s.get(first, SHORT_S) < SHORT_S and not self._steady(job):
+            samples *= MORE_SAMPLES
+        return count < samples and self.contended.get(first, 0) < MOST_CONTENDED
+
+    def _steady(self, job: Job) -> bool:
+        """All its laps together, in this call."""
+        whole = figure(self._totals_s[job.points[0]])
+        return whole.standard_error_s <= STEADY * whole.median_s
 
     def drift(self) -> dict[str, Any] | None:
         """How the anchor's time moved; None where it was measured less than twice."""
@@ -124,18 +138,44 @@ class Sampler:
 
     def _sample(self, job: Job) -> None:
         start_s = self.clock.spent_s
+        self._anchor()
         steps = [self.device.prepare(step) for step in job.build()]
         cost_s = self._cost_s.get(job.points[0])
         if cost_s is None:
             self._warm_up(steps)
         elif cost_s < LONG_S:
             self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
-        laps_s, waited_s = self._laps(steps)
+        anchor = self._anchor()
+        at_s = self.clock.spent_s
+        all_s, waited_s = self._laps([*anchor, *steps, *anchor])
         self._cost_s[job.points[0]] = self.clock.spent_s - start_s
-        contended = waited_s > MOST_WAITED * sum(laps_s) + WAKE_S
+        contended = waited_s > MOST_WAITED * sum(all_s) + WAKE_S
+        laps_s = self._at_one_pace(at_s, all_s, contended) if anchor else all_s
+        self._totals_s.setdefault(job.points[0], []).append(sum(laps_s))
         if contended:
             self.contended[job.points[0]] = self.contended.get(job.points[0], 0) + 1
         self.points.add(job.read(laps_s), contended)
+
+    def typical_anchor_s(self) -> float | None:
+        """The middle of some laps in a row; None without an anchor."""
+        laps_s = [sum(self.device.laps_s(anchor)) for _ in range(REFERENCE_LAPS) if (anchor := self._anchor())]
+        return figure(laps_s).median_s if laps_s else None
+
+    def _anchor(self) -> list[Step]:
+        """Its steps, none without one. They are made once, before a job's own are."""
+        if self.anchor is not None and not self._anchor_steps:
+            self._anchor_steps = [self.device.prepare(step) for step in self.anchor.build()]
+            self.device.laps_s(self._anchor_steps)
+        return self._anchor_steps
+
+    def _at_one_pace(self, at_s: float, laps_s: Sequence[float], contended: bool) -> list[float]:
+        """The laps between those of the anchor, as they would be had it taken `reference_s`."""
+        n = len(self._anchor_steps)
+        around_s = sum(laps_s[:n]), sum(laps_s[-n:])
+        if not contended:
+            self.anchor_laps_s += [(at_s, lap_s) for lap_s in around_s]
+        pace = 1.0 if self.reference_s is None else sum(around_s) / 2 / self.reference_s
+        return [lap_s / pace for lap_s in laps_s[n:-n]]
 
     def _laps(self, steps: Sequence[Step]) -> tuple[list[float], float]:
         """Seconds of each step, and seconds that threads waited for cores meanwhile."""
@@ -156,13 +196,6 @@ class Sampler:
 
     def _housekeeping(self) -> None:
         now_s = self.clock.spent_s
-        if self.anchor is not None and now_s - self._last_anchor_s >= ANCHOR_EVERY_S:
-            steps = [self.device.prepare(step) for step in self.anchor.build()]
-            self.device.laps_s(steps)
-            laps_s, waited_s = self._laps(steps)
-            if waited_s <= MOST_WAITED * sum(laps_s) + WAKE_S:
-                self.anchor_laps_s.append((now_s, sum(laps_s)))
-            self._last_anchor_s = self.clock.spent_s
         if now_s - self._last_save_s >= SAVE_EVERY_S:
             self.points.save()
             self._last_save_s = now_s

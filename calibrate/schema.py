@@ -46,6 +46,7 @@ class CalibrateConfig:
     check_width: int = 256  # of the check of the hidden state
     epochs: float = 1.5  # over the training tokens
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
+    max_batch_tokens: int | None = None  # most tokens of one iteration; null: 512 on a CPU, 8192 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
     quick: bool = False  # tiny shapes and few samples: to try the command; its numbers are worth little
     threshold: float = 0.9  # at which the report counts exits; the trace answers every other
@@ -68,6 +69,7 @@ class CalibrateConfig:
             ("threads", 1),
             ("memory_bytes", 1),
             ("max_batch", 2),
+            ("max_batch_tokens", 16),
             ("max_context_tokens", 16),
         ):
             value = getattr(self, key)

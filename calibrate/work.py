@@ -36,7 +36,7 @@ class Effort:
 # On two cores with a model of a tenth of a billion weights; larger ones take more, and then are cut shorter.
 EFFORTS = {
     CEILINGS: Effort(10, 3),
-    PROFILE: Effort(600, 60),
+    PROFILE: Effort(600, 20),
     ADAPTERS: Effort(1500, 120),
     TRACES: Effort(400, 30),
     ANSWERS: Effort(100, 30),

@@ -100,8 +100,8 @@ def _parts(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(parts: dict[str, Any]) -> list[str]:
-    """Of what was measured twice: measured, again, simulated, and the differences of the latter two, the simulation's
-    also with its iterations at the pace that the device had meanwhile.
+    """Of what was measured several times: its mean, the simulation and its difference, also with its iterations at
+    the pace that the device had meanwhile, and how far two measurements lie apart.
     """
     wanted = [
         ("TPOT", "mean", "ms"), ("TTFT", "mean", "ms"), ("TTFT", "p95", "ms"), ("E2E", "mean", "ms"),
@@ -109,7 +109,7 @@ def _compared(parts: dict[str, Any]) -> list[str]:
         ("system", "KV in use", "%"), ("system", "layers run", "a token"), ("system", "switches", ""),
         ("system", "time of switches", "s"),
     ]  # fmt: skip
-    rows = [["", "figure", "measured", "again", "simulated", "difference", "at its pace", "noise"]]
+    rows = [["", "figure", "measured", "simulated", "difference", "at its pace", "noise"]]
     for part, of_part in parts.items():
         found = {(row["group"], row["statistic"], row["unit"]): row for row in of_part}
         for key in wanted:
@@ -117,9 +117,10 @@ def _compared(parts: dict[str, Any]) -> list[str]:
             name = " ".join(
                 filter(None, (key[0] if key[0] != "system" else "", key[1], f"({key[2]})" if key[2] else ""))
             )
-            values = ["-" if row[k] is None else f"{row[k]:.4g}" for k in ("measured", "again", "simulated")]
-            shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "paced_difference", "noise")]
-            rows.append([part if key is wanted[0] else "", name, *values, *shares])
+            values = ["-" if row[k] is None else f"{row[k]:.4g}" for k in ("measured", "simulated")]
+            shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "paced_difference")]
+            noise = "-" if row["noise"] is None else f"{row['noise']:.1%}"
+            rows.append([part if key is wanted[0] else "", name, *values, *shares, noise])
     return _table(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from calibrate.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
 from calibrate.points import Point, Points, figure
-from calibrate.sampling import MOST_CONTENDED, Clock, Job, Sampler
+from calibrate.sampling import MORE_SAMPLES, MOST_CONTENDED, Clock, Job, Sampler
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
@@ -109,6 +110,54 @@ def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
     assert drift["slowest_over_median"] > 1.05
     assert drift["fastest_over_median"] < 0.95
     assert sampler(tmp_path, clock).drift() is None
+
+
+def test_samples_are_brought_to_one_pace(tmp_path: Path) -> None:
+    """A machine that is up to 1.6 times as slow, in waves of 100 s: every step takes that much longer."""
+    clock = VirtualClock()
+
+    def slowed(point: Point, seconds: float) -> Job:
+        def step() -> None:
+            clock.pass_s(seconds * (1.3 + 0.3 * math.sin(clock.now_s / 100 * 2 * math.pi)))
+
+        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]})
+
+    jobs = [slowed(A, 0.5), slowed(C, 2.0)]
+    as_taken = sampler(tmp_path / "as_taken", clock)
+    as_taken.measure(jobs, 40)
+    at_one_pace = sampler(tmp_path / "at_one_pace", clock)
+    at_one_pace.anchor, at_one_pace.reference_s = slowed(B, 0.05), 0.06
+    at_one_pace.measure(jobs, 40)
+    for point, seconds in ((A, 0.5), (C, 2.0)):
+        found = at_one_pace.points.figure(point)
+        assert found.median_s == pytest.approx(seconds * 0.06 / 0.05, rel=0.02)
+        assert found.iqr_s < 0.2 * as_taken.points.figure(point).iqr_s
+    raw_s = at_one_pace.points.figure(A).median_s
+    at_one_pace.points.rescale(1.5)
+    assert at_one_pace.points.figure(A).median_s == pytest.approx(1.5 * raw_s)
+    assert at_one_pace.points.samples_s(A)[0] < 0.7  # kept as they are
+
+
+def test_the_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    s = sampler(tmp_path, clock)
+    assert s.typical_anchor_s() is None
+    laps_s = iter([9.0] + [1.0, 2.0, 3.0] * 10)  # the first one is not counted: it warms up
+    s.anchor = Job((B,), lambda: [lambda: clock.pass_s(next(laps_s))], lambda laps: {B: laps[0]})
+    assert s.typical_anchor_s() == 2.0
+
+
+def test_short_jobs_that_scatter_have_more_samples(tmp_path: Path) -> None:
+    clock, rng = VirtualClock(), np.random.default_rng(0)
+
+    def scattering(point: Point, seconds: float, share: float) -> Job:
+        step = lambda: clock.pass_s(seconds * (1 + share * rng.random()))  # noqa: E731
+        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]})
+
+    s = sampler(tmp_path, clock)
+    s.measure([scattering(A, 0.01, 0.5), scattering(B, 1.0, 0.5), scattering(C, 0.01, 0.001)], 3, more=True)
+    assert (s.points.count(A), s.points.count(B)) == (3 * MORE_SAMPLES, 3)  # B is long
+    assert s.points.count(C) == 3  # C is steady
 
 
 def test_geometric_axes_span_their_range() -> None:

@@ -15,51 +15,70 @@ from helios_sim.study.fidelity_live_result import energy_told, rows_of
 from helios_sim.study.live_notes import LiveNotes
 
 
-def test_rows_hold_both_runs_and_the_second_one() -> None:
+def test_rows_hold_the_means_of_the_passes_and_how_far_they_lie_apart() -> None:
     live = {"ttft_s_p95": 0.2, "throughput_requests_per_s": 4.0, "switches": 1, "energy_wh_per_request": None}
+    again = {"ttft_s_p95": 0.3, "throughput_requests_per_s": 4.0, "switches": 1, "energy_wh_per_request": 0.1}
     simulated = {"ttft_s_p95": 0.21, "throughput_requests_per_s": 3.9, "switches": 2, "energy_wh_per_request": None}
-    again = {"ttft_s_p95": 0.18, "throughput_requests_per_s": 4.1, "switches": 1, "energy_wh_per_request": None}
-    rows = {(row.group, row.statistic, row.unit): row for row in rows_of(live, simulated, again)}
+    paced = {"ttft_s_p95": 0.26, "throughput_requests_per_s": 4.1}
+    rows = {
+        (row.group, row.statistic, row.unit): row
+        for row in rows_of([live, again], [simulated, simulated], [paced, paced])
+    }
     late = rows["TTFT", "p95", "ms"]
-    assert (late.measured, late.simulated, late.again) == pytest.approx((200.0, 210.0, 180.0))
-    assert late.difference == pytest.approx(0.05)
-    assert late.noise == pytest.approx(-0.1)
+    assert (late.measured, late.simulated, late.paced) == pytest.approx((250.0, 210.0, 260.0))
+    assert late.runs == pytest.approx((200.0, 300.0))
+    assert (late.difference, late.paced_difference) == pytest.approx((-0.16, 0.04))
+    assert late.noise == pytest.approx(100.0 / 250.0)  # of two it is their distance
     assert rows["system", "throughput", "requests/s"].difference == pytest.approx(-0.025)
     assert rows["system", "switches", ""].difference == pytest.approx(1.0)
-    unreadable = rows["system", "energy", "Wh a request"]
-    assert (unreadable.measured, unreadable.simulated, unreadable.difference) == (None, None, None)
+    half_known = rows["system", "energy", "Wh a request"]
+    assert (half_known.measured, half_known.runs, half_known.noise) == (None, (), None)
     assert rows["E2E", "mean", "ms"].measured is None
 
 
+def test_a_pace_that_one_pass_does_not_know_is_not_known() -> None:
+    one = {"tpot_s_mean": 0.1}
+    rows = rows_of([one, one], [one, one], [one, None])
+    assert all(row.paced is None for row in rows)
+
+
+def test_noise_is_the_distance_of_two_measurements_over_all_pairs() -> None:
+    runs = (90.0, 100.0, 125.0)
+    squares = [(a - b) ** 2 for place, a in enumerate(runs) for b in runs[place + 1 :]]
+    row = ComparedRow("TPOT", "mean", "ms", measured=105.0, simulated=100.0, runs=runs)
+    assert row.noise == pytest.approx((sum(squares) / 3) ** 0.5 / 105.0)
+
+
 def test_measured_energy_stands_beside_the_middle_of_the_simulated_band() -> None:
-    live, again = ({"energy_wh_per_request": value} for value in (0.020, 0.021))
-    simulated = {"energy_wh_per_request": Band(0.010, 0.032)}
-    rows = {row.statistic: row for row in rows_of(live, simulated, again) if row.group == "system"}
+    live = [{"energy_wh_per_request": value} for value in (0.020, 0.022)]
+    simulated = [{"energy_wh_per_request": Band(0.010, 0.032)}] * 2
+    rows = {row.statistic: row for row in rows_of(live, simulated, [None, None]) if row.group == "system"}
     energy = rows["energy"]
-    assert (energy.measured, energy.simulated) == (0.020, pytest.approx(0.021))
-    assert (energy.difference, energy.noise) == (pytest.approx(0.05), pytest.approx(0.05))
+    assert (energy.measured, energy.simulated) == (pytest.approx(0.021), pytest.approx(0.021))
+    assert energy.noise == pytest.approx(0.002 / 0.021)
     assert energy_told([(0.020, Band(0.010, 0.032)), (0.040, Band(0.010, 0.032)), (None, Band(0.1, 0.2))]) == [
-        "Measured energy of a request lies in the simulated band in 1 of 2 cells."
+        "Measured energy of a request lies in the simulated band in 1 of 2 runs."
     ]
     assert energy_told([(None, Band(0.1, 0.2)), (0.3, None)]) == []
 
 
 def test_a_row_without_a_measurement_has_no_difference() -> None:
-    assert ComparedRow("", "", "", 0.0, 1.0, 1.0).difference is None
+    assert ComparedRow("", "", "", 0.0, 1.0).difference is None
     assert ComparedRow("", "", "", None, 1.0).noise is None
+    assert ComparedRow("", "", "", 1.0, 1.0, runs=(1.0,)).noise is None  # once is no noise
 
 
 def test_a_row_knows_the_difference_at_the_devices_pace() -> None:
-    row = ComparedRow("TPOT", "mean", "ms", measured=12.0, simulated=10.0, again=11.0, paced=12.6)
+    row = ComparedRow("TPOT", "mean", "ms", measured=12.0, simulated=10.0, paced=12.6)
     assert row.paced_difference == pytest.approx(0.05)
     assert row.difference == pytest.approx(-1 / 6)
-    assert ComparedRow("", "", "", 1.0, 1.0, 1.0).paced_difference is None
+    assert ComparedRow("", "", "", 1.0, 1.0).paced_difference is None
 
 
 def test_notes_of_two_runs_add_up() -> None:
     one = LiveNotes(
         10, engine_ns=90, forward_ns=70, waited_ns=20, host_ns=10, priced_ns=80, prompts_taken_ns=40,
-        prompts_priced_ns=20, behind_ns=1,
+        prompts_priced_ns=20,
     )  # fmt: skip
     both = LiveNotes.together([one, replace(one, engine_ns=110)])
     assert (both.iterations, both.engine_ns, both.forward_ns, both.host_ns) == (20, 200, 140, 20)
@@ -69,8 +88,8 @@ def test_notes_of_two_runs_add_up() -> None:
     assert both.pace is None
     assert LiveNotes.together([replace(one, pace=1.1), replace(one, pace=1.3)]).pace == pytest.approx(1.2)
     assert "took 1.20 of its time beside the profile" in replace(one, pace=1.2).sentence()
-    assert LiveNotes(*[0] * 9).price_error is None
-    assert LiveNotes(*[0] * 9).sentence() == "nothing ran"
+    assert LiveNotes(*[0] * 8).price_error is None
+    assert LiveNotes(*[0] * 8).sentence() == "nothing ran"
 
 
 LOADS = ("fidelity_live.loads=[0.5,1.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
@@ -97,13 +116,15 @@ def test_the_whole_command(command: CommandLine, study: tuple[str, ...], tmp_pat
         mean = found["TPOT", "mean", "ms"]
         assert mean["measured"] > 0
         assert mean["difference"] == pytest.approx(mean["simulated"] / mean["measured"] - 1)
-        assert mean["noise"] == pytest.approx(mean["again"] / mean["measured"] - 1)
+        assert len(mean["runs"]) == 2
+        assert mean["measured"] == pytest.approx(sum(mean["runs"]) / 2)
+        assert mean["noise"] == pytest.approx(abs(mean["runs"][0] - mean["runs"][1]) / mean["measured"])
         assert found["ITL", "p99", "ms"]["measured"] > 0
     assert list(summary["arms"]) == [
         f"{kind}_{arm}" for arm in ("full_depth", "early_exit") for kind in ("live", "simulated")
     ]
-    points = {point["settings"]["load"]: point["metrics"] for point in summary["points"]}
-    assert set(points) == {0.5, 1.5}
+    points = {(point["settings"]["load"], point["settings"]["pass"]): point["metrics"] for point in summary["points"]}
+    assert set(points) == {(load, turn) for load in (0.5, 1.5) for turn in (1, 2)}
     for metrics in points.values():  # the same requests everywhere
         assert len({m["requests_completed"] for name, m in metrics.items() if name.endswith("full_depth")}) == 1
     assert len(summary["gates"]) == 6
@@ -142,6 +163,8 @@ def test_finished_runs_are_kept_when_it_is_stopped(
     [
         ("fidelity_live.loads=[0.5,-1]", "fidelity_live.loads"),
         ("fidelity_live.seconds=0", "fidelity_live.seconds"),
+        ("fidelity_live.passes=1", "fidelity_live.passes"),
+        ("live.pace_every_s=0", "live.pace_every_s"),
         ("live.texts=nowhere", "live.texts"),
         ("policy=oracle", "oracle"),
     ],

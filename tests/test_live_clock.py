@@ -40,6 +40,31 @@ def test_two_thousand_steps_do_not_drift() -> None:
     assert np.percentile(late_ns[-500:], 25) < 2 * MS
 
 
+def test_no_time_passes_while_the_clock_is_stopped() -> None:
+    clock = WallClock()
+    seen = []
+
+    def looking():
+        yield clock.timeout(MS)
+        before_ns = clock.wall_ns
+        with clock.stopped():
+            time.sleep(0.05)
+        seen.append(clock.wall_ns - before_ns)
+        began_s = time.monotonic()
+        yield clock.timeout(10 * MS)
+        seen.append(round((time.monotonic() - began_s) * 1e9))
+
+    clock.process(looking())
+    clock.sync()
+    run_until_empty(clock)
+    stood_ns, waited_ns = seen
+    assert 0 <= stood_ns < 40 * MS
+    assert waited_ns > 5 * MS  # what is due later is due as much later by any other clock
+    with pytest.raises(ZeroDivisionError), clock.stopped():
+        raise ZeroDivisionError  # it goes on all the same
+    assert clock.wall_ns > 11 * MS
+
+
 def test_time_that_the_host_takes_counts() -> None:
     clock = WallClock()
     seen = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,13 +12,14 @@ torch = pytest.importorskip("torch")
 
 from command_line import CommandLine  # noqa: E402
 from helios_sim.live import pace  # noqa: E402
+from helios_sim.live.clock import WallClock  # noqa: E402
 from helios_sim.live.device import CpuDevice  # noqa: E402
 from helios_sim.live.model import SegmentedModel  # noqa: E402
 from helios_sim.live.source import find_checkpoint  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
-from helios_sim.study.pace import measured_pace  # noqa: E402
+from helios_sim.study.pace import Pace  # noqa: E402
 from live_study import HARDWARE, write_live_study  # noqa: E402
 from tiny_models import FAMILIES, write_tiny  # noqa: E402
 
@@ -55,52 +55,89 @@ def profile(layer_s: float | None) -> Profile:
     return replace(flat, provenance=replace(flat.provenance, details=known))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_median_of_a_layer_whatever_disturbs_some_steps(family: str, clocked: Clocked, tmp_path: Path) -> None:
-    model = SegmentedModel.load(find_checkpoint(str(write_tiny(family, tmp_path / "tiny", layers=LAYERS))), 4)
-    assert pace.layer_s(model, clocked, 2, 8) == pytest.approx(STEP_S / 4)  # layers that are not there do not run
+class There:
+    """As much of an engine as the pace asks for: one model in memory, on a clocked device."""
+
+    def __init__(self, model: SegmentedModel, device: Clocked) -> None:
+        self.residents, self.device, self.model, self.short = self, device, model, False
+
+    @property
+    def layers(self) -> dict[str, int]:
+        return {"tiny": self.model.n_loaded}
+
+    def running(self, name: str, layers: int) -> SegmentedModel:
+        return self.model
 
 
-def test_the_pace_is_now_over_then_and_unknown_where_nobody_timed_it(clocked: Clocked, tmp_path: Path) -> None:
-    model = SegmentedModel.load(find_checkpoint(str(write_tiny("llama", tmp_path / "tiny", layers=LAYERS))))
-    there = SimpleNamespace(layers={"tiny": LAYERS}, running=lambda name, layers: model)
-    engine = SimpleNamespace(residents=there, device=clocked)
-    assert measured_pace(engine, {"tiny": profile(STEP_S / LAYERS / 1.25)}) == pytest.approx(1.25)
-    assert measured_pace(engine, {"tiny": profile(None)}) is None
-
-    def full(name: str, layers: int) -> SegmentedModel:
-        raise MemoryError("no room")
-
-    there.running = full
-    with pytest.raises(MemoryError):  # whose fault that is, is not the step's to hide
-        measured_pace(engine, {"tiny": profile(1.0)})
+def pace_of(engine: There, then_s: float | None, every_s: float | None = None) -> tuple[Pace, WallClock]:
+    clock = WallClock()
+    clock.sync()
+    return Pace(engine, {"tiny": profile(then_s)}, clock, every_s), clock
 
 
-def test_a_step_without_room_leaves_the_pace_unknown(clocked: Clocked, tmp_path: Path, monkeypatch) -> None:
-    model = SegmentedModel.load(find_checkpoint(str(write_tiny("llama", tmp_path / "tiny", layers=LAYERS))))
-    engine = SimpleNamespace(
-        residents=SimpleNamespace(layers={"tiny": LAYERS}, running=lambda name, layers: model), device=clocked
-    )
+@pytest.fixture(params=FAMILIES)
+def engine(request: pytest.FixtureRequest, clocked: Clocked, tmp_path: Path) -> There:
+    weights = find_checkpoint(str(write_tiny(request.param, tmp_path / "tiny", layers=LAYERS)))
+    return There(SegmentedModel.load(weights, 4), clocked)
 
+
+def test_the_median_of_a_layer_whatever_disturbs_some_steps(engine: There) -> None:
+    seen, _ = pace_of(engine, STEP_S / 4 / 1.25)  # layers that are not there do not run
+    seen.look_beside()
+    assert seen.mean == pytest.approx(1.25)
+
+
+def test_the_pace_is_unknown_where_nobody_timed_the_step(engine: There) -> None:
+    seen, _ = pace_of(engine, None, every_s=1e-9)
+    seen.look_beside()
+    seen.look_within("tiny")
+    assert seen.mean is None
+
+
+def test_a_step_without_room_leaves_the_pace_unknown(engine: There, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(pace, "decode_step", short)
-    assert measured_pace(engine, {"tiny": profile(1.0)}) is None
+    seen, _ = pace_of(engine, 1.0)
+    seen.look_beside()
+    assert seen.mean is None
 
 
+def test_within_a_run_one_step_is_timed_whenever_it_is_time_for_one(engine: There) -> None:
+    seen, clock = pace_of(engine, STEP_S / 4 / 1.25, every_s=0.05)
+    seen.look_within("tiny")
+    ran = engine.device.steps
+    seen.look_within("tiny")  # not yet
+    assert engine.device.steps == ran == 1 + pace.WARM_STEPS
+    clock.real_start -= 0.06
+    seen.look_within("tiny")
+    assert engine.device.steps == 2 + pace.WARM_STEPS  # the same step
+    engine.model.drop_layers(3)
+    clock.real_start -= 0.06
+    engine.device.steps = 10  # so that no step is disturbed
+    seen.look_within("tiny")
+    assert engine.device.steps == 11 + pace.WARM_STEPS  # another one: a layer has left
+    assert seen.mean == pytest.approx((1.25 + 1.25 + 1.25 * 4 / 3) / 3)
+    beside = engine.device.steps
+    seen.look_beside()  # it is known from within
+    assert engine.device.steps == beside
+
+
+@pytest.mark.parametrize("every", [(), ("live.pace_every_s=0.001",)])
 def test_a_comparison_shows_the_simulation_at_the_devices_pace(
-    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: tuple[str, ...]
 ) -> None:
     """The profile's step is made up, so the pace is what the test makes it."""
     study = write_live_study(tmp_path)
     folder = tmp_path / "profiles" / f"tiny@{HARDWARE}"
     made_up = read_profile(folder)
-    known = {**made_up.provenance.details, "pace": {"batch": 1, "kv_tokens": 4, "layer_s": 1.0, "measurements": 3}}
+    anchor = {"batch": 1, "kv_tokens": 4, "layer_s": 1.0 / LAYERS, "measurements": 3}
+    known = {**made_up.provenance.details, "pace": anchor}
     write_profile(replace(made_up, provenance=replace(made_up.provenance, details=known)), folder)
-    monkeypatch.setattr(pace, "layer_s", lambda *_: 2.0)
+    monkeypatch.setattr(pace, "seconds", lambda *_: 2.0)
     loads = ("fidelity_live.loads=[0.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
-    said = CommandLine(capsys, monkeypatch, tmp_path)(*study, *loads)
+    said = CommandLine(capsys, monkeypatch, tmp_path)(*study, *loads, *every)
     assert said.status in (0, 2), said.err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     rows = next(iter(summary["fidelity"]["parts"].values()))
@@ -109,7 +146,8 @@ def test_a_comparison_shows_the_simulation_at_the_devices_pace(
     assert tpot["paced"] > tpot["simulated"]
     assert tpot["paced_difference"] == pytest.approx(tpot["paced"] / tpot["measured"] - 1)
     gate = next(gate for gate in summary["gates"] if "full_depth, TPOT" in gate["name"])
-    assert gate["value"] == pytest.approx(tpot["difference"])  # what is judged is the profile alone
+    assert gate["value"] == pytest.approx(tpot["paced_difference"])
+    assert "the simulation at the device's pace keeps" in summary["verdict"][0]
     assert "at the device's pace" in summary["verdict"][1]
     assert "at its pace" in said.out
     assert "took 2.00 of its time" in said.out

@@ -14,7 +14,7 @@ from helios_sim.study.live_schema import LiveFidelityConfig
 
 
 def served(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Mapping[str, Any]:
-    """Every arm at every load, simulated once and served twice; UserError as `run_fidelity_live` raises it."""
+    """Every arm at every load, simulated, and served in two passes; UserError as `run_fidelity_live` raises it."""
     made = basis(config, models, stage, {model: weights_of(config, model) for model in models})
     largest, some = models[-1], arms(config, models)
     seconds = seconds_each(config, stage, len(some) * len(config.live.loads) * 2)

@@ -10,8 +10,8 @@ drained before every event, and it wakes an environment that waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
 
@@ -30,12 +30,26 @@ class WallClock(simpy.rt.RealtimeEnvironment):
     def __init__(self) -> None:
         super().__init__(initial_time=0, factor=1 / NS_PER_S, strict=False)
         self._calls: SimpleQueue[tuple[int, Call]] = SimpleQueue()
+        self._stopped_s: float | None = None  # when, while it is
         self._doors = 0  # callers who may still come: until then an empty schedule is no end
 
     @property
     def wall_ns(self) -> int:
         """Time on the clock now; `now` is the time of the event that runs, which is never later."""
-        return round((monotonic() - self.real_start) * NS_PER_S)
+        stopped_s = self._stopped_s  # read once: another thread may ask
+        return round(((monotonic() if stopped_s is None else stopped_s) - self.real_start) * NS_PER_S)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """No time passes meanwhile, for whoever looks at the device and must not be served by it. Other threads do not
+        stop, so none should be at work.
+        """
+        self._stopped_s = began_s = monotonic()
+        try:
+            yield
+        finally:
+            self.real_start += monotonic() - began_s
+            self._stopped_s = None
 
     def call(self, what: Call) -> None:
         """From any thread: `what` runs in the environment's thread, at the time of this call."""

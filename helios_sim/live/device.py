@@ -7,6 +7,7 @@ the same way, so its profiles mean what is served.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,17 @@ class Device(Protocol):
     def prepare(self, step: Step) -> Step:
         """The step as it runs at its best. It reads and writes the same tensors at every call."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A captured step, with what it reads and writes: a graph knows addresses and keeps nothing alive."""
+
+    graph: Any
+    step: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class CpuDevice:
@@ -122,8 +134,7 @@ class CudaDevice:
         # Only this thread's calls matter to the capture: the copying thread goes on.
         with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
-        replay: Step = graph.replay
-        return replay
+        return Replay(graph, step)
 
 
 def open_device(name: str) -> Device:

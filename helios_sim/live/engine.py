@@ -79,6 +79,7 @@ class LiveEngine:
         self.faults: Faults | None = None
         self.forward_ns = 0  # inside forward passes of iterations, since it was made
         self.shortages = 0  # iterations that memory did not suffice for
+        self.loading = 0  # transfers that are under way
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
@@ -120,9 +121,11 @@ class LiveEngine:
         """Loads what is held and not there yet; a model that lacks nothing is streamed for a probe."""
         env = self._env
         env.open_door()
+        self.loading += 1
 
         def finished(error: Exception | None) -> None:
             env.close_door()
+            self.loading -= 1
             if error is None:
                 on_done()
             elif self.faults is not None:

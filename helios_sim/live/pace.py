@@ -16,27 +16,36 @@ from helios_sim.live.kv import DecodeStep, KvCache
 from helios_sim.live.model import SegmentedModel
 
 REPEATS = 15
+WARM_STEPS = 2  # that do not count
+
+
+@torch.inference_mode()
+def prepared(model: SegmentedModel, device: Device, batch: int, kv_tokens: int) -> Step:
+    """The step as it runs at its best, and warm."""
+    step = device.prepare(decode_step(model, batch, kv_tokens))
+    for _ in range(WARM_STEPS):
+        step()
+    return step
 
 
 def decode_step(model: SegmentedModel, batch: int, kv_tokens: int) -> Step:
     """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`."""
     layers = model.n_loaded
     cache = KvCache(model.architecture, layers, batch, kv_tokens, model.dtype, model.device)
-    step = DecodeStep(cache, range(batch), [kv_tokens - 1] * batch)
+    step = DecodeStep(cache, range(batch - 1, -1, -1), [kv_tokens - 1] * batch)
     ids = torch.arange(batch, device=model.device)
     hidden = model.embed(ids, ids)
     return lambda: model.run(hidden, 0, layers, step)
 
 
 @torch.inference_mode()
-def layer_s(model: SegmentedModel, device: Device, batch: int, kv_tokens: int) -> float:
-    """Seconds of one layer in that step: the median of some repeats, the first of which do not count."""
-    step = device.prepare(decode_step(model, batch, kv_tokens))
+def seconds(step: Step, device: Device, repeats: int) -> float:
+    """Of a step that is prepared: the median of the repeats. It has run before."""
     times_s = []
-    for _ in range(REPEATS + 2):
+    for _ in range(repeats):
         device.wait()
         start_s = perf_counter()
         step()
         device.wait()
         times_s.append(perf_counter() - start_s)
-    return median(times_s[2:]) / model.n_loaded
+    return median(times_s)

@@ -22,21 +22,18 @@ def plain_console() -> Console:
 
 
 def compared_table(title: str, rows: Sequence[ComparedRow]) -> Table:
-    """With columns of the second measurement and its difference, and of the difference at the device's pace, where
-    they are known.
-    """
-    twice = any(row.again is not None for row in rows)
+    """With columns of the difference at the device's pace, and of the noise of what was measured, where known."""
+    noisy = any(row.noise is not None for row in rows)
     paced = any(row.paced is not None for row in rows)
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    headings = ["figure", "measured", *(["again"] if twice else []), "simulated", "unit", "difference"]
-    for heading in (*headings, *(["at its pace"] if paced else []), *(["noise"] if twice else [])):
+    headings = ["figure", "measured", "simulated", "unit", "difference"]
+    for heading in (*headings, *(["at its pace"] if paced else []), *(["noise"] if noisy else [])):
         table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right", no_wrap=True)
     for row in rows:
-        again = [fmt.compared(row.again)] if twice else []
         at_pace = [fmt.compared(row.paced_difference, "+.2%")] if paced else []
-        noise = [fmt.compared(row.noise, "+.2%")] if twice else []
+        noise = [fmt.compared(row.noise, ".2%")] if noisy else []
         table.add_row(
-            row.name, fmt.compared(row.measured), *again, fmt.compared(row.simulated), row.unit,
+            row.name, fmt.compared(row.measured), fmt.compared(row.simulated), row.unit,
             fmt.compared(row.difference, "+.2%"), *at_pace, *noise,
         )  # fmt: skip
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ class ComparedRow:
     group: str  # TTFT, TPOT, ITL, E2E, system
     statistic: str
     unit: str
-    measured: float | None
+    measured: float | None  # the mean, where it was measured several times; so is what is simulated
     simulated: float | None
-    again: float | None = None  # measured a second time, where that was done
     paced: float | None = None  # simulated at the pace that the device had meanwhile, where that is known
+    runs: tuple[float, ...] = ()  # each measurement, where there are several
 
     @property
     def name(self) -> str:
@@ -41,8 +42,12 @@ class ComparedRow:
 
     @property
     def noise(self) -> float | None:
-        """The second measurement over the first, less 1: how far off a perfect prediction can seem."""
-        return _less_one(self.again, self.measured)
+        """How far two measurements of the same lie apart, as a share of their mean: the root of the mean square over
+        all pairs, which is the root of 2 times their standard deviation.
+        """
+        if len(self.runs) < 2 or not self.measured:
+            return None
+        return sqrt(2.0) * float(np.std(self.runs, ddof=1)) / abs(self.measured)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,9 +56,8 @@ class Spread:
 
     part: str
     name: str  # TTFT, TPOT, E2E
-    measured_s: FloatArray
-    simulated_s: FloatArray
-    again_s: FloatArray
+    measured_s: tuple[FloatArray, ...]
+    simulated_s: tuple[FloatArray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +99,8 @@ class Fidelity:
 
     @property
     def repeated(self) -> bool:
-        """Whether anything was measured twice."""
-        return any(row.again is not None for _, rows in self.parts for row in rows)
+        """Whether anything was measured more than once."""
+        return any(len(row.runs) > 1 for _, rows in self.parts for row in rows)
 
 
 def _less_one(value: float | None, over: float | None) -> float | None:
@@ -114,9 +118,10 @@ def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | N
     spans = [records.span_ns() for records in (measured, simulated)]
     span_s = [None if span is None else span / 1e9 for span in spans]
     tokens, n = int(measured.output_tokens.sum()), len(measured)
-    rows.append(ComparedRow("system", "makespan", "s", *span_s))
-    rows.append(ComparedRow("system", "throughput", "tokens/s", *(None if s is None else tokens / s for s in span_s)))
-    rows.append(ComparedRow("system", "throughput", "requests/s", *(None if s is None else n / s for s in span_s)))
+    of_system = (("makespan", "s", None), ("throughput", "tokens/s", tokens), ("throughput", "requests/s", n))
+    for figure, unit, total in of_system:
+        log, model = (s if s is None or total is None else total / s for s in span_s)
+        rows.append(ComparedRow("system", figure, unit, log, model))
     return tuple(rows)
 
 

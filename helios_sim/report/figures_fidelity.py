@@ -62,13 +62,13 @@ def _spreads(result: ExperimentResult, name: str) -> Drawing | None:
     rows = -(-len(spreads) // columns)
     figure, axes = new_figure(rows, columns, 2.6 * rows)
     for place, (ax, spread) in enumerate(zip(axes, spreads, strict=False)):
-        for times_s, color, label, width in (
-            (spread.again_s, BASELINE_COLOR, "measured again", 0.8),
-            (spread.measured_s, BASELINE_COLOR, "measured", 1.8),
-            (spread.simulated_s, MODEL_COLORS[0], "simulated", 1.4),
+        for runs, color, label in (
+            (spread.measured_s, BASELINE_COLOR, "measured"),
+            (spread.simulated_s, MODEL_COLORS[0], "simulated"),
         ):
-            share = 100 * (np.arange(len(times_s)) + 1) / max(len(times_s), 1)
-            ax.step(times_s * 1e3, share, where="post", color=color, linewidth=width, label=label)
+            for times_s in runs:
+                share = 100 * (np.arange(len(times_s)) + 1) / max(len(times_s), 1)
+                ax.step(times_s * 1e3, share, where="post", color=color, linewidth=1.1, label=label)
         ax.set_title(spread.part.replace(", ", "\n", 1), fontsize="small")
         ax.set_ylabel("requests at or below (%)" if place % columns == 0 else "")
         ax.set_xlabel(f"{name} (ms)")
@@ -77,5 +77,5 @@ def _spreads(result: ExperimentResult, name: str) -> Drawing | None:
     for ax in axes[len(spreads) :]:
         ax.set_visible(False)
     legend_above(figure, handles_of(axes[0]))
-    caption = f"Share of requests whose {name} is at most so long. Two measurements of the same show the noise."
+    caption = f"Share of requests whose {name} is at most so long, a line for each pass: their distance is the noise."
     return Drawing(f"spread_{name.lower()}", f"{name}, measured and simulated", caption, figure)

@@ -69,7 +69,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         tasks=_task_rows(result),
         replicas=_replica_rows(result),
         compared=_compared(result),
-        twice=result.fidelity is not None and result.fidelity.repeated,
+        repeated=result.fidelity is not None and result.fidelity.repeated,
         paced=result.fidelity is not None and result.fidelity.paced,
         published=[_published(p) for p in result.published],
         gates=[{"it": g, "value": fmt.gate_value(g.value, g.bound)} for g in result.gates],
@@ -94,11 +94,10 @@ def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
                     "name": row.name,
                     "unit": row.unit,
                     "measured": fmt.compared(row.measured),
-                    "again": fmt.compared(row.again),
                     "simulated": fmt.compared(row.simulated),
                     "difference": fmt.compared(row.difference, "+.2%"),
                     "at_pace": fmt.compared(row.paced_difference, "+.2%"),
-                    "noise": fmt.compared(row.noise, "+.2%"),
+                    "noise": fmt.compared(row.noise, ".2%"),
                 }
                 for row in rows
             ],

@@ -17,8 +17,8 @@ from helios_sim.report.write import write_result
 from helios_sim.study.check import check_study
 from helios_sim.study.command import provenance
 from helios_sim.study.ending import end
-from helios_sim.study.fidelity_live_cells import Cell, capacity_jobs, capacity_per_s, cells, in_passes
-from helios_sim.study.fidelity_live_result import Compared, comparison
+from helios_sim.study.fidelity_live_cells import Cell, capacity_jobs, capacity_per_s, cells, pair
+from helios_sim.study.fidelity_live_result import Compared, Pass, comparison
 from helios_sim.study.job import Job, JobResult
 from helios_sim.study.plan import Variant, plan_study
 from helios_sim.study.runner import forget_jobs, run_jobs
@@ -37,9 +37,12 @@ def run_fidelity_live(variant: Variant, folder: Path) -> int:
     _check(variant, config)
     files.make_folder(folder)
     changes = _measured_profiles(config, folder)
-    found = _cells(variant, changes, folder)
-    compared = [_compared(cell, results, folder) for cell, results in found]
-    result = comparison(compared, variant(changes), provenance(config))
+    found = [Compared(cell) for cell in _cells(variant, changes, folder)]
+    # everything once, then everything again: the noise that matters is that between moments as far apart as a profile
+    # and what it predicts
+    for turn in range(config.fidelity_live.passes):
+        found = [_compared(variant, one, turn, changes, folder) for one in found]
+    result = comparison(found, variant(changes), provenance(config))
     summary = write_result(result, folder, comparisons(result))
     forget_jobs(folder)
     return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
@@ -51,24 +54,21 @@ def _check(variant: Variant, config: Config) -> None:
     check_study(plan_study(lambda changes: variant({"mode": "live", **changes})))
 
 
-def _cells(variant: Variant, changes: Mapping[str, Any], folder: Path) -> list[tuple[Cell, Mapping[str, JobResult]]]:
-    """All cells with the results of their runs by key: simulated first, since that takes next to no time."""
+def _cells(variant: Variant, changes: Mapping[str, Any], folder: Path) -> list[Cell]:
     full = capacity_jobs(variant, changes)
     results = run_jobs(list(full.values()), folder, 1, _tell)
-    found = cells(variant, {arm: capacity_per_s(results[job.key]) for arm, job in full.items()}, changes)
-    results |= run_jobs([cell.simulated for cell in found], folder, 1, _tell)
-    results |= run_jobs(in_passes(found), folder, 1, _tell)
-    return [(cell, results) for cell in found]
+    return cells(variant, {arm: capacity_per_s(results[job.key]) for arm, job in full.items()})
 
 
-def _compared(cell: Cell, results: Mapping[str, JobResult], folder: Path) -> Compared:
-    """With one more simulation at the pace that the device had beside the first live run, where that is known."""
-    simulated, live, again = (results[job.key] for job in (cell.simulated, *cell.live))
-    pace = None if live.live is None else live.live.pace
-    if pace is None:
-        return Compared(cell, simulated, live, again)
-    job = cell.paced(pace)
-    return Compared(cell, simulated, live, again, run_jobs([job], folder, 1, _tell)[job.key])
+def _compared(variant: Variant, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
+    """With one pass more; simulated also at the pace that the device had in the live run, where that is known."""
+    jobs = pair(variant, so_far.cell, turn, changes)
+    results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
+    live, paced = results[jobs.live.key], None
+    if live.live is not None and live.live.pace is not None:
+        job = jobs.paced(live.live.pace)
+        paced = run_jobs([job], folder, 1, _tell)[job.key]
+    return so_far.with_pass(Pass(results[jobs.simulated.key], live, paced))
 
 
 def _measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def _measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
         settings = [f"model={config.live.weights.get(model, model)}", f"model.name={model}"]
         settings += [f"device={config.live.device}", f"budget_s={seconds:g}", f"out={out}", "+task=latency"]
         settings += [f"max_batch={max(2, config.server.max_running_requests)}"]  # no more than will be served
+        settings += [f"max_batch_tokens={config.server.max_batch_tokens}"]
         settings += [f"max_context_tokens={2 * config.server.max_batch_tokens}"]
         settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
         settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
@@ -113,7 +114,7 @@ def _models_of_arms(config: Config) -> Sequence[str]:
 def _tell(job: Job, result: JobResult, kept: bool) -> None:
     rate = job.config.workload.arrivals.rate_per_s
     load = "a full queue" if job.config.workload.arrivals.kind == "all_at_once" else f"{rate:.2f} requests/s"
-    what = f"{job.config.mode}, {job.arm}, {load}" + (f", run {job.config.live.run + 1}" if result.live else "")
+    what = f"{job.config.mode}, {job.arm}, {load}" + (f", pass {job.config.live.run + 1}" if result.live else "")
     print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
 
 

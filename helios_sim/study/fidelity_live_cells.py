@@ -1,4 +1,4 @@
-"""Which runs a comparison with live serving is made of: every arm at every load, simulated and served twice.
+"""Which runs a comparison with live serving is made of: every arm at every load, simulated, and served in each pass.
 
 Knows how a load is found and what the runs share, nothing of results. All runs of a cell have the same requests, the
 same profile, and so the same KV blocks: what differs is where iterations are computed.
@@ -6,7 +6,7 @@ same profile, and so the same KV blocks: what differs is where iterations are co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -20,23 +20,30 @@ FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the b
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One arm at one load. `live` are runs of the same, the second one for the noise floor."""
+    """One arm at one load."""
 
     arm: str
+    about: str
     load: float  # over the arm's capacity
     rate_per_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.load:.0%} of capacity"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A cell's runs of one pass."""
+
     simulated: Job
-    live: tuple[Job, Job]
+    live: Job
 
     def paced(self, pace: float) -> Job:
         """The simulation with iterations `pace` times as long."""
         config = self.simulated.config
         slower = replace(config, profile_time_factor=config.profile_time_factor * pace)
         return replace(self.simulated, config=slower)
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}, {self.load:.0%} of capacity"
 
 
 def capacity_jobs(variant: Variant, changes: Mapping[str, Any]) -> dict[str, Job]:
@@ -58,29 +65,24 @@ def capacity_per_s(result: JobResult) -> float:
     return found
 
 
-def cells(variant: Variant, capacities: Mapping[str, float], changes: Mapping[str, Any]) -> list[Cell]:
-    """Arms in their order, each at its loads in ascending order. `changes` hold for every run."""
+def cells(variant: Variant, capacities: Mapping[str, float]) -> list[Cell]:
+    """Arms in their order, each at its loads in ascending order."""
+    loads, entries = sorted(variant({}).fidelity_live.loads), arms_of(variant({}))
+    about = {arm: str(entry.get("description") or entry["policy"]) for arm, entry in entries.items()}
+    return [Cell(arm, about[arm], load, capacity * load) for arm, capacity in capacities.items() for load in loads]
+
+
+def pair(variant: Variant, cell: Cell, turn: int, changes: Mapping[str, Any]) -> Pair:
+    """The cell's runs in one pass. `changes` hold for every run."""
     wanted = variant({}).fidelity_live
-    found = []
-    for arm, capacity in capacities.items():
-        for load in sorted(wanted.loads):
-            rate = capacity * load
-            served = {
-                "workload.n_requests": max(ceil(rate * wanted.seconds), wanted.least_requests),
-                "workload.arrivals.kind": "poisson",
-                "workload.arrivals.rate_per_s": rate,
-                **changes,
-            }
-            live = tuple(_job(variant, arm, {**served, "mode": "live", "live.run": run}) for run in (0, 1))
-            simulated = _job(variant, arm, {**served, "mode": "simulate"})
-            found.append(Cell(arm, load, rate, simulated, (live[0], live[1])))
-    return found
-
-
-def in_passes(found: Sequence[Cell]) -> list[Job]:
-    """Live runs in the order to make them: everything once, then everything again, since the noise that matters is
-    that between moments as far apart as a profile and what it predicts."""
-    return [cell.live[turn] for turn in (0, 1) for cell in found]
+    served = {
+        "workload.n_requests": max(ceil(cell.rate_per_s * wanted.seconds), wanted.least_requests),
+        "workload.arrivals.kind": "poisson",
+        "workload.arrivals.rate_per_s": cell.rate_per_s,
+        **changes,
+    }
+    simulated = _job(variant, cell.arm, {**served, "mode": "simulate"})
+    return Pair(simulated, _job(variant, cell.arm, {**served, "mode": "live", "live.run": turn}))
 
 
 def _job(variant: Callable[[Mapping[str, Any]], Any], arm: str, changes: Mapping[str, Any]) -> Job:

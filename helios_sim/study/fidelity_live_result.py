@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.fidelity import ComparedRow, Fidelity, Spread
+from helios_sim.report.fidelity import ComparedRow, Fidelity, FloatArray, Spread
 from helios_sim.report.metrics import Band, Metrics, MetricValue
 from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, SweepPoint, Workload
 from helios_sim.study.build import task_names
@@ -47,31 +47,48 @@ HEADLINE = ("tpot_s_mean", "ttft_s_p95", "e2e_s_mean", "throughput_requests_per_
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One cell's runs."""
+class Pass:
+    """One cell's runs of one pass."""
 
-    cell: Cell
     simulated: JobResult
     live: JobResult
-    again: JobResult
-    paced: JobResult | None = None  # simulated at the pace that the device had beside the first live run
+    paced: JobResult | None = None  # simulated at the pace that the device had in the live run
 
-    def metrics(self) -> tuple[Metrics | None, ...]:
-        """As rows want them: measured, simulated, measured again, simulated at the device's pace."""
-        runs = (self.live, self.simulated, self.again, self.paced)
-        return tuple(None if run is None else run.replicate.metrics for run in runs)
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One cell with all that was run of it."""
+
+    cell: Cell
+    passes: tuple[Pass, ...] = ()
+
+    def with_pass(self, one: Pass) -> Compared:
+        return replace(self, passes=(*self.passes, one))
+
+    @property
+    def rows(self) -> tuple[ComparedRow, ...]:
+        return rows_of(*self._metrics())
+
+    def row(self, metric: str) -> ComparedRow:
+        """Of one metric, in its own unit."""
+        return _row(("", "", ""), *([_number(m, metric) for m in runs] for runs in self._metrics()))
+
+    def _metrics(self) -> tuple[Sequence[Metrics | None], ...]:
+        """Of each pass: measured, simulated, simulated at the device's pace."""
+        runs = zip(*((one.live, one.simulated, one.paced) for one in self.passes), strict=True)
+        return tuple([None if run is None else run.replicate.metrics for run in of] for of in runs)
 
 
 def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[str, Any]) -> ExperimentResult:
     """`found` in the order to show; at least one cell."""
-    parts = tuple((c.cell.name, rows_of(*c.metrics())) for c in found)
+    parts = tuple((c.cell.name, c.rows) for c in found)
     fidelity = Fidelity(
         parts=parts, counts=(), load_errors=(), profile_error=0.0, terms=tuple(_terms(found)),
         spreads=tuple(spread for c in found for spread in _spreads(c)),
     )  # fmt: skip
     gates = tuple(_gates(found))
     shown = [c for c in found if c.cell.load == _shown_load(found)]
-    first = shown[0].live.replicate.records
+    first = shown[0].passes[0].live.replicate.records
     rates = {c.cell.rate_per_s for c in shown}
     arms = {arm.name: arm for c in shown for arm in _arms(c)}
     return ExperimentResult(
@@ -93,28 +110,40 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
         inputs=_inputs(found),
         provenance=provenance,
         gates=gates,
-        assumptions=tuple(dict.fromkeys(a for c in found for a in c.simulated.assumptions)),
-        warnings=tuple(dict.fromkeys(notice for c in found for run in (c.live, c.again) for notice in run.notices)),
+        assumptions=tuple(dict.fromkeys(a for one in _passes(found) for a in one.simulated.assumptions)),
+        warnings=tuple(dict.fromkeys(notice for one in _passes(found) for notice in one.live.notices)),
         points=tuple(_points(found)),
         headline_metrics=HEADLINE,
         fidelity=fidelity,
     )
 
 
-def rows_of(*runs: Metrics | None) -> tuple[ComparedRow, ...]:
-    """Of `Compared.metrics`: latencies in ms, then the server as a whole. What a run does not know is None."""
+def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:
+    """Of the metrics measured, simulated, and simulated at the device's pace in each pass: latencies in ms, then the
+    server as a whole. What a pass does not know, no row does.
+    """
     rows = []
     for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
         for statistic in STATISTICS:
-            values = [_number(m, f"{name}_{statistic}", 1e3) for m in runs]
-            rows.append(ComparedRow(group, "median" if statistic == "p50" else statistic, "ms", *values))
+            values = ([_number(m, f"{name}_{statistic}", 1e3) for m in of] for of in runs)
+            rows.append(_row((group, "median" if statistic == "p50" else statistic, "ms"), *values))
     for name, figure, unit, factor in SYSTEM:
-        values = [_number(m, name, factor) for m in runs]
-        rows.append(ComparedRow("system", figure, unit, *values))
+        rows.append(_row(("system", figure, unit), *([_number(m, name, factor) for m in of] for of in runs)))
     return tuple(rows)
 
 
-def _number(metrics: Metrics | None, name: str, factor: float) -> float | None:
+def _row(what: tuple[str, str, str], *runs: Sequence[float | None]) -> ComparedRow:
+    known = tuple(value for value in runs[0] if value is not None)
+    measured, simulated, paced = map(_mean, runs)
+    return ComparedRow(*what, measured, simulated, paced, known if len(known) == len(runs[0]) else ())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _number(metrics: Metrics | None, name: str, factor: float = 1.0) -> float | None:
     """A band by its middle."""
     value = None if metrics is None else metrics.get(name)
     if value is None:
@@ -122,26 +151,26 @@ def _number(metrics: Metrics | None, name: str, factor: float) -> float | None:
     return factor * ((value.low + value.high) / 2 if isinstance(value, Band) else value)
 
 
-def _row(c: Compared, metric: str) -> ComparedRow:
-    return ComparedRow("", "", "", *(_number(m, metric, 1.0) for m in c.metrics()))
-
-
-def _difference(c: Compared, metric: str) -> tuple[float | None, float | None]:
-    """Of the simulation, and of the second live run; each over the first."""
-    row = _row(c, metric)
-    return row.difference, row.noise
+def _passes(found: Sequence[Compared]) -> list[Pass]:
+    return [one for c in found for one in c.passes]
 
 
 def _gates(found: Sequence[Compared]) -> list[Gate]:
-    """One for each arm and target: the cell under saturation that is furthest off beyond what is allowed there."""
+    """One for each arm and target: the cell under saturation that is furthest off beyond what is allowed there.
+
+    What is judged is the simulation at the device's pace where that was timed: who else is on a machine is no part of
+    its profile, and no part of what is served makes the pace.
+    """
+    below = [c for c in found if c.cell.load < 1]
     gates = []
     for arm in dict.fromkeys(c.cell.arm for c in found):
-        below = [c for c in found if c.cell.arm == arm and c.cell.load < 1]
         for metric, name, bound in TARGETS:
             worst: tuple[float, float | None, float, float] | None = None  # (beyond, value, allowed, load)
             for c in below:
-                value, noise = _difference(c, metric)
-                allowed = max(bound, abs(noise or 0.0))
+                if c.cell.arm != arm:
+                    continue
+                row, allowed = c.row(metric), max(bound, _noise(below, metric, c.cell.load))
+                value = row.difference if row.paced is None else row.paced_difference
                 beyond = float("inf") if value is None else abs(value) - allowed
                 if worst is None or beyond > worst[0]:
                     worst = (beyond, value, allowed, c.cell.load)
@@ -154,6 +183,14 @@ def _gates(found: Sequence[Compared]) -> list[Gate]:
     return gates
 
 
+def _noise(found: Sequence[Compared], metric: str, load: float) -> float:
+    """How far two live runs of the same lie apart at that load: the root of the mean square over all arms, since a few
+    runs of one arm hardly tell. 0 where nothing is known.
+    """
+    known = [noise for c in found if c.cell.load == load and (noise := c.row(metric).noise) is not None]
+    return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
+
+
 def _shown_load(found: Sequence[Compared]) -> float:
     """The highest load under saturation, else the lowest."""
     loads = sorted({c.cell.load for c in found})
@@ -161,10 +198,9 @@ def _shown_load(found: Sequence[Compared]) -> float:
 
 
 def _arms(c: Compared) -> list[ArmResult]:
-    entry = c.cell.simulated.entry
-    about = str(entry.get("description") or entry["policy"])
-    live = _arm(f"{LIVE}_{c.cell.arm}", f"{about}; on the device", (c.live, c.again))
-    simulated = _arm(f"{SIMULATED}_{c.cell.arm}", f"{about}; simulated", (c.simulated, c.simulated))
+    about = c.cell.about
+    live = _arm(f"{LIVE}_{c.cell.arm}", f"{about}; on the device", [one.live for one in c.passes])
+    simulated = _arm(f"{SIMULATED}_{c.cell.arm}", f"{about}; simulated", [one.simulated for one in c.passes])
     return [live, replace(simulated, baseline=live.name)]
 
 
@@ -178,39 +214,41 @@ def _arm(name: str, about: str, runs: Sequence[JobResult]) -> ArmResult:
 
 
 def _spreads(c: Compared) -> list[Spread]:
-    found = []
-    for name in ("TTFT", "TPOT"):
-        columns = []
-        for run in (c.live, c.simulated, c.again):
-            records = run.replicate.records
-            if name == "TTFT":
-                values = records.ttft_ns().astype(np.float64)
-            else:
-                tpot_ns, defined = records.tpot_ns()
-                values = tpot_ns[defined]
-            columns.append(np.sort(values) / 1e9)
-        found.append(Spread(c.cell.name, name, *columns))
-    return found
+    live, simulated = ([getattr(one, of) for one in c.passes] for of in ("live", "simulated"))
+    return [
+        Spread(c.cell.name, name, tuple(map(times, live)), tuple(map(times, simulated)))
+        for name, times in (("TTFT", _ttfts_s), ("TPOT", _tpots_s))
+    ]
+
+
+def _ttfts_s(run: JobResult) -> FloatArray:
+    return np.sort(run.replicate.records.ttft_ns().astype(np.float64)) / 1e9
+
+
+def _tpots_s(run: JobResult) -> FloatArray:
+    tpot_ns, defined = run.replicate.records.tpot_ns()
+    return np.sort(tpot_ns[defined]) / 1e9
 
 
 def _points(found: Sequence[Compared]) -> list[SweepPoint]:
-    """All metrics of all cells, the second live runs with them."""
+    """All metrics of all cells in every pass."""
     points = []
     for load in dict.fromkeys(c.cell.load for c in found):
         at = [c for c in found if c.cell.load == load]
-        metrics = {
-            f"{kind}_{c.cell.arm}": run.replicate.metrics
-            for c in at
-            for kind, run in ((LIVE, c.live), ("again", c.again), (SIMULATED, c.simulated))
-        }
-        points.append(SweepPoint({"load": load}, metrics))
+        for turn in range(len(at[0].passes)):
+            metrics = {
+                f"{kind}_{c.cell.arm}": run.replicate.metrics
+                for c in at
+                for kind, run in ((LIVE, c.passes[turn].live), (SIMULATED, c.passes[turn].simulated))
+            }
+            points.append(SweepPoint({"load": load, "pass": turn + 1}, metrics))
     return points
 
 
 def _inputs(found: Sequence[Compared]) -> dict[str, Provenance]:
     inputs: dict[str, Provenance] = {}
-    for c in found:
-        inputs |= {**c.simulated.inputs, **c.live.inputs}
+    for one in _passes(found):
+        inputs |= {**one.simulated.inputs, **one.live.inputs}
     inputs["live runs"] = Provenance(ProvenanceClass.MEASURED, "served by this program", "mode=live")
     return inputs
 
@@ -219,7 +257,7 @@ def _terms(found: Sequence[Compared]) -> list[tuple[str, str]]:
     """Where a difference comes from: the price of what ran, the host between iterations, or other iterations."""
     terms = []
     for c in found:
-        notes = [run.live for run in (c.live, c.again) if run.live is not None]
+        notes = [one.live.live for one in c.passes if one.live.live is not None]
         if notes:
             both = LiveNotes.together(notes)
             terms.append((c.cell.name, both.sentence()))
@@ -228,31 +266,35 @@ def _terms(found: Sequence[Compared]) -> list[tuple[str, str]]:
 
 def _verdict(found: Sequence[Compared], gates: Sequence[Gate]) -> list[str]:
     below = [c for c in found if c.cell.load < 1] or list(found)
-    told = []
-    for metric, name, _ in TARGETS:
-        pairs = [_difference(c, metric) for c in below]
-        off = [abs(value) for value, _ in pairs if value is not None]
-        noise = [abs(value) for _, value in pairs if value is not None]
-        if off and noise:
-            paced = [abs(d) for c in below if (d := _row(c, metric).paced_difference) is not None]
-            at_pace = f" ({np.median(paced):.1%} and {max(paced):.1%} at the device's pace)" if paced else ""
-            told.append(
-                f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst{at_pace}; two live "
-                f"runs of the same differ by {np.median(noise):.1%} and {max(noise):.1%}"
-            )
     missed = sum(not gate.passed for gate in gates)
-    first = "Under saturation the simulation keeps every target" if not missed else (
-        f"Under saturation the simulation misses {missed} of {len(gates)} targets"
-    )  # fmt: skip
-    sentences = [f"{first}.", *(f"{sentence}." for sentence in told)]
+    paced = any(one.paced is not None for one in _passes(below))
+    judged = "the simulation at the device's pace" if paced else "the simulation"
+    kept = f"keeps {len(gates) - missed} of {len(gates)} targets" if missed else "keeps every target"
+    sentences = [
+        f"Under saturation {judged} {kept}.",
+        *filter(None, (_off(below, metric, name) for metric, name, _ in TARGETS)),
+    ]
     over = [c for c in found if c.cell.load >= 1]
     if over:
-        values = [abs(value) for c in over if (value := _difference(c, "throughput_requests_per_s")[0]) is not None]
-        if values:
-            sentences.append(f"In overload its throughput is off by {max(values):.1%} at worst.")
+        sentences.append("In overload: " + _off(over, "throughput_requests_per_s", "throughput"))
     name = "energy_wh_per_request"
-    energies = [(c.live.replicate.metrics.get(name), c.simulated.replicate.metrics.get(name)) for c in found]
+    energies = [(p.live.replicate.metrics.get(name), p.simulated.replicate.metrics.get(name)) for p in _passes(found)]
     return [*sentences, *energy_told(energies)]
+
+
+def _off(found: Sequence[Compared], metric: str, name: str) -> str:
+    rows = [c.row(metric) for c in found]
+    off, paced, noise = (
+        [abs(share) for row in rows if (share := getattr(row, of)) is not None]
+        for of in ("difference", "paced_difference", "noise")
+    )
+    if not off or not noise:
+        return ""
+    at_pace = f" ({np.median(paced):.1%} and {max(paced):.1%} at the device's pace)" if paced else ""
+    return (
+        f"{name}: off by {np.median(off):.1%} in the middle and {max(off):.1%} at worst{at_pace}; two live runs of the "
+        f"same differ by {np.median(noise):.1%} and {max(noise):.1%}."
+    )
 
 
 def energy_told(pairs: Sequence[tuple[MetricValue, MetricValue]]) -> list[str]:
@@ -261,4 +303,4 @@ def energy_told(pairs: Sequence[tuple[MetricValue, MetricValue]]) -> list[str]:
     if not both:
         return []
     inside = sum(band.low <= live <= band.high for live, band in both)
-    return [f"Measured energy of a request lies in the simulated band in {inside} of {len(both)} cells."]
+    return [f"Measured energy of a request lies in the simulated band in {inside} of {len(both)} runs."]

@@ -28,7 +28,7 @@ from helios_sim.request import Request
 from helios_sim.serving.iteration import Engine, OutOfMemory
 from helios_sim.study.build import Parts, build_profile, exit_trace, task_names
 from helios_sim.study.live_notes import LiveNotes
-from helios_sim.study.pace import measured_pace
+from helios_sim.study.pace import Pace
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import WatchedEngine
 from helios_sim.workload import generate
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # What a run cannot know while it serves: nobody has computed what full depth would have said.
 UNKNOWN = frozenset({"agreement", "bits_per_char"})
 WARM_REQUESTS = 8  # at most, running together
+KEPT_STEPS = 10_000  # of a few hundred bytes each
 METER_LEAD_NS = 20_000_000  # before the first arrival
 
 
@@ -53,9 +54,13 @@ class LiveRun:
         self._config, self._parts, self._seed = config, parts, seed
         self.clock = WallClock()
         self.device_engine = make_engine(config, parts, seed, self.clock)
-        self.engine = WatchedEngine(self.device_engine, self.clock)
         device = config.live.device
-        self.meter = Meter(open_counter(device), ABSENT[device.partition(":")[0]])
+        counter = open_counter(device)
+        counts = counter is not None and counter.energy_j() is not None  # then a step of ours would be on the bill
+        profiles = {name: data.profile for name, data in parts.models.items()}
+        self._pace = Pace(self.device_engine, profiles, self.clock, None if counts else config.live.pace_every_s)
+        self.engine = WatchedEngine(self.device_engine, self.clock, self._pace.look_within, KEPT_STEPS)
+        self.meter = Meter(counter, ABSENT[device.partition(":")[0]])
 
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
         """The server with its first deployment in memory and everything warm. Time starts.
@@ -75,7 +80,7 @@ class LiveRun:
                 "memory", short.reason, "enough for an iteration beside weights and KV",
                 "lower server.max_running_requests or server.max_batch_tokens, or free memory",
             ) from short  # fmt: skip
-        self._paces = [self._pace()]
+        self._pace.look_beside()
         self._meter_from(requests[0].arrival_ns)
         self.clock.sync()
         return server
@@ -112,10 +117,10 @@ class LiveRun:
 
     def notes(self) -> LiveNotes:
         work = self.device_engine.work
-        known = [pace for pace in (*self._paces, self._pace()) if pace is not None]
+        self._pace.look_beside()
         return replace(
             self.engine.notes(),
-            pace=sum(known) / len(known) if known else None,
+            pace=self._pace.mean,
             shortages=self.device_engine.shortages,
             kv_bytes=work.reserved_bytes,
             places=min(places.requests for places in work.places.values()),
@@ -135,9 +140,6 @@ class LiveRun:
         soon = Timeout(self.clock, arrival_ns - METER_LEAD_NS)
         assert soon.callbacks is not None
         soon.callbacks.append(lambda _: self.meter.start())
-
-    def _pace(self) -> float | None:
-        return measured_pace(self.device_engine, {name: data.profile for name, data in self._parts.models.items()})
 
     def _requests(self) -> Iterator[Request]:
         return (r for block in generate(self._parts.workload, self._seed) for r in block.rows())

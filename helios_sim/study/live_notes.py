@@ -19,7 +19,6 @@ class LiveNotes:
     priced_ns: int  # of the very same iterations, by the profile, its own host overhead included
     prompts_taken_ns: int  # by the iterations with prompts in them, engine and host
     prompts_priced_ns: int
-    behind_ns: int  # by which the environment's clock was behind the wall clock when the run ended
     shortages: int = 0  # further iterations that memory did not suffice for
     kv_bytes: int = 0  # the block in which all caches lie
     places: int = 0  # requests that fit into it at once, of the model that fits least
@@ -72,7 +71,7 @@ class LiveNotes:
             priced += f" ({_signed(self.price_error_undisturbed)} without that time)"
         pace = ""
         if self.pace is not None:
-            pace = f"; a step timed before and after took {self.pace:.2f} of its time beside the profile"
+            pace = f"; a step that the calibration timed took {self.pace:.2f} of its time beside the profile"
         return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{pace}{self._memory()}"
 
     def _memory(self) -> str:

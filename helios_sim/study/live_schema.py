@@ -26,6 +26,9 @@ class LiveConfig:
     seed: int = 0  # of torch, where anything is drawn at all; the requests go by `seeds`
     score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
     run: int = 0  # which of several runs of the same: they are different results
+    # Every so many seconds stop the clock and time a step that the calibration timed; null, and wherever energy is
+    # counted: before and after the run only.
+    pace_every_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -37,15 +40,18 @@ class LiveConfig:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"live.{key}", value, f"at least {least}", f"set live.{key} accordingly")
+        if self.pace_every_s is not None and not self.pace_every_s > 0:
+            raise UserError("live.pace_every_s", self.pace_every_s, "null or above 0", "leave it out")
 
 
 @dataclass
 class LiveFidelityConfig:
-    """With loads the study is a comparison: every arm at every load, simulated, served, and served again."""
+    """With loads the study is a comparison: every arm at every load, simulated, and served in passes over them all."""
 
     loads: list[float] = field(default_factory=list)  # over each arm's own capacity, as simulated; above 1: overload
     seconds: float = 12.0  # of arrivals in each of them
     least_requests: int = 12  # in each of them, however slow the arm
+    passes: int = 2  # everything is served so often; how far these runs differ is the noise floor
     calibrate_s: float | None = None  # measure a profile just before, in so long for each model; null: as it is shipped
 
     def __post_init__(self) -> None:
@@ -55,3 +61,6 @@ class LiveFidelityConfig:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"fidelity_live.{key}", value, "above 0", f"set fidelity_live.{key} accordingly")
+        if self.passes < 2:
+            why = "at least 2: of one there is no noise floor"
+            raise UserError("fidelity_live.passes", self.passes, why, "set fidelity_live.passes accordingly")

@@ -44,15 +44,33 @@ class Computes(Engine, Protocol):
     @property
     def forward_ns(self) -> int: ...
 
+    @property
+    def loading(self) -> int:
+        """Transfers that are under way."""
+        ...
+
 
 class WatchedEngine:
     """Follows the `Engine` protocol by handing everything on."""
 
-    def __init__(self, inner: Computes, clock: WallClock) -> None:
-        self._inner, self._clock = inner, clock
+    def __init__(
+        self, inner: Computes, clock: WallClock, before: Callable[[str], None] | None = None, kept: int | None = None
+    ) -> None:
+        """`before` is called with the model of the next iteration, while nothing is loading. `kept` (None: all): so
+        many steps are kept, before they are added up while the clock is stopped.
+        """
+        self._inner, self._clock, self._before, self._kept = inner, clock, before, kept
+        self._added_up: list[LiveNotes] = []  # one at most
         self.steps: list[Step] = []
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        if not self._inner.loading:
+            if self._kept is not None and len(self.steps) >= self._kept:
+                with self._clock.stopped():
+                    self._added_up = [LiveNotes.together([*self._added_up, self._sums()])]
+                    self.steps.clear()
+            if self._before is not None:
+                self._before(plan.model)
         asked_ns, forward_ns, waited_ns = self._clock.wall_ns, self._inner.forward_ns, waited_for_processor_ns()
         outcome = self._inner.execute(plan, now_ns)
         waited_ns = waited_for_processor_ns() - waited_ns
@@ -85,7 +103,11 @@ class WatchedEngine:
         return self._inner.probe(model, requests, exit_rule)
 
     def notes(self) -> LiveNotes:
-        """Prices what ran: only now, since that takes the host's time too."""
+        """Of everything that ran."""
+        return LiveNotes.together([*self._added_up, self._sums()])
+
+    def _sums(self) -> LiveNotes:
+        """Prices the steps that are kept, which takes the host's time too."""
         priced_ns = [int(whole_ns(s.profile.iteration_time_s(s.composition))[0]) for s in self.steps]
         with_prompts = [i for i, step in enumerate(self.steps) if step.composition.prefill]
         return LiveNotes(
@@ -97,7 +119,6 @@ class WatchedEngine:
             priced_ns=sum(priced_ns),
             prompts_taken_ns=sum(self.steps[i].engine_ns + self.steps[i].host_ns for i in with_prompts),
             prompts_priced_ns=sum(priced_ns[i] for i in with_prompts),
-            behind_ns=self._clock.wall_ns - int(self._clock.now),
         )
 
 

@@ -1,0 +1,71 @@
+"""What is noted of a live run's iterations: the same sums however few steps are kept, and nothing while layers load."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from helios_sim.live.clock import WallClock
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.synthetic import flat_profile
+from helios_sim.study.live_notes import LiveNotes
+from helios_sim.study.watched import WatchedEngine
+
+PROFILE = flat_profile(0.002, n_layers=4)
+RAN_NS, FORWARD_NS = 1_000_000, 700_000
+
+
+class Fixed:
+    """An engine that says at once how long an iteration took."""
+
+    def __init__(self, clock: WallClock) -> None:
+        self._clock, self.forward_ns = clock, 0
+        self.loading = 0
+
+    def execute(self, plan: Any, now_ns: int) -> Any:
+        self.forward_ns += FORWARD_NS
+        composition = Composition((4,), np.array([[plan.batch]]), np.array([[8 * plan.batch]]), np.array([plan.batch]))
+        return SimpleNamespace(profile=PROFILE, composition=composition, end_ns=[self._clock.wall_ns + RAN_NS])
+
+
+def watched(kept: int | None, before: Any = None) -> WatchedEngine:
+    clock = WallClock()
+    clock.sync()
+    return WatchedEngine(Fixed(clock), clock, before, kept)  # type: ignore[arg-type]
+
+
+def run(engine: WatchedEngine, batches: range) -> LiveNotes:
+    for batch in batches:
+        engine.execute(SimpleNamespace(model="a", batch=batch), 0)  # type: ignore[arg-type]
+    return engine.notes()
+
+
+def test_sums_are_the_same_however_few_steps_are_kept() -> None:
+    engine, short = watched(None), watched(3)
+    everything, added_up = run(engine, range(1, 9)), run(short, range(1, 9))
+    assert len(engine.steps) == 8
+    assert len(short.steps) <= 3
+    assert (
+        (added_up.iterations, added_up.forward_ns)
+        == (everything.iterations, everything.forward_ns)
+        == (8, 8 * FORWARD_NS)
+    )
+    assert added_up.priced_ns == everything.priced_ns > 0
+    assert everything.engine_ns >= 8 * RAN_NS
+    assert short.notes() == added_up  # asked twice, nothing is added twice
+
+
+def test_nothing_looks_at_the_device_while_layers_load() -> None:
+    looks: list[str] = []
+    engine = watched(2, looks.append)
+    run(engine, range(1, 3))
+    engine._inner.loading = 2  # type: ignore[misc]
+    run(engine, range(1, 4))
+    assert (len(looks), len(engine.steps)) == (2, 5)
+    engine._inner.loading = 0  # type: ignore[misc]
+    run(engine, range(1, 2))
+    assert looks == ["a"] * 3
+    assert len(engine.steps) == 1
+    assert engine.notes().iterations == 6
