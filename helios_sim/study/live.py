@@ -56,9 +56,11 @@ class LiveRun:
         self.device_engine = make_engine(config, parts, seed, self.clock)
         device = config.live.device
         counter = open_counter(device)
-        counts = counter is not None and counter.energy_j() is not None  # then a step of ours would be on the bill
+        every_s = config.live.pace_every_s
+        if every_s is not None and counter is not None and counter.energy_j() is not None:
+            every_s = None  # a step of ours would be on the bill
         profiles = {name: data.profile for name, data in parts.models.items()}
-        self._pace = Pace(self.device_engine, profiles, self.clock, None if counts else config.live.pace_every_s)
+        self._pace = Pace(self.device_engine, profiles, self.clock, every_s)
         self.engine = WatchedEngine(self.device_engine, self.clock, self._pace.look_within, KEPT_STEPS)
         self.meter = Meter(counter, ABSENT[device.partition(":")[0]])
 
