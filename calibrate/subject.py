@@ -101,12 +101,12 @@ class Subject:
         return self.decode_step_in(self.cache(len(kv_tokens), max(kv_tokens)), kv_tokens, 0)
 
     def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep:
-        """The same in a given cache, from a slot on. Slots are out of order and several contexts have a mask, even if
-        they are equally long: that is how it is where requests come and go.
+        """The same in a given cache, from a slot on. Several contexts have a mask even if they are equally long, since
+        in service they hardly ever are.
         """
         from helios_sim.live.kv import DecodeStep
 
-        slots = range(first_slot + len(kv_tokens) - 1, first_slot - 1, -1)
+        slots = range(first_slot, first_slot + len(kv_tokens))
         span = max(kv_tokens) if len(kv_tokens) > 1 else None
         return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens], span)
 

@@ -29,12 +29,12 @@ def prepared(model: SegmentedModel, device: Device, batch: int, kv_tokens: int) 
 
 
 def decode_step(model: SegmentedModel, batch: int, kv_tokens: int) -> Step:
-    """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`, read as in
-    service: slots out of order, and with a mask.
+    """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`, with the mask that
+    contexts of several lengths have in service.
     """
     layers = model.n_loaded
     cache = KvCache(model.architecture, layers, batch, kv_tokens, model.dtype, model.device)
-    step = DecodeStep(cache, range(batch - 1, -1, -1), [kv_tokens - 1] * batch, kv_tokens if batch > 1 else None)
+    step = DecodeStep(cache, range(batch), [kv_tokens - 1] * batch, kv_tokens if batch > 1 else None)
     ids = torch.arange(batch, device=model.device)
     hidden = model.embed(ids, ids)
     return lambda: model.run(hidden, 0, layers, step)
