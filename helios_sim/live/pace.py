@@ -29,8 +29,9 @@ def prepared(model: SegmentedModel, device: Device, batch: int, kv_tokens: int) 
 
 
 def decode_step(model: SegmentedModel, batch: int, kv_tokens: int) -> Step:
-    """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`, with the mask that
-    contexts of several lengths have in service.
+    """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`.
+
+    With the mask that contexts of several lengths have in service.
     """
     layers = model.n_loaded
     cache = KvCache(model.architecture, layers, batch, kv_tokens, model.dtype, model.device)
