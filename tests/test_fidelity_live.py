@@ -11,7 +11,8 @@ import pytest
 from command_line import CommandLine
 from helios_sim.report.fidelity import ComparedRow
 from helios_sim.report.metrics import Band
-from helios_sim.study.fidelity_live_result import energy_told, rows_of
+from helios_sim.study.fidelity_live_result import energy_told
+from helios_sim.study.fidelity_live_rows import rows_of
 from helios_sim.study.live_notes import LiveNotes
 
 

@@ -14,28 +14,13 @@ from helios_sim.report.metrics import Band, Metrics, MetricValue
 from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, SweepPoint, Workload
 from helios_sim.study.build import task_names
 from helios_sim.study.fidelity_live_cells import Cell
+from helios_sim.study.fidelity_live_rows import number_of, row_of, rows_of
 from helios_sim.study.job import JobResult
 from helios_sim.study.live_notes import LiveNotes
 from helios_sim.study.schema import Config
 from helios_sim.study.verdict import workload_facts
 
 LIVE, SIMULATED = "live", "simulated"
-STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-# (metric, figure, unit, from the metric's unit to this one) of the server as a whole
-SYSTEM = (
-    ("throughput_requests_per_s", "throughput", "requests/s", 1.0),
-    ("throughput_tokens_per_s", "throughput", "tokens/s", 1.0),
-    ("batch_mean", "mean batch", "requests", 1.0),
-    ("kv_utilisation_mean", "KV in use", "%", 100.0),
-    ("layers_per_token", "layers run", "a token", 1.0),
-    ("early_exit_fraction", "early exits", "% of tokens", 100.0),
-    ("breach_fraction", "breaches", "% of tokens", 100.0),
-    ("energy_wh_per_request", "energy", "Wh a request", 1.0),
-    ("switches", "switches", "", 1.0),
-    ("loads", "loads", "", 1.0),
-    ("switch_time_s", "time of switches", "s", 1.0),
-    ("preemptions", "preemptions", "", 1.0),
-)
 # (metric, name, largest difference either way where two live runs differ by less)
 TARGETS = (
     ("tpot_s_mean", "TPOT mean", 0.05),
@@ -71,7 +56,7 @@ class Compared:
 
     def row(self, metric: str) -> ComparedRow:
         """Of one metric, in its own unit."""
-        return _row(("", "", ""), *([_number(m, metric) for m in runs] for runs in self._metrics()))
+        return row_of(("", "", ""), *([number_of(m, metric) for m in runs] for runs in self._metrics()))
 
     def _metrics(self) -> tuple[Sequence[Metrics | None], ...]:
         """Of each pass: measured, simulated, simulated at the device's pace."""
@@ -116,39 +101,6 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
         headline_metrics=HEADLINE,
         fidelity=fidelity,
     )
-
-
-def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:
-    """Of the metrics measured, simulated, and simulated at the device's pace in each pass: latencies in ms, then the
-    server as a whole. What a pass does not know, no row does.
-    """
-    rows = []
-    for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
-        for statistic in STATISTICS:
-            values = ([_number(m, f"{name}_{statistic}", 1e3) for m in of] for of in runs)
-            rows.append(_row((group, "median" if statistic == "p50" else statistic, "ms"), *values))
-    for name, figure, unit, factor in SYSTEM:
-        rows.append(_row(("system", figure, unit), *([_number(m, name, factor) for m in of] for of in runs)))
-    return tuple(rows)
-
-
-def _row(what: tuple[str, str, str], *runs: Sequence[float | None]) -> ComparedRow:
-    known = tuple(value for value in runs[0] if value is not None)
-    measured, simulated, paced = map(_mean, runs)
-    return ComparedRow(*what, measured, simulated, paced, known if len(known) == len(runs[0]) else ())
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _number(metrics: Metrics | None, name: str, factor: float = 1.0) -> float | None:
-    """A band by its middle."""
-    value = None if metrics is None else metrics.get(name)
-    if value is None:
-        return None
-    return factor * ((value.low + value.high) / 2 if isinstance(value, Band) else value)
 
 
 def _passes(found: Sequence[Compared]) -> list[Pass]:
