@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from time import sleep
@@ -27,6 +27,7 @@ from helios_sim.sweep.schema import DesignsConfig
 SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
 
 Evaluate = Callable[[Sequence[Job]], Outcome]
+FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a design in between
 
 
@@ -54,7 +55,7 @@ class Workers:
             self._ray = need("ray", "sweep.backend", config.backend)
             self._connect()
 
-    def __call__(self, designs: Mapping[str, Sequence[Job]]) -> Iterator[tuple[str, Outcome]]:
+    def __call__(self, designs: Mapping[str, Sequence[Job]]) -> Generator[tuple[str, Outcome]]:
         """Outcomes by key, in the order in which they come."""
         match self._config.backend:
             case "processes":
@@ -81,6 +82,9 @@ class Workers:
             allowed = "a process was killed from outside, most often for want of memory; finished designs are kept"
             fix = "start again in the same hydra.run.dir with fewer, such as sweep.workers=1"
             raise UserError("sweep.workers", workers, allowed, fix) from error
+        except BaseException:
+            _join_feeders()
+            raise
 
     def _cluster(self, designs: Mapping[str, Sequence[Job]]) -> Iterator[tuple[str, Outcome]]:
         """What was lost with a node runs again on those that are left."""
@@ -141,6 +145,15 @@ def _one(run: Evaluate, key: str, jobs: Sequence[Job], parent: int | None) -> tu
     if parent is not None and parent != os.getpid():
         _follow(parent)
     return key, run(jobs)
+
+
+def _join_feeders() -> None:
+    """joblib waits for its processes when it stops half-way, but not for the thread that feeds their queue. That one
+    gives semaphores back as it ends; an interpreter that ends earlier complains that they leak.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(FEEDER_S)
 
 
 @cache

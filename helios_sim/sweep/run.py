@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,11 @@ class Evaluations:
                 found[key] = outcome
                 self._on_done(outcome, True)
         missing = {key: jobs for key, (_, jobs) in named.items() if key not in found}
-        for key, outcome in self._workers(missing):
-            found[key] = outcome
-            self._journal.add(key, named[key][0], outcome)
-            self._on_done(outcome, False)
+        with closing(self._workers(missing)) as outcomes:
+            for key, outcome in outcomes:
+                found[key] = outcome
+                self._journal.add(key, named[key][0], outcome)
+                self._on_done(outcome, False)
         return found
 
 
