@@ -28,7 +28,6 @@ from calibrate.latency import (
 from calibrate.load import Loads
 from calibrate.memory import Memory
 from calibrate.serving import ServingCosts
-from calibrate.unequal import unequal_table
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import GRAPH_BATCH_SIZES
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
@@ -67,17 +66,16 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
         embedding=_rows(latency, EMBEDDING, grids.axes[EMBEDDING]), check=_rows(latency, CHECK, grids.axes[CHECK]),
         activation_reserve_bytes=measured.memory.activation_reserve_bytes,
         load_bytes_per_s=loads.engine_bytes_per_s, load_slowdown=loads.slowdown, check_classifier=classifier,
+        padded_kv=True,  # by definition: `helios_sim.live.kv.DecodeStep`
     )  # fmt: skip
 
 
 def _layer(latency: Latency, grids: Grids, layer_class: int) -> LayerTables:
-    decode = _grid(latency, DECODE, layer_class, grids.axes[DECODE])
     return LayerTables(
         dense=_rows(latency, DENSE, grids.axes[DENSE]),
         kv_projection=_rows(latency, KV_PROJECTION, grids.axes[KV_PROJECTION]),
-        decode_attention=decode,
+        decode_attention=_grid(latency, DECODE, layer_class, grids.axes[DECODE]),
         prefill_attention=_grid(latency, PREFILL, layer_class, grids.axes[PREFILL]),
-        unequal_kv=unequal_table(latency, layer_class, decode),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate import unequal, whole
+from calibrate import whole
 from calibrate.build_profile import Measured, build_profile
 from calibrate.ceilings import Ceilings, measure_ceilings
 from calibrate.device import Device
@@ -37,12 +37,13 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.provenance import Assumption
 
-COARSE_SAMPLES = 2
+COARSE_SAMPLES = 1
 REFINE_SAMPLES = 3
-KEEP_FOR_REST = 0.5  # of the budget: more samples, unequal lengths and whole iterations
+KEEP_FOR_REST = 0.5  # of the budget: more samples and whole iterations
 FIT, TRY = 1, 2  # seeds: iterations that give the factors, and those that try the profile
 WHOLE_EACH = 8  # iterations of each kind
-KEEP_FOR_WHOLE = 0.25  # of the budget, for whole iterations
+KEEP_FOR_LONG = 0.35  # of the budget: for what is not a decode
+KEEP_FOR_WHOLE = 0.12  # of the budget, for whole iterations
 TOLERATED = 0.03  # median error of whole iterations that is not mentioned among the assumptions
 UNLIMITED_S = 1e9
 
@@ -137,12 +138,13 @@ class _Campaign:
                 if self._left(KEEP_FOR_REST) > 0:
                     refined.append(table)
                 self.parts.put("grids", {"grids": grids_to_json(grids), "refined": refined})
-        fit = {kind: self._iterations((kind,), FIT) for kind in whole.FITTED}
+        fit = self._iterations((whole.FITTED,), FIT)
         tries = self._iterations(whole.KINDS, TRY)
-        whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit["unequal"], *fit["mixed"]]]
-        keep_s = self.budget_s * KEEP_FOR_WHOLE
-        self.sampler.measure(unequal.jobs(self.latency), REFINE_SAMPLES)
-        self.latency.measure(grids, REFINE_SAMPLES, keep_s, more=True)
+        whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit]]
+        # Decodes are what is served most, their attention is a small difference, and they are quick to time.
+        decodes = self.latency.decode_jobs(grids)
+        self.sampler.measure(decodes, REFINE_SAMPLES, self.budget_s * KEEP_FOR_LONG, more=True)
+        self.latency.measure(grids, REFINE_SAMPLES, self.budget_s * KEEP_FOR_WHOLE, more=True)
         self.sampler.measure(whole_jobs, REFINE_SAMPLES)
         self.latency.measure(grids, self.plan.samples, more=True)
         self.drift.note()
@@ -201,23 +203,15 @@ class _Campaign:
         self,
         grids: Grids,
         measured: Measured,
-        fit: dict[str, list[whole.Iteration]],
+        fit: list[whole.Iteration],
         tries: list[whole.Iteration],
     ) -> Profile:
         points, pace = self.sampler.points, self.drift.pace(self.latency.anchor_place, self.subject.n_layers)
         if pace is not None and self.sampler.reference_s is not None:  # from the first second's pace to that of all
             points.rescale(pace["layer_s"] * self.subject.n_layers / self.sampler.reference_s)
         bare = build_profile(self.about.spec, self.latency, grids, measured)
-        # where there is no table of unequal lengths, one factor stands for it
-        kv_factor = None
-        if all(tables.unequal_kv is None for tables in bare.layer_tables):
-            kv_factor = _positive(whole.fitted_factor(bare, points, fit["unequal"], "unequal_kv_factor"))
-        with_kv = replace(bare, unequal_kv_factor=kv_factor)
-        fitted = _positive(whole.fitted_factor(with_kv, points, fit["mixed"], "mixed_factor"))
-        # a machine that was slower meanwhile looks the same: only what exceeds the error of other kinds is the mixing's
-        others = [abs(c.error) for c in whole.compare(with_kv, points, tries) if c.kind in ("equal", "prefill")]
-        found = fitted is not None and bool(others) and abs(fitted - 1.0) > 2.0 * float(np.median(others))
-        profile = replace(with_kv, mixed_factor=fitted if found else None)
+        fitted = _positive(whole.fitted_mixed_factor(bare, points, fit))
+        profile = _with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
         too_fast = below_floor(over_floor(profile, measured.ceilings))
         tried = whole.summary(whole.compare(profile, points, tries))
         details = {
@@ -263,6 +257,22 @@ class _Campaign:
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchor": self.drift.anchors,
         }
+
+
+def _with_mixed_factor(
+    bare: Profile, fitted: float | None, compare: Callable[[Profile], list[whole.Comparison]]
+) -> Profile:
+    """With the factor where it is more than noise: beyond the error of other kinds, and iterations that it was not
+    fitted to are priced better with it.
+    """
+    if fitted is None:
+        return bare
+    without, with_it = (compare(profile) for profile in (bare, replace(bare, mixed_factor=fitted)))
+    others = [abs(c.error) for c in without if c.kind in ("equal", "prefill")]
+    mixed = [[abs(c.error) for c in of if c.kind == whole.FITTED] for of in (without, with_it)]
+    if not others or not mixed[0] or abs(fitted - 1.0) <= 2.0 * float(np.median(others)):
+        return bare
+    return replace(bare, mixed_factor=fitted) if np.median(mixed[1]) < np.median(mixed[0]) else bare
 
 
 def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ...]:

@@ -70,8 +70,8 @@ class Latency:
 
     @property
     def row_tables(self) -> tuple[str, ...]:
-        """Tables by rows, those that decide where the rows axis is refined first."""
-        own = (DENSE, HEAD, CHECK, KV_PROJECTION, EMBEDDING)
+        """Tables by rows. The first one is what only `rows_job` measures, at all rows."""
+        own = (EMBEDDING, DENSE, HEAD, CHECK, KV_PROJECTION)
         return (*own, CHECK_CLASSIFIER) if self.subject.has_classifier else own
 
     def coarse(self) -> Grids:
@@ -84,13 +84,17 @@ class Latency:
         contexts = tuple(sorted({0, min(NEAR_CONTEXT, context // 2), context // 2, context}))
         chunks = tuple(sorted({1, *geometric(min(16, limits.max_chunk), limits.max_chunk, 4.0)}))
         axes = {table: Axes((head_rows if table in (HEAD, CHECK) else rows,)) for table in self.row_tables}
-        axes[DECODE] = Axes((geometric(1, limits.max_batch, 4.0), kv))
+        axes[DECODE] = Axes((geometric(1, limits.max_batch, 2.0), kv))
         axes[PREFILL] = Axes((chunks, contexts))
         return Grids(axes, {})
 
     def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Every place of the grids and every held-out place, as `Sampler.measure` has it; false when time ran out."""
         return self.sampler.measure(self._jobs(grids), samples, until_left_s, more)
+
+    def decode_jobs(self, grids: Grids) -> list[Job]:
+        """Those of the grid's decodes that fit into memory."""
+        return [job for place in grids.axes[DECODE].places() if (job := self._job(DECODE, place))]
 
     def known(self, grids: Grids) -> bool:
         """Whether every place has a sample, clean or not."""
@@ -150,7 +154,7 @@ class Latency:
             return own_s + self.points.figure(self._point(CLASSIFIED_LAYER, 0, place)).median_s
         if table not in (DECODE, PREFILL):
             return own_s
-        return own_s + self.points.figure(Point(f"{table}_rows", WHOLE_MODEL, *place)).median_s
+        return own_s + self.points.figure(self._point(DENSE, 0, (place[0],))).median_s * self.subject.n_layers
 
     def noise_s(self, table: str, place: Place) -> float:
         """Standard error of `time_s` at a measured place."""
@@ -222,20 +226,19 @@ class Latency:
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
         """Equal lengths."""
-        bare = Point(f"{DECODE}_rows", WHOLE_MODEL, batch, kv_tokens)
         points = self._points_of_classes(DECODE, (batch, kv_tokens))
-        return self.attention_job(points, batch, lambda: self.subject.decode_step([kv_tokens] * batch), bare)
+        return self.attention_job(points, batch, lambda: self.subject.decode_step([kv_tokens] * batch))
 
     def prefill_job(self, tokens: int, context_tokens: int) -> Job:
-        bare = Point(f"{PREFILL}_rows", WHOLE_MODEL, tokens, context_tokens)
         points = self._points_of_classes(PREFILL, (tokens, context_tokens))
-        return self.attention_job(points, tokens, lambda: self.subject.prompt_step(tokens, context_tokens), bare)
+        return self.attention_job(points, tokens, lambda: self.subject.prompt_step(tokens, context_tokens))
 
-    def attention_job(
-        self, points: tuple[Point, ...], rows: int, make: Callable[[], Any], bare: Point | None = None
-    ) -> Job:
-        """Attention of one layer of each class, in `points`, and the run of the same rows without it, in `bare`."""
+    def attention_job(self, points: tuple[Point, ...], rows: int, make: Callable[[], Any]) -> Job:
+        """Attention of one layer of each class, in `points`. The run of the same rows without it is a sample of the
+        dense part too.
+        """
         subject, model, classes = self.subject, self.subject.model, self.subject.classes
+        dense = self._point(DENSE, 0, (rows,))
 
         def build() -> Sequence[Step]:
             step, hidden = make(), subject.hidden(rows)
@@ -249,9 +252,9 @@ class Latency:
                 point: (lap_s - bare_s) / len(layers)
                 for point, layers, lap_s in zip(points, classes, with_s, strict=True)
             }
-            return found if bare is None else {**found, bare: bare_s}
+            return {**found, dense: bare_s / subject.n_layers}
 
-        return Job(points if bare is None else (*points, bare), build, read)
+        return Job((*points, dense), build, read)
 
     def _points_of_classes(self, table: str, place: Place) -> tuple[Point, ...]:
         return tuple(Point(table, i, *place) for i in range(len(self.subject.classes)))

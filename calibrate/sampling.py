@@ -24,6 +24,7 @@ LONG_S = 0.3  # a job that takes longer than this warms itself up
 MOST_WAITED = 0.02  # share of a sample's time that its threads may stand waiting for others to leave the cores
 WAKE_S = 1e-4  # waking threads takes them that long on an idle machine too
 SHORT_S, MORE_SAMPLES, STEADY = 0.4, 4, 0.01  # a job this short has up to so many times the samples, unless so steady
+TURNS, TURNS_BELOW_S = 3, 0.15  # with the anchor, in a visit to a job that takes less: making it ready takes longer
 MOST_CONTENDED = 6  # such samples of one job in a call; then it is left as it is
 REFERENCE_LAPS = 15
 SAVE_EVERY_S = 10.0
@@ -80,7 +81,8 @@ class Sampler:
         self.contended: dict[Point, int] = {}  # samples of this call taken while others had the cores
         self._progress = progress
         self._rng = np.random.default_rng(seed)
-        self._cost_s: dict[Point, float] = {}
+        self._cost_s: dict[Point, float] = {}  # of the last visit
+        self._turns: dict[Point, int] = {}  # samples of a visit
         self._totals_s: dict[Point, list[float]] = {}
         self._anchor_steps: list[Step] = []
         self._last_save_s = -np.inf
@@ -88,7 +90,8 @@ class Sampler:
     def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Rounds over the jobs until each has `samples`, or the machine proved too busy; false when time ran out.
 
-        With `more`, short jobs that scatter have more: small steps cost little to time, and are what is served most.
+        A job that takes several turns a visit has as many times the samples. With `more`, short jobs that scatter have
+        more again: small steps cost little to time, and are what is served most.
         A sample is not begun where it would leave less than `until_left_s` of the budget, going by its last cost.
         """
         waiting = list(jobs)
@@ -112,10 +115,10 @@ class Sampler:
 
     def _wanting(self, job: Job, samples: int, more: bool) -> bool:
         first = job.points[0]
-        count = self.points.count(first)
-        if more and self._cost_s.get(first, SHORT_S) < SHORT_S and not self._steady(job):
+        turns = self._turns.get(first, 1)
+        if more and self._cost_s.get(first, SHORT_S) < SHORT_S * turns and not self._steady(job):
             samples *= MORE_SAMPLES
-        return count < samples and self.contended.get(first, 0) < MOST_CONTENDED
+        return self.points.count(first) < samples * turns and self.contended.get(first, 0) < MOST_CONTENDED
 
     def _steady(self, job: Job) -> bool:
         """All its laps together, in this call."""
@@ -138,23 +141,25 @@ class Sampler:
 
     def _sample(self, job: Job) -> None:
         start_s = self.clock.spent_s
+        first = job.points[0]
         self._anchor()
         steps = [self.device.prepare(step) for step in job.build()]
-        cost_s = self._cost_s.get(job.points[0])
-        if cost_s is None:
-            self._warm_up(steps)
-        elif cost_s < LONG_S:
+        if first not in self._cost_s:
+            warm_s = self._warm_up(steps)
+            short = self.anchor is not None and warm_s < TURNS_BELOW_S
+            self._turns[first] = TURNS if short else 1
+        elif self._cost_s[first] < LONG_S or self._turns[first] > 1:
             self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
-        anchor = self._anchor()
+        anchor, turns = self._anchor(), self._turns[first]
         at_s = self.clock.spent_s
-        all_s, waited_s = self._laps([*anchor, *steps, *anchor])
-        self._cost_s[job.points[0]] = self.clock.spent_s - start_s
+        all_s, waited_s = self._laps([*anchor, *[*steps, *anchor] * turns])
+        self._cost_s[first] = self.clock.spent_s - start_s
         contended = waited_s > MOST_WAITED * sum(all_s) + WAKE_S
-        laps_s = self._at_one_pace(at_s, all_s, contended) if anchor else all_s
-        self._totals_s.setdefault(job.points[0], []).append(sum(laps_s))
         if contended:
-            self.contended[job.points[0]] = self.contended.get(job.points[0], 0) + 1
-        self.points.add(job.read(laps_s), contended)
+            self.contended[first] = self.contended.get(first, 0) + 1
+        for laps_s in self._at_one_pace(at_s, all_s, len(anchor), len(steps), contended):
+            self._totals_s.setdefault(first, []).append(sum(laps_s))
+            self.points.add(job.read(laps_s), contended)
 
     def typical_anchor_s(self) -> float | None:
         """The middle of some laps in a row; None without an anchor."""
@@ -168,14 +173,21 @@ class Sampler:
             self.device.laps_s(self._anchor_steps)
         return self._anchor_steps
 
-    def _at_one_pace(self, at_s: float, laps_s: Sequence[float], contended: bool) -> list[float]:
-        """The laps between those of the anchor, as they would be had it taken `reference_s`."""
-        n = len(self._anchor_steps)
-        around_s = sum(laps_s[:n]), sum(laps_s[-n:])
-        if not contended:
-            self.anchor_laps_s += [(at_s, lap_s) for lap_s in around_s]
-        pace = 1.0 if self.reference_s is None else sum(around_s) / 2 / self.reference_s
-        return [lap_s / pace for lap_s in laps_s[n:-n]]
+    def _at_one_pace(
+        self, at_s: float, laps_s: Sequence[float], of_anchor: int, of_steps: int, contended: bool
+    ) -> list[list[float]]:
+        """Of each turn the steps' laps, as they would be had the anchor before and after it taken `reference_s`."""
+        starts = range(0, len(laps_s), of_anchor + of_steps)
+        anchors_s = [sum(laps_s[start : start + of_anchor]) for start in starts]
+        if of_anchor and not contended:
+            self.anchor_laps_s += [(at_s, lap_s) for lap_s in anchors_s]
+        found = []
+        for turn, start in enumerate(starts[: len(laps_s) // (of_anchor + of_steps)]):
+            pace = 1.0
+            if of_anchor and self.reference_s is not None:
+                pace = (anchors_s[turn] + anchors_s[turn + 1]) / 2 / self.reference_s
+            found.append([lap_s / pace for lap_s in laps_s[start + of_anchor : start + of_anchor + of_steps]])
+        return found
 
     def _laps(self, steps: Sequence[Step]) -> tuple[list[float], float]:
         """Seconds of each step, and seconds that threads waited for cores meanwhile."""
@@ -184,15 +196,16 @@ class Sampler:
         after_s = self.device.waited_s()
         return laps_s, 0.0 if before_s is None or after_s is None else after_s - before_s
 
-    def _warm_up(self, steps: Sequence[Step]) -> None:
+    def _warm_up(self, steps: Sequence[Step]) -> float:
+        """Seconds of the last time."""
         last_s = sum(self.device.laps_s(steps))
         if last_s > LONG_S:
-            return
+            return last_s
         for _ in range(MAX_WARM_UPS - 1):
-            now_s = sum(self.device.laps_s(steps))
-            if abs(now_s - last_s) <= STABLE * last_s:
-                return
-            last_s = now_s
+            before_s, last_s = last_s, sum(self.device.laps_s(steps))
+            if abs(last_s - before_s) <= STABLE * before_s:
+                break
+        return last_s
 
     def _housekeeping(self) -> None:
         now_s = self.clock.spent_s

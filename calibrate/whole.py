@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,8 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Runtime
 
-Factor = Literal["mixed_factor", "unequal_kv_factor"]
 KINDS = ("equal", "unequal", "prefill", "mixed", "exits")
-FITTED = ("unequal", "mixed")  # kinds that give the profile's factors
+FITTED = "mixed"  # the kind that gives the profile's factor
 NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
 
 
@@ -154,18 +153,12 @@ def compare(profile: Profile, points: Points, found: Sequence[Iteration]) -> lis
     ]
 
 
-def fitted_factor(profile: Profile, points: Points, found: Sequence[Iteration], factor: Factor) -> float | None:
-    """The value of `mixed_factor` or `unequal_kv_factor` that prices these iterations best, by relative squares.
+def fitted_mixed_factor(profile: Profile, points: Points, found: Sequence[Iteration]) -> float | None:
+    """The value of `mixed_factor` that prices these iterations best, by relative squares.
 
-    The price is linear in either. None where nothing was measured or the price does not depend on it.
+    The price is linear in it. None where nothing was measured or the price does not depend on it.
     """
-
-    def priced(value: float) -> Profile:
-        if factor == "mixed_factor":
-            return replace(profile, runtime=NO_HOST, mixed_factor=value)
-        return replace(profile, runtime=NO_HOST, unequal_kv_factor=value)
-
-    without, with_it = priced(0.0), priced(1.0)
+    without, with_it = (replace(profile, runtime=NO_HOST, mixed_factor=value) for value in (0.0, 1.0))
     above = below = 0.0
     for it in found:
         if not points.known(it.point):

@@ -17,6 +17,7 @@ from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import load_profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.profile.terms import UnequalTable
 
 ROWS = np.array([1, 101], dtype=np.int64)
 NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
@@ -82,6 +83,21 @@ def test_mixed_and_unequal_factors_act_where_they_are_given() -> None:
     more_attention = 8 * 10 * 50 / 1024
     assert time_s(factors, decode) == time_s(plain, decode) + more_attention
     assert time_s(factors, mixed) == 1.5 * (time_s(plain, mixed) + more_attention)
+
+
+def test_padded_contexts_cost_what_the_longest_would_in_all_of_them() -> None:
+    uneven = composition((8,), [10], [500], 10, decode_kv_least=np.array([20]), decode_kv_most=np.array([90]))
+    even = composition((8,), [10], [900], 10, decode_kv_least=np.array([90]), decode_kv_most=np.array([90]))
+    padded = simple_profile(padded_kv=True)
+    assert time_s(padded, uneven) == time_s(padded, even) == time_s(simple_profile(), even)
+    assert time_s(simple_profile(), uneven) < time_s(padded, uneven)
+    assert padded.prices_spread
+    assert not simple_profile().prices_spread
+    ends = np.array([2, 99])
+    table = UnequalTable(np.array([0]), ends, ends, np.array([0.0, 1.0]), np.zeros((1, 2, 2, 2)))
+    twice = dataclasses.replace(padded.layer_tables[0], unequal_kv=table)
+    with pytest.raises(UserError, match="padded_kv"):
+        dataclasses.replace(padded, layer_tables=(twice,))
 
 
 def test_propagation_costs_kv_projection_only_and_an_empty_band_nothing() -> None:
@@ -237,10 +253,16 @@ def leaps(draw: st.DrawFn, n_layers: int) -> Composition:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     top = draw(st.sampled_from([3, 40, 1000, 20_000]))
     decode = -np.sort(-rng.integers(0, top, (n, n_bands)), axis=1)
+    kv_tokens = decode * rng.integers(1, 5000, (n, 1)) + rng.integers(0, 9, (n, 1)) * (decode > 0)
+    most = None
+    if draw(st.booleans()):
+        most = -(-kv_tokens[:, 0] // np.maximum(decode[:, 0], 1)) + rng.integers(0, 3000, n)
     return Composition(
         bounds=tuple(bounds),
         decode_tokens=decode,
-        decode_kv_tokens=decode * rng.integers(1, 5000, (n, 1)) + rng.integers(0, 9, (n, 1)) * (decode > 0),
+        decode_kv_tokens=kv_tokens,
+        decode_kv_least=None if most is None else np.ones(n, np.int64),
+        decode_kv_most=most,
         sampled_tokens=rng.integers(0, top, n),
         check_tokens=draw(st.sampled_from([None, decode * rng.integers(0, 2, (n, n_bands))])),
         classifier_tokens=draw(st.sampled_from([None, decode * rng.integers(0, 2, (n, n_bands))])),
@@ -258,19 +280,23 @@ def alone(c: Composition, k: int) -> Composition:
         c, decode_tokens=c.decode_tokens[k : k + 1], decode_kv_tokens=c.decode_kv_tokens[k : k + 1],
         sampled_tokens=c.sampled_tokens[k : k + 1], check_tokens=row(c.check_tokens),
         classifier_tokens=row(c.classifier_tokens), propagated_tokens=row(c.propagated_tokens),
+        decode_kv_least=row(c.decode_kv_least), decode_kv_most=row(c.decode_kv_most),
     )  # fmt: skip
 
 
 @settings(max_examples=150)
-@given(data=st.data(), launch_s=st.sampled_from([0.0, 37e-6, 300e-6]), padded=st.booleans())
-def test_a_leap_costs_the_same_bits_as_its_iterations(data: st.DataObject, launch_s: float, padded: bool) -> None:
+@given(data=st.data(), launch_s=st.sampled_from([0.0, 37e-6, 300e-6]), padded=st.booleans(), padded_kv=st.booleans())
+def test_a_leap_costs_the_same_bits_as_its_iterations(
+    data: st.DataObject, launch_s: float, padded: bool, padded_kv: bool
+) -> None:
     profile = load_profile("opt-1.3b@a100-40gb")
     runtime = dataclasses.replace(profile.runtime, launch_s_per_layer=launch_s)
     runtime = runtime if padded else dataclasses.replace(runtime, graph_batch_sizes=None)
     classifier = RowsTable(np.array([1, 300]), np.array([7e-6, 31e-6]))
     profile = dataclasses.replace(
-        profile, runtime=runtime, unequal_kv_factor=1.07, time_factor=1.05, check_classifier=classifier
-    )
+        profile, runtime=runtime, unequal_kv_factor=1.07, time_factor=1.05, check_classifier=classifier,
+        padded_kv=padded_kv,
+    )  # fmt: skip
     c = data.draw(leaps(24))
     together = profile.iteration_time_s(c)
     outside = profile.outside_grid(c)

@@ -28,7 +28,6 @@ class Costs:
 
     knee: int = 1  # dense layers cost the same up to so many rows
     mixed: float = 1.0  # of the layers, where prompts and decodes share a run
-    by_longest: bool = False  # decode attention goes by the longest context of the batch
     speed: float = 1.0
 
     def embedding(self, rows: int) -> float:
@@ -47,7 +46,8 @@ class Costs:
         return self.speed * (3e-6 + 1e-7 * rows)
 
     def decode(self, slides: bool, kv_tokens: Sequence[int]) -> float:
-        total = len(kv_tokens) * max(kv_tokens) if self.by_longest else sum(kv_tokens)
+        """By the longest context of the batch, as our engine reads them."""
+        total = len(kv_tokens) * max(kv_tokens)
         return self.speed * (1e-4 * len(kv_tokens) + (1e-6 if slides else 3e-6) * total)
 
     def prefill(self, slides: bool, tokens: int, context_tokens: int) -> float:

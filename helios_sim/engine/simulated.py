@@ -59,7 +59,7 @@ class SimulatedEngine:
         depths = decode_depths(plan, data.trace.trace, replayed)
         prefilled, chunks = self._prefill(plan, data, replayed)
         composition = _composition(plan, depths, chunks)
-        if any(tables.unequal_kv is not None for tables in data.profile.layer_tables):
+        if data.profile.prices_spread:
             composition = _with_spread(plan, composition)
         time_ns = whole_ns(data.profile.iteration_time_s(composition))
         return Outcome(

@@ -25,6 +25,8 @@ from helios_sim.live.naming import Piece
 from helios_sim.live.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.safetensors_folder import SafetensorsFolder
 
+Stamp = tuple[tuple[str, int, int], ...]
+
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*"]
@@ -122,11 +124,11 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
         return random_checkpoint(weights)
     path = Path(weights).expanduser()
     if path.is_dir():
-        return Checkpoint(path.resolve().name, str(path), None, SafetensorsFolder(path))
+        return _opened(path, _stamp(path), path.resolve().name, str(path), None)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError("weights", weights, "a folder or a .gguf file", "give the folder that holds this file")
-        return Checkpoint(path.stem, str(path), None, GgufFile(path))
+        return _opened(path, _stamp(path), path.stem, str(path), None)
     if _HUB_ID.fullmatch(weights) and path.suffix != ".gguf":
         return _from_hub(weights)
     raise UserError(
@@ -149,7 +151,20 @@ def _known(name: str, cache: Path) -> Checkpoint:
         raise UserError("weights", name, f"its file {known.file} in {cache}", known.get_it)
     if (digest := sha256_of(path)) != known.sha256:
         raise UserError(f"sha256 of {path}", digest, known.sha256, f"delete the file and get it again: {known.get_it}")
-    return Checkpoint(name, f"{known.file}, sha256 {known.sha256}", known.licence, GgufFile(path))
+    return _opened(path, _stamp(path), name, f"{known.file}, sha256 {known.sha256}", known.licence)
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, stamp: Stamp, name: str, source: str, licence: str | None) -> Checkpoint:
+    """Kept, and with it what is made of it once: the tokenizer, the weights in host memory."""
+    return Checkpoint(name, source, licence, SafetensorsFolder(path) if path.is_dir() else GgufFile(path))
+
+
+def _stamp(path: Path) -> Stamp:
+    """Another one where a file was written since."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.exists()]  # a link may lead nowhere
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _from_hub(hub_id: str) -> Checkpoint:

@@ -65,9 +65,9 @@ def band_table(bands: Bands) -> IntArray:
 
 
 def price_tables(model: ModelSpec, hardware: HardwareSpec, pricing: Pricing) -> tuple[PriceTables, Scalars] | None:
-    """None where a table has terms that the compiled prices do not know: mixed batches and unequal lengths."""
+    """None where there are terms that the compiled prices do not know: mixed batches and unequal lengths."""
     classes = pricing.classes
-    if any(layer.mixed_attention is not None or layer.unequal_kv is not None for layer in classes):
+    if any(layer.mixed_attention is not None or layer.unequal_kv is not None or layer.padded_kv for layer in classes):
         return None
     by_rows = [pricing.head, pricing.check, pricing.classifier, pricing.embedding]
     for layer in classes:

@@ -25,7 +25,8 @@ FEW = 8  # iterations times bands up to which plain numbers are quicker than arr
 class LayerPricing:
     """Lookups of one layer class. Only the dense part of a batch without prefill is padded to a graph's size."""
 
-    def __init__(self, tables: LayerTables, pad_to: tuple[int, ...] | None) -> None:
+    def __init__(self, tables: LayerTables, pad_to: tuple[int, ...] | None, padded_kv: bool = False) -> None:
+        self.padded_kv = padded_kv
         self.dense = RowLookup(tables.dense)
         self.padded_dense = RowLookup(tables.dense, pad_to)
         self.kv_projection = RowLookup(tables.kv_projection)
@@ -38,6 +39,8 @@ class LayerPricing:
         self, decode: int, kv: int, spread: tuple[int, int, int, int] | None, chunks: tuple[PrefillChunk, ...]
     ) -> float:
         """Attention of one iteration's decodes. `spread`: their sum, least and most KV tokens and their number."""
+        if self.padded_kv and spread is not None:
+            kv = decode * spread[2]
         longest = max(chunks, key=_size) if chunks else None
         if longest is None or self.mixed_attention is None:
             time_s = self.decode_attention.scalar(decode, kv)
@@ -51,7 +54,7 @@ class LayerPricing:
 
     def decodes_s(self, c: Composition) -> FloatArray:
         """(K, S) of iterations without prefill: `decode_s` of each."""
-        time_s = self.decode_attention.array(c.decode_tokens, c.decode_kv_tokens)
+        time_s = self.decode_attention.array(c.decode_tokens, self.read_kv_tokens(c))
         if self.unequal_kv is None or c.decode_kv_least is None or c.decode_kv_most is None:
             return time_s
         excess = self.unequal_kv.array(
@@ -59,6 +62,12 @@ class LayerPricing:
         )
         slower_s: FloatArray = time_s * (1.0 + excess)[:, None]
         return slower_s
+
+    def read_kv_tokens(self, c: Composition) -> IntArray:
+        """(K, S) that the decodes attend to, or where contexts are padded: that they read."""
+        if self.padded_kv and c.decode_kv_most is not None:
+            return c.decode_tokens * c.decode_kv_most[:, None]
+        return c.decode_kv_tokens
 
 
 def _size(chunk: PrefillChunk) -> tuple[int, int]:
@@ -95,8 +104,9 @@ class Pricing:
         unequal_kv_factor: float | None,
         time_factor: float,
         check_classifier: RowsTable | None = None,
+        padded_kv: bool = False,
     ) -> None:
-        self.classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes) for tables in classes)
+        self.classes = tuple(LayerPricing(tables, runtime.graph_batch_sizes, padded_kv) for tables in classes)
         self._layer_class = tuple(layer_class)
         self.head = RowLookup(head)
         self.check = self.head if check is None else RowLookup(check)
@@ -241,7 +251,7 @@ class Pricing:
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""
         bands = self.bands(c.bounds)
-        decode, kv = columns(c.decode_tokens), columns(c.decode_kv_tokens)
+        decode, kv = columns(c.decode_tokens), columns(self.classes[0].read_kv_tokens(c))
         outside: Flags = self.head.outside(columns(c.sampled_tokens[:, None])[0])
         for layer in self.classes:
             for s, start in enumerate(bands.starts):

@@ -28,6 +28,8 @@ class Profile:
     `load_slowdown` multiplies device time while weights stream into the card. `mixed_factor` multiplies a layer's
     time when an iteration holds both prefill and decode; `unequal_kv_factor` multiplies decode attention for batches
     whose KV lengths differ; both are None where no source gives them. `time_factor` multiplies whole iterations.
+    `padded_kv`: decode attention reads every context of a batch as far as the longest one goes, behind a mask, and so
+    takes what equal lengths of that size take.
     Raises UserError where a table is damaged.
     """
 
@@ -47,6 +49,7 @@ class Profile:
     unequal_kv_factor: float | None = None
     time_factor: float = 1.0
     check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
+    padded_kv: bool = False
     _pricing: Pricing = field(init=False, repr=False)
     _price_tables: object = field(init=False, repr=False, default=_NOT_MADE)
 
@@ -55,6 +58,7 @@ class Profile:
         pricing = Pricing(
             self.layer_tables, self.layer_class, self.head, self.check, self.embedding, self.runtime,
             self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor, self.check_classifier,
+            self.padded_kv,
         )  # fmt: skip
         object.__setattr__(self, "_pricing", pricing)
 
@@ -65,6 +69,11 @@ class Profile:
     @property
     def pricing(self) -> Pricing:
         return self._pricing
+
+    @property
+    def prices_spread(self) -> bool:
+        """A price depends on the shortest and the longest context of a batch, where they are known."""
+        return self.padded_kv or any(tables.unequal_kv is not None for tables in self.layer_tables)
 
     @property
     def price_tables(self) -> tuple[PriceTables, Scalars] | None:
@@ -138,6 +147,9 @@ class Profile:
             self.check.check(f"{self.name}.check")
         if self.check_classifier is not None:
             self.check_classifier.check(f"{self.name}.check_classifier")
+        if self.padded_kv and any(tables.unequal_kv is not None for tables in self.layer_tables):
+            fix = "leave one of them out"
+            raise UserError(f"{self.name}.padded_kv", True, "false beside a table of unequal KV lengths", fix)
         known = range(len(self.layer_tables))
         if len(self.layer_class) != self.model.n_layers or not all(i in known for i in self.layer_class):
             raise UserError(

@@ -70,6 +70,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         "layer_class": list(profile.layer_class),
         **{key: getattr(profile, key) for key in _SCALARS},
         "provenance": profile.provenance.to_json(),
+        **({"padded_kv": True} if profile.padded_kv else {}),  # added later
     }
     text = json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False)
     (path / "profile.json").write_text(text + "\n", encoding="utf-8")
@@ -106,6 +107,7 @@ def read_profile(path: Path) -> Profile:
             embedding=_rows_table(rows, "embedding", WHOLE_MODEL),
             check=_optional_rows_table(rows, "check"),
             check_classifier=_optional_rows_table(rows, "check_classifier"),
+            padded_kv=header.get("padded_kv", False),
             **{key: header[key] for key in _SCALARS},
         )
     except (KeyError, TypeError, ValueError) as error:
