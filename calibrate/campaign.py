@@ -211,7 +211,7 @@ class _Campaign:
             points.rescale(pace["layer_s"] * self.subject.n_layers / self.sampler.reference_s)
         bare = build_profile(self.about.spec, self.latency, grids, measured)
         fitted = _positive(whole.fitted_mixed_factor(bare, points, fit))
-        profile = _with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
+        profile = whole.with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
         too_fast = below_floor(over_floor(profile, measured.ceilings))
         tried = whole.summary(whole.compare(profile, points, tries))
         details = {
@@ -257,22 +257,6 @@ class _Campaign:
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchor": self.drift.anchors,
         }
-
-
-def _with_mixed_factor(
-    bare: Profile, fitted: float | None, compare: Callable[[Profile], list[whole.Comparison]]
-) -> Profile:
-    """With the factor where it is more than noise: beyond the error of other kinds, and iterations that it was not
-    fitted to are priced better with it.
-    """
-    if fitted is None:
-        return bare
-    without, with_it = (compare(profile) for profile in (bare, replace(bare, mixed_factor=fitted)))
-    others = [abs(c.error) for c in without if c.kind in ("equal", "prefill")]
-    mixed = [[abs(c.error) for c in of if c.kind == whole.FITTED] for of in (without, with_it)]
-    if not others or not mixed[0] or abs(fitted - 1.0) <= 2.0 * float(np.median(others)):
-        return bare
-    return replace(bare, mixed_factor=fitted) if np.median(mixed[1]) < np.median(mixed[0]) else bare
 
 
 def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ...]:

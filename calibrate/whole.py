@@ -7,7 +7,7 @@ used to make the tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -169,6 +169,20 @@ def fitted_mixed_factor(profile: Profile, points: Points, found: Sequence[Iterat
         above += own_s * (measured_s - rest_s) / measured_s**2
         below += (own_s / measured_s) ** 2
     return above / below if below else None
+
+
+def with_mixed_factor(bare: Profile, fitted: float | None, compare: Callable[[Profile], list[Comparison]]) -> Profile:
+    """With the factor where it is more than noise: beyond the error of other kinds, and iterations that it was not
+    fitted to are priced better with it.
+    """
+    if fitted is None:
+        return bare
+    without, with_it = (compare(profile) for profile in (bare, replace(bare, mixed_factor=fitted)))
+    others = [abs(c.error) for c in without if c.kind in ("equal", "prefill")]
+    mixed = [[abs(c.error) for c in of if c.kind == FITTED] for of in (without, with_it)]
+    if not others or not mixed[0] or abs(fitted - 1.0) <= 2.0 * float(np.median(others)):
+        return bare
+    return replace(bare, mixed_factor=fitted) if np.median(mixed[1]) < np.median(mixed[0]) else bare
 
 
 def summary(found: Sequence[Comparison]) -> dict[str, Mapping[str, float | int]]:

@@ -13,7 +13,7 @@ import pytest
 
 from calibrate.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
 from calibrate.points import Point, Points, figure
-from calibrate.sampling import MORE_SAMPLES, MOST_CONTENDED, Clock, Job, Sampler
+from calibrate.sampling import MORE_SAMPLES, MOST_CONTENDED, TURNS, Clock, Job, Sampler
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
@@ -136,6 +136,27 @@ def test_samples_are_brought_to_one_pace(tmp_path: Path) -> None:
     at_one_pace.points.rescale(1.5)
     assert at_one_pace.points.figure(A).median_s == pytest.approx(1.5 * raw_s)
     assert at_one_pace.points.samples_s(A)[0] < 0.7  # kept as they are
+
+
+def test_short_steps_take_turns_with_the_anchor_each_at_its_own_pace(tmp_path: Path) -> None:
+    """A machine that takes longer for every step than for the one before: by the anchors around it each is the same."""
+    clock = VirtualClock()
+    built: list[Point] = []
+
+    def slowing(point: Point, seconds: float) -> Job:
+        def build() -> list[Any]:
+            built.append(point)
+            return [lambda: clock.pass_s(seconds * (1.0 + clock.now_s / 50))]
+
+        return Job((point,), build, lambda laps_s: {point: laps_s[0]})
+
+    s = sampler(tmp_path, clock)
+    s.anchor, s.reference_s = slowing(B, 0.01), 0.01
+    s.measure([slowing(A, 0.01), slowing(C, 0.5)], 1)
+    assert (s.points.count(A), s.points.count(C)) == (TURNS, 1)
+    assert (built.count(A), built.count(C)) == (1, 1)
+    assert s.points.samples_s(A) == pytest.approx([0.01] * TURNS, rel=1e-6)
+    assert len(s.anchor_laps_s) == (TURNS + 1) + 2
 
 
 def test_the_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:
