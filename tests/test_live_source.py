@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def test_a_folder_is_identified_by_name_and_digest(folder: Path) -> None:
     assert checkpoint.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     want = tiny_model("llama", 1).lm_head.weight
     assert checkpoint.tensor("lm_head.weight").equal(want)
+
+
+def test_a_checkpoint_is_kept_until_its_files_are_written_anew(folder: Path) -> None:
+    first = find_checkpoint(str(folder))
+    assert find_checkpoint(str(folder)) is first  # with its tokenizer and what was made of its weights
+    changed = folder / "config.json"
+    before = changed.stat()
+    changed.write_text(changed.read_text() + "\n")
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert find_checkpoint(str(folder)) is not first
 
 
 def test_a_hub_id_is_fetched_without_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
