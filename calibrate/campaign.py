@@ -104,7 +104,7 @@ class _Campaign:
         settings = {
             "model": about.spec.name, "weights": about.weights, "layers": subject.n_layers, "dtype": dtype,
             "device": self.device.facts.name, "limits": asdict(subject.limits),
-            "memory_bytes": self.device.facts.memory_bytes, "samples": "at one pace",
+            "memory_bytes": self.device.facts.memory_bytes, "samples": "at two paces",
         }  # fmt: skip
         self.dtype = dtype
         self.parts = Parts(folder, settings)
@@ -118,8 +118,7 @@ class _Campaign:
         ceilings = Ceilings.from_json(
             self.parts.made("ceilings", lambda: measure_ceilings(self.device, self.dtype).to_json())
         )
-        reference = self.parts.made("reference", lambda: {"anchor_s": self.sampler.typical_anchor_s()})
-        self.sampler.reference_s = reference["anchor_s"]
+        self.sampler.reference_s = self.parts.made("reference", self.sampler.typical_anchors_s)
         state = self.parts.get("grids")
         grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
         refined: list[str] = [] if state is None else state["refined"]
@@ -206,9 +205,9 @@ class _Campaign:
         fit: list[whole.Iteration],
         tries: list[whole.Iteration],
     ) -> Profile:
-        points, pace = self.sampler.points, self.drift.pace(self.latency.anchor_place, self.subject.n_layers)
-        if pace is not None and self.sampler.reference_s is not None:  # from the first second's pace to that of all
-            points.rescale(pace["layer_s"] * self.subject.n_layers / self.sampler.reference_s)
+        points, typical_s, reference_s = self.sampler.points, self.drift.typical_s(), self.sampler.reference_s
+        # from the first second's pace to that of all
+        points.rescale({name: step_s / reference_s[name] for name, step_s in typical_s.items()})
         bare = build_profile(self.about.spec, self.latency, grids, measured)
         fitted = _positive(whole.fitted_mixed_factor(bare, points, fit))
         profile = whole.with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
@@ -222,7 +221,11 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
-            "pace": pace,
+            "pace": {
+                name: {"rows": rows, "kv_tokens": kv_tokens, "layer_s": typical_s[name] / self.subject.n_layers}
+                for name, (rows, kv_tokens) in self.latency.anchor_places.items()
+                if name in typical_s
+            },
         }
         provenance = profile.provenance
         provenance = replace(
@@ -255,7 +258,7 @@ class _Campaign:
             "contended": sum(f.samples for f in found.values() if f.contended),
             "set_aside": self.drift.set_aside,
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
-            "anchor": self.drift.anchors,
+            "anchors": self.drift.anchors,
         }
 
 
@@ -265,7 +268,7 @@ def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ..
         return ()
     why = (
         f"median of (priced - measured) / measured over {tried['all']['iterations']} random whole iterations; parts "
-        "and wholes were measured minutes apart, so this may be the machine's pace (details: samples.anchor) or the "
+        "and wholes were measured minutes apart, so this may be the machine's pace (details: samples.anchors) or the "
         "model"
     )
     return (Assumption("whole_iteration_error", round(tried["all"]["median"], 4), why, "measure again, for longer"),)

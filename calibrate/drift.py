@@ -1,4 +1,4 @@
-"""How the machine's pace moved while it was measured, call after call. Knows one anchor's times, no table.
+"""How the machine's pace moved while it was measured, call after call. Knows the anchors' times, no table.
 
 A folder keeps one entry for each call that measured in it.
 """
@@ -24,7 +24,7 @@ class Drift:
     def note(self) -> None:
         """This call's entry, brought up to date as it goes on."""
         now = {
-            "anchor": self._sampler.drift(),
+            "anchors": self._sampler.drift(),
             "contended": sum(self._sampler.contended.values()),
             "disturbance": self._device.disturbance(),
         }
@@ -36,21 +36,17 @@ class Drift:
         return sum(call["contended"] for call in self._calls())
 
     @property
-    def anchors(self) -> list[dict[str, Any] | None]:
-        return [call["anchor"] for call in self._calls()]
+    def anchors(self) -> list[dict[str, dict[str, float]]]:
+        return [call["anchors"] for call in self._calls()]
 
-    def pace(self, place: tuple[int, int], layers: int) -> dict[str, Any] | None:
-        """What `helios_sim.study.pace` reads: a layer of the anchor's step, at (requests, tokens of each).
-
-        None where it was hardly timed.
-        """
-        known = [anchor for anchor in self.anchors if anchor is not None]
-        if not known:
-            return None
-        counts = [anchor["measurements"] for anchor in known]
-        step_s = float(np.average([anchor["median_s"] for anchor in known], weights=counts))
-        batch, kv_tokens = place
-        return {"batch": batch, "kv_tokens": kv_tokens, "layer_s": step_s / layers, "measurements": sum(counts)}
+    def typical_s(self) -> dict[str, float]:
+        """The middle of each anchor's times over all calls, without those that were hardly timed."""
+        found = {}
+        for name in dict.fromkeys(name for call in self.anchors for name in call):
+            known = [call[name] for call in self.anchors if name in call]
+            counts = [anchor["measurements"] for anchor in known]
+            found[name] = float(np.average([anchor["median_s"] for anchor in known], weights=counts))
+        return found
 
     def _calls(self) -> list[dict[str, Any]]:
         return self._parts.get(PART) or []

@@ -57,32 +57,35 @@ def figure(samples_s: Iterable[float]) -> Figure:
 class Points:
     """All samples of a campaign, in seconds. `save` is cheap enough to call after every few measurements.
 
-    Samples taken while other processes had the cores are kept apart and speak only where there are no others. Figures
-    are `scale` times the samples.
+    Samples taken while other processes had the cores are kept apart and speak only where there are no others. A point
+    belongs to the anchor that was timed beside its samples; figures are that anchor's scale times the samples.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads what an earlier call left. Raises UserError when the file is no table of points."""
         self.path = path
-        self._scale = 1.0
+        self._scales: Mapping[str, float] = {}
+        self._anchors: dict[Point, str] = {}
         self._clean: dict[Point, list[float]] = {}
         self._contended: dict[Point, list[float]] = {}
         self._figures: dict[Point, Figure] = {}  # until a sample is added
         if path.exists():
             try:
                 table = pq.read_table(path, use_threads=False)
-                columns = [table[name].to_pylist() for name in (*Point._fields, "samples_s", "contended_s")]
+                columns = [table[name].to_pylist() for name in (*Point._fields, "anchor", "samples_s", "contended_s")]
             except (pa.ArrowException, OSError, KeyError) as error:
                 fix = "delete it to measure anew"
                 raise UserError(str(path), str(error).splitlines()[0], "a table of points", fix) from error
-            for name, layer_class, first, second, clean, contended in zip(*columns, strict=True):
+            for name, layer_class, first, second, anchor, clean, contended in zip(*columns, strict=True):
                 point = Point(name, layer_class, first, second)
+                self._anchors[point] = anchor
                 for of, samples in ((self._clean, clean), (self._contended, contended)):
                     if samples:
                         of[point] = samples
 
-    def add(self, samples: Mapping[Point, float], contended: bool = False) -> None:
+    def add(self, samples: Mapping[Point, float], contended: bool = False, anchor: str = "") -> None:
         for point, time_s in samples.items():
+            self._anchors.setdefault(point, anchor)
             (self._contended if contended else self._clean).setdefault(point, []).append(time_s)
             self._figures.pop(point, None)
 
@@ -101,13 +104,15 @@ class Points:
         """KeyError where the point was not measured."""
         found = self._figures.get(point)
         if found is None:
-            scaled_s = (self._scale * time_s for time_s in self.samples_s(point))
+            scale = self._scales.get(self._anchors[point], 1.0)
+            scaled_s = (scale * time_s for time_s in self.samples_s(point))
             found = replace(figure(scaled_s), contended=point not in self._clean)
             self._figures[point] = found
         return found
 
-    def rescale(self, scale: float) -> None:
-        self._scale = scale
+    def rescale(self, scales: Mapping[str, float]) -> None:
+        """By anchor; 1 for those that are not named."""
+        self._scales = scales
         self._figures.clear()
 
     def of(self, table: str, layer_class: int) -> dict[tuple[int, int], Figure]:
@@ -131,6 +136,7 @@ class Points:
                 "layer_class": pa.array([p.layer_class for p in ordered], pa.int16()),
                 "first": pa.array([p.first for p in ordered], pa.int64()),
                 "second": pa.array([p.second for p in ordered], pa.int64()),
+                "anchor": pa.array([self._anchors[p] for p in ordered]),
                 "median_s": pa.array([f.median_s for f in figures], pa.float64()),
                 "iqr_s": pa.array([f.iqr_s for f in figures], pa.float64()),
                 "samples": pa.array([f.samples for f in figures], pa.int64()),

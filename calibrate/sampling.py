@@ -1,8 +1,9 @@
 """Warm-up and interleaved repeats until the samples suffice or the time is spent. Knows neither models nor tables.
 
-A shared machine is faster in one second than in the next. One anchor job, timed before and after every sample, says how
-fast it was just then, and samples are brought to one pace by it; rounds that visit all jobs, each in an order of its
-own, spread what is left. A sample during which other processes had the cores is no sample of this device: it is set
+A shared machine is faster in one second than in the next. An anchor job, timed before and after every sample, says how
+fast it was just then, and samples are brought to one pace by it; what waits for memory and what computes change pace
+each in their own way, so jobs name the anchor that is of their kind. Rounds that visit all jobs, each in an order of
+its own, spread what is left. A sample during which other processes had the cores is no sample of this device: it is set
 aside and taken again, unless that happens too often to go on.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
 
 import numpy as np
 
@@ -35,12 +35,13 @@ class Job:
     """Steps timed back to back, and what their laps mean.
 
     `build` makes the steps (inputs included); `read` turns the laps' seconds into samples of points. A job counts as
-    measured as often as the first of its `points` is.
+    measured as often as the first of its `points` is. `anchor` names the one that is timed beside it, if there is such.
     """
 
     points: tuple[Point, ...]
     build: Callable[[], Sequence[Step]]
     read: Callable[[Sequence[float]], Mapping[Point, float]]
+    anchor: str = ""
 
 
 class Clock:
@@ -61,8 +62,8 @@ class Clock:
 class Sampler:
     """Takes samples of jobs into `points`.
 
-    `anchor` is timed beside each of them; `anchor_laps_s` keeps (seconds since the start, seconds it took) of this
-    call. With `reference_s`, samples are what they would have been had the anchor taken so long.
+    One of `anchors` is timed beside each of them; `anchor_laps_s` keeps the seconds that each took in this call. With
+    `reference_s`, samples are what they would have been had their anchor taken so long.
     """
 
     def __init__(
@@ -75,16 +76,16 @@ class Sampler:
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
         self.device, self.points, self.clock = device, points, clock
-        self.anchor: Job | None = None
-        self.reference_s: float | None = None
-        self.anchor_laps_s: list[tuple[float, float]] = []
+        self.anchors: Mapping[str, Job] = {}
+        self.reference_s: Mapping[str, float] = {}
+        self.anchor_laps_s: dict[str, list[float]] = {}
         self.contended: dict[Point, int] = {}  # samples of this call taken while others had the cores
         self._progress = progress
         self._rng = np.random.default_rng(seed)
         self._cost_s: dict[Point, float] = {}  # of the last visit
         self._turns: dict[Point, int] = {}  # samples of a visit
         self._totals_s: dict[Point, list[float]] = {}
-        self._anchor_steps: list[Step] = []
+        self._anchor_steps: dict[str, list[Step]] = {}
         self._last_save_s = -np.inf
 
     def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
@@ -125,67 +126,58 @@ class Sampler:
         whole = figure(self._totals_s[job.points[0]])
         return whole.standard_error_s <= STEADY * whole.median_s
 
-    def drift(self) -> dict[str, Any] | None:
-        """How the anchor's time moved; None where it was measured less than twice."""
-        if len(self.anchor_laps_s) < 2:
-            return None
-        times = [lap_s for _, lap_s in self.anchor_laps_s]
-        f = figure(times)
-        return {
-            "measurements": len(times),
-            "median_s": f.median_s,
-            "iqr_over_median": f.iqr_s / f.median_s,
-            "slowest_over_median": max(times) / f.median_s,
-            "fastest_over_median": min(times) / f.median_s,
-        }
+    def drift(self) -> dict[str, dict[str, float]]:
+        """How the time of each anchor moved; without those that were measured less than twice."""
+        return {name: _moved(laps_s) for name, laps_s in self.anchor_laps_s.items() if len(laps_s) > 1}
 
     def _sample(self, job: Job) -> None:
         start_s = self.clock.spent_s
         first = job.points[0]
-        self._anchor()
+        anchor = self._anchor(job.anchor)
         steps = [self.device.prepare(step) for step in job.build()]
         if first not in self._cost_s:
             warm_s = self._warm_up(steps)
-            short = self.anchor is not None and warm_s < TURNS_BELOW_S
-            self._turns[first] = TURNS if short else 1
+            self._turns[first] = TURNS if anchor and warm_s < TURNS_BELOW_S else 1
         elif self._cost_s[first] < LONG_S or self._turns[first] > 1:
             self.device.laps_s(steps)  # the last job left other data in the caches and other threads awake
-        anchor, turns = self._anchor(), self._turns[first]
-        at_s = self.clock.spent_s
+        turns = self._turns[first]
         all_s, waited_s = self._laps([*anchor, *[*steps, *anchor] * turns])
         self._cost_s[first] = self.clock.spent_s - start_s
         contended = waited_s > MOST_WAITED * sum(all_s) + WAKE_S
         if contended:
             self.contended[first] = self.contended.get(first, 0) + 1
-        for laps_s in self._at_one_pace(at_s, all_s, len(anchor), len(steps), contended):
+        for laps_s in self._at_one_pace(job.anchor, all_s, len(anchor), len(steps), contended):
             self._totals_s.setdefault(first, []).append(sum(laps_s))
-            self.points.add(job.read(laps_s), contended)
+            self.points.add(job.read(laps_s), contended, job.anchor)
 
-    def typical_anchor_s(self) -> float | None:
-        """The middle of some laps in a row; None without an anchor."""
-        laps_s = [sum(self.device.laps_s(anchor)) for _ in range(REFERENCE_LAPS) if (anchor := self._anchor())]
-        return figure(laps_s).median_s if laps_s else None
+    def typical_anchors_s(self) -> dict[str, float]:
+        """Of each, the middle of some laps in a row."""
+        found = {name: self._anchor(name) for name in self.anchors}
+        return {
+            name: figure([sum(self.device.laps_s(steps)) for _ in range(REFERENCE_LAPS)]).median_s
+            for name, steps in found.items()
+        }
 
-    def _anchor(self) -> list[Step]:
+    def _anchor(self, name: str) -> list[Step]:
         """Its steps, none without one. They are made once, before a job's own are."""
-        if self.anchor is not None and not self._anchor_steps:
-            self._anchor_steps = [self.device.prepare(step) for step in self.anchor.build()]
-            self.device.laps_s(self._anchor_steps)
-        return self._anchor_steps
+        if name in self.anchors and name not in self._anchor_steps:
+            self._anchor_steps[name] = [self.device.prepare(step) for step in self.anchors[name].build()]
+            self.device.laps_s(self._anchor_steps[name])
+        return self._anchor_steps.get(name, [])
 
     def _at_one_pace(
-        self, at_s: float, laps_s: Sequence[float], of_anchor: int, of_steps: int, contended: bool
+        self, name: str, laps_s: Sequence[float], of_anchor: int, of_steps: int, contended: bool
     ) -> list[list[float]]:
         """Of each turn the steps' laps, as they would be had the anchor before and after it taken `reference_s`."""
         starts = range(0, len(laps_s), of_anchor + of_steps)
         anchors_s = [sum(laps_s[start : start + of_anchor]) for start in starts]
         if of_anchor and not contended:
-            self.anchor_laps_s += [(at_s, lap_s) for lap_s in anchors_s]
+            self.anchor_laps_s.setdefault(name, []).extend(anchors_s)
         found = []
         for turn, start in enumerate(starts[: len(laps_s) // (of_anchor + of_steps)]):
             pace = 1.0
-            if of_anchor and self.reference_s is not None:
-                pace = (anchors_s[turn] + anchors_s[turn + 1]) / 2 / self.reference_s
+            if of_anchor and name in self.reference_s:
+                pace = (anchors_s[turn] + anchors_s[turn + 1]) / 2 / self.reference_s[name]
             found.append([lap_s / pace for lap_s in laps_s[start + of_anchor : start + of_anchor + of_steps]])
         return found
 
@@ -212,3 +204,14 @@ class Sampler:
         if now_s - self._last_save_s >= SAVE_EVERY_S:
             self.points.save()
             self._last_save_s = now_s
+
+
+def _moved(laps_s: Sequence[float]) -> dict[str, float]:
+    f = figure(laps_s)
+    return {
+        "measurements": len(laps_s),
+        "median_s": f.median_s,
+        "iqr_over_median": f.iqr_s / f.median_s,
+        "slowest_over_median": max(laps_s) / f.median_s,
+        "fastest_over_median": min(laps_s) / f.median_s,
+    }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.device import Step
-from calibrate.latency import WHOLE_MODEL
+from calibrate.latency import WHOLE_MODEL, nearer_anchor
 from calibrate.points import Point, Points
 from calibrate.sampling import Job
 from calibrate.subject import Subject
@@ -95,9 +95,9 @@ def iterations(subject: Subject, kind: str, count: int, seed: int) -> list[Itera
 
 def job(subject: Subject, iteration: Iteration) -> Job:
     """Its laps added up are one sample of its point."""
-    return Job(
-        (iteration.point,), partial(_steps, subject, iteration), lambda laps_s: {iteration.point: float(sum(laps_s))}
-    )
+    point, rows = iteration.point, iteration.alive[0] + (iteration.chunk[0] if iteration.chunk else 0)
+    steps = partial(_steps, subject, iteration)
+    return Job((point,), steps, lambda laps_s: {point: float(sum(laps_s))}, nearer_anchor(rows))
 
 
 def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:

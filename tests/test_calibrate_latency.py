@@ -103,39 +103,43 @@ def test_a_machine_that_is_never_free_is_measured_all_the_same_and_that_is_known
 def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
     clock = VirtualClock()
     s = sampler(tmp_path, clock)
-    s.anchor = Job((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
-    s.measure([job(clock, A, 1.0)], 100)
-    drift = s.drift()
-    assert drift is not None
+    anchor = Job((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
+    s.anchors = {"a": anchor, "other": anchor}
+    s.measure([replace(job(clock, A, 1.0), anchor="a")], 100)
+    (drift,) = s.drift().values()  # nothing was timed beside the other
     assert drift["slowest_over_median"] > 1.05
     assert drift["fastest_over_median"] < 0.95
-    assert sampler(tmp_path, clock).drift() is None
+    assert sampler(tmp_path, clock).drift() == {}
 
 
 def test_samples_are_brought_to_one_pace(tmp_path: Path) -> None:
-    """A machine that is up to 1.6 times as slow, in waves of 100 s: every step takes that much longer."""
+    """A machine that is up to 1.6 times as slow, in waves of 100 s for one kind of step and of 70 s for another."""
     clock = VirtualClock()
 
-    def slowed(point: Point, seconds: float) -> Job:
+    def slowed(point: Point, seconds: float, wave_s: float, anchor: str = "") -> Job:
         def step() -> None:
-            clock.pass_s(seconds * (1.3 + 0.3 * math.sin(clock.now_s / 100 * 2 * math.pi)))
+            clock.pass_s(seconds * (1.3 + 0.3 * math.sin(clock.now_s / wave_s * 2 * math.pi)))
 
-        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]})
+        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]}, anchor)
 
-    jobs = [slowed(A, 0.5), slowed(C, 2.0)]
+    jobs = [slowed(A, 0.5, 100, "hundred"), slowed(C, 2.0, 70, "seventy")]
     as_taken = sampler(tmp_path / "as_taken", clock)
     as_taken.measure(jobs, 40)
     at_one_pace = sampler(tmp_path / "at_one_pace", clock)
-    at_one_pace.anchor, at_one_pace.reference_s = slowed(B, 0.05), 0.06
+    at_one_pace.anchors = {"hundred": slowed(B, 0.05, 100), "seventy": slowed(B, 0.1, 70)}
+    at_one_pace.reference_s = {"hundred": 0.06, "seventy": 0.11}
     at_one_pace.measure(jobs, 40)
-    for point, seconds in ((A, 0.5), (C, 2.0)):
+    for point, median_s in ((A, 0.5 * 0.06 / 0.05), (C, 2.0 * 0.11 / 0.1)):
         found = at_one_pace.points.figure(point)
-        assert found.median_s == pytest.approx(seconds * 0.06 / 0.05, rel=0.02)
+        assert found.median_s == pytest.approx(median_s, rel=0.02)
         assert found.iqr_s < 0.2 * as_taken.points.figure(point).iqr_s
-    raw_s = at_one_pace.points.figure(A).median_s
-    at_one_pace.points.rescale(1.5)
-    assert at_one_pace.points.figure(A).median_s == pytest.approx(1.5 * raw_s)
-    assert at_one_pace.points.samples_s(A)[0] < 0.7  # kept as they are
+    raw_s = {point: at_one_pace.points.figure(point).median_s for point in (A, C)}
+    kept = Points(at_one_pace.points.path)
+    for points in (at_one_pace.points, kept):  # what a later call reads belongs to the same anchors
+        points.rescale({"hundred": 1.5})
+        assert points.figure(A).median_s == pytest.approx(1.5 * raw_s[A])
+        assert points.figure(C).median_s == raw_s[C]
+        assert points.samples_s(A)[0] < 0.7  # kept as they are
 
 
 def test_short_steps_take_turns_with_the_anchor_each_at_its_own_pace(tmp_path: Path) -> None:
@@ -148,24 +152,24 @@ def test_short_steps_take_turns_with_the_anchor_each_at_its_own_pace(tmp_path: P
             built.append(point)
             return [lambda: clock.pass_s(seconds * (1.0 + clock.now_s / 50))]
 
-        return Job((point,), build, lambda laps_s: {point: laps_s[0]})
+        return Job((point,), build, lambda laps_s: {point: laps_s[0]}, "a")
 
     s = sampler(tmp_path, clock)
-    s.anchor, s.reference_s = slowing(B, 0.01), 0.01
+    s.anchors, s.reference_s = {"a": slowing(B, 0.01)}, {"a": 0.01}
     s.measure([slowing(A, 0.01), slowing(C, 0.5)], 1)
     assert (s.points.count(A), s.points.count(C)) == (TURNS, 1)
     assert (built.count(A), built.count(C)) == (1, 1)
     assert s.points.samples_s(A) == pytest.approx([0.01] * TURNS, rel=1e-6)
-    assert len(s.anchor_laps_s) == (TURNS + 1) + 2
+    assert len(s.anchor_laps_s["a"]) == (TURNS + 1) + 2
 
 
-def test_the_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:
+def test_a_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:
     clock = VirtualClock()
     s = sampler(tmp_path, clock)
-    assert s.typical_anchor_s() is None
+    assert s.typical_anchors_s() == {}
     laps_s = iter([9.0] + [1.0, 2.0, 3.0] * 10)  # the first one is not counted: it warms up
-    s.anchor = Job((B,), lambda: [lambda: clock.pass_s(next(laps_s))], lambda laps: {B: laps[0]})
-    assert s.typical_anchor_s() == 2.0
+    s.anchors = {"a": Job((B,), lambda: [lambda: clock.pass_s(next(laps_s))], lambda laps: {B: laps[0]})}
+    assert s.typical_anchors_s() == {"a": 2.0}
 
 
 def test_short_jobs_that_scatter_have_more_samples(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from helios_sim.live.clock import WallClock  # noqa: E402
 from helios_sim.live.device import CpuDevice  # noqa: E402
 from helios_sim.live.model import SegmentedModel  # noqa: E402
 from helios_sim.live.source import find_checkpoint  # noqa: E402
+from helios_sim.profile.pace import DECODE, PROMPT  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
@@ -24,6 +25,7 @@ from live_study import HARDWARE, write_live_study  # noqa: E402
 from tiny_models import FAMILIES, write_tiny  # noqa: E402
 
 LAYERS, STEP_S = 6, 0.012
+DECODES, PROMPTS = {"rows": 2, "kv_tokens": 8}, {"rows": 16, "kv_tokens": 0}
 
 
 class Clocked(CpuDevice):
@@ -49,9 +51,11 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Clocked:
     return device
 
 
-def profile(layer_s: float | None) -> Profile:
+def profile(layer_s: float | None, with_prompts: bool = False) -> Profile:
     flat = flat_profile(0.001, n_layers=LAYERS, name="tiny")
-    known = {} if layer_s is None else {"pace": {"batch": 2, "kv_tokens": 8, "layer_s": layer_s, "measurements": 3}}
+    known = {} if layer_s is None else {"pace": {"decode": DECODES | {"layer_s": layer_s}}}
+    if with_prompts:
+        known["pace"]["prompt"] = PROMPTS | {"layer_s": layer_s / 2}
     return replace(flat, provenance=replace(flat.provenance, details=known))
 
 
@@ -69,10 +73,12 @@ class There:
         return self.model
 
 
-def pace_of(engine: There, then_s: float | None, every_s: float | None = None) -> tuple[Pace, WallClock]:
+def pace_of(
+    engine: There, then_s: float | None, every_s: float | None = None, with_prompts: bool = False
+) -> tuple[Pace, WallClock]:
     clock = WallClock()
     clock.sync()
-    return Pace(engine, {"tiny": profile(then_s)}, clock, every_s), clock
+    return Pace(engine, {"tiny": profile(then_s, with_prompts)}, clock, every_s), clock
 
 
 @pytest.fixture(params=FAMILIES)
@@ -84,44 +90,60 @@ def engine(request: pytest.FixtureRequest, clocked: Clocked, tmp_path: Path) -> 
 def test_the_median_of_a_layer_whatever_disturbs_some_steps(engine: There) -> None:
     seen, _ = pace_of(engine, STEP_S / 4 / 1.25)  # layers that are not there do not run
     seen.look_beside()
-    assert seen.mean == pytest.approx(1.25)
+    assert seen.mean(DECODE) == pytest.approx(1.25)
 
 
 def test_the_pace_is_unknown_where_nobody_timed_the_step(engine: There) -> None:
     seen, _ = pace_of(engine, None, every_s=1e-9)
     seen.look_beside()
     seen.look_within("tiny")
-    assert seen.mean is None
+    assert seen.mean(DECODE) is None
 
 
 def test_a_step_without_room_leaves_the_pace_unknown(engine: There, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(pace, "decode_step", short)
+    monkeypatch.setattr(pace, "anchor_step", short)
     seen, _ = pace_of(engine, 1.0)
     seen.look_beside()
-    assert seen.mean is None
+    assert seen.mean(DECODE) is None
 
 
 def test_within_a_run_one_step_is_timed_whenever_it_is_time_for_one(engine: There) -> None:
     seen, clock = pace_of(engine, STEP_S / 4 / 1.25, every_s=0.05)
-    seen.look_within("tiny")
+
+    def look() -> None:
+        """A decode's turn, and that of a prompt, which this profile does not tell of."""
+        for _ in range(2):
+            clock.real_start -= 0.06
+            seen.look_within("tiny")
+
+    look()
     ran = engine.device.steps
     seen.look_within("tiny")  # not yet
     assert engine.device.steps == ran == 1 + pace.WARM_STEPS
-    clock.real_start -= 0.06
-    seen.look_within("tiny")
+    look()
     assert engine.device.steps == 2 + pace.WARM_STEPS  # the same step
     engine.model.drop_layers(3)
-    clock.real_start -= 0.06
     engine.device.steps = 10  # so that no step is disturbed
-    seen.look_within("tiny")
+    look()
     assert engine.device.steps == 11 + pace.WARM_STEPS  # another one: a layer has left
-    assert seen.mean == pytest.approx((1.25 + 1.25 + 1.25 * 4 / 3) / 3)
+    assert seen.mean(DECODE) == pytest.approx((1.25 + 1.25 + 1.25 * 4 / 3) / 3)
     beside = engine.device.steps
     seen.look_beside()  # it is known from within
     assert engine.device.steps == beside
+
+
+def test_decodes_and_prompts_take_turns_each_against_its_own_time(engine: There) -> None:
+    seen, clock = pace_of(engine, STEP_S / 4 / 1.25, every_s=0.05, with_prompts=True)
+    for step in range(6):
+        clock.real_start -= 0.06
+        engine.device.steps = 10  # so that no step is disturbed
+        seen.look_within("tiny")
+        assert engine.device.steps == 11 + (pace.WARM_STEPS if step < 2 else 0)
+    assert seen.mean(DECODE) == pytest.approx(1.25)
+    assert seen.mean(PROMPT) == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize("every", [(), ("live.pace_every_s=0.001",)])
@@ -132,8 +154,8 @@ def test_a_comparison_shows_the_simulation_at_the_devices_pace(
     study = write_live_study(tmp_path)
     folder = tmp_path / "profiles" / f"tiny@{HARDWARE}"
     made_up = read_profile(folder)
-    anchor = {"batch": 1, "kv_tokens": 4, "layer_s": 1.0 / LAYERS, "measurements": 3}
-    known = {**made_up.provenance.details, "pace": anchor}
+    anchors = {"decode": DECODES | {"layer_s": 1.0 / LAYERS}, "prompt": PROMPTS | {"layer_s": 0.5 / LAYERS}}
+    known = {**made_up.provenance.details, "pace": anchors}
     write_profile(replace(made_up, provenance=replace(made_up.provenance, details=known)), folder)
     monkeypatch.setattr(pace, "seconds", lambda *_: 2.0)
     loads = ("fidelity_live.loads=[0.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
@@ -150,4 +172,4 @@ def test_a_comparison_shows_the_simulation_at_the_devices_pace(
     assert "the simulation at the device's pace keeps" in summary["verdict"][0]
     assert "at the device's pace" in summary["verdict"][1]
     assert "at its pace" in said.out
-    assert "took 2.00 of its time" in said.out
+    assert "took 2.00 of its time beside the profile, a prompt 4.00" in said.out

@@ -1,7 +1,7 @@
-"""How fast a device is just now: one and the same step, timed. Knows a model's layers, no request and no profile.
+"""How fast a device is just now: always the same steps, timed. Knows a model's layers, no request and no profile.
 
-The calibration times this step all along and keeps its median in the profile; whoever serves from that profile times it
-again. The ratio is what other users of the machine, its clock and its memory do to every iteration of that hour.
+The calibration times these steps all along and keeps their medians in the profile; whoever serves from that profile
+times them again. The ratio is what other users of the machine, its clock and its memory do to iterations of that hour.
 """
 
 from __future__ import annotations
@@ -12,31 +12,35 @@ from time import perf_counter
 import torch
 
 from helios_sim.live.device import Device, Step
-from helios_sim.live.kv import DecodeStep, KvCache
+from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
 from helios_sim.live.model import SegmentedModel
+from helios_sim.profile.pace import Anchor
 
 REPEATS = 15
 WARM_STEPS = 2  # that do not count
 
 
 @torch.inference_mode()
-def prepared(model: SegmentedModel, device: Device, batch: int, kv_tokens: int) -> Step:
+def prepared(model: SegmentedModel, device: Device, anchor: Anchor) -> Step:
     """The step as it runs at its best, and warm."""
-    step = device.prepare(decode_step(model, batch, kv_tokens))
+    step = device.prepare(anchor_step(model, anchor))
     for _ in range(WARM_STEPS):
         step()
     return step
 
 
-def decode_step(model: SegmentedModel, batch: int, kv_tokens: int) -> Step:
-    """All layers that are there, for one token each of `batch` requests with contexts of `kv_tokens`.
+def anchor_step(model: SegmentedModel, anchor: Anchor) -> Step:
+    """All layers that are there, for one token each of some requests or for the prompt of one.
 
-    With the mask that contexts of several lengths have in service.
+    Decodes with the mask that contexts of several lengths have in service.
     """
-    layers = model.n_loaded
-    cache = KvCache(model.architecture, layers, batch, kv_tokens, model.dtype, model.device)
-    step = DecodeStep(cache, range(batch), [kv_tokens - 1] * batch, kv_tokens if batch > 1 else None)
-    ids = torch.arange(batch, device=model.device)
+    layers, rows, kv_tokens = model.n_loaded, anchor.rows, anchor.kv_tokens
+    slots, tokens = (rows, kv_tokens) if kv_tokens else (1, rows)
+    cache = KvCache(model.architecture, layers, slots, tokens, model.dtype, model.device)
+    step: DecodeStep | PromptStep = PromptStep(cache, 0, rows)
+    if kv_tokens:
+        step = DecodeStep(cache, range(rows), [kv_tokens - 1] * rows, kv_tokens if rows > 1 else None)
+    ids = torch.arange(rows, device=model.device)
     hidden = model.embed(ids, ids)
     return lambda: model.run(hidden, 0, layers, step)
 

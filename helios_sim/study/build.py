@@ -19,6 +19,7 @@ from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
@@ -135,7 +136,8 @@ def build_profile(config: Config, model: str) -> Profile:
     folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
     profile = load_profile(f"{model}@{config.hardware}", folder)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
-    return profile.scaled(config.profile_time_factor) if config.profile_time_factor != 1.0 else profile
+    decode, prompt = config.profile_time_factor, config.profile_prompt_time_factor
+    return at_pace(profile, decode, decode if prompt is None else prompt)
 
 
 def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:

@@ -65,8 +65,8 @@ def _compared(variant: Variant, so_far: Compared, turn: int, changes: Mapping[st
     jobs = pair(variant, so_far.cell, turn, changes)
     results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
     live, paced = results[jobs.live.key], None
-    if live.live is not None and live.live.pace is not None:
-        job = jobs.paced(live.live.pace)
+    if (notes := live.live) is not None and notes.pace is not None:
+        job = jobs.paced(notes.pace, notes.pace if notes.prompt_pace is None else notes.prompt_pace)
         paced = run_jobs([job], folder, 1, _tell)[job.key]
     return so_far.with_pass(Pass(results[jobs.simulated.key], live, paced))
 

@@ -39,10 +39,15 @@ class Pair:
     simulated: Job
     live: Job
 
-    def paced(self, pace: float) -> Job:
-        """The simulation with iterations `pace` times as long."""
+    def paced(self, decode: float, prompt: float) -> Job:
+        """The simulation with what is timed by a decode step, or by a prompt, taking so many times as long."""
         config = self.simulated.config
-        slower = replace(config, profile_time_factor=config.profile_time_factor * pace)
+        known, of_prompts = config.profile_time_factor, config.profile_prompt_time_factor
+        slower = replace(
+            config,
+            profile_time_factor=known * decode,
+            profile_prompt_time_factor=(known if of_prompts is None else of_prompts) * prompt,
+        )
         return replace(self.simulated, config=slower)
 
 

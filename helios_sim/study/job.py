@@ -214,6 +214,9 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
     if config.profile_time_factor != 1.0:
         why = "every iteration scaled, to study profile error"
         found.append(Assumption("profile time factor", config.profile_time_factor, why, "profile_time_factor"))
+    if config.profile_prompt_time_factor is not None:
+        why, key = "what computes many tokens at once scaled, to study profile error", "profile_prompt_time_factor"
+        found.append(Assumption("profile time factor of prompts", config.profile_prompt_time_factor, why, key))
     return tuple(found)
 
 

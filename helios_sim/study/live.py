@@ -20,6 +20,7 @@ from helios_sim.live.energy import ABSENT, Meter, open_counter
 from helios_sim.live.opening import Wanted, open_models
 from helios_sim.live.texts import read_texts
 from helios_sim.live.warm_up import warm_up
+from helios_sim.profile.pace import DECODE, PROMPT
 from helios_sim.profile.profile import Profile
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics
@@ -122,7 +123,8 @@ class LiveRun:
         self._pace.look_beside()
         return replace(
             self.engine.notes(),
-            pace=self._pace.mean,
+            pace=self._pace.mean(DECODE),
+            prompt_pace=self._pace.mean(PROMPT),
             shortages=self.device_engine.shortages,
             kv_bytes=work.reserved_bytes,
             places=min(places.requests for places in work.places.values()),

@@ -23,12 +23,14 @@ class LiveNotes:
     kv_bytes: int = 0  # the block in which all caches lie
     places: int = 0  # requests that fit into it at once, of the model that fits least
     places_wanted: int = 0
-    pace: float | None = None  # of the device beside the run, over that beside the profile: above 1 is slower
+    pace: float | None = None  # of a decode step beside the run, over that beside the profile: above 1 is slower
+    prompt_pace: float | None = None  # of a prompt
 
     @classmethod
     def together(cls, runs: Sequence[Self]) -> Self:
         joined: dict[str, Callable[[list[Any]], Any]] = {
             "kv_bytes": max, "places": min, "places_wanted": max, "pace": _mean,
+            "prompt_pace": _mean,
         }  # fmt: skip
         return cls(*(joined.get(f.name, sum)([getattr(run, f.name) for run in runs]) for f in fields(cls)))
 
@@ -71,7 +73,9 @@ class LiveNotes:
             priced += f" ({_signed(self.price_error_undisturbed)} without that time)"
         pace = ""
         if self.pace is not None:
-            pace = f"; a step that the calibration timed took {self.pace:.2f} of its time beside the profile"
+            pace = f"; a decode step that the calibration timed took {self.pace:.2f} of its time beside the profile"
+        if self.prompt_pace is not None:
+            pace += f", a prompt {self.prompt_pace:.2f}"
         return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{pace}{self._memory()}"
 
     def _memory(self) -> str:

@@ -231,6 +231,9 @@ class Config:
     hardware: str = "a100-40gb"  # with each model, the name of a profile: MODEL@HARDWARE
     models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])  # candidates of every arm
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
+    profile_prompt_time_factor: float | None = (
+        None  # what computes many tokens at once, in place of the other; null: so
+    )
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -266,6 +269,8 @@ class Config:
         require(seeds_ok, "seeds", self.seeds, "different whole numbers of 0 or more")
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
+        prompts = self.profile_prompt_time_factor
+        require(prompts is None or prompts > 0, "profile_prompt_time_factor", prompts, "null or above 0")
         require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
 
 

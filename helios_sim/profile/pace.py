@@ -1,0 +1,105 @@
+"""What a profile costs on a device that is faster or slower than while it was measured. Knows no clock.
+
+Two steps tell how fast a device is just now, each beside what it took while the profile was measured: a few decodes,
+which wait for memory, and a prompt, which computes. Other users of a machine slow down the one and not the other. What
+is computed for so many tokens at once as either step has, goes at its pace; in between by the logarithm of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from helios_sim.profile.composition import IntArray
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
+from helios_sim.profile.terms import MixedTable
+
+DECODE, PROMPT = "decode", "prompt"
+DECODE_ROWS, DECODE_KV_TOKENS = 4, 128  # a step that has room beside what is served
+PROMPT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """One of the two steps as the calibration timed it: seconds of one layer. `kv_tokens` of each decode."""
+
+    rows: int
+    layer_s: float
+    kv_tokens: int = 0
+
+
+def anchors_of(profile: Profile) -> dict[str, Anchor]:
+    """By name; none where the profile was not measured, or before such steps were timed."""
+    found: Mapping[str, Mapping[str, float]] = profile.provenance.details.get("pace") or {}
+    return {
+        name: Anchor(int(found[name]["rows"]), found[name]["layer_s"], int(found[name]["kv_tokens"]))
+        for name in (DECODE, PROMPT)
+        if isinstance(found.get(name), Mapping)
+    }
+
+
+def at_pace(profile: Profile, decode: float, prompt: float) -> Profile:
+    """With what either step is a measure of taking so many times as long; the host's costs go with decodes.
+
+    Loads do not change.
+    """
+    if prompt == decode:
+        return profile if decode == 1.0 else profile.scaled(decode)
+    known = anchors_of(profile)
+    first, last = (
+        known[name].rows if name in known else rows for name, rows in ((DECODE, DECODE_ROWS), (PROMPT, PROMPT_ROWS))
+    )
+    pace = _Pace(first, max(first + 1, last), prompt / decode)
+    return replace(
+        profile.scaled(decode),
+        layer_tables=tuple(pace.layer(tables) for tables in profile.layer_tables),
+        head=pace.rows(profile.head),
+        embedding=pace.rows(profile.embedding),
+        check=None if profile.check is None else pace.rows(profile.check),
+        check_classifier=None if profile.check_classifier is None else pace.rows(profile.check_classifier),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """`factor` for `last` rows and more, 1 up to `first` rows."""
+
+    first: int
+    last: int
+    factor: float
+
+    def layer(self, tables: LayerTables) -> LayerTables:
+        return replace(
+            tables,
+            dense=self.rows(tables.dense),
+            kv_projection=self.rows(tables.kv_projection),
+            decode_attention=self.grid(tables.decode_attention),
+            prefill_attention=self.grid(tables.prefill_attention),
+            mixed_attention=None if tables.mixed_attention is None else self.mixed(tables.mixed_attention),
+        )
+
+    def rows(self, table: RowsTable) -> RowsTable:
+        return RowsTable(*self._scaled(table.rows, table.time_s))
+
+    def grid(self, table: GridTable) -> GridTable:
+        first, time_s = self._scaled(table.first, table.time_s)
+        return GridTable(first, table.second, time_s)
+
+    def mixed(self, table: MixedTable) -> MixedTable:
+        chunk, time_s = self._scaled(table.chunk, table.time_s)
+        return replace(table, chunk=chunk, time_s=time_s)
+
+    def _scaled(self, axis: IntArray, time_s: FloatArray) -> tuple[IntArray, FloatArray]:
+        """Times (G, ...) of an axis that has every count between the two as well, so that each is at its own pace."""
+        between = np.arange(self.first, self.last + 1)
+        counts = np.union1d(axis, between[(between > axis[0]) & (between < axis[-1])])
+        after = np.clip(np.searchsorted(axis, counts), 1, len(axis) - 1)
+        share = (counts - axis[after - 1]) / (axis[after] - axis[after - 1])
+        paces = np.interp(np.log(counts), np.log([self.first, self.last]), [1.0, self.factor])
+        over = (slice(None), *[None] * (time_s.ndim - 1))
+        here_s, next_s = time_s[after - 1], time_s[after]
+        found: FloatArray = (here_s + (next_s - here_s) * share[over]) * paces[over]
+        return counts, found
