@@ -97,8 +97,10 @@ class Latency:
         return self.sampler.measure(self._jobs(grids), samples, until_left_s, more)
 
     def decode_jobs(self, grids: Grids) -> list[Job]:
-        """Those of the grid's decodes that fit into memory."""
-        return [job for place in grids.axes[DECODE].places() if (job := self._job(DECODE, place))]
+        """Those of the grid's decodes that fit into memory, and the head for no more rows than decode at once."""
+        decodes = [job for place in grids.axes[DECODE].places() if (job := self._job(DECODE, place))]
+        heads = [rows for rows in grids.axes[HEAD].values[0] if rows <= self.subject.limits.max_batch]
+        return decodes + [self.head_job(rows) for rows in heads]
 
     def known(self, grids: Grids) -> bool:
         """Whether every place has a sample, clean or not."""
@@ -227,6 +229,15 @@ class Latency:
 
         measured = [*tables, *((CLASSIFIED_LAYER, CHECK_CLASSIFIER) if classifies else ())]
         return Job(tuple(self._point(table, 0, (rows,)) for table in measured), build, read, nearer_anchor(rows))
+
+    def head_job(self, rows: int) -> Job:
+        """The head alone, which takes as long as all layers where the vocabulary is large."""
+        subject, point = self.subject, self._point(HEAD, 0, (rows,))
+
+        def build() -> Sequence[Step]:
+            return [partial(subject.sampled, subject.hidden(rows))]
+
+        return Job((point,), build, lambda laps_s: {point: laps_s[0]}, nearer_anchor(rows))
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
         """Equal lengths."""

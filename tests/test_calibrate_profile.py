@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from calibrate.points import Point, Points  # noqa: E402
 from calibrate.sampling import Clock, Sampler  # noqa: E402
 from calibrate.serving import ServingCosts  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
+from fake_device import VirtualClock  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.architecture import model_spec  # noqa: E402
 from helios_sim.profile.composition import Composition  # noqa: E402
@@ -56,15 +57,70 @@ def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: 
     return measure_profile(subject, ABOUT, folder, plan or Plan())
 
 
-def test_the_step_that_others_time_again_is_kept_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its oracle: what the virtual clock takes for a layer of four decodes, a third of the layers without a window."""
+def anchors_s(costs: Costs) -> dict[str, float]:
+    """What a layer of four decodes takes, and one of a prompt, where a third of the layers has no window."""
+    few = [4, LIMITS.max_kv_tokens // 4]
+    decode, prompt = (
+        [costs.decode(s, few[1:] * few[0]) for s in (True, False)],
+        [costs.prefill(s, 64, 0) for s in (True, False)],
+    )
+    return {
+        "decode": costs.dense(few[0]) + (2 * decode[0] + decode[1]) / 3,
+        "prompt": costs.dense(64) + (2 * prompt[0] + prompt[1]) / 3,
+    }
+
+
+def test_the_steps_that_others_time_again_are_kept_with_their_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     costs = Costs(speed=1.5)
-    details = campaign(VirtualSubject(costs), tmp_path / "work", monkeypatch).provenance.details
-    batch, kv_tokens = 4, LIMITS.max_kv_tokens // 4
-    attention = (2 * costs.decode(True, [kv_tokens] * batch) + costs.decode(False, [kv_tokens] * batch)) / 3
-    assert (details["pace"]["batch"], details["pace"]["kv_tokens"]) == (batch, kv_tokens)
-    assert details["pace"]["layer_s"] == pytest.approx(costs.dense(batch) + attention)
-    assert details["pace"]["measurements"] >= 2
+    pace = campaign(VirtualSubject(costs), tmp_path / "work", monkeypatch).provenance.details["pace"]
+    assert (pace["decode"]["rows"], pace["decode"]["kv_tokens"]) == (4, LIMITS.max_kv_tokens // 4)
+    assert (pace["prompt"]["rows"], pace["prompt"]["kv_tokens"]) == (64, 0)
+    assert {name: step["layer_s"] for name, step in pace.items()} == pytest.approx(anchors_s(costs))
+
+
+class Moving(Costs):
+    """From some second on few rows take 1.5 times as long, and many 1.2 times."""
+
+    def __init__(self, from_s: float) -> None:
+        super().__init__()
+        self.from_s, self.clock = from_s, VirtualClock()
+
+    def dense(self, rows: int) -> float:
+        return self.at(rows) * super().dense(rows)
+
+    def head(self, rows: int) -> float:
+        return self.at(rows) * super().head(rows)
+
+    def decode(self, slides: bool, kv_tokens: Sequence[int]) -> float:
+        return self.at(len(kv_tokens)) * super().decode(slides, kv_tokens)
+
+    def prefill(self, slides: bool, tokens: int, context_tokens: int) -> float:
+        return self.at(tokens) * super().prefill(slides, tokens, context_tokens)
+
+    def at(self, rows: int) -> float:
+        slower = 1.5 if rows < 16 else 1.2
+        return 1.0 if self.clock.now_s < self.from_s else slower
+
+
+@pytest.mark.parametrize("from_s", [1.0, 30.0])  # hardly begun, and well under way
+def test_a_machine_that_slows_down_each_kind_of_work_in_its_own_way_is_measured_at_one_pace(
+    from_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and anchors have the same pace, whichever it is: then one tells what the other comes to at another."""
+    costs, plain = Moving(from_s), Costs()
+    subject = VirtualSubject(costs)
+    costs.clock = subject.clock
+    profile = campaign(subject, tmp_path, monkeypatch)
+    assert subject.clock.now_s > 2 * from_s
+    found, known = profile.provenance.details["pace"], anchors_s(plain)
+    pace = {name: found[name]["layer_s"] / known[name] for name in known}
+    if from_s < 2:
+        assert pace == pytest.approx({"decode": 1.5, "prompt": 1.2})
+    for table, cost in ((profile.head, plain.head), (profile.layer_tables[0].dense, plain.dense)):
+        expected = [pace["decode" if r < 16 else "prompt"] * cost(int(r)) for r in table.rows]
+        np.testing.assert_allclose(table.time_s, expected, rtol=0.02)
 
 
 def test_the_tables_are_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

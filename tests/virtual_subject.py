@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -57,13 +57,13 @@ class Costs:
 class StubStep:
     """An attention step that only takes its time."""
 
-    def __init__(self, clock: VirtualClock, cost_s: tuple[float, ...]) -> None:
-        self.rotations = [None] * len(cost_s)
+    def __init__(self, clock: VirtualClock, cost_s: Callable[[bool], float]) -> None:
+        self.rotations = [None] * ARCHITECTURE.n_layers
         self.positions = torch.zeros(1, dtype=torch.int64)
         self._clock, self._cost_s = clock, cost_s
 
     def __call__(self, layer: int, q: Any, k: Any, v: Any) -> Any:
-        self._clock.pass_s(self._cost_s[layer])
+        self._clock.pass_s(self._cost_s(ARCHITECTURE.slides(layer)))
         return q.reshape(len(q), -1)
 
     def write(self, layer: int, k: Any, v: Any) -> None:
@@ -122,9 +122,7 @@ class VirtualSubject(Subject):
         return [torch.zeros(64)]
 
     def decode_step_in(self, cache: Any, kv_tokens: Sequence[int], first_slot: int) -> Any:
-        slides = [ARCHITECTURE.slides(layer) for layer in range(self.n_layers)]
-        return StubStep(self.clock, tuple(self.costs.decode(s, kv_tokens) for s in slides))
+        return StubStep(self.clock, lambda slides: self.costs.decode(slides, kv_tokens))
 
     def prompt_step(self, tokens: int, context_tokens: int) -> Any:
-        slides = [ARCHITECTURE.slides(layer) for layer in range(self.n_layers)]
-        return StubStep(self.clock, tuple(self.costs.prefill(s, tokens, context_tokens) for s in slides))
+        return StubStep(self.clock, lambda slides: self.costs.prefill(slides, tokens, context_tokens))
