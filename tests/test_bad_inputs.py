@@ -69,6 +69,7 @@ SETTINGS = [
     ("seeds=[1,1]", ["seeds=[1, 1]", "different"]),
     ("jobs=0", ["jobs=0", "at least 1"]),
     ("profile_time_factor=0", ["profile_time_factor=0", "above 0"]),
+    ("profile_prompt_time_factor=-1", ["profile_prompt_time_factor=-1", "null or above 0"]),
     ("mode=lively", ["mode='lively'", "simulate, live"]),
     ("baseline=best", ["baseline='best'", "full_depth_opt-1.3b"]),
     ("subject=best", ["subject='best'", "full_depth_opt-1.3b"]),

@@ -1,4 +1,4 @@
-"""How fast a device is just now: always the same steps, timed. Knows a model's layers, no request and no profile.
+"""How fast a device is just now: always the same steps, timed. Knows a model's layers, no request and no table.
 
 The calibration times these steps all along and keeps their medians in the profile; whoever serves from that profile
 times them again. The ratio is what other users of the machine, its clock and its memory do to iterations of that hour.
