@@ -152,13 +152,13 @@ class Latency:
         return max(0.0, self.points.figure(self._point(table, layer_class, fits)).median_s) * (first / fits[0])
 
     def scale_s(self, table: str, place: Place) -> float:
-        """What an error at the place is a share of: for attention, all layers of such a step with it; for a check of
-        the classifier, one layer with it.
+        """What an error at the place is a share of: for attention and the embedding, all layers of such a step with it;
+        for a check of the classifier, one layer with it.
         """
         own_s = self.time_s(table, place)
         if table == CHECK_CLASSIFIER:
             return own_s + self.points.figure(self._point(CLASSIFIED_LAYER, 0, place)).median_s
-        if table not in (DECODE, PREFILL):
+        if table not in (DECODE, PREFILL, EMBEDDING):
             return own_s
         return own_s + self.points.figure(self._point(DENSE, 0, (place[0],))).median_s * self.subject.n_layers
 
