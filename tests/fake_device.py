@@ -133,7 +133,7 @@ class FakeCuda:
         assert enable_timing
         return FakeEvent(self)
 
-    def Stream(self) -> Any:
+    def Stream(self, device: Any = None) -> Any:
         stream = SimpleNamespace(wait_stream=lambda other: None)
         self.streams.append(stream)
         return stream
@@ -141,7 +141,7 @@ class FakeCuda:
     def CUDAGraph(self) -> FakeGraph:
         return FakeGraph(self)
 
-    def current_stream(self) -> Any:
+    def current_stream(self, device: Any = None) -> Any:
         return SimpleNamespace(wait_stream=lambda other: None)
 
     def graph_pool_handle(self) -> str:
@@ -154,14 +154,14 @@ class FakeCuda:
         self.on_stream = None
 
     @contextmanager
-    def graph(self, graph: FakeGraph, pool: str) -> Any:
+    def graph(self, graph: FakeGraph, pool: str, capture_error_mode: str = "global") -> Any:
         assert pool == "pool"
         self.captures += 1
         yield
         if self.capture_fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: Any = None) -> None:
         self.synchronized += 1
 
     def _sleep(self, cycles: int) -> None:

@@ -217,6 +217,17 @@ def test_a_folder_holds_one_model_on_one_device(tmp_path: Path, monkeypatch: pyt
         campaign(VirtualSubject(limits=other), tmp_path, monkeypatch)
 
 
+def test_a_folder_of_samples_that_were_taken_in_another_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an earlier version, which knew one pace, measured in it."""
+    campaign(VirtualSubject(), tmp_path, monkeypatch)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"samples": "at one pace"}))
+    with pytest.raises(UserError, match="under another samples"):
+        campaign(VirtualSubject(), tmp_path, monkeypatch)
+
+
 def test_batches_that_no_memory_holds_go_by_proportion_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

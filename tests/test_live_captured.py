@@ -5,10 +5,15 @@ There is no card here: a CPU that claims to capture runs each step anew on the v
 
 from __future__ import annotations
 
-import pytest
+import gc
+import weakref
 
+import pytest
+import torch
+
+from fake_device import FakeCuda, VirtualClock
 from helios_sim.exits.rule import Confidence, FullDepth
-from helios_sim.live.device import CpuDevice, Step
+from helios_sim.live.device import WARM_UP_CALLS, CpuDevice, CudaDevice, Step
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from helios_sim.policy.trigger import Completed
@@ -92,3 +97,25 @@ def test_after_a_raise_and_a_lowered_cap(tiny: LiveModel) -> None:
             (cap,) = depths
             alone = serve_live({"tiny": tiny}, cut(cap), requests(MORE), len(MORE), slots=3)
             assert live.tokens(record.request_id) == alone.tokens(record.request_id)
+
+
+def test_a_captured_step_keeps_alive_what_it_reads() -> None:
+    """A graph knows addresses only: memory that somebody else is given meanwhile would be read in their place."""
+    calls: list[int] = []
+    cuda = FakeCuda(VirtualClock())
+
+    def prepared() -> tuple[Step, weakref.ref[torch.Tensor]]:
+        reads = torch.zeros(3)
+        step = CudaDevice(torch.device("cpu"), cuda).prepare(lambda: calls.append(int(reads.sum())))
+        return step, weakref.ref(reads)
+
+    step, reads = prepared()
+    gc.collect()
+    assert reads() is not None
+    assert len(calls) == WARM_UP_CALLS + 1  # and once for the capture
+    step()
+    assert len(calls) == WARM_UP_CALLS + 1
+    assert cuda.replays == cuda.captures == 1
+    del step
+    gc.collect()
+    assert reads() is None

@@ -127,6 +127,7 @@ def test_a_load_that_fails_leaves_what_is_in_force(two: dict[str, LiveModel], ne
     assert isinstance(cause, LoadFailed)
     assert "out of memory" in cause.reason
     assert live.engine.residents.layers == {"llama": 4}
+    assert live.engine.loading == 0
     check_empty(live)
 
 
