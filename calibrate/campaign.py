@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibrate import whole
+from calibrate.anchors import anchor_places
 from calibrate.build_profile import Measured, build_profile
 from calibrate.ceilings import Ceilings, measure_ceilings
 from calibrate.device import Device
@@ -206,7 +207,7 @@ class _Campaign:
         tries: list[whole.Iteration],
     ) -> Profile:
         points, typical_s, reference_s = self.sampler.points, self.drift.typical_s(), self.sampler.reference_s
-        # from the first second's pace to that of all
+        # from the first second's pace to that of the whole time, at which all anchors were looked at together
         points.rescale({name: step_s / reference_s[name] for name, step_s in typical_s.items()})
         bare = build_profile(self.about.spec, self.latency, grids, measured)
         fitted = _positive(whole.fitted_mixed_factor(bare, points, fit))
@@ -223,7 +224,7 @@ class _Campaign:
             "samples": self._sampling(),
             "pace": {
                 name: {"rows": rows, "kv_tokens": kv_tokens, "layer_s": typical_s[name] / self.subject.n_layers}
-                for name, (rows, kv_tokens) in self.latency.anchor_places.items()
+                for name, (rows, kv_tokens) in anchor_places(self.subject).items()
                 if name in typical_s
             },
         }

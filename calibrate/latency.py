@@ -15,23 +15,22 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from calibrate.anchors import anchor_jobs, nearer_anchor
 from calibrate.attention import NoAttention, OnlyLayers
 from calibrate.device import Step
 from calibrate.grid import Axes, HeldOut, Place, geometric, refine
 from calibrate.points import Figure, Point, Points
 from calibrate.sampling import Job, Sampler
 from calibrate.subject import Subject
-from helios_sim.profile import pace
-from helios_sim.profile.pace import DECODE_KV_TOKENS, DECODE_ROWS, PROMPT_ROWS
 
 WHOLE_MODEL = -1
 DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
 CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
 DECODE, PREFILL = "decode_attention", "prefill_attention"
+HEAD_ALONE = f"{HEAD}_alone"
 CLASSIFIER_ALONE, CLASSIFIED_LAYER = f"{CHECK_CLASSIFIER}_alone", f"{CHECK_CLASSIFIER}_layer"
 CHECKED_LAYERS = 8
 CHECKED_REPEATS = 3  # with and without checks, in turns
-ANCHORS_MEET = (DECODE_ROWS * PROMPT_ROWS) ** 0.5
 NEAR_CONTEXT = 16  # a first chunk has a kernel of its own: the line from there on begins just after it
 
 
@@ -51,26 +50,7 @@ class Latency:
 
     def __init__(self, subject: Subject, sampler: Sampler) -> None:
         self.subject, self.sampler, self.points = subject, sampler, sampler.points
-        sampler.anchors = {name: self._anchor_job(*place) for name, place in self.anchor_places.items()}
-
-    @property
-    def anchor_places(self) -> dict[str, tuple[int, int]]:
-        """Of the steps that are timed all along: tokens computed at once, and of decodes the tokens of each context."""
-        limits = self.subject.limits
-        kv_tokens = max(1, min(DECODE_KV_TOKENS, limits.max_kv_tokens // 4))
-        places = {pace.DECODE: (min(DECODE_ROWS, limits.max_batch), kv_tokens)}
-        return places | {pace.PROMPT: (min(PROMPT_ROWS, limits.max_chunk), 0)}
-
-    def _anchor_job(self, rows: int, kv_tokens: int) -> Job:
-        """As `helios_sim.live.pace` has it: whoever serves from the profile times the same step again."""
-        subject = self.subject
-
-        def build() -> Sequence[Step]:
-            step = subject.decode_step([kv_tokens] * rows) if kv_tokens else subject.prompt_step(rows, 0)
-            return [partial(subject.model.run, subject.hidden(rows), 0, subject.n_layers, step)]
-
-        point = Point("anchor", WHOLE_MODEL, rows, kv_tokens)
-        return Job((point,), build, lambda laps_s: {point: laps_s[0]})
+        sampler.anchors = anchor_jobs(subject)
 
     @property
     def row_tables(self) -> tuple[str, ...]:
@@ -228,16 +208,20 @@ class Latency:
             return {self._point(table, 0, (rows,)): time_s for table, time_s in found.items()}
 
         measured = [*tables, *((CLASSIFIED_LAYER, CHECK_CLASSIFIER) if classifies else ())]
-        return Job(tuple(self._point(table, 0, (rows,)) for table in measured), build, read, nearer_anchor(rows))
+        return Job(
+            tuple(self._point(table, 0, (rows,)) for table in measured), build, read, nearer_anchor(subject, rows)
+        )
 
     def head_job(self, rows: int) -> Job:
-        """The head alone, which takes as long as all layers where the vocabulary is large."""
-        subject, point = self.subject, self._point(HEAD, 0, (rows,))
+        """The head alone, which takes as long as all layers where the vocabulary is large. Samples of the head like
+        those of `rows_job`, and counted on their own.
+        """
+        subject, points = self.subject, (self._point(HEAD_ALONE, 0, (rows,)), self._point(HEAD, 0, (rows,)))
 
         def build() -> Sequence[Step]:
             return [partial(subject.sampled, subject.hidden(rows))]
 
-        return Job((point,), build, lambda laps_s: {point: laps_s[0]}, nearer_anchor(rows))
+        return Job(points, build, lambda laps_s: dict.fromkeys(points, laps_s[0]), nearer_anchor(subject, rows))
 
     def decode_job(self, batch: int, kv_tokens: int) -> Job:
         """Equal lengths."""
@@ -269,15 +253,10 @@ class Latency:
             }
             return {**found, dense: bare_s / subject.n_layers}
 
-        return Job((*points, dense), build, read, nearer_anchor(rows))
+        return Job((*points, dense), build, read, nearer_anchor(subject, rows))
 
     def _points_of_classes(self, table: str, place: Place) -> tuple[Point, ...]:
         return tuple(Point(table, i, *place) for i in range(len(self.subject.classes)))
-
-
-def nearer_anchor(rows: int) -> str:
-    """That of decodes or that of a prompt, for what is computed for so many tokens at once."""
-    return pace.DECODE if rows < ANCHORS_MEET else pace.PROMPT
 
 
 def grids_to_json(grids: Grids) -> dict[str, Any]:

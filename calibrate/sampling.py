@@ -1,7 +1,7 @@
 """Warm-up and interleaved repeats until the samples suffice or the time is spent. Knows neither models nor tables.
 
 A shared machine is faster in one second than in the next. An anchor job, timed before and after every sample, says how
-fast it was just then, and samples are brought to one pace by it; what waits for memory and what computes change pace
+fast it was just then, and samples are brought to its pace; what waits for memory and what computes change pace
 each in their own way, so jobs name the anchor that is of their kind. Rounds that visit all jobs, each in an order of
 its own, spread what is left. A sample during which other processes had the cores is no sample of this device: it is set
 aside and taken again, unless that happens too often to go on.
@@ -28,6 +28,7 @@ TURNS, TURNS_BELOW_S = 3, 0.15  # with the anchor, in a visit to a job that take
 MOST_CONTENDED = 6  # such samples of one job in a call; then it is left as it is
 REFERENCE_LAPS = 15
 SAVE_EVERY_S = 10.0
+LOOK_EVERY_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class Clock:
 class Sampler:
     """Takes samples of jobs into `points`.
 
-    One of `anchors` is timed beside each of them; `anchor_laps_s` keeps the seconds that each took in this call. With
-    `reference_s`, samples are what they would have been had their anchor taken so long.
+    One of `anchors` is timed beside each of them. With `reference_s`, samples are what they would have been had their
+    anchor taken so long. Every few seconds all anchors are timed, whatever is sampled then, so that their middles are
+    of the same time: `anchor_laps_s` keeps the seconds that each took in this call.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Sampler:
         self._turns: dict[Point, int] = {}  # samples of a visit
         self._totals_s: dict[Point, list[float]] = {}
         self._anchor_steps: dict[str, list[Step]] = {}
-        self._last_save_s = -np.inf
+        self._last_save_s = self._last_look_s = -np.inf
 
     def measure(self, jobs: Sequence[Job], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Rounds over the jobs until each has `samples`, or the machine proved too busy; false when time ran out.
@@ -132,6 +134,8 @@ class Sampler:
 
     def _sample(self, job: Job) -> None:
         start_s = self.clock.spent_s
+        if self.anchors and start_s - self._last_look_s >= LOOK_EVERY_S:
+            self._look()
         first = job.points[0]
         anchor = self._anchor(job.anchor)
         steps = [self.device.prepare(step) for step in job.build()]
@@ -146,7 +150,7 @@ class Sampler:
         contended = waited_s > MOST_WAITED * sum(all_s) + WAKE_S
         if contended:
             self.contended[first] = self.contended.get(first, 0) + 1
-        for laps_s in self._at_one_pace(job.anchor, all_s, len(anchor), len(steps), contended):
+        for laps_s in self._at_one_pace(job.anchor, all_s, len(anchor), len(steps)):
             self._totals_s.setdefault(first, []).append(sum(laps_s))
             self.points.add(job.read(laps_s), contended, job.anchor)
 
@@ -158,6 +162,17 @@ class Sampler:
             for name, steps in found.items()
         }
 
+    def _look(self) -> None:
+        """All anchors, unless others have the cores just now."""
+        ready = {name: self._anchor(name) for name in self.anchors}
+        laps_s, waited_s = self._laps([step for steps in ready.values() for step in steps])
+        self._last_look_s = self.clock.spent_s
+        if waited_s > MOST_WAITED * sum(laps_s) + WAKE_S:
+            return
+        for name, steps in ready.items():
+            self.anchor_laps_s.setdefault(name, []).append(sum(laps_s[: len(steps)]))
+            laps_s = laps_s[len(steps) :]
+
     def _anchor(self, name: str) -> list[Step]:
         """Its steps, none without one. They are made once, before a job's own are."""
         if name in self.anchors and name not in self._anchor_steps:
@@ -165,14 +180,10 @@ class Sampler:
             self.device.laps_s(self._anchor_steps[name])
         return self._anchor_steps.get(name, [])
 
-    def _at_one_pace(
-        self, name: str, laps_s: Sequence[float], of_anchor: int, of_steps: int, contended: bool
-    ) -> list[list[float]]:
+    def _at_one_pace(self, name: str, laps_s: Sequence[float], of_anchor: int, of_steps: int) -> list[list[float]]:
         """Of each turn the steps' laps, as they would be had the anchor before and after it taken `reference_s`."""
         starts = range(0, len(laps_s), of_anchor + of_steps)
         anchors_s = [sum(laps_s[start : start + of_anchor]) for start in starts]
-        if of_anchor and not contended:
-            self.anchor_laps_s.setdefault(name, []).extend(anchors_s)
         found = []
         for turn, start in enumerate(starts[: len(laps_s) // (of_anchor + of_steps)]):
             pace = 1.0

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.anchors import nearer_anchor
 from calibrate.device import Step
-from calibrate.latency import WHOLE_MODEL, nearer_anchor
+from calibrate.latency import WHOLE_MODEL
 from calibrate.points import Point, Points
 from calibrate.sampling import Job
 from calibrate.subject import Subject
@@ -97,7 +98,7 @@ def job(subject: Subject, iteration: Iteration) -> Job:
     """Its laps added up are one sample of its point."""
     point, rows = iteration.point, iteration.alive[0] + (iteration.chunk[0] if iteration.chunk else 0)
     steps = partial(_steps, subject, iteration)
-    return Job((point,), steps, lambda laps_s: {point: float(sum(laps_s))}, nearer_anchor(rows))
+    return Job((point,), steps, lambda laps_s: {point: float(sum(laps_s))}, nearer_anchor(subject, rows))
 
 
 def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:

@@ -100,8 +100,8 @@ def _parts(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(parts: dict[str, Any]) -> list[str]:
-    """Of what was measured several times: its mean, the simulation and its difference, also with its iterations at
-    the pace that the device had meanwhile, and how far two measurements lie apart.
+    """Of what was measured several times: its mean, the simulation and its difference, also at the pace that
+    the device had meanwhile, and how far two measurements lie apart.
     """
     wanted = [
         ("TPOT", "mean", "ms"), ("TTFT", "mean", "ms"), ("TTFT", "p95", "ms"), ("E2E", "mean", "ms"),

@@ -106,7 +106,8 @@ def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
     anchor = Job((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
     s.anchors = {"a": anchor, "other": anchor}
     s.measure([replace(job(clock, A, 1.0), anchor="a")], 100)
-    (drift,) = s.drift().values()  # nothing was timed beside the other
+    drift, other = s.drift().values()  # timed at the same moments, though nothing was sampled beside the other
+    assert drift == pytest.approx(other, rel=0.01)
     assert drift["slowest_over_median"] > 1.05
     assert drift["fastest_over_median"] < 0.95
     assert sampler(tmp_path, clock).drift() == {}
@@ -160,7 +161,6 @@ def test_short_steps_take_turns_with_the_anchor_each_at_its_own_pace(tmp_path: P
     assert (s.points.count(A), s.points.count(C)) == (TURNS, 1)
     assert (built.count(A), built.count(C)) == (1, 1)
     assert s.points.samples_s(A) == pytest.approx([0.01] * TURNS, rel=1e-6)
-    assert len(s.anchor_laps_s["a"]) == (TURNS + 1) + 2
 
 
 def test_a_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:

@@ -151,6 +151,16 @@ def test_the_tables_are_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         np.testing.assert_allclose(prefill.time_s, expected, rtol=1e-6)
 
 
+def test_the_head_has_samples_of_its_own_at_the_batches_that_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those that the rest of a step of so many rows has."""
+    head = campaign(VirtualSubject(), tmp_path, monkeypatch).head
+    assert head.samples is not None
+    served = head.rows <= LIMITS.max_batch
+    assert head.samples[served].min() > head.samples[~served].max()
+
+
 def test_whole_iterations_are_priced_to_the_last_digit_where_costs_are_straight_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.pace import DECODE_ROWS, PROMPT_ROWS, at_pace
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.tables import RowsTable
 from priced import priced_profile
 
 PACES = st.floats(0.5, 2.0)
@@ -80,3 +81,16 @@ def test_where_a_calibration_timed_a_prompt_of_no_more_tokens_than_decodes_the_t
     known, paced = profile(pace=anchors), at_pace(profile(pace=anchors), 1.0, 2.0)
     for rows, factor in ((4, 1.0), (5, 2.0)):
         assert time_s(paced, decodes(rows, 9)) == pytest.approx(factor * time_s(known, decodes(rows, 9)))
+
+
+@pytest.mark.parametrize("end", [8, 64, 65, 200])
+def test_beyond_the_rows_that_were_measured_prompts_keep_their_pace(end: int) -> None:
+    """The last slope goes on, and it is that of the times, not that of the paces up to there."""
+    rows = np.array([1, 2, 4, end])
+    table = RowsTable(rows, 1e-3 + 1e-5 * rows)
+    layer = replace(profile().layer_tables[0], dense=table)
+    known = replace(profile(), layer_tables=(layer,))
+    paced = at_pace(known, 1.0, 0.8)
+    for tokens in (max(end, 64), 512, 4096):
+        # what chunks of one iteration share, the least time of the table, is of the fewest tokens
+        assert time_s(paced, prompt(tokens, 9)) == pytest.approx(0.8 * time_s(known, prompt(tokens, 9)), rel=1e-2)

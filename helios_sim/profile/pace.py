@@ -1,8 +1,8 @@
 """What a profile costs on a device that is faster or slower than while it was measured. Knows no clock.
 
 Two steps tell how fast a device is just now, each beside what it took while the profile was measured: a few decodes,
-which wait for memory, and a prompt, which computes. Other users of a machine slow down the one and not the other. What
-is computed for so many tokens at once as either step has, goes at its pace; in between by the logarithm of tokens.
+which wait for memory, and a prompt, which computes. Other users of a machine slow down the one more than the other.
+What is computed for so many tokens at once as either step has, goes at its pace; in between by the logarithm of tokens.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def anchors_of(profile: Profile) -> dict[str, Anchor]:
     }
 
 
-def at_pace(profile: Profile, decode: float, prompt: float) -> Profile:
+def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Profile:
     """With what either step is a measure of taking so many times as long; the host's costs go with decodes.
 
-    Loads do not change.
+    Without a pace of prompts they have that of decodes. Loads do not change.
     """
-    if prompt == decode:
+    if prompt is None or prompt == decode:
         return profile if decode == 1.0 else profile.scaled(decode)
     known = anchors_of(profile)
     first, last = (
@@ -76,7 +76,7 @@ class _Pace:
             tables,
             dense=self.rows(tables.dense),
             kv_projection=self.rows(tables.kv_projection),
-            decode_attention=self.grid(tables.decode_attention),
+            decode_attention=self.decodes(tables.decode_attention),
             prefill_attention=self.grid(tables.prefill_attention),
             mixed_attention=None if tables.mixed_attention is None else self.mixed(tables.mixed_attention),
         )
@@ -85,21 +85,31 @@ class _Pace:
         return RowsTable(*self._scaled(table.rows, table.time_s))
 
     def grid(self, table: GridTable) -> GridTable:
+        """Of prompts: beyond the grid the last slope goes on."""
         first, time_s = self._scaled(table.first, table.time_s)
+        return GridTable(first, table.second, time_s)
+
+    def decodes(self, table: GridTable) -> GridTable:
+        """Beyond the grid's batches time is in proportion, at the last one's pace."""
+        first, time_s = self._scaled(table.first, table.time_s, beyond=False)
         return GridTable(first, table.second, time_s)
 
     def mixed(self, table: MixedTable) -> MixedTable:
         chunk, time_s = self._scaled(table.chunk, table.time_s)
         return replace(table, chunk=chunk, time_s=time_s)
 
-    def _scaled(self, axis: IntArray, time_s: FloatArray) -> tuple[IntArray, FloatArray]:
-        """Times (G, ...) of an axis that has every count between the two as well, so that each is at its own pace."""
-        between = np.arange(self.first, self.last + 1)
-        counts = np.union1d(axis, between[(between > axis[0]) & (between < axis[-1])])
+    def _scaled(self, axis: IntArray, time_s: FloatArray, beyond: bool = True) -> tuple[IntArray, FloatArray]:
+        """Times (G, ...) of an axis that has every count between the two as well, so that each is at its own pace.
+
+        Where the axis ends before the pace does, its last slope goes on until that is so: with `beyond`.
+        """
+        between = np.arange(self.first, self.last + 2)  # a slope that goes on is of two counts at one pace
+        most = max(axis[-1], between[-1]) if beyond and axis[-1] <= self.last else axis[-1]
+        counts = np.union1d(axis, between[(between > axis[0]) & (between <= most)])
         after = np.clip(np.searchsorted(axis, counts), 1, len(axis) - 1)
         share = (counts - axis[after - 1]) / (axis[after] - axis[after - 1])
         paces = np.interp(np.log(counts), np.log([self.first, self.last]), [1.0, self.factor])
         over = (slice(None), *[None] * (time_s.ndim - 1))
         here_s, next_s = time_s[after - 1], time_s[after]
         found: FloatArray = (here_s + (next_s - here_s) * share[over]) * paces[over]
-        return counts, found
+        return counts, np.maximum(found, 0.0)

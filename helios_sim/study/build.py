@@ -136,8 +136,7 @@ def build_profile(config: Config, model: str) -> Profile:
     folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
     profile = load_profile(f"{model}@{config.hardware}", folder)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
-    decode, prompt = config.profile_time_factor, config.profile_prompt_time_factor
-    return at_pace(profile, decode, decode if prompt is None else prompt)
+    return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
 
 def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:

@@ -66,7 +66,7 @@ def _compared(variant: Variant, so_far: Compared, turn: int, changes: Mapping[st
     results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
     live, paced = results[jobs.live.key], None
     if (notes := live.live) is not None and notes.pace is not None:
-        job = jobs.paced(notes.pace, notes.pace if notes.prompt_pace is None else notes.prompt_pace)
+        job = jobs.paced(notes.pace, notes.prompt_pace)
         paced = run_jobs([job], folder, 1, _tell)[job.key]
     return so_far.with_pass(Pass(results[jobs.simulated.key], live, paced))
 

@@ -39,15 +39,13 @@ class Pair:
     simulated: Job
     live: Job
 
-    def paced(self, decode: float, prompt: float) -> Job:
+    def paced(self, decode: float, prompt: float | None) -> Job:
         """The simulation with what is timed by a decode step, or by a prompt, taking so many times as long."""
         config = self.simulated.config
         known, of_prompts = config.profile_time_factor, config.profile_prompt_time_factor
-        slower = replace(
-            config,
-            profile_time_factor=known * decode,
-            profile_prompt_time_factor=(known if of_prompts is None else of_prompts) * prompt,
-        )
+        if prompt is not None or of_prompts is not None:
+            of_prompts = (known if of_prompts is None else of_prompts) * (decode if prompt is None else prompt)
+        slower = replace(config, profile_time_factor=known * decode, profile_prompt_time_factor=of_prompts)
         return replace(self.simulated, config=slower)
 
 

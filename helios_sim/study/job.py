@@ -212,7 +212,8 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
         if not why.startswith(("by definition", "measured"))
     ))  # fmt: skip
     if config.profile_time_factor != 1.0:
-        why = "every iteration scaled, to study profile error"
+        whole = config.profile_prompt_time_factor is None
+        why = f"{'every iteration' if whole else 'what computes few tokens at once'} scaled, to study profile error"
         found.append(Assumption("profile time factor", config.profile_time_factor, why, "profile_time_factor"))
     if config.profile_prompt_time_factor is not None:
         why, key = "what computes many tokens at once scaled, to study profile error", "profile_prompt_time_factor"

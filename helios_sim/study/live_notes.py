@@ -74,8 +74,7 @@ class LiveNotes:
         pace = ""
         if self.pace is not None:
             pace = f"; a decode step that the calibration timed took {self.pace:.2f} of its time beside the profile"
-        if self.prompt_pace is not None:
-            pace += f", a prompt {self.prompt_pace:.2f}"
+            pace += "" if self.prompt_pace is None else f", a prompt {self.prompt_pace:.2f}"
         return f"{told}; {priced}: {prompts} with prompts in them, {decodes} without{pace}{self._memory()}"
 
     def _memory(self) -> str:

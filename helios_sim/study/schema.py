@@ -231,7 +231,7 @@ class Config:
     hardware: str = "a100-40gb"  # with each model, the name of a profile: MODEL@HARDWARE
     models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])  # candidates of every arm
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
-    profile_prompt_time_factor: float | None = None  # what computes many tokens at once; null: like every iteration
+    profile_prompt_time_factor: float | None = None  # in its place for what computes many tokens at once; null: not so
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
