@@ -104,7 +104,7 @@ class _Pace:
         Where the axis ends before the pace does, its last slope goes on until that is so: with `beyond`.
         """
         between = np.arange(self.first, self.last + 2)  # a slope that goes on is of two counts at one pace
-        most = max(axis[-1], between[-1]) if beyond and axis[-1] <= self.last else axis[-1]
+        most = between[-1] if beyond else axis[-1]
         counts = np.union1d(axis, between[(between > axis[0]) & (between <= most)])
         after = np.clip(np.searchsorted(axis, counts), 1, len(axis) - 1)
         share = (counts - axis[after - 1]) / (axis[after] - axis[after - 1])
