@@ -5,8 +5,10 @@ Nothing waits for these figures, so many iterations are priced at once. Knows no
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
 
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
@@ -15,7 +17,13 @@ from helios_sim.serving.stats import RunStats
 
 _BUFFERED_ITERATIONS = 4096
 
-_Key = tuple[Profile, tuple[int, ...], bool, bool]
+# Of a composition, by iteration; what a deployment or a profile has no use for is None.
+_COLUMNS = (
+    "decode_tokens", "decode_kv_tokens", "sampled_tokens", "check_tokens", "classifier_tokens", "decode_kv_least",
+    "decode_kv_most", "propagated_tokens",
+)  # fmt: skip
+
+_Key = tuple[Profile, tuple[int, ...], tuple[str, ...]]  # with the columns that are there
 
 
 class Utilisation:
@@ -31,16 +39,16 @@ class Utilisation:
         if composition.prefill:  # always a single iteration
             self._price(profile, composition)
             return
-        checked, propagated = composition.check_tokens is not None, composition.propagated_tokens is not None
-        key = (profile, composition.bounds, checked, propagated)
+        columns = tuple(name for name in _COLUMNS if getattr(composition, name) is not None)
+        key = (profile, composition.bounds, columns)
         self._waiting.setdefault(key, []).append((composition, iterations))
         self._iterations += iterations
         if self._iterations >= _BUFFERED_ITERATIONS:
             self.flush()
 
     def flush(self) -> None:
-        for (profile, *_), parts in self._waiting.items():
-            self._price(profile, _joined(parts))
+        for (profile, _, columns), parts in self._waiting.items():
+            self._price(profile, _joined(parts, columns))
         self._waiting.clear()
         self._iterations = 0
 
@@ -49,18 +57,10 @@ class Utilisation:
         self._stats.outside_grid_iterations += int(np.count_nonzero(profile.outside_grid(composition)))
 
 
-def _joined(parts: list[tuple[Composition, int]]) -> Composition:
-    """The first iterations of each part, one after the other."""
-
-    def column(name: str) -> NDArray[np.int64]:
-        return np.concatenate([getattr(composition, name)[:iterations] for composition, iterations in parts])
-
-    first = parts[0][0]
-    return Composition(
-        bounds=first.bounds,
-        decode_tokens=column("decode_tokens"),
-        decode_kv_tokens=column("decode_kv_tokens"),
-        sampled_tokens=column("sampled_tokens"),
-        check_tokens=None if first.check_tokens is None else column("check_tokens"),
-        propagated_tokens=None if first.propagated_tokens is None else column("propagated_tokens"),
-    )
+def _joined(parts: list[tuple[Composition, int]], columns: tuple[str, ...]) -> Composition:
+    """The first iterations of each part, one after the other. All parts have the same bounds and these columns."""
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(composition, name)[:iterations] for composition, iterations in parts])
+        for name in columns
+    }
+    return replace(parts[0][0], **joined)
