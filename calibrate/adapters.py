@@ -23,10 +23,10 @@ from calibrate.hidden import HiddenStates, Passage, collect, start_token, tokeni
 from calibrate.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature
 from calibrate.texts import PROSE_TASKS, TASKS, Split, domain_of
 from calibrate.training import Recipe, Say, Tensors
-from helios_sim.live.heads import ExitHeads, write_heads
+from helios_sim.live.model.heads import ExitHeads, write_heads
 
 if TYPE_CHECKING:
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
 
 DOMAINS = ("prose", "code", "dialogue")
 SHARES = {  # characters of each task, in thousands, of a whole of 1,000

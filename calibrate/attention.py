@@ -1,6 +1,6 @@
 """Attention steps for measuring: none at all, or only in some layers. Knows no time and no device.
 
-They stand where a real step stands (`helios_sim.live.layers.Attend`), so that the model runs the same code.
+They stand where a real step stands (`helios_sim.live.model.decoder.Attend`), so that the model runs the same code.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from helios_sim.live.layers import Attend
-from helios_sim.live.rope import Rotation
+from helios_sim.live.model.decoder import Attend, Rotation
 
 
 class NoAttention:

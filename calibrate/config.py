@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from calibrate.campaigns.schema import CampaignConfig
 from calibrate.schema import CalibrateConfig
 from helios_sim.config import given, in_words
-from helios_sim.live.known import SHORT_NAMES
+from helios_sim.live.checkpoint.known import SHORT_NAMES
 
 
 def register() -> None:

@@ -87,9 +87,9 @@ class CudaDevice:
             self.eager.append(str(error).splitlines()[0])
             self.wait()
             return step
-        from helios_sim.live.device import Replay  # torch is loaded by now
+        from helios_sim.live.device import GraphReplay  # torch is loaded by now
 
-        return Replay(graph, step)
+        return GraphReplay(graph, step)
 
     def laps_s(self, steps: Sequence[Step]) -> list[float]:
         cuda = self.torch.cuda

@@ -13,7 +13,7 @@ from calibrate.points import figure
 from calibrate.subject import Limits, Subject
 
 if TYPE_CHECKING:
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
 
 DTYPES = ("float32", "bfloat16")
 REPEATS = 5

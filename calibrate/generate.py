@@ -14,8 +14,8 @@ from calibrate.observe import observe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helios_sim.live.heads import ExitHeads
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ def answers(
     """Answers to prompts given as token ids. Every token is full depth's first choice; an end token ends an answer."""
     import torch
 
-    from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
+    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
 
     depths = (*heads.exits, model.architecture.n_layers)
     longest = max(map(len, asked)) + most_tokens

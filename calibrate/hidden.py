@@ -18,7 +18,7 @@ from helios_sim.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
 
 _BATCH_TOKENS = 3_072
 
@@ -94,7 +94,7 @@ def states(
     """Hidden states (sum of n, d) at each depth, row i being what predicts token i; texts follow one another."""
     import torch
 
-    from helios_sim.live.kv import Packed
+    from helios_sim.live.memory.kv import Packed
 
     longest = max(map(len, texts))
     if longest > model.architecture.max_context_tokens:

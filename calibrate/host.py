@@ -73,7 +73,7 @@ def _overheads_s(subject: Subject, batch: int) -> list[float]:
     """Token ids and a decode step from lists, then sampled ids to a list."""
     import torch
 
-    from helios_sim.live.kv import DecodeStep
+    from helios_sim.live.memory.kv import DecodeStep
 
     device, lengths = subject.device, _lengths(subject, batch)
     cache = subject.cache(batch, max(lengths))
@@ -95,7 +95,7 @@ def _syncs_s(subject: Subject, batch: int) -> list[float]:
     """Confidences to the host, a comparison there, the hidden states that go on gathered, a step made for them."""
     import torch
 
-    from helios_sim.live.kv import DecodeStep
+    from helios_sim.live.memory.kv import DecodeStep
 
     device, lengths = subject.device, _lengths(subject, batch)
     cache, hidden = subject.cache(batch, max(lengths)), subject.hidden(batch)

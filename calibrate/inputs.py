@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from calibrate.schema import CalibrateConfig
 from calibrate.texts import TASKS
 from helios_sim.errors import UserError
-from helios_sim.live.packages import check_packages
+from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from calibrate.device import Device
     from calibrate.subject import Limits
-    from helios_sim.live.architecture import Architecture
-    from helios_sim.live.heads import ExitHeads
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.source import Checkpoint
+    from helios_sim.live.checkpoint.source import Checkpoint
+    from helios_sim.live.model.architecture import Architecture
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
     from helios_sim.profile.spec import ModelSpec
 
 QUICK_MODELS = 16  # of memory in a quick run, so many times the weights in float32
@@ -63,8 +63,8 @@ class Inputs:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        from helios_sim.live.random_weights import is_random
-        from helios_sim.live.source import find_checkpoint, random_checkpoint
+        from helios_sim.live.checkpoint.random_weights import is_random
+        from helios_sim.live.checkpoint.source import find_checkpoint, random_checkpoint
 
         wanted = self.config.model.weights or self.config.model.name
         if is_random(wanted):  # on the device at once: billions of values need not cross the bus
@@ -110,7 +110,7 @@ class Inputs:
     def loaded(self) -> tuple[SegmentedModel, int | None]:
         """The model, and by how many bytes memory grew when it was loaded (None where the device cannot tell)."""
         from calibrate.memory import grown
-        from helios_sim.live.model import SegmentedModel
+        from helios_sim.live.model.decoder import SegmentedModel
 
         def load() -> SegmentedModel:
             return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, self.device.torch_device)
@@ -119,7 +119,7 @@ class Inputs:
 
     def reload_layer(self) -> int:
         """Reads the first layer anew from the checkpoint; its bytes."""
-        from helios_sim.live.weights import load_layer, weight_bytes
+        from helios_sim.live.model.weights import load_layer, weight_bytes
 
         device = self.model.device
         return weight_bytes(load_layer(self.checkpoint, 0, self.torch_dtype, device))
@@ -152,7 +152,7 @@ class Inputs:
     @cached_property
     def heads_folder(self) -> Path | None:
         """Named, shipped, or none. With exits named and no heads, the model's own head serves at each."""
-        from helios_sim.live.heads import HEADER, SHIPPED
+        from helios_sim.live.model.heads import HEADER, SHIPPED
 
         if self.config.heads is not None:
             return Path(self.config.heads).expanduser()
@@ -162,7 +162,7 @@ class Inputs:
     @cached_property
     def heads(self) -> ExitHeads:
         """UserError where they belong to another model."""
-        from helios_sim.live.heads import ExitHeads
+        from helios_sim.live.model.heads import ExitHeads
 
         if self.heads_folder is None:
             return ExitHeads.own(self.exits)
@@ -177,7 +177,7 @@ class Inputs:
     @cached_property
     def exits(self) -> tuple[int, ...]:
         """Depths of the early exits, below the last layer loaded."""
-        from helios_sim.live.heads import read_header
+        from helios_sim.live.model.heads import read_header
 
         if self.config.model.exits is not None:
             return tuple(self.config.model.exits)
@@ -188,12 +188,12 @@ class Inputs:
 
     def heads_sha256(self) -> str | None:
         """What identifies the heads; None for the model's own."""
-        from helios_sim.live.heads import read_header
+        from helios_sim.live.model.heads import read_header
 
         return None if self.heads_folder is None else str(read_header(self.heads_folder)["sha256"])
 
     def spec(self, chars_per_token: float) -> ModelSpec:
-        from helios_sim.live.architecture import model_spec
+        from helios_sim.live.model.architecture import model_spec
 
         spec = model_spec(self.architecture, self.config.model.name, chars_per_token, self.dtype)
         return replace(spec, n_layers=self.layers)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from calibrate.shortlist import frequent_tokens
 from calibrate.training import Say, Tensors, teach
-from helios_sim.live.heads import ADAPTER, adapted
+from helios_sim.live.model.heads import ADAPTER, adapted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
 
 Place = tuple[int, str]  # layer, counted from 0, and the field of LayerWeights
 
@@ -190,7 +190,7 @@ def through(
     model: SegmentedModel, rows: Tensor, hidden: Tensor | None, done: int, depths: Sequence[int]
 ) -> list[Tensor]:
     """Hidden states (B T, d) at each depth for tokens (B, T); from `hidden` after `done` layers where it is given."""
-    from helios_sim.live.kv import Packed
+    from helios_sim.live.memory.kv import Packed
 
     attend = Packed(model.architecture, len(rows), rows.shape[1], model.dtype, model.device)
     state = model.embed(rows.flatten(), attend.positions) if hidden is None else hidden

@@ -60,7 +60,7 @@ def grown(device: Any, make: Callable[[], Made]) -> tuple[Made, int | None]:
 
 def measure_memory(subject: Subject, spec: ModelSpec, loaded_bytes: int | None) -> Memory:
     """`loaded_bytes` is how much memory grew by loading the model (`grown`). Runs the largest iterations once each."""
-    from helios_sim.live.kv import KvCache
+    from helios_sim.live.memory.kv import KvCache
 
     limits, model, device = subject.limits, subject.model, subject.device
     kv_tokens = limits.max_kv_tokens

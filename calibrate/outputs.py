@@ -99,7 +99,7 @@ def _others(config: CalibrateConfig, trace: ExitTrace) -> tuple[ExitTrace, ...]:
 
 
 def _heads(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Mapping[str, Any] | None:
-    from helios_sim.live.heads import HEADER, SHIPPED as SHIPPED_HEADS, read_header
+    from helios_sim.live.model.heads import HEADER, SHIPPED as SHIPPED_HEADS, read_header
 
     if ADAPTERS in finished:
         return read_header(finished[ADAPTERS].part("heads"))

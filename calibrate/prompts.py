@@ -13,7 +13,7 @@ from pathlib import Path
 from calibrate.texts import TASKS, Split, passages
 from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim.errors import UserError
-from helios_sim.live.known import cache_folder
+from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.texts import FOLDER
 from helios_sim.report import files
 

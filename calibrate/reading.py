@@ -52,7 +52,7 @@ def texts_at_hand(inputs: Inputs) -> Texts:
 
 def chars_per_token(inputs: Inputs) -> float:
     """Mean over a little held-out text of every task at hand; of random weights, what is assumed for their family."""
-    from helios_sim.live.random_weights import RandomWeights
+    from helios_sim.live.checkpoint.random_weights import RandomWeights
 
     if isinstance(inputs.checkpoint.storage, RandomWeights):
         return inputs.checkpoint.storage.chars_per_token

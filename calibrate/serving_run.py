@@ -21,10 +21,10 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import open_device
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.heads import ExitHeads
-from helios_sim.live.look import Exits
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.residents import Residents
+from helios_sim.live.exits import ExitReader
+from helios_sim.live.memory.residents import Residents
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
@@ -104,7 +104,7 @@ class InPlace(Residents):
     def __init__(self, model: SegmentedModel) -> None:
         super().__init__({}, open_device("cpu"))
         self._model_there = model
-        self._no_exits = Exits(ExitHeads.own(()), model.architecture.n_layers)
+        self._no_exits = ExitReader(ExitHeads.own(()), model.architecture.n_layers)
 
     def hold(self, layers: Mapping[str, int]) -> None:
         """It is there."""
@@ -112,7 +112,7 @@ class InPlace(Residents):
     def running(self, name: str, layers: int) -> SegmentedModel:
         return self._model_there
 
-    def exits(self, name: str) -> Exits:
+    def exits(self, name: str) -> ExitReader:
         return self._no_exits
 
 

@@ -17,8 +17,8 @@ from calibrate.training import Tensors, choices
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helios_sim.live.architecture import Architecture
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.architecture import Architecture
+    from helios_sim.live.model.decoder import SegmentedModel
 
 Array = NDArray[np.float64]
 

@@ -12,12 +12,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from calibrate.device import Device
-from helios_sim.live.architecture import Architecture
+from helios_sim.live.model.architecture import Architecture
 
 if TYPE_CHECKING:
-    from helios_sim.live.heads import ExitHeads
-    from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
 
 NOISE_VALUES = 1 << 20  # drawn once and repeated: drawing gigabytes takes longer than measuring with them
 POOL_SHARE = 0.4  # of the memory given to the engine
@@ -81,7 +81,7 @@ class Subject:
 
     def cache(self, slots: int, tokens: int) -> KvCache:
         """`slots` slots of `tokens` tokens inside the pool, which holds noise. ValueError where it does not fit."""
-        from helios_sim.live.kv import KvCache
+        from helios_sim.live.memory.kv import KvCache
 
         a = self.architecture
         if not self.holds(slots, tokens):
@@ -104,14 +104,14 @@ class Subject:
         """The same in a given cache, from a slot on. Several contexts have a mask even if they are equally long, since
         in service they hardly ever are.
         """
-        from helios_sim.live.kv import DecodeStep
+        from helios_sim.live.memory.kv import DecodeStep
 
         slots = range(first_slot, first_slot + len(kv_tokens))
         span = max(kv_tokens) if len(kv_tokens) > 1 else None
         return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens], span)
 
     def prompt_step(self, tokens: int, context_tokens: int) -> PromptStep:
-        from helios_sim.live.kv import PromptStep
+        from helios_sim.live.memory.kv import PromptStep
 
         return PromptStep(self.cache(1, tokens + context_tokens), 0, tokens, context_tokens)
 
@@ -146,7 +146,7 @@ class Subject:
 
     def layer_tensors(self, layer: int) -> list[Any]:
         """The weights of one layer."""
-        from helios_sim.live.weights import tensors
+        from helios_sim.live.model.weights import tensors
 
         return list(tensors(self.model.layers[layer]))
 
@@ -157,7 +157,7 @@ class Subject:
     def _noise(self, shape: tuple[int, ...]) -> Any:
         import torch
 
-        from helios_sim.live.pages import block
+        from helios_sim.live.device import block
 
         on, dtype = self.device.torch_device, self.model.dtype
         drawn = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(dtype)

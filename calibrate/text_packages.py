@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.live.known import cache_folder, sha256_of
+from helios_sim.live.checkpoint.known import cache_folder, sha256_of
 
 
 @dataclass(frozen=True, slots=True)

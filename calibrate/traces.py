@@ -27,8 +27,8 @@ from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
 
 if TYPE_CHECKING:
-    from helios_sim.live.heads import ExitHeads
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
 
 HELDOUT_CHARS = {  # more than 50,000 tokens of each of the three models
     **dict.fromkeys(PROSE_TASKS, 11_600),

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.reliability import fit_logistic
-from helios_sim.live.heads import adapted, check_logit, scaled
+from helios_sim.live.model.heads import adapted, check_logit, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helios_sim.live.model import SegmentedModel
+    from helios_sim.live.model.decoder import SegmentedModel
 
 Tensors = dict[str, "Tensor"]
 Say = Callable[[str], None]

@@ -102,7 +102,7 @@ def job(subject: Subject, iteration: Iteration) -> Job:
 
 
 def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:
-    from helios_sim.live.mixed import Together
+    from helios_sim.live.memory.kv import MixedStep
 
     model, batch = subject.model, len(it.kv_tokens)
     cache = subject.cache(batch, max(it.kv_tokens)) if batch else None
@@ -117,7 +117,7 @@ def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:
             parts.append(subject.decode_step_in(cache, it.kv_tokens[:rows], 0))
         if it.chunk:
             parts.append(subject.prompt_step(*it.chunk))
-        attend = parts[0] if len(parts) == 1 else Together(parts, [rows, extra])
+        attend = parts[0] if len(parts) == 1 else MixedStep(parts, [rows, extra])
         steps.append(partial(model.run, subject.hidden(rows + extra), start, end, attend))
         if rows < batch and cache is not None:
             left = subject.decode_step_in(cache, it.kv_tokens[rows:], rows)

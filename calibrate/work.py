@@ -212,16 +212,16 @@ def _details(inputs: Inputs) -> dict[str, Any]:
 
 
 def memory_named(run: Run) -> Run:
-    """A shortage of memory is one kind of error, however torch has said it."""
+    """A oom_message of memory is one kind of error, however torch has said it."""
 
     @wraps(run)
     def renamed(stage: StageRun) -> Mapping[str, Any]:
         try:
             return run(stage)
         except RuntimeError as error:
-            from helios_sim.live.room import shortage
+            from helios_sim.live.device import oom_message
 
-            reason = shortage(error)
+            reason = oom_message(error)
             if reason is not None:
                 raise MemoryError(reason) from error
             raise

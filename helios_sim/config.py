@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
-from helios_sim.live.known import SHORT_NAMES
+from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.schema import Config
 
 OPEN = (  # take new names

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helios_sim.live.kv import DecodeStep, KvCache, Packed, PromptStep
-from helios_sim.live.model import SegmentedModel
+from helios_sim.live.memory.kv import DecodeStep, KvCache, Packed, PromptStep
+from helios_sim.live.model.decoder import SegmentedModel
 
 TOLERANCE = 1e-4  # of logits of size 1 to 5 in float32
 

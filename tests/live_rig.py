@@ -12,13 +12,13 @@ import numpy as np
 from helios_sim.exits.offline import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.synthetic import synthetic_trace
-from helios_sim.live.architecture import model_spec
+from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.heads import ExitHeads
+from helios_sim.live.model.architecture import model_spec
+from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
-from helios_sim.live.source import find_checkpoint
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation
 from helios_sim.profile.memory import MemoryBudget

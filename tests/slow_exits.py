@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helios_sim.live.heads import ExitHeads
-from helios_sim.live.kv import Packed
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.rope import Rotary
+from helios_sim.live.memory.kv import Packed
+from helios_sim.live.model.decoder import Rotary, SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
 
 
 @dataclass

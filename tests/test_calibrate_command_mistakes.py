@@ -10,8 +10,8 @@ import pytest
 
 from calibrate.config import in_full
 from calibrate_line import calibrate as calibrate_line
-from helios_sim.live import packages
-from helios_sim.live.known import KNOWN, SHORT_NAMES
+from helios_sim.live import served
+from helios_sim.live.checkpoint.known import KNOWN, SHORT_NAMES
 from tiny_models import write_tiny
 
 torch = pytest.importorskip("torch")
@@ -75,8 +75,8 @@ def test_a_mistake_gives_one_message_and_leaves_nothing(line, parts, tiny, mixtr
 
 
 def test_without_torch_it_says_how_to_get_it(tmp_path, monkeypatch, capsys) -> None:
-    there = packages.find_spec
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "torch" else there(name))
+    there = served.find_spec
+    monkeypatch.setattr(served, "find_spec", lambda name: None if name == "torch" else there(name))
     said = calibrate_line(monkeypatch, capsys, tmp_path, "model=smollm2")
     assert said.status == 1
     assert "packages='torch'" in said.err

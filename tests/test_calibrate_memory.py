@@ -12,14 +12,14 @@ from calibrate.cpu import CpuDevice  # noqa: E402
 from calibrate.load import measure_loads  # noqa: E402
 from calibrate.memory import Memory, grown, measure_memory  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
-from helios_sim.live.architecture import model_spec  # noqa: E402
+from helios_sim.live.model.architecture import model_spec  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from virtual_subject import ARCHITECTURE, VirtualSubject  # noqa: E402
 
 
 def test_predictions_are_the_tensors_bytes(tmp_path: Any) -> None:
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.source import find_checkpoint
+    from helios_sim.live.checkpoint.source import find_checkpoint
+    from helios_sim.live.model.decoder import SegmentedModel
 
     checkpoint = find_checkpoint(str(write_tiny("qwen2", tmp_path, layers=2)))
     device = CpuDevice.open(memory_bytes=1 << 30, threads=1)
@@ -71,8 +71,8 @@ def test_loads_run_at_the_rate_of_the_copies(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_real_copy_beside_real_iterations(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.source import find_checkpoint
+    from helios_sim.live.checkpoint.source import find_checkpoint
+    from helios_sim.live.model.decoder import SegmentedModel
 
     monkeypatch.setattr("calibrate.load.MEANWHILE_S", 0.05)
     monkeypatch.setitem(__import__("calibrate.load").load.COPY_BYTES, "cpu", 1 << 20)
@@ -89,8 +89,8 @@ def test_a_real_copy_beside_real_iterations(tmp_path: Any, monkeypatch: pytest.M
 
 
 def test_the_pool_leaves_room_beside_weights_that_fill_most_of_the_memory(tmp_path: Any) -> None:
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.source import find_checkpoint
+    from helios_sim.live.checkpoint.source import find_checkpoint
+    from helios_sim.live.model.decoder import SegmentedModel
 
     model = SegmentedModel.load(find_checkpoint(str(write_tiny("llama", tmp_path, layers=2))))
     memory_bytes = int(1.25 * model.weight_bytes)

@@ -23,7 +23,7 @@ from calibrate.sampling import Clock, Sampler  # noqa: E402
 from calibrate.serving import ServingCosts  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
-from helios_sim.live.architecture import model_spec  # noqa: E402
+from helios_sim.live.model.architecture import model_spec  # noqa: E402
 from helios_sim.profile.composition import Composition  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402
@@ -195,8 +195,8 @@ def test_a_failed_measurement_is_named_as_one(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_real_model_gives_a_profile_that_prices_and_comes_back(family: str, tmp_path: Path) -> None:
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.source import find_checkpoint
+    from helios_sim.live.checkpoint.source import find_checkpoint
+    from helios_sim.live.model.decoder import SegmentedModel
 
     checkpoint = find_checkpoint(str(write_tiny(family, tmp_path / "model", layers=3)))
     device = CpuDevice.open(memory_bytes=1 << 30, threads=1)

@@ -22,11 +22,11 @@ from helios_sim.engine.simulated import ModelData, SimulatedEngine  # noqa: E402
 from helios_sim.exits.none import no_exits  # noqa: E402
 from helios_sim.exits.offline import offline_exits  # noqa: E402
 from helios_sim.exits.rule import Confidence  # noqa: E402
-from helios_sim.live.architecture import model_spec  # noqa: E402
+from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.engine import LiveEngine  # noqa: E402
 from helios_sim.live.forward import Forward  # noqa: E402
-from helios_sim.live.model import SegmentedModel  # noqa: E402
-from helios_sim.live.source import find_checkpoint  # noqa: E402
+from helios_sim.live.model.architecture import model_spec  # noqa: E402
+from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy  # noqa: E402
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation  # noqa: E402
 from helios_sim.profile.memory import MemoryBudget  # noqa: E402

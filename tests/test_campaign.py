@@ -209,7 +209,7 @@ def test_memory_that_runs_out_on_the_way_costs_that_stage_alone(last, monkeypatc
     def load(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("helios_sim.live.model.SegmentedModel.load", load)
+    monkeypatch.setattr("helios_sim.live.model.decoder.SegmentedModel.load", load)
     outcome = last("same", 1 << 30)
     assert outcome.status == "skipped"
     assert outcome.why == "the device's memory does not suffice: CUDA out of memory. Tried to allocate 2.00 GiB."

@@ -18,9 +18,9 @@ from calibrate.schema import CalibrateConfig  # noqa: E402
 from calibrate.training import Recipe  # noqa: E402
 from calibrate.work import _candidates  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
-from helios_sim.live.heads import HEADER, TENSORS, ExitHeads  # noqa: E402
-from helios_sim.live.model import SegmentedModel  # noqa: E402
-from helios_sim.live.source import find_checkpoint  # noqa: E402
+from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
+from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
+from helios_sim.live.model.heads import HEADER, TENSORS, ExitHeads  # noqa: E402
 from tests.tiny_models import write_tiny  # noqa: E402
 
 RECIPE = Recipe(width=8, check_width=8, vocabulary=64, drawn=16, epochs=1, check_epochs=2, batch=64)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helios_sim.exits.rule import FullDepth
-from helios_sim.live.answer import Answer
-from helios_sim.live.answers import Answers
+from helios_sim.live.answers import Answer, Answers
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from live_rig import LAYERS, live_model, request, requests, serve_live

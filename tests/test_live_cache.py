@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+from helios_sim.live.model.decoder import SegmentedModel
 from live_example import (
     TOLERANCE,
     decode_logits,
@@ -129,7 +129,7 @@ def test_nothing_is_written_past_a_slot(model: SegmentedModel, cache: KvCache) -
 
 
 def test_cache_bytes_are_those_of_the_spec(model: SegmentedModel, cache: KvCache) -> None:
-    from helios_sim.live.architecture import model_spec
+    from helios_sim.live.model.architecture import model_spec
 
     spec: Any = model_spec(model.architecture, "tiny", chars_per_token=3.0)
     assert cache.kv_bytes == spec.kv_bytes_per_token_layer * SLOTS * MAX_TOKENS * model.n_loaded

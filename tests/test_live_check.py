@@ -7,8 +7,11 @@ from hypothesis import given, settings, strategies as st
 
 torch = pytest.importorskip("torch")
 
-from helios_sim.live.check import FEW_ROWS, FoldedCheck  # noqa: E402
-from helios_sim.live.heads import check_logit  # noqa: E402
+from helios_sim.live.model.heads import (  # noqa: E402
+    FEW_ROWS,
+    FoldedCheck,
+    check_logit,
+)
 
 
 @settings(max_examples=30, deadline=None)

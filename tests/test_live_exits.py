@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from helios_sim.exits.rule import Confidence, PerToken
-from helios_sim.live.forward import Chunk, Forward
-from helios_sim.live.heads import ExitHeads
-from helios_sim.live.kv import Packed
-from helios_sim.live.leaving import Row
-from helios_sim.live.look import Exits
-from helios_sim.live.model import SegmentedModel
+from helios_sim.live.exits import ExitReader
+from helios_sim.live.forward import Forward
+from helios_sim.live.memory.kv import Packed
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
+from helios_sim.live.rows import Chunk, Row, Tally
 from helios_sim.live.served import LiveModel
-from helios_sim.live.tally import Tally
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from slow_exits import SlowModel
@@ -60,7 +59,7 @@ def rule_of(model: LiveModel, measure: Confidence, share: float = 0.5) -> PerTok
     """The threshold that this share of tokens reaches at an early exit."""
     ids = model.encode(TEXT)[:90]
     whole = SegmentedModel.load(model.checkpoint)
-    step, exits = Packed(whole.architecture, 1, len(ids)), Exits(model.heads, LAYERS)
+    step, exits = Packed(whole.architecture, 1, len(ids)), ExitReader(model.heads, LAYERS)
     hidden, sure = whole.embed(torch.tensor(ids), step.positions), []
     for start, depth in pairwise((0, *EXITS[:-1])):
         hidden = whole.run(hidden, start, depth, step)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import model_spec
-from helios_sim.live.kv import Packed
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.memory.kv import Packed
+from helios_sim.live.model.architecture import model_spec
+from helios_sim.live.model.decoder import SegmentedModel
 from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
 from tiny_models import FAMILIES, tiny_model, write_tiny
 

@@ -12,8 +12,8 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth
-from helios_sim.live.interrupt import between_events
-from helios_sim.live.model import SegmentedModel
+from helios_sim.live.clock import between_events
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import Completed, Drained, LoadFailed

@@ -11,7 +11,7 @@ import pytest
 
 from calibrate import models
 from helios_sim.errors import UserError
-from helios_sim.live.known import KNOWN, KnownWeights
+from helios_sim.live.checkpoint.known import KNOWN, KnownWeights
 
 CONTENT = b"first half, second half"
 

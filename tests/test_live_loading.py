@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live import room
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.safetensors_folder import SafetensorsFolder
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live import device
+from helios_sim.live.checkpoint.hub_folder import SafetensorsFolder
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.model.decoder import SegmentedModel
 from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
 from tiny_models import tiny_config, tiny_model, write_tiny
 
@@ -125,27 +125,27 @@ def test_a_cap_outside_the_model_is_refused(layers: int, tmp_path: Path) -> None
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = find_checkpoint(str(write_tiny("llama", tmp_path)))
     room_for_two = checkpoint.architecture.weight_values(2) * 4
-    monkeypatch.setattr(room, "available_bytes", lambda device: room_for_two)
+    monkeypatch.setattr(device, "available_bytes", lambda device: room_for_two)
     model = SegmentedModel.load(checkpoint, layers=2)
     monkeypatch.setattr(SafetensorsFolder, "rows", lambda *_: pytest.fail("something was read"))
     with pytest.raises(UserError, match=r"memory.*free on cpu.*bfloat16"):
         SegmentedModel.load(checkpoint, layers=3)
-    monkeypatch.setattr(room, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(device, "available_bytes", lambda device: 0)
     with pytest.raises(UserError, match="1 more layers"):
         model.load_layers(3)
 
 
 def test_free_memory_is_read_and_limited_by_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\n")
-    monkeypatch.setattr(room, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
     cpu = torch.device("cpu")
-    assert room.available_bytes(cpu) == 1000 * 1024
+    assert device.available_bytes(cpu) == 1000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("4000\n")
-    assert room.available_bytes(cpu) == 1000 * 1024
+    assert device.available_bytes(cpu) == 1000 * 1024
     (tmp_path / "memory.max").write_text("10000\n")
-    assert room.available_bytes(cpu) == 6000
-    monkeypatch.setattr(room, "_MEMINFO", tmp_path / "none")
+    assert device.available_bytes(cpu) == 6000
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "none")
     (tmp_path / "memory.max").unlink()
-    assert room.available_bytes(cpu) is None
+    assert device.available_bytes(cpu) is None

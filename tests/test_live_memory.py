@@ -12,10 +12,10 @@ from hypothesis import given, strategies as st
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth
-from helios_sim.live import kv, workspace
-from helios_sim.live.cache_shape import CacheShape
+from helios_sim.live.device import ALIGNMENT
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.pages import ALIGNMENT
+from helios_sim.live.memory import kv, workspace
+from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import Completed
@@ -73,7 +73,7 @@ def check_completed(live: Live) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 12), st.integers(0, 1 << 22))
 def test_slots_and_bytes_are_each_others_inverse(slots: int, tokens: int, layers: int, n_bytes: int) -> None:
-    from helios_sim.live.architecture import Architecture, Rope
+    from helios_sim.live.model.architecture import Architecture, Rope
 
     a = Architecture(
         "llama", n_layers=layers, d_model=8, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=16, vocab_size=32,

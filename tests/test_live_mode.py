@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 
 from command_line import CommandLine
 from helios_sim.config import in_full
-from helios_sim.live import packages
+from helios_sim.live import served
 from live_study import write_live_study
 
 
@@ -89,8 +89,8 @@ def test_a_mistake_is_one_message(
 
 
 def test_without_torch_it_says_how_to_get_it(command: CommandLine, study: Path, monkeypatch) -> None:
-    there = packages.find_spec
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "torch" else there(name))
+    there = served.find_spec
+    monkeypatch.setattr(served, "find_spec", lambda name: None if name == "torch" else there(name))
     said = command(*arguments(study, "mode=live"))
     assert said.status == 1
     assert "packages='torch'" in said.err
@@ -107,9 +107,9 @@ def test_weights_of_another_shape_are_refused(command: CommandLine, study: Path,
 
 
 def test_too_little_memory_is_one_message(command: CommandLine, study: Path, monkeypatch) -> None:
-    from helios_sim.live import room
+    from helios_sim.live import device
 
-    monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(device, "available_bytes", lambda device: 1000)
     said = command(*arguments(study, "mode=live"))
     assert said.status == 1
     assert "memory" in said.err

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 
 from command_line import CommandLine  # noqa: E402
 from helios_sim.live import pace  # noqa: E402
+from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.clock import WallClock  # noqa: E402
 from helios_sim.live.device import CpuDevice  # noqa: E402
-from helios_sim.live.model import SegmentedModel  # noqa: E402
-from helios_sim.live.source import find_checkpoint  # noqa: E402
+from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.profile.pace import DECODE, PROMPT  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402

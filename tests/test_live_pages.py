@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios_sim.live.pages import ALIGNMENT, LARGE_PAGE_BYTES, aligned, block, written_block
+from helios_sim.live.device import ALIGNMENT, LARGE_PAGE_BYTES, aligned, block, written_block
 
 CPU = torch.device("cpu")
 SIZES = (1, LARGE_PAGE_BYTES - 1, LARGE_PAGE_BYTES, 3 * LARGE_PAGE_BYTES + 5000)

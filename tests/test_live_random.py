@@ -13,11 +13,11 @@ import torch
 from helios_sim.errors import UserError
 from helios_sim.exits.store import write_trace
 from helios_sim.exits.synthetic import synthetic_trace
-from helios_sim.live.architecture import model_spec
-from helios_sim.live.kv import Packed
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.random_weights import draw
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint.random_weights import draw
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.memory.kv import Packed
+from helios_sim.live.model.architecture import model_spec
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.profile.models import MODELS
 from helios_sim.profile.store import load_profile, write_profile
 from helios_sim.study.job import Job, run_job

@@ -9,12 +9,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helios_sim.live.device import CpuDevice, Pairs
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.pages import ALIGNMENT
-from helios_sim.live.residents import Residents
+from helios_sim.live.device import ALIGNMENT, CpuDevice, Pairs
+from helios_sim.live.memory.residents import Residents, Slab, SlabPiece
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
-from helios_sim.live.slab import Piece, Slab
 from live_example import packed_logits, token_ids
 from live_rig import LAYERS, live_model
 from tiny_models import FAMILIES, write_tiny
@@ -48,7 +46,7 @@ def loaded(residents: Residents, name: str) -> Exception | None:
 @given(st.lists(st.integers(1, 5 * ALIGNMENT), max_size=12), st.randoms())
 def test_pieces_never_overlap_and_all_come_back(sizes: list[int], random) -> None:
     slab = Slab(20 * ALIGNMENT, torch.device("cpu"))
-    held: list[Piece] = []
+    held: list[SlabPiece] = []
     for size in sizes:
         try:
             held.append(slab.take(size))

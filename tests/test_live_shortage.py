@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from helios_sim.exits.rule import Confidence, FullDepth, PerToken
+from helios_sim.live.device import oom_message
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.room import shortage
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.serving.iteration import Plan
@@ -138,5 +138,5 @@ def test_other_errors_are_not_taken_for_it(tiny: dict[str, LiveModel], monkeypat
     ],
 )  # fmt: skip
 def test_what_says_that_memory_ran_out(error: Exception, reason: str | None) -> None:
-    found = shortage(error)
+    found = oom_message(error)
     assert found is None if reason is None else found is not None and found.startswith(reason)

@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from helios_sim.errors import UserError
-from helios_sim.live import source
-from helios_sim.live.known import KNOWN, KnownWeights
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint import source
+from helios_sim.live.checkpoint.known import KNOWN, KnownWeights
+from helios_sim.live.checkpoint.source import find_checkpoint
 from tiny_models import FAMILIES, TEXT, tiny_model, write_tiny
 
 

@@ -16,9 +16,9 @@ from calibrate.hidden import start_token, tokenized  # noqa: E402
 from calibrate.texts import Split, passages  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
-from helios_sim.live.heads import ExitHeads  # noqa: E402
-from helios_sim.live.model import SegmentedModel  # noqa: E402
-from helios_sim.live.source import find_checkpoint  # noqa: E402
+from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
+from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
+from helios_sim.live.model.heads import ExitHeads  # noqa: E402
 from tests.tiny_models import tiny_tokenizer, write_tiny  # noqa: E402
 
 ORIGIN = traces.Origin("tiny", "0" * 64, "a test")

@@ -15,8 +15,8 @@ import torch
 
 from calibrate import training
 from calibrate.training import Recipe
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.model.decoder import SegmentedModel
 
 
 def test_no_tensor_of_the_training_lies_on_a_default_device(monkeypatch) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from calibrate.subject import Limits, Subject
 from fake_device import VirtualClock, VirtualDevice
-from helios_sim.live.architecture import Architecture, Rope
-from helios_sim.live.mixed import Together
+from helios_sim.live.memory.kv import MixedStep
+from helios_sim.live.model.architecture import Architecture, Rope
 
 LIMITS = Limits(max_batch=8, max_rows=64, max_chunk=64, max_kv_tokens=256, max_head_rows=16)
 ARCHITECTURE = Architecture(
@@ -88,7 +88,7 @@ class StubModel:
             before_s = self._clock.now_s
             self._clock.pass_s(self._costs.dense(len(hidden)))
             attend(layer, part, part, part)
-            if isinstance(attend, Together):
+            if isinstance(attend, MixedStep):
                 self._clock.pass_s((self._costs.mixed - 1.0) * (self._clock.now_s - before_s))
         return hidden
 

@@ -27,7 +27,7 @@ from calibrate.progress import progress
 from calibrate.report_floor import median_ratio, over_floor
 from calibrate.stages import Outcome, Status, run_stages
 from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
-from helios_sim.live.packages import check_packages
+from helios_sim.live.served import check_packages
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
 from helios_sim.report import files

@@ -21,7 +21,7 @@ from calibrate.schema import CalibrateConfig, ModelConfig
 from calibrate.stages import CannotRun, Stage, StageRun
 from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
 from helios_sim.errors import UserError
-from helios_sim.live.known import KNOWN
+from helios_sim.live.checkpoint.known import KNOWN
 
 DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
 TRANSCRIPT = "device.jsonl"
@@ -60,7 +60,7 @@ class Plan:
 
         A model that is too large for the memory only costs its own stages, which say so.
         """
-        from helios_sim.live.random_weights import RANDOM
+        from helios_sim.live.checkpoint.random_weights import RANDOM
 
         config = self.config
         if weights_of(config, config.text_model).startswith(RANDOM):

@@ -15,7 +15,7 @@ from calibrate.campaigns.exits import Exits, exits_of
 from calibrate.campaigns.schema import CampaignConfig
 from calibrate.stages import Finished, NotEnoughTime, StageRun
 from calibrate.work import ADAPTERS
-from helios_sim.live.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile
 from helios_sim.report import files

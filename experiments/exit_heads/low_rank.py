@@ -26,10 +26,10 @@ from calibrate.observe import Observed, observe
 from calibrate.reliability import at_agreement, fit_logistic
 from calibrate.texts import Split
 from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
-from helios_sim.live.heads import SHIPPED, ExitHeads
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
-from helios_sim.live.weights import load_layer
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import SHIPPED, ExitHeads
+from helios_sim.live.model.weights import load_layer
 
 NAME = "smollm2-135m"
 RESULT = Path(__file__).parent / "low_rank.json"

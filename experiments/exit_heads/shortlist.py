@@ -24,10 +24,10 @@ from calibrate.texts import Split, domain_of
 from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from calibrate.training import choices
 from helios_sim.exits.store import load_trace
-from helios_sim.live.heads import ADAPTER, SHIPPED, ExitHeads
-from helios_sim.live.kv import DecodeStep, KvCache
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.memory.kv import DecodeStep, KvCache
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ADAPTER, SHIPPED, ExitHeads
 
 NAME = "smollm2-135m"
 RESULT = Path(__file__).parent / "shortlist.json"

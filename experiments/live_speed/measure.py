@@ -26,12 +26,12 @@ import torch
 from helios_sim.exits.none import no_exits
 from helios_sim.exits.offline import offline_exits
 from helios_sim.exits.rule import Confidence, FullDepth
-from helios_sim.live.architecture import model_spec
+from helios_sim.live.checkpoint.source import Checkpoint, find_checkpoint
 from helios_sim.live.clock import WallClock
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.heads import ExitHeads
+from helios_sim.live.model.architecture import model_spec
+from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
-from helios_sim.live.source import Checkpoint, find_checkpoint
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation, Telemetry
 from helios_sim.policy.trigger import Cause

@@ -24,9 +24,8 @@ from calibrate.hidden import start_token, states
 from calibrate.observe import observe
 from helios_sim.config import Variants, conf_folder, register
 from helios_sim.exits.rule import Confidence, PerToken
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.opening import Wanted, open_models
-from helios_sim.live.served import LiveModel
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.served import LiveModel, OpenSettings, open_models
 from helios_sim.study.build import build
 from helios_sim.study.fleet import build_fleet
 from helios_sim.study.job import Job, serve
@@ -104,7 +103,7 @@ def opened(config: Config, name: str) -> tuple[LiveModel, SegmentedModel]:
 
     parts = build(config, 0)
     data = parts.models[name]
-    live = open_models(Wanted(), {name: data.profile}, {name: data.trace})[name]
+    live = open_models(OpenSettings(), {name: data.profile}, {name: data.trace})[name]
     return live, SegmentedModel.load(live.checkpoint, dtype=torch.bfloat16)
 
 

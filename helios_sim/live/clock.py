@@ -6,20 +6,33 @@ as in a simulation. Time that the host spends between two events makes the next 
 
 Other threads act on what is served by `call`. Such a call happens at the moment it was made: the queue of calls is
 drained before every event, and it wakes an environment that waits.
+
+
+Requests and cancellations from other threads into a system that serves by the wall clock. Knows no policy.
+
+A request arrives, and a cancellation counts, at the moment at which the method was called.
+
+
+Ctrl-C between two events of the environment, not in the middle of one. Knows signals and the clock, no server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
+from types import FrameType
+from typing import Any, Protocol, Self
 
 import simpy.rt
 from simpy.core import EmptySchedule, Infinity
 from simpy.events import Timeout
 
-from helios_sim.request import NS_PER_S
+from helios_sim.request import NS_PER_S, Request
 
 Call = Callable[[], None]
 
@@ -98,3 +111,77 @@ class WallClock(simpy.rt.RealtimeEnvironment):
         event = Timeout(self, max(called_ns - int(self.now), 0))
         assert event.callbacks is not None
         event.callbacks.append(lambda _: what())
+
+
+class CancelTarget(Protocol):
+    """One replica's server."""
+
+    def cancel(self, request_id: int) -> None: ...
+
+
+class DispatchTarget(Protocol):
+    """What requests are dispatched to: a `System`."""
+
+    @property
+    def servers(self) -> Sequence[CancelTarget]: ...
+
+    def dispatch(self, request: Request) -> None: ...
+
+
+class Door:
+    """Open from its making until `close`: as long as it is, the run waits for whoever may still come.
+
+    Make it in the environment's thread (`simulate(..., outside=...)` hands over the system); use it from any thread.
+    """
+
+    def __init__(self, clock: WallClock, system: DispatchTarget) -> None:
+        self._clock, self._system = clock, system
+        clock.open_door()
+
+    def send(self, request: Request) -> None:
+        """Its number must be nobody else's; the time of its arrival is now."""
+        self._clock.call(lambda: self._system.dispatch(replace(request, arrival_ns=int(self._clock.now))))
+
+    def cancel(self, request_id: int) -> None:
+        """The request leaves between two iterations, wherever it is; one that has left already is let be."""
+
+        def everywhere() -> None:
+            for server in self._system.servers:
+                server.cancel(request_id)
+
+        self._clock.call(everywhere)
+
+    def close(self) -> None:
+        self._clock.call(self._clock.close_door)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *of_error: Any) -> None:
+        self.close()
+
+
+@contextmanager
+def between_events(clock: WallClock) -> Iterator[None]:
+    """The first SIGINT raises KeyboardInterrupt from `clock.step()`, when an iteration has been committed whole.
+
+    So whoever is still in the system can leave with a record (`Server.finish`). A second one acts at once. Outside
+    the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        clock.call(stop)
+
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

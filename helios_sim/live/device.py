@@ -2,18 +2,30 @@
 
 A CPU and a CUDA card are two implementations of it. Knows no model and no request. The calibration runs its steps in
 the same way, so its profiles mean what is served.
+
+
+Memory for weights and caches, on large pages where the system has them. Knows bytes, no tensor's meaning.
+
+A decode reads every weight once and comes back to it a token later: on pages of 4 KiB a CPU looks up a page for every
+64 cache lines of that. A card has pages of its own.
+
+
+How much memory is free, and whether it was that which ran out. Knows no weights and no cache.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from helios_sim.live.pages import block
+from helios_sim.errors import UserError
 
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
@@ -49,7 +61,7 @@ class Device(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class GraphReplay:
     """A captured step, with what it reads and writes: a graph knows addresses and keeps nothing alive."""
 
     graph: Any
@@ -134,7 +146,7 @@ class CudaDevice:
         # Only this thread's calls matter to the capture: the copying thread goes on.
         with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
-        return Replay(graph, step)
+        return GraphReplay(graph, step)
 
 
 def open_device(name: str) -> Device:
@@ -145,3 +157,87 @@ def open_device(name: str) -> Device:
 
 def _nothing() -> None:
     """There is nothing to wait for."""
+
+
+ALIGNMENT = 256  # bytes: what a card's loads want, and more than a cache line
+LARGE_PAGE_BYTES = 2 << 20
+
+
+def block(n_bytes: int, device: torch.device) -> Tensor:
+    """(n_bytes,) uint8, its content undefined. MemoryError or torch's RuntimeError where there is no room."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    whole_pages = n_bytes // LARGE_PAGE_BYTES
+    if device.type != "cpu" or advice is None or not whole_pages:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    try:
+        mapped = mmap.mmap(-1, n_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{n_bytes} bytes: {error.strerror}") from error
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -memory.data_ptr() % LARGE_PAGE_BYTES
+    with suppress(OSError):  # a kernel without them
+        mapped.madvise(advice, start, whole_pages * LARGE_PAGE_BYTES)
+    return memory[start : start + n_bytes]
+
+
+def written_block(n_bytes: int, device: torch.device) -> Tensor:
+    """The same full of zeros that were written, not promised: nobody waits for pages when it is used."""
+    return block(n_bytes, device).zero_()
+
+
+def aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_SHARE = 0.9  # others grow too: processes on a host, an allocator's gaps on a card
+_SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, of a CPU also within its control group; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [n for n in (_free_on_host(), _free_in_group()) if n is not None]
+    return min(found) if device.type == "cpu" and found else None
+
+
+def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
+    """Raises UserError, before anything is allocated, where the weights cannot fit."""
+    free = available_bytes(device)
+    if free is not None and needed_bytes > free:
+        raise UserError(
+            "memory", f"{free / 1e9:.2f} GB free on {device}", f"{needed_bytes / 1e9:.2f} GB for the weights of {name}",
+            "load fewer layers, use bfloat16, choose a smaller model or free memory",
+        )  # fmt: skip
+
+
+def room_for_caches(device: torch.device, reserve_bytes: int) -> int | None:
+    """Of the memory that is free now, what caches may take beside a reserve; None where the system does not tell."""
+    free = available_bytes(device)
+    return None if free is None else max(0, int(free * _SHARE) - reserve_bytes)
+
+
+def oom_message(error: BaseException) -> str | None:
+    """What the error says, if it says that memory has run out; torch has several ways to say so."""
+    text = str(error) or type(error).__name__
+    said = any(words in text.lower() for words in _SHORTAGES)
+    return text.splitlines()[0] if said or isinstance(error, MemoryError) else None
+
+
+def _free_on_host() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _free_in_group() -> int | None:
+    """Of a container with a limit (cgroup v2)."""
+    try:
+        limit, used = (_CGROUP / "memory.max").read_text(), (_CGROUP / "memory.current").read_text()
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return None

@@ -14,21 +14,17 @@ import numpy as np
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan
-from helios_sim.live.answer import Answer
-from helios_sim.live.answers import Answers
-from helios_sim.live.cache_shape import CacheShape
+from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
-from helios_sim.live.device import Device, open_device
-from helios_sim.live.forward import Chunk, Forward
-from helios_sim.live.leaving import Row, Seen
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.probe import observation, score
-from helios_sim.live.residents import Residents
-from helios_sim.live.room import shortage
-from helios_sim.live.served import LiveModel, Texts
-from helios_sim.live.tally import Tally
-from helios_sim.live.trial import try_out
-from helios_sim.live.workspace import Workspace
+from helios_sim.live.device import Device, oom_message, open_device
+from helios_sim.live.forward import Forward
+from helios_sim.live.memory.kv import CacheShape
+from helios_sim.live.memory.residents import Residents
+from helios_sim.live.memory.workspace import Workspace, try_out
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.rows import Chunk, ObservedToken, Row, Tally
+from helios_sim.live.served import LiveModel
+from helios_sim.live.texts import PromptTexts
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Column, Sequence
@@ -58,7 +54,7 @@ class LiveEngine:
         self,
         env: WallClock,
         models: Mapping[str, LiveModel],
-        texts: Texts,
+        texts: PromptTexts,
         *,
         slots: int,
         slot_tokens: int,
@@ -107,7 +103,7 @@ class LiveEngine:
             rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
             tally = self._forward(plan, model, rows, chunks)
         except (MemoryError, RuntimeError) as error:
-            reason = shortage(error)
+            reason = oom_message(error)
             if reason is None:
                 raise
         if reason is not None:  # out there: the error holds on to the tensors of its frames
@@ -205,7 +201,7 @@ class LiveEngine:
         per_token = isinstance(plan.exit_rule, PerToken)
         rows = []
         for answer in answers[: plan.decoding]:
-            seen = Seen() if _observed(plan, answer) else None
+            seen = ObservedToken() if _observed(plan, answer) else None
             deep = per_token or seen is not None
             slot, at = self.work.slots.of(answer.request.request_id), answer.cached
             rows.append(Row(
@@ -224,7 +220,7 @@ class LiveEngine:
             ids = answer.ids(start, part.context_tokens + part.tokens)
             row = None
             if part.finishes:
-                seen = Seen() if observed else None
+                seen = ObservedToken() if observed else None
                 row = Row(slot, start + len(ids) - 1, ids[-1], layers, decodes=False, seen=seen)
             chunks.append(Chunk(slot, ids, start, layers, row))
         return chunks

@@ -13,27 +13,13 @@ import torch
 from torch import Tensor
 
 from helios_sim.exits.rule import PerToken
-from helios_sim.live.captured import Captured
-from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
-from helios_sim.live.layers import Attend
-from helios_sim.live.leaving import Leaving, Owed, Row
-from helios_sim.live.look import Exits
-from helios_sim.live.mixed import Together
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.tally import Tally
+from helios_sim.live.exits import ExitDecider, ExitReader
+from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
+from helios_sim.live.model.decoder import Attend, SegmentedModel
+from helios_sim.live.rows import Chunk, OwedToken, Row, Tally
 from helios_sim.policy.deployment import BatchingRule, KvRule
 from helios_sim.serving.iteration import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of a prompt. `row` is its last token, where that one yields the next."""
-
-    slot: int
-    tokens: Sequence[int]
-    context: int
-    layers: int
-    row: Row | None
 
 
 @dataclass(slots=True)
@@ -52,17 +38,17 @@ class Forward:
     def __init__(
         self,
         model: SegmentedModel,
-        exits: Exits,
+        exits: ExitReader,
         cache: KvCache,
         plan: Plan,
         bounds: Sequence[int],
-        captured: Captured | None = None,
+        captured: GraphedDecodes | None = None,
     ) -> None:
         """`captured`: bands with nothing but decodes are launched as one."""
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._captured = captured
         self._lazy = plan.batching is BatchingRule.LAZY
-        self._leaving = Leaving(model, exits, plan.exit_rule, self._lazy)
+        self._leaving = ExitDecider(model, exits, plan.exit_rule, self._lazy)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:
@@ -92,7 +78,7 @@ class Forward:
         ids = torch.tensor([row.token for row in rows], device=self._cache.device)
         return self._model.embed(ids, torch.tensor([row.position for row in rows], device=self._cache.device))
 
-    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, Owed]]) -> DecodeStep:
+    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, OwedToken]]) -> DecodeStep:
         slots = [row.slot for row in rows] + [row.slot for row, _ in owed]
         lengths = [row.position for row in rows] + [token.position for _, token in owed]
         return DecodeStep(self._cache, slots, lengths)
@@ -156,7 +142,7 @@ class Forward:
             tally.propagated_above(band, len(gone))
             return
         for row, state in zip(gone, hidden.split(1), strict=True):
-            row.owed.append(Owed(row.position, end, state.clone()))  # the next iteration may write over it
+            row.owed.append(OwedToken(row.position, end, state.clone()))  # the next iteration may write over it
 
 
 def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
@@ -166,4 +152,4 @@ def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, Pr
         return pieces[0][1]
     steps: list[Attend] = [] if step is None else [step]
     sizes = [] if step is None else [rows]
-    return Together([*steps, *(prompt for _, prompt in pieces)], [*sizes, *(len(c.tokens) for c, _ in pieces)])
+    return MixedStep([*steps, *(prompt for _, prompt in pieces)], [*sizes, *(len(c.tokens) for c, _ in pieces)])

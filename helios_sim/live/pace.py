@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 
 from helios_sim.live.device import Device, Step
-from helios_sim.live.kv import DecodeStep, KvCache, PromptStep
-from helios_sim.live.model import SegmentedModel
+from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.profile.pace import Anchor
 
 REPEATS = 15

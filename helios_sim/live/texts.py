@@ -9,12 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.live.known import cache_folder
+from helios_sim.live.checkpoint.known import cache_folder
 
 FOLDER = "prompts"  # of the cache
 _FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
+
+
+class PromptTexts(Protocol):
+    """Where the words of prompts come from."""
+
+    def prompt(self, task: int, start: int, chars: int) -> str:
+        """The `chars` characters of the workload's task number `task` that end just before character `start`.
+
+        `start` is a request's `text_start`, where the recorded answer begins: any whole number. A task's text is
+        circular, so that every span is there, however long.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from simpy.events import Timeout
 from helios_sim.errors import UserError
 from helios_sim.live.clock import WallClock
 from helios_sim.live.energy import ABSENT, Meter, open_counter
-from helios_sim.live.opening import Wanted, open_models
+from helios_sim.live.served import OpenSettings, open_models
 from helios_sim.live.texts import read_texts
 from helios_sim.live.warm_up import warm_up
 from helios_sim.profile.pace import DECODE, PROMPT
@@ -94,7 +94,7 @@ class LiveRun:
         known = replace(records, microbits=Maybe(records.microbits.values, np.zeros(len(records), np.bool_)))
         if not self._config.live.score:
             return known
-        from helios_sim.live.agreement import agreed_tokens
+        from helios_sim.live.answers import agreed_tokens
 
         answers = [answer for number, answer in self.device_engine.answers.items() if number >= 0]
         found = agreed_tokens(opened(self._config, self._parts), answers, self._config.live.device)
@@ -152,7 +152,7 @@ class LiveRun:
 def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> LiveEngine:
     """The live engine, with room for the workload's longest requests."""
     from helios_sim.live.engine import LiveEngine
-    from helios_sim.live.replayed import ReplayingEngine
+    from helios_sim.live.replay import ReplayingEngine
     from helios_sim.serving.replica import SERVED_TEXTS
 
     live_models = opened(config, parts)
@@ -194,9 +194,9 @@ def check_settings(config: Config) -> None:
                         "leave them out")  # fmt: skip
 
 
-def wanted(config: Config) -> Wanted:
+def wanted(config: Config) -> OpenSettings:
     live = config.live
-    return Wanted(live.device, live.dtype, live.threads, live.seed, dict(live.weights), dict(live.heads))
+    return OpenSettings(live.device, live.dtype, live.threads, live.seed, dict(live.weights), dict(live.heads))
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:

@@ -20,8 +20,8 @@ from helios_sim.request import NS_PER_S
 if TYPE_CHECKING:
     from helios_sim.live.device import Step
     from helios_sim.live.engine import LiveEngine
-    from helios_sim.live.model import SegmentedModel
-    from helios_sim.live.weights import LayerWeights
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.weights import LayerWeights
     from helios_sim.profile.pace import Anchor
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Finds a checkpoint by what a user writes: a known name, a folder, a GGUF file, a hub id. Knows no tensor.
 
-Known names are `helios_sim.live.known.KNOWN`; their files lie in the cache folder and are checked by sha256.
+Known names are `helios_sim.live.checkpoint.known.KNOWN`; their files lie in the cache folder and are checked by sha256.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture, Shape
-from helios_sim.live.gguf_file import GgufFile
-from helios_sim.live.known import KNOWN, cache_folder, sha256_of
-from helios_sim.live.naming import Piece
-from helios_sim.live.random_weights import RandomWeights, draw, is_random
-from helios_sim.live.safetensors_folder import SafetensorsFolder
+from helios_sim.live.checkpoint.gguf_file import GgufFile
+from helios_sim.live.checkpoint.hub_folder import SafetensorsFolder
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
+from helios_sim.live.model.architecture import Architecture, Shape
+from helios_sim.live.model.weights import Piece
 
 Stamp = tuple[tuple[str, int, int], ...]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture, Rope, Shape
-from helios_sim.live.naming import Piece
+from helios_sim.live.model.architecture import Architecture, Rope, Shape
+from helios_sim.live.model.weights import Piece
 from helios_sim.profile.models import MODELS
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import load_profile
@@ -71,8 +71,8 @@ class RandomWeights:
         first = zlib.crc32(f"{name} {start}".encode()) % (len(noise) - values + 1)
         return noise[first : first + values].view(stop - start, *rest)
 
-    def tokenizer(self) -> StandIn:
-        return StandIn(self.architecture.vocab_size)
+    def tokenizer(self) -> StandInTokenizer:
+        return StandInTokenizer(self.architecture.vocab_size)
 
     def _drawn(self) -> Tensor:
         if self._noise is None:
@@ -83,7 +83,7 @@ class RandomWeights:
         return self._noise
 
 
-class StandIn:
+class StandInTokenizer:
     """Cuts a text into pieces of four characters where a tokenizer would cut it into words. Its tokens mean nothing."""
 
     is_fast, chat_template = True, None

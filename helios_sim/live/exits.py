@@ -1,60 +1,100 @@
-"""Who leaves at the end of a band, and with which token. Knows exits and the rule, no layer and no cache."""
+"""What an exit says about rows whose hidden states are at hand. Knows heads and confidences, no rule and no cache.
+
+Who leaves at the end of a band, and with which token. Knows exits and the rule, no layer and no cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, PerToken
-from helios_sim.live.look import Exits
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.tally import Tally
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
+from helios_sim.live.rows import Row, Tally
 
 
-@dataclass(slots=True)
-class Owed:
-    """A token that left and still has to run the layers from `depth` on, before anybody reads its K and V there."""
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """Of n rows, on the host. `finite`: the logits were numbers; without them token and confidence mean nothing."""
 
-    position: int
-    depth: int
-    hidden: Tensor  # (1, d_model)
-
-
-@dataclass(slots=True)
-class Seen:
-    """What each exit said of one observed token, in the order of the exits."""
-
-    choices: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
+    tokens: list[int]
+    confidence: list[float] | None
+    finite: list[bool]
 
 
-@dataclass(slots=True)
-class Row:
-    """A token on its way: of a request that decodes, or the last one of a prompt that finishes."""
+class ExitReader:
+    """A model's exits by depth. At a depth without heads the model's own norm and head are used as they are."""
 
-    slot: int
-    position: int
-    token: int
-    last_layer: int  # where it is sampled at the latest
-    asks: bool = False  # leaves at the first confident exit
-    decodes: bool = True
-    seen: Seen | None = None  # observed at every exit
-    owed: list[Owed] = field(default_factory=list)  # of its request
-    sure: bool = False  # was confident somewhere
-    recorded: Mapping[int, bool] | None = None  # whether exits are confident, by depth, whatever the model says
-    chosen: int | None = None  # the token that it became
-    layers: int = 0  # after which it left; 0 while it has not
-    breach: bool = False
-    finite: bool = True
+    def __init__(self, heads: ExitHeads, n_layers: int) -> None:
+        self.heads = heads
+        self._index = {depth: i for i, depth in enumerate((*heads.exits, n_layers))}
+
+    @torch.inference_mode()
+    def look(self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None) -> HeadOutput:
+        """hidden (n, d) after `depth` layers, through the head. One transfer to the host.
+
+        `measure`: also give this confidence (None: none). That of a classifier does not come from the head, but is
+        fetched in the same transfer.
+        """
+        tokens, confidence, best = self.on_device(model, depth, hidden, measure)
+        columns = [tokens.double(), best.double()] if confidence is None else [
+            tokens.double(), best.double(), confidence.double()
+        ]  # fmt: skip
+        rows = torch.stack(columns).tolist()
+        finite = [value - value == 0.0 for value in rows[1]]
+        return HeadOutput([int(t) for t in rows[0]], None if confidence is None else rows[2], finite)
+
+    @torch.inference_mode()
+    def tokens(self, model: SegmentedModel, adapted: Tensor) -> HeadOutput:
+        """What states (n, d) that are adapted already say, whatever depths they come from. One transfer."""
+        best = model.logits(adapted).max(-1)
+        rows = torch.stack((best.indices.double(), best.values.double())).tolist()
+        return HeadOutput([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]])
+
+    def on_device(
+        self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tokens (n,), confidence (n,) if asked for, and the largest logit (n,), all still on the device."""
+        index = self._index.get(depth)
+        logits = model.logits(self.adapted(model, depth, hidden))
+        if measure is None:
+            best = logits.max(-1)
+            return best.indices, None, best.values
+        if measure is Confidence.CLASSIFIER:
+            best = logits.max(-1)
+            return best.indices, self.classify(depth, hidden), best.values
+        logits = logits.float()
+        temperature = 1.0 if index is None else self.heads.temperature[index]
+        if temperature != 1.0:
+            logits = logits / temperature
+        best = logits.max(-1)
+        total = logits.logsumexp(-1)
+        sure = (best.values - total).exp()
+        if measure is Confidence.MARGIN:
+            sure = sure - (logits.topk(2, dim=-1).values[:, 1] - total).exp()
+        return best.indices, sure, best.values
+
+    def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
+        """Hidden states (n, d) after `depth` layers as the model's own norm and head read them."""
+        index = self._index.get(depth)
+        return hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
+
+    def classify(self, depth: int, hidden: Tensor) -> Tensor:
+        """The cheap check's answer (n,). UserError for heads without one."""
+        index = self._index.get(depth)
+        if index is None:
+            raise ValueError(f"no head at layer {depth}; heads at {tuple(self._index)}")
+        return self.heads.classify(index, hidden)
 
 
-class Leaving:
+class ExitDecider:
     """The plan's exit rule at work."""
 
-    def __init__(self, model: SegmentedModel, exits: Exits, rule: ExitRule, lazy: bool) -> None:
+    def __init__(self, model: SegmentedModel, exits: ExitReader, rule: ExitRule, lazy: bool) -> None:
         self._model, self._exits, self._lazy = model, exits, lazy
         watched = rule if isinstance(rule, FixedCap | PerToken) else None
         self._threshold = 0.0 if watched is None else watched.threshold

@@ -1,22 +1,85 @@
-"""The KV caches of all models in one block of memory, and whose texts lie in it. Knows no plan and no weights."""
+"""Which request lies in which slot of the KV cache. Requests that decode lie in a row from slot 0 on.
+
+So a decode step reads the cache in place instead of gathering it. Knows numbers of requests, no text and no layer.
+
+
+The KV caches of all models in one block of memory, and whose texts lie in it. Knows no plan and no weights.
+
+A first run of a model: libraries take the memory that they keep for themselves. Knows no request and no time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set as AbstractSet
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set as AbstractSet
 
+import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.answer import Answer
-from helios_sim.live.cache_shape import CacheShape
-from helios_sim.live.captured import Captured
-from helios_sim.live.device import Device
-from helios_sim.live.kv import KvCache
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.pages import written_block
-from helios_sim.live.room import room_for_caches
-from helios_sim.live.slots import Slots
+from helios_sim.live.answers import Answer
+from helios_sim.live.device import Device, room_for_caches, written_block
+from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.memory.kv import CacheShape, DecodeStep, KvCache, PromptStep
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.serving.iteration import Places
+
+
+class Slots:
+    """`move(source, target, tokens, swap)` copies a slot's first tokens into another, or exchanges the two's."""
+
+    def __init__(self, count: int, move: Callable[[int, int, int, bool], None]) -> None:
+        self.count = count
+        self._move = move
+        self._of: dict[int, int] = {}  # request -> slot
+        self._holder: dict[int, int] = {}  # slot -> request
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._of
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._of))
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def of(self, request_id: int) -> int:
+        return self._of[request_id]
+
+    def take(self, request_id: int) -> int:
+        """The lowest free slot. RuntimeError where there is none: the server admits no more than there are."""
+        slot = next((slot for slot in range(self.count) if slot not in self._holder), None)
+        if slot is None:
+            raise RuntimeError(f"{self.count} KV slots, all taken; request {request_id} needs one")
+        self._put(request_id, slot)
+        return slot
+
+    def give(self, request_id: int) -> None:
+        del self._holder[self._of.pop(request_id)]
+
+    def clear(self) -> None:
+        self._of.clear()
+        self._holder.clear()
+
+    def arrange(self, decoding: Sequence[int], cached: Mapping[int, int]) -> None:
+        """Brings these requests into the slots 0 .. len(decoding) - 1, in any order, with as few moves as it takes.
+
+        `cached`: tokens that each request has in its slot.
+        """
+        first = set(decoding)
+        outside = [request for request in decoding if self._of[request] >= len(decoding)]
+        places = [slot for slot in range(len(decoding)) if self._holder.get(slot) not in first]
+        for request, slot in zip(outside, places, strict=True):
+            source, other = self._of[request], self._holder.get(slot)
+            tokens = max(cached[request], 0 if other is None else cached[other])
+            self._move(source, slot, tokens, other is not None)
+            del self._holder[source]
+            if other is not None:
+                self._put(other, source)
+            self._put(request, slot)
+
+    def _put(self, request_id: int, slot: int) -> None:
+        self._of[request_id] = slot
+        self._holder[slot] = request_id
 
 
 class Workspace:
@@ -31,7 +94,7 @@ class Workspace:
         self.places = {name: Places(slots, shape.slot_tokens) for name, shape in shapes.items()}  # until it is reserved
         self.slots = Slots(slots, self._move)
         self.cache: KvCache  # of the model that runs
-        self.captured: Captured | None = None
+        self.captured: GraphedDecodes | None = None
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
         self._spoilt: set[int] = set()  # slots that hold something that is no number
@@ -76,7 +139,7 @@ class Workspace:
             self.cache = self._caches[name]
             self.slots.clear()
             self.slots.count = self.cache.slots
-            self.captured = Captured(model, self.cache, self._device) if self._device.captures else None
+            self.captured = GraphedDecodes(model, self.cache, self._device) if self._device.captures else None
             self._name, self._model = name, model
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
@@ -134,3 +197,18 @@ class Workspace:
             there.copy_(here)
             if kept is not None:
                 here.copy_(kept)
+
+
+PROMPT_TOKENS = 16
+
+
+@torch.inference_mode()
+def try_out(model: SegmentedModel, layers: int) -> None:
+    """A short prompt and the token after it, in a cache of their own."""
+    on = model.device
+    cache = KvCache(model.architecture, layers, 1, PROMPT_TOKENS + 1, model.dtype, on)
+    prompt = PromptStep(cache, 0, PROMPT_TOKENS)
+    hidden = model.run(model.embed(torch.zeros_like(prompt.positions), prompt.positions), 0, layers, prompt)
+    step = DecodeStep(cache, [0], [PROMPT_TOKENS])
+    hidden = model.run(model.embed(torch.zeros_like(step.positions), step.positions), 0, layers, step)
+    model.logits(hidden).argmax(-1).tolist()

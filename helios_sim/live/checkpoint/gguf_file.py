@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture, Rope, Shape
-from helios_sim.live.hub_config import refuse, wrong_family
-from helios_sim.live.naming import Piece, gguf_pieces
+from helios_sim.live.checkpoint.hub_folder import refuse, wrong_family
+from helios_sim.live.checkpoint.naming import gguf_pieces
+from helios_sim.live.model.architecture import Architecture, Rope, Shape
+from helios_sim.live.model.weights import Piece
 
 _FETCH_AGAIN = "fetch the file again"
 _STRING, _ARRAY = 8, 9

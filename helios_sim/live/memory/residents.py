@@ -1,4 +1,8 @@
-"""Which layers of which models are in the device's memory, and how they get there. Knows no request and no time.
+"""Device memory for weights, allocated once and given out in pieces. Knows bytes, no tensor's meaning.
+
+All weights of a model in host memory, ready to be copied to the device. Knows parts and bytes, no placement.
+
+Which layers of which models are in the device's memory, and how they get there. Knows no request and no time.
 
 Every model's weights lie in host memory from the beginning. A load copies them block by block into the slab, in a
 thread of its own, while iterations run; the layers are there for them all at once, when the last one has come. A load
@@ -7,22 +11,130 @@ that fails leaves everything as it was.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import overload
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from helios_sim.live.device import Device
-from helios_sim.live.host_store import OUTER, HostStore, host_store
-from helios_sim.live.look import Exits
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.room import check_fits
+from helios_sim.live.device import Device, aligned, check_fits, written_block
+from helios_sim.live.exits import ExitReader
+from helios_sim.live.model.architecture import Shape, values
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, block_bytes, fill, parts_in
 from helios_sim.live.served import LiveModel
-from helios_sim.live.slab import Piece, Slab
-from helios_sim.live.weights import LayerWeights, OuterWeights
+
+
+@dataclass(frozen=True, slots=True)
+class SlabPiece:
+    start: int
+    n_bytes: int  # as taken, a multiple of the alignment
+
+
+class Slab:
+    """Pieces are taken where they fit first and given back in any order. Neighbouring free ones become one.
+
+    The thread that loads takes, the one that serves gives back.
+    """
+
+    def __init__(self, n_bytes: int, device: torch.device) -> None:
+        self._lock = threading.Lock()
+        self._memory = written_block(aligned(n_bytes), device)
+        self._free = [SlabPiece(0, len(self._memory))]
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(piece.n_bytes for piece in self._free)
+
+    @property
+    def total_bytes(self) -> int:
+        return len(self._memory)
+
+    def take(self, n_bytes: int) -> SlabPiece:
+        """MemoryError where no free piece is large enough."""
+        wanted = aligned(n_bytes)
+        with self._lock:
+            for i, piece in enumerate(self._free):
+                if piece.n_bytes >= wanted:
+                    rest = SlabPiece(piece.start + wanted, piece.n_bytes - wanted)
+                    self._free[i : i + 1] = [rest] if rest.n_bytes else []
+                    return SlabPiece(piece.start, wanted)
+        raise MemoryError(f"{wanted} bytes of weights wanted, {self.free_bytes} of {self.total_bytes} free")
+
+    def give(self, piece: SlabPiece) -> None:
+        with self._lock:
+            joined: list[SlabPiece] = []
+            for free in sorted([*self._free, piece], key=lambda p: p.start):
+                if joined and joined[-1].start + joined[-1].n_bytes == free.start:
+                    joined[-1] = SlabPiece(joined[-1].start, joined[-1].n_bytes + free.n_bytes)
+                else:
+                    joined.append(free)
+            self._free = joined
+
+    def bytes_of(self, piece: SlabPiece) -> Tensor:
+        """(n_bytes,) uint8, a view."""
+        return self._memory[piece.start : piece.start + piece.n_bytes]
+
+
+OUTER = -1  # beside the layers' numbers: embedding, final norm, head
+
+
+_made: WeakKeyDictionary[TensorSource, dict[tuple[torch.dtype, bool], HostStore]] = WeakKeyDictionary()
+
+
+def host_store(name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> HostStore:
+    """The store of a checkpoint, kept as long as the checkpoint object: nobody writes into it, and reading takes long.
+
+    Raises as `HostStore` does.
+    """
+    stores = _made.setdefault(source, {})
+    key = (dtype, device.captures)
+    if key not in stores:
+        stores[key] = HostStore(name, source, dtype, device)
+    return stores[key]
+
+
+class HostStore:
+    """Block after block: one of the parts outside the layers, and one of each layer. All read when it is made.
+
+    Raises UserError where host memory is too small.
+    """
+
+    def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> None:
+        self.architecture = a = source.architecture
+        self._dtype = dtype
+        self._shapes: dict[int, Mapping[str, Shape]] = {OUTER: a.outer_shapes()}
+        self._shapes |= dict.fromkeys(range(a.n_layers), a.layer_shapes())
+        check_fits(f"{name} in host memory", values(a.outer_shapes()) * dtype.itemsize, torch.device("cpu"))
+        self._blocks: dict[int, Tensor] = {}
+        for block in self._shapes:
+            self._blocks[block] = device.host_empty(self.n_bytes(block))
+            fill(source, None if block == OUTER else block, self._parts(block, self._blocks[block]))
+
+    def n_bytes(self, block: int) -> int:
+        """Of one block, each part at an aligned place."""
+        return block_bytes(self._shapes[block], self._dtype)
+
+    def pairs(self, block: int, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What to copy, and where to, so that the block lies in device memory (n_bytes,)."""
+        return [(self._blocks[block], memory[: len(self._blocks[block])])]
+
+    def layer(self, layer: int, memory: Tensor) -> LayerWeights:
+        """The layer's weights as views of device memory that holds its block."""
+        return LayerWeights(**self._parts(layer, memory))
+
+    def outer(self, memory: Tensor) -> OuterWeights:
+        parts = self._parts(OUTER, memory)
+        return OuterWeights(**{"head": parts["embedding"]} | parts)
+
+    def _parts(self, block: int, memory: Tensor) -> dict[str, Tensor]:
+        return parts_in(memory, self._shapes[block], self._dtype)
+
 
 Done = Callable[[Exception | None], None]
 
@@ -30,8 +142,8 @@ Done = Callable[[Exception | None], None]
 @dataclass(slots=True)
 class _Resident:
     model: SegmentedModel
-    outer: Piece
-    layers: list[Piece] = field(default_factory=list)
+    outer: SlabPiece
+    layers: list[SlabPiece] = field(default_factory=list)
 
 
 class Residents:
@@ -43,10 +155,10 @@ class Residents:
         self._slab: Slab
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
-        self._exits = {n: Exits(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
+        self._exits = {n: ExitReader(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")  # loads queue up
 
-    def exits(self, name: str) -> Exits:
+    def exits(self, name: str) -> ExitReader:
         return self._exits[name]
 
     @property
@@ -101,7 +213,7 @@ class Residents:
         store, resident = self._stores[name], self._there.get(name)
         there = [] if resident is None else resident.model.layers
         missing = store.architecture.n_layers - len(there)
-        taken: list[Piece] = []
+        taken: list[SlabPiece] = []
         try:
             if resident is None:
                 taken.append(self._copied(store, OUTER))
@@ -136,7 +248,7 @@ class Residents:
         there = 0 if resident is None else len(resident.layers)
         if there >= end:
             return
-        taken: list[Piece] = []
+        taken: list[SlabPiece] = []
         try:
             if resident is None:
                 taken.append(self._copied(store, OUTER))
@@ -154,7 +266,7 @@ class Residents:
         resident.model.layers += layers
         self._there[name] = resident
 
-    def _copied(self, store: HostStore, block: int) -> Piece:
+    def _copied(self, store: HostStore, block: int) -> SlabPiece:
         piece = self._slab.take(store.n_bytes(block))
         try:
             self._device.copy(store.pairs(block, self._slab.bytes_of(piece)))()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from helios_sim.live.device import Device, Step
-from helios_sim.live.kv import DecodeStep, KvCache
-from helios_sim.live.leaving import Row
-from helios_sim.live.model import SegmentedModel
+from helios_sim.live.memory.kv import DecodeStep, KvCache
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.rows import Row
 
 SIZES = (1, 2, 4, *range(8, 513, 8))  # of batches, as vLLM captures them by default
 LEAST_SPAN = 128  # tokens of context; from there on in powers of two
@@ -41,7 +41,7 @@ class _Captured:
     reads: tuple[object, ...]  # weights and keys of its layers, whose memory the step knows
 
 
-class Captured:
+class GraphedDecodes:
     """Segments of one model over one cache. Tensors are allocated when a shape is first run, never again."""
 
     def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:

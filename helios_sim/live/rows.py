@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from helios_sim.exits.rule import PerToken
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.serving.iteration import Plan
 
-if TYPE_CHECKING:
-    from helios_sim.live.forward import Chunk
+
+@dataclass(slots=True)
+class OwedToken:
+    """A token that left and still has to run the layers from `depth` on, before anybody reads its K and V there."""
+
+    position: int
+    depth: int
+    hidden: Tensor  # (1, d_model)
+
+
+@dataclass(slots=True)
+class ObservedToken:
+    """What each exit said of one observed token, in the order of the exits."""
+
+    choices: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Row:
+    """A token on its way: of a request that decodes, or the last one of a prompt that finishes."""
+
+    slot: int
+    position: int
+    token: int
+    last_layer: int  # where it is sampled at the latest
+    asks: bool = False  # leaves at the first confident exit
+    decodes: bool = True
+    seen: ObservedToken | None = None  # observed at every exit
+    owed: list[OwedToken] = field(default_factory=list)  # of its request
+    sure: bool = False  # was confident somewhere
+    recorded: Mapping[int, bool] | None = None  # whether exits are confident, by depth, whatever the model says
+    chosen: int | None = None  # the token that it became
+    layers: int = 0  # after which it left; 0 while it has not
+    breach: bool = False
+    finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a prompt. `row` is its last token, where that one yields the next."""
+
+    slot: int
+    tokens: Sequence[int]
+    context: int
+    layers: int
+    row: Row | None
 
 
 class Tally:

@@ -1,22 +1,52 @@
-"""Attention over a KV cache of slots, and over whole texts without one. Knows who sees whom, no weights.
+"""How much memory a model's KV cache takes, and how many slots so much memory holds. Knows shapes, no request.
+
+Attention over a KV cache of slots, and over whole texts without one. Knows who sees whom, no weights.
 
 A slot holds one request: per layer K and V (slots, kv_heads, max_tokens, head_dim), allocated once. A step is built
 for one call of the model (or refilled) and then handed to every layer: what depends only on lengths (rotations, masks,
 where to write) is computed once a step.
+
+
+Several attention steps in one run of the layers: decodes and pieces of prompts. Knows rows, no request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_sim.live.architecture import Architecture
-from helios_sim.live.pages import aligned, written_block
-from helios_sim.live.rope import Rotary, Rotation
+from helios_sim.live.device import ALIGNMENT, aligned, written_block
+from helios_sim.live.model.architecture import Architecture
+from helios_sim.live.model.decoder import Attend, Rotary, Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Of one model, whole."""
+
+    architecture: Architecture
+    layers: int
+    slot_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of K, or of V, in one layer."""
+        a = self.architecture
+        return a.n_kv_heads * self.slot_tokens * a.head_dim * self.dtype.itemsize
+
+    def n_bytes(self, slots: int) -> int:
+        """Of all layers, K and V each at an aligned place."""
+        return 2 * self.layers * aligned(slots * self.slot_bytes)
+
+    def slots_in(self, n_bytes: int) -> int:
+        of_a_tensor = n_bytes // (2 * self.layers)
+        return max(0, of_a_tensor // ALIGNMENT * ALIGNMENT // self.slot_bytes)
 
 
 class KvCache:
@@ -248,3 +278,30 @@ def _masks(
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
+
+
+class MixedStep:
+    """The first `rows[0]` rows belong to the first step, and so on."""
+
+    def __init__(self, steps: Sequence[Attend], rows: Sequence[int]) -> None:
+        self._steps, self._rows = list(steps), list(rows)
+        self.rotations: list[Rotation | None] = []
+        known: dict[tuple[int, ...], Rotation | None] = {}  # layers of a kind share one
+        for of_layer in zip(*(step.rotations for step in steps), strict=True):
+            key = tuple(map(id, of_layer))
+            if key not in known:
+                known[key] = _joined(of_layer)
+            self.rotations.append(known[key])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(self._steps, q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
+        return torch.cat([step(layer, *qkv) for step, *qkv in parts])
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for step, part_k, part_v in zip(self._steps, k.split(self._rows), v.split(self._rows), strict=True):
+            step.write(layer, part_k, part_v)
+
+
+def _joined(rotations: Sequence[Rotation | None]) -> Rotation | None:
+    known = [rotation for rotation in rotations if rotation is not None]
+    return (torch.cat([cos for cos, _ in known]), torch.cat([sin for _, sin in known])) if known else None

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from helios_sim.errors import UserError
-from helios_sim.live.architecture import Architecture, Shape, values
-from helios_sim.live.naming import Change, Piece
-from helios_sim.live.pages import aligned, block
+from helios_sim.live.device import aligned, block
+from helios_sim.live.model.architecture import Architecture, Shape, values
 
 _BLOCK_VALUES = 4 << 20  # read at once: 16 MB as float32
+
+
+class Change(Enum):
+    """How a stored tensor differs from the part that the model keeps."""
+
+    NONE = "none"
+    TRANSPOSED = "transposed"  # GPT-2 stores (in, out)
+    PLUS_ONE = "plus one"  # Gemma's norms are stored less one
+    INTERLEAVED_HEADS = (
+        "interleaved heads"  # llama.cpp stores Llama's q and k with the two halves of a head interleaved
+    )
+    SKIP_TWO_ROWS = "skip two rows"  # OPT's table of positions begins with two rows that no token uses
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stored tensor that fills some rows of a part; a part's pieces follow each other."""
+
+    name: str
+    change: Change = Change.NONE
 
 
 class TensorSource(Protocol):

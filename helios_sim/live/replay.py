@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence as SequenceOf
 
 from helios_sim.exits.rule import ExitRule, FixedCap, PerToken
 from helios_sim.exits.trace import TokenSpan
-from helios_sim.live.answer import Answer
+from helios_sim.live.answers import Answer
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.forward import Chunk
-from helios_sim.live.leaving import Row
+from helios_sim.live.rows import Chunk, Row
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.batch import Sequence

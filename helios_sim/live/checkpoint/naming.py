@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+from helios_sim.live.model.weights import Change, Piece
 
 _BIAS = "_bias"
-
-
-class Change(Enum):
-    """How a stored tensor differs from the part that the model keeps."""
-
-    NONE = "none"
-    TRANSPOSED = "transposed"  # GPT-2 stores (in, out)
-    PLUS_ONE = "plus one"  # Gemma's norms are stored less one
-    INTERLEAVED_HEADS = (
-        "interleaved heads"  # llama.cpp stores Llama's q and k with the two halves of a head interleaved
-    )
-    SKIP_TWO_ROWS = "skip two rows"  # OPT's table of positions begins with two rows that no token uses
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stored tensor that fills some rows of a part; a part's pieces follow each other."""
-
-    name: str
-    change: Change = Change.NONE
 
 
 _LLAMA: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,231 @@
+"""Rotary positions: what each layer turns its queries and keys by. Knows frequencies and positions, no weights.
+
+What one decoder layer computes, for all families. Knows tensors; attention over what came before is handed in.
+
+An early-exit model as segments of layers, each callable alone. Knows layers and heads, not when a token exits.
+
+Tokens are flat: hidden states are (N, d_model), whatever requests or texts the N tokens belong to; the attention step
+(`kv.py`) knows who sees whom. Everything is differentiable when gradients are enabled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_sim.errors import UserError
+from helios_sim.live.device import check_fits
+from helios_sim.live.model.architecture import Architecture, Rope, values
+from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
+
+Rotation = tuple[Tensor, Tensor]  # cosine and signed sine, each (N, 1, head_dim)
+
+
+class Rotary:
+    """The model's frequencies on a device; `at` gives every layer its rotation at some positions."""
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._dtype = dtype
+        ropes = [
+            architecture.sliding_rope if architecture.slides(layer) else architecture.rope
+            for layer in range(architecture.n_layers)
+        ]
+        self._kinds = list(dict.fromkeys(ropes))
+        self._kind_of_layer = [self._kinds.index(rope) for rope in ropes]
+        self._frequencies = [_frequencies(rope, architecture.head_dim, device) for rope in self._kinds]
+
+    def at(self, positions: Tensor) -> list[Rotation | None]:
+        """For each layer the rotation at `positions` (N,); None with learned positions. Layers of a kind share one."""
+        kinds = [None if f is None else self._rotation(positions, f) for f in self._frequencies]
+        return [kinds[kind] for kind in self._kind_of_layer]
+
+    def _rotation(self, positions: Tensor, frequencies: Tensor) -> Rotation:
+        angles = positions.float()[:, None, None] * frequencies  # (N, 1, head_dim / 2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x (N, heads, head_dim) turned: pair i is (x[i], x[i + head_dim / 2])."""
+    cos, signed_sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def _frequencies(rope: Rope | None, head_dim: int, device: torch.device | str) -> Tensor | None:
+    if rope is None:
+        return None
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.divisors is not None:
+        inverse = inverse / torch.tensor(rope.divisors)
+    return inverse.to(device)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Attend(Protocol):
+    """One step's attention: which tokens there are, where they stand, and what each of them sees."""
+
+    @property
+    def rotations(self) -> Sequence[Rotation | None]:
+        """Per layer: how q and k are turned."""
+        ...
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, heads, head_dim), k and v (N, kv_heads, head_dim), turned -> (N, heads x head_dim). Keeps k and v."""
+        ...
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep k and v without attending."""
+        ...
+
+
+def run_layer(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> Tensor:
+    """hidden (N, d_model) -> (N, d_model)."""
+    q, k, v = _qkv(a, w, layer, norm(a, hidden, w.attention_norm, w.attention_norm_bias), attend)
+    mixed = F.linear(attend(layer, q, k, v), w.attention_out, w.attention_out_bias)
+    if w.attention_post_norm is not None:
+        mixed = norm(a, mixed, w.attention_post_norm, None)
+    hidden = hidden + mixed
+    inner = F.linear(norm(a, hidden, w.mlp_norm, w.mlp_norm_bias), w.mlp_in, w.mlp_in_bias)
+    activation = ACTIVATIONS[a.activation]
+    if a.gated_mlp:
+        gate, up = inner.chunk(2, -1)
+        inner = activation(gate) * up
+    else:
+        inner = activation(inner)
+    out = F.linear(inner, w.mlp_out, w.mlp_out_bias)
+    if w.mlp_post_norm is not None:
+        out = norm(a, out, w.mlp_post_norm, None)
+    return hidden + out
+
+
+def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> None:
+    """K and V of the layer for hidden (N, d_model), and nothing else of it."""
+    x = norm(a, hidden, w.attention_norm, w.attention_norm_bias)
+    bias = None if w.qkv_bias is None else w.qkv_bias[a.q_width :]
+    kv = F.linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
+    k, v = kv[:, : a.n_kv_heads], kv[:, a.n_kv_heads :]
+    if w.k_norm is not None:
+        k = norm(a, k, w.k_norm, None)
+    rotation = attend.rotations[layer]
+    attend.write(layer, k if rotation is None else rotate(k, rotation), v)
+
+
+def norm(a: Architecture, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Over the last dimension: LayerNorm where the family has biases, else RMSNorm."""
+    shape = weight.shape
+    if a.bias:
+        return F.layer_norm(x, shape, weight, bias, a.norm_eps)
+    return F.rms_norm(x, shape, weight, a.norm_eps)
+
+
+def _qkv(a: Architecture, w: LayerWeights, layer: int, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads = a.n_heads, a.n_kv_heads
+    qkv = F.linear(x, w.qkv, w.qkv_bias).view(len(x), heads + 2 * kv_heads, a.head_dim)
+    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if w.q_norm is not None and w.k_norm is not None:
+        qk = torch.cat((norm(a, qk[:, :heads], w.q_norm, None), norm(a, qk[:, heads:], w.k_norm, None)), 1)
+    rotation = attend.rotations[layer]
+    if rotation is not None:
+        qk = rotate(qk, rotation)  # queries and keys in one go
+    return qk[:, :heads], qk[:, heads:], v
+
+
+class SegmentedModel:
+    """The first layers of a checkpoint with its embedding, final norm and LM head."""
+
+    def __init__(
+        self, source: TensorSource, outer: OuterWeights, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.architecture: Architecture = source.architecture
+        self.dtype, self.device = dtype, torch.device(device)
+        self.outer = outer
+        self.layers: list[LayerWeights] = []
+        self.source = source
+        # As in transformers, the scale is rounded like the weights.
+        self._embedding_scale = float(torch.tensor(self.architecture.embedding_scale).to(dtype))
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: TensorSource,
+        layers: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> SegmentedModel:
+        """The model up to `layers` (None: all). Layers above are never read.
+
+        Raises UserError for a cap outside 1..n_layers, too little memory or a damaged file.
+        """
+        a = checkpoint.architecture
+        cap = a.n_layers if layers is None else layers
+        _check_cap(cap, a)
+        check_fits(f"{cap} layers", a.weight_values(cap) * dtype.itemsize, torch.device(device))
+        model = cls(checkpoint, load_outer(checkpoint, dtype, torch.device(device)), dtype, device)
+        model.load_layers(cap)
+        return model
+
+    @property
+    def n_loaded(self) -> int:
+        return len(self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights resident now."""
+        return weight_bytes(self.outer) + sum(weight_bytes(layer) for layer in self.layers)
+
+    def load_layers(self, end: int) -> None:
+        """Read what is missing of the first `end` layers, one tensor at a time. Raises as `load` does."""
+        _check_cap(end, self.architecture)
+        missing = max(0, end - self.n_loaded)
+        layer_bytes = values(self.architecture.layer_shapes()) * self.dtype.itemsize
+        check_fits(f"{missing} more layers", missing * layer_bytes, self.device)
+        for layer in range(self.n_loaded, end):
+            self.layers.append(load_layer(self.source, layer, self.dtype, self.device))
+
+    def drop_layers(self, start: int) -> None:
+        """Forget the layers from `start` on; their memory is free once nobody else holds them."""
+        del self.layers[start:]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens and positions (N,) -> hidden states (N, d_model) before the first layer."""
+        hidden = F.embedding(tokens, self.outer.embedding)
+        if self._embedding_scale != 1.0:
+            hidden = hidden * self._embedding_scale
+        if self.outer.positions is not None:
+            hidden = hidden + F.embedding(positions, self.outer.positions)
+        return hidden
+
+    def run(self, hidden: Tensor, start: int, end: int, attend: Attend) -> Tensor:
+        """Hidden states (N, d_model) through layers start..end-1."""
+        for layer in range(start, end):
+            hidden = run_layer(self.architecture, self.layers[layer], layer, hidden, attend)
+        return hidden
+
+    def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend) -> None:
+        """Write K and V of layers start..end-1 for tokens that left with these hidden states (N, d_model)."""
+        for layer in range(start, end):
+            write_kv(self.architecture, self.layers[layer], layer, hidden, attend)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """After the model's final norm, as the LM head reads it."""
+        return norm(self.architecture, hidden, self.outer.final_norm, self.outer.final_norm_bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: (N, d_model) -> (N, vocab). At an exit this is the model's own head (LayerSkip)."""
+        return F.linear(self.normed(hidden), self.outer.head)
+
+
+def _check_cap(layers: int, a: Architecture) -> None:
+    if not 1 <= layers <= a.n_layers:
+        raise UserError("layers", layers, f"1 to {a.n_layers}, the model's own", "choose a cap within the model")
