@@ -212,7 +212,7 @@ def _details(inputs: Inputs) -> dict[str, Any]:
 
 
 def memory_named(run: Run) -> Run:
-    """A oom_message of memory is one kind of error, however torch has said it."""
+    """Wrap a stage so that any out-of-memory error of torch becomes a MemoryError."""
 
     @wraps(run)
     def renamed(stage: StageRun) -> Mapping[str, Any]:

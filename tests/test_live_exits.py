@@ -63,7 +63,7 @@ def rule_of(model: LiveModel, measure: Confidence, share: float = 0.5) -> PerTok
     hidden, sure = whole.embed(torch.tensor(ids), step.positions), []
     for start, depth in pairwise((0, *EXITS[:-1])):
         hidden = whole.run(hidden, start, depth, step)
-        sure += exits.look(whole, depth, hidden, measure).confidence or []
+        sure += exits.read(whole, depth, hidden, measure).confidence or []
     return PerToken(sorted(sure)[int(len(sure) * (1 - share))], measure)
 
 

@@ -24,8 +24,8 @@ _MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from helios_sim.live.model import SegmentedModel
-from helios_sim.live.source import find_checkpoint
+from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.checkpoint.source import find_checkpoint
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 checkpoint = find_checkpoint(sys.argv[1])

@@ -1,1 +1,1 @@
-"""Early-exit models on a real device (torch). Importing this package loads nothing; its modules load torch."""
+"""Early-exit models on a real device (torch). Importing this package loads no torch; most of its modules do."""

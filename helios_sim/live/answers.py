@@ -1,13 +1,6 @@
-"""The text of one request as its model reads and writes it. Knows token ids, no slot and no time.
+"""The text of each request: what its model reads and writes, for how long it is kept, and how it is scored.
 
-The texts of whoever may still be asked about. Knows requests by their numbers, no server and no slot.
-
-Scores a served text at every exit in one prefill pass. Knows a model and a text, no server and no clock.
-
-Reads served answers once more, at full depth: which of their tokens are full depth's own? Knows no server.
-
-In one pass over prompt and answer K and V are exact everywhere, so a token is held against what the whole model says
-of the very text before it. Near ties a pass over many tokens and a step of one can differ in bfloat16.
+`score` and `agreed_tokens` read a served text once more in one prefill pass, in which K and V are exact everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from helios_sim.exits.rule import ExitRule, FixedCap, PerToken
 from helios_sim.live.exits import ExitReader
@@ -32,15 +26,17 @@ from helios_sim.request import Request
 
 @dataclass(slots=True)
 class Answer:
+    """The prompt and the answer so far of one request on one model, in token ids."""
+
     request: Request
     model: str
     prompt: list[int]
     planned_tokens: int
-    before: str = ""  # answered by another model, and part of the prompt since
-    tokens: list[int] = field(default_factory=list)  # answered by this one
-    depths: list[int] = field(default_factory=list)  # layers that each of them ran
-    seen: list[ObservedToken] = field(default_factory=list)  # of its first tokens, while it was observed
-    cached: int = 0  # tokens whose K and V are in the slot, the first ones
+    before: str = ""  # text answered by another model; it is part of the prompt since
+    tokens: list[int] = field(default_factory=list)  # answered by this model
+    depths: list[int] = field(default_factory=list)  # layers that each token ran
+    seen: list[ObservedToken] = field(default_factory=list)  # its first tokens, while it was observed
+    cached: int = 0  # how many of its first tokens have K and V in the slot
     owed: list[OwedToken] = field(default_factory=list)
 
     @property
@@ -48,7 +44,7 @@ class Answer:
         return len(self.tokens) >= self.planned_tokens
 
     def ids(self, start: int, stop: int) -> list[int]:
-        """Of prompt and answer in one."""
+        """Token ids start..stop-1 of prompt and answer together."""
         n = len(self.prompt)
         return self.prompt[start:stop] + self.tokens[max(0, start - n) : max(0, stop - n)]
 
@@ -57,18 +53,18 @@ class Answer:
         self.owed.clear()
 
     def choices(self, n_tokens: int) -> NDArray[np.int64]:
-        """(n, E) token that each exit chose, of the first tokens."""
+        """The token that each exit chose for the first tokens, (n, E)."""
         return np.array([seen.choices for seen in self.seen[:n_tokens]], np.int64)
 
     def confidences(self, n_tokens: int) -> NDArray[np.float64]:
-        """(n, E) confidence by the measure of the rule that they were observed under."""
+        """The exits' confidences for the first tokens, (n, E), in the measure of the rule at that time."""
         return np.array([seen.confidence for seen in self.seen[:n_tokens]], np.float64)
 
 
 class Answers(dict[int, Answer]):
-    """By the request's number: of everybody in the system, and of the latest `kept` who have completed and left.
+    """Answers by request number: of all requests in the system, and of the latest `kept` that completed and left.
 
-    None: of everybody who ever ran.
+    `kept` None: of all requests that ever ran.
     """
 
     def __init__(self, kept: int | None) -> None:
@@ -77,7 +73,7 @@ class Answers(dict[int, Answer]):
         self._left: deque[int] = deque()
 
     def note_left(self, request_id: int) -> None:
-        """The request has left the system. Only complete answers can be asked for after that."""
+        """Record that the request has left the system. From then on only a complete answer is kept."""
         if self._kept is None:
             return
         if self[request_id].complete:
@@ -92,18 +88,17 @@ class Answers(dict[int, Answer]):
 def score(
     data: LiveModel, model: SegmentedModel, exits: ExitReader, answer: Answer, exit_rule: ExitRule, now_ns: int
 ) -> Observation:
-    """Every token of the answer as this model would have chosen it at each exit, prompt and answer before it given."""
+    """What this model would have chosen at each exit for every token of the answer, given the text before it."""
     n = len(answer.tokens)
     ids = [*answer.prompt, *answer.tokens][: model.architecture.max_context_tokens]
     measure = exit_rule.confidence if isinstance(exit_rule, FixedCap | PerToken) else None
-    step = Packed(model.architecture, 1, len(ids) - 1, model.dtype, model.device)
-    hidden = model.embed(torch.tensor(ids[:-1], device=model.device), step.positions)
+    hidden, step = _embedded(model, ids[:-1])
     choices, confidences, start = [], [], 0
     for depth in data.exits:
         hidden = model.run(hidden, start, depth, step)
-        look = exits.look(model, depth, hidden[-n:], measure)
-        choices.append(look.tokens)
-        confidences.append(look.confidence or [0.0] * len(look.tokens))
+        said = exits.read(model, depth, hidden[-n:], measure)
+        choices.append(said.tokens)
+        confidences.append(said.confidence or [0.0] * len(said.tokens))
         start = depth
     return observation(data, answer, np.array(choices).T, np.array(confidences).T, exit_rule, now_ns)
 
@@ -116,7 +111,7 @@ def observation(
     exit_rule: ExitRule,
     now_ns: int,
 ) -> Observation:
-    """From choices and confidences (n, E). The text is the model's own, so its bits say nothing: None."""
+    """An observation from choices and confidences (n, E). Bits are None: the text is the model's own."""
     agrees = choices == choices[:, -1:]
     threshold = exit_rule.threshold if isinstance(exit_rule, FixedCap | PerToken) else None
     return Observation(
@@ -131,7 +126,11 @@ def observation(
 
 
 def agreed_tokens(models: Mapping[str, LiveModel], answers: Iterable[Answer], device: str = "cpu") -> dict[int, int]:
-    """Tokens that agree, by the request's number. One model after the other is loaded whole."""
+    """How many of each answer's tokens full depth would have chosen too, by request number.
+
+    Each token is compared with the whole model's choice given the text before it. At near ties in bfloat16, one pass
+    over many tokens can differ from single steps. The models are loaded one after the other.
+    """
     by_model: dict[str, list[Answer]] = {}
     for answer in answers:
         by_model.setdefault(answer.model, []).append(answer)
@@ -150,8 +149,13 @@ def _agreed(whole: SegmentedModel, answer: Answer) -> int:
     if not n:
         return 0
     ids = [*answer.prompt, *answer.tokens]
-    step = Packed(whole.architecture, 1, len(ids) - 1, whole.dtype, whole.device)
-    hidden = whole.embed(torch.tensor(ids[:-1], device=whole.device), step.positions)
+    hidden, step = _embedded(whole, ids[:-1])
     hidden = whole.run(hidden, 0, whole.n_loaded, step)
     said = whole.logits(hidden[-n:]).argmax(-1)
     return int((said == torch.tensor(answer.tokens, device=whole.device)).sum())
+
+
+def _embedded(model: SegmentedModel, ids: list[int]) -> tuple[Tensor, Packed]:
+    """Embedded tokens of one whole text, with the attention step for running it."""
+    step = Packed(model.architecture, 1, len(ids), model.dtype, model.device)
+    return model.embed(torch.tensor(ids, device=model.device), step.positions), step

@@ -1,19 +1,12 @@
-"""The wall clock as a SimPy environment in whole nanoseconds, with a door for whoever is outside. Knows no server.
+"""Serving by the wall clock: a SimPy environment in whole nanoseconds, and how other threads and Ctrl-C act on it.
 
-Events run in order of their times, never before the clock has reached them. An engine that computes for a while
-returns late; what fell due meanwhile runs at the time for which it was due, before the end of that computation, just
-as in a simulation. Time that the host spends between two events makes the next one late, and so it counts.
+Events run in order of their times, and never before the clock has reached them. An engine that computes for a while
+returns late. Events that fell due meanwhile run at the time for which they were due, before the end of that
+computation, as in a simulation. Time that the host spends between two events delays the next one, and so it counts.
 
-Other threads act on what is served by `call`. Such a call happens at the moment it was made: the queue of calls is
-drained before every event, and it wakes an environment that waits.
-
-
-Requests and cancellations from other threads into a system that serves by the wall clock. Knows no policy.
-
-A request arrives, and a cancellation counts, at the moment at which the method was called.
-
-
-Ctrl-C between two events of the environment, not in the middle of one. Knows signals and the clock, no server.
+Other threads act on the environment by `WallClock.call`. The queue of calls is drained before every event, a call takes
+effect at the time at which it was made, and it wakes an environment that waits. `Door` sends and cancels requests this
+way; `between_events` turns Ctrl-C into such a call.
 """
 
 from __future__ import annotations
@@ -38,24 +31,25 @@ Call = Callable[[], None]
 
 
 class WallClock(simpy.rt.RealtimeEnvironment):
-    """`sync()` once everything is loaded and warm: from then on time passes. One clock, `time.monotonic`."""
+    """A SimPy environment on `time.monotonic`. Call `sync()` once everything is loaded and warm: time starts there."""
 
     def __init__(self) -> None:
         super().__init__(initial_time=0, factor=1 / NS_PER_S, strict=False)
         self._calls: SimpleQueue[tuple[int, Call]] = SimpleQueue()
-        self._stopped_s: float | None = None  # when, while it is
-        self._doors = 0  # callers who may still come: until then an empty schedule is no end
+        self._stopped_s: float | None = None  # the time at which it was stopped, while it is
+        self._doors = 0  # callers that may still call: until then an empty schedule does not end the run
 
     @property
     def wall_ns(self) -> int:
-        """Time on the clock now; `now` is the time of the event that runs, which is never later."""
+        """The time on the clock now. `now` is the time of the running event, which is never later."""
         stopped_s = self._stopped_s  # read once: another thread may ask
         return round(((monotonic() if stopped_s is None else stopped_s) - self.real_start) * NS_PER_S)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """No time passes meanwhile, for whoever looks at the device and must not be served by it. Other threads do not
-        stop, so none should be at work.
+        """Stop the clock inside the `with` block, for measuring the device without charging it to requests.
+
+        Other threads are not stopped, so none should be working.
         """
         self._stopped_s = began_s = monotonic()
         try:
@@ -65,19 +59,19 @@ class WallClock(simpy.rt.RealtimeEnvironment):
             self._stopped_s = None
 
     def call(self, what: Call) -> None:
-        """From any thread: `what` runs in the environment's thread, at the time of this call."""
+        """Run `what` in the environment's thread, at the time of this call. May be called from any thread."""
         self._calls.put((self.wall_ns, what))
 
     def open_door(self) -> None:
-        """Somebody outside will call: an empty schedule is waited on. From the environment's thread."""
+        """Announce a caller: an empty schedule then waits for calls. Only from the environment's thread."""
         self._doors += 1
 
     def close_door(self) -> None:
-        """That one calls no more. Also from within a call."""
+        """Announce that a caller is done. May be called from within a call."""
         self._doors -= 1
 
     def step(self) -> None:
-        """Runs the next event when it is due. EmptySchedule where there is none and nobody can call any more."""
+        """Run the next event when it is due. Raises EmptySchedule if there is none and no caller is left."""
         while not self._is_due():
             left_s = self._seconds_left()
             if left_s is None and not self._doors:
@@ -86,9 +80,9 @@ class WallClock(simpy.rt.RealtimeEnvironment):
                     raise EmptySchedule
                 continue
             with suppress(Empty):
-                # it may have fallen due since it was looked at
+                # the event may have fallen due since the last check
                 self._accept(self._calls.get(timeout=None if left_s is None else max(0.0, left_s)))
-        self._drain()  # with the event due, whoever called before it comes first; whoever calls now comes later
+        self._drain()  # calls made before the event was due come first, later ones after it
         simpy.Environment.step(self)
 
     def _is_due(self) -> bool:
@@ -114,13 +108,13 @@ class WallClock(simpy.rt.RealtimeEnvironment):
 
 
 class CancelTarget(Protocol):
-    """One replica's server."""
+    """A replica's server."""
 
     def cancel(self, request_id: int) -> None: ...
 
 
 class DispatchTarget(Protocol):
-    """What requests are dispatched to: a `System`."""
+    """What requests are dispatched to. A `System` is one."""
 
     @property
     def servers(self) -> Sequence[CancelTarget]: ...
@@ -129,9 +123,10 @@ class DispatchTarget(Protocol):
 
 
 class Door:
-    """Open from its making until `close`: as long as it is, the run waits for whoever may still come.
+    """Sends and cancels requests from other threads. The run does not end before the door is closed.
 
-    Make it in the environment's thread (`simulate(..., outside=...)` hands over the system); use it from any thread.
+    Create it in the environment's thread (`simulate(..., outside=...)` passes the system); use it from any thread. A
+    request arrives, and a cancellation counts, at the time at which the method is called.
     """
 
     def __init__(self, clock: WallClock, system: DispatchTarget) -> None:
@@ -139,11 +134,11 @@ class Door:
         clock.open_door()
 
     def send(self, request: Request) -> None:
-        """Its number must be nobody else's; the time of its arrival is now."""
+        """Dispatch a request that arrives now. Its number must be unique."""
         self._clock.call(lambda: self._system.dispatch(replace(request, arrival_ns=int(self._clock.now))))
 
     def cancel(self, request_id: int) -> None:
-        """The request leaves between two iterations, wherever it is; one that has left already is let be."""
+        """Abort the request between two iterations, wherever it is. Does nothing if it has left already."""
 
         def everywhere() -> None:
             for server in self._system.servers:
@@ -163,10 +158,10 @@ class Door:
 
 @contextmanager
 def between_events(clock: WallClock) -> Iterator[None]:
-    """The first SIGINT raises KeyboardInterrupt from `clock.step()`, when an iteration has been committed whole.
+    """The first SIGINT raises KeyboardInterrupt from `clock.step()`, after the running iteration is committed.
 
-    So whoever is still in the system can leave with a record (`Server.finish`). A second one acts at once. Outside
-    the main thread nothing changes.
+    Requests that are still in the system can then end with a record (`Server.finish`). A second SIGINT acts at once.
+    Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

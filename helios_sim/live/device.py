@@ -1,16 +1,7 @@
-"""What serving needs from a device beside torch itself: host memory to load from, copies, steps at their best.
+"""What serving needs from a device besides torch: free memory and blocks of it, copies from the host, prepared steps.
 
-A CPU and a CUDA card are two implementations of it. Knows no model and no request. The calibration runs its steps in
-the same way, so its profiles mean what is served.
-
-
-Memory for weights and caches, on large pages where the system has them. Knows bytes, no tensor's meaning.
-
-A decode reads every weight once and comes back to it a token later: on pages of 4 KiB a CPU looks up a page for every
-64 cache lines of that. A card has pages of its own.
-
-
-How much memory is free, and whether it was that which ran out. Knows no weights and no cache.
+`CpuDevice` and `CudaDevice` implement the `Device` protocol. The calibration runs its steps through the same code, so
+its profiles describe what is served.
 """
 
 from __future__ import annotations
@@ -29,40 +20,47 @@ from helios_sim.errors import UserError
 
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
-WARM_UP_CALLS = 3  # before a capture: libraries make their handles and workspaces outside it
+WARM_UP_CALLS = 3  # before a capture, so that libraries create their handles and workspaces outside it
+ALIGNMENT = 256  # bytes: suits a card's loads, and is more than a cache line
+LARGE_PAGE_BYTES = 2 << 20
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_SHARE = 0.9  # the rest is for other processes on a host, and for fragmentation on a card
+_OOM_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 class Device(Protocol):
     torch_device: torch.device
-    captures: bool  # steps can be captured, and are then launched as one
+    captures: bool  # whether steps can be captured as a graph and launched as one
 
     def host_empty(self, n_bytes: int) -> Tensor:
-        """Host memory (n_bytes,) of bytes, from which `copy` is at its fastest."""
+        """Host memory, uint8 (n_bytes,), of the kind that `copy` reads fastest."""
         ...
 
     def copy(self, pairs: Pairs, after_compute: bool = False) -> Callable[[], None]:
-        """Starts to copy each pair beside whatever else runs; what it returns waits for the end.
+        """Start copying each pair while other work goes on. The returned function waits for the end.
 
-        `after_compute`: not before what this thread has issued so far is computed, since that still reads the targets.
+        `after_compute`: start only when the work that this thread has issued so far is done, since it still reads the
+        targets.
         """
         ...
 
     def release(self) -> None:
-        """Gives memory that nothing uses back to the device, so that it counts as free."""
+        """Return unused cached memory to the device, so that it counts as free."""
         ...
 
     def wait(self) -> None:
-        """Returns when everything that was issued is computed."""
+        """Wait until all issued work is done."""
         ...
 
     def prepare(self, step: Step) -> Step:
-        """The step as it runs at its best. It reads and writes the same tensors at every call."""
+        """The step in its fastest form (a captured graph on a card). It uses the same tensors at every call."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class GraphReplay:
-    """A captured step, with what it reads and writes: a graph knows addresses and keeps nothing alive."""
+    """A captured step. It refers to the original step to keep its tensors alive, since a graph only has addresses."""
 
     graph: Any
     step: Step
@@ -72,7 +70,7 @@ class GraphReplay:
 
 
 class CpuDevice:
-    """Host and device are the same memory and the same cores. A copy is done when `copy` returns."""
+    """Host and device share memory and cores. A copy is done when `copy` returns."""
 
     captures = False
 
@@ -89,19 +87,19 @@ class CpuDevice:
         return _nothing
 
     def release(self) -> None:
-        """What is freed is the system's at once, or soon."""
+        """Does nothing: freed memory returns to the system by itself."""
 
     def wait(self) -> None:
-        """A step is computed when it returns."""
+        """Does nothing: a step is done when it returns."""
 
     def prepare(self, step: Step) -> Step:
         return step
 
 
 class CudaDevice:
-    """One card: pinned host memory, a stream for copies, captured graphs that share one pool of memory.
+    """One card: pinned host memory, a stream for copies, captured graphs that share one memory pool.
 
-    `cuda` is torch.cuda; a test may bring its own.
+    `cuda` is torch.cuda; a test may pass a fake.
     """
 
     captures = True
@@ -122,7 +120,7 @@ class CudaDevice:
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
             done.record()
-        wait: Callable[[], None] = done.synchronize  # which lets other threads run
+        wait: Callable[[], None] = done.synchronize  # releases the GIL while it waits
         return wait
 
     def release(self) -> None:
@@ -141,16 +139,16 @@ class CudaDevice:
         main.wait_stream(side)
         cuda.synchronize(self.torch_device)
         if self._pool is None:
-            self._pool = cuda.graph_pool_handle()  # shared: the graphs never run at the same time
+            self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
         graph = cuda.CUDAGraph()
-        # Only this thread's calls matter to the capture: the copying thread goes on.
+        # Only this thread's calls are captured; the copying thread goes on.
         with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         return GraphReplay(graph, step)
 
 
 def open_device(name: str) -> Device:
-    """`cpu`, `cuda` or `cuda:N`."""
+    """The device named `cpu`, `cuda` or `cuda:N`."""
     device = torch.device(name)
     return CpuDevice() if device.type == "cpu" else CudaDevice(device)
 
@@ -159,12 +157,12 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-ALIGNMENT = 256  # bytes: what a card's loads want, and more than a cache line
-LARGE_PAGE_BYTES = 2 << 20
-
-
 def block(n_bytes: int, device: torch.device) -> Tensor:
-    """(n_bytes,) uint8, its content undefined. MemoryError or torch's RuntimeError where there is no room."""
+    """Allocate uint8 (n_bytes,) of undefined content, on large pages if the system has them.
+
+    A decode reads every weight once per token. On pages of 4 KiB a CPU would look up a page for every 64 cache lines.
+    Raises MemoryError, or torch's RuntimeError, if there is not enough memory.
+    """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
     whole_pages = n_bytes // LARGE_PAGE_BYTES
     if device.type != "cpu" or advice is None or not whole_pages:
@@ -175,28 +173,23 @@ def block(n_bytes: int, device: torch.device) -> Tensor:
         raise MemoryError(f"{n_bytes} bytes: {error.strerror}") from error
     memory = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -memory.data_ptr() % LARGE_PAGE_BYTES
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without large pages
         mapped.madvise(advice, start, whole_pages * LARGE_PAGE_BYTES)
     return memory[start : start + n_bytes]
 
 
 def written_block(n_bytes: int, device: torch.device) -> Tensor:
-    """The same full of zeros that were written, not promised: nobody waits for pages when it is used."""
+    """Allocate zeros that have been written, so that no page fault happens at the first use."""
     return block(n_bytes, device).zero_()
 
 
 def aligned(n_bytes: int) -> int:
+    """`n_bytes` rounded up to the alignment."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
-_SHARE = 0.9  # others grow too: processes on a host, an allocator's gaps on a card
-_SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-
-
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of the device, of a CPU also within its control group; None where the system does not tell."""
+    """Free memory of the device; for a CPU also within its control group. None if the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = [n for n in (_free_on_host(), _free_in_group()) if n is not None]
@@ -204,7 +197,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
-    """Raises UserError, before anything is allocated, where the weights cannot fit."""
+    """Raise UserError if weights of this size do not fit, before anything is allocated."""
     free = available_bytes(device)
     if free is not None and needed_bytes > free:
         raise UserError(
@@ -214,15 +207,15 @@ def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
 
 
 def room_for_caches(device: torch.device, reserve_bytes: int) -> int | None:
-    """Of the memory that is free now, what caches may take beside a reserve; None where the system does not tell."""
+    """How much of the free memory caches may take beside a reserve. None if the system does not tell."""
     free = available_bytes(device)
     return None if free is None else max(0, int(free * _SHARE) - reserve_bytes)
 
 
 def oom_message(error: BaseException) -> str | None:
-    """What the error says, if it says that memory has run out; torch has several ways to say so."""
+    """The message of an out-of-memory error, in any form that torch reports it, else None."""
     text = str(error) or type(error).__name__
-    said = any(words in text.lower() for words in _SHORTAGES)
+    said = any(words in text.lower() for words in _OOM_WORDS)
     return text.splitlines()[0] if said or isinstance(error, MemoryError) else None
 
 
@@ -235,7 +228,7 @@ def _free_on_host() -> int | None:
 
 
 def _free_in_group() -> int | None:
-    """Of a container with a limit (cgroup v2)."""
+    """Free bytes within a container's limit (cgroup v2), or None without a limit."""
     try:
         limit, used = (_CGROUP / "memory.max").read_text(), (_CGROUP / "memory.current").read_text()
         return int(limit) - int(used)

@@ -1,6 +1,6 @@
-"""Joules by a device's own counter: RAPL of a machine's processors, NVML's total of a card. Knows no model, no request.
+"""Energy in joules from a device's own counter: RAPL for a machine's processors, NVML for a card.
 
-A counter only rises, and counts all that the device does, whoever asked for it. Where there is none, there is no
+A counter only rises, and it counts everything that the device does, for any process. Without a counter there is no
 energy: nothing is estimated from time.
 """
 
@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 POWERCAP = Path("/sys/class/powercap")
-ABSENT = {  # by kind of device: why there is no energy
+ABSENT = {  # why there is no energy, by kind of device
     "cpu": "no RAPL counter under /sys/class/powercap that this process may read",
     "cuda": "the driver gives no energy counter for this card",
 }
-LEAST_S = 1.0  # a card's counter moves 10 to 50 times a second: over less than this its ends weigh too much
-LOOK_S = 30.0  # RAPL begins anew after some 10 minutes at full power, and only one new beginning can be told
+LEAST_S = 1.0  # a card's counter moves 10 to 50 times a second, so shorter runs are too imprecise
+LOOK_S = 30.0  # RAPL wraps around after about 10 minutes at full power, and only one wrap can be detected
 
 
 class Counter(Protocol):
-    """`source` says what is counted, and by whom."""
+    """An energy counter. `source` says what it counts and where it is read."""
 
     @property
     def source(self) -> str: ...
 
     def energy_j(self) -> float | None:
-        """Joules since some moment in the past; None where it cannot be read."""
+        """Joules since some moment in the past. None if it cannot be read."""
         ...
 
 
 @dataclass(slots=True)
 class Rapl:
-    """All processor packages together. `powercap` is the kernel's folder of them; a test brings its own."""
+    """All processor packages together. `powercap` is the kernel's folder of them; a test may pass another."""
 
     powercap: Path = POWERCAP
-    _seen: dict[Path, tuple[float, float]] = field(default_factory=dict)  # last reading, sum of what wrapped
+    _seen: dict[Path, tuple[float, float]] = field(default_factory=dict)  # last reading, sum of wrap-arounds
 
     @property
     def source(self) -> str:
@@ -63,26 +63,28 @@ class Rapl:
 
 
 def _is_package(folder: Path) -> bool:
-    """Neither a part of a package nor the whole platform: both are counted a second time."""
+    """Whether the folder is a whole package: its parts and the whole platform would be counted twice."""
     if folder.name.count(":") != 1:
         return False
     try:
         return not (folder / "name").read_text().startswith("psys")
-    except OSError:  # it has no name
+    except OSError:  # without a name file
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class NvmlCard:
-    """One card as its driver tells of it. `nvml` is the pynvml module; a test brings its own."""
+    """One card as its driver reports it. `nvml` is the pynvml module; a test may pass a fake."""
 
     nvml: Any
     handle: Any
 
     @classmethod
     def of(cls, nvml: Any, properties: Any, index: int) -> NvmlCard | None:
-        """By torch's properties of the card: its unique id where torch tells it, since NVML counts all cards and torch
-        only those that are visible. None where the driver does not know it."""
+        """The card with torch's `properties`. None if the driver does not know it.
+
+        It is found by its unique id if torch gives one: NVML numbers all cards, torch only the visible ones.
+        """
         uuid = getattr(properties, "uuid", None)
         try:
             if uuid is None:
@@ -100,7 +102,7 @@ class NvmlCard:
         return self.answer("nvmlDeviceGetTotalEnergyConsumption", 1e-3)
 
     def answer(self, question: str, scale: float = 1.0, *arguments: int) -> float | None:
-        """None where this card does not answer."""
+        """Call one of NVML's functions for this card. None if the card does not support it."""
         try:
             return float(getattr(self.nvml, question)(self.handle, *arguments)) * scale
         except self.nvml.NVMLError:
@@ -108,7 +110,7 @@ class NvmlCard:
 
 
 def open_nvml() -> Any | None:
-    """The pynvml module, ready to be asked; None where it or the driver is not there."""
+    """The initialized pynvml module. None if it or the driver is missing."""
     try:
         import pynvml
 
@@ -119,7 +121,7 @@ def open_nvml() -> Any | None:
 
 
 def open_counter(device: str) -> Counter | None:
-    """Of `cpu`, `cuda` or `cuda:N`; None where a card's driver cannot be asked."""
+    """The counter of `cpu`, `cuda` or `cuda:N`. None if a card's driver cannot be asked."""
     if device == "cpu":
         return Rapl()
     nvml = open_nvml()
@@ -132,10 +134,10 @@ def open_counter(device: str) -> Counter | None:
 
 
 class Meter:
-    """Joules from `start` to `stop`. In between it looks now and then, so that no new beginning is missed."""
+    """Joules from `start` to `stop`. It reads the counter now and then in between, so that no wrap-around is missed."""
 
     def __init__(self, counter: Counter | None, absent: str, now_s: Callable[[], float] = time.monotonic) -> None:
-        """`absent`: why there is no energy where the counter is None or does not answer."""
+        """`absent`: why there is no energy if the counter is None or cannot be read."""
         self._counter, self._absent, self._now_s = counter, absent, now_s
         self._began: tuple[float, float | None] | None = None
         self._ended: tuple[float, float | None] | None = None
@@ -152,16 +154,16 @@ class Meter:
         self._looking.start()
 
     def stop(self) -> None:
-        """The first call counts."""
+        """Stop measuring. Only the first call counts."""
         if self._ended is None:
             self._stopped.set()
             if self._looking is not None:
-                self._looking.join()  # one reader at a time: the counter remembers what it said last
+                self._looking.join()  # one reader at a time, since the counter keeps its last reading
             self._ended = self._reading()
 
     @property
     def energy_j(self) -> float | None:
-        """None where `why` says why."""
+        """The joules, or None for the reason in `why`."""
         if self.why or self._began is None or self._ended is None:
             return None
         began_j, ended_j = self._began[1], self._ended[1]
@@ -169,7 +171,7 @@ class Meter:
 
     @property
     def why(self) -> str:
-        """Why there is no energy; "" where there is."""
+        """Why there is no energy; "" if there is."""
         if self._began is None or self._ended is None:
             return "nothing ran"
         if self._began[1] is None or self._ended[1] is None:

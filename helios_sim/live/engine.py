@@ -1,6 +1,6 @@
-"""The live engine: iterations that really run, weights that really move, times from the wall clock.
+"""The live engine: iterations run on the real device, weights really move, and times come from the wall clock.
 
-Knows the server's plans and the models; no queue and no policy. The server cannot tell it from the simulated engine.
+It follows the same `Engine` protocol as the simulated engine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Faults(Protocol):
-    """Who is told when something real went wrong. A `Server` is one."""
+    """Receives failures of requests and loads. A `Server` is one."""
 
     def request_failed(self, request_id: int, reason: str) -> None: ...
     def load_failed(self, model: str, reason: str) -> None: ...
@@ -44,10 +44,11 @@ class Faults(Protocol):
 class LiveEngine:
     """Follows the `Engine` protocol. One object serves one replica.
 
-    `slots` requests can run at once where memory suffices, each of at most `slot_tokens` tokens, prompt and answer. Of
-    the device's memory `weight_bytes` are for weights; None: as many as all
-    models take. `residents` holds the weights where somebody else has loaded them already. `kept_answers`: of so many
-    requests that have completed and left, the latest, answers are kept; None: of all that ever ran.
+    slots: how many requests can run at once if memory suffices.
+    slot_tokens: the most tokens of a request, prompt and answer together.
+    weight_bytes: device memory for weights; None: enough for all models.
+    residents: weights that are loaded already, if any.
+    kept_answers: how many answers of requests that completed and left are kept, the latest ones; None: all.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class LiveEngine:
         )  # fmt: skip
         self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
-        self.forward_ns = 0  # inside forward passes of iterations, since it was made
-        self.shortages = 0  # iterations that memory did not suffice for
-        self.loading = 0  # transfers that are under way
+        self.forward_ns = 0  # total time in forward passes of iterations
+        self.shortages = 0  # iterations that ran out of memory
+        self.loading = 0  # transfers in progress
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
@@ -84,7 +85,7 @@ class LiveEngine:
         return self.work.places[model]
 
     def hold(self, layers: Mapping[str, int]) -> None:
-        """When the first weights are there, KV memory is taken from what is free beside them."""
+        """Hold these layers. Once the first weights are loaded, KV memory is reserved from what is free beside them."""
         self.residents.hold(layers)
         if layers and not self.work.reserved_bytes:
             name, end = next(iter(layers.items()))
@@ -92,7 +93,10 @@ class LiveEngine:
             self.work.reserve()
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Runs one iteration, however many the plan allows: whoever arrives meanwhile is seen after it."""
+        """Run one iteration, even if the plan allows more: requests that arrive meanwhile are admitted after it.
+
+        Raises OutOfMemory if memory does not suffice, and UserError for a policy that needs to know the future.
+        """
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
         reason = None
@@ -106,7 +110,7 @@ class LiveEngine:
             reason = oom_message(error)
             if reason is None:
                 raise
-        if reason is not None:  # out there: the error holds on to the tensors of its frames
+        if reason is not None:  # outside `except`, since the error keeps the tensors of its frames alive
             self.shortages += 1
             self.work.keep_only(set(), self.answers)
             raise OutOfMemory(reason, max(now_ns + 1, self._env.wall_ns))
@@ -114,7 +118,7 @@ class LiveEngine:
         return self._outcome(plan, rows, chunks, tally, now_ns)
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        """Loads what is held and not there yet; a model that lacks nothing is streamed for a probe."""
+        """Load the held layers that are not resident yet. Of a model that is complete, nothing is loaded."""
         env = self._env
         env.open_door()
         self.loading += 1
@@ -155,16 +159,16 @@ class LiveEngine:
             with self.residents.whole(model) as whole:
                 exits = self.residents.exits(model)
                 found = tuple(score(data, whole, exits, answer, exit_rule, now_ns) for answer in answers)
-        except (MemoryError, RuntimeError) as error:  # what was served does not depend on a probe
+        except (MemoryError, RuntimeError) as error:  # serving goes on without the probe
             _log.warning("%s scored nothing: %s", model, error)
         return max(1, self._env.wall_ns - start_ns), found
 
     def close(self) -> None:
-        """Ends what runs beside the environment: loads."""
+        """Stop the loading thread."""
         self.residents.close()
 
     def _as_text_of(self, model: str, data: LiveModel, request: Request) -> Answer:
-        """A served text in another model's tokens."""
+        """A served text in the tokens of another model."""
         served = self.answers[request.request_id]
         answered = served.before + self._models[served.model].decode(served.tokens)
         prompt_tokens, _ = data.lengths(request)
@@ -172,14 +176,14 @@ class LiveEngine:
         return Answer(request, model, data.prompt_ids(request, self._texts, prompt_tokens), len(ids), tokens=ids)
 
     def _members(self, plan: Plan) -> list[Answer]:
-        """The batch's texts, each with a slot; who left the batch loses its own."""
+        """The batch's answers, each with a slot. Requests that left the batch lose their slots."""
         members = plan.batch.members
         self.work.keep_only({sequence.request.request_id for sequence in members}, self.answers)
         generated, context = plan.batch.column(Column.GENERATED), plan.batch.column(Column.CONTEXT)
         answers = []
         for index, sequence in enumerate(members):
             answer = self._answer(sequence, int(generated[index]))
-            if answer.cached > context[index]:  # it lost its place and came back since
+            if answer.cached > context[index]:  # it was preempted and came back
                 answer.lose_cache()
             self.work.place(answer)
             answers.append(answer)
@@ -226,7 +230,7 @@ class LiveEngine:
         return chunks
 
     def _forward(self, plan: Plan, model: SegmentedModel, rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> Tally:
-        """Makes tokens of all rows."""
+        """Run the forward pass, which gives every row its next token."""
         exits = self._models[plan.model].exits
         banded = isinstance(plan.exit_rule, PerToken) or any(
             row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
@@ -239,7 +243,7 @@ class LiveEngine:
         return tally
 
     def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
-        """What the iteration made of the texts."""
+        """Add the iteration's tokens to the answers."""
         for answer, row in zip(answers, rows, strict=False):
             answer.cached += 1
             self._add(answer, row)
@@ -285,7 +289,7 @@ def _observed(plan: Plan, answer: Answer) -> bool:
 
 
 def _tokens(rows: SequenceOf[Row], run_layers: int) -> Tokens:
-    """Whether a token that left early equals full depth's is not known here: it is scored afterwards."""
+    """The tokens' depths. Whether an early token equals full depth's is not known here; it is scored afterwards."""
     if all(row.layers == run_layers and not row.breach for row in rows):
         return Tokens(run_layers, None, None)
     layers = np.array([[row.layers for row in rows]], np.int64)

@@ -1,7 +1,4 @@
-"""What an exit says about rows whose hidden states are at hand. Knows heads and confidences, no rule and no cache.
-
-Who leaves at the end of a band, and with which token. Knows exits and the rule, no layer and no cache.
-"""
+"""Early exits at work: what the heads at an exit say about rows (`ExitReader`), and which rows exit (`ExitDecider`)."""
 
 from __future__ import annotations
 
@@ -19,7 +16,10 @@ from helios_sim.live.rows import Row, Tally
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """Of n rows, on the host. `finite`: the logits were numbers; without them token and confidence mean nothing."""
+    """What the head at an exit says about n rows, on the host.
+
+    `finite`: whether the logits were numbers; if not, token and confidence mean nothing.
+    """
 
     tokens: list[int]
     confidence: list[float] | None
@@ -27,18 +27,18 @@ class HeadOutput:
 
 
 class ExitReader:
-    """A model's exits by depth. At a depth without heads the model's own norm and head are used as they are."""
+    """Reads a model's exits by depth. At a depth without heads the model's own norm and LM head are used."""
 
     def __init__(self, heads: ExitHeads, n_layers: int) -> None:
         self.heads = heads
         self._index = {depth: i for i, depth in enumerate((*heads.exits, n_layers))}
 
     @torch.inference_mode()
-    def look(self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None) -> HeadOutput:
-        """hidden (n, d) after `depth` layers, through the head. One transfer to the host.
+    def read(self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None) -> HeadOutput:
+        """Put hidden (n, d) after `depth` layers through the head, with one transfer to the host.
 
-        `measure`: also give this confidence (None: none). That of a classifier does not come from the head, but is
-        fetched in the same transfer.
+        `measure`: the confidence to return as well (None: none). A classifier's comes from the check rather than from
+        the head, in the same transfer.
         """
         tokens, confidence, best = self.on_device(model, depth, hidden, measure)
         columns = [tokens.double(), best.double()] if confidence is None else [
@@ -50,7 +50,7 @@ class ExitReader:
 
     @torch.inference_mode()
     def tokens(self, model: SegmentedModel, adapted: Tensor) -> HeadOutput:
-        """What states (n, d) that are adapted already say, whatever depths they come from. One transfer."""
+        """Tokens of states (n, d) that are already adapted, from any depths, with one transfer to the host."""
         best = model.logits(adapted).max(-1)
         rows = torch.stack((best.indices.double(), best.values.double())).tolist()
         return HeadOutput([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]])
@@ -58,7 +58,7 @@ class ExitReader:
     def on_device(
         self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Tokens (n,), confidence (n,) if asked for, and the largest logit (n,), all still on the device."""
+        """Tokens (n,), confidence (n,) if requested, and the largest logit (n,), all on the device."""
         index = self._index.get(depth)
         logits = model.logits(self.adapted(model, depth, hidden))
         if measure is None:
@@ -79,12 +79,12 @@ class ExitReader:
         return best.indices, sure, best.values
 
     def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
-        """Hidden states (n, d) after `depth` layers as the model's own norm and head read them."""
+        """Adapt hidden states (n, d) after `depth` layers for the model's own norm and LM head."""
         index = self._index.get(depth)
         return hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
 
     def classify(self, depth: int, hidden: Tensor) -> Tensor:
-        """The cheap check's answer (n,). UserError for heads without one."""
+        """The cheap check's confidence (n,). Raises UserError for heads without a check."""
         index = self._index.get(depth)
         if index is None:
             raise ValueError(f"no head at layer {depth}; heads at {tuple(self._index)}")
@@ -92,7 +92,7 @@ class ExitReader:
 
 
 class ExitDecider:
-    """The plan's exit rule at work."""
+    """Applies a plan's exit rule at the end of each band: which rows exit there, and with which token."""
 
     def __init__(self, model: SegmentedModel, exits: ExitReader, rule: ExitRule, lazy: bool) -> None:
         self._model, self._exits, self._lazy = model, exits, lazy
@@ -101,14 +101,14 @@ class ExitDecider:
         self._measure = None if watched is None else watched.confidence
         self._by_head = self._measure is not Confidence.CLASSIFIER
         self._whole = model.architecture.n_layers
-        self._waiting: list[tuple[list[Row], Tensor]] = []  # for the head, with their adapted states
+        self._waiting: list[tuple[list[Row], Tensor]] = []  # rows that wait for the head, with their adapted states
 
     def decide(self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally) -> None:
-        """Samples whoever stops here, asks whoever may leave, notes what is observed.
+        """Sample the rows that stop here, check the rows that may exit, and record what is observed.
 
-        `states` (n, d) are the rows' after `end` layers. At most one transfer to the host for the question and one
-        for the tokens; where the head answers both, they are the same. Whoever leaves by a question that does not
-        need the head gets its token in `finish`.
+        `states` (n, d) are the rows' hidden states after `end` layers. There is at most one transfer to the host for
+        the checks and one for the tokens; they are the same if the head gives both. Rows that exit by the classifier
+        get their token in `finish`.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         asking = [i for i, row in enumerate(rows) if row.asks and i not in stops]
@@ -116,27 +116,27 @@ class ExitDecider:
         if asking and not self._by_head:
             tally.add("classifier_tokens", band, len(asking))
             sure = self._exits.classify(end, _some(states, asking)) >= self._threshold
-            leaving = self._agreed(rows, asking, end, sure.tolist())
+            leaving = self._exiting(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
         later = set() if self._by_head else (stops | leaving) - observed - watched
-        self._let_go(end, rows, sorted(later), states, tally)
+        self._exit_later(end, rows, sorted(later), states, tally)
         through = sorted((stops | leaving | observed | (set(asking) if self._by_head else set())) - later)
         if not through:
             return
         asks_head = self._by_head and bool(asking)
         measure = self._measure if observed or watched or asks_head else None
-        look = self._exits.look(self._model, end, _some(states, through), measure)
-        confidence = look.confidence or [0.0] * len(through)
+        said = self._exits.read(self._model, end, _some(states, through), measure)
+        confidence = said.confidence or [0.0] * len(through)
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))
-            leaving = self._agreed(rows, asking, end, [by_row[i] >= self._threshold for i in asking])
+            leaving = self._exiting(rows, asking, end, [by_row[i] >= self._threshold for i in asking])
         sampled = (stops | (set() if self._by_head else leaving)) - later
         tally.sampled(len(sampled))
         tally.add("check_tokens", band, len(through) - len(sampled))
         if not self._by_head:
             tally.add("classifier_tokens", band, len(watched))
-        for i, token, sure_here, finite in zip(through, look.tokens, confidence, look.finite, strict=True):
+        for i, token, sure_here, finite in zip(through, said.tokens, confidence, said.finite, strict=True):
             row = rows[i]
             if row.seen is not None:
                 row.seen.choices.append(token)
@@ -144,11 +144,11 @@ class ExitDecider:
             if i in stops or i in leaving:
                 row.chosen, row.layers, row.finite = token, end, finite
                 row.breach = i in watched and self._measure is not None and not (
-                    row.sure or _said(row, end, sure_here >= self._threshold)
+                    row.sure or _confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
 
     def finish(self) -> None:
-        """Gives everybody who left without one its token: the head is read once, whatever depths they left at."""
+        """Give every row that exited without a token its token: the head runs once for all depths."""
         if not self._waiting:
             return
         found = self._exits.tokens(self._model, torch.cat([adapted for _, adapted in self._waiting]))
@@ -157,7 +157,7 @@ class ExitDecider:
             row.chosen, row.finite = token, finite
         self._waiting.clear()
 
-    def _let_go(self, end: int, rows: Sequence[Row], going: list[int], states: Tensor, tally: Tally) -> None:
+    def _exit_later(self, end: int, rows: Sequence[Row], going: list[int], states: Tensor, tally: Tally) -> None:
         if not going:
             return
         left = [rows[i] for i in going]
@@ -165,18 +165,18 @@ class ExitDecider:
             row.layers = end
         tally.sampled(len(left))
         adapted = self._exits.adapted(self._model, end, _some(states, going))
-        self._waiting.append((left, adapted.clone() if adapted is states else adapted))  # a later band may write there
+        self._waiting.append((left, adapted.clone() if adapted is states else adapted))  # a later band may overwrite it
 
-    def _agreed(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
-        """Each leaves alone, or lazily all together once each of them was confident somewhere."""
+    def _exiting(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
+        """The rows that exit: each by itself, or, if lazy, all together once each was confident at some exit."""
         for i, confident in zip(asking, sure, strict=True):
-            rows[i].sure = rows[i].sure or _said(rows[i], end, confident)
+            rows[i].sure = rows[i].sure or _confident(rows[i], end, confident)
         if self._lazy:
             return set(asking) if all(rows[i].sure for i in asking) else set()
         return {i for i in asking if rows[i].sure}
 
 
-def _said(row: Row, depth: int, sure: bool) -> bool:
+def _confident(row: Row, depth: int, sure: bool) -> bool:
     return sure if row.recorded is None else row.recorded[depth]
 
 

@@ -1,7 +1,7 @@
-"""One iteration through the layers: who runs which band, and what becomes of K and V of those who left.
+"""One iteration through the layers: which rows run which band, and what happens to K and V of rows that exit.
 
-Knows rows and bands; no request, no clock, no memory. A band runs once for all rows that are in it: decodes, pieces of
-prompts, and tokens that left earlier and are computed now (KvRule.RECOMPUTE).
+A band runs once for all rows in it: decodes, chunks of prompts, and tokens that exited earlier and are computed now
+(KvRule.RECOMPUTE).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from helios_sim.serving.iteration import Plan
 
 @dataclass(slots=True)
 class _Inside:
-    """Who is in a band. `hidden` holds the decodes' rows first, then those of the pieces, one after the other."""
+    """The rows in a band. `hidden` holds the rows of decodes first, then those of the pieces one after the other."""
 
     rows: list[Row]
     pieces: list[tuple[Chunk, PromptStep]]
     hidden: Tensor | None  # None: a captured first segment embeds for itself
-    step: DecodeStep | None  # of the rows; None: there are none, or it is to be made anew
+    step: DecodeStep | None  # the rows' step; None: no rows, or it has to be built anew
 
 
 class Forward:
-    """Runs iterations of one plan's kind; `bounds` are the depths at which anybody may leave."""
+    """Runs iterations of one plan. `bounds` are the depths at which rows may exit."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Forward:
         bounds: Sequence[int],
         captured: GraphedDecodes | None = None,
     ) -> None:
-        """`captured`: bands with nothing but decodes are launched as one."""
+        """`captured`: runs bands that hold only decodes as captured graphs."""
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._captured = captured
         self._lazy = plan.batching is BatchingRule.LAZY
@@ -52,7 +52,7 @@ class Forward:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:
-        """Every row, and every chunk's row, has become a token when it returns."""
+        """Run the iteration. Afterwards every row, and every chunk's row, has its next token."""
         tally = Tally(self._bounds)
         now, start = self._embedded(list(rows), chunks), 0
         for band, end in enumerate(self._bounds):
@@ -90,7 +90,7 @@ class Forward:
         if self._captured is not None and not owed and not now.pieces:
             now.hidden = self._captured.run(rows, now.hidden, start, end)
             return
-        if now.hidden is None:  # a token that left before goes along: nothing is captured for that
+        if now.hidden is None:  # a token that exited before runs along, for which there is no graph
             now.hidden = self._embedded_alone(rows)
         if not owed:
             if now.step is None and rows:
@@ -105,10 +105,10 @@ class Forward:
             token.depth, token.hidden = end, state
         if end == self._plan.loaded_layers:
             for row in rows:
-                row.owed.clear()  # all of them: who goes that far was joined by each on the way
+                row.owed.clear()  # each of them has run all layers by now
 
     def _leave(self, band: int, end: int, now: _Inside, tally: Tally) -> None:
-        """Lets the exit rule decide; whoever is done is not inside any more."""
+        """Apply the exit rule, and remove the rows that are done."""
         assert now.hidden is not None
         n = len(now.rows)
         edges = [n]
@@ -133,16 +133,16 @@ class Forward:
             now.rows, now.step = [now.rows[i] for i in stay], None
 
     def _keep_kv(self, band: int, end: int, gone: Sequence[Row], hidden: Tensor, tally: Tally) -> None:
-        """K and V of tokens that left, in the layers that they did not run."""
+        """Provide K and V of rows that exited in the layers that they did not run."""
         plan = self._plan
         if not isinstance(plan.exit_rule, PerToken):
-            return  # above a fixed cap nothing reads K and V any more
+            return  # nothing reads K and V above a fixed cap
         if plan.kv_rule is KvRule.PROPAGATE or self._lazy:
             self._model.propagate(hidden, end, plan.loaded_layers, self._decode_step(gone, []))
             tally.propagated_above(band, len(gone))
             return
         for row, state in zip(gone, hidden.split(1), strict=True):
-            row.owed.append(OwedToken(row.position, end, state.clone()))  # the next iteration may write over it
+            row.owed.append(OwedToken(row.position, end, state.clone()))  # the next iteration may overwrite it
 
 
 def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:

@@ -1,7 +1,7 @@
-"""Decodes through a segment as one launch: steps with fixed tensors, captured once per batch size, span and segment.
+"""Decode steps as captured graphs: one launch per segment of layers, captured per batch size, context span and segment.
 
-Knows slots and layers, no rule. Batches are padded up to a captured size; padding rows write to the last place of a
-slot, which no text ever reaches, and what comes out of them is not read. Only a device that captures gains by it.
+Batches are padded up to a captured size. Padding rows write to the last position of a slot, which no text reaches, and
+their results are not read. Only devices that capture graphs use this.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from helios_sim.live.memory.kv import DecodeStep, KvCache
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.rows import Row
 
-SIZES = (1, 2, 4, *range(8, 513, 8))  # of batches, as vLLM captures them by default
-LEAST_SPAN = 128  # tokens of context; from there on in powers of two
+SIZES = (1, 2, 4, *range(8, 513, 8))  # batch sizes, as vLLM captures them by default
+LEAST_SPAN = 128  # tokens of context; larger spans are powers of two
 _IDS, _SLOTS, _POSITIONS = range(3)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a captured step fixes."""
+    """What is fixed in a captured step."""
 
     start: int
     end: int
     size: int
     span: int
-    in_row: bool  # slots 0, 1, ...
+    in_row: bool  # slots are 0, 1, ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
     launch: Step
-    hidden: Tensor  # (size, d_model) goes in; not read by a first segment
+    hidden: Tensor  # (size, d_model), the input; not read by a first segment
     out: Tensor  # (size, d_model)
-    reads: tuple[object, ...]  # weights and keys of its layers, whose memory the step knows
+    reads: tuple[object, ...]  # weights and keys of its layers, whose addresses the graph holds
 
 
 class GraphedDecodes:
-    """Segments of one model over one cache. Tensors are allocated when a shape is first run, never again."""
+    """Captured decode steps of one model over one cache. A shape is captured when it first runs."""
 
     def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:
         self._model, self._cache, self._device = model, cache, device
@@ -52,13 +52,13 @@ class GraphedDecodes:
         on = cache.device
         self._numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._sizes}
         staged = device.host_empty(3 * 8 * cache.slots)
-        self._staged = staged.view(torch.int64)  # the host writes here, one copy brings it over
+        self._staged = staged.view(torch.int64)  # the host writes here before one copy to the device
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor | None, start: int, end: int) -> Tensor:
-        """Hidden states (n, d_model) after layers start..end-1; None for `hidden`: of the rows' tokens.
+        """Hidden states (n, d_model) after layers start..end-1. `hidden` None: start from the rows' tokens.
 
-        Valid until the same segment runs again.
+        The result is valid until the same segment runs again.
         """
         n = len(rows)
         size = next(size for size in self._sizes if size >= n)
@@ -78,7 +78,7 @@ class GraphedDecodes:
         return min(span, self._cache.max_tokens)
 
     def _stage(self, rows: Sequence[Row], size: int, in_row: bool) -> None:
-        """Ids, slots and positions to the device, in one copy."""
+        """Copy token ids, slots and positions to the device at once."""
         n, last = len(rows), self._cache.max_tokens - 1
         padding = range(n, size) if in_row else [0] * (size - n)
         numbers = [

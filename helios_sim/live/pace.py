@@ -1,7 +1,7 @@
-"""How fast a device is just now: always the same steps, timed. Knows a model's layers, no request and no table.
+"""The device's current pace: the same reference steps (anchors), timed again and again.
 
-The calibration times these steps all along and keeps their medians in the profile; whoever serves from that profile
-times them again. The ratio is what other users of the machine, its clock and its memory do to iterations of that hour.
+The calibration times these steps throughout and keeps their medians in the profile. Serving from that profile times
+them again. The ratio shows how other users of the machine, its clock and its memory slow down iterations at the time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.profile.pace import Anchor
 
 REPEATS = 15
-WARM_STEPS = 2  # that do not count
+WARM_STEPS = 2  # not timed
 
 
 @torch.inference_mode()
 def prepared(model: SegmentedModel, device: Device, anchor: Anchor) -> Step:
-    """The step as it runs at its best, and warm."""
+    """The anchor's step, prepared for the device and warmed up."""
     step = device.prepare(anchor_step(model, anchor))
     for _ in range(WARM_STEPS):
         step()
@@ -30,9 +30,9 @@ def prepared(model: SegmentedModel, device: Device, anchor: Anchor) -> Step:
 
 
 def anchor_step(model: SegmentedModel, anchor: Anchor) -> Step:
-    """All layers that are there, for one token each of some requests or for the prompt of one.
+    """A step through all loaded layers: one token each of several requests, or one prompt.
 
-    Decodes with the mask that contexts of several lengths have in service.
+    Decodes of several requests use a mask, as contexts of different lengths do while serving.
     """
     layers, rows, kv_tokens = model.n_loaded, anchor.rows, anchor.kv_tokens
     slots, tokens = (rows, kv_tokens) if kv_tokens else (1, rows)
@@ -47,7 +47,7 @@ def anchor_step(model: SegmentedModel, anchor: Anchor) -> Step:
 
 @torch.inference_mode()
 def seconds(step: Step, device: Device, repeats: int) -> float:
-    """Of a step that is prepared: the median of the repeats. It has run before."""
+    """Median seconds of a prepared, warm step over `repeats` runs."""
     times_s = []
     for _ in range(repeats):
         device.wait()

@@ -1,7 +1,7 @@
-"""The live engine for models whose weights are random: real times, with exits as a trace recorded them.
+"""The live engine for models with random weights: real times, with exits taken from a recorded trace.
 
-What such a model says means nothing, so who is confident where, and what full depth would have said, come from the exit
-trace, token by token as a simulation reads it. Everything is still computed: layers, heads, checks.
+The output of such a model means nothing, so confidences, and what full depth would have said, come from the exit trace,
+token by token as in a simulation. Everything is still computed: layers, heads, checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from helios_sim.serving.iteration import Plan
 
 
 class ReplayingEngine(LiveEngine):
-    """Follows the `Engine` protocol, as its parent does."""
+    """A `LiveEngine` whose exits follow the models' traces."""
 
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
         return self._recorded(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)
@@ -49,7 +49,7 @@ class ReplayingEngine(LiveEngine):
         return chunks
 
     def _confident(self, plan: Plan, answer: Answer, sequence: Sequence) -> Mapping[int, bool] | None:
-        """Of the next token, by depth; None where nobody asks."""
+        """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""
         rule = plan.exit_rule
         if not isinstance(rule, FixedCap | PerToken):
             return None
@@ -71,6 +71,6 @@ class ReplayingEngine(LiveEngine):
             time_ns=int(self._env.now),
             confident=confident[rows],
             agrees=trace.agree[rows],
-            bits=None,  # of a text that nobody wrote
+            bits=None,  # the text does not exist
             chars=int(trace.chars[rows].sum()),
         )

@@ -1,4 +1,4 @@
-"""Counts what an iteration ran, in the numbers that a profile prices. Knows no tensor."""
+"""What one iteration runs: rows (tokens on their way), chunks of prompts, and their counts that a profile prices."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from helios_sim.exits.rule import PerToken
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.serving.iteration import Plan
 
+_PER_BAND = ("decode_tokens", "decode_kv_tokens", "check_tokens", "classifier_tokens", "propagated_tokens")
+
 
 @dataclass(slots=True)
 class OwedToken:
-    """A token that left and still has to run the layers from `depth` on, before anybody reads its K and V there."""
+    """A token that exited early and still has to run the layers from `depth` on, before its K and V there are read."""
 
     position: int
     depth: int
@@ -26,7 +28,7 @@ class OwedToken:
 
 @dataclass(slots=True)
 class ObservedToken:
-    """What each exit said of one observed token, in the order of the exits."""
+    """What each exit said about one observed token, in the order of the exits."""
 
     choices: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
@@ -34,27 +36,27 @@ class ObservedToken:
 
 @dataclass(slots=True)
 class Row:
-    """A token on its way: of a request that decodes, or the last one of a prompt that finishes."""
+    """A token that yields the next one: of a request that decodes, or the last one of a prompt that finishes."""
 
     slot: int
     position: int
     token: int
-    last_layer: int  # where it is sampled at the latest
-    asks: bool = False  # leaves at the first confident exit
+    last_layer: int  # it is sampled there at the latest
+    asks: bool = False  # exits at the first confident exit
     decodes: bool = True
     seen: ObservedToken | None = None  # observed at every exit
-    owed: list[OwedToken] = field(default_factory=list)  # of its request
-    sure: bool = False  # was confident somewhere
-    recorded: Mapping[int, bool] | None = None  # whether exits are confident, by depth, whatever the model says
-    chosen: int | None = None  # the token that it became
-    layers: int = 0  # after which it left; 0 while it has not
+    owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
+    sure: bool = False  # was confident at some exit
+    recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
+    chosen: int | None = None  # the next token
+    layers: int = 0  # depth at which it exited; 0 before that
     breach: bool = False
     finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a prompt. `row` is its last token, where that one yields the next."""
+    """A piece of a prompt. `row` is its last token if the prompt finishes with it."""
 
     slot: int
     tokens: Sequence[int]
@@ -64,6 +66,8 @@ class Chunk:
 
 
 class Tally:
+    """Counts what an iteration runs in each band, as a `Composition`."""
+
     def __init__(self, bounds: tuple[int, ...]) -> None:
         self.bounds = bounds
         self._counts = {name: np.zeros((1, len(bounds)), np.int64) for name in _PER_BAND}
@@ -71,7 +75,7 @@ class Tally:
         self._contexts: list[int] = []
 
     def ran(self, band: int, contexts: Sequence[int]) -> None:
-        """Rows that run the band, by the tokens that each attends to, itself included."""
+        """Count rows that run the band. `contexts`: how many tokens each attends to, itself included."""
         self._counts["decode_tokens"][0, band] += len(contexts)
         self._counts["decode_kv_tokens"][0, band] += sum(contexts)
         if band == 0:
@@ -108,6 +112,3 @@ class Tally:
             loading=plan.loading,
             **spread,
         )
-
-
-_PER_BAND = ("decode_tokens", "decode_kv_tokens", "check_tokens", "classifier_tokens", "propagated_tokens")

@@ -1,16 +1,10 @@
-"""A model as it is served: weights on disk, exit heads, tokenizer, and what the simulation knows of it.
+"""The models that are served: weights, exit heads, tokenizer and profile of each, and how they are opened.
 
-Requests are spans of text. Their lengths in tokens are those of the simulation, to the token: prompts by the profile's
-mean token, answers by the exit trace. The prompt's words are real, the text just before the recorded answer; the answer
-is whatever the model writes, exactly as many tokens as planned: an end token does not end it.
+Requests are spans of text. Their lengths in tokens are exactly those of the simulation: prompts by the profile's mean
+token, answers by the exit trace. The words of a prompt are real: the text just before the recorded answer. The answer
+is what the model writes, with exactly as many tokens as planned: an end token does not end it.
 
-
-Opens what live serving needs: device, checkpoints with their heads and tokenizers. Knows files, serves nothing.
-
-What can be wrong is found here, before a run begins, each with one message.
-
-
-Whether what a real model needs is installed. Imports none of it.
+`open_models` checks everything that can be wrong before a run begins. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -35,11 +29,14 @@ if TYPE_CHECKING:
     from helios_sim.live.model.heads import ExitHeads
     from helios_sim.live.model.weights import TensorSource
 
+LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
-    """`tokenizer` is transformers'. The profile is what policies predict with; its bytes say the weights' dtype.
+    """One model to serve. `tokenizer` is transformers'. Policies predict with the profile, which also sets the dtype.
 
-    `replays`: the weights are random, so the trace says who is confident and what would have changed.
+    `replays`: the weights are random, so confidences and agreement are taken from the trace.
     """
 
     checkpoint: TensorSource
@@ -48,35 +45,35 @@ class LiveModel:
     profile: Profile
     trace: BoundTrace
     replays: bool = False
-    start_token: int | None = field(init=False)  # of a text, where the vocabulary has one
+    start_token: int | None = field(init=False)  # begins a text, if the vocabulary has one
 
     def __post_init__(self) -> None:
-        # Looked up once: the vocabulary is made into a dictionary anew whenever it is asked for.
+        # Looked up once, since get_vocab() builds the dictionary anew at every call.
         object.__setattr__(self, "start_token", _start_token(self.tokenizer, self.checkpoint.architecture.vocab_size))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and KV: policies and the server count with the bytes that the profile says."""
+        """The dtype of weights and KV. It follows the profile, whose bytes policies and the server count with."""
         import torch
 
         return {4: torch.float32, 2: torch.bfloat16}[self.profile.model.weight_bytes_per_value]
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Depths at which a token may leave; the last is the whole model."""
+        """Depths at which a token may exit; the last is full depth."""
         return self.trace.trace.exits
 
     def lengths(self, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
-        """Prompt tokens, with the characters answered so far, and the span of what is still to be answered."""
+        """Prompt tokens, including what was answered so far, and the span of what is still to be answered."""
         span = self.trace.locate(
             request.task, request.text_start + answered_chars, request.output_chars - answered_chars
         )
         return self.profile.model.tokens(request.prompt_chars + answered_chars), span
 
     def prompt_ids(self, request: Request, texts: PromptTexts, n_tokens: int, answered: str = "") -> list[int]:
-        """Exactly `n_tokens` ids: a start token and the end of the text so far, `answered` included.
+        """Exactly `n_tokens` ids: a start token and the end of the text so far, including `answered`.
 
-        The text is taken as long as it has to be, since tokens are longer in some places than the mean.
+        More text is read until it is enough, since tokens can be longer than the mean.
         """
         chars = max(16, round(2 * n_tokens * self.profile.model.chars_per_token))
         while True:
@@ -97,9 +94,9 @@ class LiveModel:
 
 
 def _start_token(tokenizer: Any, vocab_size: int) -> int | None:
-    """The token between documents where the vocabulary has one, as in pretraining, else the tokenizer's own.
+    """The token between documents in pretraining if the vocabulary has one, else the tokenizer's own start token.
 
-    A tokenizer may know tokens past the model's rows.
+    A tokenizer may have more tokens than the model has embeddings; those are not used.
     """
     known = tokenizer.get_vocab()
     names = ("<bos>", "<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token)
@@ -108,56 +105,56 @@ def _start_token(tokenizer: Any, vocab_size: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class OpenSettings:
-    """How models are to be opened. `weights` and `heads` by model, where they are not found by the model's name."""
+    """How to open models. `weights` and `heads` are given by model, if not to be found by the model's name."""
 
     device: str = "cpu"  # cpu, cuda, cuda:N
     dtype: str | None = None  # None: the profile's
-    threads: int | None = None  # of a CPU; None: as torch has it
+    threads: int | None = None  # CPU threads; None: torch's default
     seed: int = 0
     weights: Mapping[str, str] | None = None
     heads: Mapping[str, str] | None = None
 
 
 def open_models(
-    wanted: OpenSettings, profiles: Mapping[str, Profile], traces: Mapping[str, BoundTrace]
+    settings: OpenSettings, profiles: Mapping[str, Profile], traces: Mapping[str, BoundTrace]
 ) -> dict[str, LiveModel]:
-    """Every model that has a profile. Layers are not read yet.
+    """Open every model that has a profile. Layers are not read yet.
 
-    Raises UserError for packages, a device, weights or heads that are not there, and for weights that are not those
-    of the profile or do not fit.
+    Raises UserError for missing packages, devices, weights or heads, and for weights of another model than the
+    profile's.
     """
 
-    _open_device(wanted)
+    _open_device(settings)
     found = {}
     for name, profile in profiles.items():
-        _check_dtype(wanted.dtype, profile)
-        checkpoint = _checkpoint(name, wanted)
+        _check_dtype(settings.dtype, profile)
+        checkpoint = _checkpoint(name, settings)
         _check_shape(checkpoint, profile)
         exits = traces[name].trace.exits
-        heads = _heads(name, checkpoint, wanted, exits)
+        heads = _heads(name, checkpoint, settings, exits)
         found[name] = LiveModel(checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random)
     return found
 
 
-def _open_device(wanted: OpenSettings) -> None:
+def _open_device(settings: OpenSettings) -> None:
     check_packages("serving on a device")
     import torch
 
-    if wanted.device != "cpu":
-        number = int(wanted.device.partition(":")[2] or 0)
+    if settings.device != "cpu":
+        number = int(settings.device.partition(":")[2] or 0)
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if number >= there:
             cards = f"a card that is there: {there} found" + ("" if there else ", and torch sees no CUDA")
-            raise UserError("live.device", wanted.device, cards, "set live.device=cpu, or name another card")
-    elif wanted.threads is not None:
-        torch.set_num_threads(wanted.threads)
-    torch.manual_seed(wanted.seed)
+            raise UserError("live.device", settings.device, cards, "set live.device=cpu, or name another card")
+    elif settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
 
 
-def _checkpoint(name: str, wanted: OpenSettings) -> Checkpoint:
+def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:
     from helios_sim.live.checkpoint.source import find_checkpoint
 
-    given = (wanted.weights or {}).get(name)
+    given = (settings.weights or {}).get(name)
     try:
         return find_checkpoint(given or name)
     except UserError as error:
@@ -170,7 +167,7 @@ def _checkpoint(name: str, wanted: OpenSettings) -> Checkpoint:
 
 
 def _check_dtype(dtype: str | None, profile: Profile) -> None:
-    """The profile's bytes say what policies and the KV cache count with, so nothing else can be served beside it."""
+    """Raise UserError for another dtype than the profile's, whose bytes policies and the KV cache count with."""
     kept = next((d for d, n in VALUE_BYTES.items() if n == profile.model.weight_bytes_per_value), "another dtype")
     if dtype is not None and dtype != kept:
         fix = f"leave live.dtype out, or measure a profile with python -m calibrate dtype={dtype}"
@@ -191,25 +188,22 @@ def _check_shape(checkpoint: Checkpoint, profile: Profile) -> None:
             )  # fmt: skip
 
 
-def _heads(name: str, checkpoint: Checkpoint, wanted: OpenSettings, exits: tuple[int, ...]) -> ExitHeads:
-    """Named, shipped for the model, or the model's own head at every exit of the trace."""
+def _heads(name: str, checkpoint: Checkpoint, settings: OpenSettings, exits: tuple[int, ...]) -> ExitHeads:
+    """The named heads, else those shipped for the model, else the model's own head at every exit of the trace."""
     from helios_sim.live.model.heads import HEADER, SHIPPED, ExitHeads
 
-    given = (wanted.heads or {}).get(name)
+    given = (settings.heads or {}).get(name)
     folder = Path(given).expanduser() if given is not None else SHIPPED / name
     if given is None and not (folder / HEADER).is_file():
         return ExitHeads.own(exits[:-1])
     try:
-        return ExitHeads.load(folder, checkpoint.architecture, wanted.device)
+        return ExitHeads.load(folder, checkpoint.architecture, settings.device)
     except UserError as error:
         raise error.about(f"live.heads of {name}: {error.key}") from error
 
 
-LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
-
-
 def check_packages(why: str) -> None:
-    """UserError where what the extra `live` brings is not installed; `why`: what needs it."""
+    """Raise UserError if packages of the extra `live` are missing. `why`: what needs them. Imports none of them."""
     missing = [name for name in LIVE_PACKAGES if find_spec(name) is None]
     if missing:
         fix = "run `make live`, or pip install 'helios-llm-sim[live]'"

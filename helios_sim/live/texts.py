@@ -1,4 +1,4 @@
-"""The words of prompts, from plain text files of the user's or of the cache. Knows files and places, no model.
+"""The text of prompts, from plain text files. Importing this loads no torch.
 
 A folder holds TASK.txt for every task of the workload; a single file serves all tasks. `python -m calibrate.prompts`
 (part of `make models`) writes the held-out texts that exit traces are measured on into the cache.
@@ -14,25 +14,25 @@ from typing import Protocol
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import cache_folder
 
-FOLDER = "prompts"  # of the cache
+FOLDER = "prompts"  # in the cache folder
 _FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
 
 
 class PromptTexts(Protocol):
-    """Where the words of prompts come from."""
+    """The source of prompt text."""
 
     def prompt(self, task: int, start: int, chars: int) -> str:
         """The `chars` characters of the workload's task number `task` that end just before character `start`.
 
-        `start` is a request's `text_start`, where the recorded answer begins: any whole number. A task's text is
-        circular, so that every span is there, however long.
+        `start` is a request's `text_start`, where the recorded answer begins. It may be any whole number: a task's
+        text is circular, so that every span exists.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FileTexts:
-    """Circular texts, one a task, in the order of the workload's numbers. None is empty."""
+    """Circular texts, one per task, in the order of the workload's task numbers. No text is empty."""
 
     by_task: tuple[str, ...]
 
@@ -46,7 +46,10 @@ class FileTexts:
 
 
 def read_texts(tasks: Sequence[str], place: str | None = None) -> FileTexts:
-    """`place`: a folder or a file; None: the cache's folder. UserError for a file that is not there or has no text."""
+    """Read the tasks' texts from a folder or a file (`place` None: the cache folder).
+
+    Raises UserError for a missing or empty file.
+    """
     where = cache_folder() / FOLDER if place is None else Path(place).expanduser()
     if where.is_file():
         return FileTexts((_read(where),) * len(tasks))

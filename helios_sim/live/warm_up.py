@@ -1,6 +1,5 @@
-"""Runs an engine before time begins, so that what happens only once is not charged to the first requests.
-
-Knows plans and an engine, no server: kernels are chosen, caches are allocated, threads are there.
+"""Runs an engine before time starts, so that one-off costs (choice of kernels, allocations, threads) do not fall on the
+first requests. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from helios_sim.serving.iteration import Engine, Plan, PrefillPart
 def warm_up(
     engine: Engine, deployment: Deployment, requests: SequenceOf[Request], batch_tokens: int, times: int
 ) -> int:
-    """Prompts of these requests one after the other, and `times` decodes after each. Iterations run.
+    """Run the prompts of these requests one after the other, with `times` decodes after each.
 
-    The requests get numbers below 0, which no request of a workload has.
+    Returns the number of iterations. The requests get numbers below 0, which no request of a workload has.
     """
     batch, ran = RunningBatch(), 0
     for number, request in enumerate(requests if times else ()):

@@ -1,7 +1,7 @@
-"""A GGUF file, read tensor by tensor and dequantized. Knows the container and llama.cpp's keys, computes no model.
+"""A GGUF file, read tensor by tensor and dequantized.
 
-The header is read here: the `gguf` package's reader makes an object of every token of the vocabulary (13 s for
-Gemma-3's 262,144). Its dequantization is used. Format: ggml-org/ggml, docs/gguf.md.
+The header is parsed here: the `gguf` package's reader makes an object of every token of the vocabulary (13 s for
+Gemma-3's 262,144). The package's dequantization is used. Format: ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.hub_folder import refuse, wrong_family
 from helios_sim.live.checkpoint.naming import gguf_pieces
 from helios_sim.live.model.architecture import Architecture, Rope, Shape
-from helios_sim.live.model.weights import Piece
+from helios_sim.live.model.weights import StoredPiece
 
 _FETCH_AGAIN = "fetch the file again"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_LONGEST_ARRAY_KEPT = 4096  # longer ones are vocabularies
+_LONGEST_ARRAY_KEPT = 4096  # longer arrays are vocabularies
 _FAMILIES = ("llama", "qwen2", "gemma3")
-_GEMMA3_SLIDING_PERIOD = 6  # every sixth layer sees everything
+_GEMMA3_SLIDING_PERIOD = 6  # every sixth layer has full attention
 _GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA3_27B_LAYERS = 62
 
@@ -40,7 +40,7 @@ class StoredTensor:
 
 
 class GgufFile:
-    """Metadata and tensors of one file. Raises UserError for a damaged file or a family that is not built."""
+    """Metadata and tensors of one file. Raises UserError for a damaged file or an unsupported family."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,14 +56,14 @@ class GgufFile:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
+    def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
         return gguf_pieces(self.architecture.family, part, layer)
 
     def shape(self, name: str) -> Shape:
         return self._tensor(name).shape
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of one tensor as float32. Read, not mapped: no page of the file stays with the process."""
+        """Read rows of one tensor as float32. The file is not mapped, so none of its pages stay resident."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -76,7 +76,7 @@ class GgufFile:
         return torch.from_numpy(dequantize(data, GGMLQuantizationType(stored.kind)))
 
     def tokenizer(self) -> Any:
-        """transformers' tokenizer made from the file's vocabulary."""
+        """Build transformers' tokenizer from the file's vocabulary. Raises UserError if the file has none."""
         if "tokenizer.ggml.model" not in self.metadata:
             raise UserError("weights", str(self.path), "a GGUF file with a tokenizer", "choose a file that has one")
         import transformers
@@ -178,7 +178,7 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, StoredTensor
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
-    """A value; of an array too long to keep, its length."""
+    """Read one value. An array that is too long to keep is replaced by its length."""
     if kind == _STRING:
         return _string(file)
     if kind != _ARRAY:

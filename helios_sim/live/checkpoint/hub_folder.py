@@ -1,6 +1,7 @@
-"""Reads a transformers config as an Architecture. Knows what each family's config may say, and refuses the rest.
+"""A checkpoint folder as `save_pretrained` writes it: config.json, tokenizer, and safetensors read tensor by tensor.
 
-A folder as `save_pretrained` writes it, read tensor by tensor. Knows the files, not what the tensors mean.
+The config becomes an `Architecture`. What a family's config may ask for and this project does not support is refused
+with a UserError that names it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.naming import hub_embedding, hub_pieces
 from helios_sim.live.model.architecture import FAMILIES, Architecture, Rope, Shape
-from helios_sim.live.model.weights import Piece
+from helios_sim.live.model.weights import StoredPiece
 
-# model_type of config.json -> family; the text part of a Gemma-3 that also sees images is one too.
+# model_type of config.json -> family. "gemma3" is the multimodal model, whose text part is used.
 _FAMILY = {
     "llama": "llama", "opt": "opt", "gpt2": "gpt2", "qwen2": "qwen2", "gemma3_text": "gemma3", "gemma3": "gemma3",
 }  # fmt: skip
@@ -27,10 +28,14 @@ _ACTIVATION = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 _OTHER_MODEL = "choose a checkpoint of this family without it, or another family"
+_FETCH_AGAIN = "fetch the checkpoint again"
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """From config.json in `folder`. Raises UserError for no or a damaged config, a wrong family or an unknown part."""
+    """Read config.json in `folder`.
+
+    Raises UserError for a missing or damaged config, another family, or a part that is not supported.
+    """
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -60,7 +65,7 @@ def wrong_family(where: str, kind: object) -> UserError:
 
 
 def architecture_of(config: Any, where: str = "config") -> Architecture:
-    """From a transformers config object of one of the families. Raises UserError for a part that is not built."""
+    """Convert a transformers config of one of the families. Raises UserError for a part that is not supported."""
     family = _FAMILY[config.model_type]
     if family == "opt":
         return _opt(config, where)
@@ -70,7 +75,7 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
 
 
 def refuse(where: str, parts: Mapping[str, bool]) -> None:
-    """Raises UserError that names the first part that a checkpoint has and this project does not build."""
+    """Raise a UserError that names the first of `parts` that is present: none of them is supported."""
     for part, present in parts.items():
         if present:
             raise UserError("weights", where, f"a checkpoint without {part}: that is not built", _OTHER_MODEL)
@@ -83,7 +88,7 @@ def activation(name: str, where: str) -> str:
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
-    """By how much Llama-3.1's scaling slows each pair: not at all the fast ones, by `factor` the slow ones.
+    """The divisor of each pair's frequency in Llama-3.1's scaling: 1 for fast pairs, `factor` for slow ones.
 
     Between wavelengths original / high_freq_factor and original / low_freq_factor the two are blended linearly in
     original / wavelength (Llama 3.1's published reference code, `apply_scaling`).
@@ -205,11 +210,8 @@ def _gpt2(config: Any, where: str) -> Architecture:
     )
 
 
-_FETCH_AGAIN = "fetch the checkpoint again"
-
-
 class SafetensorsFolder:
-    """config.json, tokenizer, and model.safetensors or its shards with an index."""
+    """One folder with config.json, a tokenizer, and model.safetensors or its shards with an index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -222,7 +224,7 @@ class SafetensorsFolder:
         """The weight files, in order of name."""
         return tuple(sorted(set(self._file_of.values())))
 
-    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
+    def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
         return hub_pieces(self.architecture.family, self._prefix, part, layer)
 
     def shape(self, name: str) -> Shape:
@@ -230,12 +232,12 @@ class SafetensorsFolder:
             return tuple(file.get_slice(name).get_shape())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of one tensor. The file is closed again at once, so that its pages do not stay with the process."""
+        """Read rows of one tensor. The file is closed at once, so that none of its pages stay resident."""
         with self._open(name) as file:
             return file.get_slice(name)[start:stop]
 
     def tokenizer(self) -> Any:
-        """transformers' tokenizer of the folder. Raises UserError where there is none."""
+        """Load transformers' tokenizer of the folder. Raises UserError if there is none."""
         if not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise UserError(
                 "weights", str(self.folder), "a folder with a tokenizer", "save the tokenizer into it (save_pretrained)"
@@ -245,7 +247,7 @@ class SafetensorsFolder:
         return transformers.AutoTokenizer.from_pretrained(self.folder)
 
     def _find_prefix(self) -> str:
-        """What stands before the names: "model.", "transformer.", nothing, ... (older and multimodal files differ)."""
+        """The prefix of all names: "model.", "transformer.", "", ... (older and multimodal files differ)."""
         suffix = hub_embedding(self.architecture.family)
         found = [name for name in self._file_of if name == suffix or name.endswith("." + suffix)]
         if not found:

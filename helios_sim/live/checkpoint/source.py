@@ -1,6 +1,7 @@
-"""Finds a checkpoint by what a user writes: a known name, a folder, a GGUF file, a hub id. Knows no tensor.
+"""Finds a checkpoint by what a user writes: a known name, a folder, a GGUF file, a hub id, or a shape.
 
-Known names are `helios_sim.live.checkpoint.known.KNOWN`; their files lie in the cache folder and are checked by sha256.
+Known names are those of `helios_sim.live.checkpoint.known.KNOWN`. Their files lie in the cache folder and are checked
+by sha256.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from helios_sim.live.checkpoint.hub_folder import SafetensorsFolder
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
-from helios_sim.live.model.weights import Piece
+from helios_sim.live.model.weights import StoredPiece
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -34,9 +35,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights on disk with their tokenizer. Nothing but headers is read until a tensor is asked for."""
+    """Weights on disk with their tokenizer. Only headers are read until a tensor is requested."""
 
-    name: str  # short: of a known model, a folder, a file
+    name: str  # short: the known name, or the name of the folder or file
     source: str  # where it came from, for provenance
     licence: str | None
     storage: GgufFile | SafetensorsFolder | RandomWeights
@@ -47,10 +48,10 @@ class Checkpoint:
 
     @property
     def is_random(self) -> bool:
-        """Of a shape alone: what it says means nothing."""
+        """Whether the weights are random: its tokens and confidences mean nothing."""
         return isinstance(self.storage, RandomWeights)
 
-    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]:
+    def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
         return self.storage.pieces(part, layer)
 
     def shape(self, name: str) -> Shape:
@@ -60,13 +61,13 @@ class Checkpoint:
         return self.storage.rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, as it is named and laid out in the file; dequantized where it is quantized."""
+        """One stored tensor, as it is named and laid out in the file, dequantized if it is quantized."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def tokenizer(self) -> Any:
-        """transformers' tokenizer, made once. Raises UserError where the checkpoint has none.
+        """transformers' tokenizer, made once. Raises UserError if the checkpoint has none.
 
-        One made from a GGUF file is kept in the cache folder by the file's sha256: it takes 3 to 20 s to make.
+        A tokenizer made from a GGUF file is cached under the file's sha256, since making it takes 3 to 20 s.
         """
         return self._tokenizer
 
@@ -85,9 +86,9 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weight file; of several, of the lines "digest  name" in order of name. Reads them all.
+        """The weight file's sha256. For several files: that of the lines "digest  name", sorted by name.
 
-        Random weights have no file: then it is that of their description.
+        Reads all files. Random weights have no file: theirs is the sha256 of their description.
         """
         files = self.storage.files
         if isinstance(self.storage, RandomWeights):
@@ -100,7 +101,7 @@ class Checkpoint:
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:
-    """Whole or not at all. A cache that cannot be written costs time, nothing else."""
+    """Save the tokenizer atomically. A cache that cannot be written only costs time, so this just warns."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -111,12 +112,13 @@ def _keep(tokenizer: Any, folder: Path) -> None:
 
 
 def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
-    """The checkpoint that `weights` names: a known name, a folder, a .gguf file, a hub id (OWNER/NAME), or a shape.
+    """Open what `weights` names: a known name, a folder, a .gguf file, a hub id (OWNER/NAME), or a shape.
 
-    `random:NAME` is a known shape without a checkpoint; `tiny:NAME` a few small layers of its family.
+    `random:NAME` is a known shape without a checkpoint; `tiny:NAME` has a few small layers of its family. `cache` is
+    the folder of known weights (None: `known.cache_folder()`).
 
-    `cache` is the folder of known weights (None: `known.cache_folder()`). Raises UserError for a name that is none of
-    these, weights that are not here, a file that is damaged or not the recorded one, or a family that is not built.
+    Raises UserError for a name that is none of these, missing weights, a file that is damaged or not the recorded one,
+    or an unsupported family.
     """
     if weights in KNOWN:
         return _known(weights, cache or cache_folder())
@@ -139,7 +141,7 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
 
 @lru_cache(maxsize=4)
 def random_checkpoint(weights: str, device: str = "cpu", seed: int = 0) -> Checkpoint:
-    """`weights` as `is_random` knows them; values are drawn on `device`. UserError for a shape that is not known."""
+    """A checkpoint for `random:NAME` or `tiny:NAME`, drawn on `device`. Raises UserError for an unknown shape."""
     source = f"{weights}, seed {seed}: a shape with random weights, no checkpoint"
     return Checkpoint(weights.partition(":")[2], source, None, draw(weights, device, seed))
 
@@ -156,19 +158,19 @@ def _known(name: str, cache: Path) -> Checkpoint:
 
 @lru_cache(maxsize=4)
 def _opened(path: Path, stamp: Stamp, name: str, source: str, licence: str | None) -> Checkpoint:
-    """Kept, and with it what is made of it once: the tokenizer, the weights in host memory."""
+    """Cached by its arguments, together with its tokenizer and its copy in host memory."""
     return Checkpoint(name, source, licence, SafetensorsFolder(path) if path.is_dir() else GgufFile(path))
 
 
 def _stamp(path: Path) -> Stamp:
-    """Another one where a file was written since."""
+    """Names, times and sizes of the files: changes when a file is written."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [(file.name, file.stat()) for file in files if file.exists()]  # a link may lead nowhere
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _from_hub(hub_id: str) -> Checkpoint:
-    """Raises UserError for a missing or gated model, or without a network; nothing half-fetched is used."""
+    """Download from the Hugging Face hub. Raises UserError for a missing or gated model, or without a network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

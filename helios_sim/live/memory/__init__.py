@@ -1,0 +1,1 @@
+"""Device memory while serving: KV caches with their slots, and the weights that are resident."""

@@ -1,13 +1,10 @@
-"""How much memory a model's KV cache takes, and how many slots so much memory holds. Knows shapes, no request.
+"""The KV cache, and the attention steps that read and write it.
 
-Attention over a KV cache of slots, and over whole texts without one. Knows who sees whom, no weights.
-
-A slot holds one request: per layer K and V (slots, kv_heads, max_tokens, head_dim), allocated once. A step is built
-for one call of the model (or refilled) and then handed to every layer: what depends only on lengths (rotations, masks,
-where to write) is computed once a step.
-
-
-Several attention steps in one run of the layers: decodes and pieces of prompts. Knows rows, no request.
+The cache is made of slots, one per request: each layer has K and V of shape (slots, kv_heads, max_tokens, head_dim).
+A step is built for one call of the model (or refilled) and passed to every layer, so that everything that depends only
+on lengths (rotations, masks, where to write) is computed once per step. `PromptStep` runs a chunk of one prompt,
+`DecodeStep` one token each of several requests, `MixedStep` several steps together, and `Packed` whole texts without a
+cache.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from helios_sim.live.model.decoder import Attend, Rotary, Rotation
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Of one model, whole."""
+    """KV-cache dimensions of one full model, and how many slots fit into a number of bytes."""
 
     architecture: Architecture
     layers: int
@@ -36,24 +33,25 @@ class CacheShape:
 
     @property
     def slot_bytes(self) -> int:
-        """Of K, or of V, in one layer."""
+        """Bytes of one slot's K (or V) in one layer."""
         a = self.architecture
         return a.n_kv_heads * self.slot_tokens * a.head_dim * self.dtype.itemsize
 
     def n_bytes(self, slots: int) -> int:
-        """Of all layers, K and V each at an aligned place."""
+        """Bytes of all layers with this many slots, every K and V tensor at an aligned offset."""
         return 2 * self.layers * aligned(slots * self.slot_bytes)
 
     def slots_in(self, n_bytes: int) -> int:
-        of_a_tensor = n_bytes // (2 * self.layers)
-        return max(0, of_a_tensor // ALIGNMENT * ALIGNMENT // self.slot_bytes)
+        """The number of slots that fit into `n_bytes`."""
+        tensor_bytes = n_bytes // (2 * self.layers)
+        return max(0, tensor_bytes // ALIGNMENT * ALIGNMENT // self.slot_bytes)
 
 
 class KvCache:
     """Preallocated slots for the first `layers` layers.
 
-    They lie one after the other in `memory` (bytes, as many as `CacheShape.n_bytes` says), so that more or fewer layers
-    are more or fewer views of it; without it each layer has memory of its own.
+    With `memory` (uint8, `CacheShape.n_bytes` long) the layers are views of it, one after the other, so that changing
+    their number allocates nothing. Without it each layer allocates its own memory.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class KvCache:
         self.resize(layers)
 
     def resize(self, layers: int) -> None:
-        """Keep the first `layers` layers: drops what is above, adds what is missing (its content is undefined)."""
+        """Keep the first `layers` layers: drop those above, add missing ones (their content is undefined)."""
         del self.keys[layers:], self.values[layers:]
         for layer in range(len(self.keys), layers):
             self.keys.append(self._tensor(2 * layer))
@@ -86,7 +84,7 @@ class KvCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def _tensor(self, number: int) -> Tensor:
-        """Never memory that was not written: a masked NaN would still spoil the sum."""
+        """K or V of one layer. The memory has been written before: even a masked NaN would spoil the sum."""
         shape = (self.slots, self.architecture.n_kv_heads, self.max_tokens, self.architecture.head_dim)
         n_bytes = prod(shape) * self.dtype.itemsize
         if self._memory is None:
@@ -98,7 +96,7 @@ class KvCache:
 
 
 class PromptStep:
-    """A chunk of `tokens` tokens of the request in `slot`, whose first `context` tokens are in the cache already."""
+    """A prompt chunk of `tokens` tokens for the request in `slot`, which has `context` tokens in the cache already."""
 
     def __init__(self, cache: KvCache, slot: int, tokens: int, context: int = 0) -> None:
         self._cache, self._slot, self._start, self._end = cache, slot, context, context + tokens
@@ -128,8 +126,8 @@ class PromptStep:
 class DecodeStep:
     """One token for each of B requests: request b is in slots[b] and has lengths[b] tokens in the cache.
 
-    Slots in a row (first, first + 1, ...) are read in place; others are gathered. `span` fixes how much context is
-    read, with a mask, so that the step can be refilled; without it the longest request decides.
+    Contiguous slots (first, first + 1, ...) are read in place; others are gathered. `span` fixes how many tokens of
+    context are read, with a mask, so that the step can be refilled. Without it the longest request decides.
     """
 
     def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
@@ -147,9 +145,9 @@ class DecodeStep:
 
     @classmethod
     def on_device(cls, cache: KvCache, slots: Tensor, positions: Tensor, span: int, first: int | None) -> DecodeStep:
-        """From tensors (B,) on the device, nothing of which the host looks at: a captured graph may make its own step.
+        """Build a step from tensors (B,) on the device without reading them on the host, as a captured graph must.
 
-        `first`: slots are first, first + 1, ...; None: they are gathered. Positions past the span are written, not
+        `first`: slots are first, first + 1, ...; None: they are gathered. Positions past the span are written but not
         read.
         """
         step = cls.__new__(cls)
@@ -165,13 +163,13 @@ class DecodeStep:
         self.rotations: list[Rotation | None] = cache.rotary.at(positions)
         heads = torch.arange(a.n_kv_heads, device=cache.device)
         rows = (slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + positions[:, None]
-        self._rows = rows.flatten()  # of the cache seen as (slots x kv_heads x max_tokens, head_dim)
+        self._rows = rows.flatten()  # rows of the cache viewed as (slots x kv_heads x max_tokens, head_dim)
         self._masks = _decode_masks(a, positions, span, even, cache.dtype)
 
     def refill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Other requests or longer ones in the same tensors, as a captured graph needs. Only with a fixed `span`.
+        """Put other or longer requests into the same tensors, as a captured graph needs. Only with a fixed `span`.
 
-        A step that reads slots in a row stays with its slots; one that gathers takes any.
+        A step that reads contiguous slots keeps them; a step that gathers takes any slots.
         """
         new = DecodeStep(self._cache, slots, lengths, self._span)
         if self._first is not None and new._first != self._first:
@@ -187,7 +185,7 @@ class DecodeStep:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.write(layer, k, v)
         keys, values = self._read(self._cache.keys[layer]), self._read(self._cache.values[layer])
-        # The query heads that share a KV head stand where the query's tokens would: nothing is repeated.
+        # Query heads that share a KV head are passed as query tokens, so that K and V are not repeated.
         out = F.scaled_dot_product_attention(
             q.view(self._shape), keys, values, attn_mask=self._masks[layer], scale=self._scale
         )
@@ -200,7 +198,7 @@ class DecodeStep:
         return spanned.index_select(0, self.slots)
 
     def _tensors(self) -> list[Tensor]:
-        """All that depends on slots and lengths, each tensor once though several layers share it."""
+        """All tensors that depend on slots and lengths, each once even if several layers share it."""
         rotations = [tensor for rotation in self.rotations if rotation is not None for tensor in rotation]
         masks = [mask for mask in self._masks if mask is not None]
         every = (self.slots, self.positions, self._rows, *rotations, *masks)
@@ -208,9 +206,9 @@ class DecodeStep:
 
 
 class Packed:
-    """B whole texts of T tokens side by side, without a cache: token t of text b is row b T + t.
+    """B whole texts of T tokens without a cache: token t of text b is row b T + t.
 
-    A shorter text is padded at its end: no token sees a later one, so the padding changes nothing before it.
+    Shorter texts are padded at the end. No token sees a later one, so the padding changes nothing before it.
     """
 
     def __init__(
@@ -227,7 +225,7 @@ class Packed:
         self._masks = _causal_masks(architecture, tokens, 0, dtype, device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Nothing is kept: every text is whole."""
+        """Does nothing: there is no cache."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = self._masks[layer]
@@ -239,7 +237,7 @@ class Packed:
 
 
 def _check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
-    """A write past a slot's end would land in its neighbour."""
+    """Raise ValueError for a write past a slot's end, which would land in its neighbour."""
     if tokens > cache.max_tokens or not all(0 <= slot < cache.slots for slot in slots):
         raise ValueError(f"{tokens} tokens in slots {list(slots)}: {cache.slots} slots of {cache.max_tokens} tokens")
 
@@ -247,7 +245,7 @@ def _check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
 def _causal_masks(
     a: Architecture, tokens: int, context: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor | None]:
-    """Per layer (tokens, context + tokens), 0 where a token sees and -inf elsewhere; None: plainly causal."""
+    """One mask per layer, (tokens, context + tokens): 0 where a token sees, -inf elsewhere. None: plain causal."""
     end = context + tokens
     slides = a.window_tokens is not None and any(a.sliding) and end > a.window_tokens
     if context == 0 and not slides:
@@ -258,7 +256,7 @@ def _causal_masks(
 
 
 def _decode_masks(a: Architecture, positions: Tensor, span: int, even: bool, dtype: torch.dtype) -> list[Tensor | None]:
-    """Per layer (B, 1, 1, span); None where every request sees all of the span."""
+    """One mask per layer, (B, 1, 1, span); None if every request sees the whole span."""
     slides = a.window_tokens is not None and any(a.sliding) and span > a.window_tokens
     if even and not slides:
         return [None] * a.n_layers
@@ -281,12 +279,12 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MixedStep:
-    """The first `rows[0]` rows belong to the first step, and so on."""
+    """Several steps in one call of the model: the first `rows[0]` rows belong to the first step, and so on."""
 
     def __init__(self, steps: Sequence[Attend], rows: Sequence[int]) -> None:
         self._steps, self._rows = list(steps), list(rows)
         self.rotations: list[Rotation | None] = []
-        known: dict[tuple[int, ...], Rotation | None] = {}  # layers of a kind share one
+        known: dict[tuple[int, ...], Rotation | None] = {}  # shared by layers of a kind
         for of_layer in zip(*(step.rotations for step in steps), strict=True):
             key = tuple(map(id, of_layer))
             if key not in known:

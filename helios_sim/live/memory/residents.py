@@ -1,12 +1,8 @@
-"""Device memory for weights, allocated once and given out in pieces. Knows bytes, no tensor's meaning.
+"""Weights in memory: which layers of which models are resident on the device, and how they get there.
 
-All weights of a model in host memory, ready to be copied to the device. Knows parts and bytes, no placement.
-
-Which layers of which models are in the device's memory, and how they get there. Knows no request and no time.
-
-Every model's weights lie in host memory from the beginning. A load copies them block by block into the slab, in a
-thread of its own, while iterations run; the layers are there for them all at once, when the last one has come. A load
-that fails leaves everything as it was.
+All weights of every model lie in host memory (`HostStore`) from the beginning. A load copies them layer by layer into
+the device's `Slab`, in a thread of its own, while iterations run. The layers become visible all at once when the last
+one has arrived. A load that fails leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -29,17 +25,21 @@ from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, block_bytes, fill, parts_in
 from helios_sim.live.served import LiveModel
 
+OUTER = -1  # the block of embedding, final norm and head, beside the layers' numbers
+Done = Callable[[Exception | None], None]
+
 
 @dataclass(frozen=True, slots=True)
 class SlabPiece:
     start: int
-    n_bytes: int  # as taken, a multiple of the alignment
+    n_bytes: int  # a multiple of the alignment
 
 
 class Slab:
-    """Pieces are taken where they fit first and given back in any order. Neighbouring free ones become one.
+    """Device memory for weights, allocated once and handed out in pieces (first fit).
 
-    The thread that loads takes, the one that serves gives back.
+    Pieces are given back in any order, and neighbouring free ones are merged. Thread-safe: the loading thread takes
+    pieces and the serving thread gives them back.
     """
 
     def __init__(self, n_bytes: int, device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Slab:
         return len(self._memory)
 
     def take(self, n_bytes: int) -> SlabPiece:
-        """MemoryError where no free piece is large enough."""
+        """Take a piece of at least `n_bytes`. Raises MemoryError if no free piece is large enough."""
         wanted = aligned(n_bytes)
         with self._lock:
             for i, piece in enumerate(self._free):
@@ -77,20 +77,17 @@ class Slab:
             self._free = joined
 
     def bytes_of(self, piece: SlabPiece) -> Tensor:
-        """(n_bytes,) uint8, a view."""
+        """The piece's memory as a uint8 view (n_bytes,)."""
         return self._memory[piece.start : piece.start + piece.n_bytes]
-
-
-OUTER = -1  # beside the layers' numbers: embedding, final norm, head
 
 
 _made: WeakKeyDictionary[TensorSource, dict[tuple[torch.dtype, bool], HostStore]] = WeakKeyDictionary()
 
 
 def host_store(name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> HostStore:
-    """The store of a checkpoint, kept as long as the checkpoint object: nobody writes into it, and reading takes long.
+    """The store of a checkpoint, cached for as long as the checkpoint object lives, since reading it takes long.
 
-    Raises as `HostStore` does.
+    It is read-only. Raises as `HostStore` does.
     """
     stores = _made.setdefault(source, {})
     key = (dtype, device.captures)
@@ -100,9 +97,10 @@ def host_store(name: str, source: TensorSource, dtype: torch.dtype, device: Devi
 
 
 class HostStore:
-    """Block after block: one of the parts outside the layers, and one of each layer. All read when it is made.
+    """All weights of a model in host memory, ready to be copied to the device.
 
-    Raises UserError where host memory is too small.
+    There is one block per layer and one for the parts outside the layers. All are read in the constructor, which raises
+    UserError if host memory is too small.
     """
 
     def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> None:
@@ -117,15 +115,15 @@ class HostStore:
             fill(source, None if block == OUTER else block, self._parts(block, self._blocks[block]))
 
     def n_bytes(self, block: int) -> int:
-        """Of one block, each part at an aligned place."""
+        """Bytes of one block, each part at an aligned offset."""
         return block_bytes(self._shapes[block], self._dtype)
 
     def pairs(self, block: int, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What to copy, and where to, so that the block lies in device memory (n_bytes,)."""
+        """The (source, target) pairs to copy so that the block lies in device `memory` (n_bytes,)."""
         return [(self._blocks[block], memory[: len(self._blocks[block])])]
 
     def layer(self, layer: int, memory: Tensor) -> LayerWeights:
-        """The layer's weights as views of device memory that holds its block."""
+        """The layer's weights as views of device `memory`, which holds its block."""
         return LayerWeights(**self._parts(layer, memory))
 
     def outer(self, memory: Tensor) -> OuterWeights:
@@ -136,9 +134,6 @@ class HostStore:
         return parts_in(memory, self._shapes[block], self._dtype)
 
 
-Done = Callable[[Exception | None], None]
-
-
 @dataclass(slots=True)
 class _Resident:
     model: SegmentedModel
@@ -147,7 +142,7 @@ class _Resident:
 
 
 class Residents:
-    """`weight_bytes`: device memory for weights; None: enough for all models whole."""
+    """The resident layers of each model. `weight_bytes`: device memory for weights (None: enough for all models)."""
 
     def __init__(self, models: Mapping[str, LiveModel], device: Device, weight_bytes: int | None = None) -> None:
         self._models, self._device, self._weight_bytes = models, device, weight_bytes
@@ -156,23 +151,26 @@ class Residents:
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
         self._exits = {n: ExitReader(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")  # loads queue up
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")  # loads run one after the other
 
     def exits(self, name: str) -> ExitReader:
         return self._exits[name]
 
     @property
     def free_bytes(self) -> int:
-        """Of the memory for weights."""
+        """Free bytes in the memory for weights."""
         return self._slab.free_bytes
 
     @property
     def layers(self) -> dict[str, int]:
-        """How many are there, by model."""
+        """The number of resident layers by model."""
         return {name: resident.model.n_loaded for name, resident in self._there.items()}
 
     def hold(self, layers: Mapping[str, int]) -> None:
-        """Everything else leaves at once. The first call reads the checkpoints and loads what it names."""
+        """Keep at most these layers of each model and drop the rest at once.
+
+        The first call reads the checkpoints and loads the layers that it names.
+        """
         self._held = dict(layers)
         first = not self._stores
         if first:
@@ -184,14 +182,14 @@ class Residents:
                 self._load(name, end)
 
     def running(self, name: str, layers: int) -> SegmentedModel:
-        """The model with at least so many layers. RuntimeError where they are not there."""
+        """The model, which has at least this many layers. Raises RuntimeError if it has fewer."""
         there = self.layers.get(name, 0)
         if there < layers:
             raise RuntimeError(f"{layers} layers of {name} are to run, {there} are there")
         return self._there[name].model
 
     def load(self, name: str, done: Done) -> None:
-        """Loads what is held of the model and not there yet; `done` is called from the loading thread."""
+        """Load the held layers of the model that are not resident yet. `done` is called from the loading thread."""
         end = self._held.get(name, 0)
 
         def run() -> None:
@@ -208,7 +206,7 @@ class Residents:
     def whole(self, name: str) -> Iterator[SegmentedModel]:
         """The model with all its layers; those that are not resident stream through a window of two.
 
-        MemoryError where there is no room for the window.
+        Raises MemoryError if there is no room for the window.
         """
         store, resident = self._stores[name], self._there.get(name)
         there = [] if resident is None else resident.model.layers
@@ -229,7 +227,7 @@ class Residents:
                 self._slab.give(piece)
 
     def close(self) -> None:
-        """Waits for a load that is under way; later ones do not begin."""
+        """Wait for a load that is in progress, and cancel queued ones."""
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self) -> None:
@@ -243,7 +241,7 @@ class Residents:
         self._slab = Slab(n_bytes, on)
 
     def _load(self, name: str, end: int) -> None:
-        """Whole or not at all."""
+        """Load up to layer `end`, completely or not at all."""
         store, resident = self._stores[name], self._there.get(name)
         there = 0 if resident is None else len(resident.layers)
         if there >= end:
@@ -276,7 +274,7 @@ class Residents:
         return piece
 
     def _drop(self, name: str, end: int) -> None:
-        """Forgets the layers from `end` on; of a model that keeps none, everything."""
+        """Drop the layers from `end` on; with `end` 0, the whole model."""
         resident = self._there[name]
         resident.model.drop_layers(end)
         gone, resident.layers = resident.layers[end:], resident.layers[:end]
@@ -292,16 +290,16 @@ class Residents:
 
 
 class _Streamed(Sequence[LayerWeights]):
-    """All layers in their order: resident ones, then those that take turns in the window.
+    """All layers of a model in order: the resident ones, then those that are copied into the window in turn.
 
-    While one is computed the next is copied. Read forwards; a step back costs a copy.
+    While one layer is computed the next is copied. Meant to be read forwards: going back costs a copy.
     """
 
     def __init__(
         self, there: Sequence[LayerWeights], store: HostStore, window: Sequence[torch.Tensor], device: Device
     ) -> None:
         self._there, self._store, self._window, self._device = there, store, window, device
-        self._coming: dict[int, Callable[[], None]] = {}  # layers in the window or on their way
+        self._coming: dict[int, Callable[[], None]] = {}  # layers in the window or being copied into it
 
     def __len__(self) -> int:
         return self._store.architecture.n_layers

@@ -1,11 +1,6 @@
-"""Which request lies in which slot of the KV cache. Requests that decode lie in a row from slot 0 on.
+"""KV memory while serving: one block shared by the caches of all models, and the slots of requests in it.
 
-So a decode step reads the cache in place instead of gathering it. Knows numbers of requests, no text and no layer.
-
-
-The KV caches of all models in one block of memory, and whose texts lie in it. Knows no plan and no weights.
-
-A first run of a model: libraries take the memory that they keep for themselves. Knows no request and no time.
+Requests that decode occupy slots 0, 1, ... so that a decode step reads the cache in place instead of gathering it.
 """
 
 from __future__ import annotations
@@ -23,9 +18,14 @@ from helios_sim.live.memory.kv import CacheShape, DecodeStep, KvCache, PromptSte
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.serving.iteration import Places
 
+PROMPT_TOKENS = 16
+
 
 class Slots:
-    """`move(source, target, tokens, swap)` copies a slot's first tokens into another, or exchanges the two's."""
+    """Which request is in which slot.
+
+    `move(source, target, tokens, swap)` copies the first `tokens` tokens of a slot into another, or swaps the two.
+    """
 
     def __init__(self, count: int, move: Callable[[int, int, int, bool], None]) -> None:
         self.count = count
@@ -46,7 +46,7 @@ class Slots:
         return self._of[request_id]
 
     def take(self, request_id: int) -> int:
-        """The lowest free slot. RuntimeError where there is none: the server admits no more than there are."""
+        """Take the lowest free slot. Raises RuntimeError if none is free, though the server admits no more."""
         slot = next((slot for slot in range(self.count) if slot not in self._holder), None)
         if slot is None:
             raise RuntimeError(f"{self.count} KV slots, all taken; request {request_id} needs one")
@@ -61,9 +61,9 @@ class Slots:
         self._holder.clear()
 
     def arrange(self, decoding: Sequence[int], cached: Mapping[int, int]) -> None:
-        """Brings these requests into the slots 0 .. len(decoding) - 1, in any order, with as few moves as it takes.
+        """Move these requests into slots 0 .. len(decoding) - 1, in any order, with the fewest moves.
 
-        `cached`: tokens that each request has in its slot.
+        `cached`: how many tokens each request has in its slot.
         """
         first = set(decoding)
         outside = [request for request in decoding if self._of[request] >= len(decoding)]
@@ -83,33 +83,34 @@ class Slots:
 
 
 class Workspace:
-    """One model computes at a time, so the caches are views of the same block, and a switch allocates nothing.
+    """The KV caches of all models as views of one block, and the slots of the model that runs.
 
-    Wanted are `slots` slots of each of the shapes. `reserve_bytes` of the device's memory stay free for activations.
+    Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. `slots` slots
+    of every shape are wanted; `reserve_bytes` of the device's memory stay free for activations.
     """
 
     def __init__(self, shapes: Mapping[str, CacheShape], slots: int, device: Device, reserve_bytes: int) -> None:
         self.wanted = slots
         self._shapes, self._device, self._reserve_bytes = shapes, device, reserve_bytes
-        self.places = {name: Places(slots, shape.slot_tokens) for name, shape in shapes.items()}  # until it is reserved
+        self.places = {name: Places(slots, shape.slot_tokens) for name, shape in shapes.items()}  # before `reserve`
         self.slots = Slots(slots, self._move)
-        self.cache: KvCache  # of the model that runs
+        self.cache: KvCache  # the cache of the model that runs
         self.captured: GraphedDecodes | None = None
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
-        self._spoilt: set[int] = set()  # slots that hold something that is no number
+        self._spoilt: set[int] = set()  # slots that may hold NaN or infinity
         self._name: str | None = None
         self._model: SegmentedModel | None = None
 
     @property
     def reserved_bytes(self) -> int:
-        """Of the block; 0 where there is none yet."""
+        """Bytes of the block; 0 before `reserve`."""
         return 0 if self._block is None else len(self._block)
 
     def reserve(self) -> None:
-        """Allocates the block: for all slots that are wanted, or for as many as memory has room for now.
+        """Allocate the block for all wanted slots, or for as many as there is free memory for.
 
-        UserError where not one request of every model fits.
+        Raises UserError if not even one request of every model fits.
         """
         on = self._device.torch_device
         self._device.release()
@@ -133,7 +134,7 @@ class Workspace:
             self.places[name] = Places(slots[name], shape.slot_tokens)
 
     def use(self, name: str, model: SegmentedModel, layers: int) -> None:
-        """The cache of this model with so many layers. What requests have in it stays valid if the model stays."""
+        """Use the cache of this model with this many layers. Its contents stay valid while the model is the same."""
         if name != self._name or model is not self._model:
             self._wipe_for(name)
             self.cache = self._caches[name]
@@ -145,13 +146,13 @@ class Workspace:
             self.cache.resize(layers)
 
     def keep_only(self, requests: AbstractSet[int], answers: Mapping[int, Answer]) -> None:
-        """Everyone else leaves its slot."""
+        """Free the slots of all other requests."""
         for request_id in self.slots:
             if request_id not in requests:
                 self.give_up(answers[request_id])
 
     def give_up(self, answer: Answer) -> None:
-        """This text leaves its slot, if it has one."""
+        """Free this answer's slot, if it has one."""
         request_id = answer.request.request_id
         answer.lose_cache()
         if request_id not in self.slots:
@@ -164,7 +165,10 @@ class Workspace:
                 tensor[slot] = 0.0
 
     def place(self, answer: Answer) -> None:
-        """A slot for this text, if it has none. RuntimeError where it is longer: the server admits nobody who is."""
+        """Give this answer a slot if it has none.
+
+        Raises RuntimeError if it is longer than a slot; the server does not admit such requests.
+        """
         request_id = answer.request.request_id
         if request_id in self.slots:
             return
@@ -175,16 +179,19 @@ class Workspace:
         self.slots.take(request_id)
 
     def spoil(self, request_id: int) -> None:
-        """K or V of this request may be no number, which even a masked place passes on. Its slot is wiped after it."""
+        """Mark K or V of this request as possibly NaN, which even masked positions pass on.
+
+        Its slot is zeroed when it is freed.
+        """
         self._spoilt.add(self.slots.of(request_id))
 
     def arrange(self, answers: Sequence[Answer], decoding: int) -> None:
-        """The first `decoding` of the batch's texts come to lie in a row."""
+        """Move the first `decoding` of the batch's answers into contiguous slots from 0 on."""
         cached = {answer.request.request_id: answer.cached for answer in answers}
         self.slots.arrange(list(cached)[:decoding], cached)
 
     def _wipe_for(self, name: str) -> None:
-        """What another model left in the block must be numbers in this one's format too."""
+        """Zero the block if what another model left there could be NaN in this model's dtype."""
         other = None if self._name is None else self._shapes[self._name].dtype
         if self._block is not None and (self._spoilt or other not in (None, self._shapes[name].dtype)):
             self._block.zero_()
@@ -199,12 +206,12 @@ class Workspace:
                 here.copy_(kept)
 
 
-PROMPT_TOKENS = 16
-
-
 @torch.inference_mode()
 def try_out(model: SegmentedModel, layers: int) -> None:
-    """A short prompt and the token after it, in a cache of their own."""
+    """Run a short prompt and one decode in a separate cache, before KV memory is reserved.
+
+    Libraries allocate the memory that they keep for themselves in a model's first run.
+    """
     on = model.device
     cache = KvCache(model.architecture, layers, 1, PROMPT_TOKENS + 1, model.dtype, on)
     prompt = PromptStep(cache, 0, PROMPT_TOKENS)

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only model, whatever file it came from. Knows sizes and bytes, no tensor and no file."""
+"""The shape of a decoder-only model: sizes, tensor shapes and bytes, independent of the file it came from."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Architecture:
     attention_scale: float  # scores are q k times this
     embedding_scale: float = 1.0
     rope: Rope | None = None  # None: learned positions
-    window_tokens: int | None = None  # in layers marked in `sliding`: a token sees itself and window - 1 before it
-    sliding_rope: Rope | None = None  # of those layers
-    sliding: tuple[bool, ...] = ()  # per layer; empty: none slides
+    window_tokens: int | None = None  # layers in `sliding`: a token sees itself and window - 1 before it
+    sliding_rope: Rope | None = None  # rotary positions of the sliding layers
+    sliding: tuple[bool, ...] = ()  # one per layer; empty: no layer slides
 
     @property
     def q_width(self) -> int:
@@ -79,7 +79,7 @@ class Architecture:
         return bool(self.sliding) and self.sliding[layer]
 
     def layer_shapes(self) -> dict[str, Shape]:
-        """Parts of one layer as they are kept: q, k and v in one matrix, gate and up in one."""
+        """Shapes of one layer's parts as they are kept in memory: q, k and v in one matrix, gate and up in one."""
         d, ff = self.d_model, self.d_ff
         shapes: dict[str, Shape] = {
             "attention_norm": (d,),
@@ -99,7 +99,7 @@ class Architecture:
         return shapes
 
     def outer_shapes(self) -> dict[str, Shape]:
-        """Parts outside the layers; `head` only where it is not the embedding."""
+        """Shapes of the parts outside the layers. `head` is listed only if it is not tied to the embedding."""
         shapes: dict[str, Shape] = {"embedding": (self.vocab_size, self.d_model), "final_norm": (self.d_model,)}
         if self.learned_positions:
             shapes["positions"] = (self.max_context_tokens, self.d_model)
@@ -110,7 +110,7 @@ class Architecture:
         return shapes
 
     def weight_values(self, layers: int) -> int:
-        """Numbers resident with the first `layers` layers loaded."""
+        """How many weight values are resident with the first `layers` layers loaded."""
         return values(self.outer_shapes()) + layers * values(self.layer_shapes())
 
 

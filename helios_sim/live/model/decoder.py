@@ -1,11 +1,8 @@
-"""Rotary positions: what each layer turns its queries and keys by. Knows frequencies and positions, no weights.
+"""A decoder-only transformer with early exits: rotary positions, one layer for all families, and the segmented model.
 
-What one decoder layer computes, for all families. Knows tensors; attention over what came before is handed in.
-
-An early-exit model as segments of layers, each callable alone. Knows layers and heads, not when a token exits.
-
-Tokens are flat: hidden states are (N, d_model), whatever requests or texts the N tokens belong to; the attention step
-(`kv.py`) knows who sees whom. Everything is differentiable when gradients are enabled.
+A `SegmentedModel` runs any range of its layers on its own. Tokens are flat: hidden states are (N, d_model), whichever
+requests or texts the N tokens belong to. The attention step that is passed in (see `live/memory/kv.py`) decides which
+token sees which. Everything is differentiable when gradients are enabled.
 """
 
 from __future__ import annotations
@@ -23,10 +20,16 @@ from helios_sim.live.model.architecture import Architecture, Rope, values
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
 
 Rotation = tuple[Tensor, Tensor]  # cosine and signed sine, each (N, 1, head_dim)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 class Rotary:
-    """The model's frequencies on a device; `at` gives every layer its rotation at some positions."""
+    """The model's rotary frequencies on a device. `at` gives every layer its rotation at some positions."""
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> None:
         self._dtype = dtype
@@ -39,7 +42,7 @@ class Rotary:
         self._frequencies = [_frequencies(rope, architecture.head_dim, device) for rope in self._kinds]
 
     def at(self, positions: Tensor) -> list[Rotation | None]:
-        """For each layer the rotation at `positions` (N,); None with learned positions. Layers of a kind share one."""
+        """One rotation per layer at `positions` (N,); None with learned positions. Layers of a kind share one."""
         kinds = [None if f is None else self._rotation(positions, f) for f in self._frequencies]
         return [kinds[kind] for kind in self._kind_of_layer]
 
@@ -50,7 +53,7 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x (N, heads, head_dim) turned: pair i is (x[i], x[i + head_dim / 2])."""
+    """Rotate x (N, heads, head_dim): pair i is (x[i], x[i + head_dim / 2])."""
     cos, signed_sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
@@ -64,33 +67,28 @@ def _frequencies(rope: Rope | None, head_dim: int, device: torch.device | str) -
     return inverse.to(device)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
-
 class Attend(Protocol):
-    """One step's attention: which tokens there are, where they stand, and what each of them sees."""
+    """The attention of one step: which tokens take part, their positions, and what each of them sees."""
 
     @property
     def rotations(self) -> Sequence[Rotation | None]:
-        """Per layer: how q and k are turned."""
+        """One per layer: the rotation of q and k, or None."""
         ...
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (N, heads, head_dim), k and v (N, kv_heads, head_dim), turned -> (N, heads x head_dim). Keeps k and v."""
+        """Attend with rotated q (N, heads, head_dim), k and v (N, kv_heads, head_dim) -> (N, heads x head_dim).
+
+        Stores k and v.
+        """
         ...
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep k and v without attending."""
+        """Store k and v without attending."""
         ...
 
 
 def run_layer(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> Tensor:
-    """hidden (N, d_model) -> (N, d_model)."""
+    """Run one layer: hidden (N, d_model) -> (N, d_model)."""
     q, k, v = _qkv(a, w, layer, norm(a, hidden, w.attention_norm, w.attention_norm_bias), attend)
     mixed = F.linear(attend(layer, q, k, v), w.attention_out, w.attention_out_bias)
     if w.attention_post_norm is not None:
@@ -110,7 +108,7 @@ def run_layer(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, atte
 
 
 def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> None:
-    """K and V of the layer for hidden (N, d_model), and nothing else of it."""
+    """Compute and store only the layer's K and V for hidden (N, d_model)."""
     x = norm(a, hidden, w.attention_norm, w.attention_norm_bias)
     bias = None if w.qkv_bias is None else w.qkv_bias[a.q_width :]
     kv = F.linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
@@ -122,7 +120,7 @@ def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, atten
 
 
 def norm(a: Architecture, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Over the last dimension: LayerNorm where the family has biases, else RMSNorm."""
+    """Normalize the last dimension: LayerNorm in families with biases, RMSNorm in the others."""
     shape = weight.shape
     if a.bias:
         return F.layer_norm(x, shape, weight, bias, a.norm_eps)
@@ -142,7 +140,10 @@ def _qkv(a: Architecture, w: LayerWeights, layer: int, x: Tensor, attend: Attend
 
 
 class SegmentedModel:
-    """The first layers of a checkpoint with its embedding, final norm and LM head."""
+    """The first layers of a checkpoint with its embedding, final norm and LM head.
+
+    `layers` holds those that are loaded; every method takes the range of layers to run.
+    """
 
     def __init__(
         self, source: TensorSource, outer: OuterWeights, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -163,7 +164,7 @@ class SegmentedModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> SegmentedModel:
-        """The model up to `layers` (None: all). Layers above are never read.
+        """Load the first `layers` layers (None: all). Layers above are never read.
 
         Raises UserError for a cap outside 1..n_layers, too little memory or a damaged file.
         """
@@ -181,11 +182,11 @@ class SegmentedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights resident now."""
+        """Bytes of all weights that are resident now."""
         return weight_bytes(self.outer) + sum(weight_bytes(layer) for layer in self.layers)
 
     def load_layers(self, end: int) -> None:
-        """Read what is missing of the first `end` layers, one tensor at a time. Raises as `load` does."""
+        """Read the missing ones of the first `end` layers, one tensor at a time. Raises as `load` does."""
         _check_cap(end, self.architecture)
         missing = max(0, end - self.n_loaded)
         layer_bytes = values(self.architecture.layer_shapes()) * self.dtype.itemsize
@@ -194,7 +195,7 @@ class SegmentedModel:
             self.layers.append(load_layer(self.source, layer, self.dtype, self.device))
 
     def drop_layers(self, start: int) -> None:
-        """Forget the layers from `start` on; their memory is free once nobody else holds them."""
+        """Forget the layers from `start` on. Their memory is freed once nothing else refers to them."""
         del self.layers[start:]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -207,22 +208,22 @@ class SegmentedModel:
         return hidden
 
     def run(self, hidden: Tensor, start: int, end: int, attend: Attend) -> Tensor:
-        """Hidden states (N, d_model) through layers start..end-1."""
+        """Run hidden states (N, d_model) through layers start..end-1."""
         for layer in range(start, end):
             hidden = run_layer(self.architecture, self.layers[layer], layer, hidden, attend)
         return hidden
 
     def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend) -> None:
-        """Write K and V of layers start..end-1 for tokens that left with these hidden states (N, d_model)."""
+        """Write K and V of layers start..end-1 for tokens that exited with these hidden states (N, d_model)."""
         for layer in range(start, end):
             write_kv(self.architecture, self.layers[layer], layer, hidden, attend)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """After the model's final norm, as the LM head reads it."""
+        """Apply the model's final norm, as the LM head expects."""
         return norm(self.architecture, hidden, self.outer.final_norm, self.outer.final_norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: (N, d_model) -> (N, vocab). At an exit this is the model's own head (LayerSkip)."""
+        """Final norm and LM head: (N, d_model) -> (N, vocab). An exit without its own head uses this (LayerSkip)."""
         return F.linear(self.normed(hidden), self.outer.head)
 
 

@@ -1,4 +1,4 @@
-"""What is attached at an early exit: an adapter, a temperature and a cheap check. Knows no text, no cost and no rule.
+"""Heads at early exits: an adapter, a temperature and a cheap check of whether the exit's token can be trusted.
 
 At an exit the hidden state h is divided by its root mean square (the model's final norm does that anyway) and its
 dimensions are brought to one scale for the small networks:
@@ -6,25 +6,17 @@ dimensions are brought to one scale for the small networks:
     x = h / rms(h),  z = x * scale
     adapted = x + W z + b + D (silu(G z) * U z)        goes through the model's own final norm and LM head
     p       = sigmoid(v . silu(A z + a) + c)           calibrated probability that the exit's token is full depth's
-    check   = 1 - (1 - p) * risk_scale                 what is held against the threshold
+    check   = 1 - (1 - p) * risk_scale                 compared with the threshold
 
 Leaving at a deep exit saves little, so a risk there counts more: risk_scale is 1 at the first exit and grows in inverse
 proportion to the layers that leaving saves. One threshold then spends the changed tokens where they save most. At deep
 exits the check can fall below 0.
 
-A token that leaves pays the adapter once; a token that is only asked pays the check, which reads no vocabulary.
+A token that exits pays for the adapter once. A token that is only checked pays for the check, which does not read the
+vocabulary matrix.
 
-A folder of heads holds heads.json (what they belong to, how they were trained and what they reach) and
-heads.safetensors.
-
-
-The cheap check of an exit, in the few operations that one token can afford. Knows no training and no threshold.
-
-At batch 1 the check costs what its operations cost to start, not what they compute, so all that can be folded into
-the weights is: the scale of the dimensions, the square root of their number, and the share of risk_scale.
-
-
-The check of a few rows on a CPU, compiled: one call where torch takes seven. Knows no tensor and no exit.
+A folder of heads holds heads.json (the model they belong to, how they were trained and what they reach) and
+heads.safetensors. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -54,13 +46,15 @@ SHIPPED = Path(__file__).parents[2] / "data" / "exit_heads"
 ADAPTER = ("scale", "linear", "bias", "gate", "up", "down")
 CHECK = ("check_in", "check_bias", "check_out", "check_offset")
 _FIX = "train the heads anew with `python -m calibrate +task=adapters`, or fetch the files again"
+FEW_ROWS = 16  # with more rows, torch's threads are worth their start-up time
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExitHeads:
-    """Heads at the early exits of one model; the last layer, which is the model itself, has none but a temperature.
+    """The heads at the early exits of one model. The last layer has only a temperature.
 
-    `tensors[e]` is empty where the model's own norm and head are used as they are, without a check.
+    `tensors[e]` is empty if exit e uses the model's own norm and LM head unchanged, without a check.
     """
 
     exits: tuple[int, ...]  # depths of the early exits in layers, ascending, all below the model's last
@@ -79,7 +73,7 @@ class ExitHeads:
 
     @classmethod
     def own(cls, exits: Sequence[int]) -> Self:
-        """No heads of ours: the model's own final norm and LM head at every exit, as LayerSkip checkpoints have it."""
+        """The model's own final norm and LM head at every exit, as LayerSkip checkpoints have it."""
         return cls(tuple(exits), (1.0,) * (len(exits) + 1), ({},) * len(exits), (1.0,) * len(exits))
 
     @classmethod
@@ -90,7 +84,7 @@ class ExitHeads:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Heads from a folder, on `device` in `dtype` (float32 where None).
+        """Load heads from a folder onto `device`, in `dtype` (None: float32).
 
         Raises UserError for a missing or damaged file and for heads of another model: other layers, hidden size or
         vocabulary.
@@ -133,19 +127,19 @@ class ExitHeads:
         return all(check is not None for check in self.checks)
 
     def adapt(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What goes through the model's final norm and LM head, (..., d), for the hidden state after that exit.
+        """Adapt hidden states (..., d) after an exit for the model's final norm and LM head.
 
-        `exit_index` counts `exits`; one past them is full depth, whose hidden state comes back as it is.
+        `exit_index` is an index into `exits`; one past them is full depth, whose hidden state is returned unchanged.
         """
         if exit_index == len(self.exits) or not self.tensors[exit_index]:
             return hidden
         return adapted(self.tensors[exit_index], hidden)
 
     def classify(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The check at this exit, float32 (...,), from hidden (..., d): at the first exit the predicted probability
-        that its token is full depth's, at deeper ones with the risk scaled. Full depth answers 1.
+        """The check at this exit, float32 (...,), from hidden (..., d); 1 at full depth.
 
-        UserError for heads without a check.
+        At the first exit this is the predicted probability that the token is full depth's; at deeper exits the risk is
+        scaled. Raises UserError for heads without a check.
         """
         import torch
 
@@ -158,7 +152,7 @@ class ExitHeads:
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """The adapter's formula, (..., d) -> (..., d) in the tensors' dtype."""
+    """Apply the adapter: (..., d) -> (..., d) in the dtype of `tensors`."""
     import torch.nn.functional as F
 
     x, z = scaled(tensors["scale"], hidden)
@@ -167,7 +161,7 @@ def adapted(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.
 
 
 def check_logit(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """The check's formula before the sigmoid, (..., d) -> (...,). Slope and offset are folded into the weights."""
+    """The check before the sigmoid: (..., d) -> (...,). Slope and offset are folded into the weights."""
     import torch.nn.functional as F
 
     _, z = scaled(tensors["scale"], hidden)
@@ -175,14 +169,14 @@ def check_logit(tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> to
 
 
 def scaled(scale: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and z of the module's formulae, both (..., d); the norm is taken in float32."""
+    """x and z of the formulae in the module's docstring, both (..., d). The norm is computed in float32."""
     wide = hidden.float()
     x = (wide * (wide.square().mean(-1, keepdim=True) + 1e-12).rsqrt()).to(scale.dtype)
     return x, x * scale
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """heads.json of a folder; UserError when it is missing, damaged or of another schema version."""
+    """Read heads.json of a folder. Raises UserError if it is missing, damaged or of another schema version."""
     path = folder / HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +194,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-    """Writes the folder in float16, header last, each file in one step. `tensors` maps depths to adapter and check."""
+    """Write the folder in float16, header last, each file atomically. `tensors` maps depths to adapter and check."""
     import torch
     from safetensors.torch import save
 
@@ -220,15 +214,14 @@ def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, M
         os.replace(draft, folder / name)
 
 
-FEW_ROWS = 16  # with more, torch's threads are worth what it takes to start them
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedCheck:
     """1 - (1 - p) x risk_scale with p = sigmoid(v . silu(A (h / rms(h) * scale) + a) + c), on float32 weights.
 
-    Float32 everywhere: a product with one row is faster in it than in bfloat16 on a CPU, and these are small. A CPU
-    takes a few rows through one compiled function.
+    At batch 1 the check costs the launch of its operations rather than their arithmetic, so everything that can be is
+    folded into the weights: the scale of the dimensions, the square root of d, and the share of risk_scale. Float32
+    throughout: on a CPU a product with one row is faster in float32 than in bfloat16. On a CPU, a few rows go through
+    one compiled function (`check_rows`).
     """
 
     weight: torch.Tensor  # (width, d): A x scale x sqrt(d)
@@ -236,7 +229,7 @@ class FoldedCheck:
     out: torch.Tensor  # (width,)
     offset: torch.Tensor  # ()
     risk_scale: float
-    _arrays: tuple[Any, ...] | None = field(init=False, repr=False)  # for `check_rows`; None where not on a CPU
+    _arrays: tuple[Any, ...] | None = field(init=False, repr=False)  # arguments of `check_rows`; None if not on a CPU
 
     def __post_init__(self) -> None:
         arrays = None
@@ -248,7 +241,7 @@ class FoldedCheck:
 
     @classmethod
     def fold(cls, tensors: Mapping[str, torch.Tensor], risk_scale: float) -> Self:
-        """From a head's tensors `scale`, `check_in`, `check_bias`, `check_out` and `check_offset`."""
+        """Fold a head's tensors `scale`, `check_in`, `check_bias`, `check_out` and `check_offset`."""
         scale = tensors["scale"].float()
         return cls(
             (tensors["check_in"].float() * scale * scale.numel() ** 0.5).contiguous(),
@@ -259,7 +252,7 @@ class FoldedCheck:
         )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., d) of any float type -> (...,) in float32. Not a number, and so never sure, for a state of zeros."""
+        """(..., d) in any float type -> (...,) in float32. NaN, which is never confident, for a state of zeros."""
         import torch
         import torch.nn.functional as F
 
@@ -276,15 +269,15 @@ class FoldedCheck:
         return sure if self.risk_scale == 1 else torch.add(1 - self.risk_scale, sure, alpha=self.risk_scale)
 
 
-Floats = NDArray[np.float32]
-
-
-# Sums may run in any order: that is what makes them vectors.
+# Sums may be reordered, so that they are vectorized.
 @njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def check_rows(
     hidden: Floats, weight: Floats, bias: Floats, out: Floats, offset: Any, risk_scale: Any, found: Floats
 ) -> None:
-    """`FoldedCheck`'s formula on hidden (N, d), weight (width, d), bias and out (width,), into found (N,)."""
+    """Compute `FoldedCheck` for hidden (N, d), weight (width, d), bias and out (width,) into found (N,), compiled.
+
+    One call replaces seven of torch's.
+    """
     rows, d = hidden.shape
     one = np.float32(1.0)
     for row in range(rows):

@@ -1,4 +1,8 @@
-"""Weights of a model in memory, filled in place from a checkpoint. Knows parts and pieces, not what they compute."""
+"""Weights of a model in memory, filled in place from a checkpoint.
+
+A layer's parts lie in one block of memory. A part is filled from one or more stored tensors (`StoredPiece`), which may
+be laid out differently in the file (`Change`).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from helios_sim.errors import UserError
 from helios_sim.live.device import aligned, block
 from helios_sim.live.model.architecture import Architecture, Shape, values
 
-_BLOCK_VALUES = 4 << 20  # read at once: 16 MB as float32
+_CHUNK_VALUES = 4 << 20  # read at once: 16 MB as float32
 
 
 class Change(Enum):
-    """How a stored tensor differs from the part that the model keeps."""
+    """How a stored tensor differs from the part that it fills."""
 
     NONE = "none"
     TRANSPOSED = "transposed"  # GPT-2 stores (in, out)
@@ -30,26 +34,26 @@ class Change(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stored tensor that fills some rows of a part; a part's pieces follow each other."""
+class StoredPiece:
+    """A stored tensor that fills some rows of a part. The pieces of a part follow each other."""
 
     name: str
     change: Change = Change.NONE
 
 
 class TensorSource(Protocol):
-    """A checkpoint as the loader sees it."""
+    """A checkpoint as the loader sees it: its shape, and rows of its stored tensors."""
 
     @property
     def architecture(self) -> Architecture: ...
-    def pieces(self, part: str, layer: int | None) -> tuple[Piece, ...]: ...
+    def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]: ...
     def shape(self, name: str) -> Shape: ...
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer. Matrices are (out, in). Training may put a tensor that needs gradients in a field's place."""
+    """The weights of one layer. Matrices are (out, in). Training may replace a field by a tensor with gradients."""
 
     attention_norm: Tensor
     qkv: Tensor  # (q_width + 2 kv_width, d_model)
@@ -71,7 +75,7 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class OuterWeights:
-    """What lies outside the layers. `head` is the embedding itself where the two are tied."""
+    """The weights outside the layers. `head` is the embedding tensor itself if the two are tied."""
 
     embedding: Tensor  # (vocab, d_model)
     final_norm: Tensor
@@ -81,12 +85,12 @@ class OuterWeights:
 
 
 def weight_bytes(weights: LayerWeights | OuterWeights) -> int:
-    """Bytes resident, a tied head counted once."""
+    """Bytes in memory; a tied head counts once."""
     return sum(tensor.nbytes for tensor in tensors(weights))
 
 
 def tensors(weights: LayerWeights | OuterWeights) -> Iterator[Tensor]:
-    """Every tensor once."""
+    """Every tensor of the weights, each once."""
     seen: set[int] = set()
     for field in fields(weights):
         tensor = getattr(weights, field.name)
@@ -96,7 +100,7 @@ def tensors(weights: LayerWeights | OuterWeights) -> Iterator[Tensor]:
 
 
 def load_layer(source: TensorSource, layer: int, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-    """All parts in one block of memory."""
+    """Read one layer into a block of memory of its own."""
     shapes = source.architecture.layer_shapes()
     parts = parts_in(block(block_bytes(shapes, dtype), device), shapes, dtype)
     fill(source, layer, parts)
@@ -111,12 +115,12 @@ def load_outer(source: TensorSource, dtype: torch.dtype, device: torch.device) -
 
 
 def block_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
-    """Of these parts one after the other, each at an aligned place."""
+    """Bytes of a block with these parts one after the other, each at an aligned offset."""
     return sum(_part_bytes(shape, dtype) for shape in shapes.values())
 
 
 def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parts as views of memory (n_bytes,) that holds their block."""
+    """The parts as views of `memory` (n_bytes,), which holds their block."""
     found, start = {}, 0
     for part, shape in shapes.items():
         n_bytes = values({part: shape}) * dtype.itemsize
@@ -126,9 +130,9 @@ def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) ->
 
 
 def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -> None:
-    """Reads parts of a layer, or of what lies outside the layers, into place.
+    """Read the parts of a layer (None: those outside the layers) into `parts`.
 
-    Beside them at most one block (or one piece that must be turned) is in memory.
+    Besides the parts, at most 16 MB (or one piece that must be transposed) are in memory at a time.
     """
     for part, into in parts.items():
         row = 0
@@ -142,7 +146,7 @@ def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return aligned(values({"": shape}) * dtype.itemsize)
 
 
-def _fill(source: TensorSource, piece: Piece, into: Tensor, row: int) -> int:
+def _fill(source: TensorSource, piece: StoredPiece, into: Tensor, row: int) -> int:
     stored = source.shape(piece.name)
     skipped = 2 if piece.change is Change.SKIP_TWO_ROWS else 0
     rows = stored[1] if piece.change is Change.TRANSPOSED else stored[0] - skipped
@@ -158,9 +162,9 @@ def _fill(source: TensorSource, piece: Piece, into: Tensor, row: int) -> int:
         halves = whole.view(rows // head_dim, head_dim // 2, 2, -1).transpose(1, 2)
         target.view(rows // head_dim, 2, head_dim // 2, -1).copy_(halves)
     else:
-        block = max(1, _BLOCK_VALUES // (stored[1] if len(stored) > 1 else 1))
-        for start in range(0, rows, block):
-            stop = min(start + block, rows)
+        chunk = max(1, _CHUNK_VALUES // (stored[1] if len(stored) > 1 else 1))
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
             read = source.rows(piece.name, start + skipped, stop + skipped)
             target[start:stop].copy_(read.float() + 1.0 if piece.change is Change.PLUS_ONE else read)
     return row + rows
