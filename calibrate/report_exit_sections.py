@@ -10,7 +10,7 @@ import numpy as np
 from calibrate.report_exits import ExitStatistics, exit_statistics, joint_of_pairs, measures
 from calibrate.report_figures import exit_drawings
 from calibrate.report_page import Section, Table
-from helios_sim.exits.joint import JointExits
+from helios_sim.exits.replay import JointExits
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import weakest
 from helios_sim.report import format as fmt

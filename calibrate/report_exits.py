@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from calibrate.adapters import risk_scale
 from calibrate.reliability import expected_calibration_error
 from helios_sim.errors import UserError
-from helios_sim.exits.joint import JointExits, joint_exits
-from helios_sim.exits.replay import replay
+from helios_sim.exits.replay import JointExits, joint_exits, replay
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.trace import ExitTrace
 

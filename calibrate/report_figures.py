@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import FuncFormatter
 
 from calibrate.report_exits import ExitStatistics
-from helios_sim.exits.joint import JointExits
+from helios_sim.exits.replay import JointExits
 from helios_sim.report.style import (
     BASELINE_COLOR,
     INK,

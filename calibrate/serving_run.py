@@ -15,8 +15,8 @@ import numpy as np
 from calibrate.ceilings import Ceilings
 from calibrate.subject import Subject
 from calibrate.whole import NO_HOST
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import no_exits
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import open_device

@@ -14,6 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 NS_PER_S = 1_000_000_000
+LATEST_NS = 2.0**62  # 146 years: later times do not fit int64 with room for a run
+LONGEST = 2**31 - 1  # tokens or characters of one text: no model reads more, and sums of lengths stay within int64
+
+
+def token_counts(chars: NDArray[np.int64], chars_per_token: float) -> NDArray[np.int64]:
+    """Tokens of n texts, shape (n,), at least one each."""
+    return np.maximum(np.rint(chars / chars_per_token).astype(np.int64), 1)
 
 
 def whole_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:

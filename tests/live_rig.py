@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from command_line import write_study
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.architecture import model_spec
 from helios_sim.profile.profile import Profile

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from helios_sim.exits.offline import OfflineExits
+from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import HeliosParameters
 from helios_sim.policy.telemetry import (

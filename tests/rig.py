@@ -9,9 +9,9 @@ import numpy as np
 import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence, ExitRule, FullDepth, PerToken
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Clairvoyant, FixedCap, FullDepth, PerToken
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, Placement, Probe
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
 from helios_sim.profile.synthetic import flat_profile

@@ -14,8 +14,8 @@ import simpy
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import no_exits
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget

@@ -11,8 +11,8 @@ from calibrate.report_exit_sections import exit_sections, exit_summary
 from calibrate.report_exits import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
 from calibrate.report_page import Card, Page, Table, render
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.report.style import lay_out

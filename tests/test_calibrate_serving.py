@@ -19,8 +19,8 @@ from calibrate.serving_run import PROMPT_TOKENS, Served, serve  # noqa: E402
 from calibrate.subject import Limits, Subject  # noqa: E402
 from fake_device import VirtualClock  # noqa: E402
 from helios_sim.engine.simulated import ModelData, SimulatedEngine  # noqa: E402
-from helios_sim.exits.none import no_exits  # noqa: E402
-from helios_sim.exits.offline import offline_exits  # noqa: E402
+from helios_sim.exits.artificial import no_exits  # noqa: E402
+from helios_sim.exits.replay import offline_exits  # noqa: E402
 from helios_sim.exits.rule import Confidence  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.engine import LiveEngine  # noqa: E402

@@ -19,8 +19,8 @@ from calibrate.stages import read_finished
 from calibrate_line import calibrate
 from campaign_checkout import checkout
 from command_line import CommandLine
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.profile.store import read_profile
 
 FEW = (

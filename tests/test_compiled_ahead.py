@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.exits.artificial import no_exits, synthetic_trace
 from helios_sim.profile import compiled_prices
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.price_tables import CHUNK_ROWS, WORK_ROWS, band_table

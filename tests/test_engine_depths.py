@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import helios_sim.serving.server as server_module
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from helios_sim.profile.composition import Composition

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from helios_sim.errors import UserError
-from helios_sim.exits.joint import joint_exits
-from helios_sim.exits.latent import latent_paths, near_share
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import (
     EXIT_SHARES,
     LATE_HELPED,
@@ -17,12 +16,13 @@ from helios_sim.exits.published import (
     THRESHOLD,
     PublishedParameters,
     fit,
+    latent_paths,
+    near_share,
     published_pair,
 )
-from helios_sim.exits.replay import replay
+from helios_sim.exits.replay import joint_exits, replay
 from helios_sim.exits.rule import Confidence, FixedCap, PerToken
 from helios_sim.exits.store import load_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import ProvenanceClass
 

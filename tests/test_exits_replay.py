@@ -11,11 +11,10 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from helios_sim.errors import UserError
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import THRESHOLD, published_trace
-from helios_sim.exits.replay import replay
+from helios_sim.exits.replay import offline_exits, replay
 from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 
 EXITS = (3, 6, 9, 12)

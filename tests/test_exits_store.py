@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import published_trace
 from helios_sim.exits.store import load_trace, read_trace, write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence, PerToken
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 
 

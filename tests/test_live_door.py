@@ -10,9 +10,9 @@ import pytest
 import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.live.clock import Door, WallClock
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget

@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 import torch
 
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.live.checkpoint.random_weights import draw
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import Packed

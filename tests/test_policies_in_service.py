@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings, strategies as st
 
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import FullDepth
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import ExpectedLoad, Goal, Objective

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget

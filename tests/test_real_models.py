@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from helios_sim.config import conf_folder, register
-from helios_sim.exits.joint import joint_exits
+from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace

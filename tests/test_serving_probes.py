@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from flat_rig import MS, flat, run
-from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.policy.deployment import Probe
 from helios_sim.policy.trigger import Completed, Probed
 from helios_sim.workload import ClosedLoop, generate

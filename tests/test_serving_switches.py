@@ -9,7 +9,7 @@ import simpy
 
 from flat_rig import MS, WHOLE, capped, flat, run
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
-from helios_sim.exits.synthetic import synthetic_trace
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.policy.deployment import InFlight, Placement
 from helios_sim.policy.trigger import AtTime, Completed
 from helios_sim.profile.synthetic import flat_profile

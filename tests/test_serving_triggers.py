@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import helios_sim.serving.server as server_module
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import FixedCap
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
 from helios_sim.profile.synthetic import flat_profile

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.store import write_profile
 from helios_sim.provenance import ProvenanceClass

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.report.record_log import RecordLog
 from helios_sim.report.records import Records
 from helios_sim.simulation import Run

@@ -138,8 +138,8 @@ def test_what_designs_share_changes_no_bit() -> None:
 
 
 def test_a_threshold_reaches_what_is_known_of_exits_too(tmp_path) -> None:
+    from helios_sim.exits.artificial import synthetic_trace
     from helios_sim.exits.store import write_trace
-    from helios_sim.exits.synthetic import synthetic_trace
 
     write_trace(synthetic_trace("opt-1.3b", exits=(6, 12, 24), tasks=("gsm8k",), tokens=3000), tmp_path)
     config = with_settings(example(), {"exits.source": str(tmp_path), "exits.threshold": 0.6})

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from helios_sim.exits.joint import joint_exits
+from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
 from helios_sim.provenance import ProvenanceClass

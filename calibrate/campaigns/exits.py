@@ -12,9 +12,9 @@ from calibrate.campaigns.schema import CampaignConfig
 from calibrate.stages import Finished
 from calibrate.work import TRACES
 from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import EXIT_SHARES, TASKS as PUBLISHED_TASKS, published_trace
 from helios_sim.exits.store import read_trace, write_trace
-from helios_sim.exits.synthetic import synthetic_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass

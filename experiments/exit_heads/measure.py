@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibrate.reliability import CurvePoint, at_agreement, expected_calibration_error, point
 from calibrate.texts import domain_of
-from helios_sim.exits.joint import joint_exits
+from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
 from helios_sim.exits.trace import ExitTrace

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import no_exits
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence, FullDepth
 from helios_sim.live.checkpoint.source import Checkpoint, find_checkpoint
 from helios_sim.live.clock import WallClock

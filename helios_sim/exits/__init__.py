@@ -1,1 +1,1 @@
-"""Where tokens may leave a model, what was recorded there, and what a rule makes of the record."""
+"""Early exits: rules of when a token leaves, recorded traces of every exit, and the replay of a trace under a rule."""

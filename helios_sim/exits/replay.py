@@ -1,4 +1,6 @@
-"""What a rule makes of a recorded trace: where each token leaves, and whether that changes it. Knows no time.
+"""What a rule makes of a recorded trace: where each token leaves, and whether that changes the token.
+
+Also sums over a trace as policies know them before a run, and how the exits of two models fall together.
 
 Under a cap the recorded values are exact for the same text: layers up to the cap never see deeper layers' KV. Two
 things are left out. After a changed token the real text goes on differently, here it does not. And per-token exits
@@ -7,6 +9,7 @@ with propagated KV change what deeper layers read, which a trace cannot show.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, FullDepth, PerToken
-from helios_sim.exits.trace import ExitTrace
+from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
+from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +41,10 @@ _replays: WeakKeyDictionary[ExitTrace, dict[tuple[ExitRule, int], Replay]] = Wea
 
 
 def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
-    """The trace under `rule` with `layers` loaded; remembered as long as the trace lives.
+    """The trace under `rule` with `layers` loaded; cached as long as the trace lives.
 
-    FullDepth: every token runs all loaded layers, and without a check there is no breach. FixedCap: the same, and
-    a token that is not confident there is a breach unless the whole model is loaded. PerToken: the first exit at
+    FullDepth: every token runs all loaded layers; without a check there is no breach. FixedCap: the same, but a
+    token that is not confident at the cap is a breach unless the whole model is loaded. PerToken: the first exit at
     which the token is confident, else the last one loaded, which is a breach unless it is the whole model.
     Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
 
@@ -91,7 +94,7 @@ def first_true(flags: NDArray[np.bool_], otherwise: int) -> NDArray[np.int8]:
 
 
 def _clairvoyant(trace: ExitTrace, agree: NDArray[np.bool_], budget: float) -> NDArray[np.int8]:
-    """First agreeing exit, and exit 0 for floor(budget x tokens) tokens of each task, deepest ones first.
+    """The first agreeing exit; exit 0 for floor(budget x tokens) tokens of each task, those that agree deepest first.
 
     A token that agrees at no loaded exit counts as deepest. Among equals the chosen ones are spread evenly over the
     text, since requests read pieces of it.
@@ -107,3 +110,109 @@ def _clairvoyant(trace: ExitTrace, agree: NDArray[np.bool_], budget: float) -> N
             leaves[candidates[np.arange(take) * len(candidates) // max(take, 1)]] = 0
             left -= take
     return leaves
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class OfflineExits:
+    """Sums over a trace, known before the run. Shares are of tokens; E exits, the last the whole model; P prompts."""
+
+    model: str
+    exits: tuple[int, ...]
+    confident_share: NDArray[np.float64]  # (E,) confident there, whatever happened before
+    exit_share: NDArray[np.float64]  # (E,) leave there first with per-token exits, all layers loaded; sums to 1
+    disagreement: NDArray[np.float64]  # (E,) differ from full depth if all left there
+    prompt_tokens: NDArray[np.int64]  # (P,)
+    prompt_disagreements: NDArray[np.int64]  # (P, E) tokens that differ, for a bootstrap over prompts
+    chars_per_token: float
+    bits_per_char: NDArray[np.float64] | None  # (E,) on human text only
+    confidence: Confidence = Confidence.MAX_PROBABILITY  # by which tokens are confident here
+
+
+def offline_exits(
+    trace: ExitTrace, rule_threshold: float, confidence: Confidence, tasks: Collection[str] | None = None
+) -> OfflineExits:
+    """Sums over the tokens of `tasks` (None: all of the trace).
+
+    UserError when a task is missing or the trace cannot answer the threshold or measure.
+    """
+    rows = _rows(trace, tasks)
+    confident = trace.confident_at(rule_threshold, confidence)[rows]
+    differs = ~trace.agree[rows]
+    n_exits = len(trace.exits)
+    first = first_true(confident, otherwise=n_exits - 1)
+    # Prompts in order of first appearance would need a sort back; ids rise along the text in every trace we write.
+    _, prompt, prompt_tokens = np.unique(trace.prompt[rows], return_inverse=True, return_counts=True)
+    disagreements = [np.bincount(prompt, differs[:, e], len(prompt_tokens)) for e in range(n_exits)]
+    chars = int(trace.chars[rows].sum(dtype=np.int64))
+    bits = None
+    if trace.bits is not None and trace.human_text:
+        bits = trace.bits[rows].sum(axis=0, dtype=np.float64) / chars
+    return OfflineExits(
+        model=trace.model,
+        exits=trace.exits,
+        confident_share=confident.mean(axis=0),
+        exit_share=np.bincount(first, minlength=n_exits) / len(first),
+        disagreement=differs.mean(axis=0),
+        prompt_tokens=prompt_tokens.astype(np.int64),
+        prompt_disagreements=np.stack(disagreements, axis=1).astype(np.int64),
+        chars_per_token=chars / len(first),
+        bits_per_char=bits,
+        confidence=confidence,
+    )
+
+
+def _rows(trace: ExitTrace, tasks: Collection[str] | None) -> slice | NDArray[np.bool_]:
+    if tasks is None or trace.tasks == (ANY_TASK,):
+        return slice(None)
+    wanted = [name in tasks for name in trace.tasks]
+    missing = sorted(set(tasks) - set(trace.tasks))
+    if missing or not any(wanted):
+        raise UserError(
+            "tasks", missing, f"the exit trace of {trace.model} has {', '.join(trace.tasks)}", "name some of these"
+        )
+    return np.asarray(wanted)[trace.task]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointExits:
+    """How the exits of two models fall together on the same text, lined up by characters."""
+
+    models: tuple[str, str]
+    exits: tuple[tuple[int, ...], tuple[int, ...]]
+    share: NDArray[np.float64]  # (E of the first, E of the second) of the characters; sums to 1
+
+    @property
+    def early_in_either(self) -> float:
+        """Share that leaves at the first exit of at least one of the two."""
+        return float(1 - self.share[1:, 1:].sum())
+
+    @property
+    def late_helped(self) -> float | None:
+        """Share that leaves at the second model's first exit, of what does not at the first's; None where all does."""
+        late = self.share[1:]
+        return float(late[:, 0].sum() / late.sum()) if late.sum() else None
+
+
+def joint_exits(first: ExitTrace, first_rule: ExitRule, second: ExitTrace, second_rule: ExitRule) -> JointExits:
+    """The exits at which each character's token leaves in either model, both loaded completely.
+
+    UserError unless the traces cover the same texts: the same tasks, each with the same number of characters.
+    """
+    if first.tasks != second.tasks or not np.array_equal(first.task_chars(), second.task_chars()):
+        texts = [dict(zip(t.tasks, t.task_chars().tolist(), strict=True)) for t in (first, second)]
+        raise UserError(
+            "exits",
+            f"{first.model} with {second.model}",
+            f"both cover the same texts; characters by task: {texts[0]} and {texts[1]}",
+            "take traces of the same prompts",
+        )
+    ends = [t.char_start[1:] for t in (first, second)]
+    cuts = np.union1d(*ends)  # between two cuts lies one token of each
+    chars = np.diff(cuts, prepend=0)
+    rows, columns = (
+        replay(trace, rule, trace.n_layers).exit_index[np.searchsorted(end, cuts)]
+        for trace, rule, end in zip((first, second), (first_rule, second_rule), ends, strict=True)
+    )
+    share = np.zeros((len(first.exits), len(second.exits)))
+    np.add.at(share, (rows, columns), chars)
+    return JointExits((first.model, second.model), (first.exits, second.exits), share / chars.sum())

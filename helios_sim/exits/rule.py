@@ -1,4 +1,4 @@
-"""Exit rules: pure data that say when a token leaves. How a rule acts on a recorded trace is in `replay`."""
+"""Exit rules: when a token leaves the model. `replay` applies a rule to a recorded trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit traces as files, and where to find one by name. Knows the format, not how a trace was made.
+"""Reads and writes exit traces, and finds one by its name.
 
 A trace is a folder, shipped ones at data/exits/<model>@<source>/:
 
@@ -74,7 +74,7 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
 
 
 def write_trace(trace: ExitTrace, folder: Path) -> None:
-    """Writes the folder, header last, each file in one step."""
+    """Writes the trace's folder, the header last. Each file appears complete or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -140,7 +140,7 @@ def read_trace(folder: Path) -> ExitTrace:
 
 
 def _values(column: Any) -> NDArray[Any]:
-    """As the column's own to_numpy, which imports pandas: a third of a second for every process."""
+    """The column's values. pyarrow's own `to_numpy` would import pandas where it is installed, which is slow."""
     import pyarrow as pa
 
     if pa.types.is_boolean(column.type):

@@ -1,8 +1,8 @@
-"""What was recorded at every exit for every token of a model. Knows no rule's consequence, no time and no request.
+"""Exit traces: what was recorded at every exit for every token of a model.
 
 One record serves every policy: thresholds and caps are applied afterwards (`replay`). A trace that was fitted to
-published exits has no confidences, only who was confident at the one threshold of the publication; it refuses
-every other.
+published exits has no confidences, only which tokens were confident at the one threshold of the publication; it
+refuses every other threshold.
 """
 
 from __future__ import annotations

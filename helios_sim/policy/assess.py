@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.exits.offline import OfflineExits
+from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.candidates import check_cap
 from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
 from helios_sim.policy.deployment import KvRule, Placement

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.exits.offline import OfflineExits
+from helios_sim.exits.replay import OfflineExits
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile

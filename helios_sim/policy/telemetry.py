@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.exits.offline import OfflineExits
+from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.trigger import Cause
 from helios_sim.profile.memory import MemoryBudget

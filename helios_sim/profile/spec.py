@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.request import token_counts
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -69,7 +71,7 @@ class ModelSpec:
 
     def tokens_of_many(self, chars: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same of n texts, shape (n,)."""
-        return np.maximum(np.rint(chars / self.chars_per_token).astype(np.int64), 1)
+        return token_counts(chars, self.chars_per_token)
 
 
 @dataclass(frozen=True, slots=True)

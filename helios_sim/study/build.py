@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import no_exits
 from helios_sim.exits.published import THRESHOLD
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace

@@ -10,8 +10,8 @@ import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError
-from helios_sim.exits.none import no_exits
-from helios_sim.exits.offline import offline_exits
+from helios_sim.exits.artificial import no_exits
+from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation

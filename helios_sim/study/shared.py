@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from helios_sim.exits.offline import OfflineExits, offline_exits
+from helios_sim.exits.replay import OfflineExits, offline_exits
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.study.build import confidence, objective_of, threshold
 from helios_sim.study.fleet import Fleet, Kind, build_fleet, of_kind

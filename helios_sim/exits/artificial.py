@@ -1,0 +1,129 @@
+"""Exit traces that were not recorded from a model: a model without exits, and random data for tests and rehearsals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
+from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.request import token_counts
+
+_TOKENS = 1000  # so that a fractional number of characters per token comes out to 0.1 %
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class NoExits(ExitTrace):
+    """A trace whose tokens are all alike, so that answers can be counted in whole tokens."""
+
+    chars_per_token: float
+
+    def bind(self, task_names: Sequence[str]) -> BoundTrace:
+        return _BoundNoExits(self, (0,) * len(task_names))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _BoundNoExits(BoundTrace):
+    def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
+        """As many tokens as the model's tokenizer makes of such a text, wherever the text starts.
+
+        Counting the tokens that begin within a span would give one more or one less, depending on its start. This way
+        a workload in the model's own tokens gets its token counts back.
+        """
+        trace = self.trace
+        assert isinstance(trace, NoExits)
+        tokens = max(1, round(output_chars / trace.chars_per_token))
+        return TokenSpan(0, text_start % trace.n_tokens, trace.n_tokens, tokens)
+
+    def locate_many(
+        self, task: NDArray[np.int64], text_start: NDArray[np.int64], output_chars: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        trace = self.trace
+        assert isinstance(trace, NoExits)
+        length, tokens = trace.n_tokens, token_counts(output_chars, trace.chars_per_token)
+        return np.stack(np.broadcast_arrays(0, text_start % length, length, tokens), axis=1)
+
+
+class TokenisedModel(Protocol):
+    """What a trace without exits takes from a `ModelSpec`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def chars_per_token(self) -> float: ...
+
+
+def no_exits(model: TokenisedModel) -> NoExits:
+    """The trace of a model whose only exit is its last layer. It serves full depth and says how long tokens are."""
+    ends = np.floor(np.arange(_TOKENS + 1) * model.chars_per_token + 1e-9).astype(np.int64)
+    return NoExits(
+        chars_per_token=model.chars_per_token,
+        model=model.name,
+        exits=(model.n_layers,),
+        tasks=(ANY_TASK,),
+        task=np.zeros(_TOKENS, np.int32),
+        prompt=np.zeros(_TOKENS, np.int32),
+        chars=np.diff(ends).astype(np.int32),
+        agree=np.ones((_TOKENS, 1), bool),
+        provenance=Provenance(ProvenanceClass.DERIVED, "no exits: every token runs all layers", "no_exits"),
+        confidence=np.ones((_TOKENS, 1), np.float32),
+    )
+
+
+def synthetic_trace(
+    model: str = "synthetic",
+    exits: Sequence[int] = (4, 8, 12),
+    tasks: Sequence[str] = (ANY_TASK,),
+    tokens: int = 2_000,
+    seed: int = 0,
+    *,
+    chars_per_token: int = 4,
+    uneven: bool = False,
+    nested: bool = True,
+    prompt_tokens: int = 50,
+    human_text: bool = True,
+) -> ExitTrace:
+    """A trace with every column: `tokens` per task, all of `chars_per_token` characters unless `uneven`.
+
+    Traces line up when tokens x chars_per_token is the same. Each token needs a depth drawn uniformly from the
+    model's; deeper exits are more confident and agree more often. `nested`: once an exit agrees, deeper ones do.
+    Thresholds from 0 (all confident) to above 1 (none) answer.
+    """
+    rng = np.random.default_rng(seed)
+    n = tokens * len(tasks)
+    shape = (n, len(exits))
+    depth = np.asarray(exits) / exits[-1]
+    needed = rng.uniform(size=n)[:, None]
+    confidence = np.clip(0.5 + 0.5 * (depth - needed) + rng.normal(0, 0.1, size=shape), 0, 1)
+    slack = rng.normal(0, 0.1, size=(n, 1) if nested else shape)
+    agree = depth >= needed + slack
+    agree[:, -1] = True
+    return ExitTrace(
+        model=model,
+        exits=tuple(exits),
+        tasks=tuple(tasks),
+        task=np.repeat(np.arange(len(tasks), dtype=np.int32), tokens),
+        prompt=np.arange(n, dtype=np.int32) // prompt_tokens,
+        chars=np.concatenate([_lengths(rng, tokens, chars_per_token, uneven) for _ in tasks]),
+        agree=agree,
+        provenance=Provenance(ProvenanceClass.PUBLISHED, "synthetic, for tests: no model", "synthetic_trace(...)"),
+        confidence=confidence.astype(np.float32),
+        margin=(confidence * rng.uniform(size=shape)).astype(np.float32),
+        bits=rng.gamma(2.0, 2.0 / depth, size=shape).astype(np.float32),
+        classifier=np.clip(confidence + rng.normal(0, 0.05, size=shape), 0, 1).astype(np.float32),
+        human_text=human_text,
+    )
+
+
+def _lengths(rng: np.random.Generator, tokens: int, chars_per_token: int, uneven: bool) -> NDArray[np.int32]:
+    """Characters of each token; `uneven` cuts the text at places drawn at random, some of them twice."""
+    if not uneven:
+        return np.full(tokens, chars_per_token, dtype=np.int32)
+    cuts = np.sort(rng.integers(0, tokens * chars_per_token + 1, size=tokens - 1))
+    return np.diff(np.concatenate(([0], cuts, [tokens * chars_per_token]))).astype(np.int32)
