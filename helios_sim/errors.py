@@ -1,6 +1,10 @@
-"""Errors that a user can mend. Knows no module of the project; every module may raise these."""
+"""The error that a user can mend, and the range checks that raise it. Every module may use them."""
 
 from __future__ import annotations
+
+import math
+
+import numpy as np
 
 
 class UserError(ValueError):
@@ -20,3 +24,15 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}={self.value!r}: {self.allowed}. Fix: {self.fix}."
+
+
+def require_positive(key: str, value: float, fix: str) -> None:
+    """UserError unless `value` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(key, value, "must be a finite number above 0", fix)
+
+
+def require_count(key: str, value: int, fix: str) -> None:
+    """UserError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(key, value, "must be a whole number of at least 1", fix)

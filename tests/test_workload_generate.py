@@ -23,14 +23,14 @@ from helios_sim.workload import (
     Exponential,
     Fixed,
     Gamma,
-    Linear,
+    LinearDrift,
     Lognormal,
     Per,
-    Periodic,
+    PeriodicDrift,
     Poisson,
-    Step,
+    RequestTrace,
+    StepDrift,
     TaskMix,
-    Trace,
     TraceArrivals,
     TraceLengths,
     Workload,
@@ -56,7 +56,7 @@ MODEL = ModelSpec(
     kv_bytes_per_value=2,
     chars_per_token=4.0,
 )
-TRACE = Trace(
+TRACE = RequestTrace(
     "hand-made",
     np.cumsum(np.arange(300, dtype=np.int64) % 7) * 1_000_003,
     np.arange(300, dtype=np.int64) % 91 + 1,
@@ -83,9 +83,9 @@ any_lengths = st.builds(DrawnLengths, one_length, one_length) | st.builds(
     TraceLengths, st.just(TRACE), resample=st.booleans()
 )
 drifts = st.one_of(
-    st.builds(Step, st.floats(0, 1)),
-    st.builds(Linear, st.floats(0, 0.5), st.floats(0.6, 1)),
-    st.builds(Periodic, st.floats(0.05, 5)),
+    st.builds(StepDrift, st.floats(0, 1)),
+    st.builds(LinearDrift, st.floats(0, 0.5), st.floats(0.6, 1)),
+    st.builds(PeriodicDrift, st.floats(0.05, 5)),
 )
 
 
@@ -234,7 +234,7 @@ def test_a_block_does_not_share_memory_with_its_trace() -> None:
         assert not np.shares_memory(block.prompt_chars, TRACE.prompt_tokens)
 
 
-LENGTHS_ONLY = Trace("lengths.csv", None, TRACE.prompt_tokens, TRACE.output_tokens)
+LENGTHS_ONLY = RequestTrace("lengths.csv", None, TRACE.prompt_tokens, TRACE.output_tokens)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ LENGTHS_ONLY = Trace("lengths.csv", None, TRACE.prompt_tokens, TRACE.output_toke
         (lambda: TaskMix(("a", "b"), (1,)), "workload.mix.tasks", "2 tasks"),
         (lambda: TaskMix(("a", "b"), (0, 0)), "workload.mix.tasks", "above 0"),
         (lambda: TaskMix(("a", "b"), (1, 1), (0, 1)), "workload.mix.drift", "go together"),
-        (lambda: Step(-0.1), "workload.mix.at", "at least 0"),
-        (lambda: Linear(0.5, 0.5), "workload.mix.end", "after the start"),
-        (lambda: Periodic(0.0), "workload.mix.period", "above 0"),
+        (lambda: StepDrift(-0.1), "workload.mix.at", "at least 0"),
+        (lambda: LinearDrift(0.5, 0.5), "workload.mix.end", "after the start"),
+        (lambda: PeriodicDrift(0.0), "workload.mix.period", "above 0"),
         (lambda: Workload(Poisson(1.0), LENGTHS, ONE_TASK), "workload.n_requests", "give a number"),
         (lambda: Workload(Poisson(1.0), LENGTHS, ONE_TASK, 0), "workload.n_requests", "at least 1"),
         (lambda: Workload(TraceArrivals(TRACE), LENGTHS, ONE_TASK, 301), "workload.n_requests", "at most 300"),
@@ -267,7 +267,9 @@ LENGTHS_ONLY = Trace("lengths.csv", None, TRACE.prompt_tokens, TRACE.output_toke
         (lambda: Workload(Poisson(1.0), LENGTHS, ONE_TASK, 1, 0.5), "workload.chars_per_token", "1 to 1000"),
         (lambda: Workload(Poisson(1.0), TraceLengths(TRACE), ONE_TASK, 1, None), "workload.chars_per_token", "tokens"),
         (
-            lambda: Workload(ClosedLoop(1), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), Step(10.0), Per.SECONDS), 10),
+            lambda: Workload(
+                ClosedLoop(1), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), StepDrift(10.0), Per.SECONDS), 10
+            ),
             "workload.mix.per",
             "per=requests",
         ),
@@ -285,7 +287,7 @@ def test_what_cannot_be_is_refused_with_the_key_and_the_fix(make, key: str, part
 
 
 def test_memory_is_that_of_a_block_not_of_the_workload() -> None:
-    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), Periodic(0.1)), 300_000)
+    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), PeriodicDrift(0.1)), 300_000)
     tracemalloc.start()
     requests = sum(len(block) for block in generate(workload, 0))
     _, peak_bytes = tracemalloc.get_traced_memory()
@@ -296,5 +298,5 @@ def test_memory_is_that_of_a_block_not_of_the_workload() -> None:
 
 @pytest.mark.bench
 def test_speed_of_a_million_requests(benchmark) -> None:  # type: ignore[no-untyped-def]
-    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), Periodic(0.1)), 1_000_000)
+    workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), PeriodicDrift(0.1)), 1_000_000)
     assert benchmark(lambda: sum(len(block) for block in generate(workload, 0))) == 1_000_000

@@ -24,12 +24,12 @@ from helios_sim.workload import (
     Fixed,
     Gamma,
     Length,
-    Linear,
+    LinearDrift,
     Lognormal,
     Per,
-    Periodic,
+    PeriodicDrift,
     Poisson,
-    Step,
+    StepDrift,
     TaskMix,
     Workload,
     describe,
@@ -129,7 +129,7 @@ def test_constant_shares_hold() -> None:
 
 
 def test_a_step_changes_the_shares_at_its_request() -> None:
-    mix = TaskMix(AB, (0.8, 0.2), (0.1, 0.9), Step(0.4))
+    mix = TaskMix(AB, (0.8, 0.2), (0.1, 0.9), StepDrift(0.4))
     tasks = column(Workload(ClosedLoop(4), FIXED, mix, N), "task")
     before, after = tasks[: 2 * N // 5], tasks[2 * N // 5 :]
     assert within(int((before == 1).sum()), len(before), 0.2)
@@ -137,13 +137,13 @@ def test_a_step_changes_the_shares_at_its_request() -> None:
 
 
 def test_a_step_between_pure_mixes_is_sharp_at_its_second() -> None:
-    mix = TaskMix(AB, (1, 0), (0, 1), Step(100.0), Per.SECONDS)
+    mix = TaskMix(AB, (1, 0), (0, 1), StepDrift(100.0), Per.SECONDS)
     workload = Workload(Constant(10.0), FIXED, mix, 2000)
     assert np.array_equal(column(workload, "task"), (np.arange(2000) >= 1000).astype(int))
 
 
 def test_a_step_between_pure_mixes_is_sharp_at_its_request() -> None:
-    workload = Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), Step(0.1)), 1000)
+    workload = Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), StepDrift(0.1)), 1000)
     assert np.array_equal(column(workload, "task"), (np.arange(1000) >= 100).astype(int))
 
 
@@ -154,7 +154,7 @@ def test_a_task_without_a_share_is_never_drawn_not_even_at_the_ends() -> None:
 
 
 def test_a_linear_drift_passes_through_the_middle() -> None:
-    tasks = column(Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), Linear(0.2, 0.8)), N), "task")
+    tasks = column(Workload(AllAtOnce(), FIXED, TaskMix(AB, (1, 0), (0, 1), LinearDrift(0.2, 0.8)), N), "task")
     assert not tasks[: N // 5].any()
     assert tasks[4 * N // 5 :].all()
     tenths = [tasks[k * N // 10 : (k + 1) * N // 10].sum() for k in range(2, 8)]
@@ -163,7 +163,7 @@ def test_a_linear_drift_passes_through_the_middle() -> None:
 
 
 def test_a_periodic_mix_returns() -> None:
-    mix = TaskMix(AB, (1, 0), (0, 1), Periodic(0.5))
+    mix = TaskMix(AB, (1, 0), (0, 1), PeriodicDrift(0.5))
     position = np.array([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0])
     assert np.allclose(mix.shares_at(position)[:, 1], [0, 0.5, 1, 0.5, 0, 1, 0])
     tasks = column(Workload(AllAtOnce(), FIXED, mix, N), "task")

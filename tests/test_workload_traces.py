@@ -12,7 +12,16 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.shared_data import VARIABLE
-from helios_sim.workload import TaskMix, Trace, TraceArrivals, TraceLengths, Workload, describe, generate, read_trace
+from helios_sim.workload import (
+    RequestTrace,
+    TaskMix,
+    TraceArrivals,
+    TraceLengths,
+    Workload,
+    describe,
+    generate,
+    read_trace,
+)
 
 
 def written(folder: Path, name: str, text: str | bytes) -> Path:
@@ -22,7 +31,7 @@ def written(folder: Path, name: str, text: str | bytes) -> Path:
     return file
 
 
-def arrivals_of(trace: Trace) -> np.ndarray:
+def arrivals_of(trace: RequestTrace) -> np.ndarray:
     assert trace.arrival_ns is not None
     return trace.arrival_ns
 

@@ -39,14 +39,14 @@ from helios_sim.workload import (
     Gamma,
     Length,
     Lengths,
-    Linear,
+    LinearDrift,
     Lognormal,
     Per,
-    Periodic,
+    PeriodicDrift,
     Poisson,
-    Step,
+    RequestTrace,
+    StepDrift,
     TaskMix,
-    Trace,
     TraceArrivals,
     TraceLengths,
     Workload,
@@ -212,7 +212,7 @@ def _arrivals(c: ArrivalsConfig) -> Arrivals:
     raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
 
 
-def _recorded(key: str, path: str | None) -> Trace:
+def _recorded(key: str, path: str | None) -> RequestTrace:
     with _under("workload.trace", key):
         return read_trace(_given(key, path, "a trace"))
 
@@ -279,9 +279,9 @@ def _drift(c: MixConfig) -> Drift | None:
         case None:
             return None
         case "step":
-            return Step(position("at"))
+            return StepDrift(position("at"))
         case "linear":
-            return Linear(position("start"), position("end"))
+            return LinearDrift(position("start"), position("end"))
         case "periodic":
-            return Periodic(position("period"))
+            return PeriodicDrift(position("period"))
     raise _unknown("workload.mix.drift", c.drift, "step, linear, periodic, null")

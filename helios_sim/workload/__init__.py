@@ -1,12 +1,10 @@
-"""What is asked of a server: arrivals, lengths, task mix, and readers of public traces. Knows no model."""
+"""What a server is asked: arrivals, lengths and task mix of requests, and readers of public traces."""
 
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Constant, Gamma, Poisson, TraceArrivals
-from helios_sim.workload.describe import LengthFigures, WorkloadFigures, describe
-from helios_sim.workload.generate import BLOCK_REQUESTS, Workload, generate
+from helios_sim.workload.generate import BLOCK_REQUESTS, LengthFigures, Workload, WorkloadFigures, describe, generate
 from helios_sim.workload.lengths import DrawnLengths, Exponential, Fixed, Length, Lengths, Lognormal, TraceLengths
-from helios_sim.workload.mix import Drift, Linear, Per, Periodic, Step, TaskMix
-from helios_sim.workload.readers import read_trace
-from helios_sim.workload.trace import Trace
+from helios_sim.workload.mix import Drift, LinearDrift, Per, PeriodicDrift, StepDrift, TaskMix
+from helios_sim.workload.traces import RequestTrace, read_trace
 
 __all__ = [
     "BLOCK_REQUESTS",
@@ -22,14 +20,14 @@ __all__ = [
     "Length",
     "LengthFigures",
     "Lengths",
-    "Linear",
+    "LinearDrift",
     "Lognormal",
     "Per",
-    "Periodic",
+    "PeriodicDrift",
     "Poisson",
-    "Step",
+    "RequestTrace",
+    "StepDrift",
     "TaskMix",
-    "Trace",
     "TraceArrivals",
     "TraceLengths",
     "Workload",

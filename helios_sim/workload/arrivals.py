@@ -1,7 +1,7 @@
-"""When requests arrive. Knows rates and gaps between arrivals, nothing of what the requests ask for.
+"""When requests arrive.
 
-Each specification makes a sampler that is called for consecutive requests and gives their arrivals. Open arrivals
-draw gaps with mean 1 and scale them by the rate, so two rates see the same gaps (common random numbers).
+Each specification makes a sampler that gives the arrivals of consecutive requests. Open arrivals draw gaps with
+mean 1 and scale them by the rate, so two rates see the same gaps (common random numbers).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from helios_sim.errors import UserError
-from helios_sim.request import NS_PER_S
-from helios_sim.workload.ranges import arrivals_ns, require_count, require_positive
-from helios_sim.workload.trace import Trace
+from helios_sim.errors import UserError, require_count, require_positive
+from helios_sim.request import LATEST_NS, NS_PER_S
+from helios_sim.workload.traces import RequestTrace
 
 ArrivalSampler = Callable[[int, int], NDArray[np.int64]]
 """(index of the first request, number of requests) -> arrivals in ns, shape (number,), not decreasing."""
@@ -66,12 +65,12 @@ class Constant:
         require_positive("workload.arrivals.rate_per_s", self.rate_per_s, _RATE_FIX)
 
     def sampler(self, rng: Generator) -> ArrivalSampler:
-        return lambda first, n: arrivals_ns(np.arange(first, first + n) / self.rate_per_s)
+        return lambda first, n: _arrivals_ns(np.arange(first, first + n) / self.rate_per_s)
 
 
 @dataclass(frozen=True, slots=True)
 class AllAtOnce:
-    """Every request is there at 0: the server works through a full queue."""
+    """Every request arrives at 0: the server works through a full queue."""
 
     def sampler(self, rng: Generator) -> ArrivalSampler:
         return _at_zero
@@ -97,7 +96,7 @@ class ClosedLoop:
 class TraceArrivals:
     """The arrivals of a recorded trace, the first at 0, `rate_scale` times as fast."""
 
-    trace: Trace
+    trace: RequestTrace
     rate_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -116,7 +115,7 @@ class TraceArrivals:
         if self.rate_scale == 1.0:
             return lambda first, n: arrival_ns[first : first + n].copy()
         arrival_s = arrival_ns / (NS_PER_S * self.rate_scale)
-        return lambda first, n: arrivals_ns(arrival_s[first : first + n])
+        return lambda first, n: _arrivals_ns(arrival_s[first : first + n])
 
 
 Arrivals = Poisson | Gamma | Constant | AllAtOnce | ClosedLoop | TraceArrivals
@@ -131,10 +130,24 @@ def _renewal(draw_unit_gaps: Callable[[int], NDArray[np.float64]], rate_per_s: f
         gaps[0] += elapsed  # the running sum goes on in the same order whatever the size of a block
         clock = np.cumsum(gaps)
         elapsed = float(clock[-1])
-        return arrivals_ns(clock / rate_per_s)
+        return _arrivals_ns(clock / rate_per_s)
 
     return sample
 
 
 def _at_zero(first: int, n: int) -> NDArray[np.int64]:
     return np.zeros(n, dtype=np.int64)
+
+
+def _arrivals_ns(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Ascending seconds, shape (n,), as whole nanoseconds. UserError where they leave the range of int64."""
+    times_ns = times_s * NS_PER_S
+    if not times_ns[-1] <= LATEST_NS:
+        raise UserError(
+            "workload.arrivals",
+            float(times_s[-1]),
+            "the last arrival, in seconds, must lie within 146 years",
+            "raise the rate or ask for fewer requests",
+        )
+    whole: NDArray[np.int64] = np.rint(times_ns).astype(np.int64)
+    return whole

@@ -1,4 +1,4 @@
-"""Requests from a specification and a seed, block by block. Knows no model and no server.
+"""Requests from a specification and a seed, block by block, and figures that describe them.
 
 Each component draws from a Generator of its own, so changing one leaves the others' values where they were, and all
 arms that use a seed see the same requests.
@@ -6,20 +6,20 @@ arms that use a seed see the same requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
-from helios_sim.errors import UserError
-from helios_sim.request import NS_PER_S, RequestBlock
+from helios_sim.errors import UserError, require_count, require_positive
+from helios_sim.request import NS_PER_S, RequestBlock, token_counts
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, TraceArrivals
 from helios_sim.workload.lengths import Lengths, TraceLengths
 from helios_sim.workload.mix import Per, TaskMix
-from helios_sim.workload.ranges import require_count
 
 BLOCK_REQUESTS = 4096
 TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take it modulo their length
@@ -27,7 +27,7 @@ TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take i
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of the server.
+    """The requests of a run: arrivals, lengths and tasks.
 
     `n_requests` may be None only where a trace is used in its own order: then all of it.
     `chars_per_token` is that of the reference tokenizer in whose tokens the lengths are given; a model with the same
@@ -151,3 +151,66 @@ def _chars(lengths: NDArray[np.int64], chars_per_token: float | None) -> NDArray
         return lengths.astype(np.int64)  # a copy: a block never shares memory with a trace
     chars: NDArray[np.int64] = np.rint(lengths * chars_per_token).astype(np.int64)
     return chars
+
+
+@dataclass(frozen=True, slots=True)
+class LengthFigures:
+    """Percentiles interpolate linearly between neighbouring values (NumPy's default)."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadFigures:
+    """Figures of generated requests."""
+
+    requests: int
+    prompt_tokens: LengthFigures
+    output_tokens: LengthFigures
+    task_shares: dict[str, float]  # of all requests, by task
+    arrival_span_s: float  # first to last arrival; 0 in a closed loop or with all requests at once
+    arrival_rate_per_s: float | None  # gaps over their sum; None where the span is 0
+    arrival_cv: float | None  # standard deviation of the gaps over their mean; None where the span is 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe(blocks: Iterable[RequestBlock], tasks: tuple[str, ...], chars_per_token: float) -> WorkloadFigures:
+    """Figures of the requests in these blocks, in tokens of a tokenizer with that many characters per token.
+
+    `tasks` are the mix's names. Takes about 24 bytes a request. UserError where there is no request.
+    """
+    require_positive("chars_per_token", chars_per_token, "English text has about 4")
+    arrivals, prompts, outputs = [], [], []
+    per_task = np.zeros(len(tasks), dtype=np.int64)
+    for block in blocks:
+        arrivals.append(block.arrival_ns)
+        prompts.append(block.prompt_chars)
+        outputs.append(block.output_chars)
+        per_task += np.bincount(block.task, minlength=len(tasks))
+    requests = int(per_task.sum())
+    if not requests:
+        raise UserError("workload", "no requests", "there must be one to describe", "generate at least one")
+    arrival_ns = np.concatenate(arrivals)
+    span_ns = int(arrival_ns[-1] - arrival_ns[0])
+    gaps = np.diff(arrival_ns)
+    return WorkloadFigures(
+        requests=requests,
+        prompt_tokens=_length_figures(np.concatenate(prompts), chars_per_token),
+        output_tokens=_length_figures(np.concatenate(outputs), chars_per_token),
+        task_shares={task: count / requests for task, count in zip(tasks, per_task.tolist(), strict=True)},
+        arrival_span_s=span_ns / NS_PER_S,
+        arrival_rate_per_s=len(gaps) / (span_ns / NS_PER_S) if span_ns else None,
+        arrival_cv=float(gaps.std() / gaps.mean()) if span_ns else None,
+    )
+
+
+def _length_figures(chars: NDArray[np.int64], chars_per_token: float) -> LengthFigures:
+    tokens = token_counts(chars, chars_per_token)
+    p50, p95, p99 = np.percentile(tokens, (50, 95, 99)).tolist()
+    return LengthFigures(float(tokens.mean()), p50, p95, p99, int(tokens.max()))

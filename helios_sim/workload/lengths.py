@@ -1,4 +1,4 @@
-"""How long prompts and answers are. Knows distributions and recorded lengths, not how long a token is.
+"""How long prompts and answers are: fixed, drawn from a distribution, or recorded.
 
 A length is a whole number of at least 1, in the workload's unit: tokens of its reference tokenizer, or characters.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from helios_sim.errors import UserError
-from helios_sim.workload.ranges import LONGEST, require_count, require_positive
-from helios_sim.workload.trace import Trace
+from helios_sim.errors import UserError, require_count, require_positive
+from helios_sim.request import LONGEST
+from helios_sim.workload.traces import RequestTrace
 
 LengthSampler = Callable[[int], NDArray[np.int64]]
 """Number of requests -> their lengths, shape (number,)."""
@@ -29,6 +29,8 @@ _Z95 = NormalDist().inv_cdf(0.95)
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
+    """Every length the same."""
+
     value: int
 
     def __post_init__(self) -> None:
@@ -42,7 +44,7 @@ class Fixed:
 class Lognormal:
     """exp(normal) with this median, rounded and then clipped to minimum and maximum.
 
-    Clipping moves the mean and the percentiles; `describe` says what a workload really holds.
+    Clipping moves the mean and the percentiles; `describe` gives those of a generated workload.
     """
 
     median: float
@@ -110,7 +112,7 @@ class DrawnLengths:
 class TraceLengths:
     """Prompt and answer of a recorded request together: in the trace's order, or its rows drawn with replacement."""
 
-    trace: Trace
+    trace: RequestTrace
     resample: bool = False
 
     def sampler(self, prompt_rng: Generator, output_rng: Generator) -> PairSampler:

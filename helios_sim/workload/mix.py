@@ -1,4 +1,4 @@
-"""Which task a request belongs to, and how the shares of tasks drift. Knows task names, not their texts.
+"""Which task a request belongs to, and how the shares of tasks drift.
 
 A drift says how far the mix has moved from the first shares (0) to the second (1) at a position along the workload:
 the request's index over the number of requests, or its arrival in seconds.
@@ -7,14 +7,14 @@ the request's index over the number of requests, or its arrival in seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.errors import UserError
-from helios_sim.workload.ranges import require_positive, require_shares
+from helios_sim.errors import UserError, require_positive
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ class Per(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepDrift:
     """The first shares until position `at`, the second from there on."""
 
     at: float
@@ -40,7 +40,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearDrift:
     """The first shares until `start`, the second from `end` on, straight between them."""
 
     start: float
@@ -58,7 +58,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Periodic:
+class PeriodicDrift:
     """From the first shares to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
 
     period: float
@@ -71,12 +71,12 @@ class Periodic:
         return cycle
 
 
-Drift = Step | Linear | Periodic
+Drift = StepDrift | LinearDrift | PeriodicDrift
 
 
 @dataclass(frozen=True, slots=True)
 class TaskMix:
-    """Named tasks with shares, and the shares to which they drift. Shares are scaled to a sum of 1."""
+    """Named tasks with their shares, and the shares that these drift to. Shares are scaled to a sum of 1."""
 
     tasks: tuple[str, ...]
     shares: tuple[float, ...]
@@ -87,16 +87,16 @@ class TaskMix:
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
             raise UserError("workload.mix.tasks", self.tasks, "must be different names, at least one", "rename")
-        require_shares("workload.mix.tasks", self.shares, len(self.tasks))
+        _require_shares("workload.mix.tasks", self.shares, len(self.tasks))
         if (self.shares_after is None) != (self.drift is None):
             raise UserError(
                 "workload.mix.drift",
-                None if self.drift is None else type(self.drift).__name__.lower(),
+                None if self.drift is None else type(self.drift).__name__.removesuffix("Drift").lower(),
                 "a drift and the shares that it leads to go together",
                 "set both workload.mix.drift and workload.mix.after, or neither",
             )
         if self.shares_after is not None:
-            require_shares("workload.mix.after", self.shares_after, len(self.tasks))
+            _require_shares("workload.mix.after", self.shares_after, len(self.tasks))
 
     @classmethod
     def single(cls, task: str) -> TaskMix:
@@ -132,3 +132,13 @@ def _running_shares(shares: tuple[float, ...]) -> Floats:
 def _require_position(key: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise UserError(key, value, "must be a finite number of at least 0", "give a share of the run, or seconds")
+
+
+def _require_shares(key: str, shares: Sequence[float], n_tasks: int) -> None:
+    """UserError unless there is one finite share of at least 0 for each task, and not all are 0."""
+    if len(shares) != n_tasks:
+        raise UserError(key, tuple(shares), f"must have one share for each of the {n_tasks} tasks", "add or remove")
+    if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares) > 0:
+        raise UserError(
+            key, tuple(shares), "each share must be 0 or more and one above 0", "give shares such as 0.7 and 0.3"
+        )
