@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict
 
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from helios_sim.request import Status
 from helios_sim.routing import Router
 from rig import full_depth, serve
-from serving_cases import cases, run, scripts, uneven_profiles, workloads
+from serving_cases import cases, run, scripts, uneven_profiles, whole_cases, workloads
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -22,6 +23,18 @@ def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, r
     assert leaping.records == stepping.records
     for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
         assert fast.decisions == slow.decisions
+        assert asdict(fast.stats) == asdict(slow.stats)
+
+
+@SLOW
+@given(arguments=whole_cases)
+def test_they_do_so_with_everything_that_a_run_can_hold(arguments) -> None:
+    leaping, stepping = (serve(**deepcopy(arguments), leap=leap, ahead=False) for leap in (True, False))
+    assert leaping.records == stepping.records
+    for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
+        assert [(d.time_ns, d.cause, d.deployment.active) for d in fast.decisions] == [
+            (d.time_ns, d.cause, d.deployment.active) for d in slow.decisions
+        ]
         assert asdict(fast.stats) == asdict(slow.stats)
 
 
