@@ -1,0 +1,96 @@
+"""Every shipped experiment that runs on any machine, with few requests, and digests of what it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from digests.canonical import digest
+from helios_sim.config import Variants, conf_folder, register
+from helios_sim.shared_data import shared_data_folder
+from helios_sim.study.command import run_study
+from helios_sim.sweep.command import run_sweep
+
+REQUESTS = 60
+MORE_REQUESTS = {  # of experiments with few or quick arms
+    "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120, "paper_latency": 120, "quickstart": 400,
+    "scale": 400, "speed_w1": 200,
+}  # fmt: skip
+SLOW = {"ablation", "paper_opt"}
+# Left out: these need a log of a real engine or a model on a device, or a search whose draws depend on a package.
+LEFT_OUT = {"fidelity_vllm", "fidelity_live", "sweep_helios"}
+NEEDS_SHARED_DATA = {"speed_w1"}
+
+
+def experiment_names() -> list[str]:
+    """Those that can run here: some need data from elsewhere."""
+    names = {path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml")} - LEFT_OUT
+    return sorted(names if shared_data_folder().is_dir() else names - NEEDS_SHARED_DATA)
+
+
+def small(name: str) -> DictConfig:
+    """Few requests, one seed, the ends of every sweep, no pictures."""
+    requests = MORE_REQUESTS.get(name, REQUESTS)
+    changes = [f"+experiment={name}", f"workload.n_requests={requests}", "seeds=[0]", "jobs=1", "pictures=false"]
+    if name.startswith("sweep_"):
+        changes.append("sweep.backend=serial")
+    register()
+    with initialize_config_dir(conf_folder(), version_base=None):
+        settings = compose("config", overrides=changes)
+    axes = [axis for sweep in settings.sweeps for axis in sweep.axes]
+    if name.startswith("sweep_"):
+        axes += settings.sweep.parameters.values()
+    for axis in axes:
+        for key in ("values", "labels"):
+            if axis.get(key) is not None and len(axis[key]) > 2:
+                axis[key] = [axis[key][0], axis[key][-1]]
+    return settings
+
+
+def experiment_digests(name: str) -> dict[str, Any]:
+    settings, run = small(name), run_sweep if name.startswith("sweep_") else run_study
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            run(Variants(settings), folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        tables = {path.stem: pq.read_table(path).to_pylist() for path in sorted(folder.glob("*.parquet"))}
+    return folder_digests(summary, tables)
+
+
+def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Digests by arm of rows and figures, by point of a sweep, and of what is concluded."""
+    arms = {name: {"figures": digest(arm["metrics"]), "compared": _without(arm, "metrics")}
+            for name, arm in summary["arms"].items()}  # fmt: skip
+    for row in tables.get("decisions", []):
+        row["evidence"] = json.loads(row["evidence"])
+    for table in ("requests", "decisions"):
+        for name, arm in arms.items():
+            rows = [row for row in tables.get(table, []) if row["arm"] == name]
+            if table == "requests":
+                rows.sort(key=lambda row: (row["seed"], row["request_id"], row["replica"]))
+            arm[table] = digest(rows, exact=table == "requests")
+    found: dict[str, Any] = {"arms": arms}
+    if "points" in summary:
+        found["points"] = {_settings(point["settings"]): digest(point) for point in summary["points"]}
+    if "designs" in tables:
+        found["designs"] = [digest(row) for row in tables["designs"]]
+    found["concluded"] = digest({key: summary.get(key) for key in ("baseline", "gates", "verdict", "published")})
+    return found
+
+
+def _without(arm: Mapping[str, Any], *names: str) -> str:
+    return digest({key: value for key, value in arm.items() if key not in names})
+
+
+def _settings(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True)
