@@ -18,7 +18,7 @@ from calibrate.schema import CalibrateConfig
 from calibrate.stages import Finished, Outcome, Stage, Status, read_finished, run_stages
 from calibrate.work import stages_of
 from helios_sim.errors import UserError
-from helios_sim.report.table import PLAIN_WIDTH
+from helios_sim.report.tables import PLAIN_WIDTH
 from helios_sim.study.ending import end
 
 

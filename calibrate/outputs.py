@@ -47,7 +47,7 @@ def write_outputs(
     config: CalibrateConfig, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
     """Writes the files and returns what summary.json holds."""
-    from helios_sim.report.style import lay_out, to_png
+    from helios_sim.report.figures.style import lay_out, to_png
 
     results = _results(config, finished)
     use = _write_for_use(config, folder, results)

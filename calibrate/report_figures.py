@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from calibrate.report_exits import ExitStatistics
 from helios_sim.exits.replay import JointExits
-from helios_sim.report.style import (
+from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     INK,
     MODEL_COLORS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from helios_sim import __version__
 
 if TYPE_CHECKING:
-    from helios_sim.report.style import Drawing
+    from helios_sim.report.figures.style import Drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def render(page: Page) -> str:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
-    from helios_sim.report.style import to_svg
+    from helios_sim.report.figures.style import to_svg
 
     loader = ChoiceLoader([PackageLoader("calibrate"), PackageLoader("helios_sim.report")])
     environment = Environment(

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helios_sim.report.definitions import DEFINITIONS
 from helios_sim.report.format import metric as shown
-from helios_sim.report.metrics import Band
+from helios_sim.report.metrics import DEFINITIONS, Band
 
 FOLDER = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""Requests as they arrive and records as they leave. Knows no model: text is counted in characters.
+"""Requests as they arrive and records as they leave, with text counted in characters.
 
 Token counts belong to a model, because tokenizers differ: `ModelSpec.tokens` turns characters into tokens for
 prompts, and the exit trace that replays a request's answer says how many tokens the answer has.

@@ -1,4 +1,4 @@
-"""Where data from elsewhere lies. Knows a folder and an environment variable, no file in it."""
+"""The folder of shared data, such as downloaded traces and weights."""
 
 from __future__ import annotations
 

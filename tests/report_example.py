@@ -24,9 +24,9 @@ from helios_sim.report.result import (
     Published,
     QualityFigure,
     Replicate,
+    ServedWorkload,
     SweepFigure,
     SweepPoint,
-    Workload,
 )
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving.decider import Decision
@@ -201,7 +201,7 @@ def example_result(
         ),
         baseline=BASELINE,
         arms=arms,
-        workload=Workload(
+        workload=ServedWorkload(
             "A mix of three tasks, one request after the other from one user. EXAMPLE.",
             requests=200,
             offered_requests_per_s=None,

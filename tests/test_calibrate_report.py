@@ -15,7 +15,7 @@ from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.style import lay_out
+from helios_sim.report.figures.style import lay_out
 
 MEASURED = Provenance(ProvenanceClass.MEASURED, "written by hand", "a test")
 

@@ -15,11 +15,11 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
-from helios_sim.report.definitions import DEFINITIONS
-from helios_sim.report.html import render
-from helios_sim.report.result import ExperimentResult
-from helios_sim.report.summary import Comparisons, comparisons, json_value
-from helios_sim.report.table import print_table
+from helios_sim.report.files import json_value
+from helios_sim.report.metrics import DEFINITIONS
+from helios_sim.report.page import render
+from helios_sim.report.result import Comparisons, ExperimentResult, comparisons
+from helios_sim.report.tables import print_table
 from helios_sim.report.write import write_result
 from report_example import BASELINE, example_result
 

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helios_sim.report.by_task import by_task
+from helios_sim.report.breakdown import by_task
 from helios_sim.report.compare import compare
-from helios_sim.report.definitions import DEFINITIONS
-from helios_sim.report.figures_arms import bits_over_run
-from helios_sim.report.metrics import Band, Cards, MetricValue, Power, Slo, compute_metrics, energy_band_j, mean_metrics
+from helios_sim.report.figures.arms import bits_over_run
+from helios_sim.report.metrics import (
+    DEFINITIONS,
+    Band,
+    Cards,
+    MetricValue,
+    Power,
+    Slo,
+    compute_metrics,
+    energy_band_j,
+    mean_metrics,
+)
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving.stats import RunStats

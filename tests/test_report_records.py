@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 import helios_sim.study.job
-from helios_sim.report import record_log, records as records_module
+from helios_sim.report import records as records_module
 from helios_sim.report.files import write_parquet_parts
 from helios_sim.report.metrics import Slo, compute_metrics
-from helios_sim.report.record_log import RecordLog
-from helios_sim.report.records import Labels, Maybe, Records
+from helios_sim.report.records import Labels, Maybe, RecordLog, Records
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving import timeline
 from helios_sim.serving.stats import RunStats
@@ -98,7 +97,7 @@ def kept_whole(rows: list[RequestRecord]) -> Records:
 
 @pytest.mark.parametrize("block", [1, 7, N, 10 * N])
 def test_records_from_a_stream_are_those_kept_whole_and_so_are_the_metrics(monkeypatch, block: int) -> None:
-    monkeypatch.setattr(record_log, "BLOCK_RECORDS", block)
+    monkeypatch.setattr(records_module, "BLOCK_RECORDS", block)
     rows = some_records()
     log = RecordLog()
     for row in rows:
@@ -177,7 +176,7 @@ def peak_bytes(requests: int) -> int:
 @pytest.mark.parametrize(("ahead", "few", "many"), [(False, 1000, 4000), (True, 10_000, 30_000)])
 def test_memory_grows_with_the_columns_and_not_with_what_was_seen(ahead, few, many, monkeypatch) -> None:
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
-    monkeypatch.setattr(record_log, "BLOCK_RECORDS", 128)
+    monkeypatch.setattr(records_module, "BLOCK_RECORDS", 128)
     monkeypatch.setattr(helios_sim.study.job, "generate", partial(generate, block_requests=128))
     monkeypatch.setattr(timeline, "SAMPLES", 100)
     monkeypatch.setattr("helios_sim.simulation.worth_compiling", lambda requests: ahead)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import write_study
-from helios_sim.report.replicas import ReplicaFigures, Spread, by_kind
+from helios_sim.report.breakdown import ReplicaFigures, Spread, by_kind
 from helios_sim.study.job import Job, run_job
 from helios_sim.study.schema import ArrivalsConfig, ServerConfig
 from test_study_fleet import FULL_DEPTH, study

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from helios_sim.profile.synthetic import flat_profile
+from helios_sim.report.cautions import ttft_sensitivity
 from helios_sim.report.records import Records
-from helios_sim.report.saturation import ttft_sensitivity
 from helios_sim.workload import Constant, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from rig import full_depth, serve
 

@@ -7,9 +7,10 @@ import io
 import pytest
 
 from helios_sim.errors import UserError
-from helios_sim.report.html import render
-from helios_sim.report.summary import comparisons, summarise_result
-from helios_sim.report.table import print_table
+from helios_sim.report.page import render
+from helios_sim.report.result import comparisons
+from helios_sim.report.tables import print_table
+from helios_sim.report.write import summarise_result
 from helios_sim.study.run import run
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
 

@@ -12,8 +12,7 @@ import pytest
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
-from helios_sim.report.record_log import RecordLog
-from helios_sim.report.records import Records
+from helios_sim.report.records import RecordLog, Records
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
 from helios_sim.study.job import Job, run_job, serve

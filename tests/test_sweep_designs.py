@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from helios_sim.errors import UserError
 from helios_sim.report.designs import cost, on_front, plain_value
 from helios_sim.report.metrics import Band
-from helios_sim.report.record_log import RecordLog
+from helios_sim.report.records import RecordLog
 from helios_sim.study.fleet import build_fleet
 from helios_sim.study.job import Job, measure, serve
 from helios_sim.study.schema import Config

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helios_sim.errors import UserError
-from helios_sim.report.designs_table import designs_table
+from helios_sim.report.designs import designs_table
 from helios_sim.sweep.plan import plan_sweep
 from helios_sim.sweep.run import run_plan, sweep
 from helios_sim.sweep.schema import ParameterConfig

@@ -10,7 +10,7 @@ import pytest
 
 from command_line import write_study
 from helios_sim.errors import UserError
-from helios_sim.report.designs_table import designs_table
+from helios_sim.report.designs import designs_table
 from helios_sim.sweep.run import sweep
 from sweep_example import SEARCH, SWEEP, example
 

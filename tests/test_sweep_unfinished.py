@@ -18,7 +18,7 @@ from joblib.externals.loky import get_reusable_executor
 import helios_sim
 from command_line import write_study
 from helios_sim.errors import UserError
-from helios_sim.report.designs_table import designs_table
+from helios_sim.report.designs import designs_table
 from helios_sim.sweep.backends import Workers
 from helios_sim.sweep.journal import Journal
 from helios_sim.sweep.plan import plan_sweep

@@ -31,7 +31,7 @@ from helios_sim.live.served import check_packages
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
 from helios_sim.report import files
-from helios_sim.report.table import PLAIN_WIDTH
+from helios_sim.report.tables import PLAIN_WIDTH
 
 
 def run_campaign(config: CampaignConfig, folder: Path) -> int:

@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics, comparisons, tables, figures and files. Knows results, runs nothing."""
+"""Reports of finished runs: records, metrics, comparisons, tables, figures, pages and output files."""

@@ -1,16 +1,19 @@
-"""What a reader must know before leaning on a result. Knows signs of trouble in metrics, not their cause."""
+"""Warnings beside a result: published inputs, saturation, dropped requests, extrapolated prices, a single seed."""
 
 from __future__ import annotations
 
-from helios_sim.provenance import ProvenanceClass
-from helios_sim.report.result import ArmResult, ExperimentResult
-from helios_sim.report.saturation import WORTH_A_WARNING, ttft_sensitivity
+import numpy as np
 
+from helios_sim.provenance import ProvenanceClass
+from helios_sim.report.records import Records
+from helios_sim.report.result import ArmResult, ExperimentResult
+
+WORTH_A_WARNING = 2.0  # of `ttft_sensitivity`: an error of 1 % in the profile moves mean TTFT by 2 % or more
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
 
 
 def cautions(result: ExperimentResult) -> list[str]:
-    """Sentences, the experiment's own first."""
+    """Warnings as sentences, the experiment's own first."""
     found = list(result.warnings)
     if result.provenance_class is ProvenanceClass.PUBLISHED:
         published = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
@@ -57,3 +60,31 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
 
 def _requests(count: float) -> str:
     return "1 request was" if count == 1 else f"{count:g} requests were"
+
+
+def ttft_sensitivity(records: Records) -> float | None:
+    """Relative change of mean TTFT for a relative change of all iteration times, 1 where nothing waits.
+
+    None where no request was completed. Each replica is busy while any of its requests is in the system. While it is
+    busy without a pause, everything that it finishes is later by the profile's error times the busy time so far. So a
+    request that waited longer than its own prefill took gets its first token later by that error times the time since
+    the replica was last idle, which may be many times its own waiting time. Other requests are later by that error
+    times their own TTFT.
+    """
+    done = records.completed
+    if not done.any():
+        return None
+    own_ns, moved_ns = 0, 0
+    for replica in np.unique(records.replica[done]):
+        rows = done & (records.replica == replica)
+        arrival, first = records.arrival_ns[rows], records.first_token_ns.values[rows]
+        scheduled, last = records.scheduled_ns.values[rows], records.last_token_ns.values[rows]
+        order = np.argsort(arrival, kind="stable")
+        arrival, first, scheduled, last = arrival[order], first[order], scheduled[order], last[order]
+        busy_until = np.maximum.accumulate(last)
+        begins = np.concatenate([[True], arrival[1:] > busy_until[:-1]])
+        since = arrival[begins][np.cumsum(begins) - 1]  # when the server was last idle
+        waited = scheduled - arrival > first - scheduled  # longer than its own prefill took
+        own_ns += int((first - arrival).sum())
+        moved_ns += int(np.where(waited, first - since, first - arrival).sum())
+    return moved_ns / own_ns if own_ns else None

@@ -1,4 +1,4 @@
-"""Ratios of an arm to the baseline with confidence intervals. Knows paired runs, not what the arms do."""
+"""Ratios of an arm to the baseline with confidence intervals, over runs that match by seed and requests."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _CHUNK_DRAWS = 1_000_000
 
 
 class Method(StrEnum):
+    """How a ratio's bounds were found."""
+
     PAIRED_BOOTSTRAP = "paired_bootstrap"  # over the requests that both arms completed
     T_OVER_SEEDS = "t_over_seeds"
     BAND = "band"  # the ratio at either end of a band; no sampling error in it

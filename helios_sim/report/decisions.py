@@ -1,4 +1,4 @@
-"""The decision log as rows. Knows how to put triggers and deployments into words and columns, decides nothing."""
+"""The decision log as rows: triggers, deployments and evidence in words and columns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 
 from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.trigger import Cause
-from helios_sim.report.arrow_columns import numbers, texts
-from helios_sim.report.files import to_json
-from helios_sim.report.summary import json_value
+from helios_sim.report.files import json_value, numbers, texts, to_json
 from helios_sim.request import NS_PER_S
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ _NUMBERS: dict[str, type] = {"time_s": np.float64, "replica": np.int64, "layers"
 
 @dataclass(frozen=True, slots=True)
 class DecisionRow:
-    """One decision: when, on what cause, what was decided, why and on what evidence."""
+    """One decision: time, cause, new deployment, reason and evidence."""
 
     arm: str
     time_s: float

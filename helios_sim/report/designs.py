@@ -1,19 +1,25 @@
-"""What a finished sweep of designs hands to the report, and which designs no other beats. Knows no policy."""
+"""Results of a sweep: its designs, which of them no other beats, and their table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
-from helios_sim.report.definitions import DEFINITIONS, Better
-from helios_sim.report.metrics import Band, Metrics, MetricValue
-from helios_sim.report.result import Workload
+from helios_sim.report.format import NOTHING, metric
+from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue
+from helios_sim.report.result import ServedWorkload
 
+if TYPE_CHECKING:
+    import pyarrow
+
+FIXED_COLUMNS = ("design", "arm", "front", "error")
+
+_Item = TypeVar("_Item")
 Shown = float | int | str | bool | None
 
 
@@ -29,20 +35,20 @@ class Design:
 
 @dataclass(frozen=True, slots=True)
 class DesignsResult:
-    """Everything that a sweep's table, figures and page are made of."""
+    """One sweep: everything that its table, figures and page are made of."""
 
     experiment: str
     title: str
     question: str
     conditions: str
     verdict: tuple[str, ...]
-    arm: str  # whose designs these are
+    arm: str  # that was varied
     parameters: tuple[str, ...]
     objectives: tuple[str, ...]  # metrics
     shown_metrics: tuple[str, ...]  # columns beside the objectives
     designs: tuple[Design, ...]
     references: tuple[Design, ...]
-    workload: Workload
+    workload: ServedWorkload
     inputs: Mapping[str, Provenance]
     provenance: Mapping[str, Any]
     assumptions: tuple[Assumption, ...] = ()
@@ -58,7 +64,7 @@ class DesignsResult:
 
     @property
     def distinct_front(self) -> tuple[tuple[Design, int], ...]:
-        """The front with designs that come to the same in every objective named once, and how many they are."""
+        """The front; designs that come to the same in every objective are one entry, with how many they are."""
         costs = map(tuple, merits_of(self.front, self.objectives).tolist())
         alike: dict[tuple[float, ...], list[Design]] = {}
         for design, found in zip(self.front, costs, strict=True):
@@ -88,7 +94,7 @@ def plain_value(name: str, value: MetricValue) -> float | None:
 
 
 def cost(name: str, value: MetricValue) -> float:
-    """To be made small; infinite where the metric is undefined."""
+    """The metric as a number to minimise; infinite where it is undefined."""
     number = plain_value(name, value)
     if number is None:
         return float("inf")
@@ -102,10 +108,75 @@ def merits_of(designs: Sequence[Design], objectives: Sequence[str]) -> NDArray[n
 
 
 def on_front(costs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(n,) true where no other row is at most as dear in every column and cheaper in one. Equals stand together."""
+    """(n,) true where no other row costs at most as much in every column and less in one. Equals share the front."""
     defined = np.flatnonzero(np.isfinite(costs).all(axis=1))
     known = costs[defined]
     beaten = [((known <= row).all(axis=1) & (known < row).any(axis=1)).any() for row in known]
     front: NDArray[np.bool_] = np.zeros(len(costs), dtype=np.bool_)
     front[defined] = np.logical_not(beaten)
     return front
+
+
+def designs_table(result: DesignsResult) -> pyarrow.Table:
+    """A row for each design and, without parameters, each arm at the study's own settings.
+
+    Columns: design (null for an arm as it was set), arm, front, the parameters, error (null unless it failed), and
+    every metric; of a metric that is a band its ends as <metric>_low and <metric>_high. Undefined is null.
+    """
+    import pyarrow as pa
+
+    rows = [*result.designs, *result.references]
+    front = {design.name for design in result.front}
+    first_reference = len(result.designs)
+    columns: dict[str, Any] = {
+        "design": pa.array([row.name if i < first_reference else None for i, row in enumerate(rows)], pa.string()),
+        "arm": pa.array([result.arm if i < first_reference else row.name for i, row in enumerate(rows)], pa.string()),
+        "front": pa.array([row.name in front and i < first_reference for i, row in enumerate(rows)], pa.bool_()),
+    }
+    columns |= {name: _column([row.parameters.get(name) for row in rows]) for name in result.parameters}
+    columns["error"] = pa.array([row.error for row in rows], pa.string())
+    for name in DEFINITIONS:
+        values = [None if row.metrics is None else row.metrics.get(name) for row in rows]
+        if any(isinstance(value, Band) for value in values):
+            for end in ("low", "high"):
+                ends = [getattr(value, end) if isinstance(value, Band) else value for value in values]
+                columns[f"{name}_{end}"] = pa.array(ends, pa.float64())
+        else:
+            columns[name] = pa.array(values, pa.float64())
+    return pa.table(columns)
+
+
+def _column(values: Sequence[Shown]) -> pyarrow.Array:
+    """A column of numbers where all values are numbers, of texts otherwise; null where there is no value."""
+    import pyarrow as pa
+
+    given = [value for value in values if value is not None]
+    if all(type(value) is int for value in given):
+        return pa.array(values, pa.int64())
+    if all(type(value) in (int, float) for value in given):
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def design_label(design: Design, alike: int) -> str:
+    """`#12`, or `#12 +3` where three more designs come to the same in every objective."""
+    return design.name if alike == 1 else f"{design.name} +{alike - 1}"
+
+
+def thinned(designs: Sequence[_Item], most: int) -> list[_Item]:
+    """At most `most` of the designs, evenly spaced from the first to the last."""
+    if len(designs) <= most:
+        return list(designs)
+    return [designs[round(i * (len(designs) - 1) / (most - 1))] for i in range(most)]
+
+
+def value_text(value: Shown) -> str:
+    """A parameter's value as the tables show it."""
+    if value is None:
+        return NOTHING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def metric_cells(design: Design, names: Sequence[str]) -> list[str]:
+    """The design's metrics of these names as the tables show them."""
+    return [NOTHING if design.metrics is None else metric(name, design.metrics[name]) for name in names]

@@ -1,4 +1,4 @@
-"""A simulated run beside the measured one, as data for tables and figures. Computes no time of its own."""
+"""A simulated run beside a measured one: the compared figures, as data for tables and drawings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATISTICS = ("mean", "median", "p90", "p95", "p99")
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """One figure of both runs; None where it is not defined or the log does not tell."""
+    """One figure of both runs; None where it is undefined or not in the log."""
 
     group: str  # TTFT, TPOT, ITL, E2E, system
     statistic: str
@@ -42,8 +42,9 @@ class ComparedRow:
 
     @property
     def noise(self) -> float | None:
-        """How far two measurements of the same lie apart, as a share of their mean: the root of the mean square over
-        all pairs, which is the root of 2 times their standard deviation.
+        """How far two measurements of the same figure differ, as a share of their mean.
+
+        The root mean square over all pairs, which is the root of 2 times the standard deviation.
         """
         if len(self.runs) < 2 or not self.measured:
             return None
@@ -51,8 +52,8 @@ class ComparedRow:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spread:
-    """One time of every request in each run of one part, sorted, each (n,)."""
+class RequestTimes:
+    """TTFT, TPOT or E2E of every request of one part, for each run an ascending array (n,)."""
 
     part: str
     name: str  # TTFT, TPOT, E2E
@@ -62,7 +63,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Running or waiting requests over time, both runs at the same times, each (k,)."""
+    """Running or waiting requests over time, of both runs at the same k times, shape (k,) each."""
 
     name: str
     time_s: FloatArray
@@ -72,7 +73,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class LoadError:
-    """What a slower profile does at one load: relative changes of the derived figures."""
+    """Relative changes of the derived figures under a slower profile, at one load."""
 
     load: float  # arrivals over the log's own
     changes: tuple[tuple[str, float], ...]  # (figure, relative change)
@@ -80,13 +81,15 @@ class LoadError:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
+    """All that was compared."""
+
     # (what, its rows): of a log all requests, then parts of them; of a live server each arm at each load
     parts: tuple[tuple[str, tuple[ComparedRow, ...]], ...]
     counts: tuple[Count, ...]
     load_errors: tuple[LoadError, ...]
     profile_error: float  # that load_errors assume
     terms: tuple[tuple[str, str], ...]  # named quantities: what and how much
-    spreads: tuple[Spread, ...] = ()
+    spreads: tuple[RequestTimes, ...] = ()
 
     @property
     def rows(self) -> tuple[ComparedRow, ...]:
@@ -126,7 +129,7 @@ def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | N
 
 
 def statistics(values_ms: FloatArray) -> tuple[float | None, ...]:
-    """Mean, median, p90, p95, p99."""
+    """Mean, median, p90, p95, p99; None each without values."""
     if not len(values_ms):
         return (None,) * len(STATISTICS)
     return float(values_ms.mean()), *(float(p) for p in np.percentile(values_ms, (50, 90, 95, 99)))

@@ -1,14 +1,20 @@
-"""Writes files so that nobody ever reads half of one. Knows formats and disks, not what is in the files."""
+"""Output files: JSON values and Arrow columns, and writing that leaves a complete file or none."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 
@@ -59,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: refuses NaN and infinities (ValueError) rather than writing what others cannot read."""
+    """Strict JSON: NaN and infinities, which other programs cannot read, raise a ValueError."""
     return json.dumps(value, allow_nan=False, indent=indent, ensure_ascii=False)
 
 
@@ -89,3 +95,40 @@ def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError("output folder", str(path), f"cannot be written: {error.strerror or error}", _FIX)
+
+
+def numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> pyarrow.Array:
+    """A column of numbers over the same memory, shape (n,), null where not `present`."""
+    import pyarrow as pa
+
+    known = None if present is None else pa.py_buffer(np.packbits(present, bitorder="little"))
+    content = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [known, content])
+
+
+def texts(values: Sequence[str]) -> pyarrow.Array:
+    """A column of texts, at most 2 GB in all."""
+    import pyarrow as pa
+
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    return pa.Array.from_buffers(pa.string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))])
+
+
+def json_value(value: Any) -> Any:
+    """Plain JSON values of dataclasses, enums, NumPy scalars and arrays; NaN and infinities become null."""
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, np.generic | np.ndarray):
+        return json_value(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return json_value(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_value(item) for item in value]
+    return str(value)

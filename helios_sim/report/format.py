@@ -1,10 +1,9 @@
-"""Numbers for people: few digits, fitting units. Knows units, not where numbers come from."""
+"""Numbers as text: few digits, fitting units."""
 
 from __future__ import annotations
 
 from helios_sim.report.compare import Method, Ratio
-from helios_sim.report.definitions import DEFINITIONS
-from helios_sim.report.metrics import Band, MetricValue
+from helios_sim.report.metrics import DEFINITIONS, Band, Better, MetricValue
 
 NOTHING = "–"
 _SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
@@ -12,7 +11,7 @@ _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def number(value: float, digits: int = 3) -> str:
-    """About `digits` significant digits, thousands grouped, no exponent for everyday sizes."""
+    """About `digits` significant digits, thousands grouped, no exponent from 1e-6 to 1e15."""
     if value == 0:
         return "0"
     if isinstance(value, int) or (abs(value) >= 10**digits and float(value).is_integer()):
@@ -37,7 +36,7 @@ def seconds(value: float) -> str:
 
 
 def in_unit(value: float, unit: str) -> str:
-    """With its unit, scaled for reading: 0.0123 s -> 12.3 ms, 3.9e10 bytes -> 39.0 GB, 0.85 share -> 85.0 %."""
+    """The value with its unit, scaled: 0.0123 s -> 12.3 ms, 3.9e10 bytes -> 39.0 GB, 0.85 share -> 85.0 %."""
     if unit == "s":
         return seconds(value)
     if unit == "bytes":
@@ -56,7 +55,7 @@ def in_unit(value: float, unit: str) -> str:
 
 
 def compared(value: float | None, form: str = "") -> str:
-    """A figure beside another one that may be close: a digit more than elsewhere, or in the given form."""
+    """A figure beside a similar one: one digit more than elsewhere, or in the given form."""
     if value is None:
         return NOTHING
     if form:
@@ -65,7 +64,7 @@ def compared(value: float | None, form: str = "") -> str:
 
 
 def gate_value(value: float | None, bound: str) -> str:
-    """In percent where the bound is; a digit more than elsewhere, since it may be close to the bound."""
+    """The value of a gate: in percent where its bound is, with one digit more than elsewhere."""
     if value is None:
         return NOTHING
     return format(value, "+.2%") if "%" in bound else number(value, 4)
@@ -97,4 +96,11 @@ def ratio(value: Ratio | None) -> str:
 
 
 def label(name: str) -> str:
+    """What the report calls a metric."""
     return DEFINITIONS[name].label if name in DEFINITIONS else name
+
+
+def direction(name: str) -> str:
+    """Which direction of a metric is better, in words; an empty text where neither is."""
+    better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
+    return {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]

@@ -1,16 +1,115 @@
-"""Where the templates of self-contained pages are, and the look that they share. Knows no page's content."""
+"""The self-contained HTML page of a study or a sweep. The templates give its layout."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from helios_sim import __version__
+from helios_sim.report import format as fmt
+from helios_sim.report.breakdown import Spread, TaskFigures, by_kind
+from helios_sim.report.cautions import cautions
+from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.decisions import decision_rows
+from helios_sim.report.designs import Design, DesignsResult, design_label, metric_cells, thinned, value_text
+from helios_sim.report.figures.style import Drawing, arm_styles, to_svg
+from helios_sim.report.files import json_value, to_json
+from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
+from helios_sim.report.result import ArmResult, Comparisons, ExperimentResult, headline_metrics
+from helios_sim.report.tables import baseline_marks
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
+MOST_ON_PAGE = 200  # designs of a front; all are in the Parquet file
+_MOST_CARDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNumber:
+    """One of the numbers at the top of the page."""
+
+    what: str
+    value: str
+    note: str
+
+
+def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
+    """The page of a study as text: no script, no network, figures inline."""
+    warnings = cautions(result)
+    assumptions = result.all_assumptions
+    decisions = [log for arm in result.arms.values() if (log := _decision_log(arm))]
+    parts = {
+        "answer": ("Answer", True),
+        "warnings": ("Read with care", warnings),
+        "arms": ("Arms", True),
+        "fidelity": ("Measured beside simulated", result.fidelity),
+        "published": ("Published", result.published),
+        "gates": ("Gates", result.gates),
+        "figures": ("Figures", drawings),
+        "decisions": ("Decisions", decisions),
+        "workload": ("Workload", True),
+        "assumptions": ("Not measured", assumptions),
+        "provenance": ("Provenance", True),
+    }
+    return _render(
+        "report.html.j2",
+        result,
+        parts,
+        drawings,
+        cards=_cards(result, ratios),
+        warnings=warnings,
+        columns=[{"label": fmt.label(name)} for name in headline_metrics(result)],
+        rows=_arm_rows(result, ratios),
+        baseline_marks=baseline_marks(result),
+        all_metrics=_all_metrics(result, ratios),
+        tasks=_task_rows(result),
+        replicas=_replica_rows(result),
+        compared=_compared(result),
+        repeated=result.fidelity is not None and result.fidelity.repeated,
+        paced=result.fidelity is not None and result.fidelity.paced,
+        published=[_published(p) for p in result.published],
+        gates=[{"it": g, "value": fmt.gate_value(g.value, g.bound)} for g in result.gates],
+        decisions=decisions,
+        assumptions=assumptions,
+        definitions=list(DEFINITIONS.values()),
+        notes={"latency": LATENCY_NOTE, "interval": INTERVAL_NOTE, "energy": ENERGY_NOTE},
+    )
+
+
+def render_designs(result: DesignsResult, drawings: Sequence[Drawing]) -> str:
+    """The page of a sweep as text, self-contained as well."""
+    names = (*result.objectives, *result.shown_metrics)
+    distinct = result.distinct_front
+    front = thinned(distinct, MOST_ON_PAGE)
+    parts = {
+        "answer": ("Answer", True),
+        "warnings": ("Read with care", result.warnings),
+        "figures": ("Figures", drawings),
+        "front": ("Front", front),
+        "failed": ("Failed", result.failed),
+        "workload": ("Workload", True),
+        "assumptions": ("Not measured", result.all_assumptions),
+        "provenance": ("Provenance", True),
+    }
+    return _render(
+        "designs.html.j2", result, parts, drawings,
+        columns=[fmt.label(name) for name in names],
+        front=[_design_row(design, names) | {"name": design_label(design, alike)} for design, alike in front],
+        distinct=len(distinct),
+        references=[_design_row(design, names) for design in result.references],
+        failed=[{"name": d.name, "values": [value_text(v) for v in d.parameters.values()], "error": d.error}
+                for d in result.failed[:MOST_ON_PAGE]],
+        definitions=[DEFINITIONS[name] for name in names],
+        notes=[LATENCY_NOTE, *([ENERGY_NOTE] if any("energy" in name for name in names) else [])],
+    )  # fmt: skip
+
 
 def page_environment() -> tuple[Environment, Markup]:
-    """Templates in which a name that is not given is an error, and the style sheet."""
+    """The templates (an undefined name is an error) and the style sheet of self-contained pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
@@ -23,3 +122,206 @@ def page_environment() -> tuple[Environment, Markup]:
         lstrip_blocks=True,
     )
     return environment, Markup(loader.get_source(environment, "report.css")[0])
+
+
+def _render(
+    template: str,
+    result: ExperimentResult | DesignsResult,
+    parts: Mapping[str, tuple[str, object]],
+    drawings: Sequence[Drawing],
+    **values: object,
+) -> str:
+    """A template with what both kinds of pages show; `parts` are (heading, whether there is anything) by anchor."""
+    from markupsafe import Markup
+
+    environment, css = page_environment()
+    return environment.get_template(template).render(
+        result=result,
+        version=__version__,
+        css=css,
+        contents=[(key, text) for key, (text, there) in parts.items() if there],
+        figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
+        run_json=to_json(json_value(result.provenance), indent=2),
+        **values,
+    )
+
+
+def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
+    """A table for each part."""
+    if result.fidelity is None:
+        return []
+    return [
+        {
+            "part": part,
+            "rows": [
+                {
+                    "name": row.name,
+                    "unit": row.unit,
+                    "measured": fmt.compared(row.measured),
+                    "simulated": fmt.compared(row.simulated),
+                    "difference": fmt.compared(row.difference, "+.2%"),
+                    "at_pace": fmt.compared(row.paced_difference, "+.2%"),
+                    "noise": fmt.compared(row.noise, ".2%"),
+                }
+                for row in rows
+            ],
+        }
+        for part, rows in result.fidelity.parts
+    ]
+
+
+def _cards(result: ExperimentResult, ratios: Comparisons) -> list[KeyNumber]:
+    """Published comparisons first; without any, the first headline metric of each arm against the baseline."""
+    cards = [
+        KeyNumber(
+            p.what, fmt.in_unit(p.ours, p.unit), _beside(p.low, p.high, f"published {fmt.in_unit(p.published, p.unit)}")
+        )
+        for p in result.published
+        if p.ours is not None
+    ]
+    if not cards:
+        name = headline_metrics(result)[0]
+        hint = f", {direction}" if (direction := fmt.direction(name)) else ""
+        for arm, of_arm in ratios.items():
+            value = of_arm.get(name)
+            if value is not None and value.ratio is not None:
+                note = _beside(value.low, value.high, f"against {result.baseline_of(arm)}")
+                cards.append(KeyNumber(f"{arm}: {fmt.label(name)}{hint}", f"{value.ratio:.2f}×", note))
+    return cards[:_MOST_CARDS]
+
+
+def _beside(low: float | None, high: float | None, note: str) -> str:
+    return note if low is None or high is None else f"[{low:.2f}, {high:.2f}] · {note}"
+
+
+def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
+    names = headline_metrics(result)
+    styles = arm_styles(list(result.arms), result.baseline)
+    mark_of = {name: mark for mark, name in baseline_marks(result).items()}
+    rows = []
+    for arm in result.arms.values():
+        over = result.baseline_of(arm.name)
+        is_baseline = arm.name == over
+        versus, interval = ("1×", "") if is_baseline else _split(ratios[arm.name].get(names[0]))
+        versus = f"{versus} {mark_of[over]}" if over in mark_of else versus
+        metrics = arm.metrics
+        rows.append(
+            {
+                "name": arm.name,
+                "description": arm.description,
+                "is_baseline": is_baseline,
+                "color": styles[arm.name].color,
+                "versus": versus,
+                "interval": interval,
+                "cells": [fmt.metric(name, metrics[name]) for name in names],
+            }
+        )
+    return rows
+
+
+def _split(ratio: Ratio | None) -> tuple[str, str]:
+    """A ratio and its interval as two texts."""
+    text = fmt.ratio(ratio)
+    if ratio is None or ratio.method is Method.BAND or " " not in text:
+        return text, ""
+    value, interval = text.split(" ", 1)
+    return value, interval
+
+
+def _all_metrics(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
+    by_arm: Mapping[str, Any] = {name: arm.metrics for name, arm in result.arms.items()}
+    lines = []
+    for name in by_arm[result.baseline]:
+        values = [metrics[name] for metrics in by_arm.values()]
+        if all(value is None for value in values):
+            continue
+        cells = [
+            {"value": fmt.metric(name, value), "ratio": _shown_ratio(ratios.get(arm, {}).get(name))}
+            for arm, value in zip(by_arm, values, strict=True)
+        ]
+        lines.append({"name": name, "cells": cells})
+    return lines
+
+
+def _task_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    """One row for each task, one cell for each arm; none with a single task, which the arms' table shows."""
+    figures = {arm: result.by_task(arm) for arm in result.arms}
+    tasks = [task for task in result.workload.tasks if any(task in of_arm for of_arm in figures.values())]
+    return [
+        {"task": task, "cells": [_task_cell(of_arm.get(task)) for of_arm in figures.values()]}
+        for task in tasks
+        if len(tasks) > 1
+    ]
+
+
+def _task_cell(figures: TaskFigures | None) -> dict[str, Any]:
+    """Bits per character where known, else the mean time of a request; below it the depth and the models."""
+    if figures is None:
+        return {"value": fmt.NOTHING, "notes": []}
+    bits = figures.bits_per_char
+    value = fmt.seconds(figures.e2e_s_mean) if bits is None else f"{bits:.3f} bits/char"
+    models = [f"{share:.0%} {model}" for model, share in figures.models.items()]
+    return {"value": value, "notes": [f"{figures.layers_per_token:.1f} layers", *(models if len(models) > 1 else [])]}
+
+
+def _replica_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    """One row for each kind of replica of each arm that has several replicas."""
+    rows = []
+    for arm in result.arms.values():
+        for it in by_kind(arm.replicas) if len(arm.replicas) > 1 else ():
+            name = f"{it.replicas} x {it.card}"
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "kind": f"{it.kind}: {name}" if it.kind else name,
+                    "models": ", ".join(it.models),
+                    "requests": f"{it.requests_completed:,}",
+                    "cells": [
+                        _spread(it.requests_in_it, fmt.number),
+                        _spread(it.busy_fraction, lambda share: fmt.in_unit(share, "share")),
+                        _spread(it.e2e_s, fmt.seconds),
+                    ],
+                    "switches": it.switches,
+                    "loads": it.loads,
+                }
+            )
+    return rows
+
+
+def _spread(value: Spread | None, shown: Callable[[float], str]) -> dict[str, str]:
+    if value is None:
+        return {"mean": fmt.NOTHING, "range": ""}
+    return {"mean": shown(value.mean), "range": f"{shown(value.low)} to {shown(value.high)}"}
+
+
+def _shown_ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else fmt.ratio(ratio)
+
+
+def _published(p: Any) -> dict[str, Any]:
+    return {
+        "it": p,
+        "published": fmt.in_unit(p.published, p.unit),
+        "ours": fmt.NOTHING if p.ours is None else fmt.in_unit(p.ours, p.unit),
+        "interval": "" if p.low is None or p.high is None else f"[{fmt.number(p.low)}, {fmt.number(p.high)}]",
+    }
+
+
+def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
+    """The decisions of an arm for the page; None where there is only the first one."""
+    if len(arm.decisions) < 2:
+        return None
+    rows = decision_rows(arm)
+    shown = rows[:SHOWN_DECISIONS]
+    return {
+        "arm": arm.name,
+        "total": len(rows),
+        "rows": shown,
+        "any_standby": any(row.standby for row in shown),
+        "any_replica": any(row.replica for row in shown),
+    }
+
+
+def _design_row(design: Design, names: tuple[str, ...]) -> dict[str, Any]:
+    parameters = [value_text(value) for value in design.parameters.values()]
+    return {"name": design.name, "values": parameters, "cells": metric_cells(design, names)}

@@ -1,16 +1,17 @@
-"""Request records as columns. Knows what one request experienced, nothing about arms or statistics."""
+"""Records of requests as columns: collected while they leave, read by metrics, written as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.trace import MICROBITS
-from helios_sim.report.arrow_columns import numbers, texts
+from helios_sim.report.files import numbers, texts
 from helios_sim.request import RequestRecord, Status
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ BLOCK_ROWS = 65_536  # of a table that is written in parts
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    """Whole numbers, shape (n,), that may not be there: where `present` is false, `values` mean nothing."""
+    """Whole numbers, shape (n,), of which some are missing: `values` hold only where `present` is true."""
 
     values: NDArray[np.int64]
     present: BoolColumn
@@ -55,7 +56,7 @@ class Maybe:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Texts, shape (n,), of which there are few: each is a number into `names`."""
+    """Texts, shape (n,), with few distinct values: each code is an index into `names`."""
 
     codes: NDArray[np.int16]
     names: tuple[str | None, ...]
@@ -70,13 +71,13 @@ class Labels:
         return Labels(self.codes[rows], self.names)
 
     def equals(self, name: str | None) -> BoolColumn:
-        """Where this text stands; nowhere if there is none of it."""
+        """(n,) true where the text is `name`."""
         if name not in self.names:
             return np.zeros(len(self.codes), np.bool_)
         return np.asarray(self.codes == self.names.index(name))
 
     def counts(self, rows: BoolColumn | slice = slice(None)) -> dict[str | None, int]:
-        """How often each text stands among `rows`; those that do not are left out."""
+        """How often each text occurs among `rows`; texts that do not occur are left out."""
         found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
@@ -113,8 +114,6 @@ class Records:
     @classmethod
     def of(cls, records: Iterable[RequestRecord]) -> Records:
         """Columns of these records, sorted by request id so that arms can be paired row by row."""
-        from helios_sim.report.record_log import RecordLog
-
         log = RecordLog()
         for record in records:
             log.add(record)
@@ -149,7 +148,7 @@ class Records:
         return decode_ns / np.maximum(gaps, 1), gaps > 0
 
     def bits_per_char(self, rows: BoolColumn) -> float | None:
-        """Of the completed requests among `rows`; None where bits of any of them are not known, or there is none."""
+        """Bits per character of the completed requests among `rows`; None without any, or where any has no bits."""
         rows = rows & self.completed
         chars = int(self.output_chars[rows].sum())
         if not chars or not self.microbits.present[rows].all():
@@ -165,7 +164,7 @@ class Records:
         return span if span > 0 else None
 
     def tables(self, arm: str, seed: int) -> Iterator[pyarrow.Table]:
-        """`to_table` in parts of at most BLOCK_ROWS rows."""
+        """The tables of `to_table` for parts of at most BLOCK_ROWS rows."""
         for first in range(0, max(len(self), 1), BLOCK_ROWS):
             yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed)
 
@@ -193,3 +192,75 @@ def _texts(labels: Labels) -> pyarrow.Array:
     missing = np.array([name is None for name in labels.names], np.bool_)
     codes = numbers(place_of[labels.codes], ~missing[labels.codes])
     return pa.DictionaryArray.from_arrays(codes, texts([str(name) for name in known]))
+
+
+BLOCK_RECORDS = 4096
+
+_MAYBE = (*MOMENTS, "microbits")
+_NAMES = (*INTEGERS, *_MAYBE, *LABELS)
+_KINDS = INTEGERS | dict.fromkeys(_MAYBE, np.int64) | dict.fromkeys(LABELS, np.int16)
+_row = attrgetter(*_NAMES)
+
+
+class RecordLog:
+    """Collects records as requests leave; `records` ends it.
+
+    An object for each record takes several times the memory of its row, so objects are kept only until a block is
+    full. Columns grow in place: an array for each block would fragment the memory of the process.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[RequestRecord] = []
+        self._columns: dict[str, NDArray[Any]] = {name: np.zeros(0, _KINDS[name]) for name in _NAMES}
+        self._present: dict[str, NDArray[np.bool_]] = {name: np.zeros(0, np.bool_) for name in _MAYBE}
+        self._codes: dict[str, dict[str | None, int]] = {name: {} for name in LABELS}
+        self._rows = 0  # of the columns that are filled
+
+    def add(self, record: RequestRecord) -> None:
+        self._waiting.append(record)
+        if len(self._waiting) == BLOCK_RECORDS:
+            self._flush()
+
+    def records(self) -> Records:
+        """All added records in order of request id. They take over the memory of the log, which ends it."""
+        self._flush()
+        order = np.argsort(self._columns["request_id"][: self._rows], kind="stable")
+        found: dict[str, Any] = {}
+        for name in _NAMES:  # one after the other, so that only one column exists twice at any time
+            column = self._columns.pop(name)[order]
+            if name in _MAYBE:
+                found[name] = Maybe(column, self._present.pop(name)[order])
+            elif name in LABELS:
+                found[name] = Labels(column, tuple(self._codes[name]))
+            else:
+                found[name] = column
+        return Records(**found)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = slice(self._rows, self._rows + len(self._waiting))
+        self._make_room(rows.stop)
+        for name, values in zip(_NAMES, zip(*map(_row, self._waiting), strict=True), strict=True):
+            if name in LABELS:
+                codes = self._codes[name]
+                column: NDArray[Any] = np.array([codes.setdefault(value, len(codes)) for value in values], np.int16)
+            elif name in _MAYBE:
+                column, self._present[name][rows] = _maybe(values)
+            else:
+                column = np.array(values, _KINDS[name])  # raises where one does not fit
+            self._columns[name][rows] = column
+        self._rows = rows.stop
+        self._waiting.clear()
+
+    def _make_room(self, rows: int) -> None:
+        if rows > len(self._columns["request_id"]):
+            for column in (*self._columns.values(), *self._present.values()):
+                column.resize(rows + rows // 8, refcheck=False)  # no view of it exists outside
+
+
+def _maybe(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    if None not in values:
+        return np.array(values, np.int64), np.ones(len(values), np.bool_)
+    present = np.array([value is not None for value in values], np.bool_)
+    return np.array([0 if value is None else value for value in values], np.int64), present

@@ -1,4 +1,4 @@
-"""What a finished experiment hands to the report. Knows results and where they come from, computes no metric."""
+"""The result of a finished study: everything that its summary, tables, figures and page are made of."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
-from helios_sim.report.by_task import TaskFigures, by_task
-from helios_sim.report.compare import Ratio
+from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, by_task
+from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
-from helios_sim.report.replicas import ReplicaFigures
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 
@@ -73,7 +72,7 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One figure of a publication with ours beside it."""
+    """A published figure and the same figure of this study."""
 
     what: str  # "throughput over early-exit OPT-1.3B"
     published: float
@@ -89,7 +88,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A bound that an experiment sets for itself; the command fails when it is not met."""
+    """A bound that an experiment must meet; otherwise the command fails."""
 
     name: str
     value: float | None
@@ -98,8 +97,8 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What was served, for the reader."""
+class ServedWorkload:
+    """The workload of a study in words and figures."""
 
     statement: str
     requests: int
@@ -178,7 +177,7 @@ Figure = SweepFigure | LoadFigure | ArmsFigure | QualityFigure
 
 @dataclass(frozen=True, slots=True)
 class ExperimentResult:
-    """Everything that `summary.json`, the tables, the figures and the HTML are made of."""
+    """One study with all its arms."""
 
     experiment: str
     title: str
@@ -187,7 +186,7 @@ class ExperimentResult:
     verdict: tuple[str, ...]  # one or a few sentences; the first is the answer
     baseline: str  # an arm
     arms: Mapping[str, ArmResult]  # in the order to show
-    workload: Workload
+    workload: ServedWorkload
     inputs: Mapping[str, Provenance]  # by name: profiles, exit traces, request traces
     provenance: Mapping[str, Any]  # of the run: command, versions, seeds, configuration
     slo: Slo = field(default_factory=Slo)
@@ -201,7 +200,7 @@ class ExperimentResult:
     fidelity: Fidelity | None = None  # of a comparison with a measured run
 
     def baseline_of(self, arm: str) -> str:
-        """What this arm is compared with: an arm under other conditions has a baseline of its own."""
+        """The arm that this one is compared with. An arm under other conditions has its own baseline."""
         return self.arms[arm].baseline or self.baseline
 
     def by_task(self, arm: str) -> dict[str, TaskFigures]:
@@ -216,11 +215,24 @@ class ExperimentResult:
 
     @property
     def all_assumptions(self) -> tuple[Assumption, ...]:
-        """Those of the run and of every input, each once."""
+        """Assumptions of the run and of every input, each once."""
         of_inputs = (a for source in self.inputs.values() for a in source.assumptions)
         return tuple(dict.fromkeys((*self.assumptions, *of_inputs)))
 
 
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
-    """The columns to show: the experiment's own, else the usual ones; the first is the one that is compared."""
+    """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first."""
     return result.headline_metrics or USUAL_METRICS
+
+
+Comparisons = Mapping[str, Mapping[str, Ratio]]  # by arm, then by metric
+
+
+def comparisons(result: ExperimentResult) -> dict[str, dict[str, Ratio]]:
+    """Ratios of every arm to its baseline, without the baselines themselves."""
+    runs = {name: [(r.records, r.metrics) for r in arm.replicates] for name, arm in result.arms.items()}
+    return {
+        name: compare(runs[name], runs[result.baseline_of(name)])
+        for name in result.arms
+        if name != result.baseline_of(name)
+    }

@@ -1,14 +1,29 @@
-"""Writes a result into its output folder, file by file. Knows which files there are, not what is in them."""
+"""The output folder of a study or a sweep: `summary.json`, Parquet tables, figures and the page."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from helios_sim.report import files
+from helios_sim.report.compare import Ratio, interval_over_seeds
 from helios_sim.report.decisions import decisions_table
-from helios_sim.report.result import ExperimentResult
-from helios_sim.report.summary import Comparisons, comparisons, summarise_result
+from helios_sim.report.designs import Design, DesignsResult, designs_table
+from helios_sim.report.fidelity import Fidelity
+from helios_sim.report.files import json_value
+from helios_sim.report.metrics import Metrics
+from helios_sim.report.result import (
+    ArmResult,
+    Comparisons,
+    ExperimentResult,
+    SweepFigure,
+    SweepPoint,
+    comparisons,
+    headline_metrics,
+)
+
+SCHEMA_VERSION = 1  # of summary.json
 
 
 def write_result(
@@ -31,22 +46,20 @@ def write_result(
 
 
 def write_requests(result: ExperimentResult, folder: Path) -> None:
-    """One row for each request, arm and seed, a block of rows at a time."""
+    """requests.parquet: one row for each request, arm and seed, written in blocks of rows."""
     replicates = [(arm.name, replicate) for arm in result.arms.values() for replicate in arm.replicates]
     tables = (table for name, it in replicates for table in it.records.tables(name, it.seed))
     files.write_parquet_parts(folder / "requests.parquet", tables)
 
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
-    """figures/*.png and report.html. Loads matplotlib here, because it is slow to load and not always wanted."""
-    from helios_sim.report.figures import answer_drawings, detail_drawings
-    from helios_sim.report.figures_arms import arms_drawings
-    from helios_sim.report.figures_fidelity import fidelity_drawings
-    from helios_sim.report.figures_replicas import replica_drawings
-    from helios_sim.report.figures_sweep import sweep_drawings
-    from helios_sim.report.figures_timeline import timeline_drawings
-    from helios_sim.report.html import render
-    from helios_sim.report.style import lay_out, to_png
+    """figures/*.png and report.html. Imports matplotlib only here, because that is slow and not always needed."""
+    from helios_sim.report.figures.arms import answer_drawings, arms_drawings, detail_drawings, replica_drawings
+    from helios_sim.report.figures.fidelity import fidelity_drawings
+    from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.figures.sweep import sweep_drawings
+    from helios_sim.report.figures.timeline import timeline_drawings
+    from helios_sim.report.page import render
 
     drawings = [
         *answer_drawings(result, ratios),
@@ -62,3 +75,149 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
     files.write_text(folder / "report.html", render(result, ratios, drawings))
     for drawing in drawings:
         files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))
+
+
+def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
+    """Write designs.parquet, provenance.json, summary.json, report.html, pareto.png and figures/*.png.
+
+    Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
+    """
+    from helios_sim.report.figures.designs import design_drawings
+    from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.page import render_designs
+
+    summary = summarise_designs(result)
+    files.write_parquet(folder / "designs.parquet", designs_table(result))
+    files.write_json(folder / "provenance.json", summary["provenance"])
+    files.write_json(folder / "summary.json", summary)
+    drawings = design_drawings(result)
+    for drawing in drawings:
+        lay_out(drawing)
+    files.write_text(folder / "report.html", render_designs(result, drawings))
+    for drawing in drawings:
+        place = folder if drawing.name == "pareto" else folder / "figures"
+        files.write_bytes(place / f"{drawing.name}.png", to_png(drawing))
+    return summary
+
+
+def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None) -> dict[str, Any]:
+    """The structure of `summary.json`: JSON values only, undefined is null."""
+    ratios = comparisons(result) if ratios is None else ratios
+    summary: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": result.experiment,
+        "baseline": result.baseline,
+        "arms": {
+            name: {**_arm(arm, ratios.get(name, {})), "tasks": json_value(result.by_task(name))}
+            for name, arm in result.arms.items()
+        },
+        "gates": [json_value(gate) for gate in result.gates],
+        "provenance": _provenance(result),
+    }
+    summary["verdict"] = list(result.verdict)
+    summary["headline_metrics"] = list(headline_metrics(result))
+    if result.fidelity is not None:
+        summary["fidelity"] = _fidelity(result.fidelity)
+    if result.published:
+        summary["published"] = [json_value(p) for p in result.published]
+    if result.points:
+        summary["points"] = [_point(point, _shown_metrics(result)) for point in result.points]
+    return summary
+
+
+def summarise_designs(result: DesignsResult) -> dict[str, Any]:
+    """The structure of `summary.json`: the arms at the study's settings and the front. All are in designs.parquet."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": result.experiment,
+        "baseline": result.arm,
+        "arms": {r.name: {"metrics": json_value(r.metrics), "vs_baseline": {}} for r in result.references},
+        "gates": [],
+        "sweep": {
+            "arm": result.arm,
+            "parameters": list(result.parameters),
+            "objectives": list(result.objectives),
+            "designs": len(result.designs),
+            "failed": [{"design": d.name, "parameters": dict(d.parameters), "error": d.error} for d in result.failed],
+            "front": [_front_entry(design) for design in result.front],
+        },
+        "verdict": list(result.verdict),
+        "headline_metrics": [*result.objectives, *result.shown_metrics],
+        "provenance": _provenance(result),
+    }
+
+
+def _provenance(result: ExperimentResult | DesignsResult) -> dict[str, Any]:
+    return {
+        "class": json_value(result.provenance_class),
+        "inputs": {name: json_value(source) for name, source in result.inputs.items()},
+        "assumptions": [json_value(a) for a in result.all_assumptions],
+        **{key: json_value(value) for key, value in result.provenance.items()},
+    }
+
+
+def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
+    entry = {"metrics": json_value(arm.metrics), "vs_baseline": json_value(ratios)}
+    intervals = _intervals([replicate.metrics for replicate in arm.replicates])
+    if intervals:
+        entry["intervals"] = intervals
+    if arm.baseline is not None:
+        entry["baseline"] = arm.baseline
+    if len(arm.replicas) > 1:
+        entry["replicas"] = json_value(arm.replicas)
+    return entry
+
+
+def _intervals(runs: list[Metrics]) -> dict[str, dict[str, float]]:
+    """95 % t-intervals of the means over seeds, for plain metrics that every replicate has."""
+    found = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        numbers = [float(v) for v in values if isinstance(v, int | float)]
+        interval = interval_over_seeds(numbers) if len(numbers) == len(values) else None
+        if interval is not None:
+            found[name] = {"low": interval[0], "high": interval[1]}
+    return found
+
+
+def _shown_metrics(result: ExperimentResult) -> set[str]:
+    """Metrics whose ratios are given at every point: those in the table and the figures."""
+    return {*headline_metrics(result), *(f.metric for f in result.figures if isinstance(f, SweepFigure))}
+
+
+def _point(point: SweepPoint, with_ratios: set[str]) -> dict[str, Any]:
+    """One setting's metrics without the undefined ones, since there may be hundreds of points."""
+    return {
+        "settings": json_value(point.settings),
+        "metrics": {arm: json_value({k: v for k, v in m.items() if v is not None}) for arm, m in point.metrics.items()},
+        "vs_baseline": {
+            arm: json_value({k: v for k, v in ratios.items() if k in with_ratios})
+            for arm, ratios in point.vs_baseline.items()
+        },
+    }
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {
+        "parts": {
+            part: [
+                {
+                    **json_value(row),
+                    "difference": json_value(row.difference),
+                    "noise": json_value(row.noise),
+                    "paced_difference": json_value(row.paced_difference),
+                }
+                for row in rows
+            ]
+            for part, rows in fidelity.parts
+        },
+        "counts": [json_value(count) for count in fidelity.counts],
+        "profile_error": fidelity.profile_error,
+        "load_errors": [{"load": point.load, "changes": dict(point.changes)} for point in fidelity.load_errors],
+        "terms": dict(fidelity.terms),
+    }
+
+
+def _front_entry(design: Design) -> dict[str, Any]:
+    metrics = {name: value for name, value in (design.metrics or {}).items() if value is not None}
+    return {"design": design.name, "parameters": dict(design.parameters), "metrics": json_value(metrics)}

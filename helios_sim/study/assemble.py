@@ -21,9 +21,9 @@ from helios_sim.report.result import (
     Published,
     QualityFigure,
     Replicate,
+    ServedWorkload,
     SweepFigure,
     SweepPoint,
-    Workload,
 )
 from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.arm import ARM_KEYS
@@ -60,7 +60,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         verdict=(),
         baseline=baseline,
         arms=arms,
-        workload=Workload(
+        workload=ServedWorkload(
             statement=config.workload.statement,
             requests=len(first.replicate.records),
             offered_requests_per_s=offered_requests_per_s(config),

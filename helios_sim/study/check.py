@@ -12,7 +12,7 @@ from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.deployment import Deployment
-from helios_sim.report.definitions import DEFINITIONS
+from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.arm import policy_of
 from helios_sim.study.build import Parts

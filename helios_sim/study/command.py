@@ -12,9 +12,8 @@ from pathlib import Path
 import helios_sim
 from helios_sim.provenance import command_given
 from helios_sim.report.files import make_folder
-from helios_sim.report.result import ExperimentResult
-from helios_sim.report.summary import Comparisons, comparisons
-from helios_sim.report.table import print_table
+from helios_sim.report.result import Comparisons, ExperimentResult, comparisons
+from helios_sim.report.tables import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.check import check_study

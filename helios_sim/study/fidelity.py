@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.report.compared_table import print_comparison
 from helios_sim.report.fidelity import ComparedRow, LoadError
 from helios_sim.report.files import make_folder
 from helios_sim.report.records import Records
-from helios_sim.report.result import ExperimentResult
-from helios_sim.report.summary import comparisons
+from helios_sim.report.result import ExperimentResult, comparisons
+from helios_sim.report.tables import print_comparison
 from helios_sim.report.write import write_result
 from helios_sim.study.command import provenance
 from helios_sim.study.ending import end

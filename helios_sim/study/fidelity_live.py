@@ -10,9 +10,9 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
-from helios_sim.report.compared_table import print_comparison
 from helios_sim.report.fidelity import ComparedRow
-from helios_sim.report.summary import comparisons
+from helios_sim.report.result import comparisons
+from helios_sim.report.tables import print_comparison
 from helios_sim.report.write import write_result
 from helios_sim.study.check import check_study
 from helios_sim.study.command import provenance

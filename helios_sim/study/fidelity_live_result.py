@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.fidelity import ComparedRow, Fidelity, FloatArray, Spread
+from helios_sim.report.fidelity import ComparedRow, Fidelity, FloatArray, RequestTimes
 from helios_sim.report.metrics import Band, Metrics, MetricValue
-from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, SweepPoint, Workload
+from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, ServedWorkload, SweepPoint
 from helios_sim.study.build import task_names
 from helios_sim.study.fidelity_live_cells import Cell
 from helios_sim.study.fidelity_live_rows import number_of, row_of, rows_of
@@ -85,7 +85,7 @@ def comparison(found: Sequence[Compared], config: Config, provenance: Mapping[st
         verdict=tuple(_verdict(found, gates)),
         baseline=next(iter(arms)),
         arms=arms,
-        workload=Workload(
+        workload=ServedWorkload(
             statement=config.workload.statement,
             requests=len(first),
             offered_requests_per_s=rates.pop() if len(rates) == 1 else None,  # each arm has a rate of its own
@@ -165,10 +165,10 @@ def _arm(name: str, about: str, runs: Sequence[JobResult]) -> ArmResult:
     return ArmResult(name, about, replicates, first.timeline, first.capacity_bytes, first.decisions, first.exit_depths)
 
 
-def _spreads(c: Compared) -> list[Spread]:
+def _spreads(c: Compared) -> list[RequestTimes]:
     live, simulated = ([getattr(one, of) for one in c.passes] for of in ("live", "simulated"))
     return [
-        Spread(c.cell.name, name, tuple(map(times, live)), tuple(map(times, simulated)))
+        RequestTimes(c.cell.name, name, tuple(map(times, live)), tuple(map(times, simulated)))
         for name, times in (("TTFT", _ttfts_s), ("TPOT", _tpots_s))
     ]
 

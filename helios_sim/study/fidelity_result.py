@@ -12,7 +12,7 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report.fidelity import ComparedRow, Count, Fidelity, LoadError, compared_rows
 from helios_sim.report.metrics import MetricValue, compute_metrics
 from helios_sim.report.records import Records
-from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, Workload
+from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, ServedWorkload
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.fidelity_estimate import Quantities
 from helios_sim.study.fidelity_log import ServingLog
@@ -77,7 +77,7 @@ def comparison(
         verdict=_verdict(fidelity, gates, estimated_from if quantities else 0),
         baseline=MEASURED,
         arms=arms,
-        workload=Workload(
+        workload=ServedWorkload(
             statement=f"The requests of {log.folder.name}: arrivals and lengths as logged.",
             requests=len(log),
             offered_requests_per_s=(len(log) - 1) / span_s if span_s > 0 else None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import exp, log
 
-from helios_sim.report.definitions import DEFINITIONS, Better
+from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint
 
 ATTAINMENT = 0.99

@@ -13,10 +13,9 @@ import simpy
 import helios_sim
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.provenance import Assumption, Provenance
+from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
-from helios_sim.report.record_log import RecordLog
-from helios_sim.report.records import Records
-from helios_sim.report.replicas import ReplicaFigures, replica_figures
+from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
-from helios_sim.report.summary import json_value
+from helios_sim.report.files import json_value
 from helios_sim.study.job import Job, JobResult, run_job
 
 FINISHED = "finished"  # the folder of finished jobs inside the output folder

@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from helios_sim.report.compare import Ratio
-from helios_sim.report.definitions import DEFINITIONS, Better
 from helios_sim.report.designs import cost, on_front
 from helios_sim.report.format import metric as shown
-from helios_sim.report.metrics import MetricValue
+from helios_sim.report.metrics import DEFINITIONS, Better, MetricValue
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, headline_metrics
 from helios_sim.study.build import PROFILE_RUNTIME

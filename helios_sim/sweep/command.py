@@ -7,9 +7,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from helios_sim.report.designs import DesignsResult
-from helios_sim.report.designs_table import print_designs
-from helios_sim.report.designs_write import write_designs
 from helios_sim.report.files import make_folder
+from helios_sim.report.tables import print_designs
+from helios_sim.report.write import write_designs
 from helios_sim.study.command import provenance
 from helios_sim.study.ending import end
 from helios_sim.study.plan import Variant

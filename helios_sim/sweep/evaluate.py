@@ -8,7 +8,7 @@ from time import perf_counter
 
 from helios_sim.errors import UserError
 from helios_sim.report.metrics import MetricValue, mean_metrics
-from helios_sim.report.record_log import RecordLog
+from helios_sim.report.records import RecordLog
 from helios_sim.study.job import Job, measure, serve
 from helios_sim.study.shared import shared_fleet
 from helios_sim.sweep.journal import Outcome

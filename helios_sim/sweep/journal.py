@@ -10,8 +10,8 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
+from helios_sim.report.files import json_value
 from helios_sim.report.metrics import Band, Metrics, MetricValue
-from helios_sim.report.summary import json_value
 
 JOURNAL = "finished.jsonl"
 

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.report.definitions import DEFINITIONS, Better
-from helios_sim.report.designs_table import FIXED_COLUMNS
+from helios_sim.report.designs import FIXED_COLUMNS
+from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.study.arm import policy_of
 from helios_sim.study.check import check_study
 from helios_sim.study.job import Job

@@ -11,7 +11,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report.designs import Design, DesignsResult, cost
-from helios_sim.report.result import Workload
+from helios_sim.report.result import ServedWorkload
 from helios_sim.study.job import Job, assumptions_of, inputs_of, notices_of
 from helios_sim.study.ready import make_ready
 from helios_sim.study.schema import Config
@@ -141,7 +141,9 @@ def _result(
         shown_metrics=tuple(name for name in shown if name not in objectives),
         designs=designs,
         references=references,
-        workload=Workload(config.workload.statement, fleet.parts.workload.requests, offered_requests_per_s(config)),
+        workload=ServedWorkload(
+            config.workload.statement, fleet.parts.workload.requests, offered_requests_per_s(config)
+        ),
         inputs=inputs_of(fleet),
         provenance=provenance,
         assumptions=assumptions_of(config, fleet),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from helios_sim.report.definitions import DEFINITIONS, Better
-from helios_sim.report.designs import Design, cost, merits_of, on_front
-from helios_sim.report.designs_table import shown as value_shown
+from helios_sim.report.designs import Design, cost, merits_of, on_front, value_text as value_shown
 from helios_sim.report.format import metric as shown
+from helios_sim.report.metrics import DEFINITIONS, Better
 
 
 def sentences(

@@ -30,8 +30,8 @@ class Workload:
     """The requests of a run: arrivals, lengths and tasks.
 
     `n_requests` may be None only where a trace is used in its own order: then all of it.
-    `chars_per_token` is that of the reference tokenizer in whose tokens the lengths are given; a model with the same
-    figure gets back exactly those token counts. None: the lengths are characters already.
+    `chars_per_token` is that of the tokenizer that the lengths are counted in; a model with the same figure gets back
+    exactly those token counts. None: the lengths are characters already.
     """
 
     arrivals: Arrivals

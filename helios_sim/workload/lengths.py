@@ -59,14 +59,14 @@ class Lognormal:
 
     @classmethod
     def from_mean(cls, mean: float, sigma: float, minimum: int = 1, maximum: int | None = None) -> Lognormal:
-        """By the mean before clipping: median = mean * exp(-sigma^2 / 2)."""
+        """The distribution with this mean before clipping: median = mean * exp(-sigma^2 / 2)."""
         require_positive("workload.lengths.mean", mean, "give a length above 0")
         require_positive("workload.lengths.sigma", sigma, "use a fixed length for no spread")
         return cls(mean * math.exp(-(sigma**2) / 2), sigma, minimum, maximum)
 
     @classmethod
     def from_percentiles(cls, p50: float, p95: float, minimum: int = 1, maximum: int | None = None) -> Lognormal:
-        """By median and 95th percentile before clipping: sigma = ln(p95 / p50) / 1.645."""
+        """The distribution with this median and 95th percentile before clipping: sigma = ln(p95 / p50) / 1.645."""
         require_positive("workload.lengths.p50", p50, "give a length above 0")
         if not (math.isfinite(p95) and p95 > p50):
             raise UserError("workload.lengths.p95", p95, f"must lie above the median, {p50}", "raise p95 or lower p50")

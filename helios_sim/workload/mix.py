@@ -59,7 +59,7 @@ class LinearDrift:
 
 @dataclass(frozen=True, slots=True)
 class PeriodicDrift:
-    """From the first shares to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
+    """The shares go to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
 
     period: float
 

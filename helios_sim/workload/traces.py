@@ -112,9 +112,9 @@ class _NotReadable(Exception):
 def read_trace(path: str | Path, limit: int | None = None) -> RequestTrace:
     """The requests of a trace, sorted by arrival, the first arrival at 0; at most the first `limit` of them.
 
-    `.jsonl` is Mooncake's format (timestamp in ms, input_length, output_length); anything else is CSV with a header
-    whose names say what it is (`_KNOWN`), with or without arrivals. `.gz` is unpacked. A relative path that does
-    not exist is looked for in the folder of shared data. Raises UserError naming file, line, column and the fix.
+    `.jsonl` is Mooncake's format (timestamp in ms, input_length, output_length); anything else is CSV with
+    known names in its header (`_KNOWN`), with or without arrivals. `.gz` is unpacked. A relative path that does not
+    exist is looked for in the folder of shared data. Raises UserError naming file, line, column and the fix.
     """
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")

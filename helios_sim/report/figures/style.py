@@ -1,4 +1,4 @@
-"""One look for all figures: colours, type, lines, and export. Knows matplotlib, not what is drawn.
+"""The common look of all figures: colours, type, lines and axes, and export as PNG and SVG.
 
 Neutral colours are placeholders that the SVG export turns into CSS variables, so that figures inside the HTML follow
 its light and dark themes; PNG files are on white. Nothing here touches pyplot or changes matplotlib's global state.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
+
+from helios_sim.report import format as fmt
 
 INK = "#1b1f26"
 MUTED = "#5e6673"
@@ -69,6 +73,8 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class ArmStyle:
+    """The look of one arm's lines and marks."""
+
     color: str
     linestyle: str
     marker: str
@@ -85,7 +91,7 @@ class Drawing:
 
     @property
     def whole(self) -> Figure:
-        """With the strip for the title."""
+        """The figure with the strip for the title."""
         root = self.figure.get_figure(root=True)
         assert isinstance(root, Figure)
         return root
@@ -145,19 +151,28 @@ def legend_above(figure: SubFigure, handles: dict[str, Artist], columns: int = 5
 
 
 def handles_of(*axes: Axes) -> dict[str, Artist]:
-    """What is labelled in these axes, each label once."""
+    """The labelled artists of these axes, each label once."""
     return {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
 
 
+def annotate(
+    ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], *, across: bool = False, **options: Any
+) -> None:
+    """A small note, `offset` points away from `at`; `across`: the x of `at` is a share of the axes' width."""
+    places = ("axes fraction", "data") if across else "data"
+    look_of_note: dict[str, Any] = {"fontsize": 8.5, "color": MUTED} | options
+    ax.annotate(text, at, offset, xycoords=places, textcoords="offset points", **look_of_note)
+
+
 def lay_out(drawing: Drawing) -> None:
-    """Fix the places of everything: the exports then need not work them out again."""
+    """Compute the layout once, so that the exports need not compute it again."""
     with look():
         drawing.whole.draw_without_rendering()
         drawing.whole.set_layout_engine("none")
 
 
 def to_png(drawing: Drawing) -> bytes:
-    """With its title above, on white."""
+    """A PNG file on white, with the title above."""
     out = io.BytesIO()
     height = 1 - 0.5 * _TITLE_IN / drawing.whole.get_figheight()
     with look():
@@ -191,3 +206,30 @@ def to_svg(drawing: Drawing) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r"[^\w .,:()%/+-]", "", text)
+
+
+def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
+    """A log axis of seconds with a few readable ticks: round values of a narrow range, decades of a wide one."""
+    axis = ax.yaxis if y else ax.xaxis
+    (ax.set_yscale if y else ax.set_xscale)("log")
+    low, high = ax.get_ylim() if y else ax.get_xlim()
+    axis.set_major_locator(_few_ticks(np.log10(high / low)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _few_ticks(decades: float) -> Locator:
+    """A locator of at least two ticks, none so close to the next that their labels touch."""
+    if decades < 0.6:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0))
+
+
+def axis_positions(values: Iterable[object]) -> dict[object, float]:
+    """Where the values of a setting are on an axis: numbers at their value, others one after the other."""
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
+        return {value: float(value) for value in distinct}  # type: ignore[arg-type]
+    return {value: float(place) for place, value in enumerate(distinct)}

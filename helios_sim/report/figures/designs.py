@@ -1,4 +1,4 @@
-"""Figures of a sweep: the front between objectives, and what each parameter does to them. Draws, no more."""
+"""Figures of a sweep of designs: the front between objectives, and the effect of each parameter on them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from helios_sim.report.definitions import DEFINITIONS, Better
 from helios_sim.report.designs import Design, DesignsResult, merits_of, on_front, plain_value
-from helios_sim.report.format import in_unit
-from helios_sim.report.style import (
+from helios_sim.report.figures.style import (
     INK,
     MUTED,
     RULE,
     Drawing,
     arm_styles,
+    axis_positions,
     handles_of,
     legend_above,
     look,
     new_figure,
 )
+from helios_sim.report.format import in_unit
+from helios_sim.report.metrics import DEFINITIONS, Better
 
 FRONT_COLOR = "#2f74e6"
 MOST_COLUMNS = 4
@@ -28,6 +29,7 @@ WIDE = 20  # times from the smallest to the largest value: from here on an axis 
 
 
 def design_drawings(result: DesignsResult) -> list[Drawing]:
+    """The Pareto front where there are several objectives, and the parameters."""
     with look():
         found = [parameter_figure(result)]
         if len(result.objectives) > 1:
@@ -36,7 +38,7 @@ def design_drawings(result: DesignsResult) -> list[Drawing]:
 
 
 def pareto_figure(result: DesignsResult) -> Drawing:
-    """The first objective against each other one; a line joins what is best between those two alone."""
+    """The first objective against each other one; a line joins the designs on the front of those two alone."""
     x, others = result.objectives[0], result.objectives[1:]
     columns = min(len(others), 2)
     rows = -(-len(others) // columns)
@@ -82,7 +84,7 @@ def parameter_figure(result: DesignsResult) -> Drawing:
     for place, ax in enumerate(axes):
         row, column = divmod(place, len(shown))
         parameter, metric = shown[column], result.objectives[row]
-        positions = _positions([design.parameters[parameter] for design in result.designs])
+        positions = axis_positions([design.parameters[parameter] for design in result.designs])
         for chosen, color, alpha, size in ((False, MUTED, 0.3, 10), (True, FRONT_COLOR, 0.9, 18)):
             rows_of = [
                 (positions[design.parameters[parameter]], value)
@@ -109,13 +111,13 @@ def parameter_figure(result: DesignsResult) -> Drawing:
 
 
 def influence(result: DesignsResult) -> dict[str, float]:
-    """By parameter, the share of the objectives' variance between its values (up to BINS of them), averaged."""
+    """Each parameter's share of the variance: between its values (up to BINS bins), averaged over the objectives."""
     merits = merits_of(result.designs, result.objectives)
     known = np.isfinite(merits).all(axis=1)
     total = merits[known].var(axis=0)
     found = {}
     for name in result.parameters:
-        positions = _positions([design.parameters[name] for design in result.designs])
+        positions = axis_positions([design.parameters[name] for design in result.designs])
         value = np.array([positions[design.parameters[name]] for design in result.designs])[known]
         edges = np.unique(np.quantile(value, np.linspace(0, 1, BINS + 1))) if len(value) else np.array([0.0])
         group = np.searchsorted(edges, value, side="right")
@@ -162,11 +164,3 @@ def _format(ax: Axes, metric: str, side: str) -> None:
 def _hint(name: str) -> str:
     word = "more" if DEFINITIONS[name].better is Better.HIGHER else "less"
     return f"{DEFINITIONS[name].label}: {word} is better"
-
-
-def _positions(values: list[object]) -> dict[object, float]:
-    """Where a parameter's value lies: numbers at themselves, names one after the other."""
-    distinct = list(dict.fromkeys(values))
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
-        return {value: float(value) for value in distinct}  # type: ignore[arg-type]
-    return {value: float(place) for place, value in enumerate(distinct)}

@@ -1,11 +1,13 @@
-"""What each replica of a run did, and kinds of replicas side by side. Knows records and integrals, no router."""
+"""Figures of an arm by task and by replica, which totals hide: a drifting mix, or replicas of several kinds."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
@@ -13,8 +15,60 @@ from helios_sim.serving.stats import RunStats
 
 
 @dataclass(frozen=True, slots=True)
+class TaskFigures:
+    """The completed requests of one task, all replicates together."""
+
+    requests: int
+    bits_per_char: float | None
+    layers_per_token: float
+    early_exit_fraction: float
+    agreement: float
+    e2e_s_mean: float
+    models: dict[str, float]  # share of the requests that each model finished
+
+
+def by_task(replicates: Sequence[Records], tasks: Sequence[str]) -> dict[str, TaskFigures]:
+    """Figures by task name, in the order of `tasks`, without tasks that have no completed request."""
+    found = {}
+    for number, name in enumerate(tasks):
+        chosen = [(records, records.completed & (records.task == number)) for records in replicates]
+        requests = sum(int(rows.sum()) for _, rows in chosen)
+        if not requests:
+            continue
+        bits = [(records.bits_per_char(rows), int(records.output_chars[rows].sum())) for records, rows in chosen]
+        tokens = _sum(chosen, "output_tokens")
+        served: Counter[str | None] = Counter()
+        for records, rows in chosen:
+            served.update(records.model.counts(rows))
+        waited_ns = sum(int((r.last_token_ns.values - r.arrival_ns)[rows].sum()) for r, rows in chosen)
+        found[name] = TaskFigures(
+            requests=requests,
+            bits_per_char=_weighted(bits),
+            layers_per_token=_sum(chosen, "layers_run") / tokens,
+            early_exit_fraction=_sum(chosen, "early_tokens") / tokens,
+            agreement=_sum(chosen, "agreed_tokens") / tokens,
+            e2e_s_mean=waited_ns / NS_PER_S / requests,
+            models={str(model): served[model] / requests for model in sorted(served, key=str)},
+        )
+    return found
+
+
+def _sum(chosen: Sequence[tuple[Records, NDArray[np.bool_]]], column: str) -> int:
+    return sum(int(getattr(records, column)[rows].sum()) for records, rows in chosen)
+
+
+def _weighted(bits: Sequence[tuple[float | None, int]]) -> float | None:
+    """Bits per character over all replicates; None where a replicate that served the task has none."""
+    known = [(value, chars) for value, chars in bits if chars]
+    total = sum(chars for _, chars in known)
+    if not total or any(value is None for value, _ in known):
+        return None
+    return sum(value * chars for value, chars in known if value is not None) / total
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaFigures:
-    """Of one replica in one run. Means and shares are over the run's span; None where nothing was completed."""
+    """One replica in one run. Means and shares are over the run's span; None where nothing was completed."""
 
     replica: int
     kind: str  # "" where all replicas are alike
@@ -33,7 +87,7 @@ class ReplicaFigures:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over the replicas of a kind: of all together, and of the least and the most."""
+    """A figure of the replicas of one kind: the mean, the smallest and the largest."""
 
     mean: float
     low: float
@@ -42,6 +96,8 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class KindFigures:
+    """All replicas of one kind in one run."""
+
     kind: str
     replicas: int
     card: str
@@ -64,7 +120,10 @@ def replica_figures(
     card: str = "",
     models: tuple[str, ...] = (),
 ) -> ReplicaFigures:
-    """`records` are the run's; `stats` and `presence_ns` (requests in it, integrated over time) the replica's own."""
+    """Figures of one replica of a run.
+
+    `records` are of the run, `stats` of the replica. `presence_ns`: requests in the replica, integrated over time.
+    """
     span_ns = records.span_ns()
     own = records.part(records.completed & (records.replica == replica))
     e2e_ns = own.e2e_ns()
@@ -87,7 +146,7 @@ def replica_figures(
 
 
 def by_kind(replicas: Sequence[ReplicaFigures]) -> list[KindFigures]:
-    """Kinds in the order of their first replicas."""
+    """The replicas of each kind together, in the order of their first replicas."""
     found = []
     for name in dict.fromkeys(it.kind for it in replicas):
         own = [it for it in replicas if it.kind == name]
@@ -109,7 +168,7 @@ def by_kind(replicas: Sequence[ReplicaFigures]) -> list[KindFigures]:
 
 
 def _spread(values: Sequence[float | None], weights: Sequence[int] | None = None) -> Spread | None:
-    """None where no replica has a value."""
+    """The weighted mean and the range; None where no replica has a value."""
     counts = [1] * len(values) if weights is None else weights
     known = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
     if not known:

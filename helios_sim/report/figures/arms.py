@@ -1,15 +1,15 @@
-"""Figures of the arms: what each gains, its latencies, exit depths, and ours beside the published. Draws, no more."""
+"""Figures of the arms: gains, published values, latencies, exit depths, one metric against another, replicas."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from helios_sim.report import format as fmt
-from helios_sim.report.definitions import DEFINITIONS, Better
-from helios_sim.report.result import ExperimentResult
-from helios_sim.report.style import (
+from helios_sim.report.breakdown import ReplicaFigures
+from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     INK,
     MODEL_COLORS,
@@ -17,16 +17,22 @@ from helios_sim.report.style import (
     PAPER,
     ArmStyle,
     Drawing,
+    annotate,
     arm_styles,
     handles_of,
     legend_above,
     look,
     new_figure,
+    use_log_seconds,
 )
-from helios_sim.report.summary import Comparisons
+from helios_sim.report.metrics import DEFINITIONS
+from helios_sim.report.records import Records
+from helios_sim.report.result import ArmsFigure, Comparisons, ExperimentResult, QualityFigure
 from helios_sim.request import NS_PER_S
 
+_KIND_MARKERS = "osD^vP*X"  # by kind of replica
 _FOREST = ("throughput_requests_per_s", "e2e_s_mean", "layers_per_token")
+WIDE_RATIOS = 8  # largest over smallest, from which ratios are drawn on a log scale
 _CDF_POINTS = 600  # enough for a smooth line, few enough for a small file
 
 
@@ -44,9 +50,6 @@ def detail_drawings(result: ExperimentResult) -> list[Drawing]:
     with look():
         found = [latency_figure(result, styles), exit_figure(result, styles)]
     return [drawing for drawing in found if drawing is not None]
-
-
-WIDE_RATIOS = 8  # from here on ratios are drawn on a log scale
 
 
 def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[str, ArmStyle]) -> Drawing | None:
@@ -72,18 +75,9 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
                     [value.low, value.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt"
                 )
             ax.plot([value.ratio], [row], "o", color=color, markersize=7)
-            ax.annotate(
-                f"{value.ratio:.2f}×",
-                (value.ratio, row),
-                (0, 8),
-                textcoords="offset points",
-                fontsize=8.5,
-                ha="center",
-                color=INK,
-                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
-            )
-        better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
-        hint = {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
+            annotate(ax, f"{value.ratio:.2f}×", (value.ratio, row), (0, 8), ha="center", color=INK, bbox=box)
+        hint = fmt.direction(name)
         ax.set_title(fmt.label(name))
         ax.set_xlabel("ratio to baseline" + (f",\n{hint}" if hint else ""))
         known = [r.ratio for arm in arms if (r := ratios[arm].get(name)) is not None and r.ratio]
@@ -128,7 +122,7 @@ def latency_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Dra
         ax.set_title(title)
         if bound_s is not None:
             ax.axvline(bound_s, color=MUTED, linewidth=1.2, linestyle=":")
-            ax.annotate("SLO", (bound_s, 3), (3, 0), textcoords="offset points", fontsize=8.5, color=MUTED)
+            annotate(ax, "SLO", (bound_s, 3), (3, 0))
         use_log_seconds(ax)
     axes[0].set_ylabel("requests at or below (%)")
     axes[0].set_ylim(0, 100)
@@ -192,16 +186,8 @@ def published_figure(result: ExperimentResult) -> Drawing | None:
         if p.low is not None and p.high is not None:
             ax.plot([p.low, p.high], [row - 0.19] * 2, color=INK, linewidth=1.6, marker="|", markersize=8)
             end = max(end, p.high)
-        ax.annotate(f"{ours[row]:.2f}×", (end, row - 0.19), (6, 0), textcoords="offset points", va="center", fontsize=9)
-        ax.annotate(
-            f"{p.published:.2f}×",
-            (p.published, row + 0.19),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=MUTED,
-        )
+        annotate(ax, f"{ours[row]:.2f}×", (end, row - 0.19), (6, 0), va="center", fontsize=9, color=INK)
+        annotate(ax, f"{p.published:.2f}×", (p.published, row + 0.19), (6, 0), va="center", fontsize=9)
     ax.axvline(1, color=BASELINE_COLOR, linewidth=1.2)
     ax.set_yticks(at, [p.what for p in rows])
     ax.invert_yaxis()
@@ -214,20 +200,116 @@ def published_figure(result: ExperimentResult) -> Drawing | None:
     return Drawing("published", "Ours beside the published figures", caption, figure)
 
 
-def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
-    """A log axis of seconds with a few readable ticks: round values of a narrow range, decades of a wide one."""
-    axis = ax.yaxis if y else ax.xaxis
-    (ax.set_yscale if y else ax.set_xscale)("log")
-    low, high = ax.get_ylim() if y else ax.get_xlim()
-    axis.set_major_locator(_few_ticks(np.log10(high / low)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
+def arms_drawings(result: ExperimentResult) -> list[Drawing]:
+    """The `ArmsFigure` and `QualityFigure` of the experiment, without those that have too little to show."""
+    drawings: list[Drawing | None] = []
+    with look():
+        for place, spec in enumerate(result.figures):
+            if isinstance(spec, ArmsFigure):
+                drawings.append(arms_figure(f"arms_{place}", spec, result))
+            elif isinstance(spec, QualityFigure):
+                drawings.append(quality_figure(f"quality_{place}", spec, result))
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawing | None:
+    """A point for each arm; None where fewer than two arms have both metrics."""
+    styles = arm_styles(list(result.arms), result.baseline)
+    points = _points(spec, result)
+    if len(points) < 2:
+        return None
+    figure, (ax,) = new_figure(1, 1, 4.6)
+    for arm, x, y in points:
+        style = styles[arm]
+        ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
+    ax.margins(x=0.08, y=0.1)
+    ax.set_xlabel(_axis(spec.x))
+    ax.set_ylabel(_axis(spec.y))
+    legend_above(figure, handles_of(ax), columns=4)
+    return Drawing(name, spec.title, "A point for each arm, means over seeds.", figure)
+
+
+def quality_figure(name: str, spec: QualityFigure, result: ExperimentResult) -> Drawing | None:
+    """Bits per character of consecutive requests, the replicates' means; None where no arm has bits."""
+    styles = arm_styles(list(result.arms), result.baseline)
+    figure, (ax,) = new_figure(1, 1, 4.2)
+    for arm in spec.arms or result.arms:
+        lines = [bits_over_run(replicate.records, spec.parts) for replicate in result.arms[arm].replicates]
+        if any(value is not None for line in lines for value in line):
+            y = np.array([[np.nan if value is None else value for value in line] for line in lines]).mean(axis=0)
+            x = (np.arange(spec.parts) + 0.5) / spec.parts
+            ax.plot(x, y, color=styles[arm].color, linestyle=styles[arm].linestyle, label=arm)
+    if not ax.lines:
+        return None
+    ax.set_xlabel("share of the requests so far")
+    ax.set_ylabel("bits per character (less is better)")
+    legend_above(figure, handles_of(ax), columns=3)
+    caption = (
+        f"Of each {1 / spec.parts:.0%} of the requests in their order, means over seeds. The text itself changes too."
     )
-    axis.set_minor_formatter(NullFormatter())
+    return Drawing(name, spec.title, caption, figure)
 
 
-def _few_ticks(decades: float) -> Locator:
-    """At least two within the range, and none so close to the next that their labels touch."""
-    if decades < 0.6:
-        return MaxNLocator(4)
-    return LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0))
+def bits_over_run(records: Records, parts: int) -> list[float | None]:
+    """Bits per character of each of `parts` equal shares of the requests, in order of arrival."""
+    part = np.arange(len(records)) * parts // max(len(records), 1)
+    return [records.bits_per_char(part == number) for number in range(parts)]
+
+
+def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, float, float]]:
+    found = []
+    for name, arm in result.arms.items():
+        x, y = arm.metrics.get(spec.x), arm.metrics.get(spec.y)
+        shown = spec.arms is None or name in spec.arms
+        if shown and isinstance(x, int | float) and isinstance(y, int | float):
+            found.append((name, float(x), float(y)))
+    return found
+
+
+def _axis(metric: str) -> str:
+    definition = DEFINITIONS[metric]
+    unit = "" if "/" in definition.label else definition.unit  # the label says it already
+    notes = ", ".join(filter(None, (unit, fmt.direction(metric))))
+    return f"{definition.label} ({notes})" if notes else definition.label
+
+
+def replica_drawings(result: ExperimentResult) -> list[Drawing]:
+    """One figure of how even the replicas are; none where no arm has several."""
+    arms = [arm for arm in result.arms.values() if len(arm.replicas) > 1]
+    if not arms:
+        return []
+    kinds = list(dict.fromkeys(it.kind for arm in arms for it in arm.replicas))
+    styles = arm_styles(list(result.arms), result.baseline)
+    panels: tuple[tuple[str, Callable[[ReplicaFigures], float | None]], ...] = (
+        ("Busy (% of the span)", lambda it: None if it.busy_fraction is None else 100 * it.busy_fraction),
+        ("Mean E2E (s)", lambda it: it.e2e_s_mean),
+    )
+    with look():
+        figure, axes = new_figure(1, len(panels), 1.3 + 0.34 * len(arms), sharey=True)
+        for ax, (title, of) in zip(axes, panels, strict=True):
+            for row, arm in enumerate(arms):
+                for place, kind in enumerate(kinds):
+                    values = [value for it in arm.replicas if it.kind == kind and (value := of(it)) is not None]
+                    marker = _KIND_MARKERS[place % len(_KIND_MARKERS)]
+                    label = kind or "all alike"
+                    if values:
+                        ax.plot(
+                            values,
+                            [row] * len(values),
+                            color=styles[arm.name].color,
+                            marker=marker,
+                            markersize=7,
+                            alpha=0.75,
+                            linestyle="none",
+                            label=label,
+                        )
+            ax.set_title(title)
+            ax.set_yticks(range(len(arms)), [arm.name for arm in arms])
+            ax.set_ylim(len(arms) - 0.5, -0.5)
+            ax.set_xlim(left=0)
+            ax.grid(axis="y", visible=False)
+            ax.tick_params(axis="y", length=0)
+        if len(kinds) > 1:
+            legend_above(figure, handles_of(*axes))
+    caption = "A mark for each replica, in the first seed: side by side where the load is even."
+    return [Drawing("replicas", "Replicas", caption, figure)]

@@ -1,15 +1,23 @@
-"""Figures of a comparison with a measured run: counts over time, error against load, spreads. Draws, no more."""
+"""Figures of a comparison with a measured run: counts over time, error against load, distributions of times."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from helios_sim.report.figures.style import (
+    BASELINE_COLOR,
+    MODEL_COLORS,
+    Drawing,
+    handles_of,
+    legend_above,
+    look,
+    new_figure,
+)
 from helios_sim.report.result import ExperimentResult
-from helios_sim.report.style import BASELINE_COLOR, MODEL_COLORS, Drawing, handles_of, legend_above, look, new_figure
 
 
 def fidelity_drawings(result: ExperimentResult) -> list[Drawing]:
-    """None unless the result is a comparison with a log."""
+    """The figures; none where the result is no comparison with a measured run."""
     if result.fidelity is None:
         return []
     with look():
@@ -54,7 +62,7 @@ def _load_errors(result: ExperimentResult) -> Drawing | None:
 
 
 def _spreads(result: ExperimentResult, name: str) -> Drawing | None:
-    """The share of requests within a time, a panel for each arm at each load."""
+    """Cumulative distributions of one time, a panel for each arm at each load."""
     spreads = [] if result.fidelity is None else [s for s in result.fidelity.spreads if s.name == name]
     if not spreads:
         return None

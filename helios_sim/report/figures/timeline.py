@@ -1,4 +1,4 @@
-"""The timeline of an arm: active model, loaded layers, memory, batch and queue. Draws samples, no more."""
+"""The timeline of an arm: active model, loaded layers, memory, batch and queue."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from helios_sim.report.result import ArmResult, ExperimentResult
-from helios_sim.report.style import (
+from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     INK,
     MODEL_COLORS,
     MUTED,
     Drawing,
+    annotate,
     look,
     new_figure,
 )
+from helios_sim.report.result import ArmResult, ExperimentResult
 from helios_sim.request import NS_PER_S
 
 _MOST_TIMELINES = 4  # those of arms that change something come first
@@ -84,16 +85,7 @@ def _timeline(arm: ArmResult) -> Drawing:
     )
     if arm.capacity_bytes is not None:
         memory.axhline(arm.capacity_bytes / 1e9, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        memory.annotate(
-            "card",
-            (1, arm.capacity_bytes / 1e9),
-            (-4, -11),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8.5,
-            color=INK,
-        )
+        annotate(memory, "card", (1, arm.capacity_bytes / 1e9), (-4, -11), across=True, ha="right", color=INK)
     memory.set_title("Memory")
     memory.set_ylabel("GB")
     memory.set_ylim(bottom=0)

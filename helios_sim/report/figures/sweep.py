@@ -1,4 +1,4 @@
-"""Figures over many settings: lines of a metric, and throughput and latency against load. Draws, no more."""
+"""Figures over many settings of a study: lines of a metric, and throughput and latency against load."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from helios_sim.report.definitions import DEFINITIONS
-from helios_sim.report.figures import use_log_seconds
-from helios_sim.report.metrics import Band
-from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
-from helios_sim.report.style import (
+from helios_sim.report.figures.style import (
     INK,
     MUTED,
     ArmStyle,
     Drawing,
+    annotate,
     arm_styles,
+    axis_positions,
     handles_of,
     legend_above,
     look,
     new_figure,
+    use_log_seconds,
 )
+from helios_sim.report.metrics import DEFINITIONS, Band
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
 
 _SPLIT_LINES = ("-", "--", ":", "-.")
 _UNITS = {"_us": "µs", "_ms": "ms", "_s": "s"}  # by how a setting's name ends
@@ -55,7 +56,7 @@ def sweep_figure(
         shown = [a for a in shown if a != baseline]
         ax.axhline(1, color=styles[baseline].color, linewidth=1.4)
     splits = list(dict.fromkeys(p.settings.get(spec.split_by) for p in points)) if spec.split_by else [None]
-    ticks = _positions(points, spec.x)
+    ticks = axis_positions(p.settings[spec.x] for p in points)
     for arm in shown:
         for place, split in enumerate(splits):
             chosen = [p for p in points if spec.split_by is None or p.settings.get(spec.split_by) == split]
@@ -77,16 +78,7 @@ def sweep_figure(
         ax.set_yscale("log")
     for mark in spec.marks:
         ax.axhline(mark.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        ax.annotate(
-            mark.label,
-            (1, mark.value),
-            (-4, 4),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color=INK,
-        )
+        annotate(ax, mark.label, (1, mark.value), (-4, 4), across=True, ha="right", fontsize=9, color=INK)
     ax.set_xlabel(spec.x_label)
     ax.set_ylabel(spec.y_label)
     legend_above(figure, handles_of(ax), columns=4)
@@ -118,37 +110,12 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
             use_log_seconds(ax, y=True)
         if bound is not None:
             ax.axhline(bound, color=MUTED, linewidth=1.2, linestyle=":")
-            ax.annotate(
-                "SLO",
-                (0, bound),
-                (4, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            annotate(ax, "SLO", (0, bound), (4, 3), across=True)
     axes[0].plot(loads, loads, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
-    axes[0].annotate(
-        "all served",
-        (loads[-1], loads[-1]),
-        (-6, -2),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=MUTED,
-    )
+    annotate(axes[0], "all served", (loads[-1], loads[-1]), (-6, -2), ha="right")
     if spec.slo.any:
         axes[3].axhline(0.99, color=MUTED, linewidth=1.2, linestyle=":")
-        axes[3].annotate(
-            "99 %",
-            (1, 0.99),
-            (-4, -11),
-            ha="right",
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=MUTED,
-        )
+        annotate(axes[3], "99 %", (1, 0.99), (-4, -11), across=True, ha="right")
         axes[3].set_ylim(0, 1.03)
     for ax in axes[2:]:
         ax.set_xlabel(spec.x_label)
@@ -172,16 +139,8 @@ def _plot_metric(
         ax.plot(xs, ys, color=style.color, linestyle=line, marker=marker, label=label, linewidth=2 if marker else 1.4)
 
 
-def _positions(points: Sequence[SweepPoint], x: str) -> dict[float | int | str, float]:
-    """Where a setting's value lies on the axis: numbers at themselves, words one after the other."""
-    values = list(dict.fromkeys(p.settings[x] for p in points))
-    if any(isinstance(v, str) for v in values):
-        return {v: float(i) for i, v in enumerate(values)}
-    return {v: float(v) for v in values}
-
-
 def _row(
-    point: SweepPoint, arm: str, spec: SweepFigure, at: Mapping[float | int | str, float]
+    point: SweepPoint, arm: str, spec: SweepFigure, at: Mapping[object, float]
 ) -> tuple[float, float, float, float] | None:
     """(x, y, low, high) of a point; None where the arm or the metric has nothing there."""
     x = at[point.settings[spec.x]]
