@@ -1,1 +1,1 @@
-"""Measures real early-exit models on real devices: times, memory, exits. Importing this package loads nothing."""
+"""Measures early-exit models on real devices: times, memory, exits. Importing this package loads no torch."""

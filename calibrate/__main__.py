@@ -1,4 +1,4 @@
-"""`python -m calibrate`: one calibration from the command line. Knows exit codes and streams, nothing of the work."""
+"""`python -m calibrate`: the command line of calibrations and campaigns, with exit statuses and error messages."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from calibrate.campaigns.schema import CampaignConfig
 from calibrate.config import in_full, register, to_config
-from calibrate.schema import CalibrateConfig
+from calibrate.schema import CalibrateConfig, CampaignConfig
 from helios_sim.config import check_flags, conf_folder, given, in_words, leave_no_trace
 from helios_sim.errors import UserError
 from helios_sim.interrupt import leave_by_status, remembered
 
-WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # of a calibration in which no stage was finished
+WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: a mistake of the user, a defect of a stage, or an interrupt, in one message.
+    """Run the command line. Returns 0 if done, 1 after a user's mistake, a defect of a stage, or an interrupt.
 
-    With `+campaign=NAME` it is a campaign of many models; else one calibration of one model.
+    With `+campaign=NAME` it runs a campaign of many models, else one calibration of one model.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     command = sys.argv[1:] if arguments is None else list(arguments)
     status = 0
-    folder: Path | None = None  # of the calibration at work
+    folder: Path | None = None  # output folder of the running calibration
     started: list[Path] = []
     of_many = given("campaign", command) is not None
     schema = CampaignConfig if of_many else CalibrateConfig
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run_campaign(config, folder) if isinstance(config, CampaignConfig) else run_calibration(config, folder)
             )
             status = max(status, done)
-        except UserError as error:  # here, since Hydra would announce it in words of its own
+        except UserError as error:  # caught here, since Hydra would print a message of its own
             status = _fail(error, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
 
     try:
@@ -75,15 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(in_words(error, command, schema))
     except yaml.YAMLError as error:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
-    except BrokenPipeError:  # the reader left, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if started:
-            raise  # a defect of ours
+            raise  # a defect of this program
         wanted = given("out", command) or given("hydra.run.dir", command) or str(error.filename)
         reason = f"the output folder cannot be made: {error.strerror or error}"
         return _fail(UserError("out", wanted, reason, "choose a folder that you may write to"))
-    except SystemExit as leaving:  # Hydra's own commands, such as --help, end so
+    except SystemExit as leaving:  # how Hydra's own commands, such as --help, end
         return 1 if leaving.code else 0
     except KeyboardInterrupt:
         leave_by_status()
@@ -103,7 +102,7 @@ def _how_to_resume(command: Sequence[str], folder: Path | None) -> str:
 
 
 def _fail(error: UserError, which: str = "") -> int:
-    """`which` of several calibrations it was."""
+    """Print an error. `which`: the calibration that it belongs to, if there are several."""
     print(f"calibrate: {which}{': ' if which else ''}{error}", file=sys.stderr)
     return 1
 

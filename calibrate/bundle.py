@@ -1,14 +1,14 @@
-"""An offline bundle: all that a host without network needs to run a campaign. Knows pip and files, measures nothing.
+"""An offline bundle: everything that a host without network needs to run a campaign.
 
 `python -m calibrate.bundle out=DIR python=3.12 part_mib=60` makes DIR with
 
-- `wheels/`: this project and its packages for that Python, as far as the host does not have them;
+- `wheels/`: this project and the packages that the host lacks, for that Python version;
 - `models/`: files of the cache (weights, labelled texts), those above the size limit in parts;
 - `SHA256SUMS`: a line for every file;
-- `run.py`: needs Python's standard library alone; joins, verifies, installs beside itself, and runs what it is given:
+- `run.py`: verifies, joins and installs with Python's standard library alone, and runs what it is given:
   `python3 run.py +campaign=h100 budget_s=540 out=OUT`.
 
-torch and what came with it are taken from the host: they are large, and made for its driver.
+torch and its dependencies are taken from the host: they are large, and built for its driver.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from helios_sim.report import files
 
 SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
 MIB = 1 << 20
-# What this project imports and GPU images often lack. The rest of its packages is expected there, or named by `with`.
+# Packages that GPU images often lack. The others are expected there, or named by `with`.
 PACKAGES = ("simpy", "hydra-core", "omegaconf", "jinja2", "markupsafe", "pyyaml", "gguf", "nvidia-ml-py")
-SOURCES = ("antlr4-python3-runtime",)  # of which there is no wheel: pure Python, built here
+SOURCES = ("antlr4-python3-runtime",)  # pure Python without a wheel on the index: built here
 GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux_2_N exactly, so each is named
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 _RUNNER = Path(__file__).with_name("bundle_run.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One bundle's settings."""
+class BundleSettings:
+    """The settings of a bundle."""
 
     out: Path
     python: str = "3.12"
     part_mib: int = 60
     models: tuple[str, ...] = ("smollm2-135m",)
-    more: tuple[str, ...] = ()  # packages that this host lacks too
+    more: tuple[str, ...] = ()  # further packages that the host lacks
     packages: tuple[str, ...] = PACKAGES
     sources: tuple[str, ...] = SOURCES
 
     @classmethod
-    def read(cls, arguments: Sequence[str]) -> Wanted:
-        """From key=value; UserError for what is missing or cannot be."""
+    def read(cls, arguments: Sequence[str]) -> BundleSettings:
+        """Parse key=value arguments. Raises UserError for a missing or impossible setting."""
         given: dict[str, str] = {}
         for argument in arguments:
             key, equals, value = argument.partition("=")
@@ -76,8 +76,11 @@ class Wanted:
         return cls(Path(given["out"]).expanduser(), python, int(part), models, _listed(given.get("with", "")))
 
 
-def make_bundle(wanted: Wanted) -> Path:
-    """The folder. UserError where it is not empty, a wheel cannot be had, or weights are not here."""
+def make_bundle(wanted: BundleSettings) -> Path:
+    """Make the bundle and return its folder.
+
+    Raises UserError if the folder is not empty, a wheel cannot be fetched, or weights are not in the cache.
+    """
     out = wanted.out
     if out.is_dir() and any(out.iterdir()):
         raise UserError("out", str(out), "a new or an empty folder", "choose another one, or remove it")
@@ -92,9 +95,9 @@ def make_bundle(wanted: Wanted) -> Path:
 
 
 def fetch_wheels(folder: Path, python: str, packages: Sequence[str], sources: Sequence[str]) -> None:
-    """Wheels of this project and of packages, without what they need: they are named, or on the host already.
+    """Fetch wheels of this project and of `packages`, without their dependencies.
 
-    Each in the version that is installed here, if it is. `sources` are built here.
+    Packages get the version that is installed here, if any. `sources` are built here.
     """
     folder.mkdir(parents=True)
     into = ("--no-deps", "--wheel-dir", str(folder))
@@ -115,7 +118,7 @@ def fetch_wheels(folder: Path, python: str, packages: Sequence[str], sources: Se
 
 
 def split(source: Path, target: Path, part_bytes: int) -> list[Path]:
-    """A copy of the file, in parts `NAME.part000`, ... where it is larger than that."""
+    """Copy the file, in parts `NAME.part000`, ... if it is larger than `part_bytes`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size <= part_bytes:
         shutil.copyfile(source, target)
@@ -129,7 +132,7 @@ def split(source: Path, target: Path, part_bytes: int) -> list[Path]:
 
 
 def sums(folder: Path) -> Mapping[str, str]:
-    """sha256 of every file but the list itself, by name below the folder."""
+    """The sha256 of every file except the list itself, by path relative to the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / SUMS:
@@ -139,7 +142,7 @@ def sums(folder: Path) -> Mapping[str, str]:
 
 
 def _cached(models: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Weights of the models, their tokenizers, labelled texts: name in the cache, file."""
+    """(name in the cache, file) of the models' weights and tokenizers, and of labelled texts."""
     cache = cache_folder()
     for model in models:
         path = cache / KNOWN[model].file
@@ -157,7 +160,7 @@ def _below(cache: Path, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _suits(wheel: str, python: str) -> bool:
-    """By its tags: pure, or for that Python."""
+    """Whether the wheel's tags fit: pure Python, or built for that version."""
     *_, tag, abi, platform = wheel.removesuffix(".whl").split("-")
     return "any" in platform or f"cp{python.replace('.', '')}" in tag or "abi3" in abi
 
@@ -173,7 +176,7 @@ def _pip(command: str, *arguments: str) -> None:
 
 
 def _pinned(package: str) -> str:
-    """As installed here, since that is what was tested."""
+    """The package with the version that is installed here, since that one was tested."""
     if "=" in package:
         return package
     with suppress(PackageNotFoundError):
@@ -187,7 +190,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        out = make_bundle(Wanted.read(arguments))
+        out = make_bundle(BundleSettings.read(arguments))
     except UserError as error:
         print(f"calibrate.bundle: {error}", file=sys.stderr)
         return 1

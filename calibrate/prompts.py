@@ -1,7 +1,7 @@
-"""`python -m calibrate.prompts [TASK ...]`: the held-out texts of the tasks as plain files, for live serving.
+"""`python -m calibrate.prompts [TASK ...]`: writes the held-out texts of the tasks as plain files, for live serving.
 
-They are the passages that reference traces are measured on, in the same order, so a place in a task's text means the
-same in both. The files lie in the folder `prompts` of the cache: `helios_sim/live/texts.py` reads them from there.
+They are the passages that reference traces are measured on, in the same order, so that a position in a task's text
+means the same in both. The files go to the folder `prompts` of the cache, where `helios_sim/live/texts.py` reads them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibrate.texts import TASKS, Split, passages
-from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
+from calibrate.exits.texts import TASKS, Split, passages
+from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.texts import FOLDER
@@ -19,7 +19,7 @@ from helios_sim.report import files
 
 
 def write_prompts(tasks: Sequence[str], folder: Path) -> list[Path]:
-    """TASK.txt for each of the tasks. UserError for an unknown task, or a package that cannot be fetched."""
+    """Write TASK.txt for each task. Raises UserError for an unknown task, or a package that cannot be fetched."""
     files.make_folder(folder)
     written = []
     for task in tasks:

@@ -1,4 +1,4 @@
-"""What a calibration's settings are, in plain types. Knows ranges of single values, not how anything is measured.
+"""The settings of a calibration and of a campaign, with the allowed range of each.
 
 The classes are mutable and hold only plain types because Hydra fills them.
 """
@@ -15,9 +15,9 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass
 class ModelConfig:
-    name: str = "smollm2-135m"  # of the profile, the trace and the exit heads
-    weights: str | None = None  # folder (config.json, safetensors), .gguf file or hub id; null: the cache's, by name
-    layers: int | None = None  # the layers above are never loaded; null: all
+    name: str = "smollm2-135m"  # used for the profile, the trace and the exit heads
+    weights: str | None = None  # folder (config.json, safetensors), .gguf file or hub id; null: from the cache, by name
+    layers: int | None = None  # how many layers are loaded; null: all
     exits: list[int] | None = None  # depths in layers; null: those of the exit heads, else evenly spaced
 
     def __post_init__(self) -> None:
@@ -28,30 +28,30 @@ class ModelConfig:
 
 @dataclass
 class CalibrateConfig:
-    """One model on one device: what to measure, in which time, and where to put it."""
+    """A calibration of one model on one device: what to measure, in how much time, and where to put it."""
 
     task: str = "all"  # all, latency (times, memory, loads, energy), adapters (train exits), traces, report
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
-    threads: int | None = None  # of a CPU; null: all that the process may use
+    threads: int | None = None  # CPU threads; null: all that the process may use
     memory_bytes: int | None = None  # that the engine may use; null: what the device has
     dtype: str | None = None  # float32, bfloat16; null: bfloat16 where the device computes in it, else float32
-    budget_s: float | None = None  # for everything together; null: as long as it takes
+    budget_s: float | None = None  # seconds for everything together; null: no limit
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
-    tasks: list[str] | None = None  # labelled texts to trace; null: all that are there
-    trace_tokens: int = 55_000  # about as many, of all tasks together
-    answers: int = 6  # the model's own, to trace for each task; 0: none
-    train_tokens: int = 200_000  # for exit adapters, about
-    adapter_width: int = 128  # of an exit adapter's gated network
-    check_width: int = 256  # of the check of the hidden state
-    epochs: float = 1.5  # over the training tokens
+    tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
+    trace_tokens: int = 55_000  # about how many tokens, of all tasks together
+    answers: int = 6  # answers of the model to trace for each task; 0: none
+    train_tokens: int = 200_000  # for exit adapters, approximately
+    adapter_width: int = 128  # width of an exit adapter's gated network
+    check_width: int = 256  # width of the check of the hidden state
+    epochs: float = 1.5  # passes over the training tokens
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
     max_batch_tokens: int | None = None  # most tokens of one iteration; null: 512 on a CPU, 8192 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
-    quick: bool = False  # tiny shapes and few samples: to try the command; its numbers are worth little
-    threshold: float = 0.9  # at which the report counts exits; the trace answers every other
-    pairs: list[str] = field(default_factory=list)  # more trace folders, for joint exits; shipped ones are used anyway
-    out: str = ""  # the output folder; the same again resumes
+    quick: bool = False  # tiny shapes and few samples, to try the command; the numbers are not meaningful
+    threshold: float = 0.9  # threshold for exits in the report; the trace can answer any other
+    pairs: list[str] = field(default_factory=list)  # further trace folders for joint exits, besides the shipped ones
+    out: str = ""  # output folder; the same folder again resumes
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,5 +80,65 @@ class CalibrateConfig:
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise UserError for the setting unless `holds`."""
     if not holds:
         raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
+
+
+@dataclass
+class CampaignLiveConfig:
+    """Live serving beside its simulation, and how much of it."""
+
+    pair: list[str] = field(default_factory=list)  # two shapes that HELIOS switches between, smaller first; empty: none
+    loads: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.2])  # as shares of each arm's own capacity
+    prompt_tokens: int = 256  # mean per request
+    output_tokens: int = 64
+    max_running_requests: int = 64
+    max_batch_tokens: int = 2048
+    least_requests: int = 12  # least number in every run
+    round_requests: int = 40  # after how many requests HELIOS re-assesses
+    exits: dict[str, list[int]] = field(default_factory=dict)  # synthetic exits by model, in place of real ones
+
+
+@dataclass
+class CampaignConfig:
+    """A campaign on one device: what to measure on it, and in how much time."""
+
+    campaign: str = ""
+    device: str = "cuda"  # cpu, cuda, cuda:N
+    threads: int | None = None  # CPU threads
+    memory_bytes: int | None = None  # that the engine may use; null: what the device has
+    dtype: str = "bfloat16"  # float32, bfloat16
+    models: list[str] = field(default_factory=list)  # shapes to profile, in order of worth
+    text_model: str = "smollm2-135m"  # a model with real weights: for adapters, exit traces, live serving
+    last_model: str | None = None  # a large shape, profiled last; its headline is simulated, never served
+    # by model: folder, .gguf file, hub id, or random:NAME; else the cache's file by the model's name, else random:NAME
+    weights: dict[str, str] = field(default_factory=dict)
+    quick: bool = False  # few samples of small tables, for a rehearsal; the numbers are not meaningful
+    max_batch: int | None = None
+    max_context_tokens: int | None = None
+    tasks: list[str] | None = None  # labelled texts; null: all that are available
+    train_tokens: int = 1_000_000
+    trace_tokens: int = 55_000
+    adapter_width: int = 256
+    check_width: int = 256
+    live: CampaignLiveConfig = field(default_factory=CampaignLiveConfig)
+    budget_s: float | None = None  # seconds for everything together; null: no limit
+    resume: list[str] = field(default_factory=list)  # archives of earlier calls, or folders with them; `out` counts too
+    out: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.budget_s is None or self.budget_s > 0, "budget_s", self.budget_s, "null or above 0")
+        require(bool(self.models), "models", self.models, "at least one model")
+        require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
+        unknown = sorted({*self.live.pair, self.text_model} - set(self.models))
+        require(not unknown, "models", self.models, f"with {', '.join(unknown)}, which is to be served")
+        require(len(self.live.pair) in (0, 2), "live.pair", self.live.pair, "two models or none")
+        require(self.last_model not in self.models, "last_model", self.last_model, "a model that is not among models")
+        simulated = {*self.live.pair, *([self.last_model] if self.last_model else [])}
+        missing = sorted(simulated - set(self.live.exits)) if self.live.exits else []
+        require(not missing, "live.exits", dict(self.live.exits), f"with {', '.join(missing)}, or none at all")
+        require(bool(self.live.loads), "live.loads", self.live.loads, "at least one load")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")

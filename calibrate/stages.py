@@ -1,16 +1,18 @@
-"""Runs named stages in order of worth within a time budget. Knows folders and clocks, not what a stage does.
+"""Runs named stages in order of worth within a time budget, and resumes them.
 
 OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
-there in one step, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes
-on with what is missing. The stage that was interrupted finds again what it had written. A finished stage is measured
-anew only when its settings changed, or when a stage that it builds on was. OUT/transcript.jsonl has a line for every
-event of every call.
+there atomically, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes on
+with what is missing. An interrupted stage finds again what it had written. A finished stage is measured anew only if
+its settings changed, or if a stage that it builds on was measured anew. OUT/transcript.jsonl has a line for every event
+of every call.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibrate.folders import alone, put, unwritable
-from calibrate.transcript import OnProgress, Transcript, now
+from calibrate.progress import OnProgress, Transcript, now
 from helios_sim.errors import UserError
 from helios_sim.interrupt import stop_if_asked
 from helios_sim.report import files
@@ -30,21 +31,24 @@ from helios_sim.report import files
 STAGES, RECORD = "stages", "stage.json"
 _SCRATCH = ".scratch"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+_LOCK = ".lock"
 
 
 class CannotRun(Exception):
-    """A stage found that it cannot run here, and says why. What it wrote is kept for the next call; others go on."""
+    """A stage cannot run here. Its files are kept for the next call, and the other stages go on."""
 
 
 class NotEnoughTime(CannotRun):
-    """Its time does not suffice."""
+    """The time for a stage does not suffice."""
 
 
-class Status(StrEnum):
-    DONE = "done"  # in this call
+class StageStatus(StrEnum):
+    """How a stage ended in this call."""
+
+    DONE = "done"  # ran in this call
     KEPT = "kept"  # finished by an earlier call
-    SKIPPED = "skipped"  # the time left, the machine, or a stage that it needs, did not allow it
-    FAILED = "failed"  # by a defect; the other stages went on
+    SKIPPED = "skipped"  # not enough time, not possible here, or a stage that it needs is missing
+    FAILED = "failed"  # a defect; the other stages went on
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +69,22 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """What a running stage is given. It writes into `folder` alone, and may find there what it wrote before a kill."""
+    """What a running stage is given. It writes only into `folder`, where it finds what it wrote before a kill."""
 
     folder: Path
-    allowance_s: float | None  # its part of the time left; a stage may use less; None: as long as it takes
-    finished: Mapping[str, Finished]  # all stages before it that are complete, by name
-    tell: Callable[[str, float | None], None]  # (what it does now, share done)
+    allowance_s: float | None  # seconds that it may use; None: no limit
+    finished: Mapping[str, Finished]  # complete earlier stages by name
+    tell: Callable[[str, float | None], None]  # reports progress: (current activity, share done)
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`run` returns what goes into stage.json as its result (JSON values).
+    """One stage. `run` returns its result for stage.json (JSON values).
 
-    Stages run in order of `worth`, the highest first. `estimate_s` is the time that one takes unhurried; with a
-    budget, the time left is divided in these proportions. Below `least_s` (None: `estimate_s`) it is not begun.
-    `needs` names stages without whose results it cannot run; they must be worth more. `settings` are all values that
-    its result depends on.
+    Stages run in order of `worth`, the highest first. `estimate_s` is the time of a stage without a budget; with a
+    budget, the time left is divided in proportion. A stage is not begun with less than `least_s` (None: `estimate_s`).
+    `needs` names the stages that it builds on; they must be worth more. `settings` are all values that its result
+    depends on.
     """
 
     name: str
@@ -97,11 +101,13 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StageOutcome:
+    """How one stage ended, with its record if it is complete."""
+
     stage: str
-    status: Status
-    why: str = ""  # of skipped and failed
-    finished: Finished | None = None  # of done and kept
+    status: StageStatus
+    why: str = ""  # the reason, if skipped or failed
+    finished: Finished | None = None  # if done or kept
 
 
 def run_stages(
@@ -110,11 +116,11 @@ def run_stages(
     budget_s: float | None = None,
     on_progress: OnProgress = lambda progress: None,
     clock: Callable[[], float] = time.monotonic,
-) -> list[Outcome]:
-    """Outcomes in the order of running. Stages that `folder` holds with the same settings are kept, not run.
+) -> list[StageOutcome]:
+    """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept.
 
-    Raises a stage's UserError at once, since a user's mistake concerns the others too; a defect costs its own stage
-    and those that need it. UserError too when the folder cannot be written to or another process works in it.
+    A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
+    stage and those that need it. Raises UserError if the folder cannot be written to or another process uses it.
     """
     began = clock()
     ordered = in_order(stages)
@@ -122,12 +128,12 @@ def run_stages(
     with alone(folder):
         transcript = Transcript(folder, on_progress)
         found: dict[str, Finished] = {}
-        outcomes: list[Outcome] = []
+        outcomes: list[StageOutcome] = []
         kept = _kept(ordered, folder, transcript)
         waiting = [stage for stage in ordered if stage.name not in kept]
         for stage in ordered:
             if stage.name in kept:
-                outcome = Outcome(stage.name, Status.KEPT, finished=kept[stage.name])
+                outcome = StageOutcome(stage.name, StageStatus.KEPT, finished=kept[stage.name])
                 transcript.note(stage.name, "kept", f"of {kept[stage.name].finished_at}")
             else:
                 left_s = None if budget_s is None else budget_s - (clock() - began)
@@ -141,7 +147,7 @@ def run_stages(
 
 
 def in_order(stages: Sequence[Stage]) -> list[Stage]:
-    """By worth; ValueError when a stage needs one that is missing or does not come before it."""
+    """The stages by worth. Raises ValueError if a stage needs one that is missing or comes after it."""
     ordered = sorted(stages, key=lambda stage: -stage.worth)
     seen: set[str] = set()
     for stage in ordered:
@@ -152,7 +158,7 @@ def in_order(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def read_finished(folder: Path) -> dict[str, Finished]:
-    """All complete stages in an output folder, whatever their settings."""
+    """All complete stages in an output folder, with any settings."""
     records = sorted((folder / STAGES).glob(f"*/{RECORD}"))
     return {path.parent.name: _finished(path.parent, json.loads(path.read_text())) for path in records}
 
@@ -165,7 +171,7 @@ def _one(
     left_s: float | None,
     transcript: Transcript,
     clock: Callable[[], float],
-) -> Outcome:
+) -> StageOutcome:
     if missing := [name for name in stage.needs if name not in found]:
         return _skipped(stage, f"needs {', '.join(missing)}, which is not there", transcript)
     if left_s is not None and left_s < stage.shortest_s:
@@ -197,25 +203,25 @@ def _one(
         transcript.note(stage.name, "failed", str(error))
         if error.errno in _NO_ROOM:
             raise unwritable(folder, error) from error
-        return Outcome(stage.name, Status.FAILED, transcript.defect(stage.name, error))
+        return StageOutcome(stage.name, StageStatus.FAILED, transcript.defect(stage.name, error))
     except MemoryError as error:
         transcript.note(stage.name, "failed", "out of memory")
         allowed = "the memory of this machine did not suffice"
         raise UserError("stage", stage.name, allowed, "load fewer layers, or measure smaller batches") from error
     except Exception as error:
-        return Outcome(stage.name, Status.FAILED, transcript.defect(stage.name, error))
+        return StageOutcome(stage.name, StageStatus.FAILED, transcript.defect(stage.name, error))
     finished = _finished(place, record)
     transcript.note(stage.name, "done", f"{finished.wall_s:.1f} s")
-    return Outcome(stage.name, Status.DONE, finished=finished)
+    return StageOutcome(stage.name, StageStatus.DONE, finished=finished)
 
 
-def _skipped(stage: Stage, why: str, transcript: Transcript) -> Outcome:
+def _skipped(stage: Stage, why: str, transcript: Transcript) -> StageOutcome:
     transcript.note(stage.name, "skipped", why)
-    return Outcome(stage.name, Status.SKIPPED, why)
+    return StageOutcome(stage.name, StageStatus.SKIPPED, why)
 
 
 def _allowance(stage: Stage, waiting: Sequence[Stage], left_s: float | None) -> float | None:
-    """Its share of the time left, in proportion to the estimates of all that still wait."""
+    """The stage's share of the time left, in proportion to the estimates of all waiting stages."""
     if left_s is None:
         return None
     total_s = sum(other.estimate_s for other in waiting)
@@ -223,7 +229,7 @@ def _allowance(stage: Stage, waiting: Sequence[Stage], left_s: float | None) -> 
 
 
 def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dict[str, Finished]:
-    """Finished stages whose settings and foundations are the same as now; says of the others why they are not."""
+    """Finished stages with the same settings and needs as now. Notes in the transcript why others are outdated."""
     kept: dict[str, Finished] = {}
     for stage in ordered:
         path = folder / STAGES / stage.name / RECORD
@@ -246,13 +252,13 @@ def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dic
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what differs; "" if nothing does."""
+    """A description of the differences; "" if there are none."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(keys))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from a file."""
+    """The settings as they would be read back from a file."""
     plain: dict[str, Any] = json.loads(files.to_json(dict(settings)))
     return plain
 
@@ -265,7 +271,7 @@ def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
 
 @contextmanager
 def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Path]:
-    """Where a stage writes until it is finished. It outlives a kill or want of time, not a defect or other settings."""
+    """The folder for a stage until it finishes. It survives a kill or lack of time, not a defect or other settings."""
     place = folder / _SCRATCH / stage.name
     basis = place.with_name(f"{stage.name}.json")
     now_is = files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
@@ -284,3 +290,32 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
     basis.unlink(missing_ok=True)
     with suppress(OSError):
         place.parent.rmdir()  # unless another interrupted stage is in there
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lock the folder against a second process. The system releases the lock when this process ends."""
+    try:
+        with (folder / _LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                allowed = "another process is at work in this folder"
+                raise UserError("out", str(folder), allowed, "wait until it ends, or name another folder") from None
+            yield
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def put(draft: Path, place: Path) -> Path:
+    """Move the finished folder to its place, replacing an outdated one."""
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    os.rename(draft, place)
+    return place
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    fix = "free space on the disk or choose a folder that you may write to; finished stages are kept"
+    return UserError("out", str(folder), f"cannot be written: {error.strerror or error}", fix)

@@ -1,15 +1,22 @@
-"""The stages of a calibration: which there are, what each is worth and needs. Knows whom to call, not how they work."""
+"""The stages of a calibration: device ceilings, profile, exit adapters, exit traces, traces of answers.
+
+Also decides which labelled texts are available, and how much of them can be traced in the time.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs
-from calibrate.reading import chars_per_token, chars_that_fit, texts_at_hand
 from calibrate.stages import NotEnoughTime, Stage, StageRun
 from helios_sim.errors import UserError
 from helios_sim.provenance import command_given
@@ -23,17 +30,22 @@ STAGES_OF = {
     "traces": (TRACES, ANSWERS),
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
+PROBE_CHARS = 1_500  # characters of each task from which the mean length of a token is estimated
+SAFETY = 0.75  # share of the allowed time that is planned with, since a shared machine varies
+# Shares of the layers. Deep exits agree more often but save little; a changed token saves most at a low exit, so the
+# candidates lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
+CANDIDATES = (0.2, 0.27, 0.4, 0.6, 0.8)
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Seconds that a stage takes unhurried, and in which it is worth beginning."""
+    """Seconds that a stage takes without a budget, and the least with which it is worth beginning."""
 
     estimate_s: float
     least_s: float
 
 
-# On two cores with a model of a tenth of a billion weights; larger ones take more, and then are cut shorter.
+# For a model of 0.1 billion weights on two cores. Larger models take longer, so their stages are cut short.
 EFFORTS = {
     CEILINGS: Effort(10, 3),
     PROFILE: Effort(600, 20),
@@ -42,13 +54,10 @@ EFFORTS = {
     ANSWERS: Effort(100, 30),
 }
 QUICK = Effort(2, 0.5)
-# Of the layers. Where agreement rises leaving saves little; a changed token buys most where it saves most layers, so
-# these lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
-CANDIDATES = (0.2, 0.27, 0.4, 0.6, 0.8)
 
 
 def stages_of(inputs: Inputs) -> list[Stage]:
-    """Those of the task that was asked for. Traces need the whole model: without its last layer none compares."""
+    """The stages of the chosen task. Traces need the whole model, since exits are compared with full depth."""
     makers = {CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRACES: _traces, ANSWERS: _answers}
     names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
     if not names:
@@ -70,7 +79,7 @@ def _ceilings(inputs: Inputs) -> Stage:
     quick = inputs.config.quick
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.ceilings import measure_ceilings
+        from calibrate.measure.ceilings import measure_ceilings
 
         sizes = {"buffer_bytes": 16 << 20, "matrix_rows": 256} if quick else {}
         found = measure_ceilings(inputs.device, inputs.dtype, **sizes)
@@ -85,18 +94,18 @@ def _profile(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.campaign import About, Plan, measure_profile
-        from calibrate.subject import Subject
+        from calibrate.measure.profile import MeasurePlan, ProfileOrigin, measure_profile
+        from calibrate.measure.subject import Subject
         from helios_sim.profile.store import write_profile
 
         model, loaded_bytes = inputs.loaded
         subject = Subject(model, inputs.device, inputs.limits(), inputs.heads, config.seed)
         command, chars = command_given("calibrate"), chars_per_token(inputs)
-        about = About(inputs.spec(chars), command, _today(), settings["weights"], _details(inputs))
+        about = ProfileOrigin(inputs.spec(chars), command, _today(), settings["weights"], _details(inputs))
         samples = 2 if config.quick else 5
         allowance_s = stage.allowance_s
         folder = stage.folder / "measurements"
-        # the same ceilings as in the report's first section
+        # the same ceilings as in the report
         files.write_json(folder / "ceilings.json", stage.finished[CEILINGS].result["ceilings"])
 
         def progress(what: str, spent_s: float) -> None:
@@ -104,7 +113,7 @@ def _profile(inputs: Inputs) -> Stage:
 
         try:
             profile = measure_profile(
-                subject, about, folder, Plan(allowance_s, samples, seed=config.seed),
+                subject, about, folder, MeasurePlan(allowance_s, samples, seed=config.seed),
                 loaded_bytes=loaded_bytes, reload=None if inputs.checkpoint.is_random else inputs.reload_layer,
                 progress=progress,
             )  # fmt: skip
@@ -126,11 +135,11 @@ def _adapters(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.adapters import AdapterConfig, train_heads
-        from calibrate.training import Recipe
+        from calibrate.exits.adapters import AdapterConfig, train_heads
+        from calibrate.exits.training import Recipe
 
         chars = config.train_tokens * chars_per_token(inputs)
-        shares = texts_at_hand(inputs).shares()
+        shares = available_texts(inputs).shares()
         plan = AdapterConfig(
             config.model.name, _candidates(inputs), round(chars), round(chars * 0.28), shares=shares,
             recipe=Recipe(config.adapter_width, config.check_width, epochs=config.epochs, seed=config.seed),
@@ -153,13 +162,13 @@ def _traces(inputs: Inputs) -> Stage:
     trains = config.task == "adapters"
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.traces import Origin, reference_trace
+        from calibrate.exits.traces import TraceOrigin, reference_trace
         from helios_sim.exits.store import write_trace
 
         if trains:
             inputs.use_heads(stage.finished[ADAPTERS].part("heads"))
         chars, left_out = chars_that_fit(inputs, stage)
-        origin = Origin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
+        origin = TraceOrigin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         trace = reference_trace(
             inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars,
             lambda text: stage.tell(text, _share(text)),
@@ -176,14 +185,14 @@ def _answers(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.traces import GENERATED_TASKS, Origin, generated_trace
+        from calibrate.exits.traces import GENERATED_TASKS, TraceOrigin, generated_trace
         from helios_sim.exits.store import write_trace
 
-        at_hand = texts_at_hand(inputs)
-        tasks = [task for task in GENERATED_TASKS if task in at_hand.tasks]
+        available = available_texts(inputs)
+        tasks = [task for task in GENERATED_TASKS if task in available.tasks]
         if not tasks:
             raise UserError("tasks", config.tasks, f"some of {', '.join(GENERATED_TASKS)}", "add one, or set answers=0")
-        origin = Origin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
+        origin = TraceOrigin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         tokens, prompt_chars = (12, 60) if config.quick else (64, 400)
         trace = generated_trace(
             inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens,
@@ -198,7 +207,7 @@ def _answers(inputs: Inputs) -> Stage:
 
 
 def _candidates(inputs: Inputs) -> tuple[int, ...]:
-    """Depths at which adapters are tried: those named, else the shares of the layers at which exits have paid."""
+    """Depths at which adapters are tried: those named, else `CANDIDATES` of the layers."""
     if inputs.config.model.exits is not None:
         return inputs.exits
     n = inputs.layers
@@ -230,7 +239,7 @@ def memory_named(run: Run) -> Run:
 
 
 def _share(text: str) -> float | None:
-    """Of `... batch 3 of 12`."""
+    """The share done in a message like `... batch 3 of 12`, or None."""
     words = text.split()
     if len(words) >= 3 and words[-2] == "of" and words[-1].isdigit() and words[-3].isdigit():
         return int(words[-3]) / int(words[-1])
@@ -239,3 +248,85 @@ def _share(text: str) -> float | None:
 
 def _today() -> str:
     return datetime.now(UTC).date().isoformat()
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableTexts:
+    """Tasks with available texts, and why the other tasks have none."""
+
+    tasks: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def shares(self) -> dict[str, int]:
+        """The training shares of these tasks alone, which add up to 1,000."""
+        from calibrate.exits.adapters import SHARES
+
+        total = sum(SHARES[task] for task in self.tasks)
+        return {task: round(1000 * SHARES[task] / total) for task in self.tasks}
+
+
+def available_texts(inputs: Inputs) -> AvailableTexts:
+    """The available texts. Raises UserError if a task that the settings name is not available."""
+    named = inputs.config.tasks
+    found, left_out = [], {}
+    for task in TASKS if named is None else named:
+        try:
+            documents(task)
+        except UserError as error:
+            if named is not None:
+                raise
+            left_out[task] = str(error)
+        else:
+            found.append(task)
+    return AvailableTexts(tuple(found), left_out)
+
+
+def chars_per_token(inputs: Inputs) -> float:
+    """Mean over some held-out text of every available task; for random weights, the value assumed for the family."""
+    from helios_sim.live.checkpoint.random_weights import RandomWeights
+
+    if isinstance(inputs.checkpoint.storage, RandomWeights):
+        return inputs.checkpoint.storage.chars_per_token
+    pieces = [p for t in available_texts(inputs).tasks for p in passages(t, Split.HELDOUT, PROBE_CHARS, PROBE_CHARS)]
+    tokens = sum(len(ids) for ids in inputs.tokenizer(pieces, add_special_tokens=False)["input_ids"])
+    return sum(map(len, pieces)) / tokens
+
+
+def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dict[str, str]]:
+    """How many characters to trace of each task, and the tasks that are left out with the reasons.
+
+    Together they give `trace_tokens`, or fewer if the allowed time is short, going by the time that a little text
+    takes. A resumed call reads the earlier decision. Raises NotEnoughTime if not even one passage per task fits.
+    """
+    decided = stage.folder / "chars.json"
+    available = available_texts(inputs)
+    if decided.is_file():
+        return dict(json.loads(decided.read_text())), dict(available.left_out)
+    from calibrate.exits.traces import HELDOUT_CHARS
+
+    of_all = {task: HELDOUT_CHARS[task] for task in available.tasks}
+    wanted = inputs.config.trace_tokens * chars_per_token(inputs)
+    if stage.allowance_s is not None:
+        wanted = min(wanted, _chars_per_s(inputs, available) * stage.allowance_s * SAFETY)
+    if wanted < PROBE_CHARS * len(of_all) / 2 and stage.allowance_s is not None and not inputs.config.quick:
+        raise NotEnoughTime(f"in {stage.allowance_s:.0f} s not even one passage of each task can be traced")
+    scale = wanted / sum(of_all.values())
+    chars = {task: max(1, round(n * scale)) for task, n in of_all.items()}
+    files.write_json(decided, chars)
+    return chars, dict(available.left_out)
+
+
+def _chars_per_s(inputs: Inputs, available: AvailableTexts) -> float:
+    from calibrate.exits.traces import TraceOrigin, reference_trace
+
+    origin = TraceOrigin(inputs.config.model.name, "", "")
+    speeds = []
+    for chars in (1, 2 * PROBE_CHARS):  # the first one warms up
+        with tempfile.TemporaryDirectory() as scratch:
+            began = time.monotonic()
+            trace = reference_trace(
+                inputs.model, inputs.tokenizer, inputs.heads, origin, Path(scratch), {available.tasks[0]: chars},
+                lambda text: None,
+            )  # fmt: skip
+            speeds.append(int(trace.chars.sum()) / (time.monotonic() - began))
+    return speeds[-1]

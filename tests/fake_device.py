@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from calibrate.device import DeviceFacts, Step
+from calibrate.measure.device import DeviceFacts, Step
 
 
 @dataclass

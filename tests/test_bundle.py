@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.bundle import SUMS, Wanted, main, make_bundle, split
+from calibrate.bundle import SUMS, BundleSettings, main, make_bundle, split
 from calibrate.bundle_run import join, verify
 from helios_sim.errors import UserError
 
@@ -37,7 +37,7 @@ def test_it_runs_where_there_is_nothing_but_the_host_s_packages(tmp_path, monkey
     pytest.importorskip("torch")
     for key, value in NO_INDEX.items():
         monkeypatch.setenv(key, value)
-    made = make_bundle(Wanted(tmp_path / "made", models=(), packages=(), sources=()))
+    made = make_bundle(BundleSettings(tmp_path / "made", models=(), packages=(), sources=()))
     bundle = shutil.move(made, tmp_path / "host" / "bundle")
     assert verify(bundle) == []
 
@@ -93,5 +93,5 @@ def test_a_mistake_is_one_message(arguments, part, tmp_path, monkeypatch, capsys
 def test_weights_that_are_not_here_are_said_before_anything_is_fetched(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HELIOS_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"models='smollm2-135m'.*calibrate\.models"):
-        make_bundle(Wanted(tmp_path / "out"))
+        make_bundle(BundleSettings(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -118,7 +118,7 @@ def test_a_full_disk_or_memory_gives_one_message(error, message, llama, tmp_path
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("calibrate.ceilings.measure_ceilings", broken)
+    monkeypatch.setattr("calibrate.measure.ceilings.measure_ceilings", broken)
     said = calibrate_line(monkeypatch, capsys, tmp_path, f"model={llama}", *QUICK, "out=out")
     assert said.status == 1
     (line,) = [text for text in said.err.splitlines() if text.startswith("calibrate: ")]
@@ -131,7 +131,7 @@ def test_a_defect_of_one_stage_costs_only_that_one(llama, tmp_path, monkeypatch,
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("calibrate.traces.reference_trace", broken)
+    monkeypatch.setattr("calibrate.exits.traces.reference_trace", broken)
     said = calibrate_line(monkeypatch, capsys, tmp_path, f"model={llama}", *QUICK, "+task=traces", "out=out")
     assert said.status == 1
     assert "traces failed by a defect: ZeroDivisionError: a defect" in said.err

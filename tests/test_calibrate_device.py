@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from calibrate.cpu import CpuDevice
-from calibrate.cuda import CudaDevice
-from calibrate.device import DeviceFacts, open_device, short_name
+from calibrate.measure.device import DeviceFacts, short_name
+from calibrate.measure.devices import TimedCpu, TimedCuda, open_device
 from fake_device import FakeCuda, FakeNvml, VirtualClock
 from helios_sim.errors import UserError
 from helios_sim.live.energy import Rapl
@@ -23,11 +22,11 @@ FACTS = DeviceFacts("cpu", "x-1core", "x", 1 << 30, None)
 MIB = 1 << 20
 
 
-def cuda_device(cuda: FakeCuda, nvml: Any = None) -> CudaDevice:
+def cuda_device(cuda: FakeCuda, nvml: Any = None) -> TimedCuda:
     fake = SimpleNamespace(
         cuda=cuda, __version__="2.0", version=SimpleNamespace(cuda="13.0"), uint8=torch.uint8, randint=torch.randint
     )
-    return CudaDevice.of(fake, nvml, 0)
+    return TimedCuda.of(fake, nvml, 0)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda0", ""])
@@ -63,7 +62,7 @@ def test_the_cpu_is_described_by_itself() -> None:
 
 
 def peak_of_one_block_after_another() -> int | None:
-    device = CpuDevice(FACTS)
+    device = TimedCpu(FACTS)
 
     def step() -> None:
         held = torch.ones(64 * MIB, dtype=torch.uint8)
@@ -84,7 +83,7 @@ def test_a_cpus_peak_is_what_a_step_held_at_most() -> None:
 
 
 def test_a_cpus_memory_grows_by_what_is_written() -> None:
-    device = CpuDevice(FACTS)
+    device = TimedCpu(FACTS)
     before = device.used_bytes()
     held = torch.ones(64 * MIB, dtype=torch.uint8)
     after = device.used_bytes()
@@ -102,7 +101,7 @@ def write_rapl(folder: Path, microjoules: int) -> None:
 
 
 def test_rapl_counts_packages_once_and_survives_their_wrapping(tmp_path: Path) -> None:
-    device = CpuDevice(FACTS, rapl=Rapl(tmp_path))
+    device = TimedCpu(FACTS, rapl=Rapl(tmp_path))
     assert device.energy_j() is None  # never invented
     write_rapl(tmp_path, 9_000_000)
     assert device.energy_j() == pytest.approx(2 * 9.0)  # a package's parts are inside it
@@ -113,7 +112,7 @@ def test_rapl_counts_packages_once_and_survives_their_wrapping(tmp_path: Path) -
 
 
 def test_a_cpus_copies_run_beside_and_bring_their_errors_home() -> None:
-    device = CpuDevice(FACTS)
+    device = TimedCpu(FACTS)
     for kind in device.host_buffers:
         source = device.host_buffer(MIB, kind)
         target = torch.zeros(MIB, dtype=torch.uint8)
@@ -125,7 +124,7 @@ def test_a_cpus_copies_run_beside_and_bring_their_errors_home() -> None:
 
 
 def test_a_cpu_without_the_kernels_counters_says_nothing(tmp_path: Path) -> None:
-    device = CpuDevice(FACTS, proc=tmp_path)
+    device = TimedCpu(FACTS, proc=tmp_path)
     assert (device.waited_s(), device.used_bytes(), device.peak_bytes(lambda: None)) == (None, None, None)
     assert device.disturbance() == {}
     assert device.laps_s([lambda: None, lambda: None])[0] >= 0
@@ -135,7 +134,7 @@ def test_waiting_for_cores_is_summed_over_threads(tmp_path: Path) -> None:
     for thread, ns in (("7", 250_000_000), ("8", 500_000_000)):
         (tmp_path / "self" / "task" / thread).mkdir(parents=True)
         (tmp_path / "self" / "task" / thread / "schedstat").write_text(f"123 {ns} 5")
-    assert CpuDevice(FACTS, proc=tmp_path).waited_s() == pytest.approx(0.75)
+    assert TimedCpu(FACTS, proc=tmp_path).waited_s() == pytest.approx(0.75)
 
 
 def test_a_card_runs_captured_graphs_timed_by_events() -> None:

@@ -11,17 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrate.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
-from calibrate.points import Point, Points, figure
-from calibrate.sampling import MORE_SAMPLES, MOST_CONTENDED, TURNS, Clock, Job, Sampler
+from calibrate.measure.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
+from calibrate.measure.sampling import (
+    MORE_SAMPLES,
+    MOST_CONTENDED,
+    TURNS,
+    Clock,
+    Points,
+    Sampler,
+    TimingJob,
+    TimingPoint,
+    figure,
+)
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
-A, B, C = Point("a", -1, 1), Point("b", -1, 2), Point("c", 0, 3, 4)
+A, B, C = TimingPoint("a", -1, 1), TimingPoint("b", -1, 2), TimingPoint("c", 0, 3, 4)
 
 
-def job(clock: VirtualClock, point: Point, seconds: float) -> Job:
-    return Job((point,), lambda: [lambda: clock.pass_s(seconds)], lambda laps_s: {point: laps_s[0]})
+def job(clock: VirtualClock, point: TimingPoint, seconds: float) -> TimingJob:
+    return TimingJob((point,), lambda: [lambda: clock.pass_s(seconds)], lambda laps_s: {point: laps_s[0]})
 
 
 def sampler(folder: Path, clock: VirtualClock, budget_s: float = 1e9, **changes: Any) -> Sampler:
@@ -52,16 +61,16 @@ def test_points_come_back_as_they_were_saved(tmp_path: Path) -> None:
 
 def test_rounds_visit_all_jobs_before_any_comes_again(tmp_path: Path) -> None:
     clock = VirtualClock()
-    order: list[Point] = []
+    order: list[TimingPoint] = []
 
-    def seen(point: Point) -> Job:
-        def read(laps_s: Sequence[float]) -> dict[Point, float]:
+    def seen(point: TimingPoint) -> TimingJob:
+        def read(laps_s: Sequence[float]) -> dict[TimingPoint, float]:
             order.append(point)
             return {point: laps_s[0]}
 
         return replace(job(clock, point, 0.1), read=read)
 
-    points = [Point("x", -1, i) for i in range(5)]
+    points = [TimingPoint("x", -1, i) for i in range(5)]
     assert sampler(tmp_path, clock).measure([seen(p) for p in points], 3)
     assert all(sorted(order[i : i + 5]) == points for i in (0, 5, 10))
     assert order[:5] != points or order[5:10] != points  # in an order of its own
@@ -103,7 +112,7 @@ def test_a_machine_that_is_never_free_is_measured_all_the_same_and_that_is_known
 def test_the_anchor_shows_a_drifting_clock(tmp_path: Path) -> None:
     clock = VirtualClock()
     s = sampler(tmp_path, clock)
-    anchor = Job((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
+    anchor = TimingJob((B,), lambda: [lambda: clock.pass_s(1.0 + clock.now_s / 1000)], lambda laps_s: {B: laps_s[0]})
     s.anchors = {"a": anchor, "other": anchor}
     s.measure([replace(job(clock, A, 1.0), anchor="a")], 100)
     drift, other = s.drift().values()  # timed at the same moments, though nothing was sampled beside the other
@@ -117,11 +126,11 @@ def test_samples_are_brought_to_one_pace(tmp_path: Path) -> None:
     """A machine that is up to 1.6 times as slow, in waves of 100 s for one kind of step and of 70 s for another."""
     clock = VirtualClock()
 
-    def slowed(point: Point, seconds: float, wave_s: float, anchor: str = "") -> Job:
+    def slowed(point: TimingPoint, seconds: float, wave_s: float, anchor: str = "") -> TimingJob:
         def step() -> None:
             clock.pass_s(seconds * (1.3 + 0.3 * math.sin(clock.now_s / wave_s * 2 * math.pi)))
 
-        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]}, anchor)
+        return TimingJob((point,), lambda: [step], lambda laps_s: {point: laps_s[0]}, anchor)
 
     jobs = [slowed(A, 0.5, 100, "hundred"), slowed(C, 2.0, 70, "seventy")]
     as_taken = sampler(tmp_path / "as_taken", clock)
@@ -146,14 +155,14 @@ def test_samples_are_brought_to_one_pace(tmp_path: Path) -> None:
 def test_short_steps_take_turns_with_the_anchor_each_at_its_own_pace(tmp_path: Path) -> None:
     """A machine that takes longer for every step than for the one before: by the anchors around it each is the same."""
     clock = VirtualClock()
-    built: list[Point] = []
+    built: list[TimingPoint] = []
 
-    def slowing(point: Point, seconds: float) -> Job:
+    def slowing(point: TimingPoint, seconds: float) -> TimingJob:
         def build() -> list[Any]:
             built.append(point)
             return [lambda: clock.pass_s(seconds * (1.0 + clock.now_s / 50))]
 
-        return Job((point,), build, lambda laps_s: {point: laps_s[0]}, "a")
+        return TimingJob((point,), build, lambda laps_s: {point: laps_s[0]}, "a")
 
     s = sampler(tmp_path, clock)
     s.anchors, s.reference_s = {"a": slowing(B, 0.01)}, {"a": 0.01}
@@ -168,16 +177,16 @@ def test_a_typical_anchor_is_the_middle_of_some_laps(tmp_path: Path) -> None:
     s = sampler(tmp_path, clock)
     assert s.typical_anchors_s() == {}
     laps_s = iter([9.0] + [1.0, 2.0, 3.0] * 10)  # the first one is not counted: it warms up
-    s.anchors = {"a": Job((B,), lambda: [lambda: clock.pass_s(next(laps_s))], lambda laps: {B: laps[0]})}
+    s.anchors = {"a": TimingJob((B,), lambda: [lambda: clock.pass_s(next(laps_s))], lambda laps: {B: laps[0]})}
     assert s.typical_anchors_s() == {"a": 2.0}
 
 
 def test_short_jobs_that_scatter_have_more_samples(tmp_path: Path) -> None:
     clock, rng = VirtualClock(), np.random.default_rng(0)
 
-    def scattering(point: Point, seconds: float, share: float) -> Job:
+    def scattering(point: TimingPoint, seconds: float, share: float) -> TimingJob:
         step = lambda: clock.pass_s(seconds * (1 + share * rng.random()))  # noqa: E731
-        return Job((point,), lambda: [step], lambda laps_s: {point: laps_s[0]})
+        return TimingJob((point,), lambda: [step], lambda laps_s: {point: laps_s[0]})
 
     s = sampler(tmp_path, clock)
     s.measure([scattering(A, 0.01, 0.5), scattering(B, 1.0, 0.5), scattering(C, 0.01, 0.001)], 3, more=True)

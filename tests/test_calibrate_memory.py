@@ -8,10 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from calibrate.cpu import CpuDevice  # noqa: E402
-from calibrate.load import measure_loads  # noqa: E402
-from calibrate.memory import Memory, grown, measure_memory  # noqa: E402
-from calibrate.subject import Limits, Subject  # noqa: E402
+from calibrate.measure.devices import TimedCpu  # noqa: E402
+from calibrate.measure.memory import COPY_BYTES, Memory, grown, measure_loads, measure_memory  # noqa: E402
+from calibrate.measure.subject import Subject, TableLimits  # noqa: E402
 from helios_sim.live.model.architecture import model_spec  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from virtual_subject import ARCHITECTURE, VirtualSubject  # noqa: E402
@@ -22,9 +21,9 @@ def test_predictions_are_the_tensors_bytes(tmp_path: Any) -> None:
     from helios_sim.live.model.decoder import SegmentedModel
 
     checkpoint = find_checkpoint(str(write_tiny("qwen2", tmp_path, layers=2)))
-    device = CpuDevice.open(memory_bytes=1 << 30, threads=1)
+    device = TimedCpu.open(memory_bytes=1 << 30, threads=1)
     model, _ = grown(device, lambda: SegmentedModel.load(checkpoint))
-    subject = Subject(model, device, Limits(2, 64, 64, 128, 8))
+    subject = Subject(model, device, TableLimits(2, 64, 64, 128, 8))
     spec = model_spec(checkpoint.architecture, "tiny", 4.0)
     with torch.no_grad():
         found = measure_memory(subject, spec, 123)
@@ -59,7 +58,7 @@ def test_grown_is_the_difference_of_two_counts() -> None:
 
 
 def test_loads_run_at_the_rate_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibrate.load.MEANWHILE_S", 0.01)
+    monkeypatch.setattr("calibrate.measure.memory.MEANWHILE_S", 0.01)
     subject = VirtualSubject(bytes_per_s=2e9)
     found = measure_loads(subject)
     assert found.bytes_per_s == {"host": pytest.approx(2e9)}
@@ -74,11 +73,11 @@ def test_a_real_copy_beside_real_iterations(tmp_path: Any, monkeypatch: pytest.M
     from helios_sim.live.checkpoint.source import find_checkpoint
     from helios_sim.live.model.decoder import SegmentedModel
 
-    monkeypatch.setattr("calibrate.load.MEANWHILE_S", 0.05)
-    monkeypatch.setitem(__import__("calibrate.load").load.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr("calibrate.measure.memory.MEANWHILE_S", 0.05)
+    monkeypatch.setitem(COPY_BYTES, "cpu", 1 << 20)
     checkpoint = find_checkpoint(str(write_tiny("llama", tmp_path, layers=2)))
-    device = CpuDevice.open(memory_bytes=1 << 30, threads=1)
-    subject = Subject(SegmentedModel.load(checkpoint), device, Limits(2, 16, 16, 32, 8))
+    device = TimedCpu.open(memory_bytes=1 << 30, threads=1)
+    subject = Subject(SegmentedModel.load(checkpoint), device, TableLimits(2, 16, 16, 32, 8))
     with torch.no_grad():
         found = measure_loads(subject, reload=lambda: 1000)
     assert set(found.bytes_per_s) == {"host", "mapped_file"}
@@ -94,10 +93,10 @@ def test_the_pool_leaves_room_beside_weights_that_fill_most_of_the_memory(tmp_pa
 
     model = SegmentedModel.load(find_checkpoint(str(write_tiny("llama", tmp_path, layers=2))))
     memory_bytes = int(1.25 * model.weight_bytes)
-    device = CpuDevice.open(memory_bytes=memory_bytes, threads=1)
-    subject = Subject(model, device, Limits(4096, 4, 4, 8, 4))
+    device = TimedCpu.open(memory_bytes=memory_bytes, threads=1)
+    subject = Subject(model, device, TableLimits(4096, 4, 4, 8, 4))
     token_bytes = 2 * 2 * model.architecture.kv_width * 4  # K and V, two layers
     assert subject.holds(1, 12)  # what a single request takes
     assert subject.pool_tokens * token_bytes < memory_bytes - model.weight_bytes
-    roomy = Subject(model, CpuDevice.open(memory_bytes=100 * model.weight_bytes, threads=1), Limits(64, 4, 4, 8, 4))
+    roomy = Subject(model, TimedCpu.open(memory_bytes=100 * model.weight_bytes, threads=1), TableLimits(64, 4, 4, 8, 4))
     assert roomy.pool_tokens == 64 * 8

@@ -12,16 +12,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from calibrate.campaign import About, Plan, measure_profile  # noqa: E402
-from calibrate.ceilings import Ceilings  # noqa: E402
-from calibrate.cpu import CpuDevice  # noqa: E402
-from calibrate.latency import CHECK_CLASSIFIER, CLASSIFIER_ALONE, WHOLE_MODEL, Latency  # noqa: E402
-from calibrate.load import Loads  # noqa: E402
-from calibrate.memory import grown  # noqa: E402
-from calibrate.points import Point, Points  # noqa: E402
-from calibrate.sampling import Clock, Sampler  # noqa: E402
-from calibrate.serving import ServingCosts  # noqa: E402
-from calibrate.subject import Limits, Subject  # noqa: E402
+from calibrate.measure.ceilings import Ceilings  # noqa: E402
+from calibrate.measure.devices import TimedCpu  # noqa: E402
+from calibrate.measure.host import ServingCosts  # noqa: E402
+from calibrate.measure.latency import CHECK_CLASSIFIER, CLASSIFIER_ALONE, WHOLE_MODEL, Latency  # noqa: E402
+from calibrate.measure.memory import Loads, grown  # noqa: E402
+from calibrate.measure.profile import MeasurePlan, ProfileOrigin, measure_profile  # noqa: E402
+from calibrate.measure.sampling import Clock, Points, Sampler, TimingPoint  # noqa: E402
+from calibrate.measure.subject import Subject, TableLimits  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.model.architecture import model_spec  # noqa: E402
 from helios_sim.profile.composition import Composition  # noqa: E402
@@ -34,7 +32,9 @@ from virtual_subject import ARCHITECTURE, LIMITS, Costs, VirtualSubject  # noqa:
 CEILINGS = Ceilings("float32", 1e12, 1e12, 1e15, 1, 1)
 LOADS = Loads({"host": 1e9}, {"host": 0.0}, 100, 1.5, 0.5e9, None)
 SERVING = ServingCosts({1: 4e-4}, {1: 1e-5}, {1: 1e-2}, 24)
-ABOUT = About(model_spec(ARCHITECTURE, "virtual", 4.0), "a test", "2026-01-01", "weights", {"note": "of a test"})
+ABOUT = ProfileOrigin(
+    model_spec(ARCHITECTURE, "virtual", 4.0), "a test", "2026-01-01", "weights", {"note": "of a test"}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +46,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan | None = None) -> Profile:
+def campaign(subject: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: MeasurePlan | None = None) -> Profile:
     """On the subject's own clock; ceilings, loads and serving as given: those are measured by the wall's clock."""
     folder.mkdir(exist_ok=True)
     (folder / "ceilings.json").write_text(json.dumps(CEILINGS.to_json()))
     (folder / "load.json").write_text(json.dumps(LOADS.to_json()))
     (folder / "serving.json").write_text(json.dumps(SERVING.to_json()))
-    monkeypatch.setattr("calibrate.campaign.Clock", lambda budget_s: Clock(budget_s, subject.clock))
-    return measure_profile(subject, ABOUT, folder, plan or Plan())
+    monkeypatch.setattr("calibrate.measure.profile.Clock", lambda budget_s: Clock(budget_s, subject.clock))
+    return measure_profile(subject, ABOUT, folder, plan or MeasurePlan())
 
 
 def test_the_tables_are_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +138,12 @@ def test_a_small_budget_is_an_error_that_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="coarse tables"):
-        campaign(VirtualSubject(), tmp_path, monkeypatch, Plan(budget_s=0.5))
+        campaign(VirtualSubject(), tmp_path, monkeypatch, MeasurePlan(budget_s=0.5))
     budgets = 1
     while True:
         subject = VirtualSubject()
         try:
-            profile = campaign(subject, tmp_path, monkeypatch, Plan(budget_s=2.0))
+            profile = campaign(subject, tmp_path, monkeypatch, MeasurePlan(budget_s=2.0))
             break
         except UserError:
             budgets += 1
@@ -155,7 +155,7 @@ def test_a_small_budget_is_an_error_that_keeps_what_was_measured(
 
 def test_a_folder_holds_one_model_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign(VirtualSubject(), tmp_path, monkeypatch)
-    other = Limits(4, 64, 64, 256, 16)
+    other = TableLimits(4, 64, 64, 256, 16)
     with pytest.raises(UserError, match="limits"):
         campaign(VirtualSubject(limits=other), tmp_path, monkeypatch)
 
@@ -199,14 +199,14 @@ def test_a_real_model_gives_a_profile_that_prices_and_comes_back(family: str, tm
     from helios_sim.live.model.decoder import SegmentedModel
 
     checkpoint = find_checkpoint(str(write_tiny(family, tmp_path / "model", layers=3)))
-    device = CpuDevice.open(memory_bytes=1 << 30, threads=1)
+    device = TimedCpu.open(memory_bytes=1 << 30, threads=1)
     model, loaded_bytes = grown(device, lambda: SegmentedModel.load(checkpoint))
-    subject = Subject(model, device, Limits(2, 8, 8, 32, 4))
-    about = About(model_spec(checkpoint.architecture, "tiny", 4.0), "a test", "2026-01-01", "weights", {})
+    subject = Subject(model, device, TableLimits(2, 8, 8, 32, 4))
+    about = ProfileOrigin(model_spec(checkpoint.architecture, "tiny", 4.0), "a test", "2026-01-01", "weights", {})
     work = tmp_path / "work"
     work.mkdir()
     (work / "ceilings.json").write_text(json.dumps(CEILINGS.to_json()))
-    profile = measure_profile(subject, about, work, Plan(samples=2, tolerance=10.0), loaded_bytes=loaded_bytes)
+    profile = measure_profile(subject, about, work, MeasurePlan(samples=2, tolerance=10.0), loaded_bytes=loaded_bytes)
     write_profile(profile, tmp_path / "profile")
     again = read_profile(tmp_path / "profile")
     assert again.padded_kv
@@ -232,6 +232,10 @@ def test_a_check_that_noise_hides_is_charged_what_it_takes_alone(tmp_path: Path)
     subject = VirtualSubject()
     points = Points(tmp_path / "points.parquet")
     latency = Latency(subject, Sampler(subject.device, points, Clock(1e9, subject.clock)))
-    points.add({Point(CHECK_CLASSIFIER, WHOLE_MODEL, 1): -2e-6, Point(CLASSIFIER_ALONE, WHOLE_MODEL, 1): 9e-6})
-    points.add({Point(CHECK_CLASSIFIER, WHOLE_MODEL, 8): 5e-6, Point(CLASSIFIER_ALONE, WHOLE_MODEL, 8): 9e-6})
+    points.add(
+        {TimingPoint(CHECK_CLASSIFIER, WHOLE_MODEL, 1): -2e-6, TimingPoint(CLASSIFIER_ALONE, WHOLE_MODEL, 1): 9e-6}
+    )
+    points.add(
+        {TimingPoint(CHECK_CLASSIFIER, WHOLE_MODEL, 8): 5e-6, TimingPoint(CLASSIFIER_ALONE, WHOLE_MODEL, 8): 9e-6}
+    )
     assert [latency.rows_figure(CHECK_CLASSIFIER, rows).median_s for rows in (1, 8)] == [9e-6, 5e-6]

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from calibrate.report_exit_sections import exit_sections, exit_summary
-from calibrate.report_exits import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
-from calibrate.report_page import Card, Page, Table, render
+from calibrate.report.exits import exit_sections, exit_summary
+from calibrate.report.page import Highlight, Page, Table, render
+from calibrate.report.statistics import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence
@@ -111,7 +111,7 @@ def page() -> str:
     tasks = ("news", "code <and> more")
     trace = synthetic_trace("mine", (2, 4, 6), tasks, 400)
     sections, _ = exit_sections(trace, [synthetic_trace("theirs", (3, 6), tasks, 400, seed=1)], 0.9, None)
-    shown = Page("Mine", "on this", "published", ["It works."], [Card("a", "1", "b")], ["a caution"], sections)
+    shown = Page("Mine", "on this", "published", ["It works."], [Highlight("a", "1", "b")], ["a caution"], sections)
     for drawing in shown.drawings:
         lay_out(drawing)
     return render(shown)

@@ -12,11 +12,10 @@ import simpy
 
 torch = pytest.importorskip("torch")
 
-from calibrate.ceilings import Ceilings  # noqa: E402
-from calibrate.cpu import CpuDevice  # noqa: E402
-from calibrate.serving import ServingCosts, measure_serving  # noqa: E402
-from calibrate.serving_run import PROMPT_TOKENS, Served, serve  # noqa: E402
-from calibrate.subject import Limits, Subject  # noqa: E402
+from calibrate.measure.ceilings import Ceilings  # noqa: E402
+from calibrate.measure.devices import TimedCpu  # noqa: E402
+from calibrate.measure.host import PROMPT_TOKENS, Served, ServingCosts, measure_serving, serve  # noqa: E402
+from calibrate.measure.subject import Subject, TableLimits  # noqa: E402
 from fake_device import VirtualClock  # noqa: E402
 from helios_sim.engine.simulated import ModelData, SimulatedEngine  # noqa: E402
 from helios_sim.exits.artificial import no_exits  # noqa: E402
@@ -49,9 +48,9 @@ ROUNDING_S = 2e-6
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     checkpoint = find_checkpoint(str(write_tiny("llama", tmp_path_factory.mktemp("tiny"), layers=3)))
     threads = torch.get_num_threads()
-    device = CpuDevice.open(memory_bytes=1 << 30, threads=1)
+    device = TimedCpu.open(memory_bytes=1 << 30, threads=1)
     torch.set_num_threads(threads)
-    return Subject(SegmentedModel.load(checkpoint), device, Limits(8, 64, 32, 64, 8))
+    return Subject(SegmentedModel.load(checkpoint), device, TableLimits(8, 64, 32, 64, 8))
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibrate.campaign import TOLERATED
-from calibrate.ceilings import Ceilings
-from calibrate.report_floor import below_floor, over_floor
+from calibrate.measure.ceilings import Ceilings, below_floor, over_floor
+from calibrate.measure.profile import TOLERATED
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.store import known_profiles, load_profile
 from helios_sim.provenance import ProvenanceClass

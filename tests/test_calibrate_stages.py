@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.stages import Stage, StageRun, Status, read_finished, run_stages
-from calibrate.transcript import Progress
+from calibrate.progress import Progress
+from calibrate.stages import Stage, StageRun, StageStatus, read_finished, run_stages
 from helios_sim.errors import UserError
 
 
@@ -213,4 +213,4 @@ def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_writt
     assert read_finished(out)["endless"].result["samples"] == samples  # it finds its own again, with the same settings
     assert not (out / ".scratch").exists()
     last = json.loads((out / "transcript.jsonl").read_text().splitlines()[-1])
-    assert (last["stage"], last["event"]) == ("endless", Status.DONE)
+    assert (last["stage"], last["event"]) == ("endless", StageStatus.DONE)

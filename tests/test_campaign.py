@@ -173,13 +173,13 @@ def test_a_mistake_is_one_message_and_leaves_nothing(arguments, parts, tmp_path,
 @pytest.fixture
 def last(tmp_path):
     """Runs the profile of a plan's last model alone."""
-    from calibrate.campaigns.plan import Plan
-    from calibrate.campaigns.schema import CampaignConfig
+    from calibrate.campaigns.plan import CampaignPlan
+    from calibrate.schema import CampaignConfig
     from calibrate.stages import run_stages
 
     def ran(last_model: str, memory_bytes: int):
         weights = {"small": "tiny:smollm2-135m", "same": "tiny:smollm2-135m"}
-        plan = Plan(
+        plan = CampaignPlan(
             CampaignConfig(
                 device="cpu",
                 dtype="float32",
@@ -219,15 +219,15 @@ def test_h100_is_the_rehearsal_s_plan_at_full_size(monkeypatch, capsys, tmp_path
     """Its settings are read and its stages planned, on whatever device is here: nothing is measured."""
     import yaml
 
-    from calibrate.campaigns.plan import Plan
-    from calibrate.campaigns.schema import CampaignConfig, CampaignLiveConfig
+    from calibrate.campaigns.plan import CampaignPlan
+    from calibrate.schema import CampaignConfig, CampaignLiveConfig
     from helios_sim.config import conf_folder
 
     def stages(name: str) -> list[tuple[str, str]]:
         settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text())
         live = CampaignLiveConfig(**settings.pop("live"))
         settings["weights"] = settings.get("weights") or {m: f"random:{m}" for m in settings["models"]}
-        plan = Plan(CampaignConfig(**{**settings, "device": "cpu"}, live=live))
+        plan = CampaignPlan(CampaignConfig(**{**settings, "device": "cpu"}, live=live))
         return [(stage.name.replace("tiny-", ""), plan.groups[stage.name]) for stage in plan.stages]
 
     assert stages("h100") == stages("rehearsal")

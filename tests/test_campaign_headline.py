@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-from calibrate.campaigns.exits import CARRIED, LENDER, carried_over
 from calibrate.campaigns.headline import (
     ARRIVALS,
     EARLY_EXIT,
@@ -21,6 +20,7 @@ from calibrate.campaigns.headline import (
     requests_within,
 )
 from calibrate.campaigns.page import page
+from calibrate.campaigns.studies import CARRIED, LENDER, carried_over
 from calibrate.stages import NotEnoughTime
 from helios_sim.errors import UserError
 from helios_sim.exits.published import EXIT_SHARES

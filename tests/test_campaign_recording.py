@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from calibrate.campaigns.device_report import measure_device
-from calibrate.campaigns.recording import Recorded, Replayed
-from calibrate.device import open_device
+from calibrate.campaigns.device import RecordingDevice, ReplayedDevice, measure_device
+from calibrate.measure.devices import open_device
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
@@ -21,14 +20,14 @@ REHEARSAL = "experiments/h100_campaign/rehearsal"
 
 def recorded(device, now_s=None) -> tuple[dict, str]:
     file = io.StringIO()
-    watched = Recorded(device, file) if now_s is None else Recorded(device, file, now_s)
+    watched = RecordingDevice(device, file) if now_s is None else RecordingDevice(device, file, now_s)
     return measure_device(watched, "float32", watched.now_s, watched.sleep, **SIZES), file.getvalue()
 
 
-def replayed(text: str, tmp_path) -> tuple[dict, Replayed]:
+def replayed(text: str, tmp_path) -> tuple[dict, ReplayedDevice]:
     path = tmp_path / "device.jsonl"
     path.write_text(text)
-    device = Replayed(path)
+    device = ReplayedDevice(path)
     return measure_device(device, "float32", device.now_s, device.sleep, **SIZES), device
 
 
@@ -51,7 +50,7 @@ def test_a_card_s_events_launches_and_energy_are_replayed(tmp_path, monkeypatch)
     device = VirtualDevice(clock, asynchronous=True, power_w=lambda s: 90.0 * round(s, 2))
     monkeypatch.setattr(VirtualDevice, "laps_s", lambda self, steps: [1e-3 + 1e-6 * self.prepared for _ in steps])
     monkeypatch.setattr(VirtualDevice, "launch_s", lambda self, step: 5e-6)
-    monkeypatch.setattr("calibrate.campaigns.recording.time.sleep", clock.pass_s)
+    monkeypatch.setattr("calibrate.campaigns.device.time.sleep", clock.pass_s)
     found, text = recorded(device, now_s)
     assert found["power"]["idle_w"] == pytest.approx(90, rel=0.05)
     assert found["launch"]["host_s_per_kernel"] == pytest.approx(5e-6 / 200)
@@ -75,7 +74,7 @@ def test_the_record_beside_the_rehearsal_gives_its_report(repository) -> None:
     folder = repository / REHEARSAL
     summary = json.loads((folder / "summary.json").read_text())
     result = dict(summary["stages"]["ceilings"]["result"])
-    device = Replayed(folder / "device.jsonl")
+    device = ReplayedDevice(folder / "device.jsonl")
     sizes = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
     found = measure_device(device, result["ceilings"]["dtype"], device.now_s, device.sleep, **sizes)
     assert json.loads(json.dumps(found)) == result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibrate.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature, point
+from calibrate.exits.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature, point
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:

@@ -13,9 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from calibrate.adapters import AdapterConfig, train_heads  # noqa: E402
+from calibrate.exits.adapters import AdapterConfig, train_heads  # noqa: E402
+from calibrate.exits.training import Recipe  # noqa: E402
 from calibrate.schema import CalibrateConfig  # noqa: E402
-from calibrate.training import Recipe  # noqa: E402
 from calibrate.work import _candidates  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
@@ -121,7 +121,7 @@ def test_own_heads_have_no_check() -> None:
 
 
 def test_the_largest_logits_are_those_of_topk() -> None:
-    from calibrate.training import largest
+    from calibrate.exits.training import largest
 
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 1_001)))
     values, places = largest(logits, 6, run=64)

@@ -61,22 +61,6 @@ def test_decodes_of_any_lengths_continue_their_texts(
         torch.testing.assert_close(got, want[rows, at], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("slots", [[1, 2], [3, 0]])
-def test_a_refilled_step_is_a_new_one_in_the_same_memory(
-    model: SegmentedModel, cache: KvCache, slots: list[int]
-) -> None:
-    ids = token_ids(batch=2, tokens=40)
-    for slot, text in zip(slots, ids, strict=True):
-        prompt_logits(model, cache, slot, text, (40,))
-    step = DecodeStep(cache, slots, [5, 9], span=48)
-    addresses = [tensor.data_ptr() for tensor in step._tensors()]
-    step.refill(slots, [39, 22])
-    assert [tensor.data_ptr() for tensor in step._tensors()] == addresses
-    got = decode_logits(model, step, ids[[0, 1], [39, 22]])
-    new = decode_logits(model, DecodeStep(cache, slots, [39, 22], span=48), ids[[0, 1], [39, 22]])
-    assert torch.equal(got, new)
-
-
 def test_propagation_writes_the_k_and_v_that_a_run_would(model: SegmentedModel, cache: KvCache) -> None:
     ids = token_ids(batch=1, tokens=20)[0]
     prompt_logits(model, cache, 2, ids, (20,))

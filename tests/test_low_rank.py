@@ -8,9 +8,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from calibrate.low_rank import LowRankPlan, changed, exit_losses, first_factors, through, train_low_rank  # noqa: E402
-from calibrate.shortlist import frequent_tokens, in_layers, shortlist_logit  # noqa: E402
-from calibrate.training import choices, first_adapter  # noqa: E402
+from calibrate.exits.low_rank import (  # noqa: E402
+    LowRankPlan,
+    changed,
+    exit_losses,
+    first_factors,
+    frequent_tokens,
+    in_layers,
+    shortlist_logit,
+    through,
+    train_low_rank,
+)
+from calibrate.exits.training import choices, first_adapter  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from tests.tiny_models import write_tiny  # noqa: E402

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from calibrate import texts
+from calibrate.exits import texts
+from calibrate.exits.texts import PACKAGES, Package, Split, detokenised, documents, fetch, passages, split_names
 from calibrate.models import cache_folder
-from calibrate.text_packages import PACKAGES, Package, fetch
-from calibrate.texts import Split, detokenised, documents, passages, split_names
 from helios_sim.errors import UserError
 
 CACHED = all((cache_folder() / "texts" / package.file).exists() for package in PACKAGES)

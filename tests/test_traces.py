@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from calibrate import traces  # noqa: E402
-from calibrate.generate import characters  # noqa: E402
-from calibrate.hidden import start_token, tokenized  # noqa: E402
-from calibrate.texts import Split, passages  # noqa: E402
+from calibrate.exits import traces  # noqa: E402
+from calibrate.exits.hidden import start_token, tokenized  # noqa: E402
+from calibrate.exits.texts import Split, passages  # noqa: E402
+from calibrate.exits.traces import characters  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
@@ -21,7 +21,7 @@ from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.live.model.heads import ExitHeads  # noqa: E402
 from tests.tiny_models import tiny_tokenizer, write_tiny  # noqa: E402
 
-ORIGIN = traces.Origin("tiny", "0" * 64, "a test")
+ORIGIN = traces.TraceOrigin("tiny", "0" * 64, "a test")
 CHARS = {"code": 500}
 
 

@@ -61,8 +61,8 @@ def test_shipped_heads_are_small_and_belong_to_the_traces(model: str) -> None:
 
 
 def test_smollm2_saves_more_than_it_asks_on_every_kind_of_text() -> None:
-    from calibrate.reliability import at_agreement
-    from calibrate.texts import domain_of
+    from calibrate.exits.reliability import at_agreement
+    from calibrate.exits.texts import domain_of
 
     trace = load_trace("smollm2-135m", "reference")
     costs = json.loads((HEADS / "smollm2-135m" / "heads.json").read_text())["curves"]

@@ -13,8 +13,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from calibrate import training
-from calibrate.training import Recipe
+from calibrate.exits import training
+from calibrate.exits.training import Recipe
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from calibrate.subject import Limits, Subject
+from calibrate.measure.subject import Subject, TableLimits
 from fake_device import VirtualClock, VirtualDevice
 from helios_sim.live.memory.kv import MixedStep
 from helios_sim.live.model.architecture import Architecture, Rope
 
-LIMITS = Limits(max_batch=8, max_rows=64, max_chunk=64, max_kv_tokens=256, max_head_rows=16)
+LIMITS = TableLimits(max_batch=8, max_rows=64, max_chunk=64, max_kv_tokens=256, max_head_rows=16)
 ARCHITECTURE = Architecture(
     "gemma3", n_layers=6, d_model=8, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=16, vocab_size=32,
     max_context_tokens=256, norm_eps=1e-6, activation="gelu_tanh", tied_embeddings=True, attention_scale=0.5,
@@ -103,7 +103,7 @@ class StubModel:
 class VirtualSubject(Subject):
     """Six layers in two classes, of which every third attends to everything."""
 
-    def __init__(self, costs: Costs | None = None, limits: Limits = LIMITS, **changes: Any) -> None:
+    def __init__(self, costs: Costs | None = None, limits: TableLimits = LIMITS, **changes: Any) -> None:
         self.clock, self.costs = VirtualClock(), costs or Costs()
         device = VirtualDevice(self.clock, **changes)
         super().__init__(StubModel(self.clock, self.costs), device, limits)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""A whole campaign on one device: all models, traces, live runs and the headline, in one command and several calls."""
+"""A campaign on one device: many models, traces, live runs and the headline comparison, in one command."""

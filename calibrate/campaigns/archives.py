@@ -1,7 +1,7 @@
-"""Finished stages as archives, and back. Knows files and checksums, not what a stage is.
+"""Writes finished stages into archives and reads them back.
 
-An archive holds one group of stages: `manifest.json` first (whose campaign, which stages, a sha256 of every file), then
-the stages' folders. It appears whole or not at all, and is written anew whenever a stage of its group is finished.
+An archive holds one group of stages: `manifest.json` first (the campaign, the stages, a sha256 of every file), then the
+stages' folders. It is written atomically, and again whenever a stage of its group is finished.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibrate.progress import now
 from calibrate.stages import RECORD, STAGES
-from calibrate.transcript import now
 from helios_sim.errors import UserError
 from helios_sim.report import files
 
 FORMAT, SCHEMA_VERSION = "helios-sim campaign", 1
 MANIFEST, SUFFIX = "manifest.json", ".tar.gz"
-MAX_BYTES = 16 << 20  # of one archive
-PASSING = {"scratch", "batches", "finished", ".hydra"}  # what a finished stage does not need any more
+MAX_BYTES = 16 << 20  # largest archive
+PASSING = {"scratch", "batches", "finished", ".hydra"}  # folders that a finished stage does not need any more
 _LEAVE_OUT = "leave it out (its stages are measured anew), or copy it again"
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
+    """A written archive."""
+
     path: Path
     n_bytes: int
-    left_out: tuple[str, ...]  # the largest files, where the archive would be too large
+    left_out: tuple[str, ...]  # the largest files, if the archive would be too large
 
 
 def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str], max_bytes: int = MAX_BYTES) -> Written:
-    """The stages' folders in `state`. What does not fit is left out, the largest file first, and named."""
+    """Archive the stages' folders in `state`. If it is too large, the largest files are left out and listed."""
     chosen = [file for stage in stages for file in _files(state / STAGES / stage)]
     left_out: list[Path] = []
     while True:
@@ -52,15 +54,15 @@ def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str],
 
 
 def campaign_of(path: Path) -> str:
-    """Whose it is. UserError where it is damaged."""
+    """The name of the archive's campaign. Raises UserError if the archive is damaged."""
     return str(_checked(path)[0]["campaign"])
 
 
 def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
-    """Puts its stages into `state`; their names. A stage of which a file was left out is not among them.
+    """Unpack the archive's stages into `state` and return their names, without stages of which a file was left out.
 
-    Of a stage that `state` has already, the one that was finished later stays. UserError for a damaged archive or one
-    of another campaign; then nothing is put anywhere.
+    If `state` has a stage already, the one that was finished later is kept. Raises UserError for a damaged archive or
+    one of another campaign, before anything is written.
     """
     manifest, content = _checked(path)
     if manifest["campaign"] != campaign:
@@ -83,7 +85,7 @@ def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
 
 
 def archives_in(places: Iterable[str]) -> list[Path]:
-    """Archives named one by one or by their folder. UserError for a place that is not there."""
+    """Archives named one by one or by their folder. Raises UserError for a path that does not exist."""
     found: list[Path] = []
     for place in places:
         path = Path(place).expanduser()
@@ -129,7 +131,7 @@ def _packed(
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and files, each of which has its sha256."""
+    """The manifest and the files, after checking every sha256."""
     content: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:

@@ -1,4 +1,4 @@
-"""One call of a campaign: archives in, stages, archives out, and what is printed. Knows no measuring."""
+"""One call of a campaign: reads archives, runs stages, writes archives, and prints the results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from rich.table import Table
 import helios_sim
 from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive
 from calibrate.campaigns.page import page
-from calibrate.campaigns.plan import Plan
-from calibrate.campaigns.schema import CampaignConfig
-from calibrate.ceilings import Ceilings
+from calibrate.campaigns.plan import CampaignPlan
 from calibrate.command import check_budget
-from calibrate.progress import progress
-from calibrate.report_floor import median_ratio, over_floor
-from calibrate.stages import Outcome, Status, run_stages
-from calibrate.transcript import FILE as TRANSCRIPT, OnProgress, Progress
+from calibrate.measure.ceilings import Ceilings, median_ratio, over_floor
+from calibrate.progress import FILE as TRANSCRIPT, OnProgress, Progress, progress
+from calibrate.schema import CampaignConfig
+from calibrate.stages import StageOutcome, StageStatus, run_stages
 from helios_sim.live.served import check_packages
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
@@ -35,13 +33,13 @@ from helios_sim.report.tables import PLAIN_WIDTH
 
 
 def run_campaign(config: CampaignConfig, folder: Path) -> int:
-    """Returns 0, or 1 when a stage failed by a defect. UserError before anything is measured where that is possible.
+    """Run the campaign. Returns 0, or 1 if a stage failed by a defect. Raises UserError for a mistake of the user.
 
-    `folder` gets an archive for each group of stages, written anew when a stage of it is finished: whatever ends this
-    call, what was finished is there, and the next call goes on from it.
+    `folder` gets an archive for each group of stages, written again when a stage of it is finished. However this call
+    ends, finished stages are kept, and the next call continues from them.
     """
     check_packages("measuring a model")
-    plan = Plan(config)
+    plan = CampaignPlan(config)
     check_budget(config.budget_s, plan.stages)
     archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])
     state = Path(tempfile.mkdtemp(prefix="helios-campaign-"))
@@ -49,7 +47,7 @@ def run_campaign(config: CampaignConfig, folder: Path) -> int:
         for path in archives:
             read_archive(path, config.campaign, state)
         plan.check()
-        with progress(plan.stages) as watch:
+        with progress({stage.name: stage.estimate_s for stage in plan.stages}) as watch:
             outcomes = run_stages(plan.stages, state, config.budget_s, _keeping(plan, state, folder, watch))
         _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
         summary = _summary(plan, state, outcomes)
@@ -59,14 +57,14 @@ def run_campaign(config: CampaignConfig, folder: Path) -> int:
     finally:
         shutil.rmtree(state, ignore_errors=True)
     _show(config, summary, outcomes, folder)
-    failed = [outcome for outcome in outcomes if outcome.status is Status.FAILED]
+    failed = [outcome for outcome in outcomes if outcome.status is StageStatus.FAILED]
     for outcome in failed:
         print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; {TRANSCRIPT} has it", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _keeping(plan: Plan, state: Path, folder: Path, watch: OnProgress) -> OnProgress:
-    """Writes the archive of a stage's group as soon as the stage is finished."""
+def _keeping(plan: CampaignPlan, state: Path, folder: Path, watch: OnProgress) -> OnProgress:
+    """A watcher that writes the archive of a stage's group as soon as the stage is finished."""
     finished: set[str] = set()
 
     def told(event: Progress) -> None:
@@ -79,7 +77,9 @@ def _keeping(plan: Plan, state: Path, folder: Path, watch: OnProgress) -> OnProg
     return told
 
 
-def _write_groups(plan: Plan, state: Path, folder: Path, finished: set[str], only: set[str] | None = None) -> None:
+def _write_groups(
+    plan: CampaignPlan, state: Path, folder: Path, finished: set[str], only: set[str] | None = None
+) -> None:
     for group in sorted(only or set(plan.groups.values())):
         stages = [stage.name for stage in plan.stages if plan.groups[stage.name] == group and stage.name in finished]
         if stages:
@@ -88,7 +88,7 @@ def _write_groups(plan: Plan, state: Path, folder: Path, finished: set[str], onl
                 print(f"calibrate: {written.path.name} has no room for {name}", file=sys.stderr)
 
 
-def _summary(plan: Plan, state: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _summary(plan: CampaignPlan, state: Path, outcomes: Sequence[StageOutcome]) -> dict[str, Any]:
     config = plan.config
     return {
         "schema_version": 1,
@@ -115,8 +115,8 @@ def _summary(plan: Plan, state: Path, outcomes: Sequence[Outcome]) -> dict[str, 
     }
 
 
-def _result(outcome: Outcome) -> Mapping[str, Any]:
-    """What the stage returned, but for the points of a comparison; of a profile, what is behind it."""
+def _result(outcome: StageOutcome) -> Mapping[str, Any]:
+    """The stage's result without the points of a comparison; for a profile, with its details."""
     assert outcome.finished is not None
     result = {key: value for key, value in outcome.finished.result.items() if key != "points"}
     name = result.get("name")
@@ -134,8 +134,8 @@ def _result(outcome: Outcome) -> Mapping[str, Any]:
     return result
 
 
-def _show(config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Standard output: a table of the stages, the folder, and summary.json as the last line."""
+def _show(config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence[StageOutcome], folder: Path) -> None:
+    """Print a table of the stages, the folder, and summary.json as the last line."""
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
     title = f"campaign {config.campaign} on {summary['device']}"
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
@@ -148,7 +148,7 @@ def _show(config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence
     console.print(table, highlight=False)
     if summary["worthless"]:
         print("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
-    if any(outcome.status is Status.SKIPPED for outcome in outcomes):
+    if any(outcome.status is StageStatus.SKIPPED for outcome in outcomes):
         print(f"what was skipped for want of time runs when the same command is given again with resume=[{folder}]")
     print(f"output folder: {folder}")
     print(json.dumps(summary, allow_nan=False))

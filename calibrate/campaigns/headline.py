@@ -1,7 +1,8 @@
-"""What HELIOS gains on this device over early exits and full depth, alone and in a batch. Knows arms, runs no model.
+"""The studies of a campaign: live serving beside its simulation, and the headline comparison.
 
-Simulated from the profiles that were measured here; and served live, beside a simulation of the very same requests.
-Every arm says where its times, its exits and its energy come from.
+The headline is what HELIOS gains on this device over early exits and full depth, for one user and for a full queue. It
+is simulated from the profiles measured here, and served live beside a simulation of the same requests. Every arm
+records where its times, exits and energy come from.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
-from calibrate.campaigns.schema import CampaignConfig
 from calibrate.campaigns.studies import Basis, arms, basis, seconds_each, summary_of, weights_of
+from calibrate.schema import CampaignConfig
 from calibrate.stages import NotEnoughTime, StageRun
 from helios_sim.study.command import run_study
-from helios_sim.study.live_schema import LIVE, SIMULATE
+from helios_sim.study.fidelity_live import run_fidelity_live
+from helios_sim.study.live_schema import LIVE, SIMULATE, LiveFidelityConfig
 
 REQUESTS, QUICK_REQUESTS = 400, 12
 HELIOS, EARLY_EXIT, FULL_DEPTH = "helios", "early_exit", "full_depth"
@@ -29,6 +31,32 @@ METRICS = (
     "breach_fraction", "agreement",
 )  # fmt: skip
 GAINS = ("throughput_requests_per_s", "e2e_s_mean", "energy_wh_per_request", "batch_mean")
+
+
+def served(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Mapping[str, Any]:
+    """Run every arm at every load, simulated and served live in two passes. Raises as `run_fidelity_live` does."""
+    made = basis(config, models, stage, {model: weights_of(config, model) for model in models})
+    largest, some = models[-1], arms(config, models)
+    seconds = seconds_each(config, stage, len(some) * len(config.live.loads) * 2)
+    study = replace(
+        made.config,
+        name=f"live_{largest}",
+        title=f"Live and simulated: {', '.join(models)} on {made.config.hardware}",
+        question=f"How far off is the simulation from the profile just measured? Exits: {made.exits.said}.",
+        arms=some,
+        fidelity_live=LiveFidelityConfig(list(config.live.loads), seconds, config.live.least_requests),
+    )
+    stage.tell(f"{len(some)} arms at {len(config.live.loads)} loads, {seconds:.1f} s each", None)
+    status, summary = summary_of(run_fidelity_live, study, stage.folder)
+    return {
+        "models": list(models),
+        "exits": made.exits.said,
+        "arrivals_s_per_run": seconds,
+        "gates_passed": status == 0,
+        "verdict": summary["verdict"],
+        "gates": summary["gates"],
+        "points": summary["points"],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +73,16 @@ class Arm:
 
 
 def headline(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Mapping[str, Any]:
-    """One user, then a full queue: every arm simulated."""
+    """Simulate every arm with one user and with a full queue."""
     made = basis(config, models, stage, {})
     requests = dict.fromkeys(ARRIVALS, QUICK_REQUESTS if config.quick else REQUESTS)
     return _run(config, models, stage, made, _arms(SIMULATE), requests)
 
 
 def live_headline(config: CampaignConfig, models: Sequence[str], simulated: str, stage: StageRun) -> Mapping[str, Any]:
-    """The same served live, as many requests as there is time for, and simulated beside it.
+    """Serve the headline's arms live with as many requests as there is time for, beside their simulation.
 
-    `simulated` is the stage that tells how fast each arm is about. NotEnoughTime where that is too slow.
+    `simulated` is the stage with each arm's approximate speed. Raises NotEnoughTime if an arm is too slow.
     """
     made = basis(config, models, stage, {model: weights_of(config, model) for model in models})
     live, beside = _arms(LIVE), _arms(SIMULATE)
@@ -69,14 +97,14 @@ def live_headline(config: CampaignConfig, models: Sequence[str], simulated: str,
 
 
 def requests_within(seconds: float, each_s: float, least: int) -> int:
-    """As many as fit, of which each takes so long; no more than are simulated. NotEnoughTime for fewer than `least`."""
+    """How many requests of `each_s` fit into `seconds`, at most REQUESTS. Raises NotEnoughTime for under `least`."""
     if least * each_s > seconds:
         raise NotEnoughTime(f"{least} requests take {least * each_s:.0f} s, and {seconds:.0f} s are there for them")
     return min(floor(seconds / each_s), REQUESTS)
 
 
 def gains(figures: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """HELIOS over each other policy in the same mode under the same load, metric by metric. Of bands, a band."""
+    """HELIOS's figures over those of each other policy, by mode, load and metric. Bands give a band."""
     found = []
     for arm, ours in figures.items():
         for policy in (EARLY_EXIT, FULL_DEPTH) if arm.policy == HELIOS else ():
@@ -109,7 +137,7 @@ def _run(
         baseline=replace(chosen[0], policy=EARLY_EXIT).name,
         subject=replace(chosen[0], policy=HELIOS).name,
         headline_metrics=list(METRICS),
-        pictures=any(arm.mode == LIVE for arm in chosen),  # to draw takes longer than to simulate
+        pictures=any(arm.mode == LIVE for arm in chosen),  # drawing takes longer than simulating
         jobs=1,
     )
     _, summary = summary_of(run_study, study, stage.folder)
@@ -127,7 +155,7 @@ def _run(
 
 
 def _provenance(made: Basis, arm: Arm, figures: Mapping[str, Any]) -> dict[str, str | None]:
-    """`class` is the weakest of what the arm stands on; full depth stands on no exits."""
+    """Where the arm's figures come from. `class` is the weakest source; full depth uses no exits."""
     energy = figures["energy_wh_per_request"]
     exits = None if arm.policy == FULL_DEPTH else made.exits.origin
     return {
@@ -139,7 +167,7 @@ def _provenance(made: Basis, arm: Arm, figures: Mapping[str, Any]) -> dict[str, 
 
 
 def _ratio(ours: Any, theirs: Any) -> Any:
-    """None where either is undefined, or one is measured and the other a band."""
+    """The ratio. None if either is undefined, or one is a number and the other a band."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         ends = [_ratio(ours[end], theirs[end]) for end in ("low", "high")]
         return None if None in ends else {"low": min(ends), "high": max(ends)}

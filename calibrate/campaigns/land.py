@@ -1,14 +1,15 @@
-"""Puts what a campaign measured where this project keeps such things. Knows its folders, measures nothing.
+"""Puts a campaign's results into a checkout of this project.
 
 `python -m calibrate.campaigns.land OUT [into=FOLDER]`: OUT is the output folder of the campaign's last call, which has
-all archives; FOLDER is a checkout of this project (without it, the current folder). There it writes
+all archives; FOLDER is a checkout of this project (default: the current folder). It writes
 
 - `helios_sim/data/profiles/MODEL@CARD/`, every profile;
 - `conf/experiment/measured_CARD.yaml`, a study on these profiles: `python -m helios_sim +experiment=measured_CARD`;
-- `experiments/h100_campaign/CARD/`, the report, its figures, pages of its studies, all that the device answered;
+- `experiments/h100_campaign/CARD/`, the report, its figures, pages of its studies, and the device's recorded answers;
 - the part of that folder's page between its marks: a row for each card.
 
-What is there of the same card makes way. A rehearsal is refused unless `trial=true`: its figures are worth nothing.
+Earlier results of the same card are replaced. A rehearsal is refused unless `trial=true`, since its figures are not
+meaningful.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _USAGE = "python -m calibrate.campaigns.land OUT into=FOLDER"
 
 
 def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
-    """What was written. UserError, before anything is, where OUT is no campaign or INTO no checkout."""
+    """Write the results and return the paths. Raises UserError first if OUT is no campaign or INTO no checkout."""
     summary = _summary(out)
     if summary["worthless"] and not trial:
         raise UserError("OUT", str(out), "a campaign at full size: this one is a rehearsal", "try it with trial=true")
@@ -63,7 +64,7 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
         place = into / PAGES / card
         for source in (out / SUMMARY, out / REPORT, finished[CEILINGS].part(ANSWERS)):
             files.write_bytes(place / source.name, source.read_bytes())
-        for name, stage in finished.items():  # of what was simulated and served
+        for name, stage in finished.items():  # pages of simulated and served studies
             if stage.part(PAGE_OF_STUDY).is_file():
                 files.write_bytes(place / f"{name}.html", stage.part(PAGE_OF_STUDY).read_bytes())
     written.append(place)
@@ -75,7 +76,7 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
 
 
 def cards(folder: Path) -> str:
-    """In Markdown: each card that has landed, its ceilings, and what HELIOS gains there."""
+    """Markdown tables of all cards with results: their ceilings, and what HELIOS gains there."""
     ceilings, gained = [], []
     for path in sorted(folder.glob(f"*/{SUMMARY}")):
         if path.parent.name == REHEARSAL:
@@ -97,7 +98,7 @@ def cards(folder: Path) -> str:
 
 
 def _gains(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    """Of every headline; of those also served live, both modes at once."""
+    """Rows with the gains of every headline; the live one includes both modes."""
     for name, result in results.items():
         if "gains" not in result or f"live-{name}" in results:
             continue
@@ -108,7 +109,7 @@ def _gains(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def _experiment(into: Path, card: str, smaller: str, larger: str) -> Path:
-    """Called after the first word of the card's name: measured_h100."""
+    """Write the experiment, named after the first word of the card's name: measured_h100."""
     name = f"measured_{card.partition('-')[0]}"
     path = into / EXPERIMENTS / f"{name}.yaml"
     text = Template(_TEMPLATE.read_text(encoding="utf-8"))

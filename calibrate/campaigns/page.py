@@ -1,4 +1,4 @@
-"""The page of a campaign in Markdown: what was measured, beside its ceiling. Knows results, not how they came."""
+"""The page of a campaign in Markdown: what was measured, compared with its ceiling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORTHLESS = (
 
 
 def page(campaign: str, summary: Mapping[str, Any]) -> str:
-    """`summary` is summary.json's content."""
+    """The page. `summary` is the content of summary.json."""
     stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
     parts = [f"# Campaign {campaign} on {summary['device']}", ""]
     parts += [WORTHLESS, ""] if summary["worthless"] else []
@@ -63,7 +63,7 @@ def _device(found: Mapping[str, Any]) -> list[str]:
 
 
 def _profiles(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How good the tables are; then what was measured over what the device's ceilings or the shapes say."""
+    """Tables of the profiles' accuracy, and of measured over predicted times and memory."""
     quality, over = [], []
     for name, found in profiles.items():
         model = name.removeprefix(f"{PROFILE}-")
@@ -97,7 +97,7 @@ def _measured_over_predicted(found: Mapping[str, Any]) -> str:
 
 
 def _headline(result: Mapping[str, Any]) -> list[str]:
-    """Arms with where their figures come from, then what HELIOS gains over each rival."""
+    """Tables of the arms with the origin of their figures, and of what HELIOS gains over each rival."""
     requests = ", ".join(f"{n} ({load})" for load, n in result["requests"].items())
     counter = result["counter"] or "none of a live run; bands are between idle power and the board's limit"
     arms: Mapping[str, Mapping[str, Any]] = result["arms"]
@@ -124,13 +124,13 @@ def _headline(result: Mapping[str, Any]) -> list[str]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> list[str]:
-    """The first `words` columns hold words, the others numbers."""
+    """A Markdown table. The first `words` columns hold words, the others numbers."""
     rule = ["---" if i < words else "---:" for i in range(len(columns))]
     return [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
 
 
 def shown(value: Any) -> str:
-    """A band by both its ends."""
+    """A figure as text; a band by both its ends."""
     if value is None:
         return ""
     if isinstance(value, Mapping):

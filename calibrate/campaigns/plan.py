@@ -1,4 +1,4 @@
-"""The stages of a campaign: what each is worth and needs, and in which archive it lies. Measures nothing."""
+"""The stages of a campaign: their order of worth, what each needs, and the archive that it belongs to."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from calibrate.campaigns.device_report import measure_device
-from calibrate.campaigns.headline import headline, live_headline
-from calibrate.campaigns.recording import Recorded
-from calibrate.campaigns.schema import CampaignConfig
-from calibrate.campaigns.serving import served
+from calibrate.campaigns.device import RecordingDevice, measure_device
+from calibrate.campaigns.headline import headline, live_headline, served
 from calibrate.campaigns.studies import weights_of
 from calibrate.inputs import Inputs
-from calibrate.schema import CalibrateConfig, ModelConfig
+from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
 from calibrate.stages import CannotRun, Stage, StageRun
 from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
 from helios_sim.errors import UserError
@@ -25,9 +22,9 @@ from helios_sim.live.checkpoint.known import KNOWN
 
 DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
 TRANSCRIPT = "device.jsonl"
-MEMORY = "memory"  # the key of the mistake of asking for more than there is
+MEMORY = "memory"  # key of the UserError for too little memory
 
-# Of a card like an H100, guessed: no such card was at hand, and the first campaign on one will correct them.
+# Guesses for a card like an H100, to be corrected after the first campaign on one.
 EFFORTS = {
     DEVICE: Effort(20, 5),
     PROFILES: Effort(60, 20),
@@ -43,8 +40,8 @@ def profile_stage(model: str) -> str:
     return f"{PROFILE}-{model}"
 
 
-class Plan:
-    """All stages of a campaign, and the archive of each."""
+class CampaignPlan:
+    """All stages of a campaign, and the archive group of each."""
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
@@ -56,9 +53,9 @@ class Plan:
         self._add_all()
 
     def check(self) -> None:
-        """UserError for whatever would stop a stage anyway: packages, device, shapes, weights.
+        """Raise UserError for anything that would stop a stage: packages, device, shapes, weights.
 
-        A model that is too large for the memory only costs its own stages, which say so.
+        A model that is too large for the memory fails only its own stages.
         """
         from helios_sim.live.checkpoint.random_weights import RANDOM
 
@@ -97,7 +94,7 @@ class Plan:
             self._add(HEADLINE, self._headline([config.last_model]))
 
     def _add(self, group: str, stage: Stage, like: str | None = None) -> None:
-        """In order of worth, each with the effort of its group, or of the one that it is like."""
+        """Add a stage of the next lower worth, with the effort of its group, or of group `like`."""
         effort = REHEARSED if self.config.quick else EFFORTS[like or group]
         self._worth -= 1
         self.groups[stage.name] = group
@@ -111,7 +108,7 @@ class Plan:
         return self._stage(f"headline-{models[-1]}", partial(headline, self.config, models), models)
 
     def _stage(self, name: str, run: Run, models: Sequence[str], *more: str) -> Stage:
-        """One that reads profiles, for the text model its traces, and what `more` stages found."""
+        """A stage that needs the models' profiles, the text model's traces if it is among them, and `more` stages."""
         needs = tuple(profile_stage(model) for model in models)
         needs += (ADAPTERS, TRACES) if self.config.text_model in models else ()
         settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
@@ -122,7 +119,7 @@ class Plan:
 
         def run(stage: StageRun) -> Mapping[str, Any]:
             with (stage.folder / TRANSCRIPT).open("w", encoding="utf-8") as file:
-                device = Recorded(inputs.device, file)
+                device = RecordingDevice(inputs.device, file)
                 sizes = QUICK_SIZES if config.quick else {}
                 return measure_device(device, config.dtype, device.now_s, device.sleep, **sizes)
 
@@ -141,13 +138,13 @@ class Plan:
         return replace(stage, name=profile_stage(model), run=_released(inputs, run))
 
     def _exits(self) -> list[Stage]:
-        """Adapters trained on the text model and traced, with its own weights."""
+        """The stages that train and trace exit adapters of the text model, with its own weights."""
         config = self._calibration(self.config.text_model)
         inputs = Inputs(replace(config, task="adapters", heads=None))
         return [replace(stage, run=_released(inputs, stage.run)) for stage in stages_of(inputs)]
 
     def _calibration(self, model: str) -> CalibrateConfig:
-        """The settings of `python -m calibrate` for one model."""
+        """The settings of a calibration of one model."""
         c = self.config
         return CalibrateConfig(
             task="latency", model=ModelConfig(model, weights_of(c, model)), device=c.device, threads=c.threads,
@@ -158,7 +155,7 @@ class Plan:
 
 
 def _released(inputs: Inputs, run: Run) -> Run:
-    """The model leaves the device when its stage is over: the next one needs the room."""
+    """Wrap a stage so that its model is released afterwards, since the next one needs the memory."""
 
     def released(stage: StageRun) -> Mapping[str, Any]:
         try:
@@ -170,9 +167,9 @@ def _released(inputs: Inputs, run: Run) -> Run:
 
 
 def _alone(run: Run) -> Run:
-    """Memory that nobody holds any more goes back to the device, and a mistake found here costs this stage alone.
+    """Wrap a stage so that it frees unused device memory, and a UserError in it fails only this stage.
 
-    Too little memory is nobody's mistake: the stage is skipped.
+    With too little memory the stage is skipped.
     """
 
     def alone(stage: StageRun) -> Mapping[str, Any]:
@@ -180,8 +177,8 @@ def _alone(run: Run) -> Run:
             return memory_named(run)(stage)
         except MemoryError as error:
             raise CannotRun(f"the device's memory does not suffice: {error}") from error
-        except UserError as error:  # what concerns all stages was checked before the first
-            if error.key.endswith(MEMORY):  # an arm's name may stand before it
+        except UserError as error:  # mistakes that concern all stages were checked before the first
+            if error.key.endswith(MEMORY):  # it may be preceded by an arm's name
                 raise CannotRun(f"{error.value}: {error.allowed}") from error
             raise RuntimeError(str(error)) from error
         finally:

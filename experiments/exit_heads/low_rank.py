@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.adapters import AGREEMENT, DOMAINS, SHARES, risk_scale
-from calibrate.hidden import Passage, batches, start_token, states, tokenized_passages
-from calibrate.low_rank import LowRankPlan, changed, train_low_rank
-from calibrate.observe import Observed, observe
-from calibrate.reliability import at_agreement, fit_logistic
-from calibrate.texts import Split
-from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
+from calibrate.exits.adapters import AGREEMENT, DOMAINS, SHARES, risk_scale
+from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
+from calibrate.exits.low_rank import LowRankPlan, changed, train_low_rank
+from calibrate.exits.reliability import at_agreement, fit_logistic
+from calibrate.exits.texts import Split
+from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS, ExitOutputs, observe
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import SHIPPED, ExitHeads
@@ -100,7 +99,7 @@ def main() -> None:
     RESULT.write_text(json.dumps({**about, "relative_change": relative, "arms": table}, indent=1) + "\n")
 
 
-def _read(model: SegmentedModel, adapters: Any, start: int, some: list[Passage]) -> Observed:
+def _read(model: SegmentedModel, adapters: Any, start: int, some: list[Passage]) -> ExitOutputs:
     """What every exit says, tokens in the passages' order."""
     depths = (*PLAN.exits, model.architecture.n_layers)
     tensors = tuple(adapters[d] for d in PLAN.exits)
@@ -116,10 +115,10 @@ def _read(model: SegmentedModel, adapters: Any, start: int, some: list[Passage])
     columns = {
         n: np.concatenate([getattr(p, n) for p in parts])[order] for n in ("choice", "confidence", "margin", "bits")
     }
-    return Observed(**columns, classifier=None)
+    return ExitOutputs(**columns, classifier=None)
 
 
-def _row(parts: list[Observed], truth: list[Any], domain: Any, chars: Any) -> dict[str, Any]:
+def _row(parts: list[ExitOutputs], truth: list[Any], domain: Any, chars: Any) -> dict[str, Any]:
     """Agreement and saving by domain, all against the original's full depth. Confidence is the exit's probability
     through the whole head, calibrated on the calibration texts, its risk scaled by what leaving saves."""
     depths = (*PLAN.exits, 30)

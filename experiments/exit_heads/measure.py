@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.reliability import CurvePoint, at_agreement, expected_calibration_error, point
-from calibrate.texts import domain_of
+from calibrate.exits.reliability import CurvePoint, at_agreement, expected_calibration_error, point
+from calibrate.exits.texts import domain_of
 from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.adapters import AGREEMENT, CHECK_LAYERS, DOMAINS, AdapterConfig, training_passages
-from calibrate.hidden import batches, start_token, states, tokenized_passages
-from calibrate.reliability import at_agreement, expected_calibration_error, fit_logistic
-from calibrate.shortlist import frequent_tokens, in_layers, shortlist_logit
-from calibrate.texts import Split, domain_of
-from calibrate.traces import HELDOUT_CHARS, PASSAGE_CHARS
-from calibrate.training import choices
+from calibrate.exits.adapters import AGREEMENT, CHECK_LAYERS, DOMAINS, AdapterConfig, training_passages
+from calibrate.exits.hidden import batches, start_token, states, tokenized_passages
+from calibrate.exits.low_rank import frequent_tokens, in_layers, shortlist_logit
+from calibrate.exits.reliability import at_agreement, expected_calibration_error, fit_logistic
+from calibrate.exits.texts import Split, domain_of
+from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
+from calibrate.exits.training import choices
 from helios_sim.exits.store import load_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import DecodeStep, KvCache

@@ -20,8 +20,8 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
 
-from calibrate.hidden import start_token, states
-from calibrate.observe import observe
+from calibrate.exits.hidden import start_token, states
+from calibrate.exits.traces import observe
 from helios_sim.config import Variants, conf_folder, register
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.live.model.decoder import SegmentedModel

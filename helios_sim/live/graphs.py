@@ -38,7 +38,7 @@ class _Captured:
     launch: Step
     hidden: Tensor  # (size, d_model), the input; not read by a first segment
     out: Tensor  # (size, d_model)
-    reads: tuple[object, ...]  # weights and keys of its layers, whose addresses the graph holds
+    reads: tuple[object, ...]  # weights and keys of its layers: the graph holds their addresses
 
 
 class GraphedDecodes:

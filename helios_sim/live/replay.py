@@ -20,7 +20,7 @@ from helios_sim.serving.iteration import Plan
 
 
 class ReplayingEngine(LiveEngine):
-    """A `LiveEngine` whose exits follow the models' traces."""
+    """A `LiveEngine` with exits that follow the models' traces."""
 
     def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
         return self._recorded(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)

@@ -49,11 +49,11 @@ class LiveModel:
 
     def __post_init__(self) -> None:
         # Looked up once, since get_vocab() builds the dictionary anew at every call.
-        object.__setattr__(self, "start_token", _start_token(self.tokenizer, self.checkpoint.architecture.vocab_size))
+        object.__setattr__(self, "start_token", start_token(self.tokenizer, self.checkpoint.architecture.vocab_size))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and KV. It follows the profile, whose bytes policies and the server count with."""
+        """The dtype of weights and KV. Policies and the server count with the profile's bytes, so it follows those."""
         import torch
 
         return {4: torch.float32, 2: torch.bfloat16}[self.profile.model.weight_bytes_per_value]
@@ -93,7 +93,7 @@ class LiveModel:
         return text
 
 
-def _start_token(tokenizer: Any, vocab_size: int) -> int | None:
+def start_token(tokenizer: Any, vocab_size: int) -> int | None:
     """The token between documents in pretraining if the vocabulary has one, else the tokenizer's own start token.
 
     A tokenizer may have more tokens than the model has embeddings; those are not used.
@@ -167,7 +167,7 @@ def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:
 
 
 def _check_dtype(dtype: str | None, profile: Profile) -> None:
-    """Raise UserError for another dtype than the profile's, whose bytes policies and the KV cache count with."""
+    """Raise UserError for another dtype than the profile's: policies and the KV cache count with its bytes."""
     kept = next((d for d, n in VALUE_BYTES.items() if n == profile.model.weight_bytes_per_value), "another dtype")
     if dtype is not None and dtype != kept:
         fix = f"leave live.dtype out, or measure a profile with python -m calibrate dtype={dtype}"

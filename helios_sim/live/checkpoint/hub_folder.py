@@ -19,7 +19,7 @@ from helios_sim.live.checkpoint.naming import hub_embedding, hub_pieces
 from helios_sim.live.model.architecture import FAMILIES, Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece
 
-# model_type of config.json -> family. "gemma3" is the multimodal model, whose text part is used.
+# model_type of config.json -> family. "gemma3" is the multimodal model; its text part is used.
 _FAMILY = {
     "llama": "llama", "opt": "opt", "gpt2": "gpt2", "qwen2": "qwen2", "gemma3_text": "gemma3", "gemma3": "gemma3",
 }  # fmt: skip

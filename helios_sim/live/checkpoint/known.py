@@ -1,4 +1,4 @@
-"""The small open models whose weights are known: file, checksum, origin and licence. Importing this loads no torch.
+"""The small open models with known weights: file, checksum, origin and licence. Importing this loads no torch.
 
 The cache folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
 """

@@ -1,4 +1,4 @@
-"""A model of a known shape with random weights, for measuring where no checkpoint is at hand.
+"""A model of a known shape with random weights, for measuring without a checkpoint.
 
 Times, bytes and loads do not depend on the values of weights, so `random:NAME` can replace a checkpoint. Tokens,
 confidences and (since moving data costs energy) power do depend on them, so nothing is reported about those.

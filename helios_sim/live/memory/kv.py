@@ -1,7 +1,7 @@
 """The KV cache, and the attention steps that read and write it.
 
 The cache is made of slots, one per request: each layer has K and V of shape (slots, kv_heads, max_tokens, head_dim).
-A step is built for one call of the model (or refilled) and passed to every layer, so that everything that depends only
+A step is built for one call of the model and passed to every layer, so that everything that depends only
 on lengths (rotations, masks, where to write) is computed once per step. `PromptStep` runs a chunk of one prompt,
 `DecodeStep` one token each of several requests, `MixedStep` several steps together, and `Packed` whole texts without a
 cache.
@@ -126,8 +126,8 @@ class PromptStep:
 class DecodeStep:
     """One token for each of B requests: request b is in slots[b] and has lengths[b] tokens in the cache.
 
-    Contiguous slots (first, first + 1, ...) are read in place; others are gathered. `span` fixes how many tokens of
-    context are read, with a mask, so that the step can be refilled. Without it the longest request decides.
+    Contiguous slots (first, first + 1, ...) are read in place; others are gathered. With `span`, that many tokens
+    of context are read with a mask. Without it the longest request decides.
     """
 
     def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
@@ -166,17 +166,6 @@ class DecodeStep:
         self._rows = rows.flatten()  # rows of the cache viewed as (slots x kv_heads x max_tokens, head_dim)
         self._masks = _decode_masks(a, positions, span, even, cache.dtype)
 
-    def refill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Put other or longer requests into the same tensors, as a captured graph needs. Only with a fixed `span`.
-
-        A step that reads contiguous slots keeps them; a step that gathers takes any slots.
-        """
-        new = DecodeStep(self._cache, slots, lengths, self._span)
-        if self._first is not None and new._first != self._first:
-            raise ValueError(f"this step reads slots from {self._first} on in a row; asked for {list(slots)}")
-        for mine, theirs in zip(self._tensors(), new._tensors(), strict=True):
-            mine.copy_(theirs)
-
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         width = k.shape[-1]
         self._cache.keys[layer].view(-1, width).index_copy_(0, self._rows, k.reshape(-1, width))
@@ -196,13 +185,6 @@ class DecodeStep:
         if self._first is not None:
             return spanned[self._first : self._first + self._batch]
         return spanned.index_select(0, self.slots)
-
-    def _tensors(self) -> list[Tensor]:
-        """All tensors that depend on slots and lengths, each once even if several layers share it."""
-        rotations = [tensor for rotation in self.rotations if rotation is not None for tensor in rotation]
-        masks = [mask for mask in self._masks if mask is not None]
-        every = (self.slots, self.positions, self._rows, *rotations, *masks)
-        return list({id(tensor): tensor for tensor in every}.values())
 
 
 class Packed:

@@ -129,7 +129,7 @@ class ExitHeads:
     def adapt(self, exit_index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Adapt hidden states (..., d) after an exit for the model's final norm and LM head.
 
-        `exit_index` is an index into `exits`; one past them is full depth, whose hidden state is returned unchanged.
+        `exit_index` is an index into `exits`; one past them is full depth, which returns the state unchanged.
         """
         if exit_index == len(self.exits) or not self.tensors[exit_index]:
             return hidden

@@ -1,0 +1,1 @@
+"""Early exits of a real model: labelled texts, training of exit heads, and exit traces."""

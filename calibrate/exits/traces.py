@@ -1,0 +1,370 @@
+"""Exit traces of a real model with its heads: on texts, and on its own answers.
+
+A reference trace reads held-out text as it stands: every token is predicted from the text before it. The traces of all
+models cover the same passages, so that they can be aligned by characters. A generated trace writes greedy answers to
+prompts at full depth and records what every exit would have said.
+
+If the model computes in bfloat16, its logits are rounded to 8 bits, too coarse for confidences and for choices among
+near ties. So `observe` computes the largest logits and the reference's again in float32 from the same hidden state. The
+many small logits only enter the sum of the softmax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
+from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
+from calibrate.exits.training import largest
+from calibrate.measure.devices import cpuinfo
+from helios_sim.errors import UserError
+from helios_sim.exits.trace import ExitTrace
+from helios_sim.provenance import Provenance, ProvenanceClass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
+
+_EXACT = 8  # largest logits that are computed again
+_CHUNK_TOKENS, _SUM_ROWS = 256, 4
+HELDOUT_CHARS = {  # together more than 50,000 tokens for each of the three models
+    **dict.fromkeys(PROSE_TASKS, 11_600),
+    "code": 28_000,
+    "humaneval": 12_500,
+    "dialogue": 24_000,
+    "qa": 11_500,
+    "issues": 8_000,
+}
+PASSAGE_CHARS = 1_500
+GENERATED_TASKS = ("news", "fiction", "learned", "code", "humaneval", "dialogue", "qa", "writing")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExitOutputs:
+    """The output of E exits, the last being full depth, at N tokens."""
+
+    choice: NDArray[np.int64]  # (N, E), most probable token
+    confidence: NDArray[np.float32]  # (N, E), its probability, logits divided by the exit's temperature
+    margin: NDArray[np.float32]  # (N, E), its probability minus the second's
+    bits: NDArray[np.float32]  # (N, E), -log2 of the reference token's probability
+    classifier: NDArray[np.float32] | None  # (N, E), 1 - (1 - p) x risk_scale, p: probability of agreement
+
+    @property
+    def agree(self) -> NDArray[np.bool_]:
+        return self.choice == self.choice[:, -1:]
+
+
+def observe(
+    model: SegmentedModel, heads: ExitHeads, hidden: Sequence[Tensor], reference: NDArray[np.int64]
+) -> ExitOutputs:
+    """Read every exit at `hidden`, (N, d) per early exit and after the last layer; reference (N,): the text's ids."""
+    import torch
+
+    with torch.inference_mode():
+        words = torch.from_numpy(reference).to(model.device)
+        columns = [
+            [
+                _exit(model, heads.adapt(e, part).to(model.dtype), heads.temperature[e], known)
+                for part, known in zip(state.split(_CHUNK_TOKENS), words.split(_CHUNK_TOKENS), strict=True)
+            ]
+            for e, state in enumerate(hidden)
+        ]
+        checks = None
+        if heads.has_check:
+            checks = np.column_stack([heads.classify(e, state).cpu().numpy() for e, state in enumerate(hidden)])
+    choice, confidence, margin, bits = (
+        np.column_stack([np.concatenate([part[i] for part in column]) for column in columns]) for i in range(4)
+    )
+    return ExitOutputs(
+        choice.astype(np.int64),
+        confidence.astype(np.float32),
+        margin.astype(np.float32),
+        bits.astype(np.float32),
+        None if checks is None else checks.astype(np.float32),
+    )
+
+
+def _exit(
+    model: SegmentedModel, state: Tensor, temperature: float, reference: Tensor
+) -> tuple[NDArray[np.float64], ...]:
+    """Choice, confidence, margin and bits, (n,) each, for states (n, d) before the final norm and head."""
+    import torch
+
+    normed = model.normed(state)
+    logits = normed @ model.outer.head.T
+    coarse, tokens = largest(logits, _EXACT)
+    tokens = torch.cat((tokens, reference[:, None]), 1)
+    exact = torch.einsum("nd,nkd->nk", normed.float(), model.outer.head[tokens].float()) / temperature
+    peak = exact[:, :_EXACT].amax(1, keepdim=True)
+    rows = [
+        few.float().div_(temperature).sub_(p).exp_().sum(-1)  # few rows at a time stay in the processor's cache
+        for few, p in zip(logits.split(_SUM_ROWS), peak.split(_SUM_ROWS), strict=True)
+    ]
+    total = torch.cat(rows).double()
+    fine, rough = exact[:, :_EXACT].double() - peak, coarse.double() / temperature - peak
+    total += (fine.exp() - rough.exp()).sum(1)
+    best = fine.sort(descending=True)
+    choice = tokens[:, :_EXACT].gather(1, best.indices[:, :1])[:, 0]
+    probability = best.values[:, :2].exp() / total[:, None]
+    surprise = (total.log() - (exact[:, -1].double() - peak[:, 0])) / math.log(2)
+    return tuple(t.cpu().numpy() for t in (choice, probability[:, 0], probability[:, 0] - probability[:, 1], surprise))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GreedyAnswer:
+    """One answer of n tokens, without the token that ends it."""
+
+    tokens: NDArray[np.int64]  # (n,)
+    chars: NDArray[np.int32]  # (n,), characters that each token adds to the decoded answer
+    columns: dict[str, NDArray[Any]]  # agree, confidence, margin, bits, classifier: (n, E)
+
+
+def answers(
+    model: SegmentedModel, tokenizer: Any, heads: ExitHeads, asked: Sequence[Sequence[int]], most_tokens: int
+) -> list[GreedyAnswer]:
+    """Greedy full-depth answers to prompts of token ids, each up to its end token."""
+    import torch
+
+    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+
+    depths = (*heads.exits, model.architecture.n_layers)
+    longest = max(map(len, asked)) + most_tokens
+    cache = KvCache(model.architecture, model.n_loaded, len(asked), longest, model.dtype, model.device)
+    hidden: list[list[Tensor]] = []  # per step, per exit (B, d)
+    chosen: list[Tensor] = []  # per step (B,)
+    with torch.inference_mode():
+        first = []
+        for slot, tokens in enumerate(asked):
+            step = PromptStep(cache, slot, len(tokens))
+            ids = torch.tensor(tokens, device=model.device)
+            first.append([h[-1:] for h in _through(model, ids, step, depths)])
+        hidden.append([torch.cat(rows) for rows in zip(*first, strict=True)])
+        chosen.append(model.logits(hidden[-1][-1]).argmax(-1))
+        for t in range(most_tokens - 1):
+            lengths = [len(tokens) + t for tokens in asked]
+            decode = DecodeStep(cache, list(range(len(asked))), lengths)
+            hidden.append(_through(model, chosen[-1], decode, depths))
+            chosen.append(model.logits(hidden[-1][-1]).argmax(-1))
+    tokens = torch.stack(chosen, dim=1).cpu().numpy()  # (B, T)
+    states = [torch.stack([step[e] for step in hidden], dim=1) for e in range(len(depths))]  # (B, T, d) each
+    ends = _end_tokens(tokenizer)
+    found = []
+    for b, row in enumerate(tokens):
+        stops = np.flatnonzero(np.isin(row, ends))
+        n = int(stops[0]) if len(stops) else len(row)
+        if n == 0:
+            continue
+        seen = observe(model, heads, [state[b, :n] for state in states], row[:n])
+        columns = {"agree": seen.agree, "confidence": seen.confidence, "margin": seen.margin, "bits": seen.bits}
+        if seen.classifier is not None:
+            columns["classifier"] = seen.classifier
+        found.append(GreedyAnswer(row[:n], characters(tokenizer, row[:n]), columns))
+    return found
+
+
+def characters(tokenizer: Any, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Characters (n,) that each token adds to the decoded answer. A split character counts where it is complete."""
+    lengths = []
+    for n in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:n].tolist(), clean_up_tokenization_spaces=False)
+        lengths.append(len(text.rstrip("\N{REPLACEMENT CHARACTER}")))
+    return np.diff(np.maximum.accumulate(np.array(lengths, dtype=np.int32)), prepend=np.int32(0))
+
+
+def _through(model: SegmentedModel, tokens: Tensor, step: Any, depths: Sequence[int]) -> list[Tensor]:
+    hidden, done, found = model.embed(tokens, step.positions), 0, []
+    for depth in depths:
+        hidden = model.run(hidden, done, depth, step)
+        done = depth
+        found.append(hidden)
+    return found
+
+
+def _end_tokens(tokenizer: Any) -> list[int]:
+    known = tokenizer.get_vocab()
+    names = (tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<eos>")
+    return [known[name] for name in names if name in known]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOrigin:
+    """The origin that a trace records."""
+
+    model: str
+    weights_sha256: str
+    command: str
+
+
+def reference_trace(
+    model: SegmentedModel,
+    tokenizer: Any,
+    heads: ExitHeads,
+    origin: TraceOrigin,
+    scratch: Path,
+    chars: Mapping[str, int] | None = None,
+    say: Any = print,
+) -> ExitTrace:
+    """The trace on held-out text, with at least one passage of every task in `chars` (characters of each).
+
+    Every passage is kept in a file in `scratch`, so that an interrupted run, or one with more text, continues.
+    """
+    depths = (*heads.exits, model.architecture.n_layers)
+    chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
+    start = start_token(tokenizer, model.architecture.vocab_size)
+    scratch.mkdir(parents=True, exist_ok=True)
+    files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
+    left = [i for i, path in enumerate(files) if not path.exists()]
+    groups = [[left[k] for k in group] for group in batches([chosen[i] for i in left])]
+    for b, group in enumerate(groups):
+        found = _read(model, heads, start, [chosen[i] for i in group], depths)
+        ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
+        split = {name: np.split(values, ends) for name, values in found.items()}
+        for j, i in enumerate(group):
+            _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
+        say(f"trace: batch {b + 1} of {len(groups)}")
+    parts = []
+    for path in files:
+        with np.load(path) as columns:
+            parts.append({name: columns[name] for name in columns.files})
+    tasks = tuple(dict.fromkeys(p.task for p in chosen))
+    order = range(len(chosen))
+    return _trace(
+        origin, model, depths, tasks, [tasks.index(chosen[i].task) for i in order], [chosen[i].chars for i in order],
+        parts, human_text=True, what="held-out text that people wrote, read passage by passage",
+    )  # fmt: skip
+
+
+def _fingerprint(passage: Passage) -> str:
+    return hashlib.sha256(passage.tokens.tobytes()).hexdigest()[:20]
+
+
+def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    draft = path.with_suffix(".part.npz")
+    np.savez(draft, allow_pickle=False, **columns)
+    os.replace(draft, path)
+
+
+def _read(
+    model: SegmentedModel, heads: ExitHeads, start: int, chosen: Sequence[Passage], depths: Sequence[int]
+) -> dict[str, NDArray[Any]]:
+    import torch
+
+    with torch.inference_mode():
+        hidden = states(model, start, [p.tokens for p in chosen], depths)
+    seen = observe(model, heads, hidden, np.concatenate([p.tokens for p in chosen]))
+    columns = {"agree": seen.agree, "confidence": seen.confidence, "margin": seen.margin, "bits": seen.bits}
+    return columns if seen.classifier is None else {**columns, "classifier": seen.classifier}
+
+
+def generated_trace(
+    model: SegmentedModel,
+    tokenizer: Any,
+    heads: ExitHeads,
+    origin: TraceOrigin,
+    tasks: Sequence[str] = GENERATED_TASKS,
+    prompts_a_task: int = 6,
+    answer_tokens: int = 64,
+    say: Any = print,
+    prompt_chars: int = 400,
+) -> ExitTrace:
+    """The trace of greedy full-depth answers to held-out prompts of the tasks. A task's prompts are one batch.
+
+    Tasks with only empty answers are left out. Raises UserError if all answers are empty.
+    """
+
+    depths = (*heads.exits, model.architecture.n_layers)
+    parts, chars, task_of, kept = [], [], [], []
+    for task in tasks:
+        asked = [
+            _asked(tokenizer, prompt, model.architecture.vocab_size)
+            for prompt in prompts(task, prompts_a_task, prompt_chars)
+        ]
+        found = [a for a in answers(model, tokenizer, heads, asked, answer_tokens) if a.chars.sum()]
+        say(f"answers: {task}, {sum(len(a.chars) for a in found)} tokens")
+        if found:
+            kept.append(task)
+        for answer in found:
+            parts.append(answer.columns)
+            chars.append(answer.chars)
+            task_of.append(len(kept) - 1)
+    if not parts:
+        raise UserError("model", origin.model, "answers with at least one character", "give other prompts or tokens")
+    return _trace(
+        origin, model, depths, tuple(kept), task_of, chars, parts, human_text=False,
+        what=f"its own greedy answers of at most {answer_tokens} tokens to held-out prompts",
+    )  # fmt: skip
+
+
+def _asked(tokenizer: Any, prompt: str, vocab_size: int) -> list[int]:
+    """Token ids of the prompt: as a chat if the model has a template, else the plain text after a start token."""
+    if tokenizer.chat_template is not None:
+        talk = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [start_token(tokenizer, vocab_size), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def _trace(
+    origin: TraceOrigin,
+    model: SegmentedModel,
+    depths: Sequence[int],
+    tasks: tuple[str, ...],
+    task_of: Sequence[int],
+    chars: Sequence[NDArray[np.int32]],
+    parts: Sequence[Mapping[str, NDArray[Any]]],
+    human_text: bool,
+    what: str,
+) -> ExitTrace:
+    lengths = [len(c) for c in chars]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rounded: dict[str, Any] = {name: short(values) for name, values in columns.items() if name != "agree"}
+    return ExitTrace(
+        model=origin.model,
+        exits=tuple(depths),
+        tasks=tasks,
+        task=np.repeat(np.array(task_of, dtype=np.int32), lengths),
+        prompt=np.repeat(np.arange(len(chars), dtype=np.int32), lengths),
+        chars=np.concatenate(chars).astype(np.int32),
+        agree=columns["agree"],
+        provenance=Provenance(
+            provenance_class=ProvenanceClass.MEASURED,
+            source=f"{origin.model} ({_device(model)}), {what}",
+            command=origin.command,
+            details={
+                "weights_sha256": origin.weights_sha256,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "texts": "calibrate.exits.texts: " + ", ".join(t for t in tasks if t in TASKS),
+                "rounding": "probabilities and bits to 11 significant bits (float16)",
+            },
+        ),
+        human_text=human_text,
+        **rounded,
+    )
+
+
+def short(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values rounded to float16, so that files compress; three significant digits remain."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _device(model: SegmentedModel) -> str:
+    if model.device.type == "cpu":
+        processor = cpuinfo("model name") or platform.processor() or platform.machine()
+        return f"{processor}, {os.cpu_count()} cores, {str(model.dtype).removeprefix('torch.')}"
+    import torch
+
+    return f"{torch.cuda.get_device_name(model.device)}, {str(model.dtype).removeprefix('torch.')}"

@@ -1,0 +1,384 @@
+"""A CPU and a CUDA card as a `TimedDevice`.
+
+On a CPU, host and device are the same cores, so issuing work is part of its time and has no launch cost of its own. For
+a card, `torch` and `nvml` (the pynvml module) are passed in, so that tests can use fakes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from calibrate.measure.device import DeviceFacts, Step, TimedDevice, short_name
+from helios_sim.errors import UserError
+from helios_sim.live.energy import NvmlCard, Rapl, open_nvml
+
+SHARE_OF_AVAILABLE = 0.5  # of the available memory, since the machine is shared
+PROC = Path("/proc")
+WARM_UP_CALLS = 3  # before a capture, so that libraries create their handles and workspaces outside it
+LEAD_CYCLES = 400_000  # the card spins for about 0.2 ms, so that launches are queued before the first one runs
+
+
+@dataclass(slots=True)
+class TimedCpu:
+    """A CPU: monotonic clock, resident memory, RAPL, a copying thread.
+
+    `proc` is the folder of the kernel's counters; tests may pass their own, and their own `rapl`.
+    """
+
+    facts: DeviceFacts
+    rapl: Rapl = field(default_factory=Rapl)
+    proc: Path = PROC
+    asynchronous: bool = False
+    host_buffers: tuple[str, ...] = ("host", "mapped_file")
+
+    @classmethod
+    def open(cls, memory_bytes: int | None = None, threads: int | None = None) -> TimedCpu:
+        """Set torch's threads and describe the CPU. Raises UserError for more threads than the process may use."""
+        import torch
+
+        allowed = len(os.sched_getaffinity(0))
+        if threads is not None and not 1 <= threads <= allowed:
+            raise UserError("device.threads", threads, f"1 to {allowed}", "leave it out or lower it")
+        torch.set_num_threads(threads or allowed)
+        model = cpuinfo("model name") or platform.processor() or "cpu"
+        if memory_bytes is None:
+            memory_bytes = int((_kilobytes(PROC / "meminfo", "MemAvailable") or 0) * 1024 * SHARE_OF_AVAILABLE)
+        used = torch.get_num_threads()
+        facts = DeviceFacts(
+            kind="cpu",
+            name=f"{short_name(model)}-{used}core",
+            description=f"{model}, {used} threads of {os.cpu_count()} cores, {_extensions()}",
+            memory_bytes=memory_bytes,
+            power_limit_w=None,
+            versions={"torch": torch.__version__, "python": platform.python_version(), "linux": platform.release()},
+        )
+        return cls(facts)
+
+    @property
+    def torch_device(self) -> str:
+        return "cpu"
+
+    def prepare(self, step: Step) -> Step:
+        return step
+
+    def laps_s(self, steps: Sequence[Step]) -> list[float]:
+        marks = [perf_counter()]
+        for step in steps:
+            step()
+            marks.append(perf_counter())
+        return [b - a for a, b in pairwise(marks)]
+
+    def launch_s(self, step: Step) -> float:
+        step()
+        return 0.0
+
+    def wait(self) -> None:
+        return None
+
+    def used_bytes(self) -> int | None:
+        """Resident anonymous memory, after freed memory was returned to the system."""
+        _trim()
+        return _bytes(self.proc / "self" / "status", "RssAnon")
+
+    def peak_bytes(self, step: Step) -> int | None:
+        """The kernel's high-water mark of resident memory, reset before the step, after trimming the allocator."""
+        _trim()
+        try:
+            (self.proc / "self" / "clear_refs").write_text("5")
+        except OSError:
+            return None
+        before = _bytes(self.proc / "self" / "status", "VmRSS")
+        step()
+        peak = _bytes(self.proc / "self" / "status", "VmHWM")
+        return None if before is None or peak is None else max(0, peak - before)
+
+    def energy_j(self) -> float | None:
+        return self.rapl.energy_j()
+
+    def host_buffer(self, n_bytes: int, kind: str) -> Any:
+        import torch
+
+        noise = torch.randint(0, 256, (n_bytes,), dtype=torch.uint8)
+        if kind == "host":
+            return noise
+        with tempfile.NamedTemporaryFile(suffix=".weights") as file:  # the mapping outlives the file's name
+            file.write(noise.numpy().tobytes())
+            file.flush()
+            return torch.from_file(file.name, shared=True, size=n_bytes, dtype=torch.uint8)
+
+    def start_copy(self, pairs: Sequence[tuple[Any, Any]], repeats: int = 1) -> ThreadCopy:
+        import torch
+
+        def copy() -> None:
+            with torch.inference_mode():  # set per thread; the tensors may be inference tensors
+                for _ in range(repeats):
+                    for source, target in pairs:
+                        target.copy_(source)
+
+        return ThreadCopy(copy)
+
+    def waited_s(self) -> float | None:
+        """The scheduler's count, summed over the threads, since a barrier waits for the slowest thread."""
+        total_ns = 0
+        try:
+            for thread in (self.proc / "self" / "task").iterdir():
+                total_ns += int((thread / "schedstat").read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            return None
+        return total_ns / 1e9
+
+    def disturbance(self) -> dict[str, float]:
+        """Seconds of CPU time stolen by the hypervisor, used by all processes, and used by this one."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        try:
+            fields = (self.proc / "stat").read_text().splitlines()[0].split()[1:]
+        except (OSError, IndexError):
+            return {}
+        user, nice, system, _, _, _, _, steal = (int(f) / ticks for f in fields[:8])
+        times = os.times()
+        return {"stolen_s": steal, "used_by_all_s": user + nice + system, "used_here_s": times.user + times.system}
+
+
+class ThreadCopy:
+    """A copy in its own thread. The copying call releases the GIL."""
+
+    def __init__(self, copy: Callable[[], None]) -> None:
+        self._end_s = 0.0
+        self._error: Exception | None = None
+        self._copy = copy
+        self._start_s = perf_counter()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._copy()
+        except Exception as error:  # raised again by wait_s
+            self._error = error
+        self._end_s = perf_counter()
+
+    def wait_s(self) -> float:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._end_s - self._start_s
+
+
+def cpuinfo(key: str) -> str | None:
+    """The first value of a key in /proc/cpuinfo, or None."""
+    try:
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    except OSError:
+        pass
+    return None
+
+
+def _extensions() -> str:
+    """The instruction sets that decide how fast matrix products are."""
+    flags = set((cpuinfo("flags") or "").split())
+    return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags) or platform.machine()
+
+
+def _kilobytes(path: Path, key: str) -> int | None:
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _bytes(path: Path, key: str) -> int | None:
+    found = _kilobytes(path, key)
+    return None if found is None else found * 1024
+
+
+def _trim() -> None:
+    """Return freed memory to the system, so that resident memory is memory in use."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return
+
+
+@dataclass(slots=True)
+class TimedCuda:
+    """A card: events, captured graphs, the allocator's counts, NVML, a copy stream.
+
+    `eager` collects why steps could not be captured; their device time then includes launch gaps.
+    """
+
+    torch: Any
+    card: NvmlCard | None  # None: the driver cannot be asked
+    index: int
+    facts: DeviceFacts
+    eager: list[str] = field(default_factory=list)
+    asynchronous: bool = True
+    host_buffers: tuple[str, ...] = ("pinned", "pageable")
+    _pool: Any = None
+    _stream: Any = None
+
+    @classmethod
+    def open(cls, index: int = 0, memory_bytes: int | None = None) -> TimedCuda:
+        """Open a card. Raises UserError if torch does not see it."""
+        import torch
+
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            raise UserError("device", f"cuda:{index}", f"torch sees {seen} cards", "use device=cpu, or install CUDA")
+        torch.cuda.set_device(index)
+        return cls.of(torch, open_nvml(), index, memory_bytes)
+
+    @classmethod
+    def of(cls, torch: Any, nvml: Any | None, index: int, memory_bytes: int | None = None) -> TimedCuda:
+        properties = torch.cuda.get_device_properties(index)
+        versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
+        card = None if nvml is None else NvmlCard.of(nvml, properties, index)
+        limit_w: float | None = None
+        if card is not None:
+            versions["driver"] = str(card.nvml.nvmlSystemGetDriverVersion())
+            limit_w = card.answer("nvmlDeviceGetEnforcedPowerLimit", 1e-3)
+        facts = DeviceFacts(
+            kind="cuda",
+            name=short_name(properties.name),
+            description=f"{properties.name}, {properties.multi_processor_count} multiprocessors",
+            memory_bytes=int(properties.total_memory) if memory_bytes is None else memory_bytes,
+            power_limit_w=limit_w,
+            versions=versions,
+        )
+        return cls(torch, card, index, facts)
+
+    @property
+    def torch_device(self) -> str:
+        return f"cuda:{self.index}"
+
+    def prepare(self, step: Step) -> Step:
+        cuda = self.torch.cuda
+        side, main = cuda.Stream(), cuda.current_stream()
+        side.wait_stream(main)
+        with cuda.stream(side):
+            for _ in range(WARM_UP_CALLS):
+                step()
+        main.wait_stream(side)
+        self.wait()
+        if self._pool is None:
+            self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
+        graph = cuda.CUDAGraph()
+        try:
+            with cuda.graph(graph, pool=self._pool):
+                step()
+        except RuntimeError as error:
+            self.eager.append(str(error).splitlines()[0])
+            self.wait()
+            return step
+        from helios_sim.live.device import GraphReplay  # torch is loaded by now
+
+        return GraphReplay(graph, step)
+
+    def laps_s(self, steps: Sequence[Step]) -> list[float]:
+        cuda = self.torch.cuda
+        events = [cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        self.wait()
+        cuda._sleep(LEAD_CYCLES)
+        events[0].record()
+        for step, event in zip(steps, events[1:], strict=True):
+            step()
+            event.record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+
+    def launch_s(self, step: Step) -> float:
+        self.wait()
+        start_s = perf_counter()
+        step()
+        issued_s = perf_counter() - start_s
+        self.wait()
+        return issued_s
+
+    def wait(self) -> None:
+        self.torch.cuda.synchronize()
+
+    def used_bytes(self) -> int | None:
+        return int(self.torch.cuda.memory_allocated())
+
+    def peak_bytes(self, step: Step) -> int | None:
+        cuda = self.torch.cuda
+        self.wait()
+        cuda.reset_peak_memory_stats()
+        before = int(cuda.memory_allocated())
+        step()
+        self.wait()
+        return int(cuda.max_memory_allocated()) - before
+
+    def energy_j(self) -> float | None:
+        return None if self.card is None else self.card.energy_j()
+
+    def host_buffer(self, n_bytes: int, kind: str) -> Any:
+        noise = self.torch.randint(0, 256, (n_bytes,), dtype=self.torch.uint8)
+        return noise.pin_memory() if kind == "pinned" else noise
+
+    def start_copy(self, pairs: Sequence[tuple[Any, Any]], repeats: int = 1) -> StreamCopy:
+        if self._stream is None:
+            self._stream = self.torch.cuda.Stream()
+        return StreamCopy(self.torch.cuda, self._stream, pairs, repeats)
+
+    def waited_s(self) -> float | None:
+        return None  # launches are queued ahead, so the device's times are not affected
+
+    def disturbance(self) -> dict[str, float]:
+        """The current clock and temperature: a card that is hot or at its power limit slows down."""
+        if self.card is None:
+            return {}
+        found: dict[str, float] = {}
+        for key, name, argument in (
+            ("sm_clock_mhz", "nvmlDeviceGetClockInfo", 1),  # NVML_CLOCK_SM
+            ("temperature_c", "nvmlDeviceGetTemperature", 0),  # NVML_TEMPERATURE_GPU
+        ):
+            value = self.card.answer(name, 1.0, argument)
+            if value is not None:
+                found[key] = value
+        return found
+
+
+class StreamCopy:
+    """A copy on its own stream, timed by events there."""
+
+    def __init__(self, cuda: Any, stream: Any, pairs: Sequence[tuple[Any, Any]], repeats: int) -> None:
+        self._start, self._end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        with cuda.stream(stream):
+            self._start.record()
+            for _ in range(repeats):
+                for source, target in pairs:
+                    target.copy_(source, non_blocking=True)
+            self._end.record()
+
+    def wait_s(self) -> float:
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1e3
+
+
+def open_device(name: str, memory_bytes: int | None = None, threads: int | None = None) -> TimedDevice:
+    """The device named `cpu`, `cuda` or `cuda:N`.
+
+    `memory_bytes`: memory that the engine may use (None: half of a CPU's available memory, all of a card's). Raises
+    UserError if the device is unknown or absent.
+    """
+    if name == "cpu":
+        return TimedCpu.open(memory_bytes, threads)
+    if name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit()):
+        return TimedCuda.open(int(name[5:] or 0), memory_bytes)
+    raise UserError("device", name, "cpu, cuda or cuda:N", "choose one of these")

@@ -1,0 +1,381 @@
+"""Measures everything that a profile of one model on one device needs, within a budget, and resumes it.
+
+The folder holds points.parquet (every sample) and a JSON file for each finished part (`SavedParts`). A call with the
+same folder continues where the last one stopped. The coarse grids and the small parts take about a minute, and then
+there is a whole profile. What follows refines it, takes more samples and tests it on whole iterations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrate.measure import whole
+from calibrate.measure.build_profile import Measured, build_profile
+from calibrate.measure.ceilings import Ceilings, below_floor, measure_ceilings, over_floor
+from calibrate.measure.device import TimedDevice
+from calibrate.measure.energy import Energy, measure_energy, why_absent
+from calibrate.measure.grid import HeldOut, errors, interpolate
+from calibrate.measure.host import HostCosts, ServingCosts, measure_host, measure_serving
+from calibrate.measure.latency import (
+    DECODE,
+    DENSE,
+    HEAD,
+    PREFILL,
+    Grids,
+    Latency,
+    anchor_places,
+    grids_from_json,
+    grids_to_json,
+)
+from calibrate.measure.memory import Loads, Memory, measure_loads, measure_memory
+from calibrate.measure.sampling import Clock, Points, Sampler
+from calibrate.measure.subject import Subject
+from helios_sim.errors import UserError
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import ModelSpec
+from helios_sim.provenance import Assumption
+
+PART = "drift"
+COARSE_SAMPLES = 1
+REFINE_SAMPLES = 3
+KEEP_FOR_REST = 0.5  # share of the budget for more samples and whole iterations
+WHOLE_EACH = 8  # iterations of each kind
+KEEP_FOR_LONG = 0.35  # share of the budget for everything but decodes
+KEEP_FOR_WHOLE = 0.12  # share of the budget for whole iterations
+TOLERATED = 0.03  # a larger median error of whole iterations is listed among the assumptions
+UNLIMITED_S = 1e9
+FIT, TRY = 1, 2  # seeds of the iterations that fit the factor, and of those that test the profile
+
+
+class SavedParts:
+    """Finished parts as JSON files in a folder, each written atomically.
+
+    All parts depend on `settings`. A folder with parts under other settings is refused with a UserError.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = json.loads(json.dumps(settings))
+        found = self.get("settings")
+        if found is not None and found != plain:
+            differing = sorted(k for k in {**found, **plain} if found.get(k) != plain.get(k))
+            raise UserError(
+                "folder", str(folder), f"it holds measurements under another {', '.join(differing)}",
+                "name another folder, or delete this one",
+            )  # fmt: skip
+        self.put("settings", plain)
+
+    def get(self, name: str) -> Any | None:
+        """The part, or None if it is missing. Raises UserError if it cannot be read."""
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(str(path), str(error), "JSON of a finished part", "delete it to measure anew") from error
+
+    def put(self, name: str, value: Any) -> None:
+        path = self.folder / f"{name}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    def made(self, name: str, make: Callable[[], Any]) -> Any:
+        """The part, made now if it is missing."""
+        found = self.get(name)
+        if found is None:
+            self.put(name, make())
+            found = self.get(name)
+        return found
+
+
+class Drift:
+    """How the machine's pace moved while it was measured, with one entry per call in the folder's parts."""
+
+    def __init__(self, parts: SavedParts, sampler: Sampler, device: TimedDevice) -> None:
+        self._parts, self._sampler, self._device = parts, sampler, device
+        self._earlier: list[dict[str, Any]] = parts.get(PART) or []
+
+    def note(self) -> None:
+        """Update this call's entry."""
+        now = {
+            "anchors": self._sampler.drift(),
+            "contended": sum(self._sampler.contended.values()),
+            "disturbance": self._device.disturbance(),
+        }
+        self._parts.put(PART, [*self._earlier, now])
+
+    @property
+    def set_aside(self) -> int:
+        """The number of samples taken while other processes had the cores."""
+        return sum(call["contended"] for call in self._calls())
+
+    @property
+    def anchors(self) -> list[dict[str, dict[str, float]]]:
+        return [call["anchors"] for call in self._calls()]
+
+    def typical_s(self) -> dict[str, float]:
+        """The median seconds of each anchor, averaged over all calls by the number of measurements."""
+        found = {}
+        for name in dict.fromkeys(name for call in self.anchors for name in call):
+            known = [call[name] for call in self.anchors if name in call]
+            counts = [anchor["measurements"] for anchor in known]
+            found[name] = float(np.average([anchor["median_s"] for anchor in known], weights=counts))
+        return found
+
+    def _calls(self) -> list[dict[str, Any]]:
+        return self._parts.get(PART) or []
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurePlan:
+    """The budget and the required precision."""
+
+    budget_s: float | None = None
+    samples: int = 5  # samples of every point of the tables
+    tolerance: float = 0.03  # a grid is refined if its interpolation error is larger
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileOrigin:
+    """What the profile records besides the measurements."""
+
+    spec: ModelSpec
+    command: str
+    date: str
+    weights: str  # identity of the weights: a folder holds measurements of one model
+    details: Mapping[str, Any]  # further entries for the provenance
+
+
+def measure_profile(
+    subject: Subject,
+    about: ProfileOrigin,
+    folder: Path,
+    plan: MeasurePlan,
+    *,
+    loaded_bytes: int | None = None,
+    reload: Callable[[], int] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Profile:
+    """Measure what is missing in `folder` and build the profile.
+
+    `loaded_bytes`: by how much memory grew when the model was loaded. `reload` reads one layer again and returns its
+    bytes. Raises UserError if the budget does not suffice for the coarse tables; what was measured is kept.
+    """
+    import torch
+
+    with torch.no_grad():  # not inference mode: another thread could not copy into its tensors
+        return _Campaign(subject, about, folder, plan, progress).run(loaded_bytes, reload)
+
+
+class _Campaign:
+    def __init__(
+        self,
+        subject: Subject,
+        about: ProfileOrigin,
+        folder: Path,
+        plan: MeasurePlan,
+        progress: Callable[[str, float], None] | None,
+    ) -> None:
+        self.subject, self.about, self.plan, self.device = subject, about, plan, subject.device
+        dtype = str(subject.model.dtype).removeprefix("torch.")
+        settings = {
+            "model": about.spec.name, "weights": about.weights, "layers": subject.n_layers, "dtype": dtype,
+            "device": self.device.facts.name, "limits": asdict(subject.limits),
+            "memory_bytes": self.device.facts.memory_bytes, "samples": "at two paces",
+        }  # fmt: skip
+        self.dtype = dtype
+        self.parts = SavedParts(folder, settings)
+        self.budget_s = UNLIMITED_S if plan.budget_s is None else plan.budget_s
+        clock = Clock(self.budget_s)
+        self.sampler = Sampler(self.device, Points(folder / "points.parquet"), clock, seed=plan.seed, progress=progress)
+        self.latency = Latency(subject, self.sampler)
+        self.drift = Drift(self.parts, self.sampler, self.device)
+
+    def run(self, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Profile:
+        ceilings = Ceilings.from_json(
+            self.parts.made("ceilings", lambda: measure_ceilings(self.device, self.dtype).to_json())
+        )
+        self.sampler.reference_s = self.parts.made("reference", self.sampler.typical_anchors_s)
+        state = self.parts.get("grids")
+        grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
+        refined: list[str] = [] if state is None else state["refined"]
+        if not self.latency.measure(grids, COARSE_SAMPLES) and not self.latency.known(grids):
+            self.drift.note()
+            raise UserError(
+                "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",
+                "call again with the same folder, or allow more",
+            )  # fmt: skip
+        measured = self._measured(ceilings, loaded_bytes, reload)
+        self.drift.note()
+        for table in self._order():
+            if table not in refined and self._left(KEEP_FOR_REST) > 0:
+                keep_s = self.budget_s * KEEP_FOR_REST
+                grids = self.latency.refine(grids, table, REFINE_SAMPLES, self.plan.tolerance, keep_s)
+                if self._left(KEEP_FOR_REST) > 0:
+                    refined.append(table)
+                self.parts.put("grids", {"grids": grids_to_json(grids), "refined": refined})
+        fit = self._iterations((whole.FITTED,), FIT)
+        tries = self._iterations(whole.KINDS, TRY)
+        whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit]]
+        # Decodes are served most, their attention is a small difference, and they are quick to time.
+        decodes = self.latency.decode_jobs(grids)
+        self.sampler.measure(decodes, REFINE_SAMPLES, self.budget_s * KEEP_FOR_LONG, more=True)
+        self.latency.measure(grids, REFINE_SAMPLES, self.budget_s * KEEP_FOR_WHOLE, more=True)
+        self.sampler.measure(whole_jobs, REFINE_SAMPLES)
+        self.latency.measure(grids, self.plan.samples, more=True)
+        self.drift.note()
+        return self._profile(grids, measured, fit, tries)
+
+    def _order(self) -> list[str]:
+        """The tables in order of importance."""
+        return [DENSE, DECODE, PREFILL, HEAD, *(t for t in self.latency.row_tables if t not in (DENSE, HEAD))]
+
+    def _left(self, keep_share: float) -> float:
+        return self.sampler.clock.left_s - keep_share * self.budget_s
+
+    def _measured(self, ceilings: Ceilings, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Measured:
+        subject, made, device = self.subject, self.parts.made, self.device
+        host = made("host", lambda: measure_host(subject).to_json())
+        serving = made("serving", lambda: measure_serving(subject, self.about.spec, ceilings).to_json())
+        memory = made("memory", lambda: measure_memory(subject, self.about.spec, loaded_bytes).to_json())
+        loads = made("load", lambda: measure_loads(subject, reload).to_json())
+        energy = made("energy", partial(self._energy, device))
+        return Measured(
+            facts=device.facts,
+            ceilings=ceilings,
+            host=HostCosts.from_json(host),
+            serving=ServingCosts.from_json(serving),
+            memory=Memory.from_json(memory),
+            loads=Loads.from_json(loads),
+            energy=None if energy["found"] is None else Energy.from_json(energy["found"]),
+            energy_absent=energy["absent"],
+            command=self.about.command,
+            date=self.about.date,
+        )
+
+    def _energy(self, device: TimedDevice) -> dict[str, Any]:
+        subject, limits = self.subject, self.subject.limits
+        steps = {}
+        for batch in limits.few_batches:
+            kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
+            step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
+            steps[f"decode, batch {batch}, {kv} KV tokens"] = partial(
+                subject.model.run, hidden, 0, subject.n_layers, step
+            )
+        prompt, hidden = subject.prompt_step(limits.max_chunk, 0), subject.hidden(limits.max_chunk)
+        steps[f"prefill, {limits.max_chunk} tokens"] = partial(subject.model.run, hidden, 0, subject.n_layers, prompt)
+        found = measure_energy(device, steps)
+        return {
+            "found": None if found is None else found.to_json(),
+            "absent": why_absent(device) if found is None else None,
+        }
+
+    def _iterations(self, kinds: tuple[str, ...], seed: int) -> list[whole.Iteration]:
+        """Iterations of all kinds in turns, so that a budget that ends early leaves some of each."""
+        found = [it for kind in kinds for it in whole.iterations(self.subject, kind, WHOLE_EACH, seed)]
+        return sorted(found, key=lambda it: it.index)
+
+    def _profile(
+        self,
+        grids: Grids,
+        measured: Measured,
+        fit: list[whole.Iteration],
+        tries: list[whole.Iteration],
+    ) -> Profile:
+        points, typical_s, reference_s = self.sampler.points, self.drift.typical_s(), self.sampler.reference_s
+        # rescale from the pace of the first second to the typical pace of all anchors
+        points.rescale({name: step_s / reference_s[name] for name, step_s in typical_s.items()})
+        bare = build_profile(self.about.spec, self.latency, grids, measured)
+        fitted = _positive(whole.fitted_mixed_factor(bare, points, fit))
+        profile = whole.with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
+        too_fast = below_floor(over_floor(profile, measured.ceilings))
+        tried = whole.summary(whole.compare(profile, points, tries))
+        details = {
+            **self.about.details,
+            "interpolation": {table: _errors(self._held_out(grids, table)) for table in grids.axes},
+            "fitted_mixed_factor": fitted,
+            "whole_iterations": tried,
+            "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
+            "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
+            "samples": self._sampling(),
+            "pace": {
+                name: {"rows": rows, "kv_tokens": kv_tokens, "layer_s": typical_s[name] / self.subject.n_layers}
+                for name, (rows, kv_tokens) in anchor_places(self.subject).items()
+                if name in typical_s
+            },
+        }
+        provenance = profile.provenance
+        provenance = replace(
+            provenance,
+            details={**provenance.details, **details},
+            assumptions=(*provenance.assumptions, *_off(tried)),
+        )
+        return replace(profile, provenance=provenance)
+
+    def _held_out(self, grids: Grids, table: str) -> list[HeldOut]:
+        """The held-out places with the current samples."""
+        axes, latency = grids.axes[table], self.latency
+        known = {place: latency.time_s(table, place) for place in axes.places()}
+        return [
+            HeldOut(
+                h.place,
+                latency.time_s(table, h.place),
+                interpolate(axes, known, h.place),
+                latency.scale_s(table, h.place),
+            )
+            for h in grids.held_out.get(table, ())
+        ]
+
+    def _sampling(self) -> dict[str, Any]:
+        found = self.sampler.points.everything()
+        return {
+            "points": len(found),
+            "samples": sum(f.samples for f in found.values()),
+            "outliers": sum(f.outliers for f in found.values()),
+            "contended": sum(f.samples for f in found.values() if f.contended),
+            "set_aside": self.drift.set_aside,
+            "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
+            "anchors": self.drift.anchors,
+        }
+
+
+def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ...]:
+    """An assumption for reports if whole iterations are priced wrongly in the median."""
+    if "all" not in tried or abs(tried["all"]["median"]) <= TOLERATED:
+        return ()
+    why = (
+        f"median of (priced - measured) / measured over {tried['all']['iterations']} random whole iterations; parts "
+        "and wholes were measured minutes apart, so this may be the machine's pace (details: samples.anchors) or the "
+        "model"
+    )
+    return (Assumption("whole_iteration_error", round(tried["all"]["median"], 4), why, "measure again, for longer"),)
+
+
+def _positive(factor: float | None) -> float | None:
+    """The factor, or None if noise was larger than the effect."""
+    return factor if factor is not None and factor > 0 else None
+
+
+def _errors(held_out: list[HeldOut]) -> dict[str, Any] | None:
+    """Statistics of the interpolation errors; None if nothing was held out."""
+    if not held_out:
+        return None
+    found = np.abs(errors(held_out))
+    return {
+        "held_out": len(found),
+        "median_absolute": float(np.median(found)),
+        "p90_absolute": float(np.quantile(found, 0.9)),
+        "largest": float(found.max()),
+    }

@@ -1,0 +1,173 @@
+"""The model under measurement: a real model on a device, with noise in its KV cache, ready to run any step.
+
+Inputs are noise, never zeros, which can run faster than data. One pool of KV memory serves every (batch, length): slots
+are exactly as long as they need to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from calibrate.measure.device import TimedDevice
+from helios_sim.live.model.architecture import Architecture
+
+if TYPE_CHECKING:
+    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
+
+NOISE_VALUES = 1 << 20  # drawn once and repeated, since drawing gigabytes takes too long
+POOL_SHARE = 0.4  # most of the engine's memory that the pool takes
+REST_SHARE = 0.6  # most of what the weights leave: activations, copies and graphs need memory too
+
+
+@dataclass(frozen=True, slots=True)
+class TableLimits:
+    """How far the tables reach. Beyond that a profile extrapolates, and reports say so."""
+
+    max_batch: int  # requests that decode at once
+    max_rows: int  # tokens of one iteration
+    max_chunk: int  # tokens of one prompt in one iteration
+    max_kv_tokens: int  # context of one request
+    max_head_rows: int  # rows through the LM head at once
+
+    @property
+    def few_batches(self) -> tuple[int, ...]:
+        """1, a quarter of the largest batch, and the largest, for costs that depend little on the batch."""
+        return tuple(sorted({1, max(1, self.max_batch // 4), self.max_batch}))
+
+    def within(self, architecture: Architecture) -> TableLimits:
+        """The limits, cut to the model's own context."""
+        context = architecture.max_context_tokens
+        return TableLimits(
+            self.max_batch, self.max_rows, min(self.max_chunk, context // 2), min(self.max_kv_tokens, context),
+            min(self.max_head_rows, self.max_rows),
+        )  # fmt: skip
+
+
+LIMITS = {
+    "cpu": TableLimits(max_batch=32, max_rows=512, max_chunk=512, max_kv_tokens=2048, max_head_rows=128),
+    "cuda": TableLimits(max_batch=256, max_rows=8192, max_chunk=8192, max_kv_tokens=8192, max_head_rows=1024),
+}
+
+
+class Subject:
+    """The model under measurement. `classes`: its layers by kind of attention, in order of first appearance."""
+
+    def __init__(
+        self,
+        model: SegmentedModel,
+        device: TimedDevice,
+        limits: TableLimits,
+        heads: ExitHeads | None = None,
+        seed: int = 0,
+    ) -> None:
+        import torch
+
+        self.model, self.device, self.heads = model, device, heads
+        self.architecture = a = model.architecture
+        self.limits = limits.within(a)
+        self.n_layers = model.n_loaded
+        kinds = [a.slides(layer) for layer in range(self.n_layers)]
+        order = list(dict.fromkeys(kinds))
+        self.layer_class = tuple(order.index(kind) for kind in kinds)
+        self.classes = tuple(tuple(i for i, k in enumerate(kinds) if k == kind) for kind in order)
+        self._generator = torch.Generator(device=device.torch_device).manual_seed(seed)
+        token_bytes = 2 * a.kv_width * self.n_layers * torch.empty((), dtype=model.dtype).element_size()
+        wanted = self.limits.max_batch * self.limits.max_kv_tokens
+        memory, rest = device.facts.memory_bytes, device.facts.memory_bytes - model.weight_bytes
+        fits = int(min(memory * POOL_SHARE, rest * REST_SHARE)) // token_bytes
+        self.pool_tokens = max(min(wanted, fits), self.limits.max_kv_tokens + self.limits.max_chunk)
+        shape = (self.pool_tokens * a.kv_width,)
+        self._pools = [(self._noise(shape), self._noise(shape)) for _ in range(self.n_layers)]
+
+    def cache(self, slots: int, tokens: int) -> KvCache:
+        """A cache of slots of `tokens` tokens inside the pool of noise. Raises ValueError if it does not fit."""
+        from helios_sim.live.memory.kv import KvCache
+
+        a = self.architecture
+        if not self.holds(slots, tokens):
+            raise ValueError(f"{slots} slots of {tokens} tokens exceed the pool of {self.pool_tokens}")
+        cache = KvCache(a, 0, slots, tokens, self.model.dtype, self.device.torch_device)
+        used = slots * tokens * a.kv_width
+        shape = (slots, a.n_kv_heads, tokens, a.head_dim)
+        cache.keys.extend(keys[:used].view(shape) for keys, _ in self._pools)
+        cache.values.extend(values[:used].view(shape) for _, values in self._pools)
+        return cache
+
+    def holds(self, slots: int, tokens: int) -> bool:
+        return slots * tokens <= self.pool_tokens
+
+    def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep:
+        """A decode step for requests with these context lengths, including the new token."""
+        return self.decode_step_in(self.cache(len(kv_tokens), max(kv_tokens)), kv_tokens, 0)
+
+    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep:
+        """A decode step in a given cache, from a slot on.
+
+        Several contexts get a mask even if they are equally long, since in service they hardly ever are.
+        """
+        from helios_sim.live.memory.kv import DecodeStep
+
+        slots = range(first_slot, first_slot + len(kv_tokens))
+        span = max(kv_tokens) if len(kv_tokens) > 1 else None
+        return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens], span)
+
+    def prompt_step(self, tokens: int, context_tokens: int) -> PromptStep:
+        from helios_sim.live.memory.kv import PromptStep
+
+        return PromptStep(self.cache(1, tokens + context_tokens), 0, tokens, context_tokens)
+
+    def tokens(self, rows: int) -> Any:
+        """Random token ids (rows,)."""
+        import torch
+
+        return torch.randint(
+            self.architecture.vocab_size, (rows,), generator=self._generator, device=self.device.torch_device
+        )
+
+    def hidden(self, rows: int) -> Any:
+        """Hidden states (rows, d_model): embeddings of random tokens."""
+        ids = self.tokens(rows)
+        return self.model.embed(ids, ids % self.architecture.max_context_tokens)
+
+    def sampled(self, hidden: Any) -> Any:
+        """The end of an iteration: the most probable token of each row."""
+        return self.model.logits(hidden).argmax(-1)
+
+    def checked(self, hidden: Any, exit_index: int = 0) -> Any:
+        """An exit check through the LM head: the token and its probability, on the device."""
+        adapted = hidden if self.heads is None else self.heads.adapt(exit_index, hidden)
+        logits = self.model.logits(adapted.to(hidden.dtype)).float()
+        best = logits.max(-1)
+        return best.indices, (best.values - logits.logsumexp(-1)).exp()
+
+    def classified(self, hidden: Any, exit_index: int = 0) -> Any:
+        """An exit check by the classifier alone. Only with heads that have one."""
+        assert self.heads is not None
+        return self.heads.classify(exit_index % len(self.heads.exits), hidden)
+
+    def layer_tensors(self, layer: int) -> list[Any]:
+        """The weights of one layer."""
+        from helios_sim.live.model.weights import tensors
+
+        return list(tensors(self.model.layers[layer]))
+
+    @property
+    def has_classifier(self) -> bool:
+        return self.heads is not None and len(self.heads.exits) > 0 and self.heads.has_check
+
+    def _noise(self, shape: tuple[int, ...]) -> Any:
+        import torch
+
+        from helios_sim.live.device import block
+
+        on, dtype = self.device.torch_device, self.model.dtype
+        drawn = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(dtype)
+        pool = block(prod(shape) * dtype.itemsize, torch.device(on)).view(dtype)
+        for part in pool.split(NOISE_VALUES):
+            part.copy_(drawn[: len(part)])
+        return pool

@@ -1,0 +1,1 @@
+"""The output of a calibration: profile, trace, a ready experiment, summary, and one page with figures."""
