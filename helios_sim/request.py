@@ -39,6 +39,7 @@ class Request:
     output_chars: int
     task: int  # index into the workload's task names
     text_start: int  # where the answer lies in the task's text; exit traces take it modulo their length
+    priority: int = 0  # the lowest is served first where the server's order is by priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ class RequestBlock:
     output_chars: NDArray[np.int64]
     task: NDArray[np.int64]
     text_start: NDArray[np.int64]
+    priority: NDArray[np.int64] = None  # type: ignore[assignment]  # None: all are 0
+
+    def __post_init__(self) -> None:
+        if self.priority is None:
+            object.__setattr__(self, "priority", np.zeros(len(self.request_id), np.int64))
 
     def __len__(self) -> int:
         return len(self.request_id)

@@ -12,8 +12,9 @@ from itertools import cycle
 
 import numpy as np
 from numpy.random import SeedSequence
+from numpy.typing import NDArray
 
-from helios_sim.request import Request
+from helios_sim.request import Request, RequestBlock
 
 _DRAWS = 4096  # pairs at a time
 
@@ -33,6 +34,26 @@ class Routing:
     router: Router = Router.ROUND_ROBIN
     seed: int = 0  # of what is drawn: the same for every arm of an experiment
     homes: tuple[tuple[int, ...], ...] = ()  # by task: the replicas that are meant for it; for by_task alone
+
+    def is_fixed(self, replicas: int) -> bool:
+        """Whether a request's replica is known before it arrives: it depends on no load."""
+        if self.router is Router.BY_TASK:
+            return all(len(home) == 1 for home in self.homes)
+        return replicas == 1 or self.router is Router.ROUND_ROBIN
+
+    def fixed_choice(self, replicas: int) -> Callable[[RequestBlock], NDArray[np.int64]]:
+        """The replica of each request of consecutive blocks, (n,): for a routing that is fixed."""
+        if self.router is Router.BY_TASK and replicas > 1:
+            homes = np.array([home[0] for home in self.homes], np.int64)
+            return lambda block: homes[block.task]
+        sent = 0
+
+        def in_turn(block: RequestBlock) -> NDArray[np.int64]:
+            nonlocal sent
+            first, sent = sent, sent + len(block)
+            return np.arange(first, sent, dtype=np.int64) % replicas
+
+        return in_turn
 
     def choice(self, requests_in: Sequence[int]) -> Choice:
         """`requests_in` holds the number of requests in each replica, at any moment the present one.

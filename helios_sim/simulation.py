@@ -1,30 +1,36 @@
-"""Runs one arm: a workload against replicas that share one clock. Knows no file, no report and no experiment."""
+"""Runs one arm: a workload against replicas that share one clock."""
 
 from __future__ import annotations
 
+import heapq
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import simpy
 from simpy.core import EmptySchedule
 from simpy.events import Event
 
+from helios_sim.core.layout import FOREVER_NS
+from helios_sim.core.machine import Machine
 from helios_sim.request import Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
-from helios_sim.serving.ahead.contract import Ledger
-from helios_sim.serving.ahead.stretch import worth_compiling
-from helios_sim.serving.intake import Intake
+from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 
 ONE_AFTER_THE_OTHER = Routing()
+_MERGED_AT_ONCE = 512  # records of several replicas that wait until they can be put in order
+
+Sink = Callable[[RequestRecord], None]
 
 
 class MakeServer(Protocol):
-    def __call__(self, env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server: ...
+    def __call__(self, env: simpy.Environment, number: int, on_left: OnLeft) -> Server: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,40 +48,21 @@ class LittlesLawViolated(RuntimeError):
     """Time in the system summed over requests differs from requests in the system summed over time."""
 
 
-@dataclass(slots=True)
-class Books:
-    """Of one replica. Arrivals and departures are counted separately."""
-
-    arrived: int = 0
-    left: int = 0
-    presence_ns: int = 0  # requests in it, integrated over time
-    sojourn_ns: int = 0  # time in it, summed over requests
-    changed_ns: int = 0
-
-    def note_change(self, now_ns: int) -> None:
-        self.presence_ns += (self.arrived - self.left) * (now_ns - self.changed_ns)
-        self.changed_ns = now_ns
-
-    def add(self, ledger: Ledger) -> None:
-        self.note_change(ledger.from_ns)
-        self.presence_ns += ledger.presence_ns
-        self.changed_ns = ledger.until_ns
-        self.arrived += ledger.arrived
-        self.left += len(ledger.records)
-        self.sojourn_ns += ledger.sojourn_ns
-
-
 class System:
-    """Counts who is in the system, and hands out requests of a closed loop as others leave."""
+    """Sends requests to replicas, counts who is in the system, and hands on the records of those who left.
 
-    def __init__(self, env: simpy.Environment, routing: Routing, sink: Callable[[RequestRecord], None]) -> None:
+    Where each request goes may be known beforehand, because the routing does not depend on load: then each replica is
+    fed its own requests and runs ahead of the clock. Otherwise requests are dispatched as they arrive.
+    """
+
+    def __init__(self, env: simpy.Environment, routing: Routing, sink: Sink) -> None:
         self.env = env
         self.servers: tuple[Server, ...] = ()
-        self.arrived = 0
         self.left = 0
-        self.books: list[Books] = []
+        self.next_arrival_ns = FOREVER_NS  # of those that are dispatched
         self._routing = routing
         self._sink = sink
+        self._in_order: list[tuple[int, int, int, int, RequestRecord]] | None = None
         self._closed_loop: Iterator[Request] | None = None
         self._to_release = 0
         self._releasing = False
@@ -83,22 +70,38 @@ class System:
     def connect(self, servers: tuple[Server, ...]) -> None:
         """Before the first request: who serves."""
         self.servers = servers
-        self.books = [Books() for _ in servers]
         self._requests_in = [0] * len(servers)
         self._choose = self._routing.choice(self._requests_in)
 
-    def open_loop(self, intake: Intake) -> Generator[Event, None, None]:
-        """The process of arrivals that do not wait for answers."""
-        while (arrival_ns := intake.next_arrival_ns) is not None:
-            if arrival_ns > self.env.now:  # a server that looks ahead may take it meanwhile
-                yield self.env.timeout(arrival_ns - int(self.env.now))
-            elif (request := intake.take(arrival_ns)) is not None:
-                self.dispatch(request)
+    def feed(self, blocks: Iterator[RequestBlock], machine: Machine | None, users: int | None) -> None:
+        """Each replica gets all its requests, and runs ahead of the clock."""
+        if len(self.servers) == 1:
+            self.servers[0].open(machine, blocks, users)
+            return
+        self._in_order = []
+        split = _Split(blocks, len(self.servers), self._routing)
+        for number, server in enumerate(self.servers):
+            server.open(machine, split.feed(number))
 
-    def close_loop(self, intake: Intake, users: int) -> None:
+    def open_loop(self, requests: Iterator[Request]) -> Generator[Event, None, None]:
+        """The process of arrivals that do not wait for answers."""
+        for request in requests:
+            self.next_arrival_ns = request.arrival_ns
+            if request.arrival_ns > self.env.now:
+                yield self.env.timeout(request.arrival_ns - int(self.env.now))
+            self.dispatch(request)
+        self.next_arrival_ns = FOREVER_NS
+
+    def run_to_arrivals(self, machine: Machine | None) -> None:
+        """Between two arrivals nothing acts on a replica from outside."""
+        self._in_order = []
+        for server in self.servers:
+            server.open(machine, horizon_ns=lambda: self.next_arrival_ns)
+
+    def close_loop(self, requests: Iterator[Request], users: int) -> None:
         """Starts with one request of each user; each then sends the next one when its last has left."""
-        self._closed_loop = iter(lambda: intake.take(int(self.env.now)), None)
-        self._releasing = True  # whoever is dropped now lets the next one come when all users have begun
+        self._closed_loop = requests
+        self._releasing = True  # requests dropped now let the next ones come when all users have begun
         for request in islice(self._closed_loop, users):
             self.dispatch(request)
         self._releasing = False
@@ -106,48 +109,49 @@ class System:
 
     def dispatch(self, request: Request, from_replica: int | None = None) -> None:
         number = self._choose(request)
-        book = self.books[number]
-        book.note_change(int(self.env.now))
-        book.arrived += 1
-        self.arrived += 1
         self._requests_in[number] += 1
         self.servers[number].submit(request, from_replica)
 
-    def settle(self, ledger: Ledger) -> None:
-        """A server that had all requests to itself has looked ahead and tells what has come to pass since."""
-        self.books[0].add(ledger)
-        self.arrived += ledger.arrived
-        self.left += len(ledger.records)
-        self._requests_in[0] = self.arrived - self.left
-        for record in ledger.records:
-            self._sink(record)
-
     def close(self) -> None:
-        """The run ends: nobody sends a further request."""
+        """The run ends: no further request is sent."""
         self._closed_loop = None
 
-    def on_left(self, record: RequestRecord) -> None:
-        now_ns = int(self.env.now)
-        book = self.books[record.replica]
-        book.note_change(now_ns)
-        book.left += 1
-        book.sojourn_ns += now_ns - record.arrival_ns
+    def on_left(self, record: RequestRecord, left_ns: int) -> None:
         self.left += 1
         self._requests_in[record.replica] -= 1
-        self._sink(record)
+        if self._in_order is None:
+            self._sink(record)
+        else:
+            at_once = left_ns == record.arrival_ns
+            place = (left_ns, 0, record.request_id) if at_once else (left_ns, 1, record.replica)
+            heapq.heappush(self._in_order, (*place, self.left, record))
+            if len(self._in_order) >= _MERGED_AT_ONCE:
+                self._hand_on(min(server.frontier_ns for server in self.servers))
         if self._closed_loop is not None:
             self._to_release += 1
             self._release(record.replica)
 
+    def finish(self) -> None:
+        self._hand_on(FOREVER_NS)
+        self._in_order = None
+        for server in self.servers:
+            server.finish()
+
     def check_littles_law(self) -> None:
         """L = lambda W holds exactly on every run, in integers, of each replica and so of all together."""
-        for number, book in enumerate(self.books):
-            book.note_change(int(self.env.now))
-            if book.presence_ns != book.sojourn_ns or book.arrived != book.left:
+        for number, server in enumerate(self.servers):
+            presence_ns, sojourn_ns, arrived, left = server.books
+            if presence_ns != sojourn_ns or arrived != left:
                 raise LittlesLawViolated(
-                    f"replica {number}: {book.presence_ns} request-ns in it, {book.sojourn_ns} by request; "
-                    f"{book.arrived} arrived, {book.left} left"
+                    f"replica {number}: {presence_ns} request-ns in it, {sojourn_ns} by request; "
+                    f"{arrived} arrived, {left} left"
                 )
+
+    def _hand_on(self, before_ns: int) -> None:
+        """Records of several replicas go on in order of time, as soon as none can come before them."""
+        waiting = self._in_order
+        while waiting and waiting[0][0] < before_ns:
+            self._sink(heapq.heappop(waiting)[-1])
 
     def _release(self, from_replica: int | None) -> None:
         """A request that is dropped on arrival leaves at once and releases the next: a loop, not a recursion."""
@@ -162,40 +166,70 @@ class System:
         self._releasing = False
 
 
+class _Split:
+    """Blocks of requests, each request for the replica that the routing names; read by the replicas in any order."""
+
+    def __init__(self, blocks: Iterator[RequestBlock], replicas: int, routing: Routing) -> None:
+        self._blocks, self._replica_of = blocks, routing.fixed_choice(replicas)
+        self._parts: list[deque[RequestBlock]] = [deque() for _ in range(replicas)]
+
+    def feed(self, number: int) -> Iterator[RequestBlock]:
+        while True:
+            while not self._parts[number]:
+                block = next(self._blocks, None)
+                if block is None:
+                    return
+                self._share_out(block)
+            yield self._parts[number].popleft()
+
+    def _share_out(self, block: RequestBlock) -> None:
+        replica = self._replica_of(block)
+        for number, part in enumerate(self._parts):
+            mine = np.flatnonzero(replica == number)
+            if len(mine):
+                part.append(RequestBlock(*(getattr(block, f.name)[mine] for f in fields(block))))
+
+
 def simulate(
     make_server: MakeServer,
     blocks: Iterator[RequestBlock],
     requests: int,
-    sink: Callable[[RequestRecord], None],
+    sink: Sink,
     *,
     users: int | None = None,
     replicas: int = 1,
     routing: Routing = ONE_AFTER_THE_OTHER,
     env: simpy.Environment | None = None,
     outside: Callable[[System], None] | None = None,
-    ahead: bool | None = None,
+    machine: Machine | None = None,
+    stepwise: bool = False,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
 
-    `outside` is given the system before the first event: where the environment is a wall clock with a door, whoever
-    is outside can send and cancel requests from then on.
+    `outside` is given the system before the first event: where the environment is a wall clock with a door, others
+    can send and cancel requests from then on.
 
-    `ahead`: a server that has all requests to itself computes iterations ahead of the clock, to the same result; None:
-    if that is worth it.
+    `machine`: the loop as machine code, None: interpreted. `stepwise`: every turn of a server is an event of its own,
+    as where something outside may act at any time. Neither changes a result.
 
-    `sink` gets each record as its request leaves. With `users` the loop is closed. Raises LittlesLawViolated when
-    the books do not balance, which would be a defect of this program.
+    `sink` gets each record in the order in which requests leave. With `users` the loop is closed. Raises
+    LittlesLawViolated when the books do not balance, which would be a defect of this program.
     """
+    stepwise = stepwise or outside is not None or env is not None
     env = env or simpy.Environment(initial_time=0)
     system = System(env, routing, sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
-    intake = Intake(blocks, closed_loop=users is not None)
-    if replicas == 1 and outside is None and (worth_compiling(requests) if ahead is None else ahead):
-        system.servers[0].look_ahead(intake, system.settle)
-    if users is None:
-        env.process(system.open_loop(intake))
+    fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))
+    if not stepwise and fixed:
+        system.feed(blocks, machine, users)
     else:
-        system.close_loop(intake, users)
+        rows = (request for block in blocks for request in block.rows())
+        if not stepwise and users is None:
+            system.run_to_arrivals(machine)
+        if users is None:
+            env.process(system.open_loop(rows))
+        else:
+            system.close_loop(rows, users)
     if outside is not None:
         outside(system)
     with suppress(EmptySchedule):  # nothing can happen any more, nor can anybody outside act
@@ -203,11 +237,11 @@ def simulate(
             env.step()
     end_ns = int(env.now)
     system.close()
-    for server in system.servers:
-        server.finish()
+    system.finish()
     system.check_littles_law()
     stats = RunStats(block_tokens=system.servers[0].stats.block_tokens)
     for server in system.servers:
         stats.merge(server.stats)
-    presence_ns = tuple(book.presence_ns for book in system.books)
-    return Run(system.servers, stats, system.arrived, end_ns, presence_ns)
+    presence_ns = tuple(server.books[0] for server in system.servers)
+    arrived = sum(server.books[2] for server in system.servers)
+    return Run(system.servers, stats, arrived, end_ns, presence_ns)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import simpy
 
+from helios_sim.core.machine import Machine
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
@@ -108,8 +109,9 @@ def serve(
     replicas: int = 1,
     router: Router = Router.ROUND_ROBIN,
     homes: tuple[tuple[int, ...], ...] | None = None,
-    leap: bool = True,
-    ahead: bool = True,  # where it can be, whatever it costs to compile
+    machine: Machine | None = None,
+    stepwise: bool = False,
+    order: str = "fcfs",
     schedule_ahead: int = 0,
     vllm_v1: bool = False,
     threshold: float = 0.7,
@@ -133,6 +135,7 @@ def serve(
         max_running_requests=max_running_requests,
         schedule_ahead=schedule_ahead,
         vllm_v1=vllm_v1,
+        order=order,
         max_batch_tokens=max_batch_tokens,
         seed=seed,
         expected=expected,
@@ -148,7 +151,7 @@ def serve(
         elif number:
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
-        server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left, leap=leap)
+        server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left)
         if isinstance(env, Watched):
             env.servers.append(server)
         return server
@@ -163,6 +166,7 @@ def serve(
         replicas=replicas,
         routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
-        ahead=ahead and watch is None,
+        machine=machine,
+        stepwise=stepwise,
     )
     return Served(records, run)

@@ -1,30 +1,29 @@
-"""The simulated engine: time from a profile, exits from a trace. Knows no queue and no policy.
-
-It computes as many iterations at once as the plan allows; each has the same bits as if it were computed alone.
-"""
+"""The simulated engine: time from a profile, exits from a trace. The loop does the rest (`core`)."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
-from helios_sim.engine.ahead import terms_of, tokens_of
-from helios_sim.engine.depths import Depths, decode_depths
-from helios_sim.exits.replay import Replay, replay
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, FullDepth, PerToken
+from helios_sim.core.layout import IntArray, Storage, Trace
+from helios_sim.exits.replay import replay
+from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, PerToken
 from helios_sim.exits.trace import BoundTrace, TokenSpan
-from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Situation
-from helios_sim.profile.composition import Composition, IntArray, PrefillChunk
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.request import NS_PER_S, Request, whole_ns
-from helios_sim.serving.ahead.contract import Terms
-from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import Outcome, Places, Plan, Tokens
+from helios_sim.serving.iteration import Places, Terms
+
+# Columns of requests as `Foresees.tokens_of` gets them.
+_PROMPT_CHARS, _OUTPUT_CHARS, _TASK, _TEXT_START = 2, 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,14 @@ class ModelData:
 
 
 class SimulatedEngine:
-    """Follows the `Engine` protocol. One object serves one replica."""
+    """Follows the `Foresees` protocol. One object serves one replica."""
 
     def __init__(self, env: simpy.Environment, models: Mapping[str, ModelData]) -> None:
         self._env = env
         self._models = models
         self._channel_free_ns = 0  # one transfer at a time over the host link
         self._transfer_ends_ns: deque[int] = deque()
+        self._terms: dict[Any, Terms] = {}
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         data = self._models[model]
@@ -52,23 +52,19 @@ class SimulatedEngine:
         )
         return prompt_tokens, span
 
-    def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        data = self._models[plan.model]
-        rule_layers = plan.run_layers if isinstance(plan.exit_rule, FixedCap | FullDepth) else plan.loaded_layers
-        replayed = replay(data.trace.trace, plan.exit_rule, rule_layers)
-        depths = decode_depths(plan, data.trace.trace, replayed)
-        prefilled, chunks = self._prefill(plan, data, replayed)
-        composition = _composition(plan, depths, chunks)
-        if data.profile.prices_spread:
-            composition = _with_spread(plan, composition)
-        time_ns = whole_ns(data.profile.iteration_time_s(composition))
-        return Outcome(
-            end_ns=time_ns.cumsum() + now_ns,
-            profile=data.profile,
-            composition=composition,
-            decoded=depths.tokens,
-            prefilled=prefilled,
-        )
+    def tokens_of(self, model: str, requests: IntArray) -> IntArray:
+        data, (_, _, prompt, output, task, text, *_) = self._models[model], requests.T
+        first, start, length, tokens = data.trace.locate_many(task, text, output).T
+        return np.stack([data.profile.model.tokens_of_many(prompt), tokens, first, start, length], axis=1)
+
+    def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms:
+        """The same object for deployments that differ in nothing that the loop prices."""
+        d = deployment
+        key = d.active, d.run_layers, d.exit_rule, d.batching, d.kv_rule, d.plan is not None
+        found = self._terms.get(key)
+        if found is None:
+            found = self._terms[key] = _terms(self._models[d.active.model], d, storage)
+        return found
 
     def places(self, model: str) -> Places | None:
         return None
@@ -94,27 +90,30 @@ class SimulatedEngine:
         """When the transfer in progress ends; None: there is none."""
         return self._transfer_ends_ns[0] if self._transfer_ends_ns else None
 
-    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        request_id = sequence.request.request_id
-        return self.observed(sequence.model, request_id, sequence.span, n_tokens, exit_rule, int(self._env.now))
-
-    def terms(
-        self, deployment: Deployment, situation: Situation, running_limit: int, closed_loop: bool
-    ) -> Terms | None:
-        """What iterations under this deployment need to be computed ahead; None where they cannot be."""
-        data = self._models[deployment.active.model]
-        return terms_of(data.profile, data.trace.trace, deployment, situation, running_limit, closed_loop)
-
-    def tokens_of(self, model: str, arrivals: IntArray) -> IntArray:
-        """`tokenize` of n requests that are rows of arrivals, shape (n, TOKENS_COLUMNS)."""
-        data = self._models[model]
-        return tokens_of(data.profile, data.trace, arrivals)
-
     def forget(self, request_id: int) -> None:
         """Nothing is kept of a request here: its exits lie in the trace."""
 
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        trace = self._models[model].trace.trace
+        rows = span.indices()[:n_tokens]
+        if isinstance(exit_rule, FixedCap | PerToken):
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)[rows]
+        else:
+            confident = trace.agree[rows]
+        return Observation(
+            model=model,
+            request_id=request_id,
+            time_ns=time_ns,
+            confident=confident,
+            agrees=trace.agree[rows],
+            bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,
+            chars=int(trace.chars[rows].sum()),
+        )
+
     def probe(
-        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+        self, model: str, requests: Sequence[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
         data = self._models[model]
         n_layers = data.profile.model.n_layers
@@ -137,103 +136,61 @@ class SimulatedEngine:
             )
             duration_ns += int(whole_ns(data.profile.iteration_time_s(composition))[0])
             now_ns = int(self._env.now)
-            observations.append(self.observed(model, request.request_id, span, rows, exit_rule, now_ns))
+            observations.append(self.observe(model, request.request_id, span, rows, exit_rule, now_ns))
         return duration_ns, tuple(observations)
 
-    def observed(
-        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
-    ) -> Observation:
-        trace = self._models[model].trace.trace
-        rows = span.indices()[:n_tokens]
-        if isinstance(exit_rule, FixedCap | PerToken):
-            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)[rows]
-        else:
-            confident = trace.agree[rows]
-        return Observation(
-            model=model,
-            request_id=request_id,
-            time_ns=time_ns,
-            confident=confident,
-            agrees=trace.agree[rows],
-            bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,
-            chars=int(trace.chars[rows].sum()),
-        )
 
-    def _prefill(self, plan: Plan, data: ModelData, replayed: Replay) -> tuple[Tokens, tuple[PrefillChunk, ...]]:
-        """Chunks to price, and the first tokens of the prompts that finish; those come from the last layer run."""
-        if not plan.prefill:
-            return Tokens(plan.run_layers, None, None), ()
-        trace = data.trace.trace
-        chunks, layers, agrees, microbits = [], [], [], []
-        for part in plan.prefill:
-            observed = _observed(plan, part.index)
-            depth = plan.loaded_layers if observed else replayed.layers
-            if plan.service_plan is not None:
-                request_id = plan.batch.members[part.index].request.request_id
-                depth = int(plan.service_plan.layers(request_id)[_generated(plan, part.index)])
-            elif isinstance(plan.exit_rule, Clairvoyant) and not observed:
-                depth = trace.exits[int(replayed.exit_index[_next_row(plan, part.index)])]
-            chunks.append(PrefillChunk(part.tokens, part.context_tokens, depth))
-            if part.finishes:
-                at = _next_row(plan, part.index), trace.exits.index(depth)
-                layers.append(depth)
-                agrees.append(bool(trace.agree[at]))
-                if trace.microbits is not None:
-                    microbits.append(int(trace.microbits[at]))
-        scores = np.array([microbits], np.int64) if microbits else None
-        if all(depth == trace.n_layers for depth in layers):
-            return Tokens(trace.n_layers, None, None, scores), tuple(chunks)
-        return Tokens(np.array([layers], np.int64), None, np.array([agrees], bool), scores), tuple(chunks)
-
-
-def _composition(plan: Plan, depths: Depths, chunks: tuple[PrefillChunk, ...]) -> Composition:
-    check, sampled = depths.check_tokens, depths.sampled_tokens
-    if chunks:
-        deepest = max(chunk.layers for chunk in chunks)
-        if not all(chunk.layers in depths.bounds for chunk in chunks):
-            raise ValueError(f"prefill to {deepest} layers, bands end at {depths.bounds}")
-        finishing = [part.index for part in plan.prefill if part.finishes]
-        sampled = sampled + len(finishing)
-        observed = sum(_observed(plan, index) for index in finishing)
-        if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
-            check = np.zeros_like(depths.decode_tokens) if check is None else check.copy()
-            check[:, :-1] += observed
-    return Composition(
-        bounds=depths.bounds,
-        decode_tokens=depths.decode_tokens,
-        decode_kv_tokens=depths.decode_kv_tokens,
-        sampled_tokens=sampled,
-        check_tokens=check,
-        classifier_tokens=depths.classifier_tokens,
-        propagated_tokens=depths.propagated_tokens,
-        prefill=chunks,
-        host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
-        host_ahead=plan.host_ahead,
-        loading=plan.loading,
+def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
+    profile, trace, rule, loaded = data.profile, data.trace.trace, deployment.exit_rule, deployment.active.layers
+    per_token, clairvoyant = isinstance(rule, PerToken), isinstance(rule, Clairvoyant)
+    replayed = replay(trace, rule, loaded if per_token or clairvoyant else deployment.run_layers or loaded)
+    whole, planned = replayed.layers == trace.n_layers, deployment.plan is not None
+    lazy, kv_rule = deployment.batching is BatchingRule.LAZY, deployment.kv_rule
+    classifier = isinstance(rule, FixedCap | PerToken) and rule.confidence is Confidence.CLASSIFIER
+    # A capped token's own logits give the other confidences, but not a classifier's.
+    watches_cap = classifier and isinstance(rule, FixedCap) and not whole
+    if watches_cap or (classifier and per_token):
+        profile.check_table(Confidence.CLASSIFIER)  # refuses where its cost is not known
+    # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
+    propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is not KvRule.NONE))
+    loaded_exit = trace.exits.index(loaded)
+    bounds = trace.exits if planned else trace.exits[: loaded_exit + 1]
+    rules = {
+        "per_token": per_token and not planned,
+        "clairvoyant": clairvoyant and not planned,
+        "head_checks": per_token and not classifier,
+        "watches_cap": watches_cap,
+        "lazy": lazy and not planned,
+        "propagates": propagates,
+        "repays": per_token and not propagates and kv_rule is KvRule.RECOMPUTE,
+        "owes": kv_rule is KvRule.RECOMPUTE,
+        "reads_trace": per_token or clairvoyant or planned or not whole or trace.microbits is not None,
+        "scores": trace.microbits is not None,
+        "spread": profile.prices_spread,
+        "rule_exit": len(replayed.exits) - 1,
+        "loaded_exit": loaded_exit,
+        "bands": len(bounds),
+    }
+    microbits = np.zeros((0, 0), np.int64) if trace.microbits is None else trace.microbits
+    seen = Trace(
+        _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach),
+        _frozen(trace.agree), _frozen(microbits), np.zeros(1, np.int64),
+    )  # fmt: skip
+    pricing = profile.pricing
+    uniform, banded = pricing.spans((replayed.layers,)), pricing.spans(bounds)
+    return Terms(
+        rules,
+        trace.exits,
+        storage.group(seen),
+        storage.group(pricing.tables),
+        pricing.scalars(storage),
+        (uniform.table(storage), storage.array(uniform.class_layers)),
+        (banded.table(storage), storage.array(banded.class_layers)),
     )
 
 
-def _with_spread(plan: Plan, composition: Composition) -> Composition:
-    """The shortest and the longest context of the decodes, which grow by a token in each iteration."""
-    context = plan.batch.decoding_column(Column.CONTEXT)
-    if not len(context):
-        return composition
-    steps = np.arange(1, composition.n_iterations + 1, dtype=np.int64)
-    return replace(composition, decode_kv_least=int(context.min()) + steps, decode_kv_most=int(context.max()) + steps)
-
-
-def _observed(plan: Plan, index: int) -> bool:
-    """Whether the next token of this request is one of those that run all loaded layers, every exit observed."""
-    return plan.observe_tokens is not None and _generated(plan, index) < plan.observe_tokens
-
-
-def _generated(plan: Plan, index: int) -> int:
-    return int(plan.batch.column(Column.GENERATED)[index])
-
-
-def _next_row(plan: Plan, index: int) -> int:
-    batch = plan.batch
-    first, start, length, generated = (
-        int(batch.column(column)[index]) for column in (Column.FIRST, Column.START, Column.LENGTH, Column.GENERATED)
-    )
-    return first + (start + generated) % length
+def _frozen(values: NDArray[Any]) -> NDArray[Any]:
+    """One type of array, whether it may be written or not: each type would be compiled anew."""
+    view = values.view()
+    view.flags.writeable = False
+    return view

@@ -83,6 +83,7 @@ class Situation:
     expected: ExpectedLoad | None = None  # None: nothing is known beforehand
     outlook: Outlook | None = None
     schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
+    order: str = "fcfs"  # of the waiting line: fcfs, priority, shortest_prompt
     vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are reused
 
 

@@ -1,113 +1,268 @@
-"""A profile's tables as plain arrays, for the compiled prices. Knows how they are laid out, not what they mean.
-
-Tables of several layer classes differ in size; they lie one behind the other in arrays as large as the largest.
-"""
+"""A profile's tables as the arrays that `core.price` reads, and compositions as its records."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.profile.composition import IntArray
-from helios_sim.profile.pricing import Bands, Pricing
-from helios_sim.profile.spec import HardwareSpec, ModelSpec
-from helios_sim.profile.tables import FloatArray
+from helios_sim.core.layout import ITERATION, NEVER, SPAN, WORK, FloatArray, IntArray, Record, Storage, Table
+from helios_sim.core.price import (
+    SCALARS,
+    ByRows,
+    DecodeAttention,
+    MixedAttention,
+    PrefillAttention,
+    PriceTables,
+    UnequalLengths,
+    floor_s,
+    outside_grid,
+    time_s,
+)
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.profile.terms import MixedTable, UnequalTable
 
-# rows of the tables by number of tokens: four of the model, then three of each layer class
-HEAD, CHECK, CLASSIFIER, EMBEDDING, FIRST_OF_CLASS = range(5)
-DENSE, PADDED_DENSE, KV_PROJECTION, OF_CLASS = range(4)
-
-
-# The counts of one iteration by band, and its chunks of prompts.
-DECODE, KV, CHECKED, CLASSIFIED, PROPAGATED, WORK_ROWS = range(6)
-TOKENS, CONTEXT, LAYERS, CHUNK_ROWS = range(4)
-# A composition's bands: where they start and end, then how many layers of each class they have.
-STARTS, ENDS, BY_CLASS = range(3)
-
-SCALARS = np.dtype(
-    [
-        *((name, np.float64) for name in (
-            "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s",
-            "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
-        )),
-        *((name, np.int64) for name in (
-            "head_values", "layer_values", "kv_values", "kv_bytes", "value_bytes", "width",  # for the roofline floor
-        )),
-    ]
-)  # fmt: skip
+_INTERPRETED = Storage(compiled=False)
 
 
-class PriceTables(NamedTuple):
-    """R tables by rows; C layer classes; shapes beyond these are as large as the largest table needs."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Bands of layers: where each starts and ends, and how many layers of each class it has, (C, S)."""
 
-    rows_s: FloatArray  # (R, rows)
-    rows_range: IntArray  # (R, 2) first and last rows measured
-    rows_slope_s: FloatArray  # (R,) beyond the last
-    decode_s: FloatArray  # (C, 2, batch, interval) times and their slopes
-    decode_kv: FloatArray  # (C, interval)
-    decode_interval: IntArray  # (C, KV tokens)
-    decode_range: IntArray  # (C, 4) first and last batch, first and last KV tokens
-    prefill_s: FloatArray  # (C, tokens, context)
-    prefill_grid: IntArray  # (C, 2, points) tokens and context
-    prefill_sizes: IntArray  # (C, 2) points of each
-    prefill_fixed_s: FloatArray  # (C,)
+    bounds: tuple[int, ...]
+    starts: tuple[int, ...]
+    class_layers: IntArray
 
+    @classmethod
+    def of(cls, bounds: tuple[int, ...], layer_class: Sequence[int], n_classes: int) -> Spans:
+        """Raises ValueError unless bounds ascend within the model."""
+        starts = (0, *bounds[:-1])
+        if not bounds or any(b <= a for a, b in zip(starts, bounds, strict=True)) or bounds[-1] > len(layer_class):
+            raise ValueError(f"bounds {bounds} must ascend from 1 to at most {len(layer_class)}")
+        members = [layer_class[a:b] for a, b in zip(starts, bounds, strict=True)]
+        return cls(bounds, starts, np.array([[m.count(c) for m in members] for c in range(n_classes)], np.int64))
 
-Scalars = Any  # a record of SCALARS; numba has no name for its type
-
-
-def band_table(bands: Bands) -> IntArray:
-    """(BY_CLASS + C, S)"""
-    starts = np.array(bands.starts, np.int64)
-    return np.stack([starts, starts + np.array(bands.layers, np.int64), *bands.of_class_array])
+    def table(self, storage: Storage) -> Table:
+        return storage.filled(SPAN, zip(self.starts, self.bounds, strict=True))
 
 
-def price_tables(model: ModelSpec, hardware: HardwareSpec, pricing: Pricing) -> tuple[PriceTables, Scalars] | None:
-    """None where there are terms that the compiled prices do not know: mixed batches and unequal lengths."""
-    classes = pricing.classes
-    if any(layer.mixed_attention is not None or layer.unequal_kv is not None or layer.padded_kv for layer in classes):
-        return None
-    by_rows = [pricing.head, pricing.check, pricing.classifier, pricing.embedding]
-    for layer in classes:
-        by_rows += [layer.dense, layer.padded_dense, layer.kv_projection]
-    decode = [layer.decode_attention for layer in classes]
-    prefill = [layer.prefill_attention for layer in classes]
-    tables = PriceTables(
-        rows_s=_stacked([table.values for table in by_rows]),
-        rows_range=np.array([(table.first, table.end) for table in by_rows], np.int64),
-        rows_slope_s=np.array([table.slope_s for table in by_rows]),
-        decode_s=_stacked([np.stack([t.values, t.slopes]).reshape(2, -1, t.width) for t in decode]),
-        decode_kv=_stacked([table.kv for table in decode]),
-        decode_interval=_stacked([table.interval for table in decode]).astype(np.int64),
-        decode_range=np.array([(t.first_batch, t.end_batch, t.first_kv, t.end_kv) for t in decode], np.int64),
-        prefill_s=_stacked([np.array(table.time_s) for table in prefill]),
-        prefill_grid=_stacked([_stacked([np.array(t.tokens), np.array(t.context)]) for t in prefill]).astype(np.int64),
-        prefill_sizes=np.array([(len(table.tokens), len(table.context)) for table in prefill], np.int64),
-        prefill_fixed_s=np.array([table.fixed_s for table in prefill]),
-    )
-    return tables, _scalars(model, hardware, pricing)
+class Pricing:
+    """Prices compositions of one model on one card under one runtime; and hands its tables to the serving loop."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        hardware: HardwareSpec,
+        runtime: Runtime,
+        classes: Sequence[LayerTables],
+        layer_class: Sequence[int],
+        head: RowsTable,
+        check: RowsTable | None,
+        check_classifier: RowsTable | None,
+        embedding: RowsTable,
+        factors: dict[str, float],
+        padded_kv: bool,
+    ) -> None:
+        """`factors`: load_slowdown, mixed_factor, kv_factor, time_factor."""
+        checks = head if check is None else check
+        # Without a classifier's table nothing asks for it: the profile refuses.
+        by_classifier = checks if check_classifier is None else check_classifier
+        self.tables = _price_tables(classes, head, checks, by_classifier, embedding, runtime.graph_batch_sizes)
+        self._scalars = _scalar_values(model, hardware, runtime, factors, padded_kv)
+        self._layer_class, self._n_classes = tuple(layer_class), len(classes)
+        self._spans: dict[tuple[int, ...], Spans] = {}
+        self._read = _INTERPRETED.group(self.tables), self.scalars(_INTERPRETED)
+
+    def spans(self, bounds: tuple[int, ...]) -> Spans:
+        found = self._spans.get(bounds)
+        if found is None:
+            found = self._spans[bounds] = Spans.of(bounds, self._layer_class, self._n_classes)
+        return found
+
+    def scalars(self, storage: Storage) -> Record:
+        names = SCALARS.dtype.names or ()
+        return storage.filled(SCALARS, [[self._scalars[name] for name in names]])[0]
+
+    def time_s(self, c: Composition) -> FloatArray:
+        tables, scalars = self._read
+        spans = self.spans(c.bounds)
+        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)  # type: ignore[arg-type]
+        return np.array(
+            [time_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
+        )
+
+    def floor_s(self, c: Composition) -> FloatArray:
+        _, scalars = self._read
+        table = self.spans(c.bounds).table(_INTERPRETED)
+        return np.array([floor_s(scalars, it, table, work, c.prefill) for it, work in iterations(c)])
+
+    def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
+        """(K,) true where a table had to be extrapolated."""
+        tables, scalars = self._read
+        spans = self.spans(c.bounds)
+        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)  # type: ignore[arg-type]
+        return np.array(
+            [outside_grid(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
+        )
 
 
-def _scalars(model: ModelSpec, hardware: HardwareSpec, pricing: Pricing) -> Scalars:
-    found = np.zeros(1, SCALARS)
-    for name in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s"):
-        found[name] = getattr(pricing.runtime, name)
-    for name in ("load_slowdown", "mixed_factor", "kv_factor", "time_factor"):
-        found[name] = getattr(pricing, name)
-    for name in ("hbm_bytes_per_s", "flops_per_s"):
-        found[name] = getattr(hardware, name)
-    found["head_values"] = model.vocab_size * model.d_model
-    found["layer_values"] = model.layer_values
-    found["kv_values"] = 2 * model.d_model * model.kv_width  # of one layer's K and V projections
-    found["kv_bytes"] = model.kv_bytes_per_token_layer
-    found["value_bytes"] = model.weight_bytes_per_value
-    found["width"] = model.n_heads * model.head_dim
-    return found[0]
+def iterations(c: Composition) -> list[tuple[Record, Table]]:
+    """A composition's iterations as records: the counts of each, and its work by band."""
+    if c.prefill:
+        if len(c.sampled_tokens) != 1:
+            raise ValueError("a composition with prefill is one iteration")
+        if any(chunk.layers not in c.bounds for chunk in c.prefill):
+            raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+    columns = (c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens)
+    none = [[0] * len(c.bounds)] * len(c.sampled_tokens)
+    counts = [none if column is None else column.tolist() for column in columns]
+    least = None if c.decode_kv_least is None else c.decode_kv_least.tolist()
+    most = None if c.decode_kv_most is None else c.decode_kv_most.tolist()
+    found = []
+    for k, sampled in enumerate(c.sampled_tokens.tolist()):
+        it = ITERATION.row()
+        it.chunks, it.sampled_tokens = len(c.prefill), sampled
+        it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
+        it.kv_least = NEVER if least is None or most is None else least[k]
+        it.kv_most = NEVER if least is None or most is None else most[k]
+        found.append((it, [WORK.row(*band) for band in zip(*(column[k] for column in counts), strict=True)]))
+    return found
 
 
-def _stacked(arrays: list[NDArray[np.float64]] | list[NDArray[np.int64]]) -> FloatArray:
+def _price_tables(
+    classes: Sequence[LayerTables],
+    head: RowsTable,
+    check: RowsTable,
+    classifier: RowsTable,
+    embedding: RowsTable,
+    pad_to: tuple[int, ...] | None,
+) -> PriceTables:
+    """Only the dense part of a batch without prefill is padded to a graph's size."""
+    by_rows = [_by_rows(table) for table in (head, check, classifier, embedding)]
+    sources = [head, check, classifier, embedding]
+    for tables in classes:
+        by_rows += [_by_rows(tables.dense), _by_rows(tables.dense, pad_to), _by_rows(tables.kv_projection)]
+        sources += [tables.dense, tables.dense, tables.kv_projection]
+    decode = [_Decode.of(tables.decode_attention) for tables in classes]
+    prefill = [tables.prefill_attention for tables in classes]
+    mixed = [tables.mixed_attention for tables in classes]
+    unequal = [tables.unequal_kv for tables in classes]
+    return PriceTables(
+        ByRows(
+            seconds=_stacked(by_rows),
+            range=np.array([(int(t.rows[0]), int(t.rows[-1])) for t in sources], np.int64),
+            slope_s=np.array([float((t.time_s[-1] - t.time_s[-2]) / (t.rows[-1] - t.rows[-2])) for t in sources]),
+        ),
+        DecodeAttention(
+            seconds=_stacked([np.stack([t.values, t.slopes]) for t in decode]),
+            kv=_stacked([t.kv for t in decode]),
+            interval=_stacked([t.interval for t in decode]).astype(np.int64),
+            range=np.array([t.range for t in decode], np.int64),
+        ),
+        PrefillAttention(
+            seconds=_stacked([t.time_s.astype(np.float64) for t in prefill]),
+            grid=_stacked([_stacked([t.first, t.second]) for t in prefill]).astype(np.int64),
+            sizes=np.array([t.time_s.shape for t in prefill], np.int64),
+            fixed_s=np.array([float(t.time_s.min()) for t in prefill]),
+        ),
+        MixedAttention(
+            seconds=_stacked([np.zeros((0, 0, 0, 0)) if t is None else t.time_s.astype(np.float64) for t in mixed]),
+            grid=_stacked([_axes(t) for t in mixed]).astype(np.int64),
+            sizes=np.array([(0, 0, 0, 0) if t is None else t.time_s.shape for t in mixed], np.int64),
+        ),
+        UnequalLengths(
+            share=_stacked([np.zeros((0, 0, 0, 0)) if t is None else _by_batch(t) for t in unequal]),
+            grid=_stacked([
+                np.zeros((2, 0)) if t is None else _stacked([t.chunk, t.longest]) for t in unequal
+            ]).astype(np.int64),
+            of_long=_stacked([np.zeros(0) if t is None else t.share.astype(np.float64) for t in unequal]),
+            sizes=np.array([
+                (0, 0, 0, 0) if t is None else (len(t.chunk), len(t.longest), len(t.share), int(t.batch[-1]))
+                for t in unequal
+            ], np.int64),
+        ),
+    )  # fmt: skip
+
+
+def _by_rows(table: RowsTable, pad_to: tuple[int, ...] | None = None) -> FloatArray:
+    """Seconds of every number of rows up to the last measured one; no rows take no time.
+
+    With `pad_to`, rows are first raised to the next of these sizes; beyond the largest they are not padded.
+    """
+    end = int(table.rows[-1])
+    values: FloatArray = np.interp(np.arange(end + 1), table.rows, table.time_s)
+    values[0] = 0.0
+    if sizes := sorted({s for s in pad_to or () if s <= end}):
+        padded = np.array(sizes)[np.searchsorted(sizes, np.arange(sizes[-1] + 1))]
+        values[1 : sizes[-1] + 1] = values[padded[1:]]
+    return values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decode:
+    """Decode attention at every batch up to the last measured one: seconds and slopes by interval of KV tokens."""
+
+    values: FloatArray  # (batch, interval)
+    slopes: FloatArray
+    kv: FloatArray  # (interval,)
+    interval: IntArray  # of every whole number of KV tokens: means fall into the interval of their whole part
+    range: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, table: GridTable) -> _Decode:
+        end_batch, end_kv = int(table.first[-1]), int(table.second[-1])
+        batches = np.arange(end_batch + 1)
+        values = np.stack([np.interp(batches, table.first, column) for column in table.time_s.T], axis=1)
+        values[0] = 0.0
+        slopes = np.diff(values, axis=1) / np.diff(table.second)
+        slopes = np.concatenate([slopes, slopes[:, -1:]], axis=1)
+        below = np.searchsorted(table.second, np.arange(end_kv + 1), side="right") - 1
+        interval = np.maximum(below, 0).astype(np.int64)
+        first = int(table.first[0]), end_batch, int(table.second[0]), end_kv
+        return cls(values, slopes, table.second.astype(np.float64), interval, first)
+
+
+def _axes(table: MixedTable | None) -> FloatArray:
+    if table is None:
+        return np.zeros((4, 0))
+    return _stacked([table.chunk, table.context, table.batch, table.kv])
+
+
+def _by_batch(table: UnequalTable) -> FloatArray:
+    """(C, batch + 1, G, P) excess at every batch, linear in between; edges hold."""
+    batches = np.arange(int(table.batch[-1]) + 1)
+    right = np.clip(np.searchsorted(table.batch, batches), 1, len(table.batch) - 1)
+    low, high = table.batch[right - 1], table.batch[right]
+    weight = np.clip((batches - low) / (high - low), 0.0, 1.0)[None, :, None, None]
+    found: FloatArray = table.excess[:, right - 1] * (1.0 - weight) + table.excess[:, right] * weight
+    return found
+
+
+def _scalar_values(
+    model: ModelSpec, hardware: HardwareSpec, runtime: Runtime, factors: dict[str, float], padded_kv: bool
+) -> dict[str, float]:
+    names = ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s")
+    return {
+        **{name: float(getattr(runtime, name)) for name in names},
+        **factors,
+        "hbm_bytes_per_s": float(hardware.hbm_bytes_per_s),
+        "flops_per_s": float(hardware.flops_per_s),
+        "head_values": model.vocab_size * model.d_model,
+        "layer_values": model.layer_values,
+        "kv_values": 2 * model.d_model * model.kv_width,  # of one layer's K and V projections
+        "kv_bytes": model.kv_bytes_per_token_layer,
+        "value_bytes": model.weight_bytes_per_value,
+        "width": model.n_heads * model.head_dim,
+        "padded_kv": int(padded_kv),
+    }
+
+
+def _stacked(arrays: Sequence[NDArray[Any]]) -> FloatArray:
     """Arrays of the same number of dimensions in one, with zeros where one of them is smaller."""
     shape = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True))
     found = np.zeros((len(arrays), *shape))

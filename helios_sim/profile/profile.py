@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +10,10 @@ from numpy.typing import NDArray
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition
-from helios_sim.profile.floor import iteration_floor_s
-from helios_sim.profile.price_tables import PriceTables, Scalars, price_tables
-from helios_sim.profile.pricing import Pricing
+from helios_sim.profile.price_tables import Pricing
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Provenance
-
-_NOT_MADE = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,14 +46,18 @@ class Profile:
     check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
     padded_kv: bool = False
     _pricing: Pricing = field(init=False, repr=False)
-    _price_tables: object = field(init=False, repr=False, default=_NOT_MADE)
 
     def __post_init__(self) -> None:
         self._check_all()
+        factors = {
+            "load_slowdown": self.load_slowdown,
+            "mixed_factor": 1.0 if self.mixed_factor is None else self.mixed_factor,
+            "kv_factor": 1.0 if self.unequal_kv_factor is None else self.unequal_kv_factor,
+            "time_factor": self.time_factor,
+        }
         pricing = Pricing(
-            self.layer_tables, self.layer_class, self.head, self.check, self.embedding, self.runtime,
-            self.load_slowdown, self.mixed_factor, self.unequal_kv_factor, self.time_factor, self.check_classifier,
-            self.padded_kv,
+            self.model, self.hardware, self.runtime, self.layer_tables, self.layer_class, self.head, self.check,
+            self.check_classifier, self.embedding, factors, self.padded_kv,
         )  # fmt: skip
         object.__setattr__(self, "_pricing", pricing)
 
@@ -74,13 +73,6 @@ class Profile:
     def prices_spread(self) -> bool:
         """A price depends on the shortest and the longest context of a batch, where they are known."""
         return self.padded_kv or any(tables.unequal_kv is not None for tables in self.layer_tables)
-
-    @property
-    def price_tables(self) -> tuple[PriceTables, Scalars] | None:
-        """For compiled prices; None where these do not know all terms of this profile."""
-        if self._price_tables is _NOT_MADE:
-            object.__setattr__(self, "_price_tables", price_tables(self.model, self.hardware, self._pricing))
-        return cast("tuple[PriceTables, Scalars] | None", self._price_tables)
 
     @property
     def name(self) -> str:
@@ -123,7 +115,7 @@ class Profile:
 
     def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
         """(K,) seconds that no kernel on this card can beat; over `iteration_time_s` it is the utilisation."""
-        return iteration_floor_s(self.model, self.hardware, c)
+        return self._pricing.floor_s(c)
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""

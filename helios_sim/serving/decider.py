@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.core import layout
+from helios_sim.core.layout import NEVER, TRIGGER, WINDOW, Watch
+from helios_sim.core.triggers import first_fired, next_alarm_ns, watches_queue
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, Placement
 from helios_sim.policy.telemetry import Policy, Telemetry
@@ -20,10 +23,8 @@ from helios_sim.policy.trigger import (
     Probed,
     QueueAbove,
     Started,
+    Trigger,
 )
-from helios_sim.serving.batch import Column
-from helios_sim.serving.iteration import Outcome, Plan
-from helios_sim.serving.meters import BreachWindow
 from helios_sim.serving.replica import Replica
 
 MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
@@ -47,10 +48,10 @@ class Decider:
         self.decisions: list[Decision] = []  # at most MOST_DECISIONS: the first half of them and the latest
         self.decisions_left_out = 0
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
-        self.windows: dict[BreachLimit, BreachWindow] = {}
-        self._watched: Placement | None = None  # by these windows
-        self.spent: set[Cause] = set()  # triggers that fire once
-        self.completed_before = 0
+        self._triggers: tuple[Trigger, ...] = ()
+        self._watched: Placement | None = None  # by the breach windows
+        self._flags: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self.watch = self._watch([], [])
 
     def start(self) -> Deployment:
         deployment = self._policy.start(self._replica.situation)
@@ -58,30 +59,60 @@ class Decider:
         return deployment
 
     def arm(self) -> None:
-        """A deployment came into force: its triggers start to watch."""
+        """A deployment came into force: its triggers start to watch.
+
+        A breach window goes on where the same limit watches the same placement.
+        """
         deployment = self._replica.deployment
-        self.spent.clear()
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
-        known = self.windows if deployment.active == self._watched else {}
         limits = [t for t in deployment.triggers if isinstance(t, BreachLimit)]
-        self.windows = {t: known.get(t) or BreachWindow(t.window_tokens, t.limit) for t in limits}
-        self._watched = deployment.active
+        before, flags = self.watch.windows, self._flags
+        known = [t for t in self._triggers if isinstance(t, BreachLimit)] if deployment.active == self._watched else []
+        self._flags = np.zeros((len(limits), max((t.window_tokens for t in limits), default=0)), np.bool_)
+        windows = []
+        for k, limit in enumerate(limits):
+            row = [limit.window_tokens, limit.limit, 0, 0, 0]
+            if limit in known:
+                old = known.index(limit)
+                row = [int(getattr(before[old], name)) for name in WINDOW.dtype.names or ()]
+                self._flags[k, : limit.window_tokens] = flags[old, : limit.window_tokens]
+            windows.append(row)
+        rows = [
+            [*_numbers(trigger), 0, limits.index(trigger) if isinstance(trigger, BreachLimit) else 0]
+            for trigger in deployment.triggers
+        ]
+        self._triggers, self._watched = deployment.triggers, deployment.active
+        self.watch = self._watch(rows, windows)
+        self.note_probe()
+
+    def _watch(self, triggers: list[list[int]], windows: list[list[int]]) -> Watch:
+        storage = self._replica.storage
+        return Watch(storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows), storage.array(self._flags))
+
+    def note_probe(self) -> None:
+        """A probe's trigger may fire when every candidate is scored."""
+        done = self._replica.deployment.probe is not None and not self.probe_left
+        for row in self.watch.triggers:
+            if row.kind == layout.PROBED:
+                row.argument = int(done)
 
     def decide(self) -> Deployment | None:
         """What the policy decides now, if a trigger has fired and it decides anything."""
-        for trigger in self._replica.deployment.triggers:
-            if not self._fired(trigger):
-                continue
+        replica, s = self._replica, self._replica.state
+        k = NEVER
+        while (k := int(first_fired(s, replica.requests, replica.line, self.watch, k + 1))) != NEVER:
+            trigger = self._triggers[k]
             deployment = self._policy.decide(trigger, self._telemetry(trigger))
-            self._replica.observations.clear()
+            replica.observations.clear()
             if isinstance(trigger, BreachLimit):
-                self.windows[trigger].clear()
+                window = self.watch.windows[int(self.watch.triggers[k].window)]
+                window.filled = window.next = window.breaches = 0
             elif isinstance(trigger, Completed):
-                self.completed_before = self._replica.completed_requests
+                s.completed_before = s.completed
             else:
-                self.spent.add(trigger)
+                self.watch.triggers[k].spent = 1
             if deployment is not None:
-                self.completed_before = self._replica.completed_requests
+                s.completed_before = s.completed
                 self._log(trigger, deployment)
                 return deployment
         return None
@@ -92,65 +123,27 @@ class Decider:
 
     @property
     def next_time_ns(self) -> int | None:
-        times = [t.time_ns for t in self._replica.deployment.triggers if isinstance(t, AtTime)]
-        return min((t for t in times if t > self._replica.now_ns), default=None)
+        alarm_ns = int(next_alarm_ns(self._replica.state, self.watch))
+        return None if alarm_ns == layout.FOREVER_NS else alarm_ns
 
     @property
     def watches_queue(self) -> bool:
-        return any(isinstance(t, QueueAbove) for t in self._replica.deployment.triggers)
-
-    def iterations_until_trigger(self, plan: Plan, outcome: Outcome) -> int:
-        """How many of the iterations run before the policy is to be asked (all of them if none fires)."""
-        iterations = len(outcome.end_ns)
-        for trigger in self._replica.deployment.triggers:
-            if isinstance(trigger, BreachLimit):
-                breach = counted_breaches(plan, outcome, iterations)
-                first = self.windows[trigger].first_over_limit(breach) if breach.shape[1] else None
-                if first is not None:
-                    iterations = first + 1
-            elif isinstance(trigger, AtTime) and trigger not in self.spent:
-                iterations = min(iterations, outcome.iterations_until(trigger.time_ns))
-        return iterations
-
-    def count_breaches(self, plan: Plan, outcome: Outcome, iterations: int) -> None:
-        if self.windows:
-            breach = counted_breaches(plan, outcome, iterations)
-            for window in self.windows.values():
-                window.add(breach)
-
-    def _fired(self, trigger: Cause) -> bool:
-        replica = self._replica
-        if isinstance(trigger, BreachLimit):
-            return self.windows[trigger].over_limit
-        if isinstance(trigger, Completed):
-            return replica.completed_requests - self.completed_before >= trigger.requests
-        if isinstance(trigger, QueueAbove):
-            above = len(replica.waiting) > trigger.requests
-            if not above:
-                self.spent.discard(trigger)
-            return above and trigger not in self.spent
-        if trigger in self.spent:
-            return False
-        if isinstance(trigger, AtTime):
-            return replica.now_ns >= trigger.time_ns
-        if isinstance(trigger, Drained):
-            in_flight = len(replica.batch) or any(sequence.started for sequence in replica.waiting.known())
-            return replica.starts_left == 0 and not in_flight
-        return isinstance(trigger, Probed) and replica.deployment.probe is not None and not self.probe_left
+        return bool(watches_queue(self.watch))
 
     def _telemetry(self, cause: Cause) -> Telemetry:
-        replica, recent = self._replica, self._replica.recent
-        windows = [self.windows[cause]] if isinstance(cause, BreachLimit) else list(self.windows.values())
+        replica, s = self._replica, self._replica.state
+        at = int(self.watch.triggers[self._triggers.index(cause)].window) if isinstance(cause, BreachLimit) else 0
+        decode_ns, decode_batch_ns = int(s.placed_decode_ns), int(s.placed_decode_batch_ns)
         return Telemetry(
             now_ns=replica.now_ns,
             completed_requests=replica.completed_requests,
-            queued_requests=len(replica.waiting),
-            running_requests=len(replica.batch),
-            batch_mean=replica.decode_batch_ns / replica.decode_ns if replica.decode_ns else None,
-            prompt_tokens_mean=recent.prompt_tokens_mean,
-            output_tokens_mean=recent.output_tokens_mean,
-            arrival_rate_per_s=recent.arrival_rate_per_s,
-            breaches_in_window=windows[0].breaches if windows else 0,
+            queued_requests=replica.waiting_requests,
+            running_requests=replica.running_requests,
+            batch_mean=decode_batch_ns / decode_ns if decode_ns else None,
+            prompt_tokens_mean=replica.recent.prompt_tokens_mean,
+            output_tokens_mean=replica.recent.output_tokens_mean,
+            arrival_rate_per_s=replica.recent.arrival_rate_per_s,
+            breaches_in_window=int(self.watch.windows[at].breaches) if len(self.watch.windows) else 0,
             observations=tuple(replica.observations),
         )
 
@@ -169,13 +162,18 @@ class Decider:
             )
 
 
-def counted_breaches(plan: Plan, outcome: Outcome, iterations: int) -> NDArray[np.bool_]:
-    """Breaches of the decode tokens that the counter sees, shape (iterations, requests): observed tokens are left
-    out, because they ran deeper than the cap."""
-    if plan.observe_tokens is not None:
-        seen = plan.batch.decoding_column(Column.GENERATED) >= plan.observe_tokens
-    else:
-        seen = np.ones(plan.decoding, bool)
-    if outcome.decoded.breach is None:
-        return np.zeros((iterations, int(seen.sum())), bool)
-    return outcome.decoded.breach[:iterations, seen]
+def _numbers(trigger: Trigger) -> tuple[int, int]:
+    """A trigger's kind and argument in the loop's records."""
+    match trigger:
+        case BreachLimit():
+            return layout.BREACHES, 0
+        case Completed(requests):
+            return layout.COMPLETIONS, requests
+        case Drained():
+            return layout.DRAINED, 0
+        case AtTime(time_ns):
+            return layout.AT_TIME, time_ns
+        case QueueAbove(requests):
+            return layout.QUEUE_ABOVE, requests
+        case Probed():
+            return layout.PROBED, 0

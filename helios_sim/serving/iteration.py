@@ -1,35 +1,45 @@
-"""What the server asks an engine to run, what comes back, and the protocol that every engine follows.
-
-Nothing here says whether the engine computes on a device or from a profile: the server cannot tell.
-"""
+"""What the server asks a device to run, what comes back, and the protocols that engines follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.core.layout import Numbers, Record, Storage, Table, Trace
+from helios_sim.core.price import PriceTables
 from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
-from helios_sim.policy.deployment import BatchingRule, KvRule, ServicePlan
-from helios_sim.policy.telemetry import Observation
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, ServicePlan
+from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
-from helios_sim.serving.batch import RunningBatch, Sequence
 
-BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A running request, as it stands before the iteration."""
+
+    request: Request
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    span: TokenSpan
+    generated: int  # output tokens produced so far
+    context_tokens: int  # whose K and V are in the cache
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPart:
     """A chunk of one running request's prompt."""
 
-    index: int  # in the running batch
+    index: int  # among the members
     tokens: int
     context_tokens: int
     finishes: bool  # its last token yields the next output token
@@ -37,7 +47,7 @@ class PrefillPart:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The next iteration, or up to `max_iterations` of them where nothing of this replica can come between."""
+    """The next iteration."""
 
     model: str
     loaded_layers: int
@@ -45,44 +55,31 @@ class Plan:
     exit_rule: ExitRule
     batching: BatchingRule
     kv_rule: KvRule
-    batch: RunningBatch
-    decoding: int  # so many requests decode: the first ones of the batch
+    members: Sequence[Member]  # of the batch, in order of admission: those that decode, then those that prefill
+    decoding: int  # so many members decode: the first ones
     prefill: tuple[PrefillPart, ...]
     observe_tokens: int | None  # each request's first tokens that run all loaded layers, every exit observed
     service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
-    max_iterations: int  # 1 whenever there is prefill
-    new_blocks: IntArray  # (max_iterations,) KV blocks that the decodes take up by the end of each iteration
     host_ahead: bool  # the host plans the next iteration while this one runs
     loading: bool  # weights stream in meanwhile
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What became of the tokens of D requests in k iterations. Scalars stand for all of them."""
+class Token(NamedTuple):
+    """What became of one request's token."""
 
-    layers: int | IntArray  # (k, D) layers that the token ran
-    breach: BoolArray | None  # (k, D) left at the cap without confidence; None: none did
-    agrees: BoolArray | None  # (k, D) equal to full depth's token; None: all are
-    microbits: IntArray | None = None  # (k, D) -log2 of the probability of the text's own token; None: not recorded
+    layers: int  # that it ran
+    breach: bool = False  # it left at the cap without confidence
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """k iterations, already computed; the server may use only the first of them."""
+    """An iteration that has run."""
 
-    end_ns: IntArray  # (k,) absolute, ascending
+    end_ns: int  # absolute
     profile: Profile  # of the model and the card that ran it
     composition: Composition  # what ran
-    decoded: Tokens  # of the requests that decode
-    prefilled: Tokens  # (1, P) of the parts that finish, in their order
-
-    def iterations_until(self, time_ns: int, passed: bool = False) -> int:
-        """Iterations up to and including the one in progress at that time (at least 1).
-
-        One that ends exactly then is in progress, unless this server's turn at that time has `passed`.
-        """
-        side: Literal["left", "right"] = "right" if passed else "left"
-        return min(int(self.end_ns.searchsorted(time_ns, side)) + 1, len(self.end_ns))
+    decoded: Sequence[Token]  # of the members that decode
+    prefilled: Sequence[Token]  # of the parts that finish, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +91,7 @@ class Places:
 
 
 class OutOfMemory(Exception):
-    """The device had no memory for an iteration: nothing of it counts, and whoever was in it must start again."""
+    """The device had no memory for an iteration: nothing of it counts, and its requests must start again."""
 
     def __init__(self, reason: str, end_ns: int) -> None:
         super().__init__(reason)
@@ -102,7 +99,10 @@ class OutOfMemory(Exception):
 
 
 class Engine(Protocol):
-    """Executes plans and moves weights. Times are absolute integer nanoseconds of the environment's clock."""
+    """Knows models, moves weights. Times are absolute integer nanoseconds of the environment's clock.
+
+    An engine either runs iterations (`Executes`) or says beforehand what they take (`Foresees`).
+    """
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         """Prompt tokens (with the characters answered so far) and the span of what is still to be answered."""
@@ -110,10 +110,6 @@ class Engine(Protocol):
 
     def places(self, model: str) -> Places | None:
         """For requests of this model; None: as many and as long ones as the server's blocks hold."""
-        ...
-
-    def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Runs the plan's iterations, starting now. Raises OutOfMemory where the device has none for the first one."""
         ...
 
     def hold(self, layers: Mapping[str, int]) -> None:
@@ -127,7 +123,9 @@ class Engine(Protocol):
         """Starts to copy a model's weights into the card and calls back when they are there. Transfers queue up."""
         ...
 
-    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
         """What every exit said about the first tokens of this request's answer."""
         ...
 
@@ -136,7 +134,43 @@ class Engine(Protocol):
         ...
 
     def probe(
-        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+        self, model: str, requests: Sequence[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
         """Scores served texts, prompt and answer, in one full-depth pass. Returns its duration in ns and the scores."""
         ...
+
+
+@runtime_checkable
+class Executes(Engine, Protocol):
+    def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        """Runs the iteration, starting now. Raises OutOfMemory where the device has none for it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """What the loop needs to know of a model, a card and a deployment to say what iterations take."""
+
+    rules: Mapping[str, int]  # of core.layout.RULES, those that depend on the exits and the profile
+    exits: tuple[int, ...]
+    trace: Trace
+    prices: PriceTables
+    scalars: Record
+    uniform: tuple[Table, Numbers]  # bands of iterations in which all tokens run the same layers, with layers by class
+    banded: tuple[Table, Numbers]  # of the others
+
+
+@runtime_checkable
+class Foresees(Engine, Protocol):
+    def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms: ...
+
+    def tokens_of(self, model: str, requests: IntArray) -> IntArray:
+        """`tokenize` of requests (n, 7): prompt and output tokens, first, start and length in the trace, (n, 5)."""
+        ...
+
+    @property
+    def transfer_end_ns(self) -> int | None:
+        """When the transfer in progress ends; None: there is none."""
+        ...
+
+

@@ -1,62 +1,12 @@
-"""Sliding measurements that policies and triggers read. They are folded in step order and hold a bounded history."""
+"""Sliding measurements that policies read, over a bounded history."""
 
 from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-from numpy.typing import NDArray
-
 from helios_sim.request import NS_PER_S
 
 RECENT = 256  # arrivals and completed requests that sliding means look back on
-
-
-class BreachWindow:
-    """The confidence breach counter: breaches among the last `window_tokens` decode tokens."""
-
-    def __init__(self, window_tokens: int, limit: int) -> None:
-        self.window_tokens = window_tokens
-        self.limit = limit
-        self._flags = np.zeros(0, np.int64)
-
-    @property
-    def breaches(self) -> int:
-        return int(self._flags.sum())
-
-    @property
-    def over_limit(self) -> bool:
-        return len(self._flags) >= self.window_tokens and self.breaches > self.limit
-
-    def clear(self) -> None:
-        self._flags = np.zeros(0, np.int64)
-
-    @property
-    def flags(self) -> NDArray[np.int64]:
-        """The latest tokens, at most the window, oldest first: 1 for a breach."""
-        return self._flags
-
-    @flags.setter
-    def flags(self, flags: NDArray[np.int64]) -> None:
-        self._flags = flags
-
-    def first_over_limit(self, breach: NDArray[np.bool_]) -> int | None:
-        """Index of the first iteration at whose end the full window holds more than the limit.
-
-        `breach` has shape (k, D): iterations by requests. None if there is no such iteration.
-        """
-        k, batch = breach.shape
-        flags = np.concatenate([self._flags, breach.ravel()])
-        until = np.concatenate([[0], np.cumsum(flags)])
-        ends = len(self._flags) + batch * np.arange(1, k + 1)
-        in_window = until[ends] - until[np.maximum(ends - self.window_tokens, 0)]
-        over = np.flatnonzero((ends >= self.window_tokens) & (in_window > self.limit))
-        return int(over[0]) if len(over) else None
-
-    def add(self, breach: NDArray[np.bool_]) -> None:
-        """Folds in iterations of shape (k, D), in order of iteration and then of request."""
-        flags = np.concatenate([self._flags, breach.ravel()])
-        self._flags = flags[-self.window_tokens :]
 
 
 class Recent:

@@ -21,10 +21,10 @@ class Prober:
         self._streamed: str | None = None
 
     @property
-    def waits(self) -> bool:
-        """Whether it does nothing before a transfer or a change is over."""
+    def awaits_completion(self) -> bool:
+        """Whether there is nothing to score before a request has been served."""
         scoring = self._replica.deployment.probe is not None and not self._transitions.pending
-        return not scoring or (self._streaming is not None and bool(self._decider.probe_left))
+        return scoring and self._streaming is None and bool(self._decider.probe_left)
 
     def advance(self) -> int | None:
         """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass."""
@@ -40,6 +40,7 @@ class Prober:
             requests = list(replica.served)[-probe.prompts :]
             duration_ns, observations = replica.engine.probe(model, requests, replica.deployment.exit_rule)
             self._decider.probe_left.remove(model)
+            self._decider.note_probe()
             replica.observations.extend(observations)
             replica.stats.busy_ns += duration_ns
             return replica.now_ns + duration_ns

@@ -1,68 +1,224 @@
-"""The state of one replica and its elementary moves. The server's parts share it; it decides nothing."""
+"""The state of one replica in the loop's records, and its elementary moves. The server's parts share it."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from itertools import takewhile
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
 
+import numpy as np
 import simpy
 
+from helios_sim.core import arrive, blocks, layout, line, schedule, triggers
+from helios_sim.core.layout import (
+    CHUNK,
+    FOREVER_NS,
+    FREED,
+    ITERATION,
+    NEVER,
+    REQUEST,
+    RULES,
+    SAMPLE,
+    SEEN,
+    STATE,
+    SUMS,
+    WORK,
+    Counts,
+    Line,
+    Lists,
+    Record,
+    Storage,
+)
+from helios_sim.exits.rule import PerToken
+from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import Request, RequestRecord, Status
-from helios_sim.serving.batch import RunningBatch, Sequence
-from helios_sim.serving.histogram import GapBuffer
-from helios_sim.serving.iteration import Engine
-from helios_sim.serving.kv import KvPool, blocks_for
-from helios_sim.serving.line import WaitingLine
-from helios_sim.serving.meters import Recent
-from helios_sim.serving.scheduler import Admission
+from helios_sim.serving.histogram import bucket_edges_ns
+from helios_sim.serving.inbox import COLUMNS, Inbox
+from helios_sim.serving.iteration import Engine, Foresees, IntArray, Member, Plan, PrefillPart, Terms, Token
+from helios_sim.serving.meters import RECENT, Recent
 from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import Timeline
-from helios_sim.serving.utilisation import Utilisation
+from helios_sim.serving.timeline import SAMPLES, Timeline
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
-# Why a request can never run as deployed; the model goes into the braces.
-CONTEXT_EXCEEDED, POOL_EXCEEDED = "context of {} exceeded", "larger than the KV pool beside {}"
+OnLeft = Callable[[RequestRecord, int], None]
+"""A request has left, at that time in ns."""
+DROP_REASONS = {
+    layout.CONTEXT_EXCEEDED: "context of {model} exceeded",
+    layout.POOL_EXCEEDED: "larger than the KV pool beside {model}",
+    layout.PLACES_EXCEEDED: "longer than the {tokens} tokens that KV memory has for a request on {model}",
+}
+_LEFT_FIELDS = (
+    *COLUMNS, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
+    "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
+    "evaluated_tokens", "preemptions", "microbits",
+)  # fmt: skip
+_read_left = attrgetter(*_LEFT_FIELDS)
+_SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
+_ORDERS = {"fcfs": layout.FCFS, "priority": layout.PRIORITY, "shortest_prompt": layout.SHORTEST_PROMPT}
 
 
 class Replica:
+    """`on_left` gets each record, with the time at which its request left."""
+
     def __init__(
         self,
         env: simpy.Environment,
         number: int,
         engine: Engine,
         situation: Situation,
-        on_left: Callable[[RequestRecord], None],
+        on_left: OnLeft,
+        storage: Storage,
+        closed_loop: bool,
     ) -> None:
-        self.env = env
-        self.number = number
-        self.engine = engine
-        self.situation = situation
-        self.on_left = on_left
-        self.deployment: Deployment  # in force; set before the first event
-        self.batch = RunningBatch()
-        self.waiting = WaitingLine()
-        self.pool = KvPool(0, situation.memory.block_tokens, remember=situation.vllm_v1)
-        self.lingering: list[tuple[int, int]] = []  # (admission number, blocks) of requests that are done
+        self.env, self.number, self.engine, self.situation, self.on_left = env, number, engine, situation, on_left
+        self.storage = storage
+        self.models = tuple(situation.candidates)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)
-        self.gaps = GapBuffer(self.stats.itl)
-        self.utilisation = Utilisation(self.stats)
         self.timeline = Timeline()
         self.recent = Recent()
         self.observations: list[Observation] = []  # new since the policy was last asked
         self.served: deque[Request] = deque(maxlen=SERVED_TEXTS)
-        self.completed_requests = 0
-        self.acted_ns = 0  # the server's latest turn; timers of leaps that were cut may move the clock beyond it
-        self.starts_left: int | None = None  # of the deployment's admission limit
-        self._fewer: int | None = None  # may run together, beside one for each completed request; None: no limit
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
         self.scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
-        self.decode_ns = 0  # since the placement last changed
-        self.decode_batch_ns = 0
+        self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
+        self._deployment: Deployment
+        self._closed_loop = closed_loop
+        self._counted_arrivals = 0
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        storage, situation = self.storage, self.situation
+        self.state: Record = storage.record(STATE)
+        self.rules: Record = storage.record(RULES)
+        self.iteration: Record = storage.record(ITERATION)
+        self.inbox = Inbox(storage, self.models, self._tokens_of)
+        layers = max(c.profile.model.n_layers for c in situation.candidates.values())
+        self.bands = max(len(c.offline.exits) for c in situation.candidates.values())
+        self.work = storage.rows(WORK, self.bands + 1)
+        n = situation.max_running_requests
+        self.chunks = storage.rows(CHUNK, n + 1)
+        self.requests = storage.rows(REQUEST, 0)
+        self.lists = Lists(*(storage.numbers(0) for _ in Lists._fields))
+        self.line = Line(*(storage.numbers(0) for _ in Line._fields))
+        self._owed: IntArray = np.zeros((0, self.bands + 1), np.int64)
+        self.freed = storage.rows(FREED, 2)
+        self._depths: IntArray = np.zeros(layers + 1, np.int64)
+        self.counts = Counts(
+            seen=storage.rows(SEEN, 2 * n + layout.FLUSH_REQUESTS),
+            samples=storage.rows(SAMPLE, SAMPLES + 2),
+            depths=storage.array(self._depths),
+            gaps=storage.array(self.stats.itl.counts),
+            gap_edges_ns=storage.array(bucket_edges_ns()),
+        )
+        s = self.state
+        s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
+        s.fewer = FOREVER_NS
+        s.exhausted = 1
+        self.grow_slots(n + 2 + (2 * layout.FLUSH_REQUESTS if storage.compiled else n))
+        self._grow_line()
+
+    def grow_slots(self, n: int) -> None:
+        """So many slots from now on."""
+        storage, s, known = self.storage, self.state, len(self.requests)
+        self.requests = storage.grown(REQUEST, self.requests, n)
+        self.lists = Lists(*(storage.more_numbers(each, n) for each in self.lists))
+        self._owed = np.concatenate([self._owed, np.zeros((n - known, self.bands + 1), np.int64)])
+        self.owed = storage.array(self._owed)
+        if self.situation.vllm_v1:
+            self._grow_freed(2 * n + 2)
+        for slot in range(n - 1, known - 1, -1):
+            self.lists.free[int(s.free)] = slot
+            s.free += 1
+
+    def _grow_freed(self, n: int) -> None:
+        """A larger ring keeps every entry under its number."""
+        s, old = self.state, self.freed
+        self.freed = self.storage.rows(FREED, n)
+        for entry in range(int(s.freed_first), int(s.freed_end)):
+            self.freed[entry % n].owner, self.freed[entry % n].blocks = old[entry % len(old)].owner, old[entry % len(old)].blocks
+
+    def _grow_line(self) -> None:
+        """Room for all that may wait at once before the next look at it."""
+        s = self.state
+        most = int(s.waiting + s.known - s.arrived) + len(self.requests) + 1
+        if len(self.line.key) < most:
+            self.line = Line(*(self.storage.more_numbers(each, 2 * most) for each in self.line))
+
+    def ready(self) -> None:
+        """Makes room for what may come before the next look: call it before each `advance`."""
+        self._grow_line()
+        if self.state.left == 0 and self.state.free < self.rules.running_limit + 2:
+            self.grow_slots(2 * len(self.requests))
+
+    # --- What is in force -------------------------------------------------------------------------------------------
+
+    @property
+    def deployment(self) -> Deployment:
+        return self._deployment
+
+    @deployment.setter
+    def deployment(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self.state.model = self.model_number
+        self.state.run_layers = self.run_layers
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Writes the rules of the deployment in force."""
+        r, s, deployment, situation = self.rules, self.state, self.deployment, self.situation
+        profile = situation.candidates[deployment.active.model].profile
+        places = self.engine.places(deployment.active.model)
+        per_token = isinstance(deployment.exit_rule, PerToken)
+        limit = situation.max_running_requests
+        if deployment.batch_limit is not None:
+            limit = min(limit, deployment.batch_limit)
+        if places is not None:
+            limit = min(limit, places.requests)
+        if self.rules.order != _ORDERS[situation.order]:
+            self.rules.order = _ORDERS[situation.order]
+        for name, value in {
+            "block_tokens": situation.memory.block_tokens,
+            "batch_tokens": situation.max_batch_tokens,
+            "running_limit": limit,
+            "context_limit": profile.model.max_context_tokens,
+            "place_tokens": NEVER if places is None else places.tokens,
+            "closed_loop": self._closed_loop,
+            "live": not isinstance(self.engine, Foresees),
+            "vllm_v1": situation.vllm_v1,
+            # An exit check that the host must see is a barrier: nothing is planned across it.
+            "ahead": situation.schedule_ahead > 0 and not per_token,
+            "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,
+            "planned": deployment.plan is not None,
+            "n_layers": profile.model.n_layers,
+        }.items():
+            setattr(r, name, int(value))
+        if isinstance(self.engine, Foresees):
+            self.terms = terms = self.engine.terms(deployment, situation, self.storage)
+            if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
+                self._owed[:] = 0
+            for name, value in terms.rules.items():
+                setattr(r, name, int(value))
+            if self.inbox.follow(s, deployment.plan, lambda model: situation.candidates[model].offline.exits):
+                self._plan_running()
+
+    def _plan_running(self) -> None:
+        """Requests that hold a slot follow the service plan as their rows do."""
+        plan = self.deployment.plan
+        if plan is None:
+            for request in self.requests:
+                request.planned_model = request.planned_first = NEVER
+
+    @property
+    def trace(self) -> layout.Trace | None:
+        if self.terms is None:
+            return None
+        planned = self.storage.array(self.inbox.planned)
+        return self.terms.trace._replace(planned=planned)
 
     @property
     def now_ns(self) -> int:
@@ -70,141 +226,272 @@ class Replica:
 
     @property
     def model_number(self) -> int:
-        """Of the active model among the candidates."""
-        return list(self.situation.candidates).index(self.deployment.active.model)
+        """Number of the active model among the candidates."""
+        return self.models.index(self.deployment.active.model)
 
     @property
     def run_layers(self) -> int:
         return self.deployment.run_layers or self.deployment.active.layers
 
     @property
-    def running_limit(self) -> int:
-        limit = self.situation.max_running_requests
-        if self.deployment.batch_limit is not None:
-            limit = min(limit, self.deployment.batch_limit)
-        places = self.engine.places(self.deployment.active.model)
-        if places is not None:
-            limit = min(limit, places.requests)
-        if self._fewer is not None:
-            limit = min(limit, self._fewer + self.completed_requests)
-        return limit
+    def completed_requests(self) -> int:
+        return int(self.state.completed)
 
-    def run_fewer(self, requests: int) -> None:
-        """So many may run together from now on, and one more with each that completes."""
-        self._fewer = requests - self.completed_requests
+    @property
+    def running_requests(self) -> int:
+        return int(self.state.running)
+
+    @property
+    def waiting_requests(self) -> int:
+        return int(self.state.waiting)
+
+    @property
+    def used_blocks(self) -> int:
+        return int(self.state.used_blocks)
 
     @property
     def in_flight(self) -> bool:
-        """Whether an answer of the active model is begun; one that was preempted is at the head of the queue."""
-        first = next(self.waiting.known(), None)
-        return len(self.batch) > 0 or (first is not None and self.is_begun(first))
-
-    def is_begun(self, sequence: Sequence) -> bool:
-        return sequence.generated > 0 and sequence.model == self.deployment.active.model
+        """Whether an answer of the active model has begun."""
+        return bool(triggers.in_flight(self.state, self.requests, self.line))
 
     def blocks_to_finish(self) -> int:
-        """Blocks that all answers in flight hold when each is complete."""
-        begun = [*self.batch.members, *takewhile(self.is_begun, self.waiting.known())]
-        return sum(blocks_for(s.prompt_tokens + s.output_tokens - 1, self.pool.block_tokens) for s in begun)
+        return int(triggers.blocks_to_finish(self.state, self.rules, self.requests, self.lists, self.line))
 
-    def preempt(self) -> None:
-        """The newest running request loses its place and its cache; it is computed again later.
+    # --- Moves ------------------------------------------------------------------------------------------------------
 
-        If the newest is one that is done, only what it still holds becomes free.
-        """
-        if self.lingering and self.lingering[-1][0] > self.batch.members[-1].admitted:
-            self.pool.give(self.lingering.pop()[1])
-            return
-        self.batch.members[-1].preemptions += 1
-        self.stats.preemptions += 1
-        self.withdraw()
+    def run_fewer(self, requests: int) -> None:
+        """So many may run together from now on, and one more with each that completes."""
+        self.state.fewer = requests - int(self.state.completed)
 
-    def withdraw(self) -> None:
-        """The newest running request goes back to the head of the queue."""
-        sequence, reserved_tokens = self.batch.pop_newest()
-        self.pool.give(blocks_for(reserved_tokens, self.pool.block_tokens), sequence.request.request_id)
-        self.waiting.appendleft(sequence)
+    def preempt_until(self, used_blocks: int) -> None:
+        """Preempts, last in order first, until at most so many blocks are used (0: nothing runs any more)."""
+        self._grow_line()
+        s = self.state
+        while s.running and s.used_blocks > used_blocks:
+            schedule.preempt(s, self.rules, self.requests, self.lists, self.line, self.freed)
 
-    def release(self) -> None:
+    def release_lingering(self) -> None:
         """Requests that are done give back what they still hold."""
-        for _, blocks in self.lingering:
-            self.pool.give(blocks)
-        self.lingering.clear()
+        schedule.release_lingering(self.state, self.rules, self.lists, self.freed)
 
-    def preempt_until(self, blocks: int) -> None:
-        """Preempts, newest first, until at most so many blocks are used (0: nothing runs any more)."""
-        while len(self.batch) and self.pool.used_blocks > blocks:
-            self.preempt()
-
-    def note_start(self, sequence: Sequence) -> None:
-        """A request is part of an iteration; the first time, it counts against the admission limit."""
-        if sequence.scheduled_ns is None:
-            sequence.scheduled_ns = self.now_ns
-        if not sequence.started:
-            sequence.started = True
-            if self.starts_left is not None:
-                self.starts_left -= 1
+    def resize_pool(self, total_blocks: int) -> None:
+        if total_blocks < self.state.used_blocks:
+            raise RuntimeError(f"KV pool of {total_blocks} blocks while {self.state.used_blocks} are used")
+        blocks.resize_pool(self.state, self.rules, self.freed, total_blocks)
 
     def note_memory(self) -> None:
-        used = self.weight_bytes + self.pool.used_blocks * self.block_bytes
+        used = self.weight_bytes + self.used_blocks * self.block_bytes
         self.stats.hbm_peak_bytes = max(self.stats.hbm_peak_bytes, used)
 
-    def admit(self, sequence: Sequence, change_pending: bool) -> Admission:
-        """Prepares the head of the queue for the active model; drops it if it can never run there.
+    def first_waiting_model(self) -> str | None:
+        """The model that a service plan gives to the next request in line; None: nothing waits, or there is no plan."""
+        if self.deployment.plan is None or not self.state.waiting:
+            return None
+        ref = int(self.line.ref[0])
+        row = self.inbox.rows[ref - int(self.state.first_row)] if ref >= 0 else self.requests[-1 - ref]
+        return self.models[int(row.planned_model)]
 
-        While a change is on its way nothing is dropped: there may be room again when it has come.
-        """
-        model = self.deployment.active.model
-        if self.planned_model(sequence) != model:
-            return Admission.LATER
-        if sequence.model != model:
-            self._retokenize(sequence, model)
-        reason = self.why_impossible(sequence)
-        if reason is None:
-            return Admission.READY
-        if change_pending:
-            return Admission.LATER
-        self.waiting.popleft()
-        self.leave(sequence, Status.DROPPED, reason)
-        return Admission.DROPPED
+    def retokenize(self) -> None:
+        """The next request's rest on the active model: its text so far becomes part of the prompt."""
+        request, model = self.requests[-1 - int(self.line.ref[0])], self.deployment.active.model
+        open_chars = int(request.output_chars) - int(request.earlier_chars)
+        request.earlier_chars += open_chars * int(request.generated) // int(request.output_tokens)
+        request.earlier_tokens += request.generated
+        request.generated = 0
+        request.model = self.state.model
+        tokens, span = self.engine.tokenize(model, self._request(request), int(request.earlier_chars))
+        request.prompt_tokens, request.output_tokens = tokens, span.n_tokens
+        request.trace_first, request.trace_start, request.trace_length = span.first, span.start, span.length
 
-    def planned_model(self, sequence: Sequence) -> str:
-        """The model that is to serve a request: the active one, unless the oracle has planned otherwise."""
-        plan = self.deployment.plan
-        return self.deployment.active.model if plan is None else plan.model(sequence.request.request_id)
+    def submit(self, request: Request) -> bool:
+        """A request arrives now. False: it can never run as deployed and has left at once."""
+        s = self.state
+        self.inbox.add_request(s, request)
+        if not s.free:
+            self.grow_slots(2 * len(self.requests))
+        self._grow_line()
+        rejected = arrive.arrive(
+            s, self.rules, self.requests, self.lists, self.line, self.inbox.rows,
+            self.inbox.tokens(s, int(s.model)), self.now_ns,
+        )  # fmt: skip
+        return not rejected
 
-    def why_impossible(self, sequence: Sequence) -> str | None:
-        """Why this request can never run as deployed, or None."""
-        model = sequence.model
-        limit = self.situation.candidates[model].profile.model.max_context_tokens
-        tokens = sequence.prompt_tokens + sequence.output_tokens
-        if tokens > limit:
-            return CONTEXT_EXCEEDED.format(model)
-        places = self.engine.places(model)
-        if places is not None and tokens > places.tokens:
-            return f"longer than the {places.tokens} tokens that KV memory has for a request on {model}"
-        if blocks_for(tokens - 1, self.pool.block_tokens) > self.pool.total_blocks:
-            return POOL_EXCEEDED.format(model)
-        return None
+    def abort(self, reasons: dict[int, str]) -> None:
+        """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
+        s, now_ns = self.state, self.now_ns
+        for place in reversed(range(int(s.running))):
+            slot = int(self.lists.batch[place])
+            reason = reasons.get(int(self.requests[slot].request_id))
+            if reason is not None:
+                held = schedule.held_blocks(self.rules, self.requests[slot])
+                schedule.remove_running(s, self.lists, place)
+                blocks.give_blocks(s, self.rules, self.freed, held, NEVER)
+                self._leave(slot, now_ns, Status.DROPPED, reason)
+        for slot in self._take_from_line(set(reasons)):
+            self._leave(slot, now_ns, Status.DROPPED, reasons[int(self.requests[slot].request_id)])
 
-    def _retokenize(self, sequence: Sequence, model: str) -> None:
-        """The rest of the answer on another model: its text so far becomes part of the prompt."""
-        request = sequence.request
-        open_chars = request.output_chars - sequence.earlier_chars
-        sequence.earlier_chars += open_chars * sequence.generated // sequence.output_tokens
-        sequence.earlier_tokens += sequence.generated
-        sequence.generated = 0
-        sequence.model = model
-        sequence.prompt_tokens, sequence.span = self.engine.tokenize(model, request, sequence.earlier_chars)
-        sequence.output_tokens = sequence.span.n_tokens
+    def finish(self) -> None:
+        """Ends the run: every request that is still here leaves as unfinished."""
+        s = self.state
+        self.hand_over()
+        self.release_lingering()
+        self._grow_line()
+        while s.running:
+            place = line.last_in_order(s, self.requests, self.lists)
+            schedule.withdraw(s, self.rules, self.requests, self.lists, self.line, self.freed, place)
+        for slot in self._take_from_line(None):
+            self._leave(slot, self.now_ns, Status.UNFINISHED, None)
+        self.stats.batch_capacity_blocks = int(s.total_blocks)
 
-    def leave(self, sequence: Sequence, status: Status, reason: str | None = None) -> None:
-        """A request leaves the system with its record."""
-        request = sequence.request
-        output_tokens = sequence.earlier_tokens + sequence.generated
+    def _take_from_line(self, wanted: set[int] | None) -> list[int]:
+        """Takes these requests (None: all) out of the line, in its order. Returns their slots."""
+        s, kept, taken = self.state, [], []
+        tokens = self.inbox.tokens(s, int(s.model)) if s.known > s.first_row else None
+        while s.waiting:
+            key, seq, ref = int(self.line.key[0]), int(self.line.seq[0]), int(self.line.ref[0])
+            line.pop(s, self.line)
+            row = ref - int(s.first_row)
+            request = self.inbox.rows[row] if ref >= 0 else self.requests[-1 - ref]
+            if wanted is not None and int(request.request_id) not in wanted:
+                kept.append((key, seq, ref))
+            elif ref < 0:
+                taken.append(-1 - ref)
+            else:
+                if not s.free:
+                    self.grow_slots(2 * len(self.requests))
+                read = self.inbox.tokens(s, int(request.model))[row] if tokens is not None else None
+                taken.append(int(arrive.occupy(s, self.requests, self.lists, request, read, ref)))
+        for entry in kept:
+            line.push(s, self.line, *entry)
+        return taken
+
+    def reorder(self) -> None:
+        """Sorts the waiting line anew: keys may depend on the model that reads the prompts."""
+        s = self.state
+        if not self.rules.order or not s.waiting:
+            return
+        entries = [(int(self.line.seq[i]), int(self.line.ref[i])) for i in range(int(s.waiting))]
+        tokens, s.waiting, s.waiting_slots = self.inbox.tokens(s, int(s.model)), 0, 0
+        for seq, ref in entries:
+            if ref < 0:
+                key = int(self.requests[-1 - ref].order_key)
+            else:
+                row = ref - int(s.first_row)
+                key = line.order_key(self.rules, int(self.inbox.rows[row].priority), int(tokens[row].prompt_tokens))
+            line.push(s, self.line, key, seq, ref)
+
+    # --- What is handed over ----------------------------------------------------------------------------------------
+
+    def hand_over(self) -> None:
+        """What has happened since the last time becomes part of the books: sums, records, observations, samples."""
+        s, stats = self.state, self.stats
+        if s.iterations or s.preemptions:
+            for name in SUMS:
+                value = int(getattr(s, name))
+                if value:
+                    setattr(stats, name, getattr(stats, name) + value)
+                    setattr(s, name, 0)
+        if self._depths.any():
+            stats.count_by_depth(self.deployment.active.model, self._depths)
+            self._depths[:] = 0
+        if s.gaps:
+            stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
+            s.gaps = s.gaps_ns = s.longest_gap_ns = 0
+            s.shortest_gap_ns = NEVER
+        if s.peak_blocks:
+            used = self.weight_bytes + int(s.peak_blocks) * self.block_bytes
+            stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
+            s.peak_blocks = 0
+        self._hand_over_samples()
+        self._hand_over_arrivals()
+        self._hand_over_observations()
+        self._hand_over_records()
+
+    def _hand_over_samples(self) -> None:
+        s, model, layers = self.state, self.deployment.active.model, self.run_layers
+        for i in range(int(s.samples)):
+            row = self.counts.samples[i]
+            self.timeline.sample(
+                int(row.time_ns), model, layers, int(row.running), int(row.waiting),
+                int(row.used_blocks) * self.block_bytes, self.weight_bytes,
+            )  # fmt: skip
+        s.samples = 0
+        self.meet_timeline()
+
+    def meet_timeline(self) -> None:
+        """The loop samples the state where the timeline would keep the sample."""
+        s, rows = self.state, self.timeline.rows
+        same = bool(rows) and rows[-1][1:3] == (self.deployment.active.model, self.run_layers)
+        s.sampled_ns = rows[-1][0] if same else NEVER
+        s.sample_interval_ns, s.sample_room = self.timeline.interval_ns, SAMPLES + 1 - len(rows)
+
+    def _hand_over_arrivals(self) -> None:
+        s = self.state
+        arrived, first_row = int(s.arrived), int(s.first_row)
+        for number in range(max(self._counted_arrivals, arrived - RECENT), arrived):
+            self.recent.arrived(int(self.inbox.rows[number - first_row].arrival_ns))
+        self._counted_arrivals = arrived
+        first = arrived
+        for i in range(int(s.waiting)):
+            if 0 <= self.line.ref[i] < first:
+                first = int(self.line.ref[i])
+        self.inbox.forget_before(s, first)
+
+    def _hand_over_observations(self) -> None:
+        s, rule = self.state, self.deployment.exit_rule
+        for i in range(int(s.seen)):
+            noted = self.counts.seen[i]
+            request = self.requests[int(noted.slot)]
+            request_id, model, first, start, length, tokens = (int(getattr(request, name)) for name in _SPAN_FIELDS)
+            span = TokenSpan(first, start, length, tokens)
+            self.observations.append(
+                self.engine.observe(self.models[model], request_id, span, int(noted.tokens), rule, int(noted.time_ns))
+            )
+        s.seen = 0
+
+    def _hand_over_records(self) -> None:
+        s = self.state
+        n = int(s.left)
+        if not n:
+            return
+        slots = [int(slot) for slot in self.lists.left[:n]]
+        if self.storage.compiled:
+            rows = self.requests[slots][list(_LEFT_FIELDS)].tolist()
+        else:
+            rows = [_read_left(self.requests[slot]) for slot in slots]
+        s.left = 0
+        for slot in slots:
+            self.lists.free[int(s.free)] = slot
+            s.free += 1
+        for row in rows:
+            values = dict(zip(_LEFT_FIELDS, row, strict=True))
+            why = values["why"]
+            status = Status.DROPPED if why else Status.COMPLETED
+            self._record(values, status, self._drop_reason(why, values["model"]))
+
+    def _drop_reason(self, why: int, model: int) -> str | None:
+        if not why:
+            return None
+        return DROP_REASONS[why].format(model=self.models[model], tokens=int(self.rules.place_tokens))
+
+    def _leave(self, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
+        """A request leaves for a reason of its own."""
+        s, request = self.state, self.requests[slot]
+        arrive.note_change(s, now_ns)
+        s.in_system -= 1
+        s.departures += 1
+        s.sojourn_ns += now_ns - int(request.arrival_ns)
+        request.left_ns = now_ns
+        values = {name: int(getattr(request, name)) for name in _LEFT_FIELDS}
+        self.lists.free[int(s.free)] = slot
+        s.free += 1
+        self._record(values, status, reason)
+
+    def _record(self, values: dict[str, int], status: Status, reason: str | None) -> None:
+        request = Request(*(values[name] for name in COLUMNS))
+        output_tokens = values["earlier_tokens"] + values["generated"]
         if status is Status.COMPLETED:
-            self.completed_requests += 1
-            self.recent.completed(sequence.prompt_tokens, output_tokens)
+            self.recent.completed(values["prompt_tokens"], output_tokens)
             self.served.append(request)
         self.engine.forget(request.request_id)
         self.on_left(
@@ -212,23 +499,91 @@ class Replica:
                 request_id=request.request_id,
                 replica=self.number,
                 task=request.task,
-                model=sequence.model,
+                model=self.models[values["model"]],
                 status=status,
                 drop_reason=reason,
                 arrival_ns=request.arrival_ns,
-                scheduled_ns=sequence.scheduled_ns,
-                first_token_ns=sequence.first_token_ns,
-                last_token_ns=sequence.last_token_ns,
-                prompt_tokens=sequence.prompt_tokens,
+                scheduled_ns=_time(values["scheduled_ns"]),
+                first_token_ns=_time(values["first_token_ns"]),
+                last_token_ns=_time(values["last_token_ns"]),
+                prompt_tokens=values["prompt_tokens"],
                 output_tokens=output_tokens,
                 prompt_chars=request.prompt_chars,
                 output_chars=request.output_chars,
-                layers_run=sequence.layers_run,
-                early_tokens=sequence.early_tokens,
-                breach_tokens=sequence.breach_tokens,
-                agreed_tokens=sequence.agreed_tokens,
-                evaluated_tokens=sequence.evaluated_tokens,
-                preemptions=sequence.preemptions,
-                microbits=sequence.microbits if self.scores_text else None,
-            )
+                layers_run=values["layers_run"],
+                early_tokens=values["early_tokens"],
+                breach_tokens=values["breach_tokens"],
+                agreed_tokens=values["agreed_tokens"],
+                evaluated_tokens=values["evaluated_tokens"],
+                preemptions=values["preemptions"],
+                microbits=values["microbits"] if self.scores_text else None,
+            ),
+            values["left_ns"],
         )
+
+    # --- For an engine that runs iterations -------------------------------------------------------------------------
+
+    def plan(self, loading: bool) -> Plan:
+        """The iteration that has been scheduled, for a device."""
+        s, it, deployment = self.state, self.iteration, self.deployment
+        slots = [int(slot) for slot in self.lists.batch[: int(s.running)]]
+        place = {slot: index for index, slot in enumerate(slots)}
+        chunks = [self.chunks[p] for p in range(int(it.chunks))]
+        return Plan(
+            model=deployment.active.model,
+            loaded_layers=deployment.active.layers,
+            run_layers=self.run_layers,
+            exit_rule=deployment.exit_rule,
+            batching=deployment.batching,
+            kv_rule=deployment.kv_rule,
+            members=tuple(self._member(self.requests[slot]) for slot in slots),
+            decoding=int(s.decoding),
+            prefill=tuple(
+                PrefillPart(place[int(c.slot)], int(c.tokens), int(c.context_tokens), finishes=p < it.finishing)
+                for p, c in enumerate(chunks)
+            ),
+            observe_tokens=deployment.observe_tokens,
+            service_plan=deployment.plan,
+            host_ahead=bool(self.rules.ahead),
+            loading=loading,
+        )
+
+    def note_outcome(self, decoded: Sequence[Token], prefilled: Sequence[Token]) -> None:
+        """What became of each token, before the iteration is committed.
+
+        Whether a token that left early equals full depth's is not known while serving: it is scored afterwards.
+        """
+        s, it = self.state, self.iteration
+        slots = [int(slot) for slot in self.lists.batch[: int(s.decoding)]]
+        slots += [int(self.chunks[p].slot) for p in range(int(it.finishing))]
+        limit = self.deployment.observe_tokens
+        for slot, token in zip(slots, (*decoded, *prefilled), strict=True):
+            request = self.requests[slot]
+            request.token_layers, request.token_breach = token.layers, int(token.breach)
+            request.token_agrees, request.token_microbits = 1, 0
+            request.observed = int(limit is not None and request.generated < limit)
+
+    def _member(self, row: Record) -> Member:
+        span = TokenSpan(int(row.trace_first), int(row.trace_start), int(row.trace_length), int(row.output_tokens))
+        return Member(
+            self._request(row), self.models[int(row.model)], int(row.prompt_tokens), int(row.output_tokens), span,
+            int(row.generated), int(row.context_tokens),
+        )  # fmt: skip
+
+    def _request(self, row: Record) -> Request:
+        return Request(*(int(getattr(row, name)) for name in COLUMNS))
+
+    def _tokens_of(self, model: str, requests: IntArray) -> IntArray:
+        if isinstance(self.engine, Foresees) and len(requests) > 1:
+            return self.engine.tokens_of(model, requests)
+        found = []
+        for row in requests.tolist():
+            tokens, span = self.engine.tokenize(model, Request(*row))
+            found.append((tokens, span.n_tokens, span.first, span.start, span.length))
+        return np.array(found, np.int64).reshape(-1, 5)
+
+
+def _time(value: int) -> int | None:
+    return None if value == NEVER else value
+
+

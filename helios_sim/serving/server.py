@@ -1,35 +1,35 @@
-"""The server of one replica: one SimPy process that plans, executes, waits and commits, iteration by iteration.
+"""The server of one replica: one SimPy process that lets the loop run, and takes the turns that need more than that.
 
-It knows only its own replica, never sleeps on a guess and never asks whether its engine is simulated or real.
+It knows only its own replica and never sleeps on a guess. Where its engine foresees what iterations take, the loop runs
+ahead of the clock up to the next moment at which something outside can act; where an engine runs iterations, the loop
+schedules and commits each of them around the real execution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import simpy
 from simpy.events import Event
 
-from helios_sim.exits.rule import PerToken
+from helios_sim.core import layout
+from helios_sim.core.advance import advance
+from helios_sim.core.arrive import release, take_arrivals
+from helios_sim.core.layout import FOREVER_NS, Storage
+from helios_sim.core.machine import Machine
+from helios_sim.core.schedule import running_limit
 from helios_sim.policy.telemetry import Policy, Situation
-from helios_sim.request import Request, RequestRecord, Status
-from helios_sim.serving.ahead.contract import Foreseeing, Ledger, Meanwhile, Stop
-from helios_sim.serving.ahead.stretch import Stretch
-from helios_sim.serving.batch import Sequence
-from helios_sim.serving.commit import commit
+from helios_sim.request import Request, RequestBlock
+from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
-from helios_sim.serving.intake import Intake
-from helios_sim.serving.iteration import Engine, OutOfMemory, Plan
+from helios_sim.serving.iteration import Engine, Executes, Foresees, OutOfMemory
 from helios_sim.serving.probing import Prober
-from helios_sim.serving.replica import Replica
-from helios_sim.serving.scheduler import Admission, Limits, schedule
-from helios_sim.serving.shortage import Shortage
+from helios_sim.serving.replica import OnLeft, Replica
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
 from helios_sim.serving.transition import Transitions
 from helios_sim.serving.turns import Turns
-from helios_sim.serving.withdrawal import Withdrawals
 
 
 class Server:
@@ -40,108 +40,204 @@ class Server:
         engine: Engine,
         policy: Policy,
         situation: Situation,
-        on_left: Callable[[RequestRecord], None],
-        leap: bool = True,
+        on_left: OnLeft,
     ) -> None:
-        """Without `leap` every iteration is an event of its own."""
+        self._env, self._number, self._engine, self._policy = env, number, engine, policy
+        self._situation, self._on_left = situation, on_left
         self._turns = Turns(env, number)
-        self._leap = leap
-        self._replica = Replica(env, number, engine, situation, on_left)
-        self._decider = Decider(self._replica, policy)
-        self._transitions = Transitions(self._replica, on_change=self._decider.arm, wake=self._turns.wake)
-        self._prober = Prober(self._replica, self._decider, self._transitions)
-        self._withdrawals = Withdrawals(self._replica)
-        self._shortage = Shortage(self._replica, self._withdrawals)
-        self._planned_ns: int | None = None  # start of the latest iteration; None: the server was idle since
-        self._stretch: Stretch | None = None
+        self._pictures = True
+        self._opened = False
+        env.process(self._run())
+
+    def open(
+        self,
+        machine: Machine | None = None,
+        feed: Iterator[RequestBlock] | None = None,
+        users: int | None = None,
+        horizon_ns: Callable[[], int] | None = None,
+    ) -> None:
+        """Loads the first deployment, before the first request.
+
+        `machine`: the loop as machine code. `feed`: all requests of this replica, which then runs ahead of the clock;
+        with `users` they come in a closed loop. Without a feed requests are submitted; `horizon_ns` says before when
+        nothing will be, None: something may at any moment, and each turn is an event.
+        """
+        self._opened = True
+        storage = Storage(compiled=machine is not None)
+        self._advance = advance if machine is None else machine.advance
+        self._feed, self._horizon_ns = feed, horizon_ns
+        self._replica = replica = Replica(
+            self._env, self._number, self._engine, self._situation, self._on_left, storage, users is not None
+        )
+        if not self._pictures:
+            replica.timeline.keep_few()
+        replica.state.exhausted = int(feed is None)
+        replica.state.eager = int(feed is None and horizon_ns is None)
+        replica.state.to_release = users or 0
+        self._decider = Decider(replica, self._policy)
+        self._transitions = Transitions(replica, on_change=self._decider.arm, wake=self._turns.wake)
+        self._prober = Prober(replica, self._decider, self._transitions)
+        self._aborts = Aborts(replica)
         self._transitions.start(self._decider.start())
-        self._turns.begin(self._run())
+
+    def _require_open(self) -> None:
+        if not self._opened:
+            self.open()
 
     def _run(self) -> Generator[Event, Any, None]:
-        replica = self._replica
+        self._require_open()
+        replica, s = self._replica, self._replica.state
+        # The first turn comes before the first arrival; users of a closed loop are there already.
+        started = bool(replica.rules.closed_loop)
         while True:
-            replica.acted_ns = replica.now_ns
-            self._withdrawals.carry_out()
+            s.now_ns = s.acted_ns = replica.now_ns
+            s.turn_wanted = 0
+            if started:
+                self._take_arrivals()
+                replica.hand_over()
+            started = True
+            self._aborts.carry_out()
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
-                replica.release()
+                replica.release_lingering()
             self._transitions.advance()
             if not self._transitions.pending:  # one change at a time
                 decided = self._decider.decide()
                 if decided is not None:
-                    replica.release()
+                    replica.release_lingering()
                     self._transitions.begin(decided)
+                    self._transitions.tell_loop()
                     continue
+            self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
                 yield self._turns.at(probe_end_ns)
                 continue
             self._transitions.follow_plan()
-            stretch = self._stretch
-            if stretch is not None and (meanwhile := self._meanwhile()) is not None and stretch.possible():
-                yield from self._go_ahead(stretch, meanwhile)
-                continue
-            plan = self._plan(self._planned_ns if self._ahead else None)
-            if plan is None and self._ahead and self._planned_ns is not None:
-                self._planned_ns = None  # with nothing to run, whoever has arrived meanwhile is seen at once
-                continue
-            if plan is None:
-                yield from self._turns.idle(self._decider.next_time_ns)
-                continue
-            started_ns = replica.now_ns
-            try:
-                outcome = replica.engine.execute(plan, started_ns)
-            except OutOfMemory as short:
-                self._shortage.give_way(short.reason)
-                yield self._turns.at(short.end_ns)
-                continue
-            used = yield from self._turns.after(outcome, self._decider.iterations_until_trigger(plan, outcome))
-            self._planned_ns = int(outcome.end_ns[used - 2]) if used > 1 else started_ns
-            self._decider.count_breaches(plan, outcome, used)
-            commit(replica, plan, outcome, used, started_ns)
+            yield from self._serve()
 
-    def look_ahead(self, intake: Intake, settle: Callable[[Ledger], None]) -> bool:
-        """From now on all requests come from the intake and go to this server, and `settle` is told of them later.
+    def _serve(self) -> Generator[Event, Any, None]:
+        """Lets the loop run until the server has to take a turn of its own, which is then now."""
+        replica, s = self._replica, self._replica.state
+        self._transitions.tell_loop()
+        s.awaits_completion = int(self._prober.awaits_completion)
+        s.asked, s.phase, self._turns.woken = 1, layout.TURN, False
+        while True:
+            stop = self._run_loop()
+            if stop == layout.ARRIVALS:
+                self._read_on()
+            elif stop == layout.HORIZON:
+                replica.hand_over()
+                yield self._turns.at(int(s.end_ns))
+                s.turn_wanted, self._turns.woken = int(self._turns.woken), False
+            elif stop == layout.EXECUTE:
+                out_of_memory_ns = self._execute()
+                if out_of_memory_ns is not None:
+                    yield self._turns.at(out_of_memory_ns)
+                    return
+            else:
+                # While nothing can run, requests have come and wait: the clock goes on to the latest of them.
+                seen_ns = int(max(s.now_ns, s.changed_ns) if stop == layout.IDLE else s.now_ns)
+                if seen_ns > replica.now_ns:
+                    yield self._turns.at(seen_ns)
+                if stop == layout.RETOKENIZE:
+                    replica.hand_over()
+                    replica.retokenize()
+                    continue
+                replica.hand_over()
+                if stop == layout.FLUSH:
+                    continue
+                if stop == layout.IDLE and not self._turns.woken:
+                    yield from self._turns.idle(self._decider.next_time_ns)
+                return
 
-        False: it stays as it is, because this server has to see the clock at every iteration.
-        """
-        engine = self._replica.engine
-        if not self._leap or self._replica.situation.vllm_v1 or not isinstance(engine, Foreseeing):
-            return False
-        self._stretch = Stretch(self._replica, self._decider, engine, intake, settle)
-        self._replica.waiting.take_in(intake, self._sequence)
-        return True
+    def _run_loop(self) -> int:
+        replica, terms = self._replica, self._replica.terms
+        replica.ready()
+        tokens = replica.inbox.tokens(replica.state, int(replica.state.model))
+        prices = (None,) * 7 if terms is None else (
+            terms.prices, terms.scalars, replica.work, *terms.uniform, *terms.banded
+        )  # fmt: skip
+        return int(self._advance(
+            replica.state, replica.rules, replica.iteration, replica.requests, replica.lists, replica.line,
+            replica.inbox.rows, tokens, replica.chunks, replica.freed, replica.owed, replica.counts,
+            self._decider.watch, replica.trace, *prices, self._until_ns(),
+        ))  # fmt: skip
+
+    def _until_ns(self) -> int:
+        """Up to when nothing outside can act on this replica."""
+        if self._feed is not None:
+            until_ns = FOREVER_NS
+        elif self._horizon_ns is not None:
+            until_ns = self._horizon_ns()
+        else:
+            return self._replica.now_ns + 1
+        if self._transitions.loading and isinstance(self._engine, Foresees):
+            transfer_end_ns = self._engine.transfer_end_ns
+            if transfer_end_ns is not None:
+                until_ns = min(until_ns, transfer_end_ns)
+        return until_ns
+
+    def _execute(self) -> int | None:
+        """Runs the scheduled iteration on the device. Returns when it was given up for lack of memory, else None."""
+        replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
+        assert isinstance(self._engine, Executes)
+        try:
+            outcome = self._engine.execute(replica.plan(self._transitions.loading), started_ns)
+        except OutOfMemory as error:
+            s.phase = layout.TURN
+            self._aborts.give_way(error.reason)
+            return error.end_ns
+        replica.note_outcome(outcome.decoded, outcome.prefilled)
+        profile, it = outcome.profile, replica.iteration
+        it.floor_ns = max(round(float(profile.iteration_floor_s(outcome.composition)[0]) * 1e9), 1)
+        it.outside = int(profile.outside_grid(outcome.composition)[0])
+        s.end_ns = outcome.end_ns
+        return None
+
+    def _take_arrivals(self) -> None:
+        """Requests that have arrived by now join the line, before the policy looks at it."""
+        replica, s = self._replica, self._replica.state
+        while True:
+            replica.ready()
+            tables = (
+                s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
+                replica.inbox.tokens(s, int(s.model)),
+            )  # fmt: skip
+            known = take_arrivals(*tables, replica.now_ns)
+            if known or self._feed is None:
+                release(*tables, replica.now_ns)
+            if not s.free:
+                replica.hand_over()
+            elif known or self._feed is None:
+                return
+            else:
+                self._read_on()
+
+    def _read_on(self) -> None:
+        assert self._feed is not None
+        block = next(self._feed, None)
+        if block is None:
+            self._replica.state.exhausted = 1
+        else:
+            self._replica.inbox.add_block(self._replica.state, block)
 
     def submit(self, request: Request, from_replica: int | None = None) -> None:
         """A request arrives now. It is dropped at once if it can never run as deployed.
 
-        `from_replica` is the replica whose completion released it (closed loop), which orders events at one time.
+        `from_replica` is the replica whose completion released it (closed loop): at one time replicas take their turns
+        in the order of their numbers.
         """
+        self._require_open()
         replica = self._replica
-        replica.recent.arrived(replica.now_ns)
-        model, intake = replica.deployment.active.model, replica.waiting.intake
-        sequence = self._sequence(request, replica.model_number)
-        if not self._transitions.pending and replica.planned_model(sequence) == model:
-            reason = replica.why_impossible(sequence)
-            if reason is not None:
-                if intake is not None:
-                    intake.let_go()
-                replica.leave(sequence, Status.DROPPED, reason)
-                return
-        next_in_line = not replica.waiting
-        if intake is not None:
-            intake.keep(replica.model_number)
-        else:
-            replica.waiting.append(sequence)
-        watched = self._decider.watches_queue  # then the policy may be asked at the end of this very iteration
-        if watched or (next_in_line and self._could_start()):
-            passed = from_replica is not None and from_replica > replica.number
-            # Planned ahead, the iteration after the one in progress is settled already.
-            settled = 1 if self._ahead and not passed and not watched else 0
-            self._turns.wake(turn_passed=passed, settled=settled)
+        next_in_line = not replica.waiting_requests or bool(replica.rules.order)
+        if not replica.submit(request):
+            replica.hand_over()
+        elif self._decider.watches_queue or (next_in_line and self._could_start()):
+            self._turns.wake_idle()
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> None:
         """The request leaves at the end of the iteration in progress, dropped for this reason."""
-        self._withdrawals.ask(request_id, reason)
+        self._aborts.ask(request_id, reason)
         self._turns.wake()
 
     def request_failed(self, request_id: int, reason: str) -> None:
@@ -153,28 +249,39 @@ class Server:
         self._decider.note_failed_load(model, reason, self._transitions.give_up(model, reason))
 
     def finish(self) -> None:
-        """Ends the run: whatever is still here leaves as unfinished."""
-        replica = self._replica
-        replica.release()
-        while len(replica.batch):
-            replica.withdraw()
-        while replica.waiting:
-            replica.leave(replica.waiting.popleft(), Status.UNFINISHED)
-        replica.stats.batch_capacity_blocks = replica.pool.total_blocks
+        """Ends the run: every request that is still here leaves as unfinished."""
+        self._require_open()
+        self._replica.finish()
         self._transitions.close()
+
+    def keep_few_samples(self) -> None:
+        """No picture will be drawn of this server's state over time."""
+        self._pictures = False
+        if self._opened:
+            self._replica.timeline.keep_few()
+
+    @property
+    def frontier_ns(self) -> int:
+        """Before this time no request leaves any more whose record has not been handed over."""
+        s = self._replica.state
+        return int(s.end_ns) if s.phase == layout.RUNNING else self._replica.now_ns
 
     @property
     def requests_in_system(self) -> int:
-        return len(self._replica.waiting) + len(self._replica.batch)
+        return int(self._replica.state.in_system)
 
     @property
     def used_blocks(self) -> int:
-        return self._replica.pool.used_blocks
+        return self._replica.used_blocks
+
+    @property
+    def books(self) -> tuple[int, int, int, int]:
+        """Request-ns in the system by time and by request, and how many have arrived and left."""
+        s = self._replica.state
+        return int(s.presence_ns), int(s.sojourn_ns), int(s.arrivals), int(s.departures)
 
     @property
     def stats(self) -> RunStats:
-        self._replica.gaps.flush()
-        self._replica.utilisation.flush()
         return self._replica.stats
 
     @property
@@ -190,81 +297,7 @@ class Server:
         """How many of the middle ones the log has dropped."""
         return self._decider.decisions_left_out
 
-    def _sequence(self, request: Request, model_number: int) -> Sequence:
-        """A request that has not started, as that model reads it."""
-        model = list(self._replica.situation.candidates)[model_number]
-        prompt_tokens, span = self._replica.engine.tokenize(model, request)
-        return Sequence(request, model, prompt_tokens, span.n_tokens, span)
-
-    def _meanwhile(self) -> Meanwhile | None:
-        """What goes on beside serving; None where not all that can act on this replica is known beforehand."""
-        return self._transitions.meanwhile() if self._prober.waits and not self._ahead else None
-
-    def _go_ahead(self, stretch: Stretch, meanwhile: Meanwhile) -> Generator[Event, Any, None]:
-        """Takes turns ahead of the clock, up to one at which a trigger has fired or nothing can run."""
-        stretch.enter(meanwhile)
-        while True:
-            stop = stretch.advance()
-            yield self._turns.at(stretch.now_ns)
-            if stop is not Stop.GO_ON:
-                break
-            stretch.hand_over()
-        stretch.leave()
-        if stretch.started_ns is not None:
-            self._planned_ns = stretch.started_ns
-        if stop is Stop.WAIT:
-            yield from self._turns.idle(self._decider.next_time_ns)
-
     def _could_start(self) -> bool:
-        replica = self._replica
-        has_place = len(replica.batch) < replica.running_limit
-        return not self._transitions.draining and replica.starts_left != 0 and has_place
-
-    @property
-    def _ahead(self) -> bool:
-        """An exit check that the host must see is a barrier: nothing is planned across it."""
-        replica = self._replica
-        return replica.situation.schedule_ahead > 0 and not isinstance(replica.deployment.exit_rule, PerToken)
-
-    def _plan(self, seen_until_ns: int | None) -> Plan | None:
-        replica, deployment = self._replica, self._replica.deployment
-        limits = Limits(
-            batch_tokens=replica.situation.max_batch_tokens,
-            running_requests=replica.running_limit,
-            starts_left=replica.starts_left,
-            admission_open=not self._transitions.closed,
-            observe_tokens=deployment.observe_tokens,
-            leap=self._leap,
-            lingering=len(replica.lingering),
-            seen_until_ns=seen_until_ns,
-        )
-        scheduled = schedule(
-            replica.batch, replica.waiting, replica.pool, limits, admit=self._admit, preempt=replica.preempt
-        )
-        replica.release()
-        if scheduled is None:
-            return None
-        for part in scheduled.prefill:
-            replica.note_start(replica.batch.members[part.index])
-        return Plan(
-            model=deployment.active.model,
-            loaded_layers=deployment.active.layers,
-            run_layers=replica.run_layers,
-            exit_rule=deployment.exit_rule,
-            batching=deployment.batching,
-            kv_rule=deployment.kv_rule,
-            batch=replica.batch,
-            decoding=replica.batch.decoding,
-            prefill=scheduled.prefill,
-            observe_tokens=deployment.observe_tokens,
-            service_plan=deployment.plan,
-            max_iterations=scheduled.max_iterations,
-            new_blocks=scheduled.new_blocks,
-            host_ahead=self._ahead,
-            loading=self._transitions.loading,
-        )
-
-    def _admit(self, sequence: Sequence) -> Admission:
-        if self._transitions.draining and not self._replica.is_begun(sequence):
-            return Admission.LATER
-        return self._replica.admit(sequence, self._transitions.pending)
+        replica, s = self._replica, self._replica.state
+        has_place = s.running < running_limit(s, replica.rules)
+        return not self._transitions.draining and s.starts_left != 0 and bool(has_place)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
-from helios_sim.serving.ahead.contract import Meanwhile
+from helios_sim.core.layout import NEVER
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.residency import Residency
 
@@ -51,29 +51,25 @@ class Transitions:
     @property
     def draining(self) -> bool:
         """Nothing starts while the model is about to change and requests in flight are to finish first."""
-        pending = self._pending
+        pending, replica = self._pending, self._replica
         return (
             pending is not None
-            and pending.deployment.active.model != self._replica.deployment.active.model
-            and (pending.deployment.in_flight is InFlight.DRAIN or not len(self._replica.batch))
+            and pending.deployment.active.model != replica.deployment.active.model
+            and (pending.deployment.in_flight is InFlight.DRAIN or not replica.running_requests)
         )
 
-    @property
-    def closed(self) -> bool:
-        """Nothing starts at all. In a drain, an answer that was begun and has lost its place comes back to finish."""
-        return self.draining and self._pending is not None and self._pending.deployment.in_flight is InFlight.MIGRATE
-
-    def meanwhile(self) -> Meanwhile | None:
-        """What goes on beside serving now; None where that depends on more than transfers and who is in flight."""
-        pending = self._pending
-        if pending is None:
-            return Meanwhile(self.loading)
-        changes = pending.deployment.active.model != self._replica.deployment.active.model
-        if changes and pending.deployment.in_flight is InFlight.MIGRATE:
-            return None
-        waits_for_room = bool(pending.missing) and not self.loading
-        room_blocks = self._blocks_beside(pending.missing[0]) if waits_for_room else None
-        return Meanwhile(self.loading, True, self.draining, room_blocks)
+    def tell_loop(self) -> None:
+        """Writes into the loop's state what a pending change waits for, and what may start meanwhile."""
+        s, pending = self._replica.state, self._pending
+        changes = pending is not None and pending.deployment.active.model != self._replica.deployment.active.model
+        drains = changes and pending is not None and pending.deployment.in_flight is InFlight.DRAIN
+        s.loading, s.pending, s.draining = int(self.loading), int(pending is not None), int(drains)
+        s.migrating = int(changes and not drains)
+        waits_for_room = pending is not None and bool(pending.missing) and not self.loading
+        s.room_blocks = NEVER
+        if waits_for_room and pending is not None:
+            s.room_blocks = max(NEVER, self._blocks_beside(pending.missing[0]))
+        s.awaits_answers = int(pending is not None and not pending.missing)
 
     def start(self, deployment: Deployment) -> None:
         """The first deployment of a run: loaded before the first request, at no charge."""
@@ -114,9 +110,9 @@ class Transitions:
     def follow_plan(self) -> None:
         """The oracle's plan names the model of each request: change to the next one's when nothing is running."""
         replica = self._replica
-        if replica.deployment.plan is None or len(replica.batch) or not replica.waiting:
+        model = replica.first_waiting_model()
+        if model is None or replica.running_requests:
             return
-        model = replica.planned_model(replica.waiting[0])
         if model != replica.deployment.active.model:
             n_layers = replica.situation.candidates[model].profile.model.n_layers
             replica.deployment = replace(replica.deployment, active=Placement(model, n_layers))
@@ -160,7 +156,7 @@ class Transitions:
 
     def close(self) -> None:
         """The run ends: closes the books on the deployment in force."""
-        self._end_evaluation(self._replica.deployment, self._replica.acted_ns)
+        self._end_evaluation(self._replica.deployment, int(self._replica.state.acted_ns))
 
     def _transfer_ended(self) -> None:
         self._transfers -= 1
@@ -192,7 +188,7 @@ class Transitions:
             residency.layers = {m: min(n, wanted[m]) for m, n in residency.layers.items() if m in wanted}
             both = residency.with_placement(placement)
             blocks = self._blocks_beside(placement)
-        replica.pool.resize(blocks)
+        replica.resize_pool(blocks)
         self._weigh(both)
         return True
 
@@ -208,13 +204,14 @@ class Transitions:
         replica.deployment = deployment
         if deployment.active.model != old.active.model:
             stats.switches += 1
+            replica.reorder()
         elif replica.run_layers > old_depth:
             # Hidden states at the old cap were not kept: deeper layers need the text from layer 1.
             replica.preempt_until(0)
         if deployment.active != old.active:
             stats.switch_time_ns += now_ns - pending.decided_ns
             stats.transitions_ns.append(now_ns)
-            replica.decode_ns = replica.decode_batch_ns = 0
+            replica.state.placed_decode_ns = replica.state.placed_decode_batch_ns = 0
         self._pending = None
         self._enforce(deployment)
         self._on_change()
@@ -230,10 +227,11 @@ class Transitions:
             active = Placement(active.model, first_exit)
         blocks = residency.pool_blocks(residency.layers, active)
         replica.preempt_until(blocks)
-        replica.pool.resize(blocks)
+        replica.resize_pool(blocks)
         replica.block_bytes = residency.block_bytes(active)
         self._weigh(residency.layers)
-        replica.starts_left = deployment.admit_limit
+        replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
+        replica.meet_timeline()
 
     def _weigh(self, layers: dict[str, int]) -> None:
         self._replica.engine.hold(layers)

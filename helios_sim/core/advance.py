@@ -1,0 +1,192 @@
+"""The turns of one replica's server, one after the other, until something outside has to act.
+
+A turn: take what has arrived, look whether the policy is to be asked, schedule an iteration, price it (or have it run),
+and commit it when it ends. `advance` returns why it stopped; to call it again goes on.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.arrive import arrive, release, take_arrivals
+from helios_sim.core.commit import commit
+from helios_sim.core.depths import lay_out
+from helios_sim.core.layout import (
+    ADMITTING,
+    ARRIVALS,
+    ASK,
+    EXECUTE,
+    FCFS,
+    FLUSH,
+    FLUSH_REQUESTS,
+    FOLLOW_PLAN,
+    FOREVER_NS,
+    GO_ON,
+    HORIZON,
+    IDLE,
+    NEVER,
+    RUNNING,
+    TURN,
+    WAITING,
+    Counts,
+    Line,
+    Lists,
+    Numbers,
+    Record,
+    Table,
+    Trace,
+    Watch,
+)
+from helios_sim.core.price import PriceTables, floor_s, outside_grid, time_s, whole_ns
+from helios_sim.core.schedule import admit, begin_schedule, release_lingering, running_limit
+from helios_sim.core.triggers import next_alarm_ns, turn_is_due, watches_queue
+
+
+def advance(
+    s: Record,
+    r: Record,
+    it: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    arrivals: Table,
+    tokens: Table,
+    chunks: Table,
+    freed: Table,
+    owed: Numbers,
+    c: Counts,
+    watch: Watch,
+    x: Trace,
+    prices: PriceTables,
+    scalars: Record,
+    work: Table,
+    uniform: Table,
+    uniform_layers: Numbers,
+    banded: Table,
+    banded_layers: Numbers,
+    until_ns: int,
+) -> int:
+    """Takes the turns that come before `until_ns`, up to which nothing else can act on this replica.
+
+    `uniform` and `banded` are the bands of iterations in which all tokens run the same layers, and of the others, each
+    with its layers by class.
+    """
+    while True:
+        if s.phase == RUNNING:
+            if s.end_ns >= until_ns:
+                return HORIZON
+            if not take_arrivals(s, r, requests, lists, line, arrivals, tokens, s.end_ns):
+                return ARRIVALS
+            if s.free == 0:
+                return FLUSH
+            commit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, owed, c, watch)
+            s.now_ns, s.phase, s.asked = s.end_ns, TURN, 0
+        if s.phase == TURN:
+            if not _has_room(s, r, c) or (s.eager and s.left):
+                return FLUSH
+            arrived = s.arrived
+            release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
+            known = take_arrivals(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
+            if s.arrived != arrived:  # the policy was asked before they came
+                s.asked = 0
+            if not known:
+                return ARRIVALS
+            if s.free == 0:
+                return FLUSH
+            if s.idle and s.in_system == 0:  # every arrival was rejected: stay idle
+                s.phase = WAITING
+                continue
+            s.idle = 0
+            s.acted_ns = s.now_ns
+            if not s.asked and turn_is_due(s, r, requests, lists, line, watch):
+                return ASK
+            s.asked = 0
+            if s.pending:
+                release_lingering(s, r, lists, freed)
+            if r.planned and s.running == 0 and s.waiting and _planned_model(s, requests, line, arrivals) != s.model:
+                return FOLLOW_PLAN
+            begin_schedule(s, r, it, requests, lists, line, chunks, freed)
+            s.phase = ADMITTING
+        if s.phase == WAITING:
+            stop = _wait(s, r, requests, lists, line, arrivals, tokens, watch, until_ns)
+            if stop != GO_ON:
+                return stop
+            s.phase = TURN
+            continue
+        stop = admit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, owed)
+        if stop != GO_ON:
+            return stop
+        release_lingering(s, r, lists, freed)
+        s.phase = TURN
+        if s.decoding == 0 and it.chunks == 0:
+            if r.ahead and s.started_ns != NEVER:
+                s.started_ns = NEVER  # with nothing to run, what has arrived meanwhile is seen at once
+            else:
+                s.phase = WAITING
+            continue
+        s.started_ns, s.phase = s.now_ns, RUNNING
+        if r.live:
+            return EXECUTE
+        lay_out(s, r, it, requests, lists, chunks, x, owed, work)
+        spans, class_layers = (banded, banded_layers) if it.banded else (uniform, uniform_layers)
+        it.floor_ns = whole_ns(floor_s(scalars, it, spans, work, chunks))
+        it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
+        s.end_ns = s.now_ns + whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
+
+
+def _has_room(s: Record, r: Record, c: Counts) -> bool:
+    """Whether all that one more iteration may hand over finds a place, and little has to be handed over yet."""
+    return (
+        s.left < FLUSH_REQUESTS
+        and s.free >= r.running_limit + 1
+        and s.seen + s.running + r.running_limit <= len(c.seen)
+        and s.samples < s.sample_room
+    )
+
+
+def _wait(
+    s: Record,
+    r: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    arrivals: Table,
+    tokens: Table,
+    watch: Watch,
+    until_ns: int,
+) -> int:
+    """Nothing can run: the clock moves to the next arrival or alarm that wakes the server (GO_ON), if that is known.
+
+    Otherwise ARRIVALS, FLUSH, or IDLE: none comes before `until_ns`.
+    """
+    alarm_ns = next_alarm_ns(s, watch)
+    while True:
+        if s.free == 0:
+            return FLUSH
+        arrival_ns = FOREVER_NS
+        if not r.closed_loop:
+            if s.arrived < s.known:
+                arrival_ns = arrivals[s.arrived - s.first_row].arrival_ns
+            elif not s.exhausted:
+                return ARRIVALS
+        over = arrival_ns == FOREVER_NS and s.in_system == 0  # a run ends at the last departure, whatever the alarms
+        if over or min(arrival_ns, alarm_ns) >= until_ns:
+            return IDLE
+        if alarm_ns < arrival_ns:
+            s.now_ns, s.idle = alarm_ns, 0
+            return GO_ON
+        if _wakes(s, r, watch):
+            s.now_ns, s.idle = arrival_ns, 1
+            return GO_ON
+        arrive(s, r, requests, lists, line, arrivals, tokens, arrival_ns)
+
+
+def _wakes(s: Record, r: Record, watch: Watch) -> bool:
+    """Whether an idle server looks at a request that arrives: it is next in line and could start."""
+    if watches_queue(watch):
+        return True
+    could_start = s.running < running_limit(s, r) and s.starts_left != 0 and not s.draining
+    return could_start and (s.waiting == 0 or r.order != FCFS)
+
+
+def _planned_model(s: Record, requests: Table, line: Line, arrivals: Table) -> int:
+    ref = line.ref[0]
+    return arrivals[ref - s.first_row].planned_model if ref >= 0 else requests[-1 - ref].planned_model

@@ -1,0 +1,91 @@
+"""KV blocks of one replica: counts against the pool's size, and what freed blocks still hold.
+
+With `rules.vllm_v1` freed blocks keep what they hold until they are taken again, the longest free first and of one
+request its last ones first, as in vLLM's prefix cache (vllm/v1/core/block_pool.py, 0.19): a preempted request may get
+the rest back. `freed` is a ring of (owner, blocks) from the longest free on; `freed_first` and `freed_end` count
+entries since the run began, so a request finds its own entry by number.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.layout import NEVER, Record, Table
+
+
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens)
+
+
+def free_blocks(s: Record) -> int:
+    return s.total_blocks - s.used_blocks
+
+
+def take_blocks(s: Record, r: Record, freed: Table, blocks: int) -> None:
+    """The pool has them; the scheduler has looked."""
+    s.used_blocks += blocks
+    if r.vllm_v1:
+        forget_blocks(s, freed, blocks)
+
+
+def give_blocks(s: Record, r: Record, freed: Table, blocks: int, owner: int) -> int:
+    """Blocks become free. Returns the entry that remembers them for the owner; NEVER: there is none."""
+    s.used_blocks -= blocks
+    if not r.vllm_v1 or blocks == 0:
+        return NEVER
+    return _remember(s, freed, blocks, owner)
+
+
+def kept_blocks(s: Record, freed: Table, entry: int, owner: int) -> int:
+    """How many of a request's freed blocks, counted from its first, still hold what they held."""
+    if entry < s.freed_first or entry >= s.freed_end:
+        return 0
+    found = freed[entry % len(freed)]
+    return found.blocks if found.owner == owner else 0
+
+
+def take_back(s: Record, freed: Table, entry: int, blocks: int) -> None:
+    """A request gets its first blocks back as they are; what else was kept of it is forgotten."""
+    s.used_blocks += blocks
+    found = freed[entry % len(freed)]
+    found.owner = NEVER
+    found.blocks -= blocks
+
+
+def resize_pool(s: Record, r: Record, freed: Table, total_blocks: int) -> None:
+    """A new size; the caller has made room first."""
+    grown = total_blocks - s.total_blocks
+    s.total_blocks = total_blocks
+    if r.vllm_v1 and grown < 0:
+        forget_blocks(s, freed, -grown)
+    elif r.vllm_v1 and grown > 0:
+        _remember(s, freed, grown, NEVER)
+
+
+def forget_blocks(s: Record, freed: Table, blocks: int) -> None:
+    """So many of the longest free blocks hold nothing any more."""
+    while blocks > 0 and s.freed_first < s.freed_end:
+        oldest = freed[s.freed_first % len(freed)]
+        gone = min(oldest.blocks, blocks)
+        oldest.blocks -= gone
+        blocks -= gone
+        if oldest.blocks == 0:
+            s.freed_first += 1
+
+
+def _remember(s: Record, freed: Table, blocks: int, owner: int) -> int:
+    if owner == NEVER and s.freed_first < s.freed_end:
+        latest = freed[(s.freed_end - 1) % len(freed)]
+        if latest.owner == NEVER:
+            latest.blocks += blocks
+            return NEVER
+    if s.freed_end - s.freed_first == len(freed):
+        # Full: the longest free blocks are nobody's from here on. It takes as many preempted requests at once as the
+        # ring has entries, which the server makes larger than the number of requests that can be preempted.
+        oldest, following = freed[s.freed_first % len(freed)], freed[(s.freed_first + 1) % len(freed)]
+        following.blocks += oldest.blocks
+        following.owner = NEVER
+        s.freed_first += 1
+    entry = s.freed_end
+    added = freed[entry % len(freed)]
+    added.owner, added.blocks = owner, blocks
+    s.freed_end += 1
+    return entry

@@ -1,0 +1,195 @@
+"""Makes an iteration that has ended part of the state: tokens, memory, telemetry, completions.
+
+What became of each request's token stands in its record: put there from a trace by `depths`, or by a device.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.arrive import leave
+from helios_sim.core.blocks import give_blocks, take_blocks
+from helios_sim.core.depths import is_observed
+from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
+from helios_sim.core.schedule import held_blocks
+from helios_sim.core.triggers import slide_windows
+
+
+def commit(
+    s: Record,
+    r: Record,
+    it: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    arrivals: Table,
+    tokens: Table,
+    chunks: Table,
+    freed: Table,
+    owed: Numbers,
+    c: Counts,
+    watch: Watch,
+) -> None:
+    """The iteration that began at `now_ns` has ended at `end_ns`."""
+    end_ns, decoded = s.end_ns, s.decoding
+    _account(s, it, end_ns - s.now_ns)
+    take_blocks(s, r, freed, it.due_blocks)
+    if len(watch.windows):
+        slide_windows(s, requests, lists, watch)
+    _decoded(s, r, it, requests, lists, owed, c, end_ns)
+    s.peak_blocks = max(s.peak_blocks, s.used_blocks)
+    _prefilled(s, r, it, requests, chunks, c, end_ns)
+    if r.observe_tokens != NEVER:
+        for i in range(decoded + it.finishing):
+            _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
+    _complete(s, r, requests, lists, line, arrivals, tokens, freed, end_ns)
+    if s.sampled_ns == NEVER or end_ns - s.sampled_ns >= s.sample_interval_ns:
+        sample = c.samples[s.samples]
+        sample.time_ns = end_ns
+        sample.running = s.running
+        sample.waiting = s.waiting
+        sample.used_blocks = s.used_blocks
+        s.samples += 1
+        s.sampled_ns = end_ns
+
+
+def _account(s: Record, it: Record, busy_ns: int) -> None:
+    s.busy_ns += busy_ns
+    s.iterations += 1
+    s.floor_ns += it.floor_ns
+    s.outside_grid_iterations += it.outside
+    s.kv_block_ns += (s.used_blocks + it.due_blocks) * busy_ns
+    s.kv_pool_block_ns += s.total_blocks * busy_ns
+    if s.decoding:
+        s.decode_iterations += 1
+        s.decode_ns += busy_ns
+        s.decode_batch_ns += busy_ns * s.decoding
+        s.placed_decode_ns += busy_ns
+        s.placed_decode_batch_ns += busy_ns * s.decoding
+
+
+def _decoded(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, owed: Numbers, c: Counts, end_ns: int
+) -> None:
+    """Tokens of the requests that decode."""
+    # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
+    batch, depths, gaps, edges_ns = lists.batch, c.depths, c.gaps, c.gap_edges_ns
+    owes, bands = r.owes and it.banded, owed.shape[1]
+    gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
+    for i in range(s.decoding):
+        slot = batch[i]
+        request = requests[slot]
+        request.context_tokens += 1
+        _count_token(r, request, depths)
+        request.breach_tokens += request.token_breach
+        gap = end_ns - request.last_token_ns
+        if gap != gap_ns:
+            _count_gaps(s, gaps, edges_ns, gap_ns, equal)
+            gap_ns, equal = gap, 0
+        equal += 1
+        request.last_token_ns = end_ns
+        if owes:
+            for band in range(bands):
+                owed[slot, band] = 0 if band <= request.token_exit else owed[slot, band] + 1
+    _count_gaps(s, gaps, edges_ns, gap_ns, equal)
+
+
+def _count_token(r: Record, request: Record, depths: Numbers) -> None:
+    """One more output token."""
+    layers = request.token_layers
+    if r.observe_tokens != NEVER and request.generated < r.observe_tokens:
+        request.evaluated_tokens += 1
+    request.remaining -= 1
+    request.generated += 1
+    request.layers_run += layers
+    if layers < r.n_layers:
+        request.early_tokens += 1
+    request.agreed_tokens += request.token_agrees
+    request.microbits += request.token_microbits
+    depths[layers] += 1
+
+
+def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count: int) -> None:
+    """So many gaps of one length go into the histogram: into the first bucket whose edge is not below it."""
+    if count == 0:
+        return
+    low, high = 0, len(edges_ns)
+    while low < high:
+        middle = (low + high) // 2
+        if edges_ns[middle] < gap_ns:
+            low = middle + 1
+        else:
+            high = middle
+    gaps[low] += count
+    s.gaps += count
+    s.gaps_ns += gap_ns * count
+    s.longest_gap_ns = max(s.longest_gap_ns, gap_ns)
+    if s.shortest_gap_ns == NEVER or gap_ns < s.shortest_gap_ns:
+        s.shortest_gap_ns = gap_ns
+
+
+def _prefilled(s: Record, r: Record, it: Record, requests: Table, chunks: Table, c: Counts, end_ns: int) -> None:
+    """Chunks of prompts; the last one of a prompt yields a token. Those that finish are the first ones."""
+    for p in range(it.chunks):
+        chunk = chunks[p]
+        request = requests[chunk.slot]
+        request.context_tokens += chunk.tokens
+        request.prefill_left -= chunk.tokens
+        if p < it.finishing:
+            _count_token(r, request, c.depths)
+            if request.first_token_ns == NEVER:
+                request.first_token_ns = end_ns
+            else:
+                _count_gaps(s, c.gaps, c.gap_edges_ns, end_ns - request.last_token_ns, 1)
+            request.last_token_ns = end_ns
+    s.decoding += it.finishing
+
+
+def _observe(s: Record, r: Record, requests: Table, slot: int, seen: Table, end_ns: int) -> None:
+    """Notes the observation of a request that was observed for long enough or is complete."""
+    request = requests[slot]
+    generated, limit = request.generated, r.observe_tokens
+    if generated - 1 < limit and (generated >= limit or request.remaining == 0):
+        noted = seen[s.seen]
+        noted.slot = slot
+        noted.tokens = min(limit, generated)
+        noted.time_ns = end_ns
+        s.seen += 1
+
+
+def _complete(
+    s: Record,
+    r: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    arrivals: Table,
+    tokens: Table,
+    freed: Table,
+    end_ns: int,
+) -> None:
+    """Requests with no token left to produce leave; the others close up first, so that places are free by then.
+
+    Where the next iteration was planned before it was known, a request that is done lingers (`schedule`).
+    """
+    batch, n, kept = lists.batch, s.running, 0
+    for i in range(n):
+        slot = batch[i]
+        if requests[slot].remaining:
+            batch[kept] = slot
+            kept += 1
+        else:
+            lists.leaving[i - kept] = slot
+    if kept == n:
+        return
+    s.running = kept
+    s.decoding -= n - kept
+    for i in range(n - kept):
+        slot = lists.leaving[i]
+        request = requests[slot]
+        if r.ahead and r.vllm_v1:
+            lists.lingering_key[s.lingering] = request.order_key
+            lists.lingering_seq[s.lingering] = request.seq
+            lists.lingering_blocks[s.lingering] = held_blocks(r, request)
+            s.lingering += 1
+        else:
+            give_blocks(s, r, freed, held_blocks(r, request), NEVER)
+        leave(s, r, requests, lists, line, arrivals, tokens, slot, end_ns, COMPLETED)

@@ -1,0 +1,184 @@
+"""How deep the tokens of one iteration run, and what that means for every band of layers.
+
+A trace says where a token would leave alone. The batching rule and the KV rule say where it leaves in this batch, and
+what the layers that it skipped still have to do for it.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.layout import NEVER, Lists, Numbers, Record, Table, Trace
+
+
+def lay_out(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, chunks: Table, x: Trace, owed: Numbers, work: Table
+) -> None:
+    """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
+    it.decodes = s.decoding
+    it.banded = r.per_token or r.clairvoyant or r.planned
+    if r.observe_tokens != NEVER and not it.banded:
+        for i in range(s.running):
+            if is_observed(r, requests[lists.batch[i]]):
+                it.banded = 1
+    bands = r.bands if it.banded else 1
+    for band in range(bands):
+        w = work[band]
+        w.decode_tokens = w.kv_tokens = w.checked_tokens = w.classified_tokens = w.propagated_tokens = 0
+    it.sampled_tokens = s.decoding
+    it.syncs = r.per_token
+    it.host_ahead = r.ahead
+    it.loading = s.loading
+    it.kv_least = it.kv_most = NEVER
+    if r.spread:
+        _spread(s, it, requests, lists)
+    if it.banded:
+        _banded(s, r, it, requests, lists, x, owed, work)
+    else:
+        _uniform(s, r, requests, lists, x, work)
+    _prompts(s, r, it, requests, chunks, x, work, bands)
+
+
+def next_row(request: Record) -> int:
+    """The trace's row of a request's next token."""
+    return request.trace_first + (request.trace_start + request.generated) % request.trace_length
+
+
+def is_observed(r: Record, request: Record) -> bool:
+    """Whether its next token is one of those that run all loaded layers, every exit observed."""
+    return r.observe_tokens != NEVER and request.generated < r.observe_tokens
+
+
+def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
+    """The shortest and the longest context of the decodes, where a price depends on them."""
+    for i in range(s.decoding):
+        context = requests[lists.batch[i]].context_tokens + 1
+        if it.kv_most == NEVER:
+            it.kv_least = it.kv_most = context
+        else:
+            it.kv_least = min(it.kv_least, context)
+            it.kv_most = max(it.kv_most, context)
+
+
+def _uniform(s: Record, r: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
+    """All tokens run the same layers: one band."""
+    batch, breach, leaf, context = lists.batch, x.breach, r.rule_exit, 0
+    layers = x.exits[leaf]
+    for i in range(s.decoding):
+        request = requests[batch[i]]
+        context += request.context_tokens
+        request.observed = 0
+        request.token_exit = leaf
+        request.token_layers = layers
+        request.token_breach = 0
+        request.token_agrees = 1
+        request.token_microbits = 0
+        if r.reads_trace:
+            row = next_row(request)
+            request.token_breach = int(breach[row])
+            request.token_agrees = int(x.agree[row, leaf])
+            if r.scores:
+                request.token_microbits = x.microbits[row, leaf]
+    w = work[0]
+    w.decode_tokens = s.decoding
+    w.kv_tokens = context + s.decoding
+    if r.watches_cap:
+        w.classified_tokens = s.decoding
+
+
+def _banded(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, owed: Numbers, work: Table
+) -> None:
+    """Tokens leave at different exits: one band between any two exits that are loaded."""
+    batch, n, last = lists.batch, s.decoding, r.bands - 1
+    deepest, n_observed = 0, 0
+    for i in range(n):
+        request = requests[batch[i]]
+        row = next_row(request)
+        request.token_row = row
+        if r.planned:
+            request.token_exit = x.planned[request.planned_first + request.generated]
+            request.token_breach = 0
+        else:
+            request.token_exit = x.exit_index[row]
+            request.token_breach = int(x.breach[row])
+        deepest = max(deepest, request.token_exit)
+    for i in range(n):
+        request = requests[batch[i]]
+        request.observed = not r.planned and is_observed(r, request)
+        if request.observed:
+            request.token_exit = r.loaded_exit
+            request.token_breach = 0
+            n_observed += 1
+        elif r.lazy:
+            request.token_exit = deepest
+        _leaves_at(r, x, request, request.token_row, request.token_exit)
+        w = work[request.token_exit]
+        w.decode_tokens += 1
+        w.kv_tokens += request.context_tokens + 1
+    for band in range(last - 1, -1, -1):  # a token that runs a band runs those before it
+        work[band].decode_tokens += work[band + 1].decode_tokens
+        work[band].kv_tokens += work[band + 1].kv_tokens
+
+    if r.per_token:  # at the last layer there is nothing to decide: the token is sampled there
+        for band in range(r.rule_exit):
+            if r.head_checks:
+                work[band].checked_tokens = work[band].decode_tokens
+            else:
+                work[band].classified_tokens = work[band].decode_tokens
+    elif r.watches_cap:
+        work[r.rule_exit].classified_tokens = n
+    if n_observed and not r.head_checks:
+        for band in range(last):
+            work[band].checked_tokens = n_observed
+    if r.head_checks:
+        it.sampled_tokens = work[r.rule_exit].decode_tokens
+    if r.propagates:
+        for band in range(last + 1):
+            work[band].propagated_tokens = n - work[band].decode_tokens
+    if r.repays:
+        for i in range(n):
+            slot = batch[i]
+            request = requests[slot]
+            for band in range(request.token_exit + 1):
+                work[band].decode_tokens += owed[slot, band]
+                work[band].kv_tokens += owed[slot, band] * (request.context_tokens + 1)
+
+
+def _prompts(
+    s: Record, r: Record, it: Record, requests: Table, chunks: Table, x: Trace, work: Table, bands: int
+) -> None:
+    """Chunks of prompts; the last one of a prompt yields a token, from the last layer that the prompt runs."""
+    observed = 0
+    for p in range(it.chunks):
+        request = requests[chunks[p].slot]
+        looks = not r.planned and is_observed(r, request)
+        row = next_row(request)
+        leaf = r.rule_exit
+        if r.planned:
+            leaf = x.planned[request.planned_first + request.generated]
+        elif looks:
+            leaf = r.loaded_exit
+        elif r.clairvoyant:
+            leaf = x.exit_index[row]
+        chunks[p].layers = x.exits[leaf]
+        if p < it.finishing:
+            request.observed = looks
+            request.token_exit = leaf
+            request.token_breach = 0
+            _leaves_at(r, x, request, row, leaf)
+            if looks:
+                observed += 1
+    it.sampled_tokens += it.finishing
+    if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
+        for band in range(bands - 1):
+            work[band].checked_tokens += observed
+
+
+def _leaves_at(r: Record, x: Trace, request: Record, row: int, leaf: int) -> None:
+    """What the request's token is when it leaves at that exit."""
+    request.token_layers = x.exits[leaf]
+    request.token_agrees = 1
+    request.token_microbits = 0
+    if r.reads_trace:
+        request.token_agrees = int(x.agree[row, leaf])
+        if r.scores:
+            request.token_microbits = x.microbits[row, leaf]

@@ -1,0 +1,296 @@
+"""What the serving loop works on: named records, and arrays in small groups.
+
+A record is one row with named fields, all of them whole numbers: `request.context_tokens`. The loop runs in two ways
+over the same names. Interpreted, a record is a Python object and an array is a memoryview, whose items are plain
+numbers; compiled, a table of records is a NumPy record array. `Storage` makes either kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+Record = Any  # one row of a table: numba has no name for its type
+Table = Any  # rows of one kind
+Numbers = Any  # an array of whole numbers, as NumPy array or as memoryview
+
+_Group = TypeVar("_Group", bound=tuple[Any, ...])
+
+NEVER = -1  # a time that has not come; no limit; nothing
+FOREVER_NS = 2**62
+
+# Phases of a replica: at a turn, in the middle of admission, while an iteration runs, while nothing can run.
+TURN, ADMITTING, RUNNING, WAITING = range(4)
+GO_ON = -1
+# Why `advance` returns.
+(
+    HORIZON,  # the next turn is not before the time up to which nothing else can act on this replica
+    ARRIVALS,  # the next arrivals are not known yet
+    FLUSH,  # results are to be handed over, so that they do not pile up
+    ASK,  # a trigger has fired, or what a pending change waits for has come to pass
+    IDLE,  # nothing can run, and no arrival or alarm that is known changes that
+    RETOKENIZE,  # the next request to be admitted has begun on another model
+    FOLLOW_PLAN,  # the oracle's plan wants another model for the next request
+    EXECUTE,  # an iteration is scheduled, and a device is to run it
+) = range(8)
+# Why a request left.
+COMPLETED, CONTEXT_EXCEEDED, POOL_EXCEEDED, PLACES_EXCEEDED = range(4)
+# Order of the waiting line.
+FCFS, PRIORITY, SHORTEST_PROMPT = range(3)
+# Kinds of trigger.
+BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED = range(6)
+
+FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of record: its fields, as a NumPy type and as a Python class."""
+
+    dtype: np.dtype[Any]
+    row: type[Any]
+
+    @classmethod
+    def of(cls, name: str, fields: Sequence[str], floats: Sequence[str] = ()) -> Kind:
+        dtype = np.dtype((np.record, [*((f, np.int64) for f in fields), *((f, np.float64) for f in floats)]))
+        defaults = [*((f, int, 0) for f in fields), *((f, float, 0.0) for f in floats)]
+        return cls(dtype, make_dataclass(name, defaults, slots=True))
+
+
+REQUEST = Kind.of(
+    "RequestRow",
+    (
+        # as it arrived
+        "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority",
+        "seq",  # order of arrival at this replica
+        "order_key",  # what the waiting line is sorted by, before `seq`
+        # as a model reads it
+        "model",  # number of the candidate whose tokens these are
+        "prompt_tokens", "output_tokens", "trace_first", "trace_start", "trace_length",
+        "planned_model", "planned_first",  # NEVER without a service plan
+        # progress
+        "context_tokens",  # whose K and V are in the cache
+        "prefill_left", "remaining", "generated", "started", "preemptions",
+        "cached_tokens",  # whose K and V were in the cache when it last lost its place
+        "freed_at",  # where the blocks that it lost lie among the freed ones
+        "earlier_chars", "earlier_tokens",  # answered by another model, before a migration
+        "scheduled_ns", "first_token_ns", "last_token_ns", "left_ns", "why",
+        # sums over its output tokens
+        "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",
+        # the token of the iteration in progress
+        "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
+    ),
+)  # fmt: skip
+ARRIVAL = Kind.of(
+    "ArrivalRow",
+    (
+        "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority",
+        "planned_model", "planned_first",  # NEVER without a service plan
+        "model",  # that was active when it arrived
+    ),
+)  # fmt: skip
+TOKENS = Kind.of(  # what one model makes of an arrival
+    "TokensRow",
+    ("prompt_tokens", "output_tokens", "trace_first", "trace_start", "trace_length"),
+)
+CHUNK = Kind.of("ChunkRow", ("slot", "tokens", "context_tokens", "layers"))
+WORK = Kind.of(  # of one band of layers in one iteration
+    "WorkRow",
+    ("decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens"),
+)
+SPAN = Kind.of("SpanRow", ("start", "end"))  # layers of a band
+ITERATION = Kind.of(
+    "IterationRow",
+    (
+        "decodes", "chunks", "finishing",
+        "sampled_tokens",  # rows that pass the LM head
+        "kv_least", "kv_most",  # shortest and longest context of the decodes, the new token included; NEVER: not known
+        "banded",  # tokens run to different layers
+        "syncs",  # the host must see a check's answer before it launches the next band
+        "host_ahead",  # the host prepares the next iteration meanwhile
+        "loading",  # weights stream into the card meanwhile
+        "due_blocks", "floor_ns", "outside",
+        "budget", "blocked", "lingering",  # of the admission in progress
+    ),
+)  # fmt: skip
+TRIGGER = Kind.of("TriggerRow", ("kind", "argument", "spent", "window"))
+WINDOW = Kind.of("WindowRow", ("size", "limit", "filled", "next", "breaches"))
+SEEN = Kind.of("SeenRow", ("slot", "tokens", "time_ns"))  # an observation that is due
+SAMPLE = Kind.of("SampleRow", ("time_ns", "running", "waiting", "used_blocks"))  # of the timeline
+FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER for nobody's
+# Integrals and counts that are handed over and then start from 0 again.
+SUMS = (
+    "busy_ns", "floor_ns", "iterations", "outside_grid_iterations", "decode_iterations", "decode_ns",
+    "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
+)  # fmt: skip
+STATE = Kind.of(
+    "StateRow",
+    (
+        "now_ns", "end_ns", "phase",
+        "started_ns",  # of the latest iteration; NEVER: the server was idle since
+        "acted_ns",  # the latest turn
+        "asked",  # the policy has been asked in this turn
+        "turn_wanted",  # something outside has acted: the server takes a turn of its own
+        "idle",
+        "eager",  # departures are handed over before anything else is scheduled: a closed loop outside reacts to them
+        "model",  # number of the active one
+        "run_layers",
+        # the batch and the waiting line
+        "running", "decoding", "waiting", "waiting_slots", "free", "left", "lingering",
+        "fewer",  # with the number completed so far: most that may run at once, after an OOM; FOREVER_NS: no limit
+        # arrivals
+        "first_row", "arrived", "known", "exhausted", "to_release",
+        # KV blocks
+        "used_blocks", "total_blocks", "peak_blocks", "freed_first", "freed_end",
+        # admission and what a change waits for
+        "starts_left", "completed", "completed_before", "pending", "draining", "migrating", "loading",
+        "room_blocks", "awaits_answers", "awaits_completion",
+        # the books
+        "in_system", "changed_ns", "presence_ns", "sojourn_ns", "arrivals", "departures",
+        # what is to be handed over
+        "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",
+        "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",
+        "placed_decode_ns", "placed_decode_batch_ns",  # since the placement last changed
+        *SUMS,
+    ),
+)  # fmt: skip
+RULES = Kind.of(  # what holds as long as a deployment is in force; exits by their place among the trace's
+    "RulesRow",
+    (
+        "block_tokens", "batch_tokens", "running_limit", "context_limit",
+        "place_tokens",  # most tokens of a request that the engine has room for; NEVER: no such limit
+        "order", "closed_loop", "live", "vllm_v1",
+        "ahead",  # the next iteration is planned while one runs
+        "observe_tokens",  # NEVER: none
+        "per_token", "clairvoyant", "planned",
+        "head_checks",  # a token that leaves is sampled by the check's own pass through the head
+        "watches_cap", "lazy", "propagates", "repays", "owes",
+        "reads_trace",  # 0: every token is the same
+        "scores",  # the trace has microbits
+        "spread",  # a price depends on the shortest and the longest context of a batch
+        "rule_exit",  # the deepest of the rule
+        "loaded_exit", "n_layers",  # of the whole model
+        "bands",
+    ),
+)  # fmt: skip
+
+
+class Lists(NamedTuple):
+    """Lists of slots; their lengths are in the state."""
+
+    batch: Numbers  # running requests in order of admission: those that decode, then those that prefill
+    free: Numbers
+    left: Numbers  # requests that left and are not handed over yet
+    leaving: Numbers  # of the commit in progress
+    lingering_key: Numbers  # requests that are done but keep their place until the next iteration is planned
+    lingering_seq: Numbers
+    lingering_blocks: Numbers
+
+
+class Line(NamedTuple):
+    """The waiting line: a binary heap by (order key, order of arrival)."""
+
+    key: Numbers
+    seq: Numbers
+    ref: Numbers  # the number of an arrival that has not started, or -1 - slot of a request that lost its place
+
+
+class Trace(NamedTuple):
+    """E exits, T tokens as the exit rule replays them."""
+
+    exits: Numbers  # (E,) depths
+    exit_index: Numbers  # (T,)
+    breach: Numbers  # (T,)
+    agree: Numbers  # (T, E)
+    microbits: Numbers  # (T, E), or (0, 0)
+    planned: Numbers  # exits of the tokens that a service plan names
+
+
+class Watch(NamedTuple):
+    triggers: Table
+    windows: Table
+    flags: Numbers  # (windows, tokens) rings
+
+
+class Counts(NamedTuple):
+    seen: Table
+    samples: Table
+    depths: Numbers  # (layers + 1,) tokens by the layers that they ran
+    gaps: Numbers  # of the histogram of gaps between tokens
+    gap_edges_ns: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Makes records and arrays, for compiled functions or for the interpreter."""
+
+    compiled: bool
+
+    def rows(self, kind: Kind, n: int) -> Table:
+        """A table of n records, all zeros."""
+        if self.compiled:
+            return np.zeros(n, kind.dtype).view(np.recarray)
+        return [kind.row() for _ in range(n)]
+
+    def record(self, kind: Kind) -> Record:
+        return self.rows(kind, 1)[0]
+
+    def filled(self, kind: Kind, rows: Iterable[Sequence[float]]) -> Table:
+        """A table of records, each with its fields in the kind's order."""
+        if not self.compiled:
+            return [kind.row(*row) for row in rows]
+        return np.array([tuple(row) for row in rows], kind.dtype).view(np.recarray)
+
+    def of_columns(self, kind: Kind, columns: Sequence[IntArray]) -> Table:
+        """A table of records from the columns of its fields, each (n,)."""
+        if not self.compiled:
+            return [kind.row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        table = np.zeros(len(columns[0]), kind.dtype)
+        for name, column in zip(kind.dtype.names or (), columns, strict=True):
+            table[name] = column
+        return table.view(np.recarray)
+
+    def joined(self, kind: Kind, first: Table, second: Table) -> Table:
+        """Two tables one after the other; records are not copied where they are objects."""
+        if not self.compiled:
+            return first + second
+        return np.concatenate([first, second]).view(np.recarray)
+
+    def grown(self, kind: Kind, table: Table, n: int) -> Table:
+        """The same records and further ones, n in all."""
+        return self.joined(kind, table, self.rows(kind, n - len(table)))
+
+    def numbers(self, *shape: int) -> Numbers:
+        """An array of whole numbers, all zeros."""
+        return self.array(np.zeros(shape, np.int64))
+
+    def array(self, values: NDArray[Any]) -> Any:
+        """An array as the loop reads it; the memory is shared."""
+        return values if self.compiled else memoryview(values)  # type: ignore[arg-type]
+
+    def more_numbers(self, values: Numbers, n: int) -> Numbers:
+        """The same numbers and further zeros, n in all."""
+        found = np.zeros(n, np.int64)
+        found[: len(values)] = values
+        return self.array(found)
+
+    def group(self, arrays: _Group) -> _Group:
+        """A named tuple of arrays (or of such tuples) as the loop reads it."""
+        if self.compiled:
+            return arrays
+        read = (memoryview(each) if isinstance(each, np.ndarray) else self.group(each) for each in arrays)
+        return cast(_Group, type(arrays)(*read))
+
+
+def values_of(kind: Kind, record: Record) -> dict[str, int]:
+    """The fields of a record as plain numbers."""
+    if isinstance(record, np.void):
+        return dict(zip(kind.dtype.names or (), record.tolist(), strict=True))
+    return {name: getattr(record, name) for name in kind.dtype.names or ()}

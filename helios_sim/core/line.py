@@ -1,0 +1,88 @@
+"""The waiting line of a replica, and its order.
+
+The order is a rule: a key for each request, then order of arrival. A request that lost its place in the batch comes
+back under its old order of arrival, so with `fcfs` it stands before all that have not started. Preemption takes the
+running request that the same rule puts last.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.layout import (
+    NEVER,
+    PRIORITY,
+    SHORTEST_PROMPT,
+    Line,
+    Lists,
+    Record,
+    Table,
+)
+
+
+def order_key(r: Record, priority: int, prompt_tokens: int) -> int:
+    """What the line is sorted by before order of arrival: 0 for all under `fcfs`; the lowest is first."""
+    if r.order == PRIORITY:
+        return priority
+    if r.order == SHORTEST_PROMPT:
+        return prompt_tokens
+    return 0
+
+
+def push(s: Record, line: Line, key: int, seq: int, ref: int) -> None:
+    """Adds a request: the number of an arrival, or -1 - slot."""
+    keys, seqs, refs = line.key, line.seq, line.ref
+    at = s.waiting
+    s.waiting += 1
+    if ref < 0:
+        s.waiting_slots += 1
+    while at > 0:
+        above = (at - 1) // 2
+        if keys[above] < key or (keys[above] == key and seqs[above] <= seq):
+            break
+        keys[at], seqs[at], refs[at] = keys[above], seqs[above], refs[above]
+        at = above
+    keys[at], seqs[at], refs[at] = key, seq, ref
+
+
+def pop(s: Record, line: Line) -> None:
+    """Takes the first request out."""
+    keys, seqs, refs = line.key, line.seq, line.ref
+    if refs[0] < 0:
+        s.waiting_slots -= 1
+    s.waiting -= 1
+    n = s.waiting
+    key, seq, ref = keys[n], seqs[n], refs[n]
+    at = 0
+    while True:
+        below = 2 * at + 1
+        if below >= n:
+            break
+        other = below + 1
+        if other < n and (keys[other] < keys[below] or (keys[other] == keys[below] and seqs[other] < seqs[below])):
+            below = other
+        if key < keys[below] or (key == keys[below] and seq <= seqs[below]):
+            break
+        keys[at], seqs[at], refs[at] = keys[below], seqs[below], refs[below]
+        at = below
+    keys[at], seqs[at], refs[at] = key, seq, ref
+
+
+def last_in_order(s: Record, requests: Table, lists: Lists) -> int:
+    """The place in the batch of the running request that comes last."""
+    batch = lists.batch
+    last = s.running - 1
+    worst = requests[batch[last]]
+    key, seq = worst.order_key, worst.seq
+    for i in range(s.running - 1):
+        request = requests[batch[i]]
+        if request.order_key > key or (request.order_key == key and request.seq > seq):
+            last, key, seq = i, request.order_key, request.seq
+    return last
+
+
+def last_lingering(s: Record, lists: Lists, key: int, seq: int) -> int:
+    """The place among the lingering requests of the one that comes last, if it comes after (key, seq); else NEVER."""
+    found = NEVER
+    for i in range(s.lingering):
+        if lists.lingering_key[i] > key or (lists.lingering_key[i] == key and lists.lingering_seq[i] > seq):
+            found, key, seq = i, lists.lingering_key[i], lists.lingering_seq[i]
+    return found

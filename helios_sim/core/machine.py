@@ -1,0 +1,145 @@
+"""Machine code of the serving loop: the same functions, compiled where a run is long enough to pay for it.
+
+Compiling takes seconds, so the code is kept on disk. Numba notices that the file of a compiled function has changed,
+but not that another file has whose functions were compiled into it; so the folder's name depends on the text of all of
+them and on Numba's version. A folder that is damaged is made anew; one that cannot be written is done without. What is
+compiled and what is not never changes a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import getmembers, isfunction
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).parent
+_MODULES = ("arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers")
+_LISTED = "digests.json"  # written last: a folder with it is whole
+WORTH_COMPILING_TOKENS = 4_000_000  # of all arms: interpreted they take about as long as compiling does
+
+
+class Machine:
+    """The compiled loop of one process. Its first call compiles, where the code is not on disk."""
+
+    def __init__(self, compiled: Callable[..., int], own: Path | None, common: Path | None) -> None:
+        self._compiled, self._own, self._common = compiled, own, common
+
+    def advance(self, *args: Any) -> int:
+        stop = self._compiled(*args)
+        if self._own is not None:
+            self._keep()
+        return stop
+
+    def _keep(self) -> None:
+        """What this process has compiled becomes the common folder, whole or not at all."""
+        own, common = self._own, self._common
+        self._own = None
+        assert own is not None and common is not None
+        with suppress(OSError):
+            files = [path for path in sorted(own.rglob("*")) if path.is_file()]
+            (own / _LISTED).write_text(json.dumps({str(path.relative_to(own)): _digest(path) for path in files}))
+            own.rename(common)  # fails where another process was quicker
+        shutil.rmtree(own, ignore_errors=True)
+
+
+@cache
+def load() -> Machine | None:
+    """The compiled loop, from disk or to be compiled now; None without Numba or with NUMBA_DISABLE_JIT."""
+    if not _can_compile():
+        return None
+    folder = code_folder()
+    if _is_whole(folder):
+        return Machine(_function(folder), None, None)
+    own = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Machine(_function(None), None, None)
+    print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
+    return Machine(_function(own), own, folder)
+
+
+def is_made() -> bool:
+    """Whether the machine code lies on disk, whole: to make it takes seconds."""
+    return _can_compile() and _is_whole(code_folder())
+
+
+@cache
+def code_folder() -> Path:
+    """Return the folder of the compiled sources, by their content; it may not exist."""
+    texts = [path.read_bytes() for path in sorted(_PACKAGE.glob("*.py"))]
+    numba = find_spec("numba")
+    version = "" if numba is None or numba.origin is None else _version("numba")
+    key = "|".join([version, _version("numpy"), sys.version, str(_PACKAGE)]).encode()
+    name = hashlib.sha256(b"".join([*texts, key])).hexdigest()[:16]
+    base = os.environ.get("HELIOS_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/helios-sim"
+    return Path(base).expanduser() / "compiled" / name
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+@cache
+def _can_compile() -> bool:
+    return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is as it was written. A flipped bit in machine code would crash the interpreter."""
+    try:
+        digests: dict[str, str] = json.loads((folder / _LISTED).read_text())
+        return all(_digest(folder / name) == digest for name, digest in digests.items()) and bool(digests)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _function(folder: Path | None) -> Any:
+    """`advance` as a compiled function, whose code is kept in the folder."""
+    import numba
+    from numba.extending import register_jitable
+
+    from helios_sim.core.advance import advance
+
+    _register_all(register_jitable)
+    with _cached_in(numba.config, folder):
+        return numba.njit(cache=folder is not None, error_model="numpy")(advance)
+
+
+@cache
+def _register_all(register_jitable: Callable[..., Any]) -> None:
+    """Lets compiled code call the loop's functions, which stay plain Python for everybody else."""
+    own = import_module("helios_sim.core.advance")
+    modules = [own, *(import_module(f"helios_sim.core.{name}") for name in _MODULES)]
+    for module in modules:
+        for name, function in getmembers(module, isfunction):
+            if function.__module__ == module.__name__ and name != "advance":
+                register_jitable(error_model="numpy")(function)
+
+
+@contextmanager
+def _cached_in(config: Any, folder: Path | None) -> Iterator[None]:
+    before = config.CACHE_DIR
+    if folder is not None:
+        config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before

@@ -1,0 +1,398 @@
+"""The price of one iteration: its time, its roofline floor, and whether a table had to be extrapolated.
+
+Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
+checks that the host must see, an iteration is one such group; each check ends one. The host's own overhead comes on
+top, unless it prepares the next iteration while this one runs (`iteration.host_ahead`, without such checks): then it is
+part of the host's side. A gap of the runtime is time in which neither works.
+
+Tables are linear inside the measured grid. Beyond it rows, prompts and KV lengths go on with the last slope, and batches
+in proportion. Tables of several layer classes differ in size; they lie in arrays as large as the largest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from helios_sim.core.layout import NEVER, Kind, Numbers, Record, Table
+
+NS_PER_S = 1e9
+# Tables by number of rows: four of the model, then three of each layer class.
+HEAD, CHECK, CLASSIFIER, EMBEDDING, FIRST_OF_CLASS = range(5)
+DENSE, PADDED_DENSE, KV_PROJECTION, OF_CLASS = range(4)
+# Axes of a class's term for decodes beside a chunk, and of its term for unequal lengths.
+CHUNK_AXIS, CONTEXT_AXIS, BATCH_AXIS, KV_AXIS = range(4)
+LENGTH_AXIS = 1
+
+SCALARS = Kind.of(
+    "ScalarsRow",
+    (
+        "head_values", "layer_values", "kv_values", "kv_bytes", "value_bytes", "width",  # for the roofline floor
+        "padded_kv",
+    ),
+    floats=(
+        "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s",
+        "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
+    ),
+)  # fmt: skip
+
+
+class ByRows(NamedTuple):
+    """R tables by number of rows."""
+
+    seconds: Numbers  # (R, rows)
+    range: Numbers  # (R, 2) first and last rows measured
+    slope_s: Numbers  # (R,) beyond the last
+
+
+class DecodeAttention(NamedTuple):
+    """By batch and mean KV tokens, for C layer classes."""
+
+    seconds: Numbers  # (C, 2, batch, interval) and their slopes
+    kv: Numbers  # (C, interval) where each begins
+    interval: Numbers  # (C, KV tokens) that a whole number falls into
+    range: Numbers  # (C, 4) first and last batch, first and last KV tokens
+
+
+class PrefillAttention(NamedTuple):
+    """By a chunk's new tokens and those before it."""
+
+    seconds: Numbers  # (C, tokens, context)
+    grid: Numbers  # (C, 2, points) tokens and context
+    sizes: Numbers  # (C, 2) points of each
+    fixed_s: Numbers  # (C,)
+
+
+class MixedAttention(NamedTuple):
+    """What decodes add beside a chunk, where a class has this term."""
+
+    seconds: Numbers  # (C, chunk, context, batch, KV)
+    grid: Numbers  # (C, 4, points)
+    sizes: Numbers  # (C, 4); 0: no such term
+
+
+class UnequalLengths(NamedTuple):
+    """By what share decodes of unequal lengths take longer, where a class has this term."""
+
+    share: Numbers  # (C, chunk, batch, longest, share of the long ones)
+    grid: Numbers  # (C, 2, points) chunk and longest
+    of_long: Numbers  # (C, points) share of the long ones
+    sizes: Numbers  # (C, 4) chunk, longest, share of the long ones, last batch; 0: no such term
+
+
+class PriceTables(NamedTuple):
+    """Shapes are as large as the largest table needs."""
+
+    rows: ByRows
+    decode: DecodeAttention
+    prefill: PrefillAttention
+    mixed: MixedAttention
+    unequal: UnequalLengths
+
+
+def whole_ns(seconds: float) -> int:
+    """A duration in whole nanoseconds, halves to even, at least one, so that time always advances."""
+    return max(round(seconds * NS_PER_S), 1)
+
+
+def time_s(
+    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
+) -> float:
+    """Seconds of one iteration: `it` counts its chunks and sampled rows, `work` its rows by band.
+
+    `spans` are the bands, `class_layers` (C, bands) how many layers of each class they have.
+    """
+    slowdown = x.load_slowdown if it.loading else 1.0
+    decodes = work[0].decode_tokens
+    mixed = x.mixed_factor if it.chunks and decodes else 1.0
+    total_s, layers = 0.0, 0
+    rows = decodes
+    for p in range(it.chunks):
+        rows += chunks[p].tokens
+    device_s = _by_rows_s(t.rows, EMBEDDING, rows)
+    for s in range(len(spans)):
+        span, w = spans[s], work[s]
+        rows, reach, longest = w.decode_tokens, 0, NEVER  # chunks that run this band, and the longest of them
+        for p in range(it.chunks):
+            chunk = chunks[p]
+            if chunk.layers > span.start:
+                rows += chunk.tokens
+                reach += 1
+                if longest == NEVER or _is_longer(chunk, chunks[longest]):
+                    longest = p
+        moved = w.propagated_tokens
+        band_s = 0.0
+        for c in range(class_layers.shape[0]):
+            first = FIRST_OF_CLASS + c * OF_CLASS
+            dense = first + (DENSE if it.chunks else PADDED_DENSE)
+            chunk_tokens, chunk_context = 0, 0
+            if reach:
+                chunk_tokens, chunk_context = chunks[longest].tokens, chunks[longest].context_tokens
+            decode_s = _decodes_s(t, x, it, c, work, w, reach, chunk_tokens, chunk_context)
+            layer_s = _by_rows_s(t.rows, dense, rows) + decode_s * x.kv_factor
+            if reach:
+                fixed_s, over_s = t.prefill.fixed_s[c], 0.0
+                for p in range(it.chunks):
+                    chunk = chunks[p]
+                    if chunk.layers > span.start:
+                        chunk_s = _prefill_s(t.prefill, c, chunk.tokens, chunk.context_tokens)
+                        over_s += max(fixed_s, chunk_s) - fixed_s
+                layer_s = (layer_s + (fixed_s + over_s)) * mixed
+            band_s += class_layers[c, s] * (layer_s + _by_rows_s(t.rows, first + KV_PROJECTION, moved))
+        device_s += band_s
+        if rows or moved:
+            layers += span.end - span.start
+        if w.checked_tokens or w.classified_tokens:
+            device_s += _by_rows_s(t.rows, CHECK, w.checked_tokens) + _by_rows_s(t.rows, CLASSIFIER, w.classified_tokens)
+            if it.syncs:
+                total_s += _group_s(x, device_s, layers, slowdown) + x.sync_s
+                device_s, layers = 0.0, 0
+    if it.sampled_tokens or layers:
+        total_s += _group_s(x, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
+    if it.host_ahead:
+        total_s = max(total_s, _launch_s(x, layers) + x.host_overhead_s)
+    else:
+        total_s += x.host_overhead_s
+    gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
+    return (total_s + gap_s) * x.time_factor
+
+
+def floor_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table) -> float:
+    """Roofline floor in seconds that no kernel on this card can beat: max(bytes / bandwidth, operations / peak), where
+
+    bytes = weights of each band that runs (K and V projections alone where it only propagates), KV read, LM head for
+    each check and for sampling; operations = 2 per weight and row, 4 per query, key and head width in attention.
+    Activations are left out, which keeps it a floor.
+    """
+    head_bytes = x.head_values * x.value_bytes
+    n_bytes, operations = head_bytes if it.sampled_tokens else 0, 2 * x.head_values * it.sampled_tokens
+    for s in range(len(spans)):
+        span, w = spans[s], work[s]
+        layers, rows, moved = span.end - span.start, w.decode_tokens, w.propagated_tokens
+        for p in range(it.chunks):
+            if chunks[p].layers >= span.end:
+                rows += chunks[p].tokens
+        weights = 0
+        if rows:
+            weights = x.layer_values
+        elif moved:
+            weights = x.kv_values
+        n_bytes += layers * (weights * x.value_bytes + w.kv_tokens * x.kv_bytes)
+        if w.checked_tokens:
+            n_bytes += head_bytes
+        operations += layers * (2 * (rows * x.layer_values + moved * x.kv_values) + 4 * x.width * w.kv_tokens)
+        operations += 2 * x.head_values * w.checked_tokens
+    for p in range(it.chunks):
+        chunk = chunks[p]
+        tokens, context = chunk.tokens, chunk.context_tokens
+        pairs = tokens * context + tokens * (tokens + 1) // 2
+        n_bytes += chunk.layers * context * x.kv_bytes
+        operations += chunk.layers * 4 * x.width * pairs
+    return max(n_bytes / x.hbm_bytes_per_s, operations / x.flops_per_s)
+
+
+def outside_grid(
+    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
+) -> bool:
+    """Whether a table had to be extrapolated."""
+    outside = _rows_outside(t.rows, HEAD, it.sampled_tokens)
+    rows = work[0].decode_tokens
+    for p in range(it.chunks):
+        rows += chunks[p].tokens
+    outside |= _rows_outside(t.rows, EMBEDDING, rows)
+    classes = class_layers.shape[0]
+    for s in range(len(spans)):
+        w = work[s]
+        rows = w.decode_tokens
+        for p in range(it.chunks):
+            if chunks[p].layers > spans[s].start:
+                rows += chunks[p].tokens
+        for c in range(classes):
+            first = FIRST_OF_CLASS + c * OF_CLASS
+            outside |= _rows_outside(t.rows, first + DENSE, rows)
+            outside |= _decode_outside(t.decode, c, w.decode_tokens, _read_kv_tokens(x, it, w))
+            outside |= _rows_outside(t.rows, first + KV_PROJECTION, w.propagated_tokens)
+        outside |= _rows_outside(t.rows, CHECK, w.checked_tokens)
+        outside |= _rows_outside(t.rows, CLASSIFIER, w.classified_tokens)
+    for c in range(classes):
+        last_tokens = t.prefill.grid[c, 0, t.prefill.sizes[c, 0] - 1]
+        last_context = t.prefill.grid[c, 1, t.prefill.sizes[c, 1] - 1]
+        for p in range(it.chunks):
+            tokens, context = chunks[p].tokens, chunks[p].context_tokens
+            outside |= tokens < t.prefill.grid[c, 0, 0] or tokens > last_tokens
+            outside |= context < t.prefill.grid[c, 1, 0] or context > last_context
+    return outside
+
+
+def _is_longer(chunk: Record, other: Record) -> bool:
+    if chunk.tokens != other.tokens:
+        return chunk.tokens > other.tokens
+    return chunk.context_tokens > other.context_tokens
+
+
+def _launch_s(x: Record, layers: int) -> float:
+    return layers * x.launch_s_per_layer + x.launch_s_per_graph
+
+
+def _group_s(x: Record, device_s: float, layers: int, slowdown: float) -> float:
+    return max(device_s * slowdown, _launch_s(x, layers))
+
+
+def _by_rows_s(t: ByRows, table: int, rows: int) -> float:
+    """Seconds of so many rows; no rows take no time."""
+    end = t.range[table, 1]
+    if rows <= end:
+        return t.seconds[table, rows]
+    return t.seconds[table, end] + (rows - end) * t.slope_s[table]
+
+
+def _read_kv_tokens(x: Record, it: Record, w: Record) -> int:
+    """KV tokens that a band's decodes read: where contexts are padded, as far as the longest goes in each row."""
+    if x.padded_kv and it.kv_most != NEVER:
+        return w.decode_tokens * it.kv_most
+    return w.kv_tokens
+
+
+def _decodes_s(
+    t: PriceTables, x: Record, it: Record, c: int, work: Table, w: Record, reach: int, chunk: int, context: int
+) -> float:
+    """Attention of a band's decodes, beside the longest chunk where there is one (`reach`)."""
+    kv_tokens = _read_kv_tokens(x, it, w)
+    if reach and t.mixed.sizes[c, CHUNK_AXIS]:
+        seconds = _mixed_s(t.mixed, c, chunk, context, w.decode_tokens, kv_tokens)
+    else:
+        seconds = _decode_s(t.decode, c, w.decode_tokens, kv_tokens)
+    if t.unequal.sizes[c, CHUNK_AXIS] == 0 or it.kv_most == NEVER:
+        return seconds
+    whole = work[0]
+    return seconds * (1.0 + _unequal(t.unequal, c, chunk, whole.decode_tokens, whole.kv_tokens, it.kv_least, it.kv_most))
+
+
+def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:
+    """Bilinear in the batch and the mean KV tokens; `kv_tokens` is the sum over the batch."""
+    if batch == 0:
+        return 0.0
+    end_batch, end_kv = t.range[c, 1], t.range[c, 3]
+    mean = kv_tokens / batch
+    j = t.interval[c, min(int(mean), end_kv)]
+    at = min(batch, end_batch)
+    seconds = t.seconds[c, 0, at, j] + t.seconds[c, 1, at, j] * (mean - t.kv[c, j])
+    return seconds if batch <= end_batch else seconds * (batch / end_batch)
+
+
+def _prefill_s(t: PrefillAttention, c: int, tokens: int, context_tokens: int) -> float:
+    """Bilinear in a chunk's new tokens and those before it; the caller pays the fixed part of the kernel once."""
+    i = _interval(t.grid, c, 0, t.sizes[c, 0], tokens)
+    other = i + 1 if i + 1 < t.sizes[c, 0] else i - 1
+    j = _interval(t.grid, c, 1, t.sizes[c, 1], context_tokens)
+    beside = j + 1 if j + 1 < t.sizes[c, 1] else j - 1
+    beyond, width = context_tokens - t.grid[c, 1, j], t.grid[c, 1, beside] - t.grid[c, 1, j]
+    here_s = t.seconds[c, i, j] + (t.seconds[c, i, beside] - t.seconds[c, i, j]) / width * beyond
+    there_s = t.seconds[c, other, j] + (t.seconds[c, other, beside] - t.seconds[c, other, j]) / width * beyond
+    slope_s = (there_s - here_s) / (t.grid[c, 0, other] - t.grid[c, 0, i])
+    return here_s + slope_s * (tokens - t.grid[c, 0, i])
+
+
+def _interval(grid: Numbers, c: int, axis: int, points: int, value: float) -> int:
+    """The last point of an axis that is not above the value, at least the first one."""
+    at = 0
+    while at + 1 < points and grid[c, axis, at + 1] <= value:
+        at += 1
+    return at
+
+
+def _mixed_s(t: MixedAttention, c: int, chunk: int, context: int, batch: int, kv_tokens: int) -> float:
+    """Seconds that decodes add beside a chunk. Below the grid its edge holds; beyond its batch the ratio."""
+    if batch == 0:
+        return 0.0
+    grid, sizes = t.grid, t.sizes
+    end = grid[c, BATCH_AXIS, sizes[c, BATCH_AXIS] - 1]
+    i = _lower(grid, c, CHUNK_AXIS, sizes[c, CHUNK_AXIS], chunk)
+    j = _lower(grid, c, CONTEXT_AXIS, sizes[c, CONTEXT_AXIS], context)
+    k = _lower(grid, c, BATCH_AXIS, sizes[c, BATCH_AXIS], min(batch, end))
+    kv = kv_tokens / batch
+    m = _lower(grid, c, KV_AXIS, sizes[c, KV_AXIS], kv)
+    chunk_weight = _weight(grid, c, CHUNK_AXIS, i, chunk)
+    context_weight = _weight(grid, c, CONTEXT_AXIS, j, context)
+    batch_weight = _weight(grid, c, BATCH_AXIS, k, min(batch, end))
+    kv_weight = _weight(grid, c, KV_AXIS, m, kv)
+    total_s = 0.0
+    for di in range(2):
+        wi = chunk_weight if di else 1.0 - chunk_weight
+        if di and chunk_weight == 0.0:
+            break
+        for dj in range(2):
+            wj = context_weight if dj else 1.0 - context_weight
+            if dj and context_weight == 0.0:
+                break
+            for dk in range(2):
+                wk = batch_weight if dk else 1.0 - batch_weight
+                if dk and batch_weight == 0.0:
+                    break
+                value = t.seconds[c, i + di, j + dj, k + dk, m]
+                if kv_weight != 0.0:
+                    value += kv_weight * (t.seconds[c, i + di, j + dj, k + dk, m + 1] - value)
+                total_s += wi * wj * wk * value
+    total_s = max(total_s, 0.0)
+    return total_s if batch <= end else total_s * (batch / end)
+
+
+def _lower(grid: Numbers, c: int, axis: int, points: int, value: float) -> int:
+    """The lower end of the value's interval, of the last one beyond the axis."""
+    return min(_interval(grid, c, axis, points, value), points - 2)
+
+
+def _weight(grid: Numbers, c: int, axis: int, low: int, value: float) -> float:
+    """Of the interval's upper end: above 1 beyond the axis, 0 before it."""
+    return max((value - grid[c, axis, low]) / (grid[c, axis, low + 1] - grid[c, axis, low]), 0.0)
+
+
+def _unequal(t: UnequalLengths, c: int, chunk: int, batch: int, kv_tokens: int, least: int, most: int) -> float:
+    """The share by which decode attention takes longer because lengths differ; edges hold beyond the grid.
+
+    `chunk` is the longest chunk's tokens beside the decodes, 0 for none; `kv_tokens` the batch's sum.
+    """
+    if batch < 2 or most <= least:
+        return 0.0
+    points = t.sizes[c, CHUNK_AXIS]
+    if chunk == 0 or points == 1:
+        return _unequal_plane(t, c, 0, batch, kv_tokens, least, most)
+    i, weight = 1, 0.0
+    if points > 2:
+        last = t.grid[c, CHUNK_AXIS, points - 1]
+        value = min(chunk, last)
+        while i + 2 < points and t.grid[c, CHUNK_AXIS, i + 1] <= value:
+            i += 1
+        low, high = t.grid[c, CHUNK_AXIS, i], t.grid[c, CHUNK_AXIS, i + 1]
+        weight = max((value - low) / (high - low), 0.0)
+    here = _unequal_plane(t, c, i, batch, kv_tokens, least, most)
+    if weight == 0.0:
+        return here
+    return here + weight * (_unequal_plane(t, c, i + 1, batch, kv_tokens, least, most) - here)
+
+
+def _unequal_plane(t: UnequalLengths, c: int, plane: int, batch: int, kv_tokens: int, least: int, most: int) -> float:
+    lengths, shares, end = t.sizes[c, 1], t.sizes[c, 2], t.sizes[c, 3]
+    share = min(max((kv_tokens / batch - least) / (most - least), 0.0), 1.0)
+    g = _lower(t.grid, c, LENGTH_AXIS, lengths, most)
+    p = 0
+    while p + 2 < shares and t.of_long[c, p + 1] <= share:
+        p += 1
+    low, high = t.grid[c, LENGTH_AXIS, g], t.grid[c, LENGTH_AXIS, g + 1]
+    of_longest = min(max((most - low) / (high - low), 0.0), 1.0)
+    of_share = (share - t.of_long[c, p]) / (t.of_long[c, p + 1] - t.of_long[c, p])
+    b = min(batch, end)
+    here, above = t.share[c, plane, b, g, p], t.share[c, plane, b, g, p + 1]
+    first = here + (above - here) * of_share
+    here, above = t.share[c, plane, b, g + 1, p], t.share[c, plane, b, g + 1, p + 1]
+    second = here + (above - here) * of_share
+    return first + (second - first) * of_longest
+
+
+def _rows_outside(t: ByRows, table: int, rows: int) -> bool:
+    return rows > t.range[table, 1] or 0 < rows < t.range[table, 0]
+
+
+def _decode_outside(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> bool:
+    if batch > t.range[c, 1] or kv_tokens > t.range[c, 3] * batch:
+        return True
+    return batch > 0 and (batch < t.range[c, 0] or kv_tokens < t.range[c, 2] * batch)

@@ -1,0 +1,230 @@
+"""Chooses what the next iteration runs, as the v1 scheduler of vLLM 0.19 does.
+
+Decodes first, then the rest of prompts that were begun, then new requests from the head of the waiting line, all
+within one token budget. A prompt enters only when blocks for all of it are free; when a decode finds no block, the
+running request that is last in order is preempted, and it is computed again from its text later. There is no watermark.
+
+Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_scheduler.py) where `rules.vllm_v1`:
+- Planned ahead, an iteration is settled when the one before it begins. A request that produces its last token in
+  between is known not to run again, but it lingers: it still holds its place among the running requests and its blocks.
+- A preempted request finds those of its blocks in the prefix cache that have not been taken since (`blocks`). It
+  computes the rest again.
+
+One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
+them chunk by chunk, so that a decode can take one between two chunks of a prompt.
+"""
+
+from __future__ import annotations
+
+from helios_sim.core.arrive import cannot_run, leave, occupy
+from helios_sim.core.blocks import blocks_for, free_blocks, give_blocks, kept_blocks, take_back, take_blocks
+from helios_sim.core.layout import (
+    FLUSH,
+    GO_ON,
+    NEVER,
+    RETOKENIZE,
+    Line,
+    Lists,
+    Numbers,
+    Record,
+    Table,
+)
+from helios_sim.core.line import last_in_order, last_lingering, order_key, pop, push
+
+
+def begin_schedule(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, line: Line, chunks: Table, freed: Table
+) -> None:
+    """Makes room for the decodes, preempting where it must, and continues prompts that were begun.
+
+    Leaves in `it` what admission needs: the token budget, and whether anything may enter at all.
+    """
+    it.lingering = s.lingering
+    # A migration empties the batch; once it has, nothing of the old model starts any more.
+    it.blocked = s.migrating and s.running == 0
+    it.due_blocks = _blocks_due(s, r, requests, lists)
+    while it.due_blocks > free_blocks(s):
+        preempt(s, r, requests, lists, line, freed)
+        it.blocked = 1
+        it.due_blocks = _blocks_due(s, r, requests, lists)
+    it.budget = r.batch_tokens - s.decoding
+    it.chunks = it.finishing = 0
+    for i in range(s.decoding, s.running):
+        if it.budget <= 0:
+            break
+        _add_chunk(it, requests, chunks, lists.batch[i])
+
+
+def admit(
+    s: Record,
+    r: Record,
+    it: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    arrivals: Table,
+    tokens: Table,
+    chunks: Table,
+    freed: Table,
+    owed: Numbers,
+) -> int:
+    """Requests enter from the head of the line as long as there is budget, a place and memory for them.
+
+    Returns GO_ON when admission is over, or why it has to be called again: RETOKENIZE, FLUSH.
+    """
+    while not it.blocked and it.budget > 0 and s.waiting > 0:
+        if s.running + it.lingering >= running_limit(s, r):
+            break
+        ref = line.ref[0]
+        fresh = ref >= 0
+        slot = -1 - ref
+        if fresh:
+            row = ref - s.first_row
+            arrival_ns, planned = arrivals[row].arrival_ns, arrivals[row].planned_model
+            prompt, output = tokens[row].prompt_tokens, tokens[row].output_tokens
+            generated, starts = 0, True
+        else:
+            request = requests[slot]
+            arrival_ns, planned = request.arrival_ns, request.planned_model
+            prompt, output = request.prompt_tokens, request.output_tokens
+            generated, starts = request.generated, request.started == 0
+            if request.model != s.model:
+                generated = 0  # of another model: not begun on this one
+        if starts and s.starts_left == 0:
+            break
+        if r.ahead and s.started_ns != NEVER and arrival_ns > s.started_ns:
+            break  # it came after the planner looked
+        if s.draining and generated == 0:
+            break
+        if planned != NEVER and planned != s.model:
+            break
+        if not fresh and requests[slot].model != s.model:
+            return RETOKENIZE
+        why = cannot_run(s, r, prompt, output)
+        if why and s.pending:
+            break
+        prefill = prompt + generated
+        blocks = blocks_for(prefill, r.block_tokens)
+        if not why and blocks > free_blocks(s) - it.due_blocks:
+            break
+        if fresh:
+            if s.free == 0:
+                return FLUSH
+            slot = occupy(s, requests, lists, arrivals[row], tokens[row], ref)
+        pop(s, line)
+        request = requests[slot]
+        request.model = s.model
+        if why:
+            leave(s, r, requests, lists, line, arrivals, tokens, slot, s.now_ns, why)
+            continue
+        if fresh:
+            request.order_key = order_key(r, request.priority, prompt)
+        kept = _take_prompt_blocks(s, r, freed, request, prefill, blocks)
+        request.context_tokens = kept * r.block_tokens
+        request.prefill_left = prefill - kept * r.block_tokens
+        request.remaining = output - generated
+        for band in range(owed.shape[1]):
+            owed[slot, band] = 0
+        lists.batch[s.running] = slot
+        s.running += 1
+        if starts and s.starts_left != NEVER:
+            s.starts_left -= 1
+        request.started = 1
+        _add_chunk(it, requests, chunks, slot)
+    for p in range(it.chunks):
+        request = requests[chunks[p].slot]
+        if request.scheduled_ns == NEVER:
+            request.scheduled_ns = s.now_ns
+    return GO_ON
+
+
+def running_limit(s: Record, r: Record) -> int:
+    """Requests that may run at once; after an OOM fewer, and one more with each that completes."""
+    return min(r.running_limit, s.fewer + s.completed)
+
+
+def preempt(s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table) -> None:
+    """The running request that is last in order loses its place and its cache; it is computed again later.
+
+    If a request that is done but lingers comes after it, only what that one still holds becomes free.
+    """
+    place = last_in_order(s, requests, lists)
+    request = requests[lists.batch[place]]
+    done = last_lingering(s, lists, request.order_key, request.seq)
+    if done != NEVER:
+        give_blocks(s, r, freed, lists.lingering_blocks[done], NEVER)
+        s.lingering -= 1
+        for i in range(done, s.lingering):
+            lists.lingering_key[i] = lists.lingering_key[i + 1]
+            lists.lingering_seq[i] = lists.lingering_seq[i + 1]
+            lists.lingering_blocks[i] = lists.lingering_blocks[i + 1]
+        return
+    request.preemptions += 1
+    s.preemptions += 1
+    withdraw(s, r, requests, lists, line, freed, place)
+
+
+def withdraw(s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table, place: int) -> None:
+    """A running request goes back into the waiting line."""
+    slot = lists.batch[place]
+    remove_running(s, lists, place)
+    request = requests[slot]
+    request.cached_tokens = request.context_tokens
+    request.freed_at = give_blocks(s, r, freed, held_blocks(r, request), request.request_id)
+    push(s, line, request.order_key, request.seq, -1 - slot)
+
+
+def remove_running(s: Record, lists: Lists, place: int) -> None:
+    """Takes a request out of the batch; the others keep their order."""
+    s.running -= 1
+    if place < s.decoding:
+        s.decoding -= 1
+    for i in range(place, s.running):
+        lists.batch[i] = lists.batch[i + 1]
+
+
+def held_blocks(r: Record, request: Record) -> int:
+    """KV blocks that a running request has reserved."""
+    return blocks_for(request.context_tokens + request.prefill_left, r.block_tokens)
+
+
+def release_lingering(s: Record, r: Record, lists: Lists, freed: Table) -> None:
+    """Requests that are done give back what they still hold."""
+    for i in range(s.lingering):
+        give_blocks(s, r, freed, lists.lingering_blocks[i], NEVER)
+    s.lingering = 0
+
+
+def _blocks_due(s: Record, r: Record, requests: Table, lists: Lists) -> int:
+    """Blocks that the decodes need for the K and V of their next token."""
+    due = 0
+    for i in range(s.decoding):
+        if requests[lists.batch[i]].context_tokens % r.block_tokens == 0:
+            due += 1
+    return due
+
+
+def _take_prompt_blocks(s: Record, r: Record, freed: Table, request: Record, prefill: int, blocks: int) -> int:
+    """Blocks for a request that enters. Returns how many of them still hold its first tokens."""
+    kept = 0
+    if request.cached_tokens and request.freed_at != NEVER:
+        known = min(request.cached_tokens, prefill - 1)  # its last token is computed in any case
+        kept = min(kept_blocks(s, freed, request.freed_at, request.request_id), known // r.block_tokens)
+        if kept_blocks(s, freed, request.freed_at, request.request_id) > 0:
+            take_back(s, freed, request.freed_at, kept)
+    request.freed_at = NEVER
+    take_blocks(s, r, freed, blocks - kept)
+    return kept
+
+
+def _add_chunk(it: Record, requests: Table, chunks: Table, slot: int) -> None:
+    request = requests[slot]
+    tokens = min(request.prefill_left, it.budget)
+    chunk = chunks[it.chunks]
+    chunk.slot = slot
+    chunk.tokens = tokens
+    chunk.context_tokens = request.context_tokens
+    it.chunks += 1
+    it.budget -= tokens
+    if tokens == request.prefill_left:
+        it.finishing += 1

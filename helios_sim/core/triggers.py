@@ -1,0 +1,134 @@
+"""What ends the serving of a deployment: a policy's triggers, and what a pending change of placement waits for."""
+
+from __future__ import annotations
+
+from helios_sim.core.blocks import blocks_for
+from helios_sim.core.layout import (
+    AT_TIME,
+    BREACHES,
+    COMPLETIONS,
+    DRAINED,
+    FOREVER_NS,
+    NEVER,
+    PROBED,
+    QUEUE_ABOVE,
+    Line,
+    Lists,
+    Record,
+    Table,
+    Watch,
+)
+
+
+def turn_is_due(s: Record, r: Record, requests: Table, lists: Lists, line: Line, watch: Watch) -> bool:
+    """Whether the server has more to do now than to schedule: ask its policy, or go on with a change or a probe."""
+    if s.turn_wanted or (s.awaits_completion and s.completed > 0):
+        return True
+    if s.pending:  # until a change is in force no policy is asked
+        if s.room_blocks != NEVER and blocks_to_finish(s, r, requests, lists, line) <= s.room_blocks:
+            return True
+        return s.awaits_answers != 0 and not in_flight(s, requests, line)
+    return first_fired(s, requests, line, watch, 0) != NEVER
+
+
+def first_fired(s: Record, requests: Table, line: Line, watch: Watch, start: int) -> int:
+    """The place of the first trigger from `start` on that asks the policy now; NEVER: none does."""
+    for k in range(start, len(watch.triggers)):
+        if _has_fired(s, requests, line, watch, watch.triggers[k]):
+            return k
+    return NEVER
+
+
+def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Record) -> bool:
+    kind, argument = trigger.kind, trigger.argument
+    if kind == BREACHES:
+        window = watch.windows[trigger.window]
+        return window.filled == window.size and window.breaches > window.limit
+    if kind == COMPLETIONS:
+        return s.completed - s.completed_before >= argument
+    if kind == QUEUE_ABOVE:  # fires again only after the queue has fallen
+        if s.waiting <= argument:
+            trigger.spent = 0
+            return False
+        return trigger.spent == 0
+    if trigger.spent:
+        return False
+    if kind == AT_TIME:
+        return s.now_ns >= argument
+    if kind == DRAINED:
+        return s.starts_left == 0 and s.running == 0 and not _started_waits(s, requests, line)
+    return kind == PROBED and argument != 0  # set when the probe has scored every candidate
+
+
+def next_alarm_ns(s: Record, watch: Watch) -> int:
+    """The next time at which a trigger wakes an idle server; FOREVER_NS: there is none."""
+    found = FOREVER_NS
+    for k in range(len(watch.triggers)):
+        trigger = watch.triggers[k]
+        if trigger.kind == AT_TIME and trigger.argument > s.now_ns:
+            found = min(found, trigger.argument)
+    return found
+
+
+def watches_queue(watch: Watch) -> bool:
+    for k in range(len(watch.triggers)):
+        if watch.triggers[k].kind == QUEUE_ABOVE:
+            return True
+    return False
+
+
+def slide_windows(s: Record, requests: Table, lists: Lists, watch: Watch) -> None:
+    """The iteration's decode tokens enter the windows of the breach counter, in order of the batch.
+
+    Observed tokens are left out, because they ran deeper than the cap.
+    """
+    for k in range(len(watch.windows)):
+        window = watch.windows[k]
+        for i in range(s.decoding):
+            request = requests[lists.batch[i]]
+            if request.observed:
+                continue
+            at = window.next
+            if window.filled == window.size:
+                window.breaches -= int(watch.flags[k, at])
+            else:
+                window.filled += 1
+            watch.flags[k, at] = request.token_breach != 0
+            window.breaches += request.token_breach
+            window.next = 0 if at + 1 == window.size else at + 1
+
+
+def in_flight(s: Record, requests: Table, line: Line) -> bool:
+    """Whether an answer of the active model has begun; one that was preempted is at the head of the line."""
+    if s.running > 0:
+        return True
+    return s.waiting > 0 and line.ref[0] < 0 and is_begun(s, requests[-1 - line.ref[0]])
+
+
+def is_begun(s: Record, request: Record) -> bool:
+    return request.generated > 0 and request.model == s.model
+
+
+def blocks_to_finish(s: Record, r: Record, requests: Table, lists: Lists, line: Line) -> int:
+    """KV blocks that all answers in flight hold when each is complete."""
+    blocks = 0
+    for i in range(s.running):
+        blocks += _whole_blocks(r, requests[lists.batch[i]])
+    if s.waiting_slots:
+        for i in range(s.waiting):
+            ref = line.ref[i]
+            if ref < 0 and is_begun(s, requests[-1 - ref]):
+                blocks += _whole_blocks(r, requests[-1 - ref])
+    return blocks
+
+
+def _whole_blocks(r: Record, request: Record) -> int:
+    return blocks_for(request.prompt_tokens + request.output_tokens - 1, r.block_tokens)
+
+
+def _started_waits(s: Record, requests: Table, line: Line) -> bool:
+    if s.waiting_slots:
+        for i in range(s.waiting):
+            if line.ref[i] < 0 and requests[-1 - line.ref[i]].started:
+                return True
+    return False
