@@ -16,7 +16,7 @@ from simpy.core import EmptySchedule
 from simpy.events import Event
 
 from helios_sim.core.layout import FOREVER_NS
-from helios_sim.core.machine import Machine
+from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
 from helios_sim.serving.replica import OnLeft
@@ -92,11 +92,11 @@ class System:
             self.dispatch(request)
         self.next_arrival_ns = FOREVER_NS
 
-    def run_to_arrivals(self, machine: Machine | None) -> None:
-        """Between two arrivals nothing acts on a replica from outside."""
-        self._in_order = []
+    def open(self, machine: Machine | None, to_arrivals: bool) -> None:
+        """Requests will be dispatched. `to_arrivals`: between two arrivals nothing acts on a replica from outside."""
+        self._in_order = [] if to_arrivals and len(self.servers) > 1 else None
         for server in self.servers:
-            server.open(machine, horizon_ns=lambda: self.next_arrival_ns)
+            server.open(machine, horizon_ns=(lambda: self.next_arrival_ns) if to_arrivals else None)
 
     def close_loop(self, requests: Iterator[Request], users: int) -> None:
         """Starts with one request of each user; each then sends the next one when its last has left."""
@@ -201,7 +201,7 @@ def simulate(
     routing: Routing = ONE_AFTER_THE_OTHER,
     env: simpy.Environment | None = None,
     outside: Callable[[System], None] | None = None,
-    machine: Machine | None = None,
+    compiled: bool | None = None,
     stepwise: bool = False,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
@@ -209,23 +209,24 @@ def simulate(
     `outside` is given the system before the first event: where the environment is a wall clock with a door, others
     can send and cancel requests from then on.
 
-    `machine`: the loop as machine code, None: interpreted. `stepwise`: every turn of a server is an event of its own,
-    as where something outside may act at any time. Neither changes a result.
+    `compiled`: whether the loop runs as machine code; None: if that is worth it. `stepwise`: every turn of a server is
+    an event of its own, as where something outside may act at any time. Neither changes a result.
 
     `sink` gets each record in the order in which requests leave. With `users` the loop is closed. Raises
     LittlesLawViolated when the books do not balance, which would be a defect of this program.
     """
-    stepwise = stepwise or outside is not None or env is not None
+    on_clock = outside is not None or env is not None  # of somebody else, who may act at any time
+    stepwise = stepwise or on_clock
     env = env or simpy.Environment(initial_time=0)
     system = System(env, routing, sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
+    machine = None if on_clock else for_run(requests, compiled)
     fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))
     if not stepwise and fixed:
         system.feed(blocks, machine, users)
     else:
         rows = (request for block in blocks for request in block.rows())
-        if not stepwise and users is None:
-            system.run_to_arrivals(machine)
+        system.open(machine, to_arrivals=not stepwise and users is None)
         if users is None:
             env.process(system.open_loop(rows))
         else:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import simpy
 
-from helios_sim.core.machine import Machine
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
@@ -109,7 +108,7 @@ def serve(
     replicas: int = 1,
     router: Router = Router.ROUND_ROBIN,
     homes: tuple[tuple[int, ...], ...] | None = None,
-    machine: Machine | None = None,
+    compiled: bool | None = False,
     stepwise: bool = False,
     order: str = "fcfs",
     schedule_ahead: int = 0,
@@ -166,7 +165,7 @@ def serve(
         replicas=replicas,
         routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
-        machine=machine,
+        compiled=compiled,
         stepwise=stepwise,
     )
     return Served(records, run)

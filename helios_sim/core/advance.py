@@ -129,7 +129,8 @@ def advance(
         spans, class_layers = (banded, banded_layers) if it.banded else (uniform, uniform_layers)
         it.floor_ns = whole_ns(floor_s(scalars, it, spans, work, chunks))
         it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
-        s.end_ns = s.now_ns + whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
+        duration_ns = whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
+        s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0
 
 
 def _has_room(s: Record, r: Record, c: Counts) -> bool:

@@ -136,6 +136,7 @@ STATE = Kind.of(
         "now_ns", "end_ns", "phase",
         "started_ns",  # of the latest iteration; NEVER: the server was idle since
         "acted_ns",  # the latest turn
+        "warm_up_ns",  # the next iteration takes so much longer
         "asked",  # the policy has been asked in this turn
         "turn_wanted",  # something outside has acted: the server takes a turn of its own
         "idle",

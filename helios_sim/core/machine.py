@@ -22,20 +22,29 @@ from inspect import getmembers, isfunction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _PACKAGE = Path(__file__).parent
 _MODULES = ("arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers")
 _LISTED = "digests.json"  # written last: a folder with it is whole
-WORTH_COMPILING_TOKENS = 4_000_000  # of all arms: interpreted they take about as long as compiling does
+WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
 
 class Machine:
-    """The compiled loop of one process. Its first call compiles, where the code is not on disk."""
+    """The compiled functions of one process. The first call of each compiles it, where the code is not on disk.
 
-    def __init__(self, compiled: Callable[..., int], own: Path | None, common: Path | None) -> None:
-        self._compiled, self._own, self._common = compiled, own, common
+    `own` is the folder into which this process compiles, `common` what it becomes when it is whole.
+    """
+
+    def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
+        from helios_sim.core.advance import advance
+        from helios_sim.core.draws import draw
+
+        self._advance, self._own, self._common = _compiled(advance, folder), own, common
+        self.draw: Callable[..., bool] = _compiled(draw, folder)
 
     def advance(self, *args: Any) -> int:
-        stop = self._compiled(*args)
+        stop: int = self._advance(*args)
         if self._own is not None:
             self._keep()
         return stop
@@ -45,11 +54,21 @@ class Machine:
         own, common = self._own, self._common
         self._own = None
         assert own is not None and common is not None
+        self.draw(np.random.default_rng(0), np.zeros((1, 2)), np.array([0.5, 1.0]), np.zeros((2, 3)))
         with suppress(OSError):
             files = [path for path in sorted(own.rglob("*")) if path.is_file()]
             (own / _LISTED).write_text(json.dumps({str(path.relative_to(own)): _digest(path) for path in files}))
             own.rename(common)  # fails where another process was quicker
         shutil.rmtree(own, ignore_errors=True)
+
+
+def for_run(requests: int, compiled: bool | None = None) -> Machine | None:
+    """The machine code where so many requests are worth it or it lies on disk; `compiled` says otherwise.
+
+    The result of a run does not depend on it.
+    """
+    worth = (requests >= WORTH_COMPILING or is_made()) if compiled is None else compiled
+    return load() if worth else None
 
 
 @cache
@@ -59,15 +78,15 @@ def load() -> Machine | None:
         return None
     folder = code_folder()
     if _is_whole(folder):
-        return Machine(_function(folder), None, None)
+        return Machine(folder)
     own = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         own.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Machine(_function(None), None, None)
+        return Machine(None)
     print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
-    return Machine(_function(own), own, folder)
+    return Machine(own, own, folder)
 
 
 def is_made() -> bool:
@@ -111,16 +130,14 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _function(folder: Path | None) -> Any:
-    """`advance` as a compiled function, whose code is kept in the folder."""
+def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
+    """The function as machine code, which is kept in the folder."""
     import numba
     from numba.extending import register_jitable
 
-    from helios_sim.core.advance import advance
-
     _register_all(register_jitable)
     with _cached_in(numba.config, folder):
-        return numba.njit(cache=folder is not None, error_model="numpy")(advance)
+        return numba.njit(cache=folder is not None, error_model="numpy")(function)
 
 
 @cache
@@ -131,7 +148,7 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
     for module in modules:
         for name, function in getmembers(module, isfunction):
             if function.__module__ == module.__name__ and name != "advance":
-                register_jitable(error_model="numpy")(function)
+                register_jitable(error_model="numpy", no_cfunc_wrapper=True)(function)
 
 
 @contextmanager

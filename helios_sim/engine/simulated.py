@@ -35,9 +35,13 @@ class ModelData:
 
 
 class SimulatedEngine:
-    """Follows the `Foresees` protocol. One object serves one replica."""
+    """Follows the `Foresees` protocol. One object serves one replica.
 
-    def __init__(self, env: simpy.Environment, models: Mapping[str, ModelData]) -> None:
+    `warm_up_ns`: the very first iteration takes so much longer.
+    """
+
+    def __init__(self, env: simpy.Environment, models: Mapping[str, ModelData], warm_up_ns: int = 0) -> None:
+        self.warm_up_ns = warm_up_ns
         self._env = env
         self._models = models
         self._channel_free_ns = 0  # one transfer at a time over the host link

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from typing import Protocol
 
-import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
@@ -27,8 +26,7 @@ from helios_sim.live.served import LiveModel
 from helios_sim.live.texts import PromptTexts
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
-from helios_sim.serving.batch import Column, Sequence
-from helios_sim.serving.iteration import Outcome, OutOfMemory, Places, Plan, Tokens
+from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
 from helios_sim.serving.replica import SERVED_TEXTS
 
 _log = logging.getLogger(__name__)
@@ -93,7 +91,7 @@ class LiveEngine:
             self.work.reserve()
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Run one iteration, even if the plan allows more: requests that arrive meanwhile are admitted after it.
+        """Run the iteration; requests that arrive meanwhile are admitted after it.
 
         Raises OutOfMemory if memory does not suffice, and UserError for a policy that needs to know the future.
         """
@@ -135,11 +133,13 @@ class LiveEngine:
 
         self.residents.load(model, lambda error: env.call(lambda: finished(error)))
 
-    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        answer = self.answers[sequence.request.request_id]
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        answer = self.answers[request_id]
         data = self._models[answer.model]
         return observation(
-            data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, int(self._env.now)
+            data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, time_ns
         )
 
     def forget(self, request_id: int) -> None:
@@ -177,27 +177,25 @@ class LiveEngine:
 
     def _members(self, plan: Plan) -> list[Answer]:
         """The batch's answers, each with a slot. Requests that left the batch lose their slots."""
-        members = plan.batch.members
-        self.work.keep_only({sequence.request.request_id for sequence in members}, self.answers)
-        generated, context = plan.batch.column(Column.GENERATED), plan.batch.column(Column.CONTEXT)
+        self.work.keep_only({member.request.request_id for member in plan.members}, self.answers)
         answers = []
-        for index, sequence in enumerate(members):
-            answer = self._answer(sequence, int(generated[index]))
-            if answer.cached > context[index]:  # it was preempted and came back
+        for member in plan.members:
+            answer = self._answer(member)
+            if answer.cached > member.context_tokens:  # it was preempted and came back
                 answer.lose_cache()
             self.work.place(answer)
             answers.append(answer)
         self.work.arrange(answers, plan.decoding)
         return answers
 
-    def _answer(self, sequence: Sequence, generated: int) -> Answer:
-        request, data = sequence.request, self._models[sequence.model]
+    def _answer(self, member: Member) -> Answer:
+        request, data = member.request, self._models[member.model]
         known = self.answers.get(request.request_id)
-        if known is not None and known.model == sequence.model and len(known.tokens) == generated:
+        if known is not None and known.model == member.model and len(known.tokens) == member.generated:
             return known
         before = "" if known is None else known.before + self._models[known.model].decode(known.tokens)
-        prompt = data.prompt_ids(request, self._texts, sequence.prompt_tokens, before)
-        answer = Answer(request, sequence.model, prompt, sequence.output_tokens, before)
+        prompt = data.prompt_ids(request, self._texts, member.prompt_tokens, before)
+        answer = Answer(request, member.model, prompt, member.output_tokens, before)
         self.answers[request.request_id] = answer
         return answer
 
@@ -271,11 +269,11 @@ class LiveEngine:
     ) -> Outcome:
         first = [chunk.row for chunk in chunks if chunk.row is not None]
         return Outcome(
-            end_ns=np.array([max(now_ns + 1, self._env.wall_ns)]),
+            end_ns=max(now_ns + 1, self._env.wall_ns),
             profile=self._models[plan.model].profile,
             composition=tally.composition(plan, chunks),
-            decoded=_tokens(rows, plan.run_layers),
-            prefilled=_tokens(first, plan.run_layers),
+            decoded=[Token(row.layers, row.breach) for row in rows],
+            prefilled=[Token(row.layers, row.breach) for row in first],
         )
 
 
@@ -286,11 +284,3 @@ def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
 
 def _observed(plan: Plan, answer: Answer) -> bool:
     return plan.observe_tokens is not None and len(answer.tokens) < plan.observe_tokens
-
-
-def _tokens(rows: SequenceOf[Row], run_layers: int) -> Tokens:
-    """The tokens' depths. Whether an early token equals full depth's is not known here; it is scored afterwards."""
-    if all(row.layers == run_layers and not row.breach for row in rows):
-        return Tokens(run_layers, None, None)
-    layers = np.array([[row.layers for row in rows]], np.int64)
-    return Tokens(layers, np.array([[row.breach for row in rows]], bool), None)

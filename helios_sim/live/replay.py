@@ -15,15 +15,16 @@ from helios_sim.live.engine import LiveEngine
 from helios_sim.live.rows import Chunk, Row
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
-from helios_sim.serving.batch import Sequence
-from helios_sim.serving.iteration import Plan
+from helios_sim.serving.iteration import Member, Plan
 
 
 class ReplayingEngine(LiveEngine):
     """A `LiveEngine` with exits that follow the models' traces."""
 
-    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        return self._recorded(sequence.model, sequence.request.request_id, sequence.span, n_tokens, exit_rule)
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        return self._recorded(model, request_id, span, n_tokens, exit_rule)
 
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
@@ -37,23 +38,23 @@ class ReplayingEngine(LiveEngine):
 
     def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
         rows = super()._rows(plan, answers)
-        for row, answer, sequence in zip(rows, answers, plan.batch.members, strict=False):
-            row.recorded = self._confident(plan, answer, sequence)
+        for row, answer, member in zip(rows, answers, plan.members, strict=False):
+            row.recorded = self._confident(plan, answer, member)
         return rows
 
     def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
         chunks = super()._chunks(plan, answers)
         for part, chunk in zip(plan.prefill, chunks, strict=True):
             if chunk.row is not None:
-                chunk.row.recorded = self._confident(plan, answers[part.index], plan.batch.members[part.index])
+                chunk.row.recorded = self._confident(plan, answers[part.index], plan.members[part.index])
         return chunks
 
-    def _confident(self, plan: Plan, answer: Answer, sequence: Sequence) -> Mapping[int, bool] | None:
+    def _confident(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
         """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""
         rule = plan.exit_rule
         if not isinstance(rule, FixedCap | PerToken):
             return None
-        trace, span = self._models[plan.model].trace.trace, sequence.span
+        trace, span = self._models[plan.model].trace.trace, member.span
         at = span.first + (span.start + len(answer.tokens)) % span.length
         return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
 

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.compiled import is_made
+from helios_sim.core import machine
 
 FloatArray = NDArray[np.float64]
 
@@ -22,10 +22,10 @@ MOST_COMPILED = 2048  # things; room for what is computed once grows with their 
 def counts_drawn(n: int, resamples: int, rng: np.random.Generator) -> FloatArray:
     """(R, n) how often each of n things is drawn in each of R resamples of n draws, with replacement."""
     if n <= MOST_COMPILED and compiled_is_numpys():
-        from helios_sim.policy.compiled_draws import draw  # compiling takes its time, and not all need it
-
+        code = machine.load()
+        assert code is not None
         before, counts = rng.bit_generator.state, np.zeros((resamples, n))
-        if draw(rng, counts, *places(n)):
+        if code.draw(rng, counts, *places(n)):
             return counts
         rng.bit_generator.state = before
     return by_numpy(n, resamples, rng)
@@ -39,14 +39,13 @@ def by_numpy(n: int, resamples: int, rng: np.random.Generator) -> FloatArray:
 @cache
 def compiled_is_numpys() -> bool:
     """False too where nothing has been compiled yet: the first runs are not to wait for it."""
-    if not is_made("advance"):
+    code = machine.load() if machine.is_made() else None
+    if code is None:
         return False
-    from helios_sim.policy.compiled_draws import draw
-
     for n in (1, 2, 60):
         ours, theirs = np.random.default_rng(n), np.random.default_rng(n)
         counts = np.zeros((16, n))
-        if not draw(ours, counts, *places(n)) or (counts != by_numpy(n, 16, theirs)).any():
+        if not code.draw(ours, counts, *places(n)) or (counts != by_numpy(n, 16, theirs)).any():
             return False
     return True
 

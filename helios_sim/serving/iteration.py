@@ -162,6 +162,8 @@ class Terms:
 
 @runtime_checkable
 class Foresees(Engine, Protocol):
+    warm_up_ns: int  # the very first iteration takes so much longer
+
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms: ...
 
     def tokens_of(self, model: str, requests: IntArray) -> IntArray:

@@ -118,6 +118,7 @@ class Replica:
         s = self.state
         s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
         s.fewer = FOREVER_NS
+        s.warm_up_ns = self.engine.warm_up_ns if isinstance(self.engine, Foresees) else 0
         s.exhausted = 1
         self.grow_slots(n + 2 + (2 * layout.FLUSH_REQUESTS if storage.compiled else n))
         self._grow_line()

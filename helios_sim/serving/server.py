@@ -46,6 +46,7 @@ class Server:
         self._situation, self._on_left = situation, on_left
         self._turns = Turns(env, number)
         self._pictures = True
+        self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self._opened = False
         env.process(self._run())
 
@@ -126,6 +127,8 @@ class Server:
             if stop == layout.ARRIVALS:
                 self._read_on()
             elif stop == layout.HORIZON:
+                if self.on_iteration is not None:
+                    self.on_iteration(int(s.started_ns), int(s.end_ns))
                 replica.hand_over()
                 yield self._turns.at(int(s.end_ns))
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
@@ -282,14 +285,17 @@ class Server:
 
     @property
     def stats(self) -> RunStats:
+        self._require_open()
         return self._replica.stats
 
     @property
     def timeline(self) -> Timeline:
+        self._require_open()
         return self._replica.timeline
 
     @property
     def decisions(self) -> list[Decision]:
+        self._require_open()
         return self._decider.decisions
 
     @property

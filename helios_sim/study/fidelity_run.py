@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.request import RequestBlock, RequestRecord, Status
-from helios_sim.serving.iteration import Outcome, Plan
+from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import Timeline
@@ -34,34 +34,6 @@ class Simulated:
     times: Times
     stats: RunStats
     timeline: Timeline
-
-
-class StampingEngine(SimulatedEngine):
-    """Notes when iterations began and ended, and lets the very first take longer by the warm-up."""
-
-    def __init__(self, env: simpy.Environment, models: dict[str, ModelData], warm_up_ns: int) -> None:
-        super().__init__(env, models)
-        self.starts: list[int] = []
-        self.ends: list[IntColumn] = []
-        self._warm_up_ns = warm_up_ns
-
-    def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        outcome = super().execute(plan, now_ns)
-        if not self.starts and self._warm_up_ns:
-            outcome = replace(outcome, end_ns=outcome.end_ns + self._warm_up_ns)
-        self.starts.append(now_ns)
-        self.ends.append(outcome.end_ns)
-        return outcome
-
-    def iterations(self) -> tuple[IntColumn, IntColumn]:
-        """Starts and ends of the iterations that were used: a leap that was cut ends where the next begins."""
-        starts, ends = [], []
-        following = [*self.starts[1:], np.iinfo(np.int64).max]
-        for start, of_leap, until in zip(self.starts, self.ends, following, strict=True):
-            used = of_leap[of_leap <= until]
-            starts.append(np.append(start, used[:-1]))
-            ends.append(used)
-        return np.concatenate(starts), np.concatenate(ends)
 
 
 def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float = 1.0) -> Simulated:
@@ -82,20 +54,27 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         schedule_ahead=setup.schedule_ahead,
         vllm_v1=setup.vllm_v1,
     )
-    engines: list[StampingEngine] = []
+    starts: list[int] = []  # of iterations
+    ends: list[int] = []
     records: list[RequestRecord] = []
 
-    def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
-        engines.append(StampingEngine(env, models, round(warm_up_s * 1e9)))
-        return Server(env, number, engines[-1], make_policy("full_depth", {"model": model}), situation, on_left)
+    def note(start_ns: int, end_ns: int) -> None:
+        starts.append(start_ns)
+        ends.append(end_ns)
 
-    run = simulate(make_server, _blocks(log, rate), len(log), records.append)
+    def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
+        engine = SimulatedEngine(env, models, round(warm_up_s * 1e9))
+        server = Server(env, number, engine, make_policy("full_depth", {"model": model}), situation, on_left)
+        server.on_iteration = note
+        return server
+
+    run = simulate(make_server, _blocks(log, rate), len(log), records.append, stepwise=True)
     records.sort(key=lambda record: record.request_id)
     lost = [record for record in records if record.status is not Status.COMPLETED]
     if lost:
         fix = "set fidelity.kv_blocks or fidelity.memory_bytes"
         raise UserError("requests.jsonl", f"request {lost[0].request_id}", f"served: {lost[0].drop_reason}", fix)
-    times, stamped = _stamp(records, *engines[0].iterations())
+    times, stamped = _stamp(records, np.array(starts, np.int64), np.array(ends, np.int64))
     return Simulated(stamped, times, run.stats, run.servers[0].timeline)
 
 

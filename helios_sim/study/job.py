@@ -19,6 +19,7 @@ from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision
+from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
@@ -113,22 +114,24 @@ def serve(
     sink: Callable[[RequestRecord], None],
     live: LiveRun | None = None,
     pictures: bool = True,
-    ahead: bool | None = None,
+    compiled: bool | None = None,
+    stepwise: bool = False,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: of the servers'
-    state over time there are samples. `ahead`: as `simulate` takes it.
+    state over time there are samples. `compiled`, `stepwise`: as `simulate` takes
+    them.
     """
 
-    def make_server(env: simpy.Environment, number: int, on_left: Callable[[RequestRecord], None]) -> Server:
+    def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
         kind = fleet.kind_of(number)
         parts, policy = kind.parts, policy_of(job.entry if kind.entry is None else kind.entry, job.config)
         if live is not None:
-            return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left, leap=False))
+            return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left))
         server = Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
         if not pictures:
-            server.timeline.keep_few()
+            server.keep_few_samples()
         return server
 
     workload = fleet.parts.workload
@@ -141,7 +144,8 @@ def serve(
         replicas=fleet.replicas,
         routing=fleet.routing,
         env=None if live is None else live.clock,
-        ahead=ahead,
+        compiled=compiled,
+        stepwise=stepwise,
     )
 
 

@@ -14,8 +14,7 @@ from helios_sim.policy.telemetry import Observation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request, whole_ns
-from helios_sim.serving.batch import Sequence
-from helios_sim.serving.iteration import Engine, Outcome, Places, Plan
+from helios_sim.serving.iteration import Executes, Outcome, Places, Plan
 from helios_sim.study.live_notes import LiveNotes
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")  # Linux: ns on a processor, ns waited for one, times
@@ -38,7 +37,7 @@ class Step:
         return self.host_ns + self.engine_ns - self.forward_ns
 
 
-class Computes(Engine, Protocol):
+class Computes(Executes, Protocol):
     """An engine that really computes, and tells for how long it has."""
 
     @property
@@ -51,7 +50,7 @@ class Computes(Engine, Protocol):
 
 
 class WatchedEngine:
-    """Follows the `Engine` protocol by handing everything on."""
+    """Follows the `Executes` protocol by handing everything on."""
 
     def __init__(
         self, inner: Computes, clock: WallClock, before: Callable[[str], None] | None = None, kept: int | None = None
@@ -75,7 +74,7 @@ class WatchedEngine:
         outcome = self._inner.execute(plan, now_ns)
         waited_ns = waited_for_processor_ns() - waited_ns
         forward_ns = self._inner.forward_ns - forward_ns
-        host_ns, engine_ns = max(asked_ns - now_ns, 0), int(outcome.end_ns[-1]) - asked_ns
+        host_ns, engine_ns = max(asked_ns - now_ns, 0), outcome.end_ns - asked_ns
         self.steps.append(Step(outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns))
         return outcome
 
@@ -91,8 +90,10 @@ class WatchedEngine:
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         self._inner.start_transfer(n_bytes, model, on_done)
 
-    def observe(self, sequence: Sequence, n_tokens: int, exit_rule: ExitRule) -> Observation:
-        return self._inner.observe(sequence, n_tokens, exit_rule)
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        return self._inner.observe(model, request_id, span, n_tokens, exit_rule, time_ns)
 
     def forget(self, request_id: int) -> None:
         self._inner.forget(request_id)

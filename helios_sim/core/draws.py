@@ -1,4 +1,4 @@
-"""numpy's multinomial with equal shares, compiled. Knows no bootstrap.
+"""NumPy's multinomial with equal shares, for machine code.
 
 The method is numpy's, to the last bit: conditional binomials, each by inversion (`random_multinomial` and
 `random_binomial_inversion` in numpy/random/src/distributions/distributions.c).
@@ -11,14 +11,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.compiled import compiled
-
 FloatArray = NDArray[np.float64]
 
 MOST_BY_INVERSION = 30.0  # draws expected at a place; above it numpy uses another method
 
 
-@compiled
 def draw(rng: np.random.Generator, counts: FloatArray, chances: FloatArray, missed: FloatArray) -> bool:
     """Fills counts of zeros, (R, n). False: a place expects too many, and the counts mean nothing.
 
