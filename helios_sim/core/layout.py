@@ -59,6 +59,9 @@ class Kind:
 
     @classmethod
     def of(cls, name: str, fields: Sequence[str], floats: Sequence[str] = ()) -> Kind:
+        taken = [name for name in (*fields, *floats) if hasattr(np.record, name)]
+        if taken:  # NumPy's records would answer with their own attribute
+            raise ValueError(f"{name}: {taken} are attributes of NumPy's records")
         dtype = np.dtype((np.record, [*((f, np.int64) for f in fields), *((f, np.float64) for f in floats)]))
         defaults = [*((f, int, 0) for f in fields), *((f, float, 0.0) for f in floats)]
         return cls(dtype, make_dataclass(name, defaults, slots=True))
@@ -121,7 +124,7 @@ ITERATION = Kind.of(
     ),
 )  # fmt: skip
 TRIGGER = Kind.of("TriggerRow", ("kind", "argument", "spent", "window"))
-WINDOW = Kind.of("WindowRow", ("size", "limit", "filled", "next", "breaches"))
+WINDOW = Kind.of("WindowRow", ("tokens", "limit", "filled", "next", "breaches"))
 SEEN = Kind.of("SeenRow", ("slot", "tokens", "time_ns"))  # an observation that is due
 SAMPLE = Kind.of("SampleRow", ("time_ns", "running", "waiting", "used_blocks"))  # of the timeline
 FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER for nobody's

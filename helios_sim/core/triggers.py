@@ -43,7 +43,7 @@ def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Re
     kind, argument = trigger.kind, trigger.argument
     if kind == BREACHES:
         window = watch.windows[trigger.window]
-        return window.filled == window.size and window.breaches > window.limit
+        return window.filled == window.tokens and window.breaches > window.limit
     if kind == COMPLETIONS:
         return s.completed - s.completed_before >= argument
     if kind == QUEUE_ABOVE:  # fires again only after the queue has fallen
@@ -89,13 +89,13 @@ def slide_windows(s: Record, requests: Table, lists: Lists, watch: Watch) -> Non
             if request.observed:
                 continue
             at = window.next
-            if window.filled == window.size:
+            if window.filled == window.tokens:
                 window.breaches -= int(watch.flags[k, at])
             else:
                 window.filled += 1
             watch.flags[k, at] = request.token_breach != 0
             window.breaches += request.token_breach
-            window.next = 0 if at + 1 == window.size else at + 1
+            window.next = 0 if at + 1 == window.tokens else at + 1
 
 
 def in_flight(s: Record, requests: Table, line: Line) -> bool:
