@@ -245,7 +245,7 @@ def serve(subject: Subject, spec: ModelSpec, ceilings: Ceilings, batch: int, ans
 
     def make_server(env: Any, number: int, on_left: Any) -> Server:
         policy = FullDepthPolicy(FullDepthParameters())
-        server = Server(env, number, watched, policy, situation, on_left, leap=False)
+        server = Server(env, number, watched, policy, situation, on_left)
         clock.sync()
         return server
 

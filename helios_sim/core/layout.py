@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,7 +290,7 @@ class Storage:
         if self.compiled:
             return arrays
         read = (memoryview(each) if isinstance(each, np.ndarray) else self.group(each) for each in arrays)
-        return cast(_Group, type(arrays)(*read))
+        return type(arrays)(*read)
 
 
 def values_of(kind: Kind, record: Record) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Record, Storage, Table
+from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Kind, Record, Storage, Table
 from helios_sim.policy.deployment import ServicePlan
 from helios_sim.request import Request, RequestBlock
 
@@ -114,5 +114,5 @@ class Inbox:
         state.first_row = number
 
 
-def _moved(storage: Storage, kind, table: Table, first: int, end: int, room: int) -> Table:
+def _moved(storage: Storage, kind: Kind, table: Table, first: int, end: int, room: int) -> Table:
     return storage.joined(kind, table[first:end], storage.rows(kind, room - (end - first)))

@@ -141,7 +141,8 @@ class Replica:
         s, old = self.state, self.freed
         self.freed = self.storage.rows(FREED, n)
         for entry in range(int(s.freed_first), int(s.freed_end)):
-            self.freed[entry % n].owner, self.freed[entry % n].blocks = old[entry % len(old)].owner, old[entry % len(old)].blocks
+            kept, now = old[entry % len(old)], self.freed[entry % n]
+            now.owner, now.blocks = kept.owner, kept.blocks
 
     def _grow_line(self) -> None:
         """Room for all that may wait at once before the next look at it."""
@@ -215,7 +216,8 @@ class Replica:
                 request.planned_model = request.planned_first = NEVER
 
     @property
-    def trace(self) -> layout.Trace | None:
+    def trace(self) -> Any:
+        """The trace as the loop reads it; None where the engine runs iterations."""
         if self.terms is None:
             return None
         planned = self.storage.array(self.inbox.planned)

@@ -65,7 +65,7 @@ class Server:
         """
         self._opened = True
         storage = Storage(compiled=machine is not None)
-        self._advance = advance if machine is None else machine.advance
+        self._advance: Callable[..., int] = advance if machine is None else machine.advance
         self._feed, self._horizon_ns = feed, horizon_ns
         self._replica = replica = Replica(
             self._env, self._number, self._engine, self._situation, self._on_left, storage, users is not None
@@ -157,7 +157,7 @@ class Server:
         replica, terms = self._replica, self._replica.terms
         replica.ready()
         tokens = replica.inbox.tokens(replica.state, int(replica.state.model))
-        prices = (None,) * 7 if terms is None else (
+        prices: tuple[Any, ...] = (None,) * 7 if terms is None else (
             terms.prices, terms.scalars, replica.work, *terms.uniform, *terms.banded
         )  # fmt: skip
         return int(self._advance(

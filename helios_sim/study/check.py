@@ -58,7 +58,7 @@ def check_study(plan: StudyPlan) -> None:
                 engine = SimulatedEngine(env, parts.models)
                 with _of_arm(job), of_kind(kind.name):
                     policy = policy_of(entry, job.config)
-                    server = Server(env, 0, engine, policy, parts.situation, lambda record: None)
+                    server = Server(env, 0, engine, policy, parts.situation, lambda record, left_ns: None)
                     _check_threshold(parts, server.decisions[0].deployment)
 
 
