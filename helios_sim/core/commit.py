@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import leave
 from helios_sim.core.blocks import give_blocks, take_blocks
-from helios_sim.core.depths import is_observed
 from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
 from helios_sim.core.schedule import held_blocks
 from helios_sim.core.triggers import slide_windows
@@ -32,15 +31,17 @@ def commit(
     end_ns, decoded = s.end_ns, s.decoding
     _account(s, it, end_ns - s.now_ns)
     take_blocks(s, r, freed, it.due_blocks)
+    it.done = 0
     if len(watch.windows):
-        slide_windows(s, requests, lists, watch)
+        slide_windows(s, it, requests, lists, watch)
     _decoded(s, r, it, requests, lists, owed, c, end_ns)
     s.peak_blocks = max(s.peak_blocks, s.used_blocks)
     _prefilled(s, r, it, requests, chunks, c, end_ns)
     if r.observe_tokens != NEVER:
         for i in range(decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
-    _complete(s, r, requests, lists, line, arrivals, tokens, freed, end_ns)
+    if it.done:
+        _complete(s, r, requests, lists, line, arrivals, tokens, freed, end_ns)
     if s.sampled_ns == NEVER or end_ns - s.sampled_ns >= s.sample_interval_ns:
         sample = c.samples[s.samples]
         sample.time_ns = end_ns
@@ -72,14 +73,15 @@ def _decoded(
     """Tokens of the requests that decode."""
     # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
     batch, depths, gaps, edges_ns = lists.batch, c.depths, c.gaps, c.gap_edges_ns
-    owes, bands = r.owes and it.banded, owed.shape[1]
+    owes, bands, alike = r.owes and it.banded, owed.shape[1], it.alike
     gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
     for i in range(s.decoding):
         slot = batch[i]
         request = requests[slot]
         request.context_tokens += 1
-        _count_token(r, request, depths)
-        request.breach_tokens += request.token_breach
+        _count_token(r, it, request, depths)
+        if not alike:
+            request.breach_tokens += request.token_breach
         gap = end_ns - request.last_token_ns
         if gap != gap_ns:
             _count_gaps(s, gaps, edges_ns, gap_ns, equal)
@@ -92,19 +94,25 @@ def _decoded(
     _count_gaps(s, gaps, edges_ns, gap_ns, equal)
 
 
-def _count_token(r: Record, request: Record, depths: Numbers) -> None:
+def _count_token(r: Record, it: Record, request: Record, depths: Numbers) -> None:
     """One more output token."""
-    layers = request.token_layers
     if r.observe_tokens != NEVER and request.generated < r.observe_tokens:
         request.evaluated_tokens += 1
-    request.remaining -= 1
-    request.generated += 1
+    layers = it.token_layers
+    if it.alike:
+        request.agreed_tokens += 1
+    else:
+        layers = request.token_layers
+        request.agreed_tokens += request.token_agrees
+        request.microbits += request.token_microbits
     request.layers_run += layers
     if layers < r.n_layers:
         request.early_tokens += 1
-    request.agreed_tokens += request.token_agrees
-    request.microbits += request.token_microbits
     depths[layers] += 1
+    request.generated += 1
+    request.remaining -= 1
+    if request.remaining == 0:
+        it.done += 1
 
 
 def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count: int) -> None:
@@ -134,7 +142,7 @@ def _prefilled(s: Record, r: Record, it: Record, requests: Table, chunks: Table,
         request.context_tokens += chunk.tokens
         request.prefill_left -= chunk.tokens
         if p < it.finishing:
-            _count_token(r, request, c.depths)
+            _count_token(r, it, request, c.depths)
             if request.first_token_ns == NEVER:
                 request.first_token_ns = end_ns
             else:
@@ -178,8 +186,6 @@ def _complete(
             kept += 1
         else:
             lists.leaving[i - kept] = slot
-    if kept == n:
-        return
     s.running = kept
     s.decoding -= n - kept
     for i in range(n - kept):

@@ -14,6 +14,7 @@ def lay_out(
 ) -> None:
     """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
     it.decodes = s.decoding
+    it.alike = 0
     it.banded = r.per_token or r.clairvoyant or r.planned
     if r.observe_tokens != NEVER and not it.banded:
         for i in range(s.running):
@@ -33,7 +34,7 @@ def lay_out(
     if it.banded:
         _banded(s, r, it, requests, lists, x, owed, work)
     else:
-        _uniform(s, r, requests, lists, x, work)
+        _uniform(s, r, it, requests, lists, x, work)
     _prompts(s, r, it, requests, chunks, x, work, bands)
 
 
@@ -58,28 +59,24 @@ def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
             it.kv_most = max(it.kv_most, context)
 
 
-def _uniform(s: Record, r: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
+def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
     """All tokens run the same layers: one band."""
-    batch, breach, leaf, context = lists.batch, x.breach, r.rule_exit, 0
-    layers = x.exits[leaf]
-    for i in range(s.decoding):
-        request = requests[batch[i]]
-        context += request.context_tokens
-        request.observed = 0
-        request.token_exit = leaf
-        request.token_layers = layers
-        request.token_breach = 0
-        request.token_agrees = 1
-        request.token_microbits = 0
-        if r.reads_trace:
+    leaf, layers = r.rule_exit, x.exits[r.rule_exit]
+    it.alike, it.token_layers = not r.reads_trace, layers
+    if r.reads_trace:
+        batch, breach, agree, microbits, scores = lists.batch, x.breach, x.agree, x.microbits, r.scores
+        for i in range(s.decoding):
+            request = requests[batch[i]]
             row = next_row(request)
+            request.observed = 0
+            request.token_exit = leaf
+            request.token_layers = layers
             request.token_breach = int(breach[row])
-            request.token_agrees = int(x.agree[row, leaf])
-            if r.scores:
-                request.token_microbits = x.microbits[row, leaf]
+            request.token_agrees = int(agree[row, leaf])
+            request.token_microbits = microbits[row, leaf] if scores else 0
     w = work[0]
     w.decode_tokens = s.decoding
-    w.kv_tokens = context + s.decoding
+    w.kv_tokens = it.kv_tokens + s.decoding
     if r.watches_cap:
         w.classified_tokens = s.decoding
 

@@ -24,6 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from helios_sim.core.layout import CHUNK, ITERATION, Storage, raw
+
+_STORAGE = Storage(compiled=True)
+_PRICES = slice(14, 19)  # among the arguments of `advance`
 _PACKAGE = Path(__file__).parent
 _MODULES = ("arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers")
 _LISTED = "digests.json"  # written last: a folder with it is whole
@@ -39,21 +43,30 @@ class Machine:
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
         from helios_sim.core.advance import advance
         from helios_sim.core.draws import draw
+        from helios_sim.core.price import times_s
 
         self._advance, self._own, self._common = _compiled(advance, folder), own, common
         self.draw: Callable[..., bool] = _compiled(draw, folder)
+        self.times_s: Callable[..., None] = _compiled(times_s, folder)
 
     def advance(self, *args: Any) -> int:
         stop: int = self._advance(*args)
         if self._own is not None:
-            self._keep()
+            self._keep(*args[_PRICES])
         return stop
 
-    def _keep(self) -> None:
-        """What this process has compiled becomes the common folder, whole or not at all."""
+    def _keep(self, *args: Any) -> None:
+        """What this process has compiled becomes the common folder, whole or not at all.
+
+        `args`: the price tables, scalars, work and spans of the call before, whose types the other functions share.
+        """
         own, common = self._own, self._common
         self._own = None
         assert own is not None and common is not None
+        tables, scalars, work, spans, class_layers = args
+        it, chunks = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1)
+        counts = np.zeros((0, 8), np.int64)
+        self.times_s(tables, scalars, it, spans, class_layers, work, chunks, counts, np.zeros(0))
         self.draw(np.random.default_rng(0), np.zeros((1, 2)), np.array([0.5, 1.0]), np.zeros((2, 3)))
         with suppress(OSError):
             files = [path for path in sorted(own.rglob("*")) if path.is_file()]
@@ -87,6 +100,11 @@ def load() -> Machine | None:
         return Machine(None)
     print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
     return Machine(own, own, folder)
+
+
+def loaded() -> Machine | None:
+    """The compiled loop where this process has it already."""
+    return load() if load.cache_info().currsize else None
 
 
 def is_made() -> bool:
@@ -137,7 +155,7 @@ def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
 
     _register_all(register_jitable)
     with _cached_in(numba.config, folder):
-        return numba.njit(cache=folder is not None, error_model="numpy")(function)
+        return numba.njit(cache=folder is not None, error_model="numpy", _nrt=False)(function)
 
 
 @cache
@@ -148,7 +166,7 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
     for module in modules:
         for name, function in getmembers(module, isfunction):
             if function.__module__ == module.__name__ and name != "advance":
-                register_jitable(error_model="numpy", no_cfunc_wrapper=True)(function)
+                register_jitable(error_model="numpy", no_cfunc_wrapper=True, _nrt=False, forceinline=True)(function)
 
 
 @contextmanager

@@ -156,6 +156,35 @@ def time_s(
     return (total_s + gap_s) * x.time_factor
 
 
+def times_s(
+    t: PriceTables,
+    x: Record,
+    it: Record,
+    spans: Table,
+    class_layers: Numbers,
+    work: Table,
+    chunks: Table,
+    counts: Numbers,
+    seconds: Numbers,
+) -> None:
+    """`time_s` of many iterations without prompts, into `seconds` (K,).
+
+    `counts` (K, 3 + 5 S): sampled rows, least and most KV tokens, then the fields of `work` for each of S bands.
+    """
+    for k in range(len(seconds)):
+        it.sampled_tokens = counts[k, 0]
+        it.kv_least = counts[k, 1]
+        it.kv_most = counts[k, 2]
+        for s in range(len(spans)):
+            w, at = work[s], 3 + 5 * s
+            w.decode_tokens = counts[k, at]
+            w.kv_tokens = counts[k, at + 1]
+            w.checked_tokens = counts[k, at + 2]
+            w.classified_tokens = counts[k, at + 3]
+            w.propagated_tokens = counts[k, at + 4]
+        seconds[k] = time_s(t, x, it, spans, class_layers, work, chunks)
+
+
 def floor_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table) -> float:
     """Roofline floor in seconds that no kernel on this card can beat: max(bytes / bandwidth, operations / peak), where
 

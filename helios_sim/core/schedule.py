@@ -42,11 +42,11 @@ def begin_schedule(
     it.lingering = s.lingering
     # A migration empties the batch; once it has, nothing of the old model starts any more.
     it.blocked = s.migrating and s.running == 0
-    it.due_blocks = _blocks_due(s, r, requests, lists)
+    it.due_blocks = _blocks_due(s, r, it, requests, lists)
     while it.due_blocks > free_blocks(s):
         preempt(s, r, requests, lists, line, freed)
         it.blocked = 1
-        it.due_blocks = _blocks_due(s, r, requests, lists)
+        it.due_blocks = _blocks_due(s, r, it, requests, lists)
     it.budget = r.batch_tokens - s.decoding
     it.chunks = it.finishing = 0
     for i in range(s.decoding, s.running):
@@ -195,12 +195,16 @@ def release_lingering(s: Record, r: Record, lists: Lists, freed: Table) -> None:
     s.lingering = 0
 
 
-def _blocks_due(s: Record, r: Record, requests: Table, lists: Lists) -> int:
-    """Blocks that the decodes need for the K and V of their next token."""
-    due = 0
+def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
+    """Blocks that the decodes need for the K and V of their next token. Sums up their contexts as well."""
+    batch, due, kv_tokens = lists.batch, 0, 0
+    block_tokens, mask = r.block_tokens, r.block_mask
     for i in range(s.decoding):
-        if requests[lists.batch[i]].context_tokens % r.block_tokens == 0:
+        context = requests[batch[i]].context_tokens
+        kv_tokens += context
+        if (context & mask if mask >= 0 else context % block_tokens) == 0:
             due += 1
+    it.kv_tokens = kv_tokens
     return due
 
 

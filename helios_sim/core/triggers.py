@@ -77,7 +77,7 @@ def watches_queue(watch: Watch) -> bool:
     return False
 
 
-def slide_windows(s: Record, requests: Table, lists: Lists, watch: Watch) -> None:
+def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: Watch) -> None:
     """The iteration's decode tokens enter the windows of the breach counter, in order of the batch.
 
     Observed tokens are left out, because they ran deeper than the cap.
@@ -86,15 +86,16 @@ def slide_windows(s: Record, requests: Table, lists: Lists, watch: Watch) -> Non
         window = watch.windows[k]
         for i in range(s.decoding):
             request = requests[lists.batch[i]]
-            if request.observed:
+            breach = 0 if it.alike else request.token_breach
+            if not it.alike and request.observed:
                 continue
             at = window.next
             if window.filled == window.tokens:
                 window.breaches -= int(watch.flags[k, at])
             else:
                 window.filled += 1
-            watch.flags[k, at] = request.token_breach != 0
-            window.breaches += request.token_breach
+            watch.flags[k, at] = breach != 0
+            window.breaches += breach
             window.next = 0 if at + 1 == window.tokens else at + 1
 
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from typing import Protocol
 
-
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
 from helios_sim.exits.trace import TokenSpan

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import ITERATION, NEVER, SPAN, WORK, FloatArray, IntArray, Record, Storage, Table
+from helios_sim.core import machine
+from helios_sim.core.layout import (
+    CHUNK,
+    ITERATION,
+    NEVER,
+    SPAN,
+    WORK,
+    FloatArray,
+    IntArray,
+    Record,
+    Storage,
+    Table,
+    raw,
+)
 from helios_sim.core.price import (
     SCALARS,
     ByRows,
@@ -21,13 +34,15 @@ from helios_sim.core.price import (
     floor_s,
     outside_grid,
     time_s,
+    times_s,
 )
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.profile.terms import MixedTable, UnequalTable
 
-_INTERPRETED = Storage(compiled=False)
+_INTERPRETED, _COMPILED = Storage(compiled=False), Storage(compiled=True)
+MANY = 16  # iterations from which on they are priced together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,12 +104,32 @@ class Pricing:
         return storage.filled(SCALARS, [[self._scalars[name] for name in names]])[0]
 
     def time_s(self, c: Composition) -> FloatArray:
+        if len(c.sampled_tokens) >= MANY and not c.prefill:
+            return self._many(c)
         tables, scalars = self._read
         spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)  # type: ignore[arg-type]
+        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)
         return np.array(
             [time_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
         )
+
+    def _many(self, c: Composition) -> FloatArray:
+        """Many iterations without prompts. Interpreted, equal ones are priced once."""
+        code, spans = machine.loaded(), self.spans(c.bounds)
+        storage = _INTERPRETED if code is None else _COMPILED
+        counts, back = _counts(c), None
+        if code is None:
+            counts, back = np.unique(counts, axis=0, return_inverse=True)
+        it = storage.record(ITERATION)
+        it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
+        seconds: FloatArray = np.zeros(len(counts))
+        price = times_s if code is None else code.times_s
+        price(
+            storage.group(self.tables), self.scalars(storage), raw(it), spans.table(storage),
+            storage.array(spans.class_layers), storage.rows(WORK, len(c.bounds)), storage.rows(CHUNK, 1),
+            storage.array(np.ascontiguousarray(counts)), storage.array(seconds),
+        )  # fmt: skip
+        return seconds if back is None else seconds[back.ravel()]
 
     def floor_s(self, c: Composition) -> FloatArray:
         _, scalars = self._read
@@ -105,7 +140,7 @@ class Pricing:
         """(K,) true where a table had to be extrapolated."""
         tables, scalars = self._read
         spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)  # type: ignore[arg-type]
+        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)
         return np.array(
             [outside_grid(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
         )
@@ -132,6 +167,18 @@ def iterations(c: Composition) -> list[tuple[Record, Table]]:
         it.kv_most = NEVER if least is None or most is None else most[k]
         found.append((it, [WORK.row(*band) for band in zip(*(column[k] for column in counts), strict=True)]))
     return found
+
+
+def _counts(c: Composition) -> IntArray:
+    """(K, 3 + 5 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
+    k = len(c.sampled_tokens)
+    none, unknown = np.zeros((k, len(c.bounds)), np.int64), np.full(k, NEVER, np.int64)
+    columns = (c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens)
+    bands = np.stack([none if column is None else column for column in columns], axis=2).reshape(k, -1)
+    spread = c.decode_kv_least is not None and c.decode_kv_most is not None
+    least = c.decode_kv_least if spread and c.decode_kv_least is not None else unknown
+    most = c.decode_kv_most if spread and c.decode_kv_most is not None else unknown
+    return np.column_stack([c.sampled_tokens, least, most, bands]).astype(np.int64)
 
 
 def _price_tables(

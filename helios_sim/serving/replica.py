@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import simpy
@@ -29,6 +28,7 @@ from helios_sim.core.layout import (
     Lists,
     Record,
     Storage,
+    tuples,
 )
 from helios_sim.exits.rule import PerToken
 from helios_sim.exits.trace import TokenSpan
@@ -55,7 +55,9 @@ _LEFT_FIELDS = (
     "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
     "evaluated_tokens", "preemptions", "microbits",
 )  # fmt: skip
-_read_left = attrgetter(*_LEFT_FIELDS)
+_MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
+    _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
+)
 _SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
 _ORDERS = {"fcfs": layout.FCFS, "priority": layout.PRIORITY, "shortest_prompt": layout.SHORTEST_PROMPT}
 
@@ -85,6 +87,7 @@ class Replica:
         self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
         self.scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
+        self.foresees = isinstance(engine, Foresees)
         self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
         self._deployment: Deployment
         self._closed_loop = closed_loop
@@ -96,6 +99,7 @@ class Replica:
         self.state: Record = storage.record(STATE)
         self.rules: Record = storage.record(RULES)
         self.iteration: Record = storage.record(ITERATION)
+        self.raw_records = tuple(layout.raw(each) for each in (self.state, self.rules, self.iteration))
         self.inbox = Inbox(storage, self.models, self._tokens_of)
         layers = max(c.profile.model.n_layers for c in situation.candidates.values())
         self.bands = max(len(c.offline.exits) for c in situation.candidates.values())
@@ -118,7 +122,7 @@ class Replica:
         s = self.state
         s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
         s.fewer = FOREVER_NS
-        s.warm_up_ns = self.engine.warm_up_ns if isinstance(self.engine, Foresees) else 0
+        s.warm_up_ns = cast(Foresees, self.engine).warm_up_ns if self.foresees else 0
         s.exhausted = 1
         self.grow_slots(n + 2 + (2 * layout.FLUSH_REQUESTS if storage.compiled else n))
         self._grow_line()
@@ -132,9 +136,13 @@ class Replica:
         self.owed = storage.array(self._owed)
         if self.situation.vllm_v1:
             self._grow_freed(2 * n + 2)
-        for slot in range(n - 1, known - 1, -1):
-            self.lists.free[int(s.free)] = slot
-            s.free += 1
+        self._set_free(range(n - 1, known - 1, -1))
+
+    def _set_free(self, slots: Sequence[int]) -> None:
+        free, listed = int(self.state.free), self.lists.free
+        for place, slot in enumerate(slots, free):
+            listed[place] = slot
+        self.state.free = free + len(slots)
 
     def _grow_freed(self, n: int) -> None:
         """A larger ring keeps every entry under its number."""
@@ -181,16 +189,16 @@ class Replica:
             limit = min(limit, deployment.batch_limit)
         if places is not None:
             limit = min(limit, places.requests)
-        if self.rules.order != _ORDERS[situation.order]:
-            self.rules.order = _ORDERS[situation.order]
         for name, value in {
+            "order": _ORDERS[situation.order],
             "block_tokens": situation.memory.block_tokens,
+            "block_mask": _mask(situation.memory.block_tokens),
             "batch_tokens": situation.max_batch_tokens,
             "running_limit": limit,
             "context_limit": profile.model.max_context_tokens,
             "place_tokens": NEVER if places is None else places.tokens,
             "closed_loop": self._closed_loop,
-            "live": not isinstance(self.engine, Foresees),
+            "live": not self.foresees,
             "vllm_v1": situation.vllm_v1,
             # An exit check that the host must see is a barrier: nothing is planned across it.
             "ahead": situation.schedule_ahead > 0 and not per_token,
@@ -199,8 +207,8 @@ class Replica:
             "n_layers": profile.model.n_layers,
         }.items():
             setattr(r, name, int(value))
-        if isinstance(self.engine, Foresees):
-            self.terms = terms = self.engine.terms(deployment, situation, self.storage)
+        if self.foresees:
+            self.terms = terms = cast(Foresees, self.engine).terms(deployment, situation, self.storage)
             if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
                 self._owed[:] = 0
             for name, value in terms.rules.items():
@@ -412,12 +420,12 @@ class Replica:
 
     def _hand_over_samples(self) -> None:
         s, model, layers = self.state, self.deployment.active.model, self.run_layers
-        for i in range(int(s.samples)):
-            row = self.counts.samples[i]
+        for time_ns, running, waiting, used_blocks in tuples(
+            self.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ()
+        ):
             self.timeline.sample(
-                int(row.time_ns), model, layers, int(row.running), int(row.waiting),
-                int(row.used_blocks) * self.block_bytes, self.weight_bytes,
-            )  # fmt: skip
+                time_ns, model, layers, running, waiting, used_blocks * self.block_bytes, self.weight_bytes
+            )
         s.samples = 0
         self.meet_timeline()
 
@@ -431,14 +439,14 @@ class Replica:
     def _hand_over_arrivals(self) -> None:
         s = self.state
         arrived, first_row = int(s.arrived), int(s.first_row)
-        for number in range(max(self._counted_arrivals, arrived - RECENT), arrived):
-            self.recent.arrived(int(self.inbox.rows[number - first_row].arrival_ns))
+        if arrived == self._counted_arrivals:
+            return
+        first = max(self._counted_arrivals, arrived - RECENT) - first_row
+        for arrival_ns, _ in tuples(self.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id")):
+            self.recent.arrived(arrival_ns)
         self._counted_arrivals = arrived
-        first = arrived
-        for i in range(int(s.waiting)):
-            if 0 <= self.line.ref[i] < first:
-                first = int(self.line.ref[i])
-        self.inbox.forget_before(s, first)
+        waiting = [ref for ref in self.line.ref[: int(s.waiting)].tolist() if ref >= 0]
+        self.inbox.forget_before(s, min(waiting, default=arrived))
 
     def _hand_over_observations(self) -> None:
         s, rule = self.state, self.deployment.exit_rule
@@ -457,20 +465,17 @@ class Replica:
         n = int(s.left)
         if not n:
             return
-        slots = [int(slot) for slot in self.lists.left[:n]]
-        if self.storage.compiled:
-            rows = self.requests[slots][list(_LEFT_FIELDS)].tolist()
-        else:
-            rows = [_read_left(self.requests[slot]) for slot in slots]
+        slots = self.lists.left[:n].tolist()
+        rows = tuples(self.requests, slots, _LEFT_FIELDS)
         s.left = 0
-        for slot in slots:
-            self.lists.free[int(s.free)] = slot
-            s.free += 1
+        self._set_free(slots)
+        completed = [row for row in rows if not row[_WHY]]
+        for row in completed[-RECENT:]:
+            self.recent.completed(row[_PROMPT], row[_GENERATED] + row[_EARLIER])
+        self.served.extend(Request(*row[: len(COLUMNS)]) for row in completed[-SERVED_TEXTS:])
         for row in rows:
-            values = dict(zip(_LEFT_FIELDS, row, strict=True))
-            why = values["why"]
-            status = Status.DROPPED if why else Status.COMPLETED
-            self._record(values, status, self._drop_reason(why, values["model"]))
+            why = row[_WHY]
+            self._record(row, Status.DROPPED if why else Status.COMPLETED, self._drop_reason(why, row[_MODEL]))
 
     def _drop_reason(self, why: int, model: int) -> str | None:
         if not why:
@@ -485,44 +490,26 @@ class Replica:
         s.departures += 1
         s.sojourn_ns += now_ns - int(request.arrival_ns)
         request.left_ns = now_ns
-        values = {name: int(getattr(request, name)) for name in _LEFT_FIELDS}
-        self.lists.free[int(s.free)] = slot
-        s.free += 1
-        self._record(values, status, reason)
+        self._set_free([slot])
+        (row,) = tuples(self.requests, [slot], _LEFT_FIELDS)
+        self._record(row, status, reason)
 
-    def _record(self, values: dict[str, int], status: Status, reason: str | None) -> None:
-        request = Request(*(values[name] for name in COLUMNS))
-        output_tokens = values["earlier_tokens"] + values["generated"]
-        if status is Status.COMPLETED:
-            self.recent.completed(values["prompt_tokens"], output_tokens)
-            self.served.append(request)
-        self.engine.forget(request.request_id)
+    def _record(self, row: Sequence[int], status: Status, reason: str | None) -> None:
+        (
+            request_id, arrival_ns, prompt_chars, output_chars, task, _, _, model, prompt_tokens, generated, earlier,
+            scheduled_ns, first_token_ns, last_token_ns, left_ns, _, layers_run, early, breaches, agreed, evaluated,
+            preemptions, microbits,
+        ) = row  # fmt: skip
+        self.engine.forget(request_id)
         self.on_left(
             RequestRecord(
-                request_id=request.request_id,
-                replica=self.number,
-                task=request.task,
-                model=self.models[values["model"]],
-                status=status,
-                drop_reason=reason,
-                arrival_ns=request.arrival_ns,
-                scheduled_ns=_time(values["scheduled_ns"]),
-                first_token_ns=_time(values["first_token_ns"]),
-                last_token_ns=_time(values["last_token_ns"]),
-                prompt_tokens=values["prompt_tokens"],
-                output_tokens=output_tokens,
-                prompt_chars=request.prompt_chars,
-                output_chars=request.output_chars,
-                layers_run=values["layers_run"],
-                early_tokens=values["early_tokens"],
-                breach_tokens=values["breach_tokens"],
-                agreed_tokens=values["agreed_tokens"],
-                evaluated_tokens=values["evaluated_tokens"],
-                preemptions=values["preemptions"],
-                microbits=values["microbits"] if self.scores_text else None,
+                request_id, self.number, task, self.models[model], status, reason, arrival_ns, _time(scheduled_ns),
+                _time(first_token_ns), _time(last_token_ns), prompt_tokens, earlier + generated, prompt_chars,
+                output_chars, layers_run, early, breaches, agreed, evaluated, preemptions,
+                microbits if self.scores_text else None,
             ),
-            values["left_ns"],
-        )
+            left_ns,
+        )  # fmt: skip
 
     # --- For an engine that runs iterations -------------------------------------------------------------------------
 
@@ -560,6 +547,7 @@ class Replica:
         slots = [int(slot) for slot in self.lists.batch[: int(s.decoding)]]
         slots += [int(self.chunks[p].slot) for p in range(int(it.finishing))]
         limit = self.deployment.observe_tokens
+        it.alike = 0
         for slot, token in zip(slots, (*decoded, *prefilled), strict=True):
             request = self.requests[slot]
             request.token_layers, request.token_breach = token.layers, int(token.breach)
@@ -577,13 +565,17 @@ class Replica:
         return Request(*(int(getattr(row, name)) for name in COLUMNS))
 
     def _tokens_of(self, model: str, requests: IntArray) -> IntArray:
-        if isinstance(self.engine, Foresees) and len(requests) > 1:
-            return self.engine.tokens_of(model, requests)
+        if self.foresees and len(requests) > 1:
+            return cast(Foresees, self.engine).tokens_of(model, requests)
         found = []
         for row in requests.tolist():
             tokens, span = self.engine.tokenize(model, Request(*row))
             found.append((tokens, span.n_tokens, span.first, span.start, span.length))
         return np.array(found, np.int64).reshape(-1, 5)
+
+
+def _mask(block_tokens: int) -> int:
+    return block_tokens - 1 if block_tokens & (block_tokens - 1) == 0 else NEVER
 
 
 def _time(value: int) -> int | None:

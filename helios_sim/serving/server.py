@@ -8,7 +8,7 @@ schedules and commits each of them around the real execution.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import simpy
 from simpy.events import Event
@@ -161,7 +161,7 @@ class Server:
             terms.prices, terms.scalars, replica.work, *terms.uniform, *terms.banded
         )  # fmt: skip
         return int(self._advance(
-            replica.state, replica.rules, replica.iteration, replica.requests, replica.lists, replica.line,
+            *replica.raw_records, replica.requests, replica.lists, replica.line,
             replica.inbox.rows, tokens, replica.chunks, replica.freed, replica.owed, replica.counts,
             self._decider.watch, replica.trace, *prices, self._until_ns(),
         ))  # fmt: skip
@@ -174,8 +174,8 @@ class Server:
             until_ns = self._horizon_ns()
         else:
             return self._replica.now_ns + 1
-        if self._transitions.loading and isinstance(self._engine, Foresees):
-            transfer_end_ns = self._engine.transfer_end_ns
+        if self._transitions.loading:
+            transfer_end_ns = cast(Foresees, self._engine).transfer_end_ns
             if transfer_end_ns is not None:
                 until_ns = min(until_ns, transfer_end_ns)
         return until_ns
@@ -183,9 +183,8 @@ class Server:
     def _execute(self) -> int | None:
         """Runs the scheduled iteration on the device. Returns when it was given up for lack of memory, else None."""
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
-        assert isinstance(self._engine, Executes)
         try:
-            outcome = self._engine.execute(replica.plan(self._transitions.loading), started_ns)
+            outcome = cast(Executes, self._engine).execute(replica.plan(self._transitions.loading), started_ns)
         except OutOfMemory as error:
             s.phase = layout.TURN
             self._aborts.give_way(error.reason)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from helios_sim.core.layout import NEVER
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
-from helios_sim.core.layout import NEVER
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.residency import Residency
 
