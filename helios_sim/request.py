@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class RequestBlock:
     output_chars: NDArray[np.int64]
     task: NDArray[np.int64]
     text_start: NDArray[np.int64]
-    priority: NDArray[np.int64] = None  # type: ignore[assignment]  # None: all are 0
+    priority: Any = None  # an array like the others; None: all are 0
 
     def __post_init__(self) -> None:
         if self.priority is None:

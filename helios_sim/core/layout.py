@@ -97,7 +97,8 @@ REQUEST = Kind.of(
         "context_tokens",  # whose K and V are in the cache
         "remaining", "generated",  # output tokens
         "last_token_ns",
-        "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",  # sums over them
+        # sums over its output tokens
+        "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",
         # the token of the iteration in progress, unless all tokens of the iteration are alike
         "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
         # where its output tokens lie in the exit trace
@@ -323,7 +324,7 @@ class Storage:
         """A named tuple of arrays (or of such tuples) as the loop reads it."""
         if self.compiled:
             return arrays
-        read = (memoryview(each) if isinstance(each, np.ndarray) else self.group(each) for each in arrays)
+        read = (self.array(each) if isinstance(each, np.ndarray) else self.group(each) for each in arrays)
         return type(arrays)(*read)
 
 

@@ -62,7 +62,8 @@ class Machine:
         """
         own, common = self._own, self._common
         self._own = None
-        assert own is not None and common is not None
+        assert own is not None
+        assert common is not None
         tables, scalars, work, spans, class_layers = args
         it, chunks = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1)
         counts = np.zeros((0, 8), np.int64)
@@ -155,7 +156,9 @@ def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
 
     _register_all(register_jitable)
     with _cached_in(numba.config, folder):
-        return numba.njit(cache=folder is not None, error_model="numpy", _nrt=False)(function)
+        # Nothing here allocates arrays, so none has its references counted.
+        jit: Any = numba.njit
+        return jit(cache=folder is not None, error_model="numpy", _nrt=False)(function)
 
 
 @cache

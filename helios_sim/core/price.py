@@ -5,8 +5,8 @@ checks that the host must see, an iteration is one such group; each check ends o
 top, unless it prepares the next iteration while this one runs (`iteration.host_ahead`, without such checks): then it is
 part of the host's side. A gap of the runtime is time in which neither works.
 
-Tables are linear inside the measured grid. Beyond it rows, prompts and KV lengths go on with the last slope, and batches
-in proportion. Tables of several layer classes differ in size; they lie in arrays as large as the largest.
+Tables are linear inside the measured grid. Beyond it rows, prompts and KV lengths go on with the last slope, and
+batches in proportion. Tables of several layer classes differ in size; they lie in arrays as large as the largest.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def time_s(
         if rows or moved:
             layers += span.end - span.start
         if w.checked_tokens or w.classified_tokens:
-            device_s += _by_rows_s(t.rows, CHECK, w.checked_tokens) + _by_rows_s(t.rows, CLASSIFIER, w.classified_tokens)
+            by_head_s = _by_rows_s(t.rows, CHECK, w.checked_tokens)
+            device_s += by_head_s + _by_rows_s(t.rows, CLASSIFIER, w.classified_tokens)
             if it.syncs:
                 total_s += _group_s(x, device_s, layers, slowdown) + x.sync_s
                 device_s, layers = 0.0, 0
@@ -292,8 +293,8 @@ def _decodes_s(
         seconds = _decode_s(t.decode, c, w.decode_tokens, kv_tokens)
     if t.unequal.sizes[c, CHUNK_AXIS] == 0 or it.kv_most == NEVER:
         return seconds
-    whole = work[0]
-    return seconds * (1.0 + _unequal(t.unequal, c, chunk, whole.decode_tokens, whole.kv_tokens, it.kv_least, it.kv_most))
+    batch, kv_tokens = work[0].decode_tokens, work[0].kv_tokens
+    return seconds * (1.0 + _unequal(t.unequal, c, chunk, batch, kv_tokens, it.kv_least, it.kv_most))
 
 
 def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:

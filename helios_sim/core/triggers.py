@@ -71,7 +71,7 @@ def next_alarm_ns(s: Record, watch: Watch) -> int:
 
 
 def watches_queue(watch: Watch) -> bool:
-    for k in range(len(watch.triggers)):
+    for k in range(len(watch.triggers)):  # noqa: SIM110, Numba knows no `any`
         if watch.triggers[k].kind == QUEUE_ABOVE:
             return True
     return False

@@ -108,7 +108,7 @@ class Pricing:
             return self._many(c)
         tables, scalars = self._read
         spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)
+        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
         return np.array(
             [time_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
         )
@@ -140,7 +140,7 @@ class Pricing:
         """(K,) true where a table had to be extrapolated."""
         tables, scalars = self._read
         spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), memoryview(spans.class_layers)
+        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
         return np.array(
             [outside_grid(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
         )

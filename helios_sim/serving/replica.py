@@ -129,7 +129,7 @@ class Replica:
 
     def grow_slots(self, n: int) -> None:
         """So many slots from now on."""
-        storage, s, known = self.storage, self.state, len(self.requests)
+        storage, known = self.storage, len(self.requests)
         self.requests = storage.grown(REQUEST, self.requests, n)
         self.lists = Lists(*(storage.more_numbers(each, n) for each in self.lists))
         self._owed = np.concatenate([self._owed, np.zeros((n - known, self.bands + 1), np.int64)])
