@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 import simpy
@@ -14,17 +13,17 @@ from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
-from helios_sim.study.arm import policy_of
+from helios_sim.study.arm import in_arm
 from helios_sim.study.build import Parts
 from helios_sim.study.fleet import Fleet, of_kind
-from helios_sim.study.job import Job
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config
 from helios_sim.study.shared import in_json, shared_fleet, what_counts
 
 FIGURES = ("sweep", "load", "arms", "quality")
-NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
+CUSTOM = "custom"
+NOT_TRIED = ("oracle", CUSTOM)  # one plans for all requests when it starts, the other is not ours to start twice
 
 
 def check_study(plan: StudyPlan) -> None:
@@ -33,10 +32,11 @@ def check_study(plan: StudyPlan) -> None:
     Points of sweeps are built but not started: what does not fit there is found when it runs, with the rest kept.
     """
     _check_names(plan)
-    for job in {(job.arm, id(job.config)): job for job in plan.jobs}.values():
-        with _of_arm(job):
-            policy_of(job.entry, job.config)
-            if job.config.mode == LIVE and job.entry["policy"] == "oracle":
+    for job in {(job.arm.name, id(job.config)): job for job in plan.jobs}.values():
+        with in_arm(job.arm.name, job.config):
+            if job.arm.policy.name == CUSTOM:  # found now rather than when it runs
+                job.arm.policy.make()
+            if job.config.mode == LIVE and job.arm.policy.name == "oracle":
                 raise UserError(
                     "policy", "oracle", "one that needs no knowledge of what will come when mode=live", "leave it out"
                 )
@@ -52,25 +52,13 @@ def check_study(plan: StudyPlan) -> None:
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
         for kind in built[in_json(what_counts(job.config))].kinds:
-            entry = job.entry if kind.entry is None else kind.entry
-            if entry["policy"] not in NOT_TRIED:
+            policy = kind.policy or job.arm.policy
+            if policy.name not in NOT_TRIED:
                 parts, env = kind.parts, simpy.Environment()
                 engine = SimulatedEngine(env, parts.models)
-                with _of_arm(job), of_kind(kind.name):
-                    policy = policy_of(entry, job.config)
-                    server = Server(env, 0, engine, policy, parts.situation, lambda record: None)
+                with in_arm(job.arm.name, job.config), of_kind(kind.name):
+                    server = Server(env, 0, engine, policy.make(), parts.situation, lambda record: None)
                     _check_threshold(parts, server.decisions[0].deployment)
-
-
-@contextmanager
-def _of_arm(job: Job) -> Iterator[None]:
-    """Says in a UserError which of the experiment's arms it is about."""
-    try:
-        yield
-    except UserError as error:
-        if job.arm not in job.config.arms:  # the one that `policy` added
-            raise
-        raise error.about(f"arms.{job.arm}: {error.key}") from error
 
 
 def _check_threshold(parts: Parts, first: Deployment) -> None:

@@ -77,5 +77,6 @@ def _key(config: Config, seed: int) -> str:
     """Of everything that parts are made of, but for what is set anew each time."""
     settings = what_counts(config)
     del settings["objective"]
-    settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
+    if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold
+        settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
     return in_json([seed, settings])
