@@ -37,6 +37,7 @@ class PolicyKind:
     make: Callable[[Any], Policy]  # from an instance of it
     about: str  # one line for tables
     fixed: Mapping[str, Any] = field(default_factory=dict)  # parameters that the name implies; they cannot be changed
+    is_bound: bool = False  # knows what will come: not a policy to deploy
 
 
 POLICIES: Mapping[str, PolicyKind] = {
@@ -50,7 +51,9 @@ POLICIES: Mapping[str, PolicyKind] = {
         "as helios, but candidates score served text in one pass",
         fixed={"evaluation": Evaluation.PROBE},
     ),
-    "oracle": PolicyKind(OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change"),
+    "oracle": PolicyKind(
+        OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change", is_bound=True
+    ),
     "custom": PolicyKind(CustomParameters, load_custom, "a policy of your own"),
 }
 
@@ -64,11 +67,15 @@ class PolicyConfig:
 
     def make(self) -> Policy:
         """A policy with its own state, for one replica in one run."""
-        return POLICIES[self.name].make(self.parameters)
+        return self.kind.make(self.parameters)
+
+    @property
+    def kind(self) -> PolicyKind:
+        return POLICIES[self.name]
 
     def told(self) -> dict[str, Any]:
         """Parameters that differ from the policy's defaults, or have none; not those that the name implies."""
-        fixed, found = POLICIES[self.name].fixed, {}
+        fixed, found = self.kind.fixed, {}
         for f in fields(self.parameters):
             value = getattr(self.parameters, f.name)
             default = f.default_factory() if f.default_factory is not MISSING else f.default

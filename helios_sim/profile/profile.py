@@ -14,7 +14,7 @@ from helios_sim.profile.composition import Composition
 from helios_sim.profile.floor import iteration_floor_s
 from helios_sim.profile.price_tables import PriceTables, Scalars, price_tables
 from helios_sim.profile.pricing import Pricing
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Provenance
 
@@ -50,6 +50,7 @@ class Profile:
     time_factor: float = 1.0
     check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
     padded_kv: bool = False
+    anchors: Anchors | None = None  # how fast the device was when this was measured; None: not known
     _pricing: Pricing = field(init=False, repr=False)
     _price_tables: object = field(init=False, repr=False, default=_NOT_MADE)
 

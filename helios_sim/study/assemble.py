@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from helios_sim.policy.registry import POLICIES
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
@@ -139,6 +138,7 @@ def _arm(name: str, jobs: Sequence[Job], results: Results, study: Config) -> Arm
         decisions=first.decisions,
         exit_depths=first.exit_depths,
         baseline=jobs[0].arm.baseline,
+        is_bound=jobs[0].arm.policy.kind.is_bound,
     )
 
 
@@ -157,7 +157,7 @@ def _description(arm: Arm, study: Config) -> str:
     """The experiment's own words, or the policy's with whatever this arm sets differently from its defaults."""
     if arm.description:
         return arm.description
-    about, told = POLICIES[arm.policy.name].about, arm.policy.told()
+    about, told = arm.policy.kind.about, arm.policy.told()
     of_study = {"threshold": threshold(study), "confidence": confidence(study)}
     own = ", ".join(
         f"{key}={value}"

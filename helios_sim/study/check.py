@@ -23,7 +23,6 @@ from helios_sim.study.shared import in_json, shared_fleet, what_counts
 
 FIGURES = ("sweep", "load", "arms", "quality")
 CUSTOM = "custom"
-NOT_TRIED = ("oracle", CUSTOM)  # one plans for all requests when it starts, the other is not ours to start twice
 
 
 def check_study(plan: StudyPlan) -> None:
@@ -36,10 +35,9 @@ def check_study(plan: StudyPlan) -> None:
         with in_arm(job.arm.name, job.config):
             if job.arm.policy.name == CUSTOM:  # found now rather than when it runs
                 job.arm.policy.make()
-            if job.config.mode == LIVE and job.arm.policy.name == "oracle":
-                raise UserError(
-                    "policy", "oracle", "one that needs no knowledge of what will come when mode=live", "leave it out"
-                )
+            if job.config.mode == LIVE and job.arm.policy.kind.is_bound:
+                allowed = "one that needs no knowledge of what will come when mode=live"
+                raise UserError("policy", job.arm.policy.name, allowed, "leave it out")
     built: dict[str, Fleet] = {}
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = in_json(what_counts(job.config))
@@ -53,7 +51,8 @@ def check_study(plan: StudyPlan) -> None:
         job = jobs[0]
         for kind in built[in_json(what_counts(job.config))].kinds:
             policy = kind.policy or job.arm.policy
-            if policy.name not in NOT_TRIED:
+            # one plans for all requests when it starts, the other is not ours to start twice
+            if not policy.kind.is_bound and policy.name != CUSTOM:
                 parts, env = kind.parts, simpy.Environment()
                 engine = SimulatedEngine(env, parts.models)
                 with in_arm(job.arm.name, job.config), of_kind(kind.name):
