@@ -1,4 +1,4 @@
-"""Policies by name, and their parameters from plain settings. Knows no file and no Hydra."""
+"""Policies by name, and their parameters from plain settings."""
 
 from __future__ import annotations
 

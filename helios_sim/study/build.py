@@ -1,4 +1,4 @@
-"""Turns settings into the parts of a run: workload, models with their exits, situation. Knows no arm and no result."""
+"""Turns settings into the parts of a run: workload, models with their exits, situation."""
 
 from __future__ import annotations
 

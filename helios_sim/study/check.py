@@ -1,4 +1,4 @@
-"""Finds what is wrong with a study's settings before anything runs or is written. Knows no result."""
+"""Finds what is wrong with a study's settings before anything runs or is written."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from helios_sim.study.check import check_study
 from helios_sim.study.ending import end
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import plan_study
-from helios_sim.study.progress import job_lines, progress
-from helios_sim.study.runner import forget_jobs, run_jobs
+from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
 from helios_sim.study.schema import Config
+from helios_sim.vary.runner import progress
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 

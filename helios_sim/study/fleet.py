@@ -1,4 +1,4 @@
-"""The replicas of a run: what each is made of, and which requests it is meant for. Knows settings, no result.
+"""The replicas of a run: what each is made of, and which requests it is meant for.
 
 Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm.
 """

@@ -1,4 +1,4 @@
-"""One job: one arm, one seed, one setting. Knows how to run it anywhere and how to name it for good."""
+"""One job: one arm, one seed, one setting. It runs anywhere, and has the same key wherever its result is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs of a study: its arms at its own settings, and at every point of its sweeps. Knows no result."""
+"""The jobs of a study: its arms at its own settings, and at every point of its sweeps."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,8 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.report import files
 from helios_sim.report.files import json_value
 from helios_sim.study.job import Job, JobResult, run_job
-from helios_sim.study.progress import OnDone
-from helios_sim.vary.runner import Journal, Task, run_tasks
+from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 FINISHED = "finished"  # the folder of finished jobs inside the output folder
@@ -42,6 +42,20 @@ def forget_jobs(folder: Path) -> None:
     The journal stays.
     """
     shutil.rmtree(folder / FINISHED, ignore_errors=True)
+
+
+def job_lines(total: int) -> OnDone[Job, JobResult]:
+    """A line for every job of a study."""
+    done = 0
+
+    def say(task: Task[Job], result: JobResult, kept: bool) -> None:
+        nonlocal done
+        done += 1
+        how = "kept from before" if kept else f"{len(result.replicate.records)} requests in {result.wall_s:.1f} s"
+        job = task.input
+        print(f"[{done}/{total}] {job.arm.name}, seed {job.seed}: {how}", file=sys.stderr, flush=True)
+
+    return say
 
 
 class _Pickles:

@@ -1,4 +1,4 @@
-"""What a study's settings are, in plain types. Knows ranges of single values, not how the parts are built.
+"""What a study's settings are, in plain types, with the ranges of single values.
 
 The classes are mutable and hold only plain types because Hydra fills them; everything behind them is frozen.
 """

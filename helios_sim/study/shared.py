@@ -1,4 +1,4 @@
-"""What jobs of one process share of their replicas, made once. Knows settings, no policy and no result.
+"""What jobs of one process share of their replicas, made once.
 
 Arms and designs differ in a policy's settings, the objective or the threshold. Profiles, exit traces, their replays and
 what is known of the load are the same for all of them.

@@ -1,4 +1,4 @@
-"""The answer in plain sentences, from the figures alone. Knows no experiment by name."""
+"""The answer in plain sentences, from the figures alone."""
 
 from __future__ import annotations
 

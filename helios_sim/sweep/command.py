@@ -15,11 +15,10 @@ from helios_sim.report.write import write_designs
 from helios_sim.study.command import provenance
 from helios_sim.study.ending import end
 from helios_sim.study.job import Job
-from helios_sim.study.progress import progress
 from helios_sim.study.schema import Config
 from helios_sim.sweep.plan import plan_sweep
 from helios_sim.sweep.run import Outcome, run_plan
-from helios_sim.vary.runner import Task
+from helios_sim.vary.runner import Task, progress
 
 EVERY_S = 10.0  # between two lines on the state of things
 

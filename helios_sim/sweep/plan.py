@@ -1,4 +1,4 @@
-"""What a sweep is going to run: the arm that is designed, its parameters, the arms beside it. Knows no result."""
+"""What a sweep is going to run: the arm that is designed, its parameters, the arms beside it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from helios_sim.report.metrics import Band, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import RecordLog
 from helios_sim.report.result import ServedWorkload
 from helios_sim.study.job import Job, assumptions_of, inputs_of, measure, notices_of, serve
-from helios_sim.study.progress import OnDone
 from helios_sim.study.ready import make_ready
 from helios_sim.study.schema import Config
 from helios_sim.study.shared import shared_fleet
@@ -28,7 +27,7 @@ from helios_sim.sweep.plan import SweepPlan, plan_sweep
 from helios_sim.sweep.search import search
 from helios_sim.sweep.verdict import sentences
 from helios_sim.vary.axis import Choice
-from helios_sim.vary.runner import Journal, Task, run_tasks
+from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives

@@ -1,4 +1,4 @@
-"""What a sweep of designs can be set to, in plain types. Knows ranges of single values, not what a design does.
+"""What a sweep of designs can be set to, in plain types, with the ranges of single values.
 
 Mutable and plain because Hydra fills them, like the study's settings of which these are a part.
 """

@@ -1,4 +1,4 @@
-"""Asks Optuna for designs, a generation at a time. Knows parameters and costs, not what a design is.
+"""Asks Optuna for designs, a generation at a time.
 
 A generation is asked for as a whole and told in the order in which it was asked. Which designs come therefore depends
 on the seed and the size of a generation alone, not on how many workers there are or which ends first, and a search

@@ -1,10 +1,14 @@
-"""The one runner: each task once, wherever it runs, and what is finished is kept for a command that starts again."""
+"""The one runner: each task once, wherever it runs, and what is finished is kept for a command that starts again.
+
+It tells how far it is on stderr: by a bar on a terminal, by the caller's lines elsewhere.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,6 +30,9 @@ class Task(Generic[_In]):
     key: str
     about: Mapping[str, Any]
     input: _In
+
+
+OnDone = Callable[[Task[_In], _Out, bool], None]  # true: kept from before, not run now
 
 
 class Store(Protocol[_Out]):
@@ -93,7 +100,7 @@ def run_tasks(
     tasks: Iterable[Task[_In]],
     journal: Journal[_Out],
     workers: Workers,
-    on_done: Callable[[Task[_In], _Out, bool], None],
+    on_done: OnDone[_In, _Out],
 ) -> dict[str, _Out]:
     """Results by key. What the journal holds is read, not run, and `on_done` is told so.
 
@@ -112,6 +119,33 @@ def run_tasks(
             journal.add(named[key], result)
             on_done(named[key], result, False)
     return results
+
+
+@contextmanager
+def progress(name: str, total: int, say: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
+    """What a runner calls when a task is done. `say` prints lines, where there is no terminal for a bar."""
+    if not sys.stderr.isatty():
+        yield say
+        return
+    from rich.console import Console  # a tenth of a second, and only a terminal needs it
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task(name, total=total)
+
+        def advance(task: Task[_In], result: _Out, kept: bool) -> None:
+            bar.update(line, advance=1, description=str(task.about.get("arm", name)))
+
+        yield advance
 
 
 def _whole_lines(path: Path) -> list[str]:

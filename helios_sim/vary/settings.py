@@ -76,14 +76,11 @@ def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
     if isinstance(value, Mapping) and (is_dataclass(there) or isinstance(there, dict)):
         for name, below in value.items():
             _set(own, (*names, str(name)), below)
-    elif isinstance(place, dict):
-        place[names[-1]] = value
-    else:
-        kind: Any = type(place)
-        hint = _hints(kind).get(names[-1])
-        if hint is None:
-            raise _nowhere(own, names)
-        setattr(place, names[-1], _as(hint, value, ".".join(names)))
+        return
+    hint = _hint_at(type(own[()]), names)
+    if hint is None:
+        raise _nowhere(own, names)
+    _put(place, names[-1], _as(hint, value, ".".join(names)))
 
 
 def _own_group(own: dict[_Names, Any], group: _Names, names: _Names) -> Any:
@@ -94,10 +91,7 @@ def _own_group(own: dict[_Names, Any], group: _Names, names: _Names) -> Any:
         if not (is_dataclass(there) or isinstance(there, dict)):
             raise _nowhere(own, names)
         own[group] = copy.copy(there)
-        if isinstance(above, dict):
-            above[group[-1]] = own[group]
-        else:
-            setattr(above, group[-1], own[group])
+        _put(above, group[-1], own[group])
     return own[group]
 
 
@@ -105,9 +99,32 @@ def _there(place: Any, name: str) -> Any:
     return place.get(name) if isinstance(place, dict) else getattr(place, name, None)
 
 
+def _put(place: Any, name: str, value: Any) -> None:
+    if isinstance(place, dict):
+        place[name] = value
+    else:
+        setattr(place, name, value)
+
+
+def _hint_at(schema: Any, names: _Names) -> Any:
+    """The type of the setting at this path; None where there is none."""
+    kind: Any = schema
+    for name in names:
+        if is_dataclass(kind):
+            kind = _hints(typing.cast(Any, kind)).get(name)
+        else:
+            of_dicts = [typing.get_args(part) for part in _parts(kind) if typing.get_origin(part) is dict]
+            kind = of_dicts[0][1] if of_dicts else Any
+    return kind
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _as(hint: Any, value: Any, path: str) -> Any:
     """The value in the setting's type: a whole number will do for a number."""
-    for kind in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+    for kind in _parts(hint):
         plain, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
         if plain is list and isinstance(value, list | tuple):
             return [_as(parts[0], item, path) for item in value]
