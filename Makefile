@@ -46,7 +46,7 @@ bench: $(STAMPS)/test  ## speed measurements, and the table experiments/speed/be
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python experiments/speed/bench.py
 
-sweep: $(STAMPS)/sweep  ## add joblib, Optuna and Ray to the same .venv
+sweep: $(STAMPS)/sweep  ## add Optuna and Ray to the same .venv
 
 live: $(STAMPS)/live  ## add torch and transformers to the same .venv
 

@@ -19,8 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 import helios_sim
 from calibrate.config import in_full, register, to_config
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from helios_sim.config import check_flags, conf_folder, given, in_words, leave_no_trace
+from helios_sim.config import check_flags, given, in_words, leave_no_trace
 from helios_sim.errors import UserError
+from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 
 WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished

@@ -94,7 +94,7 @@ def _profile(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.measure.profile import MeasurePlan, ProfileOrigin, measure_profile
+        from calibrate.measure.profile import BudgetSpent, MeasurePlan, ProfileOrigin, measure_profile
         from calibrate.measure.subject import Subject
         from helios_sim.profile.store import write_profile
 
@@ -117,10 +117,8 @@ def _profile(inputs: Inputs) -> Stage:
                 loaded_bytes=loaded_bytes, reload=None if inputs.checkpoint.is_random else inputs.reload_layer,
                 progress=progress,
             )  # fmt: skip
-        except UserError as error:
-            if error.key == "budget_s":
-                raise NotEnoughTime(error.allowed) from error
-            raise
+        except BudgetSpent as error:
+            raise NotEnoughTime(error.allowed) from error
         write_profile(profile, stage.folder / "profile" / profile.name)
         return {"name": profile.name}
 

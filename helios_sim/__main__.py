@@ -1,167 +1,26 @@
-"""`python -m helios_sim`: one study from the command line. Knows exit codes and streams, nothing of the work."""
+"""`python -m helios_sim`: answers for help and the version by itself, and leaves studies to `cli`."""
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
-
-import hydra
-import yaml
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from collections.abc import Sequence
 
 import helios_sim
-from helios_sim.config import Variants, check_flags, conf_folder, given, in_full, in_words, leave_no_trace, register
-from helios_sim.errors import UserError
-from helios_sim.interrupt import leave_by_status
-
-DEFAULT = "+experiment=quickstart"
-NOT_CHOSEN = ("campaign", "helios", "paper")  # groups: of python -m calibrate, and of what files of others share
+from helios_sim.help import help_text, is_asked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message; 2: a gate failed."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     command = sys.argv[1:] if arguments is None else list(arguments)
-    status = 0
-    started = False
-    refused: list[Path] = []  # output folders of studies that could not start
+    if is_asked(command):
+        print(help_text("helios_sim", command))
+        return 0
+    if "--version" in command:
+        print(f"helios_sim {helios_sim.__version__}")
+        return 0
+    from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
 
-    def study(settings: DictConfig) -> None:
-        nonlocal status, started
-        from helios_sim.study.command import run_study
-
-        started = True
-        run = HydraConfig.get()
-        folder = Path(run.runtime.output_dir)
-        try:
-            _check_choices(settings, run.runtime.choices, command)
-            run_it = run_study
-            if settings.fidelity.compare or settings.fidelity.folder is not None:
-                from helios_sim.study.fidelity import run_fidelity as run_it
-            elif settings.fidelity_live.loads:
-                from helios_sim.study.fidelity_live import run_fidelity_live as run_it
-            elif settings.sweep.parameters:
-                from helios_sim.sweep.command import run_sweep as run_it
-            else:
-                _check_no_sweep(command)
-            status = max(status, run_it(Variants(settings, command), folder))
-        except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
-            mistake = error if isinstance(error, UserError) else in_words(error, command)
-            status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
-            refused.append(folder)
-
-    try:
-        command = in_full(_in_order(command))
-        if "--version" in command:
-            print(f"helios_sim {helios_sim.__version__}")
-            return 0
-        check_flags(command)
-        register()
-        GlobalHydra.instance().clear()
-        sys.argv[1:] = command
-        with _for_readers() if {"--help", "-h"} & {*command} else nullcontext():
-            hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
-    except UserError as error:
-        return _fail(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        return _fail(in_words(error, command))
-    except yaml.YAMLError as error:
-        return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
-    except (OSError, ValueError, AssertionError) as error:
-        if started:
-            raise  # a defect of ours
-        return _fail(_before_start(error, command))
-    except SystemExit as leaving:  # Hydra's own commands, such as --help, end so
-        return 1 if leaving.code else 0
-    except KeyboardInterrupt:
-        leave_by_status()
-        again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
-        print(f"helios_sim: stopped; {again}", file=sys.stderr)
-        return 1
-    finally:
-        for folder in refused:
-            leave_no_trace(folder)
-    return status
-
-
-@contextmanager
-def _for_readers() -> Iterator[None]:
-    """Hydra's help without groups that nobody chooses here, and without lines that no terminal holds."""
-    text = io.StringIO()
-    try:
-        with redirect_stdout(text):
-            yield
-    finally:
-        for line in text.getvalue().splitlines():
-            if line.partition(":")[0] not in NOT_CHOSEN:
-                print(textwrap.fill(line, 120, subsequent_indent="  ") if len(line) > 120 else line)
-
-
-def _in_order(arguments: Sequence[str]) -> list[str]:
-    """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
-    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    flags = [a for a in arguments if a not in overrides]
-    for place, override in enumerate(overrides):
-        if override.startswith("experiment="):
-            overrides[place] = f"+{override}"  # without the + Hydra looks for it among the defaults
-    if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
-        overrides.append(DEFAULT)
-    return [*overrides, *flags]
-
-
-def _check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """UserError where an experiment's own value hides a choice from the command line."""
-    from helios_sim.policy.telemetry import Goal
-    from helios_sim.profile.runtime import PRESETS
-
-    for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
-        if given(group, arguments) is None:
-            continue
-        chosen, value = choices[group], settings[group][key]
-        if chosen in options and value != chosen:
-            allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
-            raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
-
-
-def _check_no_sweep(arguments: Sequence[str]) -> None:
-    """UserError for settings of a sweep where no parameter is to be varied: they would do nothing."""
-    for argument in arguments:
-        key, equals, value = argument.lstrip("+").partition("=")
-        if equals and key.startswith("sweep."):
-            fix = "choose +experiment=sweep_helios, or add '+sweep.parameters={NAME: {settings: [...], values: [...]}}'"
-            raise UserError(key, value, "does nothing: this study has no sweep.parameters", fix)
-
-
-def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
-    """What Hydra raised while it read flags, made the output folder, or set a key under one that is null."""
-    if isinstance(error, OSError):
-        folder = given("hydra.run.dir", arguments) or given("hydra.sweep.dir", arguments) or str(error.filename)
-        reason = f"the output folder cannot be made: {error.strerror or error}"
-        return UserError("hydra.run.dir", folder, reason, "choose a folder that you may write to")
-    if isinstance(error, ValueError):  # of flags that exclude each other
-        return UserError("command line", " ".join(arguments), str(error), "see python -m helios_sim --help")
-    if "Unexpected type for root" not in str(error):
-        raise error
-    key = next((a.split("=")[0].lstrip("+") for a in arguments if a.lstrip("+").startswith("policy.")), "policy")
-    fix = "choose one first, such as policy=helios policy.round_requests=50"
-    return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)
-
-
-def _fail(error: UserError, study: str = "") -> int:
-    """`study` says which of several it was."""
-    where = f"{study}: " if study else ""
-    print(f"helios_sim: {where}{error}", file=sys.stderr)
-    return 1
+    return run_command(command)
 
 
 if __name__ == "__main__":

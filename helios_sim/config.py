@@ -6,17 +6,11 @@ What is about Hydra alone serves every command line of the project: such functio
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import re
 import shutil
-import types
-import typing
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -24,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
+from helios_sim.help import conf_folder
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.schema import Config
+from helios_sim.vary.settings import closest, kind_in_words, known_settings
 
 OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
@@ -35,35 +31,8 @@ PRINT_ALL = "--cfg job prints all settings"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
-def conf_folder() -> str:
-    """conf/ beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
-    for folder in (package.parent / "conf", package / "conf"):
-        if (folder / "config.yaml").is_file():
-            return str(folder)
-    raise UserError("conf", str(package.parent / "conf"), "a folder with config.yaml", "reinstall the package")
-
-
 def register() -> None:
     ConfigStore.instance().store(name="config_schema", node=Config)
-
-
-class Variants:
-    """The study's configuration, and copies of it with some settings changed."""
-
-    def __init__(self, settings: DictConfig, arguments: Sequence[str] = ()) -> None:
-        """`arguments`, of the command line, are for messages."""
-        self._settings, self._arguments = settings, arguments
-
-    def __call__(self, changes: Mapping[str, Any]) -> Config:
-        """UserError where a setting does not exist or has a value of the wrong type."""
-        settings = copy.deepcopy(self._settings)
-        for path, value in changes.items():
-            try:
-                OmegaConf.update(settings, path, value, force_add=path.startswith(OPEN))
-            except (OmegaConfBaseException, AssertionError) as error:  # an assertion: a path through a plain value
-                raise _wrong(path, value, str(error)) from error
-        return to_config(settings, self._arguments)
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
@@ -94,7 +63,7 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
                           text, re.DOTALL):  # fmt: skip
         group, option, options = found[1], found[2], found[3].split()
-        fix = _closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
+        fix = closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
     if found := re.search(r"Could not override '([^']+)'", text):
         return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
@@ -158,9 +127,9 @@ def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
 
 def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """A key that does not exist, or a value that it cannot have."""
-    known = _known(schema)
+    known = known_settings(schema)
     if key in known and "is not in struct" not in cause:
-        return UserError(key, value, f"must be {_kind(known[key])}", f"set {key} to such a value")
+        return UserError(key, value, f"must be {kind_in_words(known[key])}", f"set {key} to such a value")
     group = key.split(".")[0]
     if group == "policy" and schema is Config:
         return _wrong_policy_key(key, value, arguments)
@@ -169,7 +138,7 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         return UserError(key, value, allowed, f"write '+{key}={value}'")
     if group == "hydra":
         return UserError(key, value, "no such setting of Hydra", "--cfg hydra prints all of them")
-    fix = _closest(key, list(known))
+    fix = closest(key, list(known))
     if not fix:  # the right name in the wrong place
         last = key.split(".")[-1]
         same = [name for name in known if name.split(".")[-1] == last]
@@ -185,7 +154,7 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
         return UserError(key, value, allowed, "choose one first, such as policy=helios policy.round_requests=50")
     names = [f"policy.{name}" for name in _settings_in(file) if name not in ("name", "arm")]
     allowed = f"{policy} knows {', '.join(name.removeprefix('policy.') for name in names)}"
-    return UserError(key, value, allowed, _closest(key, names) or "correct the name or leave it out")
+    return UserError(key, value, allowed, closest(key, names) or "correct the name or leave it out")
 
 
 def _settings_in(file: Path) -> list[str]:
@@ -201,41 +170,6 @@ def _settings_in(file: Path) -> list[str]:
     return list(found)
 
 
-def _closest(name: str, names: Sequence[str], prefix: str = "") -> str:
-    matches = get_close_matches(name, names, n=1, cutoff=0.7)
-    return f"you may have meant {prefix}{matches[0]}" if matches else ""
-
-
 def _shorter(reason: str) -> str:
     """A parser's complaint without the list of all its tokens."""
     return re.sub(r" expecting \{.*", "", reason.split("\n")[0])
-
-
-def _known(schema: type) -> dict[str, Any]:
-    """All settings by dotted path, with their types; groups of settings too."""
-    found: dict[str, Any] = {}
-
-    def collect(kind: Any, prefix: str) -> None:
-        hints = typing.get_type_hints(kind)
-        for field in fields(kind):
-            found[prefix + field.name] = hints[field.name]
-            if is_dataclass(hints[field.name]):
-                collect(hints[field.name], f"{prefix}{field.name}.")
-
-    collect(schema, "")
-    return found
-
-
-def _kind(hint: Any) -> str:
-    """A type in words."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_kind(part) for part in parts)
-    if origin is list:
-        return f"a list such as [a,b], each {_kind(parts[0])}"
-    if origin is dict:
-        return f"a mapping such as {{a: b}}, each {_kind(parts[1])}"
-    if is_dataclass(hint):
-        return f"a group of settings: {', '.join(field.name for field in fields(hint))}"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(hint, "a value")

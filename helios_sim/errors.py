@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
+from numbers import Integral
 
 
 class UserError(ValueError):
@@ -20,7 +19,7 @@ class UserError(ValueError):
 
     def about(self, key: str) -> UserError:
         """The same mistake under a key that tells the user more."""
-        return UserError(key, self.value, self.allowed, self.fix)
+        return type(self)(key, self.value, self.allowed, self.fix)
 
     def __str__(self) -> str:
         return f"{self.key}={self.value!r}: {self.allowed}. Fix: {self.fix}."
@@ -32,7 +31,7 @@ def require_positive(key: str, value: float, fix: str) -> None:
         raise UserError(key, value, "must be a finite number above 0", fix)
 
 
-def require_count(key: str, value: int, fix: str) -> None:
+def require_count(key: str, value: object, fix: str) -> None:
     """UserError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise UserError(key, value, "must be a whole number of at least 1", fix)

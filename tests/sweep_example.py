@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
-from helios_sim.sweep.schema import DesignsConfig, ParameterConfig
+from helios_sim.sweep.schema import DesignsConfig
+from helios_sim.vary.axis import AxisConfig
 
 SWEEP = """# @package _global_
 name: designs
@@ -22,10 +23,10 @@ sweep:
     limit: {settings: [arms.helios.limit], values: [20, 80]}
 """
 FREE = {
-    "cap_bound": ParameterConfig(settings=["objective.max_disagreement"], low=0.01, high=0.3),
-    "limit": ParameterConfig(settings=["arms.helios.limit"], low=10, high=90, whole=True),
-    "prompts": ParameterConfig(settings=["arms.helios.prompts_per_candidate"], values=[1, 2, 5]),
-    "on_breach": ParameterConfig(settings=["arms.helios.on_breach"], values=["cheaper", "load_only"]),
+    "cap_bound": AxisConfig(settings=["objective.max_disagreement"], low=0.01, high=0.3),
+    "limit": AxisConfig(settings=["arms.helios.limit"], low=10, high=90, whole=True),
+    "prompts": AxisConfig(settings=["arms.helios.prompts_per_candidate"], values=[1, 2, 5]),
+    "on_breach": AxisConfig(settings=["arms.helios.on_breach"], values=["cheaper", "load_only"]),
 }
 SEARCH: dict[str, Any] = {"method": "search", "parameters": FREE, "designs": 24, "generation": 6}
 
@@ -33,8 +34,8 @@ SEARCH: dict[str, Any] = {"method": "search", "parameters": FREE, "designs": 24,
 def example(**sweep: Any) -> Config:
     """Four bounds times seven limits of HELIOS, twelve short requests at once."""
     parameters = {
-        "cap_bound": ParameterConfig(settings=["objective.max_disagreement"], values=[0.02, 0.05, 0.1, 0.2]),
-        "limit": ParameterConfig(settings=["arms.helios.limit"], low=20, high=80, step=10, whole=True),
+        "cap_bound": AxisConfig(settings=["objective.max_disagreement"], values=[0.02, 0.05, 0.1, 0.2]),
+        "limit": AxisConfig(settings=["arms.helios.limit"], low=20, high=80, step=10, whole=True),
     }
     return Config(
         name="example",

@@ -111,9 +111,12 @@ EXPERIMENTS = {
     "no YAML": (STUDY + "seeds: [1\n", ["YAML", "Fix"]),
     "labels that do not match": (
         STUDY + "sweeps: [{axes: [{name: batch, settings: [server.replicas], values: [1, 2], labels: [a]}]}]\n",
-        ["sweeps.axes.labels=['a']", "2 labels"],
+        ["sweeps.axes.batch.labels=['a']", "2 labels"],
     ),
-    "an axis without values": (STUDY + "sweeps: [{axes: [{name: b, settings: [jobs]}]}]\n", ["sweeps.axes='b'"]),
+    "an axis without values": (
+        STUDY + "sweeps: [{axes: [{name: b, settings: [jobs]}]}]\n",
+        ["sweeps.axes.b=None", "needs values"],
+    ),
     "a sweep over what does not exist": (
         STUDY + "sweeps: [{axes: [{name: b, settings: [server.batch], values: [1]}]}]\n",
         ["server.batch", "no such setting"],

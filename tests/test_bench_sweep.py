@@ -12,7 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
+from helios_sim.help import conf_folder
 from helios_sim.sweep.plan import SweepPlan, plan_sweep
 from helios_sim.sweep.run import run_plan
 
@@ -32,14 +33,14 @@ def thousand(each: int = 10) -> SweepPlan:
             "+experiment=quickstart", "sweep.arm=helios", "sweep.backend=processes", "sweep.workers=2",
             f"+sweep.parameters={json.dumps(parameters).replace(chr(34), '')}",
         ])  # fmt: skip
-    return plan_sweep(Variants(settings))
+    return plan_sweep(to_config(settings))
 
 
 @pytest.mark.bench
 def test_a_thousand_designs(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     plan = thousand()
     assert plan.n_designs == 1000
-    result = benchmark.pedantic(run_plan, (plan, tmp_path, {}, lambda outcome, kept: None), rounds=1)
+    result = benchmark.pedantic(run_plan, (plan, tmp_path, {}, lambda task, outcome, kept: None), rounds=1)
     assert len(result.designs) == 1000
     assert not result.failed
     assert benchmark.stats["max"] < 900
@@ -48,5 +49,5 @@ def test_a_thousand_designs(benchmark: BenchmarkFixture, tmp_path: Path) -> None
 def test_what_is_timed_are_designs_of_the_quickstart() -> None:
     plan = thousand(each=2)
     assert [plan.n_designs, plan.arm, plan.config.workload.n_requests] == [8, "helios", 300]
-    assert plan.points is not None
-    assert len({plan.jobs(point)[0].key for point in plan.points}) == 8
+    assert plan.designs is not None
+    assert len({plan.jobs(design)[0].key for design in plan.designs}) == 8

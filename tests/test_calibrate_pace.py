@@ -32,10 +32,10 @@ def test_the_steps_that_others_time_again_are_kept_with_their_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = Costs(speed=1.5)
-    pace = campaign(VirtualSubject(costs), tmp_path / "work", monkeypatch).provenance.details["pace"]
-    assert (pace["decode"]["rows"], pace["decode"]["kv_tokens"]) == (4, LIMITS.max_kv_tokens // 4)
-    assert (pace["prompt"]["rows"], pace["prompt"]["kv_tokens"]) == (64, 0)
-    assert {name: step["layer_s"] for name, step in pace.items()} == pytest.approx(anchors_s(costs))
+    found = campaign(VirtualSubject(costs), tmp_path / "work", monkeypatch).anchors
+    assert (found.decode.rows, found.decode.kv_tokens) == (4, LIMITS.max_kv_tokens // 4)
+    assert (found.prompt.rows, found.prompt.kv_tokens) == (64, 0)
+    assert {"decode": found.decode.layer_s, "prompt": found.prompt.layer_s} == pytest.approx(anchors_s(costs))
 
 
 class Moving(Costs):
@@ -72,8 +72,8 @@ def test_a_machine_that_slows_down_each_kind_of_work_in_its_own_way_is_measured_
     costs.clock = subject.clock
     profile = campaign(subject, tmp_path, monkeypatch)
     assert subject.clock.now_s > 4 * while_s
-    found, known = profile.provenance.details["pace"], anchors_s(plain)
-    pace = {name: found[name]["layer_s"] / known[name] for name in known}
+    found, known = profile.anchors, anchors_s(plain)
+    pace = {"decode": found.decode.layer_s / known["decode"], "prompt": found.prompt.layer_s / known["prompt"]}
     for table, cost in ((profile.head, plain.head), (profile.layer_tables[0].dense, plain.dense)):
         expected = [pace["decode" if r < 16 else "prompt"] * cost(int(r)) for r in table.rows]
         np.testing.assert_allclose(table.time_s, expected, rtol=0.02)

@@ -221,7 +221,7 @@ def test_h100_is_the_rehearsal_s_plan_at_full_size(monkeypatch, capsys, tmp_path
 
     from calibrate.campaigns.plan import CampaignPlan
     from calibrate.schema import CampaignConfig, CampaignLiveConfig
-    from helios_sim.config import conf_folder
+    from helios_sim.help import conf_folder
 
     def stages(name: str) -> list[tuple[str, str]]:
         settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text())

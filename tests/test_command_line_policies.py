@@ -11,13 +11,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from helios_sim.config import conf_folder, register
+from helios_sim.config import register
 from helios_sim.errors import UserError
-from helios_sim.policy.registry import POLICIES, make_parameters
+from helios_sim.help import conf_folder
+from helios_sim.policy.registry import POLICIES
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.runtime import PRESETS
 from helios_sim.study.build import PROFILE_RUNTIME
-from helios_sim.study.plan import FROM_EXITS, arms_of
+from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.schema import Config
 
 CONF = Path(conf_folder())
@@ -55,7 +56,7 @@ def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
     assert set(settings) == set(parameters)
     variant = dict([VARIANTS[file]] if file in VARIANTS else [])
     for key, f in parameters.items():
-        if key in FROM_EXITS:
+        if key in ("threshold", "confidence"):
             assert settings[key] is None
         elif key in variant:
             assert settings[key] == variant[key]
@@ -68,11 +69,12 @@ def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
 
 @pytest.mark.parametrize("file", sorted(set(SHIPPED) - {"custom"}))
 def test_a_file_makes_an_arm_of_its_own_name_that_the_policy_accepts(file):
-    (name, entry), *rest = arms_of(Config(policy=SHIPPED[file])).items()
-    assert (name, rest) == (file, [])
-    settings = {key: value for key, value in entry.items() if key != "policy"}
-    known = {f.name for f in fields(POLICIES[entry["policy"]].parameters)}
-    make_parameters(entry["policy"], settings | ({"threshold": 0.9} if "threshold" in known else {}))
+    config = Config(policy=SHIPPED[file])
+    assert list(entries_of(config)) == [file]
+    (job,) = jobs_of(config, file)
+    assert (job.arm.name, job.arm.policy.name) == (file, SHIPPED[file]["name"])
+    told = {"threshold", *([VARIANTS[file][0]] if file in VARIANTS else [])}
+    assert set(job.arm.policy.told()) <= told
 
 
 @pytest.mark.parametrize("group", ["policy", "objective", "runtime", "workload", "experiment"])
@@ -88,12 +90,12 @@ def test_objectives_and_runtimes_have_a_file_each():
 
 def test_an_added_arm_is_called_by_its_model_and_leaves_others_alone():
     settings = {"name": "full_depth", "model": "opt-1.3b"}
-    assert list(arms_of(Config(policy=settings))) == ["full_depth_opt-1.3b"]
+    assert list(entries_of(Config(policy=settings))) == ["full_depth_opt-1.3b"]
     own = {"policy": "helios", "constants": "batch_scaled"}
-    arms = arms_of(Config(arms={"helios": own}, policy={"name": "helios", "round_requests": 50}))
+    arms = entries_of(Config(arms={"helios": own}, policy={"name": "helios", "round_requests": 50}))
     assert arms == {"helios": own, "helios_added": {"policy": "helios", "round_requests": 50}}
 
 
 def test_settings_without_a_policys_name_are_no_arm():
     with pytest.raises(UserError, match="must have a name"):
-        arms_of(Config(policy={"round_requests": 50}))
+        entries_of(Config(policy={"round_requests": 50}))

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
+from helios_sim.help import conf_folder
 from helios_sim.study.command import run_study
 
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
@@ -35,7 +36,7 @@ def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> No
     if name in NEEDS_SHARED_DATA:
         request.getfixturevalue("shared_data")
     settings = small(name)
-    status = run_study(Variants(settings), tmp_path)
+    status = run_study(to_config(settings), tmp_path)
     assert status in (0, 2)  # a gate may fail on fourteen requests
     printed = capsys.readouterr().out.strip().splitlines()
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -18,6 +18,7 @@ from helios_sim.live.device import CpuDevice  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.profile.pace import DECODE, PROMPT  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
+from helios_sim.profile.spec import Anchor, Anchors  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
 from helios_sim.study.pace import Pace  # noqa: E402
@@ -25,7 +26,7 @@ from live_study import HARDWARE, write_live_study  # noqa: E402
 from tiny_models import FAMILIES, write_tiny  # noqa: E402
 
 LAYERS, STEP_S = 6, 0.012
-DECODES, PROMPTS = {"rows": 2, "kv_tokens": 8}, {"rows": 16, "kv_tokens": 0}
+DECODES, PROMPTS = Anchor(2, 1.0, kv_tokens=8), Anchor(16, 1.0)
 
 
 class Clocked(CpuDevice):
@@ -53,10 +54,10 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Clocked:
 
 def profile(layer_s: float | None, with_prompts: bool = False) -> Profile:
     flat = flat_profile(0.001, n_layers=LAYERS, name="tiny")
-    known = {} if layer_s is None else {"pace": {"decode": DECODES | {"layer_s": layer_s}}}
-    if with_prompts:
-        known["pace"]["prompt"] = PROMPTS | {"layer_s": layer_s / 2}
-    return replace(flat, provenance=replace(flat.provenance, details=known))
+    if layer_s is None:
+        return flat
+    prompt = replace(PROMPTS, layer_s=layer_s / 2) if with_prompts else None
+    return replace(flat, anchors=Anchors(replace(DECODES, layer_s=layer_s), prompt))
 
 
 class There:
@@ -154,9 +155,8 @@ def test_a_comparison_shows_the_simulation_at_the_devices_pace(
     study = write_live_study(tmp_path)
     folder = tmp_path / "profiles" / f"tiny@{HARDWARE}"
     made_up = read_profile(folder)
-    anchors = {"decode": DECODES | {"layer_s": 1.0 / LAYERS}, "prompt": PROMPTS | {"layer_s": 0.5 / LAYERS}}
-    known = {**made_up.provenance.details, "pace": anchors}
-    write_profile(replace(made_up, provenance=replace(made_up.provenance, details=known)), folder)
+    anchors = Anchors(replace(DECODES, layer_s=1.0 / LAYERS), replace(PROMPTS, layer_s=0.5 / LAYERS))
+    write_profile(replace(made_up, anchors=anchors), folder)
     monkeypatch.setattr(pace, "seconds", lambda *_: 2.0)
     loads = ("fidelity_live.loads=[0.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")
     said = CommandLine(capsys, monkeypatch, tmp_path)(*study, *loads, *every)

@@ -20,7 +20,7 @@ from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.profile.models import MODELS
 from helios_sim.profile.store import load_profile, write_profile
-from helios_sim.study.job import Job, run_job
+from helios_sim.study.job import make_job, run_job
 from helios_sim.study.live_schema import LiveConfig
 from helios_sim.study.schema import (
     ArrivalsConfig,
@@ -105,7 +105,7 @@ def test_live_exits_are_those_of_the_trace_to_the_token(tmp_path, policy) -> Non
         live=LiveConfig(weights={name: f"tiny:{name}" for name in PAIR}, texts=str(tmp_path / "words.txt"), warm_up=1),
     )  # fmt: skip
     config.objective.max_disagreement = 0.5
-    runs = [run_job(Job("arm", policy, replace(config, mode=mode), 0)) for mode in ("live", "simulate")]
+    runs = [run_job(make_job("arm", policy, replace(config, mode=mode), 0)) for mode in ("live", "simulate")]
     live, simulated = (run.exit_depths for run in runs)
     assert live == simulated
     breaches = [run.replicate.metrics["breach_fraction"] for run in runs]

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.pace import DECODE_ROWS, PROMPT_ROWS, at_pace
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import Anchor, Anchors
 from helios_sim.profile.tables import RowsTable
 from priced import priced_profile
 
@@ -27,9 +28,9 @@ def prompt(tokens: int, context_tokens: int) -> Composition:
     return Composition((LAYERS,), np.array([[0]]), np.array([[0]]), np.array([0]), prefill=(chunk,))
 
 
-def profile(**details: object) -> Profile:
+def profile(anchors: Anchors | None = None) -> Profile:
     found = priced_profile(row_s=1e-5, kv_token_s=1e-7, prefill_token_s=1e-6, head_s=2e-3, kv_projection_s=1e-4)
-    return replace(found, provenance=replace(found.provenance, details=details))
+    return replace(found, anchors=anchors)
 
 
 def time_s(of: Profile, composition: Composition) -> float:
@@ -64,21 +65,15 @@ def test_one_pace_for_both_scales_whole_iterations(pace: float) -> None:
 
 
 def test_the_steps_that_a_calibration_timed_say_where_the_paces_meet() -> None:
-    anchors = {
-        "decode": {"rows": 2, "kv_tokens": 8, "layer_s": 1.0},
-        "prompt": {"rows": 8, "kv_tokens": 0, "layer_s": 1.0},
-    }
-    known, paced = profile(pace=anchors), at_pace(profile(pace=anchors), 1.0, 2.0)
+    anchors = Anchors(Anchor(2, 1.0, kv_tokens=8), Anchor(8, 1.0))
+    known, paced = profile(anchors), at_pace(profile(anchors), 1.0, 2.0)
     for rows, factor in ((2, 1.0), (4, 1.5), (8, 2.0)):
         assert time_s(paced, decodes(rows, 9)) == pytest.approx(factor * time_s(known, decodes(rows, 9)))
 
 
 def test_where_a_calibration_timed_a_prompt_of_no_more_tokens_than_decodes_the_two_still_part() -> None:
-    anchors = {
-        "decode": {"rows": 4, "kv_tokens": 8, "layer_s": 1.0},
-        "prompt": {"rows": 4, "kv_tokens": 0, "layer_s": 1.0},
-    }
-    known, paced = profile(pace=anchors), at_pace(profile(pace=anchors), 1.0, 2.0)
+    anchors = Anchors(Anchor(4, 1.0, kv_tokens=8), Anchor(4, 1.0))
+    known, paced = profile(anchors), at_pace(profile(anchors), 1.0, 2.0)
     for rows, factor in ((4, 1.0), (5, 2.0)):
         assert time_s(paced, decodes(rows, 9)) == pytest.approx(factor * time_s(known, decodes(rows, 9)))
 

@@ -20,6 +20,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.models import HARDWARE, MODELS
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import roofline_profile
+from helios_sim.profile.spec import Anchor, Anchors
 from helios_sim.profile.store import PROFILES_FOLDER, known_profiles, load_profile, read_profile, write_profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
@@ -58,6 +59,19 @@ def test_what_is_read_equals_what_was_written(make: Callable[[], Profile], tmp_p
     write_profile(profile, tmp_path / "here")
     assert same(profile, read_profile(tmp_path / "here"))
     assert same(profile, load_profile(str(tmp_path / "here")))
+
+
+def test_anchors_are_kept_and_read_from_older_files(tmp_path: Path) -> None:
+    known = dataclasses.replace(flat_profile(0.01), anchors=Anchors(Anchor(4, 1e-3, 128), Anchor(64, 2e-3)))
+    write_profile(known, tmp_path)
+    assert read_profile(tmp_path).anchors == known.anchors
+    header = json.loads((tmp_path / "profile.json").read_text())
+    header["provenance"]["details"]["pace"] = header.pop("anchors")
+    (tmp_path / "profile.json").write_text(json.dumps(header))
+    assert read_profile(tmp_path).anchors == known.anchors
+    header["provenance"]["details"]["pace"] = {"rows": 4, "layer_s": 1e-3}  # of one step, without its name
+    (tmp_path / "profile.json").write_text(json.dumps(header))
+    assert read_profile(tmp_path).anchors is None
 
 
 def test_profiles_travel_between_processes() -> None:

@@ -11,11 +11,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from helios_sim.config import conf_folder, register
+from helios_sim.config import register
 from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.help import conf_folder
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import load_profile
 from helios_sim.provenance import ProvenanceClass

@@ -20,7 +20,7 @@ from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving import timeline
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import Job, serve
+from helios_sim.study.job import make_job, serve
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,
@@ -161,7 +161,7 @@ def peak_bytes(requests: int) -> int:
             mix=MixConfig({"text": 1.0}),
         ),
     )
-    job = Job("arm", {"policy": "full_depth"}, config, 0)
+    job = make_job("arm", {"policy": "full_depth"}, config, 0)
     fleet = build_fleet(config, 0)
     log = RecordLog()
     tracemalloc.start()

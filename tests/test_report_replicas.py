@@ -10,7 +10,7 @@ import pytest
 
 from command_line import write_study
 from helios_sim.report.breakdown import ReplicaFigures, Spread, by_kind
-from helios_sim.study.job import Job, run_job
+from helios_sim.study.job import make_job, run_job
 from helios_sim.study.schema import ArrivalsConfig, ServerConfig
 from test_study_fleet import FULL_DEPTH, study
 
@@ -47,7 +47,7 @@ def test_kinds_weigh_their_replicas_by_what_they_served() -> None:
 def test_replicas_add_up_to_the_run(tmp_path: Path) -> None:
     config = study(tmp_path, router="least_loaded")
     config = replace(config, workload=replace(config.workload, n_requests=40, arrivals=ArrivalsConfig("poisson", 9.0)))
-    result = run_job(Job("arm", FULL_DEPTH, config, 1))
+    result = run_job(make_job("arm", FULL_DEPTH, config, 1))
     metrics, replicas = result.replicate.metrics, result.replicas
     assert [(it.replica, it.kind, it.models) for it in replicas] == [
         (0, "quick", ("small",)), (1, "quick", ("small",)), (2, "deep", ("large",)),
@@ -65,7 +65,7 @@ def test_replicas_add_up_to_the_run(tmp_path: Path) -> None:
 
 def test_one_replica_is_its_own_run(tmp_path: Path) -> None:
     config = replace(study(tmp_path, {}), server=ServerConfig())
-    result = run_job(Job("arm", FULL_DEPTH | {"model": "small"}, config, 0))
+    result = run_job(make_job("arm", FULL_DEPTH | {"model": "small"}, config, 0))
     (only,) = result.replicas
     assert only.e2e_s_p99 == result.replicate.metrics["e2e_s_p99"]
     assert (only.kind, only.card) == ("", "box")

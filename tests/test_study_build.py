@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +14,6 @@ from helios_sim.exits.store import write_trace
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.store import write_profile
 from helios_sim.provenance import ProvenanceClass
-from helios_sim.study.arm import policy_of
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
 from helios_sim.study.check import check_study
@@ -67,14 +64,6 @@ def measured(folder: Path, *, classifier: bool = True, bits: bool = True) -> Con
     )
 
 
-def variants(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with exits.KEY and objective.KEY changed."""
-    for path, value in changes.items():
-        part, key = path.split(".")
-        config = replace(config, **{part: replace(getattr(config, part), **{key: value})})
-    return config
-
-
 def test_host_costs_may_be_those_of_the_profile(tmp_path: Path) -> None:
     config = measured(tmp_path)
     assert build(config, 0).models["small"].profile.runtime.sync_s == 1e-4
@@ -92,7 +81,7 @@ def test_an_arms_own_rule_is_what_policies_are_told_of_the_exits_too(tmp_path: P
         "classifier": {"policy": "early_exit", "model": "small", "confidence": "classifier", "threshold": 0.6},
     }
     config = replace(measured(tmp_path), arms=arms)
-    plan = plan_study(lambda changes: variants(config, changes))
+    plan = plan_study(config)
     head, classifier = (plan.headline.jobs[arm][0] for arm in arms)
     assert head.config.exits == config.exits
     assert (classifier.config.exits.threshold, classifier.config.exits.confidence) == (0.6, "classifier")
@@ -100,7 +89,7 @@ def test_an_arms_own_rule_is_what_policies_are_told_of_the_exits_too(tmp_path: P
     trace = synthetic_trace("small", EXITS["small"], ("prose", "code"), tokens=400, seed=0)
     assert offline.confident_share == pytest.approx((trace.classifier >= 0.6).mean(axis=0))
     assert offline.confidence is Confidence.CLASSIFIER
-    deployed = policy_of(classifier.entry, classifier.config).start(build(classifier.config, 0).situation)
+    deployed = classifier.arm.policy.make().start(build(classifier.config, 0).situation)
     assert deployed.exit_rule == PerToken(0.6, Confidence.CLASSIFIER)
     check_study(plan)
 
@@ -109,7 +98,7 @@ def test_a_classifier_without_a_measured_cost_is_refused_before_anything_runs(tm
     arms = {"classifier": {"policy": "early_exit", "model": "small", "confidence": "classifier"}}
     config = replace(measured(tmp_path, classifier=False), arms=arms)
     with pytest.raises(UserError, match=r"small@box has no cost of a classifier's check"):
-        check_study(plan_study(lambda changes: variants(config, changes)))
+        check_study(plan_study(config))
 
 
 def test_prompts_count_in_tokens_as_long_as_a_measured_trace_found_them(tmp_path: Path) -> None:
@@ -175,12 +164,7 @@ def test_what_an_arm_aims_at_is_no_other_condition_but_its_load_is(tmp_path: Pat
     }
     config = replace(measured(tmp_path), arms=arms, subject="full", headline_metrics=["bits_per_char"])
 
-    def variant(changes: Mapping[str, Any]) -> Config:
-        if "workload.chars_per_token" in changes:
-            return replace(config, workload=replace(config.workload, chars_per_token=1.0))
-        return variants(config, changes)
-
-    plan = plan_study(variant)
+    plan = plan_study(config)
     result = assemble(plan, {job.key: run_job(job) for job in plan.jobs}, {})
     best = next(sentence for sentence in result.verdict if sentence.startswith("Best of the arms"))
     fewest = min(("full", "aims"), key=lambda arm: result.arms[arm].metrics["bits_per_char"])

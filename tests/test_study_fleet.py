@@ -15,7 +15,7 @@ from helios_sim.exits.store import write_trace
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
-from helios_sim.study.job import Job, run_job, serve
+from helios_sim.study.job import make_job, run_job, serve
 from helios_sim.study.schema import ArrivalsConfig, ClusterConfig, Config, ServerConfig
 from test_study_build import EXITS, measured
 
@@ -35,7 +35,7 @@ def study(folder: Path, kinds=KINDS, router: str = "round_robin", tasks=None, **
 
 def served(config: Config, entry=FULL_DEPTH, seed: int = 0) -> tuple[Records, Run, Fleet]:
     fleet, log = build_fleet(config, seed), RecordLog()
-    run = serve(Job("arm", entry, config, seed), fleet, log.add)
+    run = serve(make_job("arm", entry, config, seed), fleet, log.add)
     return log.records(), run, fleet
 
 
@@ -54,7 +54,7 @@ def test_each_kind_has_its_own_models_policy_and_limits(tmp_path: Path) -> None:
 def test_a_single_kind_is_the_same_as_so_many_replicas(tmp_path: Path) -> None:
     alike = replace(measured(tmp_path), server=ServerConfig(replicas=3, router="least_loaded"))
     named = study(tmp_path, {"all": {"count": 3}}, "least_loaded")
-    one, other = (run_job(Job("full", FULL_DEPTH | {"model": "small"}, config, 0)) for config in (alike, named))
+    one, other = (run_job(make_job("full", FULL_DEPTH | {"model": "small"}, config, 0)) for config in (alike, named))
     assert one.replicate.metrics == other.replicate.metrics
     assert one.replicate.records.replica.tolist() == other.replicate.records.replica.tolist()
 
@@ -142,7 +142,7 @@ def test_a_cluster_serves_everybody_and_the_same_again(tmp_path: Path, router: s
     tasks = {"prose": "quick", "code": "deep"} if router == "by_task" else {}
     config = study(tmp_path, router=router, tasks=tasks)
     config = replace(config, workload=replace(config.workload, n_requests=40, arrivals=arrivals))
-    job = Job("arm", FULL_DEPTH, config, 3)
+    job = make_job("arm", FULL_DEPTH, config, 3)
     first, again = run_job(job), run_job(job)
     assert first.replicate.metrics == again.replicate.metrics
     assert first.replicate.metrics["requests_completed"] == 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helios_sim.study import ready
-from helios_sim.study.job import Job
+from helios_sim.study.job import make_job
 from helios_sim.study.schema import Config
 
 
@@ -23,7 +23,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return asked
 
 
-JOB = Job("full_depth", {"policy": "full_depth"}, Config(), 0)
+JOB = make_job("full_depth", {"policy": "full_depth"}, Config(), 0)
 
 
 def test_many_requests_are_worth_one_run_ahead_of_the_clock(made: list[object]) -> None:

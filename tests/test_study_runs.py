@@ -145,6 +145,30 @@ def test_help_is_for_newcomers(helios):
     assert not groups & {"campaign", "task", "helios", "paper"}  # of python -m calibrate, and parts of files
 
 
+HEAVY = {
+    "hydra", "omegaconf", "numpy", "scipy", "numba", "simpy", "pandas", "pyarrow", "matplotlib", "rich", "joblib",
+    "optuna", "ray", "torch", "transformers", "jinja2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_what_needs_no_study_loads_no_library(tmp_path, flag):
+    program = f"import sys, helios_sim.__main__ as m; m.main([{flag!r}]); print(*sys.modules, file=sys.stderr)"
+    environment = os.environ | {"PYTHONPATH": str(Path(helios_sim.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "helios_sim" in ran.stdout
+    assert not HEAVY & {name.partition(".")[0] for name in ran.stderr.split()}
+
+
+def test_help_lists_a_folder_of_the_users_own(helios, tmp_path):
+    folder = write_study(tmp_path)[1]
+    for flags in (("--config-dir", folder), (f"--config-dir={folder}",)):
+        page = " ".join(helios(*flags, "--help").out.split())
+        experiments = page.partition("experiment: ")[2].partition(": ")[0].split(", ")
+        assert {"ablation", "mine", "quickstart"} <= set(experiments)
+
+
 def test_version(helios):
     said = helios("--version")
     assert (said.status, said.out) == (0, f"helios_sim {helios_sim.__version__}\n")
@@ -217,6 +241,27 @@ def test_a_study_stopped_half_way_goes_on_where_it_was(helios, tmp_path, how):
     helios.monkeypatch.syspath_prepend(tmp_path)
     undisturbed = helios(*write_study(tmp_path, HALF_WAY), into="undisturbed")
     assert without_the_clock(json.loads(out.splitlines()[-1])) == without_the_clock(undisturbed.summary)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are read from /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_a_study_of_several(tmp_path, how):
+    (tmp_path / "held.py").write_text(HELD)
+    process = start(tmp_path, "jobs=2")
+    wait_for(tmp_path / "waiting", process)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(how)
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_a_damaged_leftover_is_run_again(helios, tmp_path):

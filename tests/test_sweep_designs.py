@@ -1,4 +1,4 @@
-"""Designs of a configuration: settings by path, parameters, grids; and which of them no other beats."""
+"""Designs of a configuration: which of them no other beats, what they share, and what is checked beforehand."""
 
 from __future__ import annotations
 
@@ -13,96 +13,13 @@ from helios_sim.report.designs import cost, on_front, plain_value
 from helios_sim.report.metrics import Band
 from helios_sim.report.records import RecordLog
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import Job, measure, serve
-from helios_sim.study.schema import Config
-from helios_sim.sweep.evaluate import evaluate
+from helios_sim.study.job import Job, make_job, measure, serve
 from helios_sim.sweep.plan import plan_sweep
-from helios_sim.sweep.schema import DesignsConfig, ParameterConfig
-from helios_sim.sweep.settings import with_settings
-from helios_sim.sweep.space import grid, parameters_of
+from helios_sim.sweep.run import evaluate
+from helios_sim.sweep.schema import DesignsConfig
+from helios_sim.vary.axis import AxisConfig
+from helios_sim.vary.settings import with_settings
 from sweep_example import example
-
-
-def test_settings_by_path_change_a_copy() -> None:
-    config = Config(arms={"helios": {"policy": "helios", "limit": 50}}, policy={"name": "helios"})
-    changes = {
-        "objective.max_disagreement": 0.1,
-        "workload.arrivals.rate_per_s": 3,
-        "arms.helios.limit": 60,
-        "policy.window_tokens": 200,
-        "exits.parameters.unchanged": 0.9,
-        "models": ["opt-6.7b"],
-    }
-    changed = with_settings(config, changes)
-    assert changed.objective.max_disagreement == 0.1
-    assert type(changed.workload.arrivals.rate_per_s) is float
-    assert changed.arms["helios"] == {"policy": "helios", "limit": 60}
-    assert changed.policy == {"name": "helios", "window_tokens": 200}
-    assert changed.exits.parameters == {"unchanged": 0.9}
-    assert changed.models == ["opt-6.7b"]
-    assert config == Config(arms={"helios": {"policy": "helios", "limit": 50}}, policy={"name": "helios"})
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "said"),
-    [
-        ("objective.epsilon", 0.1, "no such setting"),
-        ("objectiv.goal", "energy", "no such setting"),
-        ("arms.nobody.limit", 3, "no such setting"),
-        ("policy.limit", 3, "settings of a policy need policy=NAME"),
-        ("server.block_tokens", 1.5, "must be a whole number"),
-        ("server.block_tokens", True, "must be a whole number"),
-        ("objective.goal", 3, "must be a text"),
-        ("slo.ttft_s", "soon", "must be a number or null"),
-        ("objective.max_disagreement", 3.0, "from 0 to 1"),
-        ("server.replicas", 0, "at least 1"),
-        ("models", [], "at least one model"),
-    ],
-)
-def test_a_path_or_value_that_cannot_be_is_said(path: str, value: object, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        with_settings(Config(arms={"helios": {"policy": "helios"}}), {path: value})
-
-
-def test_a_grid_is_every_combination_the_last_parameter_fastest() -> None:
-    parameters = parameters_of(
-        {
-            "bound": ParameterConfig(settings=["objective.max_disagreement"], low=0.1, high=0.3, step=0.1),
-            "breaches": ParameterConfig(
-                settings=["policy.limit", "policy.window_tokens"], values=[[50, 100], [200, 400]], labels=["a", "b"]
-            ),
-        }
-    )
-    points = grid(parameters)
-    assert [tuple(p.shown.values()) for p in points] == [
-        (0.1, "a"), (0.1, "b"), (0.2, "a"), (0.2, "b"), (0.3, "a"), (0.3, "b"),
-    ]  # fmt: skip
-    assert points[-1].changes == {
-        "objective.max_disagreement": 0.3, "policy.limit": 200, "policy.window_tokens": 400,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("parameter", "said"),
-    [
-        (ParameterConfig(values=[1]), "at least one setting"),
-        (ParameterConfig(settings=["policy.limit"]), "needs values, or a range"),
-        (ParameterConfig(settings=["policy.limit"], values=[]), "at least one value"),
-        (ParameterConfig(settings=["policy.limit"], values=[1], low=3), "not both"),
-        (ParameterConfig(settings=["policy.limit"], low=3), "both ends"),
-        (ParameterConfig(settings=["policy.limit"], low=3, high=2), "at least low, 3"),
-        (ParameterConfig(settings=["policy.limit"], low=1, high=2, step=-1), "null or above 0"),
-        (ParameterConfig(settings=["policy.limit"], low=0, high=2, log=True), "above 0"),
-        (ParameterConfig(settings=["policy.limit"], low=0, high=2.5, whole=True), "whole low, high and step"),
-        (ParameterConfig(settings=["policy.limit"], low=0, high=2), "a grid needs a step"),
-        (ParameterConfig(settings=["policy.limit"], values=[1, 2], labels=["a"]), "2 labels, one a value"),
-        (ParameterConfig(settings=["a", "b"], values=[[1]]), "one entry for each of 2 settings"),
-        (ParameterConfig(settings=["a", "a"], values=[1]), "sets this already"),
-    ],
-)
-def test_an_incomplete_parameter_is_said(parameter: ParameterConfig, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        grid(parameters_of({"it": parameter}))
 
 
 @given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, 2.0, float("inf")])] * 3), max_size=30))
@@ -130,10 +47,10 @@ def from_nothing(job: Job) -> dict:
 
 def test_what_designs_share_changes_no_bit() -> None:
     """A design's metrics are those of the same job run from nothing, in whatever order designs come."""
-    plan = plan_sweep(lambda changes: replace(example(), seeds=[0, 1]))
-    assert plan.points is not None
-    for point in (plan.points[0], plan.points[-1], plan.points[10], plan.points[0]):
-        for job in plan.jobs(point):
+    plan = plan_sweep(replace(example(), seeds=[0, 1]))
+    assert plan.designs is not None
+    for design in (plan.designs[0], plan.designs[-1], plan.designs[10], plan.designs[0]):
+        for job in plan.jobs(design):
             assert evaluate([job]).metrics == from_nothing(job)
 
 
@@ -146,8 +63,8 @@ def test_a_threshold_reaches_what_is_known_of_exits_too(tmp_path) -> None:
     layers = []
     for threshold in (0.6, 0.9, 0.6, 0.75):
         own = with_settings(config, {"exits.threshold": threshold})
-        job = Job("early_exit", {"policy": "early_exit"}, own, 0)
-        helios = Job("helios", {"policy": "helios"}, own, 0)
+        job = make_job("early_exit", {"policy": "early_exit"}, own, 0)
+        helios = make_job("helios", {"policy": "helios"}, own, 0)
         assert evaluate([helios]).metrics == from_nothing(helios)
         metrics = evaluate([job]).metrics
         assert metrics == from_nothing(job)
@@ -178,12 +95,12 @@ def test_a_setting_of_the_sweep_that_cannot_be_is_said(sweep: dict[str, object],
         ({"objectives": ["speed"]}, "sweep.objectives='speed': no such metric"),
         ({"objectives": ["batch_mean"]}, "a metric of which more or less is better"),
         ({"arm": "nobody"}, "one of the arms full_depth, helios"),
-        ({"parameters": {"agreement": ParameterConfig(settings=["arms.helios.limit"], values=[1])}}, "is a column"),
-        ({"parameters": {"s": ParameterConfig(settings=["seeds"], values=[[1]])}}, "the same requests"),
-        ({"parameters": {"s": ParameterConfig(settings=["arms.helios.limmit"], values=[1])}}, "limmit"),
-        ({"parameters": {"s": ParameterConfig(settings=["exits.threshold"], values=[0.3, 0.4])}}, "answers only"),
+        ({"parameters": {"agreement": AxisConfig(settings=["arms.helios.limit"], values=[1])}}, "is a column"),
+        ({"parameters": {"s": AxisConfig(settings=["seeds"], values=[[1]])}}, "the same requests"),
+        ({"parameters": {"s": AxisConfig(settings=["arms.helios.limmit"], values=[1])}}, "limmit"),
+        ({"parameters": {"s": AxisConfig(settings=["exits.threshold"], values=[0.3, 0.4])}}, "answers only"),
     ],
 )
 def test_a_sweep_is_checked_before_anything_runs(change: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        plan_sweep(lambda changes: example(**change))
+        plan_sweep(example(**change))

@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
+from helios_sim.help import conf_folder
 from helios_sim.sweep.command import run_sweep
 
 SWEEPS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("sweep_*.yaml"))
@@ -38,7 +39,7 @@ def test_there_are_a_grid_and_a_search() -> None:
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweep_runs_small(name: str, tmp_path: Path, capsys) -> None:
     settings = small(name)
-    assert run_sweep(Variants(settings), tmp_path) == 0
+    assert run_sweep(to_config(settings), tmp_path) == 0
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert summary["experiment"] == name
     assert list(summary["arms"]) == [*settings.arms, settings.policy.name]

@@ -13,7 +13,7 @@ from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
 from helios_sim.sweep.plan import plan_sweep
 from helios_sim.sweep.run import run_plan, sweep
-from helios_sim.sweep.schema import ParameterConfig
+from helios_sim.vary.axis import AxisConfig
 from sweep_example import example
 
 pytest.importorskip("ray", reason="the extra sweep is not installed")
@@ -66,12 +66,12 @@ def cluster(tmp_path, monkeypatch):
 
 def held(**settings: Any) -> Any:
     base = example(
-        parameters={"number": ParameterConfig(settings=["arms.helios.settings.number"], values=list(range(12)))},
+        parameters={"number": AxisConfig(settings=["arms.helios.settings.number"], values=list(range(12)))},
         objectives=["throughput_requests_per_s", "e2e_s_p99"],
         **settings,
     )
     arm = {"policy": "custom", "object": "held_on_nodes:Held", "settings": {"number": 0}}
-    return plan_sweep(lambda changes: replace(base, arms={**base.arms, "helios": arm}))
+    return plan_sweep(replace(base, arms={**base.arms, "helios": arm}))
 
 
 def wait_for(condition: Any) -> None:
@@ -97,7 +97,8 @@ def test_a_node_that_dies_in_the_middle_changes_nothing(cluster, tmp_path):
     (tmp_path / "out").mkdir()
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    on_ray = run_plan(held(backend="ray", address=cluster.address), tmp_path / "out", {}, lambda outcome, kept: None)
+    plan = held(backend="ray", address=cluster.address)
+    on_ray = run_plan(plan, tmp_path / "out", {}, lambda task, outcome, kept: None)
     killer.join()
     assert finished_before == [4]
     assert len(at_work) == 2  # both nodes, when one of them was killed
@@ -105,7 +106,7 @@ def test_a_node_that_dies_in_the_middle_changes_nothing(cluster, tmp_path):
     assert all(design.error is None for design in on_ray.designs)
     journal = (tmp_path / "out" / "finished.jsonl").read_text().splitlines()
     assert len(journal) == 12 + 1  # each once; the arm as it was set is the first design
-    here = run_plan(held(), None, {}, lambda outcome, kept: None)
+    here = run_plan(held(), None, {}, lambda task, outcome, kept: None)
     assert designs_table(on_ray).equals(designs_table(here))
 
 

@@ -117,7 +117,7 @@ def test_a_parameter_from_the_command_line(command, tmp_path):
 
 @pytest.mark.parametrize(
     ("library", "settings"),
-    [("joblib", {"backend": "processes"}), ("ray", {"backend": "ray"}), ("optuna", {"method": "search"})],
+    [("ray", {"backend": "ray"}), ("optuna", {"method": "search"})],
 )
 def test_a_missing_extra_is_named(monkeypatch, library, settings):
     monkeypatch.setitem(sys.modules, library, None)

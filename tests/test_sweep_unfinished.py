@@ -19,11 +19,11 @@ import helios_sim
 from command_line import write_study
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
-from helios_sim.sweep.backends import Workers
-from helios_sim.sweep.journal import Journal
 from helios_sim.sweep.plan import plan_sweep
-from helios_sim.sweep.run import run_plan, sweep
-from helios_sim.sweep.schema import DesignsConfig, ParameterConfig
+from helios_sim.sweep.run import OutcomeLines, run_plan, sweep
+from helios_sim.vary.axis import AxisConfig
+from helios_sim.vary.runner import Journal, Task
+from helios_sim.vary.workers import Place, Workers
 from sweep_example import SEARCH, SWEEP, example
 
 
@@ -35,7 +35,7 @@ def counting(after: int | None) -> tuple[Callable[..., None], list[bool]]:
     """Notes whether each run was kept from before; stops the sweep after so many that were not."""
     kept: list[bool] = []
 
-    def note(outcome: object, was_kept: bool) -> None:
+    def note(task: object, outcome: object, was_kept: bool) -> None:
         kept.append(was_kept)
         if after is not None and kept.count(False) == after:
             raise Stopped
@@ -43,10 +43,11 @@ def counting(after: int | None) -> tuple[Callable[..., None], list[bool]]:
     return note, kept
 
 
-@pytest.mark.parametrize("settings", [{}, SEARCH], ids=["grid", "search"])
-def test_a_sweep_stopped_half_way_goes_on_with_nothing_repeated(tmp_path, settings):
-    plan = plan_sweep(lambda changes: example(**settings))
-    whole = designs_table(run_plan(plan, None, {}, lambda outcome, kept: None))
+@pytest.mark.parametrize(("settings", "again"), [({}, 1), (SEARCH, 0)], ids=["grid", "search"])
+def test_a_sweep_stopped_half_way_goes_on_with_nothing_repeated(tmp_path, settings, again):
+    """`again`: one design of the grid is the arm as it was set."""
+    plan = plan_sweep(example(**settings))
+    whole = designs_table(run_plan(plan, None, {}, lambda task, outcome, kept: None))
     note, _ = counting(after=10)
     with pytest.raises(Stopped):
         run_plan(plan, tmp_path, {}, note)
@@ -54,8 +55,8 @@ def test_a_sweep_stopped_half_way_goes_on_with_nothing_repeated(tmp_path, settin
     note, kept = counting(after=None)
     resumed = designs_table(run_plan(plan, tmp_path, {}, note))
     assert resumed.equals(whole)
-    assert kept.count(True) == 10
-    assert kept.count(False) == len(whole) - 10
+    assert kept.count(True) == 10 + again
+    assert kept.count(False) == len(whole) - 10 - again
     note, kept = counting(after=None)
     assert designs_table(run_plan(plan, tmp_path, {}, note)).equals(whole)
     assert all(kept)
@@ -143,8 +144,8 @@ def test_a_failed_design_is_reported_and_the_rest_finishes(command, tmp_path, mo
 
 def test_a_design_that_cannot_be_is_one_failed_design():
     result = sweep(example(parameters={
-        "limit": ParameterConfig(settings=["arms.helios.limit"], values=[50, 100, 20]),
-        "bound": ParameterConfig(settings=["objective.max_disagreement"], values=[0.1, 7.0]),
+        "limit": AxisConfig(settings=["arms.helios.limit"], values=[50, 100, 20]),
+        "bound": AxisConfig(settings=["objective.max_disagreement"], values=[0.1, 7.0]),
     }))  # fmt: skip
     errors = {tuple(d.parameters.values()): d.error for d in result.designs}
     assert [key for key, error in errors.items() if error is None] == [(50, 0.1), (20, 0.1)]
@@ -164,13 +165,13 @@ def test_a_sweep_of_which_every_design_fails_is_a_mistake(command, tmp_path):
 def test_a_damaged_journal_says_where(tmp_path):
     (tmp_path / "finished.jsonl").write_text('{"key": "a"}\n')
     with pytest.raises(UserError, match=r"finished\.jsonl, line 1"):
-        Journal(tmp_path)
+        Journal(tmp_path, OutcomeLines()).get(Task("a", {}, ()))
 
 
 def test_a_killed_worker_is_a_message(monkeypatch):
-    workers = Workers(DesignsConfig(backend="processes", workers=2), run=_killed)
+    workers = Workers(Place("processes", 2))
     with pytest.raises(UserError, match=r"sweep\.workers=2.*killed from outside"):
-        list(workers({"a": (), "b": ()}))
+        list(workers(_killed, {"a": (), "b": ()}))
 
 
 def _killed(jobs: object) -> None:

@@ -6,7 +6,6 @@ another model's published shares, or synthetic in a rehearsal.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ from helios_sim.profile.store import read_profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report import files
 from helios_sim.study.live_schema import LiveConfig
-from helios_sim.study.plan import Variant
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,
@@ -205,30 +203,11 @@ def seconds_each(config: CampaignConfig, stage: StageRun, runs: int) -> float:
     return found
 
 
-def summary_of(run: Callable[[Variant, Path], int], study: Config, folder: Path) -> tuple[int, Mapping[str, Any]]:
+def summary_of(run: Callable[[Config, Path], int], study: Config, folder: Path) -> tuple[int, Mapping[str, Any]]:
     """Run the study into the folder. Returns its exit status and summary.json; its output goes to table.txt."""
     with (folder / "table.txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
-        status = run(variant_of(study), folder)
+        status = run(study, folder)
     return status, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def variant_of(config: Config) -> Variant:
-    """A function that changes settings of the configuration by dotted path, as the command line does."""
-
-    def changed(changes: Mapping[str, Any]) -> Config:
-        new = copy.deepcopy(config)
-        for path, value in changes.items():
-            *groups, last = path.split(".")
-            place: Any = new
-            for group in groups:
-                place = place[group] if isinstance(place, dict) else getattr(place, group)
-            if isinstance(place, dict):
-                place[last] = value
-            else:
-                setattr(place, last, value)
-        return new
-
-    return changed
 
 
 def _placed(finished: Finished, folder: Path) -> Profile:

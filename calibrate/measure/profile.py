@@ -40,7 +40,7 @@ from calibrate.measure.sampling import Clock, Points, Sampler
 from calibrate.measure.subject import Subject
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import ModelSpec
+from helios_sim.profile.spec import Anchor, Anchors, ModelSpec
 from helios_sim.provenance import Assumption
 
 PART = "drift"
@@ -171,12 +171,16 @@ def measure_profile(
     """Measure what is missing in `folder` and build the profile.
 
     `loaded_bytes`: by how much memory grew when the model was loaded. `reload` reads one layer again and returns its
-    bytes. Raises UserError if the budget does not suffice for the coarse tables; what was measured is kept.
+    bytes. Raises BudgetSpent if the budget does not suffice for the coarse tables; what was measured is kept.
     """
     import torch
 
     with torch.no_grad():  # not inference mode: another thread could not copy into its tensors
         return _Campaign(subject, about, folder, plan, progress).run(loaded_bytes, reload)
+
+
+class BudgetSpent(UserError):
+    """The time does not suffice for a profile; what was measured is kept."""
 
 
 class _Campaign:
@@ -213,7 +217,7 @@ class _Campaign:
         refined: list[str] = [] if state is None else state["refined"]
         if not self.latency.measure(grids, COARSE_SAMPLES) and not self.latency.known(grids):
             self.drift.note()
-            raise UserError(
+            raise BudgetSpent(
                 "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",
                 "call again with the same folder, or allow more",
             )  # fmt: skip
@@ -310,11 +314,6 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
-            "pace": {
-                name: {"rows": rows, "kv_tokens": kv_tokens, "layer_s": typical_s[name] / self.subject.n_layers}
-                for name, (rows, kv_tokens) in anchor_places(self.subject).items()
-                if name in typical_s
-            },
         }
         provenance = profile.provenance
         provenance = replace(
@@ -322,7 +321,12 @@ class _Campaign:
             details={**provenance.details, **details},
             assumptions=(*provenance.assumptions, *_off(tried)),
         )
-        return replace(profile, provenance=provenance)
+        anchors = {
+            name: Anchor(rows, typical_s[name] / self.subject.n_layers, kv_tokens)
+            for name, (rows, kv_tokens) in anchor_places(self.subject).items()
+            if name in typical_s
+        }
+        return replace(profile, provenance=provenance, anchors=Anchors(**anchors))
 
     def _held_out(self, grids: Grids, table: str) -> list[HeldOut]:
         """The held-out places with the current samples."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from calibrate.exits.hidden import start_token, states
 from calibrate.exits.traces import observe
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
 from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.help import conf_folder
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, OpenSettings, open_models
 from helios_sim.study.build import build
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import Job, serve
+from helios_sim.study.job import make_job, serve
 from helios_sim.study.live import LiveRun
 from helios_sim.study.schema import Config
 
@@ -54,7 +55,7 @@ def main(model: str, requests: int) -> None:
     register()
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", [*SETTINGS, f"models=[{model}]", f"workload.n_requests={requests}"])
-    config = Variants(settings)({"models": [model], "arms": {}})
+    config = replace(to_config(settings), models=[model], arms={})
     parts = build(config, 0)
     data = parts.models[model]
     exits = data.trace.trace.exits
@@ -69,7 +70,7 @@ def main(model: str, requests: int) -> None:
         answers[name] = answers_of(config, entry)
         print(f"{name}: {sum(len(a.tokens) for a in answers[name].values())} tokens", flush=True)
     judge = JUDGES[model]
-    judged = Variants(settings)({"models": [judge], "arms": {}})
+    judged = replace(to_config(settings), models=[judge], arms={})
     live = opened(config, model), opened(judged, judge)
     results = compare(
         answers, *live, exits, PerToken(THRESHOLDS[model], Confidence.CLASSIFIER), parts.workload.mix.tasks
@@ -89,7 +90,7 @@ def answers_of(config: Config, entry: Mapping[str, Any]) -> dict[int, Served]:
     """One live run: every answer by the number of its request."""
     fleet = build_fleet(config, 0)
     live = LiveRun(config, fleet.parts, 0)
-    serve(Job("arm", {**entry, "model": config.models[0]}, config, 0), fleet, lambda record: None, live)
+    serve(make_job("arm", {**entry, "model": config.models[0]}, config, 0), fleet, lambda record: None, live)
     live.close()
     return {
         number: Served(a.request.task, list(a.prompt), list(a.tokens), list(a.depths))

@@ -17,7 +17,8 @@ from time import perf_counter, process_time
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
+from helios_sim.help import conf_folder
 from helios_sim.request import RequestRecord
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
@@ -29,7 +30,7 @@ def jobs(experiment: str, overrides: list[str]) -> list[Job]:
     register()
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", overrides=[f"+experiment={experiment}", *overrides])
-    return plan_study(Variants(settings)).jobs
+    return plan_study(to_config(settings)).jobs
 
 
 def served(job: Job, fleet: Fleet) -> tuple[list[RequestRecord], Run]:

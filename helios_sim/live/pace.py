@@ -14,7 +14,7 @@ import torch
 from helios_sim.live.device import Device, Step
 from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
 from helios_sim.live.model.decoder import SegmentedModel
-from helios_sim.profile.pace import Anchor
+from helios_sim.profile.spec import Anchor
 
 REPEATS = 15
 WARM_STEPS = 2  # not timed

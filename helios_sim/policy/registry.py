@@ -1,4 +1,4 @@
-"""Policies by name, and their parameters from plain settings. Knows no file and no Hydra."""
+"""Policies by name, and their parameters from plain settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -19,13 +21,23 @@ from helios_sim.policy.oracle import OracleParameters, OraclePolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Policy
 
+PolicyParameters = (
+    FullDepthParameters
+    | EarlyExitParameters
+    | StaticCapParameters
+    | HeliosParameters
+    | OracleParameters
+    | CustomParameters
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyKind:
-    parameters: type[Any]  # a frozen dataclass
+    parameters: type[PolicyParameters]
     make: Callable[[Any], Policy]  # from an instance of it
     about: str  # one line for tables
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that the name implies; they cannot be changed
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # parameters that the name implies; they cannot be changed
+    is_bound: bool = False  # knows what will come: not a policy to deploy
 
 
 POLICIES: Mapping[str, PolicyKind] = {
@@ -39,37 +51,79 @@ POLICIES: Mapping[str, PolicyKind] = {
         "as helios, but candidates score served text in one pass",
         fixed={"evaluation": Evaluation.PROBE},
     ),
-    "oracle": PolicyKind(OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change"),
+    "oracle": PolicyKind(
+        OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change", is_bound=True
+    ),
     "custom": PolicyKind(CustomParameters, load_custom, "a policy of your own"),
 }
 
 
-def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
-    """A policy with its own state, for one replica in one run.
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """A policy by name, with its parameters."""
 
-    `settings` are plain values (text, numbers, None); enums go by their values. Raises UserError for an unknown
-    name, an unknown or missing setting, or a value of the wrong kind or range.
+    name: str
+    parameters: PolicyParameters
+
+    def make(self) -> Policy:
+        """A policy with its own state, for one replica in one run."""
+        return self.kind.make(self.parameters)
+
+    @property
+    def kind(self) -> PolicyKind:
+        return POLICIES[self.name]
+
+    def told(self) -> dict[str, Any]:
+        """Parameters that differ from the policy's defaults, or have none; not those that the name implies."""
+        fixed, found = self.kind.fixed, {}
+        for f in fields(self.parameters):
+            value = getattr(self.parameters, f.name)
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if value != default and f.name not in fixed:
+                found[f.name] = value
+        return found
+
+
+def policy_config(name: str, settings: Mapping[str, Any] | None = None) -> PolicyConfig:
+    """From plain values (text, numbers, None); enums go by their values.
+
+    UserError for an unknown name, an unknown or missing parameter, or a value of the wrong kind or range.
     """
-    if name not in POLICIES:
-        raise UserError("policy", name, f"one of {', '.join(POLICIES)}", "choose one of these, or custom for your own")
-    kind = POLICIES[name]
-    return kind.make(make_parameters(name, settings or {}))
-
-
-def make_parameters(name: str, settings: Mapping[str, Any]) -> Any:
-    """An instance of the parameters' dataclass of that policy; UserError as in `make_policy`."""
-    kind = POLICIES[name]
-    known = {f.name: f for f in fields(kind.parameters) if f.name not in kind.fixed}
+    kind, known, settings = _kind_of(name), parameters_of(name), settings or {}
+    parameters: Any = kind.parameters
+    hints = _hints(parameters)
     for key in settings:
         if key not in known:
-            allowed = f"{name} knows {', '.join(known)}"
-            raise UserError(f"policy.{key}", settings[key], allowed, "correct the name or leave it out")
-    for key, f in known.items():
-        if key not in settings and f.default is MISSING and f.default_factory is MISSING:
-            raise UserError(f"policy.{key}", None, f"{name} needs a value", f"set policy.{key}")
-    hints = typing.get_type_hints(kind.parameters)
+            close = get_close_matches(key, known, n=1, cutoff=0.7)
+            fix = f"you may have meant policy.{close[0]}" if close else "correct the name or leave it out"
+            raise UserError(f"policy.{key}", settings[key], f"{name} knows {', '.join(known)}", fix)
+    for f in fields(kind.parameters):
+        if f.name in known and f.name not in settings and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"policy.{f.name}", None, f"{name} needs a value", f"set policy.{f.name}")
     converted = {key: _convert(f"policy.{key}", hints[key], value) for key, value in settings.items()}
-    return kind.parameters(**converted, **kind.fixed)
+    return PolicyConfig(name, parameters(**converted, **kind.fixed))
+
+
+def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
+    """A policy with its own state from plain values. UserError as in `policy_config`."""
+    return policy_config(name, settings).make()
+
+
+def parameters_of(name: str) -> tuple[str, ...]:
+    """Names of the parameters that can be set. UserError for an unknown policy."""
+    kind = _kind_of(name)
+    return tuple(f.name for f in fields(kind.parameters) if f.name not in kind.fixed)
+
+
+def _kind_of(name: str) -> PolicyKind:
+    if name not in POLICIES:
+        raise UserError("policy", name, f"one of {', '.join(POLICIES)}", "choose one of these, or custom for your own")
+    return POLICIES[name]
+
+
+@cache
+def _hints(parameters: Any) -> dict[str, Any]:
+    return typing.get_type_hints(parameters)
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:

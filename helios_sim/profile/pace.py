@@ -1,44 +1,25 @@
 """What a profile costs on a device that is faster or slower than while it was measured. Knows no clock.
 
-Two steps tell how fast a device is just now, each beside what it took while the profile was measured: a few decodes,
-which wait for memory, and a prompt, which computes. Other users of a machine slow down the one more than the other.
-What is computed for so many tokens at once as either step has, goes at its pace; in between by the logarithm of tokens.
+Two steps, the profile's anchors, tell how fast a device is just now, each beside what it took while the profile was
+measured: a few decodes, which wait for memory, and a prompt, which computes. What is computed for so many tokens at
+once as either step has, goes at its pace; in between by the logarithm of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import Anchors
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.profile.terms import MixedTable
 
 DECODE, PROMPT = "decode", "prompt"
 DECODE_ROWS, DECODE_KV_TOKENS = 4, 128  # a step that has room beside what is served
 PROMPT_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """One of the two steps as the calibration timed it: seconds of one layer. `kv_tokens` of each decode."""
-
-    rows: int
-    layer_s: float
-    kv_tokens: int = 0
-
-
-def anchors_of(profile: Profile) -> dict[str, Anchor]:
-    """By name; none where the profile was not measured, or before such steps were timed."""
-    found: Mapping[str, Mapping[str, float]] = profile.provenance.details.get("pace") or {}
-    return {
-        name: Anchor(int(found[name]["rows"]), found[name]["layer_s"], int(found[name]["kv_tokens"]))
-        for name in (DECODE, PROMPT)
-        if isinstance(found.get(name), Mapping)
-    }
 
 
 def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Profile:
@@ -48,10 +29,9 @@ def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Pro
     """
     if prompt is None or prompt == decode:
         return profile if decode == 1.0 else profile.scaled(decode)
-    known = anchors_of(profile)
-    first, last = (
-        known[name].rows if name in known else rows for name, rows in ((DECODE, DECODE_ROWS), (PROMPT, PROMPT_ROWS))
-    )
+    known = profile.anchors or Anchors()
+    first = DECODE_ROWS if known.decode is None else known.decode.rows
+    last = PROMPT_ROWS if known.prompt is None else known.prompt.rows
     pace = _Pace(first, max(first + 1, last), prompt / decode)
     return replace(
         profile.scaled(decode),

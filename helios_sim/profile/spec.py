@@ -103,3 +103,23 @@ class Runtime:
     sources: tuple[tuple[str, str], ...] = ()  # (quantity, source or "assumed: why")
     gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A step that tells how fast a device is just now, as the calibration timed it: seconds of one layer."""
+
+    rows: int
+    layer_s: float
+    kv_tokens: int = 0  # of each decode
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """What the two steps took while a profile was measured; None: not timed.
+
+    A few decodes wait for memory, a prompt computes: other users of a machine slow down the one more than the other.
+    """
+
+    decode: Anchor | None = None
+    prompt: Anchor | None = None

@@ -8,7 +8,7 @@ time_s, iqr_s, samples. `terms.parquet`, where there are optional terms: see `st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Anchor, Anchors, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.store_terms import read_terms, write_terms
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Provenance
@@ -70,7 +70,8 @@ def write_profile(profile: Profile, path: Path) -> None:
         "layer_class": list(profile.layer_class),
         **{key: getattr(profile, key) for key in _SCALARS},
         "provenance": profile.provenance.to_json(),
-        **({"padded_kv": True} if profile.padded_kv else {}),  # added later
+        **({"padded_kv": True} if profile.padded_kv else {}),  # this and what follows were added later
+        **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
     }
     text = json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False)
     (path / "profile.json").write_text(text + "\n", encoding="utf-8")
@@ -108,6 +109,7 @@ def read_profile(path: Path) -> Profile:
             check=_optional_rows_table(rows, "check"),
             check_classifier=_optional_rows_table(rows, "check_classifier"),
             padded_kv=header.get("padded_kv", False),
+            anchors=_anchors(header),
             **{key: header[key] for key in _SCALARS},
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -119,6 +121,13 @@ def read_profile(path: Path) -> Profile:
 def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
     """Its fields; those added later only where they say something, so that older files stay what they were."""
     return {key: value for key, value in asdict(part).items() if value or key not in ADDED_LATER}
+
+
+def _anchors(header: Mapping[str, Any]) -> Anchors | None:
+    """In older files they are among the provenance's details, and in the oldest there are none that can be used."""
+    found = header.get("anchors") or header["provenance"].get("details", {}).get("pace") or {}
+    known = {name: Anchor(**found[name]) for name in ("decode", "prompt") if isinstance(found.get(name), Mapping)}
+    return Anchors(**known) if known else None
 
 
 def _rows_tables(profile: Profile) -> Iterator[tuple[str, int, RowsTable]]:

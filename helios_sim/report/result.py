@@ -63,6 +63,7 @@ class ArmResult:
     baseline: str | None = None  # the arm under the same conditions that it is compared with; None: the result's
     timeline_transitions_ns: Sequence[int] | None = None  # of the timeline's replica; None: those of the replicate
     replicas: tuple[ReplicaFigures, ...] = ()
+    is_bound: bool = False  # knows what will come, as no policy that one could deploy
 
     @property
     def metrics(self) -> Metrics:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from helios_sim.policy.registry import POLICIES
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
@@ -26,11 +25,11 @@ from helios_sim.report.result import (
     SweepPoint,
 )
 from helios_sim.serving.decider import MOST_DECISIONS
-from helios_sim.study.arm import ARM_KEYS
-from helios_sim.study.build import task_names
+from helios_sim.study.arm import Arm
+from helios_sim.study.build import confidence, task_names, threshold
 from helios_sim.study.job import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
-from helios_sim.study.schema import FigureConfig, GateConfig, PublishedConfig
+from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts
 
 Results = Mapping[str, JobResult]  # by job key
@@ -40,7 +39,7 @@ NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is 
 def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -> ExperimentResult:
     """All jobs of the plan must be among the results, and the plan must have passed `check_study`."""
     config = plan.config
-    arms = {name: _arm(name, jobs, results) for name, jobs in plan.headline.jobs.items()}
+    arms = {name: _arm(name, jobs, results, config) for name, jobs in plan.headline.jobs.items()}
     compared = _Compared(results)
     baseline = plan.headline.baseline
     first = results[next(iter(plan.headline.jobs.values()))[0].key]
@@ -85,19 +84,18 @@ def _with_verdict(
     result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan
 ) -> ExperimentResult:
     name = subject or list(result.arms)[-1]
-    arms = plan.config.arms
-    conditions_of = {arm: _conditions((arms.get(arm) or {}).get("overrides")) for arm in result.arms}
+    conditions_of = {arm: _conditions(jobs[0].arm.overrides) for arm, jobs in plan.headline.jobs.items()}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     over = result.baseline_of(name)
     ratios = {} if name == over else compared.ratios(plan.headline.jobs[name], plan.headline.jobs[over])
     return replace(result, verdict=verdict(result, name, ratios, comparable))
 
 
-def _conditions(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What an arm changes of load or hardware; what it aims at, and how it shares out cards that it has, are its own
     affair. Whether it has as many is checked where kinds are."""
     own = ("objective.", "server.router", "cluster.tasks")
-    changed = {key: value for key, value in (overrides or {}).items() if not key.startswith(own)}
+    changed = {key: value for key, value in overrides.items() if not key.startswith(own)}
     kinds = changed.get("cluster.kinds")
     if isinstance(kinds, Mapping) and not any("hardware" in kind for kind in kinds.values()):
         del changed["cluster.kinds"]
@@ -127,11 +125,11 @@ class _Compared:
         return [(replicate.records, replicate.metrics) for replicate in self._replicates(arm)]
 
 
-def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
+def _arm(name: str, jobs: Sequence[Job], results: Results, study: Config) -> ArmResult:
     first = results[jobs[0].key]
     return ArmResult(
         name=name,
-        description=_description(jobs[0].entry),
+        description=_description(jobs[0].arm, study),
         replicates=tuple(results[job.key].replicate for job in jobs),
         timeline=first.timeline,
         timeline_transitions_ns=first.timeline_transitions_ns,
@@ -139,7 +137,8 @@ def _arm(name: str, jobs: Sequence[Job], results: Results) -> ArmResult:
         capacity_bytes=first.capacity_bytes,
         decisions=first.decisions,
         exit_depths=first.exit_depths,
-        baseline=jobs[0].entry.get("baseline"),
+        baseline=jobs[0].arm.baseline,
+        is_bound=jobs[0].arm.policy.kind.is_bound,
     )
 
 
@@ -154,15 +153,18 @@ def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
     ]
 
 
-def _description(entry: Mapping[str, Any]) -> str:
+def _description(arm: Arm, study: Config) -> str:
     """The experiment's own words, or the policy's with whatever this arm sets differently from its defaults."""
-    if entry.get("description"):
-        return str(entry["description"])
-    name = str(entry["policy"])
-    about = POLICIES[name].about if name in POLICIES else name
-    told = {key: value for key, value in entry.items() if key not in (*ARM_KEYS, "model", "batch_limit", "arm")}
-    own = ", ".join(f"{key}={value}" for key, value in told.items() if value is not None)
-    return f"{about}; {own}" if own and name != "custom" else about
+    if arm.description:
+        return arm.description
+    about, told = arm.policy.kind.about, arm.policy.told()
+    of_study = {"threshold": threshold(study), "confidence": confidence(study)}
+    own = ", ".join(
+        f"{key}={value}"
+        for key, value in told.items()
+        if key not in ("model", "batch_limit") and value != of_study.get(key)
+    )
+    return f"{about}; {own}" if own and arm.policy.name != "custom" else about
 
 
 def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:

@@ -1,9 +1,8 @@
-"""Turns settings into the parts of a run: workload, models with their exits, situation. Knows no arm and no result."""
+"""Turns settings into the parts of a run: workload, models with their exits, situation."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -48,6 +47,7 @@ from helios_sim.workload import (
     StepDrift,
     TaskMix,
     TraceArrivals,
+    TraceFileError,
     TraceLengths,
     Workload,
     read_trace,
@@ -213,48 +213,45 @@ def _arrivals(c: ArrivalsConfig) -> Arrivals:
 
 
 def _recorded(key: str, path: str | None) -> RequestTrace:
-    with _under("workload.trace", key):
-        return read_trace(_given(key, path, "a trace"))
-
-
-@contextmanager
-def _under(general: str, key: str) -> Iterator[None]:
-    """Specifications name a setting in general; here it is known which of several it is."""
     try:
-        yield
-    except UserError as error:
-        if error.key.startswith(key) or not error.key.startswith(general):
-            raise
-        raise error.about(key + error.key.removeprefix(general)) from error
+        return read_trace(_given(key, path, "a trace"))
+    except TraceFileError as error:
+        raise error.about(key) from error
 
 
 def _lengths(c: LengthsConfig) -> Lengths:
     match c.kind:
         case "drawn":
-            with _under("workload.lengths", "workload.lengths.prompt"):
-                prompt = _length("workload.lengths.prompt", c.prompt)
-            with _under("workload.lengths", "workload.lengths.output"):
-                output = _length("workload.lengths.output", c.output)
-            return DrawnLengths(prompt, output)
+            return DrawnLengths(
+                _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
+            )
         case "trace":
             return TraceLengths(_recorded("workload.lengths.trace", c.trace), c.resample)
     raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
 
 
 def _length(key: str, c: LengthConfig) -> Length:
+    def made(kind: Callable[..., Length], *values: float | None) -> Length:
+        """Specifications name a setting of lengths in general; here it is known whether it is the prompt's."""
+        try:
+            return kind(*values)
+        except UserError as error:
+            raise error.about(key + error.key.removeprefix("workload.lengths")) from error
+
     match c.kind:
         case "fixed":
-            return Fixed(_given(f"{key}.value", c.value, "a fixed length"))
+            return made(Fixed, _given(f"{key}.value", c.value, "a fixed length"))
         case "exponential":
-            return Exponential(_given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
+            return made(Exponential, _given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
         case "lognormal":
             limits = (c.minimum, c.maximum)
             if c.p50 is not None:
-                return Lognormal.from_percentiles(c.p50, _given(f"{key}.p95", c.p95, "lognormal with p50"), *limits)
+                p95 = _given(f"{key}.p95", c.p95, "lognormal with p50")
+                return made(Lognormal.from_percentiles, c.p50, p95, *limits)
             sigma = _given(f"{key}.sigma", c.sigma, "lognormal")
             if c.median is not None:
-                return Lognormal(c.median, sigma, *limits)
-            return Lognormal.from_mean(_given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
+                return made(Lognormal, c.median, sigma, *limits)
+            return made(Lognormal.from_mean, _given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
     raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
 
 

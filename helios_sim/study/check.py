@@ -1,9 +1,8 @@
-"""Finds what is wrong with a study's settings before anything runs or is written. Knows no result."""
+"""Finds what is wrong with a study's settings before anything runs or is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 import simpy
@@ -14,17 +13,16 @@ from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
-from helios_sim.study.arm import policy_of
+from helios_sim.study.arm import in_arm
 from helios_sim.study.build import Parts
 from helios_sim.study.fleet import Fleet, of_kind
-from helios_sim.study.job import Job
 from helios_sim.study.live_schema import LIVE
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config
 from helios_sim.study.shared import in_json, shared_fleet, what_counts
 
 FIGURES = ("sweep", "load", "arms", "quality")
-NOT_TRIED = ("oracle", "custom")  # one plans for all requests when it starts, the other is not ours to start twice
+CUSTOM = "custom"
 
 
 def check_study(plan: StudyPlan) -> None:
@@ -33,13 +31,13 @@ def check_study(plan: StudyPlan) -> None:
     Points of sweeps are built but not started: what does not fit there is found when it runs, with the rest kept.
     """
     _check_names(plan)
-    for job in {(job.arm, id(job.config)): job for job in plan.jobs}.values():
-        with _of_arm(job):
-            policy_of(job.entry, job.config)
-            if job.config.mode == LIVE and job.entry["policy"] == "oracle":
-                raise UserError(
-                    "policy", "oracle", "one that needs no knowledge of what will come when mode=live", "leave it out"
-                )
+    for job in {(job.arm.name, id(job.config)): job for job in plan.jobs}.values():
+        with in_arm(job.arm.name, job.config):
+            if job.arm.policy.name == CUSTOM:  # found now rather than when it runs
+                job.arm.policy.make()
+            if job.config.mode == LIVE and job.arm.policy.kind.is_bound:
+                allowed = "one that needs no knowledge of what will come when mode=live"
+                raise UserError("policy", job.arm.policy.name, allowed, "leave it out")
     built: dict[str, Fleet] = {}
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = in_json(what_counts(job.config))
@@ -52,25 +50,14 @@ def check_study(plan: StudyPlan) -> None:
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
         for kind in built[in_json(what_counts(job.config))].kinds:
-            entry = job.entry if kind.entry is None else kind.entry
-            if entry["policy"] not in NOT_TRIED:
+            policy = kind.policy or job.arm.policy
+            # one plans for all requests when it starts, the other is not ours to start twice
+            if not policy.kind.is_bound and policy.name != CUSTOM:
                 parts, env = kind.parts, simpy.Environment()
                 engine = SimulatedEngine(env, parts.models)
-                with _of_arm(job), of_kind(kind.name):
-                    policy = policy_of(entry, job.config)
-                    server = Server(env, 0, engine, policy, parts.situation, lambda record, left_ns: None)
+                with in_arm(job.arm.name, job.config), of_kind(kind.name):
+                    server = Server(env, 0, engine, policy.make(), parts.situation, lambda record, left_ns: None)
                     _check_threshold(parts, server.decisions[0].deployment)
-
-
-@contextmanager
-def _of_arm(job: Job) -> Iterator[None]:
-    """Says in a UserError which of the experiment's arms it is about."""
-    try:
-        yield
-    except UserError as error:
-        if job.arm not in job.config.arms:  # the one that `policy` added
-            raise
-        raise error.about(f"arms.{job.arm}: {error.key}") from error
 
 
 def _check_threshold(parts: Parts, first: Deployment) -> None:

@@ -19,24 +19,25 @@ from helios_sim.study.assemble import assemble
 from helios_sim.study.check import check_study
 from helios_sim.study.ending import end
 from helios_sim.study.live_schema import LIVE
-from helios_sim.study.plan import Variant, plan_study
-from helios_sim.study.progress import progress
-from helios_sim.study.runner import forget_jobs, run_jobs
+from helios_sim.study.plan import plan_study
+from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
 from helios_sim.study.schema import Config
+from helios_sim.vary.runner import progress
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 
 
-def run_study(variant: Variant, folder: Path) -> int:
+def run_study(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
-    plan = plan_study(variant)
+    plan = plan_study(config)
     check_study(plan)
     make_folder(folder)
-    with progress(plan) as on_done:
-        results = run_jobs(plan.jobs, folder, processes(plan.config), on_done)
-    result = assemble(plan, results, provenance(plan.config))
+    total = len({job.key for job in plan.jobs})
+    with progress(config.name, total, job_lines(total)) as on_done:
+        results = run_jobs(plan.jobs, folder, processes(config), on_done)
+    result = assemble(plan, results, provenance(config))
     ratios = comparisons(result)
-    summary = write_result(result, folder, ratios, plan.config.pictures)
+    summary = write_result(result, folder, ratios, config.pictures)
     forget_jobs(folder)
     return end(lambda: _show(result, ratios), folder, summary, result.gates)
 

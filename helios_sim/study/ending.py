@@ -1,4 +1,4 @@
-"""How a study ends on standard output, and with which exit status. Knows neither what ran nor what came out of it."""
+"""How a study ends on standard output, and with which exit status."""
 
 from __future__ import annotations
 

@@ -20,13 +20,11 @@ from helios_sim.study.fidelity_log import ServingLog, read_log
 from helios_sim.study.fidelity_result import comparison
 from helios_sim.study.fidelity_run import run_once
 from helios_sim.study.fidelity_setup import Setup, set_up
-from helios_sim.study.plan import Variant
 from helios_sim.study.schema import Config
 
 
-def run_fidelity(variant: Variant, folder: Path) -> int:
+def run_fidelity(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
-    config = variant({})
     if config.fidelity.folder is None:
         raise UserError("fidelity.folder", None, "the folder of a log", "set fidelity.folder")
     if config.sweeps or config.sweep.parameters:

@@ -20,49 +20,50 @@ from helios_sim.study.ending import end
 from helios_sim.study.fidelity_live_cells import Cell, capacity_jobs, capacity_per_s, cells, pair
 from helios_sim.study.fidelity_live_result import Compared, Pass, comparison
 from helios_sim.study.job import Job, JobResult
-from helios_sim.study.plan import Variant, plan_study
+from helios_sim.study.plan import plan_study
 from helios_sim.study.runner import forget_jobs, run_jobs
 from helios_sim.study.schema import Config
+from helios_sim.vary.runner import Task
+from helios_sim.vary.settings import with_settings
 
 CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
 PRINTED = ("mean", "median", "p95", "p99")  # latencies in the terminal's tables; the page has all
 
 
-def run_fidelity_live(variant: Variant, folder: Path) -> int:
+def run_fidelity_live(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written.
 
     Every run that is finished is kept in the folder: after a kill the same folder goes on with what is missing.
     """
-    config = variant({})
-    _check(variant, config)
+    _check(config)
     files.make_folder(folder)
     changes = _measured_profiles(config, folder)
-    found = [Compared(cell) for cell in _cells(variant, changes, folder)]
+    found = [Compared(cell) for cell in _cells(config, changes, folder)]
     # everything once, then everything again: the noise that matters is that between moments as far apart as a profile
     # and what it predicts
     for turn in range(config.fidelity_live.passes):
-        found = [_compared(variant, one, turn, changes, folder) for one in found]
-    result = comparison(found, variant(changes), provenance(config))
+        found = [_compared(config, one, turn, changes, folder) for one in found]
+    result = comparison(found, with_settings(config, changes), provenance(config))
     summary = write_result(result, folder, comparisons(result))
     forget_jobs(folder)
     return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
 
 
-def _check(variant: Variant, config: Config) -> None:
+def _check(config: Config) -> None:
     if config.sweeps or config.sweep.parameters:
         raise UserError("sweeps", len(config.sweeps), "none beside a comparison with live serving", "leave sweeps out")
-    check_study(plan_study(lambda changes: variant({"mode": "live", **changes})))
+    check_study(plan_study(with_settings(config, {"mode": "live"})))
 
 
-def _cells(variant: Variant, changes: Mapping[str, Any], folder: Path) -> list[Cell]:
-    full = capacity_jobs(variant, changes)
+def _cells(config: Config, changes: Mapping[str, Any], folder: Path) -> list[Cell]:
+    full = capacity_jobs(config, changes)
     results = run_jobs(list(full.values()), folder, 1, _tell)
-    return cells(variant, {arm: capacity_per_s(results[job.key]) for arm, job in full.items()})
+    return cells(config, {arm: capacity_per_s(results[job.key]) for arm, job in full.items()})
 
 
-def _compared(variant: Variant, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
+def _compared(config: Config, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
     """With one pass more; simulated also at the pace that the device had in the live run, where that is known."""
-    jobs = pair(variant, so_far.cell, turn, changes)
+    jobs = pair(config, so_far.cell, turn, changes)
     results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
     live, paced = results[jobs.live.key], None
     if (notes := live.live) is not None and notes.pace is not None:
@@ -111,10 +112,11 @@ def _models_of_arms(config: Config) -> Sequence[str]:
     return [model for one in overrides for model in one.get("models", ())]
 
 
-def _tell(job: Job, result: JobResult, kept: bool) -> None:
+def _tell(task: Task[Job], result: JobResult, kept: bool) -> None:
+    job = task.input
     rate = job.config.workload.arrivals.rate_per_s
     load = "a full queue" if job.config.workload.arrivals.kind == "all_at_once" else f"{rate:.2f} requests/s"
-    what = f"{job.config.mode}, {job.arm}, {load}" + (f", pass {job.config.live.run + 1}" if result.live else "")
+    what = f"{job.config.mode}, {job.arm.name}, {load}" + (f", pass {job.config.live.run + 1}" if result.live else "")
     print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
 
 

@@ -6,14 +6,15 @@ same profile, and so the same KV blocks: what differs is where iterations are co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.study.job import Job, JobResult
-from helios_sim.study.plan import Variant, arms_of
+from helios_sim.study.plan import entries_of, jobs_of
+from helios_sim.study.schema import Config
 
 FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the batch hardly count
 
@@ -49,7 +50,7 @@ class Pair:
         return replace(self.simulated, config=slower)
 
 
-def capacity_jobs(variant: Variant, changes: Mapping[str, Any]) -> dict[str, Job]:
+def capacity_jobs(config: Config, changes: Mapping[str, Any]) -> dict[str, Job]:
     """For each arm, a full queue on the simulated device."""
     full = {
         "mode": "simulate",
@@ -57,7 +58,7 @@ def capacity_jobs(variant: Variant, changes: Mapping[str, Any]) -> dict[str, Job
         "workload.arrivals.kind": "all_at_once",
         **changes,
     }
-    return {arm: _job(variant, arm, full) for arm in arms_of(variant({}))}
+    return {arm: jobs_of(config, arm, full)[0] for arm in entries_of(config)}
 
 
 def capacity_per_s(result: JobResult) -> float:
@@ -68,29 +69,22 @@ def capacity_per_s(result: JobResult) -> float:
     return found
 
 
-def cells(variant: Variant, capacities: Mapping[str, float]) -> list[Cell]:
+def cells(config: Config, capacities: Mapping[str, float]) -> list[Cell]:
     """Arms in their order, each at its loads in ascending order."""
-    loads, entries = sorted(variant({}).fidelity_live.loads), arms_of(variant({}))
+    loads, entries = sorted(config.fidelity_live.loads), entries_of(config)
     about = {arm: str(entry.get("description") or entry["policy"]) for arm, entry in entries.items()}
     return [Cell(arm, about[arm], load, capacity * load) for arm, capacity in capacities.items() for load in loads]
 
 
-def pair(variant: Variant, cell: Cell, turn: int, changes: Mapping[str, Any]) -> Pair:
+def pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> Pair:
     """The cell's runs in one pass. `changes` hold for every run."""
-    wanted = variant({}).fidelity_live
+    wanted = config.fidelity_live
     served = {
         "workload.n_requests": max(ceil(cell.rate_per_s * wanted.seconds), wanted.least_requests),
         "workload.arrivals.kind": "poisson",
         "workload.arrivals.rate_per_s": cell.rate_per_s,
         **changes,
     }
-    simulated = _job(variant, cell.arm, {**served, "mode": "simulate"})
-    return Pair(simulated, _job(variant, cell.arm, {**served, "mode": "live", "live.run": turn}))
-
-
-def _job(variant: Callable[[Mapping[str, Any]], Any], arm: str, changes: Mapping[str, Any]) -> Job:
-    entry = dict(arms_of(variant({}))[arm])
-    overrides = dict(entry.pop("overrides", None) or {})
-    rule = {f"exits.{key}": entry[key] for key in ("threshold", "confidence") if entry.get(key) is not None}
-    config = variant({**overrides, **changes, **rule})
-    return Job(arm, entry, config, config.seeds[0])
+    simulated, *_ = jobs_of(config, cell.arm, {**served, "mode": "simulate"})
+    live, *_ = jobs_of(config, cell.arm, {**served, "mode": "live", "live.run": turn})
+    return Pair(simulated, live)

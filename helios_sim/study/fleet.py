@@ -1,4 +1,4 @@
-"""The replicas of a run: what each is made of, and which requests it is meant for. Knows settings, no result.
+"""The replicas of a run: what each is made of, and which requests it is meant for.
 
 Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
 from helios_sim.exits.trace import MICROBITS
+from helios_sim.policy.registry import PolicyConfig
 from helios_sim.profile.spec import HardwareSpec
 from helios_sim.routing import Router, Routing
 from helios_sim.study.arm import policy_of
@@ -35,7 +36,7 @@ class Kind:
     numbers: range  # of its replicas in the run
     parts: Parts
     tasks: tuple[str, ...]  # of the workload, that they are meant for
-    entry: Mapping[str, Any] | None  # its own policy with settings; None: the arm's
+    policy: PolicyConfig | None  # its own; None: the arm's
 
     @property
     def card(self) -> HardwareSpec:
@@ -72,7 +73,7 @@ class _Plan:
     name: str
     numbers: range
     config: Config
-    entry: Mapping[str, Any] | None
+    policy: PolicyConfig | None
 
 
 def build_fleet(config: Config, seed: int) -> Fleet:
@@ -129,9 +130,7 @@ def _plan(name: str, first: int, entry: Mapping[str, Any], config: Config) -> _P
         key = next(iter(settings))
         allowed = f"a kind knows {', '.join(OWN)}; settings of a policy need a policy"
         raise UserError(key, settings[key], allowed, "correct the name, or name the kind's own policy too")
-    own = {"policy": str(entry["policy"]), **settings} if "policy" in entry else None
-    if own is not None:
-        policy_of(own, config)  # only to see that it can be
+    own = policy_of({"policy": entry["policy"], **settings}, config) if "policy" in entry else None
     server = entry.get("server", {})
     if not isinstance(server, Mapping) or not set(server) <= set(OF_ONE_SERVER):
         raise UserError("server", server, f"a mapping of {', '.join(OF_ONE_SERVER)}", "leave the others to the study")
@@ -155,7 +154,7 @@ def _kind(plan: _Plan, seed: int, tasks: tuple[str, ...] | None, share: float | 
     if share != 1:
         situation = replace(parts.situation, expected=expected_load(parts.workload, seed, share))
         parts = replace(parts, situation=situation)
-    return Kind(plan.name, plan.numbers, parts, tasks or parts.workload.mix.tasks, plan.entry)
+    return Kind(plan.name, plan.numbers, parts, tasks or parts.workload.mix.tasks, plan.policy)
 
 
 def _by_map(config: Config, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -205,6 +204,6 @@ def of_kind(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if name == ALIKE or error.key.startswith("cluster."):
+        if name == ALIKE:
             raise
         raise error.about(f"cluster.kinds.{name}.{error.key}") from error

@@ -1,4 +1,4 @@
-"""What is known of the requests to come: by the operator, in means, and by the oracle, all. Knows no policy."""
+"""What is known of the requests to come: the operator knows means, the oracle every request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One job: one arm, one seed, one setting. Knows how to run it anywhere and how to name it for good."""
+"""One job: one arm, one seed, one setting. It runs anywhere, and has the same key wherever its result is the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
-from helios_sim.study.arm import SHOWN_OF_AN_ARM, policy_of
+from helios_sim.study.arm import Arm, arm_of
 from helios_sim.study.build import Parts
 from helios_sim.study.fleet import Fleet
 from helios_sim.study.live_notes import LiveNotes
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    arm: str
-    entry: Mapping[str, Any]  # the arm's: policy and settings
+    arm: Arm
     config: Config
     seed: int
 
@@ -50,9 +49,13 @@ class Job:
         shown["workload"] = {name: value for name, value in vars(self.config.workload).items() if name != "statement"}
         if self.config.mode == SIMULATE:
             del shown["live"]
-        entry = {name: value for name, value in self.entry.items() if name not in SHOWN_OF_AN_ARM}
-        identity = [helios_sim.__version__, shown, entry, self.seed]
+        identity = [helios_sim.__version__, shown, self.arm.policy, self.seed]
         return hashlib.sha256(in_json(identity).encode()).hexdigest()[:24]
+
+
+def make_job(arm: str, entry: Mapping[str, Any], config: Config, seed: int) -> Job:
+    """From an arm's entry, as settings have it. UserError where its policy does not take it."""
+    return Job(arm_of(arm, entry, config), config, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ def serve(
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
         kind = fleet.kind_of(number)
-        parts, policy = kind.parts, policy_of(job.entry if kind.entry is None else kind.entry, job.config)
+        parts, policy = kind.parts, (kind.policy or job.arm.policy).make()
         if live is not None:
             return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left))
         server = Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)

@@ -13,8 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from helios_sim.live.clock import WallClock
-from helios_sim.profile.pace import DECODE, PROMPT, anchors_of
+from helios_sim.profile.pace import DECODE, PROMPT
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import Anchors
 from helios_sim.request import NS_PER_S
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from helios_sim.live.engine import LiveEngine
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.weights import LayerWeights
-    from helios_sim.profile.pace import Anchor
+    from helios_sim.profile.spec import Anchor
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class Pace:
         """`name` is an anchor's, `of_model` that of a model in memory."""
         from helios_sim.live.pace import seconds
 
-        anchor = anchors_of(self._profiles[of_model]).get(name)
+        known = self._profiles[of_model].anchors or Anchors()
+        anchor = known.decode if name == DECODE else known.prompt
         if anchor is None:
             return
         model = self._engine.residents.running(of_model, 1)

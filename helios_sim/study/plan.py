@@ -1,25 +1,25 @@
-"""The jobs of a study: its arms at its own settings, and at every point of its sweeps. Knows no result."""
+"""The jobs of a study: its arms at its own settings, and at every point of its sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.study.arm import arm_of
+from helios_sim.study.build import confidence, threshold
 from helios_sim.study.job import Job
-from helios_sim.study.schema import AxisConfig, Config, SweepConfig
-
-FROM_EXITS = ("threshold", "confidence")  # a policy's; null: as in `exits`
-Variant = Callable[[Mapping[str, Any]], Config]  # the configuration with some settings (dotted paths) changed
+from helios_sim.study.schema import Config, SweepConfig
+from helios_sim.vary.axis import axes_of, grid
+from helios_sim.vary.settings import with_settings
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """One setting; `jobs` by arm, one for each seed."""
 
-    settings: Mapping[str, float | int | str]  # as figures name them; empty for the study itself
+    settings: Mapping[str, Any]  # as figures name them; empty for the study itself
     baseline: str
     jobs: Mapping[str, tuple[Job, ...]]
 
@@ -36,18 +36,17 @@ class StudyPlan:
         return [job for jobs in of_points for job in jobs]
 
 
-def plan_study(variant: Variant) -> StudyPlan:
+def plan_study(config: Config) -> StudyPlan:
     """UserError where an arm, a baseline or an axis is not what it should be."""
-    config = variant({})
-    arms = arms_of(config)
+    arms = entries_of(config)
     baseline = _known_arm("baseline", config.baseline or next(iter(arms)), arms)
     if config.subject is not None:
         _known_arm("subject", config.subject, arms)
     for name, entry in arms.items():
         if entry.get("baseline") is not None:
             _known_arm(f"arms.{name}.baseline", str(entry["baseline"]), arms)
-    headline = _point({}, {}, list(arms), baseline, variant)
-    points = [point for sweep in config.sweeps for point in _sweep(sweep, arms, baseline, variant)]
+    headline = _point(config, {}, {}, list(arms), baseline)
+    points = [point for sweep in config.sweeps for point in _sweep(config, sweep, arms, baseline)]
     return StudyPlan(config, headline, tuple(points))
 
 
@@ -61,8 +60,8 @@ def point_at(plan: StudyPlan, settings: Mapping[str, Any]) -> Point:
     raise UserError("published.at", dict(settings), "a point of one of the sweeps", "correct it or extend a sweep")
 
 
-def arms_of(config: Config) -> dict[str, Mapping[str, Any]]:
-    """The study's arms, with the one that `policy` adds. UserError where an entry is no arm."""
+def entries_of(config: Config) -> dict[str, Mapping[str, Any]]:
+    """The arms by name, as settings have them, with the one that `policy` adds. UserError where an entry is no arm."""
     arms: dict[str, Mapping[str, Any]] = {}
     for name, entry in config.arms.items():
         if not isinstance(entry, Mapping):
@@ -80,9 +79,37 @@ def arms_of(config: Config) -> dict[str, Mapping[str, Any]]:
     return arms
 
 
+def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
+    """An arm under every seed, some settings changed. UserError where its settings cannot be.
+
+    What is known of exits beforehand is summed up at the arm's own threshold and confidence, where it has them.
+    """
+    changes = changes or {}
+    changed = with_settings(config, changes) if changes else config
+    overrides = _entry(changed, arm).get("overrides")
+    if overrides:
+        changed = with_settings(config, {**overrides, **changes})
+    found = arm_of(arm, _entry(changed, arm), changed)
+    rule: dict[str, Any] = {}
+    for key, of_study in (("threshold", threshold(changed)), ("confidence", confidence(changed).value)):
+        own = getattr(found.policy.parameters, key, of_study)
+        if own != of_study:
+            rule[f"exits.{key}"] = own
+    if rule:
+        changed = with_settings(changed, rule)
+    return tuple(Job(found, changed, seed) for seed in changed.seeds)
+
+
+def _entry(config: Config, arm: str) -> Mapping[str, Any]:
+    entries = entries_of(config)
+    if arm not in config.arms:  # the one that `policy` adds, whose name goes by its model
+        return list(entries.values())[-1]
+    return entries[arm]
+
+
 def _added_arm(policy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Its name and entry. It is called by its policy, and by its model if it has one."""
-    settings = {key: value for key, value in policy.items() if not (key in FROM_EXITS and value is None)}
+    settings = dict(policy)
     kind = settings.pop("name", None)
     if kind is None:
         raise UserError("policy", dict(policy), "it must have a name", "choose one, such as policy=helios")
@@ -96,41 +123,16 @@ def _known_arm(key: str, name: str, arms: Mapping[str, Any]) -> str:
     return name
 
 
-def _sweep(sweep: SweepConfig, arms: Mapping[str, Any], baseline: str, variant: Variant) -> list[Point]:
+def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline: str) -> list[Point]:
     names = list(arms) if sweep.arms is None else [_known_arm("sweeps.arms", name, arms) for name in sweep.arms]
     own = baseline if sweep.baseline is None else _known_arm("sweeps.baseline", sweep.baseline, arms)
     if own not in names:
         names.insert(0, own)
-    points = []
-    for combination in product(*(_values(axis) for axis in sweep.axes)):
-        changes = {
-            path: value for axis, (value, _) in zip(sweep.axes, combination, strict=True) for path in axis.settings
-        }
-        settings = {axis.name: label for axis, (_, label) in zip(sweep.axes, combination, strict=True)}
-        points.append(_point(changes, settings, names, own, variant))
-    return points
-
-
-def _values(axis: AxisConfig) -> list[tuple[Any, Any]]:
-    if not axis.values or not axis.settings or not axis.name:
-        raise UserError("sweeps.axes", axis.name, "a name, at least one setting and one value", "complete the axis")
-    labels = axis.values if axis.labels is None else axis.labels
-    if len(labels) != len(axis.values):
-        raise UserError("sweeps.axes.labels", labels, f"{len(axis.values)} labels, one a value", "match them")
-    return list(zip(axis.values, labels, strict=True))
+    choices = grid(axes_of("sweeps.axes", sweep.axes))
+    return [_point(config, choice.changes, choice.shown, names, own) for choice in choices]
 
 
 def _point(
-    changes: Mapping[str, Any], settings: Mapping[str, Any], names: list[str], baseline: str, variant: Variant
+    config: Config, changes: Mapping[str, Any], settings: Mapping[str, Any], names: list[str], baseline: str
 ) -> Point:
-    own = variant(changes)
-    arms, jobs = arms_of(own), {}
-    for name in names:
-        overrides = dict(arms[name].get("overrides") or {})
-        config = variant({**overrides, **changes}) if overrides else own
-        entry = {key: value for key, value in arms_of(config)[name].items() if key != "overrides"}
-        rule = {f"exits.{key}": entry[key] for key in FROM_EXITS if entry.get(key) is not None}
-        if rule:  # what was recorded beforehand is summed up at the arm's own rule
-            config = variant({**overrides, **changes, **rule})
-        jobs[name] = tuple(Job(name, entry, config, seed) for seed in config.seeds)
-    return Point(settings, baseline, jobs)
+    return Point(settings, baseline, {name: jobs_of(config, name, changes) for name in names})

@@ -1,4 +1,4 @@
-"""Compiles once what many short runs will share. Knows how many requests they bring, not what they are.
+"""Compiles once what many short runs will share.
 
 A short run alone does not wait for machine code (`helios_sim.core.machine`), and neither would a thousand of
 them, one after the other.

@@ -11,12 +11,8 @@ from helios_sim.study.schema import Config
 
 
 def run(config: Config) -> ExperimentResult:
-    """Runs every arm of the study under every seed, one after the other. UserError where settings cannot be run.
-
-    Sweeps and overrides of arms are settings by path, which only the command line resolves: they are refused here.
-    """
-    if config.sweeps or any("overrides" in entry for entry in config.arms.values()):
-        raise ValueError("sweeps and overrides need the command line: vary the Config in a loop instead")
-    plan = plan_study(lambda changes: config)
+    """Runs every arm of the study under every seed, and its sweeps. UserError where settings cannot be run."""
+    plan = plan_study(config)
     check_study(plan)
-    return assemble(plan, {job.key: run_job(job) for job in plan.jobs}, {"seeds": list(config.seeds)})
+    jobs = {job.key: job for job in plan.jobs}
+    return assemble(plan, {key: run_job(job) for key, job in jobs.items()}, {"seeds": list(config.seeds)})

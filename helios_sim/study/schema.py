@@ -1,4 +1,4 @@
-"""What a study's settings are, in plain types. Knows ranges of single values, not how the parts are built.
+"""What a study's settings are, in plain types, with the ranges of single values.
 
 The classes are mutable and hold only plain types because Hydra fills them; everything behind them is frozen.
 """
@@ -12,6 +12,7 @@ from helios_sim.errors import UserError
 from helios_sim.study.fidelity_schema import FidelityConfig
 from helios_sim.study.live_schema import MODES, LiveConfig, LiveFidelityConfig
 from helios_sim.sweep.schema import DesignsConfig
+from helios_sim.vary.axis import AxisConfig
 
 
 @dataclass
@@ -150,16 +151,6 @@ class SloConfig:
         for key in ("ttft_s", "tpot_s", "e2e_s"):
             value = getattr(self, key)
             require(value is None or value > 0, f"slo.{key}", value, "null or above 0")
-
-
-@dataclass
-class AxisConfig:
-    """One setting and its values; several settings move together."""
-
-    name: str = ""  # the key in the points' settings and in figures
-    settings: list[str] = field(default_factory=list)  # dotted paths of this configuration
-    values: list[Any] = field(default_factory=list)
-    labels: list[Any] | None = None  # how values are named in figures; None: as they are
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What jobs of one process share of their replicas, made once. Knows settings, no policy and no result.
+"""What jobs of one process share of their replicas, made once.
 
 Arms and designs differ in a policy's settings, the objective or the threshold. Profiles, exit traces, their replays and
 what is known of the load are the same for all of them.
@@ -77,5 +77,6 @@ def _key(config: Config, seed: int) -> str:
     """Of everything that parts are made of, but for what is set anew each time."""
     settings = what_counts(config)
     del settings["objective"]
-    settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
+    if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold
+        settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
     return in_json([seed, settings])

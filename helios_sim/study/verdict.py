@@ -1,4 +1,4 @@
-"""The answer in plain sentences, from the figures alone. Knows no experiment by name."""
+"""The answer in plain sentences, from the figures alone."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
         for arm, value in ((arm, r.metrics.get(name)) for arm, r in result.arms.items())
         if isinstance(value, int | float) and arm in comparable
     }
-    real = {arm: value for arm, value in values.items() if not arm.startswith("oracle")}
+    real = {arm: value for arm, value in values.items() if not result.arms[arm].is_bound}
     if len(real) < 2:
         return ""
     pick = min if DEFINITIONS[name].better is Better.LOWER else max
     best = pick(real, key=lambda arm: real[arm])
     label = DEFINITIONS[name].label
     sentence = f"Best of the arms in {label}: {best} with {shown(name, values[best])}"
-    bounds = [value for arm, value in values.items() if arm.startswith("oracle")]
+    bounds = [value for arm, value in values.items() if result.arms[arm].is_bound]
     return f"{sentence}; the oracle reaches {shown(name, bounds[0])}." if bounds else f"{sentence}."
 
 
@@ -104,7 +104,7 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
     rows = {
         arm: [cost(metric, r.metrics.get(metric)) for metric in names]
         for arm, r in result.arms.items()
-        if arm in comparable and not arm.startswith("oracle")
+        if arm in comparable and not r.is_bound
     }
     if name == "bits_per_char" or not rows:
         return ""

@@ -4,81 +4,113 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report.designs import Design, DesignsResult, cost
+from helios_sim.report.files import json_value
+from helios_sim.report.metrics import Band, Metrics, MetricValue, mean_metrics
+from helios_sim.report.records import RecordLog
 from helios_sim.report.result import ServedWorkload
-from helios_sim.study.job import Job, assumptions_of, inputs_of, notices_of
+from helios_sim.study.job import Job, assumptions_of, inputs_of, measure, notices_of, serve
 from helios_sim.study.ready import make_ready
 from helios_sim.study.schema import Config
 from helios_sim.study.shared import shared_fleet
 from helios_sim.study.verdict import conditions, offered_requests_per_s
-from helios_sim.sweep.backends import Workers
-from helios_sim.sweep.journal import Journal, Outcome
 from helios_sim.sweep.plan import SweepPlan, plan_sweep
 from helios_sim.sweep.search import search
-from helios_sim.sweep.space import Point
 from helios_sim.sweep.verdict import sentences
+from helios_sim.vary.axis import Choice
+from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
+from helios_sim.vary.workers import Place, Workers
 
 USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives
-OnDone = Callable[[Outcome, bool], None]  # true: kept from before, not run now
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one design: metrics, or an error."""
+
+    metrics: Metrics | None
+    error: str | None
+    wall_s: float
+    lasting: bool = True  # false: an error that a second try may not meet
 
 
 def sweep(config: Config) -> DesignsResult:
     """From Python, without files: for notebooks and scripts. UserError where settings cannot be run."""
-    return run_plan(plan_sweep(lambda changes: config), None, {"seeds": list(config.seeds)}, lambda outcome, kept: None)
+    return run_plan(plan_sweep(config), None, {"seeds": list(config.seeds)}, lambda task, outcome, kept: None)
 
 
-def run_plan(plan: SweepPlan, folder: Path | None, provenance: Mapping[str, Any], on_done: OnDone) -> DesignsResult:
+def run_plan(
+    plan: SweepPlan, folder: Path | None, provenance: Mapping[str, Any], on_done: OnDone[Sequence[Job], Outcome]
+) -> DesignsResult:
     """Runs what the folder's journal does not hold. UserError when a library is missing, or every design failed."""
-    workers = Workers(plan.config.sweep)
-    try:
-        evaluations = Evaluations(plan, Journal(folder), workers, on_done)
+    settings = plan.config.sweep
+    with closing(Workers(Place(settings.backend, settings.workers, settings.address))) as workers:
+        evaluations = Evaluations(plan, Journal(folder, OutcomeLines()), workers, on_done)
         job, runs = next(iter(plan.references.values()))[0], plan.n_designs * len(plan.config.seeds)
         make_ready(job, runs * shared_fleet(job.config, job.seed).parts.workload.requests)
-        if plan.points is None:
-            search(plan.parameters, plan.config.sweep, lambda points: [_costs(plan, d) for d in evaluations(points)])
+        if plan.designs is None:
+            search(plan.parameters, settings, lambda choices: [_costs(plan, d) for d in evaluations(choices)])
         else:
-            evaluations(plan.points)
+            evaluations(plan.designs)
         references = evaluations.references()
-    finally:
-        workers.close()
     designs = tuple(evaluations.designs.values())
     if all(design.error is not None for design in designs):
         raise UserError("sweep", f"{len(designs)} designs", f"all failed, the first: {designs[0].error}", "mend that")
     return _result(plan, designs, references, provenance)
 
 
+def evaluate(jobs: Sequence[Job]) -> Outcome:
+    """Means of the metrics over the jobs, which are one design under several seeds. Never raises an error of theirs."""
+    started_s = perf_counter()
+    try:
+        metrics: Mapping[str, MetricValue] | None = mean_metrics([_metrics(job) for job in jobs])
+        error, lasting = None, True
+    except UserError as mistake:
+        metrics, error, lasting = None, str(mistake), True
+    except Exception as defect:  # of ours or of a custom policy: one design must not end the others
+        place = traceback.extract_tb(defect.__traceback__)[-1]
+        metrics, lasting = None, False
+        error = f"{type(defect).__name__}: {defect} ({place.filename}, line {place.lineno})"
+    return Outcome(metrics, error, perf_counter() - started_s, lasting)
+
+
 class Evaluations:
     """Designs by what they are, in the order in which they were first asked for; each is run once."""
 
-    def __init__(self, plan: SweepPlan, journal: Journal, workers: Workers, on_done: OnDone) -> None:
+    def __init__(
+        self, plan: SweepPlan, journal: Journal[Outcome], workers: Workers, on_done: OnDone[Sequence[Job], Outcome]
+    ) -> None:
         self.designs: dict[str, Design] = {}  # by key
         self._plan, self._journal, self._workers, self._on_done = plan, journal, workers, on_done
+        self._outcomes: dict[str, Outcome] = {}  # by key, arms beside the designs too
 
-    def __call__(self, points: Sequence[Point]) -> list[Design]:
-        """In the order of the points."""
-        named: dict[str, tuple[dict[str, Any], Sequence[Job]]] = {}
-        impossible: dict[str, Outcome] = {}
+    def __call__(self, choices: Sequence[Choice]) -> list[Design]:
+        """In the order of the choices."""
+        tasks: dict[str, Task[Sequence[Job]]] = {}
+        outcomes: dict[str, Outcome] = {}
         keys = []
-        for point in points:
-            shown = dict(point.shown)
+        for choice in choices:
+            shown = dict(choice.shown)
             try:
-                jobs = self._plan.jobs(point)
-                key = _key(jobs)
-                named[key] = shown, jobs
+                task = _task(self._plan.jobs(choice), {"design": shown})
+                tasks[task.key] = task
             except UserError as error:
-                key = json.dumps(shown)
-                if key not in self.designs:
-                    impossible[key] = Outcome(None, str(error), 0.0)
-                    self._on_done(impossible[key], False)
-            keys.append(key)
-            self.designs.setdefault(key, Design(f"#{len(self.designs) + 1}", shown, None))
-        outcomes = impossible | self._outcomes({k: v for k, v in named.items() if _unknown(self.designs[k])})
+                task = Task(json.dumps(shown), {"design": shown}, ())
+                if task.key not in self.designs:
+                    outcomes[task.key] = Outcome(None, str(error), 0.0)
+                    self._on_done(task, outcomes[task.key], False)
+            keys.append(task.key)
+            self.designs.setdefault(task.key, Design(f"#{len(self.designs) + 1}", shown, None))
+        outcomes |= self._run([task for key, task in tasks.items() if _unknown(self.designs[key])])
         for key, outcome in outcomes.items():
             before = self.designs[key]
             self.designs[key] = Design(before.name, before.parameters, outcome.metrics, outcome.error)
@@ -86,34 +118,53 @@ class Evaluations:
 
     def references(self) -> tuple[Design, ...]:
         """Every arm at the study's own settings."""
-        keys = {name: _key(jobs) for name, jobs in self._plan.references.items()}
-        outcomes = self._outcomes({keys[name]: ({"arm": name}, jobs) for name, jobs in self._plan.references.items()})
-        found = {name: outcomes[key] for name, key in keys.items()}
+        tasks = {name: _task(jobs, {"arm": name}) for name, jobs in self._plan.references.items()}
+        outcomes = self._run(list(tasks.values()))
+        found = {name: outcomes[task.key] for name, task in tasks.items()}
         return tuple(Design(name, {}, outcome.metrics, outcome.error) for name, outcome in found.items())
 
-    def _outcomes(self, named: Mapping[str, tuple[Mapping[str, Any], Sequence[Job]]]) -> dict[str, Outcome]:
-        found: dict[str, Outcome] = {}
-        for key in named:
-            outcome = self._journal.get(key)
-            if outcome is not None:
-                found[key] = outcome
-                self._on_done(outcome, True)
-        missing = {key: jobs for key, (_, jobs) in named.items() if key not in found}
-        with closing(self._workers(missing)) as outcomes:
-            for key, outcome in outcomes:
-                found[key] = outcome
-                self._journal.add(key, named[key][0], outcome)
-                self._on_done(outcome, False)
-        return found
+    def _run(self, tasks: Sequence[Task[Sequence[Job]]]) -> dict[str, Outcome]:
+        for task in tasks:
+            if task.key in self._outcomes:
+                self._on_done(task, self._outcomes[task.key], True)
+        new = [task for task in tasks if task.key not in self._outcomes]
+        self._outcomes |= run_tasks(evaluate, new, self._journal, self._workers, self._on_done)
+        return {task.key: self._outcomes[task.key] for task in tasks}
+
+
+class OutcomeLines:
+    """Outcomes are their lines of the journal. Python writes floats so that they read back the same."""
+
+    def save(self, folder: Path, key: str, result: Outcome) -> Mapping[str, Any] | None:
+        if not result.lasting:
+            return None
+        return {"wall_s": round(result.wall_s, 3), "error": result.error, "metrics": json_value(result.metrics)}
+
+    def load(self, folder: Path, key: str, line: Mapping[str, Any] | None) -> Outcome | None:
+        if line is None:
+            return None
+        metrics = line["metrics"] and {name: _metric(value) for name, value in line["metrics"].items()}
+        return Outcome(metrics, line["error"], line["wall_s"])
+
+
+def _metric(value: Any) -> MetricValue:
+    return Band(**value) if isinstance(value, dict) else value
+
+
+def _metrics(job: Job) -> dict[str, MetricValue]:
+    fleet = shared_fleet(job.config, job.seed)
+    log = RecordLog()
+    run = serve(job, fleet, log.add, pictures=False)
+    return measure(job, fleet, log.records(), run)
 
 
 def _unknown(design: Design) -> bool:
     return design.metrics is None and design.error is None
 
 
-def _key(jobs: Sequence[Job]) -> str:
-    """The same for the same result."""
-    return hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:24]
+def _task(jobs: Sequence[Job], about: Mapping[str, Any]) -> Task[Sequence[Job]]:
+    """The same key for the same result."""
+    return Task(hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:24], about, jobs)
 
 
 def _costs(plan: SweepPlan, design: Design) -> list[float]:

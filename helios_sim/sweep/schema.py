@@ -1,4 +1,4 @@
-"""What a sweep of designs can be set to, in plain types. Knows ranges of single values, not what a design does.
+"""What a sweep of designs can be set to, in plain types, with the ranges of single values.
 
 Mutable and plain because Hydra fills them, like the study's settings of which these are a part.
 """
@@ -6,34 +6,20 @@ Mutable and plain because Hydra fills them, like the study's settings of which t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.vary.axis import AxisConfig
+from helios_sim.vary.workers import BACKENDS
 
 METHODS = ("grid", "search")
-BACKENDS = ("serial", "processes", "ray")
 SAMPLERS = ("nsga2", "tpe")
-
-
-@dataclass
-class ParameterConfig:
-    """One thing that designs differ in: `values` to choose from, or a range from `low` to `high`."""
-
-    settings: list[str] = field(default_factory=list)  # dotted paths of the study's settings; all take the value
-    values: list[Any] | None = None  # with several settings a value may be a list, one entry for each of them
-    labels: list[Any] | None = None  # how values are named in tables and figures; null: as they are
-    low: float | None = None
-    high: float | None = None
-    step: float | None = None  # null: any value of the range; a grid needs one
-    log: bool = False  # searched on a log scale
-    whole: bool = False  # only whole numbers
 
 
 @dataclass
 class DesignsConfig:
     """A study with `parameters` is a sweep: designs of one arm, the other arms beside them as they are."""
 
-    parameters: dict[str, ParameterConfig] = field(default_factory=dict)  # by name; empty: an ordinary study
+    parameters: dict[str, AxisConfig] = field(default_factory=dict)  # by name; empty: an ordinary study
     method: str = "grid"  # grid: every combination; search: Optuna looks for the front
     arm: str | None = None  # whose designs these are; null: the subject, else the last arm
     objectives: list[str] = field(

@@ -1,4 +1,4 @@
-"""Asks Optuna for designs, a generation at a time. Knows parameters and costs, not what a design is.
+"""Asks Optuna for designs, a generation at a time.
 
 A generation is asked for as a whole and told in the order in which it was asked. Which designs come therefore depends
 on the seed and the size of a generation alone, not on how many workers there are or which ends first, and a search
@@ -12,15 +12,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from helios_sim.sweep.backends import need
 from helios_sim.sweep.schema import DesignsConfig
-from helios_sim.sweep.space import Parameter, Point, Range, point
+from helios_sim.vary.axis import Axis, Choice, Range, choose
+from helios_sim.vary.workers import need
 
 Costs = Sequence[float]
-Answer = Callable[[Sequence[Point]], Sequence[Costs]]  # costs to be made small, in order; infinite: failed
+Answer = Callable[[Sequence[Choice]], Sequence[Costs]]  # costs to be made small, in order; infinite: failed
 
 
-def search(parameters: Sequence[Parameter], config: DesignsConfig, answer: Answer) -> None:
+def search(parameters: Sequence[Axis], config: DesignsConfig, answer: Answer) -> None:
     """Asks for `config.designs` points in all, some of them possibly twice. UserError without Optuna."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a library that it loads advises on progress bars in notebooks
@@ -35,8 +35,8 @@ def search(parameters: Sequence[Parameter], config: DesignsConfig, answer: Answe
     asked = 0
     while asked < config.designs:
         trials = [study.ask(space) for _ in range(min(config.generation, config.designs - asked))]
-        points = [point(parameters, [trial.params[p.name] for p in parameters]) for trial in trials]
-        for trial, costs in zip(trials, answer(points), strict=True):
+        choices = [choose(parameters, [trial.params[p.name] for p in parameters]) for trial in trials]
+        for trial, costs in zip(trials, answer(choices), strict=True):
             if all(map(math.isfinite, costs)):
                 study.tell(trial, list(costs))
             else:
@@ -44,7 +44,7 @@ def search(parameters: Sequence[Parameter], config: DesignsConfig, answer: Answe
         asked += len(trials)
 
 
-def _distribution(distributions: Any, parameter: Parameter) -> Any:
+def _distribution(distributions: Any, parameter: Axis) -> Any:
     """Numbers in ascending order keep their order; anything else is a choice among names."""
     values = parameter.values
     if isinstance(values, Range):

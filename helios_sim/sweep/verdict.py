@@ -1,4 +1,4 @@
-"""What a sweep says in plain sentences, from its figures alone. Knows no experiment by name."""
+"""What a sweep says in plain sentences, from its figures alone."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Consta
 from helios_sim.workload.generate import BLOCK_REQUESTS, LengthFigures, Workload, WorkloadFigures, describe, generate
 from helios_sim.workload.lengths import DrawnLengths, Exponential, Fixed, Length, Lengths, Lognormal, TraceLengths
 from helios_sim.workload.mix import Drift, LinearDrift, Per, PeriodicDrift, StepDrift, TaskMix
-from helios_sim.workload.traces import RequestTrace, read_trace
+from helios_sim.workload.traces import RequestTrace, TraceFileError, read_trace
 
 __all__ = [
     "BLOCK_REQUESTS",
@@ -29,6 +29,7 @@ __all__ = [
     "StepDrift",
     "TaskMix",
     "TraceArrivals",
+    "TraceFileError",
     "TraceLengths",
     "Workload",
     "WorkloadFigures",

@@ -105,6 +105,10 @@ _ALLOWED = {
 }
 
 
+class TraceFileError(UserError):
+    """A file that is not there or is no trace as a whole; its key is a setting that is one of several."""
+
+
 class _NotReadable(Exception):
     """A cell does not hold what its column needs."""
 
@@ -134,7 +138,7 @@ def _read(file: Path, limit: int | None, written_ns: int, n_bytes: int) -> Reque
     except _NotReadable as why:
         _refuse_file(file, columns, str(why))
     if not len(table):
-        raise UserError("workload.trace", str(file), "must hold at least one request", "choose another file")
+        raise TraceFileError("workload.trace", str(file), "must hold at least one request", "choose another file")
     return _trace(file.name, values, limit)
 
 
@@ -146,7 +150,7 @@ def _column_names(file: Path) -> Sequence[str]:
             first = json.loads(lines.readline() or "{}")
             return list(first) if isinstance(first, dict) else []
     except (*_DAMAGE, json.JSONDecodeError) as error:
-        raise UserError(
+        raise TraceFileError(
             "workload.trace", str(file), f"its first line cannot be read ({error})", "fetch the file again"
         ) from error
 
@@ -245,7 +249,7 @@ def _locate(path: str | Path) -> Path:
     for candidate in (given, shared_data_folder() / given):  # an absolute path stays itself
         if candidate.is_file():
             return candidate
-    raise UserError(
+    raise TraceFileError(
         "workload.trace",
         str(path),
         f"there is no such file here, nor in {shared_data_folder()}",
@@ -275,7 +279,7 @@ def _refuse_file(file: Path, columns: tuple[TraceColumn, ...], why: str) -> NoRe
                     raise UserError(place, cell, _ALLOWED[column.format], _DROP)
     except _DAMAGE as error:
         why = str(error)
-    raise UserError("workload.trace", str(file), f"cannot be read ({why})", "fetch the file again")
+    raise TraceFileError("workload.trace", str(file), f"cannot be read ({why})", "fetch the file again")
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from digests.canonical import digest
-from helios_sim.config import Variants, conf_folder, register
+from helios_sim.config import register, to_config
+from helios_sim.help import conf_folder
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.command import run_study
 from helios_sim.sweep.command import run_sweep
@@ -61,7 +62,7 @@ def experiment_digests(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            run(Variants(settings), folder)
+            run(to_config(settings), folder)
         summary = json.loads((folder / "summary.json").read_text())
         tables = {path.stem: pq.read_table(path).to_pylist() for path in sorted(folder.glob("*.parquet"))}
     return folder_digests(summary, tables)

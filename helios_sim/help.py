@@ -1,0 +1,55 @@
+"""The page that `--help` prints: conf/hydra/help with the groups of conf/, without loading Hydra for it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from helios_sim.errors import UserError
+
+NOT_CHOSEN = ("campaign", "helios", "hydra", "paper")  # groups: of another program, and of what files of others share
+WIDTH = 120
+
+
+def conf_folder() -> str:
+    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    raise UserError("conf", str(package.parent / "conf"), "a folder with config.yaml", "reinstall the package")
+
+
+def is_asked(command: Sequence[str]) -> bool:
+    return bool({"--help", "-h"} & {*command})
+
+
+def help_text(program: str, command: Sequence[str]) -> str:
+    """The program's page, with the groups that a folder named by --config-dir adds."""
+    conf = Path(conf_folder())
+    page = yaml.safe_load((conf / "hydra" / "help" / f"{program}.yaml").read_text(encoding="utf-8"))
+    folders = [conf, *(Path(folder) for folder in _config_dirs(command))]
+    text: str = page["template"].replace("$APP_CONFIG_GROUPS", _groups(folders))
+    for part in ("header", "footer"):
+        text = text.replace(f"${{hydra.help.{part}}}", page[part])
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in text.splitlines()
+    )
+
+
+def _groups(folders: Sequence[Path]) -> str:
+    options: dict[str, set[str]] = {}
+    for file in (file for folder in folders for file in folder.glob("*/*.yaml")):
+        options.setdefault(file.parent.name, set()).add(file.stem)
+    lines = [f"{group}: {', '.join(sorted(names))}" for group, names in sorted(options.items())]
+    return "\n".join(line for line in lines if line.partition(":")[0] not in NOT_CHOSEN)
+
+
+def _config_dirs(command: Sequence[str]) -> list[str]:
+    """What follows --config-dir, in either way of writing it."""
+    apart = [folder for flag, folder in pairwise(command) if flag in ("--config-dir", "-cd")]
+    return apart + [word.partition("=")[2] for word in command if word.startswith("--config-dir=")]

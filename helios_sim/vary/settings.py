@@ -1,0 +1,151 @@
+"""The one way to change settings by path: a copy of a configuration with some of them set anew.
+
+The command line composes a configuration with Hydra; whatever varies it afterwards (sweeps, designs, overrides of an
+arm, scripts) goes through `with_settings`, which checks types and ranges as Hydra does.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, TypeVar
+
+from helios_sim.errors import UserError
+
+_Config = TypeVar("_Config")
+_Names = tuple[str, ...]
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
+    """A copy of a dataclass of settings with these dotted paths set; groups off these paths are shared, not copied.
+
+    A mapping changes the entries that it names and leaves the others, as on the command line. Ranges are checked once,
+    when all changes are made. UserError where a path leads nowhere or a value has the wrong type or is out of range.
+    Keys of a mapping, such as those of a policy, are free: what is wrong there is found by those who read them.
+    """
+    own: dict[_Names, Any] = {(): copy.copy(config)}  # groups that this copy does not share
+    for path, value in changes.items():
+        _set(own, tuple(path.split(".")), value)
+    for group in reversed(own.values()):  # a group comes after the one that holds it
+        if hasattr(group, "__post_init__"):
+            group.__post_init__()
+    found: _Config = own[()]
+    return found
+
+
+def known_settings(schema: type) -> dict[str, Any]:
+    """All settings of a dataclass by dotted path, with their types; groups of settings too."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(schema).items():
+        found[name] = hint
+        if is_dataclass(hint):
+            found |= {f"{name}.{below}": kind for below, kind in known_settings(typing.cast(type, hint)).items()}
+    return found
+
+
+def kind_in_words(hint: Any) -> str:
+    """A type as messages name it."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(kind_in_words(part) for part in parts)
+    if origin is list:
+        return f"a list such as [a,b], each {kind_in_words(parts[0])}"
+    if origin is dict:
+        return f"a mapping such as {{a: b}}, each {kind_in_words(parts[1])}"
+    if is_dataclass(hint):
+        return f"a group of settings: {', '.join(field.name for field in fields(hint))}"
+    return _WORDS.get(hint, "a value")
+
+
+def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A fix that names the one that was probably meant; empty where none is near."""
+    matches = get_close_matches(name, list(names), n=1, cutoff=0.7)
+    return f"you may have meant {prefix}{matches[0]}" if matches else ""
+
+
+def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
+    place: Any = _own_group(own, names[:-1], names)
+    there = _there(place, names[-1])
+    if isinstance(value, Mapping) and (is_dataclass(there) or isinstance(there, dict)):
+        for name, below in value.items():
+            _set(own, (*names, str(name)), below)
+        return
+    hint = _hint_at(type(own[()]), names)
+    if hint is None:
+        raise _nowhere(own, names)
+    _put(place, names[-1], _as(hint, value, ".".join(names)))
+
+
+def _own_group(own: dict[_Names, Any], group: _Names, names: _Names) -> Any:
+    """The group at this path, copied if it is still shared. `names` is the setting that is wanted, for messages."""
+    if group not in own:
+        above = _own_group(own, group[:-1], names)
+        there = _there(above, group[-1])
+        if not (is_dataclass(there) or isinstance(there, dict)):
+            raise _nowhere(own, names)
+        own[group] = copy.copy(there)
+        _put(above, group[-1], own[group])
+    return own[group]
+
+
+def _there(place: Any, name: str) -> Any:
+    return place.get(name) if isinstance(place, dict) else getattr(place, name, None)
+
+
+def _put(place: Any, name: str, value: Any) -> None:
+    if isinstance(place, dict):
+        place[name] = value
+    else:
+        setattr(place, name, value)
+
+
+def _hint_at(schema: Any, names: _Names) -> Any:
+    """The type of the setting at this path; None where there is none."""
+    kind: Any = schema
+    for name in names:
+        if is_dataclass(kind):
+            kind = _hints(typing.cast(Any, kind)).get(name)
+        else:
+            of_dicts = [typing.get_args(part) for part in _parts(kind) if typing.get_origin(part) is dict]
+            kind = of_dicts[0][1] if of_dicts else Any
+    return kind
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _as(hint: Any, value: Any, path: str) -> Any:
+    """The value in the setting's type: a whole number will do for a number."""
+    for kind in _parts(hint):
+        plain, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+        if plain is list and isinstance(value, list | tuple):
+            return [_as(parts[0], item, path) for item in value]
+        if plain is dict and isinstance(value, Mapping):
+            return {str(key): _as(parts[1], item, path) for key, item in value.items()}
+        if plain is float and type(value) is int:
+            return float(value)
+        if plain is str and isinstance(value, str):
+            return str(value)  # without the class of a name
+        if plain is Any or type(value) is plain:
+            return value
+    raise UserError(path, value, f"must be {kind_in_words(hint)}", f"set {path} to such a value")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _nowhere(own: Mapping[_Names, Any], names: Sequence[str]) -> UserError:
+    path = ".".join(names)
+    fix = "name a setting of the study; settings of a policy need policy=NAME, those of an arm begin with arms.NAME"
+    return UserError(path, "given", "no such setting", closest(path, known_settings(type(own[()]))) or fix)

@@ -1,0 +1,183 @@
+"""Where tasks run: in this process, in several here, or on a Ray cluster, the latter two through joblib.
+
+Whatever runs them, each task is computed by the same function from the same input, so the results are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from time import sleep
+from types import ModuleType
+from typing import Any, TypeVar
+
+from helios_sim.errors import UserError
+
+BACKENDS = ("serial", "processes", "ray")
+# Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
+# part of the cluster is gone before anybody has noticed.
+SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
+FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
+MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where tasks run. `setting` is the one that says on how many workers, for messages."""
+
+    backend: str = "serial"
+    workers: int | None = None  # None: one for each core, of this machine or of the cluster
+    address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, else one is started here
+    setting: str = "sweep.workers"
+
+
+def need(name: str, key: str, value: object) -> ModuleType:
+    """The library, or a UserError that names the extra."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        library = name.split(".")[0]
+        allowed = f"needs {library}, which is not installed"
+        fix = "install the extra: make sweep, or pip install 'helios-llm-sim[sweep]'"
+        raise UserError(key, value, allowed, fix) from error
+
+
+class Workers:
+    """Runs tasks at a place. Processes stay between calls, with what they keep."""
+
+    def __init__(self, place: Place) -> None:
+        """UserError where the backend's libraries are missing or its cluster cannot be reached."""
+        self._place = place
+        self._connected: Any = None
+        if place.backend == "ray":
+            self._ray = need("ray", "sweep.backend", place.backend)
+            self._connect()
+
+    def __call__(self, function: Callable[[_In], _Out], inputs: Mapping[str, _In]) -> Generator[tuple[str, _Out]]:
+        """Results by key, in the order in which they come. Raises the first error of a task and ends the others."""
+        wanted = min(self._place.workers or os.cpu_count() or 1, len(inputs))
+        if self._place.backend == "ray":
+            yield from self._cluster(function, inputs)
+        elif self._place.backend == "processes" and wanted > 1:
+            yield from self._processes(function, inputs, wanted)
+        else:
+            for key, value in inputs.items():
+                yield key, function(value)
+
+    def close(self) -> None:
+        """Leaves the Ray cluster, which ends it if it was started for these tasks."""
+        if self._connected is not None:
+            self._connected.shutdown()
+            self._connected = None
+
+    def _processes(
+        self, function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int
+    ) -> Iterator[tuple[str, _Out]]:
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        try:
+            yield from _parallel(
+                function, inputs, workers, backend="loky", max_nbytes=None, initializer=_follow, initargs=(os.getpid(),)
+            )
+        except TerminatedWorkerError as error:
+            setting = self._place.setting
+            allowed = "a process was killed from outside, most often for want of memory; what is finished is kept"
+            fix = f"start again in the same hydra.run.dir with fewer, such as {setting}=1"
+            raise UserError(setting, workers, allowed, fix) from error
+        except BaseException:
+            _join_feeders()
+            raise
+
+    def _cluster(self, function: Callable[[_In], _Out], inputs: Mapping[str, _In]) -> Iterator[tuple[str, _Out]]:
+        """What was lost with a node runs again on those that are left."""
+        from joblib import parallel_config
+        from ray.exceptions import RayError
+
+        missing, in_vain = dict(inputs), 0
+        while missing:
+            cpus = int(self._ray.cluster_resources().get("CPU", 1))
+            workers = max(1, min(self._place.workers or cpus, cpus, len(missing)))
+            before = len(missing)
+            try:
+                with parallel_config("ray", ray_remote_args=SPREAD):
+                    for key, result in _parallel(function, missing, workers):
+                        del missing[key]
+                        yield key, result
+            except RayError as error:
+                in_vain = in_vain + 1 if len(missing) == before else 0
+                if in_vain == MOST_IN_VAIN:
+                    allowed = f"the cluster does not answer ({type(error).__name__}); what is finished is kept"
+                    fix = "look at the cluster, then start again in the same hydra.run.dir"
+                    raise UserError("sweep.backend", "ray", allowed, fix) from error
+
+    def _connect(self) -> None:
+        from joblib import register_parallel_backend
+
+        ray_backend = import_module("ray.util.joblib.ray_backend").RayBackend
+        # Results as they come: Ray hands them over as joblib's other pools do, which joblib does not know of it.
+        streaming = type("RayBackend", (ray_backend,), {"supports_return_generator": True})
+        register_parallel_backend("ray", streaming)
+        if self._ray.is_initialized():
+            return
+        address = self._place.address
+        own = address in (None, "local") and "RAY_ADDRESS" not in os.environ
+        of_own = {"include_dashboard": False, "num_cpus": self._place.workers} if own else {}
+        try:
+            _knock(address)
+            self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = f"no Ray cluster can be reached there: {str(error).splitlines()[0]}"
+            fix = "correct it, or leave it out to start one here"
+            raise UserError("sweep.address", address, reason, fix) from error
+        self._connected = self._ray
+
+
+def _parallel(
+    function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int, **options: Any
+) -> Iterator[tuple[str, _Out]]:
+    from joblib import Parallel, delayed
+
+    parallel = Parallel(workers, batch_size=1, return_as="generator_unordered", **options)
+    yield from parallel(delayed(_one)(function, key, value) for key, value in list(inputs.items()))
+
+
+def _one(function: Callable[[_In], _Out], key: str, value: _In) -> tuple[str, _Out]:
+    return key, function(value)
+
+
+def _knock(address: str | None) -> None:
+    """OSError where nothing listens at HOST:PORT, which Ray would wait minutes for."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _join_feeders() -> None:
+    """joblib waits for its processes when it stops half-way, but not for the thread that feeds their queue. That one
+    gives semaphores back as it ends; an interpreter that ends earlier complains that they leak.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(FEEDER_S)
+
+
+def _follow(parent: int) -> None:
+    """What a process of ours begins with. It leaves interrupts to its parent, and does not outlive it, however that
+    ends: joblib's own processes would wait for minutes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        sleep(0.5)
+    os._exit(1)
