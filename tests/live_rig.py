@@ -145,6 +145,7 @@ def serve_live(
         own = Scripted(policy) if isinstance(policy, Deployment) else policy
         servers.append(Server(env, number, engine, own, situation, on_left))
         engine.faults = servers[0]
+        servers[0].open()
         LAST[:] = [records, servers[0], engine]
         if act is not None:
             act(env, engine, servers[0])

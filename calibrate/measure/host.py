@@ -246,6 +246,7 @@ def serve(subject: Subject, spec: ModelSpec, ceilings: Ceilings, batch: int, ans
     def make_server(env: Any, number: int, on_left: Any) -> Server:
         policy = FullDepthPolicy(FullDepthParameters())
         server = Server(env, number, watched, policy, situation, on_left)
+        server.open()
         clock.sync()
         return server
 

@@ -61,8 +61,11 @@ class Server:
 
         `machine`: the loop as machine code. `feed`: all requests of this replica, which then runs ahead of the clock;
         with `users` they come in a closed loop. Without a feed requests are submitted; `horizon_ns` says before when
-        nothing will be, None: something may at any moment, and each turn is an event.
+        nothing will be, None: something may at any moment, and each turn is an event. A server that has been opened
+        stays as it is.
         """
+        if self._opened:
+            return
         self._opened = True
         storage = Storage(compiled=machine is not None)
         self._advance: Callable[..., int] = advance if machine is None else machine.advance

@@ -232,6 +232,7 @@ class Transitions:
         self._weigh(residency.layers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
         replica.meet_timeline()
+        replica.enforce()  # an engine may have found its room for requests only now
 
     def _weigh(self, layers: dict[str, int]) -> None:
         self._replica.engine.hold(layers)

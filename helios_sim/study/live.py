@@ -73,6 +73,7 @@ class LiveRun:
         """
         server = make_server(self.engine)
         self.device_engine.faults = server
+        server.open()
         deployment, live = server.decisions[0].deployment, self._config.live
         places = self.device_engine.work.places[deployment.active.model].requests
         requests = list(islice(self._requests(), min(WARM_REQUESTS, places)))
