@@ -102,8 +102,14 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         expected=expected_load(workload, seed),
         outlook=Foresight(workload, seed, models),
         schedule_ahead=config.server.schedule_ahead,
+        order=config.server.order,
         vllm_v1=config.server.scheduler == "vllm_v1",
     )
+    if config.server.order == "priority" and not workload.has_priorities:
+        raise UserError(
+            "server.order", "priority", "requests that carry priorities: here all would be alike",
+            "set workload.mix.priorities, or take a trace in its own order that has a column priority",
+        )  # fmt: skip
     return Parts(workload, models, situation)
 
 
@@ -264,7 +270,11 @@ def _mix(c: MixConfig) -> TaskMix:
     tasks = task_names(c)
     shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
     after = tuple(float(c.after.get(task, 0.0)) for task in tasks) if c.after else None
-    return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per))
+    unknown = [task for task in c.priorities if task not in tasks]
+    if unknown:
+        raise UserError("workload.mix.priorities", unknown, f"tasks of the mix: {', '.join(tasks)}", "name one of them")
+    priorities = tuple(c.priorities.get(task, 0) for task in tasks) if c.priorities else None
+    return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per), priorities)
 
 
 def _drift(c: MixConfig) -> Drift | None:

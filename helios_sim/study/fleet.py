@@ -24,7 +24,9 @@ from helios_sim.study.foresight import expected_load
 from helios_sim.study.schema import ClusterConfig, Config
 
 ALIKE = ""  # the only kind's name where all replicas are alike
-OF_ONE_SERVER = ("max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler")
+OF_ONE_SERVER = (
+    "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
+)  # fmt: skip
 OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
 
 

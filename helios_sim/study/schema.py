@@ -14,6 +14,7 @@ from helios_sim.study.live_schema import MODES, LiveConfig, LiveFidelityConfig
 from helios_sim.sweep.schema import DesignsConfig
 from helios_sim.vary.axis import AxisConfig
 
+ORDERS = ("fcfs", "priority", "shortest_prompt")
 
 @dataclass
 class ArrivalsConfig:
@@ -59,6 +60,8 @@ class MixConfig:
     end: float | None = None
     period: float | None = None  # periodic: length of a cycle
     per: str = "requests"  # requests: a position is the share of requests so far, 0 to 1; seconds: an arrival time
+    # By task, for server.order=priority: the lowest number is served first; tasks that are not named have 0
+    priorities: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +82,10 @@ class ServerConfig:
     block_tokens: int = 16  # of a KV block, vLLM's block_size
     replicas: int = 1  # cards, each with a server and a policy of its own
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
-    scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see serving/scheduler.py)
+    scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see core/schedule.py)
+    # Of the waiting line, and of preemption, which takes the last in it: fcfs; priority: the lowest number first, from
+    # workload.mix.priorities or a trace's column `priority`; shortest_prompt
+    order: str = "fcfs"
     # round_robin; least_loaded: to the replica with the fewest requests in it; power_of_two: of two drawn at random to
     # the one with fewer; by_task: to a kind of replica that is meant for the request's task (see cluster)
     router: str = "round_robin"
@@ -89,6 +95,7 @@ class ServerConfig:
             require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require(self.scheduler in ("plain", "vllm_v1"), "server.scheduler", self.scheduler, "plain or vllm_v1")
+        require(self.order in ORDERS, "server.order", self.order, ", ".join(ORDERS))
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
 

@@ -61,6 +61,16 @@ class Workload:
         return min(limit for _, limit, _ in self._trace_limits())
 
     @property
+    def recorded_priority(self) -> NDArray[np.int64] | None:
+        """Of each request, where the trace that gives the lengths says it in its own order."""
+        lengths = self.lengths
+        return lengths.trace.priority if isinstance(lengths, TraceLengths) and not lengths.resample else None
+
+    @property
+    def has_priorities(self) -> bool:
+        return self.mix.priorities is not None or self.recorded_priority is not None
+
+    @property
     def users(self) -> int | None:
         """Requests in the system at any time in a closed loop; None for arrivals that do not wait for answers."""
         return self.arrivals.users if isinstance(self.arrivals, ClosedLoop) else None
@@ -130,13 +140,16 @@ def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[Requ
         arrival_ns = arrivals(first, n)
         prompt, output = lengths(first, n)
         position = index / total if workload.mix.per is Per.REQUESTS else arrival_ns / NS_PER_S
+        task = workload.mix.pick(task_rng.random(n), position)
+        recorded = workload.recorded_priority
         yield RequestBlock(
             request_id=index,
             arrival_ns=arrival_ns,
             prompt_chars=_chars(prompt, workload.chars_per_token),
             output_chars=_chars(output, workload.chars_per_token),
-            task=workload.mix.pick(task_rng.random(n), position),
+            task=task,
             text_start=text_rng.integers(0, TEXT_POSITIONS, n, dtype=np.int64),
+            priority=workload.mix.priority(task) if recorded is None else recorded[first : first + n],
         )
 
 

@@ -83,6 +83,7 @@ class TaskMix:
     shares_after: tuple[float, ...] | None = None
     drift: Drift | None = None
     per: Per = Per.REQUESTS
+    priorities: tuple[int, ...] | None = None  # of each task, the lowest is first; None: all are 0
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
@@ -97,6 +98,8 @@ class TaskMix:
             )
         if self.shares_after is not None:
             _require_shares("workload.mix.after", self.shares_after, len(self.tasks))
+        if self.priorities is not None and len(self.priorities) != len(self.tasks):
+            raise UserError("workload.mix.priorities", self.priorities, "one for each task", "add or remove some")
 
     @classmethod
     def single(cls, task: str) -> TaskMix:
@@ -113,6 +116,11 @@ class TaskMix:
         """Task index of each request from one uniform draw in [0, 1) each; shapes (n,)."""
         picked: NDArray[np.int64] = (uniform[:, None] >= self._cumulative(position)[:, :-1]).sum(axis=1, dtype=np.int64)
         return picked
+
+    def priority(self, task: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Priority of each request by its task index, shape (n,)."""
+        priorities = np.zeros(len(self.tasks)) if self.priorities is None else np.array(self.priorities)
+        return priorities.astype(np.int64)[task]
 
     def _cumulative(self, position: Floats) -> Floats:
         before = _running_shares(self.shares)

@@ -42,6 +42,7 @@ class RequestTrace:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     notices: tuple[str, ...] = ()  # what the reader changed, for the report
+    priority: NDArray[np.int64] | None = None  # the lowest is served first; None: the file has no such column
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -53,12 +54,14 @@ class Role(StrEnum):
     ARRIVAL = "arrival"
     PROMPT = "prompt length"
     OUTPUT = "output length"
+    PRIORITY = "priority"
 
 
 class CellFormat(StrEnum):
     """How a cell is written."""
 
     TOKENS = "tokens"
+    WHOLE = "whole number"
     SECONDS = "seconds"
     MILLISECONDS = "milliseconds"
     NANOSECONDS = "nanoseconds"
@@ -93,6 +96,7 @@ _KNOWN = {
         TraceColumn("output_toks", Role.OUTPUT, CellFormat.TOKENS),
         TraceColumn("output_length", Role.OUTPUT, CellFormat.TOKENS),
         TraceColumn("GeneratedTokens", Role.OUTPUT, CellFormat.TOKENS),
+        TraceColumn("priority", Role.PRIORITY, CellFormat.WHOLE),  # vLLM's field of a request: the lowest is first
     )
 }
 _NS_PER = {CellFormat.SECONDS: NS_PER_S, CellFormat.MILLISECONDS: 1_000_000}
@@ -101,6 +105,7 @@ _ALLOWED = {
     CellFormat.SECONDS: "must be seconds, at least 0",
     CellFormat.MILLISECONDS: "must be milliseconds, at least 0",
     CellFormat.NANOSECONDS: "must be whole nanoseconds, at least 0",
+    CellFormat.WHOLE: "must be a whole number",
     CellFormat.DATE: "must be a date and time such as 2023-11-16 18:15:46.680",
 }
 
@@ -202,6 +207,9 @@ def _values(table: pa.Table, column: TraceColumn) -> NDArray[np.int64]:
             raise _NotReadable(f"{column.name} has values out of range")
         # The offset goes first: seconds since 1970, as ns, are beyond float64's whole numbers.
         numbers = np.rint((numbers - numbers.min()) * ns_per)
+    elif column.format is CellFormat.WHOLE:
+        if not ((np.abs(numbers) <= LONGEST) & (numbers == np.floor(numbers))).all():
+            raise _NotReadable(f"{column.name} has values that are no whole numbers")
     elif not ((numbers >= 1) & (numbers <= LONGEST) & (numbers == np.floor(numbers))).all():
         raise _NotReadable(f"{column.name} has values that are no counts of tokens")
     return numbers.astype(np.int64)
@@ -209,6 +217,7 @@ def _values(table: pa.Table, column: TraceColumn) -> NDArray[np.int64]:
 
 def _trace(source: str, values: dict[Role, NDArray[np.int64]], limit: int | None) -> RequestTrace:
     arrival_ns, prompt, output = values.get(Role.ARRIVAL), values[Role.PROMPT], values[Role.OUTPUT]
+    priority = values.get(Role.PRIORITY)
     notices = []
     if arrival_ns is not None:
         late = int(np.count_nonzero(np.diff(arrival_ns) < 0))
@@ -216,13 +225,15 @@ def _trace(source: str, values: dict[Role, NDArray[np.int64]], limit: int | None
             notices.append(f"{source}: {late} of {len(prompt)} rows arrive before the row above; sorted by arrival")
             order = np.argsort(arrival_ns, kind="stable")
             arrival_ns, prompt, output = arrival_ns[order], prompt[order], output[order]
+            priority = None if priority is None else priority[order]
         arrival_ns = arrival_ns[:limit]
     else:
         notices.append(f"{source}: no arrival column; lengths only")
-    for column in (arrival_ns, prompt, output):
+    priority = None if priority is None else priority[:limit]
+    for column in (arrival_ns, prompt, output, priority):
         if column is not None:
             column.flags.writeable = False  # shared by every workload that uses the trace
-    return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices))
+    return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices), priority)
 
 
 def _find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
@@ -236,7 +247,7 @@ def _find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
         known = ", ".join(column.name for column in _KNOWN.values() if column.role is role)
         if len(mine) > 1:
             raise UserError(f"{source}, {role} column", mine, "there must be one", "remove or rename the others")
-        if not mine and role is not Role.ARRIVAL:
+        if not mine and role in (Role.PROMPT, Role.OUTPUT):
             raise UserError(
                 f"{source}, columns", list(names), f"the {role} column is called one of: {known}", "rename a column"
             )
@@ -325,6 +336,8 @@ def _is_good(column: TraceColumn, cell: Any) -> bool:
         return False
     if column.role is Role.ARRIVAL:
         return 0 <= number < math.inf
+    if column.format is CellFormat.WHOLE:
+        return abs(number) <= LONGEST and number == math.floor(number)
     return 1 <= number <= LONGEST and number == math.floor(number)
 
 
