@@ -16,11 +16,13 @@ from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestRecord
 from helios_sim.routing import Router, Routing
+from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.foresight import Foresight
@@ -81,6 +83,30 @@ class Watched(simpy.Environment):
             self.watch(server)
 
 
+def composition_of(server: Server) -> Composition:
+    """What the iteration in progress runs, as the loop has laid it out."""
+    replica, it = server._replica, server._replica.iteration
+    spans, _ = replica.terms.banded if it.banded else replica.terms.uniform
+    names = ("decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens")
+    work = {name: np.array([[getattr(replica.work[s], name) for s in range(len(spans))]]) for name in names}
+    chunks = [replica.chunks[p] for p in range(it.chunks)]
+    return Composition(
+        bounds=tuple(int(span.end) for span in spans),
+        decode_tokens=work["decode_tokens"],
+        decode_kv_tokens=work["kv_tokens"],
+        sampled_tokens=np.array([it.sampled_tokens]),
+        check_tokens=work["checked_tokens"],
+        classifier_tokens=work["classified_tokens"],
+        decode_kv_least=None if it.kv_least < 0 else np.array([it.kv_least]),
+        decode_kv_most=None if it.kv_most < 0 else np.array([it.kv_most]),
+        propagated_tokens=work["propagated_tokens"],
+        prefill=tuple(PrefillChunk(int(c.tokens), int(c.context_tokens), int(c.layers)) for c in chunks),
+        host_sync_at_checks=bool(it.syncs),
+        host_ahead=bool(it.host_ahead),
+        loading=bool(it.loading),
+    )
+
+
 @dataclass
 class Served:
     records: list[RequestRecord]
@@ -118,6 +144,7 @@ def serve(
     expected: ExpectedLoad | None = None,
     foresight: bool = False,
     watch: Callable[[Server], None] | None = None,
+    on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
@@ -151,6 +178,8 @@ def serve(
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
         server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left)
+        if on_plan is not None:  # told of each iteration before it is committed: who runs, its start and its end
+            server.on_iteration = lambda start, end: on_plan(server, server._replica.plan(False), start, end)
         if isinstance(env, Watched):
             env.servers.append(server)
         return server
@@ -166,6 +195,6 @@ def serve(
         routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
         compiled=compiled,
-        stepwise=stepwise,
+        stepwise=stepwise or on_plan is not None,
     )
     return Served(records, run)

@@ -316,10 +316,11 @@ def run(
     replicas: int,
     router: Router,
     pool_blocks: int,
-    leap: bool,
+    stepwise: bool,
     made: dict[str, Profile] | None = None,
     schedule_ahead: int = 0,
-    ahead: bool = True,
+    compiled: bool = False,
+    order: str = "fcfs",
 ) -> Served:
     made = made or profiles(0.001, 2**30)
     traces = {
@@ -338,7 +339,8 @@ def run(
         max_running_requests=32,
         replicas=replicas,
         router=router,
-        leap=leap,
+        stepwise=stepwise,
         schedule_ahead=schedule_ahead,
-        ahead=ahead,
+        compiled=compiled,
+        order=order,
     )

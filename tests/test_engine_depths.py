@@ -1,4 +1,4 @@
-"""What every iteration runs, layer by layer and token by token, against a reference that has no arrays and no leaps."""
+"""What every iteration runs, layer by layer and token by token, against a reference that has no arrays."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import helios_sim.serving.server as server_module
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from helios_sim.profile.composition import Composition
-from helios_sim.profile.profile import Profile
-from helios_sim.serving.batch import Column
-from helios_sim.serving.commit import commit
 from helios_sim.workload import AllAtOnce, ClosedLoop, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from priced import priced_profile
-from rig import Scripted, kv_rules, serve
+from rig import Scripted, composition_of, kv_rules, serve
 
 EXITS = (2, 4, 6)
 N_LAYERS = 6
@@ -208,54 +204,41 @@ workloads = st.builds(
 )
 
 
-def rows_of(sequence, generated: int) -> int:
-    span = sequence.span
+def rows_of(member, generated: int) -> int:
+    span = member.span
     return span.first + (span.start + generated) % span.length
 
 
-def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, leap: bool) -> int:
+def check_run(deployment: Deployment, workload: Workload, pool_blocks: int) -> int:
     """Serves, compares every iteration that counted and every record. Returns how many were preempted."""
     trace = synthetic_trace("a", EXITS, tokens=97, seed=5, chars_per_token=1)
     profile = priced_profile(
         "a", n_layers=N_LAYERS, layer_s=1e-4, row_s=1e-5, kv_token_s=1e-6, prefill_token_s=2e-6, classifier_s=1e-6
     )
     reference = Reference(trace, deployment)
-    priced: list[Composition] = []
-    time_s = Profile.iteration_time_s
 
-    def price(self, c: Composition):
-        priced.append(c)
-        return time_s(self, c)
+    def compare(server, plan, start_ns: int, end_ns: int) -> None:
+        composition = composition_of(server)
+        members = plan.members
+        assert not {part.index for part in plan.prefill} & set(range(plan.decoding))
+        work = reference.decode([
+            (m.request.request_id, rows_of(m, m.generated), m.generated, m.context_tokens)
+            for m in members[: plan.decoding]
+        ])  # fmt: skip
+        for part in plan.prefill:
+            member = members[part.index]
+            row = rows_of(member, member.generated)
+            reference.prefill(work, member.request.request_id, row, member.generated, part)
+        assert work_of(composition, 0).comparable() == work.comparable()
+        price_ns = round(float(profile.iteration_time_s(composition)[0]) * 1e9)
+        assert end_ns - start_ns == max(price_ns, 1)
 
-    def compare(replica, plan, outcome, iterations: int, started_ns: int) -> None:
-        members, composition = replica.batch.members, priced[-1]
-        generated, context = (replica.batch.column(c).tolist() for c in (Column.GENERATED, Column.CONTEXT))
-        prefilling = {part.index for part in plan.prefill}
-        left = replica.batch.column(Column.PREFILL_LEFT).tolist()
-        decoding = [i for i in range(len(members)) if not left[i]]
-        assert not prefilling & set(decoding)
-        for j in range(iterations):
-            tokens = [
-                (members[i].request.request_id, rows_of(members[i], generated[i] + j), generated[i] + j, context[i] + j)
-                for i in decoding
-            ]
-            work = reference.decode(tokens)
-            for part in plan.prefill:
-                member, before = members[part.index], generated[part.index]
-                reference.prefill(work, member.request.request_id, rows_of(member, before), before, part)
-            assert work_of(composition, j).comparable() == work.comparable()
-        commit(replica, plan, outcome, iterations, started_ns)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Profile, "iteration_time_s", price)
-        patch.setattr(server_module, "commit", compare)
-        served = serve(
-            workload, Scripted(deployment), {"a": profile}, {"a": trace}, utilisation=1.0, max_batch_tokens=32,
-            hbm_bytes=profile.weight_bytes(deployment.active.layers)
-            + pool_blocks * 16 * profile.kv_bytes_per_token(deployment.active.layers),
-            leap=leap,
-            ahead=False,
-        )  # fmt: skip
+    served = serve(
+        workload, Scripted(deployment), {"a": profile}, {"a": trace}, utilisation=1.0, max_batch_tokens=32,
+        hbm_bytes=profile.weight_bytes(deployment.active.layers)
+        + pool_blocks * 16 * profile.kv_bytes_per_token(deployment.active.layers),
+        on_plan=compare,
+    )  # fmt: skip
     for record in served.records:
         answer = reference.answers[record.request_id]
         counts = (record.layers_run, record.early_tokens, record.breach_tokens, record.agreed_tokens)
@@ -270,16 +253,14 @@ def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, leap
     deployment=deployments(),
     workload=workloads,
     pool_blocks=st.sampled_from([8, 12, 1000]),
-    leap=st.sampled_from([True, True, False]),
 )
-def test_every_iteration_runs_what_the_rules_say(deployment, workload, pool_blocks, leap) -> None:
-    check_run(deployment, workload, pool_blocks, leap)
+def test_every_iteration_runs_what_the_rules_say(deployment, workload, pool_blocks) -> None:
+    check_run(deployment, workload, pool_blocks)
 
 
-@pytest.mark.parametrize("leap", [True, False])
-def test_debts_are_repaid_across_leaps_and_preemptions(leap: bool) -> None:
+def test_debts_are_repaid_across_preemptions() -> None:
     """A run that is known to preempt, and to come back to layers that it left out."""
     deployment = Deployment(Placement("a", 6), PerToken(0.7), kv_rule=KvRule.RECOMPUTE)
     lengths = DrawnLengths(Fixed(20), Exponential(40, minimum=10))
     workload = Workload(AllAtOnce(), lengths, TaskMix.single("text"), 12, chars_per_token=None)
-    assert check_run(deployment, workload, 12, leap) > 3
+    assert check_run(deployment, workload, 12) > 3

@@ -149,10 +149,10 @@ def test_littles_law_holds_at_every_replica_and_in_total(arrivals, replicas, rou
 
 @pytest.mark.parametrize("router", [Router.ROUND_ROBIN, Router.LEAST_LOADED, Router.POWER_OF_TWO])
 @pytest.mark.parametrize("arrivals", ARRIVALS)
-def test_the_same_seed_gives_the_same_bits_in_leaps_and_in_steps(arrivals, router: Router) -> None:
+def test_the_same_seed_gives_the_same_bits_ahead_of_the_clock_and_step_by_step(arrivals, router: Router) -> None:
     runs = [
-        serve(workload(arrivals, 60), full_depth(batch_limit=3), replicas=3, router=router, leap=leap)
-        for leap in (True, True, False)
+        serve(workload(arrivals, 60), full_depth(batch_limit=3), replicas=3, router=router, stepwise=stepwise)
+        for stepwise in (False, False, True)
     ]
     assert runs[0].records == runs[1].records
     assert runs[0].by_request() == runs[2].by_request()

@@ -75,8 +75,8 @@ def test_a_policy_that_watches_the_queue_is_asked_at_once_all_the_same() -> None
     watching = replace(full_depth(batch_limit=1), triggers=(QueueAbove(2),))
     many = workload(4, 4, 60, Constant(1 / 0.0105))  # the third to wait comes in the 32nd iteration
     asked = []
-    for leap in (True, False):
+    for stepwise in (True, False):
         policy = Scripted(watching)
-        serve(many, policy, leap=leap, schedule_ahead=1)
+        serve(many, policy, stepwise=stepwise, schedule_ahead=1)
         asked.append([telemetry.now_ns for _, telemetry in policy.asked])
     assert asked[0] == asked[1] == [32 * ITERATION_NS]

@@ -9,12 +9,13 @@ import simpy
 from hypothesis import HealthCheck, given, settings
 from simpy.core import EmptySchedule
 
+from helios_sim.core import arrive
+from helios_sim.core.line import push
 from helios_sim.exits.rule import FullDepth
 from helios_sim.policy.deployment import Deployment, Placement, Probe
 from helios_sim.policy.trigger import AtTime
 from helios_sim.request import Status
 from helios_sim.routing import Router, Routing
-from helios_sim.serving.replica import Replica
 from helios_sim.serving.server import Server
 from helios_sim.simulation import LittlesLawViolated, System
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential
@@ -68,7 +69,7 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helios_sim.simulation.simpy.Environment", Stops)
-        served = serve(workload(3), full_depth(), leap=False)
+        served = serve(workload(3), full_depth(), stepwise=True)
     assert [r.status for r in served.records] == [Status.UNFINISHED] * 3
     assert {r.output_tokens for r in served.records} <= {3, 4}
     assert [r.preemptions for r in served.records] == [0] * 3
@@ -79,7 +80,7 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(**cases)
 def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas, router, pool_blocks) -> None:
-    served = run(workload, script, replicas, router, pool_blocks, leap=True)
+    served = run(workload, script, replicas, router, pool_blocks, stepwise=False)
     for server in served.run.servers:
         times = [d.time_ns for d in server.decisions]
         assert times == sorted(times)
@@ -105,28 +106,25 @@ def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas
 
 
 def test_a_request_that_leaves_twice_is_noticed(monkeypatch) -> None:
-    leave = Replica.leave
+    def twice(s, r, requests, lists, line, arrivals, tokens, slot, now_ns, why) -> None:
+        for _ in range(1 + (requests[slot].request_id == 2)):
+            arrive.leave(s, r, requests, lists, line, arrivals, tokens, slot, now_ns, why)
 
-    def twice(self, sequence, status, reason=None) -> None:
-        leave(self, sequence, status, reason)
-        if sequence.request.request_id == 2:
-            leave(self, sequence, status, reason)
-
-    monkeypatch.setattr(Replica, "leave", twice)
+    monkeypatch.setattr("helios_sim.core.commit.leave", twice)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
 def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
-    submit = Server.submit
+    """It has arrived and counts, but it waits nowhere."""
 
-    def loses(self, request, from_replica=None) -> None:
-        if request.request_id != 1:
-            submit(self, request, from_replica)
+    def loses(s, line, key, seq, ref) -> None:
+        if seq != 1:
+            push(s, line, key, seq, ref)
 
-    monkeypatch.setattr(Server, "submit", loses)
+    monkeypatch.setattr("helios_sim.core.arrive.push", loses)
     with pytest.raises(LittlesLawViolated, match="4 arrived, 3 left"):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
 def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
@@ -138,26 +136,25 @@ def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", early)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
 def test_an_arrival_without_a_request_is_noticed() -> None:
-    env = simpy.Environment(initial_time=0)
-    records: list = []
-    system = System(env, Routing(), records.append)
-    system.connect((None,))  # nobody is asked
-    system.books[0].arrived = 1  # counted, and nobody is there
+    class Counts:
+        books = 0, 0, 1, 0  # one has arrived, and there is none
+
+    system = System(simpy.Environment(initial_time=0), Routing(), lambda record: None)
+    system.connect((Counts(),))
     with pytest.raises(LittlesLawViolated):
         system.check_littles_law()
 
 
-def test_timers_of_leaps_that_were_cut_do_not_lengthen_an_unfinished_evaluation() -> None:
-    """The third request may never start. While weights stream in, leaps are planned slower than they turn out: their
-    timers stay behind and move the clock beyond the server's last turn."""
+def test_an_unfinished_evaluation_is_as_long_ahead_of_the_clock_as_step_by_step() -> None:
+    """The third request may never start."""
     few = workload(3, 1, Exponential(20), Constant(1000.0))
     probing = Deployment(Placement("a", 4), FullDepth(), admit_limit=2, probe=Probe(("a", "b"), 2))
     spent = [
-        run(few, Scripted(probing), 1, Router.ROUND_ROBIN, 4, leap, uneven_profiles(0.0)).run.stats.evaluation_ns
-        for leap in (True, False)
+        run(few, Scripted(probing), 1, Router.ROUND_ROBIN, 4, stepwise, uneven_profiles(0.0)).run.stats.evaluation_ns
+        for stepwise in (True, False)
     ]
     assert spent[0] == spent[1] > 0
