@@ -105,7 +105,7 @@ def test_a_request_that_never_fits_leaves_and_the_others_do_not_notice(
     tiny: dict[str, LiveModel], undisturbed: dict[str, Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def large(plan: Plan, number: int) -> bool:
-        return any(sequence.request.request_id == 5 for sequence in plan.batch.members)
+        return any(member.request.request_id == 5 for member in plan.members)
 
     Fault(monkeypatch, large, RuntimeError(CUDA))
     live = serve_live(tiny, FULL, requests(LENGTHS), N, slots=SLOTS)
