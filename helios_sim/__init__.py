@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         LengthConfig,
         LengthsConfig,
         MixConfig,
+        RuntimeConfig,
         ServerConfig,
         WorkloadConfig,
     )
@@ -69,6 +70,7 @@ __all__ = [
     "Probe",
     "Probed",
     "QueueAbove",
+    "RuntimeConfig",
     "ServerConfig",
     "Situation",
     "Started",
@@ -96,7 +98,8 @@ _NAMES_BY_MODULE = {
     "report.tables": "print_table",
     "study.run": "run",
     "study.schema": (
-        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig ServerConfig WorkloadConfig"
+        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig RuntimeConfig ServerConfig "
+        "WorkloadConfig"
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
