@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.request import Status
-from helios_sim.routing import Router
 from rig import Served, full_depth, serve
 from serving_cases import cases, run, uneven_profiles, whole_cases, workloads
 
