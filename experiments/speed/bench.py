@@ -188,7 +188,8 @@ def main() -> None:
     if not options.only:
         unit_cpu_s = timeouts_cpu_s()
         unit = {"what": UNIT, "cpu_s": unit_cpu_s}
-        found = {"machine": machine, "unit": unit, "rows": [asdict(r) for r in rows], "peers": [asdict(peer) for peer in PEERS]}
+        peers = [asdict(peer) for peer in PEERS]
+        found = {"machine": machine, "unit": unit, "rows": [asdict(r) for r in rows], "peers": peers}
         (FOLDER / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         (FOLDER / "bench.md").write_text(markdown(machine, rows, unit_cpu_s))
 
