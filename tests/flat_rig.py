@@ -27,7 +27,7 @@ def run(first: Deployment, then: list[Deployment], work: Workload, profiles: dic
 
     def watch(server: Server) -> None:
         replica = server._replica
-        state = (replica.pool.total_blocks, replica.deployment.active.model)
+        state = (int(replica.state.total_blocks), replica.deployment.active.model)
         if not log or log[-1][1:] != state:
             log.append((replica.now_ns, *state))
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 import simpy
 
+from helios_sim.core import advance as loop
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
@@ -19,7 +25,7 @@ from helios_sim.policy.trigger import Cause
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.request import RequestRecord
+from helios_sim.request import RequestBlock, RequestRecord
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
@@ -89,8 +95,52 @@ class Served:
     def by_request(self) -> list[RequestRecord]:
         return sorted(self.records, key=lambda r: r.request_id)
 
+    def everything(self) -> tuple[object, ...]:
+        """What may not depend on how the loop ran: the same bits."""
+        servers = self.run.servers
+        return (
+            self.records,
+            [server.decisions for server in servers],
+            [asdict(server.stats) for server in servers],
+            [server.timeline.rows for server in servers],
+            self.run.end_ns,
+            self.run.presence_ns,
+        )
+
     def seconds_in_system(self) -> np.ndarray:
         return np.array([(r.last_token_ns - r.arrival_ns) / 1e9 for r in self.by_request()])
+
+
+# Two ways to run the loop, as arguments of `serve`. The third, `compiled=True`, takes long to begin with.
+AHEAD: dict[str, Any] = {"stepwise": False}  # up to the next moment at which something outside can act
+STEPWISE: dict[str, Any] = {"stepwise": True}  # every turn of a server is an event of its own
+
+
+@contextmanager
+def each_iteration(show: Callable[[Any], None]) -> Iterator[None]:
+    """Shows every iteration that has ended, with what it ran, while nothing of it counts yet.
+
+    What is shown has all arguments of `core.commit.commit` by their names, and of `core.price.time_s` the bands of
+    the iteration (`spans`) and its `work` in them. The runs must not be compiled.
+    """
+    commit, time_s = loop.commit, loop.time_s
+    names, priced_names = list(signature(commit).parameters), list(signature(time_s).parameters)
+    priced: dict[int, dict[str, Any]] = {}  # by iteration record, of which each replica has one
+
+    def pricing(*arguments: Any) -> float:
+        seen = dict(zip(priced_names, arguments, strict=True))
+        priced[id(seen["it"])] = {"spans": seen["spans"], "work": seen["work"]}
+        return time_s(*arguments)
+
+    def showing(*arguments: Any) -> None:
+        seen = dict(zip(names, arguments, strict=True))
+        show(SimpleNamespace(**seen, **priced[id(seen["it"])]))
+        commit(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time_s", pricing)
+        patch.setattr(loop, "commit", showing)
+        yield
 
 
 def serve(
@@ -117,8 +167,10 @@ def serve(
     objective: Objective | None = None,
     expected: ExpectedLoad | None = None,
     foresight: bool = False,
+    blocks: Iterator[RequestBlock] | None = None,
     watch: Callable[[Server], None] | None = None,
 ) -> Served:
+    """`blocks`: these requests, as many as the workload says, in place of those that it would generate."""
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
     tasks = workload.mix.tasks
@@ -158,7 +210,7 @@ def serve(
     records: list[RequestRecord] = []
     run = simulate(
         make_server,
-        generate(workload, seed),
+        generate(workload, seed) if blocks is None else blocks,
         workload.requests,
         records.append,
         users=workload.users,

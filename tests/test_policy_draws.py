@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from helios_sim.policy.compiled_draws import draw
+from helios_sim.core.draws import draw
 from helios_sim.policy.draws import by_numpy, counts_drawn, places
 
 

@@ -11,7 +11,6 @@ from flat_rig import HALF, MS, WHOLE, capped, flat, run
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import InFlight, Placement
 from helios_sim.policy.trigger import AtTime
-from helios_sim.serving.batch import Column
 from helios_sim.serving.server import Server
 from helios_sim.workload import Constant
 from priced import priced_profile
@@ -112,16 +111,16 @@ def test_weights_and_cache_never_exceed_the_budget(workload, script, replicas, r
 
     def watch(server: Server) -> None:
         replica, residency = server._replica, server._transitions.residency
+        s, requests = replica.state, replica.requests
         if replica.deployment.instant:
             return
         active = replica.deployment.active
-        bytes_there = residency.weight_bytes(residency.layers) + replica.pool.total_blocks * 16 * 4 * active.layers
+        bytes_there = residency.weight_bytes(residency.layers) + s.total_blocks * 16 * 4 * active.layers
         assert bytes_there <= usable
         assert residency.layers.get(active.model, active.layers) >= 2
-        assert replica.pool.used_blocks <= replica.pool.total_blocks
-        cached = replica.batch.column(Column.CONTEXT) + replica.batch.column(Column.PREFILL_LEFT)
-        held = int(sum(-(-cached // 16)))
-        assert held == replica.pool.used_blocks
+        assert s.used_blocks <= s.total_blocks
+        running = [requests[slot] for slot in replica.lists.batch[: s.running]]
+        assert s.used_blocks == sum(-(-(each.context_tokens + each.prefill_left) // 16) for each in running)
 
     served = serve(
         workload, Scripted(script.first, list(script.then)), made, hbm_bytes=usable, utilisation=1.0,

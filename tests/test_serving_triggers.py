@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import helios_sim.serving.server as server_module
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import FixedCap
+from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.serving.batch import Column
-from helios_sim.serving.commit import commit
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
-from rig import Scripted, full_depth, serve, workload
+from rig import Scripted, each_iteration, full_depth, serve, workload
 
 MS = 1_000_000
 
@@ -35,32 +33,26 @@ def asked(policy: Scripted, kind: type) -> list[int]:
 # --- breaches
 
 
-def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, leap: bool) -> list[tuple[int, int]]:
+def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, stepwise: bool = False) -> list[tuple[int, int]]:
     """(time, breaches in the window) at which the limit should fire, token by token; serves `policy` meanwhile."""
     trace = synthetic_trace("flat", (2, 4), tokens=300, seed=9, chars_per_token=1)
     window: deque[bool] = deque(maxlen=limit.window_tokens)
     expected: list[tuple[int, int]] = []
 
-    def count(replica, plan, outcome, iterations: int, started_ns: int) -> None:
-        deployment, batch = replica.deployment, replica.batch
-        generated = batch.column(Column.GENERATED).tolist()
-        left = batch.column(Column.PREFILL_LEFT).tolist()
-        cap = trace.exits.index(replica.run_layers)
-        for j in range(iterations):
-            for i, member in enumerate(batch.members):
-                observed = deployment.observe_tokens is not None and generated[i] + j < deployment.observe_tokens
-                if left[i] or observed:
-                    continue
-                row = member.span.first + (member.span.start + generated[i] + j) % member.span.length
-                window.append(cap == 0 and bool(trace.confidence[row, cap] < 0.7))
-            if len(window) == limit.window_tokens and sum(window) > limit.limit:
-                expected.append((int(outcome.end_ns[j]), sum(window)))
-                window.clear()
-        commit(replica, plan, outcome, iterations, started_ns)
+    def count(i) -> None:
+        cap = trace.exits.index(i.s.run_layers)
+        for slot in i.lists.batch[: i.s.running]:
+            request = i.requests[slot]
+            if request.prefill_left or request.generated < i.r.observe_tokens:
+                continue
+            row = request.trace_first + (request.trace_start + request.generated) % request.trace_length
+            window.append(cap == 0 and bool(trace.confidence[row, cap] < 0.7))
+        if len(window) == limit.window_tokens and sum(window) > limit.limit:
+            expected.append((i.s.end_ns, sum(window)))
+            window.clear()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_module, "commit", count)
-        serve(work, policy, traces={"flat": trace}, leap=leap, ahead=False)
+    with each_iteration(count):
+        serve(work, policy, traces={"flat": trace}, stepwise=stepwise)
     return expected
 
 
@@ -71,15 +63,15 @@ def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, leap: boo
     arrivals=st.sampled_from([AllAtOnce(), ClosedLoop(1), ClosedLoop(7), Constant(90.0)]),
     requests=st.integers(1, 15),
     observe=st.sampled_from([None, None, 3]),
-    leap=st.booleans(),
+    stepwise=st.booleans(),
 )
 def test_the_breach_limit_fires_at_the_iteration_that_exceeds_it(
-    window, share, arrivals, requests, observe, leap
+    window, share, arrivals, requests, observe, stepwise
 ) -> None:
     """With windows shorter and longer than an iteration's tokens, and again after it was cleared."""
     limit = BreachLimit(window, int(window * share))
     policy = Scripted(capped(limit, observe_tokens=observe))
-    expected = breach_times(limit, policy, workload(requests, arrivals=arrivals, output=Exponential(30)), leap)
+    expected = breach_times(limit, policy, workload(requests, arrivals=arrivals, output=Exponential(30)), stepwise)
     assert [(t.now_ns, t.breaches_in_window) for _, t in policy.asked] == expected
 
 
@@ -90,7 +82,7 @@ def test_several_limits_are_each_watched() -> None:
     alone = {}
     for limit in limits:
         policy = Scripted(capped(limit))
-        alone[limit] = breach_times(limit, policy, work, leap=True)
+        alone[limit] = breach_times(limit, policy, work)
         assert len(alone[limit]) > 1
     for together in (limits, limits[::-1]):
         policy = Scripted(capped(*together))
@@ -106,13 +98,13 @@ def test_only_a_deployment_that_changes_the_placement_clears_the_window(keeps_pl
     limit = BreachLimit(25, 12)
     work = workload(12, arrivals=ClosedLoop(1), output=20)
     steady = Scripted(capped(limit))
-    expected = breach_times(limit, steady, work, leap=True)
+    expected = breach_times(limit, steady, work)
     assert len(expected) > 2
     renewed = [capped(limit, Completed(1), reason=f"{i}", layers=2) for i in range(100)]
     if not keeps_placement:
         renewed = [replace(d, active=Placement("flat", 4 if i % 2 else 2)) for i, d in enumerate(renewed)]
     policy = Scripted(renewed[0], renewed[1:])
-    breach_times(limit, policy, work, leap=True)
+    breach_times(limit, policy, work)
     assert asked(policy, BreachLimit) == ([time_ns for time_ns, _ in expected] if keeps_placement else [])
 
 
@@ -132,12 +124,12 @@ def full_depth_with(*triggers, **other) -> Deployment:
     return replace(full_depth(), triggers=triggers, **other)
 
 
-@pytest.mark.parametrize("leap", [True, False])
-def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_when_busy(leap: bool) -> None:
+@pytest.mark.parametrize("stepwise", [True, False])
+def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_when_busy(stepwise: bool) -> None:
     """Requests come at 100, 200, 300 ms and run for 10."""
     times = (0, 50_300_000, 103_300_000, 104 * MS, 150 * MS, 205_000_001)
     policy = Scripted(full_depth_with(*map(AtTime, times)))
-    serve(workload(3, arrivals=Constant(10.0)), policy, leap=leap)
+    serve(workload(3, arrivals=Constant(10.0)), policy, stepwise=stepwise)
     assert [(cause.time_ns, t.now_ns) for cause, t in policy.asked] == [
         (0, 0),
         (50_300_000, 50_300_000),
@@ -148,16 +140,16 @@ def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_whe
     ]
 
 
-@pytest.mark.parametrize("leap", [True, False])
-def test_a_queue_is_reported_once_until_it_has_been_short_again(leap: bool) -> None:
+@pytest.mark.parametrize("stepwise", [True, False])
+def test_a_queue_is_reported_once_until_it_has_been_short_again(stepwise: bool) -> None:
     """One at a time, 10 ms each; one comes every 4 ms. At 20 ms 4 wait and one of them starts; at 24 ms there are 4
     again, and from then on more."""
     policy = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(3),)))
-    serve(workload(24, arrivals=Constant(250.0)), policy, leap=leap)
+    serve(workload(24, arrivals=Constant(250.0)), policy, stepwise=stepwise)
     assert [(t.now_ns, t.queued_requests) for _, t in policy.asked] == [(20 * MS, 4), (24 * MS, 4)]
 
     twice = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(0),)))
-    serve(workload(4, arrivals=Constant(60.0), output=20), twice, leap=leap)
+    serve(workload(4, arrivals=Constant(60.0), output=20), twice, stepwise=stepwise)
     assert [t.queued_requests for _, t in twice.asked] == [1] * 4  # the first one too: it comes to an idle server
 
 
@@ -180,9 +172,9 @@ def test_a_preempted_request_counts_once_against_the_admission_limit() -> None:
     assert third.scheduled_ns == policy.asked[0][1].now_ns == served.by_request()[1].last_token_ns
 
 
-@pytest.mark.parametrize("leap", [True, False])
+@pytest.mark.parametrize("stepwise", [True, False])
 @pytest.mark.parametrize("observe", [1, 6, 100])
-def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, leap: bool) -> None:
+def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, stepwise: bool) -> None:
     """Three requests are evaluated on the whole model, then go on at the cap; each yields what its first tokens say."""
     trace = synthetic_trace("flat", (2, 4), tokens=300, seed=4, chars_per_token=1)
     first = Deployment(
@@ -192,12 +184,14 @@ def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, 
     policy = Scripted(first, [capped()])
     spans = {}
 
-    def watch(server) -> None:
-        for sequence in (*server._replica.batch.members, *server._replica.waiting):
-            spans[sequence.request.request_id] = sequence.span
+    def note(i) -> None:
+        for slot in i.lists.batch[: i.s.running]:
+            r = i.requests[slot]
+            spans[r.request_id] = TokenSpan(r.trace_first, r.trace_start, r.trace_length, r.output_tokens)
 
     work = workload(6, output=Exponential(20, minimum=2))
-    served = serve(work, policy, traces={"flat": trace}, leap=leap, watch=watch)
+    with each_iteration(note):
+        served = serve(work, policy, traces={"flat": trace}, stepwise=stepwise)
     ((cause, telemetry),) = policy.asked
     assert isinstance(cause, Drained)
     assert sorted(o.request_id for o in telemetry.observations) == [0, 1, 2]
