@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +100,7 @@ class Served:
         servers = self.run.servers
         return (
             self.records,
-            [server.decisions for server in servers],
+            [[replace(d, deployment=replace(d.deployment, plan=None)) for d in s.decisions] for s in servers],
             [asdict(server.stats) for server in servers],
             [server.timeline.rows for server in servers],
             self.run.end_ns,

@@ -33,8 +33,8 @@ def sent(monkeypatch) -> list[tuple[int, list[int]]]:
     dispatch = System.dispatch
 
     def watched(self, request, from_replica=None) -> None:
-        before = [book.arrived for book in self.books]
-        held = [book.arrived - book.left for book in self.books]
+        before = [server.books[2] for server in self.servers]
+        held = [server.books[2] - server.books[3] for server in self.servers]
         choose = self._choose
 
         def noting(asked: Request) -> int:
@@ -47,7 +47,7 @@ def sent(monkeypatch) -> list[tuple[int, list[int]]]:
             dispatch(self, request, from_replica)
         finally:
             self._choose = choose
-        assert sum(book.arrived for book in self.books) > sum(before)
+        assert sum(server.books[2] for server in self.servers) > sum(before)
 
     monkeypatch.setattr(System, "dispatch", watched)
     return seen

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import simpy
 from hypothesis import HealthCheck, given, settings
 from simpy.core import EmptySchedule
 
+from helios_sim.core import arrive, commit
 from helios_sim.exits.rule import FullDepth
 from helios_sim.policy.deployment import Deployment, Placement, Probe
 from helios_sim.policy.trigger import AtTime
 from helios_sim.request import Status
 from helios_sim.routing import Router, Routing
-from helios_sim.serving.replica import Replica
 from helios_sim.serving.server import Server
 from helios_sim.simulation import LittlesLawViolated, System
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential
-from rig import Scripted, full_depth, serve, workload
+from rig import AHEAD, STEPWISE, Scripted, full_depth, serve, workload
 from serving_cases import cases, run, uneven_profiles
 
 MS = 1_000_000
@@ -68,7 +69,7 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helios_sim.simulation.simpy.Environment", Stops)
-        served = serve(workload(3), full_depth(), leap=False)
+        served = serve(workload(3), full_depth(), stepwise=True)
     assert [r.status for r in served.records] == [Status.UNFINISHED] * 3
     assert {r.output_tokens for r in served.records} <= {3, 4}
     assert [r.preemptions for r in served.records] == [0] * 3
@@ -79,12 +80,13 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(**cases)
 def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas, router, pool_blocks) -> None:
-    served = run(workload, script, replicas, router, pool_blocks, leap=True)
+    served = run(workload, script, replicas, router, pool_blocks)
     for server in served.run.servers:
         times = [d.time_ns for d in server.decisions]
         assert times == sorted(times)
         assert server.stats.transitions_ns == sorted(server.stats.transitions_ns)
-        assert server.stats.busy_ns <= served.run.end_ns
+        if not any(d.deployment.probe for d in server.decisions):  # a run may end while a probe takes the device
+            assert server.stats.busy_ns <= served.run.end_ns
         assert server.stats.kv_block_ns <= server.stats.kv_pool_block_ns
         assert server.stats.decode_ns <= server.stats.busy_ns
     for record in served.records:
@@ -104,17 +106,35 @@ def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas
 # --- books that are wrong are noticed
 
 
-def test_a_request_that_leaves_twice_is_noticed(monkeypatch) -> None:
-    leave = Replica.leave
+@pytest.mark.parametrize("how", [AHEAD, STEPWISE])
+def test_a_request_that_leaves_twice_is_noticed(monkeypatch, how) -> None:
+    leave = commit.leave
 
-    def twice(self, sequence, status, reason=None) -> None:
-        leave(self, sequence, status, reason)
-        if sequence.request.request_id == 2:
-            leave(self, sequence, status, reason)
+    def twice(s, r, requests, lists, line, arrivals, tokens, slot, now_ns, why) -> None:
+        leave(s, r, requests, lists, line, arrivals, tokens, slot, now_ns, why)
+        if requests[slot].request_id == 2:
+            s.in_system -= 1
+            s.departures += 1
+            s.sojourn_ns += now_ns - requests[slot].arrival_ns
 
-    monkeypatch.setattr(Replica, "leave", twice)
+    monkeypatch.setattr(commit, "leave", twice)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), **how)
+
+
+@pytest.mark.parametrize("how", [AHEAD, STEPWISE])
+def test_time_in_the_system_that_nobody_spent_is_noticed(monkeypatch, how) -> None:
+    """The integral over time skips one change."""
+    note = arrive.note_change
+
+    def skips(s, now_ns) -> None:
+        if s.departures == 2 and s.changed_ns != now_ns:
+            s.changed_ns = now_ns
+        note(s, now_ns)
+
+    monkeypatch.setattr(arrive, "note_change", skips)
+    with pytest.raises(LittlesLawViolated):
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), **how)
 
 
 def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
@@ -125,8 +145,8 @@ def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
             submit(self, request, from_replica)
 
     monkeypatch.setattr(Server, "submit", loses)
-    with pytest.raises(LittlesLawViolated, match="4 arrived, 3 left"):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+    with pytest.raises(LittlesLawViolated, match="4 sent, 3 arrived, 3 left"):
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
 def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
@@ -138,26 +158,24 @@ def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
 
     monkeypatch.setattr(Server, "submit", early)
     with pytest.raises(LittlesLawViolated):
-        serve(workload(4, arrivals=Constant(50.0)), full_depth(), ahead=False)
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
 def test_an_arrival_without_a_request_is_noticed() -> None:
     env = simpy.Environment(initial_time=0)
     records: list = []
     system = System(env, Routing(), records.append)
-    system.connect((None,))  # nobody is asked
-    system.books[0].arrived = 1  # counted, and nobody is there
+    system.connect((SimpleNamespace(books=(0, 0, 1, 0)),))  # counted, and nobody is there
     with pytest.raises(LittlesLawViolated):
         system.check_littles_law()
 
 
-def test_timers_of_leaps_that_were_cut_do_not_lengthen_an_unfinished_evaluation() -> None:
-    """The third request may never start. While weights stream in, leaps are planned slower than they turn out: their
-    timers stay behind and move the clock beyond the server's last turn."""
+def test_an_unfinished_evaluation_ends_with_the_server_s_last_turn() -> None:
+    """The third request may never start, and weights still stream in when the second is done."""
     few = workload(3, 1, Exponential(20), Constant(1000.0))
     probing = Deployment(Placement("a", 4), FullDepth(), admit_limit=2, probe=Probe(("a", "b"), 2))
     spent = [
-        run(few, Scripted(probing), 1, Router.ROUND_ROBIN, 4, leap, uneven_profiles(0.0)).run.stats.evaluation_ns
-        for leap in (True, False)
+        run(few, Scripted(probing), 1, Router.ROUND_ROBIN, 4, uneven_profiles(0.0), **how).run.stats.evaluation_ns
+        for how in (AHEAD, STEPWISE)
     ]
     assert spent[0] == spent[1] > 0

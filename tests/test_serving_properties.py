@@ -3,79 +3,47 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict
 
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.request import Status
-from helios_sim.routing import Router
-from rig import full_depth, serve
-from serving_cases import cases, run, scripts, uneven_profiles, whole_cases, workloads
+from rig import AHEAD, STEPWISE, full_depth, serve
+from serving_cases import cases, orders, run, uneven_profiles, whole_cases, workloads
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @SLOW
-@given(**cases, ahead=st.sampled_from([0, 1]))
-def test_leaps_and_single_steps_give_the_same_bits(workload, script, replicas, router, pool_blocks, ahead) -> None:
-    leaping = run(workload, script, replicas, router, pool_blocks, True, None, ahead)
-    stepping = run(workload, script, replicas, router, pool_blocks, False, None, ahead)
-    assert leaping.records == stepping.records
-    for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
-        assert fast.decisions == slow.decisions
-        assert asdict(fast.stats) == asdict(slow.stats)
-
-
-@SLOW
-@given(arguments=whole_cases)
-def test_they_do_so_with_everything_that_a_run_can_hold(arguments) -> None:
-    leaping, stepping = (serve(**deepcopy(arguments), leap=leap, ahead=False) for leap in (True, False))
-    assert leaping.records == stepping.records
-    for fast, slow in zip(leaping.run.servers, stepping.run.servers, strict=True):
-        assert [(d.time_ns, d.cause, d.deployment.active) for d in fast.decisions] == [
-            (d.time_ns, d.cause, d.deployment.active) for d in slow.decisions
-        ]
-        assert asdict(fast.stats) == asdict(slow.stats)
-
-
-@SLOW
-@given(**cases, sync_s=st.sampled_from([0.0, 2e-5]), ahead=st.sampled_from([0, 1]))
-def test_they_do_so_too_where_every_iteration_costs_something_else(
-    workload, script, replicas, router, pool_blocks, sync_s, ahead
+@given(**cases, schedule_ahead=st.sampled_from([0, 1]), order=orders)
+def test_ahead_of_the_clock_and_step_by_step_the_bits_are_the_same(
+    workload, script, replicas, router, pool_blocks, schedule_ahead, order
 ) -> None:
-    made = uneven_profiles(sync_s)
-    leaping = run(workload, script, replicas, router, pool_blocks, True, made, ahead)
-    stepping = run(workload, script, replicas, router, pool_blocks, False, made, ahead)
-    assert leaping.records == stepping.records
-    assert asdict(leaping.run.stats) == asdict(stepping.run.stats)
+    case = workload, script, replicas, router, pool_blocks, None, schedule_ahead
+    ahead, stepwise = (run(*case, order=order, **how) for how in (AHEAD, STEPWISE))
+    assert ahead.everything() == stepwise.everything()
 
 
 @SLOW
-@given(
-    workload=workloads,
-    script=scripts(),
-    pool_blocks=st.sampled_from([4, 9, 40, 1000]),
-    sync_s=st.sampled_from([0.0, 2e-5]),
-    ahead=st.sampled_from([0, 1]),
-)
-def test_iterations_computed_ahead_give_the_same_bits_as_single_steps(
-    workload, script, pool_blocks, sync_s, ahead
+@given(arguments=whole_cases, order=orders)
+def test_so_they_are_with_everything_that_a_run_can_hold(arguments, order) -> None:
+    ahead, stepwise = (serve(**deepcopy(arguments), order=order, **how) for how in (AHEAD, STEPWISE))
+    assert ahead.everything() == stepwise.everything()
+
+
+@SLOW
+@given(**cases, sync_s=st.sampled_from([0.0, 2e-5]), schedule_ahead=st.sampled_from([0, 1]))
+def test_so_they_are_where_every_iteration_costs_something_else(
+    workload, script, replicas, router, pool_blocks, sync_s, schedule_ahead
 ) -> None:
-    made = uneven_profiles(sync_s)
-    compiled = run(workload, script, 1, Router.ROUND_ROBIN, pool_blocks, True, made, ahead)
-    stepping = run(workload, script, 1, Router.ROUND_ROBIN, pool_blocks, False, made, ahead)
-    assert compiled.records == stepping.records
-    (fast,), (slow,) = compiled.run.servers, stepping.run.servers
-    assert fast.decisions == slow.decisions
-    assert asdict(fast.stats) == asdict(slow.stats)
-    if all(record.status is not Status.UNFINISHED for record in compiled.records):  # else a forgotten alarm is the end
-        assert compiled.run.end_ns == stepping.run.end_ns
+    case = workload, script, replicas, router, pool_blocks, uneven_profiles(sync_s), schedule_ahead
+    ahead, stepwise = (run(*case, **how) for how in (AHEAD, STEPWISE))
+    assert ahead.everything() == stepwise.everything()
 
 
 @SLOW
-@given(**cases)
-def test_every_request_leaves_once_and_memory_returns(workload, script, replicas, router, pool_blocks) -> None:
-    served = run(workload, script, replicas, router, pool_blocks, leap=True)
+@given(**cases, order=orders)
+def test_every_request_leaves_once_and_memory_returns(workload, script, replicas, router, pool_blocks, order) -> None:
+    served = run(workload, script, replicas, router, pool_blocks, order=order)
     # In a closed loop whose answers stop coming the rest is never sent.
     assert sorted(r.request_id for r in served.records) == list(range(served.run.requests))
     stopped = any(r.status is Status.UNFINISHED for r in served.records)
