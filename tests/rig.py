@@ -102,7 +102,8 @@ class Served:
             self.records,
             [[replace(d, deployment=replace(d.deployment, plan=None)) for d in s.decisions] for s in servers],
             [asdict(server.stats) for server in servers],
-            [server.timeline.rows for server in servers],
+            # In a closed loop a sample may be taken before or after an answer's user has sent the next request.
+            [[(*row[:4], *row[5:]) for row in server.timeline.rows] for server in servers],
             self.run.end_ns,
             self.run.presence_ns,
         )

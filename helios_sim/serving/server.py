@@ -142,7 +142,7 @@ class Server:
                     return
             else:
                 # While nothing can run, requests have come and wait: the clock goes on to the latest of them.
-                seen_ns = int(max(s.now_ns, s.changed_ns) if stop == layout.IDLE else s.now_ns)
+                seen_ns = int(max(s.now_ns, s.changed_ns) if s.phase == layout.WAITING else s.now_ns)
                 if seen_ns > replica.now_ns:
                     yield self._turns.at(seen_ns)
                 if stop == layout.RETOKENIZE:
