@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from inspect import signature
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 import simpy
 
-from helios_sim.core import advance as loop
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
@@ -22,11 +16,13 @@ from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.request import RequestBlock, RequestRecord
+from helios_sim.request import RequestRecord
 from helios_sim.routing import Router, Routing
+from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.foresight import Foresight
@@ -87,6 +83,30 @@ class Watched(simpy.Environment):
             self.watch(server)
 
 
+def composition_of(server: Server) -> Composition:
+    """What the iteration in progress runs, as the loop has laid it out."""
+    replica, it = server._replica, server._replica.iteration
+    spans, _ = replica.terms.banded if it.banded else replica.terms.uniform
+    names = ("decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens")
+    work = {name: np.array([[getattr(replica.work[s], name) for s in range(len(spans))]]) for name in names}
+    chunks = [replica.chunks[p] for p in range(it.chunks)]
+    return Composition(
+        bounds=tuple(int(span.end) for span in spans),
+        decode_tokens=work["decode_tokens"],
+        decode_kv_tokens=work["kv_tokens"],
+        sampled_tokens=np.array([it.sampled_tokens]),
+        check_tokens=work["checked_tokens"],
+        classifier_tokens=work["classified_tokens"],
+        decode_kv_least=None if it.kv_least < 0 else np.array([it.kv_least]),
+        decode_kv_most=None if it.kv_most < 0 else np.array([it.kv_most]),
+        propagated_tokens=work["propagated_tokens"],
+        prefill=tuple(PrefillChunk(int(c.tokens), int(c.context_tokens), int(c.layers)) for c in chunks),
+        host_sync_at_checks=bool(it.syncs),
+        host_ahead=bool(it.host_ahead),
+        loading=bool(it.loading),
+    )
+
+
 @dataclass
 class Served:
     records: list[RequestRecord]
@@ -95,53 +115,8 @@ class Served:
     def by_request(self) -> list[RequestRecord]:
         return sorted(self.records, key=lambda r: r.request_id)
 
-    def everything(self) -> tuple[object, ...]:
-        """What may not depend on how the loop ran: the same bits."""
-        servers = self.run.servers
-        return (
-            self.records,
-            [[replace(d, deployment=replace(d.deployment, plan=None)) for d in s.decisions] for s in servers],
-            [asdict(server.stats) for server in servers],
-            # In a closed loop a sample may be taken before or after an answer's user has sent the next request.
-            [[(*row[:4], *row[5:]) for row in server.timeline.rows] for server in servers],
-            self.run.end_ns,
-            self.run.presence_ns,
-        )
-
     def seconds_in_system(self) -> np.ndarray:
         return np.array([(r.last_token_ns - r.arrival_ns) / 1e9 for r in self.by_request()])
-
-
-# Two ways to run the loop, as arguments of `serve`. The third, `compiled=True`, takes long to begin with.
-AHEAD: dict[str, Any] = {"stepwise": False}  # up to the next moment at which something outside can act
-STEPWISE: dict[str, Any] = {"stepwise": True}  # every turn of a server is an event of its own
-
-
-@contextmanager
-def each_iteration(show: Callable[[Any], None]) -> Iterator[None]:
-    """Shows every iteration that has ended, with what it ran, while nothing of it counts yet.
-
-    What is shown has all arguments of `core.commit.commit` by their names, and of `core.price.time_s` the bands of
-    the iteration (`spans`) and its `work` in them. The runs must not be compiled.
-    """
-    commit, time_s = loop.commit, loop.time_s
-    names, priced_names = list(signature(commit).parameters), list(signature(time_s).parameters)
-    priced: dict[int, dict[str, Any]] = {}  # by iteration record, of which each replica has one
-
-    def pricing(*arguments: Any) -> float:
-        seen = dict(zip(priced_names, arguments, strict=True))
-        priced[id(seen["it"])] = {"spans": seen["spans"], "work": seen["work"]}
-        return time_s(*arguments)
-
-    def showing(*arguments: Any) -> None:
-        seen = dict(zip(names, arguments, strict=True))
-        show(SimpleNamespace(**seen, **priced[id(seen["it"])]))
-        commit(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "time_s", pricing)
-        patch.setattr(loop, "commit", showing)
-        yield
 
 
 def serve(
@@ -168,10 +143,9 @@ def serve(
     objective: Objective | None = None,
     expected: ExpectedLoad | None = None,
     foresight: bool = False,
-    blocks: Iterator[RequestBlock] | None = None,
     watch: Callable[[Server], None] | None = None,
+    on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
-    """`blocks`: these requests, as many as the workload says, in place of those that it would generate."""
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
     tasks = workload.mix.tasks
@@ -204,6 +178,8 @@ def serve(
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
         server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left)
+        if on_plan is not None:  # told of each iteration before it is committed: who runs, its start and its end
+            server.on_iteration = lambda start, end: on_plan(server, server._replica.plan(False), start, end)
         if isinstance(env, Watched):
             env.servers.append(server)
         return server
@@ -211,7 +187,7 @@ def serve(
     records: list[RequestRecord] = []
     run = simulate(
         make_server,
-        generate(workload, seed) if blocks is None else blocks,
+        generate(workload, seed),
         workload.requests,
         records.append,
         users=workload.users,
@@ -219,6 +195,6 @@ def serve(
         routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
         env=env,
         compiled=compiled,
-        stepwise=stepwise,
+        stepwise=stepwise or on_plan is not None,
     )
     return Served(records, run)

@@ -44,7 +44,7 @@ def drawn_by(choices: Callable[[Choose], Any]) -> st.SearchStrategy[Any]:
 
 # --- what is asked
 
-TWO_TASKS = TaskMix(("first", "second"), (0.6, 0.4), priorities=(1, 0))
+TWO_TASKS = TaskMix(("first", "second"), (0.6, 0.4))
 REQUESTS = (1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 35, 40)
 PROMPTS = (1, 16, 40, Exponential(30))
 OUTPUTS = (1, 2, 33, Exponential(20), Exponential(60))
@@ -295,7 +295,6 @@ def choose_case(choose: Choose) -> dict[str, Any]:
 
 workloads = drawn_by(choose_workload)
 whole_cases = drawn_by(choose_case)
-orders = st.sampled_from(["fcfs", "fcfs", "priority", "shortest_prompt"])  # of the waiting line
 
 
 def scripts() -> st.SearchStrategy[Scripted]:
@@ -317,9 +316,11 @@ def run(
     replicas: int,
     router: Router,
     pool_blocks: int,
+    stepwise: bool,
     made: dict[str, Profile] | None = None,
     schedule_ahead: int = 0,
-    **how: Any,
+    compiled: bool = False,
+    order: str = "fcfs",
 ) -> Served:
     made = made or profiles(0.001, 2**30)
     traces = {
@@ -338,6 +339,8 @@ def run(
         max_running_requests=32,
         replicas=replicas,
         router=router,
+        stepwise=stepwise,
         schedule_ahead=schedule_ahead,
-        **how,
+        compiled=compiled,
+        order=order,
     )

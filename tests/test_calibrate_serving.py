@@ -32,7 +32,6 @@ from helios_sim.profile.memory import MemoryBudget  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
 from helios_sim.profile.tables import RowsTable  # noqa: E402
 from helios_sim.request import RequestBlock, RequestRecord  # noqa: E402
-from helios_sim.serving import server as server_module  # noqa: E402
 from helios_sim.serving.server import Server  # noqa: E402
 from helios_sim.simulation import simulate  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
@@ -74,7 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
         monkeypatch.setattr(f"{module}.monotonic", looked_at)
     monkeypatch.setattr(Forward, "run", slower(Forward.run, FORWARD_S))
     monkeypatch.setattr(LiveEngine, "_note", slower(LiveEngine._note, ENGINE_S))
-    monkeypatch.setattr(server_module, "commit", slower(server_module.commit, SERVER_S))
+    monkeypatch.setattr(Server, "_run_loop", slower(Server._run_loop, SERVER_S / 2))  # twice an iteration
     return clock
 
 
@@ -132,5 +131,5 @@ def simulated_with(measured: ServingCosts, batch: int, tokens: int) -> Served:
 
     nothing = np.zeros(batch, np.int64)
     block = RequestBlock(np.arange(batch), nothing, nothing + PROMPT_TOKENS, nothing + tokens, nothing, nothing)
-    simulate(make_server, iter([block]), batch, records.append, ahead=False)
+    simulate(make_server, iter([block]), batch, records.append)
     return Served([], records)

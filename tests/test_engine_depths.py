@@ -1,4 +1,4 @@
-"""What every iteration runs, layer by layer and token by token, against a reference that has no records and no bands."""
+"""What every iteration runs, layer by layer and token by token, against a reference that has no arrays."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
+from helios_sim.profile.composition import Composition
 from helios_sim.workload import AllAtOnce, ClosedLoop, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from priced import priced_profile
-from rig import Scripted, each_iteration, kv_rules, serve
+from rig import Scripted, composition_of, kv_rules, serve
 
 EXITS = (2, 4, 6)
 N_LAYERS = 6
@@ -37,17 +38,15 @@ class Work:
         return (*({k: n for k, n in count.items() if n} for count in counts), sorted(self.prefill), self.sampled)
 
 
-def work_of(i) -> Work:
-    """What the loop priced, band by band."""
-    chunks = i.chunks[: i.it.chunks]
-    work = Work(sampled=i.it.sampled_tokens, prefill=[(p.tokens, p.context_tokens, p.layers) for p in chunks])
-    for span, band in zip(i.spans, i.work, strict=False):
-        for layer in range(span.start + 1, span.end + 1):
-            work.rows[layer] = band.decode_tokens
-            work.kv_tokens[layer] = band.kv_tokens
-            work.propagated[layer] = band.propagated_tokens
-        work.checked[span.end] = band.checked_tokens
-        work.classified[span.end] = band.classified_tokens
+def work_of(c: Composition, j: int) -> Work:
+    work = Work(sampled=int(c.sampled_tokens[j]), prefill=[(p.tokens, p.context_tokens, p.layers) for p in c.prefill])
+    for s, (start, end) in enumerate(zip((0, *c.bounds[:-1]), c.bounds, strict=True)):
+        for layer in range(start + 1, end + 1):
+            work.rows[layer] = int(c.decode_tokens[j, s])
+            work.kv_tokens[layer] = int(c.decode_kv_tokens[j, s])
+            work.propagated[layer] = 0 if c.propagated_tokens is None else int(c.propagated_tokens[j, s])
+        work.checked[end] = 0 if c.check_tokens is None else int(c.check_tokens[j, s])
+        work.classified[end] = 0 if c.classifier_tokens is None else int(c.classifier_tokens[j, s])
     return work
 
 
@@ -148,13 +147,13 @@ class Reference:
             work.sampled += not (per_token and not self.by_classifier and layers < self.loaded)
         return work
 
-    def prefill(self, work: Work, request: int, row: int, generated: int, part, finishes: bool) -> None:
+    def prefill(self, work: Work, request: int, row: int, generated: int, part) -> None:
         rule = self.deployment.exit_rule
         layers = self.loaded if isinstance(rule, PerToken) else self.leaves(row, generated)
         work.prefill.append((part.tokens, part.context_tokens, layers))
         answer = self.answers[request]
         answer.owed.clear()  # whatever was cached before was given up
-        if finishes:
+        if part.finishes:
             work.sampled += 1
             answer.layers_run += layers
             answer.early += layers < N_LAYERS
@@ -205,40 +204,41 @@ workloads = st.builds(
 )
 
 
-def row_of(request) -> int:
-    return request.trace_first + (request.trace_start + request.generated) % request.trace_length
+def rows_of(member, generated: int) -> int:
+    span = member.span
+    return span.first + (span.start + generated) % span.length
 
 
-def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, stepwise: bool) -> int:
-    """Serves, compares every iteration and every record. Returns how many were preempted."""
+def check_run(deployment: Deployment, workload: Workload, pool_blocks: int) -> int:
+    """Serves, compares every iteration that counted and every record. Returns how many were preempted."""
     trace = synthetic_trace("a", EXITS, tokens=97, seed=5, chars_per_token=1)
     profile = priced_profile(
         "a", n_layers=N_LAYERS, layer_s=1e-4, row_s=1e-5, kv_token_s=1e-6, prefill_token_s=2e-6, classifier_s=1e-6
     )
     reference = Reference(trace, deployment)
 
-    def compare(i) -> None:
-        running = [i.requests[slot] for slot in i.lists.batch[: i.s.running]]
-        decoding = [each for each in running if not each.prefill_left]
-        assert decoding == running[: i.s.decoding]
-        work = reference.decode(
-            [(each.request_id, row_of(each), each.generated, each.context_tokens) for each in decoding]
-        )
-        for p, part in enumerate(i.chunks[: i.it.chunks]):
-            each = i.requests[part.slot]
-            assert each.prefill_left >= part.tokens
-            finishes = each.prefill_left == part.tokens
-            assert finishes == (p < i.it.finishing)
-            reference.prefill(work, each.request_id, row_of(each), each.generated, part, finishes)
-        assert work_of(i).comparable() == work.comparable()
+    def compare(server, plan, start_ns: int, end_ns: int) -> None:
+        composition = composition_of(server)
+        members = plan.members
+        assert not {part.index for part in plan.prefill} & set(range(plan.decoding))
+        work = reference.decode([
+            (m.request.request_id, rows_of(m, m.generated), m.generated, m.context_tokens)
+            for m in members[: plan.decoding]
+        ])  # fmt: skip
+        for part in plan.prefill:
+            member = members[part.index]
+            row = rows_of(member, member.generated)
+            reference.prefill(work, member.request.request_id, row, member.generated, part)
+        assert work_of(composition, 0).comparable() == work.comparable()
+        price_ns = round(float(profile.iteration_time_s(composition)[0]) * 1e9)
+        assert end_ns - start_ns == max(price_ns, 1)
 
-    with each_iteration(compare):
-        served = serve(
-            workload, Scripted(deployment), {"a": profile}, {"a": trace}, utilisation=1.0, max_batch_tokens=32,
-            hbm_bytes=profile.weight_bytes(deployment.active.layers)
-            + pool_blocks * 16 * profile.kv_bytes_per_token(deployment.active.layers),
-            stepwise=stepwise,
-        )  # fmt: skip
+    served = serve(
+        workload, Scripted(deployment), {"a": profile}, {"a": trace}, utilisation=1.0, max_batch_tokens=32,
+        hbm_bytes=profile.weight_bytes(deployment.active.layers)
+        + pool_blocks * 16 * profile.kv_bytes_per_token(deployment.active.layers),
+        on_plan=compare,
+    )  # fmt: skip
     for record in served.records:
         answer = reference.answers[record.request_id]
         counts = (record.layers_run, record.early_tokens, record.breach_tokens, record.agreed_tokens)
@@ -253,16 +253,14 @@ def check_run(deployment: Deployment, workload: Workload, pool_blocks: int, step
     deployment=deployments(),
     workload=workloads,
     pool_blocks=st.sampled_from([8, 12, 1000]),
-    stepwise=st.booleans(),
 )
-def test_every_iteration_runs_what_the_rules_say(deployment, workload, pool_blocks, stepwise) -> None:
-    check_run(deployment, workload, pool_blocks, stepwise)
+def test_every_iteration_runs_what_the_rules_say(deployment, workload, pool_blocks) -> None:
+    check_run(deployment, workload, pool_blocks)
 
 
-@pytest.mark.parametrize("stepwise", [True, False])
-def test_debts_are_repaid_across_preemptions(stepwise: bool) -> None:
+def test_debts_are_repaid_across_preemptions() -> None:
     """A run that is known to preempt, and to come back to layers that it left out."""
     deployment = Deployment(Placement("a", 6), PerToken(0.7), kv_rule=KvRule.RECOMPUTE)
     lengths = DrawnLengths(Fixed(20), Exponential(40, minimum=10))
     workload = Workload(AllAtOnce(), lengths, TaskMix.single("text"), 12, chars_per_token=None)
-    assert check_run(deployment, workload, 12, stepwise) > 3
+    assert check_run(deployment, workload, 12) > 3

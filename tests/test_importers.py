@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helios_sim.core.price import unequal_share
 from helios_sim.errors import UserError
 from helios_sim.profile.build import main
 from helios_sim.profile.catalog import CARDS, PCIE_LINK, Link, published_card, published_model
@@ -16,11 +17,11 @@ from helios_sim.profile.importers.attention_grid import AttentionGrid
 from helios_sim.profile.importers.layers import Terms, layer_profile
 from helios_sim.profile.importers.skew import repetitions_of, unequal_table
 from helios_sim.profile.importers.vidur import vidur_profile
+from helios_sim.profile.price_tables import unequal_lengths
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import read_profile, write_profile
-from helios_sim.profile.term_lookup import UnequalLookup
 from helios_sim.provenance import ProvenanceClass
 from vllm_log import BATCHES, KVS, LAYER_US, REPETITIONS, attention_us, write_profile as write_tables
 
@@ -84,25 +85,12 @@ def test_unequal_lengths_are_sums_over_repetitions(tables: Path) -> None:
     skew = next(tables.glob("skew*"))
     assert repetitions_of(skew, grid, None) == REPETITIONS
     table = unequal_table(skew, grid, REPETITIONS)
-    lookup = UnequalLookup(table)
+    lengths = unequal_lengths([table])
     # the test's tables: a fifth longer, whatever the lengths; half of them long
-    assert lookup.scalar(0, 16, 16 * 320, 128, 512) == pytest.approx(0.2, rel=1e-3)
-    assert lookup.scalar(0, 16, 16 * 320, 320, 320) == 0.0
+    assert unequal_share(lengths, 0, 0, 16, 16 * 320, 128, 512) == pytest.approx(0.2, rel=1e-3)
+    assert unequal_share(lengths, 0, 0, 16, 16 * 320, 320, 320) == 0.0
     with pytest.raises(UserError, match="measurement_iterations"):
         repetitions_of(skew, grid, 5)
-
-
-def test_scalar_and_array_lookups_have_the_same_bits(tables: Path) -> None:
-    grid = AttentionGrid(next(tables.glob("attention*")))
-    lookup = UnequalLookup(unequal_table(next(tables.glob("skew*")), grid, REPETITIONS))
-    rng = np.random.default_rng(1)
-    least = rng.integers(1, 500, 200)
-    most = least + rng.integers(0, 900, 200)
-    batch = rng.integers(0, 40, 200)
-    kv = batch * rng.integers(1, 1500, 200)
-    at_once = lookup.array(batch, kv, least, most)
-    one_by_one = [lookup.scalar(0, *map(int, row)) for row in zip(batch, kv, least, most, strict=True)]
-    assert at_once.tolist() == one_by_one
 
 
 def test_tensor_parallelism_adds_two_all_reduces_a_layer(tables: Path) -> None:

@@ -51,7 +51,7 @@ class Fault:
 
         def failing(engine: LiveEngine, plan: Plan, *rest: Any) -> Any:
             assert all(ref() is None for ref in self.left_over)  # what a failed pass had is free
-            self.together.append(len(plan.batch))
+            self.together.append(len(plan.members))
             tally = forward(engine, plan, *rest)
             if fails(plan, len(self.together)):
                 activations = torch.zeros(8)
@@ -94,7 +94,7 @@ def test_one_failed_iteration(
 def test_memory_that_suffices_for_few(
     tiny: dict[str, LiveModel], undisturbed: dict[str, Live], monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    fault = Fault(monkeypatch, lambda plan, number: len(plan.batch) > most, MemoryError())
+    fault = Fault(monkeypatch, lambda plan, number: len(plan.members) > most, MemoryError())
     live = serve_live(tiny, FULL, requests(LENGTHS), N, slots=SLOTS)
     check(live, undisturbed["full"], dropped=set())
     assert most in fault.together
@@ -105,7 +105,7 @@ def test_a_request_that_never_fits_leaves_and_the_others_do_not_notice(
     tiny: dict[str, LiveModel], undisturbed: dict[str, Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def large(plan: Plan, number: int) -> bool:
-        return any(sequence.request.request_id == 5 for sequence in plan.batch.members)
+        return any(member.request.request_id == 5 for member in plan.members)
 
     Fault(monkeypatch, large, RuntimeError(CUDA))
     live = serve_live(tiny, FULL, requests(LENGTHS), N, slots=SLOTS)

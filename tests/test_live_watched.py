@@ -27,7 +27,7 @@ class Fixed:
     def execute(self, plan: Any, now_ns: int) -> Any:
         self.forward_ns += FORWARD_NS
         composition = Composition((4,), np.array([[plan.batch]]), np.array([[8 * plan.batch]]), np.array([plan.batch]))
-        return SimpleNamespace(profile=PROFILE, composition=composition, end_ns=[self._clock.wall_ns + RAN_NS])
+        return SimpleNamespace(profile=PROFILE, composition=composition, end_ns=self._clock.wall_ns + RAN_NS)
 
 
 def watched(kept: int | None, before: Any = None) -> WatchedEngine:

@@ -5,8 +5,26 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from helios_sim.core.draws import draw
+from helios_sim.core import machine
+from helios_sim.core.draws import draw as interpreted
 from helios_sim.policy.draws import by_numpy, counts_drawn, places
+
+
+def draw(*arguments) -> bool:
+    """As machine code."""
+    code = machine.load()
+    assert code is not None
+    return code.draw(*arguments)
+
+
+def test_compiled_and_interpreted_draw_the_same() -> None:
+    for n in (1, 2, 30):
+        drawn = []
+        for function in (draw, interpreted):
+            rng, counts = np.random.default_rng(n), np.zeros((4, n))
+            assert function(rng, counts, *(each.copy() for each in places(n)))
+            drawn.append((counts.tolist(), rng.random()))
+        assert drawn[0] == drawn[1]
 
 
 @settings(max_examples=60, deadline=None)

@@ -24,7 +24,7 @@ def composition(n: int, bounds: tuple[int, ...], prefill: tuple[PrefillChunk, ..
         (composition(1, (24,), (PrefillChunk(500, 300, 24),)), 35e-6),
         (composition(256, (6, 12, 18, 24)), 150e-6),
     ],
-    ids=["one decode", "one with prefill", "a leap of 256"],
+    ids=["one decode", "one with prefill", "256 of decodes"],
 )
 def test_pricing(benchmark: BenchmarkFixture, case: Composition, limit_s: float) -> None:
     profile = load_profile("opt-1.3b@a100-40gb")

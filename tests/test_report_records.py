@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import helios_sim.study.job
+from helios_sim.core import machine
 from helios_sim.report import records as records_module
 from helios_sim.report.files import write_parquet_parts
 from helios_sim.report.metrics import Slo, compute_metrics
@@ -173,12 +174,12 @@ def peak_bytes(requests: int) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("ahead", "few", "many"), [(False, 1000, 4000), (True, 10_000, 30_000)])
-def test_memory_grows_with_the_columns_and_not_with_what_was_seen(ahead, few, many, monkeypatch) -> None:
+@pytest.mark.parametrize(("compiled", "few", "many"), [(False, 1000, 4000), (True, 10_000, 30_000)])
+def test_memory_grows_with_the_columns_and_not_with_what_was_seen(compiled, few, many, monkeypatch) -> None:
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
     monkeypatch.setattr(records_module, "BLOCK_RECORDS", 128)
     monkeypatch.setattr(helios_sim.study.job, "generate", partial(generate, block_requests=128))
     monkeypatch.setattr(timeline, "SAMPLES", 100)
-    monkeypatch.setattr("helios_sim.simulation.worth_compiling", lambda requests: ahead)
+    monkeypatch.setattr("helios_sim.simulation.for_run", lambda requests, wanted: machine.load() if compiled else None)
     peak_bytes(300)  # what is loaded and remembered once
     assert (peak_bytes(many) - peak_bytes(few)) / (many - few) < 150

@@ -11,7 +11,7 @@ from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import Constant
-from rig import AHEAD, STEPWISE, Scripted, full_depth, serve, workload
+from rig import Scripted, full_depth, serve, workload
 
 ITERATION_NS = 1_000_000
 
@@ -75,8 +75,8 @@ def test_a_policy_that_watches_the_queue_is_asked_at_once_all_the_same() -> None
     watching = replace(full_depth(batch_limit=1), triggers=(QueueAbove(2),))
     many = workload(4, 4, 60, Constant(1 / 0.0105))  # the third to wait comes in the 32nd iteration
     asked = []
-    for how in (AHEAD, STEPWISE):
+    for stepwise in (True, False):
         policy = Scripted(watching)
-        serve(many, policy, schedule_ahead=1, **how)
+        serve(many, policy, stepwise=stepwise, schedule_ahead=1)
         asked.append([telemetry.now_ns for _, telemetry in policy.asked])
     assert asked[0] == asked[1] == [32 * ITERATION_NS]

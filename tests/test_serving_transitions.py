@@ -111,16 +111,15 @@ def test_weights_and_cache_never_exceed_the_budget(workload, script, replicas, r
 
     def watch(server: Server) -> None:
         replica, residency = server._replica, server._transitions.residency
-        s, requests = replica.state, replica.requests
         if replica.deployment.instant:
             return
         active = replica.deployment.active
-        bytes_there = residency.weight_bytes(residency.layers) + s.total_blocks * 16 * 4 * active.layers
+        bytes_there = residency.weight_bytes(residency.layers) + replica.state.total_blocks * 16 * 4 * active.layers
         assert bytes_there <= usable
         assert residency.layers.get(active.model, active.layers) >= 2
-        assert s.used_blocks <= s.total_blocks
-        running = [requests[slot] for slot in replica.lists.batch[: s.running]]
-        assert s.used_blocks == sum(-(-(each.context_tokens + each.prefill_left) // 16) for each in running)
+        assert replica.used_blocks <= replica.state.total_blocks
+        running = [replica.requests[slot] for slot in replica.lists.batch[: replica.running_requests]]
+        assert sum(-(-(r.context_tokens + r.prefill_left) // 16) for r in running) == replica.used_blocks
 
     served = serve(
         workload, Scripted(script.first, list(script.then)), made, hbm_bytes=usable, utilisation=1.0,

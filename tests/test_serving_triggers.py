@@ -12,12 +12,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import FixedCap
-from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
-from rig import Scripted, each_iteration, full_depth, serve, workload
+from rig import Scripted, full_depth, serve, workload
 
 MS = 1_000_000
 
@@ -33,26 +32,25 @@ def asked(policy: Scripted, kind: type) -> list[int]:
 # --- breaches
 
 
-def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, stepwise: bool = False) -> list[tuple[int, int]]:
+def breach_times(limit: BreachLimit, policy: Scripted, work: Workload) -> list[tuple[int, int]]:
     """(time, breaches in the window) at which the limit should fire, token by token; serves `policy` meanwhile."""
     trace = synthetic_trace("flat", (2, 4), tokens=300, seed=9, chars_per_token=1)
     window: deque[bool] = deque(maxlen=limit.window_tokens)
     expected: list[tuple[int, int]] = []
 
-    def count(i) -> None:
-        cap = trace.exits.index(i.s.run_layers)
-        for slot in i.lists.batch[: i.s.running]:
-            request = i.requests[slot]
-            if request.prefill_left or request.generated < i.r.observe_tokens:
+    def count(server, plan, start_ns: int, end_ns: int) -> None:
+        deployment = server._replica.deployment
+        cap = trace.exits.index(plan.run_layers)
+        for member in plan.members[: plan.decoding]:
+            if deployment.observe_tokens is not None and member.generated < deployment.observe_tokens:
                 continue
-            row = request.trace_first + (request.trace_start + request.generated) % request.trace_length
+            row = member.span.first + (member.span.start + member.generated) % member.span.length
             window.append(cap == 0 and bool(trace.confidence[row, cap] < 0.7))
         if len(window) == limit.window_tokens and sum(window) > limit.limit:
-            expected.append((i.s.end_ns, sum(window)))
+            expected.append((end_ns, sum(window)))
             window.clear()
 
-    with each_iteration(count):
-        serve(work, policy, traces={"flat": trace}, stepwise=stepwise)
+    serve(work, policy, traces={"flat": trace}, on_plan=count)
     return expected
 
 
@@ -63,15 +61,14 @@ def breach_times(limit: BreachLimit, policy: Scripted, work: Workload, stepwise:
     arrivals=st.sampled_from([AllAtOnce(), ClosedLoop(1), ClosedLoop(7), Constant(90.0)]),
     requests=st.integers(1, 15),
     observe=st.sampled_from([None, None, 3]),
-    stepwise=st.booleans(),
 )
 def test_the_breach_limit_fires_at_the_iteration_that_exceeds_it(
-    window, share, arrivals, requests, observe, stepwise
+    window, share, arrivals, requests, observe
 ) -> None:
     """With windows shorter and longer than an iteration's tokens, and again after it was cleared."""
     limit = BreachLimit(window, int(window * share))
     policy = Scripted(capped(limit, observe_tokens=observe))
-    expected = breach_times(limit, policy, workload(requests, arrivals=arrivals, output=Exponential(30)), stepwise)
+    expected = breach_times(limit, policy, workload(requests, arrivals=arrivals, output=Exponential(30)))
     assert [(t.now_ns, t.breaches_in_window) for _, t in policy.asked] == expected
 
 
@@ -124,7 +121,7 @@ def full_depth_with(*triggers, **other) -> Deployment:
     return replace(full_depth(), triggers=triggers, **other)
 
 
-@pytest.mark.parametrize("stepwise", [True, False])
+@pytest.mark.parametrize("stepwise", [False, True])
 def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_when_busy(stepwise: bool) -> None:
     """Requests come at 100, 200, 300 ms and run for 10."""
     times = (0, 50_300_000, 103_300_000, 104 * MS, 150 * MS, 205_000_001)
@@ -140,7 +137,7 @@ def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_whe
     ]
 
 
-@pytest.mark.parametrize("stepwise", [True, False])
+@pytest.mark.parametrize("stepwise", [False, True])
 def test_a_queue_is_reported_once_until_it_has_been_short_again(stepwise: bool) -> None:
     """One at a time, 10 ms each; one comes every 4 ms. At 20 ms 4 wait and one of them starts; at 24 ms there are 4
     again, and from then on more."""
@@ -172,9 +169,8 @@ def test_a_preempted_request_counts_once_against_the_admission_limit() -> None:
     assert third.scheduled_ns == policy.asked[0][1].now_ns == served.by_request()[1].last_token_ns
 
 
-@pytest.mark.parametrize("stepwise", [True, False])
 @pytest.mark.parametrize("observe", [1, 6, 100])
-def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, stepwise: bool) -> None:
+def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int) -> None:
     """Three requests are evaluated on the whole model, then go on at the cap; each yields what its first tokens say."""
     trace = synthetic_trace("flat", (2, 4), tokens=300, seed=4, chars_per_token=1)
     first = Deployment(
@@ -184,14 +180,11 @@ def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int, 
     policy = Scripted(first, [capped()])
     spans = {}
 
-    def note(i) -> None:
-        for slot in i.lists.batch[: i.s.running]:
-            r = i.requests[slot]
-            spans[r.request_id] = TokenSpan(r.trace_first, r.trace_start, r.trace_length, r.output_tokens)
+    def watch(server, plan, start_ns: int, end_ns: int) -> None:
+        spans.update({member.request.request_id: member.span for member in plan.members})
 
     work = workload(6, output=Exponential(20, minimum=2))
-    with each_iteration(note):
-        served = serve(work, policy, traces={"flat": trace}, stepwise=stepwise)
+    served = serve(work, policy, traces={"flat": trace}, on_plan=watch)
     ((cause, telemetry),) = policy.asked
     assert isinstance(cause, Drained)
     assert sorted(o.request_id for o in telemetry.observations) == [0, 1, 2]

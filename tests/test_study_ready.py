@@ -15,11 +15,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     asked: list[object] = []
 
     def noted(*given: object, **settings: object) -> None:
-        asked.append(settings["ahead"])
+        asked.append(settings["compiled"])
 
     monkeypatch.setattr(ready, "serve", noted)
     monkeypatch.setattr(ready, "shared_fleet", lambda *_: None)
-    monkeypatch.setattr(ready, "is_made", lambda name: False)
+    monkeypatch.setattr(ready, "is_made", lambda: False)
     return asked
 
 
@@ -33,7 +33,7 @@ def test_many_requests_are_worth_one_run_ahead_of_the_clock(made: list[object]) 
 
 def test_few_are_not_nor_are_many_where_it_is_made(made: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     ready.make_ready(JOB, ready.WORTH_COMPILING - 1)
-    monkeypatch.setattr(ready, "is_made", lambda name: name == "advance")
+    monkeypatch.setattr(ready, "is_made", lambda: True)
     ready.make_ready(JOB, 10 * ready.WORTH_COMPILING)
     assert made == []
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from helios_sim.core.blocks import free_blocks, give_blocks, kept_blocks, resize_pool, take_back, take_blocks
+from helios_sim.core.layout import FREED, NEVER, RULES, STATE, Storage
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.profile.tables import LayerTables
 from helios_sim.profile.terms import MixedTable, UnequalTable
 from helios_sim.request import Status
-from helios_sim.serving.kv import KvPool
 from helios_sim.workload import AllAtOnce, Constant, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from priced import priced_profile
 from rig import Served, full_depth, serve
@@ -45,21 +46,21 @@ def priced(terms: bool = True):
     return replace(profile, layer_tables=tuple(map(with_terms, profile.layer_tables))) if terms else profile
 
 
-def run(workload: Workload, leap: bool, blocks: int, ahead: int = 1, terms: bool = True, places: int = 8) -> Served:
+def run(workload: Workload, stepwise: bool, blocks: int, ahead: int = 1, terms: bool = True, places: int = 8) -> Served:
     profile = priced(terms)
     hbm_bytes = profile.weight_bytes(4) + profile.activation_reserve_bytes + blocks * 16 * profile.kv_bytes_per_token(4)
     return serve(
         workload, full_depth(), {"flat": profile}, hbm_bytes=hbm_bytes, utilisation=1.0, max_batch_tokens=64,
-        max_running_requests=places, leap=leap, schedule_ahead=ahead, vllm_v1=True,
+        max_running_requests=places, stepwise=stepwise, schedule_ahead=ahead, vllm_v1=True,
     )  # fmt: skip
 
 
 @SLOW
 @given(workload=workloads, blocks=st.sampled_from([4, 9, 40, 1000]), ahead=st.sampled_from([0, 1]))
-def test_leaps_and_single_steps_give_the_same_bits(workload, blocks, ahead) -> None:
-    leaping, stepping = (run(workload, leap, blocks, ahead) for leap in (True, False))
-    assert leaping.records == stepping.records
-    assert asdict(leaping.run.stats) == asdict(stepping.run.stats)
+def test_ahead_of_the_clock_and_step_by_step_give_the_same_bits(workload, blocks, ahead) -> None:
+    running_ahead, stepping = (run(workload, stepwise, blocks, ahead) for stepwise in (False, True))
+    assert running_ahead.records == stepping.records
+    assert asdict(running_ahead.run.stats) == asdict(stepping.run.stats)
 
 
 @SLOW
@@ -110,32 +111,66 @@ def test_a_returning_request_finds_its_prefix() -> None:
     assert spans[True] < spans[False]
 
 
+def freed_pool(blocks: int, vllm_v1: bool = True):
+    """A pool of so many free blocks: state, rules, and the ring of what was freed."""
+    storage = Storage(compiled=False)
+    state, rules, freed = storage.record(STATE), storage.record(RULES), storage.rows(FREED, 8)
+    rules.vllm_v1 = int(vllm_v1)
+    resize_pool(state, rules, freed, blocks)
+    return state, rules, freed
+
+
 def test_freed_blocks_are_taken_longest_free_first_and_last_ones_first() -> None:
-    pool = KvPool(10, 16, remember=True)
-    pool.take(10)
-    pool.give(4, "a")
-    pool.give(3, "b")
-    assert (pool.kept("a"), pool.kept("b")) == (4, 3)
-    pool.take(3)
-    assert (pool.kept("a"), pool.kept("b")) == (1, 3)
-    pool.take_back("b", 2)
-    assert (pool.kept("b"), pool.free_blocks) == (0, 2)
-    pool.take(2)
-    assert pool.kept("a") == 0
-    with pytest.raises(RuntimeError, match="kept"):
-        pool.take_back("a", 1)
+    state, rules, freed = freed_pool(10)
+    take_blocks(state, rules, freed, 10)
+    a, b = (give_blocks(state, rules, freed, blocks, owner) for blocks, owner in ((4, 1), (3, 2)))
+    assert (kept_blocks(state, freed, a, 1), kept_blocks(state, freed, b, 2)) == (4, 3)
+    take_blocks(state, rules, freed, 3)
+    assert (kept_blocks(state, freed, a, 1), kept_blocks(state, freed, b, 2)) == (1, 3)
+    take_back(state, freed, b, 2)
+    assert (kept_blocks(state, freed, b, 2), free_blocks(state)) == (0, 2)
+    take_blocks(state, rules, freed, 2)
+    assert kept_blocks(state, freed, a, 1) == 0
 
 
 def test_a_pool_that_does_not_remember_keeps_nothing() -> None:
-    pool = KvPool(4, 16)
-    pool.take(2)
-    pool.give(2, "a")
-    assert pool.kept("a") == 0
+    state, rules, freed = freed_pool(4, vllm_v1=False)
+    take_blocks(state, rules, freed, 2)
+    assert give_blocks(state, rules, freed, 2, 1) == NEVER
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(["take", "give", "back"]), st.integers(1, 5)), max_size=60))
+def test_freed_blocks_are_those_of_a_plain_list(moves: list[tuple[str, int]]) -> None:
+    """The reference is a list of single blocks, the longest free first, each with the request that it was of."""
+    state, rules, freed = freed_pool(20)
+    plain: list[int | None] = [None] * 20
+    entries: dict[int, int] = {}  # request -> entry
+    for number, (move, blocks) in enumerate(moves, start=1):
+        if move == "take" and blocks <= len(plain):
+            take_blocks(state, rules, freed, blocks)
+            del plain[:blocks]
+        elif move == "give" and blocks <= 20 - len(plain) and len(entries) < 3:
+            entries[number] = give_blocks(state, rules, freed, blocks, number)
+            plain += [number] * blocks
+        elif move == "back" and entries:
+            owner, entry = entries.popitem()
+            kept = kept_blocks(state, freed, entry, owner)
+            assert kept == plain.count(owner)
+            if kept:
+                back = min(blocks, kept)
+                take_back(state, freed, entry, back)
+                for _ in range(back):
+                    plain.remove(owner)
+                plain = [None if each == owner else each for each in plain]
+        assert free_blocks(state) == len(plain)
+    for owner, entry in entries.items():
+        assert kept_blocks(state, freed, entry, owner) == plain.count(owner)
 
 
 def test_gaps_add_to_every_iteration_and_more_to_those_with_prefill() -> None:
     flat = flat_profile(0.001)
     gaps = flat.with_runtime(replace(flat.runtime, gap_s=0.0003, prefill_gap_s=0.002))
-    for leap in (True, False):
-        record = serve(several(1, 5), full_depth(), {"flat": gaps}, schedule_ahead=1, leap=leap).records[0]
+    for stepwise in (True, False):
+        record = serve(several(1, 5), full_depth(), {"flat": gaps}, schedule_ahead=1, stepwise=stepwise).records[0]
         assert record.last_token_ns == 5 * 1_300_000 + 2_000_000

@@ -294,7 +294,7 @@ def _decodes_s(
     if t.unequal.sizes[c, CHUNK_AXIS] == 0 or it.kv_most == NEVER:
         return seconds
     batch, kv_tokens = work[0].decode_tokens, work[0].kv_tokens
-    return seconds * (1.0 + _unequal(t.unequal, c, chunk, batch, kv_tokens, it.kv_least, it.kv_most))
+    return seconds * (1.0 + unequal_share(t.unequal, c, chunk, batch, kv_tokens, it.kv_least, it.kv_most))
 
 
 def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:
@@ -376,7 +376,7 @@ def _weight(grid: Numbers, c: int, axis: int, low: int, value: float) -> float:
     return max((value - grid[c, axis, low]) / (grid[c, axis, low + 1] - grid[c, axis, low]), 0.0)
 
 
-def _unequal(t: UnequalLengths, c: int, chunk: int, batch: int, kv_tokens: int, least: int, most: int) -> float:
+def unequal_share(t: UnequalLengths, c: int, chunk: int, batch: int, kv_tokens: int, least: int, most: int) -> float:
     """The share by which decode attention takes longer because lengths differ; edges hold beyond the grid.
 
     `chunk` is the longest chunk's tokens beside the decodes, 0 for none; `kv_tokens` the batch's sum.

@@ -222,18 +222,22 @@ def _price_tables(
             grid=_stacked([_axes(t) for t in mixed]).astype(np.int64),
             sizes=np.array([(0, 0, 0, 0) if t is None else t.time_s.shape for t in mixed], np.int64),
         ),
-        UnequalLengths(
-            share=_stacked([np.zeros((0, 0, 0, 0)) if t is None else _by_batch(t) for t in unequal]),
-            grid=_stacked([
-                np.zeros((2, 0)) if t is None else _stacked([t.chunk, t.longest]) for t in unequal
-            ]).astype(np.int64),
-            of_long=_stacked([np.zeros(0) if t is None else t.share.astype(np.float64) for t in unequal]),
-            sizes=np.array([
-                (0, 0, 0, 0) if t is None else (len(t.chunk), len(t.longest), len(t.share), int(t.batch[-1]))
-                for t in unequal
-            ], np.int64),
-        ),
+        unequal_lengths(unequal),
     )  # fmt: skip
+
+
+def unequal_lengths(tables: Sequence[UnequalTable | None]) -> UnequalLengths:
+    """The term of each layer class; None: it has none."""
+    grids = [np.zeros((2, 0)) if t is None else _stacked([t.chunk, t.longest]) for t in tables]
+    sizes = [
+        (0, 0, 0, 0) if t is None else (len(t.chunk), len(t.longest), len(t.share), int(t.batch[-1])) for t in tables
+    ]
+    return UnequalLengths(
+        share=_stacked([np.zeros((0, 0, 0, 0)) if t is None else _by_batch(t) for t in tables]),
+        grid=_stacked(grids).astype(np.int64),
+        of_long=_stacked([np.zeros(0) if t is None else t.share.astype(np.float64) for t in tables]),
+        sizes=np.array(sizes, np.int64),
+    )
 
 
 def _by_rows(table: RowsTable, pad_to: tuple[int, ...] | None = None) -> FloatArray:

@@ -42,7 +42,6 @@ class Prober:
             self._decider.probe_left.remove(model)
             self._decider.note_probe()
             replica.observations.extend(observations)
-            replica.stats.busy_ns += duration_ns
             return replica.now_ns + duration_ns
         if self._streaming is None and self._decider.probe_left and replica.served:
             in_place = self._stream(self._decider.probe_left[0])

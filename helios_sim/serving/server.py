@@ -115,6 +115,7 @@ class Server:
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
                 yield self._turns.at(probe_end_ns)
+                replica.stats.busy_ns += probe_end_ns - int(s.now_ns)
                 continue
             self._transitions.follow_plan()
             yield from self._serve()

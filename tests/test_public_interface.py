@@ -1,0 +1,58 @@
+"""The names that `helios_sim` offers are those that its types declare, and each loads only what it needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import helios_sim
+
+
+def declared() -> dict[str, str]:
+    """Module by name, from the imports that only type checkers see."""
+    tree = ast.parse(Path(helios_sim.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if (node.module or "").startswith("helios_sim")]
+    return {alias.name: str(node.module) for node in ours for alias in node.names}
+
+
+def test_types_and_names_agree() -> None:
+    assert set(helios_sim.__all__) == {*declared(), "__version__"}
+    assert list(helios_sim.__all__) == sorted(helios_sim.__all__)
+    assert set(helios_sim.__all__) <= set(dir(helios_sim))
+
+
+@pytest.mark.parametrize("name", sorted(declared()))
+def test_each_name_is_the_one_declared(name: str) -> None:
+    assert getattr(helios_sim, name) is getattr(import_module(declared()[name]), name)
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Polcy'"):
+        helios_sim.Polcy  # noqa: B018
+
+
+def test_a_policy_needs_no_study(repository: Path) -> None:
+    code = (
+        "import sys; from helios_sim import Deployment, FixedCap, Placement, QueueAbove;"
+        "assert not {'helios_sim.study', 'helios_sim.serving', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
+
+
+def test_inside_names_come_from_their_own_modules(repository: Path) -> None:
+    """Through the package itself a lower layer could import a higher one, and no contract would see it."""
+    for path in (repository / "helios_sim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "helios_sim":
+                assert [alias.name for alias in node.names] == ["__version__"], path
+
+
+@pytest.mark.parametrize("package", ["helios_sim", "calibrate"])
+def test_types_are_for_users_too(package: str, repository: Path) -> None:
+    assert (repository / package / "py.typed").is_file()
