@@ -71,6 +71,7 @@ class System:
         """Before the first request: who serves."""
         self.servers = servers
         self._requests_in = [0] * len(servers)
+        self._sent: list[int] | None = None  # to each replica, where requests are dispatched
         self._choose = self._routing.choice(self._requests_in)
 
     def feed(self, blocks: Iterator[RequestBlock], machine: Machine | None, users: int | None) -> None:
@@ -95,6 +96,7 @@ class System:
     def open(self, machine: Machine | None, to_arrivals: bool) -> None:
         """Requests will be dispatched. `to_arrivals`: between two arrivals nothing acts on a replica from outside."""
         self._in_order = [] if to_arrivals and len(self.servers) > 1 else None
+        self._sent = [0] * len(self.servers)
         for server in self.servers:
             server.open(machine, horizon_ns=(lambda: self.next_arrival_ns) if to_arrivals else None)
 
@@ -110,6 +112,8 @@ class System:
     def dispatch(self, request: Request, from_replica: int | None = None) -> None:
         number = self._choose(request)
         self._requests_in[number] += 1
+        if self._sent is not None:
+            self._sent[number] += 1
         self.servers[number].submit(request, from_replica)
 
     def close(self) -> None:
@@ -141,10 +145,11 @@ class System:
         """L = lambda W holds exactly on every run, in integers, of each replica and so of all together."""
         for number, server in enumerate(self.servers):
             presence_ns, sojourn_ns, arrived, left = server.books
-            if presence_ns != sojourn_ns or arrived != left:
+            sent = arrived if self._sent is None else self._sent[number]
+            if presence_ns != sojourn_ns or not sent == arrived == left:
                 raise LittlesLawViolated(
                     f"replica {number}: {presence_ns} request-ns in it, {sojourn_ns} by request; "
-                    f"{arrived} arrived, {left} left"
+                    f"{sent} sent, {arrived} arrived, {left} left"
                 )
 
     def _hand_on(self, before_ns: int) -> None:

@@ -173,7 +173,7 @@ def _wait(
         over = arrival_ns == FOREVER_NS and s.in_system == 0  # a run ends at the last departure, whatever the alarms
         if over or min(arrival_ns, alarm_ns) >= until_ns:
             return IDLE
-        if alarm_ns < arrival_ns:
+        if alarm_ns <= arrival_ns:  # what arrives at the same moment may be rejected, and the alarm counts all the same
             s.now_ns, s.idle = alarm_ns, 0
             return GO_ON
         if _wakes(s, r, watch):
