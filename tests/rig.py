@@ -22,6 +22,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestRecord
 from helios_sim.routing import Router, Routing
+from helios_sim.serving.device_plan import plan_of
 from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
@@ -179,7 +180,7 @@ def serve(
         made.append(own)
         server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left)
         if on_plan is not None:  # told of each iteration before it is committed: who runs, its start and its end
-            server.on_iteration = lambda start, end: on_plan(server, server._replica.plan(False), start, end)
+            server.on_iteration = lambda start, end: on_plan(server, plan_of(server._replica, False), start, end)
         if isinstance(env, Watched):
             env.servers.append(server)
         return server

@@ -5,6 +5,7 @@ All of it happens between two iterations, and blocks come back at once.
 
 from __future__ import annotations
 
+from helios_sim.serving.handover import abort
 from helios_sim.serving.replica import Replica
 
 
@@ -20,7 +21,7 @@ class Aborts:
 
     def carry_out(self) -> None:
         if self._asked:
-            self._replica.abort(self._asked)
+            abort(self._replica, self._asked)
             self._asked.clear()
 
     def give_way(self, reason: str) -> None:

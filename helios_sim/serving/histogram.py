@@ -1,7 +1,7 @@
-"""A histogram of the gaps between tokens. Knows lengths of time and counts, nothing about requests.
+"""A histogram of the gaps between tokens.
 
 Inter-token gaps are too many to keep (every token of every request), so they are counted in buckets whose edges grow
-by 0.1 %. Counts and sums are integers: adding in any order, in leaps or step by step, gives the same bits.
+by 0.1 %. Counts and sums are integers: adding in any order gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_BUFFERED_GAPS = 4096
 _LONGEST_NS = 10**15  # 11.6 days; anything longer falls into one last bucket
 
 
@@ -26,32 +25,6 @@ def bucket_edges_ns() -> NDArray[np.int64]:
     array = np.array(edges, dtype=np.int64)
     array.flags.writeable = False
     return array
-
-
-class GapBuffer:
-    """Gaps on their way into a histogram: to count many at once costs little more than to count a few."""
-
-    __slots__ = ("_counts", "_gaps_ns", "_histogram", "_waiting")
-
-    def __init__(self, histogram: GapHistogram) -> None:
-        self._histogram = histogram
-        self._gaps_ns: list[NDArray[np.int64]] = []
-        self._counts: list[int] = []
-        self._waiting = 0
-
-    def add(self, gaps_ns: NDArray[np.int64], count: int = 1) -> None:
-        """Count each gap of an array (n,), which the caller leaves unchanged, `count` times."""
-        self._gaps_ns.append(gaps_ns)
-        self._counts.append(count)
-        self._waiting += len(gaps_ns)
-        if self._waiting >= _BUFFERED_GAPS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._gaps_ns:
-            counts = np.repeat(self._counts, [len(gaps_ns) for gaps_ns in self._gaps_ns])
-            self._histogram.add(np.concatenate(self._gaps_ns), counts)
-            self._gaps_ns, self._counts, self._waiting = [], [], 0
 
 
 class GapHistogram:

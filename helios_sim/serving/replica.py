@@ -21,44 +21,27 @@ from helios_sim.core.layout import (
     SAMPLE,
     SEEN,
     STATE,
-    SUMS,
     WORK,
     Counts,
     Line,
     Lists,
     Record,
     Storage,
-    tuples,
 )
 from helios_sim.exits.rule import PerToken
-from helios_sim.exits.trace import TokenSpan
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
-from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.request import Request, RequestRecord
 from helios_sim.serving.histogram import bucket_edges_ns
 from helios_sim.serving.inbox import COLUMNS, Inbox
-from helios_sim.serving.iteration import Engine, Foresees, IntArray, Member, Plan, PrefillPart, Terms, Token
-from helios_sim.serving.meters import RECENT, Recent
+from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
+from helios_sim.serving.meters import Recent
 from helios_sim.serving.stats import RunStats
 from helios_sim.serving.timeline import SAMPLES, Timeline
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
 OnLeft = Callable[[RequestRecord, int], None]
 """A request has left, at that time in ns."""
-DROP_REASONS = {
-    layout.CONTEXT_EXCEEDED: "context of {model} exceeded",
-    layout.POOL_EXCEEDED: "larger than the KV pool beside {model}",
-    layout.PLACES_EXCEEDED: "longer than the {tokens} tokens that KV memory has for a request on {model}",
-}
-_LEFT_FIELDS = (
-    *COLUMNS, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
-    "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
-    "evaluated_tokens", "preemptions", "microbits",
-)  # fmt: skip
-_MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
-    _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
-)
-_SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
 
 
 class Replica:
@@ -90,7 +73,7 @@ class Replica:
         self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
         self._deployment: Deployment
         self._closed_loop = closed_loop
-        self._counted_arrivals = 0
+        self.counted_arrivals = 0  # those that the sliding means know
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -110,11 +93,11 @@ class Replica:
         self.line = Line(*(storage.numbers(0) for _ in Line._fields))
         self._owed: IntArray = np.zeros((0, self.bands + 1), np.int64)
         self.freed = storage.rows(FREED, 2)
-        self._depths: IntArray = np.zeros(layers + 1, np.int64)
+        self.depths: IntArray = np.zeros(layers + 1, np.int64)
         self.counts = Counts(
             seen=storage.rows(SEEN, 2 * n + layout.FLUSH_REQUESTS),
             samples=storage.rows(SAMPLE, SAMPLES + 2),
-            depths=storage.array(self._depths),
+            depths=storage.array(self.depths),
             gaps=storage.array(self.stats.itl.counts),
             gap_edges_ns=storage.array(bucket_edges_ns()),
         )
@@ -124,7 +107,7 @@ class Replica:
         s.warm_up_ns = cast(Foresees, self.engine).warm_up_ns if self.foresees else 0
         s.exhausted = 1
         self.grow_slots(n + 2 + (2 * layout.FLUSH_REQUESTS if storage.compiled else n))
-        self._grow_line()
+        self.grow_line()
 
     def grow_slots(self, n: int) -> None:
         """So many slots from now on."""
@@ -135,9 +118,9 @@ class Replica:
         self.owed = storage.array(self._owed)
         if self.situation.vllm_v1:
             self._grow_freed(2 * n + 2)
-        self._set_free(range(n - 1, known - 1, -1))
+        self.set_free(range(n - 1, known - 1, -1))
 
-    def _set_free(self, slots: Sequence[int]) -> None:
+    def set_free(self, slots: Sequence[int]) -> None:
         free, listed = int(self.state.free), self.lists.free
         for place, slot in enumerate(slots, free):
             listed[place] = slot
@@ -151,7 +134,7 @@ class Replica:
             kept, now = old[entry % len(old)], self.freed[entry % n]
             now.owner, now.blocks = kept.owner, kept.blocks
 
-    def _grow_line(self) -> None:
+    def grow_line(self) -> None:
         """Room for all that may wait at once before the next look at it."""
         s = self.state
         most = int(s.waiting + s.known - s.arrived) + len(self.requests) + 1
@@ -160,7 +143,7 @@ class Replica:
 
     def ready(self) -> None:
         """Makes room for what may come before the next look: call it before each `advance`."""
-        self._grow_line()
+        self.grow_line()
         if self.state.left == 0 and self.state.free < self.rules.running_limit + 2:
             self.grow_slots(2 * len(self.requests))
 
@@ -275,7 +258,7 @@ class Replica:
 
     def preempt_until(self, used_blocks: int) -> None:
         """Preempts, last in order first, until at most so many blocks are used (0: nothing runs any more)."""
-        self._grow_line()
+        self.grow_line()
         s = self.state
         while s.running and s.used_blocks > used_blocks:
             schedule.preempt(s, self.rules, self.requests, self.lists, self.line, self.freed)
@@ -309,7 +292,7 @@ class Replica:
         request.earlier_tokens += request.generated
         request.generated = 0
         request.model = self.state.model
-        tokens, span = self.engine.tokenize(model, self._request(request), int(request.earlier_chars))
+        tokens, span = self.engine.tokenize(model, self.request_of(request), int(request.earlier_chars))
         request.prompt_tokens, request.output_tokens = tokens, span.n_tokens
         request.trace_first, request.trace_start, request.trace_length = span.first, span.start, span.length
 
@@ -319,61 +302,19 @@ class Replica:
         self.inbox.add_request(s, request)
         if not s.free:
             self.grow_slots(2 * len(self.requests))
-        self._grow_line()
+        self.grow_line()
         rejected = arrive.arrive(
             s, self.rules, self.requests, self.lists, self.line, self.inbox.rows,
             self.inbox.tokens(s, int(s.model)), self.now_ns,
         )  # fmt: skip
         return not rejected
 
-    def abort(self, reasons: dict[int, str]) -> None:
-        """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
-        s, now_ns = self.state, self.now_ns
-        for place in reversed(range(int(s.running))):
-            slot = int(self.lists.batch[place])
-            reason = reasons.get(int(self.requests[slot].request_id))
-            if reason is not None:
-                held = schedule.held_blocks(self.rules, self.requests[slot])
-                schedule.remove_running(s, self.lists, place)
-                blocks.give_blocks(s, self.rules, self.freed, held, NEVER)
-                self._leave(slot, now_ns, Status.DROPPED, reason)
-        for slot in self._take_from_line(set(reasons)):
-            self._leave(slot, now_ns, Status.DROPPED, reasons[int(self.requests[slot].request_id)])
-
-    def finish(self) -> None:
-        """Ends the run: every request that is still here leaves as unfinished."""
-        s = self.state
-        self.hand_over()
-        self.release_lingering()
-        self._grow_line()
-        while s.running:
-            place = line.last_in_order(s, self.requests, self.lists)
-            schedule.withdraw(s, self.rules, self.requests, self.lists, self.line, self.freed, place)
-        for slot in self._take_from_line(None):
-            self._leave(slot, self.now_ns, Status.UNFINISHED, None)
-        self.stats.batch_capacity_blocks = int(s.total_blocks)
-
-    def _take_from_line(self, wanted: set[int] | None) -> list[int]:
-        """Takes these requests (None: all) out of the line, in its order. Returns their slots."""
-        s, kept, taken = self.state, [], []
-        tokens = self.inbox.tokens(s, int(s.model)) if s.known > s.first_row else None
-        while s.waiting:
-            key, seq, ref = int(self.line.key[0]), int(self.line.seq[0]), int(self.line.ref[0])
-            line.pop(s, self.line)
-            row = ref - int(s.first_row)
-            request = self.inbox.rows[row] if ref >= 0 else self.requests[-1 - ref]
-            if wanted is not None and int(request.request_id) not in wanted:
-                kept.append((key, seq, ref))
-            elif ref < 0:
-                taken.append(-1 - ref)
-            else:
-                if not s.free:
-                    self.grow_slots(2 * len(self.requests))
-                read = self.inbox.tokens(s, int(request.model))[row] if tokens is not None else None
-                taken.append(int(arrive.occupy(s, self.requests, self.lists, request, read, ref)))
-        for entry in kept:
-            line.push(s, self.line, *entry)
-        return taken
+    def meet_timeline(self) -> None:
+        """The loop samples the state where the timeline would keep the sample."""
+        s, rows = self.state, self.timeline.rows
+        same = bool(rows) and rows[-1][1:3] == (self.deployment.active.model, self.run_layers)
+        s.sampled_ns = rows[-1][0] if same else NEVER
+        s.sample_interval_ns, s.sample_room = self.timeline.interval_ns, SAMPLES + 1 - len(rows)
 
     def reorder(self) -> None:
         """Sorts the waiting line anew: keys may depend on the model that reads the prompts."""
@@ -390,177 +331,7 @@ class Replica:
                 key = line.order_key(self.rules, int(self.inbox.rows[row].priority), int(tokens[row].prompt_tokens))
             line.push(s, self.line, key, seq, ref)
 
-    # --- What is handed over ----------------------------------------------------------------------------------------
-
-    def hand_over(self) -> None:
-        """What has happened since the last time becomes part of the books: sums, records, observations, samples."""
-        s, stats = self.state, self.stats
-        if s.iterations or s.preemptions:
-            for name in SUMS:
-                value = int(getattr(s, name))
-                if value:
-                    setattr(stats, name, getattr(stats, name) + value)
-                    setattr(s, name, 0)
-        if self._depths.any():
-            stats.count_by_depth(self.deployment.active.model, self._depths)
-            self._depths[:] = 0
-        if s.gaps:
-            stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
-            s.gaps = s.gaps_ns = s.longest_gap_ns = 0
-            s.shortest_gap_ns = NEVER
-        if s.peak_blocks:
-            used = self.weight_bytes + int(s.peak_blocks) * self.block_bytes
-            stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
-            s.peak_blocks = 0
-        self._hand_over_samples()
-        self._hand_over_arrivals()
-        self._hand_over_observations()
-        self._hand_over_records()
-
-    def _hand_over_samples(self) -> None:
-        s, model, layers = self.state, self.deployment.active.model, self.run_layers
-        for time_ns, running, waiting, used_blocks in tuples(
-            self.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ()
-        ):
-            self.timeline.sample(
-                time_ns, model, layers, running, waiting, used_blocks * self.block_bytes, self.weight_bytes
-            )
-        s.samples = 0
-        self.meet_timeline()
-
-    def meet_timeline(self) -> None:
-        """The loop samples the state where the timeline would keep the sample."""
-        s, rows = self.state, self.timeline.rows
-        same = bool(rows) and rows[-1][1:3] == (self.deployment.active.model, self.run_layers)
-        s.sampled_ns = rows[-1][0] if same else NEVER
-        s.sample_interval_ns, s.sample_room = self.timeline.interval_ns, SAMPLES + 1 - len(rows)
-
-    def _hand_over_arrivals(self) -> None:
-        s = self.state
-        arrived, first_row = int(s.arrived), int(s.first_row)
-        if arrived == self._counted_arrivals:
-            return
-        first = max(self._counted_arrivals, arrived - RECENT) - first_row
-        for arrival_ns, _ in tuples(self.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id")):
-            self.recent.arrived(arrival_ns)
-        self._counted_arrivals = arrived
-        waiting = [ref for ref in self.line.ref[: int(s.waiting)].tolist() if ref >= 0]
-        self.inbox.forget_before(s, min(waiting, default=arrived))
-
-    def _hand_over_observations(self) -> None:
-        s, rule = self.state, self.deployment.exit_rule
-        for i in range(int(s.seen)):
-            noted = self.counts.seen[i]
-            request = self.requests[int(noted.slot)]
-            request_id, model, first, start, length, tokens = (int(getattr(request, name)) for name in _SPAN_FIELDS)
-            span = TokenSpan(first, start, length, tokens)
-            self.observations.append(
-                self.engine.observe(self.models[model], request_id, span, int(noted.tokens), rule, int(noted.time_ns))
-            )
-        s.seen = 0
-
-    def _hand_over_records(self) -> None:
-        s = self.state
-        n = int(s.left)
-        if not n:
-            return
-        slots = self.lists.left[:n].tolist()
-        rows = tuples(self.requests, slots, _LEFT_FIELDS)
-        s.left = 0
-        self._set_free(slots)
-        completed = [row for row in rows if not row[_WHY]]
-        for row in completed[-RECENT:]:
-            self.recent.completed(row[_PROMPT], row[_GENERATED] + row[_EARLIER])
-        self.served.extend(Request(*row[: len(COLUMNS)]) for row in completed[-SERVED_TEXTS:])
-        for row in rows:
-            why = row[_WHY]
-            self._record(row, Status.DROPPED if why else Status.COMPLETED, self._drop_reason(why, row[_MODEL]))
-
-    def _drop_reason(self, why: int, model: int) -> str | None:
-        if not why:
-            return None
-        return DROP_REASONS[why].format(model=self.models[model], tokens=int(self.rules.place_tokens))
-
-    def _leave(self, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
-        """A request leaves for a reason of its own."""
-        s, request = self.state, self.requests[slot]
-        arrive.note_change(s, now_ns)
-        s.in_system -= 1
-        s.departures += 1
-        s.sojourn_ns += now_ns - int(request.arrival_ns)
-        request.left_ns = now_ns
-        self._set_free([slot])
-        (row,) = tuples(self.requests, [slot], _LEFT_FIELDS)
-        self._record(row, status, reason)
-
-    def _record(self, row: Sequence[int], status: Status, reason: str | None) -> None:
-        (
-            request_id, arrival_ns, prompt_chars, output_chars, task, _, _, model, prompt_tokens, generated, earlier,
-            scheduled_ns, first_token_ns, last_token_ns, left_ns, _, layers_run, early, breaches, agreed, evaluated,
-            preemptions, microbits,
-        ) = row  # fmt: skip
-        self.engine.forget(request_id)
-        self.on_left(
-            RequestRecord(
-                request_id, self.number, task, self.models[model], status, reason, arrival_ns, _time(scheduled_ns),
-                _time(first_token_ns), _time(last_token_ns), prompt_tokens, earlier + generated, prompt_chars,
-                output_chars, layers_run, early, breaches, agreed, evaluated, preemptions,
-                microbits if self.scores_text else None,
-            ),
-            left_ns,
-        )  # fmt: skip
-
-    # --- For an engine that runs iterations -------------------------------------------------------------------------
-
-    def plan(self, loading: bool) -> Plan:
-        """The iteration that has been scheduled, for a device."""
-        s, it, deployment = self.state, self.iteration, self.deployment
-        slots = [int(slot) for slot in self.lists.batch[: int(s.running)]]
-        place = {slot: index for index, slot in enumerate(slots)}
-        chunks = [self.chunks[p] for p in range(int(it.chunks))]
-        return Plan(
-            model=deployment.active.model,
-            loaded_layers=deployment.active.layers,
-            run_layers=self.run_layers,
-            exit_rule=deployment.exit_rule,
-            batching=deployment.batching,
-            kv_rule=deployment.kv_rule,
-            members=tuple(self._member(self.requests[slot]) for slot in slots),
-            decoding=int(s.decoding),
-            prefill=tuple(
-                PrefillPart(place[int(c.slot)], int(c.tokens), int(c.context_tokens), finishes=p < it.finishing)
-                for p, c in enumerate(chunks)
-            ),
-            observe_tokens=deployment.observe_tokens,
-            service_plan=deployment.plan,
-            host_ahead=bool(self.rules.ahead),
-            loading=loading,
-        )
-
-    def note_outcome(self, decoded: Sequence[Token], prefilled: Sequence[Token]) -> None:
-        """What became of each token, before the iteration is committed.
-
-        Whether a token that left early equals full depth's is not known while serving: it is scored afterwards.
-        """
-        s, it = self.state, self.iteration
-        slots = [int(slot) for slot in self.lists.batch[: int(s.decoding)]]
-        slots += [int(self.chunks[p].slot) for p in range(int(it.finishing))]
-        limit = self.deployment.observe_tokens
-        it.alike = 0
-        for slot, token in zip(slots, (*decoded, *prefilled), strict=True):
-            request = self.requests[slot]
-            request.token_layers, request.token_breach = token.layers, int(token.breach)
-            request.token_agrees, request.token_microbits = 1, 0
-            request.observed = int(limit is not None and request.generated < limit)
-
-    def _member(self, row: Record) -> Member:
-        span = TokenSpan(int(row.trace_first), int(row.trace_start), int(row.trace_length), int(row.output_tokens))
-        return Member(
-            self._request(row), self.models[int(row.model)], int(row.prompt_tokens), int(row.output_tokens), span,
-            int(row.generated), int(row.context_tokens),
-        )  # fmt: skip
-
-    def _request(self, row: Record) -> Request:
+    def request_of(self, row: Record) -> Request:
         return Request(*(int(getattr(row, name)) for name in COLUMNS))
 
     def _tokens_of(self, model: str, requests: IntArray) -> IntArray:

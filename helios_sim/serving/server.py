@@ -23,6 +23,8 @@ from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import Request, RequestBlock
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
+from helios_sim.serving.device_plan import note_outcome, plan_of
+from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import OnLeft, Replica
@@ -98,7 +100,7 @@ class Server:
             s.turn_wanted = 0
             if started:
                 self._take_arrivals()
-                replica.hand_over()
+                hand_over(replica)
             started = True
             self._aborts.carry_out()
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
@@ -134,7 +136,7 @@ class Server:
                 if self.on_iteration is not None:
                     self.on_iteration(int(s.started_ns), int(s.end_ns))
                 if s.left or s.seen:  # a router counts who has left; all else can wait
-                    replica.hand_over()
+                    hand_over(replica)
                 yield self._turns.at(int(s.end_ns))
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
             elif stop == layout.EXECUTE:
@@ -148,10 +150,10 @@ class Server:
                 if seen_ns > replica.now_ns:
                     yield self._turns.at(seen_ns)
                 if stop == layout.RETOKENIZE:
-                    replica.hand_over()
+                    hand_over(replica)
                     replica.retokenize()
                     continue
-                replica.hand_over()
+                hand_over(replica)
                 if stop == layout.FLUSH:
                     continue
                 if stop == layout.IDLE and not self._turns.woken:
@@ -189,12 +191,12 @@ class Server:
         """Runs the scheduled iteration on the device. Returns when it was given up for lack of memory, else None."""
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
         try:
-            outcome = cast(Executes, self._engine).execute(replica.plan(self._transitions.loading), started_ns)
+            outcome = cast(Executes, self._engine).execute(plan_of(replica, self._transitions.loading), started_ns)
         except OutOfMemory as error:
             s.phase = layout.TURN
             self._aborts.give_way(error.reason)
             return error.end_ns
-        replica.note_outcome(outcome.decoded, outcome.prefilled)
+        note_outcome(replica, outcome.decoded, outcome.prefilled)
         profile, it = outcome.profile, replica.iteration
         it.floor_ns = max(round(float(profile.iteration_floor_s(outcome.composition)[0]) * 1e9), 1)
         it.outside = int(profile.outside_grid(outcome.composition)[0])
@@ -214,7 +216,7 @@ class Server:
             if known or self._feed is None:
                 release(*tables, replica.now_ns)
             if not s.free:
-                replica.hand_over()
+                hand_over(replica)
             elif known or self._feed is None:
                 return
             else:
@@ -238,7 +240,7 @@ class Server:
         replica = self._replica
         next_in_line = not replica.waiting_requests or bool(replica.rules.order)
         if not replica.submit(request):
-            replica.hand_over()
+            hand_over(replica)
         elif self._decider.watches_queue or (next_in_line and self._could_start()):
             self._turns.wake_idle()
 
@@ -258,7 +260,7 @@ class Server:
     def finish(self) -> None:
         """Ends the run: every request that is still here leaves as unfinished."""
         self._require_open()
-        self._replica.finish()
+        finish(self._replica)
         self._transitions.close()
 
     def keep_few_samples(self) -> None:

@@ -1,4 +1,4 @@
-"""Integrals over one replica's run. All are integers, so leaps and single steps add up to the same bits."""
+"""Integrals over one replica's run. All are integers, so they add up to the same bits in any order."""
 
 from __future__ import annotations
 
@@ -36,19 +36,8 @@ class RunStats:
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)
 
-    def count_depths(self, model: str, layers: int | NDArray[np.int64], tokens: int) -> None:
-        """Tokens by the layers that they ran; `layers` is one depth for all of them, or one of each."""
-        counts = self.tokens_by_depth.setdefault(model, {})
-        if isinstance(layers, int):
-            found = {layers: tokens} if tokens else {}
-        else:
-            by_depth = np.bincount(layers.ravel())
-            found = {depth: int(by_depth[depth]) for depth in np.flatnonzero(by_depth).tolist()}
-        for depth, n in found.items():
-            counts[depth] = counts.get(depth, 0) + n
-
     def count_by_depth(self, model: str, tokens: NDArray[np.int64]) -> None:
-        """The same for tokens that are counted already, (layers + 1,) by the layers that they ran."""
+        """Add tokens of a model, (layers + 1,) by the layers that they ran."""
         counts = self.tokens_by_depth.setdefault(model, {})
         for depth in np.flatnonzero(tokens).tolist():
             counts[depth] = counts.get(depth, 0) + int(tokens[depth])

@@ -1,0 +1,61 @@
+"""What a device is asked to run, from the loop's records, and what became of it, back into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from helios_sim.core.layout import Record
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.serving.iteration import Member, Plan, PrefillPart, Token
+from helios_sim.serving.replica import Replica
+
+
+def plan_of(replica: Replica, loading: bool) -> Plan:
+    """The iteration that has been scheduled, for a device."""
+    s, it, deployment = replica.state, replica.iteration, replica.deployment
+    slots = [int(slot) for slot in replica.lists.batch[: int(s.running)]]
+    place = {slot: index for index, slot in enumerate(slots)}
+    chunks = [replica.chunks[p] for p in range(int(it.chunks))]
+    return Plan(
+        model=deployment.active.model,
+        loaded_layers=deployment.active.layers,
+        run_layers=replica.run_layers,
+        exit_rule=deployment.exit_rule,
+        batching=deployment.batching,
+        kv_rule=deployment.kv_rule,
+        members=tuple(_member(replica, replica.requests[slot]) for slot in slots),
+        decoding=int(s.decoding),
+        prefill=tuple(
+            PrefillPart(place[int(c.slot)], int(c.tokens), int(c.context_tokens), finishes=p < it.finishing)
+            for p, c in enumerate(chunks)
+        ),
+        observe_tokens=deployment.observe_tokens,
+        service_plan=deployment.plan,
+        host_ahead=bool(replica.rules.ahead),
+        loading=loading,
+    )
+
+
+def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence[Token]) -> None:
+    """What became of each token, before the iteration is committed.
+
+    Whether a token that left early equals full depth's is not known while serving: it is scored afterwards.
+    """
+    s, it = replica.state, replica.iteration
+    slots = [int(slot) for slot in replica.lists.batch[: int(s.decoding)]]
+    slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
+    limit = replica.deployment.observe_tokens
+    it.alike = 0
+    for slot, token in zip(slots, (*decoded, *prefilled), strict=True):
+        request = replica.requests[slot]
+        request.token_layers, request.token_breach = token.layers, int(token.breach)
+        request.token_agrees, request.token_microbits = 1, 0
+        request.observed = int(limit is not None and request.generated < limit)
+
+
+def _member(replica: Replica, row: Record) -> Member:
+    span = TokenSpan(int(row.trace_first), int(row.trace_start), int(row.trace_length), int(row.output_tokens))
+    return Member(
+        replica.request_of(row), replica.models[int(row.model)], int(row.prompt_tokens), int(row.output_tokens), span,
+        int(row.generated), int(row.context_tokens),
+    )  # fmt: skip

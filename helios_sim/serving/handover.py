@@ -1,0 +1,206 @@
+"""What the loop has done becomes part of a replica's books: sums, records of requests that left, observations, samples.
+
+Requests also leave for reasons that the loop does not know: aborted, or unfinished when a run ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from helios_sim.core import arrive, blocks, layout, line, schedule
+from helios_sim.core.layout import NEVER, SAMPLE, SUMS, tuples
+from helios_sim.exits.trace import TokenSpan
+from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.serving.inbox import COLUMNS
+from helios_sim.serving.meters import RECENT
+from helios_sim.serving.replica import SERVED_TEXTS, Replica
+
+DROP_REASONS = {
+    layout.CONTEXT_EXCEEDED: "context of {model} exceeded",
+    layout.POOL_EXCEEDED: "larger than the KV pool beside {model}",
+    layout.PLACES_EXCEEDED: "longer than the {tokens} tokens that KV memory has for a request on {model}",
+}
+_LEFT_FIELDS = (
+    *COLUMNS, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
+    "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
+    "evaluated_tokens", "preemptions", "microbits",
+)  # fmt: skip
+_MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
+    _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
+)
+_SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
+
+
+def hand_over(replica: Replica) -> None:
+    """What has happened since the last time becomes part of the books: sums, records, observations, samples."""
+    s, stats = replica.state, replica.stats
+    if s.iterations or s.preemptions:
+        for name in SUMS:
+            value = int(getattr(s, name))
+            if value:
+                setattr(stats, name, getattr(stats, name) + value)
+                setattr(s, name, 0)
+    if replica.depths.any():
+        stats.count_by_depth(replica.deployment.active.model, replica.depths)
+        replica.depths[:] = 0
+    if s.gaps:
+        stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
+        s.gaps = s.gaps_ns = s.longest_gap_ns = 0
+        s.shortest_gap_ns = NEVER
+    if s.peak_blocks:
+        used = replica.weight_bytes + int(s.peak_blocks) * replica.block_bytes
+        stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
+        s.peak_blocks = 0
+    _samples(replica)
+    _arrivals(replica)
+    _observations(replica)
+    _records(replica)
+
+
+def _samples(replica: Replica) -> None:
+    s, model, layers = replica.state, replica.deployment.active.model, replica.run_layers
+    for time_ns, running, waiting, used_blocks in tuples(
+        replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ()
+    ):
+        replica.timeline.sample(
+            time_ns, model, layers, running, waiting, used_blocks * replica.block_bytes, replica.weight_bytes
+        )
+    s.samples = 0
+    replica.meet_timeline()
+
+
+def _arrivals(replica: Replica) -> None:
+    s = replica.state
+    arrived, first_row = int(s.arrived), int(s.first_row)
+    if arrived == replica.counted_arrivals:
+        return
+    first = max(replica.counted_arrivals, arrived - RECENT) - first_row
+    for arrival_ns, _ in tuples(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id")):
+        replica.recent.arrived(arrival_ns)
+    replica.counted_arrivals = arrived
+    waiting = [ref for ref in replica.line.ref[: int(s.waiting)].tolist() if ref >= 0]
+    replica.inbox.forget_before(s, min(waiting, default=arrived))
+
+
+def _observations(replica: Replica) -> None:
+    s, rule = replica.state, replica.deployment.exit_rule
+    for i in range(int(s.seen)):
+        noted = replica.counts.seen[i]
+        request = replica.requests[int(noted.slot)]
+        request_id, model, first, start, length, tokens = (int(getattr(request, name)) for name in _SPAN_FIELDS)
+        span = TokenSpan(first, start, length, tokens)
+        replica.observations.append(
+            replica.engine.observe(replica.models[model], request_id, span, int(noted.tokens), rule, int(noted.time_ns))
+        )
+    s.seen = 0
+
+
+def _records(replica: Replica) -> None:
+    s = replica.state
+    n = int(s.left)
+    if not n:
+        return
+    slots = replica.lists.left[:n].tolist()
+    rows = tuples(replica.requests, slots, _LEFT_FIELDS)
+    s.left = 0
+    replica.set_free(slots)
+    completed = [row for row in rows if not row[_WHY]]
+    for row in completed[-RECENT:]:
+        replica.recent.completed(row[_PROMPT], row[_GENERATED] + row[_EARLIER])
+    replica.served.extend(Request(*row[: len(COLUMNS)]) for row in completed[-SERVED_TEXTS:])
+    for row in rows:
+        why = row[_WHY]
+        _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
+
+
+def _drop_reason(replica: Replica, why: int, model: int) -> str | None:
+    if not why:
+        return None
+    return DROP_REASONS[why].format(model=replica.models[model], tokens=int(replica.rules.place_tokens))
+
+
+def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
+    """A request leaves for a reason of its own."""
+    s, request = replica.state, replica.requests[slot]
+    arrive.note_change(s, now_ns)
+    s.in_system -= 1
+    s.departures += 1
+    s.sojourn_ns += now_ns - int(request.arrival_ns)
+    request.left_ns = now_ns
+    replica.set_free([slot])
+    (row,) = tuples(replica.requests, [slot], _LEFT_FIELDS)
+    _record(replica, row, status, reason)
+
+
+def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | None) -> None:
+    (
+        request_id, arrival_ns, prompt_chars, output_chars, task, _, _, model, prompt_tokens, generated, earlier,
+        scheduled_ns, first_token_ns, last_token_ns, left_ns, _, layers_run, early, breaches, agreed, evaluated,
+        preemptions, microbits,
+    ) = row  # fmt: skip
+    replica.engine.forget(request_id)
+    replica.on_left(
+        RequestRecord(
+            request_id, replica.number, task, replica.models[model], status, reason, arrival_ns, _time(scheduled_ns),
+            _time(first_token_ns), _time(last_token_ns), prompt_tokens, earlier + generated, prompt_chars,
+            output_chars, layers_run, early, breaches, agreed, evaluated, preemptions,
+            microbits if replica.scores_text else None,
+        ),
+        left_ns,
+    )  # fmt: skip
+
+
+def abort(replica: Replica, reasons: dict[int, str]) -> None:
+    """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
+    s, now_ns = replica.state, replica.now_ns
+    for place in reversed(range(int(s.running))):
+        slot = int(replica.lists.batch[place])
+        reason = reasons.get(int(replica.requests[slot].request_id))
+        if reason is not None:
+            held = schedule.held_blocks(replica.rules, replica.requests[slot])
+            schedule.remove_running(s, replica.lists, place)
+            blocks.give_blocks(s, replica.rules, replica.freed, held, NEVER)
+            _leave(replica, slot, now_ns, Status.DROPPED, reason)
+    for slot in _take_from_line(replica, set(reasons)):
+        _leave(replica, slot, now_ns, Status.DROPPED, reasons[int(replica.requests[slot].request_id)])
+
+
+def finish(replica: Replica) -> None:
+    """Ends the run: every request that is still here leaves as unfinished."""
+    s = replica.state
+    hand_over(replica)
+    replica.release_lingering()
+    replica.grow_line()
+    while s.running:
+        place = line.last_in_order(s, replica.requests, replica.lists)
+        schedule.withdraw(s, replica.rules, replica.requests, replica.lists, replica.line, replica.freed, place)
+    for slot in _take_from_line(replica, None):
+        _leave(replica, slot, replica.now_ns, Status.UNFINISHED, None)
+    replica.stats.batch_capacity_blocks = int(s.total_blocks)
+
+
+def _take_from_line(replica: Replica, wanted: set[int] | None) -> list[int]:
+    """Takes these requests (None: all) out of the line, in its order. Returns their slots."""
+    s, kept, taken = replica.state, [], []
+    tokens = replica.inbox.tokens(s, int(s.model)) if s.known > s.first_row else None
+    while s.waiting:
+        key, seq, ref = int(replica.line.key[0]), int(replica.line.seq[0]), int(replica.line.ref[0])
+        line.pop(s, replica.line)
+        row = ref - int(s.first_row)
+        request = replica.inbox.rows[row] if ref >= 0 else replica.requests[-1 - ref]
+        if wanted is not None and int(request.request_id) not in wanted:
+            kept.append((key, seq, ref))
+        elif ref < 0:
+            taken.append(-1 - ref)
+        else:
+            if not s.free:
+                replica.grow_slots(2 * len(replica.requests))
+            read = replica.inbox.tokens(s, int(request.model))[row] if tokens is not None else None
+            taken.append(int(arrive.occupy(s, replica.requests, replica.lists, request, read, ref)))
+    for entry in kept:
+        line.push(s, replica.line, *entry)
+    return taken
+
+
+def _time(value: int) -> int | None:
+    return None if value == NEVER else value
