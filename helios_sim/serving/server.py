@@ -292,11 +292,13 @@ class Server:
     @property
     def stats(self) -> RunStats:
         self._require_open()
+        hand_over(self._replica)
         return self._replica.stats
 
     @property
     def timeline(self) -> Timeline:
         self._require_open()
+        hand_over(self._replica)
         return self._replica.timeline
 
     @property
