@@ -7,10 +7,10 @@ STAMPS := $(VENV)/.stamps
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench sweep live models clean
+.PHONY: help run test test-fast check bench sweep live models clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ check: $(STAMPS)/test  ## lint, types and import contracts
 
 test: check $(STAMPS)/live  ## everything in check, then all tests, those of live models included (torch)
 	$(BIN)/python -m pytest -n auto --benchmark-disable
+
+test-fast: $(STAMPS)/test  ## lint, and the tests that need no torch and no more than a minute on two cores
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n auto -m "not live and not slow and not exhaustive and not bench"
 
 bench: $(STAMPS)/test  ## speed measurements, and the table experiments/speed/bench.md (needs the shared data)
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds

@@ -1,7 +1,13 @@
 """Design, simulate and validate early-exit LLM serving with adaptive model selection.
 
 The names in `__all__` are the public interface. Each is imported when it is first used, so `import helios_sim` itself
-loads nothing heavy.
+loads nothing heavy. A study runs as on the command line, in this process and without files:
+
+    from helios_sim import comparisons, print_table, simulate
+
+    result = simulate("quickstart", "workload.n_requests=100", "policy=helios_probe")
+    print_table(result, comparisons(result))
+    print(result.arms["helios_probe"].metrics["ttft_s_p95"])
 """
 
 from importlib import import_module
@@ -10,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from helios_sim.api import simulate, simulate_designs, study_config
     from helios_sim.errors import UserError
     from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
-    from helios_sim.exits.store import load_trace
+    from helios_sim.exits.store import load_trace, read_trace
+    from helios_sim.exits.trace import ExitTrace
     from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, KvRule, Placement, Probe
     from helios_sim.policy.telemetry import Policy, Situation, Telemetry
     from helios_sim.policy.trigger import (
@@ -26,10 +34,14 @@ if TYPE_CHECKING:
         Started,
         Trigger,
     )
-    from helios_sim.profile.store import load_profile
+    from helios_sim.profile.composition import Composition
+    from helios_sim.profile.profile import Profile
+    from helios_sim.profile.store import known_profiles, load_profile
+    from helios_sim.report.designs import DesignsResult
     from helios_sim.report.result import ExperimentResult, comparisons
-    from helios_sim.report.tables import print_table
-    from helios_sim.study.run import run
+    from helios_sim.report.tables import print_designs, print_table
+    from helios_sim.report.write import write_result
+    from helios_sim.study.live_schema import LiveConfig
     from helios_sim.study.schema import (
         ArrivalsConfig,
         Config,
@@ -37,24 +49,34 @@ if TYPE_CHECKING:
         LengthConfig,
         LengthsConfig,
         MixConfig,
+        ObjectiveConfig,
         RuntimeConfig,
         ServerConfig,
+        SloConfig,
+        SweepConfig,
         WorkloadConfig,
     )
+    from helios_sim.sweep.schema import DesignsConfig
+    from helios_sim.vary.axis import AxisConfig
 
 __all__ = [
     "ArrivalsConfig",
     "AtTime",
+    "AxisConfig",
     "BatchingRule",
     "BreachLimit",
     "Cause",
     "Clairvoyant",
     "Completed",
+    "Composition",
     "Confidence",
     "Config",
     "Deployment",
+    "DesignsConfig",
+    "DesignsResult",
     "Drained",
     "ExitRule",
+    "ExitTrace",
     "ExitsConfig",
     "ExperimentResult",
     "FixedCap",
@@ -63,44 +85,63 @@ __all__ = [
     "KvRule",
     "LengthConfig",
     "LengthsConfig",
+    "LiveConfig",
     "MixConfig",
+    "ObjectiveConfig",
     "PerToken",
     "Placement",
     "Policy",
     "Probe",
     "Probed",
+    "Profile",
     "QueueAbove",
     "RuntimeConfig",
     "ServerConfig",
     "Situation",
+    "SloConfig",
     "Started",
+    "SweepConfig",
     "Telemetry",
     "Trigger",
     "UserError",
     "WorkloadConfig",
     "__version__",
     "comparisons",
+    "known_profiles",
     "load_profile",
     "load_trace",
+    "print_designs",
     "print_table",
-    "run",
+    "read_trace",
+    "simulate",
+    "simulate_designs",
+    "study_config",
+    "write_result",
 ]
 
 _NAMES_BY_MODULE = {
+    "api": "simulate simulate_designs study_config",
     "errors": "UserError",
     "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken",
-    "exits.store": "load_trace",
+    "exits.store": "load_trace read_trace",
+    "exits.trace": "ExitTrace",
     "policy.deployment": "BatchingRule Deployment InFlight KvRule Placement Probe",
     "policy.telemetry": "Policy Situation Telemetry",
     "policy.trigger": "AtTime BreachLimit Cause Completed Drained Probed QueueAbove Started Trigger",
-    "profile.store": "load_profile",
+    "profile.composition": "Composition",
+    "profile.profile": "Profile",
+    "profile.store": "known_profiles load_profile",
+    "report.designs": "DesignsResult",
     "report.result": "ExperimentResult comparisons",
-    "report.tables": "print_table",
-    "study.run": "run",
+    "report.tables": "print_designs print_table",
+    "report.write": "write_result",
+    "study.live_schema": "LiveConfig",
     "study.schema": (
-        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig RuntimeConfig ServerConfig "
-        "WorkloadConfig"
+        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig ObjectiveConfig RuntimeConfig "
+        "ServerConfig SloConfig SweepConfig WorkloadConfig"
     ),
+    "sweep.schema": "DesignsConfig",
+    "vary.axis": "AxisConfig",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
 

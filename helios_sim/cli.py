@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -16,12 +16,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from helios_sim.config import check_flags, given, in_full, in_words, leave_no_trace, register, to_config
+from helios_sim.config import (
+    DESIGNS,
+    FIDELITY,
+    FIDELITY_LIVE,
+    check_choices,
+    check_flags,
+    given,
+    in_full,
+    in_order,
+    in_words,
+    kind_of,
+    leave_no_trace,
+    register,
+    to_config,
+)
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status
-
-DEFAULT = "+experiment=quickstart"
 
 
 def run_command(command: list[str]) -> int:
@@ -39,13 +51,14 @@ def run_command(command: list[str]) -> int:
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         try:
-            _check_choices(settings, run.runtime.choices, command)
+            check_choices(settings, run.runtime.choices, command)
             run_it = run_study
-            if settings.fidelity.compare or settings.fidelity.folder is not None:
+            kind = kind_of(settings)
+            if kind == FIDELITY:
                 from helios_sim.study.fidelity import run_fidelity as run_it
-            elif settings.fidelity_live.loads:
+            elif kind == FIDELITY_LIVE:
                 from helios_sim.study.fidelity_live import run_fidelity_live as run_it
-            elif settings.sweep.parameters:
+            elif kind == DESIGNS:
                 from helios_sim.sweep.command import run_sweep as run_it
             else:
                 _check_no_sweep(command)
@@ -56,7 +69,7 @@ def run_command(command: list[str]) -> int:
             refused.append(folder)
 
     try:
-        command = in_full(_in_order(command))
+        command = in_full(in_order(command))
         check_flags(command)
         register()
         GlobalHydra.instance().clear()
@@ -83,32 +96,6 @@ def run_command(command: list[str]) -> int:
         for folder in refused:
             leave_no_trace(folder)
     return status
-
-
-def _in_order(arguments: Sequence[str]) -> list[str]:
-    """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
-    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    flags = [a for a in arguments if a not in overrides]
-    for place, override in enumerate(overrides):
-        if override.startswith("experiment="):
-            overrides[place] = f"+{override}"  # without the + Hydra looks for it among the defaults
-    if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
-        overrides.append(DEFAULT)
-    return [*overrides, *flags]
-
-
-def _check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """UserError where an experiment's own value hides a choice from the command line."""
-    from helios_sim.policy.telemetry import Goal
-    from helios_sim.profile.runtime import PRESETS
-
-    for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
-        if given(group, arguments) is None:
-            continue
-        chosen, value = choices[group], settings[group][key]
-        if chosen in options and value != chosen:
-            allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
-            raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
 
 
 def _check_no_sweep(arguments: Sequence[str]) -> None:

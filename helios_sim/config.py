@@ -9,12 +9,15 @@ import contextlib
 import io
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import yaml
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
@@ -28,6 +31,9 @@ OPEN = (  # take new names
     "cluster.tasks", "live.weights.", "live.heads.",
 )  # fmt: skip
 PRINT_ALL = "--cfg job prints all settings"
+DEFAULT = "+experiment=quickstart"
+# What settings ask for.
+STUDY, DESIGNS, FIDELITY, FIDELITY_LIVE = "a study", "designs", "a comparison with a log", "a comparison with live runs"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -46,6 +52,70 @@ def in_full(arguments: Sequence[str]) -> list[str]:
             argument = f"live.device={value}"
         found.append(argument)
     return found
+
+
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in arguments if a not in overrides]
+    for place, override in enumerate(overrides):
+        if override.startswith("experiment="):
+            overrides[place] = f"+{override}"  # without the + Hydra looks for it among the defaults
+    if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
+        overrides.append(DEFAULT)
+    return [*overrides, *flags]
+
+
+def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """The settings of an experiment and further words of the command line, without running Hydra's own main.
+
+    Raises UserError for a name, a key or a value that does not exist.
+    """
+    command = in_full(in_order([f"+experiment={experiment}", *words]))
+    flags = [word for word in command if word.startswith("-")]
+    if flags:
+        raise UserError("argument", flags[0], "only settings, key=value", "leave it out")
+    folder = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    check_flags([*command, *folder])
+    register()
+    own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+    try:
+        with initialize_config_dir(conf_folder(), version_base=None):
+            settings = compose("config", [*command, *own], return_hydra_config=True)
+        choices = settings.hydra.runtime.choices
+        with open_dict(settings):
+            del settings["hydra"]
+        check_choices(settings, choices, command)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise in_words(error, command) from error
+    except yaml.YAMLError as error:
+        raise UserError(
+            "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
+        ) from error
+    return to_config(settings, command)
+
+
+def kind_of(settings: DictConfig | Config) -> str:
+    """What the settings ask for: a study, designs of one arm, or a comparison."""
+    if settings.fidelity.compare or settings.fidelity.folder is not None:
+        return FIDELITY
+    if settings.fidelity_live.loads:
+        return FIDELITY_LIVE
+    return DESIGNS if settings.sweep.parameters else STUDY
+
+
+def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """UserError where an experiment's own value hides a choice from the command line."""
+    from helios_sim.policy.telemetry import Goal
+    from helios_sim.profile.runtime import PRESETS
+
+    for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
+        if given(group, arguments) is None:
+            continue
+        chosen, value = choices[group], settings[group][key]
+        if chosen in options and value != chosen:
+            allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
+            raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:

@@ -1,8 +1,10 @@
-"""Shared by all tests: where data from elsewhere lies, the command line, and reproducible property tests."""
+"""Shared by all tests: where data from elsewhere lies, the command line, which tests need torch, and properties."""
 
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,59 @@ _NO_DATA = "data from elsewhere is not here"
 settings.register_profile("repeat", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+_IMPORTED = re.compile(
+    r"""^(?:\w+\ =\ )?  # at the start of a line, so when the file is imported
+    (?:from\ ([\w.]+)\ import\ (.*) | import\ ([\w.]+) | pytest\.importorskip\("(\w+)")""",
+    re.M | re.X,
+)
+_TORCH = {"torch", "transformers"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that need torch are not even imported where live tests are left out."""
+    if "not live" in config.option.markexpr and collection_path.name.startswith("test_"):
+        return True if needs_torch(collection_path) else None
+    return None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if needs_torch(item.path):
+        item.add_marker("live")
+
+
+@cache
+def needs_torch(path: Path) -> bool:
+    """Whether importing this file imports torch, itself or through files of the project that it imports."""
+    seen: set[Path] = set()
+    ahead = [path]
+    while ahead:
+        file = ahead.pop()
+        if file not in seen:
+            seen.add(file)
+            names = _imported_by(file)
+            if not _TORCH.isdisjoint(name.split(".")[0] for name in names):
+                return True
+            ahead += [found for name in names for found in _files_of(name)]
+    return False
+
+
+@cache
+def _imported_by(file: Path) -> tuple[str, ...]:
+    names: list[str] = []
+    for package, what, module, skipped in _IMPORTED.findall(file.read_text(encoding="utf-8")):
+        names.append(package or module or skipped)
+        names += [f"{package}.{name}" for name in re.findall(r"\w+", what)]
+    return tuple(names)
+
+
+@cache
+def _files_of(module: str) -> tuple[Path, ...]:
+    """The project's files that this module can be."""
+    place = Path(*module.split("."))
+    folders = (REPOSITORY, REPOSITORY / "tests")
+    found = (folder / end for folder in folders for end in (place.with_suffix(".py"), place / "__init__.py"))
+    return tuple(file for file in found if file.is_file())
 
 
 @pytest.fixture(scope="session")

@@ -49,13 +49,24 @@ def test_paths_exist(page: str, text: str) -> None:
     assert text in MADE_ELSEWHERE or located(text) is not None, f"{page} names {text}"
 
 
-@pytest.mark.parametrize(("page", "text"), [(page, text) for page in PAGES for text in names(page)])
+def needs_torch(text: str) -> bool:
+    return text.startswith(("live/", "calibrate/"))
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        pytest.param(page, text, marks=[pytest.mark.live] if needs_torch(text) else [])
+        for page in PAGES
+        for text in names(page)
+    ],
+)
 def test_functions_exist(page: str, text: str) -> None:
     path, _, name = text.partition(":")
     file = located(path)
     assert file is not None
     relative = file.relative_to(ROOT)
-    if "live" in relative.parts or relative.parts[0] == "calibrate":
+    if needs_torch(text):
         pytest.importorskip("torch")
     in_module(importlib.import_module(".".join(relative.with_suffix("").parts)), name)
 

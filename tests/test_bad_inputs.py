@@ -176,6 +176,7 @@ def refused(said, folder: Path, parts: list[str], kept: set[str] = frozenset()) 
     assert {path.name for path in folder.iterdir()} == set(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "parts"), SETTINGS, ids=[arguments for arguments, _ in SETTINGS])
 def test_a_wrong_setting(helios, tmp_path, arguments, parts):
     refused(helios(*arguments.split()), tmp_path, parts)

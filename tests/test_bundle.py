@@ -33,6 +33,7 @@ def test_a_large_file_is_split_and_joined_again(tmp_path) -> None:
     assert (tmp_path / "cache" / "texts" / "a.txt").read_text() == "whole"
 
 
+@pytest.mark.live
 def test_it_runs_where_there_is_nothing_but_the_host_s_packages(tmp_path, monkeypatch) -> None:
     pytest.importorskip("torch")
     for key, value in NO_INDEX.items():

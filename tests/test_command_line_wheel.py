@@ -30,6 +30,7 @@ def test_every_setting_of_the_checkout_is_in_the_wheel(repository, unpacked):
     assert not (unpacked / "conf").exists()  # no module of that name for others to trip over
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_without_the_checkout(unpacked, tmp_path):
     # -S leaves out the .pth file by which an editable install finds the checkout.
     libraries = sysconfig.get_paths()["purelib"]

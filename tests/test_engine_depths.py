@@ -248,6 +248,7 @@ def check_run(deployment: Deployment, workload: Workload, pool_blocks: int) -> i
     return served.run.stats.preemptions
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(
     deployment=deployments(),

@@ -31,6 +31,7 @@ def small(name: str) -> DictConfig:
     return settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> None:
     if name in NEEDS_SHARED_DATA:

@@ -24,6 +24,7 @@ EXPERIMENT = ("+experiment=fidelity_vllm", "fidelity.load_factors=[0.5,1.0]")
 REAL = "serving_logs/rtxpro6000_llama31_8b_vllm019"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -209,6 +210,7 @@ def test_a_logged_number_of_blocks_wins(tmp_path: Path) -> None:
     assert set_up(log, FidelityConfig()).kv_blocks == 39  # the engine keeps one for itself
 
 
+@pytest.mark.slow
 def test_the_real_log_within_its_gates(command: CommandLine, shared_data: Path) -> None:
     said = command("+experiment=fidelity_vllm", f"fidelity.folder={shared_data / REAL}", "fidelity.load_factors=[1.0]")
     assert {gate["name"]: gate["passed"] for gate in said.summary["gates"]} == dict.fromkeys(

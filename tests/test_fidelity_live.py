@@ -104,6 +104,7 @@ def study(tmp_path: Path) -> tuple[str, ...]:
     return write_live_study(tmp_path)
 
 
+@pytest.mark.live
 def test_the_whole_command(command: CommandLine, study: tuple[str, ...], tmp_path: Path) -> None:
     said = command(*study, *LOADS)
     assert said.status in (0, 2), said.err  # the tiny model's profile is made up
@@ -136,6 +137,7 @@ def test_the_whole_command(command: CommandLine, study: tuple[str, ...], tmp_pat
         assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
 
 
+@pytest.mark.live
 def test_finished_runs_are_kept_when_it_is_stopped(
     command: CommandLine, study: tuple[str, ...], tmp_path: Path, monkeypatch
 ) -> None:

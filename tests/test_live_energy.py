@@ -124,6 +124,7 @@ def study(tmp_path: Path) -> tuple[str, ...]:
     return write_live_study(tmp_path)
 
 
+@pytest.mark.live
 def test_a_live_run_s_energy_is_one_measured_value(capsys, monkeypatch, tmp_path: Path, study: tuple[str, ...]) -> None:
     asked: list[str] = []
 
@@ -147,6 +148,7 @@ def test_a_live_run_s_energy_is_one_measured_value(capsys, monkeypatch, tmp_path
     assert "Energy is not known" not in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.live
 def test_a_live_run_without_a_counter_says_so_and_estimates_nothing(
     capsys, monkeypatch, tmp_path: Path, study: tuple[str, ...]
 ) -> None:

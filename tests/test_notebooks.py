@@ -12,7 +12,12 @@ NEED_TORCH = ("02_calibrate", "03_live_vs_simulated")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def _runs(path: Path) -> object:
+    marks = [pytest.mark.slow, *([pytest.mark.live] if path.stem in NEED_TORCH else [])]
+    return pytest.param(path, marks=marks, id=path.stem)
+
+
+@pytest.mark.parametrize("path", [_runs(path) for path in NOTEBOOKS])
 def test_notebook_runs(path: Path) -> None:
     if path.stem in NEED_TORCH:
         pytest.importorskip("torch")

@@ -239,6 +239,7 @@ def against_the_oracle(
     return served[0], served[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     policy=real_policies(),

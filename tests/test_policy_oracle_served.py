@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
 
@@ -22,6 +23,8 @@ from helios_sim.serving.server import Server
 from helios_sim.simulation import simulate
 from helios_sim.workload import ClosedLoop, DrawnLengths, Exponential, TaskMix, Workload, generate
 from policy_example import layered_profile
+
+pytestmark = pytest.mark.slow
 
 THRESHOLD = 0.7
 ROUND = {"round_requests": 8, "prompts_per_candidate": 2, "window_tokens": 20, "limit": 10, "evaluated_tokens": 4}

@@ -11,6 +11,8 @@ from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import Constant, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from rig import full_depth, serve
 
+pytestmark = pytest.mark.slow
+
 ITERATION_S = 0.001
 OUTPUT_TOKENS = 200  # a request takes one iteration for its prompt and one for each further token
 SERVICE_S = ITERATION_S * OUTPUT_TOKENS

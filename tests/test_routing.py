@@ -127,6 +127,7 @@ def test_two_choices_spread_load_better_than_turns_and_nearly_as_well_as_looking
     assert waits[Router.LEAST_LOADED] < waits[Router.POWER_OF_TWO] < 0.8 * waits[Router.ROUND_ROBIN]
 
 
+@pytest.mark.slow
 @SLOW
 @given(
     arrivals=st.sampled_from(ARRIVALS),

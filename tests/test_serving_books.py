@@ -77,6 +77,7 @@ def test_a_run_cut_short_gives_back_what_it_held() -> None:
     assert served.run.servers[0].used_blocks == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(**cases)
 def test_the_clock_and_what_hangs_on_it_never_go_back(workload, script, replicas, router, pool_blocks) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import asdict, replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.request import Status
 from rig import Served, full_depth, serve
 from serving_cases import cases, run, uneven_profiles, whole_cases, workloads
+
+pytestmark = pytest.mark.slow
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

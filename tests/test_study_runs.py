@@ -174,6 +174,7 @@ def test_version(helios):
     assert (said.status, said.out) == (0, f"helios_sim {helios_sim.__version__}\n")
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_a_bit(helios, tmp_path):
     text = STUDY + (
         "seeds: [0, 1]\nsweeps: [{axes: [{name: rate, settings: [workload.arrivals.rate_per_s], values: [4, 16]}]}]\n"
@@ -212,6 +213,7 @@ def finished(folder: Path) -> list[str]:
     return [json.loads(line)["arm"] for line in (folder / "finished.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_study_stopped_half_way_goes_on_where_it_was(helios, tmp_path, how):
     (tmp_path / "held.py").write_text(HELD)
@@ -247,6 +249,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are read from /proc")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_a_study_of_several(tmp_path, how):
@@ -264,6 +267,7 @@ def test_no_process_outlives_a_study_of_several(tmp_path, how):
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_leftover_is_run_again(helios, tmp_path):
     study = write_study(tmp_path)
     first = helios(*study)

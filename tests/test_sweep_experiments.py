@@ -15,6 +15,8 @@ from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.sweep.command import run_sweep
 
+pytestmark = pytest.mark.slow
+
 SWEEPS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("sweep_*.yaml"))
 
 

@@ -18,6 +18,8 @@ from sweep_example import example
 
 pytest.importorskip("ray", reason="the extra sweep is not installed")
 
+pytestmark = pytest.mark.slow
+
 HELD = """
 import time
 from pathlib import Path

@@ -14,6 +14,8 @@ from helios_sim.report.designs import designs_table
 from helios_sim.sweep.run import sweep
 from sweep_example import SEARCH, SWEEP, example
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_is_said_and_written(command, tmp_path):
     said = command(*write_study(tmp_path, SWEEP))

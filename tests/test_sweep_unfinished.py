@@ -26,6 +26,8 @@ from helios_sim.vary.runner import Journal, Task
 from helios_sim.vary.workers import Place, Workers
 from sweep_example import SEARCH, SWEEP, example
 
+pytestmark = pytest.mark.slow
+
 
 class Stopped(Exception):
     pass

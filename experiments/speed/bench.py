@@ -29,6 +29,21 @@ EXITS = (
 )  # fmt: skip
 EARLY_EXIT = (*EXITS, "+arms.early_exit={policy: early_exit, model: opt-6.7b}", "~arms.full_depth")
 HELIOS = (*EXITS, "+arms.helios={policy: helios}", "~arms.full_depth")
+PRIORITY = ("server.order=priority", "+workload.mix.priorities={conversation: 1}")
+MEASURED = (
+    "models=[smollm2-135m]", "hardware=epyc-2core", "arms.full_depth.model=smollm2-135m", "runtime.preset=profile",
+)  # fmt: skip
+UNIT = "a million timeouts of SimPy"
+TIMEOUTS = """
+import simpy
+env = simpy.Environment()
+def ticks():
+    for _ in range(1_000_000):
+        yield env.timeout(1)
+env.process(ticks())
+env.run()
+"""
+MANY = ("server.replicas=64", "workload.n_requests=64000", "workload.arrivals.rate_per_s=192")
 MILLION = ("pictures=false", "workload.n_requests=1000000")
 VALUES = {
     "cap_bound": ("objective.max_disagreement", [0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]),
@@ -58,6 +73,12 @@ CASES = (
     Case("loop: w1 on a card with room (h100-80gb)", False, ("hardware=h100-80gb",)),
     Case("loop: w1, early_exit, per-token exits of opt-6.7b", False, EARLY_EXIT),
     Case("loop: w1, helios over opt-1.3b and opt-6.7b", False, HELIOS),
+    Case("loop: w1, four replicas", False, ("server.replicas=4",)),
+    Case("loop: w1, server.scheduler=vllm_v1", False, ("server.scheduler=vllm_v1",)),
+    Case("loop: w1, server.schedule_ahead=1", False, ("server.schedule_ahead=1",)),
+    Case("loop: w1, server.order=priority", False, PRIORITY),
+    Case("loop: w1 on a measured profile with terms (smollm2-135m)", False, MEASURED),
+    Case("loop: 64 replicas of 1,000 requests, least loaded", False, MANY, "scale"),
     Case("process: w1, full depth, without pictures", True, ("pictures=false",)),
     Case("process: w1, full depth, with pictures", True),
     Case("process: a million requests, without pictures", True, MILLION, "scale", most_runs=1),
@@ -131,12 +152,19 @@ def ran(command: list[str]) -> tuple[float, resource.struct_rusage]:
     return perf_counter() - started_s, used
 
 
-def markdown(machine: dict[str, str], rows: list[Row]) -> str:
+def timeouts_cpu_s() -> float:
+    """The unit that other machines can be compared by."""
+    _, used = ran([sys.executable, "-c", TIMEOUTS])
+    return round(used.ru_utime + used.ru_stime, 2)
+
+
+def markdown(machine: dict[str, str], rows: list[Row], unit_cpu_s: float) -> str:
     lines = [
         "# Speed", "", "Written by `make bench`. " + ", ".join(f"{key} {value}" for key, value in machine.items()), "",
-        "| what | requests | wall s | CPU s | requests per CPU s | peak MiB |", "|---|---|---|---|---|---|",
-        *(f"| {r.name} | {r.requests:,} | {r.wall_s} | {r.cpu_s} | {r.requests_per_cpu_s:,} | {r.peak_mib} |"
-          for r in rows),
+        f"In the same run {UNIT} took {unit_cpu_s} s of CPU. The ratio is of CPU seconds to the first row's.", "",
+        "| what | requests | wall s | CPU s | ratio | requests per CPU s | peak MiB |", "|---|---|---|---|---|---|---|",
+        *(f"| {r.name} | {r.requests:,} | {r.wall_s} | {r.cpu_s} | {r.cpu_s / rows[0].cpu_s:.2f} | "
+          f"{r.requests_per_cpu_s:,} | {r.peak_mib} |" for r in rows),
         "", "Recorded by others for the 16,000 requests of w1, on another machine (one core, whole process):", "",
         "| simulator | wall s | peak MB |", "|---|---|---|",
         *(f"| {peer.name} | {peer.wall_s} | {peer.peak_mb} |" for peer in PEERS), "",
@@ -158,9 +186,12 @@ def main() -> None:
             rows.append(measured(case, options.runs))
             print(json.dumps(asdict(rows[-1])), flush=True)
     if not options.only:
-        found = {"machine": machine, "rows": [asdict(r) for r in rows], "peers": [asdict(peer) for peer in PEERS]}
+        unit_cpu_s = timeouts_cpu_s()
+        unit = {"what": UNIT, "cpu_s": unit_cpu_s}
+        peers = [asdict(peer) for peer in PEERS]
+        found = {"machine": machine, "unit": unit, "rows": [asdict(r) for r in rows], "peers": peers}
         (FOLDER / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-        (FOLDER / "bench.md").write_text(markdown(machine, rows))
+        (FOLDER / "bench.md").write_text(markdown(machine, rows, unit_cpu_s))
 
 
 if __name__ == "__main__":

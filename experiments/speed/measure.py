@@ -67,7 +67,7 @@ def main() -> None:
             cpu_s.append(process_time() - started_cpu_s)
         result = {
             "experiment": options.experiment,
-            "arm": job.arm,
+            "arm": job.arm.name,
             "requests": run.requests,
             "iterations": run.stats.iterations,
             "preemptions": run.stats.preemptions,

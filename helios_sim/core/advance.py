@@ -41,9 +41,9 @@ from helios_sim.core.triggers import next_alarm_ns, turn_is_due, watches_queue
 
 
 def advance(
-    s: Record,
-    r: Record,
-    it: Record,
+    states: Table,
+    rules: Table,
+    iterations: Table,
     requests: Table,
     lists: Lists,
     line: Line,
@@ -56,7 +56,7 @@ def advance(
     watch: Watch,
     x: Trace,
     prices: PriceTables,
-    scalars: Record,
+    scalar_table: Table,
     work: Table,
     uniform: Table,
     uniform_layers: Numbers,
@@ -67,8 +67,9 @@ def advance(
     """Takes the turns that come before `until_ns`, up to which nothing else can act on this replica.
 
     `uniform` and `banded` are the bands of iterations in which all tokens run the same layers, and of the others, each
-    with its layers by class.
+    with its layers by class. `states`, `rules`, `iterations` and `scalar_table` have one row each.
     """
+    s, r, it = states[0], rules[0], iterations[0]
     while True:
         if s.phase == RUNNING:
             if s.end_ns >= until_ns:
@@ -126,6 +127,7 @@ def advance(
         if r.live:
             return EXECUTE
         lay_out(s, r, it, requests, lists, chunks, x, owed, work)
+        scalars = scalar_table[0]
         spans, class_layers = (banded, banded_layers) if it.banded else (uniform, uniform_layers)
         it.floor_ns = whole_ns(floor_s(scalars, it, spans, work, chunks))
         it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)

@@ -77,17 +77,17 @@ class View:
     __slots__ = ("_numbers", "raw")
 
     def __init__(self, raw: Record) -> None:
-        self.raw = raw[0]  # for compiled functions
-        self._numbers = memoryview(raw.view(np.ndarray).view(np.int64))
+        self.raw = raw  # a table of one row: Numba takes an array more quickly than a record
+        self._numbers = memoryview(raw.view(np.int64))
 
 
 def _number_at(place: int) -> property:
     return property(lambda view: view._numbers[place], lambda view, value: view._numbers.__setitem__(place, value))
 
 
-def raw(record: Record) -> Record:
-    """The record as the loop takes it."""
-    return record.raw if isinstance(record, View) else record
+def raw(record: Record) -> Table:
+    """The record as the loop's entry points take it: the only row of a table."""
+    return record.raw if isinstance(record, View) else [record]
 
 
 REQUEST = Kind.of(
@@ -274,7 +274,7 @@ class Storage:
     def rows(self, kind: Kind, n: int) -> Table:
         """A table of n records, all zeros."""
         if self.compiled:
-            return np.zeros(n, kind.dtype).view(np.recarray)
+            return np.zeros(n, kind.dtype)
         return [kind.row() for _ in range(n)]
 
     def record(self, kind: Kind) -> Record:
@@ -285,7 +285,7 @@ class Storage:
         """A table of records, each with its fields in the kind's order."""
         if not self.compiled:
             return [kind.row(*row) for row in rows]
-        return np.array([tuple(row) for row in rows], kind.dtype).view(np.recarray)
+        return np.array([tuple(row) for row in rows], kind.dtype)
 
     def of_columns(self, kind: Kind, columns: Sequence[IntArray]) -> Table:
         """A table of records from the columns of its fields, each (n,)."""
@@ -294,13 +294,13 @@ class Storage:
         table = np.zeros(len(columns[0]), kind.dtype)
         for name, column in zip(kind.dtype.names or (), columns, strict=True):
             table[name] = column
-        return table.view(np.recarray)
+        return table
 
     def joined(self, kind: Kind, first: Table, second: Table) -> Table:
         """Two tables one after the other; records are not copied where they are objects."""
         if not self.compiled:
             return first + second
-        return np.concatenate([first, second]).view(np.recarray)
+        return np.concatenate([first, second])
 
     def grown(self, kind: Kind, table: Table, n: int) -> Table:
         """The same records and further ones, n in all."""

@@ -8,6 +8,7 @@ running request that the same rule puts last.
 from __future__ import annotations
 
 from helios_sim.core.layout import (
+    FCFS,
     NEVER,
     PRIORITY,
     SHORTEST_PROMPT,
@@ -16,6 +17,8 @@ from helios_sim.core.layout import (
     Record,
     Table,
 )
+
+ORDERS = {"fcfs": FCFS, "priority": PRIORITY, "shortest_prompt": SHORTEST_PROMPT}  # by the name in settings
 
 
 def order_key(r: Record, priority: int, prompt_tokens: int) -> int:

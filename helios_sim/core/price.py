@@ -159,8 +159,8 @@ def time_s(
 
 def times_s(
     t: PriceTables,
-    x: Record,
-    it: Record,
+    scalar_table: Table,
+    iterations: Table,
     spans: Table,
     class_layers: Numbers,
     work: Table,
@@ -171,7 +171,9 @@ def times_s(
     """`time_s` of many iterations without prompts, into `seconds` (K,).
 
     `counts` (K, 3 + 5 S): sampled rows, least and most KV tokens, then the fields of `work` for each of S bands.
+    `scalar_table` and `iterations` have one row each.
     """
+    x, it = scalar_table[0], iterations[0]
     for k in range(len(seconds)):
         it.sampled_tokens = counts[k, 0]
         it.kv_least = counts[k, 1]

@@ -91,7 +91,7 @@ class Pricing:
         self._scalars = _scalar_values(model, hardware, runtime, factors, padded_kv)
         self._layer_class, self._n_classes = tuple(layer_class), len(classes)
         self._spans: dict[tuple[int, ...], Spans] = {}
-        self._read = _INTERPRETED.group(self.tables), self.scalars(_INTERPRETED)
+        self._read = _INTERPRETED.group(self.tables), self.scalars(_INTERPRETED)[0]
 
     def spans(self, bounds: tuple[int, ...]) -> Spans:
         found = self._spans.get(bounds)
@@ -99,9 +99,10 @@ class Pricing:
             found = self._spans[bounds] = Spans.of(bounds, self._layer_class, self._n_classes)
         return found
 
-    def scalars(self, storage: Storage) -> Record:
+    def scalars(self, storage: Storage) -> Table:
+        """A table of one row."""
         names = SCALARS.dtype.names or ()
-        return storage.filled(SCALARS, [[self._scalars[name] for name in names]])[0]
+        return storage.filled(SCALARS, [[self._scalars[name] for name in names]])
 
     def time_s(self, c: Composition) -> FloatArray:
         if len(c.sampled_tokens) >= MANY and not c.prefill:

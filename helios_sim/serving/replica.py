@@ -59,7 +59,6 @@ _MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
     _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
 )
 _SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
-_ORDERS = {"fcfs": layout.FCFS, "priority": layout.PRIORITY, "shortest_prompt": layout.SHORTEST_PROMPT}
 
 
 class Replica:
@@ -190,7 +189,7 @@ class Replica:
         if places is not None:
             limit = min(limit, places.requests)
         for name, value in {
-            "order": _ORDERS[situation.order],
+            "order": line.ORDERS[situation.order],
             "block_tokens": situation.memory.block_tokens,
             "block_mask": _mask(situation.memory.block_tokens),
             "batch_tokens": situation.max_batch_tokens,

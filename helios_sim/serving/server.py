@@ -133,7 +133,8 @@ class Server:
             elif stop == layout.HORIZON:
                 if self.on_iteration is not None:
                     self.on_iteration(int(s.started_ns), int(s.end_ns))
-                replica.hand_over()
+                if s.left or s.seen:  # a router counts who has left; all else can wait
+                    replica.hand_over()
                 yield self._turns.at(int(s.end_ns))
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
             elif stop == layout.EXECUTE:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from helios_sim.core.line import ORDERS
 from helios_sim.errors import UserError
 from helios_sim.study.fidelity_schema import FidelityConfig
 from helios_sim.study.live_schema import MODES, LiveConfig, LiveFidelityConfig
 from helios_sim.sweep.schema import DesignsConfig
 from helios_sim.vary.axis import AxisConfig
 
-ORDERS = ("fcfs", "priority", "shortest_prompt")
 
 @dataclass
 class ArrivalsConfig:

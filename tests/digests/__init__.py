@@ -9,9 +9,9 @@ Three kinds of results are compared with recorded ones (`data/*.json`):
 - `experiments`: every experiment in `conf/experiment` that needs no model, no device and no optional package, with few
   requests: rows of requests.parquet and decisions.parquet, and the figures of summary.json.
 
-A plain test run compares a part of them, `pytest -m slow tests/digests` all. A digest says that something changed, not
-what: to look at one case, run `digests.serving.run_case(seed)` (or `digests.prices.compositions`, or the experiment)
-before and after the change.
+A plain test run compares a part of them, `pytest -m exhaustive tests/digests` all. A digest says that something
+changed, not what: to look at one case, run `digests.serving.run_case(seed)` (or `digests.prices.compositions`, or the
+experiment) before and after the change.
 
 Where a change of results is meant, record anew and commit the data together with the change, and give the reason in
 CHANGELOG.md under "Intended differences":

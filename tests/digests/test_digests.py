@@ -71,7 +71,7 @@ def check_experiment(name: str) -> None:
 
 
 def quick_and_slow(names: list[str], slow: set[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+    return [pytest.param(name, marks=pytest.mark.exhaustive) if name in slow else name for name in names]
 
 
 @pytest.mark.parametrize("first", range(0, QUICK_CASES, AT_A_TIME))
@@ -79,7 +79,7 @@ def test_quick_cases_of_serving(first: int) -> None:
     check_cases(first)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("first", range(QUICK_CASES, CASES, AT_A_TIME))
 def test_the_other_cases_of_serving(first: int) -> None:
     check_cases(first)
@@ -90,13 +90,14 @@ def test_some_prices(name: str) -> None:
     check_prices(name, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", profile_names())
 def test_the_other_prices(name: str) -> None:
     for block in range(1, BLOCKS):
         check_prices(name, block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick_and_slow(sorted(recorded("experiments")), SLOW))
 def test_shipped_experiments(name: str, request: pytest.FixtureRequest) -> None:
     if name in NEEDS_SHARED_DATA:
@@ -104,12 +105,13 @@ def test_shipped_experiments(name: str, request: pytest.FixtureRequest) -> None:
     check_experiment(name)
 
 
+@pytest.mark.slow
 def test_cases_ask_for_every_feature() -> None:
     found = Counter(feature for seed in range(CASES) for feature in features(case(seed)))
     assert too_rare(FEATURES, found) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_everything_that_can_happen_does() -> None:
     found = Counter(outcome for seed in range(CASES) for outcome in outcomes(run_case(seed)))
     assert too_rare(OUTCOMES, found) == {}

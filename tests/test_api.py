@@ -1,0 +1,71 @@
+"""A study from Python: the settings and the result of the command line, mistakes in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import CommandLine
+from helios_sim import AxisConfig, Config, UserError, simulate, simulate_designs, study_config
+from helios_sim.report.write import summarise_result
+
+SMALL = ("workload.n_requests=30", "server.max_running_requests=8")
+
+
+def test_a_study_by_name_gives_what_the_command_line_gives(command: CommandLine) -> None:
+    words = (*SMALL, "policy=helios_probe", "seeds=[3]")
+    told = command(*words, "pictures=false").summary["arms"]
+    found = json.loads(json.dumps(summarise_result(simulate("quickstart", *words))))["arms"]
+    assert found == told
+
+
+def test_settings_are_set_on_top_by_path() -> None:
+    config = study_config("own", *SMALL)
+    arms = {"one": {"policy": "full_depth", "model": "opt-1.3b"}}
+    result = simulate(config, settings={"arms": arms, "workload.n_requests": 12, "server.replicas": 2})
+    assert list(result.arms) == ["one", "full_depth"]  # a mapping adds to those that are there
+    assert result.arms["one"].metrics["requests_completed"] == 12
+    assert len(result.arms["one"].replicas) == 2
+    assert config.workload.n_requests == 30  # the caller's own stays as it is
+
+
+def test_a_folder_of_own_experiments_is_found(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nhardware: h100-80gb\n")
+    config = study_config("mine", config_dir=tmp_path)
+    assert (config.name, config.hardware) == ("mine", "h100-80gb")
+
+
+def test_designs_are_run_by_a_call_of_their_own() -> None:
+    settings = {
+        "sweep.parameters": {"limit": AxisConfig(settings=["arms.helios.limit"], values=[40, 80])},
+        "arms": {"helios": {"policy": "helios"}},
+        "sweep.arm": "helios",
+        "sweep.objectives": ["throughput_requests_per_s", "agreement"],
+    }
+    found = simulate_designs("own", "workload.n_requests=20", settings=settings)
+    assert [design.parameters for design in found.designs] == [{"limit": 40}, {"limit": 80}]
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: simulate("nothing"), "experiment='nothing': one of ablation"),
+        (lambda: simulate("quickstart", "policy=hel"), "policy='hel'"),
+        (lambda: simulate("quickstart", "workload.n_request=3"), "you may have meant workload.n_requests"),
+        (lambda: simulate("quickstart", "-m"), "only settings, key=value"),
+        (lambda: simulate("quickstart", settings={"workload.rate": 3}), "no such setting"),
+        (lambda: simulate("paper_energy", "objective=throughput"), "objective.goal is set to energy"),
+        (lambda: simulate("sweep_grid"), "call simulate_designs"),
+        (lambda: simulate_designs("quickstart"), "call simulate"),
+        (lambda: simulate("fidelity_vllm", "fidelity.folder=log"), "run it from the command line"),
+        (lambda: simulate(Config(), "policy=helios"), "need an experiment's name"),
+        (lambda: study_config("own", config_dir="nowhere"), "must be a folder that holds config groups"),
+    ],
+)
+def test_a_mistake_is_one_message(call, told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        call()
+    assert told in str(raised.value)
