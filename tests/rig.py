@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.request import RequestRecord
+from helios_sim.request import RequestBlock, RequestRecord
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.device_plan import plan_of
 from helios_sim.serving.iteration import Plan
@@ -144,9 +144,11 @@ def serve(
     objective: Objective | None = None,
     expected: ExpectedLoad | None = None,
     foresight: bool = False,
+    blocks: Iterator[RequestBlock] | None = None,
     watch: Callable[[Server], None] | None = None,
     on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
+    """`blocks`: these requests, as many as the workload says, in place of those that it would generate."""
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
     tasks = workload.mix.tasks
@@ -188,7 +190,7 @@ def serve(
     records: list[RequestRecord] = []
     run = simulate(
         make_server,
-        generate(workload, seed),
+        generate(workload, seed) if blocks is None else blocks,
         workload.requests,
         records.append,
         users=workload.users,

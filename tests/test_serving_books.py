@@ -128,6 +128,18 @@ def test_a_request_that_is_lost_is_noticed(monkeypatch) -> None:
         serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
 
 
+def test_a_request_that_never_reaches_its_replica_is_noticed(monkeypatch) -> None:
+    submit = Server.submit
+
+    def loses(self, request, from_replica=None) -> None:
+        if request.request_id != 1:
+            submit(self, request, from_replica)
+
+    monkeypatch.setattr(Server, "submit", loses)
+    with pytest.raises(LittlesLawViolated, match="4 sent, 3 arrived, 3 left"):
+        serve(workload(4, arrivals=Constant(50.0)), full_depth(), stepwise=True)
+
+
 def test_an_arrival_that_is_written_down_wrong_is_noticed(monkeypatch) -> None:
     """Arrived earlier than it was counted: its time in the system is not the system's time with it."""
     submit = Server.submit

@@ -138,6 +138,17 @@ def test_a_time_fires_once_exactly_when_idle_and_at_the_end_of_the_iteration_whe
 
 
 @pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_time_fires_at_an_idle_server_although_a_request_is_rejected_then(replicas: int, stepwise: bool) -> None:
+    """Requests that can never run come every 10 ms; the alarm is at the moment of one of them."""
+    policy = Scripted(full_depth_with(AtTime(30 * MS)))
+    profiles = {"flat": flat_profile(0.001, max_context_tokens=8)}
+    served = serve(workload(6, arrivals=Constant(100.0)), policy, profiles, replicas=replicas, stepwise=stepwise)
+    assert {r.drop_reason for r in served.records} == {"context of flat exceeded"}
+    assert [t.now_ns for _, t in policy.asked] == [30 * MS]
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
 def test_a_queue_is_reported_once_until_it_has_been_short_again(stepwise: bool) -> None:
     """One at a time, 10 ms each; one comes every 4 ms. At 20 ms 4 wait and one of them starts; at 24 ms there are 4
     again, and from then on more."""

@@ -1,0 +1,125 @@
+"""Whatever lies in the folder of machine code, the same command gives the same bits and stops with no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+pytest.importorskip("numba")
+
+from helios_sim.core.machine import WORTH_COMPILING, _is_whole
+
+COMMAND = (
+    "+experiment=own", "models=[opt-1.3b,opt-6.7b]", "policy=none", "+arms.probe={policy: helios_probe}",
+    f"workload.n_requests={WORTH_COMPILING}", "seeds=[0,1]", "workload.arrivals.rate_per_s=12",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    folder: Path
+    said: str  # on standard error
+    compiled: bool  # it took the time to make the machine code and said so
+
+
+def run(folder: Path, cache: Path, **variables: str) -> Ran:
+    """Runs the command with its results in `folder` and its machine code in `cache`."""
+    environment = {**os.environ, "HELIOS_CACHE": str(cache), **variables}
+    done = subprocess.run(
+        [sys.executable, "-m", "helios_sim", *COMMAND, f"hydra.run.dir={folder}"],
+        env=environment, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return Ran(folder, done.stderr, "compiling the serving loop" in done.stderr)
+
+
+def flip(folder: Path) -> None:
+    """One bit in the middle of the largest piece of machine code."""
+    code = max(folder.rglob("*.nbc"), key=lambda path: path.stat().st_size)
+    content = bytearray(code.read_bytes())
+    content[len(content) // 2] ^= 1
+    code.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    listed = folder / "digests.json"
+    listed.write_text(listed.read_text()[:-20])
+
+
+def lose(folder: Path) -> None:
+    next(folder.rglob("*.nbc")).unlink()
+
+
+def empty(folder: Path) -> None:
+    (folder / "digests.json").write_text("{}")
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "truncated": truncate, "lost": lose, "empty": empty}
+
+
+def damaged(cache: Path, to: Path, damage: str) -> Path:
+    """A copy of a cache whose machine code has been damaged."""
+    shutil.copytree(cache, to)
+    DAMAGES[damage](code_in(to))
+    return to
+
+
+def code_in(cache: Path) -> Path:
+    """The one folder of machine code in a cache."""
+    (folder,) = (cache / "compiled").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """By what the command finds, two at a time: compiling takes some 10 s."""
+    at = tmp_path_factory.mktemp("machine_code")
+    made = at / "made"
+    with ThreadPoolExecutor(2) as pool:
+        first = {
+            "empty": pool.submit(run, at / "a", made),
+            "unwritable": pool.submit(run, at / "b", Path("/proc/x")),
+            "interpreted": pool.submit(run, at / "c", at / "none", NUMBA_DISABLE_JIT="1"),
+        }
+        found = {name: task.result() for name, task in first.items()}
+        second = {
+            "flipped": pool.submit(run, at / "d", damaged(made, at / "flipped", "flipped")),
+            "warm": pool.submit(run, at / "e", made),
+        }
+        return found | {name: task.result() for name, task in second.items()}
+
+
+@pytest.mark.parametrize("found", ["empty", "unwritable", "flipped", "warm"])
+def test_the_bits_are_those_of_the_interpreter(runs: dict[str, Ran], found: str) -> None:
+    one, other = runs["interpreted"], runs[found]
+    for file in ("requests.parquet", "decisions.parquet"):
+        assert pyarrow.parquet.read_table(one.folder / file).equals(pyarrow.parquet.read_table(other.folder / file))
+    wanted, metrics = (
+        json.loads((ran.folder / "summary.json").read_text())["arms"]["probe"]["metrics"] for ran in (one, other)
+    )
+    assert metrics == wanted
+    assert "Traceback" not in other.said
+    assert "rror" not in other.said
+
+
+def test_what_is_damaged_is_made_anew_and_what_is_whole_is_used(runs: dict[str, Ran]) -> None:
+    assert {name for name, ran in runs.items() if ran.compiled} == {"empty", "flipped"}
+    for name in ("made", "flipped"):
+        assert _is_whole(code_in(runs["empty"].folder.parent / name))
+    assert not (runs["empty"].folder.parent / "none").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_any_kind_is_noticed(runs: dict[str, Ran], tmp_path: Path, damage: str) -> None:
+    copy = damaged(runs["empty"].folder.parent / "made", tmp_path / "copy", damage)
+    assert not _is_whole(code_in(copy))
