@@ -19,6 +19,8 @@ pytest.importorskip("numba")
 
 from helios_sim.core.machine import WORTH_COMPILING, _is_whole
 
+pytestmark = pytest.mark.slow
+
 COMMAND = (
     "+experiment=own", "models=[opt-1.3b,opt-6.7b]", "policy=none", "+arms.probe={policy: helios_probe}",
     f"workload.n_requests={WORTH_COMPILING}", "seeds=[0,1]", "workload.arrivals.rate_per_s=12",
