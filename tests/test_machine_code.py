@@ -101,6 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
         return found | {name: task.result() for name, task in second.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", ["empty", "unwritable", "flipped", "warm"])
 def test_the_bits_are_those_of_the_interpreter(runs: dict[str, Ran], found: str) -> None:
     one, other = runs["interpreted"], runs[found]

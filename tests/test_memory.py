@@ -34,6 +34,7 @@ def run(work: Workload, blocks: int, block_tokens: int = 1, **rig) -> Served:
     return served
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompt=st.sampled_from([1, 15, 16, 17, Exponential(30)]),

@@ -122,6 +122,7 @@ def test_prompts_beyond_the_token_budget_run_in_chunks() -> None:
     assert prefill_time_s(profile, 2, 1001, 1000)[0] == pytest.approx(2 * ITERATION_S)
 
 
+@pytest.mark.slow
 def test_per_token_exits_at_batch_one_are_the_mixture_of_the_exits() -> None:
     """75 % leave after 2 layers, the rest run 4: a mean of 2.5 layers, plus nothing for free checks."""
     recorded = offline("small", (2, 4), (0.0, 0.0), (0.75, 1.0))

@@ -37,6 +37,7 @@ def time_s(of: Profile, composition: Composition) -> float:
     return float(of.iteration_time_s(composition)[0])
 
 
+@pytest.mark.slow
 @given(PACES, PACES, st.integers(1, DECODE_ROWS), st.integers(PROMPT_ROWS, 512), st.integers(1, 500))
 def test_few_rows_go_at_the_pace_of_decodes_and_many_at_that_of_prompts(
     decode: float, of_prompts: float, batch: int, tokens: int, kv_tokens: int
@@ -48,6 +49,7 @@ def test_few_rows_go_at_the_pace_of_decodes_and_many_at_that_of_prompts(
     assert time_s(paced, many) == pytest.approx(of_prompts * time_s(known, many), rel=1e-3)
 
 
+@pytest.mark.slow
 @given(PACES, PACES, st.floats(0.0, 1.0))
 def test_between_the_two_the_pace_goes_by_the_logarithm_of_rows(decode: float, of_prompts: float, share: float) -> None:
     rows = round(DECODE_ROWS * (PROMPT_ROWS / DECODE_ROWS) ** share)
@@ -57,6 +59,7 @@ def test_between_the_two_the_pace_goes_by_the_logarithm_of_rows(decode: float, o
     assert time_s(paced, decodes(rows, 9)) == pytest.approx(between * time_s(known, decodes(rows, 9)))
 
 
+@pytest.mark.slow
 @given(PACES)
 def test_one_pace_for_both_scales_whole_iterations(pace: float) -> None:
     known, paced = profile(), at_pace(profile(), pace, pace)

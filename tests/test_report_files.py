@@ -97,6 +97,7 @@ def test_tables_hold_every_request_and_decision(folder: Path, result: Experiment
     assert json.loads(switch["evidence"])["disagreement_upper"] == 0.094
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_bytes(folder: Path, ratios: Comparisons, tmp_path: Path) -> None:
     write_result(example_result((1, 2), names=ARMS), tmp_path, ratios)
     for name in ("summary.json", "requests.parquet", "decisions.parquet", "report.html", "figures/latency.png"):

@@ -117,6 +117,7 @@ def test_power_of_two_draws_every_pair_alike_and_the_same_again() -> None:
     assert fuller.count(1) / len(fuller) == pytest.approx(0.5, abs=0.015)
 
 
+@pytest.mark.slow
 def test_two_choices_spread_load_better_than_turns_and_nearly_as_well_as_looking_at_all() -> None:
     """Mean wait with requests of very unequal length, at 85 % load of 8 servers that take one request at a time."""
     work = workload(Poisson(0.85 * 8 / 0.02), 1500)

@@ -174,6 +174,7 @@ asked_lists = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     drawn=asked_lists,

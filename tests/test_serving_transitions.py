@@ -103,6 +103,7 @@ def test_a_deployment_that_leaves_no_room_is_refused_even_if_its_weights_are_the
 # --- memory is never exceeded
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(**cases)
 def test_weights_and_cache_never_exceed_the_budget(workload, script, replicas, router, pool_blocks) -> None:

@@ -54,6 +54,7 @@ def breach_times(limit: BreachLimit, policy: Scripted, work: Workload) -> list[t
     return expected
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     window=st.integers(1, 60),

@@ -55,6 +55,7 @@ def run(workload: Workload, stepwise: bool, blocks: int, ahead: int = 1, terms: 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @SLOW
 @given(workload=workloads, blocks=st.sampled_from([4, 9, 40, 1000]), ahead=st.sampled_from([0, 1]))
 def test_ahead_of_the_clock_and_step_by_step_give_the_same_bits(workload, blocks, ahead) -> None:
