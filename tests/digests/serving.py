@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar
 
 from digests.canonical import digest
@@ -21,8 +20,10 @@ CASES = 500
 # are left unfinished, timers that nobody waits for any more may move it.
 PARTS = ("records", "decisions", "stats", "told", "end")
 
-# The definition is one iteration at a time; where the rig has quicker ways to the same result, they are not taken.
-ONE_BY_ONE = {name: False for name in ("leap", "ahead") if name in signature(serve).parameters}
+# How the loop gets to the same result: each turn an event of its own, ahead of the clock, and that as machine code.
+WAYS: dict[str, dict[str, bool]] = {
+    "step_by_step": {"stepwise": True}, "ahead": {"stepwise": False}, "compiled": {"compiled": True},
+}  # fmt: skip
 
 RECORD = (
     "request_id", "replica", "task", "model", "status", "drop_reason", "arrival_ns", "scheduled_ns", "first_token_ns",
@@ -71,13 +72,13 @@ def chooser(seed: int | str) -> Choose:
 
 
 def run_case(seed: int, **changes: Any) -> Run:
-    """Serves a case, one iteration at a time unless `changes`, which are arguments of `rig.serve`, say otherwise."""
+    """Serves a case step by step, unless `changes`, which are arguments of `rig.serve`, say otherwise."""
     arguments = case(seed)
     policy = arguments["policy"]
     if isinstance(policy, Scripted):
         Told.copies = []
         arguments["policy"] = Told(policy.first, list(policy.then))
-    served = serve(**(arguments | ONE_BY_ONE | changes))
+    served = serve(**(arguments | (changes or WAYS["step_by_step"])))
     return Run(served, [copy.asked for copy in Told.copies] if isinstance(policy, Scripted) else [])
 
 

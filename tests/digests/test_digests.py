@@ -12,7 +12,7 @@ from digests import record
 from digests.canonical import difference
 from digests.experiments import NEEDS_SHARED_DATA, SLOW, experiment_digests
 from digests.prices import BLOCKS, block_digests, profile_names
-from digests.serving import CASES, PARTS, case, case_digests, features, outcomes, run_case
+from digests.serving import CASES, PARTS, WAYS, case, case_digests, features, outcomes, run_case
 
 recorded = cache(record.recorded)
 QUICK_CASES, AT_A_TIME = 120, 20
@@ -51,10 +51,10 @@ def too_rare(wanted: set[str], found: Counter[str]) -> dict[str, int]:
     return {name: found[name] for name in sorted(wanted) if found[name] < LEAST}
 
 
-def check_cases(first: int) -> None:
+def check_cases(first: int, way: str) -> None:
     wrong = []
     for seed in range(first, first + AT_A_TIME):
-        pairs = zip(PARTS, recorded("serving")[str(seed)].split(), case_digests(seed), strict=True)
+        pairs = zip(PARTS, recorded("serving")[str(seed)].split(), case_digests(seed, **WAYS[way]), strict=True)
         changed = [part for part, expected, found in pairs if expected != found]
         if changed:
             wrong.append(f"case {seed}: {', '.join(changed)}")
@@ -74,15 +74,23 @@ def quick_and_slow(names: list[str], slow: set[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.exhaustive) if name in slow else name for name in names]
 
 
+@pytest.mark.parametrize("way", ["step_by_step", "ahead"])
 @pytest.mark.parametrize("first", range(0, QUICK_CASES, AT_A_TIME))
-def test_quick_cases_of_serving(first: int) -> None:
-    check_cases(first)
+def test_quick_cases_of_serving(first: int, way: str) -> None:
+    check_cases(first, way)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("first", range(0, QUICK_CASES, AT_A_TIME))
+def test_quick_cases_of_serving_compiled(first: int) -> None:
+    check_cases(first, "compiled")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("first", range(QUICK_CASES, CASES, AT_A_TIME))
-def test_the_other_cases_of_serving(first: int) -> None:
-    check_cases(first)
+def test_the_other_cases_of_serving(first: int, way: str) -> None:
+    check_cases(first, way)
 
 
 @pytest.mark.parametrize("name", profile_names())
