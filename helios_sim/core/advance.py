@@ -92,7 +92,7 @@ def advance(
                 return ARRIVALS
             if s.free == 0:
                 return FLUSH
-            if s.idle and s.in_system == 0:  # every arrival was rejected: stay idle
+            if s.idle and s.waiting == s.idle - 1:  # every arrival was rejected: stay idle
                 s.phase = WAITING
                 continue
             s.idle = 0
@@ -177,7 +177,7 @@ def _wait(
             s.now_ns, s.idle = alarm_ns, 0
             return GO_ON
         if _wakes(s, r, watch):
-            s.now_ns, s.idle = arrival_ns, 1
+            s.now_ns, s.idle = arrival_ns, 1 + s.waiting
             return GO_ON
         arrive(s, r, requests, lists, line, arrivals, tokens, arrival_ns)
 

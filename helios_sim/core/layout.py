@@ -174,7 +174,7 @@ STATE = Kind.of(
         "warm_up_ns",  # the next iteration takes so much longer
         "asked",  # the policy has been asked in this turn
         "turn_wanted",  # something outside has acted: the server takes a turn of its own
-        "idle",
+        "idle",  # woken by an arrival: 1 + those that waited before it; 0: not so
         "eager",  # departures are handed over before anything else is scheduled: a closed loop outside reacts to them
         "model",  # number of the active one
         "run_layers",

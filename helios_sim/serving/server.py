@@ -101,7 +101,6 @@ class Server:
             if started:
                 self._take_arrivals()
                 hand_over(replica)
-            started = True
             self._aborts.carry_out()
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
                 replica.release_lingering()
@@ -113,6 +112,7 @@ class Server:
                     self._transitions.begin(decided)
                     self._transitions.tell_loop()
                     continue
+            started = True
             self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
@@ -127,7 +127,7 @@ class Server:
         replica, s = self._replica, self._replica.state
         self._transitions.tell_loop()
         s.awaits_completion = int(self._prober.awaits_completion)
-        s.asked, s.phase, self._turns.woken = 1, layout.TURN, False
+        s.asked, s.idle, s.phase, self._turns.woken = 1, 0, layout.TURN, False
         while True:
             stop = self._run_loop()
             if stop == layout.ARRIVALS:
