@@ -117,12 +117,19 @@ def with_small_padded_attention() -> Profile:
     return replace(profile, layer_tables=(replace(tables, decode_attention=attention),), padded_kv=True)
 
 
+def with_small_head_and_check_tables() -> Profile:
+    """The head and a check through it were measured up to two rows, so that an iteration can exceed both."""
+    two = RowsTable(np.array([1, 2], np.int64), np.array([1e-5, 2e-5]))
+    return replace(priced_profile("flat"), head=two, check=two)
+
+
 CLASSIFIED = FixedCap(0.7, Confidence.CLASSIFIER)
 BEYOND: dict[str, tuple[Profile, ExitRule, KvRule, int]] = {
     "a classifier at the cap": (with_small_classifier_table(), CLASSIFIED, KvRule.NONE, 2),
     "a classifier at every exit": (
         with_small_classifier_table(), PerToken(0.7, Confidence.CLASSIFIER), KvRule.PROPAGATE, 4,
     ),
+    "the head and each check": (with_small_head_and_check_tables(), PerToken(0.7), KvRule.PROPAGATE, 4),
     "contexts that are padded": (with_small_padded_attention(), FullDepth(), KvRule.NONE, 4),
 }  # fmt: skip
 

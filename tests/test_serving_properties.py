@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from digests.serving import case_digests
 from helios_sim.request import Status
 from rig import Served, full_depth, serve
 from serving_cases import cases, run, uneven_profiles, whole_cases, workloads
@@ -40,6 +41,12 @@ def test_ahead_of_the_clock_and_step_by_step(workload, script, replicas, router,
 @given(arguments=whole_cases)
 def test_the_same_with_everything_that_a_run_can_hold(arguments) -> None:
     same(*(serve(**deepcopy(arguments), stepwise=stepwise) for stepwise in (False, True)))
+
+
+@pytest.mark.parametrize("seed", [725, 1956, 2227, 4836])
+def test_cases_that_once_differed(seed: int) -> None:
+    """A time that passed unseen, a rejected arrival that made a turn, a decision at time 0, an end during a probe."""
+    assert case_digests(seed, stepwise=False) == case_digests(seed, stepwise=True)
 
 
 @SLOW

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.errors import UserError
-from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.artificial import no_exits, synthetic_trace
 from helios_sim.exits.rule import FixedCap
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
@@ -104,6 +104,14 @@ def test_only_a_deployment_that_changes_the_placement_clears_the_window(keeps_pl
     policy = Scripted(renewed[0], renewed[1:])
     breach_times(limit, policy, work)
     assert asked(policy, BreachLimit) == ([time_ns for time_ns, _ in expected] if keeps_placement else [])
+
+
+def test_full_depth_never_breaches() -> None:
+    """No exits are known, so an iteration's tokens are all alike."""
+    profile = flat_profile(0.001)
+    policy = Scripted(full_depth_with(BreachLimit(1, 0)))
+    serve(workload(3, output=5), policy, {"flat": profile}, {"flat": no_exits(profile.model)})
+    assert policy.asked == []
 
 
 # --- the others

@@ -99,7 +99,7 @@ class Server:
             s.now_ns = s.acted_ns = replica.now_ns
             s.turn_wanted = 0
             if started:
-                self._take_arrivals()
+                yield from self._take_arrivals(replica.now_ns)
                 hand_over(replica)
             self._aborts.carry_out()
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
@@ -116,6 +116,9 @@ class Server:
             self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
+                if self._feed is not None:
+                    yield from self._take_arrivals(probe_end_ns)
+                    yield from self._hand_over_departures()
                 yield self._turns.at(probe_end_ns)
                 replica.stats.busy_ns += probe_end_ns - int(s.now_ns)
                 continue
@@ -203,8 +206,8 @@ class Server:
         s.end_ns = outcome.end_ns
         return None
 
-    def _take_arrivals(self) -> None:
-        """Requests that have arrived by now join the line, before the policy looks at it."""
+    def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:
+        """Requests that arrive until then join the line: before the policy looks at it, or while a probe runs."""
         replica, s = self._replica, self._replica.state
         while True:
             replica.ready()
@@ -212,15 +215,23 @@ class Server:
                 s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
                 replica.inbox.tokens(s, int(s.model)),
             )  # fmt: skip
-            known = take_arrivals(*tables, replica.now_ns)
+            known = take_arrivals(*tables, until_ns)
             if known or self._feed is None:
                 release(*tables, replica.now_ns)
             if not s.free:
-                hand_over(replica)
+                yield from self._hand_over_departures()
             elif known or self._feed is None:
                 return
             else:
                 self._read_on()
+
+    def _hand_over_departures(self) -> Generator[Event, Any, None]:
+        """Hands over who has left, at the time of the latest change: the last departure ends the run."""
+        replica, s = self._replica, self._replica.state
+        if s.left:
+            if s.changed_ns > replica.now_ns:
+                yield self._turns.at(int(s.changed_ns))
+            hand_over(replica)
 
     def _read_on(self) -> None:
         assert self._feed is not None
