@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -74,9 +75,13 @@ class ExitReader:
         best = logits.max(-1)
         total = logits.logsumexp(-1)
         sure = (best.values - total).exp()
-        if measure is Confidence.MARGIN:
-            sure = sure - (logits.topk(2, dim=-1).values[:, 1] - total).exp()
-        return best.indices, sure, best.values
+        match measure:
+            case Confidence.MAX_PROBABILITY:
+                return best.indices, sure, best.values
+            case Confidence.MARGIN:
+                return best.indices, sure - (logits.topk(2, dim=-1).values[:, 1] - total).exp(), best.values
+            case _:
+                assert_never(measure)
 
     def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
         """Adapt hidden states (n, d) after `depth` layers for the model's own norm and LM head."""
