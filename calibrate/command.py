@@ -19,7 +19,7 @@ from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, read_fi
 from calibrate.work import stages_of
 from helios_sim.errors import UserError
 from helios_sim.report.tables import PLAIN_WIDTH
-from helios_sim.study.ending import end
+from helios_sim.study.command import end
 
 
 def run_calibration(config: CalibrateConfig, folder: Path) -> int:

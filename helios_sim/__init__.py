@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from helios_sim.report.result import ExperimentResult, comparisons
     from helios_sim.report.tables import print_designs, print_table
     from helios_sim.report.write import write_result
-    from helios_sim.study.live_schema import LiveConfig
+    from helios_sim.study.modes import DesignsConfig, LiveConfig
     from helios_sim.study.schema import (
         ArrivalsConfig,
         Config,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
         SweepConfig,
         WorkloadConfig,
     )
-    from helios_sim.sweep.schema import DesignsConfig
     from helios_sim.vary.axis import AxisConfig
 
 __all__ = [
@@ -135,12 +134,11 @@ _NAMES_BY_MODULE = {
     "report.result": "ExperimentResult comparisons",
     "report.tables": "print_designs print_table",
     "report.write": "write_result",
-    "study.live_schema": "LiveConfig",
+    "study.modes": "DesignsConfig LiveConfig",
     "study.schema": (
         "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig ObjectiveConfig RuntimeConfig "
         "ServerConfig SloConfig SweepConfig WorkloadConfig"
     ),
-    "sweep.schema": "DesignsConfig",
     "vary.axis": "AxisConfig",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}

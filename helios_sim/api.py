@@ -32,7 +32,7 @@ def simulate(
     Raises UserError where settings cannot be run, or where they ask for something else than a study: designs
     (`simulate_designs`) or a comparison with a real run, which only the command line makes.
     """
-    from helios_sim.study.run import run
+    from helios_sim.study.command import run
 
     return run(_settings_of(study, words, settings, STUDY))
 
@@ -44,7 +44,7 @@ def simulate_designs(
 
     Raises UserError where settings cannot be run, where there is nothing to vary, or where every design fails.
     """
-    from helios_sim.sweep.run import sweep
+    from helios_sim.study.sweep import sweep
 
     return sweep(_settings_of(study, words, settings, DESIGNS))
 

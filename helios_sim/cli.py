@@ -55,11 +55,11 @@ def run_command(command: list[str]) -> int:
             run_it = run_study
             kind = kind_of(settings)
             if kind == FIDELITY:
-                from helios_sim.study.fidelity import run_fidelity as run_it
+                from helios_sim.validate.command import run_fidelity as run_it
             elif kind == FIDELITY_LIVE:
-                from helios_sim.study.fidelity_live import run_fidelity_live as run_it
+                from helios_sim.validate.command import run_fidelity_live as run_it
             elif kind == DESIGNS:
-                from helios_sim.sweep.command import run_sweep as run_it
+                from helios_sim.study.sweep import run_sweep as run_it
             else:
                 _check_no_sweep(command)
             status = max(status, run_it(to_config(settings, command), folder))

@@ -26,7 +26,7 @@ from helios_sim.serving.device_plan import plan_of
 from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
-from helios_sim.study.foresight import Foresight
+from helios_sim.study.workload import Foresight
 from helios_sim.workload import AllAtOnce, Arrivals, DrawnLengths, Fixed, Length, TaskMix, Workload, generate
 
 EXITS = (2, 4)

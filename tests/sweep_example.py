@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from helios_sim.study.modes import DesignsConfig
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
-from helios_sim.sweep.schema import DesignsConfig
 from helios_sim.vary.axis import AxisConfig
 
 SWEEP = """# @package _global_

@@ -14,8 +14,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
-from helios_sim.sweep.plan import SweepPlan, plan_sweep
-from helios_sim.sweep.run import run_plan
+from helios_sim.study.designs import SweepPlan, plan_sweep
+from helios_sim.study.sweep import run_plan
 
 PARAMETERS = {
     "cap_bound": ("objective.max_disagreement", [0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]),

@@ -11,14 +11,14 @@ import pytest
 import helios_sim
 from helios_sim.provenance import command_given
 from helios_sim.report.result import Gate
-from helios_sim.study.ending import end
+from helios_sim.study.command import end
 
 PASSED, FAILED = Gate("a", 1.0, "<= 2", True), Gate("b", 0.031, "within 3.0%", False)
 MUCH_TO_SAY = """
 import sys
 from pathlib import Path
 from helios_sim.report.result import Gate
-from helios_sim.study.ending import end
+from helios_sim.study.command import end
 sys.exit(end(lambda: print("x" * 1_000_000), Path("."), {}, [Gate("b", 3.0, "<= 2", False)]))
 """
 

@@ -13,11 +13,9 @@ import pytest
 from command_line import CommandLine
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.study.fidelity_estimate import Quantities, estimate
-from helios_sim.study.fidelity_log import read_log
-from helios_sim.study.fidelity_run import run_once
-from helios_sim.study.fidelity_schema import FidelityConfig, LinkConfig
-from helios_sim.study.fidelity_setup import set_up
+from helios_sim.study.modes import FidelityConfig, LinkConfig
+from helios_sim.validate.logs import read_log, set_up
+from helios_sim.validate.replay import Quantities, estimate, run_once
 from vllm_log import read_requests, write_log, write_requests
 
 EXPERIMENT = ("+experiment=fidelity_vllm", "fidelity.load_factors=[0.5,1.0]")

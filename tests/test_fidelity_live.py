@@ -11,9 +11,8 @@ import pytest
 from command_line import CommandLine
 from helios_sim.report.fidelity import ComparedRow
 from helios_sim.report.metrics import Band
-from helios_sim.study.fidelity_live_result import energy_told
-from helios_sim.study.fidelity_live_rows import rows_of
-from helios_sim.study.live_notes import LiveNotes
+from helios_sim.study.watched import LiveNotes
+from helios_sim.validate.compare import energy_told, rows_of
 
 
 def test_rows_hold_the_means_of_the_passes_and_how_far_they_lie_apart() -> None:

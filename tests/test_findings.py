@@ -9,7 +9,7 @@ import pytest
 
 from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.result import LoadFigure, SweepPoint
-from helios_sim.study.findings import break_even, error_findings, highest_rate, load_findings
+from helios_sim.study.verdict import break_even, error_findings, highest_rate, load_findings
 
 
 def point(rate: float, attained: float, ratio: float = 1.0, **settings: float) -> SweepPoint:

@@ -20,8 +20,8 @@ from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.profile.models import MODELS
 from helios_sim.profile.store import load_profile, write_profile
-from helios_sim.study.job import make_job, run_job
-from helios_sim.study.live_schema import LiveConfig
+from helios_sim.study.jobs import make_job, run_job
+from helios_sim.study.modes import LiveConfig
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,

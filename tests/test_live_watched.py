@@ -10,8 +10,7 @@ import numpy as np
 from helios_sim.live.clock import WallClock
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.study.live_notes import LiveNotes
-from helios_sim.study.watched import WatchedEngine
+from helios_sim.study.watched import LiveNotes, WatchedEngine
 
 PROFILE = flat_profile(0.002, n_layers=4)
 RAN_NS, FORWARD_NS = 1_000_000, 700_000

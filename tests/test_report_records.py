@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-import helios_sim.study.job
+import helios_sim.study.jobs
 from helios_sim.core import machine
 from helios_sim.report import records as records_module
 from helios_sim.report.files import write_parquet_parts
@@ -21,7 +21,7 @@ from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving import timeline
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import make_job, serve
+from helios_sim.study.jobs import make_job, serve
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,
@@ -179,7 +179,7 @@ def peak_bytes(requests: int) -> int:
 def test_memory_grows_with_the_columns_and_not_with_what_was_seen(compiled, few, many, monkeypatch) -> None:
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
     monkeypatch.setattr(records_module, "BLOCK_RECORDS", 128)
-    monkeypatch.setattr(helios_sim.study.job, "generate", partial(generate, block_requests=128))
+    monkeypatch.setattr(helios_sim.study.jobs, "generate", partial(generate, block_requests=128))
     monkeypatch.setattr(timeline, "SAMPLES", 100)
     monkeypatch.setattr("helios_sim.simulation.for_run", lambda requests, wanted: machine.load() if compiled else None)
     peak_bytes(300)  # what is loaded and remembered once

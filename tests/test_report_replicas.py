@@ -10,7 +10,7 @@ import pytest
 
 from command_line import write_study
 from helios_sim.report.breakdown import ReplicaFigures, Spread, by_kind
-from helios_sim.study.job import make_job, run_job
+from helios_sim.study.jobs import make_job, run_job
 from helios_sim.study.schema import ArrivalsConfig, ServerConfig
 from test_study_fleet import FULL_DEPTH, study
 

@@ -11,7 +11,7 @@ from helios_sim.report.page import render
 from helios_sim.report.result import comparisons
 from helios_sim.report.tables import print_table
 from helios_sim.report.write import summarise_result
-from helios_sim.study.run import run
+from helios_sim.study.command import run
 from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
 
 OWN = "early_2"

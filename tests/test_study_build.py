@@ -16,10 +16,9 @@ from helios_sim.profile.store import write_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
-from helios_sim.study.check import check_study
-from helios_sim.study.job import run_job
-from helios_sim.study.plan import plan_study
-from helios_sim.study.run import run
+from helios_sim.study.command import run
+from helios_sim.study.jobs import run_job
+from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,

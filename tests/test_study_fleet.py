@@ -15,7 +15,7 @@ from helios_sim.exits.store import write_trace
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
-from helios_sim.study.job import make_job, run_job, serve
+from helios_sim.study.jobs import make_job, run_job, serve
 from helios_sim.study.schema import ArrivalsConfig, ClusterConfig, Config, ServerConfig
 from test_study_build import EXITS, measured
 

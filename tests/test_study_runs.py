@@ -16,7 +16,7 @@ import pytest
 import helios_sim.report.write
 from command_line import STUDY, CommandLine, write_study
 from helios_sim.errors import UserError
-from helios_sim.study.run import run
+from helios_sim.study.command import run
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,

@@ -12,11 +12,11 @@ from helios_sim.errors import UserError
 from helios_sim.report.designs import cost, on_front, plain_value
 from helios_sim.report.metrics import Band
 from helios_sim.report.records import RecordLog
+from helios_sim.study.designs import plan_sweep
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import Job, make_job, measure, serve
-from helios_sim.sweep.plan import plan_sweep
-from helios_sim.sweep.run import evaluate
-from helios_sim.sweep.schema import DesignsConfig
+from helios_sim.study.jobs import Job, make_job, measure, serve
+from helios_sim.study.modes import DesignsConfig
+from helios_sim.study.sweep import evaluate
 from helios_sim.vary.axis import AxisConfig
 from helios_sim.vary.settings import with_settings
 from sweep_example import example

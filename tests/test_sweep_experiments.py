@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
-from helios_sim.sweep.command import run_sweep
+from helios_sim.study.sweep import run_sweep
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
-from helios_sim.sweep.plan import plan_sweep
-from helios_sim.sweep.run import run_plan, sweep
+from helios_sim.study.designs import plan_sweep
+from helios_sim.study.sweep import run_plan, sweep
 from helios_sim.vary.axis import AxisConfig
 from sweep_example import example
 

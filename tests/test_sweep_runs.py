@@ -11,7 +11,7 @@ import pytest
 from command_line import write_study
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
-from helios_sim.sweep.run import sweep
+from helios_sim.study.sweep import sweep
 from sweep_example import SEARCH, SWEEP, example
 
 pytestmark = pytest.mark.slow

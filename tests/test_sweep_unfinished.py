@@ -19,8 +19,8 @@ import helios_sim
 from command_line import write_study
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
-from helios_sim.sweep.plan import plan_sweep
-from helios_sim.sweep.run import OutcomeLines, run_plan, sweep
+from helios_sim.study.designs import plan_sweep
+from helios_sim.study.sweep import OutcomeLines, run_plan, sweep
 from helios_sim.vary.axis import AxisConfig
 from helios_sim.vary.runner import Journal, Task
 from helios_sim.vary.workers import Place, Workers

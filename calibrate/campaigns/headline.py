@@ -16,8 +16,8 @@ from calibrate.campaigns.studies import Basis, arms, basis, seconds_each, summar
 from calibrate.schema import CampaignConfig
 from calibrate.stages import NotEnoughTime, StageRun
 from helios_sim.study.command import run_study
-from helios_sim.study.fidelity_live import run_fidelity_live
-from helios_sim.study.live_schema import LIVE, SIMULATE, LiveFidelityConfig
+from helios_sim.study.modes import LIVE, SIMULATE, LiveFidelityConfig
+from helios_sim.validate.command import run_fidelity_live
 
 REQUESTS, QUICK_REQUESTS = 400, 12
 HELIOS, EARLY_EXIT, FULL_DEPTH = "helios", "early_exit", "full_depth"

@@ -29,7 +29,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report import files
-from helios_sim.study.live_schema import LiveConfig
+from helios_sim.study.modes import LiveConfig
 from helios_sim.study.schema import (
     ArrivalsConfig,
     Config,

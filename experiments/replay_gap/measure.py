@@ -29,7 +29,7 @@ from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, OpenSettings, open_models
 from helios_sim.study.build import build
 from helios_sim.study.fleet import build_fleet
-from helios_sim.study.job import make_job, serve
+from helios_sim.study.jobs import make_job, serve
 from helios_sim.study.live import LiveRun
 from helios_sim.study.schema import Config
 

@@ -22,7 +22,7 @@ from helios_sim.help import conf_folder
 from helios_sim.request import RequestRecord
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
-from helios_sim.study.job import Job, serve
+from helios_sim.study.jobs import Job, serve
 from helios_sim.study.plan import plan_study
 
 

@@ -25,12 +25,12 @@ from helios_sim.report.result import (
     SweepPoint,
 )
 from helios_sim.serving.decider import MOST_DECISIONS
-from helios_sim.study.arm import Arm
-from helios_sim.study.build import confidence, task_names, threshold
-from helios_sim.study.job import Job, JobResult
+from helios_sim.study.build import Arm, confidence, threshold
+from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts
+from helios_sim.study.workload import task_names
 
 Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow

@@ -1,12 +1,13 @@
-"""Turns settings into the parts of a run: workload, models with their exits, situation."""
+"""Turns settings into the parts of a run: models with their exits, situation, and an arm's policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
@@ -16,6 +17,7 @@ from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.policy.registry import PolicyConfig, parameters_of, policy_config
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.pace import at_pace
@@ -24,39 +26,17 @@ from helios_sim.profile.runtime import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile
 from helios_sim.provenance import ProvenanceClass
-from helios_sim.study.foresight import Foresight, expected_load
-from helios_sim.study.schema import ArrivalsConfig, Config, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
+from helios_sim.study.schema import Config
+from helios_sim.study.workload import Foresight, build_workload, choose, expected_load
 from helios_sim.workload import (
-    AllAtOnce,
-    Arrivals,
-    ClosedLoop,
-    Constant,
-    DrawnLengths,
-    Drift,
-    Exponential,
-    Fixed,
-    Gamma,
-    Length,
-    Lengths,
-    LinearDrift,
-    Lognormal,
-    Per,
-    PeriodicDrift,
-    Poisson,
-    RequestTrace,
-    StepDrift,
-    TaskMix,
-    TraceArrivals,
-    TraceFileError,
-    TraceLengths,
     Workload,
-    read_trace,
 )
 
 PROFILE_RUNTIME = "profile"  # a preset's name: host costs as the profile has them, which a measured one measured
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
+OF_THE_ARM = ("policy", "description", "baseline", "overrides")  # of an entry; the rest are the policy's parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +46,6 @@ class Parts:
     workload: Workload
     models: Mapping[str, ModelData]
     situation: Situation
-
-
-def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
-    members = {member.value: member for member in kind}
-    if value not in members:
-        raise UserError(key, value, f"one of {', '.join(members)}", f"set {key} to one of these")
-    return members[value]
 
 
 def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Parts:
@@ -181,114 +154,43 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     return load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
 
 
-def build_workload(config: WorkloadConfig) -> Workload:
-    return Workload(
-        _arrivals(config.arrivals), _lengths(config.lengths), _mix(config.mix), config.n_requests,
-        config.chars_per_token,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Arm:
+    name: str
+    policy: PolicyConfig
+    description: str | None = None
+    baseline: str | None = None  # an arm of its own to be compared with
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the study's settings, by dotted path
 
 
-def _given(key: str, value: _Value | None, why: str) -> _Value:
-    if value is None:
-        raise UserError(key, None, f"{why} needs a value", f"set {key}")
-    return value
+def arm_of(name: str, entry: Mapping[str, Any], config: Config) -> Arm:
+    """UserError, which names the arm, where the policy does not know a parameter or its value cannot be."""
+    with in_arm(name, config):
+        return Arm(
+            name,
+            policy_of(entry, config),
+            description=entry.get("description"),
+            baseline=entry.get("baseline"),
+            overrides=dict(entry.get("overrides") or {}),
+        )
 
 
-def _unknown(key: str, value: str, kinds: str) -> UserError:
-    return UserError(key, value, f"one of {kinds}", f"set {key} to one of these")
+def policy_of(entry: Mapping[str, Any], config: Config) -> PolicyConfig:
+    """The entry's policy. Threshold and confidence come from the exits' settings unless it has its own."""
+    name = str(entry["policy"])
+    settings = {key: value for key, value in entry.items() if key not in OF_THE_ARM}
+    for key, value in (("threshold", threshold(config)), ("confidence", confidence(config).value)):
+        if key in parameters_of(name) and settings.get(key) is None:
+            settings[key] = value
+    return policy_config(name, settings)
 
 
-def _arrivals(c: ArrivalsConfig) -> Arrivals:
-    def rate() -> float:
-        return _given("workload.arrivals.rate_per_s", c.rate_per_s, f"{c.kind} arrivals")
-
-    match c.kind:
-        case "poisson":
-            return Poisson(rate())
-        case "gamma":
-            return Gamma(rate(), _given("workload.arrivals.cv", c.cv, "gamma arrivals"))
-        case "constant":
-            return Constant(rate())
-        case "all_at_once":
-            return AllAtOnce()
-        case "closed_loop":
-            return ClosedLoop(_given("workload.arrivals.users", c.users, "a closed loop"))
-        case "trace":
-            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace), c.rate_scale)
-    raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
-
-
-def _recorded(key: str, path: str | None) -> RequestTrace:
+@contextmanager
+def in_arm(name: str, config: Config) -> Iterator[None]:
+    """Says in a UserError which of the experiment's arms it is about."""
     try:
-        return read_trace(_given(key, path, "a trace"))
-    except TraceFileError as error:
-        raise error.about(key) from error
-
-
-def _lengths(c: LengthsConfig) -> Lengths:
-    match c.kind:
-        case "drawn":
-            return DrawnLengths(
-                _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
-            )
-        case "trace":
-            return TraceLengths(_recorded("workload.lengths.trace", c.trace), c.resample)
-    raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
-
-
-def _length(key: str, c: LengthConfig) -> Length:
-    def made(kind: Callable[..., Length], *values: float | None) -> Length:
-        """Specifications name a setting of lengths in general; here it is known whether it is the prompt's."""
-        try:
-            return kind(*values)
-        except UserError as error:
-            raise error.about(key + error.key.removeprefix("workload.lengths")) from error
-
-    match c.kind:
-        case "fixed":
-            return made(Fixed, _given(f"{key}.value", c.value, "a fixed length"))
-        case "exponential":
-            return made(Exponential, _given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
-        case "lognormal":
-            limits = (c.minimum, c.maximum)
-            if c.p50 is not None:
-                p95 = _given(f"{key}.p95", c.p95, "lognormal with p50")
-                return made(Lognormal.from_percentiles, c.p50, p95, *limits)
-            sigma = _given(f"{key}.sigma", c.sigma, "lognormal")
-            if c.median is not None:
-                return made(Lognormal, c.median, sigma, *limits)
-            return made(Lognormal.from_mean, _given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
-    raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
-
-
-def task_names(c: MixConfig) -> tuple[str, ...]:
-    """All tasks of the mix, by the number that requests carry."""
-    return tuple(dict.fromkeys((*c.tasks, *c.after)))
-
-
-def _mix(c: MixConfig) -> TaskMix:
-    tasks = task_names(c)
-    shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
-    after = tuple(float(c.after.get(task, 0.0)) for task in tasks) if c.after else None
-    unknown = [task for task in c.priorities if task not in tasks]
-    if unknown:
-        raise UserError("workload.mix.priorities", unknown, f"tasks of the mix: {', '.join(tasks)}", "name one of them")
-    priorities = tuple(c.priorities.get(task, 0) for task in tasks) if c.priorities else None
-    return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per), priorities)
-
-
-def _drift(c: MixConfig) -> Drift | None:
-    def position(name: str) -> float:
-        value: float | None = getattr(c, name)
-        return _given(f"workload.mix.{name}", value, f"{c.drift} drift")
-
-    match c.drift:
-        case None:
-            return None
-        case "step":
-            return StepDrift(position("at"))
-        case "linear":
-            return LinearDrift(position("start"), position("end"))
-        case "periodic":
-            return PeriodicDrift(position("period"))
-    raise _unknown("workload.mix.drift", c.drift, "step, linear, periodic, null")
+        yield
+    except UserError as error:
+        if name not in config.arms:  # the one that `policy` added
+            raise
+        raise error.about(f"arms.{name}: {error.key}") from error

@@ -1,25 +1,30 @@
-"""One study from its configuration to its files and the lines on stdout."""
+"""One study from its settings to a result, and on the command line to its files and the lines on stdout."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import sys
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import helios_sim
 from helios_sim.provenance import command_given
 from helios_sim.report.files import make_folder
-from helios_sim.report.result import Comparisons, ExperimentResult, comparisons
+from helios_sim.report.format import gate_value
+from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
-from helios_sim.study.check import check_study
-from helios_sim.study.ending import end
-from helios_sim.study.live_schema import LIVE
-from helios_sim.study.plan import plan_study
+from helios_sim.study.jobs import run_job
+from helios_sim.study.modes import LIVE
+from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
 from helios_sim.study.schema import Config
 from helios_sim.vary.runner import progress
@@ -79,3 +84,26 @@ def provenance(config: Config) -> dict[str, object]:
         "seeds": list(config.seeds),
         "configuration": asdict(config),
     }
+
+
+def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:
+    """Prints what is to be shown, the gates, the folder, and summary.json last. Returns 0, or 2 when a gate failed."""
+    try:
+        show()
+        for gate in gates:
+            found = f"{gate.name} {gate_value(gate.value, gate.bound)}, must be {gate.bound}"
+            print(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
+        print(f"output folder: {folder}")
+        print(json.dumps(summary, allow_nan=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader left, as `head` does; the files are there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0 if all(gate.passed for gate in gates) else 2
+
+
+def run(config: Config) -> ExperimentResult:
+    """Runs every arm of the study under every seed, and its sweeps. UserError where settings cannot be run."""
+    plan = plan_study(config)
+    check_study(plan)
+    jobs = {job.key: job for job in plan.jobs}
+    return assemble(plan, {key: run_job(job) for key, job in jobs.items()}, {"seeds": list(config.seeds)})

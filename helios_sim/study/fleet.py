@@ -1,33 +1,37 @@
 """The replicas of a run: what each is made of, and which requests it is meant for.
 
-Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm.
-"""
+Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm."""
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
+from helios_sim.exits.replay import OfflineExits, offline_exits
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.registry import PolicyConfig
+from helios_sim.policy.telemetry import Candidate
 from helios_sim.profile.spec import HardwareSpec
 from helios_sim.routing import Router, Routing
-from helios_sim.study.arm import policy_of
-from helios_sim.study.build import Parts, build, choose, task_names
-from helios_sim.study.foresight import expected_load
-from helios_sim.study.schema import ClusterConfig, Config
+from helios_sim.study.build import Parts, build, confidence, objective_of, policy_of, threshold
+from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
+from helios_sim.study.workload import choose, expected_load, task_names
 
 ALIKE = ""  # the only kind's name where all replicas are alike
 OF_ONE_SERVER = (
     "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
 )  # fmt: skip
 OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
+MOST_KEPT = 4  # different parts at a time, such as one for each seed
+MOST_USES = 200  # of the same parts: a trace remembers its replays, one for every threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,3 +213,64 @@ def of_kind(name: str) -> Iterator[None]:
         if name == ALIKE:
             raise
         raise error.about(f"cluster.kinds.{name}.{error.key}") from error
+
+
+@dataclass(slots=True)
+class _Kept:
+    fleet: Fleet
+    uses: int = 0
+    offline: dict[tuple[str, str, float], OfflineExits] = field(default_factory=dict)  # by kind, model and threshold
+
+
+_kept: OrderedDict[str, _Kept] = OrderedDict()
+
+
+def shared_fleet(config: Config, seed: int) -> Fleet:
+    """As `build_fleet` gives it, the same to the last bit, from what was built before where it can be."""
+    key = _key(config, seed)
+    kept = _kept.pop(key, None)
+    if kept is None or kept.uses >= MOST_USES:
+        kept = _Kept(build_fleet(config, seed))
+    _kept[key] = kept
+    while len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
+    kept.uses += 1
+    return replace(kept.fleet, kinds=tuple(_as_set(kind, config, kept) for kind in kept.fleet.kinds))
+
+
+def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
+    """The kind with what its policy is told set anew: the objective, and sums over exits at the threshold."""
+    at, candidates = threshold(config), {}
+    with of_kind(kind.name):
+        for name, data in kind.parts.models.items():
+            place = (kind.name, name, at)
+            if place not in kept.offline:
+                kept.offline[place] = offline_exits(data.trace.trace, at, confidence(config), kind.tasks)
+            candidates[name] = Candidate(data.profile, kept.offline[place])
+        situation = replace(kind.parts.situation, objective=objective_of(config, candidates), candidates=candidates)
+    return replace(kind, parts=replace(kind.parts, situation=situation))
+
+
+def what_counts(config: Config) -> dict[str, Any]:
+    """The settings that change a result, by name; the groups are the configuration's own."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PRESENTATION}
+
+
+def in_json(settings: Any) -> str:
+    """The same text for the same settings, whatever their order."""
+    return json.dumps(settings, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return str(value)
+
+
+def _key(config: Config, seed: int) -> str:
+    """Of everything that parts are made of, but for what is set anew each time."""
+    settings = what_counts(config)
+    del settings["objective"]
+    if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold
+        settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
+    return in_json([seed, settings])

@@ -14,7 +14,7 @@ from typing import Any
 from helios_sim.errors import UserError
 from helios_sim.report import files
 from helios_sim.report.files import json_value
-from helios_sim.study.job import Job, JobResult, run_job
+from helios_sim.study.jobs import Job, JobResult, run_job
 from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import Place, Workers
 

@@ -10,10 +10,14 @@ from typing import Any
 
 from helios_sim.core.line import ORDERS
 from helios_sim.errors import UserError
-from helios_sim.study.fidelity_schema import FidelityConfig
-from helios_sim.study.live_schema import MODES, LiveConfig, LiveFidelityConfig
-from helios_sim.sweep.schema import DesignsConfig
+from helios_sim.study.modes import MODES, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
+
+# Settings that change how a result is shown, not what it is.
+PRESENTATION = (
+    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
+    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
+)  # fmt: skip
 
 
 @dataclass
@@ -275,8 +279,3 @@ def require(holds: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
 
 
-# Settings that change how a result is shown, not what it is.
-PRESENTATION = (
-    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
-)  # fmt: skip

@@ -19,7 +19,7 @@ from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.command import run_study
-from helios_sim.sweep.command import run_sweep
+from helios_sim.study.sweep import run_sweep
 
 REQUESTS = 60
 MORE_REQUESTS = {  # of experiments with few or quick arms

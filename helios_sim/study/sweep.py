@@ -1,36 +1,39 @@
-"""A sweep from its plan to its result: every design once, finished ones from the journal. Writes only the journal."""
+"""A sweep of designs from its plan to its result, its files and the lines on stdout; finished ones from the journal."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.report.designs import Design, DesignsResult, cost
-from helios_sim.report.files import json_value
-from helios_sim.report.metrics import Band, Metrics, MetricValue, mean_metrics
+from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
+from helios_sim.report.files import json_value, make_folder
+from helios_sim.report.format import metric as shown
+from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import RecordLog
 from helios_sim.report.result import ServedWorkload
-from helios_sim.study.job import Job, assumptions_of, inputs_of, measure, notices_of, serve
-from helios_sim.study.ready import make_ready
+from helios_sim.report.tables import print_designs
+from helios_sim.report.write import write_designs
+from helios_sim.study.command import end, provenance
+from helios_sim.study.designs import SweepPlan, plan_sweep, search
+from helios_sim.study.fleet import shared_fleet
+from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, measure, notices_of, serve
 from helios_sim.study.schema import Config
-from helios_sim.study.shared import shared_fleet
 from helios_sim.study.verdict import conditions, offered_requests_per_s
-from helios_sim.sweep.plan import SweepPlan, plan_sweep
-from helios_sim.sweep.search import search
-from helios_sim.sweep.verdict import sentences
 from helios_sim.vary.axis import Choice
-from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
+from helios_sim.vary.runner import Journal, OnDone, Task, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives
+EVERY_S = 10.0  # between two lines on the state of things
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +213,102 @@ def _cautions(config: Config) -> list[str]:
             "ones again with several seeds before deciding between neighbours."
         )
     return found
+
+
+def sentences(
+    arm: str, objectives: Sequence[str], designs: Sequence[Design], references: Sequence[Design]
+) -> tuple[str, ...]:
+    """How large the front is, its ends, and where the arms stand that were not designed."""
+    costs = merits_of(designs, objectives)
+    front = [design for design, there in zip(designs, on_front(costs), strict=True) if there]
+    found = [_size(arm, objectives, designs, front)]
+    if front:
+        found += [_end(name, objectives, front) for name in objectives]
+    for reference in references:
+        if reference.metrics is not None:
+            own = merits_of([reference], objectives)[0]
+            better = int(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).sum())
+            found.append(_against(arm, reference, better, len(designs)))
+    return tuple(found)
+
+
+def in_words(design: Design) -> str:
+    """#12 (threshold 0.8, round_requests 150)."""
+    values = ", ".join(f"{name} {value_shown(value)}" for name, value in design.parameters.items())
+    return f"{design.name} ({values})" if values else design.name
+
+
+def _size(arm: str, objectives: Sequence[str], designs: Sequence[Design], front: Sequence[Design]) -> str:
+    names = [DEFINITIONS[name].label for name in objectives]
+    between = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    failed = sum(design.error is not None for design in designs)
+    said = f"Of {len(designs)} designs of {arm}, {len(front)} are beaten by none in {between}"
+    return f"{said}; {failed} failed." if failed else f"{said}."
+
+
+def _end(name: str, objectives: Sequence[str], front: Sequence[Design]) -> str:
+    def price(design: Design) -> list[float]:
+        assert design.metrics is not None
+        first = [cost(name, design.metrics[name])]
+        return first + [cost(other, design.metrics[other]) for other in objectives]
+
+    best = min(front, key=price)
+    assert best.metrics is not None
+    rest = [f"{DEFINITIONS[n].label} {shown(n, best.metrics[n])}" for n in objectives if n != name]
+    most = "Highest" if DEFINITIONS[name].better is Better.HIGHER else "Lowest"
+    said = f"{most} {DEFINITIONS[name].label}: {in_words(best)} with {shown(name, best.metrics[name])}"
+    return f"{said}; {', '.join(rest)}." if rest else f"{said}."
+
+
+def _against(arm: str, reference: Design, better: int, total: int) -> str:
+    name = f"{arm} as it was set" if reference.name == arm else reference.name
+    if not better:
+        return f"No design beats {name} in every objective."
+    return f"{better} of {total} designs beat {name}: none of the objectives worse, at least one better."
+
+
+def run_sweep(config: Config, folder: Path) -> int:
+    """Runs, writes and prints. Returns 0. UserError before anything is written, or when every design failed."""
+    plan = plan_sweep(config)
+    make_folder(folder)
+    total = plan.n_designs + len(plan.references)
+    lines = _Lines(total)
+    with redirect_stdout(sys.stderr), progress(config.name, total, lines) as on_done:  # Ray prints what nodes do
+        result = run_plan(plan, folder, provenance(config), on_done)
+    lines.state()
+    summary = write_designs(result, folder)
+    return end(lambda: _show(result), folder, summary)
+
+
+class _Lines:
+    """A line for each failure, and one on the state of things now and then; none where a bar shows it."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._started_s = total, monotonic()
+        self._said_s = self._started_s
+        self._done = self._kept = self._failed = 0
+
+    def __call__(self, task: Task[Sequence[Job]], outcome: Outcome, kept: bool) -> None:
+        self._done, self._kept = self._done + 1, self._kept + kept
+        self._failed += outcome.error is not None
+        if outcome.error is not None:
+            print(f"a design failed: {outcome.error}", file=sys.stderr, flush=True)
+        if monotonic() - self._said_s > EVERY_S:
+            self.state()
+
+    def state(self) -> None:
+        if self._done:
+            counts = [f"{self._kept} kept from before" if self._kept else ""]
+            counts += [f"{self._failed} failed" if self._failed else ""]
+            text = ", ".join([f"{self._done} of at most {self._total} runs", *filter(None, counts)])
+            print(f"{text}, {monotonic() - self._started_s:.0f} s", file=sys.stderr, flush=True)
+            self._said_s = monotonic()
+
+
+def _show(result: DesignsResult) -> None:
+    """The front, the answer and what failed."""
+    print_designs(result)
+    for sentence in (*result.verdict, *(f"{d.name} failed: {d.error}" for d in result.failed[:5])):
+        print(sentence)
+    if len(result.failed) > 5:
+        print(f"{len(result.failed) - 5} more failed: see designs.parquet.")

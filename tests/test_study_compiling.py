@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from helios_sim.study import ready
-from helios_sim.study.job import make_job
+from helios_sim.study import jobs
+from helios_sim.study.jobs import make_job
 from helios_sim.study.schema import Config
 
 
@@ -17,9 +17,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     def noted(*given: object, **settings: object) -> None:
         asked.append(settings["compiled"])
 
-    monkeypatch.setattr(ready, "serve", noted)
-    monkeypatch.setattr(ready, "shared_fleet", lambda *_: None)
-    monkeypatch.setattr(ready, "is_made", lambda: False)
+    monkeypatch.setattr(jobs, "serve", noted)
+    monkeypatch.setattr(jobs, "shared_fleet", lambda *_: None)
+    monkeypatch.setattr(jobs, "is_made", lambda: False)
     return asked
 
 
@@ -27,14 +27,14 @@ JOB = make_job("full_depth", {"policy": "full_depth"}, Config(), 0)
 
 
 def test_many_requests_are_worth_one_run_ahead_of_the_clock(made: list[object]) -> None:
-    ready.make_ready(JOB, ready.WORTH_COMPILING)
+    jobs.make_ready(JOB, jobs.WORTH_COMPILING)
     assert made == [True]
 
 
 def test_few_are_not_nor_are_many_where_it_is_made(made: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    ready.make_ready(JOB, ready.WORTH_COMPILING - 1)
-    monkeypatch.setattr(ready, "is_made", lambda: True)
-    ready.make_ready(JOB, 10 * ready.WORTH_COMPILING)
+    jobs.make_ready(JOB, jobs.WORTH_COMPILING - 1)
+    monkeypatch.setattr(jobs, "is_made", lambda: True)
+    jobs.make_ready(JOB, 10 * jobs.WORTH_COMPILING)
     assert made == []
 
 
@@ -42,5 +42,5 @@ def test_what_fails_is_left_to_the_run_that_reports_it(made: list[object], monke
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(ready, "serve", fails)
-    ready.make_ready(JOB, ready.WORTH_COMPILING)
+    monkeypatch.setattr(jobs, "serve", fails)
+    jobs.make_ready(JOB, jobs.WORTH_COMPILING)

@@ -1,0 +1,158 @@
+"""What further kinds of a study can be set to: live serving, comparisons with a real run, and designs of one arm.
+
+The classes hold only plain types because Hydra fills them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+from helios_sim.errors import UserError
+from helios_sim.vary.axis import AxisConfig
+from helios_sim.vary.workers import BACKENDS
+
+SIMULATE, LIVE = "simulate", "live"
+MODES = (SIMULATE, LIVE)
+DTYPES = ("float32", "bfloat16")
+METHODS = ("grid", "search")
+SAMPLERS = ("nsga2", "tpe")
+
+
+@dataclass
+class LiveConfig:
+    """What `mode=live` needs beside the study's own settings; without it nothing here does anything."""
+
+    device: str = "cpu"  # cpu, cuda, cuda:N; `device=...` for short
+    dtype: str | None = None  # float32, bfloat16; null: as in the profile
+    threads: int | None = None  # of a CPU; null: all that the process may use
+    weights: dict[str, str] = field(default_factory=dict)  # by model: folder, .gguf file or hub id; else by its name
+    heads: dict[str, str] = field(default_factory=dict)  # by model: folder of exit heads; else those shipped for it
+    texts: str | None = None  # folder of TASK.txt, or one file for all tasks; null: those of `make models`
+    warm_up: int = 3  # iterations of each kind before time begins
+    seed: int = 0  # of torch, where anything is drawn at all; the requests go by `seeds`
+    score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
+    run: int = 0  # which of several runs of the same: they are different results
+    # Every so many seconds stop the clock and time one of the two steps that the calibration timed, in turns; null, and
+    # wherever energy is counted: both before and after the run only.
+    pace_every_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError("live.dtype", self.dtype, f"null or one of {', '.join(DTYPES)}", "choose one of these")
+        name, _, number = self.device.partition(":")
+        if name not in ("cpu", "cuda") or (":" in self.device and (name == "cpu" or not number.isdigit())):
+            raise UserError("live.device", self.device, "cpu, cuda or cuda:N", "choose one of these")
+        for key, least in (("threads", 1), ("warm_up", 0), ("seed", 0), ("run", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"live.{key}", value, f"at least {least}", f"set live.{key} accordingly")
+        if self.pace_every_s is not None and not self.pace_every_s > 0:
+            raise UserError("live.pace_every_s", self.pace_every_s, "null or above 0", "leave it out")
+
+
+@dataclass
+class LiveFidelityConfig:
+    """With loads the study is a comparison: every arm at every load, simulated, and served in passes over them all."""
+
+    loads: list[float] = field(default_factory=list)  # over each arm's own capacity, as simulated; above 1: overload
+    seconds: float = 12.0  # of arrivals in each of them
+    least_requests: int = 12  # in each of them, however slow the arm
+    passes: int = 2  # everything is served so often; how far these runs differ is the noise floor
+    calibrate_s: float | None = None  # measure a profile just before, in so long for each model; null: as it is shipped
+
+    def __post_init__(self) -> None:
+        if not all(isfinite(load) and load > 0 for load in self.loads) or len(set(self.loads)) != len(self.loads):
+            raise UserError("fidelity_live.loads", list(self.loads), "different numbers above 0", "correct them")
+        for key in ("seconds", "least_requests", "calibrate_s"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"fidelity_live.{key}", value, "above 0", f"set fidelity_live.{key} accordingly")
+        if self.passes < 2:
+            why = "at least 2: of one there is no noise floor"
+            raise UserError("fidelity_live.passes", self.passes, why, "set fidelity_live.passes accordingly")
+
+
+@dataclass
+class LinkConfig:
+    """Between the cards of a tensor-parallel group. Null: from the table of cards, PCIe where that knows none."""
+
+    latency_s: float | None = None  # of one all-reduce, however small
+    bytes_per_s: float | None = None  # in each direction of each card
+
+
+@dataclass
+class FidelityConfig:
+    """With a folder the study is a comparison: the logged run beside its simulation from kernel times and settings.
+
+    What is null comes from the folder, or from tables keyed by the names that it gives.
+    """
+
+    compare: bool = False  # a log with its simulation, in place of the arms; a folder alone means the same
+    folder: str | None = None  # meta.json, requests.jsonl, profile/, and if there timeseries.csv and workload.csv
+    model: str | None = None  # whose shape to use, by its name on Hugging Face
+    hardware: str | None = None  # which card's memory and link to use
+    memory_bytes: int | None = None  # of one card
+    memory_utilisation: float | None = None  # of it, given to the engine; 0.9 unless logged
+    kv_blocks: int | None = None  # of the engine; a logged count unless set
+    tensor_parallel: int | None = None
+    schedule_ahead: int | None = None  # 1: asynchronous scheduling, vLLM's default since 0.14
+    link: LinkConfig = field(default_factory=LinkConfig)
+    estimate: bool = True  # of the quantities that no table has, from the first requests
+    estimate_from: int = 150  # so many requests, the first to arrive; at most half of the log
+    mixed_term: bool = True  # decodes beside a prompt chunk as measured together; false: the sum of both alone
+    unequal_kv_term: bool = True  # false: KV lengths enter by their mean
+    scheduler: str = "vllm_v1"  # plain, vllm_v1
+    load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # of error against load
+    profile_error: float = 0.01  # whose effect is shown against load
+
+    def __post_init__(self) -> None:
+        for key in ("memory_bytes", "kv_blocks", "tensor_parallel", "estimate_from"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"fidelity.{key}", value, "at least 1", f"set fidelity.{key} accordingly")
+        if self.schedule_ahead not in (None, 0, 1):
+            raise UserError("fidelity.schedule_ahead", self.schedule_ahead, "null, 0 or 1", "choose one of these")
+        if self.scheduler not in ("plain", "vllm_v1"):
+            raise UserError("fidelity.scheduler", self.scheduler, "plain or vllm_v1", "choose one of these")
+        if self.memory_utilisation is not None and not 0 < self.memory_utilisation <= 1:
+            raise UserError("fidelity.memory_utilisation", self.memory_utilisation, "above 0, at most 1", "correct it")
+        if any(factor <= 0 for factor in self.load_factors):
+            raise UserError("fidelity.load_factors", list(self.load_factors), "all above 0", "correct it")
+
+
+@dataclass
+class DesignsConfig:
+    """A study with `parameters` is a sweep: designs of one arm, the other arms beside them as they are."""
+
+    parameters: dict[str, AxisConfig] = field(default_factory=dict)  # by name; empty: an ordinary study
+    method: str = "grid"  # grid: every combination; search: Optuna looks for the front
+    arm: str | None = None  # whose designs these are; null: the subject, else the last arm
+    objectives: list[str] = field(
+        default_factory=lambda: ["throughput_requests_per_s", "e2e_s_p99", "agreement"]
+    )  # metrics between which designs trade; where a metric is a band, its less favourable end counts
+    designs: int = 200  # search: how many are asked for
+    generation: int = 20  # search: designs that are asked for at a time; with `seed` it decides which they are
+    sampler: str = "nsga2"  # search: nsga2, tpe
+    seed: int = 0  # search: of the sampler; the requests have the study's seeds
+    backend: str = "serial"  # serial, processes: on this machine, ray: on a cluster
+    workers: int | None = None  # null: one for each core, with ray one for each of the cluster's
+    address: str | None = None  # ray: of a running cluster; null: RAY_ADDRESS, else one is started here
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("sampler", self.sampler, SAMPLERS)
+        for key in ("designs", "generation", "workers"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"sweep.{key}", value, "must be at least 1", f"set sweep.{key} accordingly")
+        if self.seed < 0:
+            raise UserError("sweep.seed", self.seed, "must be at least 0", "set sweep.seed accordingly")
+        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
+            allowed = "must be at least one metric, each once"
+            raise UserError("sweep.objectives", self.objectives, allowed, "set sweep.objectives accordingly")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"sweep.{key}", value, f"one of {', '.join(allowed)}", f"set sweep.{key} to one of these")

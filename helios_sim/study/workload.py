@@ -1,0 +1,214 @@
+"""The workload that settings describe, and what is known of its requests beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.engine.simulated import ModelData
+from helios_sim.errors import UserError
+from helios_sim.exits.trace import MICROBITS
+from helios_sim.policy.telemetry import ExpectedLoad
+from helios_sim.request import Request
+from helios_sim.study.schema import ArrivalsConfig, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
+from helios_sim.workload import (
+    AllAtOnce,
+    Arrivals,
+    ClosedLoop,
+    Constant,
+    DrawnLengths,
+    Drift,
+    Exponential,
+    Fixed,
+    Gamma,
+    Length,
+    Lengths,
+    LinearDrift,
+    Lognormal,
+    Per,
+    PeriodicDrift,
+    Poisson,
+    RequestTrace,
+    StepDrift,
+    TaskMix,
+    TraceArrivals,
+    TraceFileError,
+    TraceLengths,
+    Workload,
+    generate,
+    read_trace,
+)
+
+_Enum = TypeVar("_Enum", bound=StrEnum)
+_Value = TypeVar("_Value", float, int, str)
+
+
+class Foresight:
+    """The requests to come and the exits of their answers, for the oracle. Generated when it asks."""
+
+    def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
+        self._workload, self._seed, self._models = workload, seed, models
+
+    def requests(self) -> Sequence[Request]:
+        return [request for block in generate(self._workload, self._seed) for request in block.rows()]
+
+    def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
+        bound = self._models[model].trace
+        span = bound.locate(request.task, request.text_start, request.output_chars)
+        rows: NDArray[np.bool_] = bound.trace.agree[span.indices()]
+        return rows
+
+    def bits(self, model: str, request: Request) -> NDArray[np.float64] | None:
+        bound = self._models[model].trace
+        if bound.trace.microbits is None:
+            return None
+        span = bound.locate(request.task, request.text_start, request.output_chars)
+        return bound.trace.microbits[span.indices()] / MICROBITS
+
+
+def expected_load(workload: Workload, seed: int, share: float | Sequence[float] = 1.0) -> ExpectedLoad:
+    """What an operator knows beforehand: mean lengths, and the rate or the users.
+
+    `share`: the part of all requests, or of those of each task, that the server in question gets.
+    """
+    of_task = np.broadcast_to(np.asarray(share, np.float64), len(workload.mix.tasks))
+    requests = 0
+    ours = prompts = outputs = 0.0
+    first_ns = last_ns = 0
+    for block in generate(workload, seed):
+        if not requests:
+            first_ns = int(block.arrival_ns[0])
+        weights = of_task[block.task]
+        ours += float(weights.sum())
+        prompts += float((weights * block.prompt_chars).sum())
+        outputs += float((weights * block.output_chars).sum())
+        requests += len(block)
+        last_ns = int(block.arrival_ns[-1])
+    span_s = (last_ns - first_ns) / 1e9
+    rate = (requests - 1) / span_s * (ours / requests) if span_s > 0 and workload.users is None else None
+    users = None if workload.users is None else max(1, round(workload.users * ours / requests))
+    return ExpectedLoad(prompts / ours, outputs / ours, rate, users)
+
+
+def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
+    members = {member.value: member for member in kind}
+    if value not in members:
+        raise UserError(key, value, f"one of {', '.join(members)}", f"set {key} to one of these")
+    return members[value]
+
+
+def build_workload(config: WorkloadConfig) -> Workload:
+    return Workload(
+        _arrivals(config.arrivals), _lengths(config.lengths), _mix(config.mix), config.n_requests,
+        config.chars_per_token,
+    )  # fmt: skip
+
+
+def _given(key: str, value: _Value | None, why: str) -> _Value:
+    if value is None:
+        raise UserError(key, None, f"{why} needs a value", f"set {key}")
+    return value
+
+
+def _unknown(key: str, value: str, kinds: str) -> UserError:
+    return UserError(key, value, f"one of {kinds}", f"set {key} to one of these")
+
+
+def _arrivals(c: ArrivalsConfig) -> Arrivals:
+    def rate() -> float:
+        return _given("workload.arrivals.rate_per_s", c.rate_per_s, f"{c.kind} arrivals")
+
+    match c.kind:
+        case "poisson":
+            return Poisson(rate())
+        case "gamma":
+            return Gamma(rate(), _given("workload.arrivals.cv", c.cv, "gamma arrivals"))
+        case "constant":
+            return Constant(rate())
+        case "all_at_once":
+            return AllAtOnce()
+        case "closed_loop":
+            return ClosedLoop(_given("workload.arrivals.users", c.users, "a closed loop"))
+        case "trace":
+            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace), c.rate_scale)
+    raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
+
+
+def _recorded(key: str, path: str | None) -> RequestTrace:
+    try:
+        return read_trace(_given(key, path, "a trace"))
+    except TraceFileError as error:
+        raise error.about(key) from error
+
+
+def _lengths(c: LengthsConfig) -> Lengths:
+    match c.kind:
+        case "drawn":
+            return DrawnLengths(
+                _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
+            )
+        case "trace":
+            return TraceLengths(_recorded("workload.lengths.trace", c.trace), c.resample)
+    raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
+
+
+def _length(key: str, c: LengthConfig) -> Length:
+    def made(kind: Callable[..., Length], *values: float | None) -> Length:
+        """Specifications name a setting of lengths in general; here it is known whether it is the prompt's."""
+        try:
+            return kind(*values)
+        except UserError as error:
+            raise error.about(key + error.key.removeprefix("workload.lengths")) from error
+
+    match c.kind:
+        case "fixed":
+            return made(Fixed, _given(f"{key}.value", c.value, "a fixed length"))
+        case "exponential":
+            return made(Exponential, _given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
+        case "lognormal":
+            limits = (c.minimum, c.maximum)
+            if c.p50 is not None:
+                p95 = _given(f"{key}.p95", c.p95, "lognormal with p50")
+                return made(Lognormal.from_percentiles, c.p50, p95, *limits)
+            sigma = _given(f"{key}.sigma", c.sigma, "lognormal")
+            if c.median is not None:
+                return made(Lognormal, c.median, sigma, *limits)
+            return made(Lognormal.from_mean, _given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
+    raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
+
+
+def task_names(c: MixConfig) -> tuple[str, ...]:
+    """All tasks of the mix, by the number that requests carry."""
+    return tuple(dict.fromkeys((*c.tasks, *c.after)))
+
+
+def _mix(c: MixConfig) -> TaskMix:
+    tasks = task_names(c)
+    shares = tuple(float(c.tasks.get(task, 0.0)) for task in tasks)
+    after = tuple(float(c.after.get(task, 0.0)) for task in tasks) if c.after else None
+    unknown = [task for task in c.priorities if task not in tasks]
+    if unknown:
+        raise UserError("workload.mix.priorities", unknown, f"tasks of the mix: {', '.join(tasks)}", "name one of them")
+    priorities = tuple(c.priorities.get(task, 0) for task in tasks) if c.priorities else None
+    return TaskMix(tasks, shares, after, _drift(c), choose(Per, "workload.mix.per", c.per), priorities)
+
+
+def _drift(c: MixConfig) -> Drift | None:
+    def position(name: str) -> float:
+        value: float | None = getattr(c, name)
+        return _given(f"workload.mix.{name}", value, f"{c.drift} drift")
+
+    match c.drift:
+        case None:
+            return None
+        case "step":
+            return StepDrift(position("at"))
+        case "linear":
+            return LinearDrift(position("start"), position("end"))
+        case "periodic":
+            return PeriodicDrift(position("period"))
+    raise _unknown("workload.mix.drift", c.drift, "step, linear, periodic, null")

@@ -1,0 +1,105 @@
+"""Comparisons of a real run with its simulation, from settings to files and the lines on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from helios_sim.errors import UserError
+from helios_sim.report.fidelity import ComparedRow, LoadError
+from helios_sim.report.files import make_folder
+from helios_sim.report.records import Records
+from helios_sim.report.result import ExperimentResult, comparisons
+from helios_sim.report.tables import print_comparison
+from helios_sim.report.write import write_result
+from helios_sim.study.command import end, provenance
+from helios_sim.study.plan import check_study, plan_study
+from helios_sim.study.runner import forget_jobs
+from helios_sim.study.schema import Config
+from helios_sim.validate.compare import of_live, of_log
+from helios_sim.validate.live import compared_cells, measured_profiles
+from helios_sim.validate.logs import ServingLog, Setup, read_log, set_up
+from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
+from helios_sim.vary.settings import with_settings
+
+PRINTED = ("mean", "median", "p95", "p99")  # latencies of live serving in the terminal's tables; the page has all
+
+
+def run_fidelity(config: Config, folder: Path) -> int:
+    """Compares a log. Returns 0, or 2 when a gate failed. UserError before anything is written."""
+    if config.fidelity.folder is None:
+        raise UserError("fidelity.folder", None, "the folder of a log", "set fidelity.folder")
+    _check_no_sweeps(config, "a log")
+    result = compare(config)
+    make_folder(folder)
+    return _write(result, folder, lambda part, row: part == 0 or row.statistic in ("mean", "median", "p99"))
+
+
+def run_fidelity_live(config: Config, folder: Path) -> int:
+    """Compares live serving. Returns 0, or 2 when a gate failed. UserError before anything is written.
+
+    Every run that is finished is kept in the folder: after a kill the same folder goes on with what is missing.
+    """
+    _check_no_sweeps(config, "live serving")
+    check_study(plan_study(with_settings(config, {"mode": "live"})))
+    make_folder(folder)
+    changes = measured_profiles(config, folder)
+    found = compared_cells(config, changes, folder)
+    result = of_live(found, with_settings(config, changes), provenance(config))
+    status = _write(result, folder, _is_shown)
+    forget_jobs(folder)
+    return status
+
+
+def _is_shown(_: int, row: ComparedRow) -> bool:
+    return (row.group == "system" or row.statistic in PRINTED) and (row.measured is not None or bool(row.simulated))
+
+
+def _check_no_sweeps(config: Config, beside: str) -> None:
+    if config.sweeps or config.sweep.parameters:
+        raise UserError("sweeps", len(config.sweeps), f"none beside a comparison with {beside}", "leave sweeps out")
+
+
+def _write(result: ExperimentResult, folder: Path, shown: Callable[[int, ComparedRow], bool]) -> int:
+    summary = write_result(result, folder, comparisons(result))
+    return end(lambda: print_comparison(result, shown), folder, summary, result.gates)
+
+
+def compare(config: Config) -> ExperimentResult:
+    """The whole comparison, without files."""
+    wanted = config.fidelity
+    log = read_log(Path(wanted.folder or ""))
+    setup = set_up(log, wanted)
+    n = estimated_from(log, wanted.estimate_from)
+    quantities = estimate(log, setup, n, _note) if wanted.estimate else None
+    used = quantities or Quantities()
+    setup = used.applied(setup)
+    run = run_once(log, setup, used.warm_up_s)
+    errors = _load_errors(log, setup, wanted.load_factors, wanted.profile_error)
+    return of_log(log, setup, quantities, n, run, errors, config, provenance(config))
+
+
+def _load_errors(log: ServingLog, setup: Setup, factors: Sequence[float], error: float) -> list[LoadError]:
+    """The log's requests at other rates, with the profile as it is and slower by `error`."""
+    slower = setup.with_profile(setup.profile.scaled(1.0 + error))
+    found = []
+    for factor in sorted(factors):
+        _note(f"load {factor:g}")
+        runs = [Records.of(run_once(log, each, rate=factor).records) for each in (setup, slower)]
+        means = [
+            (
+                r.ttft_ns().mean(),
+                r.tpot_ns()[0][r.tpot_ns()[1]].mean() if r.tpot_ns()[1].any() else 1.0,
+                r.e2e_ns().mean(),
+            )
+            for r in runs
+        ]
+        names = ("mean TTFT", "mean TPOT", "mean E2E")
+        found.append(LoadError(factor, tuple((n, float(b / a - 1)) for n, a, b in zip(names, *means, strict=True))))
+    return found
+
+
+def _note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)

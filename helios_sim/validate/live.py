@@ -1,0 +1,187 @@
+"""The runs of a comparison with live serving: every arm at every load, simulated, and served in each pass.
+
+All runs of a cell have the same requests, the same profile, and so the same KV blocks: what differs is where iterations
+are computed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.study.jobs import Job, JobResult
+from helios_sim.study.plan import entries_of, jobs_of
+from helios_sim.study.runner import run_jobs
+from helios_sim.study.schema import Config
+from helios_sim.vary.runner import Task
+
+FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the batch hardly count
+CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm at one load."""
+
+    arm: str
+    about: str
+    load: float  # over the arm's capacity
+    rate_per_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.load:.0%} of capacity"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A cell's runs of one pass."""
+
+    simulated: Job
+    live: Job
+
+    def paced(self, decode: float, prompt: float | None) -> Job:
+        """The simulation with what is timed by a decode step, or by a prompt, taking so many times as long."""
+        config = self.simulated.config
+        known, of_prompts = config.profile_time_factor, config.profile_prompt_time_factor
+        if prompt is not None or of_prompts is not None:
+            of_prompts = (known if of_prompts is None else of_prompts) * (decode if prompt is None else prompt)
+        slower = replace(config, profile_time_factor=known * decode, profile_prompt_time_factor=of_prompts)
+        return replace(self.simulated, config=slower)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One cell's runs of one pass."""
+
+    simulated: JobResult
+    live: JobResult
+    paced: JobResult | None = None  # simulated at the pace that the device had in the live run
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One cell with all that was run of it."""
+
+    cell: Cell
+    passes: tuple[Pass, ...] = ()
+
+    def with_pass(self, one: Pass) -> Compared:
+        return replace(self, passes=(*self.passes, one))
+
+
+def compared_cells(config: Config, changes: Mapping[str, Any], folder: Path) -> list[Compared]:
+    """Every cell with all of its passes; `changes` hold for every run. Runs that the folder holds are not run again."""
+    full = _capacity_jobs(config, changes)
+    results = run_jobs(list(full.values()), folder, 1, _tell)
+    found = [Compared(cell) for cell in _cells(config, {arm: _capacity_per_s(results[full[arm].key]) for arm in full})]
+    # everything once, then everything again: the noise that matters is that between moments as far apart as a profile
+    # and what it predicts
+    for turn in range(config.fidelity_live.passes):
+        found = [_with_pass(config, one, turn, changes, folder) for one in found]
+    return found
+
+
+def measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
+    """Profiles of every model, measured now on the device that will serve, and the settings that name them.
+
+    In a process of its own: measuring is another program (`python -m calibrate`), which resumes what it has begun.
+    """
+    seconds = config.fidelity_live.calibrate_s
+    if seconds is None:
+        return {}
+    profiles = folder / CALIBRATION / "profiles"
+    models = dict.fromkeys((*config.models, *_models_of_arms(config)))
+    hardware = config.hardware
+    for model in models:
+        out = folder / CALIBRATION / model
+        settings = [f"model={config.live.weights.get(model, model)}", f"model.name={model}"]
+        settings += [f"device={config.live.device}", f"budget_s={seconds:g}", f"out={out}", "+task=latency"]
+        settings += [f"max_batch={max(2, config.server.max_running_requests)}"]  # no more than will be served
+        settings += [f"max_batch_tokens={config.server.max_batch_tokens}"]
+        settings += [f"max_context_tokens={2 * config.server.max_batch_tokens}"]
+        settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
+        settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
+        print(f"measuring {model}", file=sys.stderr)
+        done = subprocess.run([sys.executable, "-m", "calibrate", *settings], stdout=subprocess.DEVNULL, check=False)
+        measured = sorted((out / "profile").glob(f"{model}@*/profile.json"))
+        if done.returncode != 0 or not measured:
+            fix = "allow more seconds, or leave it out and use a shipped profile"
+            raise UserError("fidelity_live.calibrate_s", seconds, f"enough to measure {model}", fix)
+        hardware = measured[0].parent.name.partition("@")[2]
+        target = profiles / measured[0].parent.name
+        if not target.exists():
+            profiles.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(measured[0].parent.resolve(), target_is_directory=True)
+    return {"profile_folder": str(profiles), "hardware": hardware}
+
+
+def _capacity_jobs(config: Config, changes: Mapping[str, Any]) -> dict[str, Job]:
+    """For each arm, a full queue on the simulated device."""
+    full = {
+        "mode": "simulate",
+        "workload.n_requests": FULL_QUEUE_REQUESTS,
+        "workload.arrivals.kind": "all_at_once",
+        **changes,
+    }
+    return {arm: jobs_of(config, arm, full)[0] for arm in entries_of(config)}
+
+
+def _capacity_per_s(result: JobResult) -> float:
+    """Requests/s of a run with a full queue. UserError where none was answered."""
+    found = result.replicate.metrics["throughput_requests_per_s"]
+    if not isinstance(found, float):
+        raise UserError("arms", "capacity", "requests that can be served", "see what the arm drops at mode=simulate")
+    return found
+
+
+def _cells(config: Config, capacities: Mapping[str, float]) -> list[Cell]:
+    """Arms in their order, each at its loads in ascending order."""
+    loads, entries = sorted(config.fidelity_live.loads), entries_of(config)
+    about = {arm: str(entry.get("description") or entry["policy"]) for arm, entry in entries.items()}
+    return [Cell(arm, about[arm], load, capacity * load) for arm, capacity in capacities.items() for load in loads]
+
+
+def _pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> Pair:
+    """The cell's runs in one pass. `changes` hold for every run."""
+    wanted = config.fidelity_live
+    served = {
+        "workload.n_requests": max(ceil(cell.rate_per_s * wanted.seconds), wanted.least_requests),
+        "workload.arrivals.kind": "poisson",
+        "workload.arrivals.rate_per_s": cell.rate_per_s,
+        **changes,
+    }
+    simulated, *_ = jobs_of(config, cell.arm, {**served, "mode": "simulate"})
+    live, *_ = jobs_of(config, cell.arm, {**served, "mode": "live", "live.run": turn})
+    return Pair(simulated, live)
+
+
+def _with_pass(config: Config, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
+    """With one pass more; simulated also at the pace that the device had in the live run, where that is known."""
+    jobs = _pair(config, so_far.cell, turn, changes)
+    results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
+    live, paced = results[jobs.live.key], None
+    if (notes := live.live) is not None and notes.pace is not None:
+        job = jobs.paced(notes.pace, notes.prompt_pace)
+        paced = run_jobs([job], folder, 1, _tell)[job.key]
+    return so_far.with_pass(Pass(results[jobs.simulated.key], live, paced))
+
+
+def _models_of_arms(config: Config) -> Sequence[str]:
+    """Models that only an arm's overrides name."""
+    overrides = [(entry or {}).get("overrides") or {} for entry in config.arms.values()]
+    return [model for one in overrides for model in one.get("models", ())]
+
+
+def _tell(task: Task[Job], result: JobResult, kept: bool) -> None:
+    job = task.input
+    rate = job.config.workload.arrivals.rate_per_s
+    load = "a full queue" if job.config.workload.arrivals.kind == "all_at_once" else f"{rate:.2f} requests/s"
+    what = f"{job.config.mode}, {job.arm.name}, {load}" + (f", pass {job.config.live.run + 1}" if result.live else "")
+    print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
