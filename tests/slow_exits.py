@@ -6,6 +6,7 @@ Under `recompute` whoever reads K and V finds what full depth gives, so every st
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +66,8 @@ class SlowModel:
         if self.measure == "classifier":
             return int(top.indices[0]), float(self.heads.classify(exit_index, hidden))
         sure = top.values[0] - (top.values[1] if self.measure == "margin" else 0.0)
+        if self.measure == "entropy":
+            sure = 1 - torch.distributions.Categorical(logits=logits).entropy() / math.log(len(logits))
         return int(top.indices[0]), float(sure)
 
     def leaves(self, states: list[Tensor]) -> int:

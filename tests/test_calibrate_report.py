@@ -33,7 +33,7 @@ def trace_by_hand() -> ExitTrace:
         chars=np.full(8, 5, dtype=np.int32),
         agree=np.array([[a, True] for a in agree]),
         provenance=MEASURED,
-        confidence=np.array([[c, 1.0] for c in confidence], dtype=np.float32),
+        confidences={Confidence.MAX_PROBABILITY: np.array([[c, 1.0] for c in confidence], dtype=np.float32)},
         bits=np.full((8, 2), 10.0, dtype=np.float32),
         human_text=True,
     )
@@ -86,7 +86,7 @@ def test_the_risk_scale_of_a_check_is_undone_before_it_is_compared_with_agreemen
         chars=np.ones(2, dtype=np.int32),
         agree=np.ones((2, 3), dtype=np.bool_),
         provenance=MEASURED,
-        classifier=check.astype(np.float32),
+        confidences={Confidence.CLASSIFIER: check.astype(np.float32)},
     )
     assert probabilities(trace, Confidence.CLASSIFIER) == pytest.approx(p, abs=1e-6)
     errors = [curve.ece for curve in exit_statistics(trace, 0.9, Confidence.CLASSIFIER).reliability]
@@ -102,7 +102,7 @@ def test_only_pairs_on_the_same_text_are_joined() -> None:
 
 def test_a_measure_that_was_not_recorded_is_refused() -> None:
     assert measures(trace_by_hand()) == [Confidence.MAX_PROBABILITY]
-    with pytest.raises(UserError, match="records: max_probability"):
+    with pytest.raises(UserError, match="measures recorded: max_probability"):
         exit_statistics(trace_by_hand(), 0.9, Confidence.CLASSIFIER)
 
 

@@ -73,7 +73,7 @@ class Reference:
         self.answers: dict[int, Answer] = defaultdict(Answer)
 
     def confident(self, row: int, layers: int) -> bool:
-        record = self.trace.classifier if self.by_classifier else self.trace.confidence
+        record = self.trace.recorded(Confidence.CLASSIFIER if self.by_classifier else Confidence.MAX_PROBABILITY)
         return bool(record[row, EXITS.index(layers)] >= 0.7)
 
     @property

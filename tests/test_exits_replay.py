@@ -30,7 +30,9 @@ def any_trace(tokens: int = 24) -> st.SearchStrategy[ExitTrace]:
         agree = agree.copy()
         agree[:, -1] = True
         base = synthetic_trace(exits=EXITS, tasks=("a", "b"), tokens=tokens // 2)
-        return replace(base, confidence=confidence, margin=margin, agree=agree)
+        return replace(
+            base, confidences={Confidence.MAX_PROBABILITY: confidence, Confidence.MARGIN: margin}, agree=agree
+        )
 
     return st.builds(build, numbers, numbers, arrays(np.bool_, shape))
 
@@ -42,7 +44,7 @@ def one_token(trace: ExitTrace, t: int, rule: ExitRule, layers: int) -> tuple[in
         return layers, False
     if isinstance(rule, Clairvoyant):
         return next((depth for depth, e in loaded if trace.agree[t, e]), layers), False
-    record = trace.margin if rule.confidence is Confidence.MARGIN else trace.confidence
+    record = trace.recorded(getattr(rule, "confidence", Confidence.MAX_PROBABILITY))
     assert record is not None
     confident = {depth: bool(record[t, e] >= np.float32(rule.threshold)) for depth, e in loaded}
     if isinstance(rule, FixedCap):

@@ -15,6 +15,7 @@ import pytest
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import published_trace
+from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace, read_trace, write_trace
 from helios_sim.exits.trace import ExitTrace
 
@@ -33,8 +34,8 @@ def test_round_trip(trace: ExitTrace, tmp_path: Path) -> None:
     again = read_trace(tmp_path / "a")
     for name in ("model", "exits", "tasks", "published_threshold", "published_confidence", "human_text", "provenance"):
         assert getattr(again, name) == getattr(trace, name), name
-    for name in ("task", "prompt", "chars", "agree", "confidence", "margin", "classifier", "confident", "bits"):
-        ours, theirs = getattr(trace, name), getattr(again, name)
+    for name in ("task", "prompt", "chars", "agree", "confident", "bits", *Confidence):
+        ours, theirs = (t.confidences.get(name, getattr(t, name, None)) for t in (trace, again))
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             assert ours.dtype == theirs.dtype

@@ -98,26 +98,23 @@ def test_a_trace_with_one_unnamed_task_serves_all() -> None:
 
 def test_thresholds_compare_in_the_precision_of_the_record() -> None:
     trace = synthetic_trace(tokens=2, exits=(1, 2))
-    trace = replace(trace, confidence=np.full((2, 2), 0.9, dtype=np.float32))
+    trace = replace(trace, confidences={Confidence.MAX_PROBABILITY: np.full((2, 2), 0.9, dtype=np.float32)})
     assert trace.confident_at(0.9, Confidence.MAX_PROBABILITY).all()
 
 
 def test_a_measure_that_was_not_recorded_is_refused() -> None:
-    trace = replace(synthetic_trace(), margin=None)
-    with pytest.raises(UserError, match=r"margin.*max_probability"):
+    trace = synthetic_trace()
+    kept = {c: trace.recorded(c) for c in Confidence if c is not Confidence.MARGIN}
+    trace = replace(trace, confidences=kept)
+    with pytest.raises(UserError, match=r"exits.confidence='margin'.*recorded: max_probability, classifier, entropy"):
         trace.confident_at(0.5, Confidence.MARGIN)
 
 
 def test_each_measure_reads_its_own_record() -> None:
     trace = synthetic_trace(tokens=40)
-    for measure, record in (
-        (Confidence.MAX_PROBABILITY, trace.confidence),
-        (Confidence.MARGIN, trace.margin),
-        (Confidence.CLASSIFIER, trace.classifier),
-    ):
-        assert np.array_equal(trace.confident_at(0.5, measure), record >= 0.5)
-    with pytest.raises(UserError, match=r"confidence='classifier 0\.5'.*measures recorded: max_probability, margin"):
-        replace(trace, classifier=None).confident_at(0.5, Confidence.CLASSIFIER)
+    for measure in Confidence:
+        assert np.array_equal(trace.confident_at(0.5, measure), trace.recorded(measure) >= 0.5)
+    assert len({trace.recorded(measure).tobytes() for measure in Confidence}) == len(Confidence)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +129,8 @@ def test_each_measure_reads_its_own_record() -> None:
         {"chars": np.full(20, 1.5)},
         {"prompt": np.zeros(19, dtype=int)},
         {"agree": np.zeros((20, 3), dtype=bool)},
-        {"confidence": np.full((20, 3), np.nan)},
-        {"confidence": None, "margin": None, "classifier": None},
+        {"confidences": {Confidence.ENTROPY: np.full((20, 3), np.nan)}},
+        {"confidences": {}},
         {"confident": np.ones((20, 3), dtype=bool)},
         {"published_threshold": 0.5},
     ],

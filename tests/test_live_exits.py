@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import MEASURES, Confidence, PerToken
 from helios_sim.live.exits import ExitReader
 from helios_sim.live.forward import Forward
 from helios_sim.live.memory.kv import Packed
@@ -109,7 +110,7 @@ def check_spread(live: Live) -> None:
     assert sum(depths.count(depth) >= 3 for depth in EXITS) >= 2, depths
 
 
-@pytest.mark.parametrize("measure", [Confidence.MAX_PROBABILITY, Confidence.MARGIN])
+@pytest.mark.parametrize("measure", [Confidence.MAX_PROBABILITY, Confidence.MARGIN, Confidence.ENTROPY])
 def test_propagated_exits_are_the_slow_ones(tiny: LiveModel, measure: Confidence) -> None:
     rule = rule_of(tiny, measure)
     live = serve_live({"tiny": tiny}, deployed(rule, KvRule.PROPAGATE), requests(LENGTHS), len(LENGTHS), slots=4)
@@ -119,6 +120,12 @@ def test_propagated_exits_are_the_slow_ones(tiny: LiveModel, measure: Confidence
         (want,) = reference.lockstep([live.prompt(record.request_id)], record.output_tokens)
         assert live.tokens(record.request_id) == want.tokens
         assert live.depths(record.request_id) == want.depths
+
+
+def test_a_measure_of_two_layers_is_refused_live(tiny: LiveModel) -> None:
+    rule = PerToken(0.9, Confidence.HIDDEN_SIMILARITY)
+    with pytest.raises(UserError, match=r"exits.confidence='hidden_similarity'.*max_probability.*entropy"):
+        serve_live({"tiny": tiny}, deployed(rule, KvRule.PROPAGATE), requests(LENGTHS), len(LENGTHS))
 
 
 def test_recomputed_exits_read_what_full_depth_gives(tiny: LiveModel) -> None:
@@ -145,11 +152,11 @@ def test_a_lazy_batch_leaves_together(tiny: LiveModel, kv_rule: KvRule) -> None:
     assert len(set(live.depths(0))) > 1
 
 
-@pytest.mark.parametrize("measure", list(Confidence))
+@pytest.mark.parametrize("measure", [c for c in Confidence if not MEASURES[c].neighbours])
 @pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])
 def test_heads_decide_as_they_do_in_the_slow_reference(llama: LiveModel, measure: Confidence, kv_rule: KvRule) -> None:
     model = replace(llama, heads=random_heads())
-    rule = rule_of(model, measure)
+    rule = rule_of(model, measure, share=0.1 if measure is Confidence.ENTROPY else 0.5)  # alike at one exit
     live = serve_live({"tiny": model}, deployed(rule, kv_rule), requests(LENGTHS), len(LENGTHS), slots=4)
     check_spread(live)
     reference = slow(model, live, rule)

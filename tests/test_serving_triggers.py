@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import no_exits, synthetic_trace
-from helios_sim.exits.rule import FixedCap
+from helios_sim.exits.rule import Confidence, FixedCap
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
@@ -45,7 +45,7 @@ def breach_times(limit: BreachLimit, policy: Scripted, work: Workload) -> list[t
             if deployment.observe_tokens is not None and member.generated < deployment.observe_tokens:
                 continue
             row = member.span.first + (member.span.start + member.generated) % member.span.length
-            window.append(cap == 0 and bool(trace.confidence[row, cap] < 0.7))
+            window.append(cap == 0 and bool(trace.recorded(Confidence.MAX_PROBABILITY)[row, cap] < 0.7))
         if len(window) == limit.window_tokens and sum(window) > limit.limit:
             expected.append((end_ns, sum(window)))
             window.clear()
@@ -214,7 +214,7 @@ def test_an_evaluation_hands_over_one_observation_of_each_request(observe: int) 
         rows = spans[observation.request_id].indices()[:n]
         assert record.evaluated_tokens == n
         assert np.array_equal(observation.agrees, trace.agree[rows])
-        assert np.array_equal(observation.confident, trace.confidence[rows] >= np.float32(0.7))
+        assert np.array_equal(observation.confident, trace.confident_at(0.7, Confidence.MAX_PROBABILITY)[rows])
         assert observation.chars == n
         assert record.layers_run == 4 * n + 2 * (record.output_tokens - n)
         assert observation.time_ns == n * MS

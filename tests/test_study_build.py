@@ -86,7 +86,7 @@ def test_an_arms_own_rule_is_what_policies_are_told_of_the_exits_too(tmp_path: P
     assert (classifier.config.exits.threshold, classifier.config.exits.confidence) == (0.6, "classifier")
     offline = build(classifier.config, 0).situation.candidates["small"].offline
     trace = synthetic_trace("small", EXITS["small"], ("prose", "code"), tokens=400, seed=0)
-    assert offline.confident_share == pytest.approx((trace.classifier >= 0.6).mean(axis=0))
+    assert offline.confident_share == pytest.approx((trace.recorded(Confidence.CLASSIFIER) >= 0.6).mean(axis=0))
     assert offline.confidence is Confidence.CLASSIFIER
     deployed = classifier.arm.policy.make().start(build(classifier.config, 0).situation)
     assert deployed.exit_rule == PerToken(0.6, Confidence.CLASSIFIER)
@@ -96,7 +96,7 @@ def test_an_arms_own_rule_is_what_policies_are_told_of_the_exits_too(tmp_path: P
 def test_a_classifier_without_a_measured_cost_is_refused_before_anything_runs(tmp_path: Path) -> None:
     arms = {"classifier": {"policy": "early_exit", "model": "small", "confidence": "classifier"}}
     config = replace(measured(tmp_path, classifier=False), arms=arms)
-    with pytest.raises(UserError, match=r"small@box has no cost of a classifier's check"):
+    with pytest.raises(UserError, match=r"small@box has no cost of a check on the hidden state"):
         check_study(plan_study(config))
 
 

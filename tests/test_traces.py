@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from calibrate.exits.hidden import start_token, tokenized  # noqa: E402
 from calibrate.exits.texts import Split, passages  # noqa: E402
 from calibrate.exits.traces import characters  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
+from helios_sim.exits.rule import Confidence  # noqa: E402
 from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
@@ -48,14 +50,20 @@ def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) 
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens, _ = tokenized(tokenizer, texts[1])
     with torch.no_grad():
-        logits = whole(torch.tensor([[start_token(tokenizer, 320), *tokens[:-1]]])).logits[0]
+        read = whole(torch.tensor([[start_token(tokenizer, 320), *tokens[:-1]]]), output_hidden_states=True)
+    logits = read.logits[0]
     p = torch.softmax(logits, -1)
     mine = trace.prompt == 1
-    assert np.allclose(trace.confidence[mine, 1], p.amax(-1).numpy(), rtol=2e-3, atol=1e-4)
+    assert np.allclose(trace.recorded(Confidence.MAX_PROBABILITY)[mine, 1], p.amax(-1).numpy(), rtol=2e-3, atol=1e-4)
     bits = -torch.log2(p[torch.arange(len(tokens)), torch.from_numpy(tokens)]).numpy()
     assert np.allclose(trace.bits[mine, 1], bits, rtol=2e-3, atol=1e-3)
     best = p.topk(2).values
-    assert np.allclose(trace.margin[mine, 1], (best[:, 0] - best[:, 1]).numpy(), rtol=5e-3, atol=2e-4)
+    margin = trace.recorded(Confidence.MARGIN)[mine, 1]
+    assert np.allclose(margin, (best[:, 0] - best[:, 1]).numpy(), rtol=5e-3, atol=2e-4)
+    bits_left = torch.distributions.Categorical(probs=p).entropy() / math.log(p.shape[-1])
+    assert np.allclose(trace.recorded(Confidence.ENTROPY)[mine, 1], (1 - bits_left).numpy(), atol=1e-3)
+    alike = torch.cosine_similarity(read.hidden_states[2][0], read.hidden_states[3][0], dim=-1)  # after 2 and 3 layers
+    assert np.allclose(trace.recorded(Confidence.HIDDEN_SIMILARITY)[mine, 0], alike.clip(0, 1).numpy(), atol=1e-3)
 
 
 def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_pa
     assert said == []
     write_trace(again, tmp_path / "trace")
     back = read_trace(tmp_path / "trace")
-    assert np.array_equal(back.confidence, first.confidence)
+    assert np.array_equal(back.recorded(Confidence.MAX_PROBABILITY), first.recorded(Confidence.MAX_PROBABILITY))
     assert back.human_text
 
 
@@ -78,7 +86,8 @@ def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
     )
     assert not trace.human_text
     assert trace.agree[:, -1].all()
-    assert np.allclose(2.0 ** -trace.bits[:, -1], trace.confidence[:, -1], rtol=2e-3)  # its own most probable token
+    sure = trace.recorded(Confidence.MAX_PROBABILITY)[:, -1]
+    assert np.allclose(2.0 ** -trace.bits[:, -1], sure, rtol=2e-3)  # its own most probable token
 
 
 def test_characters_of_an_answer_add_up_to_its_text() -> None:

@@ -24,7 +24,6 @@ def test_a_reference_trace_is_measured_on_human_text_of_many_tasks(model: str) -
     assert len(trace.tasks) >= 10
     assert trace.human_text
     assert trace.provenance.provenance_class is ProvenanceClass.MEASURED
-    assert trace.classifier is not None
     assert trace.bits is not None
     assert trace.agree[:, -1].all()
     assert (np.diff(trace.agree.mean(axis=0)) > 0).all()  # deeper exits agree more often
@@ -70,7 +69,6 @@ def test_smollm2_saves_more_than_it_asks_on_every_kind_of_text() -> None:
     gross_of_plain_heads = {"prose": 2.43, "code": 3.07, "dialogue": 3.19}  # experiments/exit_heads/trial.json
     for name, plain in gross_of_plain_heads.items():
         mine = domain == name
-        at = at_agreement(
-            trace.classifier[mine], trace.agree[mine], trace.exits, 0.95, costs["check_layers"], costs["leave_layers"]
-        )
+        sure = trace.recorded(Confidence.CLASSIFIER)[mine]
+        at = at_agreement(sure, trace.agree[mine], trace.exits, 0.95, costs["check_layers"], costs["leave_layers"])
         assert at.saved_net > 1.6 * plain

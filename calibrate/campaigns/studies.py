@@ -22,6 +22,7 @@ from calibrate.work import ADAPTERS, TRACES
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import EXIT_SHARES, TASKS as PUBLISHED_TASKS, published_trace
+from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
@@ -122,7 +123,7 @@ def carried_over(model: str, n_layers: int, chars_per_token: float) -> ExitTrace
 def _measured(traces: Finished, profile: Profile) -> StudyExits:
     place = traces.part("trace")
     trace = read_trace(place)
-    checks = trace.classifier is not None and profile.check_classifier is not None
+    checks = Confidence.CLASSIFIER in trace.confidences and profile.check_classifier is not None
     exits = ExitsConfig(
         source=str(place), threshold=SURE_CHECK if checks else SURE_HEAD,
         confidence="classifier" if checks else "max_probability",

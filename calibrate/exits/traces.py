@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
 from calibrate.exits.training import largest
 from calibrate.measure.devices import cpuinfo
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
 
@@ -57,70 +58,111 @@ class ExitOutputs:
     """The output of E exits, the last being full depth, at N tokens."""
 
     choice: NDArray[np.int64]  # (N, E), most probable token
-    confidence: NDArray[np.float32]  # (N, E), its probability, logits divided by the exit's temperature
-    margin: NDArray[np.float32]  # (N, E), its probability minus the second's
     bits: NDArray[np.float32]  # (N, E), -log2 of the reference token's probability
-    classifier: NDArray[np.float32] | None  # (N, E), 1 - (1 - p) x risk_scale, p: probability of agreement
+    # (N, E) each, of every measure that can be computed; logits are divided by the exit's temperature
+    confidences: Mapping[Confidence, NDArray[np.float32]]
 
     @property
     def agree(self) -> NDArray[np.bool_]:
         return self.choice == self.choice[:, -1:]
 
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a trace by name."""
+        measured = {MEASURES[c].column: values for c, values in self.confidences.items()}
+        return {"agree": self.agree, **measured, "bits": self.bits}
+
 
 def observe(
-    model: SegmentedModel, heads: ExitHeads, hidden: Sequence[Tensor], reference: NDArray[np.int64]
+    model: SegmentedModel,
+    heads: ExitHeads,
+    hidden: Sequence[Tensor],
+    reference: NDArray[np.int64],
+    before: Sequence[Tensor] | None = None,
 ) -> ExitOutputs:
-    """Read every exit at `hidden`, (N, d) per early exit and after the last layer; reference (N,): the text's ids."""
+    """Read every exit at `hidden`, (N, d) per early exit and after the last layer; reference (N,): the text's ids.
+
+    `before`: the states one layer earlier, (N, d) each; without them no measure that compares two layers is recorded.
+    """
     import torch
 
+    measured = [
+        c for c, measure in MEASURES.items()
+        if (heads.has_check or c is not Confidence.CLASSIFIER) and (before is not None or not measure.neighbours)
+    ]  # fmt: skip
+    found: list[list[NDArray[Any]]] = []  # by exit: choice, bits, then the measures
     with torch.inference_mode():
         words = torch.from_numpy(reference).to(model.device)
-        columns = [
-            [
-                _exit(model, heads.adapt(e, part).to(model.dtype), heads.temperature[e], known)
-                for part, known in zip(state.split(_CHUNK_TOKENS), words.split(_CHUNK_TOKENS), strict=True)
-            ]
-            for e, state in enumerate(hidden)
-        ]
-        checks = None
-        if heads.has_check:
-            checks = np.column_stack([heads.classify(e, state).cpu().numpy() for e, state in enumerate(hidden)])
-    choice, confidence, margin, bits = (
-        np.column_stack([np.concatenate([part[i] for part in column]) for column in columns]) for i in range(4)
-    )
+        for e, state in enumerate(hidden):
+            earlier = state if before is None else before[e]
+            pieces = zip(*(t.split(_CHUNK_TOKENS) for t in (state, earlier, words)), strict=True)
+            views = [_ExactView(model, heads, e, *piece) for piece in pieces]
+            rows = [[v.choice, v.bits(), *(MEASURES[c].of(v) for c in measured)] for v in views]
+            found.append([torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)])
+    choice, bits, *measures = (np.column_stack(column) for column in zip(*found, strict=True))
     return ExitOutputs(
         choice.astype(np.int64),
-        confidence.astype(np.float32),
-        margin.astype(np.float32),
         bits.astype(np.float32),
-        None if checks is None else checks.astype(np.float32),
+        {c: values.astype(np.float32) for c, values in zip(measured, measures, strict=True)},
     )
 
 
-def _exit(
-    model: SegmentedModel, state: Tensor, temperature: float, reference: Tensor
-) -> tuple[NDArray[np.float64], ...]:
-    """Choice, confidence, margin and bits, (n,) each, for states (n, d) before the final norm and head."""
-    import torch
+class _ExactView:
+    """What exit `e` shows of n states (n, d), as `MEASURES` read it; the state one layer earlier is `before`."""
 
-    normed = model.normed(state)
-    logits = normed @ model.outer.head.T
-    coarse, tokens = largest(logits, _EXACT)
-    tokens = torch.cat((tokens, reference[:, None]), 1)
-    exact = torch.einsum("nd,nkd->nk", normed.float(), model.outer.head[tokens].float()) / temperature
-    peak = exact[:, :_EXACT].amax(1, keepdim=True)
-    rows = [
-        few.float().div_(temperature).sub_(p).exp_().sum(-1)  # few rows at a time stay in the processor's cache
-        for few, p in zip(logits.split(_SUM_ROWS), peak.split(_SUM_ROWS), strict=True)
-    ]
-    total = torch.cat(rows).double()
-    fine, rough = exact[:, :_EXACT].double() - peak, coarse.double() / temperature - peak
-    total += (fine.exp() - rough.exp()).sum(1)
-    best = fine.sort(descending=True)
-    choice = tokens[:, :_EXACT].gather(1, best.indices[:, :1])[:, 0]
-    probability = best.values[:, :2].exp() / total[:, None]
-    surprise = (total.log() - (exact[:, -1].double() - peak[:, 0])) / math.log(2)
-    return tuple(t.cpu().numpy() for t in (choice, probability[:, 0], probability[:, 0] - probability[:, 1], surprise))
+    def __init__(
+        self, model: SegmentedModel, heads: ExitHeads, e: int, state: Tensor, before: Tensor, reference: Tensor
+    ) -> None:
+        import torch
+
+        self._heads, self._exit, self._state, self._before = heads, e, state, before
+        self._temperature = temperature = heads.temperature[e]
+        normed = model.normed(heads.adapt(e, state).to(model.dtype))
+        self._logits = normed @ model.outer.head.T
+        coarse, tokens = largest(self._logits, _EXACT)
+        self._tokens = tokens = torch.cat((tokens, reference[:, None]), 1)
+        exact = torch.einsum("nd,nkd->nk", normed.float(), model.outer.head[tokens].float()) / temperature
+        peak = exact[:, :_EXACT].amax(1, keepdim=True)
+        rows = [
+            (few.float() / temperature).sub_(p).exp_().sum(-1)  # few rows at a time stay in the processor's cache
+            for few, p in zip(self._logits.split(_SUM_ROWS), peak.split(_SUM_ROWS), strict=True)
+        ]
+        total = torch.cat(rows).double()
+        fine, rough = exact[:, :_EXACT].double() - peak, coarse.double() / temperature - peak
+        total += (fine.exp() - rough.exp()).sum(1)
+        self._exact, self._peak, self._total = exact, peak, total
+        self._best = fine.sort(descending=True)
+        self.choice = tokens[:, :_EXACT].gather(1, self._best.indices[:, :1])[:, 0]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._logits.shape[-1])
+
+    def bits(self) -> Tensor:
+        """-log2 (n,) of the reference token's probability."""
+        return (self._total.log() - (self._exact[:, -1].double() - self._peak[:, 0])) / math.log(2)
+
+    def top(self, k: int) -> Tensor:
+        return self._best.values[:, :k].exp() / self._total[:, None]
+
+    def expected(self, of: Callable[[Any], Any]) -> Tensor:
+        import torch
+
+        from helios_sim.live.exits import mean_of
+
+        log_total = (self._total.log()[:, None] + self._peak).float()
+        few = (t.split(_SUM_ROWS) for t in (self._logits, self._tokens[:, :_EXACT], self._exact[:, :_EXACT], log_total))
+        means = [
+            mean_of((logits.float() / self._temperature).scatter_(1, tokens, exact).sub_(total), of)
+            for logits, tokens, exact, total in zip(*few, strict=True)
+        ]
+        return torch.cat(means)
+
+    def predicted(self) -> Tensor:
+        return self._heads.classify(self._exit, self._state)
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        return self._before.float(), self._state.float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +171,7 @@ class GreedyAnswer:
 
     tokens: NDArray[np.int64]  # (n,)
     chars: NDArray[np.int32]  # (n,), characters that each token adds to the decoded answer
-    columns: dict[str, NDArray[Any]]  # agree, confidence, margin, bits, classifier: (n, E)
+    columns: dict[str, NDArray[Any]]  # those of a trace by name, (n, E) each
 
 
 def answers(
@@ -140,10 +182,10 @@ def answers(
 
     from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
 
-    depths = (*heads.exits, model.architecture.n_layers)
+    depths = _neighbours((*heads.exits, model.architecture.n_layers))
     longest = max(map(len, asked)) + most_tokens
     cache = KvCache(model.architecture, model.n_loaded, len(asked), longest, model.dtype, model.device)
-    hidden: list[list[Tensor]] = []  # per step, per exit (B, d)
+    hidden: list[list[Tensor]] = []  # per step, per depth (B, d)
     chosen: list[Tensor] = []  # per step (B,)
     with torch.inference_mode():
         first = []
@@ -167,11 +209,9 @@ def answers(
         n = int(stops[0]) if len(stops) else len(row)
         if n == 0:
             continue
-        seen = observe(model, heads, [state[b, :n] for state in states], row[:n])
-        columns = {"agree": seen.agree, "confidence": seen.confidence, "margin": seen.margin, "bits": seen.bits}
-        if seen.classifier is not None:
-            columns["classifier"] = seen.classifier
-        found.append(GreedyAnswer(row[:n], characters(tokenizer, row[:n]), columns))
+        before, after = states[::2], states[1::2]
+        seen = observe(model, heads, [t[b, :n] for t in after], row[:n], [t[b, :n] for t in before])
+        found.append(GreedyAnswer(row[:n], characters(tokenizer, row[:n]), seen.columns))
     return found
 
 
@@ -182,6 +222,11 @@ def characters(tokenizer: Any, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
         text = tokenizer.decode(tokens[:n].tolist(), clean_up_tokenization_spaces=False)
         lengths.append(len(text.rstrip("\N{REPLACEMENT CHARACTER}")))
     return np.diff(np.maximum.accumulate(np.array(lengths, dtype=np.int32)), prepend=np.int32(0))
+
+
+def _neighbours(exits: Sequence[int]) -> list[int]:
+    """Each exit's depth, behind the depth one layer before it."""
+    return [depth - back for depth in exits for back in (1, 0)]
 
 
 def _through(model: SegmentedModel, tokens: Tensor, step: Any, depths: Sequence[int]) -> list[Tensor]:
@@ -248,7 +293,7 @@ def reference_trace(
 
 
 def _fingerprint(passage: Passage) -> str:
-    return hashlib.sha256(passage.tokens.tobytes()).hexdigest()[:20]
+    return hashlib.sha256(passage.tokens.tobytes() + " ".join(MEASURES).encode()).hexdigest()[:20]
 
 
 def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
@@ -263,10 +308,8 @@ def _read(
     import torch
 
     with torch.inference_mode():
-        hidden = states(model, start, [p.tokens for p in chosen], depths)
-    seen = observe(model, heads, hidden, np.concatenate([p.tokens for p in chosen]))
-    columns = {"agree": seen.agree, "confidence": seen.confidence, "margin": seen.margin, "bits": seen.bits}
-    return columns if seen.classifier is None else {**columns, "classifier": seen.classifier}
+        hidden = states(model, start, [p.tokens for p in chosen], _neighbours(depths))
+    return observe(model, heads, hidden[1::2], np.concatenate([p.tokens for p in chosen]), hidden[::2]).columns
 
 
 def generated_trace(
@@ -330,7 +373,7 @@ def _trace(
 ) -> ExitTrace:
     lengths = [len(c) for c in chars]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    rounded: dict[str, Any] = {name: short(values) for name, values in columns.items() if name != "agree"}
+    rounded = {name: short(values) for name, values in columns.items() if name != "agree"}
     return ExitTrace(
         model=origin.model,
         exits=tuple(depths),
@@ -352,7 +395,8 @@ def _trace(
             },
         ),
         human_text=human_text,
-        **rounded,
+        bits=rounded["bits"],
+        confidences={c: rounded[m.column] for c, m in MEASURES.items() if m.column in rounded},
     )
 
 

@@ -23,6 +23,7 @@ from calibrate.schema import CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
 from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, TRACES
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import SHIPPED, load_trace, read_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
@@ -237,7 +238,7 @@ def _experiment(profile: Profile, trace: ExitTrace | None, threshold: float) -> 
         arms["early_exit"] = {"policy": "early_exit"}
         arms["static_cap"] = {"policy": "static_cap"}
         subject = "early_exit"
-        if trace.classifier is not None and profile.check_classifier is not None:
+        if Confidence.CLASSIFIER in trace.confidences and profile.check_classifier is not None:
             arms["early_exit_classifier"] = {"policy": "early_exit", "confidence": "classifier"}
             subject = "early_exit_classifier"
     limits = profile.provenance.details["limits"]

@@ -18,7 +18,7 @@ from calibrate.exits.adapters import risk_scale
 from calibrate.exits.reliability import expected_calibration_error
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import JointExits, joint_exits, replay
-from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.exits.rule import MEASURES, Confidence, PerToken
 from helios_sim.exits.trace import ExitTrace
 
 BINS = 15
@@ -99,27 +99,12 @@ def exit_statistics(trace: ExitTrace, threshold: float, confidence: Confidence) 
     )
 
 
-def recorded(trace: ExitTrace, confidence: Confidence) -> NDArray[np.float32]:
-    """The recorded confidences (T, E). Raises UserError if the trace has none."""
-    columns = {
-        Confidence.MAX_PROBABILITY: trace.confidence,
-        Confidence.MARGIN: trace.margin,
-        Confidence.CLASSIFIER: trace.classifier,
-    }
-    record = columns[confidence]
-    if record is None:
-        there = ", ".join(c.value for c, r in columns.items() if r is not None) or "none"
-        allowed = f"the exit trace of {trace.model} records: {there}"
-        raise UserError("confidence", confidence.value, allowed, "use one of these")
-    return record
-
-
 def probabilities(trace: ExitTrace, confidence: Confidence) -> NDArray[np.float32]:
     """The predicted probability of agreement (T, E - 1) at each exit below the last.
 
     The classifier's record is 1 - (1 - p) x risk_scale, which can be negative; this returns p.
     """
-    record = recorded(trace, confidence)[:, :-1]
+    record = trace.recorded(confidence)[:, :-1]
     if confidence is Confidence.CLASSIFIER and record.size:
         scale = risk_scale(trace.exits[:-1], trace.n_layers)
         return np.clip(1 - (1 - record) / scale, 0, 1).astype(np.float32)
@@ -128,8 +113,7 @@ def probabilities(trace: ExitTrace, confidence: Confidence) -> NDArray[np.float3
 
 def measures(trace: ExitTrace) -> list[Confidence]:
     """The recorded confidences that are meant as probabilities of agreement."""
-    found = {Confidence.MAX_PROBABILITY: trace.confidence, Confidence.CLASSIFIER: trace.classifier}
-    return [confidence for confidence, record in found.items() if record is not None]
+    return [c for c, measure in MEASURES.items() if measure.probability and c in trace.confidences]
 
 
 def reliability(confidence: NDArray[np.float32], agree: NDArray[np.bool_]) -> Reliability:

@@ -25,6 +25,7 @@ from calibrate.exits.low_rank import LowRankPlan, changed, train_low_rank
 from calibrate.exits.reliability import at_agreement, fit_logistic
 from calibrate.exits.texts import Split
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS, ExitOutputs, observe
+from helios_sim.exits.rule import Confidence
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import SHIPPED, ExitHeads
@@ -112,10 +113,9 @@ def _read(model: SegmentedModel, adapters: Any, start: int, some: list[Passage])
         parts.append(observe(model, heads, hidden, np.concatenate([some[i].tokens for i in group])))
         rows.append(np.concatenate([np.arange(first[i], first[i + 1]) for i in group]))
     order = np.argsort(np.concatenate(rows))
-    columns = {
-        n: np.concatenate([getattr(p, n) for p in parts])[order] for n in ("choice", "confidence", "margin", "bits")
-    }
-    return ExitOutputs(**columns, classifier=None)
+    columns = {n: np.concatenate([getattr(p, n) for p in parts])[order] for n in ("choice", "bits")}
+    sure = {c: np.concatenate([p.confidences[c] for p in parts])[order] for c in parts[0].confidences}
+    return ExitOutputs(**columns, confidences=sure)
 
 
 def _row(parts: list[ExitOutputs], truth: list[Any], domain: Any, chars: Any) -> dict[str, Any]:
@@ -125,8 +125,9 @@ def _row(parts: list[ExitOutputs], truth: list[Any], domain: Any, chars: Any) ->
     calibration, heldout = parts
     columns = []
     for e in range(len(PLAN.exits)):
-        slope, offset = fit_logistic(_logit(calibration.confidence[:, e]), calibration.choice[:, e] == truth[0])
-        columns.append(1 / (1 + np.exp(-(slope * _logit(heldout.confidence[:, e]) + offset))))
+        known, asked = (part.confidences[Confidence.MAX_PROBABILITY][:, e] for part in parts)
+        slope, offset = fit_logistic(_logit(known), calibration.choice[:, e] == truth[0])
+        columns.append(1 / (1 + np.exp(-(slope * _logit(asked) + offset))))
     scale = np.array([*risk_scale(PLAN.exits, depths[-1]), 1.0])
     sure = 1 - (1 - np.column_stack([*columns, np.ones(len(chars))])) * scale
     agree = heldout.choice == truth[1][:, None]

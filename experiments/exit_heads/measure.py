@@ -33,6 +33,14 @@ LEVELS = (0.90, 0.95, 0.98, 0.99)
 BATCHES = (1, 8, 32)
 
 
+def checked(trace: ExitTrace) -> NDArray[np.float32]:
+    return trace.recorded(Confidence.CLASSIFIER)
+
+
+def by_head(trace: ExitTrace) -> NDArray[np.float32]:
+    return trace.recorded(Confidence.MAX_PROBABILITY)
+
+
 def main() -> None:
     traces = {name: load_trace(name, "reference") for name in MODELS if (SHIPPED / f"{name}@reference").is_dir()}
     lines = [
@@ -68,9 +76,9 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
     for d in DOMAINS:
         mine = domain == d
         for level in LEVELS:
-            ours = at_agreement(trace.classifier[mine], trace.agree[mine], trace.exits, level, check, leave)
+            ours = at_agreement(checked(trace)[mine], trace.agree[mine], trace.exits, level, check, leave)
             whole = at_agreement(
-                trace.confidence[mine], trace.agree[mine], trace.exits, level, WHOLE_HEAD_LAYERS[name], leave
+                by_head(trace)[mine], trace.agree[mine], trace.exits, level, WHOLE_HEAD_LAYERS[name], leave
             )
             rows.append([d, f"{mine.sum():,}", f"{level:.2f}", f"{ours.threshold:.3f}", f"{1 - ours.left[-1]:.3f}",
                          f"{ours.saved_gross:.2f}", f"{ours.saved_net:.2f}",
@@ -81,17 +89,17 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
         rows = [["domain", "trial, gross", "trial, net", "ours, gross", "ours, net", "ours net over trial gross"]]
         for d in DOMAINS:
             mine = domain == d
-            ours = at_agreement(trace.classifier[mine], trace.agree[mine], trace.exits, 0.95, check, leave)
+            ours = at_agreement(checked(trace)[mine], trace.agree[mine], trace.exits, 0.95, check, leave)
             theirs = trial["at_agreement_0.95"][d]
             rows.append([d, f"{theirs['saved_gross']:.2f}", f"{theirs['saved_net']:.1f}", f"{ours.saved_gross:.2f}",
                          f"{ours.saved_net:.2f}", f"{ours.saved_net / theirs['saved_gross']:.2f}"])  # fmt: skip
         lines += ["### Against the trial, at 0.95", "", *table(rows), ""]
     lines += ["### One threshold for all texts: 0.95 agreement over everything", ""]
-    pooled = at_agreement(trace.classifier, trace.agree, trace.exits, 0.95, check, leave)
+    pooled = at_agreement(checked(trace), trace.agree, trace.exits, 0.95, check, leave)
     rows = [["domain", "agreement", "gross", "net"]]
     for d in DOMAINS:
         mine = domain == d
-        at = point(trace.classifier[mine], trace.agree[mine], trace.exits, pooled.threshold, check, leave)
+        at = point(checked(trace)[mine], trace.agree[mine], trace.exits, pooled.threshold, check, leave)
         rows.append([d, f"{at.agreement:.3f}", f"{at.saved_gross:.2f}", f"{at.saved_net:.2f}"])
     lines += [f"Threshold {pooled.threshold:.3f}.", "", *table(rows), ""]
     lines += ["### Agreement with full depth at each exit, and bits per character", ""]
@@ -106,7 +114,7 @@ def _model(name: str, trace: ExitTrace) -> list[str]:
              "check: calibration split before", "after", "held out"]]  # fmt: skip
     for e, depth in enumerate(trace.exits[:-1]):
         ece = header["calibration"][str(depth)]
-        predicted = (trace.confidence[:, e], probability(trace, header, e))
+        predicted = (by_head(trace)[:, e], probability(trace, header, e))
         held = [expected_calibration_error(p, trace.agree[:, e]) for p in predicted]
         rows.append([f"layer {depth}", f"{ece['temperature']:.2f}", f"{ece['probability_before']:.3f}",
                      f"{ece['probability_after']:.3f}", f"{held[0]:.3f}", f"{ece['check_before']:.3f}",
@@ -121,7 +129,7 @@ def break_even(at: CurvePoint, leave: float) -> float:
 
 def probability(trace: ExitTrace, header: dict[str, Any], e: int) -> NDArray[Any]:
     """The check's predicted probability of agreement, (T,): the recorded check with its risk scale undone."""
-    return np.clip(1 - (1 - trace.classifier[:, e]) / header["risk_scale"][e], 0, 1)
+    return np.clip(1 - (1 - checked(trace)[:, e]) / header["risk_scale"][e], 0, 1)
 
 
 def domains(trace: ExitTrace) -> NDArray[Any]:
@@ -148,7 +156,7 @@ def _measured_checks(traces: dict[str, ExitTrace]) -> list[str]:
                 cheap = f"{layers:.2f}"
                 mine = [domains(trace) == d for d in DOMAINS]
                 points = [
-                    at_agreement(trace.classifier[m], trace.agree[m], trace.exits, 0.95, layers, leave) for m in mine
+                    at_agreement(checked(trace)[m], trace.agree[m], trace.exits, 0.95, layers, leave) for m in mine
                 ]
                 saved = [f"{p.saved_net:.2f}" for p in points]
             rows.append([name, str(batch), cheap, f"{whole:.1f}", *saved])
@@ -225,7 +233,7 @@ def _low_rank(found: dict[str, Any]) -> list[str]:
 def _joint(traces: dict[str, ExitTrace]) -> list[str]:
     rules = {}
     for name, trace in traces.items():
-        at = at_agreement(trace.classifier, trace.agree, trace.exits, 0.95, 0.0)
+        at = at_agreement(checked(trace), trace.agree, trace.exits, 0.95, 0.0)
         rules[name] = PerToken(at.threshold, Confidence.CLASSIFIER)
     lines = ["## Joint exits", "", "Shares of characters, each model at the threshold that keeps 0.95 agreement.", ""]
     for a, b in combinations(traces, 2):
@@ -249,8 +257,8 @@ def _figures(traces: dict[str, ExitTrace]) -> None:
         costs = json.loads((HEADS / name / "heads.json").read_text())["curves"]
         for d in DOMAINS:
             mine = domains(trace) == d
-            grid = np.quantile(trace.classifier[mine][:, :-1], np.linspace(0.3, 1, 80))
-            at = [point(trace.classifier[mine], trace.agree[mine], trace.exits, t, costs["check_layers"],
+            grid = np.quantile(checked(trace)[mine][:, :-1], np.linspace(0.3, 1, 80))
+            at = [point(checked(trace)[mine], trace.agree[mine], trace.exits, t, costs["check_layers"],
                         costs["leave_layers"]) for t in grid]  # fmt: skip
             kept = [p for p in at if p.agreement >= 0.85]
             (line,) = axis.plot([p.agreement for p in kept], [p.saved_net for p in kept], label=d)

@@ -23,6 +23,7 @@ from calibrate.exits.reliability import at_agreement, expected_calibration_error
 from calibrate.exits.texts import Split, domain_of
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from calibrate.exits.training import choices
+from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import DecodeStep, KvCache
@@ -92,7 +93,8 @@ def scored(model: SegmentedModel, tokenizer: Any, heads: ExitHeads, words: Any, 
         ece = [expected_calibration_error(p[:, e], trace.agree[:, e]) for e in early]
         return 1 - (1 - p) * np.array([*heads.risk_scale, 1.0]), ece
 
-    checks = {"whole head": check(trace.confidence), "classifier": (trace.classifier, None)}
+    by_head, checked = (trace.recorded(c) for c in (Confidence.MAX_PROBABILITY, Confidence.CLASSIFIER))
+    checks = {"whole head": check(by_head), "classifier": (checked, None)}
     for n, values in logits.items():
         slope, offset = np.array([fits[n, e] for e in early]).T
         p = 1 / (1 + np.exp(-(slope * values + offset)))

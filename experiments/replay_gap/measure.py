@@ -126,8 +126,7 @@ def score(live: LiveModel, model: SegmentedModel, answer: Served) -> Scored:
     with torch.inference_mode():
         hidden = [h[-n:] for h in states(model, answer.prompt[0], [text], live.exits)]
     seen = observe(model, live.heads, hidden, text[-n:])
-    assert seen.classifier is not None
-    return Scored(seen.choice[:, -1] == text[-n:], seen.agree, seen.classifier)
+    return Scored(seen.choice[:, -1] == text[-n:], seen.agree, seen.confidences[Confidence.CLASSIFIER])
 
 
 def surprise(judge: tuple[LiveModel, SegmentedModel], live: LiveModel, answer: Served) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from helios_sim.core.layout import IntArray, Storage, Trace
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, PerToken
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Situation
@@ -150,11 +150,12 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     replayed = replay(trace, rule, loaded if per_token or clairvoyant else deployment.run_layers or loaded)
     whole, planned = replayed.layers == trace.n_layers, deployment.plan is not None
     lazy, kv_rule = deployment.batching is BatchingRule.LAZY, deployment.kv_rule
-    classifier = isinstance(rule, FixedCap | PerToken) and rule.confidence is Confidence.CLASSIFIER
-    # A capped token's own logits give the other confidences, but not a classifier's.
+    confidence = rule.confidence if isinstance(rule, FixedCap | PerToken) else None
+    classifier = confidence is not None and not confidence.by_head
+    # A capped token's own logits give the confidences of a head, but not a check on the hidden state.
     watches_cap = classifier and isinstance(rule, FixedCap) and not whole
-    if watches_cap or (classifier and per_token):
-        profile.check_table(Confidence.CLASSIFIER)  # refuses where its cost is not known
+    if confidence is not None and (watches_cap or (classifier and per_token)):
+        profile.check_table(confidence)  # refuses where its cost is not known
     # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
     propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is not KvRule.NONE))
     loaded_exit = trace.exits.index(loaded)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.request import token_counts
@@ -72,7 +73,7 @@ def no_exits(model: TokenisedModel) -> NoExits:
         chars=np.diff(ends).astype(np.int32),
         agree=np.ones((_TOKENS, 1), bool),
         provenance=Provenance(ProvenanceClass.DERIVED, "no exits: every token runs all layers", "no_exits"),
-        confidence=np.ones((_TOKENS, 1), np.float32),
+        confidences={Confidence.MAX_PROBABILITY: np.ones((_TOKENS, 1), np.float32)},
     )
 
 
@@ -91,6 +92,8 @@ def synthetic_trace(
 ) -> ExitTrace:
     """A trace with every column: `tokens` per task, all of `chars_per_token` characters unless `uneven`.
 
+    What the exits show is drawn; the confidences are made of it by the same functions as those of a real model.
+
     Traces line up when tokens x chars_per_token is the same. Each token needs a depth drawn uniformly from the
     model's; deeper exits are more confident and agree more often. `nested`: once an exit agrees, deeper ones do.
     Thresholds from 0 (all confident) to above 1 (none) answer.
@@ -104,21 +107,57 @@ def synthetic_trace(
     slack = rng.normal(0, 0.1, size=(n, 1) if nested else shape)
     agree = depth >= needed + slack
     agree[:, -1] = True
+    chars = np.concatenate([_lengths(rng, tokens, chars_per_token, uneven) for _ in tasks])
+    margin = confidence * rng.uniform(size=shape)
+    bits = rng.gamma(2.0, 2.0 / depth, size=shape).astype(np.float32)
+    predicted = np.clip(confidence + rng.normal(0, 0.05, size=shape), 0, 1)
+    seen = [_Drawn(confidence[:, e], margin[:, e], predicted[:, e]) for e in range(len(exits))]
     return ExitTrace(
         model=model,
         exits=tuple(exits),
         tasks=tuple(tasks),
         task=np.repeat(np.arange(len(tasks), dtype=np.int32), tokens),
         prompt=np.arange(n, dtype=np.int32) // prompt_tokens,
-        chars=np.concatenate([_lengths(rng, tokens, chars_per_token, uneven) for _ in tasks]),
+        chars=chars,
         agree=agree,
         provenance=Provenance(ProvenanceClass.PUBLISHED, "synthetic, for tests: no model", "synthetic_trace(...)"),
-        confidence=confidence.astype(np.float32),
-        margin=(confidence * rng.uniform(size=shape)).astype(np.float32),
-        bits=rng.gamma(2.0, 2.0 / depth, size=shape).astype(np.float32),
-        classifier=np.clip(confidence + rng.normal(0, 0.05, size=shape), 0, 1).astype(np.float32),
+        confidences={
+            c: np.column_stack([measure.of(view) for view in seen]).astype(np.float32)
+            for c, measure in MEASURES.items()
+        },
+        bits=bits,
         human_text=human_text,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    """What an exit shows of n tokens, drawn: (n,) largest probability, its margin over the second, the classifier's.
+
+    The words after the second share what is left. The states of neighbouring layers lie at an angle that is smaller
+    the surer the classifier is.
+    """
+
+    best: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    sure: NDArray[np.float64]
+    vocab_size: int = 1000
+
+    def top(self, k: int) -> Any:
+        return np.column_stack((self.best, self.best - self.margin))[:, :k]
+
+    def expected(self, of: Callable[[Any], Any]) -> Any:
+        best = np.clip(self.best, 1e-12, 1)
+        second = np.clip(np.minimum(self.best - self.margin, 1 - best), 1e-12, 1)
+        rest = np.clip(1 - best - second, 1e-12, 1)
+        return best * of(np.log(best)) + second * of(np.log(second)) + rest * of(np.log(rest / (self.vocab_size - 2)))
+
+    def predicted(self) -> Any:
+        return self.sure
+
+    def states(self) -> tuple[Any, Any]:
+        angle = 1 - self.sure
+        return np.column_stack((np.ones(len(angle)), 0 * angle)), np.column_stack((np.cos(angle), np.sin(angle)))
 
 
 def _lengths(rng: np.random.Generator, tokens: int, chars_per_token: int, uneven: bool) -> NDArray[np.int32]:

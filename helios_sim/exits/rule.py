@@ -1,17 +1,124 @@
-"""Exit rules: when a token leaves the model. `replay` applies a rule to a recorded trace."""
+"""Exit rules: when a token leaves the model, and by which confidence. `replay` applies a rule to a recorded trace.
+
+A confidence says how sure an exit is of its token. It lies between 0 and 1, and higher is surer, so that one scale of
+thresholds serves all of them. To add one, write a function of an `ExitView`, name it in `Confidence` and give it a
+column in `MEASURES`: calibration records the column, live serving computes it, a replay reads it, and settings accept
+its name.
+
+- max_probability: the largest softmax probability.
+- margin: the largest minus the second largest probability, which CALM (arXiv 2207.07061) calls softmax response.
+- entropy: 1 - H / log V, where H is the entropy of the softmax over V words (BranchyNet and DeeBERT leave where H is
+  low). It is 1 where one word has all the probability and 0 where all words are alike.
+- classifier: p, the probability of agreement with full depth that a small network predicts from the hidden state, as
+  1 - (1 - p) x risk_scale. The scale is 1 at the first exit and grows as leaving saves less, so that one threshold
+  suits all exits; values can lie below 0.
+- hidden_similarity: the cosine of the hidden states after the exit's layer and after the layer before it, 0 where it is
+  negative (CALM's hidden-state saturation: a state that no longer moves will give the same token). An exit trace
+  records it; live serving keeps only the state after the exit.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
+
+from helios_sim.errors import UserError
 
 
 class Confidence(StrEnum):
-    """How sure an exit is. The first two need the LM head, which gives the token as well; the last does not."""
+    """The name of a confidence measure, as settings write it."""
 
     MAX_PROBABILITY = "max_probability"
-    MARGIN = "margin"  # top1 - top2 probability
-    CLASSIFIER = "classifier"  # 1 - (1 - p) x risk_scale; p of agreement is predicted from the hidden state alone
+    MARGIN = "margin"
+    CLASSIFIER = "classifier"
+    ENTROPY = "entropy"
+    HIDDEN_SIMILARITY = "hidden_similarity"
+
+    @property
+    def by_head(self) -> bool:
+        """Whether it needs the LM head, which gives the token as well. The others are a check on the hidden state."""
+        return MEASURES[self].by_head
+
+
+class ExitView(Protocol):
+    """What one exit shows of n tokens, as tensors or arrays. A measure asks only for what it needs."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def top(self, k: int) -> Any:
+        """The k largest probabilities, (n, k), in descending order."""
+
+    def expected(self, of: Callable[[Any], Any]) -> Any:
+        """The mean of `of` (log probability) under the distribution, (n,)."""
+
+    def predicted(self) -> Any:
+        """The classifier's confidence, (n,)."""
+
+    def states(self) -> tuple[Any, Any]:
+        """Hidden states after the layer before the exit's and after the exit's layer, (n, d) each."""
+
+
+def _max_probability(seen: ExitView) -> Any:
+    return seen.top(1)[:, 0]
+
+
+def _margin(seen: ExitView) -> Any:
+    best = seen.top(2)
+    return best[:, 0] - best[:, 1]
+
+
+def _entropy(seen: ExitView) -> Any:
+    return (1 + seen.expected(lambda log_p: log_p) / math.log(seen.vocab_size)).clip(0, 1)
+
+
+def _classifier(seen: ExitView) -> Any:
+    return seen.predicted()
+
+
+def _hidden_similarity(seen: ExitView) -> Any:
+    before, after = seen.states()
+    lengths = (before * before).sum(-1) * (after * after).sum(-1)
+    return ((before * after).sum(-1) / lengths**0.5).clip(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One confidence: its function (n,), its column in an exit trace, and what may be expected of its values."""
+
+    of: Callable[[ExitView], Any]
+    column: str
+    by_head: bool = True
+    probability: bool = False  # it is meant as the probability of agreement, so its reliability can be judged
+    lowest: float = 0.0
+    neighbours: bool = False  # it compares the states of two layers, which live serving does not keep
+
+
+MEASURES: Mapping[Confidence, Measure] = {
+    Confidence.MAX_PROBABILITY: Measure(_max_probability, "confidence", probability=True),
+    Confidence.MARGIN: Measure(_margin, "margin"),
+    Confidence.CLASSIFIER: Measure(_classifier, "classifier", by_head=False, probability=True, lowest=-math.inf),
+    Confidence.ENTROPY: Measure(_entropy, "entropy"),
+    Confidence.HIDDEN_SIMILARITY: Measure(_hidden_similarity, "hidden_similarity", by_head=False, neighbours=True),
+}
+
+
+def require_live(confidence: Confidence) -> None:
+    """Raises UserError for a measure that live serving cannot compute."""
+    if MEASURES[confidence].neighbours:
+        live = listed(c for c, measure in MEASURES.items() if not measure.neighbours)
+        raise UserError(
+            "exits.confidence", confidence.value, f"live serving keeps the state after an exit's layer alone: {live}",
+            "choose one of these, or simulate with a trace that records it",
+        )  # fmt: skip
+
+
+def listed(some: Iterable[Confidence]) -> str:
+    """The names of some measures, for a message."""
+    return ", ".join(c.value for c in some) or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +130,8 @@ class FullDepth:
 class FixedCap:
     """Every token runs exactly the loaded layers and leaves there, confident or not.
 
-    The confidence comes from the same logits that sample the token, so it costs no extra head; a classifier's is
-    charged. A token whose confidence is below the threshold is a breach.
+    A confidence from the LM head comes from the logits that sample the token, so it costs no extra head; a check on
+    the hidden state is charged. A token whose confidence is below the threshold is a breach.
     """
 
     threshold: float
@@ -35,9 +142,9 @@ class FixedCap:
 class PerToken:
     """A token leaves at the first exit where its confidence reaches the threshold.
 
-    Each exit that a token reaches is a check that is paid for; after a classifier's check a token that leaves still
-    has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these are
-    not the whole model.
+    Each exit that a token reaches is a check that is paid for; after a check on the hidden state a token that leaves
+    still has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these
+    are not the whole model.
     """
 
     threshold: float

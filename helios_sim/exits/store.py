@@ -8,9 +8,9 @@ A trace is a folder, shipped ones at data/exits/<model>@<source>/:
   whether people wrote the text, "sha256": of the table's file, "provenance": class, source, command, ...}
 - tokens.parquet, one row a token in reading order, sorted by task: task (index into tasks), prompt (an id that is
   unique in the file), chars (characters covered, at least 0), and for each exit depth D a column <column>_D:
-  agree_D (bool, always there), and as listed in "columns": confidence_D (largest probability), margin_D (largest
-  minus second), classifier_D (1 - (1 - p) x risk_scale, p the probability of agreement predicted from the
-  hidden state), bits_D (-log2 of the probability of the text's own token), or confident_D (bool, published traces).
+  agree_D (bool, always there), and as listed in "columns": one for each confidence that was recorded
+  (`confidence.MEASURES` names them), bits_D (-log2 of the probability of the text's own token), or confident_D (bool,
+  published traces).
 
 The texts of a task, one after the other, have the same total of characters in every model's trace: that is what
 lines models up.
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance
 
@@ -37,7 +37,8 @@ SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = ("task", "prompt", "chars")
-_PER_EXIT = ("agree", "confidence", "margin", "classifier", "confident", "bits")
+_MEASURED = {measure.column: confidence for confidence, measure in MEASURES.items()}
+_PER_EXIT = ("agree", *_MEASURED, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
 
 
@@ -79,10 +80,12 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {name: getattr(trace, name) for name in _PER_TOKEN}
-    per_exit = [name for name in _PER_EXIT if getattr(trace, name) is not None]
+    recorded: dict[str, Any] = {MEASURES[c].column: values for c, values in trace.confidences.items()}
+    recorded |= {"agree": trace.agree, "confident": trace.confident, "bits": trace.bits}
+    per_exit = [name for name in _PER_EXIT if recorded.get(name) is not None]
     for name in per_exit:
         for e, depth in enumerate(trace.exits):
-            columns[f"{name}_{depth}"] = getattr(trace, name)[:, e]
+            columns[f"{name}_{depth}"] = recorded[name][:, e]
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{TABLE}.part"
     pq.write_table(pa.table(columns), draft, compression="zstd")
@@ -120,6 +123,7 @@ def read_trace(folder: Path) -> ExitTrace:
             columns[name] = np.column_stack([_values(table[f"{name}_{depth}"]) for depth in exits])
         if table.num_rows != header["n_tokens"]:
             raise UserError("n_tokens", header["n_tokens"], f"{folder / TABLE} has {table.num_rows} rows", _FIX)
+        confidences = {confidence: columns.pop(name) for name, confidence in _MEASURED.items() if name in columns}
         measure = header["published_confidence"]
         return ExitTrace(
             model=str(header["model"]),
@@ -129,6 +133,7 @@ def read_trace(folder: Path) -> ExitTrace:
             published_threshold=header["published_threshold"],
             published_confidence=None if measure is None else Confidence(measure),
             human_text=bool(header["human_text"]),
+            confidences=confidences,
             **columns,
         )
     except UserError:

@@ -7,18 +7,20 @@ refuses every other threshold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import MEASURES, Confidence, listed
 from helios_sim.provenance import Provenance
 
 MICROBITS = 1_000_000  # in a bit
+_ROUNDING = 1e-3  # by which a stored confidence may leave its range
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -55,11 +57,8 @@ class ExitTrace:
     chars: NDArray[np.int32]  # (T,) characters that the token covers, 0 allowed (a part of a character)
     agree: NDArray[np.bool_]  # (T, E) the exit predicts what the last layer predicts; last column true
     provenance: Provenance
-    confidence: NDArray[np.float32] | None = None  # (T, E) largest probability
-    margin: NDArray[np.float32] | None = None  # (T, E) largest minus second largest probability
-    # (T, E) 1 - (1 - p) x risk_scale, p the probability of agreement predicted from the hidden state. The scale is 1 at
-    # the first exit and grows as leaving saves less, so that one threshold suits all exits; values can lie below 0
-    classifier: NDArray[np.float32] | None = None
+    # What was recorded, (T, E) each; values from 0 to 1 (a classifier's can lie below 0)
+    confidences: Mapping[Confidence, NDArray[np.float32]] = field(default_factory=dict)
     confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, where no confidence was recorded
     published_threshold: float | None = None
     published_confidence: Confidence | None = None
@@ -80,13 +79,14 @@ class ExitTrace:
             ("chars", np.int32, (n_tokens,)),
             ("agree", np.bool_, wide),
             ("confident", np.bool_, wide),
-            ("confidence", np.float32, wide),
-            ("margin", np.float32, wide),
-            ("classifier", np.float32, wide),
             ("bits", np.float32, wide),
         ):
             if getattr(self, name) is not None:
-                self._set(name, self._column(name, dtype, shape))
+                self._set(name, self._column(name, getattr(self, name), dtype, shape))
+        recorded = {
+            c: self._column(MEASURES[c].column, values, np.float32, wide) for c, values in self.confidences.items()
+        }
+        self._set("confidences", MappingProxyType(recorded))
         self._check_columns()
         self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
         self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
@@ -112,14 +112,9 @@ class ExitTrace:
 
         UserError when this trace has no such record: another measure, or a published trace and another threshold.
         """
-        records = self._confidences()
-        record = records[confidence]
-        if record is not None:
-            return record >= np.float32(threshold)
         asked = f"{confidence.value} {threshold:g}"
         if self.confident is None:
-            recorded = ", ".join(c.value for c, r in records.items() if r is not None)
-            self._fail("confidence", asked, f"measures recorded: {recorded}", "use one of them")
+            return self.recorded(confidence) >= np.float32(threshold)
         if (threshold, confidence) != (self.published_threshold, self.published_confidence):
             measure = self.published_confidence.value if self.published_confidence else "?"
             raise UserError(
@@ -131,12 +126,14 @@ class ExitTrace:
             )
         return self.confident
 
-    def _confidences(self) -> dict[Confidence, NDArray[np.float32] | None]:
-        return {
-            Confidence.MAX_PROBABILITY: self.confidence,
-            Confidence.MARGIN: self.margin,
-            Confidence.CLASSIFIER: self.classifier,
-        }
+    def recorded(self, confidence: Confidence) -> NDArray[np.float32]:
+        """The recorded values (T, E) of a measure. UserError where the trace does not hold it."""
+        if confidence not in self.confidences:
+            self._fail(
+                "exits.confidence", confidence.value, f"measures recorded: {listed(self.confidences)}",
+                "use one of them, or record a trace with `python -m calibrate +task=traces`",
+            )  # fmt: skip
+        return self.confidences[confidence]
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
         """The trace as a workload with these task names reads it; UserError when a task is missing."""
@@ -169,18 +166,24 @@ class ExitTrace:
         published = [x is not None for x in (self.confident, self.published_threshold, self.published_confidence)]
         if any(published) != all(published):
             self._fail("confident", published, "confident, published_threshold and published_confidence come together")
-        recorded = any(record is not None for record in self._confidences().values())
-        if published[0] and recorded:
+        if published[0] and self.confidences:
             self._fail("confident", "beside confidences", "recorded confidences or published exits, not both")
-        if not published[0] and not recorded:
-            self._fail("confidence", None, "a confidence, a margin, a classifier, or published exits")
-        for name in ("confidence", "margin", "classifier", "bits"):
-            record = getattr(self, name)
-            if record is not None and not np.isfinite(record).all():
-                self._fail(name, "not finite", "finite numbers")
+        if not published[0] and not self.confidences:
+            self._fail("confidences", None, f"one of {listed(MEASURES)}, or published exits")
+        if self.bits is not None and not np.isfinite(self.bits).all():
+            self._fail("bits", "not finite", "finite numbers")
+        for confidence, record in self.confidences.items():
+            measure = MEASURES[confidence]
+            if not np.isfinite(record).all():
+                self._fail(measure.column, "not finite", "finite numbers")
+            if record.min() < measure.lowest - _ROUNDING or record.max() > 1 + _ROUNDING:
+                self._fail(
+                    measure.column, f"{record.min():g} to {record.max():g}", "confidences from 0 to 1, higher is surer",
+                    "write it as a share: neither per cent, nor a logarithm, nor logits",
+                )  # fmt: skip
 
-    def _column(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        values = np.asarray(getattr(self, name))
+    def _column(self, name: str, values: object, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        values = np.asarray(values)
         if values.shape != shape:
             self._fail(name, values.shape, f"shape {shape}")
         if values.dtype != dtype and not np.can_cast(values.dtype, dtype, "same_kind"):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, PerToken
+from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, FixedCap, PerToken, require_live
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.rows import Row, Tally
+
+_LEAST_LOG = -1e4  # of a probability: its product with the probability is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class ExitReader:
     def read(self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None) -> HeadOutput:
         """Put hidden (n, d) after `depth` layers through the head, with one transfer to the host.
 
-        `measure`: the confidence to return as well (None: none). A classifier's comes from the check rather than from
-        the head, in the same transfer.
+        `measure`: the confidence to return as well (None: none). That of a check on the hidden state comes from the
+        check rather than from the head, in the same transfer.
         """
         tokens, confidence, best = self.on_device(model, depth, hidden, measure)
         columns = [tokens.double(), best.double()] if confidence is None else [
@@ -62,38 +64,87 @@ class ExitReader:
         """Tokens (n,), confidence (n,) if requested, and the largest logit (n,), all on the device."""
         index = self._index.get(depth)
         logits = model.logits(self.adapted(model, depth, hidden))
-        if measure is None:
+        if measure is None or not measure.by_head:
             best = logits.max(-1)
-            return best.indices, None, best.values
-        if measure is Confidence.CLASSIFIER:
-            best = logits.max(-1)
-            return best.indices, self.classify(depth, hidden), best.values
+            return best.indices, None if measure is None else self.check(depth, hidden, measure), best.values
         logits = logits.float()
         temperature = 1.0 if index is None else self.heads.temperature[index]
         if temperature != 1.0:
             logits = logits / temperature
-        best = logits.max(-1)
-        total = logits.logsumexp(-1)
-        sure = (best.values - total).exp()
-        match measure:
-            case Confidence.MAX_PROBABILITY:
-                return best.indices, sure, best.values
-            case Confidence.MARGIN:
-                return best.indices, sure - (logits.topk(2, dim=-1).values[:, 1] - total).exp(), best.values
-            case _:
-                assert_never(measure)
+        seen = HeadView(logits)
+        return seen.best.indices, MEASURES[measure].of(seen), seen.best.values
 
     def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
         """Adapt hidden states (n, d) after `depth` layers for the model's own norm and LM head."""
         index = self._index.get(depth)
         return hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
 
+    def check(self, depth: int, hidden: Tensor, measure: Confidence) -> Tensor:
+        """The confidence (n,) of a check on hidden states (n, d). UserError where it cannot be computed live."""
+        require_live(measure)
+        return MEASURES[measure].of(_StateView(self, depth, hidden))
+
     def classify(self, depth: int, hidden: Tensor) -> Tensor:
-        """The cheap check's confidence (n,). Raises UserError for heads without a check."""
+        """The classifier's confidence (n,). Raises UserError for heads without one."""
         index = self._index.get(depth)
         if index is None:
             raise ValueError(f"no head at layer {depth}; heads at {tuple(self._index)}")
         return self.heads.classify(index, hidden)
+
+
+class HeadView:
+    """What the LM head says, from its logits (n, V) in float32, as `exits.rule.MEASURES` read it."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.best, self.total = logits, logits.max(-1), logits.logsumexp(-1)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.logits.shape[-1])
+
+    def top(self, k: int) -> Tensor:
+        largest = self.best.values[:, None] if k == 1 else self.logits.topk(k, dim=-1).values
+        return (largest - self.total[:, None]).exp()
+
+    def expected(self, of: Callable[[Any], Any]) -> Tensor:
+        return mean_of(self.logits - self.total[:, None], of)
+
+    def predicted(self) -> Tensor:
+        raise NotImplementedError("a classifier reads hidden states")
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a head gives logits")
+
+
+def mean_of(log_p: Tensor, of: Callable[[Any], Any]) -> Tensor:
+    """The mean of `of` (log probability) under distributions (n, V); words without any probability count as 0."""
+    log_p = log_p.clip(min=_LEAST_LOG)
+    return (log_p.exp() * of(log_p)).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _StateView:
+    """What is known of hidden states (n, d) after `depth` layers before the head has read them."""
+
+    exits: ExitReader
+    depth: int
+    hidden: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        raise NotImplementedError("a check on the hidden state has no vocabulary")
+
+    def top(self, k: int) -> Tensor:
+        raise NotImplementedError("a check on the hidden state has no logits")
+
+    def expected(self, of: Callable[[Any], Any]) -> Tensor:
+        raise NotImplementedError("a check on the hidden state has no logits")
+
+    def predicted(self) -> Tensor:
+        return self.exits.classify(self.depth, self.hidden)
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("only the state after the exit's layer is kept")
 
 
 class ExitDecider:
@@ -104,7 +155,7 @@ class ExitDecider:
         watched = rule if isinstance(rule, FixedCap | PerToken) else None
         self._threshold = 0.0 if watched is None else watched.threshold
         self._measure = None if watched is None else watched.confidence
-        self._by_head = self._measure is not Confidence.CLASSIFIER
+        self._by_head = self._measure is None or self._measure.by_head
         self._whole = model.architecture.n_layers
         self._waiting: list[tuple[list[Row], Tensor]] = []  # rows that wait for the head, with their adapted states
 
@@ -112,15 +163,16 @@ class ExitDecider:
         """Sample the rows that stop here, check the rows that may exit, and record what is observed.
 
         `states` (n, d) are the rows' hidden states after `end` layers. There is at most one transfer to the host for
-        the checks and one for the tokens; they are the same if the head gives both. Rows that exit by the classifier
-        get their token in `finish`.
+        the checks and one for the tokens; they are the same if the head gives both. Rows that exit by a check
+        on the hidden state get their token in `finish`.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         asking = [i for i, row in enumerate(rows) if row.asks and i not in stops]
         leaving: set[int] = set()
         if asking and not self._by_head:
             tally.add("classifier_tokens", band, len(asking))
-            sure = self._exits.classify(end, _some(states, asking)) >= self._threshold
+            assert self._measure is not None
+            sure = self._exits.check(end, _some(states, asking), self._measure) >= self._threshold
             leaving = self._exiting(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()

@@ -72,7 +72,7 @@ def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) ->
     last = np.arange(len(depths.bounds)) == len(depths.bounds) - 1
     whole = np.repeat(batch, strata)
     checks = None if depths.checked is None else np.where(last, 0, rows)
-    by_classifier = depths.checked is Confidence.CLASSIFIER
+    by_classifier = depths.checked is not None and not depths.checked.by_head
     return Composition(
         bounds=depths.bounds,
         decode_tokens=rows,

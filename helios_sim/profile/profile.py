@@ -93,13 +93,13 @@ class Profile:
 
     def check_table(self, confidence: Confidence) -> RowsTable:
         """What one exit check costs under this measure. UserError where it was not measured."""
-        if confidence is not Confidence.CLASSIFIER:
+        if confidence.by_head:
             return self.head if self.check is None else self.check
         if self.check_classifier is None:
             raise UserError(
                 "exits.confidence",
                 confidence.value,
-                f"the profile {self.name} has no cost of a classifier's check (table check_classifier)",
+                f"the profile {self.name} has no cost of a check on the hidden state (table check_classifier)",
                 f"set it to {Confidence.MAX_PROBABILITY.value} or {Confidence.MARGIN.value}, or measure the profile",
             )
         return self.check_classifier

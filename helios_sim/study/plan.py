@@ -11,7 +11,7 @@ import simpy
 
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import FixedCap, PerToken
+from helios_sim.exits.rule import FixedCap, PerToken, require_live
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
@@ -182,13 +182,15 @@ def check_study(plan: StudyPlan) -> None:
                 engine = SimulatedEngine(env, parts.models)
                 with in_arm(job.arm.name, job.config), of_kind(kind.name):
                     server = Server(env, 0, engine, policy.make(), parts.situation, lambda record, left_ns: None)
-                    _check_threshold(parts, server.decisions[0].deployment)
+                    _check_threshold(parts, server.decisions[0].deployment, job.config.mode == LIVE)
 
 
-def _check_threshold(parts: Parts, first: Deployment) -> None:
-    """UserError where recorded exits cannot answer the rule of an arm's first deployment, or nobody knows its cost."""
+def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
+    """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
     rule = first.exit_rule
     if isinstance(rule, FixedCap | PerToken):
+        if live:
+            require_live(rule.confidence)
         data = parts.models[first.active.model]
         data.trace.trace.confident_at(rule.threshold, rule.confidence)
         data.profile.check_table(rule.confidence)
