@@ -14,7 +14,7 @@ from calibrate.exits.texts import TASKS, Split, passages
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import cache_folder
-from helios_sim.live.texts import FOLDER
+from helios_sim.live.served import FOLDER
 from helios_sim.report import files
 
 

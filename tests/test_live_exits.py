@@ -10,12 +10,11 @@ import torch
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence, PerToken
-from helios_sim.live.exits import ExitReader
+from helios_sim.live.exits import Chunk, ExitReader, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
-from helios_sim.live.rows import Chunk, Row, Tally
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live

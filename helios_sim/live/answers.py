@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helios_sim.exits.rule import ExitRule, FixedCap, PerToken
-from helios_sim.live.exits import ExitReader
+from helios_sim.live.exits import ExitReader, ObservedToken, OwedToken
 from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.decoder import SegmentedModel
-from helios_sim.live.rows import ObservedToken, OwedToken
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request

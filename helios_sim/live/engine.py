@@ -1,6 +1,7 @@
 """The live engine: iterations run on the real device, weights really move, and times come from the wall clock.
 
-It follows the same `Engine` protocol as the simulated engine.
+`LiveEngine` follows the same `Engine` protocol as the simulated engine. `ReplayingEngine` serves models with random
+weights: everything is computed, but their output means nothing, so exits are taken from a recorded trace.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from typing import Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, ExitRule, PerToken
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, oom_message, open_device
+from helios_sim.live.exits import Chunk, ObservedToken, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
-from helios_sim.live.rows import Chunk, ObservedToken, Row, Tally
-from helios_sim.live.served import LiveModel
-from helios_sim.live.texts import PromptTexts
+from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
@@ -283,3 +283,62 @@ def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
 
 def _observed(plan: Plan, answer: Answer) -> bool:
     return plan.observe_tokens is not None and len(answer.tokens) < plan.observe_tokens
+
+
+class ReplayingEngine(LiveEngine):
+    """A `LiveEngine` with exits that follow the models' traces."""
+
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        return self._recorded(model, request_id, span, n_tokens, exit_rule)
+
+    def probe(
+        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        taken_ns, scored = super().probe(model, requests, exit_rule)
+        found = []
+        for request in requests[: len(scored)]:
+            _, span = self.tokenize(model, request)
+            found.append(self._recorded(model, request.request_id, span, span.n_tokens, exit_rule))
+        return taken_ns, tuple(found)
+
+    def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
+        rows = super()._rows(plan, answers)
+        for row, answer, member in zip(rows, answers, plan.members, strict=False):
+            row.recorded = self._confident(plan, answer, member)
+        return rows
+
+    def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
+        chunks = super()._chunks(plan, answers)
+        for part, chunk in zip(plan.prefill, chunks, strict=True):
+            if chunk.row is not None:
+                chunk.row.recorded = self._confident(plan, answers[part.index], plan.members[part.index])
+        return chunks
+
+    def _confident(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
+        """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""
+        rule = plan.exit_rule
+        if not isinstance(rule, FixedCap | PerToken):
+            return None
+        trace, span = self._models[plan.model].trace.trace, member.span
+        at = span.first + (span.start + len(answer.tokens)) % span.length
+        return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
+
+    def _recorded(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule
+    ) -> Observation:
+        trace = self._models[model].trace.trace
+        rows = span.indices()[:n_tokens]
+        confident = trace.agree
+        if isinstance(exit_rule, FixedCap | PerToken):
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)
+        return Observation(
+            model=model,
+            request_id=request_id,
+            time_ns=int(self._env.now),
+            confident=confident[rows],
+            agrees=trace.agree[rows],
+            bits=None,  # the text does not exist
+            chars=int(trace.chars[rows].sum()),
+        )

@@ -1,24 +1,25 @@
-"""The models that are served: weights, exit heads, tokenizer and profile of each, and how they are opened.
+"""The models that are served: weights, exit heads, tokenizer, profile and texts of each, and how they are opened.
 
 Requests are spans of text. Their lengths in tokens are exactly those of the simulation: prompts by the profile's mean
-token, answers by the exit trace. The words of a prompt are real: the text just before the recorded answer. The answer
-is what the model writes, with exactly as many tokens as planned: an end token does not end it.
+token, answers by the exit trace. The words of a prompt are real: the text just before the recorded answer, from a
+folder with TASK.txt for every task, or one file for all. The answer is what the model writes, with exactly as many
+tokens as planned: an end token does not end it.
 
 `open_models` checks everything that can be wrong before a run begins. Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from helios_sim.errors import UserError
 from helios_sim.exits.trace import BoundTrace, TokenSpan
+from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.model.architecture import VALUE_BYTES
-from helios_sim.live.texts import PromptTexts
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
 
@@ -30,6 +31,62 @@ if TYPE_CHECKING:
     from helios_sim.live.model.weights import TensorSource
 
 LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
+FOLDER = "prompts"  # in the cache folder
+_FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
+
+
+class PromptTexts(Protocol):
+    """The source of prompt text."""
+
+    def prompt(self, task: int, start: int, chars: int) -> str:
+        """The `chars` characters of the workload's task number `task` that end just before character `start`.
+
+        `start` is a request's `text_start`, where the recorded answer begins. It may be any whole number: a task's
+        text is circular, so that every span exists.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileTexts:
+    """Circular texts, one per task, in the order of the workload's task numbers. No text is empty."""
+
+    by_task: tuple[str, ...]
+
+    def prompt(self, task: int, start: int, chars: int) -> str:
+        """The `chars` characters of the task's text that end just before character `start`."""
+        text = self.by_task[task]
+        end = start % len(text)
+        rounds = -(-(chars - end) // len(text)) if chars > end else 0
+        whole = text * rounds + text[:end]
+        return whole[len(whole) - chars :]
+
+
+def read_texts(tasks: Sequence[str], place: str | None = None) -> FileTexts:
+    """Read the tasks' texts from a folder or a file (`place` None: the cache folder).
+
+    Raises UserError for a missing or empty file.
+    """
+    where = cache_folder() / FOLDER if place is None else Path(place).expanduser()
+    if where.is_file():
+        return FileTexts((_read(where),) * len(tasks))
+    missing = [task for task in tasks if not (where / f"{task}.txt").is_file()]
+    if missing:
+        files = ", ".join(f"{task}.txt" for task in missing)
+        raise UserError("live.texts", str(where), f"a folder that holds {files}", _FIX)
+    return FileTexts(tuple(_read(where / f"{task}.txt") for task in tasks))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("live.texts", str(path), f"text in UTF-8 that can be read ({error})", _FIX) from error
+    if not text.strip():
+        raise UserError("live.texts", str(path), "a file with some text", _FIX)
+    return text
+
+
 
 
 @dataclass(frozen=True, slots=True, eq=False)

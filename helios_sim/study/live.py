@@ -18,9 +18,7 @@ from simpy.events import Timeout
 from helios_sim.errors import UserError
 from helios_sim.live.clock import WallClock
 from helios_sim.live.energy import ABSENT, Meter, open_counter
-from helios_sim.live.served import OpenSettings, open_models
-from helios_sim.live.texts import read_texts
-from helios_sim.live.warm_up import warm_up
+from helios_sim.live.served import OpenSettings, open_models, read_texts
 from helios_sim.profile.pace import DECODE, PROMPT
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchors
@@ -78,6 +76,8 @@ class LiveRun:
         Energy is counted from the first arrival to the last completion, as the span is. UserError where memory does not
         suffice for the first deployment.
         """
+        from helios_sim.live.pace import warm_up
+
         server = make_server(self.engine)
         self.device_engine.faults = server
         server.open()
@@ -159,8 +159,7 @@ class LiveRun:
 
 def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> LiveEngine:
     """The live engine, with room for the workload's longest requests."""
-    from helios_sim.live.engine import LiveEngine
-    from helios_sim.live.replay import ReplayingEngine
+    from helios_sim.live.engine import LiveEngine, ReplayingEngine
     from helios_sim.serving.replica import SERVED_TEXTS
 
     live_models = opened(config, parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from helios_sim.errors import UserError
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
-from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.forward import GraphedDecodes
 from helios_sim.live.memory.kv import CacheShape, DecodeStep, KvCache, PromptStep
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.serving.iteration import Places
