@@ -56,7 +56,6 @@ live: $(STAMPS)/live  ## add torch and transformers to the same .venv
 
 models: $(STAMPS)/core  ## fetch the weights of the small open models, and prompts, into the cache, sha256 checked
 	$(BIN)/python -m calibrate.models
-	$(BIN)/python -m calibrate.prompts
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -1,28 +1,83 @@
-"""`python -m calibrate`: the command line of calibrations and campaigns, with exit statuses and error messages."""
+"""`python -m calibrate`: the command line of calibrations and campaigns.
+
+It registers the schemas with Hydra, expands short forms of settings, and turns errors into messages and exit statuses.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from calibrate.config import in_full, register, to_config
 from calibrate.schema import CalibrateConfig, CampaignConfig
 from helios_sim.config import check_flags, given, in_words, leave_no_trace
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
+from helios_sim.live.checkpoint.known import SHORT_NAMES
+
+
+def register() -> None:
+    ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
+    ConfigStore.instance().store(name="campaign_schema", node=CampaignConfig)
+
+
+def to_config(
+    settings: DictConfig,
+    arguments: Sequence[str] = (),
+    schema: type[CalibrateConfig | CampaignConfig] = CalibrateConfig,
+) -> CalibrateConfig | CampaignConfig:
+    """The settings as the schema's dataclass. Raises UserError for a value of the wrong type or out of range."""
+    try:
+        config = OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        raise in_words(error, arguments, schema) from error
+    assert isinstance(config, schema)
+    return config
+
+
+def in_full(arguments: Sequence[str]) -> list[str]:
+    """The command line for Hydra: overrides first, and `model=X` expanded to the model's name or its weights.
+
+    A model of the user's own is named after its weights, unless `model.name` is given.
+    """
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in arguments if a not in overrides]
+    overrides = [a.removeprefix("+") if a.startswith("+task=") else a for a in overrides]
+    chosen = given("model", overrides)
+    if chosen is not None and not chosen.startswith("{"):
+        overrides = [a for a in overrides if not a.startswith("model=")]
+        name = SHORT_NAMES.get(chosen, chosen)
+        if name in SHORT_NAMES.values():
+            overrides.append(f"model.name={name}")
+        elif given("model.weights", overrides) is None:
+            overrides.append(f"model.weights={chosen}")
+        else:
+            overrides.append(f"model.name={name}")
+    weights = given("model.weights", overrides)
+    if weights not in (None, "null") and given("model.name", overrides) is None:
+        overrides.append(f"model.name={name_of(str(weights))}")
+    return [*overrides, *flags]
+
+
+def name_of(weights: str) -> str:
+    """A model's name from its folder, file or hub id: lower case, only characters that are safe in paths and shells."""
+    last = weights.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"
+
 
 WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished
 
@@ -42,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def calibrate(settings: DictConfig) -> None:
         nonlocal status, folder
-        from calibrate.campaigns.command import run_campaign
-        from calibrate.command import run_calibration
+        from calibrate.command import run_calibration, run_campaign
 
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)

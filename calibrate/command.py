@@ -1,9 +1,14 @@
-"""One calibration, from its configuration to the output files and the lines on standard output."""
+"""One call of a calibration or a campaign, from its configuration to output files and the lines on standard output."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +16,32 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import helios_sim
+from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive
+from calibrate.campaigns.land import page
+from calibrate.campaigns.plan import CampaignPlan
 from calibrate.inputs import Inputs
-from calibrate.progress import progress
+from calibrate.measure.ceilings import Ceilings, median_ratio, over_floor
 from calibrate.report.outputs import write_outputs
-from calibrate.schema import CalibrateConfig
-from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, read_finished, run_stages
+from calibrate.schema import CalibrateConfig, CampaignConfig
+from calibrate.stages import (
+    FILE as TRANSCRIPT,
+    Finished,
+    OnProgress,
+    Progress,
+    Stage,
+    StageOutcome,
+    StageStatus,
+    progress,
+    read_finished,
+    run_stages,
+)
 from calibrate.work import stages_of
 from helios_sim.errors import UserError
+from helios_sim.live.served import check_packages
+from helios_sim.profile.store import read_profile
+from helios_sim.provenance import command_given
+from helios_sim.report import files
 from helios_sim.report.tables import PLAIN_WIDTH
 from helios_sim.study.command import end
 
@@ -43,10 +67,7 @@ def run_calibration(config: CalibrateConfig, folder: Path) -> int:
         finished = _earlier(folder, inputs, stages) | _finished(outcomes)
     summary = write_outputs(config, folder, finished, outcomes)
     end(lambda: _show(summary, outcomes, folder), folder, summary)
-    failed = [outcome for outcome in outcomes if outcome.status is StageStatus.FAILED]
-    for outcome in failed:
-        print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; transcript.jsonl has it", file=sys.stderr)
-    return 1 if failed else 0
+    return _status(outcomes)
 
 
 def check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
@@ -74,17 +95,144 @@ def _finished(outcomes: Sequence[StageOutcome]) -> dict[str, Finished]:
 
 def _show(summary: Mapping[str, Any], outcomes: Sequence[StageOutcome], folder: Path) -> None:
     """Print a table of the stages, the findings, and how to go on."""
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
-    table = Table(title=summary["title"], box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("stage", "status", "time", "remark"):
-        table.add_column(name, justify="right" if name == "time" else "left")
-    for outcome in outcomes:
-        took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
-        table.add_row(outcome.stage, outcome.status, took, outcome.why)
-    console.print(table, highlight=False)
+    _print_stages(summary["title"], outcomes)
     for sentence in summary["verdict"]:
         print(sentence)
     for command in summary["use"]:
         print(f"    {command}")
     if any(outcome.status is StageStatus.SKIPPED for outcome in outcomes):
         print(f"skipped stages run when the same command is given again with out={folder}")
+
+
+def _print_stages(title: str, outcomes: Sequence[StageOutcome], archives: Mapping[str, str] | None = None) -> None:
+    """Print a table of the stages. `archives`: a further column, by stage."""
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for name in ("stage", *(() if archives is None else ("archive",)), "status", "time", "remark"):
+        table.add_column(name, justify="right" if name == "time" else "left")
+    for outcome in outcomes:
+        took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
+        archive = () if archives is None else (archives[outcome.stage],)
+        table.add_row(outcome.stage, *archive, outcome.status, took, outcome.why)
+    console.print(table, highlight=False)
+
+
+def _status(outcomes: Sequence[StageOutcome]) -> int:
+    """The exit status: 1 if a stage failed by a defect, which is printed, else 0."""
+    failed = [outcome for outcome in outcomes if outcome.status is StageStatus.FAILED]
+    for outcome in failed:
+        print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; {TRANSCRIPT} has it", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_campaign(config: CampaignConfig, folder: Path) -> int:
+    """Run the campaign. Returns 0, or 1 if a stage failed by a defect. Raises UserError for a mistake of the user.
+
+    `folder` gets an archive for each group of stages, written again when a stage of it is finished. However this call
+    ends, finished stages are kept, and the next call continues from them.
+    """
+    check_packages("measuring a model")
+    plan = CampaignPlan(config)
+    check_budget(config.budget_s, plan.stages)
+    archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])
+    state = Path(tempfile.mkdtemp(prefix="helios-campaign-"))
+    try:
+        for path in archives:
+            read_archive(path, config.campaign, state)
+        plan.check()
+        with progress({stage.name: stage.estimate_s for stage in plan.stages}) as watch:
+            outcomes = run_stages(plan.stages, state, config.budget_s, _keeping(plan, state, folder, watch))
+        _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
+        summary = _summary(plan, state, outcomes)
+        files.write_json(folder / "summary.json", summary)
+        files.write_text(folder / "report.md", page(config.campaign, summary))
+        shutil.copyfile(state / TRANSCRIPT, folder / TRANSCRIPT)
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+    _show_campaign(config, summary, outcomes, folder)
+    return _status(outcomes)
+
+
+def _keeping(plan: CampaignPlan, state: Path, folder: Path, watch: OnProgress) -> OnProgress:
+    """A watcher that writes the archive of a stage's group as soon as the stage is finished."""
+    finished: set[str] = set()
+
+    def told(event: Progress) -> None:
+        watch(event)
+        if event.event in ("done", "kept"):
+            finished.add(event.stage)
+        if event.event == "done":
+            _write_groups(plan, state, folder, finished, {plan.groups[event.stage]})
+
+    return told
+
+
+def _write_groups(
+    plan: CampaignPlan, state: Path, folder: Path, finished: set[str], only: set[str] | None = None
+) -> None:
+    for group in sorted(only or set(plan.groups.values())):
+        stages = [stage.name for stage in plan.stages if plan.groups[stage.name] == group and stage.name in finished]
+        if stages:
+            written = write_archive(folder / f"{group}{SUFFIX}", plan.config.campaign, state, stages)
+            for name in written.left_out:
+                print(f"calibrate: {written.path.name} has no room for {name}", file=sys.stderr)
+
+
+def _summary(plan: CampaignPlan, state: Path, outcomes: Sequence[StageOutcome]) -> dict[str, Any]:
+    config = plan.config
+    return {
+        "schema_version": 1,
+        "campaign": config.campaign,
+        "device": plan.device_name,
+        "worthless": config.quick,
+        "stages": {
+            o.stage: {
+                "status": o.status,
+                "archive": plan.groups[o.stage],
+                "wall_s": None if o.finished is None else o.finished.wall_s,
+                "finished_at": None if o.finished is None else o.finished.finished_at,
+                "why": o.why or None,
+                "result": None if o.finished is None else _result(o),
+            }
+            for o in outcomes
+        },
+        "provenance": {
+            "command": command_given("calibrate"),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "helios_sim": helios_sim.__version__,
+            "configuration": asdict(config),
+        },
+    }
+
+
+def _result(outcome: StageOutcome) -> Mapping[str, Any]:
+    """The stage's result without the points of a comparison; for a profile, with its details."""
+    assert outcome.finished is not None
+    result = {key: value for key, value in outcome.finished.result.items() if key != "points"}
+    name = result.get("name")
+    place = outcome.finished.part("profile") / str(name)
+    if name is not None and place.is_dir():
+        profile = read_profile(place)
+        details = profile.provenance.details
+        kept = (
+            "weights", "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads",
+            "energy",
+        )  # fmt: skip
+        result |= {key: details.get(key) for key in kept}
+        tables = over_floor(profile, Ceilings.from_json(details["ceilings"]))
+        result["over_ceiling"] = {table: median_ratio(entries) for table, entries in tables.items()}
+    return result
+
+
+def _show_campaign(
+    config: CampaignConfig, summary: Mapping[str, Any], outcomes: Sequence[StageOutcome], folder: Path
+) -> None:
+    """Print a table of the stages, the folder, and summary.json as the last line."""
+    archives = {name: stage["archive"] for name, stage in summary["stages"].items()}
+    _print_stages(f"campaign {config.campaign} on {summary['device']}", outcomes, archives)
+    if summary["worthless"]:
+        print("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
+    if any(outcome.status is StageStatus.SKIPPED for outcome in outcomes):
+        print(f"what was skipped for want of time runs when the same command is given again with resume=[{folder}]")
+    print(f"output folder: {folder}")
+    print(json.dumps(summary, allow_nan=False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.exits.texts import TASKS
 from calibrate.schema import CalibrateConfig
-from helios_sim.errors import UserError
+from helios_sim.errors import TooLittleMemory, UserError, WeightsError
 from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
 
@@ -43,7 +43,7 @@ class Inputs:
         if needed > there:
             taken, given = (fmt.in_unit(n_bytes, "bytes") for n_bytes in (needed, there))
             allowed = f"{layers} layers in {self.dtype} take {taken}, and {given} are there"
-            raise UserError("memory", self.config.model.name, allowed, "set model.layers lower, or another dtype")
+            raise TooLittleMemory("memory", self.config.model.name, allowed, "set model.layers lower, or another dtype")
         if not set(self.exits) <= set(range(1, layers)):
             allowed = f"depths from 1 to {layers - 1}, below the last layer loaded"
             raise UserError("model.exits", list(self.exits), allowed, "name others, or leave it out")
@@ -71,9 +71,8 @@ class Inputs:
             return random_checkpoint(wanted, self.config.device, self.config.seed)
         try:
             return find_checkpoint(wanted)
-        except UserError as error:
-            key = "model" if self.config.model.weights is None else "model.weights"
-            raise (error.about(key) if error.key == "weights" else error) from error
+        except WeightsError as error:
+            raise error.about("model" if self.config.model.weights is None else "model.weights") from error
 
     @property
     def architecture(self) -> Architecture:

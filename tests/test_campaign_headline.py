@@ -8,19 +8,21 @@ pytest.importorskip("torch")
 
 from calibrate.campaigns.headline import (
     ARRIVALS,
+    CARRIED,
     EARLY_EXIT,
     FULL_DEPTH,
     FULL_QUEUE,
     HELIOS,
+    LENDER,
     METRICS,
     ONE_USER,
     REQUESTS,
     Arm,
+    carried_over,
     gains,
     requests_within,
 )
-from calibrate.campaigns.page import page
-from calibrate.campaigns.studies import CARRIED, LENDER, carried_over
+from calibrate.campaigns.land import page
 from calibrate.stages import NotEnoughTime
 from helios_sim.errors import UserError
 from helios_sim.exits.published import EXIT_SHARES

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.progress import now
-from calibrate.stages import RECORD, STAGES
+from calibrate.stages import RECORD, STAGES, now
 from helios_sim.errors import UserError
 from helios_sim.report import files
 

@@ -1,4 +1,7 @@
-"""The studies of a campaign: live serving beside its simulation, and the headline comparison.
+"""Studies over what a campaign has measured: their exits and settings, live serving, and the headline comparison.
+
+Exits are measured if the campaign traced the model, published if the literature has shares for it, carried over from
+another model's published shares, or synthetic in a rehearsal.
 
 The headline is what HELIOS gains on this device over early exits and full depth, for one user and for a full queue. It
 is simulated from the profiles measured here, and served live beside a simulation of the same requests. Every arm
@@ -7,17 +10,231 @@ records where its times, exits and energy come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from math import floor
+from pathlib import Path
 from typing import Any
 
-from calibrate.campaigns.studies import Basis, arms, basis, seconds_each, summary_of, weights_of
+import numpy as np
+
 from calibrate.schema import CampaignConfig
-from calibrate.stages import NotEnoughTime, StageRun
+from calibrate.stages import Finished, NotEnoughTime, StageRun
+from calibrate.work import ADAPTERS, TRACES
+from helios_sim.errors import UserError
+from helios_sim.exits.artificial import synthetic_trace
+from helios_sim.exits.published import EXIT_SHARES, TASKS as PUBLISHED_TASKS, published_trace
+from helios_sim.exits.rule import Confidence
+from helios_sim.exits.store import read_trace, write_trace
+from helios_sim.exits.trace import ExitTrace
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.store import read_profile
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.report import files
 from helios_sim.study.command import run_study
-from helios_sim.study.modes import LIVE, SIMULATE, LiveFidelityConfig
+from helios_sim.study.modes import LIVE, SIMULATE, LiveConfig, LiveFidelityConfig
+from helios_sim.study.schema import (
+    ArrivalsConfig,
+    Config,
+    ExitsConfig,
+    LengthConfig,
+    LengthsConfig,
+    MixConfig,
+    RuntimeConfig,
+    ServerConfig,
+    WorkloadConfig,
+)
 from helios_sim.validate.command import run_fidelity_live
+
+MADE_UP = "text"  # the task of synthetic exits
+SURE_HEAD, SURE_CHECK = 0.9, 0.8  # thresholds of a head's probability, and of a classifier's check
+SURE_MADE_UP = 0.6
+LENDER = "opt-6.7b"  # its published exits are used for models without published ones
+# By model: the published layer of its early exit, and the share of tokens not confident there that deeper layers leave
+# unchanged (HELIOS, arXiv 2504.10724, by reading notes). How many tokens are confident there is not published.
+CARRIED: Mapping[str, tuple[int, float]] = {"codellama-34b": (16, 0.90)}
+SCRATCH = "scratch"  # folder in a stage that is not archived
+WORDS = "The river ran high in March and the keeper of the bridge wrote down every cart that crossed it. "
+UNHURRIED_S = 12.0  # seconds of arrivals in each live run without a budget
+SERVING_SHARE = 0.6  # share of the allowed time; the rest is for opening models, overload's tails and figures
+SHORTEST_S = 1.0
+QUICK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class StudyExits:
+    """The exits of a study. `said` describes their origin; `origin` is one word for it."""
+
+    settings: ExitsConfig
+    tasks: Sequence[str]
+    chars_per_token: float
+    said: str
+    origin: str  # measured, published, assumed, made up
+
+
+def exits_of(
+    config: CampaignConfig, profiles: Mapping[str, Profile], finished: Mapping[str, Finished], folder: Path
+) -> StudyExits:
+    """The exits of models that serve together. Traces are written to `folder`. Raises UserError if none are known."""
+    if config.text_model in profiles:
+        return _measured(finished[TRACES], profiles[config.text_model])
+    if config.live.exits:
+        for model in profiles:
+            trace = synthetic_trace(model, config.live.exits[model], (MADE_UP,), seed=config.seed)
+            write_trace(trace, folder / model)
+        exits = ExitsConfig(source=f"{folder}/{{model}}", threshold=SURE_MADE_UP)
+        return StudyExits(exits, (MADE_UP,), 4.0, "made up, to rehearse", "made up")
+    if set(profiles) <= set(EXIT_SHARES):
+        said = "fitted to published shares; weights are random, so their text means nothing"
+        return StudyExits(ExitsConfig(source="published", threshold=SURE_HEAD), PUBLISHED_TASKS, 4.2, said, "published")
+    for model, profile in profiles.items():
+        write_trace(carried_over(model, profile.model.n_layers, profile.model.chars_per_token), folder / model)
+    exits = ExitsConfig(source=f"{folder}/{{model}}", threshold=SURE_HEAD)
+    chars = next(iter(profiles.values())).model.chars_per_token
+    said = f"assumed: shares as published for {LENDER}, at the model's own published exit"
+    return StudyExits(exits, PUBLISHED_TASKS, chars, said, "assumed")
+
+
+def carried_over(model: str, n_layers: int, chars_per_token: float) -> ExitTrace:
+    """The lender's tokens at the model's published exit. Raises UserError for a model without a published exit."""
+    if model not in CARRIED:
+        allowed = f"exits are known for {', '.join((*EXIT_SHARES, *CARRIED))}"
+        raise UserError("models", model, allowed, "name them in live.exits")
+    layer, unchanged = CARRIED[model]
+    lent = published_trace(LENDER, chars_per_token=chars_per_token)
+    assert lent.confident is not None
+    confident = lent.confident[:, 0]
+    agree = np.ones_like(lent.agree)
+    agree[:, 0] = confident | (np.random.default_rng(0).random(lent.n_tokens) < unchanged)
+    (lent_layer, share), *_ = EXIT_SHARES[LENDER].items()
+    why = f"published for {LENDER} at layer {lent_layer}; of {model} no share is published"
+    return replace(
+        lent,
+        model=model,
+        exits=(layer, n_layers),
+        agree=agree,
+        provenance=Provenance(
+            ProvenanceClass.PUBLISHED,
+            f"exits of {LENDER} at layer {layer} of {model}; {unchanged:.0%} of tokens not confident there unchanged: "
+            "HELIOS (arXiv 2504.10724, reading notes)",
+            f"calibrate.campaigns.headline.carried_over({model!r}, {n_layers}, {chars_per_token})",
+            assumptions=(Assumption(f"{model} exits: share at layer {layer}", share, why, "exits.source"),),
+        ),
+    )
+
+
+def _measured(traces: Finished, profile: Profile) -> StudyExits:
+    place = traces.part("trace")
+    trace = read_trace(place)
+    checks = Confidence.CLASSIFIER in trace.confidences and profile.check_classifier is not None
+    exits = ExitsConfig(
+        source=str(place), threshold=SURE_CHECK if checks else SURE_HEAD,
+        confidence="classifier" if checks else "max_probability",
+    )  # fmt: skip
+    said = f"measured by this campaign, {trace.n_tokens} tokens"
+    return StudyExits(exits, trace.tasks, float(trace.chars.sum() / trace.n_tokens), said, "measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """The settings of a study and its exits."""
+
+    config: Config
+    exits: StudyExits
+
+
+def basis(config: CampaignConfig, models: Sequence[str], stage: StageRun, weights: Mapping[str, str]) -> Basis:
+    """The common settings of a campaign's studies: profiles, exits and workload.
+
+    `weights`: the weights of the models that are served live.
+    """
+    scratch = stage.folder / SCRATCH
+    profiles = {model: _placed(stage.finished[f"profile-{model}"], scratch / "profiles") for model in models}
+    card = profiles[models[0]].hardware.name
+    exits = exits_of(config, profiles, stage.finished, scratch / "traces")
+    live = LiveConfig(device=config.device, threads=config.threads, weights=dict(weights), seed=config.seed)
+    if config.text_model in models:
+        live.heads = {config.text_model: str(stage.finished[ADAPTERS].part("heads"))}
+        live.texts = str(_prompts(exits.tasks, scratch / "prompts"))
+    else:
+        files.write_text(scratch / "words.txt", WORDS * 200)
+        live.texts = str(scratch / "words.txt")
+    c = config.live
+    workload = WorkloadConfig(
+        statement=f"prompts of about {c.prompt_tokens} tokens and answers of about {c.output_tokens}",
+        n_requests=c.least_requests,
+        chars_per_token=exits.chars_per_token,
+        arrivals=ArrivalsConfig(rate_per_s=1.0),  # replaced by each study
+        lengths=LengthsConfig(prompt=_lengths(c.prompt_tokens), output=_lengths(c.output_tokens)),
+        mix=MixConfig(tasks=dict.fromkeys(exits.tasks, 1.0)),
+    )
+    study = Config(
+        hardware=card, models=list(models), profile_folder=str(scratch / "profiles"), workload=workload,
+        runtime=RuntimeConfig(preset="profile"), exits=exits.settings, live=live, seeds=[config.seed],
+        server=ServerConfig(max_running_requests=c.max_running_requests, max_batch_tokens=c.max_batch_tokens),
+    )  # fmt: skip
+    return Basis(study, exits)
+
+
+def arms(config: CampaignConfig, models: Sequence[str]) -> dict[str, Any]:
+    """Arms: full depth and early exits of the largest model, and HELIOS over all models with short rounds."""
+    largest = models[-1]
+    asks = {"prompts_per_candidate": 2, "window_tokens": 64, "limit": 24, "round_requests": config.live.round_requests}
+    return {
+        "full_depth": {"policy": "full_depth", "model": largest},
+        "early_exit": {"policy": "early_exit", "model": largest},
+        "helios": {"policy": "helios", "constants": "published", **asks},
+    }
+
+
+def weights_of(config: CampaignConfig, model: str) -> str:
+    """The model's weights: those named, those in the cache, or random ones of its shape."""
+    if model in config.weights:
+        return config.weights[model]
+    known = KNOWN.get(model)
+    return model if known is not None and (cache_folder() / known.file).exists() else f"random:{model}"
+
+
+def seconds_each(config: CampaignConfig, stage: StageRun, runs: int) -> float:
+    """Seconds of arrivals for each of `runs` live runs. Raises NotEnoughTime if that is too little."""
+    if config.quick:
+        return QUICK_S
+    if stage.allowance_s is None:
+        return UNHURRIED_S
+    found = min(UNHURRIED_S, SERVING_SHARE * stage.allowance_s / runs)
+    if found < SHORTEST_S:
+        raise NotEnoughTime(f"{runs} runs in {stage.allowance_s:.0f} s would be shorter than {SHORTEST_S:g} s each")
+    return found
+
+
+def summary_of(run: Callable[[Config, Path], int], study: Config, folder: Path) -> tuple[int, Mapping[str, Any]]:
+    """Run the study into the folder. Returns its exit status and summary.json; its output goes to table.txt."""
+    with (folder / "table.txt").open("w", encoding="utf-8") as said, redirect_stdout(said):
+        status = run(study, folder)
+    return status, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def _placed(finished: Finished, folder: Path) -> Profile:
+    """Copy the stage's profile into a common folder and read it."""
+    name = finished.result["name"]
+    shutil.copytree(finished.part("profile") / name, folder / name, dirs_exist_ok=True)
+    return read_profile(folder / name)
+
+
+def _prompts(tasks: Sequence[str], folder: Path) -> Path:
+    from calibrate.models import write_prompts
+
+    write_prompts(tasks, folder)
+    return folder
+
+
+def _lengths(mean: int) -> LengthConfig:
+    return LengthConfig(kind="lognormal", mean=mean, sigma=0.4, minimum=2, maximum=3 * mean)
+
 
 REQUESTS, QUICK_REQUESTS = 400, 12
 HELIOS, EARLY_EXIT, FULL_DEPTH = "helios", "early_exit", "full_depth"

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from calibrate.campaigns.device import RecordingDevice, measure_device
-from calibrate.campaigns.headline import headline, live_headline, served
-from calibrate.campaigns.studies import weights_of
+from calibrate.campaigns.headline import headline, live_headline, served, weights_of
 from calibrate.inputs import Inputs
 from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
 from calibrate.stages import CannotRun, Stage, StageRun
 from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
-from helios_sim.errors import UserError
+from helios_sim.errors import TooLittleMemory, UserError
 from helios_sim.live.checkpoint.known import KNOWN
 
 DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
 TRANSCRIPT = "device.jsonl"
-MEMORY = "memory"  # key of the UserError for too little memory
 
 # Guesses for a card like an H100, to be corrected after the first campaign on one.
 EFFORTS = {
@@ -66,7 +64,7 @@ class CampaignPlan:
             allowed = "weights of its own: exits trained and traced with random ones mean nothing"
             raise UserError("text_model", config.text_model, allowed, fix)
         for inputs in self._inputs.values():
-            with _memory_aside():
+            with suppress(TooLittleMemory):
                 inputs.check()
 
     @property
@@ -177,9 +175,9 @@ def _alone(run: Run) -> Run:
             return memory_named(run)(stage)
         except MemoryError as error:
             raise CannotRun(f"the device's memory does not suffice: {error}") from error
+        except TooLittleMemory as error:
+            raise CannotRun(f"{error.value}: {error.allowed}") from error
         except UserError as error:  # mistakes that concern all stages were checked before the first
-            if error.key.endswith(MEMORY):  # it may be preceded by an arm's name
-                raise CannotRun(f"{error.value}: {error.allowed}") from error
             raise RuntimeError(str(error)) from error
         finally:
             gc.collect()
@@ -188,12 +186,3 @@ def _alone(run: Run) -> Run:
                 torch.cuda.empty_cache()
 
     return alone
-
-
-@contextmanager
-def _memory_aside() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        if error.key != MEMORY:
-            raise

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import TooLittleMemory
 
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
@@ -200,7 +200,7 @@ def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
     """Raise UserError if weights of this size do not fit, before anything is allocated."""
     free = available_bytes(device)
     if free is not None and needed_bytes > free:
-        raise UserError(
+        raise TooLittleMemory(
             "memory", f"{free / 1e9:.2f} GB free on {device}", f"{needed_bytes / 1e9:.2f} GB for the weights of {name}",
             "load fewer layers, use bfloat16, choose a smaller model or free memory",
         )  # fmt: skip

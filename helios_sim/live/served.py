@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, WeightsError
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.model.architecture import VALUE_BYTES
@@ -214,13 +214,11 @@ def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:
     given = (settings.weights or {}).get(name)
     try:
         return find_checkpoint(given or name)
-    except UserError as error:
-        if error.key != "weights":
-            raise
+    except WeightsError as error:
         fix = (
             f"{error.fix}; or name them: '+live.weights={{{name}: FOLDER}}' (`make models` fetches the small open ones)"
         )
-        raise UserError(f"live.weights of {name}", error.value, error.allowed, fix) from error
+        raise WeightsError(f"live.weights of {name}", error.value, error.allowed, fix) from error
 
 
 def _check_dtype(dtype: str | None, profile: Profile) -> None:

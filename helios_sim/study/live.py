@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from simpy.events import Timeout
 
-from helios_sim.errors import UserError
+from helios_sim.errors import TooLittleMemory, UserError
 from helios_sim.live.clock import WallClock
 from helios_sim.live.energy import ABSENT, Meter, open_counter
 from helios_sim.live.served import OpenSettings, open_models, read_texts
@@ -87,7 +87,7 @@ class LiveRun:
         try:
             warm_up(self.device_engine, deployment, requests, self._parts.situation.max_batch_tokens, live.warm_up)
         except OutOfMemory as short:
-            raise UserError(
+            raise TooLittleMemory(
                 "memory", short.reason, "enough for an iteration beside weights and KV",
                 "lower server.max_running_requests or server.max_batch_tokens, or free memory",
             ) from short  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.hub_folder import refuse, wrong_family
 from helios_sim.live.checkpoint.naming import gguf_pieces
 from helios_sim.live.model.architecture import Architecture, Rope, Shape
@@ -78,7 +78,7 @@ class GgufFile:
     def tokenizer(self) -> Any:
         """Build transformers' tokenizer from the file's vocabulary. Raises UserError if the file has none."""
         if "tokenizer.ggml.model" not in self.metadata:
-            raise UserError("weights", str(self.path), "a GGUF file with a tokenizer", "choose a file that has one")
+            raise WeightsError("weights", str(self.path), "a GGUF file with a tokenizer", "choose a file that has one")
         import transformers
 
         return transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.naming import hub_embedding, hub_pieces
 from helios_sim.live.model.architecture import FAMILIES, Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece
@@ -40,7 +40,7 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
-        raise UserError(
+        raise WeightsError(
             "weights", str(folder), "a folder with config.json", "give the folder that save_pretrained wrote"
         ) from None
     except (ValueError, AttributeError) as error:
@@ -59,7 +59,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def wrong_family(where: str, kind: object) -> UserError:
-    return UserError(
+    return WeightsError(
         "weights", where, f"a model of family {', '.join(FAMILIES)}; this one is {kind!r}", "choose another model"
     )
 
@@ -78,12 +78,12 @@ def refuse(where: str, parts: Mapping[str, bool]) -> None:
     """Raise a UserError that names the first of `parts` that is present: none of them is supported."""
     for part, present in parts.items():
         if present:
-            raise UserError("weights", where, f"a checkpoint without {part}: that is not built", _OTHER_MODEL)
+            raise WeightsError("weights", where, f"a checkpoint without {part}: that is not built", _OTHER_MODEL)
 
 
 def activation(name: str, where: str) -> str:
     if name not in _ACTIVATION:
-        raise UserError("weights", where, f"an activation of {', '.join(_ACTIVATION)}, not {name!r}", _OTHER_MODEL)
+        raise WeightsError("weights", where, f"an activation of {', '.join(_ACTIVATION)}, not {name!r}", _OTHER_MODEL)
     return _ACTIVATION[name]
 
 
@@ -151,7 +151,7 @@ def _rope(parameters: Mapping[str, Any], head_dim: int, where: str) -> Rope:
         return Rope(theta, (float(parameters["factor"]),) * (head_dim // 2))
     if kind == "llama3":
         return Rope(theta, llama3_divisors(theta, head_dim, parameters))
-    raise UserError("weights", where, f"rope scaling default, linear or llama3, not {kind!r}", _OTHER_MODEL)
+    raise WeightsError("weights", where, f"rope scaling default, linear or llama3, not {kind!r}", _OTHER_MODEL)
 
 
 def _opt(config: Any, where: str) -> Architecture:
@@ -239,7 +239,7 @@ class SafetensorsFolder:
     def tokenizer(self) -> Any:
         """Load transformers' tokenizer of the folder. Raises UserError if there is none."""
         if not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise UserError(
+            raise WeightsError(
                 "weights", str(self.folder), "a folder with a tokenizer", "save the tokenizer into it (save_pretrained)"
             )
         import transformers
@@ -283,14 +283,14 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
             raise _damaged(index, error) from error
         for shard in set(shards.values()):
             if not shard.exists():
-                raise UserError("weights", str(folder), f"all shards; {shard.name} is missing", _FETCH_AGAIN)
+                raise WeightsError("weights", str(folder), f"all shards; {shard.name} is missing", _FETCH_AGAIN)
         return shards
     if any(folder.glob("*.bin")):
-        raise UserError(
+        raise WeightsError(
             "weights", str(folder), "safetensors or GGUF; this folder has only .bin files (pickles)",
             "load it with transformers and write it with save_pretrained, which gives safetensors",
         )  # fmt: skip
-    raise UserError("weights", str(folder), "a folder with model.safetensors", "give a folder with weights")
+    raise WeightsError("weights", str(folder), "a folder with model.safetensors", "give a folder with weights")
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import WeightsError
 from helios_sim.live.model.architecture import Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece
 from helios_sim.profile.models import MODELS
@@ -114,7 +114,7 @@ def _spec(name: str, weights: str) -> ModelSpec:
         return MODELS[name]
     if name in MEASURED:
         return load_profile(MEASURED[name]).model
-    raise UserError("weights", weights, f"a known shape: {', '.join((*MODELS, *MEASURED))}", "name one of these")
+    raise WeightsError("weights", weights, f"a known shape: {', '.join((*MODELS, *MEASURED))}", "name one of these")
 
 
 def _architecture(spec: ModelSpec) -> Architecture:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.gguf_file import GgufFile
 from helios_sim.live.checkpoint.hub_folder import SafetensorsFolder
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
@@ -129,11 +129,11 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
         return _opened(path, _stamp(path), path.resolve().name, str(path), None)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError("weights", weights, "a folder or a .gguf file", "give the folder that holds this file")
+            raise WeightsError("weights", weights, "a folder or a .gguf file", "give the folder that holds this file")
         return _opened(path, _stamp(path), path.stem, str(path), None)
     if _HUB_ID.fullmatch(weights) and path.suffix != ".gguf":
         return _from_hub(weights)
-    raise UserError(
+    raise WeightsError(
         "weights", weights, f"one of {', '.join(KNOWN)}, a folder, a .gguf file or a hub id OWNER/NAME",
         "choose one of these, or check the path",
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _known(name: str, cache: Path) -> Checkpoint:
     known = KNOWN[name]
     path = cache / known.file
     if not path.exists():
-        raise UserError("weights", name, f"its file {known.file} in {cache}", known.get_it)
+        raise WeightsError("weights", name, f"its file {known.file} in {cache}", known.get_it)
     if (digest := sha256_of(path)) != known.sha256:
         raise UserError(f"sha256 of {path}", digest, known.sha256, f"delete the file and get it again: {known.get_it}")
     return _opened(path, _stamp(path), name, f"{known.file}, sha256 {known.sha256}", known.licence)
@@ -177,19 +177,19 @@ def _from_hub(hub_id: str) -> Checkpoint:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
-        raise UserError(
+        raise WeightsError(
             "weights", hub_id, "a model that you may read; this one is gated",
             f"accept its terms at https://huggingface.co/{hub_id} and log in (hf auth login), or choose another model",
         ) from error  # fmt: skip
     except RepositoryNotFoundError as error:
-        raise UserError(
+        raise WeightsError(
             "weights",
             hub_id,
             "a model on the hub, or a folder that exists",
             "check the name, or log in (hf auth login)",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
+        raise WeightsError(
             "weights", hub_id, f"a model that can be fetched ({str(error).splitlines()[0] if str(error) else error!r})",
             "check network and disk, or give a local folder or .gguf file",
         ) from error  # fmt: skip

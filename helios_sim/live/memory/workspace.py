@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set as Abstra
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import TooLittleMemory
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
 from helios_sim.live.forward import GraphedDecodes
@@ -121,7 +121,7 @@ class Workspace:
         }
         for name, shape in self._shapes.items():
             if room is not None and not slots[name]:
-                raise UserError(
+                raise TooLittleMemory(
                     "memory", f"{room / 1e9:.2f} GB for KV on {on}",
                     f"{shape.n_bytes(1) / 1e9:.2f} GB for one request of {shape.slot_tokens} tokens on {name}",
                     "shorten the workload's texts, choose a smaller model or free memory",
