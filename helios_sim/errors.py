@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from difflib import get_close_matches
 from numbers import Integral
 
 
@@ -31,6 +33,20 @@ class WeightsError(UserError):
 
 class TooLittleMemory(UserError):
     """The memory of the host or of the device does not suffice for what the user asked for."""
+
+
+def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    """UserError unless the condition holds; `allowed` completes "must be ..."."""
+    if not holds:
+        raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
+
+
+def require_one_of(key: str, value: object, names: Collection[str]) -> None:
+    """UserError, with the name that was probably meant, unless `value` is one of the names."""
+    if value not in names:
+        close = get_close_matches(str(value), names, n=1)
+        fix = f"you may have meant {close[0]}" if close else f"set {key} to one of these"
+        raise UserError(key, value, f"one of {', '.join(names) or 'none: there are none here'}", fix)
 
 
 def require_positive(key: str, value: float, fix: str) -> None:

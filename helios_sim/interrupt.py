@@ -1,4 +1,4 @@
-"""Ctrl-C that neither a library nor the interpreter can lose. Knows signals, nothing of the work."""
+"""Ctrl-C that neither a library nor the interpreter can lose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _asked = threading.Event()
 def remembered() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt as ever, and `stop_if_asked` knows of it where an import has swallowed that.
 
-    Outside the main thread, or where somebody else handles SIGINT, nothing changes.
+    Outside the main thread, or where SIGINT has another handler already, nothing changes.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -42,7 +42,7 @@ def stop_if_asked() -> None:
 
 
 def leave_by_status() -> None:
-    """To be called where a KeyboardInterrupt is handled for good: the process then ends with the status it chooses.
+    """Call this where a KeyboardInterrupt is handled for good: the process then ends with the status it chooses.
 
     An interrupt that passed through the `exec` of a text, as in the making of a dataclass, leaves CPython a note to end
     `python -m` by SIGINT whatever happens later; the next such `exec` clears it (`run_eval_code_obj`, `Py_RunMain`).

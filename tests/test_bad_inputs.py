@@ -138,7 +138,7 @@ EXPERIMENTS = {
         ["gates='batch_mean'", "a bound"],
     ),
     "a published figure of an unknown arm": (STUDY + "published: [{arm: best}]\n", ["published.arm='best'"]),
-    "a figure over no sweep": (STUDY + "figures: [{x: rate}]\n", ["figures.x='rate'", "no sweeps"]),
+    "a figure over no sweep": (STUDY + "figures: [{x: rate}]\n", ["figures.x='rate'", "none: there are none here"]),
     "an override that does not exist": (
         STUDY.replace("{policy: early_exit}", "{policy: early_exit, overrides: {server.batch: 3}}"),
         ["server.batch", "no such setting"],

@@ -85,7 +85,7 @@ def test_a_search_gets_closer_than_its_first_generation():
         ("sweep.parameters.limit.settings=[arms.helios.limmit]", ["sweep.parameters.limit", "limmit"]),
         ("sweep.parameters.limit.values=[x]", ["limit", "'x'"]),
         ("sweep.parameters.limit.low=x", ["sweep.parameters.limit.low='x'"]),
-        ("sweep.objectives=[joy]", ["sweep.objectives='joy'", "no such metric"]),
+        ("sweep.objectives=[joy]", ["sweep.objectives='joy'", "one of "]),
         ("sweep.arm=nobody", ["sweep.arm='nobody'", "full_depth, helios"]),
         ("'gates=[{arm: helios, metric: agreement, low: 1}]'", ["gates", "a sweep of designs has none"]),
     ],

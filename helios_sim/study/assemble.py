@@ -92,8 +92,8 @@ def _with_verdict(
 
 
 def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What an arm changes of load or hardware; what it aims at, and how it shares out cards that it has, are its own
-    affair. Whether it has as many is checked where kinds are."""
+    """What an arm changes of load or hardware. Its objective, and how it shares out the cards that it has, do not
+    count; whether it has as many is checked with the kinds."""
     own = ("objective.", "server.router", "cluster.tasks")
     changed = {key: value for key, value in overrides.items() if not key.startswith(own)}
     kinds = changed.get("cluster.kinds")

@@ -73,7 +73,7 @@ def processes(config: Config) -> int | None:
 
 
 def provenance(config: Config) -> dict[str, object]:
-    """Of the run: what made it, with what, when."""
+    """What made the run: command, versions, machine, time and settings."""
     return {
         "command": command_given("helios_sim"),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),

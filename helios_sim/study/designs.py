@@ -2,7 +2,7 @@
 
 A generation of a search is asked for as a whole and told in the order in which it was asked. Which designs come
 therefore depends on the seed and the size of a generation alone, not on how many workers there are or which ends first,
-and a search that starts again asks for the same designs, whose outcomes it finds in the journal."""
+and a search that starts again asks for the same designs and finds their outcomes in the journal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, require_one_of
 from helios_sim.report.designs import FIXED_COLUMNS
 from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.study.fleet import shared_fleet
@@ -61,8 +60,7 @@ def plan_sweep(config: Config) -> SweepPlan:
         _check_names(parameter)
     arms = study.headline.jobs
     arm = config.sweep.arm or config.subject or list(arms)[-1]
-    if arm not in arms:
-        raise UserError("sweep.arm", arm, f"one of the arms {', '.join(arms)}", "set sweep.arm to one of these")
+    require_one_of("sweep.arm", arm, arms)
     if arms[arm][0].arm.overrides:
         allowed = "the arm that is designed has no overrides of its own"
         raise UserError(f"arms.{arm}.overrides", "given", allowed, "set them for the study, or name another sweep.arm")
@@ -106,10 +104,7 @@ def _try(plan: SweepPlan, changes: Mapping[str, Any]) -> None:
 def _check_objectives(config: Config) -> None:
     for key, names in (("sweep.objectives", config.sweep.objectives), ("headline_metrics", config.headline_metrics)):
         for name in names or ():
-            if name not in DEFINITIONS:
-                close = get_close_matches(name, DEFINITIONS, n=1)
-                fix = f"you may have meant {close[0]}" if close else "the page lists all of them with their meanings"
-                raise UserError(key, name, "no such metric", fix)
+            require_one_of(key, name, DEFINITIONS)
     for name in config.sweep.objectives:
         if DEFINITIONS[name].better is Better.NEITHER:
             allowed = "a metric of which more or less is better"

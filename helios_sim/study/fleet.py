@@ -56,12 +56,12 @@ class Fleet:
 
     @property
     def parts(self) -> Parts:
-        """Those of the first kind; the workload is everybody's."""
+        """Parts of the first kind; all kinds have the same workload."""
         return self.kinds[0].parts
 
     @property
     def models(self) -> dict[str, ModelData]:
-        """All kinds'. Of a model on several cards the first one's."""
+        """Models of all kinds; where a model is on several cards, the data of the first kind."""
         return {name: data for kind in reversed(self.kinds) for name, data in kind.parts.models.items()}
 
     @property
@@ -226,7 +226,7 @@ _kept: OrderedDict[str, _Kept] = OrderedDict()
 
 
 def shared_fleet(config: Config, seed: int) -> Fleet:
-    """As `build_fleet` gives it, the same to the last bit, from what was built before where it can be."""
+    """Return what `build_fleet` does, the same to the last bit, from what was built before where it can be."""
     key = _key(config, seed)
     kept = _kept.pop(key, None)
     if kept is None or kept.uses >= MOST_USES:
@@ -268,7 +268,7 @@ def _plain(value: Any) -> Any:
 
 
 def _key(config: Config, seed: int) -> str:
-    """Of everything that parts are made of, but for what is set anew each time."""
+    """A text of all settings that parts are made of, but for what is set anew each time."""
     settings = what_counts(config)
     del settings["objective"]
     if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold

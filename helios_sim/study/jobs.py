@@ -56,7 +56,7 @@ class Job:
 
 
 def make_job(arm: str, entry: Mapping[str, Any], config: Config, seed: int) -> Job:
-    """From an arm's entry, as settings have it. UserError where its policy does not take it."""
+    """Make a job from an arm's entry in the settings. UserError where its policy does not take it."""
     return Job(arm_of(arm, entry, config), config, seed)
 
 
@@ -124,9 +124,8 @@ def serve(
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
-    `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: of the servers'
-    state over time there are samples. `compiled`, `stepwise`: as `simulate` takes
-    them.
+    `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
+    the servers' state over time. `compiled`, `stepwise`: as `simulate` takes them.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -205,7 +204,7 @@ def notices_of(workload: Workload) -> tuple[str, ...]:
 
 
 def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
-    """Those of the runtime, which models share unless it came with their profiles, and of the settings."""
+    """Assumptions of the runtime, which models share unless it came with their profiles, and of the settings."""
     settable = {f.name for f in fields(RuntimeConfig)}
     found = list(dict.fromkeys(
         Assumption(

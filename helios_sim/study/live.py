@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from helios_sim.serving.server import Server
 
 
-# What a run cannot know while it serves: nobody has computed what full depth would have said.
+# Metrics that a run cannot know while it serves, since full depth is not computed.
 UNKNOWN = frozenset({"agreement", "bits_per_char"})
 WARM_REQUESTS = 8  # at most, running together
 KEPT_STEPS = 10_000  # of a few hundred bytes each
@@ -97,7 +97,7 @@ class LiveRun:
         return server
 
     def as_known(self, records: Records) -> Records:
-        """Without what nobody computed while serving: what the recorded text would have cost; and the agreement with
+        """Records without the bits of the recorded text, which serving does not compute, and with the agreement with
         full depth where that was computed afterwards."""
         known = replace(records, microbits=Maybe(records.microbits.values, np.zeros(len(records), np.bool_)))
         if not self._config.live.score:
@@ -110,7 +110,7 @@ class LiveRun:
         return replace(known, agreed_tokens=np.array(agreed, records.agreed_tokens.dtype))
 
     def measured(self, metrics: Metrics, records: Records) -> dict[str, MetricValue]:
-        """With energy from the device's counter in place of the simulation's band; null for what is not known."""
+        """Metrics with energy from the device's counter in place of the simulated band; null for what is not known."""
         unknown = UNKNOWN if not self._config.live.score else UNKNOWN - {"agreement"}
         known = {name: None if name in unknown else value for name, value in metrics.items()}
         done = records.completed
@@ -207,7 +207,7 @@ def wanted(config: Config) -> OpenSettings:
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:
-    """In whole blocks, and one more: a text that changes its model half-way may come out some tokens longer."""
+    """Tokens of a slot in whole blocks, and one block more: a text that changes its model half-way may grow."""
     block_tokens = config.server.block_tokens
     return (-(-_longest(models, requests) // block_tokens) + 1) * block_tokens
 
@@ -246,7 +246,7 @@ class Pace:
         return fmean(known) if known else None
 
     def look_beside(self) -> None:
-        """Before time begins and after it has ended, unless it is timed within: the middle of some steps."""
+        """Time some steps before the run or after it, unless they are timed within; their median counts."""
         from helios_sim.live.pace import REPEATS
 
         if self._every_ns is None:

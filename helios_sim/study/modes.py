@@ -7,13 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isfinite
 
-from helios_sim.errors import UserError
+from helios_sim.errors import require, require_one_of
 from helios_sim.vary.axis import AxisConfig
 from helios_sim.vary.workers import BACKENDS
 
 SIMULATE, LIVE = "simulate", "live"
 MODES = (SIMULATE, LIVE)
 DTYPES = ("float32", "bfloat16")
+SCHEDULERS = ("plain", "vllm_v1")
 METHODS = ("grid", "search")
 SAMPLERS = ("nsga2", "tpe")
 
@@ -37,22 +38,20 @@ class LiveConfig:
     pace_every_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError("live.dtype", self.dtype, f"null or one of {', '.join(DTYPES)}", "choose one of these")
+        require(self.dtype is None or self.dtype in DTYPES, "live.dtype", self.dtype, f"null, {' or '.join(DTYPES)}")
         name, _, number = self.device.partition(":")
-        if name not in ("cpu", "cuda") or (":" in self.device and (name == "cpu" or not number.isdigit())):
-            raise UserError("live.device", self.device, "cpu, cuda or cuda:N", "choose one of these")
+        known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
+        require(known, "live.device", self.device, "cpu, cuda or cuda:N")
         for key, least in (("threads", 1), ("warm_up", 0), ("seed", 0), ("run", 0)):
             value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"live.{key}", value, f"at least {least}", f"set live.{key} accordingly")
-        if self.pace_every_s is not None and not self.pace_every_s > 0:
-            raise UserError("live.pace_every_s", self.pace_every_s, "null or above 0", "leave it out")
+            require(value is None or value >= least, f"live.{key}", value, f"at least {least}")
+        require(self.pace_every_s is None or self.pace_every_s > 0, "live.pace_every_s", self.pace_every_s,
+                "null or above 0")  # fmt: skip
 
 
 @dataclass
 class LiveFidelityConfig:
-    """With loads the study is a comparison: every arm at every load, simulated, and served in passes over them all."""
+    """A comparison, if loads are given: every arm at every load, simulated, and served in passes over them all."""
 
     loads: list[float] = field(default_factory=list)  # over each arm's own capacity, as simulated; above 1: overload
     seconds: float = 12.0  # of arrivals in each of them
@@ -61,20 +60,17 @@ class LiveFidelityConfig:
     calibrate_s: float | None = None  # measure a profile just before, in so long for each model; null: as it is shipped
 
     def __post_init__(self) -> None:
-        if not all(isfinite(load) and load > 0 for load in self.loads) or len(set(self.loads)) != len(self.loads):
-            raise UserError("fidelity_live.loads", list(self.loads), "different numbers above 0", "correct them")
+        several = all(isfinite(load) and load > 0 for load in self.loads) and len(set(self.loads)) == len(self.loads)
+        require(several, "fidelity_live.loads", list(self.loads), "different numbers above 0")
         for key in ("seconds", "least_requests", "calibrate_s"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"fidelity_live.{key}", value, "above 0", f"set fidelity_live.{key} accordingly")
-        if self.passes < 2:
-            why = "at least 2: of one there is no noise floor"
-            raise UserError("fidelity_live.passes", self.passes, why, "set fidelity_live.passes accordingly")
+            require(value is None or value > 0, f"fidelity_live.{key}", value, "above 0")
+        require(self.passes >= 2, "fidelity_live.passes", self.passes, "at least 2: of one there is no noise floor")
 
 
 @dataclass
 class LinkConfig:
-    """Between the cards of a tensor-parallel group. Null: from the table of cards, PCIe where that knows none."""
+    """Link between the cards of a tensor-parallel group. Null: from the table of cards, PCIe where that knows none."""
 
     latency_s: float | None = None  # of one all-reduce, however small
     bytes_per_s: float | None = None  # in each direction of each card
@@ -82,14 +78,14 @@ class LinkConfig:
 
 @dataclass
 class FidelityConfig:
-    """With a folder the study is a comparison: the logged run beside its simulation from kernel times and settings.
+    """A comparison, if a folder is given: the logged run beside its simulation from kernel times and settings.
 
     What is null comes from the folder, or from tables keyed by the names that it gives.
     """
 
     compare: bool = False  # a log with its simulation, in place of the arms; a folder alone means the same
     folder: str | None = None  # meta.json, requests.jsonl, profile/, and if there timeseries.csv and workload.csv
-    model: str | None = None  # whose shape to use, by its name on Hugging Face
+    model: str | None = None  # the shape to use, by its name on Hugging Face
     hardware: str | None = None  # which card's memory and link to use
     memory_bytes: int | None = None  # of one card
     memory_utilisation: float | None = None  # of it, given to the engine; 0.9 unless logged
@@ -103,21 +99,17 @@ class FidelityConfig:
     unequal_kv_term: bool = True  # false: KV lengths enter by their mean
     scheduler: str = "vllm_v1"  # plain, vllm_v1
     load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # of error against load
-    profile_error: float = 0.01  # whose effect is shown against load
+    profile_error: float = 0.01  # the effect of so much is shown against load
 
     def __post_init__(self) -> None:
         for key in ("memory_bytes", "kv_blocks", "tensor_parallel", "estimate_from"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"fidelity.{key}", value, "at least 1", f"set fidelity.{key} accordingly")
-        if self.schedule_ahead not in (None, 0, 1):
-            raise UserError("fidelity.schedule_ahead", self.schedule_ahead, "null, 0 or 1", "choose one of these")
-        if self.scheduler not in ("plain", "vllm_v1"):
-            raise UserError("fidelity.scheduler", self.scheduler, "plain or vllm_v1", "choose one of these")
-        if self.memory_utilisation is not None and not 0 < self.memory_utilisation <= 1:
-            raise UserError("fidelity.memory_utilisation", self.memory_utilisation, "above 0, at most 1", "correct it")
-        if any(factor <= 0 for factor in self.load_factors):
-            raise UserError("fidelity.load_factors", list(self.load_factors), "all above 0", "correct it")
+            require(value is None or value >= 1, f"fidelity.{key}", value, "at least 1")
+        ahead, share, factors = self.schedule_ahead, self.memory_utilisation, self.load_factors
+        require(ahead in (None, 0, 1), "fidelity.schedule_ahead", ahead, "null, 0 or 1")
+        require_one_of("fidelity.scheduler", self.scheduler, SCHEDULERS)
+        require(share is None or 0 < share <= 1, "fidelity.memory_utilisation", share, "above 0, at most 1")
+        require(all(factor > 0 for factor in factors), "fidelity.load_factors", list(factors), "all above 0")
 
 
 @dataclass
@@ -126,7 +118,7 @@ class DesignsConfig:
 
     parameters: dict[str, AxisConfig] = field(default_factory=dict)  # by name; empty: an ordinary study
     method: str = "grid"  # grid: every combination; search: Optuna looks for the front
-    arm: str | None = None  # whose designs these are; null: the subject, else the last arm
+    arm: str | None = None  # the one that is designed; null: the subject, else the last arm
     objectives: list[str] = field(
         default_factory=lambda: ["throughput_requests_per_s", "e2e_s_p99", "agreement"]
     )  # metrics between which designs trade; where a metric is a band, its less favourable end counts
@@ -139,20 +131,12 @@ class DesignsConfig:
     address: str | None = None  # ray: of a running cluster; null: RAY_ADDRESS, else one is started here
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("backend", self.backend, BACKENDS)
-        _one_of("sampler", self.sampler, SAMPLERS)
+        require_one_of("sweep.method", self.method, METHODS)
+        require_one_of("sweep.backend", self.backend, BACKENDS)
+        require_one_of("sweep.sampler", self.sampler, SAMPLERS)
         for key in ("designs", "generation", "workers"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"sweep.{key}", value, "must be at least 1", f"set sweep.{key} accordingly")
-        if self.seed < 0:
-            raise UserError("sweep.seed", self.seed, "must be at least 0", "set sweep.seed accordingly")
-        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
-            allowed = "must be at least one metric, each once"
-            raise UserError("sweep.objectives", self.objectives, allowed, "set sweep.objectives accordingly")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"sweep.{key}", value, f"one of {', '.join(allowed)}", f"set sweep.{key} to one of these")
+            require(value is None or value >= 1, f"sweep.{key}", value, "at least 1")
+        require(self.seed >= 0, "sweep.seed", self.seed, "at least 0")
+        once = bool(self.objectives) and len(set(self.objectives)) == len(self.objectives)
+        require(once, "sweep.objectives", self.objectives, "at least one metric, each once")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import simpy
 
 from helios_sim.engine.simulated import SimulatedEngine
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.rule import FixedCap, PerToken, require_live
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
@@ -114,7 +113,7 @@ def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) 
 
 def _entry(config: Config, arm: str) -> Mapping[str, Any]:
     entries = entries_of(config)
-    if arm not in config.arms:  # the one that `policy` adds, whose name goes by its model
+    if arm not in config.arms:  # the one that `policy` adds, named by its model
         return list(entries.values())[-1]
     return entries[arm]
 
@@ -130,8 +129,7 @@ def _added_arm(policy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _known_arm(key: str, name: str, arms: Mapping[str, Any]) -> str:
-    if name not in arms:
-        raise UserError(key, name, f"one of the arms {', '.join(arms)}", f"set {key} to one of these")
+    require_one_of(key, name, arms)
     return name
 
 
@@ -199,39 +197,32 @@ def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
 def _check_names(plan: StudyPlan) -> None:
     config, arms = plan.config, list(plan.headline.jobs)
     for name in config.headline_metrics or ():
-        _known("headline_metrics", name, DEFINITIONS)
+        require_one_of("headline_metrics", name, DEFINITIONS)
     for gate in config.gates:
-        _known("gates.arm", gate.arm, arms)
-        _known("gates.metric", gate.metric, DEFINITIONS)
+        require_one_of("gates.arm", gate.arm, arms)
+        require_one_of("gates.metric", gate.metric, DEFINITIONS)
         if gate.over is not None:
-            _known("gates.over", gate.over, arms)
+            require_one_of("gates.over", gate.over, arms)
         if gate.low is None and gate.high is None:
             raise UserError("gates", gate.name or gate.metric, "a gate needs a bound", "set low or high")
     for published in config.published:
         point = point_at(plan, published.at)
-        _known("published.arm", published.arm, point.jobs)
-        _known("published.over", published.over or point.baseline, point.jobs)
-        _known("published.metric", published.metric, DEFINITIONS)
+        require_one_of("published.arm", published.arm, point.jobs)
+        require_one_of("published.over", published.over or point.baseline, point.jobs)
+        require_one_of("published.metric", published.metric, DEFINITIONS)
     _check_figures(config, plan.points, arms)
 
 
 def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> None:
     axes = dict.fromkeys(name for point in points for name in point.settings)
     for figure in config.figures:
-        _known("figures.kind", figure.kind, FIGURES)
+        require_one_of("figures.kind", figure.kind, FIGURES)
         if figure.kind != "quality":
-            _known("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
-        _known("figures.metric", figure.metric, DEFINITIONS)
+            require_one_of("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
+        require_one_of("figures.metric", figure.metric, DEFINITIONS)
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
-            _known("figures.where and split_by", key, axes)
+            require_one_of("figures.where and split_by", key, axes)
         for arm in figure.arms or ():
-            _known("figures.arms", arm, arms)
+            require_one_of("figures.arms", arm, arms)
 
 
-def _known(key: str, name: str, names: Iterable[str]) -> None:
-    names = list(names)
-    if name in names:
-        return
-    close = get_close_matches(name, names, n=1)
-    fix = f"you may have meant {close[0]}" if close else f"set {key} to one of these"
-    raise UserError(key, name, f"one of {', '.join(names) or 'none: there are no sweeps'}", fix)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.core.line import ORDERS
-from helios_sim.errors import UserError
-from helios_sim.study.modes import MODES, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
+from helios_sim.errors import require, require_one_of
+from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
 
 # Settings that change how a result is shown, not what it is.
@@ -32,7 +32,7 @@ class ArrivalsConfig:
 
 @dataclass
 class LengthConfig:
-    """In the workload's unit: tokens of `chars_per_token` characters, or characters when that is null."""
+    """Length of a text in tokens of the workload's `chars_per_token` characters, or in characters when that is null."""
 
     kind: str = "fixed"  # fixed, lognormal, exponential
     value: int | None = None  # fixed
@@ -72,7 +72,7 @@ class MixConfig:
 class WorkloadConfig:
     statement: str = ""  # one sentence for the reader: what this workload stands for
     n_requests: int | None = None  # null: all of a trace in its own order
-    chars_per_token: float | None = 4.2  # of the tokenizer in whose tokens lengths are given; null: in characters
+    chars_per_token: float | None = 4.2  # of the tokenizer that counts lengths; null: they are in characters
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
@@ -98,8 +98,8 @@ class ServerConfig:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
             require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
-        require(self.scheduler in ("plain", "vllm_v1"), "server.scheduler", self.scheduler, "plain or vllm_v1")
-        require(self.order in ORDERS, "server.order", self.order, ", ".join(ORDERS))
+        require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
+        require_one_of("server.order", self.order, ORDERS)
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")
 
@@ -175,7 +175,7 @@ class SweepConfig:
 
 @dataclass
 class FigureConfig:
-    """A figure over the sweeps' points, whose settings are called by the names of their axes, or over the arms."""
+    """A figure over the sweeps' points, which name settings as their axes do, or over the arms."""
 
     # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another;
     # quality: bits per character over the run
@@ -271,11 +271,6 @@ class Config:
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
         prompts = self.profile_prompt_time_factor
         require(prompts is None or prompts > 0, "profile_prompt_time_factor", prompts, "null or above 0")
-        require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
-
-
-def require(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
+        require_one_of("mode", self.mode, MODES)
 
 

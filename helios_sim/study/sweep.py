@@ -47,7 +47,7 @@ class Outcome:
 
 
 def sweep(config: Config) -> DesignsResult:
-    """From Python, without files: for notebooks and scripts. UserError where settings cannot be run."""
+    """Run a sweep from Python, without files. UserError where settings cannot be run."""
     return run_plan(plan_sweep(config), None, {"seeds": list(config.seeds)}, lambda task, outcome, kept: None)
 
 
@@ -97,7 +97,7 @@ class Evaluations:
         self._outcomes: dict[str, Outcome] = {}  # by key, arms beside the designs too
 
     def __call__(self, choices: Sequence[Choice]) -> list[Design]:
-        """In the order of the choices."""
+        """The designs in the order of the choices."""
         tasks: dict[str, Task[Sequence[Job]]] = {}
         outcomes: dict[str, Outcome] = {}
         keys = []

@@ -190,7 +190,7 @@ class WatchedEngine:
         return self._inner.probe(model, requests, exit_rule)
 
     def notes(self) -> LiveNotes:
-        """Of everything that ran."""
+        """Sums over everything that ran."""
         return LiveNotes.together([*self._added_up, self._sums()])
 
     def _sums(self) -> LiveNotes:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.engine.simulated import ModelData
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.telemetry import ExpectedLoad
 from helios_sim.request import Request
@@ -95,10 +95,9 @@ def expected_load(workload: Workload, seed: int, share: float | Sequence[float] 
 
 
 def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
-    members = {member.value: member for member in kind}
-    if value not in members:
-        raise UserError(key, value, f"one of {', '.join(members)}", f"set {key} to one of these")
-    return members[value]
+    """The member of this value. UserError where there is none."""
+    require_one_of(key, value, [member.value for member in kind])
+    return kind(value)
 
 
 def build_workload(config: WorkloadConfig) -> Workload:

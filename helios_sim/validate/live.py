@@ -123,7 +123,7 @@ def measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _capacity_jobs(config: Config, changes: Mapping[str, Any]) -> dict[str, Job]:
-    """For each arm, a full queue on the simulated device."""
+    """One job for each arm: a full queue on the simulated device."""
     full = {
         "mode": "simulate",
         "workload.n_requests": FULL_QUEUE_REQUESTS,
@@ -163,7 +163,7 @@ def _pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> 
 
 
 def _with_pass(config: Config, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
-    """With one pass more; simulated also at the pace that the device had in the live run, where that is known."""
+    """Run one pass more, simulated also at the pace that the device had in the live run, where that is known."""
     jobs = _pair(config, so_far.cell, turn, changes)
     results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
     live, paced = results[jobs.live.key], None

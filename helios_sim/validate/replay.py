@@ -147,7 +147,7 @@ class Quantities:
         return setup.with_profile(replace(profile, runtime=runtime, layer_tables=tables))
 
     def assumptions(self, n: int) -> tuple[Assumption, ...]:
-        """For the report: each with what it was seen in."""
+        """Each quantity for the report, with what it was seen in."""
         first_token, output = "their time from schedule to first token", "their time per output token"
         seen = {
             "warm_up_s": "the first one's time to first token", "prefill_gap_s": first_token, "gap_s": output,
@@ -165,7 +165,7 @@ def estimated_from(log: ServingLog, wanted: int) -> int:
 
 
 def estimate(log: ServingLog, setup: Setup, n: int, note: Callable[[str], None] = lambda text: None) -> Quantities:
-    """From the measured times of the first `n` requests; arrivals and lengths of all are known to the engine."""
+    """Fit the measured times of the first `n` requests; the engine knows arrivals and lengths of all."""
     plain = run_once(log, setup).times
     first = int(np.argmin(log.measured.queued_ns))
     warm_up_s = max(float(_ttft_ns(log.measured)[first] - _ttft_ns(plain)[first]) / 1e9, 0.0)

@@ -38,7 +38,7 @@ class Range:
     whole: bool
 
     def at(self, value: float) -> float | int:
-        """As the settings get it: a point of the grid without what sums leave in its last digits."""
+        """A value as the settings get it: a point of the grid without what sums leave in its last digits."""
         if self.whole:
             return round(value)
         return float(value) if self.step is None else round(float(value), 12)

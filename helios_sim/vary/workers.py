@@ -20,7 +20,7 @@ from helios_sim.errors import UserError
 
 BACKENDS = ("serial", "processes", "ray")
 # Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
-# part of the cluster is gone before anybody has noticed.
+# part of the cluster is gone before Ray has noticed.
 SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
 FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
