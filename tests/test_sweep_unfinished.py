@@ -20,7 +20,7 @@ from command_line import write_study
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
 from helios_sim.study.designs import plan_sweep
-from helios_sim.study.sweep import OutcomeLines, run_plan, sweep
+from helios_sim.study.sweep import Outcome, OutcomeLines, run_plan, sweep
 from helios_sim.vary.axis import AxisConfig
 from helios_sim.vary.runner import Journal, Task
 from helios_sim.vary.workers import Place, Workers
@@ -164,10 +164,31 @@ def test_a_sweep_of_which_every_design_fails_is_a_mistake(command, tmp_path):
     assert "Traceback" not in said.err
 
 
-def test_a_damaged_journal_says_where(tmp_path):
-    (tmp_path / "finished.jsonl").write_text('{"key": "a"}\n')
-    with pytest.raises(UserError, match=r"finished\.jsonl, line 1"):
-        Journal(tmp_path, OutcomeLines()).get(Task("a", {}, ()))
+EDITED = '{"key": "a", "error": 3, "metrics": null, "wall_s": 1, "sha256": "0"}'
+
+
+@pytest.mark.parametrize("text", ['{"key": "a"}', EDITED, "[" * 100_000, "\xff", ""])
+def test_a_damaged_line_of_a_journal_is_cut_out_and_said(tmp_path, capsys, text):
+    (tmp_path / "finished.jsonl").write_text(f"{text}\n", encoding="latin-1")
+    assert Journal(tmp_path, OutcomeLines()).get(Task("a", {}, ())) is None
+    assert "a line is damaged" in capsys.readouterr().err
+    assert (tmp_path / "finished.jsonl").read_text() == ""
+    Journal(tmp_path, OutcomeLines())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", [{"error": 3}, {"error": None}, {"metrics": {"switches": "many"}}, {"wall_s": None}])
+def test_an_outcome_that_cannot_be_is_run_anew(tmp_path, capsys, change):
+    line = {"wall_s": 1.0, "error": "no such luck", "metrics": None} | change
+
+    class Edited(OutcomeLines):
+        def save(self, folder, key, result):
+            return line
+
+    task = Task("a", {"design": "x"}, ())
+    Journal(tmp_path, Edited()).add(task, Outcome(None, "no such luck", 1.0))
+    assert Journal(tmp_path, OutcomeLines()).get(task) is None
+    assert "design x is run anew" in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_a_message(monkeypatch):

@@ -31,13 +31,16 @@ class GapHistogram:
     """Counts of gaps by length, with the exact sum, shortest and longest."""
 
     __slots__ = ("counts", "longest_ns", "shortest_ns", "total_count", "total_ns")
+    counts: NDArray[np.int64]  # by bucket
+    total_count: int
+    total_ns: int
+    shortest_ns: int | None
+    longest_ns: int | None
 
     def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = np.zeros(len(bucket_edges_ns()), dtype=np.int64)
-        self.total_count = 0
-        self.total_ns = 0
-        self.shortest_ns: int | None = None
-        self.longest_ns: int | None = None
+        self.counts = np.zeros(len(bucket_edges_ns()), dtype=np.int64)
+        self.total_count = self.total_ns = 0
+        self.shortest_ns = self.longest_ns = None
 
     def add(self, gaps_ns: ArrayLike, counts: int | ArrayLike = 1) -> None:
         """Count each gap (>= 0 ns) as often as `counts` says (>= 0; one for all, or one of each)."""

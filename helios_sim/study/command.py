@@ -16,7 +16,6 @@ from typing import Any
 
 import helios_sim
 from helios_sim.provenance import command_given
-from helios_sim.report.files import make_folder
 from helios_sim.report.format import gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
@@ -27,7 +26,7 @@ from helios_sim.study.modes import LIVE
 from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
 from helios_sim.study.schema import Config
-from helios_sim.vary.runner import progress
+from helios_sim.vary.runner import at_work_in, progress
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 
@@ -36,14 +35,14 @@ def run_study(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
     plan = plan_study(config)
     check_study(plan)
-    make_folder(folder)
     total = len({job.key for job in plan.jobs})
-    with progress(config.name, total, job_lines(total)) as on_done:
-        results = run_jobs(plan.jobs, folder, processes(config), on_done)
-    result = assemble(plan, results, provenance(config))
-    ratios = comparisons(result)
-    summary = write_result(result, folder, ratios, config.pictures)
-    forget_jobs(folder)
+    with at_work_in(folder):
+        with progress(config.name, total, job_lines(total)) as on_done:
+            results = run_jobs(plan.jobs, folder, processes(config), on_done)
+        result = assemble(plan, results, provenance(config))
+        ratios = comparisons(result)
+        summary = write_result(result, folder, ratios, config.pictures)
+        forget_jobs(folder)
     return end(lambda: _show(result, ratios), folder, summary, result.gates)
 
 

@@ -34,7 +34,7 @@ class SweepPlan:
     config: Config
     arm: str
     parameters: tuple[Axis, ...]
-    references: Mapping[str, tuple[Job, ...]]  # every arm at the study's own settings, a job for each seed
+    references: Mapping[str, Sequence[Job]]  # every arm at the study's own settings, a job for each seed
     designs: tuple[Choice, ...] | None  # of a grid; None: a search asks for them
 
     @property
@@ -42,7 +42,7 @@ class SweepPlan:
         """How many there are at most: a search may ask for one twice."""
         return self.config.sweep.designs if self.designs is None else len(self.designs)
 
-    def jobs(self, design: Choice) -> tuple[Job, ...]:
+    def jobs(self, design: Choice) -> Sequence[Job]:
         """The design under every seed. UserError where its settings cannot be."""
         return jobs_of(self.config, self.arm, design.changes)
 

@@ -4,6 +4,7 @@ Without `cluster.kinds` all replicas are alike. A kind says in what its replicas
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from helios_sim.policy.telemetry import Candidate
 from helios_sim.profile.spec import HardwareSpec
 from helios_sim.routing import Router, Routing
 from helios_sim.study.build import Parts, build, confidence, objective_of, policy_of, threshold
+from helios_sim.study.inputs import made_of
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
 from helios_sim.study.workload import choose, expected_load, task_names
 
@@ -261,6 +263,11 @@ def in_json(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=_plain)
 
 
+def digest(settings: Any) -> str:
+    """A short text that is the same for the same settings only."""
+    return hashlib.sha256(in_json(settings).encode()).hexdigest()[:24]
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in fields(value)}
@@ -268,9 +275,9 @@ def _plain(value: Any) -> Any:
 
 
 def _key(config: Config, seed: int) -> str:
-    """A text of all settings that parts are made of, but for what is set anew each time."""
+    """A text of all settings and files that parts are made of, but for what is set anew each time."""
     settings = what_counts(config)
     del settings["objective"]
     if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold
         settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
-    return in_json([seed, settings])
+    return in_json([seed, settings, made_of(config)])

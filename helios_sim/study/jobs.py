@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.build import Arm, Parts, arm_of
-from helios_sim.study.fleet import Fleet, in_json, shared_fleet, what_counts
+from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
+from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
 from helios_sim.study.schema import Config, RuntimeConfig
 from helios_sim.study.watched import LiveNotes
@@ -38,21 +39,30 @@ if TYPE_CHECKING:
 WORTH_COMPILING = 30_000  # requests: compiling takes some 20 s, and 300 of the quickstart's are 0.2 s quicker with it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     arm: Arm
     config: Config
     seed: int
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """The same for the same result: two sweeps that share a job run it once."""
+        """The same for the same result, by what its files held at first: two sweeps that share a job run it once."""
+        return digest([self.settings_key, self.made_of])
+
+    @cached_property
+    def settings_key(self) -> str:
+        """The same for the same settings and seed, whatever the files that they name have in them."""
         shown = what_counts(self.config)
         shown["workload"] = {name: value for name, value in vars(self.config.workload).items() if name != "statement"}
         if self.config.mode == SIMULATE:
             del shown["live"]
-        identity = [helios_sim.__version__, shown, self.arm.policy, self.seed]
-        return hashlib.sha256(in_json(identity).encode()).hexdigest()[:24]
+        return digest([helios_sim.__version__, shown, self.arm.policy, self.seed])
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Digests by name of code and files that the result depends on, as they are now."""
+        return made_of(self.config, self.arm.policy)
 
 
 def make_job(arm: str, entry: Mapping[str, Any], config: Config, seed: int) -> Job:
@@ -98,7 +108,7 @@ def run_job(job: Job) -> JobResult:
         timeline=run.servers[0].timeline,
         timeline_transitions_ns=tuple(run.servers[0].stats.transitions_ns),
         replicas=replicas_of(fleet, records, run),
-        decisions=tuple(decision for server in run.servers for decision in server.decisions),
+        decisions=tuple(_logged(decision) for server in run.servers for decision in server.decisions),
         exit_depths=tuple(
             ExitDepths(model, fleet.models[model].profile.model.n_layers, dict(sorted(counts.items())))
             for model, counts in run.stats.tokens_by_depth.items()
@@ -226,6 +236,12 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
         why, key = "what computes many tokens at once scaled, to study profile error", "profile_prompt_time_factor"
         found.append(Assumption("profile time factor of prompts", config.profile_prompt_time_factor, why, key))
     return tuple(found)
+
+
+def _logged(decision: Decision) -> Decision:
+    """The decision without the oracle's plan for every request, which no report shows."""
+    plain = replace(decision.deployment, plan=None)
+    return decision if decision.deployment.plan is None else replace(decision, deployment=plain)
 
 
 def _plain(value: Any) -> float | str | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
 from helios_sim.report.files import json_value
+from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job
+from helios_sim.vary.columns import from_bytes, to_bytes
 from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 FINISHED = "finished"  # the folder of finished jobs inside the output folder
 JOBS_WORTH_A_POOL = 8  # fewer are done before the processes have started
+
+_In = TypeVar("_In")
 
 
 def run_jobs(
@@ -30,10 +33,20 @@ def run_jobs(
     `processes`: None for one a core, or none at all for a few jobs. Raises the first job's UserError; what was finished
     before stays in the folder.
     """
-    tasks = [Task(job.key, {"arm": job.arm.name, "seed": job.seed}, job) for job in jobs]
+    tasks = [task_of((job,), {"arm": job.arm.name, "seed": job.seed}, job) for job in jobs]
     wanted = processes or ((os.cpu_count() or 1) if len({t.key for t in tasks}) >= JOBS_WORTH_A_POOL else 1)
     with closing(Workers(Place("processes", wanted, setting="jobs"))) as workers:
-        return run_tasks(_run, tasks, Journal(folder, _Pickles()), workers, on_done)
+        return run_tasks(_run, tasks, Journal(folder, _Columns()), workers, on_done)
+
+
+def task_of(jobs: Sequence[Job], about: Mapping[str, Any], given: _In) -> Task[_In]:
+    """The task of running these jobs, with the same key for the same result."""
+    key = jobs[0].key if len(jobs) == 1 else digest([job.key for job in jobs])
+    return Task(key, about, given, digest([job.settings_key for job in jobs]), lambda: _made_of(jobs))
+
+
+def _made_of(jobs: Sequence[Job]) -> dict[str, str]:
+    return {name: found for job in jobs for name, found in job.made_of.items()}
 
 
 def forget_jobs(folder: Path) -> None:
@@ -58,23 +71,16 @@ def job_lines(total: int) -> OnDone[Job, JobResult]:
     return say
 
 
-class _Pickles:
-    """A file for each result; the journal's line is for people and other programs."""
+class _Columns:
+    """A file of columns for each result; the journal's line is for people and other programs."""
 
     def save(self, folder: Path, key: str, result: JobResult) -> Mapping[str, Any]:
-        with files.replacing(folder / FINISHED / f"{key}.pickle") as file:
-            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)  # columns go to disk without a copy
+        files.write_bytes(folder / FINISHED / f"{key}.columns", to_bytes(result))
         return {"wall_s": round(result.wall_s, 3), "metrics": json_value(result.replicate.metrics)}
 
-    def load(self, folder: Path, key: str, line: Mapping[str, Any] | None) -> JobResult | None:
-        path = folder / FINISHED / f"{key}.pickle"
-        if not path.is_file():
-            return None
-        try:
-            found = pickle.loads(path.read_bytes())
-        except Exception:  # unpickling damage, or classes of another version, can raise anything: run again
-            return None
-        return found if isinstance(found, JobResult) else None
+    def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> JobResult | None:
+        path = folder / FINISHED / f"{key}.columns"
+        return from_bytes(JobResult, path.read_bytes()) if path.is_file() else None
 
 
 def _run(job: Job) -> JobResult:

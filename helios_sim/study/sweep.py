@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import traceback
@@ -15,7 +14,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
-from helios_sim.report.files import json_value, make_folder
+from helios_sim.report.files import json_value
 from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import RecordLog
@@ -26,10 +25,11 @@ from helios_sim.study.command import end, provenance
 from helios_sim.study.designs import SweepPlan, plan_sweep, search
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, measure, notices_of, serve
+from helios_sim.study.runner import task_of
 from helios_sim.study.schema import Config
 from helios_sim.study.verdict import conditions, offered_requests_per_s
 from helios_sim.vary.axis import Choice
-from helios_sim.vary.runner import Journal, OnDone, Task, progress, run_tasks
+from helios_sim.vary.runner import Journal, OnDone, Task, at_work_in, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives
@@ -104,7 +104,8 @@ class Evaluations:
         for choice in choices:
             shown = dict(choice.shown)
             try:
-                task = _task(self._plan.jobs(choice), {"design": shown})
+                jobs = self._plan.jobs(choice)
+                task = task_of(jobs, {"design": shown}, jobs)
                 tasks[task.key] = task
             except UserError as error:
                 task = Task(json.dumps(shown), {"design": shown}, ())
@@ -121,7 +122,7 @@ class Evaluations:
 
     def references(self) -> tuple[Design, ...]:
         """Every arm at the study's own settings."""
-        tasks = {name: _task(jobs, {"arm": name}) for name, jobs in self._plan.references.items()}
+        tasks = {name: task_of(jobs, {"arm": name}, jobs) for name, jobs in self._plan.references.items()}
         outcomes = self._run(list(tasks.values()))
         found = {name: outcomes[task.key] for name, task in tasks.items()}
         return tuple(Design(name, {}, outcome.metrics, outcome.error) for name, outcome in found.items())
@@ -143,15 +144,19 @@ class OutcomeLines:
             return None
         return {"wall_s": round(result.wall_s, 3), "error": result.error, "metrics": json_value(result.metrics)}
 
-    def load(self, folder: Path, key: str, line: Mapping[str, Any] | None) -> Outcome | None:
-        if line is None:
-            return None
-        metrics = line["metrics"] and {name: _metric(value) for name, value in line["metrics"].items()}
-        return Outcome(metrics, line["error"], line["wall_s"])
+    def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> Outcome | None:
+        error, metrics = line["error"], line["metrics"]
+        if isinstance(error, str) == isinstance(metrics, dict) or not isinstance(error, str | None):
+            raise ValueError("an outcome has metrics or an error")
+        known = metrics and {name: _metric(value) for name, value in metrics.items()}
+        return Outcome(known, error, float(line["wall_s"]))
 
 
 def _metric(value: Any) -> MetricValue:
-    return Band(**value) if isinstance(value, dict) else value
+    found = Band(**value) if isinstance(value, dict) else value
+    if isinstance(found, bool) or not isinstance(found, int | float | Band | None):
+        raise ValueError("a metric is a number, a band or unknown")
+    return found
 
 
 def _metrics(job: Job) -> dict[str, MetricValue]:
@@ -163,11 +168,6 @@ def _metrics(job: Job) -> dict[str, MetricValue]:
 
 def _unknown(design: Design) -> bool:
     return design.metrics is None and design.error is None
-
-
-def _task(jobs: Sequence[Job], about: Mapping[str, Any]) -> Task[Sequence[Job]]:
-    """The same key for the same result."""
-    return Task(hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:24], about, jobs)
 
 
 def _costs(plan: SweepPlan, design: Design) -> list[float]:
@@ -270,13 +270,13 @@ def _against(arm: str, reference: Design, better: int, total: int) -> str:
 def run_sweep(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0. UserError before anything is written, or when every design failed."""
     plan = plan_sweep(config)
-    make_folder(folder)
     total = plan.n_designs + len(plan.references)
     lines = _Lines(total)
-    with redirect_stdout(sys.stderr), progress(config.name, total, lines) as on_done:  # Ray prints what nodes do
-        result = run_plan(plan, folder, provenance(config), on_done)
-    lines.state()
-    summary = write_designs(result, folder)
+    with at_work_in(folder):
+        with redirect_stdout(sys.stderr), progress(config.name, total, lines) as on_done:  # Ray prints what nodes do
+            result = run_plan(plan, folder, provenance(config), on_done)
+        lines.state()
+        summary = write_designs(result, folder)
     return end(lambda: _show(result), folder, summary)
 
 

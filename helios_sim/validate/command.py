@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.report.fidelity import ComparedRow, LoadError
-from helios_sim.report.files import make_folder
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, comparisons
 from helios_sim.report.tables import print_comparison
@@ -21,6 +20,7 @@ from helios_sim.validate.compare import of_live, of_log
 from helios_sim.validate.live import compared_cells, measured_profiles
 from helios_sim.validate.logs import ServingLog, Setup, read_log, set_up
 from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
+from helios_sim.vary.runner import at_work_in
 from helios_sim.vary.settings import with_settings
 
 PRINTED = ("mean", "median", "p95", "p99")  # latencies of live serving in the terminal's tables; the page has all
@@ -32,8 +32,9 @@ def run_fidelity(config: Config, folder: Path) -> int:
         raise UserError("fidelity.folder", None, "the folder of a log", "set fidelity.folder")
     _check_no_sweeps(config, "a log")
     result = compare(config)
-    make_folder(folder)
-    return _write(result, folder, lambda part, row: part == 0 or row.statistic in ("mean", "median", "p99"))
+    with at_work_in(folder):
+        summary = write_result(result, folder, comparisons(result))
+    return end(lambda: print_comparison(result, _is_shown_of_log), folder, summary, result.gates)
 
 
 def run_fidelity_live(config: Config, folder: Path) -> int:
@@ -43,13 +44,18 @@ def run_fidelity_live(config: Config, folder: Path) -> int:
     """
     _check_no_sweeps(config, "live serving")
     check_study(plan_study(with_settings(config, {"mode": "live"})))
-    make_folder(folder)
-    changes = measured_profiles(config, folder)
-    found = compared_cells(config, changes, folder)
-    result = of_live(found, with_settings(config, changes), provenance(config))
-    status = _write(result, folder, _is_shown)
-    forget_jobs(folder)
-    return status
+    with at_work_in(folder):
+        changes = measured_profiles(config, folder)
+        found = compared_cells(config, changes, folder)
+        result = of_live(found, with_settings(config, changes), provenance(config))
+        summary = write_result(result, folder, comparisons(result))
+        forget_jobs(folder)
+    return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
+
+
+def _is_shown_of_log(part: int, row: ComparedRow) -> bool:
+    """Whether the terminal has the row: all figures of all requests, and a few of the parts."""
+    return part == 0 or row.statistic in ("mean", "median", "p99")
 
 
 def _is_shown(_: int, row: ComparedRow) -> bool:
@@ -59,11 +65,6 @@ def _is_shown(_: int, row: ComparedRow) -> bool:
 def _check_no_sweeps(config: Config, beside: str) -> None:
     if config.sweeps or config.sweep.parameters:
         raise UserError("sweeps", len(config.sweeps), f"none beside a comparison with {beside}", "leave sweeps out")
-
-
-def _write(result: ExperimentResult, folder: Path, shown: Callable[[int, ComparedRow], bool]) -> int:
-    summary = write_result(result, folder, comparisons(result))
-    return end(lambda: print_comparison(result, shown), folder, summary, result.gates)
 
 
 def compare(config: Config) -> ExperimentResult:

@@ -5,11 +5,14 @@ It tells how far it is on stderr: by a bar on a terminal, by the caller's lines 
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,6 +21,7 @@ from helios_sim.report import files
 from helios_sim.vary.workers import Workers
 
 JOURNAL = "finished.jsonl"
+CHECKSUM = "sha256"  # of a journal's line, its last entry
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -30,6 +34,16 @@ class Task(Generic[_In]):
     key: str
     about: Mapping[str, Any]
     input: _In
+    settings: str = ""  # the same for the same settings, whatever `made_of` says
+    made_now: Callable[[], Mapping[str, str]] = dict  # digests by name of the code and files that it depends on
+    made_of: Mapping[str, str] = field(init=False)  # the same when the task was planned
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "made_of", self.made_now())
+
+    def changed(self, before: Mapping[str, str]) -> list[str]:
+        """Names of what is not as it was in `before`."""
+        return sorted(n for n in {*before, *self.made_of} if before.get(n) != self.made_of.get(n))
 
 
 OnDone = Callable[[Task[_In], _Out, bool], None]  # true: kept from before, not run now
@@ -41,58 +55,123 @@ class Store(Protocol[_Out]):
     def save(self, folder: Path, key: str, result: _Out) -> Mapping[str, Any] | None:
         """Keeps a result. Returns what its line says of it; None: it is not to be kept."""
 
-    def load(self, folder: Path, key: str, line: Mapping[str, Any] | None) -> _Out | None:
-        """The result, None where it is not there. KeyError, TypeError or AttributeError for a line that is damaged."""
+    def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> _Out | None:
+        """The result, None where it is not there. ValueError where it is damaged."""
 
 
 class Journal(Generic[_Out]):
-    """What is finished, a line each, so that a command that was killed goes on where it was. No folder: no file."""
+    """What is finished, a line each, so that a command that was killed goes on where it was. No folder: no file.
+
+    What is damaged, or was made of other code or files, is not kept; a line on stderr says so.
+    """
 
     def __init__(self, folder: Path | None, store: Store[_Out]) -> None:
         """UserError where the folder's journal cannot be read."""
         self._folder, self._store = folder, store
-        self._lines: dict[str, tuple[int, Mapping[str, Any]]] = {}  # by key: which line it is, and what it says
-        if folder is not None:
-            for number, text in enumerate(_whole_lines(folder / JOURNAL), start=1):
-                try:
-                    line = json.loads(text)
-                    self._lines[line["key"]] = number, line
-                except (ValueError, KeyError, TypeError) as error:
-                    raise self._damaged(number, text) from error
+        self._lines: dict[str, Mapping[str, Any]] = {}  # by key
+        self._made_of: dict[str, Mapping[str, str]] = {}  # by settings, what their last result was made of
+        self._said: set[str] = set()
+        if folder is not None and (folder / JOURNAL).is_file():
+            self._read(folder / JOURNAL)
 
     def get(self, task: Task[Any]) -> _Out | None:
-        """UserError where its line is damaged."""
-        if self._folder is None:
+        """The task's result; None where there is none that is whole and made of the same."""
+        line = self._lines.get(task.key)
+        if self._folder is None or line is None:
+            self._say_why_not(task)
             return None
-        number, line = self._lines.get(task.key, (0, None))
         try:
-            found = self._store.load(self._folder, task.key, line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(number, json.dumps(line)) from error
-        if found is not None and line is None:  # killed between the result and its line
-            self.add(task, found)
-        return found
+            return self._store.load(self._folder, task.key, line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            del self._lines[task.key]
+            self._say(f"a result in {self._folder} is damaged: {_in_words(task)} is run anew")
+            return None
 
     def add(self, task: Task[Any], result: _Out) -> None:
+        """Keeps a result. UserError where the folder cannot be written to."""
         if self._folder is None:
             return
         said = self._store.save(self._folder, task.key, result)
         if said is None or task.key in self._lines:
             return
-        line = {"key": task.key, **task.about, **said}
-        self._lines[task.key] = len(self._lines) + 1, line
-        path = self._folder / JOURNAL
-        try:
-            with path.open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(line) + "\n")
-        except OSError as error:
-            fix = "free space on the disk or choose a folder that you may write to"
-            raise UserError("output folder", str(path), f"cannot be written: {error.strerror}", fix) from error
+        own = {"settings": task.settings, "made_of": dict(task.made_of)} if task.settings else {}
+        self._lines[task.key] = line = {"key": task.key, **task.about, **said, **own}
+        with _writing(self._folder / JOURNAL) as path, path.open("a", encoding="utf-8") as journal:
+            journal.write(_with_checksum(line) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
 
-    def _damaged(self, number: int, text: str) -> UserError:
-        assert self._folder is not None
-        where, fix = f"{self._folder / JOURNAL}, line {number}", "remove that line, and what it is about is run again"
-        return UserError(where, text[:60], "must be a line of a journal", f"{fix}, or choose another hydra.run.dir")
+    def _read(self, path: Path) -> None:
+        """Lines that are damaged are cut out of the file, and so is half a line at its end that a kill has left."""
+        with _writing(path):
+            content = path.read_bytes()
+        texts = content.split(b"\n")
+        whole = []
+        for text in texts[:-1]:
+            try:
+                line = json.loads(text)
+                checksum = line.pop(CHECKSUM)
+                if _with_checksum(line) != json.dumps({**line, CHECKSUM: checksum}):
+                    raise ValueError("the checksum does not match")
+                self._lines[line["key"]] = line
+                if "settings" in line:
+                    self._made_of[line["settings"]] = dict(line["made_of"])
+                whole.append(text)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._say(f"{path}: a line is damaged or of an older version, and what it is about is run anew")
+        if whole != texts[:-1] or texts[-1]:
+            files.write_bytes(path, b"".join(text + b"\n" for text in whole))
+
+    def _say_why_not(self, task: Task[Any]) -> None:
+        """Where the same settings were run with other code or files."""
+        before = self._made_of.get(task.settings)
+        changed = [] if before is None else task.changed(before)
+        if changed:
+            self._say(f"{', '.join(changed)} changed since: results in {self._folder} are not kept, but run anew")
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            print(f"helios_sim: {text}", file=sys.stderr, flush=True)
+
+
+def _with_checksum(line: Mapping[str, Any]) -> str:
+    checksum = hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
+    return json.dumps({**line, CHECKSUM: checksum})
+
+
+def _in_words(task: Task[Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in task.about.items())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        fix = "free space on the disk or choose a folder that you may write to"
+        raise UserError("output folder", str(path), f"cannot be written: {error.strerror}", fix) from error
+
+
+@contextmanager
+def at_work_in(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
+    """Makes the folder and locks it against a second process, without a file. A process that ends unlocks it.
+
+    UserError, under the setting that names the folder, where another process is at work in it or it cannot be made.
+    """
+    files.make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            allowed = "another process is at work in this folder"
+            raise UserError(key, str(folder), allowed, "wait until it ends, or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def run_tasks(
@@ -116,9 +195,18 @@ def run_tasks(
     with closing(workers(function, {k: task.input for k, task in named.items() if k not in results})) as finished:
         for key, result in finished:
             results[key] = result
+            _check_unchanged(named[key])
             journal.add(named[key], result)
             on_done(named[key], result, False)
     return results
+
+
+def _check_unchanged(task: Task[Any]) -> None:
+    """UserError where a file has changed since the task was planned: results of both would be mixed."""
+    changed = task.changed(task.made_now())
+    if changed:
+        allowed = "must stay as it is while it is used; what is finished is kept"
+        raise UserError(", ".join(changed), "changed meanwhile", allowed, "start again in the same hydra.run.dir")
 
 
 @contextmanager
@@ -146,14 +234,3 @@ def progress(name: str, total: int, say: OnDone[_In, _Out]) -> Iterator[OnDone[_
             bar.update(line, advance=1, description=str(task.about.get("arm", name)))
 
         yield advance
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Half a line at the end, left by a kill, is cut off."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        files.write_text(path, whole)
-    return whole.splitlines()

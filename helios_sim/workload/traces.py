@@ -127,7 +127,7 @@ def read_trace(path: str | Path, limit: int | None = None) -> RequestTrace:
     """
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
-    file = _locate(path)
+    file = locate(path)
     written = file.stat()
     return _read(file, limit, written.st_mtime_ns, written.st_size)
 
@@ -254,7 +254,7 @@ def _find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
     return found
 
 
-def _locate(path: str | Path) -> Path:
+def locate(path: str | Path) -> Path:
     """The file itself, or the one of that relative path in the folder of shared data. UserError where neither is."""
     given = Path(path)
     for candidate in (given, shared_data_folder() / given):  # an absolute path stays itself

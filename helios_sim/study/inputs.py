@@ -1,0 +1,139 @@
+"""What a job's result is made of besides its settings: this program's code and the contents of every file it reads.
+
+A resumed run keeps only results that were made of the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import helios_sim
+from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
+from helios_sim.policy.custom import CustomParameters
+from helios_sim.policy.registry import PolicyConfig
+from helios_sim.profile.store import PROFILES_FOLDER
+from helios_sim.study.modes import LIVE
+from helios_sim.study.schema import Config
+from helios_sim.workload.traces import locate
+
+CODE = "the program"
+
+
+def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str]:
+    """Digests by name, such as "profile opt-1.3b@a100-40gb". What is not there is left to the loader that needs it."""
+    found = {CODE: _code()}
+    for name, path in _files(config):
+        if path.exists():
+            found[name] = _contents(path)
+    custom = [str(kind["object"]) for kind in _kinds(config) if "object" in kind]
+    if policy is not None and isinstance(policy.parameters, CustomParameters):
+        custom.append(policy.parameters.object)
+    for path in dict.fromkeys(path for reference in custom for path in _sources(reference)):
+        found[f"policy file {path.name}"] = _contents(path)
+    return found
+
+
+def _files(config: Config) -> Iterator[tuple[str, Path]]:
+    folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
+    for kind in _kinds(config) or [{}]:
+        for model in kind.get("models", config.models):
+            profile = f"{model}@{kind.get('hardware', config.hardware)}"
+            yield f"profile {profile}", folder / profile
+            source = config.exits.source.replace("{model}", str(model))
+            shipped = SHIPPED_EXITS / f"{model}@{source}"
+            yield f"exits of {model}", shipped if (shipped / EXITS_HEADER).is_file() else Path(source)
+    for trace in (config.workload.arrivals.trace, config.workload.lengths.trace):
+        if trace is not None:
+            with suppress(ValueError):
+                yield f"trace {trace}", locate(trace)
+    if config.mode == LIVE:
+        yield from _live_files(config)
+
+
+def _kinds(config: Config) -> list[Mapping[str, Any]]:
+    return [kind for kind in config.cluster.kinds.values() if isinstance(kind, Mapping)]
+
+
+def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
+    from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+    from helios_sim.live.model.heads import SHIPPED
+    from helios_sim.live.texts import FOLDER
+
+    for model in config.models:
+        weights = config.live.weights.get(model, model)
+        known = KNOWN.get(weights)
+        yield f"weights of {model}", Path(weights).expanduser() if known is None else cache_folder() / known.file
+        heads = config.live.heads.get(model)
+        yield f"exit heads of {model}", SHIPPED / model if heads is None else Path(heads).expanduser()
+    texts = config.live.texts
+    yield "texts", cache_folder() / FOLDER if texts is None else Path(texts).expanduser()
+
+
+@cache
+def _code() -> str:
+    folder = Path(helios_sim.__file__).parent
+    return _digest(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(folder.rglob("*.py"))))
+
+
+def _contents(path: Path) -> str:
+    """A digest of a file, or of all files of a folder and their names."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    parts = []
+    for file in files:
+        stat = file.stat()
+        parts.append(f"{file.relative_to(path)} {_of_file(file, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)}")
+    return _digest("\n".join(parts).encode())
+
+
+@lru_cache(maxsize=4096)
+def _of_file(path: Path, *written: int) -> str:
+    """`written`: times and size of the file, so that one which was written anew is read anew."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sources(reference: str) -> list[Path]:
+    """Files of the module in "module:Name", and of those that it imports from neither libraries nor this package."""
+    found: dict[Path, None] = {}
+    waiting = [reference.partition(":")[0]]
+    while waiting:
+        name = waiting.pop()
+        spec = None
+        with suppress(Exception):  # whatever is wrong with it, the policy's loader says
+            spec = find_spec(name)
+        path = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if spec is None or path is None or path in found or path.suffix != ".py" or _is_of_a_library(path):
+            continue
+        found[path] = None
+        with suppress(OSError, SyntaxError, ValueError):
+            waiting += _imports(path.read_bytes(), spec.parent or "")
+    return sorted(found)
+
+
+def _imports(source: bytes, package: str) -> Iterator[str]:
+    """Names of modules that a source may import; some are of what is in a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
+
+
+def _is_of_a_library(path: Path) -> bool:
+    ours = Path(helios_sim.__file__).parent
+    inside = any(path.is_relative_to(Path(prefix).resolve() / "lib") for prefix in {sys.prefix, sys.base_prefix})
+    return inside or "site-packages" in path.parts or path.is_relative_to(ours)

@@ -1,0 +1,155 @@
+"""Values of known types as bytes and back: JSON and columns under a checksum, and nothing that could run code.
+
+The types say what is read: a dataclass by its fields, one of several by its name among them. What is not of the type
+that it should have is a ValueError, like a checksum that does not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections import abc
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Kind = TypeVar("_Kind")
+_PLAIN = (str, int, float, bool, types.NoneType)
+_SEQUENCES: tuple[tuple[Any, Callable[[list[Any]], Any]], ...] = (
+    (tuple, tuple), (list, list), (abc.Sequence, tuple), (frozenset, frozenset), (set, set),
+)  # fmt: skip
+
+
+def to_bytes(value: Any) -> bytes:
+    """A line with the checksum of the rest, a line of JSON, then the arrays' contents one after the other."""
+    arrays: list[NDArray[Any]] = []
+    text = json.dumps(to_plain(value, arrays), separators=(",", ":"))
+    head = json.dumps([[array.dtype.str, array.shape] for array in arrays])
+    rest = b"".join([f"{head}\n{text}\n".encode(), *(array.tobytes() for array in arrays)])
+    return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+
+
+def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
+    """What `to_bytes` was given. ValueError where the content is damaged, or of another type."""
+    checksum, _, rest = content.partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != checksum:
+        raise ValueError("the checksum does not match")
+    head, text, columns = rest.split(b"\n", 2)
+    arrays, start = [], 0
+    for name, shape in json.loads(head):
+        dtype = np.dtype(name)
+        end = start + dtype.itemsize * int(np.prod(shape))
+        arrays.append(np.frombuffer(columns[start:end], dtype).reshape(shape).copy())
+        start = end
+    found: _Kind = from_plain(kind, json.loads(text), arrays)
+    return found
+
+
+def to_plain(value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
+    """JSON values. Arrays are put into `arrays`; without it they are a TypeError, as is any type without fields."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, np.ndarray) and arrays is not None:
+        arrays.append(np.ascontiguousarray(value))
+        return len(arrays) - 1
+    if isinstance(value, Mapping):
+        return [[to_plain(key, arrays), to_plain(item, arrays)] for key, item in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item, arrays) for item in value]
+    return {"": type(value).__name__, **{name: to_plain(getattr(value, name), arrays) for name in _names(type(value))}}
+
+
+def from_plain(hint: Any, value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
+    """The value of this type that `to_plain` made plain. ValueError where it is none."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(parts, value, arrays)
+    if hint is Any:
+        return _untyped(value)
+    if hint in _PLAIN:
+        if type(value) is hint or (hint is float and type(value) is int):  # as it was: tables show 200, not 200.0
+            return value
+        raise ValueError(f"{value!r} is no {hint.__name__}")
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    if origin is np.ndarray:
+        if arrays is None or type(value) is not int or not 0 <= value < len(arrays):
+            raise ValueError(f"{value!r} is no column")
+        return arrays[value]
+    if origin in (dict, abc.Mapping):
+        return {from_plain(parts[0], key, arrays): from_plain(parts[1], item, arrays) for key, item in value}
+    for kind, make in _SEQUENCES:
+        if origin is kind:
+            return make(_items(parts, value, arrays))
+    return _with_fields(hint, value, arrays)
+
+
+def _one_of(parts: tuple[Any, ...], value: Any, arrays: list[NDArray[Any]] | None) -> Any:
+    if isinstance(value, dict):
+        named = [part for part in parts if getattr(part, "__name__", "") == value.get("")]
+        return _with_fields(named[0], value, arrays) if named else _unknown(value)
+    exact = [part for part in parts if type(value) is part]
+    for part in exact or parts:
+        try:
+            return from_plain(part, value, arrays)
+        except (ValueError, TypeError):
+            continue
+    return _unknown(value)
+
+
+def _items(parts: tuple[Any, ...], value: Any, arrays: list[NDArray[Any]] | None) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list")
+    hints = parts if len(parts) > 1 and parts[1] is not Ellipsis else (parts[0],) * len(value)
+    return [from_plain(part, item, arrays) for part, item in zip(hints, value, strict=True)]
+
+
+def _with_fields(kind: Any, value: Any, arrays: list[NDArray[Any]] | None) -> Any:
+    hints = _hints(kind)
+    if not isinstance(value, dict) or value.get("") != kind.__name__ or {*value} != {"", *hints}:
+        raise ValueError(f"{value!r} is no {kind.__name__}")
+    made = kind.__new__(kind)
+    for name, hint in hints.items():
+        object.__setattr__(made, name, from_plain(hint, value[name], arrays))
+    return made
+
+
+def _untyped(value: Any) -> Any:
+    """Values of free settings; a list of pairs, each with a text before it, is a mapping."""
+    if isinstance(value, list):
+        pairs = value and all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in value)
+        return {key: _untyped(item) for key, item in value} if pairs else [_untyped(item) for item in value]
+    return value if not isinstance(value, dict) else _unknown(value)
+
+
+def _unknown(value: Any) -> Any:
+    raise ValueError(f"{value!r} is of no type that is expected")
+
+
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(_hints(kind))
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types by field, of a dataclass or of a class that declares them."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError as error:
+        raise TypeError(f"{kind} has types that are not known when it is kept") from error
+    if is_dataclass(kind):
+        return {f.name: hints[f.name] for f in fields(kind)}
+    if not hints:
+        raise TypeError(f"{kind} has no fields")
+    return hints
