@@ -65,7 +65,7 @@ def _kinds(config: Config) -> list[Mapping[str, Any]]:
 def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
     from helios_sim.live.checkpoint.known import KNOWN, cache_folder
     from helios_sim.live.model.heads import SHIPPED
-    from helios_sim.live.texts import FOLDER
+    from helios_sim.live.served import FOLDER
 
     for model in config.models:
         weights = config.live.weights.get(model, model)

@@ -129,7 +129,7 @@ class RuntimeConfig:
 class ExitsConfig:
     source: str = "published"  # published, none, a shipped source, or a folder; {model} in it is the model's name
     threshold: float | None = None  # None: the published one
-    confidence: str = "max_probability"  # max_probability, margin, entropy, classifier, hidden_similarity: exits/rule.py
+    confidence: str = "max_probability"  # or margin, entropy, classifier, hidden_similarity: see exits/rule.py
     parameters: dict[str, Any] = field(default_factory=dict)  # of published traces: see exits/published.py
 
 
