@@ -46,8 +46,8 @@ def run(folder: Path, cache: Path, **variables: str) -> Ran:
 
 
 def flip(folder: Path) -> None:
-    """One bit in the middle of the largest piece of machine code."""
-    code = max(folder.rglob("*.nbc"), key=lambda path: path.stat().st_size)
+    """One bit in the middle of the loop's code."""
+    code = folder / "advance.o"
     content = bytearray(code.read_bytes())
     content[len(content) // 2] ^= 1
     code.write_bytes(content)
@@ -66,7 +66,15 @@ def empty(folder: Path) -> None:
     (folder / "digests.json").write_text("{}")
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "truncated": truncate, "lost": lose, "empty": empty}
+def move(folder: Path) -> None:
+    """As it comes from a machine with another kind of processor."""
+    listed = folder / "digests.json"
+    listed.write_text(json.dumps(json.loads(listed.read_text()) | {"processor": "x86_64 of another make"}))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped": flip, "truncated": truncate, "lost": lose, "empty": empty, "moved": move,
+}  # fmt: skip
 
 
 def damaged(cache: Path, to: Path, damage: str) -> Path:
@@ -126,3 +134,18 @@ def test_what_is_damaged_is_made_anew_and_what_is_whole_is_used(runs: dict[str, 
 def test_damage_of_any_kind_is_noticed(runs: dict[str, Ran], tmp_path: Path, damage: str) -> None:
     copy = damaged(runs["empty"].folder.parent / "made", tmp_path / "copy", damage)
     assert not _is_whole(code_in(copy))
+
+
+def test_a_run_from_disk_does_without_numba(runs: dict[str, Ran], tmp_path: Path) -> None:
+    """To import it takes longer than to simulate ten thousand requests."""
+    said = (
+        "import sys; from helios_sim.__main__ import main; main(sys.argv[1:]); "
+        "print([name for name in ('numba', 'scipy') if name in sys.modules])"
+    )
+    command = ["+experiment=own", "models=[opt-1.3b]", "policy=full_depth", "exits.source=none"]
+    environment = {**os.environ, "HELIOS_CACHE": str(runs["empty"].folder.parent / "made")}
+    done = subprocess.run(
+        [sys.executable, "-c", said, *command, "pictures=false", f"hydra.run.dir={tmp_path}"],
+        env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"

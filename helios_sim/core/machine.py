@@ -1,9 +1,9 @@
 """Machine code of the serving loop: the same functions, compiled where a run is long enough to pay for it.
 
-Compiling takes seconds, so the code is kept on disk. Numba notices that the file of a compiled function has changed,
-but not that another file has whose functions were compiled into it; so the folder's name depends on the text of all of
-them and on Numba's version. A folder that is damaged is made anew; one that cannot be written is done without. What is
-compiled and what is not never changes a result.
+Compiling takes seconds, so the code is kept on disk: that of the loop as object code (`native`), the rest by Numba. The
+folder's name depends on the text of all compiled files and on Numba's version. A folder that is damaged, or was made
+for another kind of processor, is made anew; one that cannot be written is done without. What is compiled and what is
+not never changes a result.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import getmembers, isfunction
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from helios_sim.core import native
 from helios_sim.core.layout import CHUNK, ITERATION, Storage, raw
 
 _STORAGE = Storage(compiled=True)
@@ -31,6 +32,8 @@ _PRICES = slice(14, 19)  # among the arguments of `advance`
 _PACKAGE = Path(__file__).parent
 _MODULES = ("arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers")
 _LISTED = "digests.json"  # written last: a folder with it is whole
+_PROCESSOR = "processor"  # among the digests: for which the code is
+_LOOP = "advance.o"
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
 
@@ -41,24 +44,48 @@ class Machine:
     """
 
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
-        from helios_sim.core.advance import advance
+        self._folder, self._own, self._common = folder, own, common
+        self._loop: native.Native | None = None
+        if folder is not None and own is None:
+            self._loop = native.Native((folder / _LOOP).read_bytes())
+
+    def loop(self) -> Callable[..., int]:
+        """`advance` for one caller."""
+        if self._loop is not None:
+            return native.Call(self._loop)
+        return _FirstCall(self)
+
+    def compile_loop(self, args: Sequence[Any]) -> native.Native:
+        """Compile `advance` for arrays like those of `args`."""
+        if self._loop is None:
+            from helios_sim.core.advance import advance
+
+            code = native.compiled(_compiled(advance, None), args)
+            self._loop = native.Native(code)
+            if self._own is not None:
+                with suppress(OSError):
+                    (self._own / _LOOP).write_bytes(code)
+                self._keep(*args[_PRICES])
+        return self._loop
+
+    @cached_property
+    def draw(self) -> Callable[..., bool]:
         from helios_sim.core.draws import draw
+
+        compiled: Callable[..., bool] = _compiled(draw, self._folder)
+        return compiled
+
+    @cached_property
+    def times_s(self) -> Callable[..., None]:
         from helios_sim.core.price import times_s
 
-        self._advance, self._own, self._common = _compiled(advance, folder), own, common
-        self.draw: Callable[..., bool] = _compiled(draw, folder)
-        self.times_s: Callable[..., None] = _compiled(times_s, folder)
-
-    def advance(self, *args: Any) -> int:
-        stop: int = self._advance(*args)
-        if self._own is not None:
-            self._keep(*args[_PRICES])
-        return stop
+        compiled: Callable[..., None] = _compiled(times_s, self._folder)
+        return compiled
 
     def _keep(self, *args: Any) -> None:
-        """What this process has compiled becomes the common folder, whole or not at all.
+        """Let what this process has compiled become the common folder, whole or not at all.
 
-        `args`: the price tables, scalars, work and spans of the call before, whose types the other functions share.
+        `args`: the price tables, scalars, work and spans of a call of `advance`, whose types the others share.
         """
         own, common = self._own, self._common
         self._own = None
@@ -71,9 +98,23 @@ class Machine:
         self.draw(np.random.default_rng(0), np.zeros((1, 2)), np.array([0.5, 1.0]), np.zeros((2, 3)))
         with suppress(OSError):
             files = [path for path in sorted(own.rglob("*")) if path.is_file()]
-            (own / _LISTED).write_text(json.dumps({str(path.relative_to(own)): _digest(path) for path in files}))
+            listed = {str(path.relative_to(own)): _digest(path) for path in files}
+            (own / _LISTED).write_text(json.dumps({_PROCESSOR: native.processor(), **listed}))
             own.rename(common)  # fails where another process was quicker
         shutil.rmtree(own, ignore_errors=True)
+
+
+class _FirstCall:
+    """`advance` for one caller where it is not compiled yet: the first call says for which types."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._call: native.Call | None = None
+
+    def __call__(self, *args: Any) -> int:
+        if self._call is None:
+            self._call = native.Call(self._machine.compile_loop(args))
+        return self._call(*args)
 
 
 def for_run(requests: int, compiled: bool | None = None) -> Machine | None:
@@ -140,8 +181,10 @@ def _is_whole(folder: Path) -> bool:
     """Whether every file is as it was written. A flipped bit in machine code would crash the interpreter."""
     try:
         digests: dict[str, str] = json.loads((folder / _LISTED).read_text())
-        return all(_digest(folder / name) == digest for name, digest in digests.items()) and bool(digests)
-    except (OSError, ValueError, AttributeError):
+        if digests.pop(_PROCESSOR) != native.processor() or _LOOP not in digests:
+            return False
+        return all(_digest(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError, KeyError):
         return False
 
 

@@ -20,7 +20,7 @@ from helios_sim.core.layout import FOREVER_NS, Storage
 from helios_sim.core.machine import Machine
 from helios_sim.core.schedule import running_limit
 from helios_sim.policy.telemetry import Policy, Situation
-from helios_sim.request import Request, RequestBlock
+from helios_sim.request import RecordBlock, Request, RequestBlock
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
@@ -58,23 +58,26 @@ class Server:
         feed: Iterator[RequestBlock] | None = None,
         users: int | None = None,
         horizon_ns: Callable[[], int] | None = None,
+        on_block: Callable[[RecordBlock], None] | None = None,
     ) -> None:
         """Loads the first deployment, before the first request.
 
         `machine`: the loop as machine code. `feed`: all requests of this replica, which then runs ahead of the clock;
         with `users` they come in a closed loop. Without a feed requests are submitted; `horizon_ns` says before when
-        nothing will be, None: something may at any moment, and each turn is an event. A server that has been opened
-        stays as it is.
+        nothing will be, None: something may at any moment, and each turn is an event. `on_block` gets records as
+        columns, as far as compiled code leaves any. A server that has been opened stays as it is.
         """
         if self._opened:
             return
         self._opened = True
         storage = Storage(compiled=machine is not None)
-        self._advance: Callable[..., int] = advance if machine is None else machine.advance
+        self._advance: Callable[..., int] = advance if machine is None else machine.loop()
         self._feed, self._horizon_ns = feed, horizon_ns
         self._replica = replica = Replica(
             self._env, self._number, self._engine, self._situation, self._on_left, storage, users is not None
         )
+        if machine is not None:
+            replica.on_block = on_block
         if not self._pictures:
             replica.timeline.keep_few()
         replica.state.exhausted = int(feed is None)

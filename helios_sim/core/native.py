@@ -1,0 +1,128 @@
+"""Calls the compiled loop without Numba: its object code is loaded by LLVM alone.
+
+To import Numba and to load what it keeps on disk takes longer than to simulate ten thousand requests. So the loop is
+compiled behind an entry point that takes the addresses and the lengths of its arrays, and the object code is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import CDLL, CFUNCTYPE, byref, c_int32, c_int64, c_void_p, cast
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+NAME = "entry"
+
+
+def processor() -> str:
+    """Return what object code depends on: the kind of processor and its features."""
+    from llvmlite import binding
+
+    return " ".join(
+        (binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    )
+
+
+def compiled(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
+    """Compile `function` for arrays like those of `args`: arrays, named tuples of them, and last a whole number.
+
+    Returns a line with the names of the entry point and of the functions that it may call, then the object code.
+    """
+    numba: Any = import_module("numba")
+    names: dict[str, Any] = {"carray": numba.carray, "function": function}
+    arrays = lengths = 0
+
+    def text_of(arg: Any) -> str:
+        nonlocal arrays, lengths
+        if isinstance(arg, tuple):
+            names[type(arg).__name__] = type(arg)
+            return f"{type(arg).__name__}({', '.join(map(text_of, arg))})"
+        names[f"dtype_{arrays}"] = arg.dtype
+        shape = "".join(f"lengths[{lengths + axis}], " for axis in range(arg.ndim))
+        text = f"carray(addresses[{arrays}], ({shape}), dtype_{arrays})"
+        arrays, lengths = arrays + 1, lengths + arg.ndim
+        return text
+
+    call = f"function({', '.join(map(text_of, args[:-1]))}, last)"
+    exec(f"def {NAME}(addresses, lengths, last):\n    return {call}", names)
+    types = numba.types
+    signature = types.int64(types.CPointer(types.voidptr), types.CPointer(types.int64), types.int64)
+    made = numba.cfunc(signature, error_model="numpy")(names[NAME])
+    symbol = made.native_name.removeprefix("cfunc.")  # the function behind the wrapper, which returns a status
+    declared = (it.name for it in made._library._final_module.functions if it.is_declaration)
+    called = " ".join([symbol, *(name for name in declared if not name.startswith("llvm."))])
+    code: bytes = made._library._get_compiled_object()
+    return called.encode() + b"\n" + code
+
+
+class Native:
+    """Object code that is loaded into this process."""
+
+    def __init__(self, code: bytes) -> None:
+        from llvmlite import binding
+
+        names, content = code.split(b"\n", 1)
+        symbol, *called = names.decode().split()
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        process = CDLL(None)
+        for name in called:  # Numba's own are for errors and counted references, of which the loop has none
+            if not hasattr(process, name) and binding.address_of_symbol(name) is None:
+                binding.add_symbol(name, cast(process.abort, c_void_p).value)
+        machine = binding.Target.from_default_triple().create_target_machine()
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)  # owns the code
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(content))
+        self._engine.finalize_object()
+        address = self._engine.get_function_address(symbol)
+        self.run = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64)(address)
+
+
+class Call:
+    """The loaded function for one caller, with the places of the arrays of its last call."""
+
+    def __init__(self, native: Native) -> None:
+        self._native, self._run = native, native.run
+        self._known: list[Any] = []  # the arguments of the last call, so that their arrays stay where they are
+        self._first: list[tuple[int, int]] = []  # by argument, where its addresses and its lengths begin
+        self._result, self._error = c_int64(), c_void_p()
+        self._places: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> int:
+        if not self._known:
+            self._lay_out(args[:-1])
+        for place, known in enumerate(self._known):
+            if args[place] is not known:
+                self._note(place, args[place])
+        status = self._run(*self._places, args[-1])
+        if status:
+            raise RuntimeError(f"the compiled loop ended with status {status}")
+        return self._result.value
+
+    def _lay_out(self, args: Sequence[Any]) -> None:
+        arrays = lengths = 0
+        for arg in args:
+            self._first.append((arrays, lengths))
+            for array in _arrays(arg):
+                arrays, lengths = arrays + 1, lengths + array.ndim
+        self._addresses, self._lengths = np.zeros(arrays, np.uintp), np.zeros(lengths, np.int64)
+        self._places = byref(self._result), byref(self._error), self._addresses.ctypes.data, self._lengths.ctypes.data
+        self._known = [None] * len(args)
+
+    def _note(self, place: int, arg: Any) -> None:
+        at, length = self._first[place]
+        for array in _arrays(arg):
+            self._addresses[at] = array.__array_interface__["data"][0]
+            self._lengths[length : length + array.ndim] = array.shape
+            at, length = at + 1, length + array.ndim
+        self._known[place] = arg
+
+
+def _arrays(arg: Any) -> Iterator[Any]:
+    """The arrays of an argument, in order."""
+    if isinstance(arg, tuple):
+        for each in arg:
+            yield from _arrays(each)
+    else:
+        yield arg
