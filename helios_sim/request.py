@@ -101,3 +101,15 @@ class RequestRecord:
     # Millionths of a bit that the reference text costs under what was served: -log2 of the probability of each of its
     # tokens at the exit where that token left. None unless people wrote the text and it was recorded for all models.
     microbits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBlock:
+    """Records of n requests that left one after the other: columns (n,) by the names of RequestRecord."""
+
+    numbers: dict[str, NDArray[np.int64]]
+    maybe: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]]  # values, and where there is one
+    labels: dict[str, tuple[NDArray[np.int64], tuple[str | None, ...]]]  # codes, and what each stands for
+
+    def __len__(self) -> int:
+        return len(self.numbers["request_id"])

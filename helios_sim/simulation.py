@@ -17,7 +17,7 @@ from simpy.events import Event
 
 from helios_sim.core.layout import FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
-from helios_sim.request import Request, RequestBlock, RequestRecord
+from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
@@ -27,6 +27,7 @@ ONE_AFTER_THE_OTHER = Routing()
 _MERGED_AT_ONCE = 512  # records of several replicas that wait until they can be put in order
 
 Sink = Callable[[RequestRecord], None]
+BlockSink = Callable[[RecordBlock], None]
 
 
 class MakeServer(Protocol):
@@ -55,13 +56,15 @@ class System:
     fed its own requests and runs ahead of the clock. Otherwise requests are dispatched as they arrive.
     """
 
-    def __init__(self, env: simpy.Environment, routing: Routing, sink: Sink) -> None:
+    def __init__(
+        self, env: simpy.Environment, routing: Routing, sink: Sink, block_sink: BlockSink | None = None
+    ) -> None:
         self.env = env
         self.servers: tuple[Server, ...] = ()
         self.left = 0
         self.next_arrival_ns = FOREVER_NS  # of those that are dispatched
         self._routing = routing
-        self._sink = sink
+        self._sink, self._block_sink = sink, block_sink
         self._in_order: list[tuple[int, int, int, int, RequestRecord]] | None = None
         self._closed_loop: Iterator[Request] | None = None
         self._to_release = 0
@@ -77,7 +80,8 @@ class System:
     def feed(self, blocks: Iterator[RequestBlock], machine: Machine | None, users: int | None) -> None:
         """Each replica gets all its requests, and runs ahead of the clock."""
         if len(self.servers) == 1:
-            self.servers[0].open(machine, blocks, users)
+            on_block = None if self._block_sink is None else self.on_block
+            self.servers[0].open(machine, blocks, users, on_block=on_block)
             return
         self._in_order = []
         split = _Split(blocks, len(self.servers), self._routing)
@@ -134,6 +138,13 @@ class System:
         if self._closed_loop is not None:
             self._to_release += 1
             self._release(record.replica)
+
+    def on_block(self, block: RecordBlock) -> None:
+        """Records of the only replica, of which nothing waits for any."""
+        assert self._block_sink is not None
+        self.left += len(block)
+        self._requests_in[0] -= len(block)
+        self._block_sink(block)
 
     def finish(self) -> None:
         self._hand_on(FOREVER_NS)
@@ -208,6 +219,7 @@ def simulate(
     outside: Callable[[System], None] | None = None,
     compiled: bool | None = None,
     stepwise: bool = False,
+    block_sink: BlockSink | None = None,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
 
@@ -217,13 +229,14 @@ def simulate(
     `compiled`: whether the loop runs as machine code; None: if that is worth it. `stepwise`: every turn of a server is
     an event of its own, as where something outside may act at any time. Neither changes a result.
 
-    `sink` gets each record in the order in which requests leave. With `users` the loop is closed. Raises
+    `sink` gets each record in the order in which requests leave; `block_sink`, where it is given, many at once wherever
+    compiled code holds them as columns. With `users` the loop is closed. Raises
     LittlesLawViolated when the books do not balance, which would be a defect of this program.
     """
     on_clock = outside is not None or env is not None  # of somebody else, who may act at any time
     stepwise = stepwise or on_clock
     env = env or simpy.Environment(initial_time=0)
-    system = System(env, routing, sink)
+    system = System(env, routing, sink, block_sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
     machine = None if on_clock else for_run(requests, compiled)
     fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))

@@ -20,7 +20,7 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.request import RequestBlock, RequestRecord
+from helios_sim.request import RecordBlock, RequestBlock, RequestRecord
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.device_plan import plan_of
 from helios_sim.serving.iteration import Plan
@@ -199,5 +199,15 @@ def serve(
         env=env,
         compiled=compiled,
         stepwise=stepwise or on_plan is not None,
+        block_sink=lambda block: records.extend(records_in(block)),
     )
     return Served(records, run)
+
+
+def records_in(block: RecordBlock) -> Iterator[RequestRecord]:
+    """The records that a block holds as columns, one by one."""
+    for row in range(len(block)):
+        values: dict[str, object] = {name: int(column[row]) for name, column in block.numbers.items()}
+        values |= {name: int(column[row]) if known[row] else None for name, (column, known) in block.maybe.items()}
+        values |= {name: names[codes[row]] for name, (codes, names) in block.labels.items()}
+        yield RequestRecord(**values)

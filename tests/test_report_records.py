@@ -17,7 +17,7 @@ from helios_sim.report import records as records_module
 from helios_sim.report.files import write_parquet_parts
 from helios_sim.report.metrics import Slo, compute_metrics
 from helios_sim.report.records import Labels, Maybe, RecordLog, Records
-from helios_sim.request import NS_PER_S, RequestRecord, Status
+from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 from helios_sim.serving import timeline
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.fleet import build_fleet
@@ -184,3 +184,34 @@ def test_memory_grows_with_the_columns_and_not_with_what_was_seen(compiled, few,
     monkeypatch.setattr("helios_sim.simulation.for_run", lambda requests, wanted: machine.load() if compiled else None)
     peak_bytes(300)  # what is loaded and remembered once
     assert (peak_bytes(many) - peak_bytes(few)) / (many - few) < 150
+
+
+def test_blocks_and_single_records_make_the_same_columns() -> None:
+    records = some_records()
+    one, other = RecordLog(), RecordLog()
+    for record in records:
+        one.add(record)
+    for part in (records[:3], records[3:4], records[10:]):  # between them single ones
+        other.add_block(block_of(part))
+        for record in records[4:10] if len(part) == 1 else ():
+            other.add(record)
+    ours, theirs = one.records(), other.records()
+    assert ours.to_table("a", 0).equals(theirs.to_table("a", 0))
+
+
+def test_a_number_that_does_not_fit_is_refused_in_blocks_too() -> None:
+    with pytest.raises(OverflowError, match="does not fit 32 bits"):
+        RecordLog().add_block(block_of([replace(some_records(1)[0], prompt_tokens=2**31)]))
+
+
+def block_of(records: list[RequestRecord]) -> RecordBlock:
+    maybe = ("scheduled_ns", "first_token_ns", "last_token_ns", "microbits")
+    labels = ("model", "status", "drop_reason")
+    columns = {f.name: [getattr(record, f.name) for record in records] for f in fields(RequestRecord)}
+    names = {name: tuple(dict.fromkeys(reversed(columns[name]))) for name in labels}  # not in order of appearance
+    return RecordBlock(
+        {name: np.array(column) for name, column in columns.items() if name not in (*maybe, *labels)},
+        {name: (np.array([v or 0 for v in columns[name]]), np.array([v is not None for v in columns[name]]))
+         for name in maybe},
+        {name: (np.array([names[name].index(v) for v in columns[name]]), names[name]) for name in labels},
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.report.files import numbers, texts
-from helios_sim.request import RequestRecord, Status
+from helios_sim.request import RecordBlock, RequestRecord, Status
 
 if TYPE_CHECKING:
     import pyarrow
@@ -221,6 +221,25 @@ class RecordLog:
         if len(self._waiting) == BLOCK_RECORDS:
             self._flush()
 
+    def add_block(self, block: RecordBlock) -> None:
+        """Records after all that were added so far. OverflowError where a number does not fit its column."""
+        self._flush()
+        rows = slice(self._rows, self._rows + len(block))
+        self._make_room(rows.stop)
+        for name, values in block.numbers.items():
+            self._columns[name][rows] = _narrow(values, _KINDS[name])
+        for name, (values, present) in block.maybe.items():
+            self._columns[name][rows] = np.where(present, values, 0)
+            self._present[name][rows] = present
+        for name, (codes, names) in block.labels.items():
+            own = self._codes[name]
+            seen, first = np.unique(codes, return_index=True)
+            for code in seen[np.argsort(first)].tolist():
+                own.setdefault(names[code], len(own))
+            code_of = np.array([own.get(text, 0) for text in names], np.int16)
+            self._columns[name][rows] = code_of[codes]
+        self._rows = rows.stop
+
     def records(self) -> Records:
         """All added records in order of request id. They take over the memory of the log, which ends it."""
         self._flush()
@@ -264,3 +283,10 @@ def _maybe(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.
         return np.array(values, np.int64), np.ones(len(values), np.bool_)
     present = np.array([value is not None for value in values], np.bool_)
     return np.array([0 if value is None else value for value in values], np.int64), present
+
+
+def _narrow(values: NDArray[np.int64], kind: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    limits = np.iinfo(kind)
+    if len(values) and not (limits.min <= values.min() and values.max() <= limits.max):
+        raise OverflowError(f"a number from {values.min()} to {values.max()} does not fit {limits.bits} bits")
+    return values.astype(kind)

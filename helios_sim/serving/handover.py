@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from helios_sim.core import arrive, blocks, layout, line, schedule
 from helios_sim.core.layout import NEVER, SAMPLE, SUMS, tuples
 from helios_sim.exits.trace import TokenSpan
-from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
 from helios_sim.serving.meters import RECENT
 from helios_sim.serving.replica import SERVED_TEXTS, Replica
@@ -28,6 +30,11 @@ _LEFT_FIELDS = (
 _MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
     _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
 )
+_AS_THEY_ARE = (
+    "request_id", "task", "arrival_ns", "prompt_tokens", "prompt_chars", "output_chars", "layers_run", "early_tokens",
+    "breach_tokens", "agreed_tokens", "evaluated_tokens", "preemptions",
+)  # fmt: skip
+_MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
 _SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_length", "output_tokens")
 
 
@@ -101,8 +108,13 @@ def _records(replica: Replica) -> None:
     if not n:
         return
     slots = replica.lists.left[:n].tolist()
-    rows = tuples(replica.requests, slots, _LEFT_FIELDS)
     s.left = 0
+    if replica.on_block is not None:
+        block = _block(replica, slots)
+        replica.set_free(slots)
+        replica.on_block(block)
+        return
+    rows = tuples(replica.requests, slots, _LEFT_FIELDS)
     replica.set_free(slots)
     completed = [row for row in rows if not row[_WHY]]
     for row in completed[-RECENT:]:
@@ -111,6 +123,33 @@ def _records(replica: Replica) -> None:
     for row in rows:
         why = row[_WHY]
         _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
+
+
+def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
+    """The records of these requests as columns, where nothing outside reacts to each."""
+    table = replica.requests[np.array(slots)]
+    why, models = table["why"], replica.models
+    output_tokens = table["generated"] + table["earlier_tokens"]
+    completed = np.flatnonzero(why == 0)
+    for row in completed[-RECENT:]:
+        replica.recent.completed(int(table["prompt_tokens"][row]), int(output_tokens[row]))
+    latest = table[completed[-SERVED_TEXTS:]][list(COLUMNS)]
+    replica.served.extend(Request(*row) for row in latest.tolist())
+    reasons: dict[str | None, int] = {None: 0}
+    reason = np.zeros(len(table), np.int64)
+    for row in np.flatnonzero(why):
+        text = _drop_reason(replica, int(why[row]), int(table["model"][row]))
+        reason[row] = reasons.setdefault(text, len(reasons))
+    numbers = {name: table[name] for name in _AS_THEY_ARE}
+    numbers |= {"replica": np.full(len(table), replica.number), "output_tokens": output_tokens}
+    maybe = {name: (np.maximum(table[name], 0), table[name] != NEVER) for name in _MOMENTS}
+    maybe["microbits"] = table["microbits"], np.full(len(table), replica.scores_text)
+    labels = {
+        "model": (table["model"], models),
+        "status": ((why != 0).astype(np.int64), (Status.COMPLETED, Status.DROPPED)),
+        "drop_reason": (reason, tuple(reasons)),
+    }
+    return RecordBlock(numbers, maybe, labels)
 
 
 def _drop_reason(replica: Replica, why: int, model: int) -> str | None:

@@ -31,7 +31,7 @@ from helios_sim.core.layout import (
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
-from helios_sim.request import Request, RequestRecord
+from helios_sim.request import RecordBlock, Request, RequestRecord
 from helios_sim.serving.histogram import bucket_edges_ns
 from helios_sim.serving.inbox import COLUMNS, Inbox
 from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
@@ -58,6 +58,7 @@ class Replica:
         closed_loop: bool,
     ) -> None:
         self.env, self.number, self.engine, self.situation, self.on_left = env, number, engine, situation, on_left
+        self.on_block: Callable[[RecordBlock], None] | None = None  # gets records in its place, many at once
         self.storage = storage
         self.models = tuple(situation.candidates)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens)

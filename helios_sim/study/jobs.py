@@ -24,7 +24,7 @@ from helios_sim.serving.decider import Decision
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.timeline import Timeline
-from helios_sim.simulation import Run, simulate
+from helios_sim.simulation import BlockSink, Run, simulate
 from helios_sim.study.build import Arm, Parts, arm_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
 from helios_sim.study.inputs import made_of
@@ -95,7 +95,7 @@ def run_job(job: Job) -> JobResult:
     live = None if config.mode == SIMULATE else open_live(config, fleet.parts, job.seed)
     log = RecordLog()
     try:
-        run = serve(job, fleet, log.add, live)
+        run = serve(job, fleet, log.add, live, block_sink=log.add_block)
     finally:
         if live is not None:
             live.close()
@@ -131,11 +131,13 @@ def serve(
     pictures: bool = True,
     compiled: bool | None = None,
     stepwise: bool = False,
+    block_sink: BlockSink | None = None,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
-    the servers' state over time. `compiled`, `stepwise`: as `simulate` takes them.
+    the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes
+    them.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -160,6 +162,7 @@ def serve(
         env=None if live is None else live.clock,
         compiled=compiled,
         stepwise=stepwise,
+        block_sink=block_sink,
     )
 
 

@@ -162,7 +162,7 @@ def _metric(value: Any) -> MetricValue:
 def _metrics(job: Job) -> dict[str, MetricValue]:
     fleet = shared_fleet(job.config, job.seed)
     log = RecordLog()
-    run = serve(job, fleet, log.add, pictures=False)
+    run = serve(job, fleet, log.add, pictures=False, block_sink=log.add_block)
     return measure(job, fleet, log.records(), run)
 
 
