@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -74,7 +76,8 @@ def run_command(command: list[str]) -> int:
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
+        with _composed_once(command):
+            hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -96,6 +99,21 @@ def run_command(command: list[str]) -> int:
         for folder in refused:
             leave_no_trace(folder)
     return status
+
+
+@contextmanager
+def _composed_once(command: Sequence[str]) -> Iterator[None]:
+    """Keep Hydra from composing all settings once more, only to read `hydra.mode`.
+
+    Files of the user and the command line may set it; where they cannot, -m alone says what it is.
+    """
+    read = Hydra.get_mode
+    if not any(word.lstrip("+").startswith(("--config-", "hydra.mode", "hydra.searchpath")) for word in command):
+        setattr(Hydra, "get_mode", lambda *_, **__: None)  # noqa: B010 - as where it is not set
+    try:
+        yield
+    finally:
+        setattr(Hydra, "get_mode", read)  # noqa: B010
 
 
 def _check_no_sweep(arguments: Sequence[str]) -> None:
