@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from helios_sim.profile.composition import Composition
     from helios_sim.profile.profile import Profile
+    from helios_sim.profile.spec import RuntimeConfig
     from helios_sim.profile.store import known_profiles, load_profile
     from helios_sim.report.designs import DesignsResult
     from helios_sim.report.result import ExperimentResult, comparisons
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         LengthsConfig,
         MixConfig,
         ObjectiveConfig,
-        RuntimeConfig,
         ServerConfig,
         SloConfig,
         SweepConfig,
@@ -129,6 +129,7 @@ _NAMES_BY_MODULE = {
     "policy.trigger": "AtTime BreachLimit Cause Completed Drained Probed QueueAbove Started Trigger",
     "profile.composition": "Composition",
     "profile.profile": "Profile",
+    "profile.spec": "RuntimeConfig",
     "profile.store": "known_profiles load_profile",
     "report.designs": "DesignsResult",
     "report.result": "ExperimentResult comparisons",
@@ -136,7 +137,7 @@ _NAMES_BY_MODULE = {
     "report.write": "write_result",
     "study.modes": "DesignsConfig LiveConfig",
     "study.schema": (
-        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig ObjectiveConfig RuntimeConfig "
+        "ArrivalsConfig Config ExitsConfig LengthConfig LengthsConfig MixConfig ObjectiveConfig "
         "ServerConfig SloConfig SweepConfig WorkloadConfig"
     ),
     "vary.axis": "AxisConfig",

@@ -107,7 +107,7 @@ def kind_of(settings: DictConfig | Config) -> str:
 def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
     """UserError where an experiment's own value hides a choice from the command line."""
     from helios_sim.policy.telemetry import Goal
-    from helios_sim.profile.runtime import PRESETS
+    from helios_sim.profile.spec import PRESETS
 
     for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
         if given(group, arguments) is None:

@@ -21,8 +21,7 @@ from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation
-from helios_sim.profile.memory import MemoryBudget
-from helios_sim.profile.profile import Profile
+from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Request, RequestBlock, RequestRecord
 from helios_sim.serving.server import Server

@@ -21,8 +21,7 @@ from helios_sim.policy.telemetry import (
     Situation,
     Telemetry,
 )
-from helios_sim.profile.memory import MemoryBudget
-from helios_sim.profile.profile import Profile
+from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.synthetic import flat_profile
 
 LAYER_BYTES = 40  # of flat_profile's model: 20 values of 2 bytes

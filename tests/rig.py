@@ -17,8 +17,7 @@ from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.profile.memory import MemoryBudget
-from helios_sim.profile.profile import Profile
+from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RecordBlock, RequestBlock, RequestRecord
 from helios_sim.routing import Router, Routing

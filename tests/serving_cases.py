@@ -22,8 +22,7 @@ from helios_sim.policy.telemetry import ExpectedLoad, Goal, Objective
 from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.profile.tables import RowsTable
-from helios_sim.profile.terms import MixedTable, UnequalTable
+from helios_sim.profile.tables import MixedTable, RowsTable, UnequalTable
 from helios_sim.routing import Router
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Poisson, TaskMix, Workload
 from priced import line, priced_profile

@@ -28,7 +28,7 @@ from helios_sim.live.model.architecture import model_spec  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy  # noqa: E402
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation  # noqa: E402
-from helios_sim.profile.memory import MemoryBudget  # noqa: E402
+from helios_sim.profile.profile import MemoryBudget  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
 from helios_sim.profile.tables import RowsTable  # noqa: E402
 from helios_sim.request import RequestBlock, RequestRecord  # noqa: E402

@@ -27,7 +27,7 @@ from calibrate.stages import NotEnoughTime
 from helios_sim.errors import UserError
 from helios_sim.exits.published import EXIT_SHARES
 from helios_sim.exits.store import read_trace, write_trace
-from helios_sim.profile.models import MODELS
+from helios_sim.profile.catalog import MODELS
 from helios_sim.study.modes import LIVE, SIMULATE
 
 BAND = {"low": 1.0, "high": 4.0}

@@ -16,7 +16,7 @@ from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.policy.registry import POLICIES
 from helios_sim.policy.telemetry import Goal
-from helios_sim.profile.runtime import PRESETS
+from helios_sim.profile.spec import PRESETS
 from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.schema import Config

@@ -13,14 +13,12 @@ from helios_sim.errors import UserError
 from helios_sim.profile.build import main
 from helios_sim.profile.catalog import CARDS, PCIE_LINK, Link, published_card, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.profile.importers.attention_grid import AttentionGrid
+from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
 from helios_sim.profile.importers.layers import Terms, layer_profile
-from helios_sim.profile.importers.skew import repetitions_of, unequal_table
 from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.price_tables import unequal_lengths
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import preset
-from helios_sim.profile.spec import Runtime
+from helios_sim.profile.spec import Runtime, preset
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import ProvenanceClass
 from vllm_log import BATCHES, KVS, LAYER_US, REPETITIONS, attention_us, write_profile as write_tables

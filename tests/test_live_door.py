@@ -15,7 +15,7 @@ from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.clock import Door, WallClock
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
-from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.server import Server

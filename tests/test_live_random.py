@@ -18,7 +18,8 @@ from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.decoder import SegmentedModel
-from helios_sim.profile.models import MODELS
+from helios_sim.profile.catalog import MODELS
+from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import load_profile, write_profile
 from helios_sim.study.jobs import make_job, run_job
 from helios_sim.study.modes import LiveConfig
@@ -29,7 +30,6 @@ from helios_sim.study.schema import (
     LengthConfig,
     LengthsConfig,
     MixConfig,
-    RuntimeConfig,
     ServerConfig,
     WorkloadConfig,
 )

@@ -17,7 +17,7 @@ from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Situation
-from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import MemoryBudget
 from helios_sim.request import Request, RequestRecord, Status
 from helios_sim.serving.server import Server
 from helios_sim.simulation import simulate

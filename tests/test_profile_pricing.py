@@ -12,12 +12,10 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import preset
-from helios_sim.profile.spec import Runtime
+from helios_sim.profile.spec import Runtime, preset
 from helios_sim.profile.store import load_profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
-from helios_sim.profile.terms import UnequalTable
+from helios_sim.profile.tables import GridTable, LayerTables, RowsTable, UnequalTable
 
 ROWS = np.array([1, 101], dtype=np.int64)
 NO_HOST = Runtime(0.0, 0.0, 0.0, 0.0, None)
@@ -316,4 +314,4 @@ def test_another_runtime_takes_its_assumptions_along() -> None:
     eager = shipped.with_runtime(preset("eager"))
     assert not any(a.change.startswith("runtime.") for a in eager.provenance.assumptions)
     assert any(a.change == "model.chars_per_token" for a in eager.provenance.assumptions)
-    assert "launch_s_per_layer" in dict(eager.runtime.sources)
+    assert "launch_s_per_layer" in {source.quantity for source in eager.runtime.sources}

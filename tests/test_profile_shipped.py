@@ -9,12 +9,12 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.profile.build import main as build
+from helios_sim.profile.catalog import HARDWARE, MODELS, hardware_spec, model_spec
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.profile.kernel_tables import A100, H100, DecodeAttentionTimes, gemm_times, rising
-from helios_sim.profile.models import HARDWARE, MODELS, hardware_spec, model_spec
-from helios_sim.profile.operations import Gemm, head_gemm, layer_gemms
+from helios_sim.profile.importers.aiconfigurator import A100, H100, DecodeAttentionTimes, gemm_times, rising
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import PRESETS, preset
+from helios_sim.profile.roofline import Gemm, head_gemm, layer_gemms
+from helios_sim.profile.spec import PRESETS, preset
 from helios_sim.profile.store import PROFILES_FOLDER, known_profiles, load_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.shared_data import shared_data_folder

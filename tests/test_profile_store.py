@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helios_sim.errors import UserError
-from helios_sim.profile.models import HARDWARE, MODELS
+from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import roofline_profile
 from helios_sim.profile.spec import Anchor, Anchors

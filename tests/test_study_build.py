@@ -12,6 +12,7 @@ from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import write_trace
 from helios_sim.policy.telemetry import Goal
+from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import write_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.assemble import assemble
@@ -27,7 +28,6 @@ from helios_sim.study.schema import (
     LengthsConfig,
     MixConfig,
     ObjectiveConfig,
-    RuntimeConfig,
     WorkloadConfig,
 )
 from priced import priced_profile

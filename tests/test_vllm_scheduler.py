@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from helios_sim.core.blocks import free_blocks, give_blocks, kept_blocks, resize_pool, take_back, take_blocks
 from helios_sim.core.layout import FREED, NEVER, RULES, STATE, Storage
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.profile.tables import LayerTables
-from helios_sim.profile.terms import MixedTable, UnequalTable
+from helios_sim.profile.tables import LayerTables, MixedTable, UnequalTable
 from helios_sim.request import Status
 from helios_sim.workload import AllAtOnce, Constant, DrawnLengths, Exponential, Fixed, Poisson, TaskMix, Workload
 from priced import priced_profile

@@ -32,6 +32,7 @@ from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report import files
@@ -44,7 +45,6 @@ from helios_sim.study.schema import (
     LengthConfig,
     LengthsConfig,
     MixConfig,
-    RuntimeConfig,
     ServerConfig,
     WorkloadConfig,
 )

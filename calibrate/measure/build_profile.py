@@ -27,8 +27,7 @@ from calibrate.measure.latency import (
 )
 from calibrate.measure.memory import Loads, Memory
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import GRAPH_BATCH_SIZES
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import GRAPH_BATCH_SIZES, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
@@ -127,7 +126,12 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
     sizes = tuple(b for b in GRAPH_BATCH_SIZES if b <= latency.subject.limits.max_batch)
     around, inside = _by_batch(serving.host_s), _by_batch(host.overhead_s)
     syncs = _by_batch(host.sync_s)
-    per_layer = f"measured: {host.launch_s_per_layer * 1e6:.1f} us a layer eagerly; 0 inside a captured graph"
+    measured, none = Basis.MEASURED, Basis.DEFINITION
+    per_layer = none, "issuing a layer is inside its device time"
+    graphs, padding = (none, "no graphs"), (none, "no graphs, no padding")
+    if asynchronous:
+        per_layer = measured, f"{host.launch_s_per_layer * 1e6:.1f} us a layer eagerly; 0 inside a captured graph"
+        graphs, padding = (measured, "all layers as one graph"), (Basis.STATED, "vLLM's default capture sizes")
     return Runtime(
         launch_s_per_layer=0.0,
         launch_s_per_graph=host.launch_s_per_graph,
@@ -135,27 +139,21 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
         host_overhead_s=serving.middle_host_s + host.middle_overhead_s,
         graph_batch_sizes=sizes if asynchronous else None,
         sources=(
-            (
-                "launch_s_per_layer",
-                per_layer if asynchronous else "by definition: issuing a layer is inside its device time",
+            CostSource("launch_s_per_layer", *per_layer),
+            CostSource("launch_s_per_graph", *graphs),
+            CostSource(
+                "sync_s", measured,
+                f"confidences to the host, survivors gathered, a step made for them; by batch {syncs}",
             ),
-            ("launch_s_per_graph", "measured: all layers as one graph" if asynchronous else "by definition: no graphs"),
-            (
-                "sync_s",
-                f"measured: confidences to the host, survivors gathered, a step made for them; by batch {syncs}",
-            ),
-            (
-                "host_overhead_s",
-                "measured: from the end of an iteration to the next one's, less the forward pass, when the real server "
+            CostSource(
+                "host_overhead_s", measured,
+                "from the end of an iteration to the next one's, less the forward pass, when the real server "
                 f"serves at full depth, by batch {around}; and inside the pass token ids and a step made from lists, "
                 f"tokens back into lists, by batch {inside}",
             ),
-            (
-                "graph_batch_sizes",
-                "vLLM's default capture sizes" if asynchronous else "by definition: no graphs, no padding",
-            ),
+            CostSource("graph_batch_sizes", *padding),
         ),
-    )
+    )  # fmt: skip
 
 
 def _by_batch(times_s: Mapping[int, float]) -> str:

@@ -37,8 +37,7 @@ from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
-from helios_sim.profile.memory import MemoryBudget
-from helios_sim.profile.profile import Profile
+from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.roofline import roofline_profile
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.request import NS_PER_S, RequestBlock, RequestRecord

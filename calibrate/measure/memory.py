@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from calibrate.measure.sampling import figure
 from calibrate.measure.subject import Subject
-from helios_sim.profile.models import activation_reserve_bytes
+from helios_sim.profile.catalog import activation_reserve_bytes
 from helios_sim.profile.spec import ModelSpec
 
 Made = TypeVar("Made")

@@ -136,7 +136,7 @@ def energy_section(profile: Profile) -> Section:
 
 def host_section(profile: Profile) -> Section:
     """The host's costs, with the source of each value."""
-    runtime, sources = profile.runtime, dict(profile.runtime.sources)
+    runtime, sources = profile.runtime, {s.quantity: s.text for s in profile.runtime.sources}
     names = ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s")
     rows = [(name, fmt.seconds(getattr(runtime, name)), sources.get(name, fmt.NOTHING)) for name in names]
     return Section(

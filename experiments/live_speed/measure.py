@@ -35,7 +35,7 @@ from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation, Telemetry
 from helios_sim.policy.trigger import Cause
-from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestBlock
 from helios_sim.serving.server import Server

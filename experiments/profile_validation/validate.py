@@ -14,19 +14,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.profile.kernel_tables import (
+from helios_sim.profile.importers.aiconfigurator import (
     A100,
     H100,
     DecodeAttentionTimes,
     GemmTimes,
     KernelSource,
+    LayerTimes,
     gemm_times,
+    kernel_profile,
     rising,
 )
-from helios_sim.profile.kernels import LayerTimes, kernel_profile
-from helios_sim.profile.models import HARDWARE, MODELS
-from helios_sim.profile.operations import Elementwise, Gemm, layer_elementwise
+from helios_sim.profile.roofline import Elementwise, Gemm, layer_elementwise
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.shared_data import shared_data_folder
 

@@ -12,13 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import CARDS, published_card, published_model
+from helios_sim.profile.catalog import (
+    CARDS,
+    HARDWARE,
+    MODELS,
+    hardware_spec,
+    model_spec,
+    published_card,
+    published_model,
+)
+from helios_sim.profile.importers.aiconfigurator import kernel_profile
 from helios_sim.profile.importers.layers import layer_profile, read_meta
 from helios_sim.profile.importers.vidur import vidur_profile
-from helios_sim.profile.kernels import kernel_profile
-from helios_sim.profile.models import HARDWARE, MODELS, hardware_spec, model_spec
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import preset
+from helios_sim.profile.spec import preset
 from helios_sim.profile.store import PROFILES_FOLDER, write_profile
 
 IMPORTERS = ("aiconfigurator", "layers", "vidur")

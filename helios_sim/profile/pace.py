@@ -14,8 +14,7 @@ import numpy as np
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchors
-from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
-from helios_sim.profile.terms import MixedTable
+from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable
 
 DECODE, PROMPT = "decode", "prompt"
 DECODE_ROWS, DECODE_KV_TOKENS = 4, 128  # a step that has room beside what is served

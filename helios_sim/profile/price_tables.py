@@ -38,8 +38,7 @@ from helios_sim.core.price import (
 )
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
-from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
-from helios_sim.profile.terms import MixedTable, UnequalTable
+from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
 _INTERPRETED, _COMPILED = Storage(compiled=False), Storage(compiled=True)
 MANY = 16  # iterations from which on they are priced together
@@ -298,9 +297,9 @@ def _by_batch(table: UnequalTable) -> FloatArray:
 def _scalar_values(
     model: ModelSpec, hardware: HardwareSpec, runtime: Runtime, factors: dict[str, float], padded_kv: bool
 ) -> dict[str, float]:
-    names = ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s")
+    """The numbers that `core.price` names. A cost of the runtime is one of them by its name."""
     return {
-        **{name: float(getattr(runtime, name)) for name in names},
+        **dict(runtime.costs()),
         **factors,
         "hbm_bytes_per_s": float(hardware.hbm_bytes_per_s),
         "flops_per_s": float(hardware.flops_per_s),

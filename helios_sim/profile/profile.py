@@ -1,8 +1,10 @@
-"""What a model costs on a card: one object with its tables, memory, load and provenance. Knows no file."""
+"""What a model costs on a card: tables, memory, loads and provenance; and what of the card's memory is left for KV."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,12 +156,46 @@ class Profile:
             ("load_bytes_per_s", self.load_bytes_per_s, 1.0),
             ("load_slowdown", self.load_slowdown, 1.0),
             ("time_factor", self.time_factor, 0.0),
-            ("runtime.launch_s_per_layer", self.runtime.launch_s_per_layer, 0.0),
-            ("runtime.launch_s_per_graph", self.runtime.launch_s_per_graph, 0.0),
-            ("runtime.sync_s", self.runtime.sync_s, 0.0),
-            ("runtime.host_overhead_s", self.runtime.host_overhead_s, 0.0),
-            ("runtime.gap_s", self.runtime.gap_s, 0.0),
-            ("runtime.prefill_gap_s", self.runtime.prefill_gap_s, 0.0),
+            *((f"runtime.{name}", cost, 0.0) for name, cost in self.runtime.costs()),
         ):
             if not (np.isfinite(value) and value >= least):
                 raise UserError(f"{self.name}.{key}", value, f"a finite number of at least {least}", "set it so")
+
+
+class Weighs(Protocol):
+    """The part of a profile that memory depends on."""
+
+    @property
+    def activation_reserve_bytes(self) -> int: ...
+
+    def weight_bytes(self, layers: int) -> int: ...
+    def kv_bytes_per_token(self, layers: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """capacity x utilisation - weights of every resident placement - activation reserve = KV pool."""
+
+    capacity_bytes: int
+    utilisation: float  # share of the card given to the engine, as vLLM's gpu_memory_utilization
+    block_tokens: int = 16
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.capacity_bytes * self.utilisation)
+
+    def pool_bytes(self, resident: Iterable[tuple[Weighs, int]]) -> int:
+        """Bytes left for KV with these (profile, layers) resident; negative when they do not fit.
+
+        The activation reserve is the largest of the residents', since one model runs at a time.
+        """
+        resident = tuple(resident)
+        weights = sum(profile.weight_bytes(layers) for profile, layers in resident)
+        reserve = max((profile.activation_reserve_bytes for profile, _ in resident), default=0)
+        return self.usable_bytes - weights - reserve
+
+    def pool_blocks(self, resident: Iterable[tuple[Weighs, int]], active: tuple[Weighs, int]) -> int:
+        """KV blocks of the active placement that fit beside all residents (at least 0)."""
+        profile, layers = active
+        block_bytes = self.block_tokens * profile.kv_bytes_per_token(layers)
+        return max(0, self.pool_bytes(resident) // block_bytes)

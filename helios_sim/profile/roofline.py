@@ -1,4 +1,4 @@
-"""A profile from a card's data sheet alone. Knows bytes, operations and assumed efficiencies, no measured kernel."""
+"""A profile from a card's data sheet alone: bytes, operations and assumed efficiencies of the operations of a layer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,81 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from helios_sim.profile.catalog import LOAD_BYTES_PER_S, activation_reserve_bytes
 from helios_sim.profile.composition import IntArray
-from helios_sim.profile.models import LOAD_BYTES_PER_S, activation_reserve_bytes
-from helios_sim.profile.operations import (
-    Elementwise,
-    Gemm,
-    embedding_elementwise,
-    head_elementwise,
-    head_gemm,
-    kv_elementwise,
-    kv_gemm,
-    layer_elementwise,
-    layer_gemms,
-)
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import preset
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime, preset
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """rows x k times k x n."""
+
+    n: int
+    k: int
+
+    def bytes_moved(self, rows: int, value_bytes: int) -> int:
+        return value_bytes * (self.n * self.k + rows * (self.n + self.k))
+
+    def operations(self, rows: int) -> int:
+        return 2 * rows * self.n * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """Small kernels: how many launches on the device, and values read and written for each row."""
+
+    kernels: int
+    values_per_row: int
+
+
+def layer_gemms(model: ModelSpec) -> tuple[Gemm, ...]:
+    """QKV in one matrix, output projection, MLP up (gate and up in one where gated), MLP down: as vLLM fuses them."""
+    q_width = model.n_heads * model.head_dim
+    return (
+        Gemm(q_width + 2 * model.kv_width, model.d_model),
+        Gemm(model.d_model, q_width),
+        Gemm((2 if model.gated_mlp else 1) * model.d_ff, model.d_model),
+        Gemm(model.d_model, model.d_ff),
+    )
+
+
+def kv_gemm(model: ModelSpec) -> Gemm:
+    """K and V alone, for tokens that left above and are still needed below."""
+    return Gemm(2 * model.kv_width, model.d_model)
+
+
+def head_gemm(model: ModelSpec) -> Gemm:
+    return Gemm(model.vocab_size, model.d_model)
+
+
+def layer_elementwise(model: ModelSpec) -> Elementwise:
+    """Two norms that add the residual (2 reads, 2 writes each), activation, KV write, rope where positions rotate."""
+    q_width = model.n_heads * model.head_dim
+    activation = 3 * model.d_ff if model.gated_mlp else 2 * model.d_ff
+    values = 2 * 4 * model.d_model + activation + 2 * 2 * model.kv_width
+    if model.learned_positions:
+        return Elementwise(4, values)
+    return Elementwise(5, values + 2 * (q_width + model.kv_width))
+
+
+def kv_elementwise(model: ModelSpec) -> Elementwise:
+    """Norm of the exit's hidden state (read, write) and the KV write, with rope on K where positions rotate."""
+    values = 2 * model.d_model + 2 * 2 * model.kv_width
+    return Elementwise(2, values) if model.learned_positions else Elementwise(3, values + 2 * model.kv_width)
+
+
+def head_elementwise(model: ModelSpec) -> Elementwise:
+    """Final norm; logits read as a float32 copy is written, and read twice (largest value, sum of exponents)."""
+    return Elementwise(4, 2 * model.d_model + model.vocab_size * (1 + 3 * 2))
+
+
+def embedding_elementwise(model: ModelSpec) -> Elementwise:
+    tables = 2 if model.learned_positions else 1
+    return Elementwise(tables, 2 * tables * model.d_model)
+
 
 ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], dtype=np.int64)
 BATCHES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], dtype=np.int64)

@@ -1,12 +1,14 @@
-"""Shapes of models and limits of cards. Knows sizes and published limits, nothing measured."""
+"""Shapes of models, limits of cards, and what the host adds to the time of a device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.errors import UserError
 from helios_sim.request import token_counts
 
 
@@ -87,6 +89,36 @@ class HardwareSpec:
     source: str
 
 
+class Basis(StrEnum):
+    """What a host cost rests on."""
+
+    MEASURED = "measured"
+    DEFINITION = "by definition"
+    ASSUMED = "assumed"
+    STATED = "stated"  # by a setting, an engine's defaults or a test
+
+
+@dataclass(frozen=True, slots=True)
+class CostSource:
+    """Where one of a runtime's values comes from."""
+
+    quantity: str  # a field of Runtime
+    basis: Basis
+    why: str
+
+    @property
+    def text(self) -> str:
+        return self.why if self.basis is Basis.STATED else f"{self.basis.value}: {self.why}"
+
+    @classmethod
+    def parsed(cls, quantity: str, text: str) -> CostSource:
+        """From a text as profiles store it: `text` of the same source."""
+        basis, colon, why = text.partition(": ")
+        if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED):
+            return cls(quantity, Basis(basis), why)
+        return cls(quantity, Basis.STATED, text)
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """What the host adds to the device's time. Nothing here is zero silently: each value has a source line.
@@ -100,9 +132,35 @@ class Runtime:
     sync_s: float  # device to host and back at an exit check whose answer the host must see
     host_overhead_s: float  # scheduling, sampling and bookkeeping of one iteration, while the device waits
     graph_batch_sizes: tuple[int, ...] | None  # decode batches are padded up to one of these; None: no padding
-    sources: tuple[tuple[str, str], ...] = ()  # (quantity, source or "assumed: why")
+    sources: tuple[CostSource, ...] = ()
     gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
+
+    def costs(self) -> list[tuple[str, float]]:
+        """Every cost in seconds, by its name."""
+        return [(f.name, float(getattr(self, f.name))) for f in fields(self) if f.type == "float"]
+
+    def changed(self, **costs: float) -> Runtime:
+        """The same with these costs, each with its setting as the source."""
+        kept = [source for source in self.sources if source.quantity not in costs]
+        of_settings = [CostSource(key, Basis.STATED, f"set by runtime.{key}") for key in costs]
+        return replace(self, sources=(*kept, *of_settings), **costs)  # type: ignore[arg-type]
+
+
+@dataclass
+class RuntimeConfig:
+    """The settings `runtime`: a named set of host costs, and costs that replace those of the set."""
+
+    preset: str = "captured_graphs"  # captured_graphs, eager; profile: the costs that came with the profile
+    launch_s_per_layer: float | None = None  # each of these replaces the preset's value; see Runtime
+    launch_s_per_graph: float | None = None
+    sync_s: float | None = None
+    host_overhead_s: float | None = None
+
+    def costs(self) -> dict[str, float]:
+        """The costs that are set, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +181,58 @@ class Anchors:
 
     decode: Anchor | None = None
     prompt: Anchor | None = None
+
+
+# vLLM's default capture sizes: 1, 2, 4, then every 8
+GRAPH_BATCH_SIZES = (1, 2, 4, *range(8, 513, 8))
+
+_SYNC = CostSource(
+    "sync_s", Basis.ASSUMED, "device to host copy of a few bytes and back to the launching thread, 10 to 30 us"
+)
+_OVERHEAD = CostSource(
+    "host_overhead_s", Basis.ASSUMED, "batch scheduling, sampling results and detokenization of a tuned engine"
+)
+PRESETS = {
+    "captured_graphs": Runtime(
+        launch_s_per_layer=0.0, launch_s_per_graph=20e-6, sync_s=20e-6, host_overhead_s=200e-6,
+        graph_batch_sizes=GRAPH_BATCH_SIZES,
+        sources=(
+            CostSource(
+                "launch_s_per_layer", Basis.DEFINITION,
+                "the layers are inside the graph; prefill is taken to hide its eager launches",
+            ),
+            CostSource(
+                "launch_s_per_graph", Basis.ASSUMED, "one graph launch, of the order of 10 us plus argument copies"
+            ),
+            _SYNC,
+            _OVERHEAD,
+            CostSource(
+                "graph_batch_sizes", Basis.STATED, "vLLM's default capture sizes: 1, 2, 4, then multiples of 8 to 512"
+            ),
+        ),
+    ),
+    "eager": Runtime(
+        launch_s_per_layer=100e-6, launch_s_per_graph=0.0, sync_s=20e-6, host_overhead_s=200e-6,
+        graph_batch_sizes=None,
+        sources=(
+            CostSource(
+                "launch_s_per_layer", Basis.ASSUMED,
+                "about 15 kernels a layer at 4 to 6 us each (susun-blog.com/blog/pegainfer-3-cuda-graph), "
+                "somewhat more from Python; swept from 0 to 0.5 ms (vLLM of 2023 on 8 cards was bound by its host at "
+                "0.4 to 0.6 ms a layer, communication included: experiments/profile_validation)",
+            ),
+            CostSource("launch_s_per_graph", Basis.DEFINITION, "no graphs"),
+            _SYNC,
+            _OVERHEAD,
+            CostSource("graph_batch_sizes", Basis.DEFINITION, "no graphs, so no padding"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Runtime:
+    """Raises UserError for an unknown name."""
+    if name not in PRESETS:
+        allowed = f"one of {', '.join(PRESETS)}, or profile for the costs that came with it"
+        raise UserError("runtime.preset", name, allowed, "choose one of these")
+    return PRESETS[name]

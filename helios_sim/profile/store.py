@@ -1,15 +1,16 @@
-"""Profiles on disk: one folder with profile.json and two Parquet tables. Knows the format, not where numbers come from.
+"""Profiles on disk: a folder with profile.json and two or three Parquet tables.
 
 `rows.parquet`: table, layer_class, rows, time_s, iqr_s, samples. `grids.parquet`: table, layer_class, first, second,
-time_s, iqr_s, samples. `terms.parquet`, where there are optional terms: see `store_terms`. Tables of the whole model
-(head, embedding, and where measured check, check_classifier) have layer_class -1.
+time_s, iqr_s, samples. Tables of the whole model (head, embedding, and where measured check, check_classifier) have
+layer_class -1. `terms.parquet`, where a profile has optional terms: table (mixed_attention or unequal_kv), layer_class,
+axis (a number from 0), place and value; axis -1 holds the table's numbers in row order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,21 @@ import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Anchor, Anchors, HardwareSpec, ModelSpec, Runtime
-from helios_sim.profile.store_terms import read_terms, write_terms
-from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.profile.spec import Anchor, Anchors, CostSource, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 from helios_sim.provenance import Provenance
 
 SCHEMA_VERSION = 1
 PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
 WHOLE_MODEL = -1
-ADDED_LATER = ("other_layer_values", "gap_s", "prefill_gap_s")
 _SCALARS = (
     "activation_reserve_bytes", "load_bytes_per_s", "load_slowdown", "mixed_factor", "unequal_kv_factor", "time_factor",
 )  # fmt: skip
 _ROWS_COLUMNS = ("table", "layer_class", "rows", "time_s", "iqr_s", "samples")
 _GRIDS_COLUMNS = ("table", "layer_class", "first", "second", "time_s", "iqr_s", "samples")
+_TERMS = "terms.parquet"
+_TERMS_COLUMNS = ("table", "layer_class", "axis", "place", "value")
+_OF_VALUES = -1  # the axis under which a term's numbers stand
 _REBUILD = "write the profile again, or install the package again if it is a shipped one"
 
 
@@ -61,7 +63,7 @@ def write_profile(profile: Profile, path: Path) -> None:
     grids = [_grid_columns(name, index, table) for name, index, table in _grid_tables(profile)]
     _write_parquet(rows, path / "rows.parquet")
     _write_parquet(grids, path / "grids.parquet")
-    write_terms(profile.layer_tables, path)
+    _write_terms(profile.layer_tables, path)
     header = {
         "schema_version": SCHEMA_VERSION,
         "model": _used(profile.model),
@@ -85,8 +87,8 @@ def read_profile(path: Path) -> Profile:
     try:
         runtime = dict(header["runtime"])
         sizes = runtime.pop("graph_batch_sizes")
-        sources = tuple((key, value) for key, value in runtime.pop("sources"))
-        terms = [read_terms(path, i) for i in range(max(header["layer_class"]) + 1)]
+        sources = tuple(CostSource.parsed(key, text) for key, text in runtime.pop("sources"))
+        terms = [_read_terms(path, i) for i in range(max(header["layer_class"]) + 1)]
         return Profile(
             model=ModelSpec(**header["model"]),
             hardware=HardwareSpec(**header["hardware"]),
@@ -119,8 +121,11 @@ def read_profile(path: Path) -> Profile:
 
 
 def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
-    """Its fields; those added later only where they say something, so that older files stay what they were."""
-    return {key: value for key, value in asdict(part).items() if value or key not in ADDED_LATER}
+    """Its fields; those with a default only where they differ from it, so that older files stay what they were."""
+    values = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
+    if isinstance(part, Runtime):
+        values["sources"] = [(source.quantity, source.text) for source in part.sources]
+    return values
 
 
 def _anchors(header: Mapping[str, Any]) -> Anchors | None:
@@ -245,3 +250,72 @@ def _known(values: Any) -> Any:
 def _counts(columns: dict[str, Any], at: Any) -> Any:
     known = _known(columns["samples"][at])
     return None if known is None else known.astype(np.int64)
+
+
+def _write_terms(classes: Sequence[LayerTables], path: Path) -> None:
+    """Writes the file into the folder `path`, or removes an older one where there is nothing to write."""
+    parts = [_term_columns(term[0], i, *term[1:]) for i, tables in enumerate(classes) for term in _terms_of(tables)]
+    if parts:
+        _write_parquet(parts, path / _TERMS)
+    else:
+        (path / _TERMS).unlink(missing_ok=True)
+
+
+def _read_terms(path: Path, layer_class: int) -> tuple[MixedTable | None, UnequalTable | None]:
+    """Of the folder `path`. Raises UserError where the file is damaged."""
+    if not (path / _TERMS).is_file():
+        return None, None
+    try:
+        with pq.ParquetFile(path / _TERMS) as file:
+            table = file.read(use_threads=False)
+        columns = {name: np.array(table[name].to_pylist()) for name in _TERMS_COLUMNS}
+    except (KeyError, OSError, pa.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(str(path / _TERMS), reason, "a Parquet file of a profile", "write the profile again") from error
+    mixed = _term_table(columns, "mixed_attention", layer_class, 4)
+    unequal = _term_table(columns, "unequal_kv", layer_class, 4)
+    return (
+        None if mixed is None else MixedTable(*map(_whole, mixed[:4]), *mixed[4:]),
+        None if unequal is None else UnequalTable(*map(_whole, unequal[:3]), *unequal[3:]),
+    )
+
+
+def _terms_of(tables: LayerTables) -> list[tuple[str, tuple[Any, ...], FloatArray]]:
+    found: list[tuple[str, tuple[Any, ...], FloatArray]] = []
+    if (mixed := tables.mixed_attention) is not None:
+        found.append(("mixed_attention", (mixed.chunk, mixed.context, mixed.batch, mixed.kv), mixed.time_s))
+    if (unequal := tables.unequal_kv) is not None:
+        found.append(("unequal_kv", (unequal.chunk, unequal.batch, unequal.longest, unequal.share), unequal.excess))
+    return found
+
+
+def _term_columns(name: str, layer_class: int, axes: tuple[Any, ...], values: FloatArray) -> pa.Table:
+    numbers = [*axes, values.ravel()]
+    places = [*range(len(axes)), _OF_VALUES]
+    n = sum(len(column) for column in numbers)
+    return pa.table(
+        {
+            "table": pa.array([name] * n).dictionary_encode(),
+            "layer_class": pa.array([layer_class] * n, pa.int16()),
+            "axis": pa.array(np.concatenate([np.full(len(v), a) for a, v in zip(places, numbers, strict=True)])),
+            "place": pa.array(np.concatenate([np.arange(len(column)) for column in numbers])),
+            "value": pa.array(np.concatenate([np.asarray(column, np.float64) for column in numbers])),
+        }
+    )
+
+
+def _term_table(columns: dict[str, Any], name: str, layer_class: int, axes: int) -> list[Any] | None:
+    """The axes, then the numbers on their product."""
+    own = (columns["table"] == name) & (columns["layer_class"] == layer_class)
+    if not own.any():
+        return None
+    found = [columns["value"][own & (columns["axis"] == axis)] for axis in range(axes)]
+    values = columns["value"][own & (columns["axis"] == _OF_VALUES)]
+    shape = tuple(len(axis) for axis in found)
+    if values.size != int(np.prod(shape)):
+        raise UserError(name, f"{values.size} numbers", f"one for each point of {shape}", "write the profile again")
+    return [*found, values.reshape(shape)]
+
+
+def _whole(axis: FloatArray) -> Any:
+    return axis.astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Provenance, ProvenanceClass
 
@@ -41,7 +41,8 @@ def flat_profile(
     )  # fmt: skip
     runtime = Runtime(
         launch_s_per_layer=0.0, launch_s_per_graph=0.0, sync_s=0.0, host_overhead_s=iteration_s,
-        graph_batch_sizes=None, sources=(("host_overhead_s", "synthetic: the whole iteration"),),
+        graph_batch_sizes=None,
+        sources=(CostSource("host_overhead_s", Basis.STATED, "synthetic: the whole iteration"),),
     )  # fmt: skip
     return Profile(
         model=model, hardware=hardware, runtime=runtime,

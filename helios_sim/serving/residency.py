@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from helios_sim.policy.deployment import Deployment, Placement
-from helios_sim.profile.memory import MemoryBudget
-from helios_sim.profile.profile import Profile
+from helios_sim.profile.profile import MemoryBudget, Profile
 
 
 class Residency:

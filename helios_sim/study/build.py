@@ -19,11 +19,9 @@ from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.registry import PolicyConfig, parameters_of, policy_config
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
-from helios_sim.profile.memory import MemoryBudget
 from helios_sim.profile.pace import at_pace
-from helios_sim.profile.profile import Profile
-from helios_sim.profile.runtime import preset
-from helios_sim.profile.spec import Runtime
+from helios_sim.profile.profile import MemoryBudget, Profile
+from helios_sim.profile.spec import Runtime, preset
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.schema import Config
@@ -131,12 +129,7 @@ def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:
 def build_runtime(config: Config, of_profile: Runtime) -> Runtime:
     """The named host costs, or those that came with the profile."""
     runtime = of_profile if config.runtime.preset == PROFILE_RUNTIME else preset(config.runtime.preset)
-    for key in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s"):
-        value = getattr(config.runtime, key)
-        if value is not None:
-            sources = tuple((name, text) for name, text in runtime.sources if name != key)
-            runtime = replace(runtime, **{key: value}, sources=(*sources, (key, f"set by runtime.{key}")))
-    return runtime
+    return runtime.changed(**config.runtime.costs())
 
 
 def threshold(config: Config) -> float:

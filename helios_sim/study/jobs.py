@@ -14,6 +14,7 @@ import simpy
 import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.profile.spec import Basis, RuntimeConfig
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
@@ -29,7 +30,7 @@ from helios_sim.study.build import Arm, Parts, arm_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
 from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
-from helios_sim.study.schema import Config, RuntimeConfig
+from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 
@@ -221,15 +222,15 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
     settable = {f.name for f in fields(RuntimeConfig)}
     found = list(dict.fromkeys(
         Assumption(
-            f"runtime: {name}",
-            _plain(getattr(data.profile.runtime, name)),
-            why,
-            f"runtime.{name}" if name in settable else "runtime.preset",
+            f"runtime: {source.quantity}",
+            _plain(getattr(data.profile.runtime, source.quantity)),
+            source.text,
+            f"runtime.{source.quantity}" if source.quantity in settable else "runtime.preset",
         )
         for kind in fleet.kinds
         for data in kind.parts.models.values()
-        for name, why in data.profile.runtime.sources
-        if not why.startswith(("by definition", "measured"))
+        for source in data.profile.runtime.sources
+        if source.basis not in (Basis.DEFINITION, Basis.MEASURED)
     ))  # fmt: skip
     if config.profile_time_factor != 1.0:
         whole = config.profile_prompt_time_factor is None

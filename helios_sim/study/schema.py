@@ -10,6 +10,7 @@ from typing import Any
 
 from helios_sim.core.line import ORDERS
 from helios_sim.errors import require, require_one_of
+from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
 
@@ -114,15 +115,6 @@ class ClusterConfig:
     # by_task: the kind that serves each task; empty: for each task the kind that has the model with the fewest bits per
     # character on its texts
     tasks: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class RuntimeConfig:
-    preset: str = "captured_graphs"  # captured_graphs, eager; profile: the costs that came with the profile
-    launch_s_per_layer: float | None = None  # each of these replaces the preset's value; see profile/spec.py
-    launch_s_per_graph: float | None = None
-    sync_s: float | None = None
-    host_overhead_s: float | None = None
 
 
 @dataclass

@@ -18,12 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import CARDS, PCIE_LINK, Card, Link, published_card, published_model
+from helios_sim.profile.catalog import (
+    CARDS,
+    PCIE_LINK,
+    Card,
+    Link,
+    activation_reserve_bytes,
+    published_card,
+    published_model,
+)
 from helios_sim.profile.importers.layers import Terms, layer_profile, read_meta
 from helios_sim.profile.importers.reading import find_table, read_columns
-from helios_sim.profile.models import activation_reserve_bytes
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import ModelSpec, Runtime
+from helios_sim.profile.spec import Basis, CostSource, ModelSpec, Runtime
 from helios_sim.provenance import Assumption
 from helios_sim.study.modes import FidelityConfig
 
@@ -281,13 +288,14 @@ def _runtime(log: ServingLog) -> Runtime:
     largest = min(2 * _limit(log, "max_num_seqs"), 512)
     usual = tuple(n for n in (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)) if n <= largest)
     graphs = None if eager else tuple(sizes) if isinstance(sizes, list) else usual
-    hidden = "by definition: asynchronous scheduling hides it behind the device; what it does not is gap_s"
+    hides = ("launch_s_per_layer", "launch_s_per_graph", "host_overhead_s")
+    hidden = "asynchronous scheduling hides it behind the device; what it does not is gap_s"
     return Runtime(
         launch_s_per_layer=0.0, launch_s_per_graph=0.0, sync_s=0.0, host_overhead_s=0.0, graph_batch_sizes=graphs,
         sources=(
-            ("launch_s_per_layer", hidden), ("launch_s_per_graph", hidden), ("host_overhead_s", hidden),
-            ("sync_s", "by definition: nothing exits early"),
-            ("graph_batch_sizes", "vLLM's captured sizes, logged or its defaults for max_num_seqs"),
+            *(CostSource(key, Basis.DEFINITION, hidden) for key in hides),
+            CostSource("sync_s", Basis.DEFINITION, "nothing exits early"),
+            CostSource("graph_batch_sizes", Basis.STATED, "vLLM's captured sizes, logged or by max_num_seqs"),
         ),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
-from helios_sim.profile.memory import MemoryBudget
+from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.tables import FloatArray
 from helios_sim.provenance import Assumption
 from helios_sim.request import RequestBlock, RequestRecord, Status

@@ -19,7 +19,7 @@ from torch import Tensor
 from helios_sim.errors import WeightsError
 from helios_sim.live.model.architecture import Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece
-from helios_sim.profile.models import MODELS
+from helios_sim.profile.catalog import MODELS
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import load_profile
 

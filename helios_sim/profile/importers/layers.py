@@ -26,11 +26,9 @@ import numpy as np
 import yaml
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, cards_together
-from helios_sim.profile.importers.attention_grid import AttentionGrid
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, cards_together
+from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
 from helios_sim.profile.importers.reading import FloatArray, along, find_table, need_table, times_by
-from helios_sim.profile.importers.skew import repetitions_of, unequal_table
-from helios_sim.profile.models import activation_reserve_bytes
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable

@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, cards_together
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, cards_together
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.importers.layers import LOAD_BYTES_PER_S, all_reduces_s
 from helios_sim.profile.importers.reading import MS, FloatArray, along, need_table, read_columns
-from helios_sim.profile.models import activation_reserve_bytes
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
