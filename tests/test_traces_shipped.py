@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from helios_sim.errors import UserError
 from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
@@ -27,6 +28,21 @@ def test_a_reference_trace_is_measured_on_human_text_of_many_tasks(model: str) -
     assert trace.bits is not None
     assert trace.agree[:, -1].all()
     assert (np.diff(trace.agree.mean(axis=0)) > 0).all()  # deeper exits agree more often
+
+
+@pytest.mark.parametrize("confidence", list(Confidence))
+def test_surer_tokens_agree_more_often_by_every_measure(confidence: Confidence) -> None:
+    """The states of neighbouring layers tell nothing at the first two exits."""
+    trace = load_trace("smollm2-135m", "reference")
+    for e in range(2 if confidence is Confidence.HIDDEN_SIMILARITY else 0, len(trace.exits) - 1):
+        order = np.argsort(trace.recorded(confidence)[:, e], kind="stable")
+        unsure, sure = trace.agree[order[: trace.n_tokens // 4], e], trace.agree[order[-trace.n_tokens // 4 :], e]
+        assert sure.mean() > unsure.mean()
+
+
+def test_a_trace_without_a_measure_names_those_that_it_holds() -> None:
+    with pytest.raises(UserError, match=r"exits.confidence='entropy': .*recorded: max_probability, margin, classifier"):
+        load_trace("gemma3-270m", "reference").confident_at(0.9, Confidence.ENTROPY)
 
 
 @pytest.mark.parametrize(("first", "second"), list(combinations(MODELS, 2)))
