@@ -5,22 +5,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import helios_sim
-from helios_sim.help import help_text, is_asked
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: a mistake of the user, in one message; 2: a gate failed."""
+    """0: done; 1: a mistake of the user, in one message, or stopped; 2: a gate failed."""
     command = sys.argv[1:] if arguments is None else list(arguments)
-    if is_asked(command):
-        print(help_text("helios_sim", command))
-        return 0
-    if "--version" in command:
-        print(f"helios_sim {helios_sim.__version__}")
-        return 0
-    from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
+    try:
+        return _run(command)
+    except KeyboardInterrupt:  # before any study has begun
+        from helios_sim.interrupt import leave_by_status
 
-    return run_command(command)
+        leave_by_status()
+        print("helios_sim: stopped", file=sys.stderr)
+        return 1
+
+
+def _run(command: list[str]) -> int:
+    """Imports are here, so that a signal that comes while they load is handled too."""
+    from helios_sim.interrupt import remembered
+
+    with remembered():
+        import helios_sim
+        from helios_sim.help import help_text, is_asked
+
+        if is_asked(command):
+            print(help_text("helios_sim", command))
+            return 0
+        if "--version" in command:
+            print(f"helios_sim {helios_sim.__version__}")
+            return 0
+        from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
+
+        return run_command(command)
 
 
 if __name__ == "__main__":

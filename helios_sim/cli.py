@@ -88,10 +88,10 @@ def run_command(command: list[str]) -> int:
         if started:
             raise  # a defect of ours
         return _fail(_before_start(error, command))
-    except SystemExit as leaving:  # Hydra's own commands, such as --info, end so
-        return 1 if leaving.code else 0
-    except KeyboardInterrupt:
-        leave_by_status()
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        if isinstance(leaving, SystemExit) and not started:  # Hydra's own commands, such as --info, end so
+            return 1 if leaving.code else 0
+        leave_by_status()  # Ray, while it starts, ends the program on SIGTERM
         again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
         print(f"helios_sim: stopped; {again}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Ctrl-C that neither a library nor the interpreter can lose."""
+"""Ctrl-C and SIGTERM, which neither a library nor the interpreter can lose."""
 
 from __future__ import annotations
 
@@ -7,32 +7,49 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _asked = threading.Event()
+_USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt as ever, and `stop_if_asked` knows of it where an import has swallowed that.
+    """SIGINT and SIGTERM raise KeyboardInterrupt, and `stop_if_asked` still does where an import has swallowed that.
 
-    Outside the main thread, or where SIGINT has another handler already, nothing changes.
+    Outside the main thread nothing changes, nor for a signal that has another handler already.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    ours = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         _asked.set()
         raise KeyboardInterrupt
 
-    _asked.clear()
-    signal.signal(signal.SIGINT, on_signal)
+    if ours:
+        _asked.clear()
+    for number in ours:
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _asked.clear()
+        for number in ours:
+            signal.signal(number, _USUAL[number])
+        if ours:
+            _asked.clear()
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Handlers of SIGINT and SIGTERM that a library sets inside are taken back."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _USUAL} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
 
 
 def stop_if_asked() -> None:

@@ -8,21 +8,29 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from secrets import token_hex
+from subprocess import PIPE, Popen
 from time import sleep
 from types import ModuleType
 from typing import Any, TypeVar
 
 from helios_sim.errors import UserError
+from helios_sim.interrupt import handlers_kept
+from helios_sim.vary import guard
 
 BACKENDS = ("serial", "processes", "ray")
 # Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
 # part of the cluster is gone before Ray has noticed.
 SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
 FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
+# How Ray is told to listen on 127.0.0.1 alone, which it does by itself on some systems: read when it is imported.
+ON_THIS_MACHINE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
 
 _In = TypeVar("_In")
@@ -57,7 +65,11 @@ class Workers:
         """UserError where the backend's libraries are missing or its cluster cannot be reached."""
         self._place = place
         self._connected: Any = None
+        self._guard: Popen[bytes] | None = None  # of processes of an own cluster
         if place.backend == "ray":
+            self._own = place.address in (None, "local") and "RAY_ADDRESS" not in os.environ
+            if self._own:
+                os.environ.setdefault(*ON_THIS_MACHINE)
             self._ray = need("ray", "sweep.backend", place.backend)
             self._connect()
 
@@ -77,6 +89,9 @@ class Workers:
         if self._connected is not None:
             self._connected.shutdown()
             self._connected = None
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
 
     def _processes(
         self, function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int
@@ -128,16 +143,33 @@ class Workers:
         if self._ray.is_initialized():
             return
         address = self._place.address
-        own = address in (None, "local") and "RAY_ADDRESS" not in os.environ
-        of_own = {"include_dashboard": False, "num_cpus": self._place.workers} if own else {}
+        of_own = {"include_dashboard": False, "num_cpus": self._place.workers} if self._own else {}
         try:
             _knock(address)
-            self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
+            with self._guarded(), handlers_kept():
+                self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
         except (OSError, ValueError, RuntimeError) as error:
             reason = f"no Ray cluster can be reached there: {str(error).splitlines()[0]}"
             fix = "correct it, or leave it out to start one here"
             raise UserError("sweep.address", address, reason, fix) from error
         self._connected = self._ray
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A cluster that is started inside does not outlive this process, even if that is killed outright."""
+        if not self._own:
+            yield
+            return
+        mark = f"{os.getpid()}.{token_hex(8)}"
+        self._guard = Popen([sys.executable, "-m", guard.__name__, mark], stdin=PIPE, start_new_session=True)
+        os.environ[guard.VARIABLE] = mark
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            del os.environ[guard.VARIABLE]
 
 
 def _parallel(
@@ -146,7 +178,19 @@ def _parallel(
     from joblib import Parallel, delayed
 
     parallel = Parallel(workers, batch_size=1, return_as="generator_unordered", **options)
-    yield from parallel(delayed(_one)(function, key, value) for key, value in list(inputs.items()))
+    with _without_interrupts():
+        results = parallel(delayed(_one)(function, key, value) for key, value in list(inputs.items()))
+    yield from results
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside do not get the terminal's Ctrl-C, which their parent handles afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one(function: Callable[[_In], _Out], key: str, value: _In) -> tuple[str, _Out]:
@@ -174,6 +218,7 @@ def _follow(parent: int) -> None:
     ends: joblib's own processes would wait for minutes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
