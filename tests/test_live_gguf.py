@@ -16,76 +16,9 @@ from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.decoder import SegmentedModel
 from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
-from tiny_models import tiny_model
+from tiny_models import tiny_model, write_gguf
 
-_NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
 _SIZES = {"hidden_size": 64, "intermediate_size": 96}  # multiples of 32, the block of Q8_0
-
-
-def _gguf_name(name: str, family: str) -> str:
-    outer = {
-        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }  # fmt: skip
-    if name in outer:
-        return outer[name]
-    _, _, layer, rest = name.split(".", 3)
-    stem, kind = rest.rsplit(".", 1)
-    after = "post_attention_norm" if family == "gemma3" else "ffn_norm"
-    return f"blk.{layer}.{after if stem == 'post_attention_layernorm' else _NAMES[stem]}.{kind}"
-
-
-def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to Llama's q and k."""
-    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path: Path, reference: Any, quantized: bool = False, rope_freqs: list[float] | None = None) -> Path:
-    c, family = reference.config, reference.config.model_type.removesuffix("_text")
-    writer = gguf.GGUFWriter(path, family)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_array("tokenizer.ggml.scores", [0.5] * 5000)  # a long array is stepped over
-    if family == "gemma3":
-        writer.add_rope_freq_base(c.rope_parameters["full_attention"]["rope_theta"])
-        writer.add_sliding_window(c.sliding_window)
-        writer.add_key_length(c.head_dim)
-        writer.add_value_length(c.head_dim)
-    else:
-        writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))
-    for name, tensor in reference.state_dict().items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        data = tensor.float().numpy()
-        if family == "llama" and "q_proj" in name:
-            data = _permuted(data, c.num_attention_heads)
-        if family == "llama" and "k_proj" in name:
-            data = _permuted(data, c.num_key_value_heads)
-        if family == "gemma3" and name.endswith("norm.weight"):
-            data = data + 1
-        if quantized and data.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(_gguf_name(name, family), gguf.quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(_gguf_name(name, family), np.ascontiguousarray(data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize(

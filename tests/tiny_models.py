@@ -6,6 +6,7 @@ the same model in memory, as the oracle. The weights are random but not small, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,104 @@ def write_tiny(family: str, folder: Path, layers: int = 6, seed: int = 0, **chan
     tiny_model(family, layers, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def _gguf_name(name: str, family: str) -> str:
+    outer = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }  # fmt: skip
+    if name in outer:
+        return outer[name]
+    _, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    after = "post_attention_norm" if family == "gemma3" else "ffn_norm"
+    return f"blk.{layer}.{after if stem == 'post_attention_layernorm' else _GGUF_NAMES[stem]}.{kind}"
+
+
+def _permuted(weight: Any, heads: int) -> Any:
+    """What llama.cpp's converter does to Llama's q and k."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    reference: Any,
+    quantized: bool = False,
+    rope_freqs: list[float] | None = None,
+    keys: Mapping[str, tuple[str, Any]] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Path:
+    """The model by llama.cpp's conventions. `keys`: further ones, with the writer's method for each; `tensors` too."""
+    import gguf
+    import numpy as np
+
+    c, family = reference.config, reference.config.model_type.removesuffix("_text")
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_array("general.tags", [0.5] * 5000)  # a long array is stepped over
+    if family == "gemma3":
+        writer.add_rope_freq_base(c.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_sliding_window(c.sliding_window)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    else:
+        writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    for key, (kind, value) in (keys or {}).items():
+        getattr(writer, f"add_{kind}")(key, value)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))
+    for name, tensor in reference.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        data = tensor.float().numpy()
+        if family == "llama" and "q_proj" in name:
+            data = _permuted(data, c.num_attention_heads)
+        if family == "llama" and "k_proj" in name:
+            data = _permuted(data, c.num_key_value_heads)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            data = data + 1
+        if quantized and data.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(_gguf_name(name, family), gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(name, family), np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+    """The byte-level BPE of `tiny_tokenizer`, as llama.cpp's converter writes GPT-2's."""
+    import json
+
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<pad>", "<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)

@@ -1,7 +1,7 @@
 """The device report of a campaign (ceilings, buses, launches, waits, power), and recorded devices.
 
 Everything is measured through a device and a clock that are passed in. `RecordingDevice` writes down each of a device's
-answers as a line of JSON. `ReplayedDevice` gives the same answers again without the device, so that whatever was
+answers as a line of JSON. `ReplayedDevice` gives the same answers again without the device, so that everything that was
 computed from them is reproduced to the last bit: code for a card that is not available is tested with the card's
 recorded answers.
 """

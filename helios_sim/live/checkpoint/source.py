@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +26,7 @@ from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
 from helios_sim.live.model.weights import StoredPiece
+from helios_sim.untrusted import in_short, reading
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -73,14 +75,14 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        if isinstance(self.storage, SafetensorsFolder | RandomWeights):
+        if isinstance(self.storage, RandomWeights):
             return self.storage.tokenizer()
-        import transformers
-
+        if isinstance(self.storage, SafetensorsFolder):
+            return _tried(self.storage.tokenizer(), self.source)
         kept = cache_folder() / "tokenizers" / self.sha256
-        if (kept / "tokenizer.json").exists():
-            return transformers.AutoTokenizer.from_pretrained(kept)
-        made = self.storage.tokenizer()
+        if (found := _kept(kept)) is not None:
+            return found
+        made = _tried(self.storage.tokenizer(), self.source)
         _keep(made, kept)
         return made
 
@@ -98,6 +100,32 @@ class Checkpoint:
             return digests[0]
         lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _tried(tokenizer: Any, where: str) -> Any:
+    """The tokenizer, after reading and writing a text with it. Raises WeightsError if that fails."""
+    allowed, fix = "weights with a tokenizer that works", "save the tokenizer anew (save_pretrained)"
+    with reading("weights", where, allowed, fix, WeightsError):
+        ids = tokenizer("One text, then another.", add_special_tokens=False)["input_ids"]
+        if not ids or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"it reads a text as {ids!r}")
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.get_vocab()
+    return tokenizer
+
+
+def _kept(folder: Path) -> Any | None:
+    """The cached tokenizer; None if there is none. One that cannot be read is removed, and made again."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    import transformers
+
+    try:
+        return _tried(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder))
+    except Exception as error:  # a damaged cache costs time, and is never an error
+        _log.warning("the tokenizer kept in %s is damaged and is made again: %s", folder, in_short(error))
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:

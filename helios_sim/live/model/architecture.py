@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from helios_sim.errors import WeightsError
 from helios_sim.profile.spec import ModelSpec
 
 Shape = tuple[int, ...]
 
+MOST = {  # largest sizes that are read, far above any model's
+    "n_layers": 1024, "d_model": 1 << 17, "n_heads": 4096, "head_dim": 4096, "d_ff": 1 << 20, "vocab_size": 1 << 22,
+    "max_context_tokens": 1 << 28,
+}  # fmt: skip
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gemma3")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -77,6 +82,27 @@ class Architecture:
 
     def slides(self, layer: int) -> bool:
         return bool(self.sliding) and self.sliding[layer]
+
+    def check(self, where: str, fix: str) -> None:
+        """Raise WeightsError for sizes that no model has, or that do not fit together."""
+        for name, most in MOST.items():
+            if not isinstance(value := getattr(self, name), int) or not 1 <= value <= most:
+                raise WeightsError(f"{name} of {where}", value, f"a whole number from 1 to {most}", fix)
+        for name, low, high in (("norm_eps", 1e-12, 0.1), ("attention_scale", 1e-6, 1e3), ("embedding_scale", 0, 1e6)):
+            if not low <= getattr(self, name) <= high:
+                raise WeightsError(f"{name} of {where}", getattr(self, name), f"from {low:g} to {high:g}", fix)
+        for rope in (self.rope, self.sliding_rope):
+            if rope is not None and not all(0 < x < 1e15 for x in (rope.theta, *(rope.divisors or ()))):
+                raise WeightsError(f"rope of {where}", rope.theta, "finite numbers above 0", fix)
+        parts = {
+            f"KV heads that divide them, not {self.n_kv_heads}": self.n_heads % max(1, self.n_kv_heads) == 0,
+            "an even size of heads, for rotary positions": self.rope is None or self.head_dim % 2 == 0,
+            "one entry of `sliding` per layer": len(self.sliding) in (0, self.n_layers),
+            "a window of the sliding layers": not self.sliding or (self.window_tokens or 0) >= 1,
+        }
+        for allowed, holds in parts.items():
+            if not holds:
+                raise WeightsError(f"sizes of {where}", f"{self.n_heads} heads of {self.head_dim}", allowed, fix)
 
     def layer_shapes(self) -> dict[str, Shape]:
         """Shapes of one layer's parts as they are kept in memory: q, k and v in one matrix, gate and up in one."""

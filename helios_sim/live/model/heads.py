@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +34,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.untrusted import Fields, read_bytes, read_json, reading
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,9 @@ HEADER, TENSORS = "heads.json", "heads.safetensors"
 SHIPPED = Path(__file__).parents[2] / "data" / "exit_heads"
 ADAPTER = ("scale", "linear", "bias", "gate", "up", "down")
 CHECK = ("check_in", "check_bias", "check_out", "check_offset")
+BELONGS_TO = ("family", "n_layers", "d_model", "vocab_size")  # what the header says of the model
+_MOST_BYTES = 1 << 30
+_LARGEST_WEIGHT = 1e6
 _FIX = "train the heads anew with `python -m calibrate +task=adapters`, or fetch the files again"
 FEW_ROWS = 16  # with more rows, torch's threads are worth their start-up time
 Floats = NDArray[np.float32]
@@ -93,34 +97,27 @@ class ExitHeads:
         from safetensors.torch import load
 
         header = read_header(folder)
-        for name, value in header["architecture"].items():
-            if getattr(architecture, name) != value:
-                raise UserError(
-                    "heads",
-                    str(folder),
-                    f"{name} of the model is {getattr(architecture, name)}, the heads were trained for {value} "
-                    f"({header['model']})",
-                    "name heads of this model, or train some with `python -m calibrate +task=adapters`",
+        for name in BELONGS_TO:
+            if getattr(architecture, name) != header["architecture"][name]:
+                allowed = (
+                    f"{name} of the model is {getattr(architecture, name)}, the heads were trained for "
+                    f"{header['architecture'][name]} ({header['model']})"
                 )
+                fix = "name heads of this model, or train some with `python -m calibrate +task=adapters`"
+                raise UserError("heads", str(folder), allowed, fix)
         path = folder / TENSORS
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError("heads", str(path), f"unreadable ({error})", _FIX) from error
+        content = read_bytes(path, _MOST_BYTES, _FIX)
         if hashlib.sha256(content).hexdigest() != header["sha256"]:
             raise UserError("heads", str(path), "its sha256 is not the one in its header", _FIX)
-        stored = load(content)
-        names = (*ADAPTER, *CHECK)
-        exits = tuple(int(depth) for depth in header["exits"])
-        try:
-            tensors = tuple(
-                {name: stored[f"{depth}.{name}"].to(device, dtype or torch.float32) for name in names}
-                for depth in exits
-            )
-        except KeyError as error:
-            raise UserError("heads", str(path), f"{error.args[0]} is missing", _FIX) from error
-        temperature, scale = (tuple(float(x) for x in header[name]) for name in ("temperature", "risk_scale"))
-        return cls(exits, temperature, tensors, scale, header)
+        with reading("heads", str(path), "a file of safetensors", _FIX):
+            stored = load(content)
+        tensors = tuple(
+            {name: value.to(device, dtype or torch.float32) for name, value in _head(stored, depth, architecture, path)}
+            for depth in header["exits"]
+        )
+        if stored:
+            raise UserError(f"tensor {min(stored)} of {path}", "there", "tensors of the exits in its header only", _FIX)
+        return cls(tuple(header["exits"]), header["temperature"], tensors, header["risk_scale"], header)
 
     @property
     def has_check(self) -> bool:
@@ -176,21 +173,61 @@ def scaled(scale: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Read heads.json of a folder. Raises UserError if it is missing, damaged or of another schema version."""
+    """Read heads.json of a folder. Raises UserError if it is missing, damaged or of another schema version.
+
+    `exits`, `temperature` and `risk_scale` are tuples that fit each other.
+    """
     path = folder / HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))) or "none"
-        raise UserError("heads", str(path), f"no such file; shipped: {shipped}", "name a folder with heads") from error
-    except (OSError, ValueError) as error:
-        raise UserError("heads", str(path), f"unreadable ({error})", _FIX) from error
-    wanted = {"format", "schema_version", "model", "architecture", "exits", "temperature", "risk_scale", "sha256"}
-    if not isinstance(header, dict) or header.get("format") != "exit-heads" or not wanted <= header.keys():
+        raise UserError("heads", str(path), f"no such file; shipped: {shipped}", "name a folder with heads")
+    header = read_json(path, _FIX)
+    if header.get("format") != "exit-heads":
         raise UserError("heads", str(path), "not the header of exit heads", _FIX)
-    if header["schema_version"] != SCHEMA_VERSION:
+    fields = Fields(header, str(path), _FIX)
+    if fields.value("schema_version") != SCHEMA_VERSION:
         raise UserError("schema_version", header["schema_version"], f"this version reads {SCHEMA_VERSION}", _FIX)
+    for name in ("model", "sha256"):
+        fields.text(name)
+    if not isinstance(fields.value("architecture"), dict):
+        raise fields.wrong("architecture", header["architecture"], "sizes of the model by name")
+    sizes = Fields(header["architecture"], f"architecture of {path}", _FIX)
+    for name in BELONGS_TO:
+        sizes.text(name) if name == "family" else sizes.integer(name, 1, 1 << 22)
+    sizes.refuse_rest(f"only {', '.join(BELONGS_TO)}")
+    exits = fields.numbers("exits", 1, header["architecture"]["n_layers"] - 1)
+    if not all(isinstance(depth, int) for depth in header["exits"]) or list(exits) != sorted(set(exits)):
+        raise fields.wrong("exits", header["exits"], "whole numbers that ascend")
+    header["exits"] = tuple(header["exits"])
+    header["temperature"] = fields.numbers("temperature", 1e-3, 1e3, len(exits) + 1)
+    header["risk_scale"] = fields.numbers("risk_scale", 0, 1e6, len(exits))
     return header
+
+
+def _head(
+    stored: dict[str, torch.Tensor], depth: int, a: Architecture, path: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Take one exit's tensors out of `stored`, after checking that they are there, fit each other and are finite."""
+    d = a.d_model
+    widths = (stored.get(f"{depth}.{name}") for name in ("gate", "check_bias"))
+    width, check = (0 if tensor is None or not tensor.dim() else len(tensor) for tensor in widths)
+    shapes = {
+        "scale": (d,), "linear": (d, d), "bias": (d,), "gate": (width, d), "up": (width, d), "down": (d, width),
+        "check_in": (check, d), "check_bias": (check,), "check_out": (check,), "check_offset": (),
+    }  # fmt: skip
+    for name in (*ADAPTER, *CHECK):
+        key = f"{depth}.{name}"
+        if key not in stored:
+            raise UserError("heads", str(path), f"{key} is missing", _FIX)
+        value = stored.pop(key)
+        where = f"tensor {key} of {path}"
+        if tuple(value.shape) != shapes[name] or not value.numel():
+            raise UserError(where, tuple(value.shape), f"a tensor of shape {shapes[name]}", _FIX)
+        if not value.is_floating_point() or value.dtype.itemsize < 2:
+            raise UserError(where, str(value.dtype), "float16, bfloat16 or float32", _FIX)
+        if not float(value.float().abs().max()) <= _LARGEST_WEIGHT:
+            raise UserError(where, "NaN, infinity or beyond", f"numbers up to {_LARGEST_WEIGHT:g}", _FIX)
+        yield name, value
 
 
 def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> None:

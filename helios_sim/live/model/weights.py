@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from helios_sim.errors import UserError
+from helios_sim.errors import WeightsError
 from helios_sim.live.device import aligned, block
 from helios_sim.live.model.architecture import Architecture, Shape, values
 
+_LARGEST_WEIGHT = 1e6
 _CHUNK_VALUES = 4 << 20  # read at once: 16 MB as float32
 
 
@@ -142,6 +143,25 @@ def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -
             raise _damaged(part, (row, *into.shape[1:]), tuple(into.shape))
 
 
+def stored_names(source: TensorSource) -> set[str]:
+    """The names of all stored tensors that the model is read from, after checking that each is there and fits."""
+    a, names = source.architecture, set()
+    for layer in (None, *range(a.n_layers)):
+        for part, shape in (a.outer_shapes() if layer is None else a.layer_shapes()).items():
+            pieces = source.pieces(part, layer)
+            rows = (a.q_width, a.kv_width, a.kv_width) if len(pieces) == 3 else (shape[0] // len(pieces),) * len(pieces)
+            for piece, n_rows in zip(pieces, rows, strict=True):
+                stored, wanted = source.shape(piece.name), (n_rows, *shape[1:])
+                if piece.change is Change.TRANSPOSED and len(wanted) == 2:
+                    wanted = (wanted[1], wanted[0])
+                elif piece.change is Change.SKIP_TWO_ROWS:
+                    wanted = (wanted[0] + 2, *wanted[1:])
+                if stored != wanted:
+                    raise _damaged(piece.name, stored, wanted)
+                names.add(piece.name)
+    return names
+
+
 def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return aligned(values({"": shape}) * dtype.itemsize)
 
@@ -155,10 +175,13 @@ def _fill(source: TensorSource, piece: StoredPiece, into: Tensor, row: int) -> i
         raise _damaged(piece.name, stored, tuple(into.shape))
     target = into[row : row + rows]
     if piece.change is Change.TRANSPOSED:
-        target.copy_(source.rows(piece.name, 0, stored[0]).t())
+        whole = source.rows(piece.name, 0, stored[0])
+        _check_finite(piece.name, whole)
+        target.copy_(whole.t())
     elif piece.change is Change.INTERLEAVED_HEADS:
         head_dim = source.architecture.head_dim
         whole = source.rows(piece.name, 0, rows)
+        _check_finite(piece.name, whole)
         halves = whole.view(rows // head_dim, head_dim // 2, 2, -1).transpose(1, 2)
         target.view(rows // head_dim, 2, head_dim // 2, -1).copy_(halves)
     else:
@@ -166,11 +189,20 @@ def _fill(source: TensorSource, piece: StoredPiece, into: Tensor, row: int) -> i
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
             read = source.rows(piece.name, start + skipped, stop + skipped)
+            _check_finite(piece.name, read)
             target[start:stop].copy_(read.float() + 1.0 if piece.change is Change.PLUS_ONE else read)
     return row + rows
 
 
-def _damaged(name: str, found: Shape, expected: Shape) -> UserError:
-    return UserError(
+def _check_finite(name: str, values: Tensor) -> None:
+    """Raise WeightsError for NaN, infinity and numbers that no trained model has: they spoil every logit."""
+    low, high = (float(end) for end in values.aminmax())
+    if not -_LARGEST_WEIGHT <= low <= high <= _LARGEST_WEIGHT:
+        allowed = f"numbers from {-_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+        raise WeightsError(f"tensor {name}", f"{low:g} to {high:g}", allowed, "fetch the checkpoint again")
+
+
+def _damaged(name: str, found: Shape, expected: Shape) -> WeightsError:
+    return WeightsError(
         f"tensor {name}", found, f"{expected} by the checkpoint's own configuration", "fetch the checkpoint again"
     )

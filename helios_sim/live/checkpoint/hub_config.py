@@ -1,0 +1,245 @@
+"""The config.json of a checkpoint folder as an `Architecture`.
+
+What a family's config may ask for and this project does not support is refused with a WeightsError that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import WeightsError
+from helios_sim.live.model.architecture import FAMILIES, MOST, Architecture, Rope
+from helios_sim.untrusted import Fields, read_json, reading, shortened
+
+# model_type of config.json -> family. "gemma3" is the multimodal model; its text part is used.
+_FAMILY = {
+    "llama": "llama", "opt": "opt", "gpt2": "gpt2", "qwen2": "qwen2", "gemma3_text": "gemma3", "gemma3": "gemma3",
+}  # fmt: skip
+_ACTIVATION = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+OTHER_MODEL = "choose a checkpoint of this family without it, or another family"
+FETCH_AGAIN = "fetch the checkpoint again"
+_NOT_QUANTIZED = "choose the unquantized checkpoint (safetensors), or a .gguf file"
+_SIZES = {  # names of each size in the configs of the families
+    "n_layers": ("num_hidden_layers", "n_layer"), "d_model": ("hidden_size", "n_embd", "word_embed_proj_dim"),
+    "n_heads": ("num_attention_heads", "n_head", "num_key_value_heads"), "head_dim": ("head_dim",),
+    "d_ff": ("intermediate_size", "n_inner", "ffn_dim"), "vocab_size": ("vocab_size",),
+    "max_context_tokens": ("max_position_embeddings", "n_positions", "sliding_window"),
+}  # fmt: skip
+_BESIDE = {  # files that change what the weights mean
+    "quantize_config.json": "GPTQ weights are not read",
+    "quant_config.json": "AWQ weights are not read",
+    "hf_quant_config.json": "weights quantized by ModelOpt are not read",
+    "adapter_config.json": "an adapter is not applied; merge it into the weights first",
+}
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read config.json in `folder`.
+
+    Raises WeightsError for a missing or damaged config, another family, or a part that is not supported.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        fix = "give the folder that save_pretrained wrote"
+        raise WeightsError("weights", str(folder), "a folder with config.json", fix)
+    values = read_json(path, FETCH_AGAIN, error=WeightsError)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in _FAMILY:
+        raise wrong_family(str(folder), shortened(kind))
+    _refuse_quantized(folder, values)
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict):
+            _check_sizes(part, path)
+    import transformers
+
+    with reading(str(path), "invalid", f"a config of family {kind}", FETCH_AGAIN, WeightsError):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        found = architecture_of(config.get_text_config(), str(folder))
+        found.check(str(path), FETCH_AGAIN)
+    return found
+
+
+def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
+    """Raise WeightsError for sizes out of range, before transformers makes a list as long as one of them says."""
+    fields = Fields(values, str(path), FETCH_AGAIN, WeightsError)
+    for size, names in _SIZES.items():
+        for name in names:
+            if fields.has(name):
+                fields.integer(name, 1, MOST[size])
+
+
+def _refuse_quantized(folder: Path, values: Mapping[str, Any]) -> None:
+    """Raise WeightsError for weights that are quantized, or changed by an adapter beside them."""
+    how = values.get("quantization_config") or values.get("compression_config")
+    if how is not None:
+        name = how.get("quant_method", how.get("quant_algo")) if isinstance(how, Mapping) else how
+        allowed = f"weights that are not quantized; these are by {name!r}"
+        raise WeightsError("weights", str(folder), allowed, _NOT_QUANTIZED)
+    for name, why in _BESIDE.items():
+        if (folder / name).exists():
+            raise WeightsError("weights", str(folder), f"a folder without {name}: {why}", _NOT_QUANTIZED)
+
+
+def wrong_family(where: str, kind: object) -> WeightsError:
+    return WeightsError(
+        "weights", where, f"a model of family {', '.join(FAMILIES)}; this one is {kind!r}", "choose another model"
+    )
+
+
+def architecture_of(config: Any, where: str = "config") -> Architecture:
+    """Convert a transformers config of one of the families. Raises UserError for a part that is not supported."""
+    family = _FAMILY[config.model_type]
+    if family == "opt":
+        return _opt(config, where)
+    if family == "gpt2":
+        return _gpt2(config, where)
+    return _llama_like(config, family, where)
+
+
+def refuse(where: str, parts: Mapping[str, bool]) -> None:
+    """Raise a UserError that names the first of `parts` that is present: none of them is supported."""
+    for part, present in parts.items():
+        if present:
+            raise WeightsError("weights", where, f"a checkpoint without {part}: that is not built", OTHER_MODEL)
+
+
+def activation(name: str, where: str) -> str:
+    if name not in _ACTIVATION:
+        raise WeightsError("weights", where, f"an activation of {', '.join(_ACTIVATION)}, not {name!r}", OTHER_MODEL)
+    return _ACTIVATION[name]
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+    """The divisor of each pair's frequency in Llama-3.1's scaling: 1 for fast pairs, `factor` for slow ones.
+
+    Between wavelengths original / high_freq_factor and original / low_freq_factor the two are blended linearly in
+    original / wavelength (Llama 3.1's published reference code, `apply_scaling`).
+    """
+    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    divisors = []
+    for pair in range(head_dim // 2):
+        turns = original / (2 * math.pi * theta ** (2 * pair / head_dim))  # over the original context
+        blend = min(1.0, max(0.0, (turns - low) / (high - low)))
+        divisors.append(1.0 / ((1.0 - blend) / factor + blend))
+    return tuple(divisors)
+
+
+def _llama_like(config: Any, family: str, where: str) -> Architecture:
+    head_dim = getattr(config, "head_dim", None) or _split(config.hidden_size, config.num_attention_heads, where)
+    refuse(
+        where,
+        {
+            "attention_bias": bool(getattr(config, "attention_bias", False)),
+            "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+            "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None) is not None,
+            "final_logit_softcapping": getattr(config, "final_logit_softcapping", None) is not None,
+            "use_bidirectional_attention": bool(getattr(config, "use_bidirectional_attention", False)),
+        },
+    )
+    kinds = getattr(config, "layer_types", None) or ()
+    sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    ropes = config.rope_parameters
+    nested = "full_attention" in ropes
+    gemma = family == "gemma3"
+    return Architecture(
+        family=family,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        d_ff=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        activation=activation(config.hidden_activation if gemma else config.hidden_act, where),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        attention_scale=(config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+        embedding_scale=config.hidden_size**0.5 if gemma else 1.0,
+        rope=_rope(ropes["full_attention"] if nested else ropes, head_dim, where),
+        window_tokens=config.sliding_window if any(sliding) else None,
+        sliding_rope=_rope(ropes["sliding_attention"] if nested else ropes, head_dim, where) if any(sliding) else None,
+        sliding=sliding if any(sliding) else (),
+    )
+
+
+def _split(d_model: int, heads: int, where: str) -> int:
+    """The size of a head. Raises WeightsError if the heads do not divide the hidden size."""
+    if d_model % heads:
+        raise WeightsError("weights", where, f"a hidden size, {d_model}, that its {heads} heads divide", FETCH_AGAIN)
+    return d_model // heads
+
+
+def _rope(parameters: Mapping[str, Any], head_dim: int, where: str) -> Rope:
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    refuse(where, {"partial_rotary_factor": parameters.get("partial_rotary_factor", 1.0) != 1.0})
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, (float(parameters["factor"]),) * (head_dim // 2))
+    if kind == "llama3":
+        return Rope(theta, llama3_divisors(theta, head_dim, parameters))
+    raise WeightsError("weights", where, f"rope scaling default, linear or llama3, not {kind!r}", OTHER_MODEL)
+
+
+def _opt(config: Any, where: str) -> Architecture:
+    refuse(
+        where,
+        {
+            "norms after attention and MLP (do_layer_norm_before=false, as OPT-350m)": not config.do_layer_norm_before,
+            "project_in and project_out (as OPT-350m)": config.word_embed_proj_dim != config.hidden_size,
+            "_remove_final_layer_norm": bool(config._remove_final_layer_norm),
+            "enable_bias=false": not config.enable_bias,
+            "layer_norm_elementwise_affine=false": not config.layer_norm_elementwise_affine,
+        },
+    )
+    head_dim = _split(config.hidden_size, config.num_attention_heads, where)
+    return Architecture(
+        family="opt",
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_attention_heads,
+        head_dim=head_dim,
+        d_ff=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_position_embeddings,
+        norm_eps=1e-5,  # OPT's config does not say it
+        activation=activation(config.activation_function, where),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def _gpt2(config: Any, where: str) -> Architecture:
+    refuse(
+        where,
+        {
+            "scale_attn_weights=false": not config.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": bool(config.scale_attn_by_inverse_layer_idx),
+            "cross attention": bool(config.add_cross_attention),
+        },
+    )
+    head_dim = _split(config.n_embd, config.n_head, where)
+    return Architecture(
+        family="gpt2",
+        n_layers=config.n_layer,
+        d_model=config.n_embd,
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        head_dim=head_dim,
+        d_ff=config.n_inner or 4 * config.n_embd,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.n_positions,
+        norm_eps=config.layer_norm_epsilon,
+        activation=activation(config.activation_function, where),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        attention_scale=head_dim**-0.5,
+    )

@@ -1,0 +1,175 @@
+"""Reading files that are not trusted: a size budget, values with types and ranges, and one message for every failure.
+
+A reader opens a file by `read_bytes` or `read_json`, takes values from `Fields`, and does the rest inside `reading`,
+which turns any foreign exception into a UserError. At its end `Fields.refuse_rest` names what it has not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+
+MIB = 1 << 20
+_LFS = b"version https://git-lfs.github.com/spec/"
+_SHOWN = 80  # characters of a value in a message
+_REQUIRED: Any = object()
+
+
+@contextmanager
+def reading(key: str, value: object, allowed: str, fix: str, error: type[UserError] = UserError) -> Iterator[None]:
+    """Turn every exception inside the `with` block into an `error` about `key`; a UserError passes through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as foreign:
+        raise error(key, value, f"{allowed} ({in_short(foreign)})", fix) from foreign
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":  # a fault in a library written in Rust; Ctrl-C passes
+            raise
+        raise error(key, value, f"{allowed} ({in_short(panic)})", fix) from panic
+
+
+def in_short(error: BaseException) -> str:
+    """An exception in one line: its type, and the beginning of what it says."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+    text = text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def read_bytes(path: Path, most_bytes: int, fix: str, error: type[UserError] = UserError) -> bytes:
+    """The content of a regular file of at most `most_bytes`. Raises `error` for a Git LFS pointer too."""
+    with reading(str(path), "unreadable", "a file that can be read", fix, error):
+        if not path.is_file():
+            raise error(str(path), "no file", "a file: there is none, or it is a folder or a device", fix)
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise error(str(path), f"{path.stat().st_size} bytes", f"at most {most_bytes} bytes", fix)
+    if content.startswith(_LFS):
+        raise lfs_pointer(path, error)
+    return content
+
+
+def lfs_pointer(path: Path, error: type[UserError] = UserError) -> UserError:
+    fix = "run `git lfs pull` in its folder, or download the file itself"
+    return error(str(path), "a Git LFS pointer", "the file that the pointer stands for", fix)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def read_json(path: Path, fix: str, most_bytes: int = 16 * MIB, error: type[UserError] = UserError) -> dict[str, Any]:
+    """The JSON object in a file in UTF-8. Raises `error` for other values, duplicate keys, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    content = read_bytes(path, most_bytes, fix, error)
+    with reading(str(path), "damaged", "a JSON object", fix, error):
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    return found
+
+
+class Fields:
+    """The values of a file's header by name, each taken with its type and range, and each noted as read."""
+
+    def __init__(
+        self, values: Mapping[str, Any], where: str, fix: str, error: type[UserError] = UserError, prefix: str = ""
+    ) -> None:
+        """`prefix`: precedes the names in the file and in messages."""
+        self._values, self._where, self._fix, self._error, self._prefix = values, where, fix, error, prefix
+        self._read: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return self._values.get(self._prefix + name) is not None
+
+    def value(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The value as it is. None counts as missing."""
+        self._read.add(self._prefix + name)
+        found = self._values.get(self._prefix + name)
+        if found is not None:
+            return found
+        if default is _REQUIRED:
+            raise self.wrong(name, None, "a value: the key is missing")
+        return default
+
+    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        """A whole number from `low` to `high`; a list of equal numbers counts as one, as for layers that are alike."""
+        found = self.value(name, default)
+        if isinstance(found, list | tuple) and found and all(_same(item, found[0]) for item in found):
+            found = found[0]
+        if isinstance(found, list | tuple):
+            raise self.wrong(name, found, "one number: layers that differ are not read")
+        if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
+            raise self.wrong(name, found, f"a whole number from {low} to {high}")
+        return found
+
+    def number(self, name: str, low: float, high: float, default: Any = _REQUIRED) -> float:
+        """A finite number from `low` to `high`."""
+        found = self.value(name, default)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high:
+            raise self.wrong(name, found, f"a number from {low:g} to {high:g}")
+        return float(found)
+
+    def numbers(self, name: str, low: float, high: float, count: int | None = None) -> tuple[float, ...]:
+        """A list of finite numbers from `low` to `high`, `count` of them if that is given."""
+        found = self.value(name)
+        fits = isinstance(found, list | tuple) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and low <= x <= high
+            for x in found
+        )
+        if not fits or (count is not None and len(found) != count):
+            many = "numbers" if count is None else f"{count} numbers"
+            raise self.wrong(name, found, f"a list of {many} from {low:g} to {high:g}")
+        return tuple(float(x) for x in found)
+
+    def text(self, name: str, one_of: Collection[str] | None = None, default: Any = _REQUIRED) -> str:
+        found = self.value(name, default)
+        if not isinstance(found, str) or (one_of is not None and found not in one_of):
+            raise self.wrong(name, found, "a text" if one_of is None else f"one of {', '.join(one_of)}")
+        return found
+
+    def ignore(self, names: Sequence[str]) -> None:
+        """Note keys that are known not to matter for what is computed."""
+        self._read.update(self._prefix + name for name in names)
+
+    def refuse_rest(self, why: str) -> None:
+        """Raise an error for the first key with the prefix that was neither read nor ignored."""
+        for name, value in self._values.items():
+            if name.startswith(self._prefix) and name not in self._read:
+                raise self._error(f"{name} of {self._where}", shortened(value), why, self._fix)
+
+    def wrong(self, name: str, value: object, allowed: str) -> UserError:
+        return self._error(f"{self._prefix}{name} of {self._where}", shortened(value), allowed, self._fix)
+
+
+def shortened(value: object) -> object:
+    """The value itself, or the beginning of its text if that is long."""
+    if isinstance(value, bool | float) or value is None or (isinstance(value, int) and abs(value) < 1 << 256):
+        return value
+    if isinstance(value, str):
+        return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+    text = repr(value[:20]) if isinstance(value, list | tuple) else repr(value)[: 4 * _SHOWN]
+    return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
