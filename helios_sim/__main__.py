@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ def _run(command: list[str]) -> int:
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
+        gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run
         from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
 
         return run_command(command)

@@ -86,10 +86,3 @@ def render(page: Page) -> str:
         "svg": lambda drawing: Markup(to_svg(drawing)),
     }
     return environment.get_template("calibration.html.j2").render(context)
-
-
-def palette(count: int) -> list[tuple[float, ...]]:
-    """Colours from one colour map, so that neighbours look alike, without its darkest and palest ends."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.15 + 0.75 * i / max(1, count - 1)) for i in range(count)]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from helios_sim.report.designs import Design, DesignsResult, merits_of, on_front, plain_value
+from helios_sim.report.figures.plot import Axes, Side
 from helios_sim.report.figures.style import (
     INK,
     MUTED,
-    RULE,
     Drawing,
     arm_styles,
     axis_positions,
-    handles_of,
+    labels_of,
     legend_above,
-    look,
     new_figure,
 )
 from helios_sim.report.format import in_unit
@@ -30,10 +27,9 @@ WIDE = 20  # times from the smallest to the largest value: from here on an axis 
 
 def design_drawings(result: DesignsResult) -> list[Drawing]:
     """The Pareto front where there are several objectives, and the parameters."""
-    with look():
-        found = [parameter_figure(result)]
-        if len(result.objectives) > 1:
-            found.insert(0, pareto_figure(result))
+    found = [parameter_figure(result)]
+    if len(result.objectives) > 1:
+        found.insert(0, pareto_figure(result))
     return found
 
 
@@ -47,25 +43,26 @@ def pareto_figure(result: DesignsResult) -> Drawing:
     front = {design.name for design in result.front}
     for ax, y in zip(axes, others, strict=False):
         beaten = [d for d in result.designs if d.name not in front]
-        _dots(ax, beaten, x, y, color=MUTED, alpha=0.35, size=12, text="a design")
-        _dots(ax, list(result.front), x, y, color=FRONT_COLOR, alpha=0.95, size=26, text="beaten by none")
+        _dots(ax, beaten, x, y, color=MUTED, alpha=0.35, size=3.5, text="a design")
+        _dots(ax, list(result.front), x, y, color=FRONT_COLOR, alpha=0.95, size=5.1, text="beaten by none")
         merits = merits_of(result.designs, (x, y))
         best = [d for d, there in zip(result.designs, on_front(merits), strict=True) if there]
         line = sorted(_points(best, x, y))
         if line:
-            ax.plot(*zip(*line, strict=True), color=FRONT_COLOR, linewidth=1.2, alpha=0.6, zorder=1)
+            xs, ys = zip(*line, strict=True)
+            ax.plot(xs, ys, color=FRONT_COLOR, width=1.2, alpha=0.6, order=1)
         for reference in result.references:
             own = reference.name == result.arm
             color = INK if own else styles[reference.name].color
             for px, py in _points([reference], x, y):
-                ax.plot(
-                    [px], [py], styles[reference.name].marker, color=color, markersize=8, markerfacecolor="none",
-                    markeredgewidth=1.8, label=f"{reference.name}, as set" if own else reference.name, zorder=4,
+                ax.scatter(
+                    [px], [py], marker=styles[reference.name].marker, color=color, size=8, hollow=True, order=4,
+                    label=f"{reference.name}, as set" if own else reference.name,
                 )  # fmt: skip
         _name_axes(ax, x, y)
     for ax in axes[len(others) :]:
-        ax.set_axis_off()
-    legend_above(figure, handles_of(*axes[: len(others)]), columns=4)
+        ax.visible = False
+    legend_above(figure, labels_of(*axes[: len(others)]), columns=4)
     better = "; ".join(_hint(name) for name in result.objectives)
     caption = (
         f"Each dot is a design under the same requests; blue ones are beaten by no other in all "
@@ -85,7 +82,7 @@ def parameter_figure(result: DesignsResult) -> Drawing:
         row, column = divmod(place, len(shown))
         parameter, metric = shown[column], result.objectives[row]
         positions = axis_positions([design.parameters[parameter] for design in result.designs])
-        for chosen, color, alpha, size in ((False, MUTED, 0.3, 10), (True, FRONT_COLOR, 0.9, 18)):
+        for chosen, color, alpha, size in ((False, MUTED, 0.3, 3.2), (True, FRONT_COLOR, 0.9, 4.2)):
             rows_of = [
                 (positions[design.parameters[parameter]], value)
                 for design in result.designs
@@ -94,7 +91,7 @@ def parameter_figure(result: DesignsResult) -> Drawing:
             if rows_of:
                 text = "beaten by none" if chosen else "a design"
                 xs, ys = zip(*rows_of, strict=True)
-                ax.scatter(xs, ys, s=size, color=color, alpha=alpha, linewidth=0, label=text)
+                ax.scatter(xs, ys, size=size, color=color, alpha=alpha, label=text)
         if any(not isinstance(value, int | float) for value in positions):
             ax.set_xticks(list(positions.values()), [str(value) for value in positions])
         if column == 0:
@@ -102,7 +99,7 @@ def parameter_figure(result: DesignsResult) -> Drawing:
             _format(ax, metric, "y")
         if row == rows - 1:
             ax.set_xlabel(parameter)
-    legend_above(figure, handles_of(*axes), columns=2)
+    legend_above(figure, labels_of(*axes), columns=2)
     left = len(result.parameters) - len(shown)
     caption = "Every design by the value of each parameter, all others being whatever they are in that design." + (
         f" Shown are the parameters that move the objectives most; {left} more are in designs.parquet." if left else ""
@@ -126,11 +123,11 @@ def influence(result: DesignsResult) -> dict[str, float]:
     return found
 
 
-def _dots(ax: Axes, designs: list[Design], x: str, y: str, *, color: str, alpha: float, size: int, text: str) -> None:
+def _dots(ax: Axes, designs: list[Design], x: str, y: str, *, color: str, alpha: float, size: float, text: str) -> None:
     points = _points(designs, x, y)
     if points:
         xs, ys = zip(*points, strict=True)
-        ax.scatter(xs, ys, s=size, color=color, alpha=alpha, linewidth=0, label=text, zorder=2)
+        ax.scatter(xs, ys, size=size, color=color, alpha=alpha, label=text)
 
 
 def _points(designs: list[Design], x: str, y: str) -> list[tuple[float, float]]:
@@ -149,16 +146,14 @@ def _name_axes(ax: Axes, x: str, y: str) -> None:
     _format(ax, y, "y")
 
 
-def _format(ax: Axes, metric: str, side: str) -> None:
+def _format(ax: Axes, metric: str, side: Side) -> None:
     """Ticks with their unit; logarithmic where values differ by orders of magnitude."""
-    axis = ax.xaxis if side == "x" else ax.yaxis
-    low, high = ax.dataLim.intervalx if side == "x" else ax.dataLim.intervaly
-    if np.isfinite([low, high]).all() and low > 0 and high / low > WIDE:
-        ax.set_xscale("log") if side == "x" else ax.set_yscale("log")
+    low, high = (ax.x if side == "x" else ax.y).extent()
+    if low > 0 and high / low > WIDE:
+        ax.log(side)
     unit = DEFINITIONS[metric].unit
     if unit and unit != "1/s":  # the label says it
-        axis.set_major_formatter(FuncFormatter(lambda value, _: in_unit(value, unit)))
-    ax.grid(color=RULE)
+        ax.write(side, lambda value: in_unit(value, unit))
 
 
 def _hint(name: str) -> str:

@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 
+from helios_sim.report.figures.plot import Axes
 from helios_sim.report.figures.style import (
+    DASHES,
     INK,
     MUTED,
     ArmStyle,
     Drawing,
-    annotate,
     arm_styles,
     axis_positions,
-    handles_of,
+    labels_of,
     legend_above,
-    look,
     new_figure,
-    use_log_seconds,
 )
 from helios_sim.report.metrics import DEFINITIONS, Band
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
 
-_SPLIT_LINES = ("-", "--", ":", "-.")
+_SPLIT_LINES = tuple(DASHES.values())
 _UNITS = {"_us": "µs", "_ms": "ms", "_s": "s"}  # by how a setting's name ends
 
 
@@ -33,16 +31,15 @@ def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
     arms = list(dict.fromkeys(arm for point in result.points for arm in point.metrics))
     styles = arm_styles(list(dict.fromkeys((*result.arms, *arms))), result.baseline)
     found = []
-    with look():
-        for place, spec in enumerate(result.figures):
-            if not isinstance(spec, LoadFigure | SweepFigure):
-                continue
-            points = [p for p in result.points if all(p.settings.get(k) == v for k, v in spec.where.items())]
-            points = [p for p in points if spec.x in p.settings]
-            if points and isinstance(spec, LoadFigure):
-                found.append(load_figure(f"load_{place}", spec, points, styles))
-            elif points and isinstance(spec, SweepFigure):
-                found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline))
+    for place, spec in enumerate(result.figures):
+        if not isinstance(spec, LoadFigure | SweepFigure):
+            continue
+        points = [p for p in result.points if all(p.settings.get(k) == v for k, v in spec.where.items())]
+        points = [p for p in points if spec.x in p.settings]
+        if points and isinstance(spec, LoadFigure):
+            found.append(load_figure(f"load_{place}", spec, points, styles))
+        elif points and isinstance(spec, SweepFigure):
+            found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline))
     return found
 
 
@@ -54,7 +51,7 @@ def sweep_figure(
     shown = [a for a in styles if any(a in p.metrics for p in points) and (spec.arms is None or a in spec.arms)]
     if spec.relative:
         shown = [a for a in shown if a != baseline]
-        ax.axhline(1, color=styles[baseline].color, linewidth=1.4)
+        ax.axhline(1, color=styles[baseline].color, width=1.4)
     splits = list(dict.fromkeys(p.settings.get(spec.split_by) for p in points)) if spec.split_by else [None]
     ticks = axis_positions(p.settings[spec.x] for p in points)
     for arm in shown:
@@ -65,23 +62,23 @@ def sweep_figure(
                 continue
             style = styles[arm]
             x, y, low, high = (np.array(column) for column in zip(*rows, strict=True))
-            line = _SPLIT_LINES[place % len(_SPLIT_LINES)] if spec.split_by else style.linestyle
+            line = _SPLIT_LINES[place % len(_SPLIT_LINES)] if spec.split_by else style.dash
             text = arm if split is None else f"{arm}, {_in_words(str(spec.split_by), split)}"
-            ax.plot(x, y, color=style.color, linestyle=line, marker=style.marker, label=text)
+            ax.plot(x, y, color=style.color, dash=line, marker=style.marker, label=text)
             if (high > low).any():
-                ax.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
+                ax.fill_between(x, low, high, color=style.color, alpha=0.16, width=0)
     if any(isinstance(x, str) for x in ticks):
         ax.set_xticks(list(ticks.values()), [str(x) for x in ticks])
     elif spec.log_x:
-        ax.set_xscale("log")
+        ax.log("x")
     if spec.log_y:
-        ax.set_yscale("log")
+        ax.log("y")
     for mark in spec.marks:
-        ax.axhline(mark.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        annotate(ax, mark.label, (1, mark.value), (-4, 4), across=True, ha="right", fontsize=9, color=INK)
+        ax.axhline(mark.value, color=MUTED, width=1.2, dash=(4, 3))
+        ax.annotate(mark.label, (1, mark.value), (-4, 4), across=True, ha="right", size=9, color=INK)
     ax.set_xlabel(spec.x_label)
     ax.set_ylabel(spec.y_label)
-    legend_above(figure, handles_of(ax), columns=4)
+    legend_above(figure, labels_of(ax), columns=4)
     caption = "Pale bands: 95 % intervals, where the runs give one." + (
         f" Baseline: {baseline}." if spec.relative else ""
     )
@@ -103,29 +100,29 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
     for ax, (title, y_label, metrics, bound) in zip(axes, panels, strict=True):
         for arm in arms:
             for metric, line in zip(metrics, ("-", "--"), strict=False):
-                _plot_metric(ax, points, spec.x, arm, metric, styles[arm], line)
+                _plot_metric(ax, points, spec.x, arm, metric, styles[arm], DASHES[line])
         ax.set_title(title)
         ax.set_ylabel(y_label)
-        if ax.lines and DEFINITIONS[metrics[0]].unit == "s":
-            use_log_seconds(ax, y=True)
+        if not ax.is_empty and DEFINITIONS[metrics[0]].unit == "s":
+            ax.seconds("y")
         if bound is not None:
-            ax.axhline(bound, color=MUTED, linewidth=1.2, linestyle=":")
-            annotate(ax, "SLO", (0, bound), (4, 3), across=True)
-    axes[0].plot(loads, loads, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
-    annotate(axes[0], "all served", (loads[-1], loads[-1]), (-6, -2), ha="right")
+            ax.axhline(bound, color=MUTED, width=1.2, dash=DASHES[":"])
+            ax.annotate("SLO", (0, bound), (4, 3), across=True)
+    axes[0].plot(loads, loads, color=MUTED, width=1.1, dash=DASHES[":"], order=1)
+    axes[0].annotate("all served", (loads[-1], loads[-1]), (-6, -2), ha="right")
     if spec.slo.any:
-        axes[3].axhline(0.99, color=MUTED, linewidth=1.2, linestyle=":")
-        annotate(axes[3], "99 %", (1, 0.99), (-4, -11), across=True, ha="right")
+        axes[3].axhline(0.99, color=MUTED, width=1.2, dash=DASHES[":"])
+        axes[3].annotate("99 %", (1, 0.99), (-4, -11), across=True, ha="right")
         axes[3].set_ylim(0, 1.03)
     for ax in axes[2:]:
         ax.set_xlabel(spec.x_label)
-    legend_above(figure, handles_of(axes[0]))
+    legend_above(figure, labels_of(axes[0]))
     caption = "Beyond saturation an arm serves less than is offered, and its latencies depend on how long the run is."
     return Drawing(name, spec.title, caption, figure)
 
 
 def _plot_metric(
-    ax: Axes, points: Sequence[SweepPoint], x: str, arm: str, metric: str, style: ArmStyle, line: str
+    ax: Axes, points: Sequence[SweepPoint], x: str, arm: str, metric: str, style: ArmStyle, dash: tuple[float, ...]
 ) -> None:
     rows = sorted(
         (float(p.settings[x]), float(value))
@@ -134,9 +131,8 @@ def _plot_metric(
     )
     if rows:
         xs, ys = zip(*rows, strict=True)
-        marker = style.marker if line == "-" else None
-        label = arm if line == "-" else None
-        ax.plot(xs, ys, color=style.color, linestyle=line, marker=marker, label=label, linewidth=2 if marker else 1.4)
+        marker, label, width = ("", "", 1.4) if dash else (style.marker, arm, 2.0)
+        ax.plot(xs, ys, color=style.color, dash=dash, marker=marker, label=label, width=width)
 
 
 def _row(
