@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from difflib import get_close_matches
 from numbers import Integral
 
 
@@ -44,6 +43,8 @@ def require(holds: bool, key: str, value: object, allowed: str) -> None:
 def require_one_of(key: str, value: object, names: Collection[str]) -> None:
     """UserError, with the name that was probably meant, unless `value` is one of the names."""
     if value not in names:
+        from difflib import get_close_matches
+
         close = get_close_matches(str(value), names, n=1)
         fix = f"you may have meant {close[0]}" if close else f"set {key} to one of these"
         raise UserError(key, value, f"one of {', '.join(names) or 'none: there are none here'}", fix)

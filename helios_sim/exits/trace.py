@@ -157,7 +157,8 @@ class ExitTrace:
             self._fail("tasks", self.tasks, "at least one task, each named once")
 
     def _check_columns(self) -> None:
-        if not np.array_equal(np.unique(self.task), np.arange(len(self.tasks))) or (np.diff(self.task) < 0).any():
+        steps, ends = np.diff(self.task), (self.task[:1].tolist(), self.task[-1:].tolist())
+        if ends != ([0], [len(self.tasks) - 1]) or ((steps != 0) & (steps != 1)).any():
             self._fail("task", "unsorted or incomplete", "tokens are sorted by task and every task has some")
         if (self.chars < 0).any():
             self._fail("chars", int(self.chars.min()), "at least 0")

@@ -75,7 +75,7 @@ def ttft_sensitivity(records: Records) -> float | None:
     if not done.any():
         return None
     own_ns, moved_ns = 0, 0
-    for replica in np.unique(records.replica[done]):
+    for replica in np.flatnonzero(np.bincount(records.replica[done])):
         rows = done & (records.replica == replica)
         arrival, first = records.arrival_ns[rows], records.first_token_ns.values[rows]
         scheduled, last = records.scheduled_ns.values[rows], records.last_token_ns.values[rows]

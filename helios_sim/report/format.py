@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, MetricValue
 
 NOTHING = "–"
 _SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+# Control characters, lone surrogates, and signs that turn the direction of what follows or cannot be seen.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+
+
+def visible(text: str) -> str:
+    """The text as a page or a terminal may show it: characters that act, or cannot be seen, by their code."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def number(value: float, digits: int = 3) -> str:

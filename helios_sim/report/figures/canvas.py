@@ -6,7 +6,8 @@ variables in an <svg>, so that it follows the page's light and dark themes; a PN
 
 from __future__ import annotations
 
-import io
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -160,7 +161,7 @@ class Png:
         self._draw_on = ImageDraw.Draw
         self._size = round(width * _PIXELS_PER_POINT), round(height * _PIXELS_PER_POINT)
         self._image = Image.new("RGB", (self._size[0] * _FINER, self._size[1] * _FINER), "white")
-        self._draw = ImageDraw.Draw(self._image, "RGBA")
+        self._draw = ImageDraw.Draw(self._image)
         self._scale = _PIXELS_PER_POINT * _FINER
         self._origin = (0.0, 0.0)
         self._texts: list[tuple[str, float, float, float, str, str, bool, bool]] = []
@@ -178,7 +179,8 @@ class Png:
         hatched: bool = False,
     ) -> None:
         if fill is not None:
-            self._draw.polygon(self._pixels(points), fill=(*_rgb(fill), round(255 * alpha)))
+            draw = self._draw if alpha == 1 else self._draw_on(self._image, "RGBA")  # which mixes, and takes longer
+            draw.polygon(self._pixels(points), fill=(*_rgb(fill), round(255 * alpha)))
         if hatched:
             with self.clipped(_box_of(points)):
                 for stripe in _stripes(points):
@@ -199,7 +201,7 @@ class Png:
         whole, draw, origin = self._image, self._draw, self._origin
         place = (left - round(left0), top - round(top0))
         self._image = whole.crop((*place, place[0] + max(right - left, 1), place[1] + max(bottom - top, 1)))
-        self._draw, self._origin = self._draw_on(self._image, "RGBA"), (float(left), float(top))
+        self._draw, self._origin = self._draw_on(self._image), (float(left), float(top))
         yield
         whole.paste(self._image, place)
         self._image, self._draw, self._origin = whole, draw, origin
@@ -209,9 +211,7 @@ class Png:
         image = self._image.reduce(_FINER)
         for text, x, y, size, color, ha, bold, upright in self._texts:
             self._set(image, text, x * _PIXELS_PER_POINT, y * _PIXELS_PER_POINT, size, color, ha, bold, upright)
-        out = io.BytesIO()
-        image.save(out, "PNG", compress_level=2)
-        return out.getvalue()
+        return _png(np.asarray(image))
 
     def _set(
         self, image: Any, text: str, x: float, y: float, size: float, color: str, ha: str, bold: bool, upright: bool
@@ -233,6 +233,20 @@ class Png:
 
     def _pixels(self, points: Points) -> list[tuple[float, ...]]:
         return [tuple(point) for point in (points * self._scale - np.array(self._origin)).tolist()]
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG file of pixels (height, width, 3), each row as its difference from the row above."""
+    height, width, _ = pixels.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = 2
+    flat = pixels.reshape(height, -1)
+    rows[0, 1:], rows[1:, 1:] = flat[0], flat[1:] - flat[:-1]
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 2)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 def _css(color: str) -> str:

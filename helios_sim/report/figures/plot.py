@@ -547,15 +547,13 @@ def _thinned(points: Points) -> list[Points]:
 
 
 def _of_pixels(part: Points) -> Points:
-    columns = np.floor(part[:, 0] * 2)
+    columns, (x, y) = np.floor(part[:, 0] * 2), part.T
     first = np.flatnonzero(np.concatenate([[True], columns[1:] != columns[:-1]]))
     last = np.concatenate([first[1:], [len(part)]]) - 1
-    kept = {*first.tolist(), *last.tolist()}
-    for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-        if end - begin > 1:
-            inner = part[begin : end + 1, 1]
-            kept |= {begin + int(inner.argmin()), begin + int(inner.argmax())}
-    return part[sorted(kept)]
+    middle = (x[first] + x[last]) / 2
+    low, high = np.minimum.reduceat(y, first), np.maximum.reduceat(y, first)
+    corners = ((x[first], y[first]), (middle, low), (middle, high), (x[last], y[last]))
+    return np.stack([np.stack(corner, axis=1) for corner in corners], axis=1).reshape(-1, 2)
 
 
 def _mark(canvas: Canvas, look: Look, x: float, y: float) -> None:
