@@ -38,6 +38,7 @@ class Inputs:
     def check(self) -> None:
         """Raise UserError for anything that would stop a stage: packages, device, weights, family, memory, heads."""
         check_packages("measuring a model")
+        self._check_name()
         layers = self.layers
         needed, there = self.spec(1.0).weight_bytes(layers), self.device.facts.memory_bytes
         if needed > there:
@@ -51,6 +52,16 @@ class Inputs:
         unknown = sorted(set(self.config.tasks or ()) - set(TASKS))
         if unknown:
             raise UserError("tasks", unknown, f"some of {', '.join(TASKS)}", "correct the names, or leave it out")
+
+    def _check_name(self) -> None:
+        """Raise WeightsError for weights under the name of a model of another shape, which results would carry."""
+        from helios_sim.profile.catalog import MODELS
+
+        name = self.config.model.name
+        different = self.architecture.differences(MODELS[name]) if name in MODELS else []
+        if different and not self.checkpoint.source.startswith("tiny:"):
+            allowed = f"the weights of {name}; these differ: {', '.join(different)}"
+            raise WeightsError("model.weights", self.checkpoint.source, allowed, "name them otherwise by model.name")
 
     @cached_property
     def device(self) -> TimedDevice:

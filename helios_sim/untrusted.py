@@ -111,13 +111,18 @@ class Fields:
             raise self.wrong(name, None, "a value: the key is missing")
         return default
 
-    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        """A whole number from `low` to `high`; a list of equal numbers counts as one, as for layers that are alike."""
+    def alike(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        """A whole number that stands there once, or once for each layer."""
         found = self.value(name, default)
-        if isinstance(found, list | tuple) and found and all(_same(item, found[0]) for item in found):
-            found = found[0]
-        if isinstance(found, list | tuple):
+        if not isinstance(found, list | tuple):
+            return self.integer(name, low, high, default)
+        if len(set(map(repr, found))) != 1:
             raise self.wrong(name, found, "one number: layers that differ are not read")
+        return Fields({name: found[0]}, self._where, self._fix, self._error).integer(name, low, high)
+
+    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        """A whole number from `low` to `high`."""
+        found = self.value(name, default)
         if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
             raise self.wrong(name, found, f"a whole number from {low} to {high}")
         return found
@@ -169,7 +174,3 @@ def shortened(value: object) -> object:
         return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
     text = repr(value[:20]) if isinstance(value, list | tuple) else repr(value)[: 4 * _SHOWN]
     return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)

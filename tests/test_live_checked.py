@@ -311,3 +311,13 @@ def heads_in(folder: Path, change: Callable[[dict[str, Any], dict[int, dict[str,
 def test_exit_heads_that_do_not_fit_are_named_when_they_are_opened(change: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         ExitHeads.load(heads_in(tmp_path, change), head_folders.architecture())
+
+
+def test_weights_under_the_name_of_another_model_are_refused(tmp_path: Path) -> None:
+    from calibrate.inputs import Inputs
+    from calibrate.schema import CalibrateConfig, ModelConfig
+
+    folder = str(folder_of(tmp_path, "opt"))
+    with pytest.raises(WeightsError, match=r"the weights of opt-1\.3b.*n_layers is 2, not 24.*model\.name"):
+        Inputs(CalibrateConfig(model=ModelConfig("opt-1.3b", folder))).check()
+    Inputs(CalibrateConfig(model=ModelConfig("mine", folder))).check()

@@ -103,7 +103,7 @@ def test_weights_of_another_shape_are_refused(command: CommandLine, study: Path,
     write_tiny("llama", tmp_path / "shallow", layers=4)
     said = command(*arguments(study, "mode=live", f"live.weights.tiny={tmp_path / 'shallow'}"))
     assert said.status == 1
-    assert "6 layers" in said.err
+    assert "n_layers is 4, not 6" in said.err
 
 
 def test_too_little_memory_is_one_message(command: CommandLine, study: Path, monkeypatch) -> None:

@@ -230,17 +230,14 @@ def _check_dtype(dtype: str | None, profile: Profile) -> None:
 
 
 def _check_shape(checkpoint: Checkpoint, profile: Profile) -> None:
-    a, m = checkpoint.architecture, profile.model
-    for key, there, known in (
-        ("layers", a.n_layers, m.n_layers),
-        ("d_model", a.d_model, m.d_model),
-        ("vocab_size", a.vocab_size, m.vocab_size),
-    ):
-        if there != known:
-            raise UserError(
-                f"live.weights of {m.name}", checkpoint.source, f"{known} {key}, as the profile {profile.name} has; "
-                f"these have {there}", "name the weights that the profile was measured with, or measure these",
-            )  # fmt: skip
+    """Raise WeightsError unless the weights have the shape of the profile's model."""
+    different = checkpoint.architecture.differences(profile.model)
+    if different:
+        raise WeightsError(
+            f"live.weights of {profile.model.name}", checkpoint.source,
+            f"a model as the profile {profile.name} describes it; these differ: {', '.join(different)}",
+            "name the weights that the profile was measured with, or measure these",
+        )  # fmt: skip
 
 
 def _heads(name: str, checkpoint: Checkpoint, settings: OpenSettings, exits: tuple[int, ...]) -> ExitHeads:

@@ -106,7 +106,7 @@ class GgufFile:
                 raise keys.wrong(name, keys.value(name), f"{neutral[-1]} or no such key: another value is not built")
         keys.ignore(_NO_MATTER)
         d_model, n_layers = keys.integer("embedding_length", 1, MOST["d_model"]), self._layers(keys)
-        n_heads = keys.integer("attention.head_count", 1, MOST["n_heads"])
+        n_heads = keys.alike("attention.head_count", 1, MOST["n_heads"])
         if d_model % n_heads and not keys.has("attention.key_length"):
             raise keys.wrong("embedding_length", d_model, f"a multiple of {n_heads}, the number of heads")
         head_dim = keys.integer("attention.key_length", 2, MOST["head_dim"], d_model // n_heads)
@@ -128,9 +128,9 @@ class GgufFile:
             n_layers=n_layers,
             d_model=d_model,
             n_heads=n_heads,
-            n_kv_heads=keys.integer("attention.head_count_kv", 1, n_heads, n_heads),
+            n_kv_heads=keys.alike("attention.head_count_kv", 1, n_heads, n_heads),
             head_dim=head_dim,
-            d_ff=keys.integer("feed_forward_length", 1, MOST["d_ff"]),
+            d_ff=keys.alike("feed_forward_length", 1, MOST["d_ff"]),
             vocab_size=vocab_size,
             max_context_tokens=keys.integer("context_length", 1, MOST["max_context_tokens"]),
             norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-12, 0.1),

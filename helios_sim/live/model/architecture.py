@@ -15,6 +15,7 @@ MOST = {  # largest sizes that are read, far above any model's
     "n_layers": 1024, "d_model": 1 << 17, "n_heads": 4096, "head_dim": 4096, "d_ff": 1 << 20, "vocab_size": 1 << 22,
     "max_context_tokens": 1 << 28,
 }  # fmt: skip
+_SAME = ("family", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "tied_embeddings")
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gemma3")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -103,6 +104,14 @@ class Architecture:
         for allowed, holds in parts.items():
             if not holds:
                 raise WeightsError(f"sizes of {where}", f"{self.n_heads} heads of {self.head_dim}", allowed, fix)
+
+    def differences(self, spec: ModelSpec) -> list[str]:
+        """The sizes in which the simulator's description of a model differs, as "SIZE is HERE, not THERE"."""
+        return [
+            f"{name} is {getattr(self, name)}, not {getattr(spec, name)}"
+            for name in _SAME
+            if getattr(self, name) != getattr(spec, name)
+        ]
 
     def layer_shapes(self) -> dict[str, Shape]:
         """Shapes of one layer's parts as they are kept in memory: q, k and v in one matrix, gate and up in one."""
