@@ -58,7 +58,7 @@ def test_production_traces_have_their_published_size_and_rate(
     workload = Workload(TraceArrivals(trace), TraceLengths(trace), TaskMix.single("text"))
     figures = describe(generate(workload, 0), ("text",), 4.0)
     assert figures.requests == requests
-    assert trace.notices == ()
+    assert all("hash_ids" in notice for notice in trace.notices)  # of Mooncake alone
     assert arrivals_of(trace)[0] == 0
     assert figures.arrival_rate_per_s == pytest.approx(rate_per_s, rel=0.02)
     assert cv is None or figures.arrival_cv == pytest.approx(cv, rel=0.02)
@@ -88,6 +88,7 @@ def test_peer_workloads_and_serving_logs_are_read_by_their_own_names(shared_data
     assert (len(log), arrivals_of(log)[1]) == (300, 347_938_951 - 46_926_808)
 
 
+JSON = '{"timestamp": 0, "input_length": 1, "output_length": 1}\n'
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 
 
@@ -101,6 +102,22 @@ HEADER = "arrival_s,prompt_tokens,output_tokens\n"
         ("floats.csv", HEADER + "1.5,10.0,3.0\n\n2.0,20.0,1.0\n"),
         ("order.csv", "output_toks,note,arrival_ns,input_toks\n3,x,1500000000,10\n1,y,2000000000,20\n"),
         ("vidur.csv", "arrival_s,prefill_tokens,decode_tokens\n1.5,10,3\n2.0,20,1\n"),
+        ("burst.csv", "Timestamp,Model,Request tokens,Response tokens,Total tokens\n5,a,10,3,13\n5.5,a,20,1,21\n"),
+        ("vidur2.tsv", "arrived_at\tnum_prefill_tokens\tnum_decode_tokens\n1.5\t10\t3\n2.0\t20\t1\n"),
+        ("peer.csv", "arrival_time_ns,input_tokens,completion_tokens\n1500000000,10,3\n2000000000,20,1\n"),
+        ("lines.json", '{"arrival_ms": 1500, "prompt_len": 10, "output_len": 3}\n' * 1
+         + '{"arrival_ms": 2000, "prompt_len": 20, "output_len": 1}\n'),
+        ("array.json", '[{"arrival_s": 1.5, "prompt_tokens": 10, "output_tokens": 3},\n'
+         ' {"arrival_s": 2.0, "prompt_tokens": 20, "output_tokens": 1}]'),
+        *(
+            (f"epoch{p}.csv", f"arrival_time,input_len,output_len\n{1_777_142_838_500 * p // 1000},10,3\n"
+             f"{1_777_142_839_000 * p // 1000},20,1\n") for p in (10**3, 10**6, 10**9)
+        ),
+        *(
+            (f"azure2024{i}.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+             f"2024-05-10{t}23:59:59.700{z},10,3\n2024-05-11{t}00:00:00.2000000{z},20,1\n")
+            for i, (t, z) in enumerate(((" ", "+00:00"), ("T", "Z"), ("T", "+02:00"), ("T", "")))
+        ),
         (
             "azure.csv",
             "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59.7,10,3\n2023-11-17 00:00:00.2000000,20,1\n",
@@ -117,7 +134,70 @@ def test_all_formats_of_the_same_two_requests_agree(tmp_path: Path, name: str, t
     assert arrivals_of(trace).tolist() == [0, 500_000_000]
     assert trace.prompt_tokens.tolist() == [10, 20]
     assert trace.output_tokens.tolist() == [3, 1]
-    assert trace.notices == ()
+    unread = {"burst.csv": "not read: Model", "order.csv": "not read: note", "m.jsonl": "column hash_ids is not read"}
+    assert [notice.split(": ", 1)[1].startswith(unread[name]) for notice in trace.notices] == [True] * (name in unread)
+
+
+DATED = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "unit", "said"),
+    [
+        ("s.jsonl", "".join(JSON.replace("0", f"{i / 7}", 1) for i in range(9)), None, "timestamp.*in ms.*fraction"),
+        ("t.csv", "timestamp,prompt_tokens,output_tokens\n1,1,1\n2,1,1\n", None, "the unit of timestamp is not known"),
+        ("s.jsonl", "".join(JSON.replace("0", str(i), 1) for i in range(9)), None, "1e.03 requests/s are not between"),
+        ("s.csv", "arrival_time,input_len,output_len\n0,1,1\n9e8,1,1\n1e9,1,1\n", None, "2e-09 requests/s"),
+        ("s.csv", "timestamp_of_end,input_len,output_len\n1,1,1\n2,1,1\n", None, "timestamp_of_end.*arrived_at"),
+    ],
+)
+def test_a_unit_in_doubt_is_asked_for_with_its_reason(
+    tmp_path: Path, name: str, text: str, unit: str | None, said: str
+) -> None:
+    """Lengths can be used all the same."""
+    trace = read_trace(written(tmp_path, name, text))
+    assert trace.arrival_ns is None
+    with pytest.raises(UserError, match=said):
+        TraceArrivals(trace)
+    assert any("lengths only" in notice for notice in trace.notices)
+
+
+@pytest.mark.parametrize(("unit", "ns"), [("s", 10**9), ("ms", 10**6), ("us", 1000), ("ns", 1)])
+def test_a_setting_says_the_unit(tmp_path: Path, unit: str, ns: int) -> None:
+    file = written(tmp_path, "t.jsonl", "".join(JSON.replace("0", str(i), 1) for i in range(9)))
+    assert arrivals_of(read_trace(file, time_unit=unit)).tolist() == [i * ns for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "said"),
+    [
+        (HEADER + "0,1,1\n", "ms", r"time_unit='ms': arrival_s is in s"),
+        (DATED + "2024-05-10 00:00:00,1,1\n", "s", r"column TIMESTAMP='2024-05-10 00:00:00': numbers in s"),
+        (HEADER + "0,1,1\n", "minutes", "time_unit='minutes': null or one of s, ms, us, ns"),
+        (DATED + "2024-05-10T00:00:00Z,1,1\n2024-05-10T00:00:01,1,1\n", None, "cannot be read"),
+        ("arrival_s,prompt_tokens,output_tokens,total_tokens\n0,5,5,10\n1,5,5,11\n", None, r"request 2, .*=11.*5 \+ 5"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path: Path, text: str, unit: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_trace(written(tmp_path, "t.csv", text), time_unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("sg.json", '[{"id": "x", "conversations": [{"from": "human", "value": "hi"}]}]', "as in ShareGPT"),
+        ("p.jsonl", '{"prompt": "Tell me", "response": "No"}\n', "prompt holds texts"),
+        ("bomb.csv.gz", HEADER.encode() + b"0" * (200 << 20), "at most 64 MiB of text in a packed file"),
+        ("l.csv", HEADER.encode("utf-16"), "UTF-8"),
+        ("d.jsonl", "[" * 100_000, "RecursionError|cannot be read"),
+        ("e.json", "{}", "prompt length column is called"),
+        ("lfs.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    ],
+)
+def test_what_is_no_trace_is_said_in_one_message(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_trace(written(tmp_path, name, content))
 
 
 def test_seconds_since_1970_keep_their_microseconds(tmp_path: Path) -> None:
@@ -143,8 +223,6 @@ def test_a_trace_cannot_be_changed_by_its_users(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         trace.prompt_tokens[0] = 2
 
-
-JSON = '{"timestamp": 0, "input_length": 1, "output_length": 1}\n'
 
 
 @pytest.mark.parametrize(
@@ -183,7 +261,7 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress((HEADER + "".join(f"{i},{i * 7919 % 1000 + 1},5\n" for i in range(5000))).encode())
     file = tmp_path / "cut.csv.gz"
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cut.csv.gz.*ended before the end"):
         read_trace(file)
 
 

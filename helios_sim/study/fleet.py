@@ -93,17 +93,20 @@ def build_fleet(config: Config, seed: int) -> Fleet:
             allowed = "only by_task sends tasks to kinds"
             raise UserError("cluster.tasks", dict(config.cluster.tasks), allowed, "set server.router=by_task")
         share = 1 / plans[-1].numbers.stop
-        return Fleet(tuple(_kind(plan, seed, None, share) for plan in plans), Routing(router, seed))
+        alike: list[Kind] = []
+        for plan in plans:
+            alike.append(_kind(plan, seed, None, share, alike))
+        return Fleet(tuple(alike), Routing(router, seed))
     tasks = task_names(config.workload.mix)
     kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
     homes = tuple(
         tuple(number for plan in plans if plan.name in kinds_of_task[task] for number in plan.numbers) for task in tasks
     )
-    kinds = []
+    kinds: list[Kind] = []
     for plan in plans:
         shares = [1 / len(home) if plan.numbers[0] in home else 0.0 for home in homes]
         own = tuple(task for task, share in zip(tasks, shares, strict=True) if share)
-        kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop))
+        kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop, kinds))
     return Fleet(tuple(kinds), Routing(router, seed, homes))
 
 
@@ -155,10 +158,19 @@ def _plan(name: str, first: int, entry: Mapping[str, Any], config: Config) -> _P
     return _Plan(name, range(first, first + count), changed, own)
 
 
-def _kind(plan: _Plan, seed: int, tasks: tuple[str, ...] | None, share: float | list[float]) -> Kind:
-    """`share`: what part of the requests one of its replicas gets, of all or of each task."""
+def _kind(
+    plan: _Plan, seed: int, tasks: tuple[str, ...] | None, share: float | list[float], before: list[Kind]
+) -> Kind:
+    """`share`: what part of the requests one of its replicas gets, of all or of each task.
+
+    Requests are those of the kinds `before` it, whichever models it serves.
+    """
+    config = plan.config
+    if before:
+        workload = replace(config.workload, chars_per_token=before[0].parts.workload.chars_per_token)
+        config = replace(config, workload=workload)
     with of_kind(plan.name):
-        parts = build(plan.config, seed, tasks)
+        parts = build(config, seed, tasks)
     if share != 1:
         situation = replace(parts.situation, expected=expected_load(parts.workload, seed, share))
         parts = replace(parts, situation=situation)

@@ -28,12 +28,13 @@ class ArrivalsConfig:
     cv: float | None = None  # gamma: coefficient of variation of the gaps
     users: int | None = None  # closed_loop: each sends the next request when the last is answered
     trace: str | None = None  # trace: a file, here or in the folder of shared data
+    time_unit: str | None = None  # trace: s, ms, us or ns, of numbers whose unit the file does not say
     rate_scale: float = 1.0  # trace: so many times as fast as recorded
 
 
 @dataclass
 class LengthConfig:
-    """Length of a text in tokens of the workload's `chars_per_token` characters, or in characters when that is null."""
+    """Length of a text in tokens, or in characters: see `chars_per_token` of the workload."""
 
     kind: str = "fixed"  # fixed, lognormal, exponential
     value: int | None = None  # fixed
@@ -73,7 +74,9 @@ class MixConfig:
 class WorkloadConfig:
     statement: str = ""  # one sentence for the reader: what this workload stands for
     n_requests: int | None = None  # null: all of a trace in its own order
-    chars_per_token: float | None = 4.2  # of the tokenizer that counts lengths; null: they are in characters
+    # Of the tokenizer that counts lengths: a number; model: that of the model served, the first of `models`; null: they
+    # are in characters
+    chars_per_token: int | float | str | None = "model"
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)

@@ -100,10 +100,18 @@ def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
     return kind(value)
 
 
-def build_workload(config: WorkloadConfig) -> Workload:
+OF_THE_MODEL = "model"  # a workload's chars_per_token: lengths are in tokens of the model that is served
+
+
+def build_workload(config: WorkloadConfig, of_model: float = 4.0) -> Workload:
+    """The workload, with `of_model` characters per token where lengths are in tokens of the model served."""
+    chars = config.chars_per_token
+    if isinstance(chars, str | bool) and chars != OF_THE_MODEL:
+        raise UserError("workload.chars_per_token", chars, "a number, null or model", "English text has about 4")
+    per_token = of_model if chars == OF_THE_MODEL else None if chars is None else float(chars)
     return Workload(
-        _arrivals(config.arrivals), _lengths(config.lengths), _mix(config.mix), config.n_requests,
-        config.chars_per_token,
+        _arrivals(config.arrivals), _lengths(config.lengths, config.arrivals.time_unit), _mix(config.mix),
+        config.n_requests, per_token,
     )  # fmt: skip
 
 
@@ -133,25 +141,25 @@ def _arrivals(c: ArrivalsConfig) -> Arrivals:
         case "closed_loop":
             return ClosedLoop(_given("workload.arrivals.users", c.users, "a closed loop"))
         case "trace":
-            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace), c.rate_scale)
+            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace, c.time_unit), c.rate_scale)
     raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
 
 
-def _recorded(key: str, path: str | None) -> RequestTrace:
+def _recorded(key: str, path: str | None, unit: str | None) -> RequestTrace:
     try:
-        return read_trace(_given(key, path, "a trace"))
+        return read_trace(_given(key, path, "a trace"), time_unit=unit)
     except TraceFileError as error:
         raise error.about(key) from error
 
 
-def _lengths(c: LengthsConfig) -> Lengths:
+def _lengths(c: LengthsConfig, unit: str | None) -> Lengths:
     match c.kind:
         case "drawn":
             return DrawnLengths(
                 _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
             )
         case "trace":
-            return TraceLengths(_recorded("workload.lengths.trace", c.trace), c.resample)
+            return TraceLengths(_recorded("workload.lengths.trace", c.trace, unit), c.resample)
     raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
 
 

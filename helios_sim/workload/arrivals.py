@@ -105,8 +105,8 @@ class TraceArrivals:
             raise UserError(
                 "workload.arrivals.trace",
                 self.trace.source,
-                "must be a trace with arrivals; this one has lengths only",
-                "draw the arrivals (Poisson, Gamma, ...) and use this trace for the lengths",
+                f"must be a trace with arrivals; {self.trace.no_arrivals}",
+                "say so in the file, or draw the arrivals (Poisson, Gamma, ...) and use this trace for the lengths",
             )
 
     def sampler(self, rng: Generator) -> ArrivalSampler:

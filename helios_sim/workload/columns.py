@@ -1,0 +1,248 @@
+"""Names and units of the columns of request traces: which one tells what, and when a number's unit is in doubt.
+
+Names are compared in lower case with words joined by `_`, so ContextTokens is context_tokens. A column of arrivals
+says its unit by its name, by holding dates or numbers that can only be counted from 1970, or not at all: then the usual
+unit is taken if the arrivals come out plausible, and a setting is asked for if they do not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.request import LONGEST, NS_PER_S
+
+
+class Role(StrEnum):
+    """What a column tells about a request."""
+
+    ARRIVAL = "arrival"
+    PROMPT = "prompt length"
+    OUTPUT = "output length"
+    TOTAL = "total length"  # compared with the sum of the two
+    PRIORITY = "priority"
+
+
+class CellFormat(StrEnum):
+    """How a cell is written."""
+
+    TOKENS = "tokens"
+    WHOLE = "whole number"
+    SECONDS = "s"
+    MILLISECONDS = "ms"
+    MICROSECONDS = "us"
+    NANOSECONDS = "ns"
+    DATE = "date"
+
+
+UNITS = (CellFormat.SECONDS, CellFormat.MILLISECONDS, CellFormat.MICROSECONDS, CellFormat.NANOSECONDS)
+NS_PER = {
+    CellFormat.SECONDS: NS_PER_S, CellFormat.MILLISECONDS: 1_000_000, CellFormat.MICROSECONDS: 1_000,
+    CellFormat.NANOSECONDS: 1,
+}  # fmt: skip
+ALLOWED = {
+    CellFormat.TOKENS: f"must be a whole number of tokens, from 1 to {LONGEST}",
+    CellFormat.SECONDS: "must be seconds, at least 0",
+    CellFormat.MILLISECONDS: "must be milliseconds, at least 0",
+    CellFormat.MICROSECONDS: "must be microseconds, at least 0",
+    CellFormat.NANOSECONDS: "must be whole nanoseconds, at least 0",
+    CellFormat.WHOLE: f"must be a whole number of at most {LONGEST}",
+    CellFormat.DATE: "must be a date and time such as 2023-11-16 18:15:46.680 or 2024-05-10T00:00:00Z, all alike",
+}
+_NAMES = {
+    Role.PROMPT: "prompt_tokens prefill_tokens num_prefill_tokens input_tokens context_tokens request_tokens "
+    "num_prompt_tokens num_input_tokens input_toks prompt_toks input_length prompt_length input_len prompt_len",
+    Role.OUTPUT: "output_tokens decode_tokens num_decode_tokens completion_tokens generated_tokens response_tokens "
+    "num_output_tokens num_completion_tokens num_generated_tokens generation_tokens output_toks completion_toks "
+    "output_length completion_length response_length generation_length output_len completion_len",
+    Role.TOTAL: "total_tokens num_total_tokens total_length",
+    Role.PRIORITY: "priority",
+}
+_ARRIVALS = ("arrival", "arrival_time", "arrived_at", "timestamp", "request_time", "arrival_timestamp")
+_SUFFIXES = {
+    CellFormat.SECONDS: ("s", "sec", "secs", "seconds"), CellFormat.MILLISECONDS: ("ms", "millis", "milliseconds"),
+    CellFormat.MICROSECONDS: ("us", "micros", "microseconds"),
+    CellFormat.NANOSECONDS: ("ns", "nanos", "nanoseconds"),
+}  # fmt: skip
+_OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "session_id", "user", "user_id", "pd_ratio"}
+_EFFECTS = {
+    "hash_ids": "prefixes that requests share are computed anew for each",
+    "block_hash_ids": "prefixes that requests share are computed anew for each",
+}
+_EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
+MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
+
+
+@dataclass(frozen=True, slots=True)
+class TraceColumn:
+    """A column that a workload reads, by its name in the header."""
+
+    name: str
+    role: Role
+    format: CellFormat
+    stated: bool = True  # the name, or a setting, says the unit
+    usual: bool = True  # if it is not stated, there is a usual one
+
+
+def known_names(role: Role) -> str:
+    """The names under which a role is known, for messages."""
+    if role is Role.ARRIVAL:
+        return f"{', '.join(_ARRIVALS)}, with or without a unit such as _s, _ms or _ns"
+    return ", ".join(_NAMES[role].split())
+
+
+def column_of(name: str) -> TraceColumn | None:
+    """What a column of this name is; None: it is not known."""
+    plain = plain_name(name)
+    for role, names in _NAMES.items():
+        if plain in names.split():
+            return TraceColumn(name, role, CellFormat.WHOLE if role is Role.PRIORITY else CellFormat.TOKENS)
+    if plain in _ARRIVALS:
+        return TraceColumn(name, Role.ARRIVAL, CellFormat.SECONDS, stated=False)
+    for unit, suffixes in _SUFFIXES.items():
+        stem, _, suffix = plain.rpartition("_")
+        if suffix in suffixes and stem in _ARRIVALS:
+            return TraceColumn(name, Role.ARRIVAL, unit)
+    return None
+
+
+def plain_name(name: str) -> str:
+    """The name in lower case, its words joined by `_`."""
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    return re.sub(r"[^a-z0-9]+", "_", parted.lower()).strip("_")
+
+
+def find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
+    """The columns of a file that a workload needs, one for each role; arrival, total and priority may be missing.
+
+    UserError where a length is missing or two columns have the same role.
+    """
+    found = tuple(column for name in names if (column := column_of(name)) is not None)
+    for role in Role:
+        mine = [column.name for column in found if column.role is role]
+        if len(mine) > 1:
+            raise UserError(f"{source}, {role} column", mine, "there must be one", "remove or rename the others")
+        if not mine and role in (Role.PROMPT, Role.OUTPUT):
+            raise UserError(
+                f"{source}, columns", list(names)[:30], f"the {role} column is called one of: {known_names(role)}",
+                "rename a column",
+            )  # fmt: skip
+    return found
+
+
+def not_read(source: str, names: Sequence[str], columns: Sequence[TraceColumn]) -> list[str]:
+    """One sentence for the columns of a file that nothing is made of, and for each that would change a result."""
+    read = {column.name for column in columns}
+    left = [name for name in dict.fromkeys(names) if name not in read and plain_name(name) not in _OF_NO_MATTER]
+    said = [
+        f"{source}: column {name} is not read: {_EFFECTS[plain_name(name)]}"
+        for name in left if plain_name(name) in _EFFECTS
+    ]  # fmt: skip
+    others = [name for name in left if plain_name(name) not in _EFFECTS]
+    if others:
+        shown = ", ".join(others[:12]) + (f" and {len(others) - 12} more" if len(others) > 12 else "")
+        said.append(f"{source}: not read: {shown}")
+    return said
+
+
+def with_unit(
+    source: str, column: TraceColumn, unit: str | None, first: Mapping[str, Any], names: Sequence[str]
+) -> TraceColumn:
+    """The arrival column as it is written: dates if its `first` cell is no number, else numbers of a unit.
+
+    UserError where `unit`, a setting, contradicts what the file says of itself.
+    """
+    if column.role is not Role.ARRIVAL:
+        return column
+    key, named = f"{source}, column {column.name}", [str(u) for u in UNITS]
+    if unit is not None and unit not in named:
+        raise UserError("workload.arrivals.time_unit", unit, f"null or one of {', '.join(named)}", "choose one")
+    cell = first.get(column.name)
+    number = _number(cell)
+    if number is None and not column.stated and cell is not None:
+        if unit is not None:
+            raise UserError(key, cell, f"numbers in {unit}, as workload.arrivals.time_unit says", "leave it null")
+        return replace(column, format=CellFormat.DATE, stated=True)
+    if unit is None:
+        return column if column.stated or number is None else _usual(column, number, {plain_name(n) for n in names})
+    if column.stated and unit != column.format:
+        raise UserError("workload.arrivals.time_unit", unit, f"{column.name} is in {column.format}", "leave it null")
+    return replace(column, format=CellFormat(unit), stated=True)
+
+
+def _usual(column: TraceColumn, number: float, names: set[str]) -> TraceColumn:
+    """The column with the unit that its numbers or its file's other columns tell."""
+    if number > _EPOCH_S:  # counted from 1970
+        power = min(int(math.log10(number / _EPOCH_S)) // 3, 3)
+        return replace(column, format=UNITS[power], stated=True)
+    if plain_name(column.name) != "timestamp":
+        return column
+    if "input_length" in names:  # Mooncake
+        return replace(column, format=CellFormat.MILLISECONDS)
+    if "request_tokens" in names:  # BurstGPT
+        return replace(column, stated=True)
+    return replace(column, usual=False)
+
+
+def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:
+    """Why the unit that was taken for a column's numbers is in doubt; None: it is not, or it is stated."""
+    if column.stated or column.role is not Role.ARRIVAL or len(numbers) < 2:
+        return None
+    if not np.isfinite(numbers).all():
+        return None
+    if not column.usual:
+        return f"the unit of {column.name} is not known"
+    taken = f"{column.name} was taken to be in {column.format}, which its name does not say"
+    if column.format is CellFormat.MILLISECONDS and (numbers != np.floor(numbers)).any():
+        return f"{taken}, and it has fractions"
+    span_s = float(numbers.max() - numbers.min()) * NS_PER[column.format] / NS_PER_S
+    if span_s <= 0 or len(numbers) < 3:
+        return None
+    rate = (len(numbers) - 1) / span_s
+    if LEAST_PER_S <= rate <= MOST_PER_S:
+        return None
+    return f"{taken}, and {rate:.3g} requests/s are not between {LEAST_PER_S:.2g} and {MOST_PER_S:g}"
+
+
+def is_good(column: TraceColumn, cell: Any) -> bool:
+    """Whether a cell holds what its column needs."""
+    if cell is None or isinstance(cell, bool):
+        return False
+    if column.format is CellFormat.DATE:
+        return _is_date(str(cell))
+    if column.format is CellFormat.NANOSECONDS:
+        return str(cell).isdecimal()
+    number = _number(cell)
+    if number is None:
+        return False
+    if column.role is Role.ARRIVAL:
+        return 0 <= number < math.inf
+    if column.format is CellFormat.WHOLE:
+        return abs(number) <= LONGEST and number == math.floor(number)
+    return 1 <= number <= 2 * LONGEST and number == math.floor(number)
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _is_date(cell: str) -> bool:
+    """Python's own parser knows six digits of a second, Azure writes seven."""
+    text = re.sub(r"(\.\d{6})\d{1,3}", r"\1", cell.strip().strip('"'))
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return len(text) > 5
