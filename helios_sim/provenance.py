@@ -53,12 +53,20 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """Raises KeyError, TypeError or ValueError where the data are none of a provenance."""
+        assumptions = tuple(Assumption(**a) for a in data.get("assumptions", ()))
+        texts = (data["source"], data["command"], *data.get("scaled", ()))
+        texts += tuple(text for a in assumptions for text in (a.name, a.why, a.change))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a provenance says in texts where a number comes from")
+        if not all(a.value is None or isinstance(a.value, float | int | str) for a in assumptions):
+            raise TypeError("what is assumed is a number or a text")
         return cls(
             provenance_class=ProvenanceClass(data["provenance_class"]),
             source=data["source"],
             command=data["command"],
             scaled=tuple(data.get("scaled", ())),
-            assumptions=tuple(Assumption(**a) for a in data.get("assumptions", ())),
+            assumptions=assumptions,
             details=dict(data.get("details", {})),
         )
 

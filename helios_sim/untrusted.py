@@ -13,8 +13,9 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ MIB = 1 << 20
 _LFS = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 80  # characters of a value in a message
 _REQUIRED: Any = object()
+_Part = TypeVar("_Part")
 _PACKED = 100  # text that unpacks to more than this many times its size is no measurement
 _MOST_PARQUET_BYTES = 256 * MIB
 
@@ -106,6 +108,11 @@ class Fields:
         self._values, self._where, self._fix, self._error, self._prefix = values, where, fix, error, prefix
         self._read: set[str] = set()
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All values, as they are."""
+        return self._values
+
     def has(self, name: str) -> bool:
         return self._values.get(self._prefix + name) is not None
 
@@ -142,6 +149,10 @@ class Fields:
             raise self.wrong(name, found, f"a number from {low:g} to {high:g}")
         return float(found)
 
+    def maybe(self, name: str, low: float, high: float) -> float | None:
+        """A finite number from `low` to `high`, or None where there is none."""
+        return None if self.value(name, None) is None else self.number(name, low, high)
+
     def numbers(self, name: str, low: float, high: float, count: int | None = None) -> tuple[float, ...]:
         """A list of finite numbers from `low` to `high`, `count` of them if that is given."""
         found = self.value(name)
@@ -159,6 +170,54 @@ class Fields:
         if not isinstance(found, str) or (one_of is not None and found not in one_of):
             raise self.wrong(name, found, "a text" if one_of is None else f"one of {', '.join(one_of)}")
         return found
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+        found = self.value(name, default)
+        if not isinstance(found, bool):
+            raise self.wrong(name, found, "true or false")
+        return found
+
+    def integers(self, name: str, low: int, high: int, most: int, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """A list of at most `most` whole numbers from `low` to `high`."""
+        found = self.value(name, default)
+        whole = isinstance(found, list | tuple) and all(type(x) is int and low <= x <= high for x in found)
+        if not whole or len(found) > most:
+            raise self.wrong(name, found, f"a list of at most {most} whole numbers from {low} to {high}")
+        return tuple(found)
+
+    def texts(self, name: str, most: int) -> tuple[str, ...]:
+        """A list of at most `most` texts."""
+        found = self.value(name)
+        if not isinstance(found, list | tuple) or len(found) > most or not all(isinstance(x, str) for x in found):
+            raise self.wrong(name, found, f"a list of at most {most} texts")
+        return tuple(found)
+
+    def inner(self, name: str, default: Any = _REQUIRED) -> Fields:
+        """The fields of a mapping inside this one."""
+        found = self.value(name, default)
+        if not isinstance(found, Mapping):
+            raise self.wrong(name, found, "a mapping of names to values")
+        return Fields(found, f"{name} in {self._where}", self._fix, self._error)
+
+    def filled(self, kind: type[_Part], **given: Any) -> _Part:
+        """A dataclass whose fields are values here by name and type, but for those `given`. No other may be here."""
+        for f in fields(kind):  # type: ignore[arg-type]
+            default = _REQUIRED if f.default is MISSING else f.default
+            if f.name in given:
+                self.ignore([f.name])
+            elif f.type == "int":
+                given[f.name] = self.integer(f.name, -(1 << 62), 1 << 62, default)
+            elif f.type == "bool":
+                given[f.name] = self.flag(f.name)
+            elif f.type == "str":
+                given[f.name] = self.text(f.name)
+            elif str(f.type).startswith("float"):
+                optional, limits = "None" in str(f.type), (-1e300, 1e300)
+                given[f.name] = self.maybe(f.name, *limits) if optional else self.number(f.name, *limits, default)
+            else:
+                raise TypeError(f"{f.name}: fields of type {f.type} must be given")
+        self.refuse_rest("no such field is known")
+        return kind(**given)
 
     def ignore(self, names: Sequence[str]) -> None:
         """Note keys that are known not to matter for what is computed."""
@@ -192,30 +251,32 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
     content = read_bytes(path, most_bytes, fix, error)
     if path.suffix == ".gz":
         limit = min(most_bytes, max(_PACKED * len(content), 64 * MIB))
-        with reading(str(path), None, "a file that gzip unpacks", fix, error), gzip.open(io.BytesIO(content)) as file:
+        packed = io.BytesIO(content)
+        with reading(str(path), "damaged", "a file that gzip unpacks", fix, error), gzip.open(packed) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             allowed = f"at most {limit / MIB:.0f} MiB of text in a packed file of this size"
             raise error(str(path), "more than that", allowed, fix)
-    with reading(str(path), None, "text in UTF-8", fix, error):
+    with reading(str(path), "damaged", "text in UTF-8", fix, error):
         content.decode("utf-8")
     return content.removeprefix(codecs.BOM_UTF8)
 
 
 def read_parquet(
-    path: Path, columns: Mapping[str, str], fix: str, most_rows: int, content: bytes | None = None
+    path: Path, columns: Mapping[str, str], fix: str, most_rows: int, content: bytes | None = None, exact: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Columns of a Parquet file by name, (rows,) each, as `columns` says: whole, number, maybe, flag or text.
 
     "whole" gives int64 and "number" float64, both without gaps; "maybe" is a number with NaN for gaps; "flag" gives
-    bool and "text" objects. `content`: what the file holds, where it has been read already.
+    bool and "text" objects. `content`: what the file holds, where it has been read already. `exact`: no other column
+    may be there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if content is None:
         content = read_bytes(path, _MOST_PARQUET_BYTES, fix)
-    with reading(str(path), None, "a Parquet file", fix), pq.ParquetFile(pa.BufferReader(content)) as file:
+    with reading(str(path), "damaged", "a Parquet file", fix), pq.ParquetFile(pa.BufferReader(content)) as file:
         about = file.metadata
         held = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         if about.num_rows > most_rows or about.num_columns > 1_000 or held > _MOST_PARQUET_BYTES:
@@ -225,6 +286,9 @@ def read_parquet(
         for name in columns:
             if names.count(name) != 1:
                 raise UserError(str(path), names[:20], f"one column {name}", fix)
+        others = [name for name in names if name not in columns]
+        if exact and others:
+            raise UserError(str(path), others[:20], "no columns but those that its header names", fix)
         table = file.read(columns=list(columns), use_threads=False)
         return {name: _column(path, name, kind, table[name], fix) for name, kind in columns.items()}
 

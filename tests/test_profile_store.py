@@ -115,15 +115,28 @@ def put(index: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
+def with_model(path: Path, **changed: Any) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads((path / "profile.json").read_text())["model"]
+    return {**model, **changed}
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no header": (lambda p: (p / "profile.json").unlink(), "profile"),
     "header is no JSON": (lambda p: (p / "profile.json").write_text("{"), "JSON"),
-    "header is a list": (lambda p: (p / "profile.json").write_text("[]"), "schema_version"),
+    "header is a list": (lambda p: (p / "profile.json").write_text("[]"), "JSON object"),
     "schema of another version": (lambda p: change_header(p, schema_version=99), "schema_version=99"),
     "no schema version": (lambda p: change_header(p, schema_version=...), "schema_version=None"),
     "header without hardware": (lambda p: change_header(p, hardware=...), "hardware"),
-    "unknown model field": (lambda p: change_header(p, model={"name": "x"}), "whole profile"),
+    "unknown model field": (lambda p: change_header(p, model={"name": "x"}), "family of model"),
     "layer class per layer": (lambda p: change_header(p, layer_class=[0]), "layer_class"),
+    "impossible factor": (lambda p: change_header(p, mixed_factor=-1), "mixed_factor=-1"),
+    "a factor in words": (lambda p: change_header(p, mixed_factor="2"), "mixed_factor.*a number"),
+    "an unknown key": (lambda p: change_header(p, padding=True), "padding.*no such key"),
+    "no heads": (lambda p: change_header(p, model=with_model(p, n_heads=0)), "n_heads"),
+    "KV heads that divide nothing": (lambda p: change_header(p, model=with_model(p, n_kv_heads=5)), "a divisor"),
+    "a name with a path": (lambda p: change_header(p, model=with_model(p, name="../x")), "without /"),
+    "an unknown table": (lambda p: change_column(p, "rows.parquet", "table", put(0, "tail")), "tail"),
+    "a grid without end": (lambda p: change_column(p, "rows.parquet", "rows", put(13, 1 << 40)), "at most 4194304"),
     "negative load speed": (lambda p: change_header(p, load_bytes_per_s=-1.0), "load_bytes_per_s"),
     "no rows table": (lambda p: (p / "rows.parquet").unlink(), r"rows\.parquet"),
     "no Parquet": (lambda p: (p / "grids.parquet").write_bytes(b"PAR1 not really"), r"grids\.parquet"),
@@ -132,7 +145,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "infinite attention": (lambda p: change_column(p, "grids.parquet", "time_s", put(7, np.inf)), "finite"),
     "grid not ascending": (lambda p: change_column(p, "rows.parquet", "rows", put(2, 1)), "ascends"),
     "grid with a hole": (lambda p: change_column(p, "grids.parquet", "second", put(2, 5)), "every pair"),
-    "table missing": (lambda p: change_column(p, "rows.parquet", "layer_class", lambda v: v + 1), "layer class 0"),
+    "table missing": (lambda p: change_column(p, "rows.parquet", "layer_class", lambda v: v + 1), "t: layer_class"),
 }
 
 
@@ -150,5 +163,11 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "copy"
     shutil.copytree(PROFILES_FOLDER / "opt-1.3b@a100-40gb", path)
     pq.write_table(pq.read_table(path / "rows.parquet").drop_columns(["time_s"]), path / "rows.parquet")
-    with pytest.raises(UserError, match=r"columns.*time_s"):
+    with pytest.raises(UserError, match=r"rows\.parquet.*column time_s"):
         read_profile(path)
+
+
+def test_a_folder_with_the_name_of_another_profile_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(PROFILES_FOLDER / "opt-1.3b@a100-40gb", tmp_path / "opt-6.7b@a100-40gb")
+    with pytest.raises(UserError, match=r"which is opt-1\.3b@a100-40gb"):
+        load_profile("opt-6.7b@a100-40gb", tmp_path)

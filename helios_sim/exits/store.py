@@ -21,22 +21,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance
+from helios_sim.untrusted import MIB, Fields, read_bytes, read_json, read_parquet, reading, shortened
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
-_PER_TOKEN = ("task", "prompt", "chars")
+_PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
+_KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
+MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
 _MEASURED = {measure.column: confidence for confidence, measure in MEASURES.items()}
 _PER_EXIT = ("agree", *_MEASURED, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
@@ -56,8 +57,9 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         name = next(iter(parameters))
         key = f"exits.parameters.{name}"
         raise UserError(key, parameters[name], "a recorded trace has no parameters", "leave it out")
-    shipped = SHIPPED / f"{model}@{source}"
-    folder = shipped if (shipped / HEADER).is_file() else Path(source)
+    with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
+        shipped = SHIPPED / f"{model}@{source}"
+        folder = shipped if (shipped / HEADER).is_file() else Path(source)
     if not (folder / HEADER).is_file():
         names = sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))
         raise UserError(
@@ -111,75 +113,46 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
 
 def read_trace(folder: Path) -> ExitTrace:
     """The trace in a folder; UserError when a file is missing, damaged, or of another schema version."""
-    header = _header(folder / HEADER)
-    try:
-        exits = tuple(int(depth) for depth in header["exits"])
-        per_exit = [str(name) for name in header["columns"]]
-        table = _table(folder / TABLE, header["sha256"])
-        columns: dict[str, Any] = {name: _values(table[name]) for name in _PER_TOKEN}
-        for name in per_exit:
-            if name not in _PER_EXIT:
-                raise UserError("columns", name, f"{folder / HEADER}: {', '.join(_PER_EXIT)}", _FIX)
-            columns[name] = np.column_stack([_values(table[f"{name}_{depth}"]) for depth in exits])
-        if table.num_rows != header["n_tokens"]:
-            raise UserError("n_tokens", header["n_tokens"], f"{folder / TABLE} has {table.num_rows} rows", _FIX)
-        confidences = {confidence: columns.pop(name) for name, confidence in _MEASURED.items() if name in columns}
-        measure = header["published_confidence"]
-        return ExitTrace(
-            model=str(header["model"]),
+    values = read_json(folder / HEADER, _FIX)
+    if values.get("format") != "exit-trace":
+        raise UserError("exit trace", str(folder / HEADER), "not the header of an exit trace", _FIX)
+    if values.get("schema_version") != SCHEMA_VERSION:
+        allowed = f"{folder / HEADER}: this version reads {SCHEMA_VERSION}"
+        fix = "measure the trace again, or use the version of this program that wrote it"
+        raise UserError("schema_version", shortened(values.get("schema_version")), allowed, fix)
+    with reading("exit trace", str(folder), "a value has the wrong form", _FIX):
+        header = Fields(values, str(folder / HEADER), _FIX)
+        header.ignore(["format", "schema_version"])
+        exits = header.integers("exits", 1, 10_000, MOST_EXITS)
+        recorded = header.texts("columns", len(_PER_EXIT))
+        unknown = [name for name in recorded if name not in _PER_EXIT]
+        if unknown or len(set(recorded)) < len(recorded) or "agree" not in recorded:
+            raise header.wrong("columns", list(recorded), f"agree and others of {', '.join(_PER_EXIT)}, each once")
+        content = read_bytes(folder / TABLE, _MOST_BYTES, _FIX)
+        if hashlib.sha256(content).hexdigest() != header.text("sha256"):
+            raise UserError("exit trace", str(folder / TABLE), "its sha256 is not the one in its header", _FIX)
+        kinds = {f"{name}_{depth}": _KINDS.get(name, "number") for name in recorded for depth in exits}
+        columns = read_parquet(folder / TABLE, {**_PER_TOKEN, **kinds}, _FIX, MOST_TOKENS, content, exact=True)
+        if len(columns["task"]) != header.integer("n_tokens", 1, MOST_TOKENS):
+            found = f"{folder / TABLE} has {len(columns['task'])} rows"
+            raise UserError("n_tokens", header.value("n_tokens"), found, _FIX)
+        wide = {name: np.column_stack([columns[f"{name}_{depth}"] for depth in exits]) for name in recorded}
+        measured = {_MEASURED[name]: wide.pop(name).astype(np.float32) for name in recorded if name in _MEASURED}
+        published, names = header.has("published_confidence"), [c.value for c in Confidence]
+        trace = ExitTrace(
+            model=header.text("model"),
             exits=exits,
-            tasks=tuple(str(name) for name in header["tasks"]),
-            provenance=Provenance.from_json(header["provenance"]),
-            published_threshold=header["published_threshold"],
-            published_confidence=None if measure is None else Confidence(measure),
-            human_text=bool(header["human_text"]),
-            confidences=confidences,
-            **columns,
+            tasks=header.texts("tasks", 10_000),
+            provenance=Provenance.from_json(header.inner("provenance").values),
+            published_threshold=header.maybe("published_threshold", 0, 1),
+            published_confidence=Confidence(header.text("published_confidence", names)) if published else None,
+            human_text=header.flag("human_text"),
+            confidences=measured,
+            agree=wide["agree"],
+            confident=wide.get("confident"),
+            bits=wide["bits"].astype(np.float32) if "bits" in wide else None,
+            **{name: columns[name].astype(np.int32) for name in _PER_TOKEN},
         )
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError("exit trace", str(folder), f"{error.args[0]} is missing", _FIX) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError("exit trace", str(folder), f"a value has the wrong form ({error})", _FIX) from error
-
-
-def _values(column: Any) -> NDArray[Any]:
-    """The column's values. pyarrow's own `to_numpy` would import pandas where it is installed, which is slow."""
-    import pyarrow as pa
-
-    if pa.types.is_boolean(column.type):
-        return np.from_dlpack(column.cast(pa.uint8()).combine_chunks()).view(np.bool_)
-    return np.from_dlpack(column.combine_chunks())
-
-
-def _header(path: Path) -> Mapping[str, Any]:
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError("exit trace", str(path), "no such file", "name a folder that holds an exit trace") from error
-    except (OSError, ValueError) as error:
-        raise UserError("exit trace", str(path), f"unreadable ({error})", _FIX) from error
-    if not isinstance(header, dict) or header.get("format") != "exit-trace":
-        raise UserError("exit trace", str(path), "not the header of an exit trace", _FIX)
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            "schema_version",
-            header.get("schema_version"),
-            f"{path}: this version reads {SCHEMA_VERSION}",
-            "measure the trace again, or use the version of this program that wrote it",
-        )
-    return header
-
-
-def _table(path: Path, sha256: str) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError("exit trace", str(path), "its sha256 is not the one in its header", _FIX)
-        return pq.ParquetFile(pa.BufferReader(content)).read()  # read_table would import pandas
-    except (OSError, pa.ArrowException) as error:
-        raise UserError("exit trace", str(path), f"unreadable ({error})", _FIX) from error
+        header.ignore(["published_confidence"])
+        header.refuse_rest("no such key is known")
+        return trace

@@ -20,6 +20,7 @@ from helios_sim.exits.rule import MEASURES, Confidence, listed
 from helios_sim.provenance import Provenance
 
 MICROBITS = 1_000_000  # in a bit
+MOST_BITS = 10_000  # of one token, more than float32 has of a probability
 _ROUNDING = 1e-3  # by which a stored confidence may leave its range
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
@@ -151,8 +152,8 @@ class ExitTrace:
 
     def _check_exits(self) -> None:
         steps = np.diff((0, *self.exits))
-        if not self.exits or (steps <= 0).any():
-            self._fail("exits", self.exits, "at least one exit, depths above 0 and ascending")
+        if not 0 < len(self.exits) < 128 or (steps <= 0).any():
+            self._fail("exits", self.exits[:16], "1 to 127 exits, depths above 0 and ascending")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             self._fail("tasks", self.tasks, "at least one task, each named once")
 
@@ -171,8 +172,8 @@ class ExitTrace:
             self._fail("confident", "beside confidences", "recorded confidences or published exits, not both")
         if not published[0] and not self.confidences:
             self._fail("confidences", None, f"one of {listed(MEASURES)}, or published exits")
-        if self.bits is not None and not np.isfinite(self.bits).all():
-            self._fail("bits", "not finite", "finite numbers")
+        if self.bits is not None and not ((self.bits >= -_ROUNDING) & (self.bits <= MOST_BITS)).all():
+            self._fail("bits", f"{self.bits.min():g} to {self.bits.max():g}", f"numbers from 0 to {MOST_BITS}")
         for confidence, record in self.confidences.items():
             measure = MEASURES[confidence]
             if not np.isfinite(record).all():

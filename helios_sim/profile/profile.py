@@ -13,9 +13,15 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.price_tables import Pricing
-from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, require_within
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Provenance
+
+_RANGES = {
+    "load_bytes_per_s": (1.0, 1e18), "load_slowdown": (1.0, 1e3), "time_factor": (0.0, 1e9),
+    "mixed_factor": (0.0, 1e3), "unequal_kv_factor": (0.0, 1e3), "activation_reserve_bytes": (0, 1 << 60),
+}  # fmt: skip
+_MOST_CELLS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,14 +158,25 @@ class Profile:
                 f"one class below {len(self.layer_tables)} for each of {self.model.n_layers} layers",
                 "rebuild the profile",
             )  # fmt: skip
-        for key, value, least in (
-            ("load_bytes_per_s", self.load_bytes_per_s, 1.0),
-            ("load_slowdown", self.load_slowdown, 1.0),
-            ("time_factor", self.time_factor, 0.0),
-            *((f"runtime.{name}", cost, 0.0) for name, cost in self.runtime.costs()),
-        ):
-            if not (np.isfinite(value) and value >= least):
-                raise UserError(f"{self.name}.{key}", value, f"a finite number of at least {least}", "set it so")
+        require_within(self.name, self, _RANGES)
+        cells = self._lookup_cells()
+        if cells > _MOST_CELLS:
+            fix = "take a coarser grid, or one that ends earlier"
+            raise UserError(self.name, f"{cells} numbers", f"tables that unfold to at most {_MOST_CELLS}", fix)
+
+    def _lookup_cells(self) -> int:
+        """Numbers of the arrays that `price_tables` makes of the tables: every row, batch and KV length has a place."""
+        rows = [self.head, self.embedding, *(t for t in (self.check, self.check_classifier) if t is not None)]
+        rows += [table for tables in self.layer_tables for table in (tables.dense, tables.kv_projection)]
+        cells = (4 + 3 * len(self.layer_tables)) * max(int(table.rows[-1]) for table in rows)
+        of_class = 0
+        for tables in self.layer_tables:
+            decode, unequal, mixed = tables.decode_attention, tables.unequal_kv, tables.mixed_attention
+            own = 2 * int(decode.first[-1]) * len(decode.second) + int(decode.second[-1])
+            own += 0 if unequal is None else unequal.excess.size // len(unequal.batch) * int(unequal.batch[-1])
+            own += 0 if mixed is None else mixed.time_s.size
+            of_class = max(of_class, own)
+        return cells + len(self.layer_tables) * of_class
 
 
 class Weighs(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
@@ -10,6 +11,32 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.request import token_counts
+
+_Ranges = dict[str, tuple[float, float]]
+_OF_A_MODEL: _Ranges = {
+    "n_layers": (1, 10_000), "d_model": (1, 1 << 20), "n_heads": (1, 1 << 16), "n_kv_heads": (1, 1 << 16),
+    "head_dim": (1, 1 << 16), "d_ff": (1, 1 << 24), "vocab_size": (1, 1 << 24), "max_context_tokens": (1, 1 << 31),
+    "weight_bytes_per_value": (1, 16), "kv_bytes_per_value": (1, 16), "chars_per_token": (0.1, 1000),
+    "other_layer_values": (0, 1 << 40),
+}  # fmt: skip
+_OF_A_CARD: _Ranges = {
+    "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, 1e18), "flops_per_s": (1, 1e21), "tdp_w": (1e-3, 1e6),
+    "idle_w": (0, 1e6),
+}  # fmt: skip
+
+
+def require_name(key: str, name: str) -> None:
+    """UserError unless the name can be one of a folder and be shown: no separator, no control character."""
+    if not name or name in (".", "..") or len(name) > 200 or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise UserError(key, name[:80], "1 to 200 characters without / and control characters", "correct the name")
+
+
+def require_within(where: str, part: object, ranges: _Ranges) -> None:
+    """UserError unless each attribute named in `ranges` is None or lies in its range; false for NaN."""
+    for key, (low, high) in ranges.items():
+        value = getattr(part, key)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{where}.{key}", value, f"a number from {low:g} to {high:g}", "correct it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +64,12 @@ class ModelSpec:
     kv_bytes_per_value: int
     chars_per_token: float
     other_layer_values: int = 0  # of one layer, beyond the formula below (Qwen-2's q, k, v biases, Gemma-3's norms)
+
+    def __post_init__(self) -> None:
+        require_name("model.name", self.name)
+        require_within("model", self, _OF_A_MODEL)
+        if self.n_heads % self.n_kv_heads:
+            raise UserError("model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads, {self.n_heads}", "correct it")
 
     @property
     def kv_width(self) -> int:
@@ -88,6 +121,12 @@ class HardwareSpec:
     idle_w: float | None  # None where no source is known: energy is then null
     source: str
 
+    def __post_init__(self) -> None:
+        require_name("hardware.name", self.name)
+        require_within("hardware", self, _OF_A_CARD)
+        if self.tdp_w is not None and self.idle_w is not None and self.idle_w > self.tdp_w:
+            raise UserError("hardware.idle_w", self.idle_w, f"at most tdp_w, {self.tdp_w}", "correct one of them")
+
 
 class Basis(StrEnum):
     """What a host cost rests on."""
@@ -136,6 +175,13 @@ class Runtime:
     gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
 
+    def __post_init__(self) -> None:
+        require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
+        sizes = self.graph_batch_sizes or (1,)
+        if len(sizes) > 10_000 or min(sizes) < 1 or max(sizes) > 1 << 20:
+            allowed = f"at most 10000 sizes from 1 to {1 << 20}"
+            raise UserError("runtime.graph_batch_sizes", sizes[:8], allowed, "correct them")
+
     def costs(self) -> list[tuple[str, float]]:
         """Every cost in seconds, by its name."""
         return [(f.name, float(getattr(self, f.name))) for f in fields(self) if f.type == "float"]
@@ -170,6 +216,9 @@ class Anchor:
     rows: int
     layer_s: float
     kv_tokens: int = 0  # of each decode
+
+    def __post_init__(self) -> None:
+        require_within("anchors", self, {"rows": (1, 1 << 20), "layer_s": (0.0, 1e3), "kv_tokens": (0, 1 << 31)})
 
 
 @dataclass(frozen=True, slots=True)

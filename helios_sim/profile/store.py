@@ -9,6 +9,7 @@ axis (a number from 0), place and value; axis -1 holds the table's numbers in ro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -24,23 +25,27 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchor, Anchors, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 from helios_sim.provenance import Provenance
+from helios_sim.untrusted import Fields, read_json, read_parquet, reading
 
 SCHEMA_VERSION = 1
 PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
 WHOLE_MODEL = -1
+HEADER, TERMS = "profile.json", "terms.parquet"
+MOST_CLASSES, MOST_ROWS = 64, 1_000_000  # of a profile, and of one of its tables
 _SCALARS = (
     "activation_reserve_bytes", "load_bytes_per_s", "load_slowdown", "mixed_factor", "unequal_kv_factor", "time_factor",
 )  # fmt: skip
-_ROWS_COLUMNS = ("table", "layer_class", "rows", "time_s", "iqr_s", "samples")
-_GRIDS_COLUMNS = ("table", "layer_class", "first", "second", "time_s", "iqr_s", "samples")
-_TERMS = "terms.parquet"
-_TERMS_COLUMNS = ("table", "layer_class", "axis", "place", "value")
+_TABLE = {"table": "text", "layer_class": "whole"}
+_TIMES = {"time_s": "number", "iqr_s": "maybe", "samples": "maybe"}
+_ROWS_COLUMNS = {**_TABLE, "rows": "whole", **_TIMES}
+_GRIDS_COLUMNS = {**_TABLE, "first": "whole", "second": "whole", **_TIMES}
+_TERMS_COLUMNS = {**_TABLE, "axis": "whole", "place": "whole", "value": "number"}
 _OF_VALUES = -1  # the axis under which a term's numbers stand
 _REBUILD = "write the profile again, or install the package again if it is a shipped one"
 
 
 def known_profiles(folder: Path = PROFILES_FOLDER) -> tuple[str, ...]:
-    return tuple(sorted(p.parent.name for p in folder.glob("*/profile.json")))
+    return tuple(sorted(p.parent.name for p in folder.glob(f"*/{HEADER}")))
 
 
 @lru_cache(maxsize=32)
@@ -50,10 +55,14 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
     Raises UserError when there is none, or when a file is damaged.
     """
     path = Path(name) if "/" in name else folder / name
-    if not (path / "profile.json").is_file():
+    if not (path / HEADER).is_file():
         names = ", ".join(known_profiles(folder)) or f"none in {folder}"
         raise UserError("profile", name, f"known: {names}", "choose one of these, build it, or give its folder's path")
-    return read_profile(path)
+    profile = read_profile(path)
+    if "/" not in name and profile.name != name:
+        allowed = f"a folder named after what it holds, which is {profile.name}"
+        raise UserError("profile", name, allowed, "rename the folder, or correct model.name and hardware.name")
+    return profile
 
 
 def write_profile(profile: Profile, path: Path) -> None:
@@ -76,48 +85,58 @@ def write_profile(profile: Profile, path: Path) -> None:
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
     }
     text = json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False)
-    (path / "profile.json").write_text(text + "\n", encoding="utf-8")
+    (path / HEADER).write_text(text + "\n", encoding="utf-8")
 
 
 def read_profile(path: Path) -> Profile:
     """Raises UserError for a missing file, another schema version, a missing key or table, or a bad grid or time."""
-    header = _read_header(path / "profile.json")
-    rows = _read_parquet(path / "rows.parquet", _ROWS_COLUMNS)
-    grids = _read_parquet(path / "grids.parquet", _GRIDS_COLUMNS)
-    try:
-        runtime = dict(header["runtime"])
-        sizes = runtime.pop("graph_batch_sizes")
-        sources = tuple(CostSource.parsed(key, text) for key, text in runtime.pop("sources"))
-        terms = [_read_terms(path, i) for i in range(max(header["layer_class"]) + 1)]
-        return Profile(
-            model=ModelSpec(**header["model"]),
-            hardware=HardwareSpec(**header["hardware"]),
-            runtime=Runtime(graph_batch_sizes=None if sizes is None else tuple(sizes), sources=sources, **runtime),
-            provenance=Provenance.from_json(header["provenance"]),
+    values = read_json(path / HEADER, _REBUILD)
+    if values.get("schema_version") != SCHEMA_VERSION:
+        found = values.get("schema_version")
+        raise UserError(f"{path / HEADER}: schema_version", found, f"this version reads {SCHEMA_VERSION}", _REBUILD)
+    with reading(str(path), None, "a whole profile of this schema version", _REBUILD):
+        header = Fields(values, str(path / HEADER), _REBUILD)
+        header.ignore(["schema_version"])
+        layer_class = header.integers("layer_class", 0, MOST_CLASSES - 1, 10_000)
+        rows = _Tables(path / "rows.parquet", _ROWS_COLUMNS, layer_class)
+        grids = _Tables(path / "grids.parquet", _GRIDS_COLUMNS, layer_class)
+        terms = _Tables(path / TERMS, _TERMS_COLUMNS, layer_class) if (path / TERMS).is_file() else None
+        provenance = Provenance.from_json(header.inner("provenance").values)
+        profile = Profile(
+            model=header.inner("model").filled(ModelSpec),
+            hardware=header.inner("hardware").filled(HardwareSpec),
+            runtime=_runtime(header.inner("runtime")),
+            provenance=provenance,
             layer_tables=tuple(
                 LayerTables(
-                    dense=_rows_table(rows, "dense", i),
-                    kv_projection=_rows_table(rows, "kv_projection", i),
-                    decode_attention=_grid_table(grids, "decode_attention", i),
-                    prefill_attention=_grid_table(grids, "prefill_attention", i),
-                    mixed_attention=terms[i][0],
-                    unequal_kv=terms[i][1],
+                    dense=rows.by_rows("dense", i),
+                    kv_projection=rows.by_rows("kv_projection", i),
+                    decode_attention=grids.grid("decode_attention", i),
+                    prefill_attention=grids.grid("prefill_attention", i),
+                    mixed_attention=None if terms is None else terms.mixed(i),
+                    unequal_kv=None if terms is None else terms.unequal(i),
                 )
-                for i in range(max(header["layer_class"]) + 1)
+                for i in range(max(layer_class, default=0) + 1)
             ),
-            layer_class=tuple(header["layer_class"]),
-            head=_rows_table(rows, "head", WHOLE_MODEL),
-            embedding=_rows_table(rows, "embedding", WHOLE_MODEL),
-            check=_optional_rows_table(rows, "check"),
-            check_classifier=_optional_rows_table(rows, "check_classifier"),
-            padded_kv=header.get("padded_kv", False),
-            anchors=_anchors(header),
-            **{key: header[key] for key in _SCALARS},
+            layer_class=layer_class,
+            head=rows.by_rows("head", WHOLE_MODEL),
+            embedding=rows.by_rows("embedding", WHOLE_MODEL),
+            check=rows.by_rows("check", WHOLE_MODEL) if rows.has("check") else None,
+            check_classifier=rows.by_rows("check_classifier", WHOLE_MODEL) if rows.has("check_classifier") else None,
+            padded_kv=header.flag("padded_kv", False),
+            anchors=_anchors(header, provenance),
+            activation_reserve_bytes=header.integer("activation_reserve_bytes", 0, 1 << 60),
+            load_bytes_per_s=header.number("load_bytes_per_s", 0, 1e300),
+            load_slowdown=header.number("load_slowdown", 0, 1e300),
+            time_factor=header.number("time_factor", 0, 1e300),
+            mixed_factor=header.maybe("mixed_factor", -1e300, 1e300),
+            unequal_kv_factor=header.maybe("unequal_kv_factor", -1e300, 1e300),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(str(path), str(error), "a whole profile of this schema version", _REBUILD) from error
+        header.refuse_rest("no such key is known")
+        for tables in (rows, grids, terms):
+            if tables is not None:
+                tables.refuse_rest()
+        return profile
 
 
 def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
@@ -128,10 +147,21 @@ def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
     return values
 
 
-def _anchors(header: Mapping[str, Any]) -> Anchors | None:
+def _runtime(header: Fields) -> Runtime:
+    sources = header.value("sources")
+    for pair in sources:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise header.wrong("sources", pair, "pairs of a quantity and its source")
+    sizes = header.integers("graph_batch_sizes", 1, 1 << 20, 10_000) if header.has("graph_batch_sizes") else None
+    parsed = tuple(CostSource.parsed(quantity, text) for quantity, text in sources)
+    return header.filled(Runtime, graph_batch_sizes=sizes, sources=parsed)
+
+
+def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:
     """In older files they are among the provenance's details, and in the oldest there are none that can be used."""
-    found = header.get("anchors") or header["provenance"].get("details", {}).get("pace") or {}
-    known = {name: Anchor(**found[name]) for name in ("decode", "prompt") if isinstance(found.get(name), Mapping)}
+    old = provenance.details.get("pace")
+    found = header.inner("anchors", old if isinstance(old, Mapping) else {})
+    known = {name: found.inner(name).filled(Anchor) for name in ("decode", "prompt") if found.has(name)}
     return Anchors(**known) if known else None
 
 
@@ -178,106 +208,100 @@ def _write_parquet(parts: list[pa.Table], path: Path) -> None:
     pq.write_table(pa.concat_tables(parts), path, compression="zstd")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(str(path), "missing", "a profile has this file", _REBUILD) from error
-    except ValueError as error:
-        raise UserError(str(path), str(error), "a JSON object", _REBUILD) from error
-    if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
-        found = header.get("schema_version") if isinstance(header, dict) else type(header).__name__
-        raise UserError(f"{path}: schema_version", found, f"this version reads {SCHEMA_VERSION}", _REBUILD)
-    return header
+class _Tables:
+    """The tables of one Parquet file, by name and layer class, each taken once."""
 
+    def __init__(self, path: Path, columns: Mapping[str, str], layer_class: Sequence[int]) -> None:
+        self._path, self._columns = path, read_parquet(path, columns, _REBUILD, MOST_ROWS)
+        classes = self._columns["layer_class"]
+        self._left = {*zip(self._columns["table"].tolist(), classes.tolist(), strict=True)}
+        unknown = sorted(set(classes.tolist()) - {WHOLE_MODEL, *layer_class})
+        if unknown:
+            raise UserError(f"{path}: layer_class", unknown[:8], "classes of profile.json", _REBUILD)
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        with pq.ParquetFile(path) as file:  # read_table would import pandas
-            table = file.read(use_threads=False)
-    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-        raise UserError(str(path), str(error).splitlines()[0], "a Parquet file of a profile", _REBUILD) from error
-    missing = [c for c in columns if c not in table.column_names]
-    if missing:
-        raise UserError(str(path), table.column_names, f"columns {', '.join(columns)}", _REBUILD)
-    return {c: _to_numpy(table[c]) for c in columns}
+    def has(self, name: str, layer_class: int = WHOLE_MODEL) -> bool:
+        return (name, layer_class) in self._left
 
+    def refuse_rest(self) -> None:
+        """UserError where the file has a table that was not taken."""
+        if self._left:
+            name, layer_class = sorted(self._left)[0]
+            raise UserError(f"{self._path}: table", name, f"none of that name for class {layer_class}", _REBUILD)
 
-def _to_numpy(column: Any) -> Any:
-    """As the column's own to_numpy, which imports pandas: a third of a second for every process."""
-    if pa.types.is_string(column.type):
-        return np.array(column.to_pylist(), dtype=object)
-    if column.null_count:
-        return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
-    return np.from_dlpack(column.combine_chunks())
+    def by_rows(self, name: str, layer_class: int) -> RowsTable:
+        of = self._rows(name, layer_class)
+        return RowsTable(of["rows"], of["time_s"], _known(of["iqr_s"]), _counts(of["samples"]))
 
+    def grid(self, name: str, layer_class: int) -> GridTable:
+        of = self._rows(name, layer_class)
+        first, second = of["first"], of["second"]
+        width = int(np.count_nonzero(first == first[0]))
+        shape = (len(first) // width, width)
+        grid = (np.repeat(first[::width], width), np.tile(second[:width], shape[0]))
+        if shape[0] * width != len(first) or not (np.array_equal(first, grid[0]) and np.array_equal(second, grid[1])):
+            raise UserError(name, f"{len(first)} rows", "every pair of the two axes once, in order", _REBUILD)
+        iqr_s, samples = _known(of["iqr_s"]), _counts(of["samples"])
+        return GridTable(
+            first[::width].copy(), second[:width].copy(), of["time_s"].reshape(shape),
+            None if iqr_s is None else iqr_s.reshape(shape), None if samples is None else samples.reshape(shape),
+        )  # fmt: skip
 
-def _rows_table(columns: dict[str, Any], name: str, layer_class: int) -> RowsTable:
-    at = _rows_of(columns, name, layer_class)
-    return RowsTable(columns["rows"][at], columns["time_s"][at], _known(columns["iqr_s"][at]), _counts(columns, at))
+    def mixed(self, layer_class: int) -> MixedTable | None:
+        if not self.has("mixed_attention", layer_class):
+            return None
+        chunk, context, batch, kv, values = self._term("mixed_attention", layer_class)
+        return MixedTable(_whole(chunk), _whole(context), _whole(batch), _whole(kv), values)
 
+    def unequal(self, layer_class: int) -> UnequalTable | None:
+        if not self.has("unequal_kv", layer_class):
+            return None
+        chunk, batch, longest, share, values = self._term("unequal_kv", layer_class)
+        return UnequalTable(_whole(chunk), _whole(batch), _whole(longest), share, values)
 
-def _optional_rows_table(columns: dict[str, Any], name: str) -> RowsTable | None:
-    return _rows_table(columns, name, WHOLE_MODEL) if name in columns["table"] else None
+    def _rows(self, name: str, layer_class: int) -> dict[str, Any]:
+        """The columns of one table."""
+        at = np.flatnonzero((self._columns["table"] == name) & (self._columns["layer_class"] == layer_class))
+        if len(at) == 0:
+            raise UserError(f"{self._path}: table", name, f"a profile has it for class {layer_class}", _REBUILD)
+        self._left.discard((name, layer_class))
+        return {column: values[at] for column, values in self._columns.items()}
 
-
-def _grid_table(columns: dict[str, Any], name: str, layer_class: int) -> GridTable:
-    at = _rows_of(columns, name, layer_class)
-    first, second = columns["first"][at], columns["second"][at]
-    width = int(np.count_nonzero(first == first[0]))
-    shape = (len(first) // width, width)
-    grid = (np.repeat(first[::width], width), np.tile(second[:width], shape[0]))
-    if shape[0] * width != len(first) or not (np.array_equal(first, grid[0]) and np.array_equal(second, grid[1])):
-        raise UserError(name, f"{len(first)} rows", "every pair of the two axes once, in order", _REBUILD)
-    iqr_s, samples = _known(columns["iqr_s"][at]), _counts(columns, at)
-    return GridTable(
-        first[::width].copy(), second[:width].copy(), columns["time_s"][at].reshape(shape),
-        None if iqr_s is None else iqr_s.reshape(shape), None if samples is None else samples.reshape(shape),
-    )  # fmt: skip
-
-
-def _rows_of(columns: dict[str, Any], name: str, layer_class: int) -> Any:
-    at = np.flatnonzero((columns["table"] == name) & (columns["layer_class"] == layer_class))
-    if len(at) == 0:
-        raise UserError("table", name, f"a profile has it for layer class {layer_class}", _REBUILD)
-    return at
+    def _term(self, name: str, layer_class: int) -> list[Any]:
+        """Four axes, then the numbers on their product."""
+        of = self._rows(name, layer_class)
+        if not np.isin(of["axis"], (_OF_VALUES, 0, 1, 2, 3)).all():
+            allowed = f"from 0 to 3, or {_OF_VALUES} for the numbers"
+            raise UserError(f"{self._path}: axis", int(of["axis"].max()), allowed, _REBUILD)
+        found = [of["value"][of["axis"] == axis] for axis in range(4)]
+        values = of["value"][of["axis"] == _OF_VALUES]
+        shape = tuple(len(axis) for axis in found)
+        if values.size != math.prod(shape):
+            raise UserError(name, f"{values.size} numbers", f"one for each point of {shape}", _REBUILD)
+        return [*found, values.reshape(shape)]
 
 
 def _known(values: Any) -> Any:
-    return None if np.all(np.isnan(values.astype(np.float64))) else values
+    return None if np.all(np.isnan(values)) else values
 
 
-def _counts(columns: dict[str, Any], at: Any) -> Any:
-    known = _known(columns["samples"][at])
+def _counts(values: Any) -> Any:
+    known = _known(values)
     return None if known is None else known.astype(np.int64)
+
+
+def _whole(axis: FloatArray) -> Any:
+    if not np.array_equal(axis, np.floor(axis)) or (len(axis) and np.abs(axis).max() > 1 << 40):
+        raise UserError(TERMS, axis[:8].tolist(), "axes in whole numbers", _REBUILD)
+    return axis.astype(np.int64)
 
 
 def _write_terms(classes: Sequence[LayerTables], path: Path) -> None:
     """Writes the file into the folder `path`, or removes an older one where there is nothing to write."""
     parts = [_term_columns(term[0], i, *term[1:]) for i, tables in enumerate(classes) for term in _terms_of(tables)]
     if parts:
-        _write_parquet(parts, path / _TERMS)
+        _write_parquet(parts, path / TERMS)
     else:
-        (path / _TERMS).unlink(missing_ok=True)
-
-
-def _read_terms(path: Path, layer_class: int) -> tuple[MixedTable | None, UnequalTable | None]:
-    """Of the folder `path`. Raises UserError where the file is damaged."""
-    if not (path / _TERMS).is_file():
-        return None, None
-    try:
-        with pq.ParquetFile(path / _TERMS) as file:
-            table = file.read(use_threads=False)
-        columns = {name: np.array(table[name].to_pylist()) for name in _TERMS_COLUMNS}
-    except (KeyError, OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(str(path / _TERMS), reason, "a Parquet file of a profile", "write the profile again") from error
-    mixed = _term_table(columns, "mixed_attention", layer_class, 4)
-    unequal = _term_table(columns, "unequal_kv", layer_class, 4)
-    return (
-        None if mixed is None else MixedTable(*map(_whole, mixed[:4]), *mixed[4:]),
-        None if unequal is None else UnequalTable(*map(_whole, unequal[:3]), *unequal[3:]),
-    )
+        (path / TERMS).unlink(missing_ok=True)
 
 
 def _terms_of(tables: LayerTables) -> list[tuple[str, tuple[Any, ...], FloatArray]]:
@@ -302,20 +326,3 @@ def _term_columns(name: str, layer_class: int, axes: tuple[Any, ...], values: Fl
             "value": pa.array(np.concatenate([np.asarray(column, np.float64) for column in numbers])),
         }
     )
-
-
-def _term_table(columns: dict[str, Any], name: str, layer_class: int, axes: int) -> list[Any] | None:
-    """The axes, then the numbers on their product."""
-    own = (columns["table"] == name) & (columns["layer_class"] == layer_class)
-    if not own.any():
-        return None
-    found = [columns["value"][own & (columns["axis"] == axis)] for axis in range(axes)]
-    values = columns["value"][own & (columns["axis"] == _OF_VALUES)]
-    shape = tuple(len(axis) for axis in found)
-    if values.size != int(np.prod(shape)):
-        raise UserError(name, f"{values.size} numbers", f"one for each point of {shape}", "write the profile again")
-    return [*found, values.reshape(shape)]
-
-
-def _whole(axis: FloatArray) -> Any:
-    return axis.astype(np.int64)

@@ -17,6 +17,8 @@ from helios_sim.errors import UserError
 from helios_sim.profile.composition import IntArray
 
 FloatArray = NDArray[np.float64]
+MOST_TOKENS = 1 << 22  # rows, batches and lengths of a grid
+MOST_S = 1e5  # of one table's entry
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,14 +134,16 @@ def check_axis(key: str, axis: IntArray, start: int) -> None:
     """Raises UserError unless the axis has two or more ascending whole numbers, `start` or more at the beginning."""
     if axis.ndim != 1 or len(axis) < 2:
         raise UserError(key, axis.shape, "a grid has two points or more", "measure or derive more points")
-    if axis[0] < start or np.any(np.diff(axis) <= 0):
-        raise UserError(key, axis[:8].tolist(), f"a grid ascends from {start} or more", "sort it and drop duplicates")
+    if axis[0] < start or np.any(np.diff(axis) <= 0) or axis[-1] > MOST_TOKENS:
+        allowed = f"a grid ascends from {start} or more to at most {MOST_TOKENS}"
+        raise UserError(key, axis[:8].tolist(), allowed, "sort it and drop duplicates")
 
 
 def check_times(key: str, time_s: FloatArray, shape: tuple[int, ...]) -> None:
     """Raises UserError unless times have the grid's shape and are finite and not negative."""
     if time_s.shape != shape:
         raise UserError(key, time_s.shape, f"one time per grid point, shape {shape}", "rebuild the profile")
-    if not np.all(np.isfinite(time_s)) or np.any(time_s < 0):
-        bad = time_s[~np.isfinite(time_s) | (time_s < 0)]
-        raise UserError(key, float(bad.flat[0]), "times are finite and not negative", "rebuild or measure again")
+    good = (time_s >= 0) & (time_s <= MOST_S)  # false for NaN
+    if not np.all(good):
+        allowed = f"times are finite and not negative, at most {MOST_S:g} s"
+        raise UserError(key, float(time_s[~good].flat[0]), allowed, "rebuild or measure again")

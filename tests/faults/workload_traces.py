@@ -1,0 +1,89 @@
+"""Mutants of request traces: tables, JSON lines and JSON arrays of the formats that are known, plain and packed."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults import Mutant, changed_bytes, changed_json, main
+from faults.text_tables import changed_table, packed
+
+ROWS = 60
+TABLES = {
+    "own.csv": ("arrival_s,prompt_tokens,output_tokens,priority",
+                lambda i: f"{i / 7:.3f},{100 + i},{5 + i % 9},{i % 3}"),
+    "azure.csv": (
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        lambda i: f"2024-05-10 00:00:{i % 60:02d}.0099300+00:00,{374 + i},{44 + i % 5}",
+    ),
+    "vidur.tsv": ("arrived_at\tnum_prefill_tokens\tnum_decode_tokens\tnum_total_tokens",
+                  lambda i: f"{i / 3}\t{20 + i}\t{3 + i}\t{23 + 2 * i}"),
+    "log.csv": ("arrival_ns,input_toks,output_toks", lambda i: f"{i * 300_000_000},{50 + i},{9 + i}"),
+}  # fmt: skip
+
+
+def mutants(seed: int) -> Iterator[Mutant]:
+    rng = random.Random(seed)
+    yield _written("own.csv", "unchanged", _table("own.csv").encode())
+    while True:
+        name = rng.choice((*TABLES, "mooncake.jsonl", "array.json"))
+        if name in TABLES:
+            what, content = changed_table(_table(name), rng, "\t" if name.endswith(".tsv") else ",")
+        else:
+            what, content = _changed_rows(name, rng)
+        if rng.random() < 0.15:
+            how, content = packed(content, rng)
+            name, what = f"{name}.gz", f"{what}; {how}"
+        yield _written(name, f"{name}: {what}", content)
+
+
+def read(path: Path) -> None:
+    """Read the trace, and draw the requests of a workload of its lengths and, where it has some, its arrivals."""
+    import numpy as np
+
+    from helios_sim.workload import AllAtOnce, TaskMix, TraceArrivals, TraceLengths, Workload, generate, read_trace
+
+    trace = read_trace(path)
+    arrivals = AllAtOnce() if trace.arrival_ns is None else TraceArrivals(trace)
+    for block in generate(Workload(arrivals, TraceLengths(trace), TaskMix.single("text")), 0):
+        assert (block.prompt_chars >= 1).all()
+        assert (block.output_chars >= 1).all()
+        assert (np.diff(block.arrival_ns) >= 0).all()
+        assert block.arrival_ns[0] >= 0
+
+
+def _table(name: str) -> str:
+    header, row = TABLES[name]
+    return "\n".join([header, *(row(i) for i in range(ROWS))]) + "\n"
+
+
+def _changed_rows(name: str, rng: random.Random) -> tuple[str, bytes]:
+    rows: list[object] = [
+        {"timestamp": 500 * i, "input_length": 300 + i, "output_length": 7 + i, "hash_ids": [0, i]} for i in range(ROWS)
+    ]
+    kind = rng.choice(("row", "row", "row", "bytes", "raw"))
+    what, at = kind, rng.randrange(ROWS)
+    if kind == "row":
+        what, rows[at] = changed_json(rows[at], rng)
+    lines = [json.dumps(row) for row in rows]
+    if kind == "raw":
+        lines[at] = rng.choice(("", "[]", "1", '"x"', "{", "[" * 200_000, '{"a":' * 50_000, "null", "NaN", "{}", "\0"))
+        what = f"line {at + 1} is {lines[at][:20]!r}"
+    text = "[" + ",\n".join(lines) + "]" if name.endswith(".json") else "\n".join(lines) + "\n"
+    content = text.encode(errors="surrogatepass")
+    return changed_bytes(content, rng) if kind == "bytes" else (what, content)
+
+
+def _written(name: str, what: str, content: bytes) -> Mutant:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return Mutant(what, write)
+
+
+if __name__ == "__main__":
+    sys.exit(main(mutants, read, sys.argv[1:]))
