@@ -197,7 +197,7 @@ def test_a_damaged_exit_trace(helios, tmp_path):
     (tmp_path / "exits").mkdir()
     (tmp_path / "exits" / "trace.json").write_text('{"format": "exit-trace"')
     (tmp_path / "exits" / "tokens.parquet").write_bytes(b"PAR1")
-    refused(helios("exits.source=exits"), tmp_path, ["exits/trace.json", "unreadable"], kept={"exits"})
+    refused(helios("exits.source=exits"), tmp_path, ["exits/trace.json", "JSON object"], kept={"exits"})
 
 
 def test_a_damaged_profile(helios, tmp_path):
