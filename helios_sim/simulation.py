@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -15,16 +16,18 @@ import simpy
 from simpy.core import EmptySchedule
 from simpy.events import Event
 
-from helios_sim.core.layout import FOREVER_NS
+from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
 from helios_sim.routing import Routing
+from helios_sim.serving.front import Front
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 
 ONE_AFTER_THE_OTHER = Routing()
-_MERGED_AT_ONCE = 512  # records of several replicas that wait until they can be put in order
+_MERGED_AT_ONCE = 4096  # records of several replicas that wait until they can be put in order
+_LEAST_DEPARTURES = 64  # of many replicas: room of each for as many that have left
 
 Sink = Callable[[RequestRecord], None]
 BlockSink = Callable[[RecordBlock], None]
@@ -62,10 +65,10 @@ class System:
         self.env = env
         self.servers: tuple[Server, ...] = ()
         self.left = 0
-        self.next_arrival_ns = FOREVER_NS  # of those that are dispatched
         self._routing = routing
         self._sink, self._block_sink = sink, block_sink
         self._in_order: list[tuple[int, int, int, int, RequestRecord]] | None = None
+        self._merge_at = _MERGED_AT_ONCE
         self._closed_loop: Iterator[Request] | None = None
         self._to_release = 0
         self._releasing = False
@@ -91,18 +94,23 @@ class System:
     def open_loop(self, requests: Iterator[Request]) -> Generator[Event, None, None]:
         """The process of arrivals that do not wait for answers."""
         for request in requests:
-            self.next_arrival_ns = request.arrival_ns
             if request.arrival_ns > self.env.now:
                 yield self.env.timeout(request.arrival_ns - int(self.env.now))
             self.dispatch(request)
-        self.next_arrival_ns = FOREVER_NS
 
-    def open(self, machine: Machine | None, to_arrivals: bool) -> None:
-        """Requests will be dispatched. `to_arrivals`: between two arrivals nothing acts on a replica from outside."""
-        self._in_order = [] if to_arrivals and len(self.servers) > 1 else None
+    def open(self, machine: Machine | None) -> None:
+        """Requests will be dispatched, at any time."""
         self._sent = [0] * len(self.servers)
         for server in self.servers:
-            server.open(machine, horizon_ns=(lambda: self.next_arrival_ns) if to_arrivals else None)
+            server.open(machine)
+
+    def front(self, blocks: Iterator[RequestBlock], machine: Machine | None) -> None:
+        """Requests are dispatched as they arrive; between two arrivals nothing acts on a replica from outside."""
+        self._in_order = []
+        front, departures = Front(self.env, self.servers, self._routing, machine), FLUSH_REQUESTS // len(self.servers)
+        for server in self.servers:
+            server.open(machine, front=front, departures=max(departures, _LEAST_DEPARTURES))
+        self.env.process(front.run(blocks))
 
     def close_loop(self, requests: Iterator[Request], users: int) -> None:
         """Starts with one request of each user; each then sends the next one when its last has left."""
@@ -132,9 +140,9 @@ class System:
         else:
             at_once = left_ns == record.arrival_ns
             place = (left_ns, 0, record.request_id) if at_once else (left_ns, 1, record.replica)
-            heapq.heappush(self._in_order, (*place, self.left, record))
-            if len(self._in_order) >= _MERGED_AT_ONCE:
-                self._hand_on(min(server.frontier_ns for server in self.servers))
+            self._in_order.append((*place, self.left, record))
+            if len(self._in_order) >= self._merge_at:  # this replica hands over its records in order of time
+                self._hand_on(min(left_ns, *(server.frontier_ns for server in self.servers)))
         if self._closed_loop is not None:
             self._to_release += 1
             self._release(record.replica)
@@ -166,8 +174,13 @@ class System:
     def _hand_on(self, before_ns: int) -> None:
         """Records of several replicas go on in order of time, as soon as none can come before them."""
         waiting = self._in_order
-        while waiting and waiting[0][0] < before_ns:
-            self._sink(heapq.heappop(waiting)[-1])
+        if waiting:
+            waiting.sort()
+            n = bisect_left(waiting, before_ns, key=itemgetter(0))
+            for *_, record in waiting[:n]:
+                self._sink(record)
+            del waiting[:n]
+            self._merge_at = 2 * len(waiting) + _MERGED_AT_ONCE
 
     def _release(self, from_replica: int | None) -> None:
         """A request that is dropped on arrival leaves at once and releases the next: a loop, not a recursion."""
@@ -242,9 +255,11 @@ def simulate(
     fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))
     if not stepwise and fixed:
         system.feed(blocks, machine, users)
+    elif not stepwise and users is None:
+        system.front(blocks, machine)
     else:
         rows = (request for block in blocks for request in block.rows())
-        system.open(machine, to_arrivals=not stepwise and users is None)
+        system.open(machine)
         if users is None:
             env.process(system.open_loop(rows))
         else:

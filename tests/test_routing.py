@@ -76,7 +76,7 @@ def test_round_robin_takes_turns(sent, arrivals) -> None:
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_least_loaded_never_sends_to_a_fuller_replica(sent, arrivals) -> None:
-    serve(workload(arrivals), full_depth(batch_limit=2), replicas=4, router=Router.LEAST_LOADED)
+    serve(workload(arrivals), full_depth(batch_limit=2), replicas=4, router=Router.LEAST_LOADED, stepwise=True)
     assert len(sent) == 120
     for number, held in sent:
         assert number == held.index(min(held))
@@ -85,7 +85,7 @@ def test_least_loaded_never_sends_to_a_fuller_replica(sent, arrivals) -> None:
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_power_of_two_never_sends_to_the_fullest_alone(sent, arrivals) -> None:
     """Whoever is fuller than every other replica can only be drawn beside one that has fewer."""
-    serve(workload(arrivals), full_depth(batch_limit=2), replicas=5, router=Router.POWER_OF_TWO)
+    serve(workload(arrivals), full_depth(batch_limit=2), replicas=5, router=Router.POWER_OF_TWO, stepwise=True)
     assert len(sent) == 120
     for number, held in sent:
         assert held[number] < max(held) or held.count(max(held)) > 1
@@ -94,7 +94,9 @@ def test_power_of_two_never_sends_to_the_fullest_alone(sent, arrivals) -> None:
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_by_task_never_sends_a_task_elsewhere_and_there_to_the_emptiest(sent, arrivals) -> None:
-    served = serve(workload(arrivals), full_depth(batch_limit=2), replicas=3, router=Router.BY_TASK, homes=HOMES)
+    served = serve(
+        workload(arrivals), full_depth(batch_limit=2), replicas=3, router=Router.BY_TASK, homes=HOMES, stepwise=True
+    )
     for record in served.records:
         assert record.replica in HOMES[record.task]
     sent_by_task = Counter((r.task, r.replica) for r in served.records)
@@ -106,14 +108,15 @@ def test_by_task_never_sends_a_task_elsewhere_and_there_to_the_emptiest(sent, ar
 def test_power_of_two_draws_every_pair_alike_and_the_same_again() -> None:
     loads = [0, 0, 0, 0]
     choose = Routing(Router.POWER_OF_TWO, seed=5).choice(loads)
-    drawn = [choose(None) for _ in range(20_000)]  # all are equal: the first of each pair
+    request = Request(0, 0, 1, 1, 0, 0)
+    drawn = [choose(request) for _ in range(20_000)]  # all are equal: the first of each pair
     assert np.bincount(drawn) / len(drawn) == pytest.approx([0.25] * 4, abs=0.015)
     again = Routing(Router.POWER_OF_TWO, seed=5).choice(loads)
-    assert drawn == [again(None) for _ in range(20_000)]
+    assert drawn == [again(request) for _ in range(20_000)]
     other = Routing(Router.POWER_OF_TWO, seed=6).choice(loads)
-    assert drawn != [other(None) for _ in range(20_000)]
+    assert drawn != [other(request) for _ in range(20_000)]
     loads[:] = [3, 0, 3, 3]  # the empty one is in half of the pairs
-    fuller = [choose(None) for _ in range(20_000)]
+    fuller = [choose(request) for _ in range(20_000)]
     assert fuller.count(1) / len(fuller) == pytest.approx(0.5, abs=0.015)
 
 
@@ -167,3 +170,17 @@ def test_a_closed_loop_keeps_its_users_busy_across_replicas() -> None:
         inside += came[time_ns] - went[time_ns]
         assert inside == 6 or time_ns >= max(came)
     assert len(served.records) == 60
+
+
+@pytest.mark.parametrize("router", [Router.ROUND_ROBIN, Router.LEAST_LOADED])
+def test_records_come_in_the_order_in_which_requests_leave_whatever_runs_ahead(router: Router, monkeypatch) -> None:
+    """Replicas hand their records over at different times, and far apart; what is merged is merged often here."""
+    monkeypatch.setattr("helios_sim.simulation._MERGED_AT_ONCE", 8)
+    monkeypatch.setattr("helios_sim.core.advance.FLUSH_REQUESTS", 16)
+    work = workload(Poisson(900.0), 600)
+    ahead, stepwise = (
+        serve(work, full_depth(batch_limit=3), replicas=9, router=router, stepwise=each) for each in (False, True)
+    )
+    left_ns = [record.last_token_ns for record in ahead.records]
+    assert left_ns == sorted(left_ns)
+    assert ahead.records == stepwise.records

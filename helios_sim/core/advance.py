@@ -29,47 +29,21 @@ from helios_sim.core.layout import (
     Counts,
     Line,
     Lists,
-    Numbers,
     Record,
     Table,
-    Trace,
+    Tables,
     Watch,
 )
-from helios_sim.core.price import PriceTables, floor_s, outside_grid, time_s, whole_ns
+from helios_sim.core.price import floor_s, outside_grid, time_s, whole_ns
 from helios_sim.core.schedule import admit, begin_schedule, release_lingering, running_limit
 from helios_sim.core.triggers import next_alarm_ns, turn_is_due, watches_queue
 
 
-def advance(
-    states: Table,
-    rules: Table,
-    iterations: Table,
-    requests: Table,
-    lists: Lists,
-    line: Line,
-    arrivals: Table,
-    tokens: Table,
-    chunks: Table,
-    freed: Table,
-    owed: Numbers,
-    c: Counts,
-    watch: Watch,
-    x: Trace,
-    prices: PriceTables,
-    scalar_table: Table,
-    work: Table,
-    uniform: Table,
-    uniform_layers: Numbers,
-    banded: Table,
-    banded_layers: Numbers,
-    until_ns: int,
-) -> int:
-    """Takes the turns that come before `until_ns`, up to which nothing else can act on this replica.
-
-    `uniform` and `banded` are the bands of iterations in which all tokens run the same layers, and of the others, each
-    with its layers by class. `states`, `rules`, `iterations` and `scalar_table` have one row each.
-    """
-    s, r, it = states[0], rules[0], iterations[0]
+def advance(t: Tables, until_ns: int) -> int:
+    """Takes the turns of this replica that come before `until_ns`, up to which nothing else can act on it."""
+    s, r, it = t.states[0], t.rules[0], t.iterations[0]
+    requests, lists, line, arrivals, tokens = t.requests, t.lists, t.line, t.arrivals, t.tokens
+    chunks, freed, owed, c, watch, work = t.chunks, t.freed, t.owed, t.counts, t.watch, t.work
     while True:
         if s.phase == RUNNING:
             if s.end_ns >= until_ns:
@@ -126,9 +100,9 @@ def advance(
         s.started_ns, s.phase = s.now_ns, RUNNING
         if r.live:
             return EXECUTE
-        lay_out(s, r, it, requests, lists, chunks, x, owed, work)
-        scalars = scalar_table[0]
-        spans, class_layers = (banded, banded_layers) if it.banded else (uniform, uniform_layers)
+        lay_out(s, r, it, requests, lists, chunks, t.trace, owed, work)
+        prices, scalars = t.prices, t.scalars[0]
+        spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
         it.floor_ns = whole_ns(floor_s(scalars, it, spans, work, chunks))
         it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
         duration_ns = whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
@@ -160,6 +134,11 @@ def _wait(
 
     Otherwise ARRIVALS, FLUSH, or IDLE: none comes before `until_ns`.
     """
+    if s.wake_ns != NEVER:  # an arrival was put into the line from outside
+        if s.wake_ns >= until_ns:
+            return IDLE
+        s.now_ns, s.wake_ns, s.idle = s.wake_ns, NEVER, 0
+        return GO_ON
     alarm_ns = next_alarm_ns(s, watch)
     while True:
         if s.free == 0:
@@ -170,19 +149,20 @@ def _wait(
                 arrival_ns = arrivals[s.arrived - s.first_row].arrival_ns
             elif not s.exhausted:
                 return ARRIVALS
-        over = arrival_ns == FOREVER_NS and s.in_system == 0  # a run ends at the last departure, whatever the alarms
+        # A run ends at the last departure, whatever the alarms.
+        over = arrival_ns == FOREVER_NS and s.in_system == 0 and not s.routed
         if over or min(arrival_ns, alarm_ns) >= until_ns:
             return IDLE
         if alarm_ns <= arrival_ns:  # what arrives at the same moment may be rejected, and the alarm counts all the same
             s.now_ns, s.idle = alarm_ns, 0
             return GO_ON
-        if _wakes(s, r, watch):
+        if wakes(s, r, watch):
             s.now_ns, s.idle = arrival_ns, 1 + s.waiting
             return GO_ON
         arrive(s, r, requests, lists, line, arrivals, tokens, arrival_ns)
 
 
-def _wakes(s: Record, r: Record, watch: Watch) -> bool:
+def wakes(s: Record, r: Record, watch: Watch) -> bool:
     """Whether an idle server looks at a request that arrives: it is next in line and could start."""
     if watches_queue(watch):
         return True

@@ -169,6 +169,8 @@ STATE = Kind.of(
     "StateRow",
     (
         "now_ns", "end_ns", "phase",
+        "routed",  # requests come one by one: none before the time up to which the loop may run
+        "wake_ns",  # an arrival wakes the idle server at this time; NEVER: none does
         "started_ns",  # of the latest iteration; NEVER: the server was idle since
         "acted_ns",  # the latest turn
         "warm_up_ns",  # the next iteration takes so much longer
@@ -263,6 +265,38 @@ class Counts(NamedTuple):
     depths: Numbers  # (layers + 1,) tokens by the layers that they ran
     gaps: Numbers  # of the histogram of gaps between tokens
     gap_edges_ns: Numbers
+
+
+class Tables(NamedTuple):
+    """All that the loop knows of one replica.
+
+    `uniform` and `banded` are the bands of iterations in which all tokens run the same layers, and of the others, each
+    with its layers by class. `states`, `rules`, `iterations` and `scalars` have one row each.
+    """
+
+    states: Table
+    rules: Table
+    iterations: Table
+    requests: Table
+    lists: Lists
+    line: Line
+    arrivals: Table  # that are known and have not all started
+    tokens: Table  # what the active model makes of each of them
+    coming: Table  # arrivals that a router may send here
+    coming_tokens: Table
+    chunks: Table
+    freed: Table
+    owed: Numbers  # (slots, bands)
+    counts: Counts
+    watch: Watch
+    trace: Any  # Trace; from here on None where a device runs the iterations
+    prices: Any  # core.price.PriceTables
+    scalars: Any
+    work: Any
+    uniform: Any
+    uniform_layers: Any
+    banded: Any
+    banded_layers: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from helios_sim.core import native
-from helios_sim.core.layout import CHUNK, ITERATION, Storage, raw
+from helios_sim.core import addresses, native
+from helios_sim.core.layout import CHUNK, ITERATION, WORK, Storage, Tables, raw
 
 _STORAGE = Storage(compiled=True)
-_PRICES = slice(14, 19)  # among the arguments of `advance`
 _PACKAGE = Path(__file__).parent
-_MODULES = ("arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers")
+_MODULES = ("advance", "arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers", "route")
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
-_LOOP = "advance.o"
+_LOOP = "route.o"
+_TYPES = "types.txt"  # of the tables that the loop was compiled for
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
 
@@ -46,27 +47,43 @@ class Machine:
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
         self._folder, self._own, self._common = folder, own, common
         self._loop: native.Native | None = None
+        self._types: list[tuple[Any, int]] | None = None
+        self._tables: Tables | None = None
         if folder is not None and own is None:
             self._loop = native.Native((folder / _LOOP).read_bytes())
 
     def loop(self) -> Callable[..., int]:
-        """`advance` for one caller."""
-        if self._loop is not None:
-            return native.Call(self._loop)
-        return _FirstCall(self)
+        """`route` for one caller, who has said for which tables (`require_types`) before its first call."""
+        return _Lazy(self)
 
     def compile_loop(self, args: Sequence[Any]) -> native.Native:
-        """Compile `advance` for arrays like those of `args`."""
+        """Compile `route` for arrays like those of `args`, and for the types of the replicas' tables."""
         if self._loop is None:
-            from helios_sim.core.advance import advance
+            from helios_sim.core.route import route
 
-            code = native.compiled(_compiled(advance, None), args)
-            self._loop = native.Native(code)
-            if self._own is not None:
-                with suppress(OSError):
-                    (self._own / _LOOP).write_bytes(code)
-                self._keep(*args[_PRICES])
+            assert self._tables is not None
+            with _quickly_compiled():
+                function = _compiled(route, None)
+                addresses.register(self._tables)
+                code = native.compiled(function, args)
+                self._loop = native.Native(code)
+                if self._own is not None:
+                    with suppress(OSError):
+                        (self._own / _LOOP).write_bytes(code)
+                        (self._own / _TYPES).write_text(_text(self._types))
+                    self._keep(self._tables)
         return self._loop
+
+    def require_types(self, tables: Tables, arrays: Sequence[NDArray[Any]]) -> None:
+        """The compiled code trusts the types of the arrays whose addresses it gets: they are those it was made for."""
+        types = [(array.dtype, array.ndim) for array in arrays]
+        if self._types is None:
+            self._types, self._tables = types, tables
+            kept = self._folder if self._loop is not None else None
+            if kept is not None and (kept / _TYPES).read_text() != _text(types):
+                self._loop = self._folder = None
+        if types != self._types or not all(array.flags.c_contiguous for array in arrays):
+            raise TypeError(f"tables of another kind than the compiled loop reads: {types}, not {self._types}")
 
     @cached_property
     def draw(self) -> Callable[..., bool]:
@@ -82,17 +99,17 @@ class Machine:
         compiled: Callable[..., None] = _compiled(times_s, self._folder)
         return compiled
 
-    def _keep(self, *args: Any) -> None:
+    def _keep(self, of: Tables) -> None:
         """Let what this process has compiled become the common folder, whole or not at all.
 
-        `args`: the price tables, scalars, work and spans of a call of `advance`, whose types the others share.
+        The functions besides the loop are compiled for the types of these tables.
         """
         own, common = self._own, self._common
         self._own = None
         assert own is not None
         assert common is not None
-        tables, scalars, work, spans, class_layers = args
-        it, chunks = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1)
+        tables, scalars, spans, class_layers = of.prices, of.scalars, of.uniform, of.uniform_layers
+        it, chunks, work = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1), _STORAGE.rows(WORK, 1)
         counts = np.zeros((0, 8), np.int64)
         self.times_s(tables, scalars, it, spans, class_layers, work, chunks, counts, np.zeros(0))
         self.draw(np.random.default_rng(0), np.zeros((1, 2)), np.array([0.5, 1.0]), np.zeros((2, 3)))
@@ -104,8 +121,8 @@ class Machine:
         shutil.rmtree(own, ignore_errors=True)
 
 
-class _FirstCall:
-    """`advance` for one caller where it is not compiled yet: the first call says for which types."""
+class _Lazy:
+    """`route` for one caller, loaded or compiled with the first call."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -204,14 +221,30 @@ def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
         return jit(cache=folder is not None, error_model="numpy", _nrt=False)(function)
 
 
+@contextmanager
+def _quickly_compiled() -> Iterator[None]:
+    """Higher levels of LLVM take five seconds more, and the loop is no faster for them."""
+    import numba
+
+    config: Any = numba.config
+    before = config.OPT
+    config.OPT = type(before)("1")
+    try:
+        yield
+    finally:
+        config.OPT = before
+
+
+def _text(types: Any) -> str:
+    return "\n".join(map(str, types))
+
+
 @cache
 def _register_all(register_jitable: Callable[..., Any]) -> None:
     """Lets compiled code call the loop's functions, which stay plain Python for everybody else."""
-    own = import_module("helios_sim.core.advance")
-    modules = [own, *(import_module(f"helios_sim.core.{name}") for name in _MODULES)]
-    for module in modules:
+    for module in (import_module(f"helios_sim.core.{name}") for name in _MODULES):
         for name, function in getmembers(module, isfunction):
-            if function.__module__ == module.__name__ and name != "advance":
+            if function.__module__ == module.__name__ and name not in ("route", "tables_of"):
                 register_jitable(error_model="numpy", no_cfunc_wrapper=True, _nrt=False, forceinline=True)(function)
 
 

@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def compiled(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
-    """Compile `function` for arrays like those of `args`: arrays, named tuples of them, and last a whole number.
+    """Compile `function` for arrays like those of `args`: arrays, and named tuples of them.
 
     Returns a line with the names of the entry point and of the functions that it may call, then the object code.
     """
@@ -45,10 +45,10 @@ def compiled(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
         arrays, lengths = arrays + 1, lengths + arg.ndim
         return text
 
-    call = f"function({', '.join(map(text_of, args[:-1]))}, last)"
-    exec(f"def {NAME}(addresses, lengths, last):\n    return {call}", names)
+    call = f"function({', '.join(map(text_of, args))})"
+    exec(f"def {NAME}(addresses, lengths):\n    return {call}", names)
     types = numba.types
-    signature = types.int64(types.CPointer(types.voidptr), types.CPointer(types.int64), types.int64)
+    signature = types.int64(types.CPointer(types.voidptr), types.CPointer(types.int64))
     made = numba.cfunc(signature, error_model="numpy")(names[NAME])
     symbol = made.native_name.removeprefix("cfunc.")  # the function behind the wrapper, which returns a status
     declared = (it.name for it in made._library._final_module.functions if it.is_declaration)
@@ -76,7 +76,7 @@ class Native:
         self._engine.add_object_file(binding.ObjectFileRef.from_data(content))
         self._engine.finalize_object()
         address = self._engine.get_function_address(symbol)
-        self.run = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64)(address)
+        self.run = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_void_p)(address)
 
 
 class Call:
@@ -91,11 +91,11 @@ class Call:
 
     def __call__(self, *args: Any) -> int:
         if not self._known:
-            self._lay_out(args[:-1])
+            self._lay_out(args)
         for place, known in enumerate(self._known):
             if args[place] is not known:
                 self._note(place, args[place])
-        status = self._run(*self._places, args[-1])
+        status = self._run(*self._places)
         if status:
             raise RuntimeError(f"the compiled loop ended with status {status}")
         return self._result.value
@@ -104,7 +104,7 @@ class Call:
         arrays = lengths = 0
         for arg in args:
             self._first.append((arrays, lengths))
-            for array in _arrays(arg):
+            for array in arrays_of(arg):
                 arrays, lengths = arrays + 1, lengths + array.ndim
         self._addresses, self._lengths = np.zeros(arrays, np.uintp), np.zeros(lengths, np.int64)
         self._places = byref(self._result), byref(self._error), self._addresses.ctypes.data, self._lengths.ctypes.data
@@ -112,17 +112,17 @@ class Call:
 
     def _note(self, place: int, arg: Any) -> None:
         at, length = self._first[place]
-        for array in _arrays(arg):
+        for array in arrays_of(arg):
             self._addresses[at] = array.__array_interface__["data"][0]
             self._lengths[length : length + array.ndim] = array.shape
             at, length = at + 1, length + array.ndim
         self._known[place] = arg
 
 
-def _arrays(arg: Any) -> Iterator[Any]:
+def arrays_of(arg: Any) -> Iterator[Any]:
     """The arrays of an argument, in order."""
     if isinstance(arg, tuple):
         for each in arg:
-            yield from _arrays(each)
+            yield from arrays_of(each)
     else:
         yield arg

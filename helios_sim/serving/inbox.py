@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Kind, Record, Storage, Table
+from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Kind, Record, Storage, Table, tuples
 from helios_sim.policy.deployment import ServicePlan
 from helios_sim.request import Request, RequestBlock
 
@@ -25,9 +25,33 @@ class Inbox:
         self.rows: Table = storage.rows(ARRIVAL, _LEAST_ROOM)
         self.planned = np.zeros(1, np.int64)  # exits of the tokens that a service plan names, request after request
         self._storage, self._models, self._tokens_of = storage, models, tokens_of
-        self._raw = np.zeros((_LEAST_ROOM, len(COLUMNS)), np.int64)
         self._tokens: dict[int, tuple[Table, int]] = {}  # by model: a table, and how many of its rows are filled
         self._plan: ServicePlan | None = None
+        self._coming: IntArray = np.zeros((0, len(COLUMNS)), np.int64)
+        self._coming_rows: Table = storage.rows(ARRIVAL, 0)
+        self._coming_tokens: dict[int, Table] = {}
+
+    def expect(self, raw: IntArray, rows: Table) -> None:
+        """A router may send any of these requests (n, 7) here; `rows` are they, without a service plan."""
+        self._coming, self._coming_rows = raw, rows
+        self._coming_tokens.clear()
+        if self._plan is not None:
+            self._plan_coming()
+
+    def coming(self, model: int) -> tuple[Table, Table]:
+        """The requests that a router may send here, and their tokens as that model reads them."""
+        found = self._coming_tokens.get(model)
+        if found is None:
+            columns = np.zeros((5, 0), np.int64)
+            if len(self._coming):
+                columns = self._tokens_of(self._models[model], self._coming).T
+            found = self._coming_tokens[model] = self._storage.of_columns(TOKENS, list(columns))
+        return self._coming_rows, found
+
+    def note_routed(self, state: Record, model: int) -> None:
+        """The loop has put requests into the rows, and their tokens as that model reads them beside."""
+        if model in self._tokens:
+            self._tokens[model] = self._tokens[model][0], int(state.known - state.first_row)
 
     def tokens(self, state: Record, model: int) -> Table:
         """The tokens of all known requests, as that model reads them."""
@@ -37,15 +61,15 @@ class Inbox:
             room = len(self.rows)
             table = self._storage.rows(TOKENS, room) if table is None else self._storage.grown(TOKENS, table, room)
         if filled < known:
-            columns = self._tokens_of(self._models[model], self._raw[filled:known]).T
+            raw = np.array(tuples(self.rows, slice(filled, known), COLUMNS), np.int64)
+            columns = self._tokens_of(self._models[model], raw).T
             new = self._storage.of_columns(TOKENS, list(columns))
             table[filled:known] = new
         self._tokens[model] = table, max(known, filled)
         return table
 
     def add_block(self, state: Record, block: RequestBlock) -> None:
-        columns = [getattr(block, name) for name in COLUMNS]
-        self.add(state, np.stack(columns, axis=1).astype(np.int64))
+        self.add(state, raw_requests(block))
 
     def add_request(self, state: Record, request: Request) -> None:
         self.add(state, np.array([[getattr(request, name) for name in COLUMNS]], np.int64))
@@ -53,12 +77,8 @@ class Inbox:
     def add(self, state: Record, raw: IntArray) -> None:
         """Requests (n, 7) become known: they arrive in this order, after all that are known."""
         n, known = len(raw), int(state.known - state.first_row)
-        self._make_room(state, n)
-        known = int(state.known - state.first_row)
-        none = np.full(n, NEVER, np.int64)
-        columns = [*raw.T, none, none, np.zeros(n, np.int64)]
-        self.rows[known : known + n] = self._storage.of_columns(ARRIVAL, columns)
-        self._raw[known : known + n] = raw
+        self.make_room(state, n)
+        self.rows[known : known + n] = arrival_rows(self._storage, raw)
         state.known += n
         if self._plan is not None:
             self._follow(known, known + n)
@@ -70,12 +90,20 @@ class Inbox:
         self._plan, self._exits = plan, exits
         self.planned = np.zeros(1, np.int64)
         self._follow(0, int(state.known - state.first_row))
+        self._plan_coming()
         return True
 
     def _follow(self, first: int, end: int) -> None:
+        self._plan_rows(self.rows, range(first, end))
+
+    def _plan_coming(self) -> None:
+        self._coming_rows = arrival_rows(self._storage, self._coming)
+        self._plan_rows(self._coming_rows, range(len(self._coming)))
+
+    def _plan_rows(self, rows: Table, numbers: range) -> None:
         parts, at = [self.planned], len(self.planned)
-        for row in range(first, end):
-            arrival = self.rows[row]
+        for row in numbers:
+            arrival = rows[row]
             if self._plan is None:
                 arrival.planned_model = arrival.planned_first = NEVER
                 continue
@@ -86,14 +114,13 @@ class Inbox:
             at += len(leaves)
         self.planned = np.concatenate(parts)
 
-    def _make_room(self, state: Record, n: int) -> None:
+    def make_room(self, state: Record, n: int) -> None:
         """Room for n more rows: forgets those before the first that is still needed, or makes the table larger."""
         known = int(state.known - state.first_row)
         if known + n <= len(self.rows):
             return
         room = max(2 * known, known + n)
         self.rows = self._storage.grown(ARRIVAL, self.rows, room)
-        self._raw = np.concatenate([self._raw, np.zeros((room - len(self._raw), self._raw.shape[1]), np.int64)])
 
     def forget_before(self, state: Record, number: int) -> None:
         """Rows of requests before this one are not needed any more."""
@@ -103,15 +130,23 @@ class Inbox:
         kept = known - gone
         room = max(_LEAST_ROOM, 2 * kept)
         self.rows = _moved(self._storage, ARRIVAL, self.rows, gone, known, room)
-        raw = np.zeros((room, self._raw.shape[1]), np.int64)
-        raw[:kept] = self._raw[gone:known]
-        self._raw = raw
         for model, (table, filled) in list(self._tokens.items()):
             if filled < gone:
                 del self._tokens[model]
             else:
                 self._tokens[model] = _moved(self._storage, TOKENS, table, gone, filled, room), filled - gone
         state.first_row = number
+
+
+def arrival_rows(storage: Storage, raw: IntArray) -> Table:
+    """Requests (n, 7) as the loop's records."""
+    none = np.full(len(raw), NEVER, np.int64)
+    return storage.of_columns(ARRIVAL, [*raw.T, none, none, np.zeros(len(raw), np.int64)])
+
+
+def raw_requests(block: RequestBlock) -> IntArray:
+    """The columns of requests side by side, (n, 7)."""
+    return np.stack([getattr(block, name) for name in COLUMNS], axis=1).astype(np.int64)
 
 
 def _moved(storage: Storage, kind: Kind, table: Table, first: int, end: int, room: int) -> Table:

@@ -27,6 +27,9 @@ from helios_sim.core.layout import (
     Lists,
     Record,
     Storage,
+    Tables,
+    Trace,
+    Watch,
 )
 from helios_sim.exits.rule import PerToken
 from helios_sim.policy.deployment import Deployment
@@ -56,6 +59,7 @@ class Replica:
         on_left: OnLeft,
         storage: Storage,
         closed_loop: bool,
+        departures: int = layout.FLUSH_REQUESTS,
     ) -> None:
         self.env, self.number, self.engine, self.situation, self.on_left = env, number, engine, situation, on_left
         self.on_block: Callable[[RecordBlock], None] | None = None  # gets records in its place, many at once
@@ -73,8 +77,10 @@ class Replica:
         self.foresees = isinstance(engine, Foresees)
         self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
         self._deployment: Deployment
-        self._closed_loop = closed_loop
+        self._closed_loop, self._departures = closed_loop, departures
         self.counted_arrivals = 0  # those that the sliding means know
+        self._trace: Trace | None = None  # as the deployment's rule replays it
+        self._trace_of: tuple[Any, Any] = None, None
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -103,11 +109,11 @@ class Replica:
             gap_edges_ns=storage.array(bucket_edges_ns()),
         )
         s = self.state
-        s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
+        s.wake_ns = s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
         s.fewer = FOREVER_NS
         s.warm_up_ns = cast(Foresees, self.engine).warm_up_ns if self.foresees else 0
         s.exhausted = 1
-        self.grow_slots(n + 2 + (2 * layout.FLUSH_REQUESTS if storage.compiled else n))
+        self.grow_slots(n + 2 + (2 * self._departures if storage.compiled else n))
         self.grow_line()
 
     def grow_slots(self, n: int) -> None:
@@ -206,13 +212,20 @@ class Replica:
             for request in self.requests:
                 request.planned_model = request.planned_first = NEVER
 
-    @property
-    def trace(self) -> Any:
-        """The trace as the loop reads it; None where the engine runs iterations."""
-        if self.terms is None:
-            return None
-        planned = self.storage.array(self.inbox.planned)
-        return self.terms.trace._replace(planned=planned)
+    def tables(self, watch: Watch) -> Tables:
+        """All that the loop works on now."""
+        model, terms = int(self.state.model), self.terms
+        tokens, (coming, coming_tokens) = self.inbox.tokens(self.state, model), self.inbox.coming(model)
+        priced: tuple[Any, ...] = (None,) * 8
+        if terms is not None:
+            of = terms, self.inbox.planned
+            if self._trace is None or self._trace_of[0] is not of[0] or self._trace_of[1] is not of[1]:
+                self._trace, self._trace_of = terms.trace._replace(planned=self.storage.array(of[1])), of
+            priced = self._trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded
+        return Tables(
+            *self.raw_records, self.requests, self.lists, self.line, self.inbox.rows, tokens, coming, coming_tokens,
+            self.chunks, self.freed, self.owed, self.counts, watch, *priced,
+        )  # type: ignore[call-arg]  # fmt: skip
 
     @property
     def now_ns(self) -> int:

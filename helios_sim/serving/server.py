@@ -14,9 +14,8 @@ import simpy
 from simpy.events import Event
 
 from helios_sim.core import layout
-from helios_sim.core.advance import advance
 from helios_sim.core.arrive import release, take_arrivals
-from helios_sim.core.layout import FOREVER_NS, Storage
+from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables
 from helios_sim.core.machine import Machine
 from helios_sim.core.schedule import running_limit
 from helios_sim.policy.telemetry import Policy, Situation
@@ -24,6 +23,7 @@ from helios_sim.request import RecordBlock, Request, RequestBlock
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
+from helios_sim.serving.front import Front, Loop
 from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, OutOfMemory
 from helios_sim.serving.probing import Prober
@@ -57,31 +57,34 @@ class Server:
         machine: Machine | None = None,
         feed: Iterator[RequestBlock] | None = None,
         users: int | None = None,
-        horizon_ns: Callable[[], int] | None = None,
+        front: Front | None = None,
+        departures: int = FLUSH_REQUESTS,
         on_block: Callable[[RecordBlock], None] | None = None,
     ) -> None:
         """Loads the first deployment, before the first request.
 
         `machine`: the loop as machine code. `feed`: all requests of this replica, which then runs ahead of the clock;
-        with `users` they come in a closed loop. Without a feed requests are submitted; `horizon_ns` says before when
-        nothing will be, None: something may at any moment, and each turn is an event. `on_block` gets records as
-        columns, as far as compiled code leaves any. A server that has been opened stays as it is.
+        with `users` they come in a closed loop. Without a feed requests are submitted: by a `front` whose next arrival
+        is known, or, without one, at any moment, and each turn is an event. There is room for twice `departures`
+        requests that have left, until they are handed over; `on_block` gets their records as columns, as far as
+        compiled code leaves any. A server that has been opened stays as it is.
         """
         if self._opened:
             return
         self._opened = True
-        storage = Storage(compiled=machine is not None)
-        self._advance: Callable[..., int] = advance if machine is None else machine.loop()
-        self._feed, self._horizon_ns = feed, horizon_ns
+        self._loop, self._place = (Loop(1, machine), 0) if front is None else (front.loop, self._number)
+        self._feed, self._front = feed, front
         self._replica = replica = Replica(
-            self._env, self._number, self._engine, self._situation, self._on_left, storage, users is not None
-        )
+            self._env, self._number, self._engine, self._situation, self._on_left, self._loop.storage,
+            users is not None, departures,
+        )  # fmt: skip
         if machine is not None:
             replica.on_block = on_block
         if not self._pictures:
             replica.timeline.keep_few()
         replica.state.exhausted = int(feed is None)
-        replica.state.eager = int(feed is None and horizon_ns is None)
+        replica.state.eager = int(feed is None and front is None)
+        replica.state.routed = int(front is not None)
         replica.state.to_release = users or 0
         self._decider = Decider(replica, self._policy)
         self._transitions = Transitions(replica, on_change=self._decider.arm, wake=self._turns.wake)
@@ -134,8 +137,12 @@ class Server:
         self._transitions.tell_loop()
         s.awaits_completion = int(self._prober.awaits_completion)
         s.asked, s.idle, s.phase, self._turns.woken = 1, 0, layout.TURN, False
+        s.wake_ns = NEVER
         while True:
             stop = self._run_loop()
+            if self._front is not None and self._may_park(stop):
+                stop = yield self._front.park(self._number)
+                replica.inbox.note_routed(s, int(s.model))
             if stop == layout.ARRIVALS:
                 self._read_on()
             elif stop == layout.HORIZON:
@@ -166,25 +173,26 @@ class Server:
                     yield from self._turns.idle(self._decider.next_time_ns)
                 return
 
+    def _may_park(self, stop: int) -> bool:
+        """Whether the replica needs nothing but the loop until the next request arrives, and then still nothing."""
+        s, front = self._replica.state, self._front
+        waits = stop == layout.HORIZON or (stop == layout.IDLE and bool(s.routed))
+        return waits and front is not None and not (front.closed or self._transitions.loading or self._turns.woken)
+
     def _run_loop(self) -> int:
-        replica, terms = self._replica, self._replica.terms
-        replica.ready()
-        tokens = replica.inbox.tokens(replica.state, int(replica.state.model))
-        prices: tuple[Any, ...] = (None,) * 7 if terms is None else (
-            terms.prices, terms.scalars, replica.work, *terms.uniform, *terms.banded
-        )  # fmt: skip
-        return int(self._advance(
-            *replica.raw_records, replica.requests, replica.lists, replica.line,
-            replica.inbox.rows, tokens, replica.chunks, replica.freed, replica.owed, replica.counts,
-            self._decider.watch, replica.trace, *prices, self._until_ns(),
-        ))  # fmt: skip
+        self._replica.ready()
+        return self._loop.advance(self._place, self.tables(), self._until_ns())
+
+    def tables(self) -> Tables:
+        """All that the loop works on now."""
+        return self._replica.tables(self._decider.watch)
 
     def _until_ns(self) -> int:
         """Up to when nothing outside can act on this replica."""
         if self._feed is not None:
             until_ns = FOREVER_NS
-        elif self._horizon_ns is not None:
-            until_ns = self._horizon_ns()
+        elif self._front is not None:
+            until_ns = self._front.horizon_ns
         else:
             return self._replica.now_ns + 1
         if self._transitions.loading:
@@ -244,6 +252,23 @@ class Server:
         else:
             self._replica.inbox.add_block(self._replica.state, block)
 
+    def expect(self, requests: IntArray, rows: Table) -> None:
+        """A router may send any of these requests (n, 7) here."""
+        self._replica.inbox.expect(requests, rows)
+
+    def make_room(self) -> None:
+        """Room for further requests, before a router sends one here."""
+        replica = self._replica
+        replica.inbox.note_routed(replica.state, int(replica.state.model))
+        replica.inbox.make_room(replica.state, 1)
+        if not replica.state.free:
+            replica.grow_slots(2 * len(replica.requests))
+        replica.grow_line()
+
+    def close_arrivals(self) -> None:
+        """No further request comes."""
+        self._replica.state.routed = 0
+
     def submit(self, request: Request, from_replica: int | None = None) -> None:
         """A request arrives now. It is dropped at once if it can never run as deployed.
 
@@ -286,8 +311,18 @@ class Server:
     @property
     def frontier_ns(self) -> int:
         """Before this time no request leaves any more whose record has not been handed over."""
-        s = self._replica.state
-        return int(s.end_ns) if s.phase == layout.RUNNING else self._replica.now_ns
+        replica, s = self._replica, self._replica.state
+        if s.left:
+            return int(replica.requests[int(replica.lists.left[0])].left_ns)
+        if s.phase == layout.RUNNING:
+            return int(s.end_ns)
+        parked_ns = None if self._front is None else self._front.frontier_ns(self._number)
+        return replica.now_ns if parked_ns is None else parked_ns
+
+    @property
+    def state(self) -> Record:
+        """The loop's record of this replica."""
+        return self._replica.state
 
     @property
     def requests_in_system(self) -> int:

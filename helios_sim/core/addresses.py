@@ -1,0 +1,104 @@
+"""The tables of replicas as the compiled loop takes them: where they lie in memory.
+
+Numba takes as long to look at every array of a call as an iteration takes. So it gets one array of addresses and makes
+the others from it, all of the types that the code was compiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from operator import is_
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.core.layout import IntArray, Tables
+from helios_sim.core.native import arrays_of
+
+_DIMENSIONS = 5  # most that an array has
+
+
+class Compiled(Protocol):
+    def require_types(self, tables: Tables, arrays: Sequence[NDArray[Any]]) -> None:
+        """TypeError where the compiled code reads others."""
+        ...
+
+
+class Replicas:
+    """The tables of R replicas, as `raw`: themselves where the loop is interpreted, else (R, arrays, 1 + dimensions)
+    address and shape of each array."""
+
+    def __init__(self, n: int, machine: Compiled | None) -> None:
+        self._machine = machine
+        self._tables: list[Tables | None] = [None] * n
+        self._addresses: IntArray | None = None
+
+    @property
+    def raw(self) -> Any:
+        return self._tables if self._machine is None else self._addresses
+
+    def put(self, number: int, tables: Tables) -> None:
+        """The loop reads these arrays from now on, until others are put in their place."""
+        known = self._tables[number]
+        if self._machine is None or (known is not None and all(map(is_, known, tables))):
+            self._tables[number] = tables
+            return
+        arrays = [array for field in tables for array in arrays_of(field)]
+        self._machine.require_types(tables, arrays)
+        if self._addresses is None:
+            self._addresses = np.zeros((len(self._tables), len(arrays), 1 + _DIMENSIONS), np.int64)
+        self._tables[number] = tables
+        for row, array in zip(self._addresses[number], arrays, strict=True):
+            row[0] = array.__array_interface__["data"][0]
+            row[1 : 1 + array.ndim] = array.shape
+
+
+def register(tables: Tables) -> None:
+    """Lets compiled code make a replica's tables, all of these types, from their addresses."""
+    numba, extending = import_module("numba"), import_module("numba.extending")
+    cgutils, arrays = import_module("numba.core.cgutils"), import_module("numba.np.arrayobj")
+    route = import_module("helios_sim.core.route")
+    types = numba.types
+
+    def writable(kind: Any) -> Any:
+        if isinstance(kind, types.Array):
+            return types.Array(kind.dtype, kind.ndim, "C")
+        return types.BaseTuple.from_types([writable(each) for each in kind.types], kind.instance_class)
+
+    made = writable(numba.typeof(tables))
+
+    def read(context: Any, replicas: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            numbers = arrays.make_array(signature.args[0])(context, builder, args[0])
+            per_replica = builder.udiv(numbers.nitems, cgutils.unpack_tuple(builder, numbers.shape)[0])
+            start = builder.gep(numbers.data, [builder.mul(args[1], per_replica)])
+            place = 0
+
+            def number_at(offset: int) -> Any:
+                return builder.load(builder.gep(start, [context.get_constant(types.intp, offset)]))
+
+            def build(kind: Any) -> Any:
+                nonlocal place
+                if isinstance(kind, types.BaseTuple):
+                    return context.make_tuple(builder, kind, [build(each) for each in kind.types])
+                item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+                shape = [number_at(place + 1 + axis) for axis in range(kind.ndim)]
+                strides = [item]
+                for length in reversed(shape[1:]):
+                    strides.insert(0, builder.mul(strides[0], length))
+                array = arrays.make_array(kind)(context, builder)
+                data = builder.inttoptr(number_at(place), array.data.type)
+                packed = [cgutils.pack_array(builder, each) for each in (shape, strides)]
+                arrays.populate_array(array, data, *packed, item, None)
+                place += 1 + _DIMENSIONS
+                return array._getvalue()
+
+            return build(signature.return_type)
+
+        return made(replicas, types.intp), generate
+
+    intrinsic: Any = extending.intrinsic(read)
+    made_from = extending.overload(route.tables_of, jit_options={"_nrt": False, "forceinline": True})
+    made_from(lambda replicas, number: lambda replicas, number: intrinsic(replicas, number))

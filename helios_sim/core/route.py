@@ -1,0 +1,140 @@
+"""Several replicas and the requests between them: which replica each goes to, and how far the others may run meanwhile.
+
+A router counts the requests in each replica when one arrives. So all replicas are brought up to an arrival, the request
+joins the line of one of them, and they run on up to the next arrival. A replica that needs more than the loop (its
+policy is to be asked, its results are to be handed over) stops, and the caller goes on with it on the clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from helios_sim.core.advance import advance, wakes
+from helios_sim.core.arrive import arrive, take_arrivals
+from helios_sim.core.layout import FOREVER_NS, HORIZON, IDLE, NEVER, RUNNING, WAITING, Kind, Numbers, Record, Table
+
+ROUND_ROBIN, LEAST_LOADED, POWER_OF_TWO, BY_TASK = range(4)
+# Why `route` returns.
+(
+    DONE,  # every request is routed, and the replicas are brought up to `until_ns`
+    STOPPED,  # replicas have stopped, each for a reason of its own
+    CLOCK,  # something else is on the clock before the next arrival
+    SUBMIT,  # the next request goes to a replica that does not run ahead
+    ROOM,  # the next request goes to a replica whose tables are full
+) = range(5)
+
+FRONT = Kind.of(
+    "FrontRow",
+    (
+        "router",
+        "next", "known",  # request, and how many there are
+        "routed_before",  # requests of earlier blocks
+        "clock_ns",  # now
+        "event_ns",  # the next on the clock
+        "until_ns",  # after the last request; NEVER: that is all
+        "first", "end",  # the replicas that may be brought up
+        "chosen",
+    ),
+)  # fmt: skip
+
+
+def tables_of(replicas: Any, number: int) -> Any:
+    """The `Tables` of a replica. Compiled, `replicas` are their addresses (`machine`)."""
+    return replicas[number]
+
+
+def route(
+    replicas: Any,
+    fronts: Table,
+    arrivals_ns: Numbers,
+    tasks: Numbers,
+    pairs: Numbers,
+    homes: Numbers,
+    ahead: Numbers,
+    due_ns: Numbers,
+    inside: Numbers,
+    stops: Numbers,
+) -> int:
+    """Routes requests (n,) one after the other, and brings the replicas up to each arrival and at last to `until_ns`.
+
+    Of R replicas: `ahead` says which ones run ahead of the clock, `due_ns` up to when nothing happens in them, `inside`
+    how many requests they have, `stops` why they have stopped. `pairs` (n, 2) and `homes` (tasks, R) are the routers'.
+    """
+    f = fronts[0]
+    while True:
+        last = f.next == f.known
+        if last and f.until_ns == NEVER:
+            return DONE
+        up_to_ns = f.until_ns if last else arrivals_ns[f.next]
+        if not last and up_to_ns > f.clock_ns and f.event_ns <= up_to_ns:
+            return CLOCK
+        stopped = False
+        for i in range(f.first, f.end):
+            if ahead[i] and due_ns[i] < up_to_ns:
+                t = tables_of(replicas, i)
+                stop = advance(t, up_to_ns)
+                s = t.states[0]
+                inside[i], stops[i] = s.in_system, stop
+                if stop == HORIZON or (stop == IDLE and s.routed):
+                    due_ns[i] = s.end_ns if s.phase == RUNNING else up_to_ns - 1
+                else:
+                    ahead[i], stopped = 0, True
+        if stopped:
+            return STOPPED
+        if last:
+            return DONE
+        i = choose(f.router, f.routed_before + f.next, tasks[f.next], pairs, f.next, homes, inside)
+        f.chosen = i
+        if not ahead[i]:
+            return SUBMIT
+        t = tables_of(replicas, i)
+        s = t.states[0]
+        row = s.known - s.first_row
+        if row == len(t.arrivals) or s.waiting + len(t.requests) + 2 > len(t.line.key) or s.free == 0:
+            return ROOM
+        t.arrivals[row] = t.coming[f.next]
+        t.tokens[row] = t.coming_tokens[f.next]
+        s.known += 1
+        _join(s, t, up_to_ns)
+        inside[i] = s.in_system
+        if s.phase == WAITING and s.wake_ns != NEVER:
+            due_ns[i] = s.wake_ns
+        f.next += 1
+
+
+def choose(router: int, number: int, task: int, pairs: Numbers, row: int, homes: Numbers, inside: Numbers) -> int:
+    """The replica of a request, which is the `number`-th of all.
+
+    By the requests in each replica: the one with the fewest, of two drawn at random the one with fewer (`pairs[row]`),
+    or the one with the fewest among those meant for its task. Of equals the first.
+    """
+    n = len(inside)
+    if n == 1:
+        return 0
+    if router == ROUND_ROBIN:
+        return number % n
+    if router == POWER_OF_TWO:
+        one, other = pairs[row, 0], pairs[row, 1]
+        return other if inside[other] < inside[one] else one
+    found, least = NEVER, FOREVER_NS
+    if router == BY_TASK:
+        for place in range(homes.shape[1]):
+            i = homes[task, place]
+            if i != NEVER and inside[i] < least:
+                found, least = i, inside[i]
+        return found
+    for i in range(n):
+        if inside[i] < least:
+            found, least = i, inside[i]
+    return found
+
+
+def _join(s: Record, t: Any, now_ns: int) -> None:
+    """The request that has just become known arrives; an idle server may wake."""
+    if s.phase != WAITING:
+        take_arrivals(s, t.rules[0], t.requests, t.lists, t.line, t.arrivals, t.tokens, now_ns)
+        return
+    awake = wakes(s, t.rules[0], t.watch)
+    rejected = arrive(s, t.rules[0], t.requests, t.lists, t.line, t.arrivals, t.tokens, now_ns)
+    if awake and not rejected and s.wake_ns == NEVER:
+        s.wake_ns = now_ns
