@@ -147,7 +147,7 @@ def serve(
         if live is not None:
             return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left))
         server = Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
-        if not pictures:
+        if not pictures or number:  # pictures show the first replica
             server.keep_few_samples()
         return server
 
