@@ -66,8 +66,6 @@ def route(
         if last and f.until_ns == NEVER:
             return DONE
         up_to_ns = f.until_ns if last else arrivals_ns[f.next]
-        if not last and up_to_ns > f.clock_ns and f.event_ns <= up_to_ns:
-            return CLOCK
         stopped = False
         for i in range(f.first, f.end):
             if ahead[i] and due_ns[i] < up_to_ns:
@@ -83,6 +81,8 @@ def route(
             return STOPPED
         if last:
             return DONE
+        if up_to_ns > f.clock_ns and f.event_ns <= up_to_ns:
+            return CLOCK
         i = choose(f.router, f.routed_before + f.next, tasks[f.next], pairs, f.next, homes, inside)
         f.chosen = i
         if not ahead[i]:
@@ -90,7 +90,7 @@ def route(
         t = tables_of(replicas, i)
         s = t.states[0]
         row = s.known - s.first_row
-        if row == len(t.arrivals) or s.waiting + len(t.requests) + 2 > len(t.line.key) or s.free == 0:
+        if row == len(t.arrivals) or s.waiting + len(t.requests) >= len(t.line.key) or s.free == 0:
             return ROOM
         t.arrivals[row] = t.coming[f.next]
         t.tokens[row] = t.coming_tokens[f.next]
