@@ -47,7 +47,7 @@ def run(folder: Path, cache: Path, **variables: str) -> Ran:
 
 def flip(folder: Path) -> None:
     """One bit in the middle of the loop's code."""
-    code = folder / "advance.o"
+    code = folder / "route.o"
     content = bytearray(code.read_bytes())
     content[len(content) // 2] ^= 1
     code.write_bytes(content)

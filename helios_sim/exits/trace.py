@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -87,7 +86,7 @@ class ExitTrace:
         recorded = {
             c: self._column(MEASURES[c].column, values, np.float32, wide) for c, values in self.confidences.items()
         }
-        self._set("confidences", MappingProxyType(recorded))
+        self._set("confidences", recorded)
         self._check_columns()
         self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
         self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
