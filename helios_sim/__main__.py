@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message, or stopped; 2: a gate failed."""
     command = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _run(command)
+        status = _run(command)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a page left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # before any study has begun
         from helios_sim.interrupt import leave_by_status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,23 +49,24 @@ def run_command(command: list[str]) -> int:
     def study(settings: DictConfig) -> None:
         nonlocal status, started
         from helios_sim.study.command import run_study
+        from helios_sim.study.effects import check_effect
 
         started = True
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         try:
             check_choices(settings, run.runtime.choices, command)
+            config = to_config(settings, command)
+            check_effect(config, run.overrides.task)
             run_it = run_study
-            kind = kind_of(settings)
+            kind = kind_of(config)
             if kind == FIDELITY:
                 from helios_sim.validate.command import run_fidelity as run_it
             elif kind == FIDELITY_LIVE:
                 from helios_sim.validate.command import run_fidelity_live as run_it
             elif kind == DESIGNS:
                 from helios_sim.study.sweep import run_sweep as run_it
-            else:
-                _check_no_sweep(command)
-            status = max(status, run_it(to_config(settings, command), folder))
+            status = max(status, run_it(config, folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
             status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
@@ -73,6 +75,7 @@ def run_command(command: list[str]) -> int:
     try:
         command = in_full(in_order(command))
         check_flags(command)
+        logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
         register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
@@ -84,6 +87,8 @@ def run_command(command: list[str]) -> int:
         return _fail(in_words(error, command))
     except yaml.YAMLError as error:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
+    except BrokenPipeError:  # see __main__
+        raise
     except (OSError, ValueError, AssertionError) as error:
         if started:
             raise  # a defect of ours
@@ -114,15 +119,6 @@ def _composed_once(command: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         setattr(Hydra, "get_mode", read)  # noqa: B010
-
-
-def _check_no_sweep(arguments: Sequence[str]) -> None:
-    """UserError for settings of a sweep where no parameter is to be varied: they would do nothing."""
-    for argument in arguments:
-        key, equals, value = argument.lstrip("+").partition("=")
-        if equals and key.startswith("sweep."):
-            fix = "choose +experiment=sweep_helios, or add '+sweep.parameters={NAME: {settings: [...], values: [...]}}'"
-            raise UserError(key, value, "does nothing: this study has no sweep.parameters", fix)
 
 
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:

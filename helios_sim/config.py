@@ -23,8 +23,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.live.checkpoint.known import SHORT_NAMES
+from helios_sim.study.effects import check_effect
 from helios_sim.study.schema import Config
-from helios_sim.vary.settings import closest, kind_in_words, known_settings
+from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting
+from helios_sim.words import check_files, readable, unreadable
 
 OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
@@ -42,7 +44,10 @@ def register() -> None:
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves."""
+    """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves.
+
+    UserError for words, or files in folders of settings, that would run code.
+    """
     found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -51,7 +56,8 @@ def in_full(arguments: Sequence[str]) -> list[str]:
         elif equals and key == "device":
             argument = f"live.device={value}"
         found.append(argument)
-    return found
+    check_files(found)
+    return readable(found, known_settings(Config))
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
@@ -71,11 +77,12 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
 
     Raises UserError for a name, a key or a value that does not exist.
     """
+    folder = [] if config_dir is None else ["--config-dir", str(config_dir)]
     command = in_full(in_order([f"+experiment={experiment}", *words]))
     flags = [word for word in command if word.startswith("-")]
     if flags:
         raise UserError("argument", flags[0], "only settings, key=value", "leave it out")
-    folder = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    check_files(folder)
     check_flags([*command, *folder])
     register()
     own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
@@ -86,13 +93,15 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
         with open_dict(settings):
             del settings["hydra"]
         check_choices(settings, choices, command)
+        config = to_config(settings, command)
     except (HydraException, OmegaConfBaseException) as error:
         raise in_words(error, command) from error
     except yaml.YAMLError as error:
         raise UserError(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
         ) from error
-    return to_config(settings, command)
+    check_effect(config, command)
+    return config
 
 
 def kind_of(settings: DictConfig | Config) -> str:
@@ -120,6 +129,9 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
     try:
+        name = unknown_setting(Config, OmegaConf.to_container(settings))
+        if name is not None:
+            raise _wrong(name, OmegaConf.select(settings, name), "", arguments)
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
         raise in_words(error, arguments) from error
@@ -139,9 +151,6 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Error merging override (\S+?)=(.*)", text):
         return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments, schema)
-    if found := re.search(r"Error parsing override '(.*?)'\s+(.*)", text):
-        fix = "write key=value; put quotes around the whole if the value holds spaces, commas, braces or colons"
-        return UserError("argument", found[1], f"cannot be read: {_shorter(found[2])}", fix)
     if found := re.search(r"Interpolation key '(.*)' not found", text):
         place = next((a.split("=")[0] for a in arguments if "${" + found[1] + "}" in a), "settings")
         return UserError(place, "${" + found[1] + "}", "no such setting to copy", f"correct it; {PRINT_ALL}")
@@ -153,6 +162,8 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         if file := re.search(r"In '([^']+)'", text):
             wrong = wrong.about(f"{file[1]}: {key}")
         return wrong
+    if (wrong_word := unreadable(arguments)) is not None:
+        return wrong_word
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return UserError("settings", " ".join(arguments), first.rstrip("."), f"correct it; {PRINT_ALL}")
 
@@ -238,8 +249,3 @@ def _settings_in(file: Path) -> list[str]:
             folder = Path(conf_folder()) if name.startswith("/") else file.parent
             found |= dict.fromkeys(_settings_in(folder / f"{name.removeprefix('/')}.yaml"))
     return list(found)
-
-
-def _shorter(reason: str) -> str:
-    """A parser's complaint without the list of all its tokens."""
-    return re.sub(r" expecting \{.*", "", reason.split("\n")[0])

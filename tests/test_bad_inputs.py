@@ -43,7 +43,7 @@ SETTINGS = [
     ("+cluster.kinds.big.policy=full_depth +cluster.kinds.big.model=gpt-5", ["cluster.kinds.big", "gpt-5"]),
     ("cluster.magic=1", ["cluster.magic='1'", "no such setting"]),
     ("+cluster.tasks.gsm8k=big", ["cluster.tasks", "server.router=by_task"]),
-    ("server.block_tokens=0", ["server.block_tokens=0", "at least 1"]),
+    ("server.block_tokens=0", ["server.block_tokens=0", "from 1 to"]),
     ("server.memory_utilisation=1.5", ["server.memory_utilisation=1.5", "at most 1"]),
     ("server.memory_utilisation=0.05", ["arms.full_depth_opt-1.3b", "server.memory_utilisation"]),
     ("exits.source=nowhere", ["exits.source='nowhere'", "published"]),

@@ -1,4 +1,4 @@
-"""A user's own policy from a module outside the project. Knows how to find and check it, not what it does."""
+"""A user's own policy from a module outside the project: finding it, and checking what it answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.policy.telemetry import Policy
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.telemetry import Policy, Situation, Telemetry
+from helios_sim.policy.trigger import Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,27 @@ def load_custom(parameters: CustomParameters) -> Policy:
     if missing:
         allowed = "a policy has start(situation) and decide(cause, telemetry)"
         raise _error(parameters.object, allowed, f"add {' and '.join(missing)} to {name}")
-    return made  # type: ignore[no-any-return]
+    return _Checked(made, parameters.object)
+
+
+class _Checked:
+    """A user's policy with its answers checked: UserError for anything but what the server can carry out."""
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self._policy, self._name = policy, name
+
+    def start(self, situation: Situation) -> Deployment:
+        return self._checked("start", self._policy.start(situation))
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        found = self._policy.decide(cause, telemetry)
+        return None if found is None else self._checked("decide", found)
+
+    def _checked(self, method: str, found: object) -> Deployment:
+        if not isinstance(found, Deployment):
+            allowed = f"{method}() returned {found!r}; start() returns a Deployment, decide() a Deployment or None"
+            raise _error(self._name, allowed, f"return one from {method}()")
+        return found
 
 
 def _error(value: object, allowed: str, fix: str) -> UserError:

@@ -24,6 +24,7 @@ from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.spec import Runtime, preset
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile
 from helios_sim.provenance import ProvenanceClass
+from helios_sim.study.limits import check_times
 from helios_sim.study.schema import Config
 from helios_sim.study.workload import Foresight, build_workload, choose, expected_load
 from helios_sim.workload import (
@@ -83,6 +84,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
             "server.order", "priority", "requests that carry priorities: here all would be alike",
             "set workload.mix.priorities, or take a trace in its own order that has a column priority",
         )  # fmt: skip
+    check_times(workload, models, situation)
     return Parts(workload, models, situation)
 
 

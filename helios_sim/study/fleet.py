@@ -24,6 +24,7 @@ from helios_sim.profile.spec import HardwareSpec
 from helios_sim.routing import Router, Routing
 from helios_sim.study.build import Parts, build, confidence, objective_of, policy_of, threshold
 from helios_sim.study.inputs import made_of
+from helios_sim.study.limits import check_host_costs, check_size
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
 from helios_sim.study.workload import choose, expected_load, task_names
 
@@ -88,6 +89,8 @@ def build_fleet(config: Config, seed: int) -> Fleet:
     """UserError where a setting of the study or of a kind cannot be."""
     router = choose(Router, "server.router", config.server.router)
     plans = _plans(config)
+    check_size(config, plans[-1].numbers.stop)
+    check_host_costs(config)
     if router is not Router.BY_TASK:
         if config.cluster.tasks:
             allowed = "only by_task sends tasks to kinds"

@@ -14,6 +14,7 @@ import simpy
 import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.errors import UserError
 from helios_sim.profile.spec import Basis, RuntimeConfig
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
@@ -37,6 +38,7 @@ from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
 if TYPE_CHECKING:
     from helios_sim.study.live import LiveRun
 
+ROOFLINE = 1.001  # sums over iterations are rounded to nanoseconds
 WORTH_COMPILING = 30_000  # requests: compiling takes some 20 s, and 300 of the quickstart's are 0.2 s quicker with it
 
 
@@ -175,7 +177,7 @@ def open_live(config: Config, parts: Parts, seed: int) -> LiveRun:
 
 
 def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, MetricValue]:
-    """The metrics that the job's settings ask for."""
+    """The metrics that the job's settings ask for. UserError where iterations are quicker than the card can be."""
     cards = []
     for kind in fleet.kinds:
         idle_w, tdp_w = kind.card.idle_w, kind.card.tdp_w
@@ -184,7 +186,12 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
-    return compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions)
+    metrics = compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions)
+    share = metrics["roofline_fraction"]
+    if job.config.mode == SIMULATE and isinstance(share, float) and share > ROOFLINE:
+        allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"
+        raise UserError("profile", fleet.kinds[0].card.name, allowed, "correct the profile, or profile_time_factor")
+    return metrics
 
 
 def replicas_of(fleet: Fleet, records: Records, run: Run) -> tuple[ReplicaFigures, ...]:

@@ -100,7 +100,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
-            require(getattr(self, key) >= 1, f"server.{key}", getattr(self, key), "at least 1")
+            require(1 <= getattr(self, key) < 2**31, f"server.{key}", getattr(self, key), "from 1 to 2^31 - 1")
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         require_one_of("server.order", self.order, ORDERS)
@@ -260,8 +260,8 @@ class Config:
         require(bool(self.models), "models", self.models, "at least one model")
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
         require(bool(self.seeds), "seeds", self.seeds, "at least one seed")
-        seeds_ok = all(seed >= 0 for seed in self.seeds) and len(set(self.seeds)) == len(self.seeds)
-        require(seeds_ok, "seeds", self.seeds, "different whole numbers of 0 or more")
+        seeds_ok = all(0 <= seed < 2**63 for seed in self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        require(seeds_ok, "seeds", self.seeds, "different whole numbers from 0 to 2^63 - 1")
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
         prompts = self.profile_prompt_time_factor

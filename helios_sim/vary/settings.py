@@ -50,6 +50,22 @@ def known_settings(schema: type) -> dict[str, Any]:
     return found
 
 
+def unknown_setting(schema: Any, values: Any, path: str = "") -> str | None:
+    """The path of the first key of these plain values that the schema does not have; None where it has all."""
+    if is_dataclass(schema) and isinstance(values, Mapping):
+        hints = _hints(typing.cast(Any, schema))
+        for key, value in values.items():
+            below = f"{path}.{key}" if path else str(key)
+            found = below if key not in hints else unknown_setting(hints[str(key)], value, below)
+            if found is not None:
+                return found
+    parts = typing.get_args(schema)
+    if parts and is_dataclass(parts[-1]) and isinstance(values, Mapping | list):  # of several groups alike
+        entries = values.items() if isinstance(values, Mapping) else enumerate(values)
+        return next(filter(None, (unknown_setting(parts[-1], v, f"{path}.{k}") for k, v in entries)), None)
+    return None
+
+
 def kind_in_words(hint: Any) -> str:
     """A type as messages name it."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

@@ -1,0 +1,102 @@
+"""Which settings count under which others: one that a user gives although it would do nothing is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from helios_sim.errors import UserError
+from helios_sim.study.modes import LIVE
+from helios_sim.study.schema import Config, LengthConfig
+
+DRIFTS = ("step", "linear", "periodic")
+_Counts = Callable[[Config], bool]
+
+
+def _is_live(c: Config) -> bool:
+    return c.mode == LIVE or bool(c.fidelity_live.loads)
+
+
+def _arrivals(*kinds: str) -> tuple[_Counts, str]:
+    return lambda c: c.workload.arrivals.kind in kinds, f"only with workload.arrivals.kind={' or '.join(kinds)}"
+
+
+def _drift(*kinds: str) -> tuple[_Counts, str]:
+    return lambda c: c.workload.mix.drift in kinds, f"only with workload.mix.drift={' or '.join(kinds)}"
+
+
+def _length(of: str, counts: Callable[[LengthConfig], bool], text: str) -> tuple[_Counts, str]:
+    def holds(c: Config) -> bool:
+        return c.workload.lengths.kind == "drawn" and counts(getattr(c.workload.lengths, of))
+
+    return holds, f"only with workload.lengths.kind=drawn and {text}"
+
+
+def _lengths(of: str) -> dict[str, tuple[_Counts, str]]:
+    path = f"workload.lengths.{of}"
+    by_percentiles = "a lognormal without p50"
+    return {
+        f"{path}.kind": _length(of, lambda c: True, "nothing else"),
+        f"{path}.value": _length(of, lambda c: c.kind == "fixed", f"{path}.kind=fixed"),
+        f"{path}.mean": _length(
+            of, lambda c: c.kind == "exponential" or (c.kind == "lognormal" and c.p50 is None and c.median is None),
+            "an exponential, or a lognormal without p50 and median",
+        ),
+        f"{path}.sigma": _length(of, lambda c: c.kind == "lognormal" and c.p50 is None, by_percentiles),
+        f"{path}.median": _length(of, lambda c: c.kind == "lognormal" and c.p50 is None, by_percentiles),
+        f"{path}.p50": _length(of, lambda c: c.kind == "lognormal", f"{path}.kind=lognormal"),
+        f"{path}.p95": _length(of, lambda c: c.kind == "lognormal" and c.p50 is not None, "a lognormal with p50"),
+        f"{path}.minimum": _length(of, lambda c: c.kind != "fixed", f"{path}.kind other than fixed"),
+        f"{path}.maximum": _length(of, lambda c: c.kind != "fixed", f"{path}.kind other than fixed"),
+    }  # fmt: skip
+
+
+# By setting, or group of settings: where it counts, and how a message says that. Others always do.
+COUNTS: Mapping[str, tuple[_Counts, str]] = {
+    "live": (_is_live, "only with mode=live"),
+    "fidelity": (lambda c: c.fidelity.compare or c.fidelity.folder is not None, "only with fidelity.folder"),
+    "fidelity_live": (lambda c: bool(c.fidelity_live.loads), "only with fidelity_live.loads"),
+    "sweep": (lambda c: bool(c.sweep.parameters), "only with sweep.parameters: +experiment=sweep_helios has some"),
+    "sweep.sampler": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
+    "sweep.seed": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
+    "sweep.designs": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
+    "sweep.generation": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
+    "sweep.address": (lambda c: c.sweep.backend == "ray", "only with sweep.backend=ray"),
+    "sweep.workers": (lambda c: c.sweep.backend != "serial", "only with sweep.backend=processes or ray"),
+    "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
+    "workload.arrivals.cv": _arrivals("gamma"),
+    "workload.arrivals.users": _arrivals("closed_loop"),
+    "workload.arrivals.trace": _arrivals("trace"),
+    "workload.arrivals.rate_scale": _arrivals("trace"),
+    **_lengths("prompt"),
+    **_lengths("output"),
+    "workload.lengths.trace": (lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace"),
+    "workload.lengths.resample": (
+        lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace",
+    ),
+    "workload.mix.drift": (
+        lambda c: bool(c.workload.mix.after) or c.workload.mix.drift not in DRIFTS, "only with workload.mix.after",
+    ),
+    "workload.mix.after": _drift(*DRIFTS),
+    "workload.mix.at": _drift("step"),
+    "workload.mix.start": _drift("linear"),
+    "workload.mix.end": _drift("linear"),
+    "workload.mix.period": _drift("periodic"),
+    "workload.mix.per": _drift(*DRIFTS),
+    "workload.mix.priorities": (lambda c: c.server.order == "priority", "only with server.order=priority"),
+    "exits.parameters": (lambda c: c.exits.source == "published", "only with exits.source=published"),
+    "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),
+}  # fmt: skip
+
+
+def check_effect(config: Config, words: Sequence[str]) -> None:
+    """UserError for a word of the command line that sets what does not count under the study's other settings."""
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+")
+        parts = name.split(".")
+        if not equals or name.startswith("~") or value in ("null", ""):
+            continue
+        for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
+            counts, where = COUNTS.get(above, (None, ""))
+            if counts is not None and not counts(config):
+                raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")

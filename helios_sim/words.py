@@ -1,0 +1,153 @@
+"""Settings as users write them: words of the command line, and YAML files of their own, before Hydra reads them.
+
+What could run code, read the environment or fill the memory is refused: `_target_`, resolvers, files that are too long,
+too deep, or grow without bound by their anchors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from helios_sim.errors import UserError
+from helios_sim.untrusted import read_bytes
+
+HYDRAS = tuple(f.name for f in fields(HydraConf))
+MOST_BYTES = 1 << 18  # of a YAML file
+MOST_VALUES = 100_000  # of a YAML file, anchors written out
+TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "live.weights.", "live.heads.")  # settings that are texts, or begin so
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+_OF_HYDRA = ("now", "hydra")  # resolvers that name output folders
+_FIX = "correct the file, or take it out of that folder"
+
+
+def readable(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """The words with quotes around texts that Hydra could not read, such as paths with = , ( [ ' # or umlauts.
+
+    `kinds`: types of settings by path. UserError for a word that would run code.
+    """
+    several = any(word in ("-m", "--multirun") for word in arguments)
+    found = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+~").partition("@")[0]
+        if not word.startswith("-") and equals:
+            _check_word(name, value)
+            if name.startswith("hydra.") and name.split(".")[1] not in HYDRAS:
+                raise UserError(name, value, "no such setting of Hydra", "--cfg hydra prints all of them")
+            if _is_text(name, kinds) and not _is_read(word, several):
+                word = f"{key}={_quoted(value)}"
+        found.append(word)
+    return found
+
+
+def unreadable(arguments: Iterable[str]) -> UserError | None:
+    """The first word that Hydra's parser does not take, in our words."""
+    for word in arguments:
+        if not word.startswith("-") and "=" in word:
+            try:
+                OverridesParser.create().parse_override(word)
+            except (HydraException, RecursionError) as error:
+                reason = re.sub(r" expecting \{.*", "", str(error).split("\n")[0])
+                fix = "write key=value; put quotes around a value that holds spaces, commas, braces or colons"
+                return UserError("argument", word, f"cannot be read: {reason}", fix)
+    return None
+
+
+def check_files(arguments: Sequence[str]) -> None:
+    """UserError where a YAML file in one of the user's folders of settings could run code or fill the memory."""
+    apart = [value for flag, value in pairwise(arguments) if flag in ("--config-dir", "-cd", "--config-path", "-cp")]
+    joined = [word.partition("=")[2] for word in arguments if word.startswith(("--config-dir=", "--config-path="))]
+    listed = [word for word in arguments if word.lstrip("+").startswith("hydra.searchpath=")]
+    searched = [place for word in listed for place in re.findall(r"file://([^'\",\]]+)", word)]
+    for folder in map(Path, (*apart, *joined, *searched)):
+        if folder.is_dir():
+            for file in sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml")):
+                check_file(file)
+
+
+def check_file(file: Path) -> None:
+    """As `check_files`; a file that is no valid YAML is left to Hydra, which says so where it is used."""
+    content = read_bytes(file, MOST_BYTES, _FIX)
+    try:
+        root = yaml.compose(content, Loader=yaml.SafeLoader)
+        size = 0 if root is None else _Looked(file).size(root, "")
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return
+    except RecursionError:
+        raise UserError(str(file), "nested too deeply", "settings, a few levels deep", _FIX) from None
+    if size > MOST_VALUES:
+        raise UserError(str(file), f"{size} values", f"at most {MOST_VALUES}, anchors written out", _FIX)
+
+
+class _Looked:
+    """Looks at every node of a file once."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._sizes: dict[int, int] = {}  # by node, with everything in it; 0 while it is not known
+
+    def size(self, node: yaml.Node, path: str) -> int:
+        known = self._sizes.get(id(node))
+        if known == 0:
+            raise UserError(str(self._file), path, "a file without anchors that contain themselves", _FIX)
+        if known is None:
+            self._sizes[id(node)] = 0
+            self._sizes[id(node)] = known = 1 + self._below(node, path)
+        return known
+
+    def _below(self, node: yaml.Node, path: str) -> int:
+        if isinstance(node, yaml.MappingNode):
+            return sum(self._entry(key, value, path) for key, value in node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return sum(self.size(item, path) for item in node.value)
+        self._check(path, node.value)
+        return 0
+
+    def _entry(self, key: yaml.Node, value: yaml.Node, path: str) -> int:
+        name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+        below = f"{path}.{name}" if path else name
+        self._check(below, "")
+        return self.size(value, below)
+
+    def _check(self, path: str, value: str) -> None:
+        try:
+            _check_word(path, value)
+        except UserError as error:
+            raise error.about(f"{self._file}: {error.key}") from None
+
+
+def _check_word(name: str, value: str) -> None:
+    if "_target_" in name or "_target_" in value:
+        raise UserError(name, value, "settings name no code to run", "leave _target_ out; a policy of your own is "
+                        "policy=custom policy.object=my_policy:MyPolicy")  # fmt: skip
+    for resolver in _RESOLVER.findall(value):
+        if not (resolver in _OF_HYDRA and name.startswith("hydra.")):
+            raise UserError(name, value, f"settings call no resolver, as ${{{resolver}:...}} does", "write the value")
+
+
+def _is_text(name: str, kinds: Mapping[str, Any]) -> bool:
+    kind = kinds.get(name)
+    return name.startswith(TEXTS) or kind is str or kind == (str | None)
+
+
+def _is_read(word: str, several: bool) -> bool:
+    try:
+        read = OverridesParser.create().parse_override(word)
+        return several or not read.is_sweep_override()
+    except (HydraException, RecursionError):
+        return False
+
+
+def _quoted(value: str) -> str:
+    """In quotes as Hydra reads them: backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), value) + "'"

@@ -1,0 +1,138 @@
+"""Words of the command line and files of settings: paths with any sign, nothing that runs code or does nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import CommandLine, write_study
+from helios_sim import UserError, simulate, study_config
+
+SMALL = ("policy=none", "workload.n_requests=5", "pictures=false")
+NAMES = ["a=b", "a,b", "a(b", "a[b", "a{b", "it's", "a#b", "aüb", 'a"b', "a\\b", "ends\\", "two words", "a:b", "~a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_with_any_sign_is_that_path(command: CommandLine, tmp_path: Path, name: str) -> None:
+    said = command(*write_study(tmp_path), f"hydra.run.dir={tmp_path}/{name}")
+    assert said.status == 0, said.err
+    assert (tmp_path / name / "summary.json").is_file()
+    said = command(*write_study(tmp_path), f"exits.source={tmp_path}/{name}", into="out")
+    assert f"exits.source={f'{tmp_path}/{name}'!r}" in said.err
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("+server.tensor_parallel=4", "server.tensor_parallel=4: no such setting"),
+        ("+foo=1", "foo=1: no such setting"),
+        ("+workload.foo.bar=1", "workload.foo="),
+        ("+hydra.foo=1", "hydra.foo='1': no such setting of Hydra"),
+        ("+sweep.parameters={a: {settings: [x], valuez: [1]}}", "sweep.parameters"),
+        ("+hydra.callbacks.x._target_=os.system", "settings name no code to run"),
+        ("title=${oc.env:HOME}", "settings call no resolver"),
+        ("arms.x={policy: helios", "cannot be read"),
+        ("workload.arrivals.users=4", "only with workload.arrivals.kind=closed_loop"),
+        ("live.seed=3", "only with mode=live"),
+        ("device=cuda", "only with mode=live"),
+        ("fidelity.kv_blocks=3", "only with fidelity.folder"),
+        ("sweep.designs=10", "only with sweep.parameters"),
+        ("seeds=[18446744073709551615]", "from 0 to 2^63 - 1"),
+        ("server.replicas=1000000000", "one run would take about 4,"),
+        ("workload.n_requests=1000000000000", "one run would take about 200,000 GB"),
+        ("server.max_running_requests=2000000000", "one run would take about 900 GB"),
+        ("server.max_batch_tokens=99999999999999999999999", "from 1 to 2^31 - 1"),
+        ("runtime.sync_s=1e8", "from 0 to 3600 seconds"),
+        ("runtime.host_overhead_s=1e13", "from 0 to 3600 seconds"),
+        ("profile_time_factor=1e13", "from 0.001 to 1000"),
+        ("profile_time_factor=0.01", "at most 1 of what the card can do"),
+    ],
+)
+def test_what_cannot_be_is_one_message(command: CommandLine, word: str, part: str) -> None:
+    said = command(*SMALL, word)
+    assert said.status == 1
+    assert said.out == ""
+    message = said.err.splitlines()[-1]
+    assert message.startswith("helios_sim: ")
+    assert part in message
+    assert "Traceback" not in said.err
+
+
+def test_times_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="all requests might take"):
+        simulate("quickstart", "policy=none", "workload.n_requests=1000000", "runtime.sync_s=3600")
+
+
+NESTED = "a: " + "[" * 5000 + "]" * 5000
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("hydra: {callbacks: {x: {_target_: os.system, command: touch exploded}}}", "settings name no code to run"),
+        ("title: ${oc.env:HOME}", "settings call no resolver"),
+        ("title: ${oc.decode:x}", "settings call no resolver"),
+        (BOMB, "at most 100000, anchors written out"),
+        (NESTED, "nested too deeply"),
+        ("a: &a [*a]", "anchors that contain themselves"),
+        ("a: &a {b: *a}", "anchors that contain themselves"),
+        ("x: " + "y" * 300_000, "at most 262144 bytes"),
+        ("a: [b", "valid YAML"),
+    ],
+    ids=["target", "environment", "decode", "bomb", "deep", "circle", "circle of mappings", "long", "invalid"],
+)
+def test_a_file_of_settings_that_could_do_harm(command: CommandLine, tmp_path: Path, text: str, part: str) -> None:
+    study = write_study(tmp_path, f"# @package _global_\n{text}\n")
+    said = command(*study, *SMALL)
+    assert said.status == 1
+    assert part in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(UserError, match=part[:20]):
+        study_config("mine", config_dir=tmp_path / "conf")
+
+
+@pytest.mark.parametrize("flags", [("--hydra-help",), ("--cfg", "job"), ("--info",), ("--help",), ("--version",)])
+def test_a_reader_who_leaves_is_no_error(repository: Path, flags: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "helios_sim", *flags], stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+    )  # fmt: skip
+    os.close(write)
+    assert "rror" not in done.stderr, done.stderr
+    assert done.returncode == 0
+
+
+WRONG = """
+class Nothing:
+    def start(self, situation): return None
+    def decide(self, cause, telemetry): return None
+class Number(Nothing):
+    def start(self, situation): return 3
+"""
+
+
+@pytest.mark.parametrize("name", ["Nothing", "Number"])
+def test_a_policy_that_answers_with_something_else(command, tmp_path, monkeypatch, name) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wrong_policy.py").write_text(WRONG)
+    said = command("workload.n_requests=5", "policy=custom", f"policy.object=wrong_policy:{name}")
+    assert said.status == 1
+    assert "start() returned" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_two_runs_at_once_have_folders_of_their_own(command: CommandLine, tmp_path: Path) -> None:
+    words = [*SMALL, "hydra.run.dir=outputs/${name}/${now:%Y-%m-%d_%H-%M-%S-%f}"]
+    assert words[-1].split("=", 1)[1] in (Path(__file__).parents[1] / "conf" / "config.yaml").read_text()
+    folders = {command(*words).out.split("output folder: ")[1].splitlines()[0] for _ in range(3)}
+    assert len(folders) == 3
