@@ -22,20 +22,10 @@ from calibrate.campaigns.land import page
 from calibrate.campaigns.plan import CampaignPlan
 from calibrate.inputs import Inputs
 from calibrate.measure.ceilings import Ceilings, median_ratio, over_floor
+from calibrate.progress import FILE as TRANSCRIPT, OnProgress, Progress, progress
 from calibrate.report.outputs import write_outputs
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from calibrate.stages import (
-    FILE as TRANSCRIPT,
-    Finished,
-    OnProgress,
-    Progress,
-    Stage,
-    StageOutcome,
-    StageStatus,
-    progress,
-    read_finished,
-    run_stages,
-)
+from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, read_finished, run_stages
 from calibrate.work import stages_of
 from helios_sim.errors import UserError
 from helios_sim.live.served import check_packages

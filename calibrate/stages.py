@@ -1,4 +1,4 @@
-"""Runs named stages in order of worth within a time budget, shows their progress, and resumes them.
+"""Runs named stages in order of worth within a time budget, and resumes them.
 
 OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
 there atomically, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes on
@@ -14,105 +14,24 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
-
+from calibrate.progress import OnProgress, Transcript, now
 from helios_sim.errors import UserError
 from helios_sim.interrupt import stop_if_asked
 from helios_sim.report import files
+from helios_sim.untrusted import Fields, read_json
 
-FILE, STAGES, RECORD = "transcript.jsonl", "stages", "stage.json"
+STAGES, RECORD = "stages", "stage.json"
 _SCRATCH, _LOCK = ".scratch", ".lock"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-_SAYS_ENOUGH = ("kept", "skipped", "failed", "outdated")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One event of a stage. `share`: how much of it is done, if known."""
-
-    stage: str
-    event: str  # started, going, done, kept, skipped, failed, outdated
-    text: str
-    share: float | None = None
-
-
-OnProgress = Callable[[Progress], None]
-
-
-class Transcript:
-    """Writes one line of JSON for each event of every call, next to the results."""
-
-    def __init__(self, folder: Path, on_progress: OnProgress) -> None:
-        self._path, self._on_progress = folder / FILE, on_progress
-
-    def note(self, stage: str, event: str, text: str, **more: Any) -> None:
-        """Write an event to the file and pass it on. Raises OSError if the file cannot be written."""
-        line = {"at": now(), "stage": stage, "event": event, "text": text, **more}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(files.to_json(line) + "\n")
-        self._on_progress(Progress(stage, event, text))
-
-    def going(self, stage: str, text: str, share: float | None = None) -> None:
-        """Pass on progress without writing it to the file."""
-        self._on_progress(Progress(stage, "going", text, share))
-
-    def defect(self, stage: str, error: Exception) -> str:
-        """Write a failure with its traceback. Returns it in one line."""
-        why = f"{type(error).__name__}: {error}"
-        self.note(stage, "failed", why, traceback="".join(traceback.format_exception(error)))
-        return why
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@contextmanager
-def progress(estimates_s: Mapping[str, float]) -> Iterator[OnProgress]:
-    """Show the progress of stages, given how long each is expected to take."""
-    if not sys.stderr.isatty():
-        yield _line
-        return
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=sum(estimates_s.values()), now="")
-        done = 0.0
-
-        def show(event: Progress) -> None:
-            nonlocal done
-            whole = estimates_s.get(event.stage, 0.0)
-            if event.event in _SAYS_ENOUGH:
-                bar.console.print(_words(event), highlight=False)
-            if event.event in ("done", "kept", "skipped", "failed"):
-                done += whole
-                bar.update(task, completed=done, description=event.stage, now="")
-            else:
-                at = done + whole * min(1.0, event.share or 0.0)
-                bar.update(task, completed=at, description=event.stage, now=event.text)
-
-        yield show
-
-
-def _line(event: Progress) -> None:
-    if event.event != "going":
-        print(_words(event), file=sys.stderr, flush=True)
-
-
-def _words(event: Progress) -> str:
-    return f"{event.stage}: {event.event}{', ' if event.text else ''}{event.text}"
 
 
 class CannotRun(Exception):
@@ -239,9 +158,29 @@ def in_order(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def read_finished(folder: Path) -> dict[str, Finished]:
-    """All complete stages in an output folder, with any settings."""
-    records = sorted((folder / STAGES).glob(f"*/{RECORD}"))
-    return {path.parent.name: _finished(path.parent, json.loads(path.read_text())) for path in records}
+    """All complete stages in an output folder, with any settings. A stage whose record is damaged is not complete."""
+    found = {}
+    for path in sorted((folder / STAGES).glob(f"*/{RECORD}")):
+        with suppress(UserError):
+            found[path.parent.name] = read_record(path)[0]
+    return found
+
+
+def read_record(path: Path) -> tuple[Finished, Mapping[str, str]]:
+    """The finished stage of a `stage.json`, and when the stages that it needs were finished.
+
+    Raises UserError for a damaged record.
+    """
+    fix = "remove the stage's folder: the stage is then measured anew"
+    record = read_json(path, fix)
+    fields = Fields(record, str(path), fix)
+    for name in ("settings", "result", "needs"):
+        if not isinstance(fields.value(name), dict):
+            raise fields.wrong(name, record[name], "values by name")
+    fields.text("stage", (path.parent.name,))
+    fields.text("finished_at")
+    fields.number("wall_s", 0, 1e9)
+    return _finished(path.parent, record), record["needs"]
 
 
 def _one(
@@ -316,9 +255,8 @@ def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dic
         if not path.is_file():
             continue
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            finished, needs = _finished(path.parent, record), record["needs"]
-        except (OSError, ValueError, KeyError, TypeError):
+            finished, needs = read_record(path)
+        except UserError:
             transcript.note(stage.name, "outdated", "its record cannot be read: it is measured anew")
             continue
         why = _changed(finished.settings, _plain(stage.settings))

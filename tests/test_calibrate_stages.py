@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.stages import Progress, Stage, StageRun, StageStatus, read_finished, run_stages
+from calibrate.progress import Progress
+from calibrate.stages import Stage, StageRun, StageStatus, read_finished, run_stages
 from helios_sim.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""Readers of weights and exit heads under mutants: each is read, or refused with one message, in time and memory."""
+"""Readers of weights, exit heads and archives under mutants: each is read or refused, in time and memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import Mutant, bad, campaign, gguf_files, head_folders, hub_folders
+from faults import Mutant, bad, campaign, campaign_archives, gguf_files, head_folders, hub_folders
 
 COUNT = 60  # `python -m faults.LOADER 1000` in this folder tries more
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", [gguf_files, hub_folders, head_folders])
+@pytest.mark.parametrize("loader", [gguf_files, hub_folders, head_folders, campaign_archives])
 def test_a_mutant_is_read_or_refused(loader, monkeypatch: pytest.MonkeyPatch) -> None:
     mutants: Callable[[int], Iterator[Mutant]] = loader.mutants
     read: Callable[[Path], None] = loader.read

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import replace
+from queue import Full
 
 import pytest
 import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
+from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
@@ -92,7 +95,7 @@ def test_a_cancelled_request_leaves_with_its_reason(running: bool) -> None:
         door.cancel(0 if running else 4)  # four run, the fifth waits
         if not running:
             door.cancel(0)
-        door.cancel(99)  # nobody's
+        door.cancel(99)  # no request has it
         time.sleep(0.03)
         door.send(request(9))
         door.close()
@@ -104,3 +107,57 @@ def test_a_cancelled_request_leaves_with_its_reason(running: bool) -> None:
     assert {records[number].drop_reason for number in gone} == {"cancelled"}
     assert 0 < records[0].output_tokens < 2000
     assert records[9].output_tokens == 5
+
+
+MALFORMED = [
+    None, "request", replace(request(1), prompt_chars=float("nan")), replace(request(1), task=99),
+    replace(request(1), output_chars=0), replace(request(1), prompt_chars=2**40), replace(request(1), text_start=None),
+    replace(request(1), request_id=-1), replace(request(1), output_chars=True), request(0),
+]  # fmt: skip
+
+
+def test_a_malformed_request_is_its_sender_s_and_the_run_goes_on() -> None:
+    refused = []
+
+    def client(door: Door, clock: WallClock) -> None:
+        door.send(request(0))
+        for wrong in MALFORMED:
+            try:
+                door.send(wrong)
+            except UserError as error:
+                refused.append(str(error))
+        door.send(request(2))
+        door.close()
+
+    records, _ = serve_outside(client)
+    assert len(refused) == len(MALFORMED)
+    assert sorted(records) == [0, 2]
+    assert all(record.status is Status.COMPLETED for record in records.values())
+
+
+def test_a_closed_door_says_so_and_closes_once() -> None:
+    said = []
+
+    def client(door: Door, clock: WallClock) -> None:
+        door.send(request(0))
+        door.close()
+        door.close()
+        for late in (lambda: door.send(request(1)), lambda: door.cancel(0)):
+            try:
+                late()
+            except UserError as error:
+                said.append(error.key)
+
+    records, _ = serve_outside(client)
+    assert sorted(records) == [0]
+    assert said == ["door", "door"]
+
+
+def test_the_queue_of_calls_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helios_sim.live.clock.MOST_CALLS", 10)
+    clock = WallClock()
+    for _ in range(10):
+        clock.call(lambda: None)
+    with pytest.raises(Full):
+        clock.call(lambda: None)
+    clock.call(lambda: None, always=True)

@@ -10,20 +10,25 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import tarfile
-import zlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.stages import RECORD, STAGES, now
+from calibrate.progress import now
+from calibrate.stages import RECORD, STAGES, read_finished
 from helios_sim.errors import UserError
 from helios_sim.report import files
+from helios_sim.untrusted import reading
 
 FORMAT, SCHEMA_VERSION = "helios-sim campaign", 1
 MANIFEST, SUFFIX = "manifest.json", ".tar.gz"
 MAX_BYTES = 16 << 20  # largest archive
+MAX_UNPACKED = 128 << 20
+_STAGE = re.compile(r"\w[\w.-]{0,200}")
 PASSING = {"scratch", "batches", "finished", ".hydra"}  # folders that a finished stage does not need any more
 _LEAVE_OUT = "leave it out (its stages are measured anew), or copy it again"
 
@@ -71,15 +76,18 @@ def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
         )
     missing = {name.split("/")[1] for name in manifest["left_out"]}
     found = [stage for stage in manifest["stages"] if stage not in missing]
-    for stage in found:
-        place = state / STAGES / stage
-        if (place / RECORD).is_file() and _finished_at(place / RECORD) >= json.loads(
-            content[f"{STAGES}/{stage}/{RECORD}"]
-        )["finished_at"]:
-            continue
+    with tempfile.TemporaryDirectory() as scratch:
         for name, data in content.items():
-            if name.startswith(f"{STAGES}/{stage}/"):
-                files.write_bytes(state / name, data)
+            files.write_bytes(Path(scratch) / name, data)
+        theirs, ours = read_finished(Path(scratch)), read_finished(state)
+        for stage in found:
+            if stage not in theirs:
+                raise UserError("resume", str(path), f"damaged: the record of {stage}", _LEAVE_OUT)
+        for stage in found:
+            if stage not in ours or ours[stage].finished_at < theirs[stage].finished_at:
+                for name, data in content.items():
+                    if name.startswith(f"{STAGES}/{stage}/"):
+                        files.write_bytes(state / name, data)
     return found
 
 
@@ -130,28 +138,46 @@ def _packed(
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the files, after checking every sha256."""
+    """The manifest and the files, after checking every name and sha256. At most `MAX_UNPACKED` bytes are unpacked."""
     content: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                file = archive.extractfile(member)
-                content[member.name] = b"" if file is None else file.read()
+    with reading("resume", str(path), "damaged, or no archive of a campaign", _LEAVE_OUT):
+        with gzip.open(path) as zipped:
+            limited: Any = _Limited(zipped, MAX_UNPACKED)
+            with tarfile.open(fileobj=limited, mode="r|") as archive:
+                for member in archive:
+                    file = archive.extractfile(member) if member.isreg() else None
+                    if file is None or member.name in content:
+                        raise ValueError(f"{member.name[:80]!r} stands there twice, or is no file")
+                    content[member.name] = file.read()
         manifest = json.loads(content.pop(MANIFEST))
-        wanted = manifest["files"]
-        known = (manifest["format"], manifest["schema_version"]) == (FORMAT, SCHEMA_VERSION)
-    except (OSError, tarfile.TarError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UserError("resume", str(path), f"damaged, or no archive of a campaign ({error})", _LEAVE_OUT) from error
-    if not known:
-        raise UserError("resume", str(path), f"this version reads version {SCHEMA_VERSION}", _LEAVE_OUT)
+        if (manifest["format"], manifest["schema_version"]) != (FORMAT, SCHEMA_VERSION):
+            raise UserError("resume", str(path), f"this version reads version {SCHEMA_VERSION}", _LEAVE_OUT)
+        wanted, stages, left_out = manifest["files"], manifest["stages"], manifest["left_out"]
+        for stage in stages:
+            if not _STAGE.fullmatch(stage):
+                raise ValueError(f"{stage[:80]!r} is no name of a stage")
+        for name in (*wanted, *left_out):
+            parts = name.split("/")
+            if parts[0] != STAGES or parts[1] not in stages or any(part in ("", ".", "..") for part in parts[2:]):
+                raise ValueError(f"{name[:80]!r} is no file of a stage")
+        campaign = manifest["campaign"]
+        if not isinstance(campaign, str) or not isinstance(wanted, dict) or not isinstance(left_out, list):
+            raise TypeError("its manifest is not one of a campaign")
     wrong = [name for name, digest in wanted.items() if hashlib.sha256(content.get(name, b"")).hexdigest() != digest]
     if wrong or set(content) != set(wanted):
         raise UserError("resume", str(path), f"damaged: {(wrong or ['its list of files'])[0]}", _LEAVE_OUT)
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in content):
-        raise UserError("resume", str(path), "damaged: a name that leaves the archive's folder", _LEAVE_OUT)
     return manifest, content
 
 
-def _finished_at(record: Path) -> str:
-    found: str = json.loads(record.read_text(encoding="utf-8"))["finished_at"]
-    return found
+class _Limited:
+    """A stream that gives at most so many bytes, then an error."""
+
+    def __init__(self, file: gzip.GzipFile, most_bytes: int) -> None:
+        self._file, self._left = file, most_bytes
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        data = self._file.read(self._left + 1 if n_bytes < 0 else min(n_bytes, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED} bytes")
+        return data

@@ -21,12 +21,14 @@ from calibrate.measure.energy import measure_energy, why_absent
 from calibrate.measure.sampling import figure
 from helios_sim.errors import UserError
 from helios_sim.report.files import to_json
+from helios_sim.untrusted import read_bytes, reading
 
 REPEATS = 15
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 CHAIN = 200  # small kernels launched in a row
 SMALL = 256  # values that a small kernel works on
 _FIX = "record it anew"
+_MOST_BYTES = 64 << 20
 
 
 def measure_device(
@@ -199,15 +201,14 @@ class ReplayedDevice:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError("record", str(path), f"cannot be read: {error}", _FIX) from error
-        self._at = 0
-        facts = self._next("facts")
-        self.asynchronous: bool = facts.pop("asynchronous")
-        self.host_buffers: tuple[str, ...] = tuple(facts.pop("host_buffers"))
-        self.facts = DeviceFacts(**facts)
+        with reading("record", str(path), "cannot be read", _FIX):
+            lines = read_bytes(path, _MOST_BYTES, _FIX).decode().splitlines()
+            self._lines = [json.loads(line) for line in lines]
+            self._at = 0
+            facts = self._next("facts")
+            self.asynchronous: bool = facts.pop("asynchronous")
+            self.host_buffers: tuple[str, ...] = tuple(facts.pop("host_buffers"))
+            self.facts = DeviceFacts(**facts)
 
     @property
     def finished(self) -> bool:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, SimpleQueue
 from time import monotonic
 from types import FrameType
 from typing import Any, Protocol, Self
@@ -25,9 +25,12 @@ import simpy.rt
 from simpy.core import EmptySchedule, Infinity
 from simpy.events import Timeout
 
-from helios_sim.request import NS_PER_S, Request
+from helios_sim.errors import UserError
+from helios_sim.request import LONGEST, NS_PER_S, Request
 
 Call = Callable[[], None]
+MOST_CALLS = 100_000  # that may wait for the environment
+_LARGEST = 1 << 61
 
 
 class WallClock(simpy.rt.RealtimeEnvironment):
@@ -58,8 +61,13 @@ class WallClock(simpy.rt.RealtimeEnvironment):
             self.real_start += monotonic() - began_s
             self._stopped_s = None
 
-    def call(self, what: Call) -> None:
-        """Run `what` in the environment's thread, at the time of this call. May be called from any thread."""
+    def call(self, what: Call, always: bool = False) -> None:
+        """Run `what` in the environment's thread, at the time of this call. May be called from any thread.
+
+        Raises queue.Full if `MOST_CALLS` wait already, unless `always`.
+        """
+        if not always and self._calls.qsize() >= MOST_CALLS:
+            raise Full(f"{MOST_CALLS} calls wait for the server")
         self._calls.put((self.wall_ns, what))
 
     def open_door(self) -> None:
@@ -126,28 +134,67 @@ class Door:
     """Sends and cancels requests from other threads. The run does not end before the door is closed.
 
     Create it in the environment's thread (`simulate(..., outside=...)` passes the system); use it from any thread. A
-    request arrives, and a cancellation counts, at the time at which the method is called.
+    request arrives, and a cancellation counts, at the time at which the method is called. `tasks`: how many tasks the
+    workload has. What is wrong with a call is raised to its caller, and the run goes on.
     """
 
-    def __init__(self, clock: WallClock, system: DispatchTarget) -> None:
-        self._clock, self._system = clock, system
+    def __init__(self, clock: WallClock, system: DispatchTarget, tasks: int = 1) -> None:
+        self._clock, self._system, self._tasks = clock, system, tasks
+        self._lock, self._closed = threading.Lock(), False
+        self._sent: set[int] = set()
         clock.open_door()
 
     def send(self, request: Request) -> None:
-        """Dispatch a request that arrives now. Its number must be unique."""
-        self._clock.call(lambda: self._system.dispatch(replace(request, arrival_ns=int(self._clock.now))))
+        """Dispatch a request that arrives now.
+
+        Raises UserError for a malformed request, for a number that was sent before, and after `close`; queue.Full if
+        the server is too far behind.
+        """
+        self._check(request)
+        with self._lock:
+            self._require_open()
+            if request.request_id in self._sent:
+                raise UserError("request_id", request.request_id, "a number that was not sent before", "count on")
+            self._clock.call(lambda: self._system.dispatch(replace(request, arrival_ns=int(self._clock.now))))
+            self._sent.add(request.request_id)
 
     def cancel(self, request_id: int) -> None:
-        """Abort the request between two iterations, wherever it is. Does nothing if it has left already."""
+        """Abort the request between two iterations, wherever it is. Does nothing if it has left already.
+
+        Raises UserError after `close`.
+        """
 
         def everywhere() -> None:
             for server in self._system.servers:
                 server.cancel(request_id)
 
-        self._clock.call(everywhere)
+        with self._lock:
+            self._require_open()
+            self._clock.call(everywhere)
 
     def close(self) -> None:
-        self._clock.call(self._clock.close_door)
+        """End the calls. Only the first call counts."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._clock.call(self._clock.close_door, always=True)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UserError("door", "closed", "open: what is sent now would be lost", "send before close()")
+
+    def _check(self, request: Request) -> None:
+        """Raise UserError for a request that the server could not serve."""
+        if not isinstance(request, Request):
+            raise UserError("request", type(request).__name__, "a Request", "make one: helios_sim.request.Request")
+        ranges = {
+            "request_id": (0, _LARGEST), "prompt_chars": (1, LONGEST), "output_chars": (1, LONGEST),
+            "task": (0, self._tasks - 1), "text_start": (-_LARGEST, _LARGEST), "priority": (-_LARGEST, _LARGEST),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(request, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"{name} of a request", value, f"a whole number from {low} to {high}", "correct it")
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +220,7 @@ def between_events(clock: WallClock) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
-        clock.call(stop)
+        clock.call(stop, always=True)
 
     signal.signal(signal.SIGINT, on_signal)
     try:

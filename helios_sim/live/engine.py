@@ -130,7 +130,7 @@ class LiveEngine:
             else:
                 raise error
 
-        self.residents.load(model, lambda error: env.call(lambda: finished(error)))
+        self.residents.load(model, lambda error: env.call(lambda: finished(error), always=True))
 
     def observe(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int

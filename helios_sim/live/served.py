@@ -22,6 +22,7 @@ from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.model.architecture import VALUE_BYTES
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
+from helios_sim.untrusted import read_bytes, reading
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
 FOLDER = "prompts"  # in the cache folder
+_MOST_BYTES = 256 << 20  # of a file of texts
 _FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
 
 
@@ -78,10 +80,8 @@ def read_texts(tasks: Sequence[str], place: str | None = None) -> FileTexts:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("live.texts", str(path), f"text in UTF-8 that can be read ({error})", _FIX) from error
+    with reading("live.texts", str(path), "text in UTF-8 that can be read", _FIX):
+        text = read_bytes(path, _MOST_BYTES, _FIX).decode()
     if not text.strip():
         raise UserError("live.texts", str(path), "a file with some text", _FIX)
     return text
