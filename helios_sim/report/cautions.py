@@ -1,14 +1,16 @@
-"""Warnings beside a result: published inputs, saturation, dropped requests, extrapolated prices, a single seed."""
+"""Warnings beside a result: published inputs, losses, saturation, extrapolated prices, a single seed."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
+from helios_sim.request import NS_PER_S, Status
 
-WORTH_A_WARNING = 2.0  # of `ttft_sensitivity`: an error of 1 % in the profile moves mean TTFT by 2 % or more
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
 
 
@@ -21,70 +23,95 @@ def cautions(result: ExperimentResult) -> list[str]:
             f"{', '.join(published)} {'is' if len(published) == 1 else 'are'} fitted to published statistics: quality "
             "figures restate the publication; only time, memory and the policies' costs are predictions."
         )
+    found += losses(result)
     arms_by_text: dict[str, list[str]] = {}
     for arm in result.arms.values():
         for text in _of_arm(arm, result.workload.offered_requests_per_s):
             arms_by_text.setdefault(text, []).append(arm.name)
-    for text, arms in arms_by_text.items():
-        everyone = len(arms) == len(result.arms) > 1
-        found.append(f"{'Every arm' if everyone else ', '.join(arms)}: {text}")
+    found += [f"{_named(arms, result)}: {text}" for text, arms in arms_by_text.items()]
     if all(len(arm.replicates) == 1 for arm in result.arms.values()):
         found.append("One seed: figures of the whole system, such as throughput, have no confidence interval.")
     return found
 
 
+def losses(result: ExperimentResult) -> list[str]:
+    """A sentence for each arm (or all alike) with requests that were dropped, most often why, or left unfinished."""
+    arms_by_text: dict[str, list[str]] = {}
+    for arm in result.arms.values():
+        for text in _lost(arm):
+            arms_by_text.setdefault(text, []).append(arm.name)
+    return [f"{_named(arms, result)}: {text}" for text, arms in arms_by_text.items()]
+
+
+def lost_share(arm: ArmResult) -> float:
+    """The share of the arm's requests, all seeds together, that were not completed."""
+    requests = sum(len(replicate.records) for replicate in arm.replicates)
+    completed = sum(int(replicate.records.completed.sum()) for replicate in arm.replicates)
+    return 1 - completed / requests if requests else 0.0
+
+
+def _named(arms: list[str], result: ExperimentResult) -> str:
+    return "Every arm" if len(arms) == len(result.arms) > 1 else ", ".join(arms)
+
+
+def _lost(arm: ArmResult) -> list[str]:
+    requests = sum(len(replicate.records) for replicate in arm.replicates)
+    dropped, unfinished = (
+        sum(int(replicate.records.has_status(status).sum()) for replicate in arm.replicates)
+        for status in (Status.DROPPED, Status.UNFINISHED)
+    )
+    found = []
+    if dropped:
+        reasons: Counter[str | None] = Counter()
+        for replicate in arm.replicates:
+            reasons.update(replicate.records.drop_reason.counts())
+        reasons.pop(None, None)
+        text = f"{_of_all(dropped, requests)} dropped"
+        text += f", most often: {reasons.most_common(1)[0][0]}" if reasons else ""
+        text += "; it has no times." if dropped == requests else "; all reasons are in requests.parquet."
+        found.append(text)
+    if unfinished:
+        found.append(f"{_of_all(unfinished, requests)} still in the system when the run was stopped.")
+    return found
+
+
+def _of_all(count: int, requests: int) -> str:
+    if count == 1:
+        return "1 request was"
+    return f"all {requests:,} requests were" if count == requests else (
+        f"{count:,} of {requests:,} requests ({count / requests:.1%}) were"
+    )
+
+
 def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
     found = []
-    metrics = arm.metrics
-    outside, dropped = metrics["outside_grid_fraction"], metrics["requests_dropped"]
-    unfinished, rate = metrics["requests_unfinished"], metrics["throughput_requests_per_s"]
+    outside, busy = arm.metrics["outside_grid_fraction"], arm.metrics["busy_fraction"]
     if isinstance(outside, float) and outside > 0:
         found.append(f"{outside:.1%} of the iterations were priced outside the profile's tables.")
-    if isinstance(dropped, int | float) and dropped > 0:
-        found.append(f"{_requests(dropped)} dropped; the reasons are in requests.parquet.")
-    if isinstance(unfinished, int | float) and unfinished > 0:
-        found.append(f"{_requests(unfinished)} still in the system when the run was stopped.")
-    if offered_per_s and isinstance(rate, float) and rate < NEAR_SATURATION * offered_per_s:
+    records = arm.replicates[0].records
+    served = served_per_s(records)
+    taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
+    if taken_per_s and served is not None and served < NEAR_SATURATION * taken_per_s:
         found.append(
-            f"served {rate:.3g} of {offered_per_s:.3g} offered requests/s: it is saturated, and its latencies grow "
-            "with the length of the run."
+            f"served {served:.3g} of {taken_per_s:.3g} requests/s that it took in: it is saturated, and its latencies "
+            "grow with the length of the run."
         )
-    sensitivity = ttft_sensitivity(arm.replicates[0].records)
-    if sensitivity is not None and sensitivity >= WORTH_A_WARNING:
+    elif isinstance(busy, float) and busy >= NEAR_SATURATION:
         found.append(
-            f"it is near saturation: requests wait so long that a profile 1 % off would move mean TTFT by about "
-            f"{sensitivity:.2g} %."
+            f"it is near saturation, busy {busy:.1%} of the time: how long requests wait depends much on the profile's "
+            "error, and a run with profile_time_factor=1.01 says how much."
         )
     return found
 
 
-def _requests(count: float) -> str:
-    return "1 request was" if count == 1 else f"{count:g} requests were"
+def served_per_s(records: Records) -> float | None:
+    """Completed requests over the time from the first arrival to the last completion, less a usual request's own time.
 
-
-def ttft_sensitivity(records: Records) -> float | None:
-    """Relative change of mean TTFT for a relative change of all iteration times, 1 where nothing waits.
-
-    None where no request was completed. Each replica is busy while any of its requests is in the system. While it is
-    busy without a pause, everything that it finishes is later by the profile's error times the busy time so far. So a
-    request that waited longer than its own prefill took gets its first token later by that error times the time since
-    the replica was last idle, which may be many times its own waiting time. Other requests are later by that error
-    times their own TTFT.
+    A short run ends with requests that came last and take their time, which is no sign of saturation. None without a
+    completed request, or where all came and went at once.
     """
-    done = records.completed
-    if not done.any():
+    span_ns = records.span_ns()
+    if span_ns is None:
         return None
-    own_ns, moved_ns = 0, 0
-    for replica in np.flatnonzero(np.bincount(records.replica[done])):
-        rows = done & (records.replica == replica)
-        arrival, first = records.arrival_ns[rows], records.first_token_ns.values[rows]
-        scheduled, last = records.scheduled_ns.values[rows], records.last_token_ns.values[rows]
-        order = np.argsort(arrival, kind="stable")
-        arrival, first, scheduled, last = arrival[order], first[order], scheduled[order], last[order]
-        busy_until = np.maximum.accumulate(last)
-        begins = np.concatenate([[True], arrival[1:] > busy_until[:-1]])
-        since = arrival[begins][np.cumsum(begins) - 1]  # when the server was last idle
-        waited = scheduled - arrival > first - scheduled  # longer than its own prefill took
-        own_ns += int((first - arrival).sum())
-        moved_ns += int(np.where(waited, first - since, first - arrival).sum())
-    return moved_ns / own_ns if own_ns else None
+    serving_ns = span_ns - float(np.median(records.e2e_ns()))
+    return int(records.completed.sum()) * NS_PER_S / serving_ns if serving_ns > 0 else None

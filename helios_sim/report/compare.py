@@ -58,13 +58,33 @@ def compare(
     return ratios
 
 
-def interval_over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
-    """t-interval of the mean; None for fewer than two values."""
-    n = len(values)
-    if n < 2:
+def interval_over_seeds(values: Sequence[float], share: bool = False) -> tuple[float, float] | None:
+    """95 % interval of the mean from a t-interval; None for fewer than two values.
+
+    A quantity that cannot be negative is taken by its logarithm, a `share` by its logit, so that the interval lies
+    where the quantity can; with a value at an end of the range, by the root (of a share, its arcsine), where the end
+    itself bounds the interval. The mean is always inside.
+    """
+    if len(values) < 2:
         return None
+    x, mean = np.array(values, np.float64), float(np.mean(values))
+    if (x < 0).any() or (share and (x > 1).any()) or x.min() == x.max():
+        return _t_interval(x)
+    if x.min() > 0 and not (share and x.max() == 1):
+        low, high = _t_interval(np.log(x) - np.log1p(-x) if share else np.log(x))
+        with np.errstate(over="ignore"):
+            ends = [float(1 / (1 + np.exp(-end)) if share else np.exp(end)) for end in (low, high)]
+    else:
+        low, high = _t_interval(np.arcsin(np.sqrt(x)) if share else np.sqrt(x))
+        top = np.pi / 2 if share else np.inf
+        ends = [float(np.sin(end) ** 2 if share else end**2) for end in (max(low, 0.0), min(high, top))]
+    return min(ends[0], mean), max(ends[1], mean)
+
+
+def _t_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     from scipy.special import stdtrit
 
+    n = len(values)
     half = float(stdtrit(n - 1, 0.5 + LEVEL / 2)) * float(np.std(values, ddof=1)) / n**0.5
     mean = float(np.mean(values))
     return mean - half, mean + half
@@ -87,8 +107,7 @@ def _system_ratio(ours: Sequence[MetricValue], theirs: Sequence[MetricValue]) ->
     if ratio is None:
         return None
     if len(a) > 1 and min(*a, *b) > 0:
-        logs = interval_over_seeds(list(np.log(a) - np.log(b)))
-        assert logs is not None
+        logs = _t_interval(np.log(a) - np.log(b))
         centre = float(np.exp(np.mean(np.log(a) - np.log(b))))
         return Ratio(centre, float(np.exp(logs[0])), float(np.exp(logs[1])), Method.T_OVER_SEEDS, len(a))
     return Ratio(ratio, None, None, Method.NONE, len(a))

@@ -110,8 +110,8 @@ def _answer(result: ExperimentResult, ratios: Comparisons) -> Html:
     if not cards:
         name = headline_metrics(result)[0]
         hint = f", {direction}" if (direction := fmt.direction(name)) else ""
-        for arm, of_arm in ratios.items():
-            value = of_arm.get(name)
+        for arm in sorted(ratios, key=lambda arm: arm != result.subject):  # the subject first, whatever is left out
+            value = ratios[arm].get(name)
             if value is not None and value.ratio is not None:
                 note = _beside(value.low, value.high, f"against {result.baseline_of(arm)}")
                 cards.append(card(f"{arm}: {fmt.label(name)}{hint}", f"{value.ratio:.2f}×", note))

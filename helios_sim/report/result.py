@@ -199,6 +199,7 @@ class ExperimentResult:
     figures: tuple[Figure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
     fidelity: Fidelity | None = None  # of a comparison with a measured run
+    subject: str | None = None  # the arm that the verdict is about
 
     def baseline_of(self, arm: str) -> str:
         """The arm that this one is compared with. An arm under other conditions has its own baseline."""

@@ -12,7 +12,7 @@ from helios_sim.report.decisions import decisions_table
 from helios_sim.report.designs import Design, DesignsResult, designs_table
 from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.files import json_value
-from helios_sim.report.metrics import Metrics
+from helios_sim.report.metrics import DEFINITIONS, Metrics
 from helios_sim.report.result import (
     ArmResult,
     Comparisons,
@@ -165,12 +165,13 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
 
 
 def _intervals(runs: list[Metrics]) -> dict[str, dict[str, float]]:
-    """95 % t-intervals of the means over seeds, for plain metrics that every replicate has."""
+    """95 % intervals of the means over seeds, for plain metrics that every replicate has, within what each can be."""
     found = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
         numbers = [float(v) for v in values if isinstance(v, int | float)]
-        interval = interval_over_seeds(numbers) if len(numbers) == len(values) else None
+        share = name in DEFINITIONS and DEFINITIONS[name].unit == "share"
+        interval = interval_over_seeds(numbers, share) if len(numbers) == len(values) else None
         if interval is not None:
             found[name] = {"low": interval[0], "high": interval[1]}
     return found

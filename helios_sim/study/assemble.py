@@ -30,7 +30,7 @@ from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts
-from helios_sim.study.workload import task_names
+from helios_sim.study.workload import statement, task_names
 
 Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
@@ -60,7 +60,7 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         baseline=baseline,
         arms=arms,
         workload=ServedWorkload(
-            statement=config.workload.statement,
+            statement=statement(config.workload),
             requests=len(first.replicate.records),
             offered_requests_per_s=offered_requests_per_s(config),
             facts=workload_facts(config, first.replicate.records),
@@ -88,7 +88,7 @@ def _with_verdict(
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     over = result.baseline_of(name)
     ratios = {} if name == over else compared.ratios(plan.headline.jobs[name], plan.headline.jobs[over])
-    return replace(result, verdict=verdict(result, name, ratios, comparable))
+    return replace(result, subject=name, verdict=verdict(result, name, ratios, comparable))
 
 
 def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 
 import helios_sim
 from helios_sim.provenance import command_given
+from helios_sim.report.cautions import losses
 from helios_sim.report.format import gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
@@ -49,21 +49,8 @@ def run_study(config: Config, folder: Path) -> int:
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
     """The table and the answer."""
     print_table(result, ratios)
-    for sentence in (*result.verdict, *_without_answers(result)):
+    for sentence in (*result.verdict, *losses(result)):
         print(sentence)
-
-
-def _without_answers(result: ExperimentResult) -> list[str]:
-    """Arms that dropped every request: their metrics are blank, and this is why."""
-    found = []
-    for name, arm in result.arms.items():
-        reasons: Counter[str | None] = Counter()
-        for replicate in arm.replicates:
-            reasons.update(replicate.records.drop_reason.counts())
-        if reasons and None not in reasons:
-            most, _ = reasons.most_common(1)[0]
-            found.append(f"{name} dropped all {reasons.total()} requests, so it has no times. Most often: {most}.")
-    return found
 
 
 def processes(config: Config) -> int | None:

@@ -28,6 +28,7 @@ from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, me
 from helios_sim.study.runner import task_of
 from helios_sim.study.schema import Config
 from helios_sim.study.verdict import conditions, offered_requests_per_s
+from helios_sim.study.workload import statement
 from helios_sim.vary.axis import Choice
 from helios_sim.vary.runner import Journal, OnDone, Task, at_work_in, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
@@ -196,7 +197,7 @@ def _result(
         designs=designs,
         references=references,
         workload=ServedWorkload(
-            config.workload.statement, fleet.parts.workload.requests, offered_requests_per_s(config)
+            statement(config.workload), fleet.parts.workload.requests, offered_requests_per_s(config)
         ),
         inputs=inputs_of(fleet),
         provenance=provenance,

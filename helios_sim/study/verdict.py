@@ -8,7 +8,8 @@ from math import exp, log
 
 import numpy as np
 
-from helios_sim.report.compare import Ratio
+from helios_sim.report.cautions import lost_share
+from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.designs import cost, on_front
 from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import DEFINITIONS, Better, MetricValue
@@ -17,6 +18,8 @@ from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, h
 from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.schema import Config
 
+MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
+FEWEST_PAIRS = 20  # requests that both completed, from which an interval over them says something
 EVEN = 0.01  # ratios closer to 1 than this are called even
 ATTAINMENT = 0.99
 PROFILE_ERROR = "profile_time_factor"  # a sweep's setting
@@ -27,11 +30,13 @@ def verdict(
 ) -> tuple[str, ...]:
     """First the subject against the baseline in the headline metric, then what it costs, then who is best.
 
-    `comparable` are the arms under the subject's conditions: only among those is a best one named.
+    `comparable` are the arms under the subject's conditions: only among those is a best one named, and of them only
+    among those that completed what they were asked.
     """
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
     metrics = result.arms[subject].metrics
+    comparable = [arm for arm in comparable if lost_share(result.arms[arm]) <= MOST_LOST]
     sentences.append(_quality(metrics))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
         sentences.append(_changes(metrics, max(1, len(result.arms[subject].replicas))))
@@ -46,9 +51,16 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
     label, over = DEFINITIONS[name].label, result.baseline_of(subject)
     if subject == over or ratio is None:
         return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
+    lossy = [arm for arm in (subject, over) if lost_share(result.arms[arm]) > MOST_LOST]
+    if lossy:
+        shares = {arm: lost_share(result.arms[arm]) for arm in lossy}
+        lost = " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in shares.items())
+        return f"No verdict on {label}: {lost}, so {subject} and {over} did not do the same work."
     if ratio.ratio is None:
         return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {over}."
     compared = f"{ratio.ratio:.2f} times the {label} of {over}"
+    if ratio.method is Method.PAIRED_BOOTSTRAP and ratio.n < FEWEST_PAIRS:
+        return f"Too few requests for a verdict: over {ratio.n}, {subject} has {compared}."
     if ratio.low is not None and ratio.high is not None:
         compared += f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
         if ratio.low <= 1 <= ratio.high:
@@ -72,14 +84,14 @@ def _quality(metrics: Mapping[str, MetricValue]) -> str:
 
 def _changes(metrics: Mapping[str, MetricValue], replicas: int) -> str:
     span, evaluated = metrics.get("span_s"), metrics.get("evaluation_time_s")
-    share = (
-        f"{evaluated / (span * replicas):.1%} of the time"
-        if isinstance(span, float) and isinstance(evaluated, float)
-        else ""
-    )
+    spent = "no time"
+    if isinstance(evaluated, float) and evaluated > 0:
+        spent = shown("evaluation_time_s", evaluated)
+        if isinstance(span, float) and evaluated <= span * replicas:  # it may go on after the last completion
+            spent = f"{evaluated / (span * replicas):.1%} of the time"
     return (
         f"It switched {shown('switches', metrics.get('switches'))} times, loaded weights "
-        f"{shown('loads', metrics.get('loads'))} times and spent {share or 'no time'} on evaluation."
+        f"{shown('loads', metrics.get('loads'))} times and spent {spent} on evaluation."
     )
 
 
@@ -233,7 +245,7 @@ def break_even(points: Sequence[SweepPoint], x: str, subject: str, metric: str) 
     """Rates at which the subject's ratio to the baseline crosses 1."""
     found = []
     ratios = [(float(p.settings[x]), p.vs_baseline.get(subject, {}).get(metric)) for p in points]
-    known = [(rate, log(r.ratio)) for rate, r in ratios if r is not None and r.ratio]
+    known = [(rate, log(r.ratio)) for rate, r in ratios if r is not None and r.ratio and r.ratio != 1]
     for (rate, value), (next_rate, next_value) in pairwise(known):
         if value * next_value < 0:
             found.append(_between(rate, next_rate, value / (value - next_value)))
@@ -247,11 +259,15 @@ def _break_even_sentence(
     if crossings:
         rates = ", ".join(f"{rate:.1f}" for rate in crossings)
         return f"In {label}, {subject} and {result.baseline} break even at {rates} requests/s."
-    ratio = next((r for p in points if (r := p.vs_baseline.get(subject, {}).get(metric)) and r.ratio), None)
-    if ratio is None or ratio.ratio is None:
+    ratios = [r.ratio for p in points if (r := p.vs_baseline.get(subject, {}).get(metric)) and r.ratio]
+    if not ratios:
         return f"In {label}, {subject} cannot be compared with {result.baseline}."
-    better = (ratio.ratio < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
-    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at every rate tried."
+    differing = [ratio for ratio in ratios if ratio != 1]
+    if not differing:
+        return f"In {label}, {subject} and {result.baseline} are equal at every rate tried."
+    better = (differing[0] < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
+    where = "every rate tried" if len(differing) == len(points) else f"{len(differing)} of {len(points)} rates tried"
+    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at {where}."
 
 
 def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.trace import MICROBITS
+from helios_sim.help import conf_folder
 from helios_sim.policy.telemetry import ExpectedLoad
 from helios_sim.request import Request
 from helios_sim.study.schema import ArrivalsConfig, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
@@ -219,3 +222,39 @@ def _drift(c: MixConfig) -> Drift | None:
         case "periodic":
             return PeriodicDrift(position("period"))
     raise _unknown("workload.mix.drift", c.drift, "step, linear, periodic, null")
+
+
+def statement(config: WorkloadConfig) -> str:
+    """What the workload stands for: as its file says, where its lengths and mix are that file's, else by its settings.
+
+    Arrivals count too where the file's sentence speaks of them.
+    """
+    for file in sorted(Path(conf_folder()).glob("[we]*/*.yaml")):  # workloads and experiments
+        text = file.read_text(encoding="utf-8")
+        if config.statement and " ".join(config.statement.split()) in " ".join(text.split()):
+            given = yaml.safe_load(text)
+            given = given.get("workload", given)
+            named = ["lengths", "mix", *(["arrivals"] if "arrival" in config.statement else [])]
+            if not all(_as_given(getattr(config, name), given.get(name, {})) for name in named):
+                return _in_words(config)
+    return config.statement or _in_words(config)
+
+
+def _as_given(settings: object, given: object) -> bool:
+    """Whether the settings are those that a file gives; mappings of names are compared as a whole."""
+    if not isinstance(given, Mapping):
+        return settings == given
+    if isinstance(settings, Mapping):
+        return dict(settings) == dict(given)
+    return all(_as_given(getattr(settings, key), value) for key, value in given.items())
+
+
+def _in_words(config: WorkloadConfig) -> str:
+    lengths, mix = config.lengths, config.mix
+    of_trace = f"Lengths of {lengths.trace}" + (", resampled" if lengths.resample else "")
+    drawn = f"Prompts of {lengths.prompt.kind} and answers of {lengths.output.kind} lengths"
+    tasks = ", ".join(mix.tasks) + (f", drifting to {', '.join(mix.after)}" if mix.after else "")
+    arrivals = f"arrivals of {config.arrivals.trace}" if config.arrivals.kind == "trace" else (
+        f"arrivals: {config.arrivals.kind.replace('_', ' ')}"
+    )
+    return f"{of_trace if lengths.kind == 'trace' else drawn}; {arrivals}; tasks: {tasks}."

@@ -41,7 +41,9 @@ def _timeline(arm: ArmResult) -> Drawing:
         here = np.array([model == name for model in models])
         color = MODEL_COLORS[place % len(MODEL_COLORS)]
         depth.fill_between(time_s, 0, np.where(here, layers, 0), post=True, color=color, alpha=0.75, label=name)
-    depth.plot([], [], color=MUTED, width=0.8, dash=FINE_DOTS, label="new placement")
+    moments_ns = _transitions_ns(arm)
+    if moments_ns:
+        depth.plot([], [], color=MUTED, width=0.8, dash=FINE_DOTS, label="new placement")
     depth.set_title("Model and layers")
     depth.set_ylabel("layers run")
     depth.set_ylim(0, max(layers) * 1.12)
@@ -69,9 +71,10 @@ def _timeline(arm: ArmResult) -> Drawing:
     for ax in axes:
         ax.legend_shown = True
         ax.set_xlim(float(time_s[0]), float(time_s[-1]))
-        for moment_ns in _transitions_ns(arm):
+        for moment_ns in moments_ns:
             ax.axvline(moment_ns / NS_PER_S, color=MUTED, width=0.8, dash=FINE_DOTS)
-    caption = "Dotted lines: a changed placement came into force. Samples of the first seed; metrics do not use them."
+    caption = "Dotted lines: a changed placement came into force. " if moments_ns else ""
+    caption += "Samples of the first seed; metrics do not use them."
     name = re.sub(r"[^\w.-]", "_", arm.name)  # it becomes a file's name
     which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
     return Drawing(f"timeline_{name}", f"What {arm.name} did{which}", caption, figure)

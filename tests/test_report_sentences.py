@@ -1,0 +1,167 @@
+"""Sentences of reports: each says what the figures beside it hold, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helios_sim.api import study_config
+from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s
+from helios_sim.report.compare import interval_over_seeds
+from helios_sim.report.figures.timeline import timeline_drawings
+from helios_sim.report.page import render
+from helios_sim.report.records import Records
+from helios_sim.report.result import ArmResult, ExperimentResult, comparisons
+from helios_sim.request import Status
+from helios_sim.study.verdict import FEWEST_PAIRS, verdict
+from helios_sim.study.workload import statement
+from report_example import example_result
+
+
+@pytest.fixture
+def result() -> ExperimentResult:
+    return example_result((1, 2))
+
+
+def with_dropped(arm: ArmResult, kept: int, why: str = "no room") -> ArmResult:
+    """The arm as if all but its first `kept` completed requests of each seed had been dropped."""
+    replicates = []
+    for replicate in arm.replicates:
+        records = replicate.records
+        gone = np.flatnonzero(records.completed)[kept:]
+        status = np.array([str(name) for name in records.status], object)
+        status[gone] = Status.DROPPED
+        reason = np.array(list(records.drop_reason), object)
+        reason[gone] = why
+        changed = replace(records, status=labels(status), drop_reason=labels(reason))
+        replicates.append(replace(replicate, records=changed))
+    return replace(arm, replicates=tuple(replicates))
+
+
+def labels(texts: np.ndarray[Any, Any]) -> Any:
+    from helios_sim.report.records import Labels
+
+    names = tuple(dict.fromkeys(texts.tolist()))
+    return Labels(np.array([names.index(text) for text in texts], np.int16), names)
+
+
+def answer(result: ExperimentResult, subject: str = "helios") -> tuple[str, ...]:
+    return verdict(result, subject, comparisons(result)[subject], list(result.arms))
+
+
+def test_an_arm_that_dropped_requests_neither_helps_nor_hurts(result: ExperimentResult) -> None:
+    assert "helps" in answer(result)[0] or "hurts" in answer(result)[0] or "No" in answer(result)[0]
+    lossy = replace(result, arms={**result.arms, "helios": with_dropped(result.arms["helios"], 14)})
+    first = answer(lossy)[0]
+    share = lost_share(lossy.arms["helios"])
+    assert first.startswith("No verdict on")
+    assert f"helios did not complete {share:.1%} of its requests" in first
+    assert not any("helps" in sentence or "hurts" in sentence for sentence in answer(lossy))
+
+
+def test_the_best_arm_is_one_that_did_its_work(result: ExperimentResult) -> None:
+    (best,) = [sentence for sentence in answer(result) if sentence.startswith("Best of")]
+    name = best.split(": ")[1].split(" with")[0]
+    lossy = replace(result, arms={**result.arms, name: with_dropped(result.arms[name], 5)})
+    assert not any(f": {name} with" in sentence for sentence in answer(lossy))
+
+
+def test_few_requests_give_no_verdict(result: ExperimentResult) -> None:
+    ratios = comparisons(result)["helios"]
+    name = next(name for name, ratio in ratios.items() if ratio.method == "paired_bootstrap" and ratio.ratio)
+    few = {**ratios, name: replace(ratios[name], n=FEWEST_PAIRS - 1)}
+    said = verdict(replace(result, headline_metrics=(name,)), "helios", few, list(result.arms))
+    assert said[0].startswith("Too few requests for a verdict")
+
+
+def test_losses_are_said_with_their_share_and_reason(result: ExperimentResult) -> None:
+    arm = with_dropped(result.arms["helios"], 100, "context of opt-6.7b exceeded")
+    lossy = replace(result, arms={"helios": arm}, baseline="helios")
+    dropped = sum(int(r.records.has_status(Status.DROPPED).sum()) for r in arm.replicates)
+    requests = sum(len(r.records) for r in arm.replicates)
+    (said,) = losses(lossy)
+    assert f"{dropped} of {requests} requests ({dropped / requests:.1%}) were dropped" in said
+    assert "most often: context of opt-6.7b exceeded" in said
+    assert said in cautions(lossy)
+
+
+def test_time_of_evaluation_never_exceeds_the_time(result: ExperimentResult) -> None:
+    arm = result.arms["helios"]
+    span = arm.metrics["span_s"]
+    assert isinstance(span, float)
+    for evaluated, said in ((0.25 * span, "25.0% of the time"), (1.471 * span, " s on evaluation")):
+        metrics = {**arm.replicates[0].metrics, "evaluation_time_s": evaluated, "span_s": span, "switches": 1}
+        changed = replace(arm, replicates=(replace(arm.replicates[0], metrics=metrics),))
+        alone = replace(result, arms={"helios": changed}, baseline="helios")
+        told = " ".join(verdict(alone, "helios", {}, ["helios"]))
+        assert said in told
+        assert "147.1%" not in told
+
+
+def test_the_subject_has_a_card_however_many_arms_there_are(result: ExperimentResult) -> None:
+    arms = {**{f"arm_{n}": replace(result.arms["helios"], name=f"arm_{n}") for n in range(6)}, **result.arms}
+    many = replace(result, arms=arms, subject="helios", published=())
+    page = render(many, comparisons(many), [])
+    cards = page[page.index('class="cards"') : page.index("</section>")]
+    assert cards.index("helios") < cards.index("arm_0")
+
+
+def test_a_short_run_that_keeps_up_is_not_called_saturated() -> None:
+    """20 requests at 4/s that take 6 s each: the last ends 6 s after the last arrival."""
+    records = Records.of(
+        replace(record, arrival_ns=n * 250_000_000, scheduled_ns=n * 250_000_000, first_token_ns=n * 250_000_000 + 1,
+                last_token_ns=n * 250_000_000 + 6_000_000_000, request_id=n)
+        for n, record in enumerate(completed(20))
+    )  # fmt: skip
+    served = served_per_s(records)
+    assert served is not None
+    assert served >= NEAR_SATURATION * 4.0
+
+
+def completed(n: int) -> list[Any]:
+    from test_report_records import some_records
+
+    return [record for record in some_records(10 * n) if record.status is Status.COMPLETED][:n]
+
+
+def test_new_placements_are_spoken_of_only_where_there_are_some(result: ExperimentResult) -> None:
+    arm = replace(result.arms["helios"], timeline_transitions_ns=())
+    (still,) = timeline_drawings(replace(result, arms={"helios": arm}))
+    assert "placement" not in still.caption
+    assert "new placement" not in still.figure.axes[0].labelled
+    moved = replace(arm, timeline_transitions_ns=(10**9,))
+    (drawing,) = timeline_drawings(replace(result, arms={"helios": moved}))
+    assert "changed placement" in drawing.caption
+
+
+def test_a_files_sentence_is_kept_only_for_its_own_workload() -> None:
+    own = study_config("quickstart").workload
+    assert "the paper's five task types" in statement(own)
+    other = study_config("quickstart", "workload.lengths.prompt.mean=100").workload
+    assert "paper" not in statement(other)
+    assert "Prompts of lognormal" in statement(other)
+    assert "Poisson arrivals at 6" in statement(study_config("speed_w1").workload)
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [([0.99, 1.0], True), ([0.0, 0.02, 0.0], True), ([0.2, 0.9], True), ([506.0, 735.0], False),
+     ([0.0, 0.0, 7.0], False), ([3.0, 3.0], False), ([1e-9, 4e9], False), ([1.0, 1.0], True)],
+)  # fmt: skip
+def test_an_interval_stays_where_the_quantity_can_be(values: list[float], share: bool) -> None:
+    found = interval_over_seeds(values, share)
+    assert found is not None
+    low, high = found
+    assert 0 <= low <= np.mean(values) <= high
+    assert high <= 1 or not share
+
+
+def test_intervals_cover_what_they_promise() -> None:
+    """Of 2,000 samples of four lognormal values, about 95 % of the intervals hold the median's true value."""
+    rng = np.random.default_rng(5)
+    draws = np.exp(rng.normal(0.0, 0.4, (2000, 4)))
+    held = [low <= 1.0 <= high for low, high in map(interval_over_seeds, draws)]
+    assert 0.93 <= np.mean(held) <= 0.97
