@@ -158,7 +158,9 @@ def _how_to_resume(command: Sequence[str], folder: Path | None) -> str:
 
 def _fail(error: UserError, which: str = "") -> int:
     """Print an error. `which`: the calibration that it belongs to, if there are several."""
-    print(f"calibrate: {which}{': ' if which else ''}{error}", file=sys.stderr)
+    from helios_sim.report.terminal import say
+
+    say(f"calibrate: {which}{': ' if which else ''}{error}", sys.stderr)
     return 1
 
 

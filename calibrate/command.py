@@ -12,10 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 import helios_sim
 from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive
 from calibrate.campaigns.land import page
@@ -32,7 +28,7 @@ from helios_sim.live.served import check_packages
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
 from helios_sim.report import files
-from helios_sim.report.tables import PLAIN_WIDTH
+from helios_sim.report.terminal import TextTable, say
 from helios_sim.study.command import end
 
 
@@ -87,31 +83,30 @@ def _show(summary: Mapping[str, Any], outcomes: Sequence[StageOutcome], folder: 
     """Print a table of the stages, the findings, and how to go on."""
     _print_stages(summary["title"], outcomes)
     for sentence in summary["verdict"]:
-        print(sentence)
+        say(sentence)
     for command in summary["use"]:
-        print(f"    {command}")
+        say(f"    {command}")
     if any(outcome.status is StageStatus.SKIPPED for outcome in outcomes):
-        print(f"skipped stages run when the same command is given again with out={folder}")
+        say(f"skipped stages run when the same command is given again with out={folder}")
 
 
 def _print_stages(title: str, outcomes: Sequence[StageOutcome], archives: Mapping[str, str] | None = None) -> None:
     """Print a table of the stages. `archives`: a further column, by stage."""
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = TextTable(title)
     for name in ("stage", *(() if archives is None else ("archive",)), "status", "time", "remark"):
-        table.add_column(name, justify="right" if name == "time" else "left")
+        table.column(name, number=name == "time")
     for outcome in outcomes:
         took = "" if outcome.finished is None else f"{outcome.finished.wall_s:.1f} s"
         archive = () if archives is None else (archives[outcome.stage],)
-        table.add_row(outcome.stage, *archive, outcome.status, took, outcome.why)
-    console.print(table, highlight=False)
+        table.row([outcome.stage, *archive, outcome.status, took, outcome.why])
+    table.show()
 
 
 def _status(outcomes: Sequence[StageOutcome]) -> int:
     """The exit status: 1 if a stage failed by a defect, which is printed, else 0."""
     failed = [outcome for outcome in outcomes if outcome.status is StageStatus.FAILED]
     for outcome in failed:
-        print(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; {TRANSCRIPT} has it", file=sys.stderr)
+        say(f"calibrate: {outcome.stage} failed by a defect: {outcome.why}; {TRANSCRIPT} has it", sys.stderr)
     return 1 if failed else 0
 
 
@@ -165,7 +160,7 @@ def _write_groups(
         if stages:
             written = write_archive(folder / f"{group}{SUFFIX}", plan.config.campaign, state, stages)
             for name in written.left_out:
-                print(f"calibrate: {written.path.name} has no room for {name}", file=sys.stderr)
+                say(f"calibrate: {written.path.name} has no room for {name}", sys.stderr)
 
 
 def _summary(plan: CampaignPlan, state: Path, outcomes: Sequence[StageOutcome]) -> dict[str, Any]:
@@ -221,8 +216,8 @@ def _show_campaign(
     archives = {name: stage["archive"] for name, stage in summary["stages"].items()}
     _print_stages(f"campaign {config.campaign} on {summary['device']}", outcomes, archives)
     if summary["worthless"]:
-        print("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
+        say("A rehearsal with tiny shapes and few samples: no figure of it means anything.")
     if any(outcome.status is StageStatus.SKIPPED for outcome in outcomes):
-        print(f"what was skipped for want of time runs when the same command is given again with resume=[{folder}]")
-    print(f"output folder: {folder}")
+        say(f"what was skipped for want of time runs when the same command is given again with resume=[{folder}]")
+    say(f"output folder: {folder}")
     print(json.dumps(summary, allow_nan=False))

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
 from helios_sim.report import files
+from helios_sim.report.format import visible
+from helios_sim.report.terminal import say
 
 FILE = "transcript.jsonl"
 _SAYS_ENOUGH = ("kept", "skipped", "failed", "outdated")
@@ -70,7 +72,8 @@ def progress(estimates_s: Mapping[str, float]) -> Iterator[OnProgress]:
     if not sys.stderr.isatty():
         yield _line
         return
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    stage, now = (TextColumn(text, markup=False) for text in ("{task.description:<12}", "{task.fields[now]}"))
+    columns = (stage, BarColumn(), TimeElapsedColumn(), now)
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=sum(estimates_s.values()), now="")
         done = 0.0
@@ -79,7 +82,7 @@ def progress(estimates_s: Mapping[str, float]) -> Iterator[OnProgress]:
             nonlocal done
             whole = estimates_s.get(event.stage, 0.0)
             if event.event in _SAYS_ENOUGH:
-                bar.console.print(_words(event), highlight=False)
+                bar.console.print(visible(_words(event)), highlight=False, markup=False)
             if event.event in ("done", "kept", "skipped", "failed"):
                 done += whole
                 bar.update(task, completed=done, description=event.stage, now="")
@@ -92,7 +95,7 @@ def progress(estimates_s: Mapping[str, float]) -> Iterator[OnProgress]:
 
 def _line(event: Progress) -> None:
     if event.event != "going":
-        print(_words(event), file=sys.stderr, flush=True)
+        say(_words(event), sys.stderr)
 
 
 def _words(event: Progress) -> str:

@@ -139,5 +139,7 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
 def _fail(error: UserError, study: str = "") -> int:
     """`study` says which of several it was."""
     where = f"{study}: " if study else ""
-    print(f"helios_sim: {where}{error}", file=sys.stderr)
+    from helios_sim.report.terminal import say
+
+    say(f"helios_sim: {where}{error}", sys.stderr)
     return 1

@@ -61,7 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # of bytes that were no text where they came from
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -110,7 +110,7 @@ def texts(values: Sequence[str]) -> pyarrow.Array:
     """A column of texts, at most 2 GB in all."""
     import pyarrow as pa
 
-    encoded = [value.encode() for value in values]
+    encoded = [value.encode(errors="backslashreplace") for value in values]
     ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
     return pa.Array.from_buffers(pa.string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))])
 

@@ -19,6 +19,7 @@ from helios_sim.report.cautions import losses
 from helios_sim.report.format import gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
+from helios_sim.report.terminal import say
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.jobs import run_job
@@ -50,7 +51,7 @@ def _show(result: ExperimentResult, ratios: Comparisons) -> None:
     """The table and the answer."""
     print_table(result, ratios)
     for sentence in (*result.verdict, *losses(result)):
-        print(sentence)
+        say(sentence)
 
 
 def processes(config: Config) -> int | None:
@@ -78,8 +79,8 @@ def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gate
         show()
         for gate in gates:
             found = f"{gate.name} {gate_value(gate.value, gate.bound)}, must be {gate.bound}"
-            print(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
-        print(f"output folder: {folder}")
+            say(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
+        say(f"output folder: {folder}")
         print(json.dumps(summary, allow_nan=False))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader left, as `head` does; the files are there

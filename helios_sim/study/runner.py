@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from helios_sim.errors import UserError
 from helios_sim.report import files
 from helios_sim.report.files import json_value
+from helios_sim.report.terminal import say
 from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job
 from helios_sim.vary.columns import from_bytes, to_bytes
@@ -61,14 +62,14 @@ def job_lines(total: int) -> OnDone[Job, JobResult]:
     """A line for every job of a study."""
     done = 0
 
-    def say(task: Task[Job], result: JobResult, kept: bool) -> None:
+    def line(task: Task[Job], result: JobResult, kept: bool) -> None:
         nonlocal done
         done += 1
         how = "kept from before" if kept else f"{len(result.replicate.records)} requests in {result.wall_s:.1f} s"
         job = task.input
-        print(f"[{done}/{total}] {job.arm.name}, seed {job.seed}: {how}", file=sys.stderr, flush=True)
+        say(f"[{done}/{total}] {job.arm.name}, seed {job.seed}: {how}", sys.stderr)
 
-    return say
+    return line
 
 
 class _Columns:

@@ -20,6 +20,7 @@ from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, Metric
 from helios_sim.report.records import RecordLog
 from helios_sim.report.result import ServedWorkload
 from helios_sim.report.tables import print_designs
+from helios_sim.report.terminal import say
 from helios_sim.report.write import write_designs
 from helios_sim.study.command import end, provenance
 from helios_sim.study.designs import SweepPlan, plan_sweep, search
@@ -293,7 +294,7 @@ class _Lines:
         self._done, self._kept = self._done + 1, self._kept + kept
         self._failed += outcome.error is not None
         if outcome.error is not None:
-            print(f"a design failed: {outcome.error}", file=sys.stderr, flush=True)
+            say(f"a design failed: {outcome.error}", sys.stderr)
         if monotonic() - self._said_s > EVERY_S:
             self.state()
 
@@ -310,6 +311,6 @@ def _show(result: DesignsResult) -> None:
     """The front, the answer and what failed."""
     print_designs(result)
     for sentence in (*result.verdict, *(f"{d.name} failed: {d.error}" for d in result.failed[:5])):
-        print(sentence)
+        say(sentence)
     if len(result.failed) > 5:
         print(f"{len(result.failed) - 5} more failed: see designs.parquet.")

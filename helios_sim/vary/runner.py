@@ -18,6 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from helios_sim.errors import UserError
 from helios_sim.report import files
+from helios_sim.report.format import visible
+from helios_sim.report.terminal import say
 from helios_sim.vary.workers import Workers
 
 JOURNAL = "finished.jsonl"
@@ -132,7 +134,7 @@ class Journal(Generic[_Out]):
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            print(f"helios_sim: {text}", file=sys.stderr, flush=True)
+            say(f"helios_sim: {text}", sys.stderr)
 
 
 def _with_checksum(line: Mapping[str, Any]) -> str:
@@ -210,10 +212,10 @@ def _check_unchanged(task: Task[Any]) -> None:
 
 
 @contextmanager
-def progress(name: str, total: int, say: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
-    """What a runner calls when a task is done. `say` prints lines, where there is no terminal for a bar."""
+def progress(name: str, total: int, line: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
+    """What a runner calls when a task is done. `line` prints lines, where there is no terminal for a bar."""
     if not sys.stderr.isatty():
-        yield say
+        yield line
         return
     from rich.console import Console  # a tenth of a second, and only a terminal needs it
     from rich.progress import (
@@ -225,12 +227,12 @@ def progress(name: str, total: int, say: OnDone[_In, _Out]) -> Iterator[OnDone[_
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task(name, total=total)
+        shown = bar.add_task(visible(name), total=total)
 
         def advance(task: Task[_In], result: _Out, kept: bool) -> None:
-            bar.update(line, advance=1, description=str(task.about.get("arm", name)))
+            bar.update(shown, advance=1, description=visible(str(task.about.get("arm", name))))
 
         yield advance

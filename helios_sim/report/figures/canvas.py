@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.report.format import visible
+
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
@@ -66,7 +68,7 @@ def font(bold: bool, pixels: int) -> FreeTypeFont:
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
-    return float(font(bold, _MEASURED_AT).getlength(text)) * size / _MEASURED_AT
+    return float(font(bold, _MEASURED_AT).getlength(" ".join(visible(text).split()))) * size / _MEASURED_AT
 
 
 def mark_points(marker: str, x: float, y: float, size: float) -> Points:
@@ -126,7 +128,7 @@ class Svg:
         place = f'transform="translate({x:.2f} {y:.2f}) rotate(-90)"' if upright else f'x="{x:.2f}" y="{y:.2f}"'
         weight = ";font-weight:bold" if bold else ""
         style = f"font-size:{size:g}px;fill:{_css(color)};text-anchor:{_ANCHORS[ha]}{weight}"
-        self._parts.append(f'<text {place} style="{style}">{escape(text)}</text>')
+        self._parts.append(f'<text {place} style="{style}">{_shown(text)}</text>')
 
     @contextmanager
     def clipped(self, box: Box) -> Iterator[None]:
@@ -143,7 +145,7 @@ class Svg:
     def element(self, title: str) -> str:
         """The element, without a title of its own to be seen."""
         width, height = self._size
-        head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
+        head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_shown(title)}" '
         return f'{head}xmlns="http://www.w3.org/2000/svg">\n' + "\n".join(self._parts) + "\n</svg>"
 
     def _path(self, points: Points, style: str, closed: bool = False) -> None:
@@ -192,7 +194,7 @@ class Png:
         self, text: str, x: float, y: float, size: float, color: str, ha: str = "left", bold: bool = False,
         upright: bool = False,
     ) -> None:  # fmt: skip
-        self._texts.append((text, x, y, size, color, ha, bold, upright))
+        self._texts.append((" ".join(visible(text).split()), x, y, size, color, ha, bold, upright))
 
     @contextmanager
     def clipped(self, box: Box) -> Iterator[None]:
@@ -233,6 +235,10 @@ class Png:
 
     def _pixels(self, points: Points) -> list[tuple[float, ...]]:
         return [tuple(point) for point in (points * self._scale - np.array(self._origin)).tolist()]
+
+
+def _shown(text: str) -> str:
+    return escape(" ".join(visible(text).split()))
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

@@ -26,10 +26,17 @@ def timeline_drawings(result: ExperimentResult) -> list[Drawing]:
     """Timelines of the arms that change their placement, else of the last arm that has one."""
     with_samples = [a for a in result.arms.values() if a.timeline is not None and len(a.timeline.rows) > 1]
     moving = [a for a in with_samples if _transitions_ns(a)]
-    return [_timeline(arm) for arm in (moving or with_samples[-1:])[:_MOST_TIMELINES]]
+    shown = (moving or with_samples[-1:])[:_MOST_TIMELINES]
+    names = [_file_name(arm.name) for arm in shown]
+    names = [f"{name}_{place}" if names.index(name) < place else name for place, name in enumerate(names)]
+    return [_timeline(arm, name) for arm, name in zip(shown, names, strict=True)]
 
 
-def _timeline(arm: ArmResult) -> Drawing:
+def _file_name(arm: str) -> str:
+    return re.sub(r"[^\w.-]", "_", arm)[:80]
+
+
+def _timeline(arm: ArmResult, file: str) -> Drawing:
     assert arm.timeline is not None
     times_ns, models, layers, running, queued, kv_bytes, weight_bytes = zip(*arm.timeline.rows, strict=True)
     time_s = np.array(times_ns, dtype=np.float64) / NS_PER_S
@@ -75,9 +82,8 @@ def _timeline(arm: ArmResult) -> Drawing:
             ax.axvline(moment_ns / NS_PER_S, color=MUTED, width=0.8, dash=FINE_DOTS)
     caption = "Dotted lines: a changed placement came into force. " if moments_ns else ""
     caption += "Samples of the first seed; metrics do not use them."
-    name = re.sub(r"[^\w.-]", "_", arm.name)  # it becomes a file's name
     which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
-    return Drawing(f"timeline_{name}", f"What {arm.name} did{which}", caption, figure)
+    return Drawing(f"timeline_{file}", f"What {arm.name} did{which}", caption, figure)
 
 
 def _transitions_ns(arm: ArmResult) -> Sequence[int]:
