@@ -5,10 +5,10 @@ Also decides which labelled texts are available, and how much of them can be tra
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import wraps
@@ -21,6 +21,7 @@ from calibrate.stages import NotEnoughTime, Stage, StageRun
 from helios_sim.errors import UserError
 from helios_sim.provenance import command_given
 from helios_sim.report import files
+from helios_sim.untrusted import Fields, read_json
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
 STAGES_OF = {
@@ -299,7 +300,9 @@ def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dic
     decided = stage.folder / "chars.json"
     available = available_texts(inputs)
     if decided.is_file():
-        return dict(json.loads(decided.read_text())), dict(available.left_out)
+        with suppress(UserError):  # damaged: it is decided anew
+            found = Fields(read_json(decided, ""), str(decided), "")
+            return {task: found.integer(task, 1, 1 << 40) for task in available.tasks}, dict(available.left_out)
     from calibrate.exits.traces import HELDOUT_CHARS
 
     of_all = {task: HELDOUT_CHARS[task] for task in available.tasks}

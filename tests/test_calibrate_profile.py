@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,14 @@ def test_a_folder_holds_one_model_on_one_device(tmp_path: Path, monkeypatch: pyt
     other = TableLimits(4, 64, 64, 256, 16)
     with pytest.raises(UserError, match="limits"):
         campaign(VirtualSubject(limits=other), tmp_path, monkeypatch)
+
+
+def test_free_memory_is_no_part_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = campaign(VirtualSubject(), tmp_path, monkeypatch)
+    subject = VirtualSubject()
+    subject.device.facts = replace(subject.device.facts, memory_bytes=subject.device.facts.memory_bytes // 2)
+    again = campaign(subject, tmp_path, monkeypatch)
+    assert np.array_equal(again.layer_tables[0].dense.time_s, first.layer_tables[0].dense.time_s)
 
 
 def test_a_folder_of_samples_that_were_taken_in_another_way_is_refused(

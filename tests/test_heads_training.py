@@ -47,6 +47,11 @@ def test_a_resumed_run_trains_nothing_again_and_ends_with_the_same_heads(tiny, t
     train_heads(*tiny, CONFIG, tmp_path, scratch, lambda _: None)
     assert {p: p.stat().st_mtime_ns for p in scratch.iterdir()} == before
     assert (tmp_path / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
+    damaged = min(scratch.glob("0*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train_heads(*tiny, CONFIG, tmp_path, scratch, lambda _: None)
+    assert damaged.stat().st_mtime_ns != before[damaged]
+    assert (tmp_path / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
 
 
 def test_adapters_bring_the_exit_nearer_to_full_depth(tiny, trained) -> None:

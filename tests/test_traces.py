@@ -73,6 +73,10 @@ def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_pa
     said: list[str] = []
     again = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, said.append)
     assert said == []
+    kept = sorted((tmp_path / "a").glob("*.npz"))
+    kept[0].write_bytes(kept[0].read_bytes()[:100])  # damaged: read anew
+    again = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, said.append)
+    assert len(said) == 1
     write_trace(again, tmp_path / "trace")
     back = read_trace(tmp_path / "trace")
     assert np.array_equal(back.recorded(Confidence.MAX_PROBABILITY), first.recorded(Confidence.MAX_PROBABILITY))

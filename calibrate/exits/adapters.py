@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.exits import training
-from calibrate.exits.hidden import HiddenStates, Passage, collect, start_token, tokenized_passages
+from calibrate.exits.hidden import HiddenStates, Passage, collect, kept_tensors, start_token, tokenized_passages
 from calibrate.exits.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, domain_of
 from calibrate.exits.training import Recipe, Say, Tensors
@@ -87,7 +87,7 @@ def fit_heads(
     model: SegmentedModel, states: HiddenStates, config: AdapterConfig, folder: Path, scratch: Path, say: Say = print
 ) -> ExitHeads:
     """Run the steps after the hidden states. Writes heads to `folder` and returns them as loaded from there."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     architecture, recipe = model.architecture, config.recipe
     rows = states.rows(Split.TRAIN)
@@ -95,8 +95,8 @@ def fit_heads(
     kept = scratch / "adapters.safetensors"
     last = states.at(architecture.n_layers, rows)
     teacher = training.teach(model, last, recipe.considered)
-    if kept.exists():
-        stored = {name: tensor.to(model.device) for name, tensor in load_file(kept).items()}
+    if (found := kept_tensors(kept)) is not None:
+        stored = {name: tensor.to(model.device) for name, tensor in found.items()}
         adapters = {
             d: {k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{d}.")} for d in config.candidates
         }

@@ -142,7 +142,7 @@ def collect(
 ) -> HiddenStates:
     """Hidden states of all passages. Every batch is a file, so that an interrupted run can be resumed."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     groups = list(batches(chosen))
@@ -150,18 +150,32 @@ def collect(
     shards = []
     for b, group in enumerate(groups):
         path = folder / f"{b:05d}.safetensors"
-        if not path.exists():
+        if (shard := kept_tensors(path)) is None:
             with torch.inference_mode():
                 hidden = torch.stack(states(model, start, [chosen[i].tokens for i in group], depths), dim=1)
             labels = [(list(Split).index(chosen[i].split), TASKS.index(chosen[i].task)) for i in group]
             lengths = [len(chosen[i].tokens) for i in group]
             label = torch.from_numpy(np.repeat(np.array(labels, dtype=np.int32), lengths, axis=0))
             draft = path.with_suffix(".part")
-            save_file({"hidden": hidden.cpu().contiguous(), "label": label}, draft)
+            shard = {"hidden": hidden.cpu().contiguous(), "label": label}
+            save_file(shard, draft)
             os.replace(draft, path)
             if b % 10 == 0:
                 say(f"hidden states: batch {b + 1} of {len(groups)}")
-        shards.append(load_file(path))
+        shards.append(shard)
     label = torch.cat([shard["label"] for shard in shards]).numpy()
     hidden = torch.cat([shard["hidden"] for shard in shards])
     return HiddenStates(tuple(depths), hidden, label[:, 0], label[:, 1], model.device)
+
+
+def kept_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Tensors that an interrupted call wrote; None if there are none, or they are damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        return None
+    except Exception:  # safetensors has errors of its own; they are made anew
+        path.unlink()
+        return None

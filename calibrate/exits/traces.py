@@ -271,7 +271,7 @@ def reference_trace(
     start = start_token(tokenizer, model.architecture.vocab_size)
     scratch.mkdir(parents=True, exist_ok=True)
     files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
-    left = [i for i, path in enumerate(files) if not path.exists()]
+    left = [i for i, path in enumerate(files) if _kept(path) is None]
     groups = [[left[k] for k in group] for group in batches([chosen[i] for i in left])]
     for b, group in enumerate(groups):
         found = _read(model, heads, start, [chosen[i] for i in group], depths)
@@ -280,10 +280,7 @@ def reference_trace(
         for j, i in enumerate(group):
             _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
         say(f"trace: batch {b + 1} of {len(groups)}")
-    parts = []
-    for path in files:
-        with np.load(path) as columns:
-            parts.append({name: columns[name] for name in columns.files})
+    parts = [part for path in files if (part := _kept(path)) is not None]
     tasks = tuple(dict.fromkeys(p.task for p in chosen))
     order = range(len(chosen))
     return _trace(
@@ -294,6 +291,18 @@ def reference_trace(
 
 def _fingerprint(passage: Passage) -> str:
     return hashlib.sha256(passage.tokens.tobytes() + " ".join(MEASURES).encode()).hexdigest()[:20]
+
+
+def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
+    """A passage's columns from an interrupted call; None if there are none, or they are damaged."""
+    try:
+        with np.load(path) as columns:
+            return {name: columns[name] for name in columns.files}
+    except FileNotFoundError:
+        return None
+    except Exception:  # zipfile and numpy have many; it is read anew
+        path.unlink()
+        return None
 
 
 def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:

@@ -66,8 +66,8 @@ class SavedParts:
         folder.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(settings))
         found = self.get("settings")
-        if found is not None and found != plain:
-            differing = sorted(k for k in {**found, **plain} if found.get(k) != plain.get(k))
+        differing = [] if found is None else sorted(key for key in plain if found.get(key) != plain[key])
+        if differing:
             raise UserError(
                 "folder", str(folder), f"it holds measurements under another {', '.join(differing)}",
                 "name another folder, or delete this one",
@@ -196,8 +196,7 @@ class _Campaign:
         dtype = str(subject.model.dtype).removeprefix("torch.")
         settings = {
             "model": about.spec.name, "weights": about.weights, "layers": subject.n_layers, "dtype": dtype,
-            "device": self.device.facts.name, "limits": asdict(subject.limits),
-            "memory_bytes": self.device.facts.memory_bytes, "samples": "at two paces",
+            "device": self.device.facts.name, "limits": asdict(subject.limits), "samples": "at two paces",
         }  # fmt: skip
         self.dtype = dtype
         self.parts = SavedParts(folder, settings)

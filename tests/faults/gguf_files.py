@@ -24,10 +24,11 @@ def mutants(seed: int) -> Iterator[Mutant]:
     rng = random.Random(seed)
     yield Mutant("unchanged", lambda folder: _written(folder, _content()))
     while True:
-        keys, tensors, data = parsed(_content())
+        whole = _content(rng.choice(("llama", "llama", "gemma3", "qwen2")))
+        keys, tensors, data = parsed(whole)
         kind = rng.choice(("bytes", *["value"] * 3, "type", "name", "array", "tensor", "tensor", "data"))
         if kind == "bytes":
-            what, content = changed_bytes(_content(), rng, rng.choice((24, 2_000, 40_000, None)))
+            what, content = changed_bytes(whole, rng, rng.choice((24, 2_000, 40_000, None)))
         else:
             what, content = _changed(kind, keys, tensors, data, rng)
         yield Mutant(f"gguf {kind}: {what}", lambda folder, content=content: _written(folder, content))
@@ -121,10 +122,11 @@ def _wrapped(value: int, kind: int) -> Any:
 
 
 @cache
-def _content() -> bytes:
+def _content(family: str = "llama") -> bytes:
     from tiny_models import tiny_model, tiny_tokenizer, write_gguf
 
-    model = tiny_model("llama", 2, hidden_size=32, intermediate_size=64)
+    own = {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": None} if family == "gemma3" else {}
+    model = tiny_model(family, 2, hidden_size=32, intermediate_size=64, **own)
     with TemporaryDirectory() as folder:
         return write_gguf(Path(folder) / "tiny.gguf", model, tokenizer=tiny_tokenizer()).read_bytes()
 
