@@ -37,6 +37,7 @@ _FONTS = Path(__file__).parent / "fonts"
 _MEASURED_AT = 100  # points, at which widths of texts are measured
 _PIXELS_PER_POINT = 150 / 72
 _FINER = 2  # times as many pixels each way, before they are averaged
+_DENSE = 1000  # points of a line, from which its corners lie so close together that gaps at them do not show
 _ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 
 
@@ -173,7 +174,7 @@ class Png:
         for part in _dashed(points, dash) if dash else [points]:
             pixels = self._pixels(part)
             self._draw.line(pixels, fill, wide)
-            for corner in _corners_of(part) if wide > 2 else ():
+            for corner in _corners_of(part) if wide > 2 and len(part) < _DENSE else ():
                 self._draw.circle(pixels[corner], wide / 2, fill)
 
     def area(
