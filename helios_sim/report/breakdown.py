@@ -1,15 +1,16 @@
-"""Figures of an arm by task and by replica, which totals hide: a drifting mix, or replicas of several kinds."""
+"""Figures of an arm that totals hide: by task, by replica, and by what an order of the line prefers."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.report.records import Records
+from helios_sim.report.records import BoolColumn, Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats
 
@@ -175,3 +176,52 @@ def _spread(values: Sequence[float | None], weights: Sequence[int] | None = None
         return None
     mean = sum(value * count for value, count in known) / sum(count for _, count in known)
     return Spread(mean, min(value for value, _ in known), max(value for value, _ in known))
+
+
+@dataclass(frozen=True, slots=True)
+class WaitFigures:
+    """Time in the queue of one group of requests, all replicates together; of those that were ever scheduled."""
+
+    group: str
+    requests: int
+    never_scheduled: int  # dropped, or left when the run was stopped
+    queue_s_p50: float | None
+    queue_s_p99: float | None
+    queue_s_max: float | None
+
+
+def waits(
+    replicates: Sequence[Records], groups: Sequence[tuple[str, Sequence[BoolColumn]]]
+) -> tuple[WaitFigures, ...]:
+    """Queue times of each group that has requests: its name and, for each replicate, which of them belong to it."""
+    found = []
+    for name, members in groups:
+        parts = [records.part(rows) for records, rows in zip(replicates, members, strict=True)]
+        requests = sum(map(len, parts))
+        if not requests:
+            continue
+        waited_ns = np.concatenate([(p.scheduled_ns.values - p.arrival_ns)[p.scheduled_ns.present] for p in parts])
+        figures: list[float | None] = [None] * 3
+        if len(waited_ns):
+            figures = [float(value) / NS_PER_S for value in np.percentile(waited_ns, (50, 99, 100))]
+        found.append(WaitFigures(name, requests, requests - len(waited_ns), *figures))
+    return tuple(found)
+
+
+def by_priority(priorities: Sequence[NDArray[np.int64]]) -> list[tuple[str, list[BoolColumn]]]:
+    """A group for each priority, the one that is served first first; priorities (n,) of each replicate's requests."""
+    known = sorted({int(value) for each in priorities for value in set(each.tolist())})
+    return [(f"priority {value}", [each == value for each in priorities]) for value in known]
+
+
+def by_prompt_length(replicates: Sequence[Records]) -> list[tuple[str, list[BoolColumn]]]:
+    """The quarters of the requests by the tokens of their prompts, shortest first; equal lengths stay together."""
+    lengths = np.concatenate([records.prompt_tokens for records in replicates])
+    bounds = [int(value) for value in np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1), method="inverted_cdf")]
+    groups = []
+    for place, (low, high) in enumerate(pairwise(bounds)):
+        first = low if place == 0 else low + 1
+        if first <= high:
+            rows = [(records.prompt_tokens >= first) & (records.prompt_tokens <= high) for records in replicates]
+            groups.append((f"prompts of {first:,} to {high:,} tokens", rows))
+    return groups

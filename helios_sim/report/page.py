@@ -52,6 +52,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         ("answer", "Answer", _answer(result, ratios)),
         ("warnings", "Read with care", warnings(cautions(result))),
         ("arms", "Arms", _arms(result, ratios)),
+        ("waits", "Who waits", _waits(result)),
         ("fidelity", "Measured beside simulated", _fidelity(result)),
         ("published", "Published", _published(result)),
         ("gates", "Gates", _gates(result)),
@@ -220,6 +221,29 @@ def _spread(value: Spread | None, shown: Callable[[float], str]) -> Html:
     if value is None:
         return num(fmt.NOTHING)
     return num(shown(value.mean), sub(f"{shown(value.low)} to {shown(value.high)}", interval=True))
+
+
+def _waits(result: ExperimentResult) -> Html | None:
+    """Where the order of the line prefers some requests: how long the others wait."""
+    sentences, rows = [], []
+    for arm in result.arms.values():
+        known = [(it.queue_s_p99, it) for it in arm.waits if it.queue_s_p99 is not None]
+        if len(known) > 1:
+            p99, worst = max(known, key=lambda pair: pair[0])
+            least, _ = min(known, key=lambda pair: pair[0])
+            sentences.append(
+                f"{arm.name}: {worst.group} wait longest, p99 {fmt.seconds(p99)} and at most "
+                f"{fmt.seconds(worst.queue_s_max or 0.0)}; the p99 of those who wait least is {fmt.seconds(least)}."
+            )
+        for it in arm.waits:
+            times = (it.queue_s_p50, it.queue_s_p99, it.queue_s_max)
+            shown = (num(fmt.NOTHING if time is None else fmt.seconds(time)) for time in times)
+            rows.append([row_head(arm.name), it.group, num(f"{it.requests:,}"), *shown, num(f"{it.never_scheduled:,}")])
+    if not rows:
+        return None
+    numbers = ("requests", "queue p50", "queue p99", "longest", "never scheduled")
+    heads = ["arm", "requests with", *(num(name, head=True) for name in numbers)]
+    return section("waits", "Who waits", (tag("p", sentence) for sentence in sentences), table(heads, rows))
 
 
 _OF_NOISE = (

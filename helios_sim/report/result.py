@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
-from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, by_task
+from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
@@ -64,6 +64,7 @@ class ArmResult:
     timeline_transitions_ns: Sequence[int] | None = None  # of the timeline's replica; None: those of the replicate
     replicas: tuple[ReplicaFigures, ...] = ()
     is_bound: bool = False  # knows what will come, as no policy that one could deploy
+    waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
 
     @property
     def metrics(self) -> Metrics:

@@ -161,6 +161,8 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
         entry["baseline"] = arm.baseline
     if len(arm.replicas) > 1:
         entry["replicas"] = json_value(arm.replicas)
+    if arm.waits:
+        entry["waits"] = json_value(arm.waits)
     return entry
 
 

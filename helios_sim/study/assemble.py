@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from helios_sim.provenance import Assumption, Provenance
+from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, waits
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
+from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
     ArmsFigure,
@@ -26,6 +30,7 @@ from helios_sim.report.result import (
 )
 from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.build import Arm, confidence, threshold
+from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
@@ -139,7 +144,24 @@ def _arm(name: str, jobs: Sequence[Job], results: Results, study: Config) -> Arm
         exit_depths=first.exit_depths,
         baseline=jobs[0].arm.baseline,
         is_bound=jobs[0].arm.policy.kind.is_bound,
+        waits=_waits(jobs, [results[job.key].replicate.records for job in jobs]),
     )
+
+
+def _waits(jobs: Sequence[Job], replicates: Sequence[Records]) -> tuple[WaitFigures, ...]:
+    """Queue times by priority or by quarters of prompt length; none where the line is in order of arrival."""
+    order = jobs[0].config.server.order
+    if order == "fcfs":
+        return ()
+    if order == "shortest_prompt":
+        return waits(replicates, by_prompt_length(replicates))
+    priorities = []
+    for job, records in zip(jobs, replicates, strict=True):
+        workload = shared_fleet(job.config, job.seed).parts.workload
+        recorded = workload.recorded_priority
+        of_tasks = workload.mix.priority(records.task.astype(np.int64))
+        priorities.append(of_tasks if recorded is None else recorded[records.request_id])
+    return waits(replicates, by_priority(priorities))
 
 
 def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
