@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from command_line import CommandLine
-from helios_sim.report.fidelity import ComparedRow
 from helios_sim.report.metrics import Band
+from helios_sim.report.result import ComparedRow
 from helios_sim.study.watched import LiveNotes
 from helios_sim.validate.compare import energy_told, rows_of
 

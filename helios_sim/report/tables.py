@@ -7,8 +7,7 @@ from typing import TextIO
 
 from helios_sim.report import format as fmt
 from helios_sim.report.designs import DesignsResult, design_label, metric_cells, thinned, value_text
-from helios_sim.report.fidelity import ComparedRow
-from helios_sim.report.result import Comparisons, ExperimentResult, headline_metrics
+from helios_sim.report.result import ComparedRow, Comparisons, ExperimentResult, headline_metrics
 from helios_sim.report.terminal import TextTable, say
 
 MOST_ROWS = 20  # of a front

@@ -10,13 +10,13 @@ from helios_sim.report import files
 from helios_sim.report.compare import Ratio, interval_over_seeds
 from helios_sim.report.decisions import decisions_table
 from helios_sim.report.designs import Design, DesignsResult, designs_table
-from helios_sim.report.fidelity import Fidelity
 from helios_sim.report.files import json_value
 from helios_sim.report.metrics import DEFINITIONS, Metrics
 from helios_sim.report.result import (
     ArmResult,
     Comparisons,
     ExperimentResult,
+    Fidelity,
     SweepFigure,
     SweepPoint,
     comparisons,
@@ -54,11 +54,16 @@ def write_requests(result: ExperimentResult, folder: Path) -> None:
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
     """figures/*.png and report.html."""
-    from helios_sim.report.figures.arms import answer_drawings, arms_drawings, detail_drawings, replica_drawings
+    from helios_sim.report.figures.arms import (
+        answer_drawings,
+        arms_drawings,
+        detail_drawings,
+        replica_drawings,
+        timeline_drawings,
+    )
     from helios_sim.report.figures.fidelity import fidelity_drawings
     from helios_sim.report.figures.style import to_png
     from helios_sim.report.figures.sweep import sweep_drawings
-    from helios_sim.report.figures.timeline import timeline_drawings
     from helios_sim.report.page import render
 
     drawings = [
@@ -80,8 +85,8 @@ def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.designs import design_drawings
     from helios_sim.report.figures.style import to_png
+    from helios_sim.report.figures.sweep import design_drawings
     from helios_sim.report.page import render_designs
 
     summary = summarise_designs(result)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helios_sim.errors import UserError
-from helios_sim.report.fidelity import ComparedRow, LoadError
 from helios_sim.report.records import Records
-from helios_sim.report.result import ExperimentResult, comparisons
+from helios_sim.report.result import ComparedRow, ExperimentResult, LoadError, comparisons
 from helios_sim.report.tables import print_comparison
 from helios_sim.report.write import write_result
 from helios_sim.study.command import end, provenance

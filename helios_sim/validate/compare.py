@@ -12,10 +12,23 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.fidelity import ComparedRow, Count, Fidelity, FloatArray, LoadError, RequestTimes, compared_rows
 from helios_sim.report.metrics import Band, Metrics, MetricValue, compute_metrics
 from helios_sim.report.records import Records
-from helios_sim.report.result import ArmResult, ExperimentResult, Gate, Replicate, ServedWorkload, SweepPoint
+from helios_sim.report.result import (
+    ArmResult,
+    ComparedRow,
+    Count,
+    ExperimentResult,
+    Fidelity,
+    FloatArray,
+    Gate,
+    LoadError,
+    Replicate,
+    RequestTimes,
+    ServedWorkload,
+    SweepPoint,
+    compared_rows,
+)
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.jobs import JobResult
 from helios_sim.study.schema import Config

@@ -1,7 +1,8 @@
-"""Figures of the arms: gains, published values, latencies, exit depths, one metric against another, replicas."""
+"""Figures of the arms: gains, published values, latencies, exits, metrics against each other, replicas, timelines."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from helios_sim.report.breakdown import ReplicaFigures
 from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     DASHES,
+    FINE_DOTS,
     INK,
     MODEL_COLORS,
     MUTED,
@@ -24,7 +26,7 @@ from helios_sim.report.figures.style import (
 )
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.report.records import Records
-from helios_sim.report.result import ArmsFigure, Comparisons, ExperimentResult, QualityFigure
+from helios_sim.report.result import ArmResult, ArmsFigure, Comparisons, ExperimentResult, QualityFigure
 from helios_sim.request import NS_PER_S
 
 _KIND_MARKERS = "osD^vP*X"  # by kind of replica
@@ -283,3 +285,75 @@ def replica_drawings(result: ExperimentResult) -> list[Drawing]:
         legend_above(figure, labels_of(*axes))
     caption = "A mark for each replica, in the first seed: side by side where the load is even."
     return [Drawing("replicas", "Replicas", caption, figure)]
+
+
+_MOST_TIMELINES = 4  # those of arms that change something come first
+
+
+def timeline_drawings(result: ExperimentResult) -> list[Drawing]:
+    """Timelines of the arms that change their placement, else of the last arm that has one."""
+    with_samples = [a for a in result.arms.values() if a.timeline is not None and len(a.timeline.rows) > 1]
+    moving = [a for a in with_samples if _transitions_ns(a)]
+    shown = (moving or with_samples[-1:])[:_MOST_TIMELINES]
+    names = [_file_name(arm.name) for arm in shown]
+    names = [f"{name}_{place}" if names.index(name) < place else name for place, name in enumerate(names)]
+    return [_timeline(arm, name) for arm, name in zip(shown, names, strict=True)]
+
+
+def _file_name(arm: str) -> str:
+    return re.sub(r"[^\w.-]", "_", arm)[:80]
+
+
+def _timeline(arm: ArmResult, file: str) -> Drawing:
+    assert arm.timeline is not None
+    times_ns, models, layers, running, queued, kv_bytes, weight_bytes = zip(*arm.timeline.rows, strict=True)
+    time_s = np.array(times_ns, dtype=np.float64) / NS_PER_S
+    names = sorted(set(models))  # so that a model has its colour in every arm
+    figure, axes = new_figure(3, 1, 6.2, sharex=True, heights=(1, 1.2, 1))
+    depth, memory, load = axes
+
+    for place, name in enumerate(names):
+        here = np.array([model == name for model in models])
+        color = MODEL_COLORS[place % len(MODEL_COLORS)]
+        depth.fill_between(time_s, 0, np.where(here, layers, 0), post=True, color=color, alpha=0.75, label=name)
+    moments_ns = _transitions_ns(arm)
+    if moments_ns:
+        depth.plot([], [], color=MUTED, width=0.8, dash=FINE_DOTS, label="new placement")
+    depth.set_title("Model and layers")
+    depth.set_ylabel("layers run")
+    depth.set_ylim(0, max(layers) * 1.12)
+    depth.y.whole = True
+
+    weights_gb, kv_gb = np.array(weight_bytes) / 1e9, np.array(kv_bytes) / 1e9
+    parts = (("weights and activations", 0, weights_gb, BASELINE_COLOR, 0.55),
+             ("KV cache in use", weights_gb, weights_gb + kv_gb, MODEL_COLORS[2], 0.75))  # fmt: skip
+    for label, low, high, color, alpha in parts:
+        memory.fill_between(time_s, low, high, post=True, color=color, alpha=alpha, label=label)
+    if arm.capacity_bytes is not None:
+        memory.axhline(arm.capacity_bytes / 1e9, color=MUTED, dash=(4, 3))
+        memory.annotate("card", (1, arm.capacity_bytes / 1e9), (-4, -11), across=True, ha="right", color=INK)
+    memory.set_title("Memory")
+    memory.set_ylabel("GB")
+    memory.set_ylim(bottom=0)
+
+    load.plot(time_s, running, post=True, color=INK, width=1.5, label="running")
+    load.plot(time_s, queued, post=True, color=MODEL_COLORS[1], width=1.5, label="waiting")
+    load.set_title("Requests")
+    load.set_ylabel("requests")
+    load.set_ylim(bottom=0)
+    load.set_xlabel("time (s)")
+
+    for ax in axes:
+        ax.legend_shown = True
+        ax.set_xlim(float(time_s[0]), float(time_s[-1]))
+        for moment_ns in moments_ns:
+            ax.axvline(moment_ns / NS_PER_S, color=MUTED, width=0.8, dash=FINE_DOTS)
+    caption = "Dotted lines: a changed placement came into force. " if moments_ns else ""
+    caption += "Samples of the first seed; metrics do not use them."
+    which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
+    return Drawing(f"timeline_{file}", f"What {arm.name} did{which}", caption, figure)
+
+
+def _transitions_ns(arm: ArmResult) -> Sequence[int]:
+    own = arm.timeline_transitions_ns
+    return arm.replicates[0].stats.transitions_ns if own is None else own

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from helios_sim.report.figures.axes import DASHES, FINE_DOTS, LEGEND_SIZE, WIDTH, Axes, Look
 from helios_sim.report.figures.canvas import INK, MUTED, PAPER, Png, Svg, text_width
-from helios_sim.report.figures.plot import DASHES, FINE_DOTS, LEGEND_SIZE, WIDTH, Axes, Figure, Look
+from helios_sim.report.figures.plot import Figure
 
 __all__ = [
     "BASELINE_COLOR", "DASHES", "FINE_DOTS", "INK", "MODEL_COLORS", "MUTED", "PAPER", "ArmStyle", "Drawing",
