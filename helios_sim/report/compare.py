@@ -156,7 +156,7 @@ def _divide(
 
 
 def _shared(one: Records, other: Records) -> NDArray[np.bool_]:
-    """Rows of `one` whose request both arms completed."""
+    """Rows of `one` with a request that both arms completed."""
     both = np.intersect1d(one.request_id[one.completed], other.request_id[other.completed], assume_unique=True)
     return np.isin(one.request_id, both, assume_unique=True)
 

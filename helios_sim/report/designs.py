@@ -164,7 +164,7 @@ def design_label(design: Design, alike: int) -> str:
 
 
 def thinned(designs: Sequence[_Item], most: int) -> list[_Item]:
-    """At most `most` of the designs, evenly spaced from the first to the last."""
+    """Return up to `most` of the designs, evenly spaced from the first to the last."""
     if len(designs) <= most:
         return list(designs)
     return [designs[round(i * (len(designs) - 1) / (most - 1))] for i in range(most)]

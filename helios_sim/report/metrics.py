@@ -309,7 +309,7 @@ def _summarise_gaps(gaps: GapHistogram) -> dict[str, MetricValue]:
 def _near_transitions(
     records: Records, of_all_ns: Sequence[int], by_replica: Mapping[int, Sequence[int]] | None
 ) -> dict[str, MetricValue]:
-    """p99 of requests whose time in the system comes within NEAR_TRANSITION_S of a transition of their replica."""
+    """p99 of requests that were in the system within NEAR_TRANSITION_S of a transition of their replica."""
     done = records.completed
     if by_replica is None:
         near = _near(records, done, of_all_ns)

@@ -224,7 +224,7 @@ def _spread(value: Spread | None, shown: Callable[[float], str]) -> Html:
 
 
 def _waits(result: ExperimentResult) -> Html | None:
-    """Where the order of the line prefers some requests: how long the others wait."""
+    """How long each group waits, where the order of the line prefers some requests."""
     sentences, rows = [], []
     for arm in result.arms.values():
         known = [(it.queue_s_p99, it) for it in arm.waits if it.queue_s_p99 is not None]

@@ -185,7 +185,7 @@ def _intervals(runs: list[Metrics]) -> dict[str, dict[str, float]]:
 
 
 def _shown_metrics(result: ExperimentResult) -> set[str]:
-    """Metrics whose ratios are given at every point: those in the table and the figures."""
+    """Metrics that have ratios at every point: those in the table and the figures."""
     return {*headline_metrics(result), *(f.metric for f in result.figures if isinstance(f, SweepFigure))}
 
 

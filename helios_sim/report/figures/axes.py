@@ -270,7 +270,7 @@ class Ticks:
 
 
 def linear(low: float, high: float, most: int, write: Write | None = None, whole: bool = False) -> Ticks:
-    """At most `most` + 1 ticks at round values; `whole`: only at whole numbers."""
+    """Return up to `most` + 1 ticks at round values; `whole`: only at whole numbers."""
     step = round_step((high - low) / max(most, 1), whole)
     first, last = ceil(low / step - 1e-9), floor(high / step + 1e-9)
     at = tuple(number * step for number in range(first, last + 1))
@@ -290,7 +290,7 @@ def round_step(least: float, whole: bool = False) -> float:
 
 
 def logarithmic(low: float, high: float, write: Write | None = None, base: int = 10, most: int = 7) -> Ticks:
-    """At powers, with values between them where there are few; small ticks at the other digits."""
+    """Return ticks at powers, and between them where there are few; small ticks at the other digits."""
     write = write or fmt_plain
     if base != 10:
         first, last = ceil(_power(low, base) - 1e-9), floor(_power(high, base) + 1e-9)

@@ -287,7 +287,7 @@ def _stripes(points: Points) -> Iterator[Points]:
 
 
 def _corners_of(points: Points) -> list[int]:
-    """Where a line turns so much that the ends of its parts leave a gap."""
+    """Indices of the points at which a line turns so much that its parts leave a gap."""
     steps = np.diff(points, axis=0)
     turn = np.abs(steps[:-1, 0] * steps[1:, 1] - steps[:-1, 1] * steps[1:, 0])
     lengths = np.hypot(steps[:-1, 0], steps[:-1, 1]) * np.hypot(steps[1:, 0], steps[1:, 1])

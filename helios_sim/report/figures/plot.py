@@ -262,7 +262,7 @@ class _Panel:
 
 
 def _blue(share: float) -> str:
-    """From nearly white to dark blue."""
+    """A colour between nearly white (0) and dark blue (1)."""
     stops = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
     place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     below = min(int(place), len(stops) - 2)

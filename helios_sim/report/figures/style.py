@@ -117,7 +117,7 @@ def shades(count: int) -> list[str]:
 
 
 def axis_positions(values: Iterable[object]) -> dict[Any, float]:
-    """Where the values of a setting are on an axis: numbers at their value, others one after the other."""
+    """Positions of a setting's values on an axis: numbers at their value, others one after the other."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         return {value: float(value) for value in distinct}  # type: ignore[arg-type]
