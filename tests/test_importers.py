@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,111 @@ def test_vidur_tables(tmp_path: Path) -> None:
     assert profile.head.time_s[0] > tables.dense.time_s[0] / 10
     with pytest.raises(UserError, match="n_head"):
         vidur_profile(write_vidur(tmp_path / "other", heads=16), profile.model, "A100", CARDS["a10080gb"], BARE)
+
+
+def rewritten(path: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    change(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def vidur(folder: Path) -> Profile:
+    return vidur_profile(folder, published_model(MODEL), "A100", CARDS["a10080gb"], preset("captured_graphs"))
+
+
+def test_writing_the_cache_is_part_of_attention(tmp_path: Path) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    before = vidur(folder).layer_tables[0]
+    rewritten(folder / "attention.csv", lambda rows: [r.update({"time_stats.attn_kv_cache_save.median": "0.5"})
+                                                      for r in rows])  # fmt: skip
+    after = vidur(folder).layer_tables[0]
+    for name in ("decode_attention", "prefill_attention"):
+        assert getattr(after, name).time_s == pytest.approx(getattr(before, name).time_s + 0.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("block_size", ("16", "32"), r"block_size=\[.*the same in every row"),
+        ("block_size", ("16", "16"), None),
+        ("attention_backend", ("FLASH", "FLASHINFER"), "attention_backend"),
+        ("time_stats.attn_all_reduce.median", ("0.1", "0.1"), "attn_all_reduce.*left out"),
+        ("time_stats.attn_decode.max", ("0.1", "0.3"), None),
+        ("n_embd", ("896", "1024"), "n_embd=1024"),
+        ("time_stats.attn_output_reshape.median", ("0.001", ""), "output_reshape.*=nan: a time"),
+        ("batch_size", ("1", "1.5"), "batch_size=1.5"),
+        ("is_prefill", ("False", "maybe"), "is_prefill.*True or False"),
+    ],
+)
+def test_rows_that_differ_in_what_is_not_read_are_refused(
+    tmp_path: Path, column: str, values: tuple[str, str], said: str | None
+) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    change = [lambda rows: [row.update({column: values[i % 2]}) for i, row in enumerate(rows)]]
+    if column in ("n_embd", "batch_size", "is_prefill", "time_stats.attn_output_reshape.median"):
+        change = [lambda rows: rows[1].update({column: values[1]})]
+    rewritten(folder / "attention.csv", change[0])
+    if said is None:
+        assert vidur(folder).layer_tables
+    else:
+        with pytest.raises(UserError, match=said):
+            vidur(folder)
+
+
+@pytest.mark.parametrize("name", ["linear_attention.csv", "mamba.csv.gz"])
+def test_a_table_that_is_not_read_is_refused(tables: Path, tmp_path: Path, name: str) -> None:
+    for folder, build in ((tables, imported), (write_vidur(tmp_path / "vidur"), vidur)):
+        (folder / name).write_text("layer,tokens,time_us\n")
+        with pytest.raises(UserError, match=name):
+            build(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("hardware: RTX4090", {"hardware": "A100"}, "hardware='A100': RTX4090, on which"),
+        ("hardware: NVIDIA GeForce RTX 4090", {"hardware": "RTX4090"}, None),
+        (f"model: {MODEL}", {"model": "Qwen/Qwen2.5-7B"}, "of the shape of Qwen/Qwen2.5-0.5B"),
+        (f"model: {MODEL}", {"model": "Qwen/Qwen2.5-0.5B-Instruct"}, None),
+        ("tp_degrees: [2, 4]", {}, "tensor_parallel=1: one of those in meta.yaml"),
+        ("engine_effective: {tensor_parallel_size: 2}", {}, "tables in tp1/"),
+        ("a: &a [x, x]\nb: [*a, *a", {}, "a YAML mapping"),
+        ("[" * 5000, {}, "a YAML mapping"),
+    ],
+)
+def test_what_meta_says_is_compared(tables: Path, tmp_path: Path, capsys, text: str, arguments: dict[str, str], said):
+    meta = f"{text}\nmeasurement_iterations: {REPETITIONS}\n"
+    meta += "" if "model:" in text else f"model: {MODEL}\n"
+    meta += "" if "hardware:" in text else "hardware: RTX4090\n"
+    (tables / "meta.yaml").write_text(text if "[" * 9 in text else meta)
+    given = [f"{key}={value}" for key, value in arguments.items()]
+    status = main(["importer=layers", f"tables={tables}", f"folder={tmp_path / 'made'}", *given])
+    told = capsys.readouterr().err
+    assert status == (0 if said is None else 1), told
+    assert said is None or said in told
+
+
+def test_a_default_workload_is_as_long_on_an_imported_profile(tables: Path) -> None:
+    model = imported(tables).model
+    assert model.chars_per_token == 4.4
+    assert any(a.change == "model.chars_per_token" for a in imported(tables).provenance.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        ("Qwen/Qwen3-4B", 40_960), ("Qwen/Qwen3-4B-Instruct-2507", 262_144), ("Qwen/Qwen3-4B-Thinking-2507", 262_144),
+        ("Qwen/Qwen3-4B-Base", 32_768), ("Qwen/Qwen2.5-7B", 131_072), ("Qwen/Qwen2.5-7B-Instruct", 32_768),
+        ("Qwen/Qwen2.5-Math-7B", 4_096), ("Qwen/Qwen2.5-7B-Instruct-1M", 1_010_000), ("Qwen/Qwen2.5-Coder-7B", 32_768),
+        ("mistralai/Mistral-Nemo-Instruct-2407", 131_072), ("meta-llama/Llama-3.1-8B-Instruct", 131_072),
+    ],
+)  # fmt: skip
+def test_contexts_are_those_of_the_model_named(name: str, context: int) -> None:
+    assert published_model(name).max_context_tokens == context
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import (
@@ -66,6 +68,7 @@ def _from_tables(importer: str, options: dict[str, str]) -> Profile:
         raise UserError("tables", options.get("tables"), "a folder of measured tables", "set tables=FOLDER")
     meta = read_meta(tables)
     name, hardware = options.get("model", meta.get("model")), options.get("hardware", meta.get("hardware"))
+    _check_meta(options, meta)
     if name is None or hardware is None:
         raise UserError("arguments", " ".join(options), "model=NAME hardware=NAME", "add what meta.yaml does not say")
     card = published_card(str(hardware))
@@ -76,6 +79,20 @@ def _from_tables(importer: str, options: dict[str, str]) -> Profile:
         raise UserError("tensor_parallel", degree, "a whole number from 1", "correct it")
     build = layer_profile if importer == "layers" else vidur_profile
     return build(tables, published_model(str(name)), str(hardware), card, preset("captured_graphs"), int(degree))
+
+
+def _check_meta(options: dict[str, str], meta: dict[str, Any]) -> None:
+    """UserError where meta.yaml says that another card, or a model of another shape, was measured."""
+    told, measured = options.get("hardware"), meta.get("hardware")
+    if told and measured and published_card(str(measured)) not in (None, published_card(told)):
+        allowed = f"{measured}, on which these tables were measured as meta.yaml says"
+        raise UserError("hardware", told, allowed, "leave it out, or correct meta.yaml")
+    told, measured = options.get("model"), meta.get("model")
+    if told and measured and str(measured) != told:
+        shapes = [asdict(replace(published_model(str(n)), name="any", max_context_tokens=1)) for n in (told, measured)]
+        if shapes[0] != shapes[1]:
+            allowed = f"of the shape of {measured}, whose kernels were measured as meta.yaml says"
+            raise UserError("model", told, allowed, "leave it out, or correct meta.yaml")
 
 
 def _option(argument: str) -> tuple[str, str]:

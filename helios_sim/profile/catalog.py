@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from helios_sim.errors import UserError
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
+from helios_sim.provenance import Assumption
 
 MIB = 2**20
 
@@ -58,7 +59,13 @@ _SHAPES: dict[str, _Shape] = {
     "gemma-3-12b": ("gemma3", 48, 3840, 16, 8, 256, 15_360, 262_208, True, 131_072),
     "gemma-3-27b": ("gemma3", 62, 5376, 32, 16, 128, 21_504, 262_208, True, 131_072),
 }
-_VARIANTS = re.compile(r"-(instruct|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
+_VARIANTS = re.compile(r"-(1m|instruct|thinking|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
+
+# Names whose context is not that of the shape that they share with others: max_position_embeddings of their configs.
+_CONTEXTS = (
+    (r"^qwen3-.*-2507", 262_144), (r"^qwen3-.*-base$", 32_768), (r"^qwen2\.5-math-", 4_096),
+    (r"^qwen2\.5-.*-1m$", 1_010_000), (r"^qwen2\.5-(1\.5|7|14|32|72)b$", 131_072),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ _OTHER_NAMES = {
 
 
 def published_model(name: str, key: str = "model") -> ModelSpec:
-    """The shape of a model by its name on Hugging Face, in tokens of its own. UserError where it is not known."""
+    """The shape of a model by its name on Hugging Face. UserError where it is not known."""
     shape = _SHAPES.get(name) or _SHAPES.get(_plain_model(name))
     if shape is None:
         raise UserError(
@@ -121,12 +128,21 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
             f"set {key} to one of the same shape (mixtures of experts are not modelled)",
         )  # fmt: skip
     family, layers, d_model, heads, kv_heads, head_dim, d_ff, vocabulary, tied, context = shape
+    plain = name.rsplit("/", 1)[-1].lower()
+    context = next((tokens for pattern, tokens in _CONTEXTS if re.search(pattern, plain)), context)
     return ModelSpec(
         name=name.rsplit("/", 1)[-1].lower(), family=family, n_layers=layers, d_model=d_model, n_heads=heads,
         n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=True, vocab_size=vocabulary,
         tied_embeddings=tied, max_context_tokens=context, learned_positions=False, bias=False,
-        weight_bytes_per_value=2, kv_bytes_per_value=2, chars_per_token=1.0,
+        weight_bytes_per_value=2, kv_bytes_per_value=2,
+        chars_per_token=CHARS_PER_TOKEN["llama-3" if vocabulary > 100_000 else "llama-2"],
     )  # fmt: skip
+
+
+def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
+    """What is assumed of a published model's tokenizer, for a profile's provenance."""
+    why = "English text and a vocabulary of this size; no tokenizer at hand"
+    return (Assumption("chars_per_token", model.chars_per_token, why, "model.chars_per_token"),)
 
 
 def published_card(name: str) -> Card | None:
@@ -150,7 +166,7 @@ def cards_together(name: str, card: Card, number: int) -> HardwareSpec:
 
 
 def _plain_model(name: str) -> str:
-    """Without owner, tuning and date, none of which change a shape."""
+    """The name without owner, tuning and date, none of which change a shape."""
     plain = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
     return _VARIANTS.sub("", plain).replace("-v0.2", "-v0.1")
 

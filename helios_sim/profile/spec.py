@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -20,7 +21,7 @@ _OF_A_MODEL: _Ranges = {
     "other_layer_values": (0, 1 << 40),
 }  # fmt: skip
 _OF_A_CARD: _Ranges = {
-    "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, 1e18), "flops_per_s": (1, 1e21), "tdp_w": (1e-3, 1e6),
+    "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, math.inf), "flops_per_s": (1, math.inf), "tdp_w": (1e-3, 1e6),
     "idle_w": (0, 1e6),
 }  # fmt: skip
 

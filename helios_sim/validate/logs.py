@@ -254,7 +254,7 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
 
 def _model(log: ServingLog, config: FidelityConfig) -> ModelSpec:
     name, key = (config.model, "fidelity.model") if config.model else (str(log.meta["model"]), "fidelity.model")
-    model = published_model(name, key)
+    model = replace(published_model(name, key), chars_per_token=1.0)  # its requests are counted in its own tokens
     context = log.engine("max_model_len")
     kv_type = str(log.engine("kv_cache_dtype", "auto"))
     bytes_per_value = 1 if kv_type.startswith("fp8") else 2

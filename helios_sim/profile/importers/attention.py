@@ -22,7 +22,7 @@ import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import IntArray
-from helios_sim.profile.importers.reading import US, FloatArray, along, read_columns
+from helios_sim.profile.importers.reading import US, FloatArray, along, read_columns, times, whole
 from helios_sim.profile.tables import GridTable, MixedTable, UnequalTable
 
 _AXES = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
@@ -32,9 +32,12 @@ class AttentionGrid:
     """Seconds of one layer's attention. `kv_decode` in the file leaves the new token out; here it is in."""
 
     def __init__(self, path: Path) -> None:
-        columns = read_columns(path, (*_AXES, "time_us"))
-        chunk, context, batch, kv = (columns[a].astype(np.int64) for a in _AXES)
-        time_s = columns["time_us"].astype(np.float64) * US
+        columns = read_columns(path, (*_AXES, "time_us"), may_differ=())
+        chunk, context, batch, kv = (whole(path, a, columns[a]) for a in _AXES)
+        time_s = times(path, "time_us", columns["time_us"], US)
+        points, place = np.unique(np.stack((chunk, context, batch, kv)), axis=1, return_inverse=True)
+        (chunk, context, batch, kv), place = points, place.ravel()
+        time_s = np.bincount(place, time_s) / np.bincount(place)  # repeats averaged
         kv = np.where(batch > 0, kv + 1, 0)
         self.chunks, self.contexts = np.unique(chunk[chunk > 0]), np.unique(context[chunk > 0])
         self.batches, self.kvs = np.unique(batch[batch > 0]), np.unique(kv[batch > 0])
@@ -59,13 +62,13 @@ class AttentionGrid:
         mixed = [c for c in self.chunks.tolist() if any((c, b) in self._by for b in self.batches.tolist())]
         if len(mixed) < 2:
             return None
-        times = np.zeros((len(mixed), len(self.contexts), len(self.batches), len(self.kvs)))
+        seconds = np.zeros((len(mixed), len(self.contexts), len(self.batches), len(self.kvs)))
         for i, c in enumerate(mixed):
             alone_s = self.prompts_s[self.chunks.tolist().index(c)][:, None]
             planes = [self._plane(c, int(b)) for b in self.batches]
             added = [None if plane is None else np.maximum(plane - alone_s, 0.0) for plane in planes]
-            times[i] = np.moveaxis(self._filled(added), 0, 1)
-        return MixedTable(np.array(mixed, np.int64), self.contexts, self.batches, self.kvs, times)
+            seconds[i] = np.moveaxis(self._filled(added), 0, 1)
+        return MixedTable(np.array(mixed, np.int64), self.contexts, self.batches, self.kvs, seconds)
 
     def chunk_s(self, chunk: int, context: int) -> float:
         """Seconds of a chunk without decodes, 0 for none."""
@@ -126,15 +129,16 @@ class AttentionGrid:
 
 SHARES = np.array([0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.9, 1.0])
 _COLUMNS = ("n", "nb", "pc", "kp", "kvs", "kv_big", "kv_mean", "t_mean_us", "t_skew_us", "skew")
+_OTHERS = ("regime", "ratio", "t_max_us", "alpha")  # follow from these
 
 
 def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalTable:
     """The table of `terms`. Only the ratio of lengths that was measured throughout is used, the most frequent one."""
-    columns = read_columns(path, _COLUMNS)
+    columns = read_columns(path, _COLUMNS, may_differ=_OTHERS)
     ratio, counts = np.unique(np.round(columns["skew"].astype(np.float64), 3), return_counts=True)
     usual = np.isclose(columns["skew"].astype(np.float64), ratio[counts.argmax()], atol=2e-3)
-    n, nb, pc, kp, kv_big = (columns[c][usual].astype(np.int64) for c in ("n", "nb", "pc", "kp", "kv_big"))
-    mean_s, skew_s = (columns[c][usual].astype(np.float64) * US / repetitions for c in ("t_mean_us", "t_skew_us"))
+    n, nb, pc, kp, kv_big = (whole(path, c, columns[c][usual]) for c in ("n", "nb", "pc", "kp", "kv_big"))
+    mean_s, skew_s = (times(path, c, columns[c][usual], US) / repetitions for c in ("t_mean_us", "t_skew_us"))
     if not np.all((nb > 0) & (nb < n)):
         raise UserError(f"{path}: nb", int(nb.min()), "from 1 to n - 1", "measure again")
 
@@ -168,11 +172,13 @@ def repetitions_of(path: Path, grid: AttentionGrid, stated: int | None) -> int:
     Raises UserError where the two contradict each other, or where nothing tells.
     """
     columns = read_columns(path, _COLUMNS)
-    alone = columns["pc"].astype(np.int64) == 0
-    n, kv, time_s = (columns[c][alone].astype(np.float64) for c in ("n", "kv_mean", "t_mean_us"))
+    alone = whole(path, "pc", columns["pc"]) == 0
+    n, kv, time_us = (columns[c][alone] for c in ("n", "kv_mean", "t_mean_us"))
+    whole(path, "n", n, 1)
+    time_s = times(path, "t_mean_us", time_us, US)
     ratios = [
-        t * US / grid.decode_s(int(b), int(v) + 1) for b, v, t in zip(n, kv, time_s, strict=True)
-        if b <= grid.batches[-1] and v < grid.kvs[-1]
+        t / decode_s for b, v, t in zip(n, kv, time_s, strict=True)
+        if b <= grid.batches[-1] and 0 <= v < grid.kvs[-1] and (decode_s := grid.decode_s(int(b), int(v) + 1)) > 0
     ]  # fmt: skip
     if not ratios:
         if stated is None:

@@ -26,18 +26,31 @@ import numpy as np
 import yaml
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, cards_together
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, cards_together
 from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
-from helios_sim.profile.importers.reading import FloatArray, along, find_table, need_table, times_by
+from helios_sim.profile.importers.reading import (
+    FloatArray,
+    along,
+    find_table,
+    need_table,
+    refuse_other_tables,
+    times_by,
+)
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.untrusted import read_text, reading
 
 NEEDED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 IN_A_LAYER = {"layernorm": 2, "qkv_proj": 1, "qk_norm": 2, "rotary_emb": 1, "o_proj": 1, "gate_up_proj": 1, "act_fn": 1,
               "down_proj": 1}  # fmt: skip
 ONCE = ("embedding", "final_layernorm")
+KNOWN = ("dense", "per_sequence", "attention", "skew", "skew_fit", "workload", "timeseries")
+OTHERS = {
+    "moe": "a dense model: experts are not modelled",
+    "linear_attention": "a model whose layers all have softmax attention: linear attention is not modelled",
+}
 LOAD_BYTES_PER_S = 25e9  # pinned host memory to a card on PCIe 4.0 x16, 0.8 of 31.5 GB/s
 
 
@@ -54,13 +67,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.yaml"
     if not path.is_file():
         return {}
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(str(path), " ".join(str(error).split()), "a YAML mapping", "correct the file") from error
-    if not isinstance(meta, dict):
-        raise UserError(str(path), type(meta).__name__, "a YAML mapping", "correct the file")
-    return meta
+    content = read_text(path, 256 << 10, "correct the file")
+    with reading(str(path), "damaged", "a YAML mapping", "correct the file"):
+        meta = yaml.safe_load(content)
+        if not isinstance(meta, dict):
+            raise UserError(str(path), type(meta).__name__, "a YAML mapping", "correct the file")
+        return meta
 
 
 def layer_profile(
@@ -76,8 +88,8 @@ def layer_profile(
     """The profile of a model on `tensor_parallel` cards that work as one. UserError where a table is missing or bad."""
     terms, link = terms or Terms(), link or card.link
     folders = (folder / f"tp{tensor_parallel}", folder)
-    if find_table(folders, "moe") is not None:
-        raise UserError("moe.csv", str(folder), "a dense model: experts are not modelled", "use another folder")
+    refuse_other_tables(folders, KNOWN, OTHERS)
+    _check_degree(folder, tensor_parallel)
     dense = times_by(need_table(folders, "dense"), "layer", "tokens")
     missing = [name for name in NEEDED if name not in dense]
     if missing:
@@ -120,6 +132,18 @@ def layer_profile(
         activation_reserve_bytes=activation_reserve_bytes(model),
         load_bytes_per_s=LOAD_BYTES_PER_S,
     )
+
+
+def _check_degree(folder: Path, degree: int) -> None:
+    """UserError where meta.yaml says that the tables are of another tensor-parallel degree."""
+    meta = read_meta(folder)
+    degrees, engine = meta.get("tp_degrees"), meta.get("engine_effective")
+    if isinstance(degrees, list) and degree not in degrees:
+        raise UserError("tensor_parallel", degree, f"one of those in meta.yaml: {degrees}", "choose one of these")
+    of_engine = engine.get("tensor_parallel_size") if isinstance(engine, dict) else None
+    if not (folder / f"tp{degree}").is_dir() and isinstance(of_engine, int) and of_engine != degree:
+        allowed = f"tables in tp{degree}/: those beside meta.yaml are of degree {of_engine}"
+        raise UserError("tensor_parallel", degree, allowed, "copy that folder too, or choose that degree")
 
 
 def _sum(times: Mapping[str, tuple[FloatArray, FloatArray]], number: Mapping[str, int], at: FloatArray) -> FloatArray:
@@ -165,6 +189,7 @@ def _provenance(
         scaled.append(f"times of unequal KV lengths: sums over {repetitions} repetitions, divided by that number")
     assumptions = [
         Assumption("load_bytes_per_s", LOAD_BYTES_PER_S, "0.8 of PCIe 4.0 x16; no copy was measured", "rebuild"),
+        *assumed_tokens(model),
     ]
     if layer.mixed_attention is None:
         assumptions.append(

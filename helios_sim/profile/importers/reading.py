@@ -1,8 +1,13 @@
-"""Reads measured tables from .csv and .csv.gz. Knows columns and numbers, not what they mean."""
+"""Measured tables in .csv and .csv.gz: where they lie, their columns as numbers, and what is refused for being unread.
+
+A column that an importer does not read may hold one value throughout; where its rows differ, they were measured under
+conditions that nothing here tells apart. A table that is not known would add or change times. Both are refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,16 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from helios_sim.errors import UserError
+from helios_sim.profile.composition import IntArray
+from helios_sim.profile.tables import MOST_S, MOST_TOKENS
+from helios_sim.untrusted import MIB, read_text, reading, shortened
 
 FloatArray = NDArray[np.float64]
 US = 1e-6
 MS = 1e-3
+MOST_BYTES = 256 * MIB  # of a table
+_FIX = "correct the file"
+_SPREAD = re.compile(r"(^|[._])(min|max|mean|std|iqr|var|count|samples|p\d+)(_us|_ms)?$|^$|^unnamed", re.IGNORECASE)
 
 
 def find_table(folders: Sequence[Path], name: str) -> Path | None:
@@ -29,7 +40,7 @@ def find_table(folders: Sequence[Path], name: str) -> Path | None:
 
 
 def need_table(folders: Sequence[Path], name: str) -> Path:
-    """As `find_table`; UserError where none has it."""
+    """The same, but a table that none of the folders has is a UserError."""
     found = find_table(folders, name)
     if found is None:
         where = " or ".join(str(folder) for folder in folders)
@@ -37,40 +48,85 @@ def need_table(folders: Sequence[Path], name: str) -> Path:
     return found
 
 
-def read_columns(path: Path, numbers: Sequence[str], words: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
-    """The named columns: numbers as float64, words as objects. UserError for a column or a value that is not there."""
-    try:
-        table = csv.read_csv(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(str(path), reason, "a table of comma-separated values", "correct the file") from error
-    missing = [name for name in (*numbers, *words) if name not in table.column_names]
-    if missing:
-        raise UserError(str(path), ", ".join(table.column_names), f"a column {missing[0]}", "correct the header")
-    if not table.num_rows:
-        raise UserError(str(path), "no rows", "at least one measurement", "measure again")
-    found = {}
-    for name in numbers:
-        try:
-            found[name] = pc.cast(table[name], pa.float64()).to_numpy()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{path}: {name}", str(error), "a column of numbers", "correct the value") from error
-    for name in words:
-        found[name] = np.array([str(value) for value in table[name].to_pylist()], dtype=object)
-    return found
+def refuse_other_tables(folders: Sequence[Path], known: Collection[str], reasons: dict[str, str]) -> None:
+    """UserError for a table in one of the folders that is not among the known ones; `reasons` say what some hold."""
+    for folder in folders:
+        for path in sorted(folder.glob("*.csv*")) if folder.is_dir() else ():
+            name = path.name.removesuffix(".gz").removesuffix(".csv")
+            if name not in known:
+                allowed = reasons.get(name, f"tables {', '.join(known)}: another one could change the times")
+                raise UserError(path.name, str(folder), allowed, "use another folder, or move the table out of it")
+
+
+def read_columns(
+    path: Path, numbers: Sequence[str], words: Sequence[str] = (), may_differ: Collection[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The named columns: numbers as float64, NaN where a cell is empty, words as objects.
+
+    UserError for a column or a value that is not there. With `may_differ`, also where the rows differ in a column that
+    is neither read nor one of these.
+    """
+    content = read_text(path, MOST_BYTES, _FIX)
+    with reading(str(path), "damaged", "a table of comma-separated values", _FIX):
+        if not content.strip():
+            raise UserError(str(path), "no rows", "at least one measurement", "measure again")
+        table = csv.read_csv(pa.BufferReader(content))
+        names = table.column_names
+        for name in (*numbers, *words):
+            if names.count(name) != 1:
+                raise UserError(str(path), shortened(", ".join(names)), f"one column {name}", "correct the header")
+        if not table.num_rows:
+            raise UserError(str(path), "no rows", "at least one measurement", "measure again")
+        if may_differ is not None:
+            _refuse_unread(path, table, {*numbers, *words, *may_differ})
+        found = {}
+        for name in numbers:
+            with reading(f"{path}: {name}", "damaged", "a column of numbers", "correct the value"):
+                found[name] = pc.cast(table[name], pa.float64()).to_numpy()
+        for name in words:
+            found[name] = np.array([str(value) for value in table[name].to_pylist()], dtype=object)
+        return found
+
+
+def _refuse_unread(path: Path, table: pa.Table, read: Collection[str]) -> None:
+    for name in table.column_names:
+        if name in read or _SPREAD.search(name):
+            continue
+        values = pc.unique(table[name]).slice(0, 5).to_pylist()
+        if len(values) > 1:
+            allowed = "the same in every row: rows that differ in it are not told apart"
+            raise UserError(f"{path}: {name}", values, allowed, "keep the rows of one of them, or leave the column out")
+
+
+def whole(path: Path, name: str, values: FloatArray, least: int = 0) -> IntArray:
+    """A column's whole numbers, from `least`. UserError where a cell is none."""
+    good = (values >= least) & (values <= MOST_TOKENS) & (values == np.floor(values))  # false for NaN
+    if not good.all():
+        allowed = f"a whole number from {least} to {MOST_TOKENS}"
+        raise UserError(f"{path}: {name}", float(values[~good][0]), allowed, "correct the value")
+    return values.astype(np.int64)
+
+
+def times(path: Path, name: str, values: FloatArray, unit_s: float) -> FloatArray:
+    """A column's times in seconds. UserError where one is missing, negative or not finite."""
+    good = (values >= 0) & (values * unit_s <= MOST_S)  # false for NaN
+    if not good.all():
+        allowed = f"a time of 0 or more, at most {MOST_S:g} s"
+        raise UserError(f"{path}: {name}", float(values[~good][0]), allowed, "measure again")
+    return values * unit_s
 
 
 def times_by(path: Path, layer: str, by: str) -> dict[str, tuple[FloatArray, FloatArray]]:
     """(points, seconds) of each layer of a table in us with columns `layer`, `by` and time_us; repeats averaged."""
-    columns = read_columns(path, (by, "time_us"), (layer,))
+    columns = read_columns(path, (by, "time_us"), (layer,), may_differ=())
+    points_of, seconds_of = whole(path, by, columns[by], 1), times(path, "time_us", columns["time_us"], US)
     found = {}
     for name in sorted(set(columns[layer])):
         own = columns[layer] == name
-        points, place = np.unique(columns[by][own].astype(np.float64), return_inverse=True)
-        seconds = np.bincount(place, columns["time_us"][own].astype(np.float64)) / np.bincount(place) * US
-        if not np.all(np.isfinite(seconds)) or np.any(seconds < 0) or len(points) < 2:
-            raise UserError(f"{path}: {name}", len(points), "two points or more, times of 0 or more", "measure again")
-        found[str(name)] = points, seconds
+        points, place = np.unique(points_of[own].astype(np.float64), return_inverse=True)
+        if len(points) < 2:
+            raise UserError(f"{path}: {name}", len(points), "two points or more", "measure more points")
+        found[str(name)] = points, np.bincount(place, seconds_of[own]) / np.bincount(place)
     return found
 
 

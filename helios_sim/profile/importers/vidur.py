@@ -4,16 +4,18 @@ Two tables (.csv or .csv.gz), times in ms, medians used:
 - `mlp.csv`: time_stats.<op>.median by num_tokens and num_tensor_parallel_workers, with n_head, n_kv_head, n_embd,
   n_expanded_embd, vocab_size. Operations of one layer: input_layernorm, attn_pre_proj (QKV), attn_rope,
   attn_post_proj, post_attention_layernorm, mlp_up_proj, mlp_act, mlp_down_proj, add (twice); emb once.
-- `attention.csv`: time_stats.{attn_input_reshape, attn_output_reshape, attn_prefill, attn_decode}.median by
-  batch_size, prefill_chunk_size, kv_cache_size and is_prefill, with n_embd, n_q_head, n_kv_head (of the whole model)
-  and num_tensor_parallel_workers. A prefill row is one chunk after kv_cache_size tokens; a decode row is a batch whose
-  requests have kv_cache_size tokens each.
+- `attention.csv`: time_stats.{attn_input_reshape, attn_output_reshape, attn_prefill, attn_decode}.median, and where
+  there is one that of attn_kv_cache_save, by batch_size, prefill_chunk_size, kv_cache_size and is_prefill, with n_embd,
+  n_q_head, n_kv_head (of the whole model) and num_tensor_parallel_workers. A prefill row is one chunk after
+  kv_cache_size tokens; in a decode row each request of the batch has kv_cache_size tokens.
 Neither has the LM head: its time is its bytes over the card's bandwidth or its operations over the card's peak, at the
-share of them that the MLP reaches.
+share of them that the MLP reaches. Another operation, or rows that differ in a column that is not read (such as
+block_size), are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, cards_together
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, cards_together
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.importers.layers import LOAD_BYTES_PER_S, all_reduces_s
-from helios_sim.profile.importers.reading import MS, FloatArray, along, need_table, read_columns
+from helios_sim.profile.importers.reading import (
+    MOST_BYTES,
+    MS,
+    FloatArray,
+    along,
+    need_table,
+    read_columns,
+    refuse_other_tables,
+    times,
+    whole,
+)
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.untrusted import read_text
 
 _LAYER = {
     "input_layernorm": 1, "attn_pre_proj": 1, "attn_rope": 1, "attn_post_proj": 1, "post_attention_layernorm": 1,
@@ -44,14 +57,15 @@ def vidur_profile(
 ) -> Profile:  # fmt: skip
     """The profile of a model on `tensor_parallel` cards that work as one. UserError where a table does not fit it."""
     link = link or card.link
+    refuse_other_tables([folder], ("mlp", "attention"), {})
     rows, layer_s, ops = _layer(need_table([folder], "mlp"), model, tensor_parallel)
     decode, prefill = _attention(need_table([folder], "attention"), model, tensor_parallel)
     kv_share = 2 * model.kv_width / (model.n_heads * model.head_dim + 2 * model.kv_width)
     head_s = _head_s(model, card, tensor_parallel, rows, ops["mlp_up_proj"])
-    whole = [r.astype(np.int64) for r in (rows, rows)]
+    counts = rows.astype(np.int64)
     layer = LayerTables(
-        dense=RowsTable(whole[0], layer_s + all_reduces_s(model, rows, tensor_parallel, link)),
-        kv_projection=RowsTable(whole[1], ops["attn_pre_proj"] * kv_share),
+        dense=RowsTable(counts, layer_s + all_reduces_s(model, rows, tensor_parallel, link)),
+        kv_projection=RowsTable(counts, ops["attn_pre_proj"] * kv_share),
         decode_attention=decode,
         prefill_attention=prefill,
     )
@@ -72,12 +86,13 @@ def vidur_profile(
                 Assumption(
                     "load_bytes_per_s", LOAD_BYTES_PER_S, "0.8 of PCIe 4.0 x16; no copy was measured", "rebuild"
                 ),
+                *assumed_tokens(model),
             ),
         ),
         layer_tables=(layer,),
         layer_class=(0,) * model.n_layers,
-        head=RowsTable(rows.astype(np.int64), head_s),
-        embedding=RowsTable(rows.astype(np.int64), ops["emb"]),
+        head=RowsTable(counts, head_s),
+        embedding=RowsTable(counts, ops["emb"]),
         check=None,
         activation_reserve_bytes=activation_reserve_bytes(model),
         load_bytes_per_s=LOAD_BYTES_PER_S,
@@ -86,30 +101,39 @@ def vidur_profile(
 
 def _layer(path: Path, model: ModelSpec, degree: int) -> tuple[FloatArray, FloatArray, dict[str, FloatArray]]:
     names = {name: f"time_stats.{name}.median" for name in (*_LAYER, "emb")}
-    columns = read_columns(path, (*names.values(), *_SHAPE, "num_tokens", "num_tensor_parallel_workers"))
-    own = columns["num_tensor_parallel_workers"].astype(np.int64) == degree
+    _check_operations(path, names.values())
+    keys = ("num_tokens", "num_tensor_parallel_workers")
+    columns = read_columns(path, (*names.values(), *_SHAPE, *keys), may_differ=())
+    own = whole(path, keys[1], columns[keys[1]], 1) == degree
     _check_shape(path, columns, _SHAPE, model)
     if not own.any():
         known = sorted({int(d) for d in columns["num_tensor_parallel_workers"]})
         raise UserError("tensor_parallel", degree, f"one of those in {path.name}: {known}", "choose one of these")
-    rows, place = np.unique(columns["num_tokens"][own].astype(np.float64), return_inverse=True)
+    rows, place = np.unique(whole(path, keys[0], columns[keys[0]][own], 1).astype(np.float64), return_inverse=True)
     ops = {}
     for name, column in names.items():
-        values = columns[column][own].astype(np.float64)
-        ops[name] = np.array([np.nanmedian(values[place == k]) for k in range(len(rows))]) * MS
+        values = times(path, column, columns[column][own], MS)
+        ops[name] = np.array([np.median(values[place == k]) for k in range(len(rows))])
     return rows, np.sum([often * ops[name] for name, often in _LAYER.items()], axis=0), ops
 
 
 def _attention(path: Path, model: ModelSpec, degree: int) -> tuple[GridTable, GridTable]:
-    times = {n: f"time_stats.attn_{n}.median" for n in ("input_reshape", "output_reshape", "prefill", "decode")}
+    needed = {n: f"time_stats.attn_{n}.median" for n in ("input_reshape", "output_reshape", "prefill", "decode")}
+    saved = "time_stats.attn_kv_cache_save.median"
+    saves = [saved] if _check_operations(path, (*needed.values(), saved)) else []
     keys = ("batch_size", "prefill_chunk_size", "kv_cache_size", "num_tensor_parallel_workers")
-    columns = read_columns(path, (*times.values(), *keys, *_ATTENTION_SHAPE), ("is_prefill",))
+    columns = read_columns(path, (*needed.values(), *saves, *keys, *_ATTENTION_SHAPE), ("is_prefill",), may_differ=())
     _check_shape(path, columns, _ATTENTION_SHAPE, model)
-    degrees = columns["num_tensor_parallel_workers"].astype(np.int64)
+    batch, chunk, kv, degrees = (whole(path, k, columns[k]) for k in keys)
+    said = {str(word).lower() for word in columns["is_prefill"]}
+    if not said <= {"true", "false"}:
+        raise UserError(f"{path}: is_prefill", sorted(said)[:5], "True or False", "correct the value")
     prompts = np.array([str(word).lower() == "true" for word in columns["is_prefill"]])
-    value = {name: np.nan_to_num(columns[column].astype(np.float64)) * MS for name, column in times.items()}
-    total = value["input_reshape"] + value["output_reshape"] + np.where(prompts, value["prefill"], value["decode"])
-    batch, chunk, kv = (columns[k].astype(np.int64) for k in keys[:3])
+    # The kernel that a row has no use for may have an empty cell.
+    value = {n: np.where(prompts == (n == "decode"), 0.0, columns[c]) if n in ("prefill", "decode") else columns[c]
+             for n, c in needed.items()}  # fmt: skip
+    total = np.sum([times(path, needed[n], v, MS) for n, v in value.items()], axis=0)
+    total += sum(times(path, name, columns[name], MS) for name in saves)
     decode = _grid(path, batch, kv + 1, total, ~prompts & (degrees == degree))
     single = prompts & (batch == 1) & (degrees == degree) & (chunk > 0)
     return decode, _grid(path, chunk, kv, total, single)
@@ -132,11 +156,24 @@ def _grid(path: Path, first: IntArray, second: IntArray, time_s: FloatArray, own
 
 def _check_shape(path: Path, columns: dict[str, NDArray[Any]], shape: dict[str, str], model: ModelSpec) -> None:
     for column, name in shape.items():
-        found, wanted = int(columns[column][0]), getattr(model, name)
-        if found != wanted:
-            raise UserError(
-                f"{path.name}: {column}", found, f"{wanted}, as {model.name} has", "choose the model measured"
-            )
+        wanted = getattr(model, name)
+        others = columns[column][columns[column] != wanted]
+        if len(others):
+            allowed = f"{wanted}, as {model.name} has"
+            raise UserError(f"{path.name}: {column}", float(others[0]), allowed, "choose the model measured")
+
+
+def _check_operations(path: Path, known: Iterable[str]) -> bool:
+    """Whether all of the known operations are there; UserError for another one, whose time would be left out."""
+    header = read_text(path, MOST_BYTES, "correct the file").split(b"\n", 1)[0].decode()
+    found = [name.strip().strip('"') for name in header.split(",")]
+    names = [name for name in found if name.startswith("time_stats.") and name.endswith(".median")]
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            allowed = f"operations {', '.join(known)}: the time of another one would be left out"
+            raise UserError(f"{path}: {name}", "unknown", allowed, "add its time to one of these")
+    return set(known) <= set(names)
 
 
 def _head_s(model: ModelSpec, card: Card, degree: int, rows: FloatArray, up_s: FloatArray) -> FloatArray:
