@@ -11,6 +11,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import write_trace
+from helios_sim.policy.early_exit import EarlyExitParameters
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import write_profile
@@ -168,3 +169,18 @@ def test_what_an_arm_aims_at_is_no_other_condition_but_its_load_is(tmp_path: Pat
     best = next(sentence for sentence in result.verdict if sentence.startswith("Best of the arms"))
     fewest = min(("full", "aims"), key=lambda arm: result.arms[arm].metrics["bits_per_char"])
     assert f"Bits/char: {fewest} with" in best
+
+
+@pytest.mark.parametrize("threshold", [90, -0.1, float("nan"), 1.01])
+def test_a_threshold_that_is_no_share_is_refused(threshold: float) -> None:
+    with pytest.raises(UserError, match=r"exits.threshold=.*from 0 to 1"):
+        ExitsConfig(threshold=threshold)
+
+
+@pytest.mark.parametrize(("threshold", "fits"), [(0.0, True), (1.0, True), (1.5, True), (90.0, False), (-1.0, False)])
+def test_a_policys_threshold_may_let_no_token_leave(threshold: float, fits: bool) -> None:
+    if fits:
+        assert EarlyExitParameters(threshold).threshold == threshold
+    else:
+        with pytest.raises(UserError, match=r"policy.threshold.*neither per cent"):
+            EarlyExitParameters(threshold)

@@ -27,6 +27,8 @@ from typing import Any, Protocol
 
 from helios_sim.errors import UserError
 
+MOST_THRESHOLD = 2.0
+
 
 class Confidence(StrEnum):
     """The name of a confidence measure, as settings write it."""
@@ -104,6 +106,13 @@ MEASURES: Mapping[Confidence, Measure] = {
     Confidence.ENTROPY: Measure(_entropy, "entropy"),
     Confidence.HIDDEN_SIMILARITY: Measure(_hidden_similarity, "hidden_similarity", by_head=False, neighbours=True),
 }
+
+
+def require_threshold(key: str, threshold: float) -> None:
+    """UserError for what can be no threshold of a confidence, such as one in per cent."""
+    if not 0 <= threshold <= MOST_THRESHOLD:
+        allowed = f"from 0 to 1, where higher is surer; above 1, to {MOST_THRESHOLD:g}, no token leaves"
+        raise UserError(key, threshold, allowed, "write a share: neither per cent, nor a logarithm")
 
 
 def require_live(confidence: Confidence) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence, PerToken
+from helios_sim.exits.rule import Confidence, PerToken, require_threshold
 from helios_sim.policy.candidates import find_model
 from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
@@ -26,8 +26,7 @@ class EarlyExitParameters:
 
     def __post_init__(self) -> None:
         check_positive("batch_limit", self.batch_limit)
-        if not self.threshold >= 0:
-            raise UserError("policy.threshold", self.threshold, "a number of 0 or more", "set policy.threshold")
+        require_threshold("policy.threshold", self.threshold)
         if self.kv_rule is KvRule.NONE:
             allowed = "propagate or recompute: later tokens that go deeper read K and V of the layers left out"
             raise UserError("policy.kv_rule", str(self.kv_rule), allowed, "set policy.kv_rule=propagate")

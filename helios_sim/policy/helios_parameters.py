@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import Confidence, require_threshold
 from helios_sim.policy.checks import check_not_negative, check_positive
 from helios_sim.policy.deployment import InFlight, KvRule
 
@@ -96,7 +96,7 @@ class HeliosParameters:
     batch_limit: int | None = None  # None: the server's own limit
 
     def __post_init__(self) -> None:
-        check_not_negative("threshold", self.threshold)
+        require_threshold("policy.threshold", self.threshold)
         for key in ("shortlist", "prompts_per_candidate", "evaluated_tokens", "round_requests", "window_tokens"):
             check_positive(key, getattr(self, key))
         for key in ("half_life_requests", "cap_layers", "batch_limit"):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from helios_sim.exits.rule import Confidence, FixedCap
+from helios_sim.exits.rule import Confidence, FixedCap, require_threshold
 from helios_sim.policy.assess import Assessor
 from helios_sim.policy.candidates import check_cap, find_model
-from helios_sim.policy.checks import check_not_negative, check_positive
+from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.load import expected_load
 from helios_sim.policy.telemetry import Situation, Telemetry
@@ -25,7 +25,7 @@ class StaticCapParameters:
     batch_limit: int | None = None  # None: the server's own limit
 
     def __post_init__(self) -> None:
-        check_not_negative("threshold", self.threshold)
+        require_threshold("policy.threshold", self.threshold)
         check_positive("cap_layers", self.cap_layers)
         check_positive("batch_limit", self.batch_limit)
 

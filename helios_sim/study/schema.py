@@ -127,6 +127,10 @@ class ExitsConfig:
     confidence: str = "max_probability"  # or margin, entropy, classifier, hidden_similarity: see exits/rule.py
     parameters: dict[str, Any] = field(default_factory=dict)  # of published traces: see exits/published.py
 
+    def __post_init__(self) -> None:
+        fits = self.threshold is None or 0 <= self.threshold <= 1
+        require(fits, "exits.threshold", self.threshold, "null or from 0 to 1: confidences are shares, not per cent")
+
 
 @dataclass
 class ObjectiveConfig:

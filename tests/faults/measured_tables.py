@@ -21,7 +21,8 @@ METAS = (
     "", "[]", "1", "model", "model: [", "a: &a [1, 1]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n", "[" * 20_000,
     "{a: " * 9_000,
     "!!python/object/apply:os.system [ls]", "model: 7\n", "hardware: {a: 1}\n", "measurement_iterations: -3\n",
-    "measurement_iterations: 1e30\n", "tp_degrees: 1\n", "tp_degrees: [a]\n", "engine_effective: x\n", "\0", "model: ../x\n",
+    "measurement_iterations: 1e30\n", "tp_degrees: 1\n", "tp_degrees: [a]\n", "engine_effective: x\n", "\0",
+    "model: ../x\n",
     "engine_effective: {tensor_parallel_size: x}\n", "? {a: 1}\n: 2\n", "profiled_at: 2024-01-01\n", "gpu: [1, 2]\n",
 )  # fmt: skip
 
