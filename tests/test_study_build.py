@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,17 @@ from helios_sim.exits.store import write_trace
 from helios_sim.policy.early_exit import EarlyExitParameters
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.spec import RuntimeConfig
-from helios_sim.profile.store import write_profile
+from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build
-from helios_sim.study.command import run
+from helios_sim.study.command import run, run_study
+from helios_sim.study.fleet import build_fleet
 from helios_sim.study.jobs import run_job
 from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.schema import (
     ArrivalsConfig,
+    ClusterConfig,
     Config,
     ExitsConfig,
     LengthConfig,
@@ -31,6 +34,7 @@ from helios_sim.study.schema import (
     ObjectiveConfig,
     WorkloadConfig,
 )
+from helios_sim.workload import generate
 from priced import priced_profile
 
 EXITS = {"small": (2, 4), "large": (4, 8)}
@@ -184,3 +188,42 @@ def test_a_policys_threshold_may_let_no_token_leave(threshold: float, fits: bool
     else:
         with pytest.raises(UserError, match=r"policy.threshold.*neither per cent"):
             EarlyExitParameters(threshold)
+
+
+def traced(folder: Path, **settings: Any) -> Config:
+    """Both models, without exits, under a trace of five requests."""
+    row = '{"timestamp": %d, "prompt_tokens": 1000, "output_tokens": 100, "hash_ids": [1]}\n'
+    (folder / "t.jsonl").write_text("".join(row % i for i in range(5)))
+    config, file = measured(folder), str(folder / "t.jsonl")
+    workload = WorkloadConfig(
+        arrivals=ArrivalsConfig("trace", trace=file, time_unit="s"), lengths=LengthsConfig("trace", trace=file),
+        mix=MixConfig({"prose": 1.0}), **settings,
+    )  # fmt: skip
+    return replace(config, exits=ExitsConfig("none", 0.9), workload=workload)
+
+
+def test_a_trace_counts_tokens_of_the_model_served_unless_a_number_says_otherwise(tmp_path: Path) -> None:
+    parts = build(traced(tmp_path), 0)
+    (block,) = generate(parts.workload, 0)
+    assert parts.workload.chars_per_token == 4.0 == parts.models["small"].profile.model.chars_per_token
+    assert parts.models["small"].profile.model.tokens_of_many(block.prompt_chars).tolist() == [1000] * 5
+    assert block.arrival_ns.tolist() == [i * 10**9 for i in range(5)]
+    told = build(traced(tmp_path, chars_per_token=3), 0)
+    assert [b.prompt_chars.tolist() for b in generate(told.workload, 0)] == [[3000] * 5]
+    with pytest.raises(UserError, match=r"chars_per_token='tokens'.*a number, null or model"):
+        build(traced(tmp_path, chars_per_token="tokens"), 0)
+
+
+def test_kinds_of_replicas_get_the_same_requests(tmp_path: Path) -> None:
+    folder = tmp_path / "profiles" / "large@box"
+    config = traced(tmp_path)
+    profile = read_profile(folder)
+    write_profile(replace(profile, model=replace(profile.model, chars_per_token=2.0)), folder)
+    kinds = {"a": {"models": ["small"], "policy": "full_depth"}, "b": {"models": ["large"], "policy": "full_depth"}}
+    fleet = build_fleet(replace(config, cluster=ClusterConfig(kinds=kinds)), 0)
+    assert [kind.parts.workload.chars_per_token for kind in fleet.kinds] == [4.0, 4.0]
+
+
+def test_what_a_trace_holds_and_is_not_read_is_said_on_the_terminal(tmp_path: Path, capsys) -> None:
+    run_study(traced(tmp_path), tmp_path / "out")
+    assert "t.jsonl: column hash_ids is not read: prefixes" in capsys.readouterr().out.replace("\n", " ")

@@ -48,9 +48,9 @@ def run_study(config: Config, folder: Path) -> int:
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
-    """The table and the answer."""
+    """The table, the answer, and what was not read or left out."""
     print_table(result, ratios)
-    for sentence in (*result.verdict, *losses(result)):
+    for sentence in (*result.verdict, *losses(result), *result.warnings):
         say(sentence)
 
 

@@ -28,8 +28,8 @@ class ArrivalsConfig:
     cv: float | None = None  # gamma: coefficient of variation of the gaps
     users: int | None = None  # closed_loop: each sends the next request when the last is answered
     trace: str | None = None  # trace: a file, here or in the folder of shared data
-    time_unit: str | None = None  # trace: s, ms, us or ns, of numbers whose unit the file does not say
     rate_scale: float = 1.0  # trace: so many times as fast as recorded
+    time_unit: str | None = None  # trace: s, ms, us or ns, of numbers whose unit the file does not say
 
 
 @dataclass
