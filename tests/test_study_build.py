@@ -227,3 +227,10 @@ def test_kinds_of_replicas_get_the_same_requests(tmp_path: Path) -> None:
 def test_what_a_trace_holds_and_is_not_read_is_said_on_the_terminal(tmp_path: Path, capsys) -> None:
     run_study(traced(tmp_path), tmp_path / "out")
     assert "t.jsonl: column hash_ids is not read: prefixes" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_exits_of_another_depth_than_the_profile_are_refused(tmp_path: Path) -> None:
+    config = measured(tmp_path)
+    write_trace(synthetic_trace("small", (2, 4, 8), ("prose", "code"), tokens=400), tmp_path / "exits" / "small")
+    with pytest.raises(UserError, match="end at layer 8, its last is 4"):
+        build(config, 0)

@@ -19,7 +19,7 @@ _TOKENS = 1000  # so that a fractional number of characters per token comes out 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class NoExits(ExitTrace):
-    """A trace whose tokens are all alike, so that answers can be counted in whole tokens."""
+    """A trace of tokens that are all alike, so that answers can be counted in whole tokens."""
 
     chars_per_token: float
 
@@ -30,7 +30,7 @@ class NoExits(ExitTrace):
 @dataclass(frozen=True, slots=True, eq=False)
 class _BoundNoExits(BoundTrace):
     def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
-        """As many tokens as the model's tokenizer makes of such a text, wherever the text starts.
+        """The span of as many tokens as the model's tokenizer makes of such a text, wherever the text starts.
 
         Counting the tokens that begin within a span would give one more or one less, depending on its start. This way
         a workload in the model's own tokens gets its token counts back.
@@ -50,7 +50,7 @@ class _BoundNoExits(BoundTrace):
 
 
 class TokenisedModel(Protocol):
-    """What a trace without exits takes from a `ModelSpec`."""
+    """The part of a `ModelSpec` that a trace without exits needs."""
 
     @property
     def name(self) -> str: ...
@@ -61,7 +61,7 @@ class TokenisedModel(Protocol):
 
 
 def no_exits(model: TokenisedModel) -> NoExits:
-    """The trace of a model whose only exit is its last layer. It serves full depth and says how long tokens are."""
+    """The trace of a model with its last layer as the only exit. It serves full depth and says how long tokens are."""
     ends = np.floor(np.arange(_TOKENS + 1) * model.chars_per_token + 1e-9).astype(np.int64)
     return NoExits(
         chars_per_token=model.chars_per_token,
@@ -132,7 +132,7 @@ def synthetic_trace(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Drawn:
-    """What an exit shows of n tokens, drawn: (n,) largest probability, its margin over the second, the classifier's.
+    """An exit's view of n tokens, drawn: (n,) largest probability, its margin over the second, the classifier's.
 
     The words after the second share what is left. The states of neighbouring layers lie at an angle that is smaller
     the surer the classifier is.

@@ -16,7 +16,7 @@ What is published (HELIOS, arXiv 2504.10724, by reading notes; SpecEE, arXiv 250
   chance alone explains more of the 70 %.
 
 Model: each token has one latent hardness per OPT model, jointly Gaussian, AR(1) along a prompt and independent
-between prompts; a token leaves at the first exit whose cut lies above its hardness. Confident at one exit means
+between prompts; a token leaves at the first exit with a cut above its hardness. Confident at one exit means
 confident at all deeper ones. Agreement with full depth: one uniform number per token and model, compared with
 `unchanged` where it is not confident and with `confident_agreement` where it is, so agreement is nested too.
 
@@ -59,7 +59,7 @@ _DIGITS = 9  # of solved values: beyond that, the order of a sum may differ from
 
 @dataclass(frozen=True, slots=True)
 class PublishedParameters:
-    """What the publications leave open, and the size of the sample."""
+    """Parameters that the publications leave open, and the size of the sample."""
 
     unchanged: float = 0.85  # OPT-1.3B's tokens that are not confident at an exit and yet agree there
     confident_agreement: float = 1.0  # confident tokens that agree with full depth, both models
@@ -278,7 +278,7 @@ def both_above(first_cut: Floats, second_cut: Floats, correlation: float) -> flo
 
 
 def near_share(lag_correlation: float, bins_per_exit: int = 8) -> float:
-    """Share of tokens whose exit lies within NEAR_LAYERS of one of the last LOOK_BACK_TOKENS exits.
+    """Share of tokens that exit within NEAR_LAYERS of one of the last LOOK_BACK_TOKENS exits.
 
     32 equally likely exits, driven by a Gaussian AR(1). The latent is cut into equally likely bins, each moved from
     its median; the chain is reversible, so the past of a token is walked like a future, avoiding the layers near it.

@@ -1,4 +1,4 @@
-"""What a rule makes of a recorded trace: where each token leaves, and whether that changes the token.
+"""Replays a recorded trace under a rule: where each token leaves, and whether that changes the token.
 
 Also sums over a trace as policies know them before a run, and how the exits of two models fall together.
 

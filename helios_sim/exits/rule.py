@@ -41,12 +41,12 @@ class Confidence(StrEnum):
 
     @property
     def by_head(self) -> bool:
-        """Whether it needs the LM head, which gives the token as well. The others are a check on the hidden state."""
+        """True if it needs the LM head, which gives the token as well; the others are a check on the hidden state."""
         return MEASURES[self].by_head
 
 
 class ExitView(Protocol):
-    """What one exit shows of n tokens, as tensors or arrays. A measure asks only for what it needs."""
+    """One exit's view of n tokens, as tensors or arrays. A measure asks only for what it needs."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -140,7 +140,7 @@ class FixedCap:
     """Every token runs exactly the loaded layers and leaves there, confident or not.
 
     A confidence from the LM head comes from the logits that sample the token, so it costs no extra head; a check on
-    the hidden state is charged. A token whose confidence is below the threshold is a breach.
+    the hidden state is charged. A token with a confidence below the threshold is a breach.
     """
 
     threshold: float
@@ -165,7 +165,7 @@ class Clairvoyant:
     """A token leaves, unchecked, at the first exit that already gives its full-depth prediction.
 
     `disagreement_budget` is the share of tokens that may leave at the first exit whatever they predict there:
-    those whose agreeing exit is deepest, per task text.
+    those with the deepest agreeing exit, per task text.
     """
 
     disagreement_budget: float = 0.0

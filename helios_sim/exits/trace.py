@@ -66,7 +66,7 @@ class ExitTrace:
     human_text: bool = False  # the text was written by people: only then do bits per character rank models
     task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
     char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
-    # (T, E) millionths of a bit, of human text only: whole numbers, whose sums do not depend on the order
+    # (T, E) millionths of a bit, of human text only: whole numbers, so that sums do not depend on the order
     microbits: NDArray[np.int64] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class ExitTrace:
         return np.diff(self.char_start[self.task_first])
 
     def confident_at(self, threshold: float, confidence: Confidence) -> NDArray[np.bool_]:
-        """Whether the confidence reaches the threshold at each exit, (T, E); compared in float32.
+        """True where the confidence reaches the threshold, (T, E); compared in float32.
 
         UserError when this trace has no such record: another measure, or a published trace and another threshold.
         """

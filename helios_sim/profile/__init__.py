@@ -1,1 +1,1 @@
-"""What a model costs on a card: time, memory, load and power, each figure with its provenance."""
+"""Costs of a model on a card: time, memory, load and power, each figure with its provenance."""

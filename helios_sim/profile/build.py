@@ -91,7 +91,7 @@ def _check_meta(options: dict[str, str], meta: dict[str, Any]) -> None:
     if told and measured and str(measured) != told:
         shapes = [asdict(replace(published_model(str(n)), name="any", max_context_tokens=1)) for n in (told, measured)]
         if shapes[0] != shapes[1]:
-            allowed = f"of the shape of {measured}, whose kernels were measured as meta.yaml says"
+            allowed = f"of the shape of {measured}, which was measured as meta.yaml says"
             raise UserError("model", told, allowed, "leave it out, or correct meta.yaml")
 
 

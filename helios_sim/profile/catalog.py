@@ -61,7 +61,7 @@ _SHAPES: dict[str, _Shape] = {
 }
 _VARIANTS = re.compile(r"-(1m|instruct|thinking|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
 
-# Names whose context is not that of the shape that they share with others: max_position_embeddings of their configs.
+# Models with another context than others of their shape: max_position_embeddings of their configs.
 _CONTEXTS = (
     (r"^qwen3-.*-2507", 262_144), (r"^qwen3-.*-base$", 32_768), (r"^qwen2\.5-math-", 4_096),
     (r"^qwen2\.5-.*-1m$", 1_010_000), (r"^qwen2\.5-(1\.5|7|14|32|72)b$", 131_072),
@@ -70,7 +70,7 @@ _CONTEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins the cards of a tensor-parallel group, for all-reduces."""
+    """The connection between the cards of a tensor-parallel group, for all-reduces."""
 
     latency_s: float  # of one all-reduce, however small
     bytes_per_s: float  # in each direction of each card
@@ -140,7 +140,7 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
 
 
 def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
-    """What is assumed of a published model's tokenizer, for a profile's provenance."""
+    """The assumption about a published model's tokenizer, for a profile's provenance."""
     why = "English text and a vocabulary of this size; no tokenizer at hand"
     return (Assumption("chars_per_token", model.chars_per_token, why, "model.chars_per_token"),)
 

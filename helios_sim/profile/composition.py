@@ -1,4 +1,4 @@
-"""What one iteration runs, in numbers that a profile can price. Knows no request and no policy."""
+"""The work of one iteration, in numbers that a profile can price."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a profile costs on a device that is faster or slower than while it was measured. Knows no clock.
+"""Prices of a profile on a device that is faster or slower than while it was measured.
 
 Two steps, the profile's anchors, tell how fast a device is just now, each beside what it took while the profile was
 measured: a few decodes, which wait for memory, and a prompt, which computes. What is computed for so many tokens at
@@ -22,7 +22,9 @@ PROMPT_ROWS = 64
 
 
 def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Profile:
-    """With what either step is a measure of taking so many times as long; the host's costs go with decodes.
+    """Return the profile with everything that a step stands for taking so many times as long.
+
+    The host's costs go with decodes.
 
     Without a pace of prompts they have that of decodes. Loads do not change.
     """
@@ -64,12 +66,12 @@ class _Pace:
         return RowsTable(*self._scaled(table.rows, table.time_s))
 
     def grid(self, table: GridTable) -> GridTable:
-        """Of prompts: beyond the grid the last slope goes on."""
+        """Scale a table of prompts, for which the last slope goes on beyond the grid."""
         first, time_s = self._scaled(table.first, table.time_s)
         return GridTable(first, table.second, time_s)
 
     def decodes(self, table: GridTable) -> GridTable:
-        """Beyond the grid's batches time is in proportion, at the last one's pace."""
+        """Scale a table of decodes, for which time is in proportion beyond the grid's batches."""
         first, time_s = self._scaled(table.first, table.time_s, beyond=False)
         return GridTable(first, table.second, time_s)
 

@@ -1,4 +1,4 @@
-"""What a model costs on a card: tables, memory, loads and provenance; and what of the card's memory is left for KV."""
+"""The costs of a model on a card: tables, memory, loads and provenance; and the memory of the card left for KV."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Profile:
 
     `load_slowdown` multiplies device time while weights stream into the card. `mixed_factor` multiplies a layer's
     time when an iteration holds both prefill and decode; `unequal_kv_factor` multiplies decode attention for batches
-    whose KV lengths differ; both are None where no source gives them. `time_factor` multiplies whole iterations.
+    of unequal KV lengths; both are None where no source gives them. `time_factor` multiplies whole iterations.
     `padded_kv`: decode attention reads every context of a batch as far as the longest one goes, behind a mask, and so
     takes what equal lengths of that size take.
     Raises UserError where a table is damaged.
@@ -100,7 +100,7 @@ class Profile:
         return n_bytes / self.load_bytes_per_s
 
     def check_table(self, confidence: Confidence) -> RowsTable:
-        """What one exit check costs under this measure. UserError where it was not measured."""
+        """The table of an exit check's cost under this measure. UserError where it was not measured."""
         if confidence.by_head:
             return self.head if self.check is None else self.check
         if self.check_classifier is None:
@@ -131,7 +131,7 @@ class Profile:
         return self._pricing.outside_grid(c)
 
     def with_runtime(self, runtime: Runtime) -> Profile:
-        """Under other host costs, whose `sources` say what is assumed in place of what was under the old ones."""
+        """The profile under other host costs. What is assumed of the new ones is in their `sources`."""
         kept = tuple(a for a in self.provenance.assumptions if not a.change.startswith("runtime."))
         return replace(self, runtime=runtime, provenance=replace(self.provenance, assumptions=kept))
 

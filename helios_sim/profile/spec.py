@@ -130,7 +130,7 @@ class HardwareSpec:
 
 
 class Basis(StrEnum):
-    """What a host cost rests on."""
+    """The kind of evidence for a host cost."""
 
     MEASURED = "measured"
     DEFINITION = "by definition"
@@ -140,7 +140,7 @@ class Basis(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CostSource:
-    """Where one of a runtime's values comes from."""
+    """The source of one of a runtime's values."""
 
     quantity: str  # a field of Runtime
     basis: Basis
@@ -152,7 +152,7 @@ class CostSource:
 
     @classmethod
     def parsed(cls, quantity: str, text: str) -> CostSource:
-        """From a text as profiles store it: `text` of the same source."""
+        """The source that has this `text`, which is how profiles store it."""
         basis, colon, why = text.partition(": ")
         if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED):
             return cls(quantity, Basis(basis), why)
@@ -161,7 +161,7 @@ class CostSource:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What the host adds to the device's time. Nothing here is zero silently: each value has a source line.
+    """The time that the host adds to the device's. Nothing here is zero silently: each value has a source.
 
     Between two points at which the host waits for the device, host and device run side by side and the slower
     one counts. With captured graphs the host launches one graph per group of layers; eager, it launches each layer.
@@ -169,7 +169,7 @@ class Runtime:
 
     launch_s_per_layer: float  # eager launch of one layer's kernels; 0 with captured graphs
     launch_s_per_graph: float  # one captured graph; 0 when eager
-    sync_s: float  # device to host and back at an exit check whose answer the host must see
+    sync_s: float  # device to host and back at an exit check that the host must know of
     host_overhead_s: float  # scheduling, sampling and bookkeeping of one iteration, while the device waits
     graph_batch_sizes: tuple[int, ...] | None  # decode batches are padded up to one of these; None: no padding
     sources: tuple[CostSource, ...] = ()
@@ -224,7 +224,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """What the two steps took while a profile was measured; None: not timed.
+    """Times of the two steps while a profile was measured; None: not timed.
 
     A few decodes wait for memory, a prompt computes: other users of a machine slow down the one more than the other.
     """

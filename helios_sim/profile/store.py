@@ -158,7 +158,7 @@ def _runtime(header: Fields) -> Runtime:
 
 
 def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:
-    """In older files they are among the provenance's details, and in the oldest there are none that can be used."""
+    """The anchors. Older files have them among the provenance's details, and the oldest have none that can be used."""
     old = provenance.details.get("pace")
     found = header.inner("anchors", old if isinstance(old, Mapping) else {})
     known = {name: found.inner(name).filled(Anchor) for name in ("decode", "prompt") if found.has(name)}

@@ -1,4 +1,4 @@
-"""Profiles with a cost known in closed form, for oracles in tests. Knows no card and no model."""
+"""Profiles with a cost known in closed form, for oracles in tests."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class MixedTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnequalTable:
-    """By what share decode attention takes longer than that of a batch with equal lengths and the same mean.
+    """The share by which decode attention takes longer than that of a batch with equal lengths and the same mean.
 
     A batch of least, mean and greatest length L, M and G is looked up as the measured one of two lengths with the
     same three: `longest` is G, and the share of the long ones is (M - L) / (G - L).
@@ -104,7 +104,7 @@ class UnequalTable:
         check_times(f"{name}.excess", self.excess + 1.0, shape)
 
     def part(self, fraction: float) -> UnequalTable:
-        """The same with `fraction` of the excess (0: none of it)."""
+        """The table with `fraction` of the excess (0: none of it)."""
         return replace(self, excess=self.excess * fraction)
 
 

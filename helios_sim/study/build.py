@@ -148,7 +148,12 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     exits = config.exits
     if exits.source == "none":
         return no_exits(profile.model)
-    return load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
+    trace = load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
+    if trace.n_layers != profile.model.n_layers:
+        allowed = f"exits of the model profiled: those there end at layer {trace.n_layers}, its last is"
+        fix = "take a trace and a profile of the same model"
+        raise UserError("exits.source", exits.source, f"{allowed} {profile.model.n_layers}", fix)
+    return trace
 
 
 @dataclass(frozen=True, slots=True)

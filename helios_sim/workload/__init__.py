@@ -1,4 +1,4 @@
-"""What a server is asked: arrivals, lengths and task mix of requests, and readers of public traces."""
+"""Requests to a server: their arrivals, lengths and task mix, and readers of public traces."""
 
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Constant, Gamma, Poisson, TraceArrivals
 from helios_sim.workload.generate import BLOCK_REQUESTS, LengthFigures, Workload, WorkloadFigures, describe, generate

@@ -1,4 +1,4 @@
-"""Names and units of the columns of request traces: which one tells what, and when a number's unit is in doubt.
+"""Names and units of the columns of request traces: which one tells what, and when the unit of a number is in doubt.
 
 Names are compared in lower case with words joined by `_`, so ContextTokens is context_tokens. A column of arrivals
 says its unit by its name, by holding dates or numbers that can only be counted from 1970, or not at all: then the usual
@@ -23,7 +23,7 @@ from helios_sim.request import LONGEST, NS_PER_S
 
 
 class Role(StrEnum):
-    """What a column tells about a request."""
+    """The fact about a request that a column holds."""
 
     ARRIVAL = "arrival"
     PROMPT = "prompt length"
@@ -101,7 +101,7 @@ def known_names(role: Role) -> str:
 
 
 def column_of(name: str) -> TraceColumn | None:
-    """What a column of this name is; None: it is not known."""
+    """The column of this name; None: it is not known."""
     plain = plain_name(name)
     for role, names in _NAMES.items():
         if plain in names.split():
@@ -194,7 +194,7 @@ def _usual(column: TraceColumn, number: float, names: set[str]) -> TraceColumn:
 
 
 def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:
-    """Why the unit that was taken for a column's numbers is in doubt; None: it is not, or it is stated."""
+    """The reason to doubt the unit taken for a column's numbers; None: there is none, or the unit is stated."""
     if column.stated or column.role is not Role.ARRIVAL or len(numbers) < 2:
         return None
     if not np.isfinite(numbers).all():
@@ -214,7 +214,7 @@ def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:
 
 
 def is_good(column: TraceColumn, cell: Any) -> bool:
-    """Whether a cell holds what its column needs."""
+    """True if a cell holds what its column needs."""
     if cell is None or isinstance(cell, bool):
         return False
     if column.format is CellFormat.DATE:

@@ -62,7 +62,7 @@ class Workload:
 
     @property
     def recorded_priority(self) -> NDArray[np.int64] | None:
-        """Of each request, where the trace that gives the lengths says it in its own order."""
+        """The priority of each request, where the trace that gives the lengths says it in its own order."""
         lengths = self.lengths
         return lengths.trace.priority if isinstance(lengths, TraceLengths) and not lengths.resample else None
 

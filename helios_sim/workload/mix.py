@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 class Per(StrEnum):
-    """What a drift's position counts."""
+    """The unit of a drift's position."""
 
     REQUESTS = "requests"  # index / number of requests, from 0 to 1
     SECONDS = "seconds"  # arrival; needs arrivals that are known before the run

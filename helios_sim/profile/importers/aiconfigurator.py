@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import HARDWARE, LOAD_BYTES_PER_S, activation_reserve_bytes
 from helios_sim.profile.composition import IntArray
+from helios_sim.profile.importers.reading import MS, times
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import (
     Elementwise,
@@ -36,8 +37,8 @@ from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime, pre
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.shared_data import VARIABLE, shared_data_folder
+from helios_sim.untrusted import reading
 
-MS = 1e-3
 BF16_BYTES = 2
 
 
@@ -62,19 +63,25 @@ def _read(source: KernelSource, kind: str, name: str, **equal: Any) -> dict[str,
     if not path.is_file():
         fix = f"set {VARIABLE} to the folder that holds kernels/aiconfigurator (github ai-dynamo/aiconfigurator)"
         raise UserError(VARIABLE, str(path), "a file of measured kernel times", fix)
-    table = pq.read_table(path)
-    for column, value in equal.items():
-        if column in table.column_names:
-            table = table.filter(pc.equal(table[column], value))
-    if table.num_rows == 0:
-        raise UserError(name, equal, "a case in the measured table", "choose a head shape that was measured")
-    return {c: table[c].to_numpy() for c in table.column_names}
+    with reading(str(path), "damaged", "a Parquet file of kernel times", "fetch the file again"):
+        table = pq.read_table(path)
+        for column, value in equal.items():
+            if column in table.column_names:
+                table = table.filter(pc.equal(table[column], value))
+            elif column != "window_size":  # older tables have full attention alone
+                raise UserError(str(path), table.column_names, f"a column {column}", "fetch the file again")
+        if table.num_rows == 0:
+            raise UserError(name, equal, "a case in the measured table", "choose a head shape that was measured")
+        times(path, "latency", table["latency"].to_numpy(), MS)
+        return {c: table[c].to_numpy() for c in table.column_names}
 
 
 def _grid(columns: dict[str, Any], axes: tuple[str, ...]) -> tuple[list[IntArray], FloatArray]:
     """Values of the axes and latencies in seconds on their product, NaN where nothing was measured."""
     values, places = zip(*(np.unique(columns[a], return_inverse=True) for a in axes), strict=True)
     time_s = np.full([len(v) for v in values], np.nan)
+    if len(np.unique(np.ravel_multi_index(places, time_s.shape))) < len(places[0]):
+        raise UserError("latency", f"{len(places[0])} rows", f"one for each {', '.join(axes)}", "drop the others")
     time_s[places] = columns["latency"] * MS
     return [np.asarray(v, dtype=np.int64) for v in values], time_s
 

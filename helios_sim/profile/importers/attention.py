@@ -58,7 +58,7 @@ class AttentionGrid:
         return GridTable(self.chunks, self.contexts, self.prompts_s)
 
     def mixed_table(self) -> MixedTable | None:
-        """What decodes add to a chunk; None where nothing mixed was measured."""
+        """Seconds that decodes add to a chunk; None where nothing mixed was measured."""
         mixed = [c for c in self.chunks.tolist() if any((c, b) in self._by for b in self.batches.tolist())]
         if len(mixed) < 2:
             return None
@@ -92,7 +92,7 @@ class AttentionGrid:
         return along(points[order], seconds[order], contexts.astype(np.float64))
 
     def _row(self, chunk: int, batch: int) -> FloatArray | None:
-        """(V,) of decodes alone."""
+        """Seconds (V,) of decodes alone; None where this batch was not measured."""
         if (chunk, batch) not in self._by:
             return None
         _, points, seconds = self._by[chunk, batch]
@@ -100,7 +100,7 @@ class AttentionGrid:
         return along(points[order], seconds[order], self.kvs.astype(np.float64))
 
     def _plane(self, chunk: int, batch: int) -> FloatArray | None:
-        """(X, V) of a chunk with so many decodes."""
+        """Seconds (X, V) of a chunk with so many decodes; None where this batch was not measured."""
         if (chunk, batch) not in self._by:
             return None
         contexts, kvs, seconds = self._by[chunk, batch]
@@ -133,7 +133,7 @@ _OTHERS = ("regime", "ratio", "t_max_us", "alpha")  # follow from these
 
 
 def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalTable:
-    """The table of `terms`. Only the ratio of lengths that was measured throughout is used, the most frequent one."""
+    """The table of unequal lengths, from the ratio of lengths that is most frequent: it was measured throughout."""
     columns = read_columns(path, _COLUMNS, may_differ=_OTHERS)
     ratio, counts = np.unique(np.round(columns["skew"].astype(np.float64), 3), return_counts=True)
     usual = np.isclose(columns["skew"].astype(np.float64), ratio[counts.argmax()], atol=2e-3)

@@ -1,4 +1,4 @@
-"""A profile from kernel times by layer, as LLMServingSim's profiler writes them. Knows the format, no card.
+"""A profile from kernel times by layer, as LLMServingSim's profiler writes them.
 
 A folder with `meta.yaml` and, in it or in its `tp<N>/`, tables as .csv or .csv.gz. Times are in us, of one layer, of
 one GPU of a tensor-parallel group of N, launched eagerly:
@@ -49,7 +49,7 @@ ONCE = ("embedding", "final_layernorm")
 KNOWN = ("dense", "per_sequence", "attention", "skew", "skew_fit", "workload", "timeseries")
 OTHERS = {
     "moe": "a dense model: experts are not modelled",
-    "linear_attention": "a model whose layers all have softmax attention: linear attention is not modelled",
+    "linear_attention": "a model with softmax attention in all layers: linear attention is not modelled",
 }
 LOAD_BYTES_PER_S = 25e9  # pinned host memory to a card on PCIe 4.0 x16, 0.8 of 31.5 GB/s
 
@@ -63,7 +63,7 @@ class Terms:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `meta.yaml` says, {} without one. UserError where it cannot be read."""
+    """The contents of `meta.yaml`, {} if there is none. UserError where it cannot be read."""
     path = folder / "meta.yaml"
     if not path.is_file():
         return {}
@@ -159,7 +159,7 @@ def _rows(points: FloatArray, seconds: FloatArray) -> RowsTable:
 
 
 def all_reduces_s(model: ModelSpec, rows: FloatArray, tensor_parallel: int, link: Link) -> FloatArray:
-    """Two of one layer, by rows."""
+    """Seconds of the two all-reduces of one layer, by rows."""
     if tensor_parallel == 1:
         return np.zeros(len(rows))
     moved = 2 * (tensor_parallel - 1) / tensor_parallel * rows * model.d_model * model.weight_bytes_per_value

@@ -1,4 +1,4 @@
-"""A profile from Vidur's tables of a model's layer operations and of attention. Knows the format, no card.
+"""A profile from Vidur's tables of a model's layer operations and of attention.
 
 Two tables (.csv or .csv.gz), times in ms, medians used:
 - `mlp.csv`: time_stats.<op>.median by num_tokens and num_tensor_parallel_workers, with n_head, n_kv_head, n_embd,
@@ -164,7 +164,7 @@ def _check_shape(path: Path, columns: dict[str, NDArray[Any]], shape: dict[str, 
 
 
 def _check_operations(path: Path, known: Iterable[str]) -> bool:
-    """Whether all of the known operations are there; UserError for another one, whose time would be left out."""
+    """True if all of the known operations are there; UserError for another one: its time would be left out."""
     header = read_text(path, MOST_BYTES, "correct the file").split(b"\n", 1)[0].decode()
     found = [name.strip().strip('"') for name in header.split(",")]
     names = [name for name in found if name.startswith("time_stats.") and name.endswith(".median")]
