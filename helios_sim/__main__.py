@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import sys
@@ -41,10 +40,9 @@ def _run(command: list[str]) -> int:
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
-        gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run
-        atexit.register(gc.freeze)  # nor does the end look through it
         from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
 
+        gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run
         return run_command(command)
 
 

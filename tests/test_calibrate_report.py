@@ -15,6 +15,7 @@ from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.report.figures.style import lay_out
 
 MEASURED = Provenance(ProvenanceClass.MEASURED, "written by hand", "a test")
 
@@ -111,6 +112,8 @@ def page() -> str:
     trace = synthetic_trace("mine", (2, 4, 6), tasks, 400)
     sections, _ = exit_sections(trace, [synthetic_trace("theirs", (3, 6), tasks, 400, seed=1)], 0.9, None)
     shown = Page("Mine", "on this", "published", ["It works."], [Highlight("a", "1", "b")], ["a caution"], sections)
+    for drawing in shown.drawings:
+        lay_out(drawing)
     return render(shown)
 
 

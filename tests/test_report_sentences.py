@@ -11,7 +11,7 @@ import pytest
 from helios_sim.api import study_config
 from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s
 from helios_sim.report.compare import interval_over_seeds
-from helios_sim.report.figures.arms import timeline_drawings
+from helios_sim.report.figures.timeline import timeline_drawings
 from helios_sim.report.page import render
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult, comparisons
@@ -131,7 +131,7 @@ def test_new_placements_are_spoken_of_only_where_there_are_some(result: Experime
     arm = replace(result.arms["helios"], timeline_transitions_ns=())
     (still,) = timeline_drawings(replace(result, arms={"helios": arm}))
     assert "placement" not in still.caption
-    assert "new placement" not in still.figure.axes[0].labelled
+    assert "new placement" not in [text.get_text() for text in still.figure.axes[0].get_legend().get_texts()]
     moved = replace(arm, timeline_transitions_ns=(10**9,))
     (drawing,) = timeline_drawings(replace(result, arms={"helios": moved}))
     assert "changed placement" in drawing.caption

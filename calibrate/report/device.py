@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter
+
 from calibrate.measure.ceilings import Ceilings, OverFloor, median_ratio, over_floor
-from calibrate.report.page import Section, Table
+from calibrate.report.page import Section, Table, palette
 from helios_sim.profile.profile import Profile
 from helios_sim.report import format as fmt
-from helios_sim.report.figures.style import BASELINE_COLOR, Drawing, labels_of, legend_above, new_figure, shades
+from helios_sim.report.figures.style import BASELINE_COLOR, Drawing, handles_of, legend_above, look, new_figure
 
 MEASURED = "measured"
 PARTS = {
@@ -220,17 +222,19 @@ def over_floor_figure(curves: Sequence[tuple[str, Sequence[float], Sequence[floa
     """A figure of measured time over floor against rows, from (label, rows, ratio) of each curve."""
     if not curves:
         return None
-    figure, (ax,) = new_figure(1, 1, 3.2)
-    for (label, rows, ratio), color in zip(curves, shades(len(curves)), strict=True):
-        ax.plot(rows, ratio, marker="o", color=color, size=4, width=1.6, label=label)
-    ax.axhline(1, color=BASELINE_COLOR, width=1.4)
-    ax.log("x", base=2)
-    ax.log("y")
-    ax.write("x", lambda value: f"{value:,.0f}")
-    ax.write("y", lambda value: f"{value:g}×")
-    ax.set_xlabel("rows that go through together (batch, or tokens of a prompt)")
-    ax.set_ylabel("measured time over its floor")
-    legend_above(figure, labels_of(ax))
+    with look():
+        figure, (ax,) = new_figure(1, 1, 3.2)
+        for (label, rows, ratio), color in zip(curves, palette(len(curves)), strict=True):
+            ax.plot(rows, ratio, "o-", color=color, markersize=4, linewidth=1.6, label=label)
+        ax.axhline(1, color=BASELINE_COLOR, linewidth=1.4)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}×" if str(value)[0] in "25" else ""))
+        ax.set_xlabel("rows that go through together (batch, or tokens of a prompt)")
+        ax.set_ylabel("measured time over its floor")
+        legend_above(figure, handles_of(ax))
     caption = (
         "The floor is the larger of bytes over the measured bandwidth and operations over the measured matrix rate. "
         "Nothing can lie below the grey line; what lies far above is where a kernel could be better."

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.report.page import Section, Table
+from calibrate.report.page import Section, Table, palette
 from calibrate.report.statistics import ExitStatistics, exit_statistics, joint_of_pairs, measures
 from helios_sim.exits.replay import JointExits
 from helios_sim.exits.trace import ExitTrace
@@ -20,10 +20,10 @@ from helios_sim.report.figures.style import (
     MUTED,
     PAPER,
     Drawing,
-    labels_of,
+    handles_of,
     legend_above,
+    look,
     new_figure,
-    shades,
 )
 
 MOST_COLUMNS = 12  # most exits shown in a table
@@ -240,10 +240,11 @@ def exit_drawings(found: Sequence[ExitStatistics], joints: Sequence[JointExits])
     """All figures: exits by task, unchanged tokens, thresholds, reliability by confidence, and pairs of models."""
     if not found:
         return []
-    drawings = [histogram_figure(found[0]), unchanged_figure(found[0]), sweep_figure(found)]
-    drawings += [reliability_figure(statistics) for statistics in found]
-    if joints:
-        drawings.append(joint_figure(joints))
+    with look():
+        drawings = [histogram_figure(found[0]), unchanged_figure(found[0]), sweep_figure(found)]
+        drawings += [reliability_figure(statistics) for statistics in found]
+        if joints:
+            drawings.append(joint_figure(joints))
     return drawings
 
 
@@ -251,21 +252,22 @@ def histogram_figure(s: ExitStatistics) -> Drawing:
     """A bar per task, divided into the shares that exit at each depth."""
     tasks = s.trace.tasks
     figure, (ax,) = new_figure(1, 1, 1.3 + _ROW_IN * len(tasks))
-    start, rows = np.zeros(len(tasks)), np.arange(len(tasks))
-    for e, (depth, color) in enumerate(zip(s.exits, shades(len(s.exits)), strict=True)):
+    start = np.zeros(len(tasks))
+    for e, (depth, color) in enumerate(zip(s.exits, palette(len(s.exits)), strict=True)):
         share = 100 * s.exit_share[:, e]
         last = e == len(s.exits) - 1
-        ax.barh(rows, share, 0.72, left=start, color=BASELINE_COLOR if last else color,
+        ax.barh(tasks, share, left=start, height=0.72, color=BASELINE_COLOR if last else color,
                 label=f"layer {depth}{' (all)' if last else ''}")  # fmt: skip
         start += share
     for row, agreement in enumerate(s.agreement):
-        ax.annotate(f"{agreement:.3f}", (100, row), (5, 0), va="center", size=9, color=INK)
-    ax.set_yticks(rows, tasks)
+        ax.annotate(f"{agreement:.3f}", (100, row), (5, 0), textcoords="offset points", va="center", fontsize=9,
+                    color=INK, annotation_clip=False)  # fmt: skip
     ax.set_xlim(0, 100)
     ax.set_ylim(len(tasks) - 0.4, -0.6)
     ax.set_xlabel("tokens (%); at the right: share of the task's tokens that full depth gives too")
-    ax.bare("y")
-    legend_above(figure, labels_of(ax), columns=8)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    legend_above(figure, handles_of(ax), columns=8)
     caption = (
         f"Per-token exits at {s.confidence.value} {s.threshold:g}: each token leaves at the first exit that is "
         "confident. Another threshold gives another picture from the same trace."
@@ -276,14 +278,14 @@ def histogram_figure(s: ExitStatistics) -> Drawing:
 def unchanged_figure(s: ExitStatistics) -> Drawing:
     """A line per task: the share of unchanged tokens over depth."""
     figure, (ax,) = new_figure(1, 1, 3.5)
-    for k, (task, color) in enumerate(zip(s.trace.tasks, shades(len(s.trace.tasks)), strict=True)):
-        ax.plot(s.exits, 100 * s.unchanged[k], color=color, width=1.1, alpha=0.85, label=task)
-    ax.plot(s.exits, 100 * s.all_unchanged, marker="o", color=INK, width=2.4, label="all tasks")
+    for k, (task, color) in enumerate(zip(s.trace.tasks, palette(len(s.trace.tasks)), strict=True)):
+        ax.plot(s.exits, 100 * s.unchanged[k], color=color, linewidth=1.1, alpha=0.85, label=task)
+    ax.plot(s.exits, 100 * s.all_unchanged, "o-", color=INK, linewidth=2.4, label="all tasks")
     ax.set_xticks(s.exits)
     ax.set_xlabel("all tokens leave after layer")
     ax.set_ylabel("unchanged tokens (%)")
     ax.set_ylim(top=101)
-    legend_above(figure, labels_of(ax), columns=8)
+    legend_above(figure, handles_of(ax), columns=8)
     caption = "Share of tokens that are the same as full depth's if the model is cut there, confident or not."
     return Drawing("unchanged", "Unchanged tokens at each exit", caption, figure)
 
@@ -294,13 +296,14 @@ def sweep_figure(found: Sequence[ExitStatistics]) -> Drawing:
     for s, color in zip(found, MODEL_COLORS, strict=False):
         layers = [p.layers_per_token for p in s.sweep]
         agreement = [100 * p.agreement for p in s.sweep]
-        ax.plot(layers, agreement, marker="o", color=color, label=_named(s))
+        ax.plot(layers, agreement, "o-", color=color, label=_named(s))
         for point in s.sweep:
-            ax.annotate(f"{point.threshold:g}", (point.layers_per_token, 100 * point.agreement), (4, -10), size=8)
-    ax.axvline(found[0].exits[-1], color=BASELINE_COLOR, width=1.2)
+            ax.annotate(f"{point.threshold:g}", (point.layers_per_token, 100 * point.agreement), (4, -10),
+                        textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+    ax.axvline(found[0].exits[-1], color=BASELINE_COLOR, linewidth=1.2)
     ax.set_xlabel("layers per token, checks not counted (grey line: all layers)")
     ax.set_ylabel("agreement with full depth (%)")
-    legend_above(figure, labels_of(ax))
+    legend_above(figure, handles_of(ax))
     caption = "What a threshold costs and saves. Further left and up is better; numbers are thresholds."
     return Drawing("thresholds", "Layers saved against tokens changed", caption, figure)
 
@@ -311,17 +314,17 @@ def reliability_figure(s: ExitStatistics) -> Drawing:
     rows = -(-len(s.reliability) // columns)
     figure, axes = new_figure(rows, columns, 0.5 + 2.35 * rows, sharex=True, sharey=True)
     for ax, curve, depth in zip(axes, s.reliability, s.exits, strict=False):
-        ax.plot([0, 1], [0, 1], color=BASELINE_COLOR, width=1.2)
+        ax.plot([0, 1], [0, 1], color=BASELINE_COLOR, linewidth=1.2)
         share = curve.tokens / curve.tokens.sum()
         ax.bar(curve.confidence, share, 0.05, color=MUTED, alpha=0.35)
-        ax.plot(curve.confidence, curve.agreement, marker="o", color=MODEL_COLORS[0], width=1.6, size=4)
+        ax.plot(curve.confidence, curve.agreement, "o-", color=MODEL_COLORS[0], linewidth=1.6, markersize=4)
         ax.set_title(f"layer {depth}: ECE {curve.ece:.3f}")
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1.02)
     for ax in axes[len(s.reliability) :]:
-        ax.visible = False
-    figure.xlabel = f"confidence ({s.confidence.value})"
-    figure.ylabel = "share that agrees"
+        ax.set_visible(False)
+    figure.supxlabel(f"confidence ({s.confidence.value})", fontsize=10)
+    figure.supylabel("share that agrees", fontsize=10)
     caption = (
         "On the grey line a confidence is what it says. Bars: share of the tokens with that confidence. ECE: mean gap "
         "between line and dots, weighted with tokens."
@@ -335,18 +338,19 @@ def joint_figure(joints: Sequence[JointExits]) -> Drawing:
     rows = -(-len(joints) // columns)
     figure, axes = new_figure(rows, columns, 0.4 + 3.4 * rows)
     for ax, joint in zip(axes, joints, strict=False):
-        ax.imshow(joint.share)
+        ax.imshow(joint.share, cmap="Blues", aspect="auto", vmin=0)
         ax.set_xticks(range(len(joint.exits[1])), [str(d) for d in joint.exits[1]])
         ax.set_yticks(range(len(joint.exits[0])), [str(d) for d in joint.exits[0]])
         ax.set_xlabel(f"{joint.models[1]} leaves after layer")
         ax.set_ylabel(f"{joint.models[0]} leaves after")
+        ax.grid(visible=False)
         dark = joint.share.max() / 2
         for (row, column), share in np.ndenumerate(joint.share):
             if share >= 0.005:
                 color = PAPER if share > dark else "#1b1f27"  # not INK: the map is light in both themes
-                ax.annotate(f"{100 * share:.0f}", (column, row), ha="center", va="center", size=8, color=color)
+                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     for ax in axes[len(joints) :]:
-        ax.visible = False
+        ax.set_visible(False)
     caption = "Share of the characters of the same text (%), by where each model's token leaves."
     return Drawing("joint_exits", "Where pairs of models leave on the same text", caption, figure)
 

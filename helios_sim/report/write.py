@@ -54,16 +54,11 @@ def write_requests(result: ExperimentResult, folder: Path) -> None:
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
     """figures/*.png and report.html."""
-    from helios_sim.report.figures.arms import (
-        answer_drawings,
-        arms_drawings,
-        detail_drawings,
-        replica_drawings,
-        timeline_drawings,
-    )
+    from helios_sim.report.figures.arms import answer_drawings, arms_drawings, detail_drawings, replica_drawings
     from helios_sim.report.figures.fidelity import fidelity_drawings
-    from helios_sim.report.figures.style import to_png
+    from helios_sim.report.figures.style import lay_out, to_png
     from helios_sim.report.figures.sweep import sweep_drawings
+    from helios_sim.report.figures.timeline import timeline_drawings
     from helios_sim.report.page import render
 
     drawings = [
@@ -75,6 +70,8 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
         *detail_drawings(result),
         *timeline_drawings(result),
     ]
+    for drawing in drawings:
+        lay_out(drawing)
     files.write_text(folder / "report.html", render(result, ratios, drawings))
     for drawing in drawings:
         files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))
@@ -85,8 +82,8 @@ def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.style import to_png
-    from helios_sim.report.figures.sweep import design_drawings
+    from helios_sim.report.figures.designs import design_drawings
+    from helios_sim.report.figures.style import lay_out, to_png
     from helios_sim.report.page import render_designs
 
     summary = summarise_designs(result)
@@ -94,6 +91,8 @@ def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
     drawings = design_drawings(result)
+    for drawing in drawings:
+        lay_out(drawing)
     files.write_text(folder / "report.html", render_designs(result, drawings))
     for drawing in drawings:
         place = folder if drawing.name == "pareto" else folder / "figures"

@@ -1,19 +1,40 @@
-"""The common look of all figures: colours of arms, a figure of the standard width, its legend, and export."""
+"""The common look of all figures: colours, type, lines and axes, and export as PNG and SVG.
+
+Neutral colours are placeholders that the SVG export turns into CSS variables, so that figures inside the HTML follow
+its light and dark themes; PNG files are on white. Nothing here touches pyplot or changes matplotlib's global state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from helios_sim.report.figures.axes import DASHES, FINE_DOTS, LEGEND_SIZE, WIDTH, Axes, Look
-from helios_sim.report.figures.canvas import INK, MUTED, PAPER, Png, Svg, text_width
-from helios_sim.report.figures.plot import Figure
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
-__all__ = [
-    "BASELINE_COLOR", "DASHES", "FINE_DOTS", "INK", "MODEL_COLORS", "MUTED", "PAPER", "ArmStyle", "Drawing",
-    "arm_styles", "axis_positions", "labels_of", "legend_above", "new_figure", "shades", "to_png", "to_svg",
-]  # fmt: skip
+from helios_sim.report import format as fmt
+
+INK = "#1b1f26"
+MUTED = "#5e6673"
+RULE = "#d4d8df"
+PAPER = "#fefefd"
+_CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--card)"}
+
+WIDTH_IN = 9.0
+_PNG_DPI = 150
+_TITLE_IN = 0.42
 
 # Of middling lightness, so that they read on white and on near-black.
 _NAMED = {"helios": "#2f74e6", "helios_probe": "#0fa08a", "oracle": "#8a63d2"}
@@ -21,9 +42,36 @@ _CYCLE = ("#e5822e", "#c9499c", "#c79a12", "#d8503f", "#2ba3cc", "#7fa02e", "#a8
 BASELINE_COLOR = "#7c8796"
 MODEL_COLORS = ("#2f74e6", "#e5822e", "#0fa08a", "#c9499c", "#c79a12")
 _MARKERS = "osD^vPX*<>"
-_SHADES = ((71, 46, 124), (44, 113, 142), (33, 144, 141), (94, 201, 98), (189, 223, 38))  # viridis without its ends
-_TITLE = 30.0  # points: the strip above a PNG
-_LEGEND_WIDTH = WIDTH - 12
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "svg.fonttype": "none",  # a page's texts can be selected, and need no outlines
+    "text.parse_math": False,  # a name may hold a dollar sign
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +79,7 @@ class ArmStyle:
     """The look of one arm's lines and marks."""
 
     color: str
-    dash: tuple[float, ...]
+    linestyle: str
     marker: str
 
 
@@ -42,7 +90,14 @@ class Drawing:
     name: str
     title: str
     caption: str
-    figure: Figure
+    figure: SubFigure
+
+    @property
+    def whole(self) -> Figure:
+        """The figure with the strip for the title."""
+        root = self.figure.get_figure(root=True)
+        assert isinstance(root, Figure)
+        return root
 
 
 def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, ArmStyle]:
@@ -58,66 +113,167 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, ArmStyle]:
             color = _CYCLE[cycle % len(_CYCLE)]
             cycle += 1
         dashed = arm == "oracle" or cycle > len(_CYCLE)
-        styles[arm] = ArmStyle(color, DASHES["--" if dashed else "-"], _MARKERS[place % len(_MARKERS)])
+        styles[arm] = ArmStyle(color, "--" if dashed else "-", _MARKERS[place % len(_MARKERS)])
     return styles
 
 
-def new_figure(
-    rows: int, columns: int, height_in: float, *, sharex: bool | str = False, sharey: bool | str = False,
-    heights: Sequence[float] = (),
-) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """A figure of the standard width with its panels in reading order. `heights`: of rows, relative to each other."""
-    axes = [Axes() for _ in range(rows * columns)]
-    return Figure(rows, columns, height_in * 72, axes, heights or (1.0,) * rows, sharex, sharey), axes
+@contextmanager
+def look() -> Iterator[None]:
+    """The settings under which every figure is made and exported."""
+    with mpl.rc_context(_RC):
+        yield
 
 
-def legend_above(figure: Figure, labels: Mapping[str, Look], columns: int = 5) -> None:
-    """One legend above all panels, read row by row, of as many columns as fit."""
-    if not labels:
+def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[SubFigure, list[Axes]]:
+    """A figure of the standard width with its axes in reading order.
+
+    The drawing lies in a sub-figure; the strip above it is for the title, which only the PNG shows.
+    """
+    whole = Figure(figsize=(WIDTH_IN, height_in + _TITLE_IN), layout="constrained")
+    figure: SubFigure = whole.subfigures(2, 1, squeeze=False, height_ratios=[_TITLE_IN, height_in])[1, 0]
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.ravel())
+
+
+LEGEND_CHARACTERS = 105  # fit across a figure in the legend's size
+
+
+def legend_above(figure: SubFigure, handles: dict[str, Artist], columns: int = 5) -> None:
+    """One legend above all panels, read row by row (matplotlib itself fills columns)."""
+    if not handles:
         return
-    entry = max(text_width(text, LEGEND_SIZE) + (32 if look.dash else 20) + 28 for text, look in labels.items())
-    columns = min(columns, len(labels), max(1, int(_LEGEND_WIDTH / entry)))
-    entries = list(labels.items())
-    figure.legend = [entries[first : first + columns] for first in range(0, len(entries), columns)]
+    lines = [handle for handle in handles.values() if isinstance(handle, Line2D)]
+    dashed = any(line.get_linestyle() not in ("-", "None") for line in lines)
+    longest = max(len(label) for label in handles) + (8 if dashed else 6)
+    columns = min(columns, len(handles), max(1, LEGEND_CHARACTERS // longest))
+    by_column = [label for column in range(columns) for label in list(handles)[column::columns]]
+    figure.legend(
+        [handles[label] for label in by_column], by_column, loc="outside upper left", ncols=columns, fontsize=9.5,
+        handlelength=3.4 if dashed else 2.0,  # so that dashes show at both sides of a marker
+    )  # fmt: skip
 
 
-def labels_of(*axes: Axes) -> dict[str, Look]:
-    """The labelled series of these panels, each label once."""
-    found: dict[str, Look] = {}
-    for ax in axes:
-        for label, look in ax.labelled.items():
-            found.setdefault(label, look)
-    return found
+def handles_of(*axes: Axes) -> dict[str, Artist]:
+    """The labelled artists of these axes, each label once."""
+    return {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def annotate(
+    ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], *, across: bool = False, **options: Any
+) -> None:
+    """A small note, `offset` points away from `at`; `across`: the x of `at` is a share of the axes' width."""
+    places = ("axes fraction", "data") if across else "data"
+    look_of_note: dict[str, Any] = {"fontsize": 8.5, "color": MUTED} | options
+    ax.annotate(text, at, offset, xycoords=places, textcoords="offset points", **look_of_note)
+
+
+@contextmanager
+def _exported(drawing: Drawing) -> Iterator[None]:
+    """The settings of an export. Every text is one line in which what cannot be seen stands by its code."""
+    for text in drawing.whole.findobj(Text):
+        text.set_text(_shown(text.get_text()))
+        text.set_parse_math(False)  # a name may hold a dollar sign
+    for axis in (axis for ax in drawing.whole.findobj(Axes) for axis in (ax.xaxis, ax.yaxis)):
+        if not isinstance(axis.get_major_formatter(), _ShownTicks):
+            axis.set_major_formatter(_ShownTicks(axis.get_major_formatter()))
+    with look(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is no fault of the reader
+        yield
+
+
+class _ShownTicks(Formatter):
+    """Labels of ticks by another formatter, as a figure may show them."""
+
+    def __init__(self, inner: Formatter) -> None:
+        self._inner = inner
+
+    def set_axis(self, axis: Any) -> None:
+        super().set_axis(axis)
+        self._inner.set_axis(axis)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return _shown(self._inner(x, pos))
+
+    def format_ticks(self, values: Any) -> list[str]:
+        return [_shown(text) for text in self._inner.format_ticks(values)]
+
+    def get_offset(self) -> str:
+        return self._inner.get_offset()
+
+    def set_locs(self, locs: Any) -> None:
+        self._inner.set_locs(locs)
+
+
+def _shown(text: str) -> str:
+    return "\n".join(fmt.visible(line) for line in text.replace("\t", " ").split("\n"))
+
+
+def lay_out(drawing: Drawing) -> None:
+    """Compute the layout once, so that the exports need not compute it again."""
+    with _exported(drawing):
+        drawing.whole.draw_without_rendering()
+        drawing.whole.set_layout_engine("none")
 
 
 def to_png(drawing: Drawing) -> bytes:
     """A PNG file on white, with the title above."""
-    canvas = Png(WIDTH, drawing.figure.height + _TITLE)
-    canvas.text(drawing.title, 8.0, _TITLE * 0.5 + 4.4, 12.5, INK, bold=True)
-    drawing.figure.draw(canvas, _TITLE)
-    return canvas.content()
+    out = io.BytesIO()
+    height = 1 - 0.5 * _TITLE_IN / drawing.whole.get_figheight()
+    with _exported(drawing):
+        shown = " ".join(_shown(drawing.title).split())
+        title = drawing.whole.text(0.012, height, shown, va="center", fontsize=12.5, fontweight="bold")
+        drawing.whole.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+        title.remove()
+    return out.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
     """An <svg> element without title, for a page that defines the CSS variables; its ids are its own."""
-    canvas = Svg(WIDTH, drawing.figure.height, drawing.name)
-    drawing.figure.draw(canvas)
-    return canvas.element(drawing.title)
+    out = io.StringIO()
+    box = Bbox.from_extents(0, 0, WIDTH_IN, drawing.whole.get_figheight() - _TITLE_IN)
+    with _exported(drawing), mpl.rc_context({"svg.hashsalt": drawing.name}):
+        drawing.whole.savefig(out, format="svg", bbox_inches=box, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{_plain(drawing.title)}" '
+        r'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        svg,
+        count=1,
+    )
+    for color, variable in _CSS.items():
+        svg = svg.replace(color, variable)
+    return svg
 
 
-def shades(count: int) -> list[str]:
-    """Colours of one scale, so that neighbours look alike."""
-    found = []
-    for number in range(count):
-        place = number / max(1, count - 1) * (len(_SHADES) - 1)
-        below = min(int(place), len(_SHADES) - 2)
-        pair = zip(_SHADES[below], _SHADES[below + 1], strict=True)
-        found.append("#" + "".join(f"{round(a + (b - a) * (place - below)):02x}" for a, b in pair))
-    return found
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w .,:()%/+-]", "", text)
 
 
-def axis_positions(values: Iterable[object]) -> dict[Any, float]:
-    """Positions of a setting's values on an axis: numbers at their value, others one after the other."""
+def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
+    """A log axis of seconds with a few readable ticks: round values of a narrow range, decades of a wide one."""
+    axis = ax.yaxis if y else ax.xaxis
+    (ax.set_yscale if y else ax.set_xscale)("log")
+    low, high = ax.get_ylim() if y else ax.get_xlim()
+    axis.set_major_locator(_few_ticks(np.log10(high / low)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _few_ticks(decades: float) -> Locator:
+    """A locator of at least two ticks, none so close to the next that their labels touch."""
+    if decades < 0.6:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0))
+
+
+def axis_positions(values: Iterable[object]) -> dict[object, float]:
+    """Where the values of a setting are on an axis: numbers at their value, others one after the other."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         return {value: float(value) for value in distinct}  # type: ignore[arg-type]
