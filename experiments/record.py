@@ -7,12 +7,13 @@ the page of that experiment shows. The page itself, README.md, is written by peo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from helios_sim.report.format import metric as shown
+from helios_sim.report.format import code_span, markdown, metric as shown
 from helios_sim.report.metrics import DEFINITIONS, Band
 
 FOLDER = Path(__file__).parent
@@ -20,7 +21,10 @@ FOLDER = Path(__file__).parent
 
 def record(output: Path) -> Path:
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    folder = FOLDER / summary["experiment"]
+    name = summary["experiment"]
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise SystemExit(f"{name!r} is no name of a folder here")
+    folder = FOLDER / name
     folder.mkdir(exist_ok=True)
     lines = [f"# {summary['experiment']}: results", "", _source(summary), "", *_bullets(summary["verdict"]), ""]
     lines += ["## Arms", "", *_arms(summary), ""]
@@ -60,7 +64,7 @@ def _source(summary: dict[str, Any]) -> str:
 
 
 def _bullets(sentences: list[str]) -> list[str]:
-    return [f"- {sentence}" for sentence in sentences]
+    return [f"- {markdown(sentence)}" for sentence in sentences]
 
 
 def _arms(summary: dict[str, Any]) -> list[str]:
@@ -73,15 +77,15 @@ def _arms(summary: dict[str, Any]) -> list[str]:
         over = arm.get("baseline", summary["baseline"])
         ratio = "baseline" if name == over else _ratio(arm["vs_baseline"].get(first))
         if name != over and over != summary["baseline"]:
-            ratio += f" of `{over}`"
-        rows.append([f"`{name}`", values[0], ratio, *values[1:]])
+            ratio += f" of {code_span(over)}"
+        rows.append([code_span(name), values[0], ratio, *values[1:]])
     return _table(rows)
 
 
 def _front(summary: dict[str, Any]) -> list[str]:
     """One row for designs that come to the same in every objective, the first of them."""
     parameters, objectives = summary["sweep"]["parameters"], summary["sweep"]["objectives"]
-    rows = [["design", *parameters, *(DEFINITIONS[name].label for name in objectives)]]
+    rows = [["design", *map(markdown, parameters), *(DEFINITIONS[name].label for name in objectives)]]
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for design in summary["sweep"]["front"]:
         found = tuple(shown(name, _value(design["metrics"].get(name))) for name in objectives)
@@ -89,7 +93,7 @@ def _front(summary: dict[str, Any]) -> list[str]:
     for found, designs in alike.items():
         more = f" +{len(designs) - 1}" if len(designs) > 1 else ""
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in designs[0]["parameters"].values()]
-        rows.append([f"{designs[0]['design']}{more}", *values, *found])
+        rows.append([f"{designs[0]['design']}{more}", *map(markdown, values), *found])
     return _table(rows)
 
 
@@ -119,16 +123,16 @@ def _compared(parts: dict[str, Any]) -> list[str]:
             values = ["-" if row[k] is None else f"{row[k]:.4g}" for k in ("measured", "simulated")]
             shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "paced_difference")]
             noise = "-" if row["noise"] is None else f"{row['noise']:.1%}"
-            rows.append([part if key is wanted[0] else "", name, *values, *shares, noise])
+            rows.append([markdown(part) if key is wanted[0] else "", name, *values, *shares, noise])
     return _table(rows)
 
 
 def _tasks(summary: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(task for arm in summary["arms"].values() for task in arm["tasks"]))
-    rows = [["arm", *names]]
+    rows = [["arm", *map(markdown, names)]]
     for arm, entry in summary["arms"].items():
         bits = [entry["tasks"].get(task, {}).get("bits_per_char") for task in names]
-        rows.append([f"`{arm}`", *("-" if value is None else f"{value:.3f}" for value in bits)])
+        rows.append([code_span(arm), *("-" if value is None else f"{value:.3f}" for value in bits)])
     return _table(rows)
 
 
@@ -136,7 +140,7 @@ def _published(figures: list[dict[str, Any]]) -> list[str]:
     rows = [["figure", "published", "ours", "remark"]]
     for figure in figures:
         ours = _ratio({"ratio": figure["ours"], "low": figure["low"], "high": figure["high"]})
-        rows.append([figure["what"], f"{figure['published']:g}", ours, figure["remark"]])
+        rows.append([markdown(figure["what"]), f"{figure['published']:g}", ours, markdown(figure["remark"])])
     return _table(rows)
 
 

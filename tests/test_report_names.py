@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from helios_sim.report.figures.style import Drawing, handles_of, legend_above, new_figure, to_png, to_svg
-from helios_sim.report.format import visible
+from helios_sim.report.format import code_span, markdown, visible
 from helios_sim.report.page import render
 from helios_sim.report.result import ExperimentResult, comparisons
 from helios_sim.report.tables import print_table
@@ -120,6 +120,22 @@ def test_files_stay_in_their_folder(result: ExperimentResult, text: str, tmp_pat
     assert all(path.parts[0] == "out" for path in found)
     for path in found:
         assert re.fullmatch(r"[\w.-]+", path.name), path
+
+
+@pytest.mark.parametrize("text", PAYLOADS)
+def test_markdown_holds_names_as_text(text: str) -> None:
+    for shown in (markdown(text), code_span(text)):
+        assert "\n" not in shown
+        assert not ACTING.search(shown)
+        assert not re.search(r"(?<!\\)\|", shown)  # a cell does not end
+    assert not re.search(r"(?<!\\)[<`*]|\]\(", markdown(text))
+
+
+def test_markdown_leaves_usual_sentences_as_they_are() -> None:
+    said = "helios helps: 1.47 times the Requests/s of full_depth_opt-1.3b (95 % interval 1.41 to 1.53) [a, b] - 3 > 2."
+    assert markdown(said) == said
+    assert code_span("full_depth_opt-1.3b") == "`full_depth_opt-1.3b`"
+    assert code_span("a`b") == "``a`b``"
 
 
 def test_a_run_with_such_names_ends_well_on_a_terminal_without_unicode(tmp_path: Path) -> None:

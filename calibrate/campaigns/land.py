@@ -29,7 +29,7 @@ from calibrate.work import CEILINGS, PROFILE
 from helios_sim.errors import UserError
 from helios_sim.profile.store import read_profile
 from helios_sim.report import files
-from helios_sim.report.format import in_unit
+from helios_sim.report.format import in_unit, markdown
 
 OVER_CEILING = ("dense", "decode_attention", "prefill_attention", "head")
 
@@ -42,12 +42,13 @@ WORTHLESS = (
 def page(campaign: str, summary: Mapping[str, Any]) -> str:
     """The page. `summary` is the content of summary.json."""
     stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
-    parts = [f"# Campaign {campaign} on {summary['device']}", ""]
+    parts = [f"# Campaign {markdown(campaign)} on {markdown(summary['device'])}", ""]
     parts += [WORTHLESS, ""] if summary["worthless"] else []
     parts += ["| stage | archive | status | seconds | remark |", "| --- | --- | --- | ---: | --- |"]
     for name, stage in stages.items():
         took = "" if stage["wall_s"] is None else f"{stage['wall_s']:.1f}"
-        parts.append(f"| {name} | {stage['archive']} | {stage['status']} | {took} | {stage['why'] or ''} |")
+        cells = (name, str(stage["archive"]), stage["status"], took, stage["why"] or "")
+        parts.append(f"| {' | '.join(map(markdown, cells))} |")
     results = {name: stage["result"] for name, stage in stages.items() if stage["result"]}
     if "ceilings" in results:
         parts += ["", "## Device", "", *_device(results["ceilings"])]
@@ -57,7 +58,7 @@ def page(campaign: str, summary: Mapping[str, Any]) -> str:
     for name, result in results.items():
         if name.startswith(("live-", "headline-")):
             parts += ["", f"## {name}", "", f"Models: {', '.join(result['models'])}. Exits: {result['exits']}.", ""]
-            parts += [f"- {sentence}" for sentence in result["verdict"]]
+            parts += [f"- {markdown(sentence)}" for sentence in result["verdict"]]
         if "arms" in result:
             parts += ["", *_headline(result)]
     return "\n".join(parts) + "\n"
@@ -127,9 +128,10 @@ def _headline(result: Mapping[str, Any]) -> list[str]:
     origins = ("times", "exits", "energy", "class")
     metrics = [metric for metric in next(iter(arms.values())) if metric != "provenance"]
     told = [
-        [name, *(values["provenance"][key] or "" for key in origins), *(shown(values[metric]) for metric in metrics)]
+        [*(markdown(text or "") for text in (name, *(values["provenance"][key] for key in origins))),
+         *(shown(values[metric]) for metric in metrics)]
         for name, values in arms.items()
-    ]
+    ]  # fmt: skip
     keys = [key for key in result["gains"][0] if key not in ("mode", "load", "over")]
     gains = [
         [f"{gain['mode']}, {gain['load']}", gain["over"], *(shown(gain[key]) for key in keys)]

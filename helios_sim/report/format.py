@@ -21,6 +21,20 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def markdown(text: str) -> str:
+    """The text in one line of Markdown: nothing in it is mark-up, a cell's end, a link or HTML."""
+    plain = " ".join(visible(text).split())
+    return re.sub(r"([\\`*<|]|(?<=\])\(|^[#>+-](?=\s))", r"\\\1", plain)
+
+
+def code_span(text: str) -> str:
+    """The text as code in one line of Markdown, in a cell of a table too."""
+    plain = " ".join(visible(text).split()).replace("|", "\\|")
+    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
+    room = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return f"{fence}{room}{plain}{room}{fence}"
+
+
 def number(value: float, digits: int = 3) -> str:
     """About `digits` significant digits, thousands grouped, no exponent from 1e-6 to 1e15."""
     if value == 0:
