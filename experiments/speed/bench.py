@@ -21,7 +21,8 @@ from pathlib import Path
 from time import perf_counter
 
 FOLDER = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Byte code is kept, as for any user: to compile the sources of the package takes 0.2 s.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
 LIBRARIES = ("numpy", "numba", "simpy")
 EXITS = (
     "models=[opt-1.3b,opt-6.7b]", "exits.source=published",
