@@ -33,7 +33,7 @@ _NO_MATTER = (
 # Keys whose value leaves everything as it is: any other value is not built.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "expert_count": (0,), "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "logit_scale": (0, 1),
-    "residual_scale": (0, 1), "attention.causal": (True,), "use_parallel_residual": (False,),
+    "residual_scale": (0, 1), "embedding_scale": (0, 1), "attention.causal": (True,), "use_parallel_residual": (False,),
     "attention.max_alibi_bias": (0,), "attention.clamp_kqv": (0,), "rope.scaling.attn_factor": (0, 1),
     "leading_dense_block_count": (0,), "nextn_predict_layers": (0,), "attention.shared_kv_layers": (0,),
     "attention.output_scale": (0, 1), "attention.temperature_length": (0,),
@@ -116,9 +116,6 @@ class GgufFile:
         sliding, window = self._sliding(keys, n_layers) if gemma else ((), None)
         # llama.cpp's own rule, since the file does not say it: the largest Gemma-3 scales by d_model / n_heads.
         scaled_by = d_model // n_heads if gemma and n_layers == _GEMMA3_27B_LAYERS else head_dim
-        embedding_scale = keys.number("embedding_scale", 0, 1e6, 0.0)
-        if embedding_scale not in (0.0, 1.0):
-            raise keys.wrong("embedding_scale", embedding_scale, "no such key: a scale is not built")
         theta = keys.number("rope.freq_base", 1.0, 1e12, _THETA)
         vocab_size = self.shape("token_embd.weight")[0]
         if (named := keys.integer("vocab_size", 1, MOST["vocab_size"], vocab_size)) != vocab_size:
@@ -136,7 +133,7 @@ class GgufFile:
             norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-12, 0.1),
             activation="gelu_tanh" if gemma else "silu",
             tied_embeddings="output.weight" not in self._tensors,
-            attention_scale=keys.number("attention.scale", 0, 1e3, 0.0) or scaled_by**-0.5,
+            attention_scale=scaled_by**-0.5,
             embedding_scale=d_model**0.5 if gemma else 1.0,
             rope=self._rope(keys, theta, head_dim),
             window_tokens=window,
