@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calibrate.measure.energy import LEAST_WINDOW_S, PERIODS, measure_energy, why_absent
+from calibrate.measure.device import LEAST_WINDOW_S, PERIODS, measure_energy, why_absent
 from fake_device import VirtualClock, VirtualDevice
 
 STEP_S = 0.005

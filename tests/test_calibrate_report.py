@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from calibrate.exits.reliability import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
 from calibrate.report.exits import exit_sections, exit_summary
 from calibrate.report.page import Highlight, Page, Table, render
-from calibrate.report.statistics import BINS, exit_statistics, joint_of_pairs, measures, probabilities, reliability
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Confidence

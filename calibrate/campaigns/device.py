@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from calibrate.measure.ceilings import Ceilings, measure_ceilings
-from calibrate.measure.device import Copy, DeviceFacts, Step, TimedDevice
-from calibrate.measure.energy import measure_energy, why_absent
+from calibrate.measure.device import Copy, DeviceFacts, Step, TimedDevice, measure_energy, why_absent
 from calibrate.measure.sampling import figure
 from helios_sim.errors import UserError
 from helios_sim.report.files import to_json

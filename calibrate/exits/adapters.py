@@ -10,7 +10,7 @@ three domains, as long as the saving rises or the files are too large.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 
 from calibrate.exits import training
 from calibrate.exits.hidden import HiddenStates, Passage, collect, kept_tensors, start_token, tokenized_passages
-from calibrate.exits.reliability import at_agreement, expected_calibration_error, fit_logistic, fit_temperature
+from calibrate.exits.reliability import (
+    at_agreement,
+    expected_calibration_error,
+    fit_logistic,
+    fit_temperature,
+    risk_scale,
+)  # fmt: skip
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, domain_of
 from calibrate.exits.training import Recipe, Say, Tensors
 from helios_sim.live.model.heads import ExitHeads, write_heads
@@ -140,11 +146,6 @@ def fit_heads(
     }
     write_heads(folder, header, {d: tensors[d] for d in exits})
     return ExitHeads.load(folder, architecture, model.device)
-
-
-def risk_scale(exits: Sequence[int], n_layers: int) -> NDArray[np.float64]:
-    """The weight of a risk at each exit, (E,): inversely proportional to the layers saved, 1 at the first exit."""
-    return (n_layers - exits[0]) / (n_layers - np.asarray(exits, dtype=np.float64))
 
 
 def calibration_rows(states: HiddenStates) -> NDArray[np.int64]:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.measure.ceilings import Ceilings
-from calibrate.measure.device import DeviceFacts
-from calibrate.measure.energy import Energy
+from calibrate.measure.device import DeviceFacts, Energy
 from calibrate.measure.grid import Axes, Place
 from calibrate.measure.host import HostCosts, ServingCosts
 from calibrate.measure.latency import (

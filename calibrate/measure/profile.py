@@ -20,8 +20,7 @@ import numpy as np
 from calibrate.measure import whole
 from calibrate.measure.build_profile import Measured, build_profile
 from calibrate.measure.ceilings import Ceilings, below_floor, measure_ceilings, over_floor
-from calibrate.measure.device import TimedDevice
-from calibrate.measure.energy import Energy, measure_energy, why_absent
+from calibrate.measure.device import Energy, TimedDevice, measure_energy, why_absent
 from calibrate.measure.grid import HeldOut, errors, interpolate
 from calibrate.measure.host import HostCosts, ServingCosts, measure_host, measure_serving
 from calibrate.measure.latency import (

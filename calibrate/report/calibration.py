@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.report.device import (
     device_section,
@@ -20,7 +21,6 @@ from calibrate.report.device import (
 )
 from calibrate.report.exits import exit_sections
 from calibrate.report.page import Highlight, Page, Section
-from calibrate.report.statistics import ExitStatistics
 from calibrate.schema import CalibrateConfig
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.composition import Composition

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.exits.reliability import ExitStatistics, exit_statistics, joint_of_pairs, measures
 from calibrate.report.page import Section, Table, palette
-from calibrate.report.statistics import ExitStatistics, exit_statistics, joint_of_pairs, measures
 from helios_sim.exits.replay import JointExits
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import weakest

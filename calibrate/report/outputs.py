@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 import helios_sim
+from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.report.calibration import Results, make_page
 from calibrate.report.exits import exit_summary
 from calibrate.report.page import Page, render
-from calibrate.report.statistics import ExitStatistics
 from calibrate.schema import CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
 from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, TRACES
