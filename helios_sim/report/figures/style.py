@@ -211,7 +211,9 @@ def _shown(text: str) -> str:
 def lay_out(drawing: Drawing) -> None:
     """Compute the layout once, so that the exports need not compute it again."""
     with _exported(drawing):
-        drawing.whole.draw_without_rendering()
+        engine = drawing.whole.get_layout_engine()
+        assert engine is not None
+        engine.execute(drawing.whole)
         drawing.whole.set_layout_engine("none")
 
 
@@ -222,7 +224,10 @@ def to_png(drawing: Drawing) -> bytes:
     with _exported(drawing):
         shown = " ".join(_shown(drawing.title).split())
         title = drawing.whole.text(0.012, height, shown, va="center", fontsize=12.5, fontweight="bold")
-        drawing.whole.savefig(out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+        drawing.whole.savefig(
+            out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None},
+            pil_kwargs={"compress_level": 2},
+        )  # fmt: skip
         title.remove()
     return out.getvalue()
 
