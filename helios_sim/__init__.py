@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
     from helios_sim.exits.store import load_trace, read_trace
     from helios_sim.exits.trace import ExitTrace
-    from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, KvRule, Placement, Probe
-    from helios_sim.policy.telemetry import Policy, Situation, Telemetry
-    from helios_sim.policy.trigger import (
+    from helios_sim.policy.deployment import (
         AtTime,
+        BatchingRule,
         BreachLimit,
         Cause,
         Completed,
+        Deployment,
         Drained,
+        InFlight,
+        KvRule,
+        Placement,
+        Probe,
         Probed,
         QueueAbove,
         Started,
         Trigger,
     )
+    from helios_sim.policy.telemetry import Policy, Situation, Telemetry
     from helios_sim.profile.composition import Composition
     from helios_sim.profile.profile import Profile
     from helios_sim.profile.spec import RuntimeConfig
@@ -124,9 +129,11 @@ _NAMES_BY_MODULE = {
     "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken",
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
-    "policy.deployment": "BatchingRule Deployment InFlight KvRule Placement Probe",
+    "policy.deployment": (
+        "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvRule Placement Probe Probed "
+        "QueueAbove Started Trigger"
+    ),
     "policy.telemetry": "Policy Situation Telemetry",
-    "policy.trigger": "AtTime BreachLimit Cause Completed Drained Probed QueueAbove Started Trigger",
     "profile.composition": "Composition",
     "profile.profile": "Profile",
     "profile.spec": "RuntimeConfig",

@@ -1,4 +1,4 @@
-"""Decides which replica a request goes to. Knows how many requests each one has, and nothing else about them.
+"""Decides which replica a request goes to.
 
 That is what a router in front of servers knows too: whom it sent to where, and who has come back.
 """

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from helios_sim.exits.rule import FixedCap
-from helios_sim.policy.deployment import Deployment, Placement
-from helios_sim.policy.trigger import BreachLimit, Completed, Started
+from helios_sim.policy.deployment import BreachLimit, Completed, Deployment, Placement, Started
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report.compare import compare
 from helios_sim.report.metrics import Power, Slo, compute_metrics
@@ -30,8 +29,7 @@ from helios_sim.report.result import (
 )
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serving.decider import Decision
-from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.stats import RunStats, Timeline
 
 ARMS = {
     # name: (description, seconds a token, layers a token, share that agrees, model)

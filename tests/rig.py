@@ -13,9 +13,8 @@ from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence, ExitRule, FullDepth, PerToken
 from helios_sim.exits.trace import ExitTrace
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective, Policy, Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.synthetic import flat_profile

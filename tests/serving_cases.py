@@ -16,10 +16,21 @@ from hypothesis import strategies as st
 
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
-from helios_sim.policy.deployment import BatchingRule, Deployment, InFlight, Placement, Probe
+from helios_sim.policy.deployment import (
+    AtTime,
+    BatchingRule,
+    BreachLimit,
+    Completed,
+    Deployment,
+    Drained,
+    InFlight,
+    Placement,
+    Probe,
+    Probed,
+    QueueAbove,
+)
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import ExpectedLoad, Goal, Objective
-from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed, QueueAbove
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.profile.tables import MixedTable, RowsTable, UnequalTable

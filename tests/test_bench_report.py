@@ -8,8 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from helios_sim.report.compare import compare
 from helios_sim.report.metrics import compute_metrics
-from helios_sim.serving.histogram import GapHistogram
-from helios_sim.serving.stats import RunStats
+from helios_sim.serving.stats import GapHistogram, RunStats
 from report_example import example_records
 
 pytestmark = pytest.mark.bench

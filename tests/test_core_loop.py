@@ -12,8 +12,7 @@ from helios_sim.core import layout, line
 from helios_sim.core.layout import RULES, STATE, Line, Storage
 from helios_sim.exits.artificial import no_exits, synthetic_trace
 from helios_sim.exits.rule import Confidence, ExitRule, FixedCap, FullDepth, PerToken
-from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement, Probe
-from helios_sim.policy.trigger import BreachLimit, Completed, Probed
+from helios_sim.policy.deployment import BreachLimit, Completed, Deployment, InFlight, KvRule, Placement, Probe, Probed
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import load_profile
 from helios_sim.profile.tables import RowsTable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from helios_sim.policy.trigger import Completed
+from helios_sim.policy.deployment import Completed
 from helios_sim.serving import decider
 from helios_sim.workload import Constant, DrawnLengths, Fixed, TaskMix, Workload
 from rig import Scripted, full_depth, serve

@@ -15,8 +15,7 @@ from fake_device import FakeCuda, VirtualClock
 from helios_sim.exits.rule import Confidence, FullDepth
 from helios_sim.live.device import WARM_UP_CALLS, CpuDevice, CudaDevice, Step
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
-from helios_sim.policy.trigger import Completed
+from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
 from live_rig import LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
 from test_live_exits import LENGTHS, deployed, rule_of

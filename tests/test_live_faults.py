@@ -15,8 +15,7 @@ from helios_sim.exits.rule import FixedCap, FullDepth
 from helios_sim.live.clock import between_events
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.trigger import Completed, Drained, LoadFailed
+from helios_sim.policy.deployment import Completed, Deployment, Drained, KvRule, LoadFailed, Placement
 from helios_sim.serving.server import Server
 from live_rig import LAST, LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted

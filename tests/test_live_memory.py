@@ -17,8 +17,7 @@ from helios_sim.live.engine import LiveEngine
 from helios_sim.live.memory import kv, workspace
 from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.trigger import Completed
+from helios_sim.policy.deployment import Completed, Deployment, KvRule, Placement
 from live_rig import LAYERS, SLOT_TOKENS, Live, live_model, requests, serve_live
 from rig import Scripted
 from tiny_models import write_tiny

@@ -11,10 +11,9 @@ import pytest
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, FixedCap, FullDepth, PerToken
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement
+from helios_sim.policy.deployment import Cause, Completed, Deployment, InFlight, KvRule, Placement
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import ExpectedLoad, Observation, Policy, Situation, Telemetry
-from helios_sim.policy.trigger import Cause, Completed
 from live_rig import LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
 from slow_exits import SlowModel

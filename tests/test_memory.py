@@ -145,7 +145,7 @@ def test_the_token_budget_and_the_batch_limit_hold(requests, budget, limit, seed
 
 
 def test_lowering_the_batch_limit_stops_nobody_who_runs() -> None:
-    from helios_sim.policy.trigger import AtTime
+    from helios_sim.policy.deployment import AtTime
 
     first = replace(full_depth(), triggers=(AtTime(3 * MS),))
     policy = Scripted(first, [full_depth(batch_limit=1)])

@@ -116,7 +116,7 @@ class Halves:
         self.after = after
 
     def start(self, situation) -> Deployment:
-        from helios_sim.policy.trigger import Completed
+        from helios_sim.policy.deployment import Completed
 
         self.models = list(situation.candidates)
         return Deployment(Placement(self.models[0], 4), FullDepth(), triggers=(Completed(self.after),))

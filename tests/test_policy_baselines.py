@@ -6,12 +6,11 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap, FullDepth, PerToken
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
+from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Candidate, Goal
-from helios_sim.policy.trigger import Completed
 from policy_example import large, offline, situation, small
 
 

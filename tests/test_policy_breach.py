@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helios_sim.exits.rule import FixedCap, PerToken
-from helios_sim.policy.deployment import Deployment, InFlight, KvRule, Placement
+from helios_sim.policy.deployment import (
+    BreachLimit,
+    Completed,
+    Deployment,
+    Drained,
+    InFlight,
+    KvRule,
+    Placement,
+    Probed,
+)
 from helios_sim.policy.helios_parameters import BreachAction, Constants, Evaluation, Raised
-from helios_sim.policy.load import Load
+from helios_sim.policy.prediction import Load
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.policy.transition import Underway, transition
-from helios_sim.policy.trigger import BreachLimit, Completed, Drained, Probed
 from policy_example import helios, large, layered_profile, observed, offline, seen, situation, small
 
 BREACH = BreachLimit(100, 50)

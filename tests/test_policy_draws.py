@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from helios_sim.core import machine
 from helios_sim.core.draws import draw as interpreted
-from helios_sim.policy.draws import by_numpy, counts_drawn, places
+from helios_sim.policy.cap import by_numpy, counts_drawn, places
 
 
 def draw(*arguments) -> bool:
@@ -46,6 +46,6 @@ def test_where_numpy_has_another_method_the_compiled_form_refuses() -> None:
 def test_what_is_drawn_does_not_depend_on_what_is_compiled(monkeypatch) -> None:
     drawn = []
     for answer in (True, False):
-        monkeypatch.setattr("helios_sim.policy.draws.compiled_is_numpys", lambda answer=answer: answer)
+        monkeypatch.setattr("helios_sim.policy.cap.compiled_is_numpys", lambda answer=answer: answer)
         drawn.append(counts_drawn(40, 5, np.random.default_rng(3)))
     assert (drawn[0] == drawn[1]).all()

@@ -9,12 +9,21 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap
-from helios_sim.policy.deployment import Deployment, KvRule, Placement, Probe
+from helios_sim.policy.deployment import (
+    AtTime,
+    BreachLimit,
+    Completed,
+    Deployment,
+    Drained,
+    KvRule,
+    Placement,
+    Probe,
+    Probed,
+)
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import BreachAction, Evaluation, Standby
 from helios_sim.policy.telemetry import Candidate, Goal
-from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, Probed
 from policy_example import helios, large, layered_profile, observed, offline, seen, situation, small
 
 PUBLISHED = (BreachLimit(100, 50), Completed(150))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from helios_sim.policy.deployment import BreachLimit, Completed, Drained
 from helios_sim.policy.helios_parameters import BreachAction, Constants, Evaluation, HeliosParameters
 from helios_sim.policy.telemetry import ExpectedLoad
-from helios_sim.policy.trigger import BreachLimit, Completed, Drained
 from policy_example import helios, seen, situation
 
 

@@ -12,11 +12,17 @@ from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Placement
-from helios_sim.policy.oracle import OracleParameters, OraclePolicy, reference_bits, token_times
-from helios_sim.policy.oracle_plan import Plan, TokenTimes, make_plan
+from helios_sim.policy.deployment import Completed, Placement
+from helios_sim.policy.oracle import (
+    OracleParameters,
+    OraclePolicy,
+    Plan,
+    TokenTimes,
+    make_plan,
+    reference_bits,
+    token_times,
+)
 from helios_sim.policy.telemetry import Candidate
-from helios_sim.policy.trigger import Completed
 from helios_sim.request import Request
 from policy_example import large, layered_profile, situation, small
 

@@ -11,9 +11,17 @@ from hypothesis import given, strategies as st
 
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.deployment import Placement
-from helios_sim.policy.depth import decode_time_s, fixed_depth, per_token_depths, prefill_time_s
-from helios_sim.policy.load import Load, expected_load, seen_load
-from helios_sim.policy.prediction import Prediction, predict
+from helios_sim.policy.prediction import (
+    Load,
+    Prediction,
+    decode_time_s,
+    expected_load,
+    fixed_depth,
+    per_token_depths,
+    predict,
+    prefill_time_s,
+    seen_load,
+)
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Situation, Telemetry
 from policy_example import KV_BYTES, LAYER_BYTES, OTHER_BYTES, large, layered_profile, offline, situation, small
 from priced import priced_profile

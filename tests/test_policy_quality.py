@@ -9,13 +9,12 @@ from hypothesis import given, strategies as st
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import FixedCap
-from helios_sim.policy.deployment import Placement
+from helios_sim.policy.deployment import Completed, Placement, Probed
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters
-from helios_sim.policy.quality import bits_floor
+from helios_sim.policy.options import bits_floor
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Goal, Objective, Observation, Situation
-from helios_sim.policy.trigger import Completed, Probed
 from policy_example import observed, seen, situation, small
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helios_sim.serving.histogram import GapHistogram, bucket_edges_ns
+from helios_sim.serving.stats import GapHistogram, bucket_edges_ns
 
 GAPS = st.lists(st.integers(0, 10**13), min_size=1, max_size=60)
 

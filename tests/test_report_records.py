@@ -18,7 +18,7 @@ from helios_sim.report.files import write_parquet_parts
 from helios_sim.report.metrics import Slo, compute_metrics
 from helios_sim.report.records import Labels, Maybe, RecordLog, Records
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
-from helios_sim.serving import timeline
+from helios_sim.serving import stats
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.fleet import build_fleet
 from helios_sim.study.jobs import make_job, serve
@@ -180,7 +180,7 @@ def test_memory_grows_with_the_columns_and_not_with_what_was_seen(compiled, few,
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
     monkeypatch.setattr(records_module, "BLOCK_RECORDS", 128)
     monkeypatch.setattr(helios_sim.study.jobs, "generate", partial(generate, block_requests=128))
-    monkeypatch.setattr(timeline, "SAMPLES", 100)
+    monkeypatch.setattr(stats, "SAMPLES", 100)
     monkeypatch.setattr("helios_sim.simulation.for_run", lambda requests, wanted: machine.load() if compiled else None)
     peak_bytes(300)  # what is loaded and remembered once
     assert (peak_bytes(many) - peak_bytes(few)) / (many - few) < 150

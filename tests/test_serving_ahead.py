@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from helios_sim.exits.rule import PerToken
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.trigger import QueueAbove
+from helios_sim.policy.deployment import Deployment, KvRule, Placement, QueueAbove
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import Constant
 from rig import Scripted, full_depth, serve, workload

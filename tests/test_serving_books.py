@@ -12,8 +12,7 @@ from simpy.core import EmptySchedule
 from helios_sim.core import arrive
 from helios_sim.core.line import push
 from helios_sim.exits.rule import FullDepth
-from helios_sim.policy.deployment import Deployment, Placement, Probe
-from helios_sim.policy.trigger import AtTime
+from helios_sim.policy.deployment import AtTime, Deployment, Placement, Probe
 from helios_sim.request import Status
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.server import Server

@@ -8,8 +8,7 @@ import numpy as np
 
 from flat_rig import MS, flat, run
 from helios_sim.exits.artificial import synthetic_trace
-from helios_sim.policy.deployment import Probe
-from helios_sim.policy.trigger import Completed, Probed
+from helios_sim.policy.deployment import Completed, Probe, Probed
 from helios_sim.workload import ClosedLoop, generate
 from rig import full_depth, workload
 

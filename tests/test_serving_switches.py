@@ -10,8 +10,7 @@ import simpy
 from flat_rig import MS, WHOLE, capped, flat, run
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
-from helios_sim.policy.deployment import InFlight, Placement
-from helios_sim.policy.trigger import AtTime, Completed
+from helios_sim.policy.deployment import AtTime, Completed, InFlight, Placement
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
 from helios_sim.workload import ClosedLoop, Constant

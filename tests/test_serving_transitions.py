@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from flat_rig import HALF, MS, WHOLE, capped, flat, run
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import InFlight, Placement
-from helios_sim.policy.trigger import AtTime
+from helios_sim.policy.deployment import AtTime, InFlight, Placement
 from helios_sim.serving.server import Server
 from helios_sim.workload import Constant
 from priced import priced_profile

@@ -12,8 +12,16 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import no_exits, synthetic_trace
 from helios_sim.exits.rule import Confidence, FixedCap
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.trigger import AtTime, BreachLimit, Completed, Drained, QueueAbove
+from helios_sim.policy.deployment import (
+    AtTime,
+    BreachLimit,
+    Completed,
+    Deployment,
+    Drained,
+    KvRule,
+    Placement,
+    QueueAbove,
+)
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
 from rig import Scripted, full_depth, serve, workload

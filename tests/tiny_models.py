@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, written as their users would. Knows transformers, nothing of helios_sim.
+"""Tiny random checkpoints of every family, written as their users would.
 
 `write_tiny(family, folder)` writes a folder with config.json, model.safetensors and a tokenizer; `tiny_model` gives
 the same model in memory, as the oracle. The weights are random but not small, so that a mistake in any part shows.

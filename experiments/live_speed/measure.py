@@ -1,4 +1,4 @@
-"""Times the live engine against transformers' generate, turn by turn in one run. Knows one model and one device.
+"""Times the live engine against transformers' generate, turn by turn in one run.
 
 `python experiments/live_speed/measure.py [--model smollm2-135m] [--dtype bfloat16 float32] [--device cpu] [--rounds 5]`
 prints a JSON line for each dtype; with --record it also goes to results.json beside this file. Both sides have the same
@@ -32,9 +32,8 @@ from helios_sim.live.engine import LiveEngine
 from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestBlock

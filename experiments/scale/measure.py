@@ -1,4 +1,4 @@
-"""Times whole runs of growing length, and of many replicas. Knows one experiment and what the system says of a process.
+"""Times whole runs of growing length, and of many replicas.
 
 `python experiments/scale/measure.py [REQUESTSxREPLICAS ...]`, by default 1000x1 10000x1 100000x1 1000000x1, adds one
 JSON line a run to `runs.jsonl` in this folder; `--draw` draws all its lines into `scale.png` and prints a table.

@@ -1,4 +1,4 @@
-"""Measures the simulator's speed and writes the table. Knows what is measured and what peers recorded.
+"""Measures the simulator's speed and writes the table.
 
 `python experiments/speed/bench.py [--runs 3]` writes bench.json and bench.md beside itself; a new figure is a new row
 of `CASES`. Needs the shared data (HELIOS_SHARED_DATA).

@@ -1,4 +1,4 @@
-"""Times the simulation loop alone, without start-up and report. Knows one experiment of one arm.
+"""Times the simulation loop alone, without start-up and report.
 
 `python experiments/speed/measure.py [--runs 5] [key=value ...]` prints one JSON line.
 """

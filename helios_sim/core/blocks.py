@@ -78,7 +78,7 @@ def _remember(s: Record, freed: Table, blocks: int, owner: int) -> int:
             latest.blocks += blocks
             return NEVER
     if s.freed_end - s.freed_first == len(freed):
-        # Full: the longest free blocks are nobody's from here on. It takes as many preempted requests at once as the
+        # Full: the longest free blocks lose their owner from here on. It takes as many preempted requests as the
         # ring has entries, which the server makes larger than the number of requests that can be preempted.
         oldest, following = freed[s.freed_first % len(freed)], freed[(s.freed_first + 1) % len(freed)]
         following.blocks += oldest.blocks

@@ -159,7 +159,7 @@ TRIGGER = Kind.of("TriggerRow", ("kind", "argument", "spent", "window"))
 WINDOW = Kind.of("WindowRow", ("tokens", "limit", "filled", "next", "breaches"))
 SEEN = Kind.of("SeenRow", ("slot", "tokens", "time_ns"))  # an observation that is due
 SAMPLE = Kind.of("SampleRow", ("time_ns", "running", "waiting", "used_blocks"))  # of the timeline
-FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER for nobody's
+FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER: none
 # Integrals and counts that are handed over and then start from 0 again.
 SUMS = (
     "busy_ns", "floor_ns", "iterations", "outside_grid_iterations", "decode_iterations", "decode_ns",

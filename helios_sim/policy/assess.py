@@ -1,4 +1,4 @@
-"""What each candidate would give, from profile, offline exits and the history table. Knows no state machine.
+"""What each candidate would give, from profile, offline exits and the history table.
 
 Every draw comes from a generator of its own (seed, model, prompts seen), whatever the order of calls.
 """
@@ -12,15 +12,12 @@ import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import OfflineExits
-from helios_sim.policy.candidates import check_cap
 from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
+from helios_sim.policy.checks import check_cap
 from helios_sim.policy.deployment import KvRule, Placement
-from helios_sim.policy.depth import fixed_depth, per_token_depths
 from helios_sim.policy.history import HistoryTable
-from helios_sim.policy.load import Load
-from helios_sim.policy.options import Option, cost_until_next_round
-from helios_sim.policy.prediction import Prediction, batch_capacity, predict
-from helios_sim.policy.quality import bits_floor, quick_enough
+from helios_sim.policy.options import Option, bits_floor, cost_until_next_round, quick_enough
+from helios_sim.policy.prediction import Load, Prediction, batch_capacity, fixed_depth, per_token_depths, predict
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Transition
 

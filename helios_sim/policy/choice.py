@@ -1,4 +1,4 @@
-"""Which placement to go on with: after a round, and after a breach. Knows costs, no phase of a round."""
+"""Which placement to go on with: after a round, and after a breach."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from helios_sim.policy.assess import Assessor
-from helios_sim.policy.breach import answer
 from helios_sim.policy.cap import CapChoice
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.policy.helios_parameters import BreachAction, Evaluation, HeliosParameters, Raised, Standby
-from helios_sim.policy.load import Load
-from helios_sim.policy.options import COST_UNITS, Option
+from helios_sim.policy.options import COST_UNITS, Option, answer
+from helios_sim.policy.prediction import Load
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Underway, transition
 

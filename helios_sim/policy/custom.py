@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One model, all layers resident, each token leaves at the first exit that is confident. Knows no load."""
+"""One model, all layers resident, each token leaves at the first exit that is confident."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, PerToken, require_threshold
-from helios_sim.policy.candidates import find_model
-from helios_sim.policy.checks import check_positive
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
+from helios_sim.policy.checks import check_positive, find_model
+from helios_sim.policy.deployment import BatchingRule, Cause, Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,13 @@
-"""One model, all layers, every token to the end. Knows nothing of exits or load."""
+"""One model, all layers, every token to the end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from helios_sim.exits.rule import FullDepth
-from helios_sim.policy.candidates import find_model
-from helios_sim.policy.checks import check_positive
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
+from helios_sim.policy.checks import check_positive, find_model
+from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
 from helios_sim.policy.telemetry import Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 
 
 @dataclass(frozen=True, slots=True)

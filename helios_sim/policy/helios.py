@@ -1,4 +1,4 @@
-"""HELIOS: rounds of evaluation that end in a choice, and answers to breaches. Knows phases, not what anything costs.
+"""HELIOS: rounds of evaluation that end in a choice, and answers to breaches.
 
 A round evaluates the shortlisted candidates and ends in a choice, which serves until the next round. In between, a
 breach of the limit is answered by loading the remaining layers or by switching. `Evaluation` says how candidates are
@@ -14,11 +14,21 @@ from typing import Any
 
 from helios_sim.exits.rule import FixedCap, PerToken
 from helios_sim.policy.choice import Chooser, Moment
-from helios_sim.policy.deployment import Deployment, KvRule, Placement, Probe
+from helios_sim.policy.deployment import (
+    BreachLimit,
+    Cause,
+    Completed,
+    Deployment,
+    Drained,
+    KvRule,
+    Placement,
+    Probe,
+    Probed,
+    Trigger,
+)
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters, Raised, RoundConstants
-from helios_sim.policy.load import expected_load, seen_load
+from helios_sim.policy.prediction import expected_load, seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
-from helios_sim.policy.trigger import BreachLimit, Cause, Completed, Drained, Probed, Trigger
 from helios_sim.request import NS_PER_S
 
 

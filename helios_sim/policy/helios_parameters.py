@@ -1,4 +1,4 @@
-"""What can be set in HELIOS, and its published constants. Knows no state.
+"""What can be set in HELIOS, and its published constants.
 
 The paper's constants are per token and per request of a server with batch 1; `batch_scaled` scales them with the mean
 batch, since at batch 300 one iteration fills the window three times. Which constants are not published (evaluated

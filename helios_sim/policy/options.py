@@ -1,16 +1,17 @@
-"""Ways to go on, and what each costs until the next round, in the objective's own units. Knows no state machine."""
+"""Ways to go on: what each costs until the next round, which are good enough, and which one answers a breach."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.policy.cap import CapChoice
 from helios_sim.policy.deployment import Placement
-from helios_sim.policy.load import Load
-from helios_sim.policy.prediction import Prediction
-from helios_sim.policy.telemetry import Goal
+from helios_sim.policy.helios_parameters import BreachAction
+from helios_sim.policy.prediction import Load, Prediction
+from helios_sim.policy.telemetry import Goal, Objective
 from helios_sim.policy.transition import Transition
 
 
@@ -75,3 +76,47 @@ def cost_until_next_round(
             )
         return requests * load.output_chars * option.bits_per_char
     return -prediction.batch_capacity * max(0.0, horizon_s - lost_s)
+
+
+def bits_floor(objective: Objective, full_depth_bits: Mapping[str, float | None]) -> float | None:
+    """Bits per character that are still good enough, by those of the candidates at full depth; None: any are.
+
+    Floors that cannot be worked out, since nothing is known of the reference, do not bind.
+    """
+    floors = [] if objective.max_bits_per_char is None else [objective.max_bits_per_char]
+    if objective.max_bits_ratio is not None:
+        known = {model: bits for model, bits in full_depth_bits.items() if bits is not None}
+        of = objective.bits_reference
+        reference = min(known.values(), default=None) if of is None else known.get(of)
+        if reference is not None:
+            floors.append(objective.max_bits_ratio * reference)
+    return min(floors, default=None)
+
+
+def quick_enough(objective: Objective, options: Sequence[Option]) -> list[Option]:
+    """Those predicted to answer within the objective's bound; where none does, the quickest."""
+    most_s = objective.max_response_time_s
+    if most_s is None or not options:
+        return list(options)
+    within = [option for option in options if option.prediction.response_time_s <= most_s]
+    return within or [min(options, key=lambda option: option.prediction.response_time_s)]
+
+
+def answer(
+    action: BreachAction, load: Option | None, switches: Sequence[Option], cost: Callable[[Option], float]
+) -> Option | None:
+    """The option to take, None if there is none. On equal terms loading wins: it keeps the model's own tokens.
+
+    `load` raises the active model to full depth, `switches` are other candidates' partial loads; all meet the quality
+    floor. `cost` is an option's cost until the next round, transition included.
+    """
+    loads = [] if load is None else [load]
+    match action:
+        case BreachAction.LOAD_ONLY:
+            return load
+        case BreachAction.SWITCH_ONLY:
+            return min(switches, key=cost, default=None)
+        case BreachAction.TRANSFER_ONLY:
+            return min([*loads, *switches], key=lambda option: option.transition.load_s, default=None)
+        case BreachAction.CHEAPER:
+            return min([*loads, *switches], key=cost, default=None)

@@ -1,4 +1,4 @@
-"""What a placement would achieve under a load: arithmetic on profile and exits. Knows no policy and no state.
+"""What a placement would achieve under a load: arithmetic on profile and exits.
 
 Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
 they share iterations with decodes, and a request occupies its whole KV from the start (no preemption is counted on).
@@ -12,12 +12,152 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from helios_sim.exits.replay import OfflineExits
+from helios_sim.exits.rule import Confidence
 from helios_sim.policy.deployment import Placement
-from helios_sim.policy.depth import Depths, decode_floor_s, decode_time_s, prefill_time_s
-from helios_sim.policy.load import Load
-from helios_sim.policy.telemetry import Situation
+from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
+from helios_sim.request import NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Mean lengths, and one of three regimes: open arrivals at a rate, a closed loop of users, or a full queue."""
+
+    prompt_chars: float
+    output_chars: float
+    arrival_rate_per_s: float | None = None
+    users: int | None = None
+    queued_requests: int = 0  # waiting now; counts under open arrivals
+
+    def prompt_tokens(self, candidate: Candidate) -> float:
+        """Mean prompt length in the candidate's tokens, at least 1."""
+        return max(1.0, self.prompt_chars / candidate.profile.model.chars_per_token)
+
+    def output_tokens(self, candidate: Candidate) -> float:
+        """Mean answer length in the candidate's tokens, at least 1: the trace that replays answers counts them."""
+        return max(1.0, self.output_chars / candidate.offline.chars_per_token)
+
+
+def expected_load(situation: Situation) -> Load:
+    """Before anything was seen: what the operator expects.
+
+    Without an expectation, prompts and answers are as long as the recorded prompts' answers are on average, and the
+    queue is full: lengths then matter only in so far as they rank candidates.
+    """
+    expected = situation.expected
+    if expected is None:
+        offline = next(iter(situation.candidates.values())).offline
+        chars = float(offline.prompt_tokens.mean()) * offline.chars_per_token
+        return Load(chars, chars)
+    return Load(expected.prompt_chars, expected.output_chars, expected.arrival_rate_per_s, expected.closed_loop_users)
+
+
+def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> Load:
+    """From telemetry; what it has not seen yet is as expected."""
+    expected = expected_load(situation)
+    active = situation.candidates[active_model]
+    prompt, output = telemetry.prompt_tokens_mean, telemetry.output_tokens_mean
+    rate = telemetry.arrival_rate_per_s
+    return Load(
+        prompt_chars=expected.prompt_chars if prompt is None else prompt * active.profile.model.chars_per_token,
+        output_chars=expected.output_chars if output is None else output * active.offline.chars_per_token,
+        arrival_rate_per_s=None if expected.users is not None else rate or expected.arrival_rate_per_s,
+        users=expected.users,
+        queued_requests=telemetry.queued_requests,
+    )
+
+
+LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
+STRATA = 64  # rows per batch when tokens leave at different exits
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """Bands of layers and the share of tokens that run each. Prompts run all bands."""
+
+    bounds: tuple[int, ...]  # depth at the end of each band, ascending
+    reach: tuple[float, ...]  # share of tokens that run the band; the first is 1, and they do not rise
+    checked: Confidence | None = None  # an exit check of this kind at the end of every band but the last
+    propagated: bool = False  # K and V of tokens that left are computed in the bands above
+
+    @property
+    def layers(self) -> int:
+        return self.bounds[-1]
+
+
+def fixed_depth(layers: int) -> Depths:
+    """All tokens run `layers`: full depth or a fixed cap, whose confidence comes with the token's own logits."""
+    return Depths((layers,), (1.0,))
+
+
+def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
+    """Tokens leave alone, all layers loaded, in the recorded shares."""
+    left = np.concatenate([[0.0], np.cumsum(offline.exit_share)[:-1]])
+    reach = tuple(np.clip(1.0 - left, 0.0, 1.0).tolist())
+    return Depths(offline.exits, reach, checked=offline.confidence, propagated=propagated)
+
+
+def decode_time_s(
+    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+) -> NDArray[np.float64]:
+    """(K,) mean seconds of a decode iteration at each batch size.
+
+    With tokens that leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly
+    over (0, 1): unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
+    """
+    time_s = profile.iteration_time_s(_decodes(depths, batch, context_tokens))
+    return np.asarray(np.maximum(time_s, LEAST_S).reshape(len(batch), -1).mean(axis=1))
+
+
+def decode_floor_s(
+    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+) -> NDArray[np.float64]:
+    """(K,) its roofline floor."""
+    floor_s = profile.iteration_floor_s(_decodes(depths, batch, context_tokens))
+    return np.asarray(floor_s.reshape(len(batch), -1).mean(axis=1))
+
+
+def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
+    """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
+    strata = 1 if len(depths.bounds) == 1 else STRATA
+    u = (np.arange(strata) + 0.5) / strata
+    rows = np.floor(batch[:, None, None] * np.asarray(depths.reach) + u[None, :, None]).astype(np.int64)
+    rows = np.minimum(rows, batch[:, None, None]).reshape(-1, len(depths.bounds))
+    last = np.arange(len(depths.bounds)) == len(depths.bounds) - 1
+    whole = np.repeat(batch, strata)
+    checks = None if depths.checked is None else np.where(last, 0, rows)
+    by_classifier = depths.checked is not None and not depths.checked.by_head
+    return Composition(
+        bounds=depths.bounds,
+        decode_tokens=rows,
+        decode_kv_tokens=np.rint(rows * context_tokens).astype(np.int64),
+        sampled_tokens=whole if checks is None or by_classifier else rows[:, -1],
+        check_tokens=None if by_classifier else checks,
+        classifier_tokens=checks if by_classifier else None,
+        propagated_tokens=whole[:, None] - rows if depths.propagated else None,
+    )
+
+
+def prefill_time_s(profile: Profile, layers: int, prompt_tokens: int, max_batch_tokens: int) -> tuple[float, float]:
+    """Seconds to run one prompt to `layers` on its own, in chunks of the token budget; and the roofline floor."""
+    time_s = floor_s = 0.0
+    for context in range(0, prompt_tokens, max_batch_tokens):
+        tokens = min(max_batch_tokens, prompt_tokens - context)
+        finishes = context + tokens == prompt_tokens
+        composition = Composition(
+            bounds=(layers,),
+            decode_tokens=np.zeros((1, 1), dtype=np.int64),
+            decode_kv_tokens=np.zeros((1, 1), dtype=np.int64),
+            sampled_tokens=np.array([int(finishes)]),
+            prefill=(PrefillChunk(tokens, context, layers),),
+        )
+        time_s += max(float(profile.iteration_time_s(composition)[0]), LEAST_S)
+        floor_s += float(profile.iteration_floor_s(composition)[0])
+    return time_s, floor_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,10 @@ from typing import Any
 
 from helios_sim.exits.rule import Confidence, FixedCap, require_threshold
 from helios_sim.policy.assess import Assessor
-from helios_sim.policy.candidates import check_cap, find_model
-from helios_sim.policy.checks import check_positive
-from helios_sim.policy.deployment import Deployment, KvRule, Placement
-from helios_sim.policy.load import expected_load
+from helios_sim.policy.checks import check_cap, check_positive, find_model
+from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
+from helios_sim.policy.prediction import expected_load
 from helios_sim.policy.telemetry import Situation, Telemetry
-from helios_sim.policy.trigger import Cause
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.replay import OfflineExits
-from helios_sim.policy.deployment import Deployment
-from helios_sim.policy.trigger import Cause
+from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.request import Request
 

@@ -1,4 +1,4 @@
-"""What it takes to go from one placement to another. Knows profiles and memory, no objective."""
+"""What it takes to go from one placement to another."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.policy.deployment import InFlight, Placement
-from helios_sim.policy.depth import prefill_time_s
-from helios_sim.policy.load import Load
+from helios_sim.policy.prediction import Load, prefill_time_s
 from helios_sim.policy.telemetry import Situation
 
 

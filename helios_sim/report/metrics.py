@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Status
-from helios_sim.serving.histogram import GapHistogram
-from helios_sim.serving.stats import RunStats
+from helios_sim.serving.stats import GapHistogram, RunStats
 
 
 class Better(StrEnum):

@@ -15,8 +15,7 @@ from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, WaitFigures
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
-from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.stats import RunStats, Timeline
 
 if TYPE_CHECKING:
     from helios_sim.serving.decider import Decision

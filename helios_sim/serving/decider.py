@@ -11,20 +11,21 @@ from helios_sim.core import layout
 from helios_sim.core.layout import NEVER, TRIGGER, WINDOW, Watch
 from helios_sim.core.triggers import first_fired, next_alarm_ns, watches_queue
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Deployment, Placement
-from helios_sim.policy.telemetry import Policy, Telemetry
-from helios_sim.policy.trigger import (
+from helios_sim.policy.deployment import (
     AtTime,
     BreachLimit,
     Cause,
     Completed,
+    Deployment,
     Drained,
     LoadFailed,
+    Placement,
     Probed,
     QueueAbove,
     Started,
     Trigger,
 )
+from helios_sim.policy.telemetry import Policy, Telemetry
 from helios_sim.serving.replica import Replica
 
 MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run

@@ -14,8 +14,8 @@ from helios_sim.core.layout import NEVER, SAMPLE, SUMS, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
-from helios_sim.serving.meters import RECENT
 from helios_sim.serving.replica import SERVED_TEXTS, Replica
+from helios_sim.serving.stats import RECENT
 
 DROP_REASONS = {
     layout.CONTEXT_EXCEEDED: "context of {model} exceeded",

@@ -99,7 +99,7 @@ class OutOfMemory(Exception):
 
 
 class Engine(Protocol):
-    """Knows models, moves weights. Times are absolute integer nanoseconds of the environment's clock.
+    """Tokenizes, moves weights, observes and probes. Times are absolute integer nanoseconds of the environment's clock.
 
     An engine either runs iterations (`Executes`) or says beforehand what they take (`Foresees`).
     """

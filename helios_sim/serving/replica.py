@@ -35,12 +35,9 @@ from helios_sim.exits.rule import PerToken
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import RecordBlock, Request, RequestRecord
-from helios_sim.serving.histogram import bucket_edges_ns
 from helios_sim.serving.inbox import COLUMNS, Inbox
 from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
-from helios_sim.serving.meters import Recent
-from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import SAMPLES, Timeline
+from helios_sim.serving.stats import SAMPLES, Recent, RunStats, Timeline, bucket_edges_ns
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
 OnLeft = Callable[[RequestRecord, int], None]

@@ -28,8 +28,7 @@ from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import OnLeft, Replica
-from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.serving.transition import Transitions
 from helios_sim.serving.turns import Turns
 

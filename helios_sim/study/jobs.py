@@ -25,7 +25,7 @@ from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
-from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.stats import Timeline
 from helios_sim.simulation import BlockSink, Run, simulate
 from helios_sim.study.build import Arm, Parts, arm_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts

@@ -32,8 +32,7 @@ from helios_sim.provenance import Assumption
 from helios_sim.request import RequestBlock, RequestRecord, Status
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
-from helios_sim.serving.stats import RunStats
-from helios_sim.serving.timeline import Timeline
+from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.simulation import simulate
 from helios_sim.validate.logs import IntColumn, ServingLog, Setup, Times
 

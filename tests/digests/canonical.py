@@ -1,4 +1,4 @@
-"""Digests of results: the same for equal results, whatever the types that hold them. Knows nothing of serving."""
+"""Digests of results: the same for equal results, whatever the types that hold them."""
 
 from __future__ import annotations
 
