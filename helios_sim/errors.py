@@ -27,7 +27,15 @@ class UserError(ValueError):
 
 
 class WeightsError(UserError):
-    """The weights that the user named are not there, or they are damaged or of a kind that is not read."""
+    """The weights that the user named are not there, or they are damaged or of a kind that is not read.
+
+    The key is "weights", or it names the file, tensor or entry that is wrong.
+    """
+
+    def named_by(self, setting: str) -> WeightsError:
+        """The same mistake under the setting that named the weights; a file, tensor or entry stays named."""
+        part = self.key.removeprefix("weights")
+        return type(self)(f"{setting}: {part}" if part else setting, self.value, self.allowed, self.fix)
 
 
 class TooLittleMemory(UserError):

@@ -321,3 +321,14 @@ def test_weights_under_the_name_of_another_model_are_refused(tmp_path: Path) -> 
     with pytest.raises(WeightsError, match=r"the weights of opt-1\.3b.*n_layers is 2, not 24.*model\.name"):
         Inputs(CalibrateConfig(model=ModelConfig("opt-1.3b", folder))).check()
     Inputs(CalibrateConfig(model=ModelConfig("mine", folder))).check()
+
+
+def test_a_setting_that_names_weights_leaves_the_tensor_named(tmp_path: Path) -> None:
+    from calibrate.inputs import Inputs
+    from calibrate.schema import CalibrateConfig, ModelConfig
+
+    folder = str(with_tensors(folder_of(tmp_path), {f"{Q}.bias": torch.ones(48)}))
+    with pytest.raises(WeightsError, match=r"model\.weights: tensor .*q_proj\.bias"):
+        Inputs(CalibrateConfig(model=ModelConfig("mine", folder))).check()
+    with pytest.raises(WeightsError, match=r"^model\.weights='nowhere'"):
+        Inputs(CalibrateConfig(model=ModelConfig("mine", "nowhere"))).check()

@@ -218,7 +218,8 @@ def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:
         fix = (
             f"{error.fix}; or name them: '+live.weights={{{name}: FOLDER}}' (`make models` fetches the small open ones)"
         )
-        raise WeightsError(f"live.weights of {name}", error.value, error.allowed, fix) from error
+        found = error.named_by(f"live.weights of {name}")
+        raise WeightsError(found.key, found.value, found.allowed, fix) from error
 
 
 def _check_dtype(dtype: str | None, profile: Profile) -> None:
