@@ -67,6 +67,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "workload.arrivals.users": _arrivals("closed_loop"),
     "workload.arrivals.trace": _arrivals("trace"),
     "workload.arrivals.rate_scale": _arrivals("trace"),
+    "workload.arrivals.time_unit": _arrivals("trace"),
     **_lengths("prompt"),
     **_lengths("output"),
     "workload.lengths.trace": (lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace"),

@@ -1,0 +1,210 @@
+"""Each setting of the schema changes a result at test size, or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import CommandLine
+from helios_sim import UserError, study_config
+from helios_sim.study.effects import COUNTS, check_effect
+from helios_sim.study.fleet import in_json
+from helios_sim.study.jobs import run_job
+from helios_sim.study.plan import plan_study
+from helios_sim.study.schema import PRESENTATION, Config
+from helios_sim.vary.columns import to_bytes
+from helios_sim.vary.settings import known_settings, with_settings
+
+pytestmark = pytest.mark.slow
+GROUPS = ("live", "fidelity", "fidelity_live", "sweep")  # each counts as a whole only in a study of its kind
+
+
+@dataclass(frozen=True)
+class Case:
+    """A value that differs from the one there, and what else is set in both runs."""
+
+    value: Any
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    experiment: str = "quickstart"
+
+
+def arrivals(kind: str, **others: Any) -> dict[str, Any]:
+    return {"workload.arrivals.kind": kind, **{f"workload.arrivals.{key}": value for key, value in others.items()}}
+
+
+def lengths(of: str) -> dict[str, Case]:
+    path = f"workload.lengths.{of}"
+    fixed = {f"{path}.kind": "fixed", f"{path}.value": 50}
+    percentiles = {f"{path}.p50": 60.0, f"{path}.p95": 200.0}
+    return {
+        f"{path}.kind": Case("fixed", {f"{path}.value": 50}),
+        f"{path}.value": Case(60, fixed),
+        f"{path}.mean": Case(90.0),
+        f"{path}.sigma": Case(0.2),
+        f"{path}.median": Case(90.0),
+        f"{path}.p50": Case(70.0, percentiles),
+        f"{path}.p95": Case(300.0, percentiles),
+        f"{path}.minimum": Case(400),
+        f"{path}.maximum": Case(100),
+    }
+
+
+PRIORITY = {"server.order": "priority", "workload.mix.priorities": {"gsm8k": 1}, "workload.arrivals.rate_per_s": 400.0,
+            "server.max_running_requests": 2}  # fmt: skip
+DRIFT = {"workload.mix.after": {"gsm8k": 1.0}, "workload.mix.drift": "step", "workload.mix.at": 0.5}
+LINEAR = DRIFT | {"workload.mix.drift": "linear", "workload.mix.start": 0.2, "workload.mix.end": 0.6}
+PERIODIC = DRIFT | {"workload.mix.drift": "periodic", "workload.mix.period": 0.5}
+TRACE = {"workload.lengths.kind": "trace", "workload.lengths.trace": "TRACE", "workload.n_requests": 20}
+TRACED = {**arrivals("trace", trace="TRACE"), **TRACE}
+BY_TASK = {"server.router": "by_task", "cluster.kinds": {"a": {}, "b": {"server": {"max_running_requests": 1}}}}
+HALVES = {"sharegpt": "a", "cnn_dailymail": "a", "gsm8k": "b", "codexglue": "b", "hellaswag": "b"}
+BUSY = {"workload.arrivals.rate_per_s": 400.0}
+CASES: dict[str, Case] = {
+    "mode": Case("live", {"server.replicas": 2}),
+    "hardware": Case("h100-80gb"),
+    "models": Case(["opt-1.3b"], {"policy": {"name": "helios", "arm": "own"}}),
+    "profile_time_factor": Case(1.1),
+    "profile_prompt_time_factor": Case(1.1),
+    "profile_folder": Case("nowhere"),
+    "workload.n_requests": Case(59),
+    "workload.chars_per_token": Case(3.0),
+    "workload.arrivals.kind": Case("constant"),
+    "workload.arrivals.rate_per_s": Case(5.0),
+    "workload.arrivals.cv": Case(2.0, arrivals("gamma", cv=1.5)),
+    "workload.arrivals.users": Case(3, arrivals("closed_loop", users=2)),
+    "workload.arrivals.trace": Case("OTHER", TRACED),
+    "workload.arrivals.time_unit": Case("ms", TRACED),
+    "workload.arrivals.rate_scale": Case(2.0, TRACED),
+    "workload.lengths.kind": Case("trace", {"workload.lengths.trace": "TRACE", "workload.n_requests": 20}),
+    **lengths("prompt"),
+    **lengths("output"),
+    "workload.lengths.trace": Case("OTHER", TRACE),
+    "workload.lengths.resample": Case(True, TRACE),
+    "workload.mix.tasks": Case({"gsm8k": 3.0}),
+    "workload.mix.after": Case({"codexglue": 1.0}, DRIFT),
+    "workload.mix.drift": Case("linear", LINEAR | {"workload.mix.drift": "step"}),
+    "workload.mix.at": Case(0.2, DRIFT),
+    "workload.mix.start": Case(0.5, LINEAR),
+    "workload.mix.end": Case(0.9, LINEAR),
+    "workload.mix.period": Case(0.2, PERIODIC),
+    "workload.mix.per": Case("seconds", PERIODIC),
+    "workload.mix.priorities": Case({"codexglue": -1}, PRIORITY),
+    "server.max_running_requests": Case(2, BUSY),
+    "server.max_batch_tokens": Case(256),
+    "server.memory_utilisation": Case(0.8),
+    "server.block_tokens": Case(32),
+    "server.replicas": Case(2),
+    "server.schedule_ahead": Case(1),
+    "server.scheduler": Case("vllm_v1", BUSY | {"server.max_running_requests": 4, "server.schedule_ahead": 1}),
+    "server.order": Case("shortest_prompt", BUSY | {"server.max_running_requests": 2}),
+    "server.router": Case("least_loaded", {"server.replicas": 3}),
+    "cluster.kinds": Case({"a": {"count": 2}}),
+    "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
+    "runtime.preset": Case("eager"),
+    **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},
+    "runtime.launch_s_per_graph": Case(0.001),
+    "exits.source": Case("none"),
+    "exits.threshold": Case(0.7, experiment="real_models"),
+    "exits.confidence": Case("margin", experiment="real_models"),
+    "exits.parameters": Case({"unchanged": 0.7}),
+    "objective.goal": Case("energy", {"workload.n_requests": 200}, experiment="real_models"),
+    "objective.max_disagreement": Case(0.5, experiment="real_models"),
+    "objective.max_bits_per_char": Case(1.0, experiment="real_models"),
+    "objective.max_bits_ratio": Case(1.5, experiment="real_models"),
+    "objective.bits_reference": Case("qwen2.5-coder-0.5b", experiment="real_models"),
+    "objective.max_response_time_s": Case(
+        0.5, {"objective.goal": "quality", "objective.max_bits_ratio": None}, experiment="real_models"
+    ),
+    **{f"slo.{name}": Case(0.05) for name in ("ttft_s", "tpot_s", "e2e_s")},
+}
+
+
+REFUSED = ("mode", "profile_folder")  # at these values
+
+
+def leaves() -> list[str]:
+    known = known_settings(Config)
+    return [name for name, kind in known.items() if not is_dataclass(kind) and name.split(".")[0] not in GROUPS]
+
+
+def test_every_setting_is_tried_or_said_to_be_of_presentation() -> None:
+    shown = {name for name in leaves() if name.split(".")[0] in PRESENTATION} | {"workload.statement"}
+    assert set(leaves()) - shown == set(CASES)
+    assert set(COUNTS) - set(GROUPS) <= {*known_settings(Config)}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("traces")
+    found = {}
+    for name, step in (("TRACE", 0.11), ("OTHER", 0.07)):
+        rows = "".join(f"{n * step:.2f},{100 + n * 3},{20 + n + len(found)}\n" for n in range(30))
+        (folder / f"{name}.csv").write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n{rows}")
+        found[name] = str(folder / f"{name}.csv")
+    return found
+
+
+def made(case: Case, traces: Mapping[str, str]) -> Config:
+    return with_settings(_base(case.experiment), {key: _named(value, traces) for key, value in case.beside.items()})
+
+
+def _named(value: Any, traces: Mapping[str, str]) -> Any:
+    return traces.get(value, value) if isinstance(value, str) else value
+
+
+@cache
+def _base(experiment: str) -> Config:
+    config = study_config(experiment, "workload.n_requests=60")
+    wanted = {"early_exit_opt-1.3b", "helios", "helios_probe", "static_choice", "early_exit_smollm2-135m"}
+    arms = {name: entry for name, entry in config.arms.items() if name in wanted}
+    empty: dict[str, Any] = {"sweeps": [], "figures": [], "published": [], "gates": [], "baseline": "", "subject": None}
+    return replace(config, arms=arms, seeds=[0], **empty)
+
+
+def outcome(config: Config) -> str:
+    digest = hashlib.sha256()
+    for job in plan_study(config).headline.jobs.values():
+        result = run_job(job[0])
+        kept = replace(result, wall_s=0.0, inputs={}, assumptions=(), notices=())
+        digest.update(to_bytes(kept))
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_changes_a_result_or_is_refused(traces: dict[str, str], name: str) -> None:
+    case = CASES[name]
+    before = made(case, traces)
+    value = _named(case.value, traces)
+    if name in REFUSED:
+        with pytest.raises(UserError):
+            outcome(with_settings(before, {name: value}))
+        return
+    after = with_settings(before, {name: value})
+    changed = outcome(after)
+    if name != "models":  # it is tried on an arm of its own
+        check_effect(after, [f"{name}={in_json(value)}"])
+    assert changed != outcome(before)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: Path, name: str) -> None:
+    config = _base("quickstart")
+    elsewhere = {
+        "exits.parameters": {"exits.source": "none"}, "workload.lengths": {"workload.lengths.kind": "trace"},
+        "workload.arrivals.rate_per_s": arrivals("all_at_once"),
+    }  # fmt: skip
+    for prefix, settings in elsewhere.items():
+        config = with_settings(config, settings) if name.startswith(prefix) else config
+    if name in ("workload.lengths.trace", "workload.lengths.resample"):
+        config = _base("quickstart")
+    word = f"{name}.device=cpu" if name == "live" else f"{name}.x=1" if name in GROUPS else f"{name}=1"
+    if name == "workload.mix.drift":
+        config = with_settings(config, {name: "step"})
+    with pytest.raises(UserError, match="does nothing here"):
+        check_effect(config, [word])
