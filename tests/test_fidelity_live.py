@@ -12,7 +12,8 @@ from command_line import CommandLine
 from helios_sim.report.metrics import Band
 from helios_sim.report.result import ComparedRow
 from helios_sim.study.watched import LiveNotes
-from helios_sim.validate.compare import energy_told, rows_of
+from helios_sim.validate.compare import energy_told
+from helios_sim.validate.live import rows_of
 
 
 def test_rows_hold_the_means_of_the_passes_and_how_far_they_lie_apart() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.metrics import Band, Metrics, MetricValue, compute_metrics
+from helios_sim.report.metrics import Band, MetricValue, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
@@ -40,22 +40,6 @@ from helios_sim.validate.logs import ServingLog, Setup
 from helios_sim.validate.replay import Quantities, Simulated, stamped
 
 MEASURED, SIMULATED, LIVE = "measured", "simulated", "live"
-STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-# (metric, figure, unit, from the metric's unit to this one) of the server as a whole
-SYSTEM = (
-    ("throughput_requests_per_s", "throughput", "requests/s", 1.0),
-    ("throughput_tokens_per_s", "throughput", "tokens/s", 1.0),
-    ("batch_mean", "mean batch", "requests", 1.0),
-    ("kv_utilisation_mean", "KV in use", "%", 100.0),
-    ("layers_per_token", "layers run", "a token", 1.0),
-    ("early_exit_fraction", "early exits", "% of tokens", 100.0),
-    ("breach_fraction", "breaches", "% of tokens", 100.0),
-    ("energy_wh_per_request", "energy", "Wh a request", 1.0),
-    ("switches", "switches", "", 1.0),
-    ("loads", "loads", "", 1.0),
-    ("switch_time_s", "time of switches", "s", 1.0),
-    ("preemptions", "preemptions", "", 1.0),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +143,10 @@ def of_log(
 
 def of_live(found: Sequence[Compared], config: Config, provenance: Mapping[str, Any]) -> ExperimentResult:
     """Cells of live serving beside their simulations. `found` is in the order to show, at least one cell."""
-    rows = {c.cell.name: _rows(c) for c in found}
+    rows = {c.cell.name: c.rows for c in found}
     fidelity = Fidelity(
         parts=tuple(rows.items()), counts=(), load_errors=(), profile_error=0.0, terms=tuple(_terms_of_live(found)),
-        spreads=tuple(spread for c in found for spread in _spreads(c)),
+        spreads=tuple(spread for c in found for spread in c.spreads),
     )  # fmt: skip
     loads = sorted({c.cell.load for c in found})
     load = max((load for load in loads if load < 1), default=loads[0])  # the highest under saturation is shown
@@ -373,23 +357,6 @@ def _arm(name: str, about: str, runs: Sequence[JobResult]) -> ArmResult:
     return ArmResult(name, about, replicates, first.timeline, first.capacity_bytes, first.decisions, first.exit_depths)
 
 
-def _spreads(c: Compared) -> list[RequestTimes]:
-    live, simulated = ([getattr(one, of) for one in c.passes] for of in ("live", "simulated"))
-    return [
-        RequestTimes(c.cell.name, name, tuple(map(times, live)), tuple(map(times, simulated)))
-        for name, times in (("TTFT", _ttfts_s), ("TPOT", _tpots_s))
-    ]
-
-
-def _ttfts_s(run: JobResult) -> FloatArray:
-    return np.sort(run.replicate.records.ttft_ns().astype(np.float64)) / 1e9
-
-
-def _tpots_s(run: JobResult) -> FloatArray:
-    tpot_ns, defined = run.replicate.records.tpot_ns()
-    return np.sort(tpot_ns[defined]) / 1e9
-
-
 def _points(found: Sequence[Compared]) -> list[SweepPoint]:
     """All metrics of all cells in every pass."""
     points = []
@@ -457,41 +424,3 @@ def energy_told(pairs: Iterable[Sequence[MetricValue]]) -> list[str]:
         return []
     inside = sum(band.low <= live <= band.high for live, band in both)
     return [f"Measured energy of a request lies in the simulated band in {inside} of {len(both)} runs."]
-
-
-def _rows(c: Compared) -> tuple[ComparedRow, ...]:
-    runs = zip(*((one.live, one.simulated, one.paced) for one in c.passes), strict=True)
-    return rows_of(*([None if run is None else run.replicate.metrics for run in of] for of in runs))
-
-
-def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:
-    """`runs`: metrics measured, simulated, and simulated at the device's pace, in each pass. The rows are latencies in
-    ms, then the server as a whole; a row is unknown where one of its passes is.
-    """
-    rows = []
-    for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
-        for statistic in STATISTICS:
-            values = ([_number_of(m, f"{name}_{statistic}", 1e3) for m in of] for of in runs)
-            rows.append(_row_of((group, "median" if statistic == "p50" else statistic, "ms"), *values))
-    for name, figure, unit, factor in SYSTEM:
-        rows.append(_row_of(("system", figure, unit), *([_number_of(m, name, factor) for m in of] for of in runs)))
-    return tuple(rows)
-
-
-def _row_of(what: tuple[str, str, str], *runs: Sequence[float | None]) -> ComparedRow:
-    known = tuple(value for value in runs[0] if value is not None)
-    measured, simulated, paced = map(_mean, runs)
-    return ComparedRow(*what, measured, simulated, paced, known if len(known) == len(runs[0]) else ())
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _number_of(metrics: Metrics | None, name: str, factor: float = 1.0) -> float | None:
-    """The metric in another unit; a band is taken by its middle."""
-    value = None if metrics is None else metrics.get(name)
-    if value is None:
-        return None
-    return factor * ((value.low + value.high) / 2 if isinstance(value, Band) else value)

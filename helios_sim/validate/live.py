@@ -14,13 +14,33 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from helios_sim.errors import UserError
+from helios_sim.report.result import ComparedRow, FloatArray, RequestTimes
+from helios_sim.report.metrics import Band, Metrics
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.runner import run_jobs
 from helios_sim.study.schema import Config
 from helios_sim.vary.runner import Task
 
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+# (metric, figure, unit, from the metric's unit to this one) of the server as a whole
+SYSTEM = (
+    ("throughput_requests_per_s", "throughput", "requests/s", 1.0),
+    ("throughput_tokens_per_s", "throughput", "tokens/s", 1.0),
+    ("batch_mean", "mean batch", "requests", 1.0),
+    ("kv_utilisation_mean", "KV in use", "%", 100.0),
+    ("layers_per_token", "layers run", "a token", 1.0),
+    ("early_exit_fraction", "early exits", "% of tokens", 100.0),
+    ("breach_fraction", "breaches", "% of tokens", 100.0),
+    ("energy_wh_per_request", "energy", "Wh a request", 1.0),
+    ("switches", "switches", "", 1.0),
+    ("loads", "loads", "", 1.0),
+    ("switch_time_s", "time of switches", "s", 1.0),
+    ("preemptions", "preemptions", "", 1.0),
+)
 FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the batch hardly count
 CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
 
@@ -74,6 +94,20 @@ class Compared:
 
     def with_pass(self, one: Pass) -> Compared:
         return replace(self, passes=(*self.passes, one))
+
+    @property
+    def rows(self) -> tuple[ComparedRow, ...]:
+        runs = zip(*((one.live, one.simulated, one.paced) for one in self.passes), strict=True)
+        return rows_of(*([None if run is None else run.replicate.metrics for run in of] for of in runs))
+
+    @property
+    def spreads(self) -> list[RequestTimes]:
+        """TTFT and TPOT of every request."""
+        live, simulated = ([getattr(one, of) for one in self.passes] for of in ("live", "simulated"))
+        return [
+            RequestTimes(self.cell.name, name, tuple(map(times, live)), tuple(map(times, simulated)))
+            for name, times in (("TTFT", _ttfts_s), ("TPOT", _tpots_s))
+        ]
 
 
 def compared_cells(config: Config, changes: Mapping[str, Any], folder: Path) -> list[Compared]:
@@ -185,3 +219,45 @@ def _tell(task: Task[Job], result: JobResult, kept: bool) -> None:
     load = "a full queue" if job.config.workload.arrivals.kind == "all_at_once" else f"{rate:.2f} requests/s"
     what = f"{job.config.mode}, {job.arm.name}, {load}" + (f", pass {job.config.live.run + 1}" if result.live else "")
     print(f"{what}: {'kept' if kept else f'{result.wall_s:.1f} s'}", file=sys.stderr)
+
+
+def _ttfts_s(run: JobResult) -> FloatArray:
+    return np.sort(run.replicate.records.ttft_ns().astype(np.float64)) / 1e9
+
+
+def _tpots_s(run: JobResult) -> FloatArray:
+    tpot_ns, defined = run.replicate.records.tpot_ns()
+    return np.sort(tpot_ns[defined]) / 1e9
+
+
+def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:
+    """`runs`: metrics measured, simulated, and simulated at the device's pace, in each pass. The rows are latencies in
+    ms, then the server as a whole; a row is unknown where one of its passes is.
+    """
+    rows = []
+    for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
+        for statistic in STATISTICS:
+            values = ([_number_of(m, f"{name}_{statistic}", 1e3) for m in of] for of in runs)
+            rows.append(_row_of((group, "median" if statistic == "p50" else statistic, "ms"), *values))
+    for name, figure, unit, factor in SYSTEM:
+        rows.append(_row_of(("system", figure, unit), *([_number_of(m, name, factor) for m in of] for of in runs)))
+    return tuple(rows)
+
+
+def _row_of(what: tuple[str, str, str], *runs: Sequence[float | None]) -> ComparedRow:
+    known = tuple(value for value in runs[0] if value is not None)
+    measured, simulated, paced = map(_mean, runs)
+    return ComparedRow(*what, measured, simulated, paced, known if len(known) == len(runs[0]) else ())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _number_of(metrics: Metrics | None, name: str, factor: float = 1.0) -> float | None:
+    """The metric in another unit; a band is taken by its middle."""
+    value = None if metrics is None else metrics.get(name)
+    if value is None:
+        return None
+    return factor * ((value.low + value.high) / 2 if isinstance(value, Band) else value)

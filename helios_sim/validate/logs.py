@@ -37,6 +37,7 @@ from helios_sim.study.modes import FidelityConfig
 IntColumn = NDArray[np.int64]
 _COUNTS = ("input_toks", "output_toks")
 _TIMES = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
+UNLIMITED = 1e18  # operations or bytes a second: more than any card has
 ENGINE_BYTES = 2**30  # of each card, beside weights, activations and KV: context, workspaces, captured graphs
 ASYNC_SINCE = (0, 14)  # vLLM's first version that schedules asynchronously unless told not to
 
@@ -278,7 +279,7 @@ def _card(log: ServingLog, config: FidelityConfig, tables: Path) -> tuple[str, C
             "set fidelity.hardware to one of these, or fidelity.memory_bytes to the card's memory",
         )  # fmt: skip
     # Memory is all that serving needs of it; without limits of bandwidth there is no roofline to compare with.
-    return name, Card(int(total or 2**40), np.inf, np.inf, None, PCIE_LINK, "not in the table of cards")
+    return name, Card(int(total or 2**40), UNLIMITED, UNLIMITED, None, PCIE_LINK, "not in the table of cards")
 
 
 def _runtime(log: ServingLog) -> Runtime:

@@ -1,0 +1,222 @@
+"""The same bits in every environment: no result depends on what is compiled, cached, writable or set outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numba")
+
+STUDIES = {
+    "quickstart": ("+experiment=quickstart", "workload.n_requests=60", "pictures=false"),
+    "drift": (
+        "+experiment=drift", "workload.n_requests=150", "sweeps=[]", "figures=[]", "seeds=[0,1]", "pictures=false",
+        "+exits.parameters.prompts_per_task=64",
+    ),
+}  # fmt: skip
+COMPILING = ("+experiment=quickstart", "workload.n_requests=2000", "pictures=false")
+Made = Callable[[Path], Path]  # a folder of machine code, from one that is whole
+
+
+@dataclass(frozen=True)
+class Environment:
+    """How the command is run, beside the usual; `cache` makes the folder of machine code from a whole one."""
+
+    variables: dict[str, str | None] = field(default_factory=dict)  # None: unset
+    options: tuple[str, ...] = ()  # of python
+    words: tuple[str, ...] = ()
+    shell: str = ""  # runs before
+    cache: Made = lambda whole: whole
+    cwd: str = "."
+    without: tuple[str, ...] = ()  # packages that cannot be imported
+
+
+def beside(whole: Path) -> Path:
+    return whole.parent / f"copy{len(list(whole.parent.iterdir()))}"
+
+
+def damaged(change: Callable[[Path], object]) -> Made:
+    """A copy of the whole cache with a change in its one folder of compiled code."""
+
+    def made(whole: Path) -> Path:
+        copy = beside(whole)
+        shutil.copytree(whole, copy)
+        (folder,) = (copy / "compiled").iterdir()
+        change(folder)
+        return copy
+
+    return made
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray(largest(folder).read_bytes())
+    content[len(content) // 2] ^= 1
+    largest(folder).write_bytes(content)
+
+
+def replace_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder)
+        make(folder)
+
+    return change
+
+
+def listed(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "digests.json").write_text(text)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit is flipped": flip,
+    "a file is cut short": lambda folder: os.truncate(largest(folder), 1000),
+    "a file is empty": lambda folder: os.truncate(largest(folder), 0),
+    "a file is longer": lambda folder: largest(folder).open("ab").write(b"x"),
+    "a file is missing": lambda folder: largest(folder).unlink(),
+    "a file is a folder": lambda folder: (largest(folder).rename(folder / "moved"), (folder / "x.nbc").mkdir()),
+    "no list": lambda folder: (folder / "digests.json").unlink(),
+    "an empty list": listed("{}"),
+    "half a list": lambda folder: os.truncate(folder / "digests.json", 30),
+    "a list that is none": listed("[1, 2]"),
+    "a list of bytes": lambda folder: (folder / "digests.json").write_bytes(b"\xff\xfe\x00"),
+    "a file in place of the folder": replace_by(lambda folder: folder.write_text("x")),
+    "a link in a circle": replace_by(lambda folder: folder.symlink_to(folder)),
+}
+ENVIRONMENTS: dict[str, Environment] = {
+    "a home that cannot be written": Environment({"HOME": "/proc", "XDG_CACHE_HOME": None, "HELIOS_CACHE": None}),
+    "no home": Environment({"HOME": None}),
+    "a cache that cannot be written": Environment({"HELIOS_CACHE": "/proc/x"}),
+    "a cache that is a file": Environment({"HELIOS_CACHE": "/etc/hostname"}),
+    "an empty cache": Environment(cache=lambda whole: beside(whole)),
+    **{name: Environment(cache=damaged(change)) for name, change in DAMAGES.items()},
+    "no machine code": Environment({"NUMBA_DISABLE_JIT": "1"}),
+    "no numba": Environment(without=("numba", "llvmlite")),
+    "optimised": Environment(options=("-O",)),
+    "optimised twice": Environment(options=("-OO",)),
+    "development mode": Environment(options=("-X", "dev", "-W", "ignore")),
+    "the C locale": Environment({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    "ASCII": Environment({"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
+    "hash seed 0": Environment({"PYTHONHASHSEED": "0"}),
+    "hash seed 4294967295": Environment({"PYTHONHASHSEED": "4294967295"}),
+    "one thread": Environment(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")),
+    "many threads": Environment({"OMP_NUM_THREADS": "64"}),
+    "another time zone": Environment({"TZ": "Asia/Kathmandu"}),
+    "another folder": Environment(cwd="/"),
+    "private files": Environment(shell="umask 077"),
+    "public files": Environment(shell="umask 000"),
+    "one process": Environment(words=("jobs=1",)),
+    "two processes": Environment(words=("jobs=2",)),
+    "few file handles": Environment(shell="ulimit -n 64"),
+    "no temporary folder": Environment({"TMPDIR": "/proc/x"}),
+    "a small dumb terminal": Environment({"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"}),
+    "memory that is not zero": Environment({"MALLOC_PERTURB_": "165", "PYTHONMALLOC": "malloc"}),
+}
+QUICK = ("no machine code", "hash seed 0", "optimised")
+
+
+def without(packages: tuple[str, ...], folder: Path) -> str:
+    """A folder that holds every installed package but these."""
+    folder.mkdir(exist_ok=True)
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        link = folder / path.name
+        if not path.name.startswith(packages) and path.suffix != ".pth" and not link.is_symlink():
+            link.symlink_to(path)
+    return str(folder)
+
+
+def ran(
+    words: tuple[str, ...], env: Environment, out: Path, cache: Path, repository: Path
+) -> subprocess.CompletedProcess[str]:
+    variables: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(repository), "HELIOS_CACHE": str(cache)}
+    program = [sys.executable, *env.options]
+    if env.without:
+        variables["PYTHONPATH"] = f"{repository}:{without(env.without, cache.parent / 'packages')}"
+        program = [os.path.realpath(sys.executable), "-S"]
+    variables |= env.variables
+    command = [*program, "-m", "helios_sim", *words, *env.words, f"hydra.run.dir={out}"]
+    if env.shell:
+        command = ["bash", "-c", f'{env.shell}; exec "$@"', "bash", *command]
+    cwd = out.parent if env.cwd == "." else Path(env.cwd)
+    return subprocess.run(
+        command, cwd=cwd, env={name: value for name, value in variables.items() if value is not None},
+        capture_output=True, text=True, check=False, timeout=300, errors="replace",
+    )  # fmt: skip
+
+
+def bits(out: Path) -> dict[str, Any]:
+    """Everything that must be the same."""
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    files = {name: (out / name).read_bytes() for name in ("requests.parquet", "decisions.parquet")}
+    return {**files, **{key: summary[key] for key in ("arms", "baseline", "verdict") if key in summary}}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A whole cache of machine code."""
+    from helios_sim.core import machine
+
+    place = tmp_path_factory.mktemp("environments") / "cache"
+    if machine.is_made():
+        shutil.copytree(machine.code_folder(), place / "compiled" / machine.code_folder().name)
+    else:
+        done = ran(COMPILING, Environment(), place.parent / "first", place, repository)
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture(scope="module")
+def usual(cache: Path, repository: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for study, words in STUDIES.items():
+        out = cache.parent / f"usual_{study}"
+        done = ran(words, Environment(), out, cache, repository)
+        assert done.returncode == 0, done.stderr
+        found[study] = bits(out)
+    return found
+
+
+def check(name: str, study: str, cache: Path, usual: dict[str, dict[str, Any]], repository: Path) -> None:
+    env = ENVIRONMENTS[name]
+    out = cache.parent / f"{study}_{list(ENVIRONMENTS).index(name)}"
+    done = ran(STUDIES[study], env, out, env.cache(cache), repository)
+    assert done.returncode == 0, (name, done.stderr)
+    assert "Traceback" not in done.stderr, (name, done.stderr)
+    assert bits(out) == usual[study], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_environment_gives_the_same_bits(study, cache, usual, repository) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        tasks = {name: pool.submit(check, name, study, cache, usual, repository) for name in ENVIRONMENTS}
+        failed = {name: task.exception() for name, task in tasks.items() if task.exception() is not None}
+    assert not failed
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_environments_give_the_same_bits(name, cache, usual, repository) -> None:
+    check(name, "drift", cache, usual, repository)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_anew(damage, cache, repository, tmp_path) -> None:
+    from helios_sim.core.machine import _is_whole
+
+    copy = ENVIRONMENTS[damage].cache(cache)
+    (folder,) = (copy / "compiled").iterdir()
+    assert not _is_whole(folder)
