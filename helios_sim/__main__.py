@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def _run(command: list[str]) -> int:
     """Imports are here, so that a signal that comes while they load is handled too."""
     from helios_sim.interrupt import remembered
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without umlauts shows a ? and is no error
     with remembered():
         import helios_sim
         from helios_sim.help import help_text, is_asked

@@ -202,7 +202,8 @@ def check(name: str, study: str, cache: Path, usual: dict[str, dict[str, Any]], 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_environment_gives_the_same_bits(study, cache, usual, repository) -> None:
     with ThreadPoolExecutor(2) as pool:
-        tasks = {name: pool.submit(check, name, study, cache, usual, repository) for name in ENVIRONMENTS}
+        names = [name for name in ENVIRONMENTS if study == "drift" or name not in DAMAGES]
+        tasks = {name: pool.submit(check, name, study, cache, usual, repository) for name in names}
         failed = {name: task.exception() for name, task in tasks.items() if task.exception() is not None}
     assert not failed
 

@@ -201,7 +201,7 @@ def _is_whole(folder: Path) -> bool:
         if digests.pop(_PROCESSOR) != native.processor() or _LOOP not in digests:
             return False
         return all(_digest(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
 
 

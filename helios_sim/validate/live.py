@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.report.result import ComparedRow, FloatArray, RequestTimes
 from helios_sim.report.metrics import Band, Metrics
+from helios_sim.report.result import ComparedRow, FloatArray, RequestTimes
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.runner import run_jobs
