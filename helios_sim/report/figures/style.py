@@ -18,11 +18,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
-from matplotlib.transforms import Bbox
 
 from helios_sim.report import format as fmt
 
@@ -168,17 +170,20 @@ def annotate(
 
 
 @contextmanager
-def _exported(drawing: Drawing) -> Iterator[None]:
-    """The settings of an export. Every text is one line in which what cannot be seen stands by its code."""
-    for text in drawing.whole.findobj(Text):
-        text.set_text(_shown(text.get_text()))
-        text.set_parse_math(False)  # a name may hold a dollar sign
-    for axis in (axis for ax in drawing.whole.findobj(Axes) for axis in (ax.xaxis, ax.yaxis)):
-        if not isinstance(axis.get_major_formatter(), _ShownTicks):
-            axis.set_major_formatter(_ShownTicks(axis.get_major_formatter()))
+def _exported() -> Iterator[None]:
+    """The settings of an export."""
     with look(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is no fault of the reader
         yield
+
+
+def _show_plainly(whole: Figure) -> None:
+    """Make every text one in which what cannot be seen stands by its code."""
+    for axis in (axis for ax in whole.findobj(Axes) for axis in (ax.xaxis, ax.yaxis)):
+        axis.set_major_formatter(_ShownTicks(axis.get_major_formatter()))
+    for text in whole.findobj(Text):
+        text.set_text(_shown(text.get_text()))
+        text.set_parse_math(False)  # a name may hold a dollar sign
 
 
 class _ShownTicks(Formatter):
@@ -209,42 +214,48 @@ def _shown(text: str) -> str:
 
 
 def lay_out(drawing: Drawing) -> None:
-    """Compute the layout once, so that the exports need not compute it again."""
-    with _exported(drawing):
-        engine = drawing.whole.get_layout_engine()
-        assert engine is not None
-        engine.execute(drawing.whole)
-        drawing.whole.set_layout_engine("none")
+    """Compute the layout once, so that the exports need not compute it again; more often, it does nothing."""
+    whole = drawing.whole
+    engine = whole.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        with _exported():
+            _show_plainly(whole)
+            engine.execute(whole)
+            whole.set_layout_engine("none")
 
 
 def to_png(drawing: Drawing) -> bytes:
     """A PNG file on white, with the title above."""
-    out = io.BytesIO()
-    height = 1 - 0.5 * _TITLE_IN / drawing.whole.get_figheight()
-    with _exported(drawing):
+    lay_out(drawing)
+    out, whole = io.BytesIO(), drawing.whole
+    height = 1 - 0.5 * _TITLE_IN / whole.get_figheight()
+    with _exported():
         shown = " ".join(_shown(drawing.title).split())
-        title = drawing.whole.text(0.012, height, shown, va="center", fontsize=12.5, fontweight="bold")
-        drawing.whole.savefig(
-            out, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None},
-            pil_kwargs={"compress_level": 2},
-        )  # fmt: skip
+        title = whole.text(0.012, height, shown, va="center", fontsize=12.5, fontweight="bold", parse_math=False)
+        whole.set_facecolor("white")
+        whole.set_dpi(_PNG_DPI)
+        canvas: Any = FigureCanvasAgg(whole)  # `savefig` would draw everything once more, for the layout
+        canvas.print_png(out, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
         title.remove()
+        whole.set_facecolor(PAPER)
     return out.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
     """An <svg> element without title, for a page that defines the CSS variables; its ids are its own."""
-    out = io.StringIO()
-    box = Bbox.from_extents(0, 0, WIDTH_IN, drawing.whole.get_figheight() - _TITLE_IN)
-    with _exported(drawing), mpl.rc_context({"svg.hashsalt": drawing.name}):
-        drawing.whole.savefig(out, format="svg", bbox_inches=box, metadata={"Date": None, "Creator": None})
+    lay_out(drawing)
+    out, whole = io.StringIO(), drawing.whole
+    with _exported(), mpl.rc_context({"svg.hashsalt": drawing.name}):
+        canvas: Any = FigureCanvasSVG(whole)
+        canvas.print_svg(out, metadata={"Date": None, "Creator": None})
+    top, height = 72 * _TITLE_IN, 72 * (whole.get_figheight() - _TITLE_IN)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
     svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{_plain(drawing.title)}" '
+        r"<svg [^>]*>",
+        rf'<svg viewBox="0 {top:g} {72 * WIDTH_IN:g} {height:g}" role="img" aria-label="{_plain(drawing.title)}" '
         r'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
         svg,
         count=1,
