@@ -11,7 +11,7 @@ import pytest
 from helios_sim.api import study_config
 from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s
 from helios_sim.report.compare import interval_over_seeds
-from helios_sim.report.figures.timeline import timeline_drawings
+from helios_sim.report.figures.arms import timeline_drawings
 from helios_sim.report.page import render
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult, comparisons

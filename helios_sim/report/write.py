@@ -54,11 +54,16 @@ def write_requests(result: ExperimentResult, folder: Path) -> None:
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
     """figures/*.png and report.html."""
-    from helios_sim.report.figures.arms import answer_drawings, arms_drawings, detail_drawings, replica_drawings
+    from helios_sim.report.figures.arms import (
+        answer_drawings,
+        arms_drawings,
+        detail_drawings,
+        replica_drawings,
+        timeline_drawings,
+    )
     from helios_sim.report.figures.fidelity import fidelity_drawings
     from helios_sim.report.figures.style import lay_out, to_png
     from helios_sim.report.figures.sweep import sweep_drawings
-    from helios_sim.report.figures.timeline import timeline_drawings
     from helios_sim.report.page import render
 
     drawings = [
@@ -82,8 +87,8 @@ def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.designs import design_drawings
     from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.figures.sweep import design_drawings
     from helios_sim.report.page import render_designs
 
     summary = summarise_designs(result)
