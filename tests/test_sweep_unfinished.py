@@ -129,7 +129,8 @@ def test_a_failed_design_is_reported_and_the_rest_finishes(command, tmp_path, mo
     get_reusable_executor().shutdown()  # processes of other tests do not look there
     text = SWEEP.replace("{policy: helios}", "{policy: custom, object: 'broken:Broken', settings: {number: 0}}")
     text = text.replace("arms.helios.limit", "arms.helios.settings.number").replace("[20, 80]", "[1, 2, 3]")
-    said = command(*write_study(tmp_path, text), f"sweep.backend={backend}", "sweep.workers=2")
+    workers = ["sweep.workers=2"] if backend == "processes" else []
+    said = command(*write_study(tmp_path, text), f"sweep.backend={backend}", *workers)
     assert said.status == 0, said.err
     failed = said.summary["sweep"]["failed"]
     assert [entry["parameters"] for entry in failed] == [{"cap_bound": c, "limit": 2} for c in (0.01, 0.2)]
