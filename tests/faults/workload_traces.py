@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 
 from faults import Mutant, changed_bytes, changed_json, main
 from faults.text_tables import changed_table, packed
 
 ROWS = 60
+# Names of arrival, prompt and output in the tables below.
+NAMES = (
+    ("arrival_s", "prompt_tokens", "output_tokens"), ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"), ("arrival_ns", "input_toks", "output_toks"),
+    ("timestamp", "input_length", "output_length"),
+)  # fmt: skip
 TABLES = {
     "own.csv": ("arrival_s,prompt_tokens,output_tokens,priority",
                 lambda i: f"{i / 7:.3f},{100 + i},{5 + i % 9},{i % 3}"),
@@ -41,18 +53,50 @@ def mutants(seed: int) -> Iterator[Mutant]:
 
 
 def read(path: Path) -> None:
-    """Read the trace, and draw the requests of a workload of its lengths and, where it has some, its arrivals."""
+    """Read the trace, compare it with a plain reader's rows, and draw the requests of a workload that uses it."""
     import numpy as np
 
     from helios_sim.workload import AllAtOnce, TaskMix, TraceArrivals, TraceLengths, Workload, generate, read_trace
 
     trace = read_trace(path)
+    expected = plainly_read(path)
+    got = [*zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)]
+    assert expected is None or got == [row[1:] for row in expected], "other lengths than a plain reader finds"
+    if expected is not None and trace.arrival_ns is not None:
+        arrivals_ns = [round((row[0] - expected[0][0]) * 10**9) for row in expected]
+        assert np.abs(trace.arrival_ns - np.array(arrivals_ns)).max() <= 1_000, "other arrivals than a plain reader's"
     arrivals = AllAtOnce() if trace.arrival_ns is None else TraceArrivals(trace)
     for block in generate(Workload(arrivals, TraceLengths(trace), TaskMix.single("text")), 0):
         assert (block.prompt_chars >= 1).all()
         assert (block.output_chars >= 1).all()
         assert (np.diff(block.arrival_ns) >= 0).all()
         assert block.arrival_ns[0] >= 0
+
+
+def plainly_read(path: Path) -> list[tuple[Fraction, int, int]] | None:
+    """(arrival in s, prompt, output) of each request by arrival, read cell by cell; None where names were changed."""
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    if text.lstrip()[:1] in "[{":
+        rows = json.loads(text) if text.lstrip()[0] == "[" else [json.loads(x) for x in text.splitlines() if x.strip()]
+    else:
+        separator = "\t" if "\t" in text.split("\n")[0] else ","
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    names = [name for name in NAMES if rows and all(n in rows[0] for n in name)]
+    if len(names) != 1 or len(rows[0]) != len({*rows[0]}):
+        return None
+    at, prompt, output = names[0]
+    unit = Fraction(1, {"timestamp": 1000, "arrival_ns": 10**9}.get(at, 1))
+    found = []
+    for row in rows:
+        cell = row[at]
+        if ":" in str(cell):
+            moment = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", cell)).replace(tzinfo=None)
+            when = Fraction((moment - datetime(1970, 1, 1)) // timedelta(microseconds=1), 10**6)
+        else:
+            when = Fraction(str(cell).strip()) * unit
+        found.append((when, int(float(row[prompt])), int(float(row[output]))))
+    return sorted(found, key=lambda row: row[0])
 
 
 def _table(name: str) -> str:
