@@ -25,7 +25,7 @@ from helios_sim.untrusted import MIB, read_text, reading, shortened
 FloatArray = NDArray[np.float64]
 US = 1e-6
 MS = 1e-3
-MOST_BYTES = 256 * MIB  # of a table
+MOST_BYTES, MOST_COLUMNS = 256 * MIB, 1_000  # of a table
 _FIX = "correct the file"
 _SPREAD = re.compile(r"(^|[._])(min|max|mean|std|iqr|var|count|samples|p\d+)(_us|_ms)?$|^$|^unnamed", re.IGNORECASE)
 
@@ -70,6 +70,8 @@ def read_columns(
     with reading(str(path), "damaged", "a table of comma-separated values", _FIX):
         if not content.strip():
             raise UserError(str(path), "no rows", "at least one measurement", "measure again")
+        if content.split(b"\n", 1)[0].count(b",") >= MOST_COLUMNS:
+            raise UserError(str(path), "more columns", f"at most {MOST_COLUMNS} columns", "correct the header")
         table = csv.read_csv(pa.BufferReader(content))
         names = table.column_names
         for name in (*numbers, *words):
