@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast check bench sweep live models clean
+.PHONY: help run test test-fast check bench faults sweep live models clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,10 @@ test-fast: $(STAMPS)/test  ## lint, and the tests that need no torch and no more
 bench: $(STAMPS)/test  ## speed measurements, and the table experiments/speed/bench.md (needs the shared data)
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python experiments/speed/bench.py
+
+faults: $(STAMPS)/live $(STAMPS)/test  ## damaged files for every loader, and kills of studies and sweeps (most of an hour)
+	$(BIN)/python experiments/faults/mutants.py
+	$(BIN)/python experiments/faults/kills.py
 
 sweep: $(STAMPS)/sweep  ## add Optuna and Ray to the same .venv
 

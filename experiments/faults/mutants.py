@@ -1,0 +1,82 @@
+"""Gives every loader changed files and counts what it makes of them: read, refused with one message, or something bad.
+
+`python experiments/faults/mutants.py [--count 1000] [--seed 1] [loader ...]` writes mutants.json and mutants.md beside
+itself, each loader as it is done. The mutators and the judge are those of the tests (`tests/faults`). Loaders of
+weights need torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
+LOADERS = {
+    "workload_traces": "workload traces: CSV, JSON and JSONL of the known formats",
+    "exit_traces": "exit traces",
+    "profiles": "profiles",
+    "measured_tables": "tables of measured kernels",
+    "gguf_files": "GGUF checkpoints",
+    "hub_folders": "checkpoint folders: config, safetensors, index, tokenizer",
+    "head_folders": "exit heads",
+    "campaign_archives": "archives of calibration campaigns",
+}
+
+
+def tried(loader: str, count: int, seed: int) -> dict[str, object]:
+    """What became of so many mutants, and the bad ones word for word."""
+    from faults import bad, campaign
+
+    module = import_module(f"faults.{loader}")
+    started_s = perf_counter()
+    with TemporaryDirectory() as cache:
+        os.environ["HELIOS_CACHE"] = cache
+        verdicts = campaign(module.mutants(seed), module.read, count)
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    return {
+        "loader": loader, "tried": len(verdicts), "read": outcomes["read"], "refused": outcomes["refused"],
+        "bad": len(bad(verdicts)), "wall_s": round(perf_counter() - started_s), "bad_ones": bad(verdicts),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, object]], seed: int) -> str:
+    lines = [
+        "# Mutants of files that loaders read", "",
+        f"Written by `python experiments/faults/mutants.py`, seed {seed}. Bad: a traceback, a hang above 10 s, more",
+        "than 500 MiB, or a crash. A mutant may be read where the change leaves a valid file.", "",
+        "| loader | tried | read | refused | bad |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {LOADERS[str(row['loader'])]} | {row['tried']:,} | {row['read']:,} | {row['refused']:,} | {row['bad']:,} |"
+        for row in rows
+    ]
+    total = [sum(int(str(row[name])) for row in rows) for name in ("tried", "read", "refused", "bad")]
+    lines.append("| **all** | " + " | ".join(f"{number:,}" for number in total) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("loaders", nargs="*", default=list(LOADERS), choices=[[], *LOADERS])
+    options = parser.parse_args()
+    rows = []
+    for loader in options.loaders or list(LOADERS):
+        rows.append(tried(loader, options.count, options.seed))
+        print({name: value for name, value in rows[-1].items() if name != "bad_ones"}, flush=True)
+        (FOLDER / "mutants.json").write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
+        (FOLDER / "mutants.md").write_text(table(rows, options.seed))
+    return 1 if any(row["bad"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
