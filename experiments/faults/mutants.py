@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("loaders", nargs="*", default=list(LOADERS), choices=[[], *LOADERS])
+    parser.add_argument("loaders", nargs="*", help=", ".join(LOADERS))
     options = parser.parse_args()
     rows = []
     for loader in options.loaders or list(LOADERS):
