@@ -55,6 +55,8 @@ def kept(said) -> int:
 
 def test_after_its_policy_file_was_edited_a_study_does_not_mix_both(command, stopped, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("my_policy", "constants"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of another test
     (tmp_path / "my_policy.py").write_text(POLICY)
     (tmp_path / "constants.py").write_text("LIMIT = 1\n")
     study = write_study(tmp_path, OWN)
