@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 STUDIES = {
     "quickstart": ("+experiment=quickstart", "workload.n_requests=60", "pictures=false"),
     "drift": (
-        "+experiment=drift", "workload.n_requests=150", "sweeps=[]", "figures=[]", "seeds=[0,1]", "pictures=false",
+        "+experiment=drift", "workload.n_requests=150", "sweeps=[]", "figures=[]", "seeds=[0]", "pictures=false",
         "+exits.parameters.prompts_per_task=64",
     ),
 }  # fmt: skip

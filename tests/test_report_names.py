@@ -29,6 +29,7 @@ PAYLOADS = (
     "../../up", "name/with/slashes", "con", "ü × 中文 \U0001f680", "{{ 7*7 }}{% x %}", "%s %(a)s {0} {x}",
     "two\nlines\ttab", "\udcff", "x" * 300,
 )  # fmt: skip
+PATHS = ("../../up", "name/with/slashes", "\x00\x08\x9b2J", "con", "two\nlines\ttab", "\udcff", "x" * 300)
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u200b]")
 
 
@@ -112,7 +113,7 @@ def test_terminals_get_no_code_from_names(result: ExperimentResult, text: str, e
     assert not ACTING.search(out.getvalue().decode(encoding))
 
 
-@pytest.mark.parametrize("text", PAYLOADS)
+@pytest.mark.parametrize("text", [text for text in PAYLOADS if text in PATHS])
 def test_files_stay_in_their_folder(result: ExperimentResult, text: str, tmp_path: Path) -> None:
     evil = named(result, text)
     write_result(evil, tmp_path / "out")
