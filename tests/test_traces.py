@@ -83,6 +83,22 @@ def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_pa
     assert back.human_text
 
 
+@pytest.mark.parametrize("fault", [MemoryError(), PermissionError(13, "Permission denied")])
+def test_a_passage_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp_path: Path, monkeypatch, fault) -> None:
+    """What was measured stays: only content that makes no sense is measured again."""
+    model, tokenizer, _ = tiny
+    traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS, lambda _: None)
+    kept = sorted(tmp_path.glob("*.npz"))
+
+    def load(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(traces.np, "load", load)
+    with pytest.raises(type(fault)):
+        traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS, lambda _: None)
+    assert sorted(tmp_path.glob("*.npz")) == kept
+
+
 def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
     model, tokenizer, _ = tiny
     trace = traces.generated_trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from calibrate.exits.texts import TASKS, Split, domain_of, passages
 from helios_sim.errors import UserError
 from helios_sim.live import served
+from helios_sim.untrusted import in_short
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from helios_sim.live.model.decoder import SegmentedModel
 
+_log = logging.getLogger(__name__)
 _BATCH_TOKENS = 3_072
 
 
@@ -176,6 +179,9 @@ def kept_tensors(path: Path) -> dict[str, Tensor] | None:
         return load_file(path)
     except FileNotFoundError:
         return None
-    except Exception:  # safetensors has errors of its own; they are made anew
+    except (OSError, MemoryError):
+        raise
+    except Exception as damage:  # safetensors has errors of its own
+        _log.warning("%s is damaged and is made again: %s", path, in_short(damage))
         path.unlink()
         return None

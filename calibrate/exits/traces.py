@@ -12,6 +12,7 @@ many small logits only enter the sum of the softmax.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -32,6 +33,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.untrusted import in_short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
 
+_log = logging.getLogger(__name__)
 _EXACT = 8  # largest logits that are computed again
 _CHUNK_TOKENS, _SUM_ROWS = 256, 4
 HELDOUT_CHARS = {  # together more than 50,000 tokens for each of the three models
@@ -280,7 +283,7 @@ def reference_trace(
         for j, i in enumerate(group):
             _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
         say(f"trace: batch {b + 1} of {len(groups)}")
-    parts = [part for path in files if (part := _kept(path)) is not None]
+    parts = [_columns(path) for path in files]
     tasks = tuple(dict.fromkeys(p.task for p in chosen))
     order = range(len(chosen))
     return _trace(
@@ -296,13 +299,20 @@ def _fingerprint(passage: Passage) -> str:
 def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
     """A passage's columns from an interrupted call; None if there are none, or they are damaged."""
     try:
-        with np.load(path) as columns:
-            return {name: columns[name] for name in columns.files}
+        return _columns(path)
     except FileNotFoundError:
         return None
-    except Exception:  # zipfile and numpy have many; it is read anew
+    except (OSError, MemoryError):
+        raise
+    except Exception as damage:  # zipfile and numpy have many classes of their own
+        _log.warning("%s is damaged and is measured again: %s", path, in_short(damage))
         path.unlink()
         return None
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as columns:
+        return {name: columns[name] for name in columns.files}
 
 
 def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:

@@ -1,9 +1,9 @@
 """Exit rules: when a token leaves the model, and by which confidence. `replay` applies a rule to a recorded trace.
 
 A confidence says how sure an exit is of its token. It lies between 0 and 1, and higher is surer, so that one scale of
-thresholds serves all of them. To add one, write a function of an `ExitView`, name it in `Confidence` and give it a
-column in `MEASURES`: calibration records the column, live serving computes it, a replay reads it, and settings accept
-its name.
+thresholds serves all of them. To add one, write a function of what it reads (`Probabilities`, say), name it in
+`Confidence` and give it a column in `MEASURES`: calibration records the column, live serving computes it, a replay
+reads it, and settings accept its name.
 
 - max_probability: the largest softmax probability.
 - margin: the largest minus the second largest probability, which CALM (arXiv 2207.07061) calls softmax response.
@@ -45,8 +45,8 @@ class Confidence(StrEnum):
         return MEASURES[self].by_head
 
 
-class ExitView(Protocol):
-    """One exit's view of n tokens, as tensors or arrays. A measure asks only for what it needs."""
+class Probabilities(Protocol):
+    """What the head of one exit says of n tokens, as tensors or arrays."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -57,31 +57,39 @@ class ExitView(Protocol):
     def expected(self, of: Callable[[Any], Any]) -> Any:
         """The mean of `of` (log probability) under the distribution, (n,)."""
 
+
+class Checked(Protocol):
+    """What the check of one exit says of n hidden states."""
+
     def predicted(self) -> Any:
         """The classifier's confidence, (n,)."""
 
+
+class Neighbours(Protocol):
+    """The hidden states of n tokens around one layer."""
+
     def states(self) -> tuple[Any, Any]:
-        """Hidden states after the layer before the exit's and after the exit's layer, (n, d) each."""
+        """After the layer before the exit's and after the exit's layer, (n, d) each."""
 
 
-def _max_probability(seen: ExitView) -> Any:
+def _max_probability(seen: Probabilities) -> Any:
     return seen.top(1)[:, 0]
 
 
-def _margin(seen: ExitView) -> Any:
+def _margin(seen: Probabilities) -> Any:
     best = seen.top(2)
     return best[:, 0] - best[:, 1]
 
 
-def _entropy(seen: ExitView) -> Any:
+def _entropy(seen: Probabilities) -> Any:
     return (1 + seen.expected(lambda log_p: log_p) / math.log(seen.vocab_size)).clip(0, 1)
 
 
-def _classifier(seen: ExitView) -> Any:
+def _classifier(seen: Checked) -> Any:
     return seen.predicted()
 
 
-def _hidden_similarity(seen: ExitView) -> Any:
+def _hidden_similarity(seen: Neighbours) -> Any:
     before, after = seen.states()
     lengths = (before * before).sum(-1) * (after * after).sum(-1)
     return ((before * after).sum(-1) / lengths**0.5).clip(0, 1)
@@ -91,7 +99,7 @@ def _hidden_similarity(seen: ExitView) -> Any:
 class Measure:
     """One confidence: its function (n,), its column in an exit trace, and what may be expected of its values."""
 
-    of: Callable[[ExitView], Any]
+    of: Callable[[Any], Any]  # of what it reads: `Probabilities`, `Checked` or `Neighbours`
     column: str
     by_head: bool = True
     probability: bool = False  # it is meant as the probability of agreement, so its reliability can be judged

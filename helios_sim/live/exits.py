@@ -216,12 +216,6 @@ class HeadView:
     def expected(self, of: Callable[[Any], Any]) -> Tensor:
         return mean_of(self.logits - self.total[:, None], of)
 
-    def predicted(self) -> Tensor:
-        raise NotImplementedError("a classifier reads hidden states")
-
-    def states(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a head gives logits")
-
 
 def mean_of(log_p: Tensor, of: Callable[[Any], Any]) -> Tensor:
     """The mean of `of` (log probability) under distributions (n, V); words without any probability count as 0."""
@@ -231,27 +225,17 @@ def mean_of(log_p: Tensor, of: Callable[[Any], Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _StateView:
-    """What is known of hidden states (n, d) after `depth` layers before the head has read them."""
+    """What is known of hidden states (n, d) after `depth` layers before the head has read them.
+
+    Only the state after the exit's layer is kept, so measures that compare two layers are refused (`require_live`).
+    """
 
     exits: ExitReader
     depth: int
     hidden: Tensor
 
-    @property
-    def vocab_size(self) -> int:
-        raise NotImplementedError("a check on the hidden state has no vocabulary")
-
-    def top(self, k: int) -> Tensor:
-        raise NotImplementedError("a check on the hidden state has no logits")
-
-    def expected(self, of: Callable[[Any], Any]) -> Tensor:
-        raise NotImplementedError("a check on the hidden state has no logits")
-
     def predicted(self) -> Tensor:
         return self.exits.classify(self.depth, self.hidden)
-
-    def states(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("only the state after the exit's layer is kept")
 
 
 class ExitDecider:
