@@ -97,6 +97,18 @@ def test_figures_show_names_as_text(text: str) -> None:
     assert to_png(drawing).startswith(b"\x89PNG")
 
 
+def test_powers_of_ten_are_set_as_such() -> None:
+    """That names are no formulas must not turn matplotlib's own labels into text."""
+    figure, (ax,) = new_figure(1, 1, 2.0)
+    ax.plot([0.5, 200], [0, 1])
+    ax.set_xscale("log")
+    root = ElementTree.fromstring(to_svg(Drawing("name", "title", "caption", figure)))
+    texts = (element for element in root.iter() if element.tag.rpartition("}")[2] in ("text", "tspan"))
+    shown = "".join(element.text or "" for element in texts)
+    assert "$" not in shown
+    assert "math" not in shown
+
+
 @pytest.mark.parametrize("text", PAYLOADS)
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
 def test_terminals_get_no_code_from_names(result: ExperimentResult, text: str, encoding: str) -> None:

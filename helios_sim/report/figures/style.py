@@ -25,7 +25,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 from helios_sim.report import format as fmt
 
@@ -75,7 +75,6 @@ _RC: dict[Any, Any] = {
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "svg.fonttype": "none",  # a page's texts can be selected, and need no outlines
-    "text.parse_math": False,  # a name may hold a dollar sign
 }
 
 
@@ -186,7 +185,6 @@ def _show_plainly(whole: Figure) -> None:
         axis.set_major_formatter(_ShownTicks(axis.get_major_formatter()))
     for text in whole.findobj(Text):
         text.set_text(_shown(text.get_text()))
-        text.set_parse_math(False)  # a name may hold a dollar sign
 
 
 class _ShownTicks(Formatter):
@@ -200,10 +198,14 @@ class _ShownTicks(Formatter):
         self._inner.set_axis(axis)
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return _shown(self._inner(x, pos))
+        return self._of_names(self._inner(x, pos))
 
     def format_ticks(self, values: Any) -> list[str]:
-        return [_shown(text) for text in self._inner.format_ticks(values)]
+        return [self._of_names(text) for text in self._inner.format_ticks(values)]
+
+    def _of_names(self, text: str) -> str:
+        """Powers of ten are set as formulas by matplotlib itself; what a figure names is not."""
+        return _shown(text) if isinstance(self._inner, FixedFormatter | FuncFormatter) else text
 
     def get_offset(self) -> str:
         return self._inner.get_offset()
@@ -213,7 +215,9 @@ class _ShownTicks(Formatter):
 
 
 def _shown(text: str) -> str:
-    return "\n".join(fmt.visible(line) for line in text.replace("\t", " ").split("\n"))
+    """The text for matplotlib. To call it again changes nothing more."""
+    lines = (fmt.visible(line) for line in text.replace("\t", " ").split("\n"))
+    return re.sub(r"(?<!\\)\$", r"\\$", "\n".join(lines))  # what stands between dollars would be set as a formula
 
 
 def lay_out(drawing: Drawing) -> None:
@@ -263,6 +267,7 @@ def to_svg(drawing: Drawing) -> str:
         svg,
         count=1,
     )
+    svg = re.sub(r"(font-family: 'DejaVu Sans')[^;\"]*", r"\1, sans-serif", svg)
     for color, variable in _CSS.items():
         svg = svg.replace(color, variable)
     return svg
