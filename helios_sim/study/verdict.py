@@ -90,9 +90,13 @@ def _changes(metrics: Mapping[str, MetricValue], replicas: int) -> str:
         if isinstance(span, float) and evaluated <= span * replicas:  # it may go on after the last completion
             spent = f"{evaluated / (span * replicas):.1%} of the time"
     return (
-        f"It switched {shown('switches', metrics.get('switches'))} times, loaded weights "
-        f"{shown('loads', metrics.get('loads'))} times and spent {spent} on evaluation."
+        f"It switched {_times(shown('switches', metrics.get('switches')))}, loaded weights "
+        f"{_times(shown('loads', metrics.get('loads')))} and spent {spent} on evaluation."
     )
+
+
+def _times(count: str) -> str:
+    return "once" if count == "1" else f"{count} times"
 
 
 def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
