@@ -7,7 +7,6 @@ its light and dark themes; PNG files are on white. Nothing here touches pyplot o
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +27,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 from helios_sim.report import format as fmt
-
-logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # a first run makes a cache, which is no news
 
 INK = "#1b1f26"
 MUTED = "#5e6673"
