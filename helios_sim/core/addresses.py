@@ -6,8 +6,8 @@ the others from it, all of the types that the code was compiled for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
+from itertools import repeat
 from operator import is_
 from typing import Any, Protocol
 
@@ -21,8 +21,12 @@ _DIMENSIONS = 5  # most that an array has
 
 
 class Compiled(Protocol):
-    def require_types(self, tables: Tables, arrays: Sequence[NDArray[Any]]) -> None:
-        """TypeError where the compiled code reads others."""
+    def require_types(self, tables: Tables) -> None:
+        """TypeError where the compiled code reads tables of another kind."""
+        ...
+
+    def require_type(self, place: int, array: NDArray[Any]) -> None:
+        """TypeError where the compiled code reads another kind of array at that place of the tables."""
         ...
 
 
@@ -45,14 +49,19 @@ class Replicas:
         if self._machine is None or (known is not None and all(map(is_, known, tables))):
             self._tables[number] = tables
             return
-        arrays = [array for field in tables for array in arrays_of(field)]
-        self._machine.require_types(tables, arrays)
         if self._addresses is None:
-            self._addresses = np.zeros((len(self._tables), len(arrays), 1 + _DIMENSIONS), np.int64)
+            self._machine.require_types(tables)
+            n = sum(1 for _ in arrays_of(tables))
+            self._addresses = np.zeros((len(self._tables), n, 1 + _DIMENSIONS), np.int64)
         self._tables[number] = tables
-        for row, array in zip(self._addresses[number], arrays, strict=True):
-            row[0] = array.__array_interface__["data"][0]
-            row[1 : 1 + array.ndim] = array.shape
+        rows, place = self._addresses[number], 0
+        for before, field in zip(repeat(None) if known is None else known, tables, strict=False):
+            for array in arrays_of(field):
+                if field is not before:
+                    self._machine.require_type(place, array)
+                    rows[place, 0] = array.ctypes.data
+                    rows[place, 1 : 1 + array.ndim] = array.shape
+                place += 1
 
 
 def register(tables: Tables) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -362,10 +363,17 @@ class Storage:
         return type(arrays)(*read)
 
 
-def tuples(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> list[tuple[int, ...]]:
-    """These fields of these rows, two or more fields, as plain numbers."""
+def tuples(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> list[Sequence[int]]:
+    """These fields of these rows, two or more fields that are whole numbers, as plain numbers."""
     if isinstance(table, np.ndarray):
-        found: list[tuple[int, ...]] = table[rows][list(fields)].tolist()
+        numbers = table.view(np.int64).reshape(len(table), -1)[rows]
+        found: list[Sequence[int]] = numbers[:, _columns(table.dtype, tuple(fields))].tolist()
         return found
     read = attrgetter(*fields)
     return [read(row) for row in (table[rows] if isinstance(rows, slice) else (table[row] for row in rows))]
+
+
+@lru_cache(maxsize=32)
+def _columns(dtype: np.dtype[Any], fields: tuple[str, ...]) -> IntArray:
+    """Where these fields stand, in a record of 64-bit numbers."""
+    return np.array([(dtype.names or ()).index(field) for field in fields])

@@ -74,16 +74,22 @@ class Machine:
                     self._keep(self._tables)
         return self._loop
 
-    def require_types(self, tables: Tables, arrays: Sequence[NDArray[Any]]) -> None:
+    def require_types(self, tables: Tables) -> None:
         """The compiled code trusts the types of the arrays whose addresses it gets: they are those it was made for."""
-        types = [(array.dtype, array.ndim) for array in arrays]
+        types = [(array.dtype, array.ndim) for array in native.arrays_of(tables)]
         if self._types is None:
             self._types, self._tables = types, tables
             kept = self._folder if self._loop is not None else None
             if kept is not None and (kept / _TYPES).read_text() != _text(types):
                 self._loop = self._folder = None
-        if types != self._types or not all(array.flags.c_contiguous for array in arrays):
+        if types != self._types:
             raise TypeError(f"tables of another kind than the compiled loop reads: {types}, not {self._types}")
+
+    def require_type(self, place: int, array: NDArray[Any]) -> None:
+        """The same of one array among them, which is to be in one piece too."""
+        assert self._types is not None
+        if (array.dtype, array.ndim) != self._types[place] or not array.flags.c_contiguous:
+            raise TypeError(f"an array of another kind than the compiled loop reads: {array.dtype}, {array.ndim} axes")
 
     @cached_property
     def draw(self) -> Callable[..., bool]:
@@ -245,7 +251,9 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
     for module in (import_module(f"helios_sim.core.{name}") for name in _MODULES):
         for name, function in getmembers(module, isfunction):
             if function.__module__ == module.__name__ and name not in ("route", "tables_of"):
-                register_jitable(error_model="numpy", no_cfunc_wrapper=True, _nrt=False, forceinline=True)(function)
+                register_jitable(
+                    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, forceinline=True
+                )(function)  # fmt: skip
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from helios_sim.core import arrive, blocks, layout, line, schedule
-from helios_sim.core.layout import NEVER, SAMPLE, SUMS, tuples
+from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
@@ -91,13 +91,13 @@ def _arrivals(replica: Replica) -> None:
 
 def _observations(replica: Replica) -> None:
     s, rule = replica.state, replica.deployment.exit_rule
-    for i in range(int(s.seen)):
-        noted = replica.counts.seen[i]
-        request = replica.requests[int(noted.slot)]
-        request_id, model, first, start, length, tokens = (int(getattr(request, name)) for name in _SPAN_FIELDS)
-        span = TokenSpan(first, start, length, tokens)
+    if not s.seen:
+        return
+    noted = tuples(replica.counts.seen, slice(int(s.seen)), SEEN.dtype.names or ())
+    requests = tuples(replica.requests, [slot for slot, *_ in noted], _SPAN_FIELDS)
+    for (_, seen_tokens, time_ns), (request_id, model, *span) in zip(noted, requests, strict=True):
         replica.observations.append(
-            replica.engine.observe(replica.models[model], request_id, span, int(noted.tokens), rule, int(noted.time_ns))
+            replica.engine.observe(replica.models[model], request_id, TokenSpan(*span), seen_tokens, rule, time_ns)
         )
     s.seen = 0
 
