@@ -26,9 +26,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
-from helios_sim.report import files
 
 SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
 MIB = 1 << 20

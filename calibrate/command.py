@@ -23,11 +23,11 @@ from calibrate.report.outputs import write_outputs
 from calibrate.schema import CalibrateConfig, CampaignConfig
 from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, read_finished, run_stages
 from calibrate.work import stages_of
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live.served import check_packages
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import command_given
-from helios_sim.report import files
 from helios_sim.report.terminal import TextTable, say
 from helios_sim.study.command import end
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
-from helios_sim.report import files
+from helios_sim import files
 from helios_sim.report.format import visible
 from helios_sim.report.terminal import say
 

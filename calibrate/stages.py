@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.progress import OnProgress, Transcript, now
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.interrupt import stop_if_asked
-from helios_sim.report import files
 from helios_sim.untrusted import Fields, read_json
 
 STAGES, RECORD = "stages", "stage.json"

@@ -18,9 +18,9 @@ from typing import Any
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs
 from calibrate.stages import NotEnoughTime, Stage, StageRun
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.provenance import command_given
-from helios_sim.report import files
 from helios_sim.untrusted import Fields, read_json
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.errors import UserError
+
 NS_PER_S = 1_000_000_000
 LATEST_NS = 2.0**62  # 146 years: later times do not fit int64 with room for a run
 LONGEST = 2**31 - 1  # tokens or characters of one text: no model reads more, and sums of lengths stay within int64
@@ -24,11 +26,33 @@ def token_counts(chars: NDArray[np.int64], chars_per_token: float) -> NDArray[np
     return np.maximum(np.rint(chars / chars_per_token).astype(np.int64), 1)
 
 
+def to_ns(seconds: float, what: str = "time") -> int:
+    """A time in whole nanoseconds, halves to even. UserError about `what` where it is not finite or above 146 years."""
+    ns = seconds * NS_PER_S
+    if not abs(ns) <= LATEST_NS:  # true for NaN
+        raise _no_time(what, seconds)
+    return round(ns)
+
+
+def all_to_ns(times: NDArray[np.float64], what: str = "times", ns_per: int = NS_PER_S) -> NDArray[np.int64]:
+    """The same for an array of any shape, in a unit of `ns_per` nanoseconds."""
+    ns = times * ns_per
+    good = np.abs(ns) <= LATEST_NS  # false for NaN
+    if not good.all():
+        raise _no_time(what, float(times[~good][0]))
+    whole: NDArray[np.int64] = np.rint(ns).astype(np.int64)
+    return whole
+
+
+def _no_time(what: str, value: float) -> UserError:
+    return UserError(what, value, "a finite time of at most 146 years", "correct the time, or its unit")
+
+
 def whole_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Durations in whole nanoseconds, at least one, so that time always advances."""
-    if len(seconds) == 1:  # plain numbers are quicker, and both round halves to even
-        return np.array([max(round(seconds.item() * NS_PER_S), 1)])
-    whole: NDArray[np.int64] = np.rint(seconds * NS_PER_S).astype(np.int64)
+    if len(seconds) == 1:  # plain numbers are quicker
+        return np.array([max(to_ns(seconds.item(), "duration"), 1)])
+    whole = all_to_ns(seconds, "durations")
     return np.maximum(whole, 1, out=whole)
 
 

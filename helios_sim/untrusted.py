@@ -14,6 +14,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,24 +79,63 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def read_json(path: Path, fix: str, most_bytes: int = 16 * MIB, error: type[UserError] = UserError) -> dict[str, Any]:
-    """The JSON object in a file in UTF-8. Raises `error` for other values, duplicate keys, NaN and infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number of JSON")
-
+    """The JSON object in a file in UTF-8. Raises `error` for other values and for what `parse_json` refuses."""
     content = read_bytes(path, most_bytes, fix, error)
     with reading(str(path), "damaged", "a JSON object", fix, error):
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
+        found = parse_json(content.decode("utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError where a key stands twice in one object, and for NaN, infinity and numbers
+    beyond float64.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return found
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond the range of numbers")
+    return value
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text. yaml.YAMLError where it is none, and where a key stands twice in one mapping."""
+    import yaml
+
+    return yaml.load(text, _unique_loader())
+
+
+@cache
+def _unique_loader() -> Any:
+    import yaml
+
+    class Unique(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            known: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    if key.value in known:
+                        raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands there twice")
+                    known.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Unique
 
 
 class Fields:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from helios_sim import files
 from helios_sim.errors import UserError
-from helios_sim.report import files
-from helios_sim.report.files import json_value
+from helios_sim.files import json_value
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.report.page import render
 from helios_sim.report.result import Comparisons, ExperimentResult, comparisons
@@ -181,11 +181,12 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None
 def test_a_full_disk_is_the_users_error(tmp_path: Path) -> None:
     """The write goes to a device without space: the old file stays, the message names the fix."""
     code = (
-        "import sys, tempfile, io; from pathlib import Path; from helios_sim.report import files\n"
-        "make = tempfile.NamedTemporaryFile\n"
-        "def full(**options):\n"
-        "    made = make(**options); made.file.close(); made.file = open('/dev/full', 'wb'); return made\n"
-        "files.tempfile.NamedTemporaryFile = full\n"
+        "import os, sys; from pathlib import Path; from helios_sim import files\n"
+        "beside = files._beside\n"
+        "def full(path):\n"
+        "    draft = beside(path); draft.symlink_to('/dev/full'); return draft\n"
+        "files._beside = full\n"
+        "Path.open = lambda path, mode: open(path, mode.replace('x', 'w'))\n"
         "files.write_text(Path(sys.argv[1]), 'new')"
     )
     path = tmp_path / "a.json"
@@ -195,3 +196,50 @@ def test_a_full_disk_is_the_users_error(tmp_path: Path) -> None:
     assert "free space" in done.stderr
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+OLD = {"a": b"old a", "b": b"old b", "header": b"old"}
+NEW = {"a": b"new a", "header": b"new"}
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interruption_never_leaves_files_of_two_writes(tmp_path: Path, monkeypatch, at: int) -> None:
+    """Ctrl-C at the n-th step on the disk: the old files, or the new ones, or no header."""
+    for name, content in OLD.items():
+        (tmp_path / name).write_bytes(content)
+    steps = iter(range(100))
+
+    def stopping(step):
+        def stopped(*args, **options):
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            return step(*args, **options)
+
+        return stopped
+
+    monkeypatch.setattr(files, "_sync", stopping(files._sync))
+    monkeypatch.setattr(os, "replace", stopping(os.replace))
+    if at < 4:
+        with pytest.raises(KeyboardInterrupt):
+            files.write_together(tmp_path, {"a": b"new a", "b": None}, "header", b"new")
+        found = held(tmp_path)
+        assert found == OLD if at < 2 else "header" not in found
+        assert set(found) <= set(OLD)
+    else:
+        files.write_together(tmp_path, {"a": b"new a", "b": None}, "header", b"new")
+        assert held(tmp_path) == NEW
+
+
+def test_files_have_the_rights_that_the_umask_allows(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            files.write_text(tmp_path / "a", "x")
+            files.write_together(tmp_path, {"b": b""}, "header", b"")
+        finally:
+            os.umask(before)
+        assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b", "header")} == {mode}

@@ -13,8 +13,8 @@ import pytest
 
 import helios_sim.study.jobs
 from helios_sim.core import machine
+from helios_sim.files import write_parquet_parts
 from helios_sim.report import records as records_module
-from helios_sim.report.files import write_parquet_parts
 from helios_sim.report.metrics import Slo, compute_metrics
 from helios_sim.report.records import Labels, Maybe, RecordLog, Records
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import re
 import tarfile
 import tempfile
@@ -20,9 +19,9 @@ from typing import Any
 
 from calibrate.progress import now
 from calibrate.stages import RECORD, STAGES, read_finished
+from helios_sim import files
 from helios_sim.errors import UserError
-from helios_sim.report import files
-from helios_sim.untrusted import reading
+from helios_sim.untrusted import parse_json, reading
 
 FORMAT, SCHEMA_VERSION = "helios-sim campaign", 1
 MANIFEST, SUFFIX = "manifest.json", ".tar.gz"
@@ -149,7 +148,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                     if file is None or member.name in content:
                         raise ValueError(f"{member.name[:80]!r} stands there twice, or is no file")
                     content[member.name] = file.read()
-        manifest = json.loads(content.pop(MANIFEST))
+        manifest = parse_json(content.pop(MANIFEST))
         if (manifest["format"], manifest["schema_version"]) != (FORMAT, SCHEMA_VERSION):
             raise UserError("resume", str(path), f"this version reads version {SCHEMA_VERSION}", _LEAVE_OUT)
         wanted, stages, left_out = manifest["files"], manifest["stages"], manifest["left_out"]

@@ -8,7 +8,6 @@ recorded answers.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,8 +18,8 @@ from calibrate.measure.ceilings import Ceilings, measure_ceilings
 from calibrate.measure.device import Copy, DeviceFacts, Step, TimedDevice, measure_energy, why_absent
 from calibrate.measure.sampling import figure
 from helios_sim.errors import UserError
-from helios_sim.report.files import to_json
-from helios_sim.untrusted import read_bytes, reading
+from helios_sim.files import to_json
+from helios_sim.untrusted import parse_json, read_bytes, reading
 
 REPEATS = 15
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -202,7 +201,7 @@ class ReplayedDevice:
         self._path = path
         with reading("record", str(path), "cannot be read", _FIX):
             lines = read_bytes(path, _MOST_BYTES, _FIX).decode().splitlines()
-            self._lines = [json.loads(line) for line in lines]
+            self._lines = [parse_json(line) for line in lines]
             self._at = 0
             facts = self._next("facts")
             self.asynchronous: bool = facts.pop("asynchronous")

@@ -24,6 +24,7 @@ import numpy as np
 from calibrate.schema import CampaignConfig
 from calibrate.stages import Finished, NotEnoughTime, StageRun
 from calibrate.work import ADAPTERS, TRACES
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.published import EXIT_SHARES, TASKS as PUBLISHED_TASKS, published_trace
@@ -35,7 +36,6 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
-from helios_sim.report import files
 from helios_sim.study.command import run_study
 from helios_sim.study.modes import LIVE, SIMULATE, LiveConfig, LiveFidelityConfig
 from helios_sim.study.schema import (

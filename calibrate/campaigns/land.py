@@ -14,7 +14,6 @@ meaningful.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -26,10 +25,11 @@ from typing import Any
 from calibrate.campaigns.archives import archives_in, campaign_of, read_archive
 from calibrate.stages import Finished, read_finished
 from calibrate.work import CEILINGS, PROFILE
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile.store import read_profile
-from helios_sim.report import files
 from helios_sim.report.format import in_unit, markdown
+from helios_sim.untrusted import parse_json
 
 OVER_CEILING = ("dense", "decode_attention", "prefill_attention", "head")
 
@@ -213,7 +213,7 @@ def cards(folder: Path) -> str:
     for path in sorted(folder.glob(f"*/{SUMMARY}")):
         if path.parent.name == REHEARSAL:
             continue
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = parse_json(path.read_text(encoding="utf-8"))
         results = {name: stage["result"] for name, stage in summary["stages"].items() if stage["result"]}
         card = f"[{path.parent.name}]({path.parent.name}/{REPORT})"
         found, date = results[CEILINGS]["ceilings"], summary["stages"][CEILINGS]["finished_at"][:10]
@@ -251,7 +251,7 @@ def _experiment(into: Path, card: str, smaller: str, larger: str) -> Path:
 
 def _summary(out: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json((out / SUMMARY).read_text(encoding="utf-8"))
         if {"campaign", "worthless", "stages"} <= found.keys():
             return found
     except (OSError, ValueError, AttributeError):

@@ -30,6 +30,7 @@ from calibrate.exits.reliability import (
 )  # fmt: skip
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, domain_of
 from calibrate.exits.training import Recipe, Say, Tensors
+from helios_sim import files
 from helios_sim.live.model.heads import ExitHeads, write_heads
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def fit_heads(
     model: SegmentedModel, states: HiddenStates, config: AdapterConfig, folder: Path, scratch: Path, say: Say = print
 ) -> ExitHeads:
     """Run the steps after the hidden states. Writes heads to `folder` and returns them as loaded from there."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     architecture, recipe = model.architecture, config.recipe
     rows = states.rows(Split.TRAIN)
@@ -120,7 +121,7 @@ def fit_heads(
         training.train_adapters(
             model, teacher, lambda d, chosen: states.at(d, rows[chosen.numpy()]), adapters, recipe, spent, say
         )
-        save_file({f"{d}.{k}": v.contiguous() for d, of in adapters.items() for k, v in of.items()}, kept)
+        files.write_bytes(kept, save({f"{d}.{k}": v.contiguous() for d, of in adapters.items() for k, v in of.items()}))
     tensors = _with_checks(model, states, rows, fresh, teacher, adapters, recipe, say)
     temperature, report, tensors = _calibrated(model, states, tensors, config, say)
     exits, curve = _chosen(states, tensors, report, config, architecture, say)

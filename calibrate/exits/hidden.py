@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.exits.texts import TASKS, Split, domain_of, passages
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live import served
 from helios_sim.untrusted import in_short
@@ -145,7 +145,7 @@ def collect(
 ) -> HiddenStates:
     """Hidden states of all passages. Every batch is a file, so that an interrupted run can be resumed."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     groups = list(batches(chosen))
@@ -159,10 +159,8 @@ def collect(
             labels = [(list(Split).index(chosen[i].split), TASKS.index(chosen[i].task)) for i in group]
             lengths = [len(chosen[i].tokens) for i in group]
             label = torch.from_numpy(np.repeat(np.array(labels, dtype=np.int32), lengths, axis=0))
-            draft = path.with_suffix(".part")
             shard = {"hidden": hidden.cpu().contiguous(), "label": label}
-            save_file(shard, draft)
-            os.replace(draft, path)
+            files.write_bytes(path, save(shard))
             if b % 10 == 0:
                 say(f"hidden states: batch {b + 1} of {len(groups)}")
         shards.append(shard)

@@ -29,6 +29,7 @@ from calibrate.exits.hidden import Passage, batches, start_token, states, tokeni
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
 from calibrate.exits.training import largest
 from calibrate.measure.devices import cpuinfo
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
@@ -316,9 +317,8 @@ def _columns(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
-    draft = path.with_suffix(".part.npz")
-    np.savez(draft, allow_pickle=False, **columns)
-    os.replace(draft, path)
+    with files.replacing(path) as file:
+        np.savez(file, allow_pickle=False, **columns)
 
 
 def _read(

@@ -8,7 +8,6 @@ there is a whole profile. What follows refines it, takes more samples and tests 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,10 +36,12 @@ from calibrate.measure.latency import (
 from calibrate.measure.memory import Loads, Memory, measure_loads, measure_memory
 from calibrate.measure.sampling import Clock, Points, Sampler
 from calibrate.measure.subject import Subject
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchor, Anchors, ModelSpec
 from helios_sim.provenance import Assumption
+from helios_sim.untrusted import parse_json
 
 PART = "drift"
 COARSE_SAMPLES = 1
@@ -77,17 +78,14 @@ class SavedParts:
         """The part, or None if it is missing. Raises UserError if it cannot be read."""
         path = self.folder / f"{name}.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(str(path), str(error), "JSON of a finished part", "delete it to measure anew") from error
 
     def put(self, name: str, value: Any) -> None:
-        path = self.folder / f"{name}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        files.write_text(self.folder / f"{name}.json", files.to_json(value, indent=1) + "\n")
 
     def made(self, name: str, make: Callable[[], Any]) -> Any:
         """The part, made now if it is missing."""

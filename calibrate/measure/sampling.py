@@ -12,7 +12,6 @@ resumed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calibrate.measure.device import Step, TimedDevice
+from helios_sim import files
 from helios_sim.errors import UserError
 
 STANDARD_ERROR = 0.929  # of a median of normal samples, in IQR / sqrt(n): 1.253 sigma, with sigma = IQR / 1.349
@@ -167,9 +167,7 @@ class Points:
                 "contended_s": pa.array([self._contended.get(p, []) for p in ordered], pa.list_(pa.float64())),
             }
         )
-        partial = self.path.with_name(self.path.name + ".partial")
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, self.path)
+        files.write_parquet(self.path, table)
 
 
 @dataclass(frozen=True, slots=True)

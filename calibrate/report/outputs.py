@@ -22,6 +22,7 @@ from calibrate.report.page import Page, render
 from calibrate.schema import CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
 from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, TRACES
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import SHIPPED, load_trace, read_trace
@@ -29,7 +30,6 @@ from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import command_given
-from helios_sim.report import files
 
 NAME = "calibrated"
 USERS = 4
@@ -129,6 +129,9 @@ def _written(place: Path, write: Any) -> None:
         write(draft)
         shutil.rmtree(place, ignore_errors=True)
         draft.rename(place)
+    except UserError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         fix = "free space on the disk, or choose another folder"

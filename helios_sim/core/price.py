@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from helios_sim.core.layout import NEVER, Kind, Numbers, Record, Table
+from helios_sim.core.layout import FOREVER_NS, NEVER, Kind, Numbers, Record, Table
 
 NS_PER_S = 1e9
 # Tables by number of rows: four of the model, then three of each layer class.
@@ -90,8 +90,14 @@ class PriceTables(NamedTuple):
 
 
 def whole_ns(seconds: float) -> int:
-    """A duration in whole nanoseconds, halves to even, at least one, so that time always advances."""
-    return max(round(seconds * NS_PER_S), 1)
+    """A duration in whole nanoseconds, halves to even, at least one, so that time always advances.
+
+    FOREVER_NS where it is not finite or does not fit: the loop then stops with HORIZON, and the server refuses it.
+    """
+    ns = seconds * NS_PER_S
+    if not -FOREVER_NS < ns < FOREVER_NS:
+        return FOREVER_NS
+    return max(round(ns), 1)
 
 
 def time_s(

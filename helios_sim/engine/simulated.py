@@ -19,7 +19,7 @@ from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
-from helios_sim.request import NS_PER_S, Request, whole_ns
+from helios_sim.request import Request, to_ns, whole_ns
 from helios_sim.serving.iteration import Places, Terms
 
 # Columns of requests as `Foresees.tokens_of` gets them.
@@ -77,7 +77,7 @@ class SimulatedEngine:
         """Memory is counted by the server; nothing lies in it here."""
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        duration_ns = max(1, round(self._models[model].profile.load_time_s(n_bytes) * NS_PER_S))
+        duration_ns = max(1, to_ns(self._models[model].profile.load_time_s(n_bytes), "load"))
         now_ns = int(self._env.now)
         self._channel_free_ns = max(now_ns, self._channel_free_ns) + duration_ns
         arrival = self._env.timeout(self._channel_free_ns - now_ns)

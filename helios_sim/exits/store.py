@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
@@ -77,9 +77,8 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
 
 
 def write_trace(trace: ExitTrace, folder: Path) -> None:
-    """Writes the trace's folder, the header last. Each file appears complete or not at all."""
+    """Writes the trace's folder, all of its files or none. UserError where it cannot be written."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {name: getattr(trace, name) for name in _PER_TOKEN}
     recorded: dict[str, Any] = {MEASURES[c].column: values for c, values in trace.confidences.items()}
@@ -88,9 +87,7 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
     for name in per_exit:
         for e, depth in enumerate(trace.exits):
             columns[f"{name}_{depth}"] = recorded[name][:, e]
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{TABLE}.part"
-    pq.write_table(pa.table(columns), draft, compression="zstd")
+    table = files.parquet(pa.table(columns))
     header = {
         "format": "exit-trace",
         "schema_version": SCHEMA_VERSION,
@@ -102,13 +99,10 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
         "published_threshold": trace.published_threshold,
         "published_confidence": trace.published_confidence,
         "human_text": trace.human_text,
-        "sha256": hashlib.sha256(draft.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(table).hexdigest(),
         "provenance": trace.provenance.to_json(),
     }
-    os.replace(draft, folder / TABLE)
-    draft = folder / f"{HEADER}.part"
-    draft.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, folder / HEADER)
+    files.write_together(folder, {TABLE: table}, HEADER, f"{json.dumps(header, indent=2)}\n".encode())
 
 
 def read_trace(folder: Path) -> ExitTrace:

@@ -26,7 +26,7 @@ from simpy.core import EmptySchedule, Infinity
 from simpy.events import Timeout
 
 from helios_sim.errors import UserError
-from helios_sim.request import LONGEST, NS_PER_S, Request
+from helios_sim.request import LONGEST, NS_PER_S, Request, to_ns
 
 Call = Callable[[], None]
 MOST_CALLS = 100_000  # that may wait for the environment
@@ -46,7 +46,7 @@ class WallClock(simpy.rt.RealtimeEnvironment):
     def wall_ns(self) -> int:
         """The time on the clock now. `now` is the time of the running event, which is never later."""
         stopped_s = self._stopped_s  # read once: another thread may ask
-        return round(((monotonic() if stopped_s is None else stopped_s) - self.real_start) * NS_PER_S)
+        return to_ns((monotonic() if stopped_s is None else stopped_s) - self.real_start)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ axis (a number from 0), place and value; axis -1 holds the table's numbers in ro
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchor, Anchors, CostSource, HardwareSpec, ModelSpec, Runtime
@@ -66,13 +65,12 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Writes the files into the folder `path`; profile.json last, so that an interrupted write is no profile."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Writes the folder `path`, all of its files or none. UserError where it cannot be written."""
     rows = [_row_columns(name, index, table) for name, index, table in _rows_tables(profile)]
     grids = [_grid_columns(name, index, table) for name, index, table in _grid_tables(profile)]
-    _write_parquet(rows, path / "rows.parquet")
-    _write_parquet(grids, path / "grids.parquet")
-    _write_terms(profile.layer_tables, path)
+    classes = enumerate(profile.layer_tables)
+    terms = [_term_columns(term[0], i, *term[1:]) for i, tables in classes for term in _terms_of(tables)]
+    parts = {"rows.parquet": _parquet(rows), "grids.parquet": _parquet(grids), TERMS: _parquet(terms)}
     header = {
         "schema_version": SCHEMA_VERSION,
         "model": _used(profile.model),
@@ -84,8 +82,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         **({"padded_kv": True} if profile.padded_kv else {}),  # this and what follows were added later
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
     }
-    text = json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False)
-    (path / HEADER).write_text(text + "\n", encoding="utf-8")
+    files.write_together(path, parts, HEADER, f"{files.to_json(header, indent=1)}\n".encode())
 
 
 def read_profile(path: Path) -> Profile:
@@ -204,8 +201,8 @@ def _columns(name: str, layer_class: int, axes: dict[str, Any], table: RowsTable
     return pa.table(columns)
 
 
-def _write_parquet(parts: list[pa.Table], path: Path) -> None:
-    pq.write_table(pa.concat_tables(parts), path, compression="zstd")
+def _parquet(parts: list[pa.Table]) -> bytes | None:
+    return files.parquet(pa.concat_tables(parts)) if parts else None
 
 
 class _Tables:
@@ -293,15 +290,6 @@ def _whole(axis: FloatArray) -> Any:
     if not np.array_equal(axis, np.floor(axis)) or (len(axis) and np.abs(axis).max() > 1 << 40):
         raise UserError(TERMS, axis[:8].tolist(), "axes in whole numbers", _REBUILD)
     return axis.astype(np.int64)
-
-
-def _write_terms(classes: Sequence[LayerTables], path: Path) -> None:
-    """Writes the file into the folder `path`, or removes an older one where there is nothing to write."""
-    parts = [_term_columns(term[0], i, *term[1:]) for i, tables in enumerate(classes) for term in _terms_of(tables)]
-    if parts:
-        _write_parquet(parts, path / TERMS)
-    else:
-        (path / TERMS).unlink(missing_ok=True)
 
 
 def _terms_of(tables: LayerTables) -> list[tuple[str, tuple[Any, ...], FloatArray]]:

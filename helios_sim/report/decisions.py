@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from helios_sim.files import json_value, numbers, texts, to_json
 from helios_sim.policy.deployment import Cause, Deployment, Placement
-from helios_sim.report.files import json_value, numbers, texts, to_json
 from helios_sim.request import NS_PER_S
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helios_sim import __version__
+from helios_sim.files import json_value, to_json
 from helios_sim.report import format as fmt
 from helios_sim.report.breakdown import Spread, TaskFigures, by_kind
 from helios_sim.report.cautions import cautions
@@ -14,7 +15,6 @@ from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.decisions import decision_rows
 from helios_sim.report.designs import Design, DesignsResult, design_label, metric_cells, thinned, value_text
 from helios_sim.report.figures.style import Drawing, arm_styles, to_svg
-from helios_sim.report.files import json_value, to_json
 from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
 from helios_sim.report.result import ArmResult, Comparisons, ExperimentResult, headline_metrics
 from helios_sim.report.tables import baseline_marks

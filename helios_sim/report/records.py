@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.trace import MICROBITS
-from helios_sim.report.files import numbers, texts
+from helios_sim.files import numbers, texts
 from helios_sim.request import RecordBlock, RequestRecord, Status
 
 if TYPE_CHECKING:

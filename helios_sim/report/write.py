@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helios_sim.report import files
+from helios_sim import files
+from helios_sim.files import json_value
 from helios_sim.report.compare import Ratio, interval_over_seeds
 from helios_sim.report.decisions import decisions_table
 from helios_sim.report.designs import Design, DesignsResult, designs_table
-from helios_sim.report.files import json_value
 from helios_sim.report.metrics import DEFINITIONS, Metrics
 from helios_sim.report.result import (
     ArmResult,

@@ -18,8 +18,9 @@ from helios_sim.core.arrive import release, take_arrivals
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables
 from helios_sim.core.machine import Machine
 from helios_sim.core.schedule import running_limit
+from helios_sim.errors import UserError
 from helios_sim.policy.telemetry import Policy, Situation
-from helios_sim.request import RecordBlock, Request, RequestBlock
+from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
@@ -145,6 +146,9 @@ class Server:
             if stop == layout.ARRIVALS:
                 self._read_on()
             elif stop == layout.HORIZON:
+                if s.end_ns >= FOREVER_NS:
+                    allowed = "times that end within 146 years"
+                    raise UserError("iteration", f"an end at {s.end_ns:.1e} ns", allowed, "correct the profile's costs")
                 if self.on_iteration is not None:
                     self.on_iteration(int(s.started_ns), int(s.end_ns))
                 if s.left or s.seen:  # a router counts who has left; all else can wait
@@ -211,7 +215,7 @@ class Server:
             return error.end_ns
         note_outcome(replica, outcome.decoded, outcome.prefilled)
         profile, it = outcome.profile, replica.iteration
-        it.floor_ns = max(round(float(profile.iteration_floor_s(outcome.composition)[0]) * 1e9), 1)
+        it.floor_ns = int(whole_ns(profile.iteration_floor_s(outcome.composition))[0])
         it.outside = int(profile.outside_grid(outcome.composition)[0])
         s.end_ns = outcome.end_ns
         return None

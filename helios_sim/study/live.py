@@ -25,7 +25,7 @@ from helios_sim.profile.spec import Anchors
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics
 from helios_sim.report.records import Maybe, Records
-from helios_sim.request import NS_PER_S, Request
+from helios_sim.request import Request, to_ns
 from helios_sim.serving.iteration import Engine, OutOfMemory
 from helios_sim.study.build import Parts, build_profile, exit_trace
 from helios_sim.study.schema import Config
@@ -229,7 +229,7 @@ class Pace:
         self, engine: LiveEngine, profiles: Mapping[str, Profile], clock: WallClock, every_s: float | None
     ) -> None:
         self._engine, self._profiles, self._clock = engine, profiles, clock
-        self._every_ns = None if every_s is None else round(every_s * NS_PER_S)
+        self._every_ns = None if every_s is None else to_ns(every_s, "live.pace_every_s")
         self._due_ns = 0
         self._turns = cycle((DECODE, PROMPT))
         self._found: dict[str, list[float]] = {DECODE: [], PROMPT: []}

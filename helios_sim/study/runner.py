@@ -10,9 +10,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helios_sim import files
 from helios_sim.errors import UserError
-from helios_sim.report import files
-from helios_sim.report.files import json_value
+from helios_sim.files import json_value
 from helios_sim.report.terminal import say
 from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job

@@ -13,8 +13,8 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.files import json_value
 from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
-from helios_sim.report.files import json_value
 from helios_sim.report.format import metric as shown
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import RecordLog

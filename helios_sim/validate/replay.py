@@ -29,7 +29,7 @@ from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.tables import FloatArray
 from helios_sim.provenance import Assumption
-from helios_sim.request import RequestBlock, RequestRecord, Status
+from helios_sim.request import RequestBlock, RequestRecord, Status, all_to_ns, to_ns
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats, Timeline
@@ -79,7 +79,7 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         ends.append(end_ns)
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
-        engine = SimulatedEngine(env, models, round(warm_up_s * 1e9))
+        engine = SimulatedEngine(env, models, to_ns(warm_up_s, "warm-up"))
         server = Server(env, number, engine, make_policy("full_depth", {"model": model}), situation, on_left)
         server.on_iteration = note
         return server
@@ -97,7 +97,7 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
 def _blocks(log: ServingLog, rate: float) -> Iterator[RequestBlock]:
     n = len(log)
     none = np.zeros(n, np.int64)
-    arrival_ns = np.rint(log.arrival_ns / rate).astype(np.int64)
+    arrival_ns = all_to_ns(log.arrival_ns / rate, "arrivals", ns_per=1)
     yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none)
 
 

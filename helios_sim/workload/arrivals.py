@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError, require_count, require_positive
-from helios_sim.request import LATEST_NS, NS_PER_S
+from helios_sim.request import LATEST_NS, NS_PER_S, all_to_ns
 from helios_sim.workload.traces import RequestTrace
 
 ArrivalSampler = Callable[[int, int], NDArray[np.int64]]
@@ -141,13 +141,11 @@ def _at_zero(first: int, n: int) -> NDArray[np.int64]:
 
 def _arrivals_ns(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """Ascending seconds, shape (n,), as whole nanoseconds. UserError where they leave the range of int64."""
-    times_ns = times_s * NS_PER_S
-    if not times_ns[-1] <= LATEST_NS:
+    if not times_s[-1] <= LATEST_NS / NS_PER_S:
         raise UserError(
             "workload.arrivals",
             float(times_s[-1]),
             "the last arrival, in seconds, must lie within 146 years",
             "raise the rate or ask for fewer requests",
         )
-    whole: NDArray[np.int64] = np.rint(times_ns).astype(np.int64)
-    return whole
+    return all_to_ns(times_s, "workload.arrivals")

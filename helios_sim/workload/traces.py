@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError, require_count
-from helios_sim.request import LATEST_NS, LONGEST
+from helios_sim.request import LATEST_NS, LONGEST, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
-from helios_sim.untrusted import MIB, in_short, read_text, reading, shortened
+from helios_sim.untrusted import MIB, in_short, parse_json, read_text, reading, shortened
 from helios_sim.workload.columns import (
     ALLOWED,
     NS_PER,
@@ -120,7 +120,7 @@ def _opened(path: Path) -> _File:
     content = read_text(path, MOST_BYTES, _FIX, TraceFileError)
     begins = content[:4096].lstrip()[:1]
     if begins == b"[":
-        rows = json.loads(content)
+        rows = parse_json(content)
         lines = [json.dumps(row) for row in rows]
         return _File(path.name, "\n".join(lines).encode() + b"\n", None)
     if begins == b"{" or path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -138,7 +138,7 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
         return names, dict(zip(names, cells, strict=False))
     line = next((text for text in file.lines if text.strip()), "{}")
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         allowed = f"its first line is no JSON object ({in_short(error)})"
         raise TraceFileError("workload.trace", file.name, allowed, "write one object in each line") from error
@@ -211,12 +211,11 @@ def _values(numbers: NDArray[Any], column: TraceColumn) -> NDArray[np.int64]:
         if not ((numbers >= 0) & (numbers < LATEST_NS / ns_per)).all():  # false for NaN too
             raise _NotReadable(f"{column.name} has values out of range")
         # The offset goes first: seconds since 1970, as ns, are beyond float64's whole numbers.
-        numbers = np.rint((numbers - numbers.min()) * ns_per)
-    else:
-        least, most = (-LONGEST, LONGEST) if column.format is CellFormat.WHOLE else (1, LONGEST)
-        most = 2 * LONGEST if column.role is Role.TOTAL else most
-        if not ((numbers >= least) & (numbers <= most) & (numbers == np.floor(numbers))).all():
-            raise _NotReadable(f"{column.name} has values that are no {column.format}")
+        return all_to_ns(numbers - numbers.min(), column.name, ns_per)
+    least, most = (-LONGEST, LONGEST) if column.format is CellFormat.WHOLE else (1, LONGEST)
+    most = 2 * LONGEST if column.role is Role.TOTAL else most
+    if not ((numbers >= least) & (numbers <= most) & (numbers == np.floor(numbers))).all():
+        raise _NotReadable(f"{column.name} has values that are no {column.format}")
     return numbers.astype(np.int64)
 
 
@@ -298,7 +297,7 @@ def _json_rows(file: _File) -> Iterator[tuple[int, Mapping[str, Any]]]:
             continue
         place = f"{file.name}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(place, line.strip()[:80], f"must be a JSON object ({in_short(error)})", _DROP) from error
         if not isinstance(row, dict):

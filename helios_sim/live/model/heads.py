@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.untrusted import Fields, read_bytes, read_json, reading
 
@@ -231,11 +231,13 @@ def _head(
 
 
 def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-    """Write the folder in float16, header last, each file atomically. `tensors` maps depths to adapter and check."""
+    """Write the folder in float16, both files or none. `tensors` maps depths to adapter and check.
+
+    UserError where it cannot be written.
+    """
     import torch
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     content = save(
         {
             f"{depth}.{name}": value.to(torch.float16).contiguous()
@@ -245,10 +247,7 @@ def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, M
     )
     full = {"format": "exit-heads", "schema_version": SCHEMA_VERSION, **header}
     full["sha256"] = hashlib.sha256(content).hexdigest()
-    for name, data in ((TENSORS, content), (HEADER, (json.dumps(full, indent=1) + "\n").encode())):
-        draft = folder / f"{name}.part"
-        draft.write_bytes(data)
-        os.replace(draft, folder / name)
+    files.write_together(folder, {TENSORS: content}, HEADER, f"{json.dumps(full, indent=1)}\n".encode())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

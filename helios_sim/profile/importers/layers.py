@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, cards_together
@@ -40,7 +39,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
-from helios_sim.untrusted import read_text, reading
+from helios_sim.untrusted import parse_yaml, read_text, reading
 
 NEEDED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 IN_A_LAYER = {"layernorm": 2, "qkv_proj": 1, "qk_norm": 2, "rotary_emb": 1, "o_proj": 1, "gate_up_proj": 1, "act_fn": 1,
@@ -69,7 +68,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return {}
     content = read_text(path, 256 << 10, "correct the file")
     with reading(str(path), "damaged", "a YAML mapping", "correct the file"):
-        meta = yaml.safe_load(content)
+        meta = parse_yaml(content)
         if not isinstance(meta, dict):
             raise UserError(str(path), type(meta).__name__, "a YAML mapping", "correct the file")
         return meta

@@ -1,13 +1,17 @@
-"""Output files: JSON values and Arrow columns, and writing that leaves a complete file or none."""
+"""Output files: JSON values and Arrow columns, and writing that leaves a complete file or none.
+
+Every file that this program writes for later goes through `replacing`: it is written beside its place, synced to the
+disk, and renamed. Files that are read together and described by one of them go through `write_together`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,25 +43,63 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises UserError when the disk is full or the folder cannot be written to; an older `path` then stays as it was.
     """
     make_folder(path.parent)
-    scratch: Path | None = None
+    scratch = _beside(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-            scratch = Path(file.name)
+        with scratch.open("xb") as file:  # readable to those to whom the umask allows it
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(0o644)  # temporary files are private by default
+            _sync(file)
         os.replace(scratch, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
+        _remove(scratch)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove(scratch: Path) -> None:
+    with suppress(OSError):
+        scratch.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
+
+
+def write_together(folder: Path, parts: Mapping[str, bytes | None], header: str, described: bytes) -> None:
+    """Files of one folder by name (None: one that must not be there), and the header without which they are nothing.
+
+    An interruption leaves the files of before, the new ones, or a folder without a header, never a mixture. UserError
+    where they cannot be written.
+    """
+    make_folder(folder)
+    whole = {**{name: content for name, content in parts.items() if content is not None}, header: described}
+    scratch = {name: _beside(folder / name) for name in whole}
+    try:
+        for name, content in whole.items():
+            with scratch[name].open("xb") as file:
+                file.write(content)
+                _sync(file)
+        (folder / header).unlink(missing_ok=True)
+        for name in parts:
+            if name in scratch:
+                os.replace(scratch[name], folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        os.replace(scratch[header], folder / header)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for draft in scratch.values():
+            _remove(draft)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +113,15 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
+
+
+def parquet(table: pyarrow.Table) -> bytes:
+    """The content of a Parquet file."""
+    from pyarrow import BufferOutputStream, parquet as arrow_parquet
+
+    sink = BufferOutputStream()
+    arrow_parquet.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def write_parquet(path: Path, table: pyarrow.Table) -> None:
