@@ -37,6 +37,8 @@ PACKAGES = ("simpy", "hydra-core", "omegaconf", "jinja2", "markupsafe", "pyyaml"
 SOURCES = ("antlr4-python3-runtime",)  # pure Python without a wheel on the index: built here
 GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux_2_N exactly, so each is named
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+_PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]*(==[\w.+!-]+)?")  # no option of pip, no address
+_PINS = Path(__file__).resolve().parents[1] / "requirements"  # of the checkout
 _RUNNER = Path(__file__).with_name("bundle_run.py")
 
 
@@ -73,7 +75,10 @@ class BundleSettings:
         unknown = [name for name in models if name not in KNOWN]
         if unknown:
             raise UserError("models", unknown, f"some of {', '.join(KNOWN)}", "correct the names")
-        return cls(Path(given["out"]).expanduser(), python, int(part), models, _listed(given.get("with", "")))
+        more = _listed(given.get("with", ""))
+        if no_names := [word for word in more if not _PACKAGE.fullmatch(word)]:
+            raise UserError("with", no_names, "names of packages, or NAME==VERSION", "correct the names")
+        return cls(Path(given["out"]).expanduser(), python, int(part), models, more)
 
 
 def make_bundle(wanted: BundleSettings) -> Path:
@@ -97,19 +102,22 @@ def make_bundle(wanted: BundleSettings) -> Path:
 def fetch_wheels(folder: Path, python: str, packages: Sequence[str], sources: Sequence[str]) -> None:
     """Fetch wheels of this project and of `packages`, without their dependencies.
 
-    Packages get the version that is installed here, if any. `sources` are built here.
+    Packages that the checkout pins have that version and are checked against their digests; others get the version that
+    is installed here, if any. `sources` are built here.
     """
     folder.mkdir(parents=True)
-    into = ("--no-deps", "--wheel-dir", str(folder))
-    isolated = () if find_spec("hatchling") is None else ("--no-build-isolation",)  # without it pip fetches hatchling
-    _pip("wheel", *into, *isolated, str(Path(__file__).resolve().parents[1]))
+    into: tuple[str, ...] = ("--no-deps", "--wheel-dir", str(folder))
+    # Without isolation what builds is what is installed here; with it pip fetches it.
+    there = find_spec("hatchling") is not None and find_spec("setuptools") is not None
+    into += ("--no-build-isolation",) if there else ()
+    _pip("wheel", *into, str(_PINS.parent))
     if sources:
-        _pip("wheel", *into, *map(_pinned, sources))
+        _fetch("wheel", (*into, "--use-pep517"), sources)
     if packages:
         tags = [f"manylinux_2_{n}_x86_64" for n in GLIBCS] + ["manylinux2014_x86_64", "any"]
         on = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
         on += [word for tag in tags for word in ("--platform", tag)]
-        _pip("download", "--no-deps", *on, "--dest", str(folder), *map(_pinned, packages))
+        _fetch("download", ("--no-deps", *on, "--dest", str(folder)), packages)
     bound = [wheel.name for wheel in folder.glob("*.whl") if not _suits(wheel.name, python)]
     if bound:
         raise UserError(
@@ -165,17 +173,37 @@ def _suits(wheel: str, python: str) -> bool:
     return "any" in platform or f"cp{python.replace('.', '')}" in tag or "abi3" in abi
 
 
+def _fetch(command: str, options: Sequence[str], packages: Sequence[str]) -> None:
+    """Run pip for the packages: those that the checkout pins by their digests, then the others."""
+    pins = _pins()
+    pinned, others = [pins[p] for p in packages if p in pins], [_installed(p) for p in packages if p not in pins]
+    with tempfile.TemporaryDirectory() as scratch:
+        if pinned:
+            path = Path(scratch) / "pinned.txt"
+            path.write_text("\n".join(pinned) + "\n")
+            _pip(command, *options, "--require-hashes", "--requirement", str(path))
+    if others:
+        _pip(command, *options, *others)
+
+
+def _pins() -> Mapping[str, str]:
+    """The entry of every package in the checkout's requirements, version and digests, by name."""
+    texts = [path.read_text() for path in sorted(_PINS.glob("*.txt"))]
+    entries = [entry for text in texts for entry in re.split(r"\n(?=[^\s#])", text) if "--hash=" in entry]
+    return {entry.split("==")[0]: entry for entry in entries}
+
+
 def _pip(command: str, *arguments: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - words, no shell; the packages are checked settings
             [*_PIP, command, *arguments], cwd=scratch, capture_output=True, text=True, check=False
-        )  # fmt: skip
+        )
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError("package", arguments[-1], f"pip {command}: {said[-1]}", "check the network and pip's index")
 
 
-def _pinned(package: str) -> str:
+def _installed(package: str) -> str:
     """The package with the version that is installed here, since that one was tested."""
     if "=" in package:
         return package

@@ -43,7 +43,8 @@ def install(wheels: Path, site: Path) -> int:
     """Install the wheels without any index. Returns pip's exit status."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     pip += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
-    return subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=False).returncode
+    found = sorted(map(str, wheels.glob("*.whl")))
+    return subprocess.run([*pip, *found], check=False).returncode  # noqa: S603 - words, no shell; all are verified
 
 
 def prepare() -> int:
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
     if status == 0 and "--only-install" not in arguments:
         path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
         settings = {**os.environ, "PYTHONPATH": path, "HELIOS_CACHE": str(CACHE)}
-        os.execve(sys.executable, [sys.executable, "-m", "calibrate", *arguments], settings)
+        words = [sys.executable, "-m", "calibrate", *arguments]
+        os.execve(sys.executable, words, settings)  # noqa: S606 - without a shell, as is meant
     return status
 
 

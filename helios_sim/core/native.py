@@ -47,7 +47,7 @@ def compiled(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
         return text
 
     call = f"function({', '.join(map(text_of, args))})"
-    exec(f"def {NAME}(addresses, lengths):\n    return {call}", names)
+    exec(f"def {NAME}(addresses, lengths):\n    return {call}", names)  # noqa: S102 - text made above, of no input
     types = numba.types
     signature = types.int64(types.CPointer(types.voidptr), types.CPointer(types.int64))
     with _linked_only():

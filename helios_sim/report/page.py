@@ -144,7 +144,7 @@ def page_environment() -> tuple[Environment, Markup]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment, Markup(loader.get_source(environment, "report.css")[0])
+    return environment, Markup(loader.get_source(environment, "report.css")[0])  # noqa: S704 - a file of the package
 
 
 def _render(
@@ -158,12 +158,16 @@ def _render(
     from markupsafe import Markup
 
     environment, css = page_environment()
+    svgs = [Markup(to_svg(drawing)) for drawing in drawings]  # noqa: S704 - matplotlib's output, which escapes texts
     return environment.get_template(template).render(
         result=result,
         version=__version__,
         css=css,
         contents=[(key, text) for key, (text, there) in parts.items() if there],
-        figures=[{"name": d.name, "title": d.title, "caption": d.caption, "svg": Markup(to_svg(d))} for d in drawings],
+        figures=[
+            {"name": d.name, "title": d.title, "caption": d.caption, "svg": svg}
+            for d, svg in zip(drawings, svgs, strict=True)
+        ],
         run_json=to_json(json_value(result.provenance), indent=2),
         **values,
     )

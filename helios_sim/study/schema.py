@@ -76,7 +76,7 @@ class WorkloadConfig:
     n_requests: int | None = None  # null: all of a trace in its own order
     # Of the tokenizer that counts lengths: a number; model: that of the model served, the first of `models`; null: they
     # are in characters
-    chars_per_token: int | float | str | None = "model"
+    chars_per_token: int | float | str | None = "model"  # noqa: S105 - of text
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)

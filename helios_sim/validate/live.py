@@ -143,7 +143,8 @@ def measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
         settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
         settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
         print(f"measuring {model}", file=sys.stderr)
-        done = subprocess.run([sys.executable, "-m", "calibrate", *settings], stdout=subprocess.DEVNULL, check=False)
+        words = [sys.executable, "-m", "calibrate", *settings]
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)  # noqa: S603 - words, no shell
         measured = sorted((out / "profile").glob(f"{model}@*/profile.json"))
         if done.returncode != 0 or not measured:
             fix = "allow more seconds, or leave it out and use a shipped profile"

@@ -161,7 +161,8 @@ class Workers:
             yield
             return
         mark = f"{os.getpid()}.{token_hex(8)}"
-        self._guard = Popen([sys.executable, "-m", guard.__name__, mark], stdin=PIPE, start_new_session=True)
+        words = [sys.executable, "-m", guard.__name__, mark]
+        self._guard = Popen(words, stdin=PIPE, start_new_session=True)  # noqa: S603 - words of our own, no shell
         os.environ[guard.VARIABLE] = mark
         try:
             yield
