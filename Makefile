@@ -2,12 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPS := $(VENV)/.stamps
-PINS := pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Every file is checked against its sha256 in requirements/. What has no wheel is built by the pinned setuptools.
+PINNED := PIP_USE_PEP517=1 $(PIP) --require-hashes --no-deps --no-build-isolation
+SELF := $(PIP) --no-deps --no-build-isolation -e .
+PINS := pyproject.toml $(wildcard requirements/*.txt)
+AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast check bench faults sweep live models clean
+.PHONY: help run test test-fast check bench faults sweep live models audit sbom pins clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,20 +20,30 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMPS)/core: $(PINS) | $(BIN)/python
-	$(INSTALL) -e .
+	$(PINNED) -r requirements/build.txt
+	$(PINNED) -r requirements/core.txt
+	$(SELF)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/test: $(PINS) | $(BIN)/python
-	$(INSTALL) -e '.[test,sweep]'
-	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+$(STAMPS)/test: $(STAMPS)/core
+	$(PINNED) -r requirements/sweep.txt -r requirements/test.txt
+	@touch $@ $(STAMPS)/sweep
 
-$(STAMPS)/sweep: $(PINS) | $(BIN)/python
-	$(INSTALL) -e '.[sweep]'
-	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+$(STAMPS)/sweep: $(STAMPS)/core
+	$(PINNED) -r requirements/sweep.txt
+	@touch $@
 
-$(STAMPS)/live: $(PINS) | $(BIN)/python
-	$(INSTALL) -e '.[live]'
-	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/core
+# torch has no digest: which of its builds is right depends on the machine.
+$(STAMPS)/live: $(STAMPS)/core
+	$(PINNED) -r requirements/live.txt
+	$(PIP) -c requirements/torch.txt torch
+	@touch $@
+
+# The tools that look at the environment lie in one of their own.
+$(STAMPS)/audit: $(PINS) | $(BIN)/python
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/audit.txt
+	@mkdir -p $(STAMPS) && touch $@
 
 run: $(STAMPS)/core  ## install the core and run the quickstart experiment
 	$(BIN)/python -m helios_sim
@@ -57,6 +71,17 @@ faults: $(STAMPS)/live $(STAMPS)/test  ## damaged files for every loader, and ki
 sweep: $(STAMPS)/sweep  ## add Optuna and Ray to the same .venv
 
 live: $(STAMPS)/live  ## add torch and transformers to the same .venv
+
+audit: $(STAMPS)/audit  ## look up known vulnerabilities of every pinned version; fails where it cannot ask PyPI
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(filter-out %/torch.txt,$(wildcard requirements/*.txt)))
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps -r requirements/torch.txt
+
+sbom: $(STAMPS)/core $(STAMPS)/audit  ## a bill of materials of what is installed in .venv: dist/sbom.cdx.json (CycloneDX)
+	@mkdir -p dist
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.cdx.json $(BIN)/python
+
+pins: $(STAMPS)/audit  ## write requirements/ anew after a change of dependencies; UPGRADE=--upgrade: newer versions
+	$(AUDIT)/bin/python requirements/lock.py $(UPGRADE)
 
 models: $(STAMPS)/core  ## fetch the weights of the small open models, and prompts, into the cache, sha256 checked
 	$(BIN)/python -m calibrate.models

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("ARCHITECTURE.md", "GLOSSARY.md", "CONTRIBUTING.md", "README.md")
+PAGES = ("ARCHITECTURE.md", "GLOSSARY.md", "CONTRIBUTING.md", "SECURITY.md", "README.md")
 PATH = re.compile(r"[\w.][\w./-]*")
 MADE_ELSEWHERE = {"TASK.txt"}  # by users
 ENDINGS = (".py", ".md", ".toml", ".yaml", ".yml", ".ipynb", ".cff", ".txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from calibrate import bundle as bundles
 from calibrate.bundle import SUMS, BundleSettings, main, make_bundle, split
 from calibrate.bundle_run import join, verify
 from helios_sim.errors import UserError
@@ -80,6 +82,7 @@ def test_a_damaged_bundle_says_which_file(tmp_path) -> None:
         (["out=x", "part_mib=0"], "part_mib='0'"),
         (["out=x", "models=[gpt]"], "models=['gpt']"),
         (["out=x", "wheels=1"], "argument='wheels=1'"),
+        (["out=x", "with=[--index-url=x]"], "with=['--index-url=x']"),
         (["out=."], "empty folder"),
     ],
 )
@@ -89,6 +92,22 @@ def test_a_mistake_is_one_message(arguments, part, tmp_path, monkeypatch, capsys
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert part in line
+
+
+def test_packages_that_the_checkout_pins_are_checked_by_their_digests(tmp_path, monkeypatch) -> None:
+    commands: list[list[str]] = []
+
+    def pip(command: str, *arguments: str) -> None:
+        read = [Path(word).read_text() for word in arguments if word.endswith("pinned.txt")]
+        commands.append([command, *arguments, *read])
+
+    monkeypatch.setattr(bundles, "_pip", pip)
+    bundles.fetch_wheels(tmp_path / "wheels", "3.12", ("simpy", "gguf", "own-thing==1.0"), ("antlr4-python3-runtime",))
+    assert [command[0] for command in commands] == ["wheel", "wheel", "download", "download"]
+    for command, names in zip(commands[1:3], (("antlr4-python3-runtime",), ("simpy", "gguf")), strict=True):
+        assert "--require-hashes" in command
+        assert re.findall(r"^([\w-]+)==.*(?=\n    --hash=sha256:)", command[-1], re.M) == list(names)
+    assert commands[3][-1] == "own-thing==1.0"
 
 
 def test_weights_that_are_not_here_are_said_before_anything_is_fetched(tmp_path, monkeypatch) -> None:

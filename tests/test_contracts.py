@@ -6,7 +6,6 @@ import ast
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,16 +48,3 @@ def test_no_module_of_the_simulator_loads_torch(repository: Path) -> None:
 def test_every_module_says_what_it_knows(repository: Path) -> None:
     silent = [str(path) for path in modules(repository) if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []
-
-
-def test_dependencies_are_pinned_once(repository: Path) -> None:
-    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    pins = {
-        line.split("==")[0].lower().replace("_", "-")
-        for line in (repository / "constraints.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    }
-    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
-    names = {"".join(c if c.isalnum() or c in "-_." else " " for c in d).split()[0].lower() for d in wanted}
-    assert names - pins == set()
-    assert not any(name in " ".join(wanted).lower() for name in ("pandas-sns", "zeus", "wandb", "duckdb"))

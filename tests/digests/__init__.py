@@ -20,5 +20,5 @@ CHANGELOG.md under "Intended differences":
 
 Times, counts and prices are compared to the last bit, other figures (means, percentiles, evidence of decisions) to ten
 significant digits, because NumPy's functions may round differently on another CPU. Digests were recorded with the
-packages of constraints.txt on x86-64.
+packages of requirements/ on x86-64.
 """
