@@ -118,7 +118,7 @@ def parse_yaml(text: str | bytes) -> Any:
     """The value of a YAML text. yaml.YAMLError where it is none, and where a key stands twice in one mapping."""
     import yaml
 
-    return yaml.load(text, _unique_loader())
+    return yaml.load(text, _unique_loader())  # noqa: S506 - a SafeLoader that refuses a key given twice
 
 
 @cache
