@@ -6,7 +6,7 @@ the same model in memory, as the oracle. The weights are random but not small, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,12 @@ def write_gguf(
     keys: Mapping[str, tuple[str, Any]] | None = None,
     tensors: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    kinds: Callable[[str, tuple[int, ...]], tuple[Any, Any] | None] | None = None,
 ) -> Path:
-    """The model by llama.cpp's conventions. `keys`: further ones, with the writer's method for each; `tensors` too."""
+    """The model by llama.cpp's conventions. `keys`: further ones, with the writer's method for each; `tensors` too.
+
+    `kinds` gives a matrix other values: their kind and their rows of bytes, or None, by the tensor's name and shape.
+    """
     import gguf
     import numpy as np
 
@@ -171,7 +175,10 @@ def write_gguf(
             data = _permuted(data, c.num_key_value_heads)
         if family == "gemma3" and name.endswith("norm.weight"):
             data = data + 1
-        if quantized and data.ndim == 2:
+        if kinds is not None and data.ndim == 2 and (other := kinds(_gguf_name(name, family), data.shape)) is not None:
+            kind, data = other
+            writer.add_tensor(_gguf_name(name, family), np.ascontiguousarray(data), raw_dtype=kind)
+        elif quantized and data.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(_gguf_name(name, family), gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:

@@ -6,6 +6,8 @@ what is computed, or refused by name.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,11 @@ _NO_MATTER = (
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "expert_count": (0,), "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "logit_scale": (0, 1),
     "residual_scale": (0, 1), "embedding_scale": (0, 1), "attention.causal": (True,), "use_parallel_residual": (False,),
-    "attention.max_alibi_bias": (0,), "attention.clamp_kqv": (0,), "rope.scaling.attn_factor": (0, 1),
+    "attention.max_alibi_bias": (0,), "attention.clamp_kqv": (0,), "rope.scaling.attn_factor": (1,),
     "leading_dense_block_count": (0,), "nextn_predict_layers": (0,), "attention.shared_kv_layers": (0,),
     "attention.output_scale": (0, 1), "attention.temperature_length": (0,),
 }  # fmt: skip
-_NOT_READ = ("I8", "I16", "I32", "I64", "F64")
+_ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies, in files of the family llama
 
 
 class GgufFile:
@@ -110,13 +112,14 @@ class GgufFile:
         if d_model % n_heads and not keys.has("attention.key_length"):
             raise keys.wrong("embedding_length", d_model, f"a multiple of {n_heads}, the number of heads")
         head_dim = keys.integer("attention.key_length", 2, MOST["head_dim"], d_model // n_heads)
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if (size := keys.integer(name, 1, MOST["head_dim"], head_dim)) != head_dim:
+        for name, otherwise in (("attention.value_length", d_model // n_heads), ("rope.dimension_count", head_dim)):
+            if (size := keys.integer(name, 1, MOST["head_dim"], otherwise)) != head_dim:
                 raise keys.wrong(name, size, f"{head_dim}, as the keys of a head: another size is not built")
         sliding, window = self._sliding(keys, n_layers) if gemma else ((), None)
         # llama.cpp's own rule, since the file does not say it: the largest Gemma-3 scales by d_model / n_heads.
         scaled_by = d_model // n_heads if gemma and n_layers == _GEMMA3_27B_LAYERS else head_dim
         theta = keys.number("rope.freq_base", 1.0, 1e12, _THETA)
+        theta_sliding = keys.number("rope.freq_base_swa", 1.0, 1e12, _THETA) if gemma else _THETA
         vocab_size = self.shape("token_embd.weight")[0]
         if (named := keys.integer("vocab_size", 1, MOST["vocab_size"], vocab_size)) != vocab_size:
             raise keys.wrong("vocab_size", named, f"{vocab_size}, the rows of token_embd.weight")
@@ -137,7 +140,7 @@ class GgufFile:
             embedding_scale=d_model**0.5 if gemma else 1.0,
             rope=self._rope(keys, theta, head_dim),
             window_tokens=window,
-            sliding_rope=Rope(keys.number("rope.freq_base_swa", 1.0, 1e12, _THETA)) if sliding else None,
+            sliding_rope=Rope(theta_sliding) if sliding else None,
             sliding=sliding,
         )
         found.check(str(self.path), FETCH_AGAIN)
@@ -173,10 +176,10 @@ class GgufFile:
         if kind == "none":
             factor = 1.0
         divisors = [factor] * (head_dim // 2)
-        if "rope_freqs.weight" in self._tensors:
-            freqs = self.rows("rope_freqs.weight", 0, self.shape("rope_freqs.weight")[0]).tolist()
+        if _ROPE_FREQS in self._tensors:
+            freqs = self.rows(_ROPE_FREQS, 0, self.shape(_ROPE_FREQS)[0]).tolist()
             if len(freqs) != head_dim // 2 or not all(0 < freq < 1e6 for freq in freqs):
-                where, allowed = f"tensor rope_freqs.weight of {self.path}", f"{head_dim // 2} divisors above 0"
+                where, allowed = f"tensor {_ROPE_FREQS} of {self.path}", f"{head_dim // 2} divisors above 0"
                 raise WeightsError(where, f"{len(freqs)} values", allowed, FETCH_AGAIN)
             divisors = [factor * freq for freq in freqs]
         return Rope(theta, None if all(divisor == 1.0 for divisor in divisors) else tuple(divisors))
@@ -185,14 +188,16 @@ class GgufFile:
         """Raise WeightsError for a tensor that is missing, of another shape or kind, or that nothing reads."""
         from gguf.constants import GGMLQuantizationType
 
-        used = stored_names(self) | {"rope_freqs.weight"}
+        used = stored_names(self) | ({_ROPE_FREQS} if self.architecture.family == "llama" else set())
         for name, stored in self._tensors.items():
             where = f"tensor {name} of {self.path}"
             if name not in used:
                 allowed = "a file without it: it is not read, and could change what the model computes"
                 raise WeightsError(where, stored.shape, allowed, OTHER_MODEL)
-            if (kind := GGMLQuantizationType(stored.kind).name) in _NOT_READ:
-                raise WeightsError(where, kind, "a kind of floating-point or quantized values", OTHER_MODEL)
+            kind = GGMLQuantizationType(stored.kind)
+            if kind.name not in readable_kinds():
+                allowed = f"a kind that is read: {', '.join(readable_kinds())}"
+                raise WeightsError(where, kind.name, allowed, "choose a file of another quantization")
 
     def _check_vocabulary(self) -> None:
         tokens, rows = self.metadata.get("tokenizer.ggml.tokens"), self.architecture.vocab_size
@@ -200,3 +205,17 @@ class GgufFile:
         if count not in (None, rows):
             where = f"tokenizer.ggml.tokens of {self.path}"
             raise WeightsError(where, f"{count} tokens", f"{rows}, the rows of token_embd.weight", FETCH_AGAIN)
+
+
+@cache
+def readable_kinds() -> tuple[str, ...]:
+    """The kinds of stored values that are read, by ggml's names."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    found = []
+    for kind in GGMLQuantizationType:
+        with suppress(NotImplementedError):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            found.append(kind.name)
+    return tuple(found)
