@@ -14,8 +14,9 @@ from command_line import CommandLine
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.study.modes import FidelityConfig, LinkConfig
-from helios_sim.validate.logs import read_log, set_up
+from helios_sim.validate.logs import read_log
 from helios_sim.validate.replay import Quantities, estimate, run_once
+from helios_sim.validate.setup import set_up
 from vllm_log import read_requests, write_log, write_requests
 
 EXPERIMENT = ("+experiment=fidelity_vllm", "fidelity.load_factors=[0.5,1.0]")

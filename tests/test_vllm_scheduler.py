@@ -115,7 +115,7 @@ def freed_pool(blocks: int, vllm_v1: bool = True):
     """A pool of so many free blocks: state, rules, and the ring of what was freed."""
     storage = Storage(compiled=False)
     state, rules, freed = storage.record(STATE), storage.record(RULES), storage.rows(FREED, 8)
-    rules.vllm_v1 = int(vllm_v1)
+    rules.refinds = int(vllm_v1)
     resize_pool(state, rules, freed, blocks)
     return state, rules, freed
 

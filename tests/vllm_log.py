@@ -87,7 +87,25 @@ def write_log(
                      "last_token_ts": 50.0 + first + 0.008 * (answer - 1)})  # fmt: skip
     write_requests(folder, rows)
     ticks = [(t / 10, 100.0, 50.0, 3, 1, 0.0) for t in range(1, 12)]
-    _table(folder / "timeseries.csv", ("t", "prompt_throughput", "gen_throughput", "running", "waiting", "kv"), ticks)
+    names = ("t", "prompt_throughput", "gen_throughput", "running", "waiting", "kv_cache_pct")
+    _table(folder / "timeseries.csv", names, ticks)
+    return folder
+
+
+def change_meta(folder: Path, engine: dict | None = None, **others: object) -> Path:
+    """Write further engine_kwargs, and other keys, into meta.json."""
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["engine_kwargs"].update(engine or {})
+    (folder / "meta.json").write_text(json.dumps({**meta, **others}))
+    return folder
+
+
+def change_request(folder: Path, number: int, **values: object) -> Path:
+    """Write other values into the line with this number, from 1. None: the key goes."""
+    rows = read_requests(folder)
+    row = {**rows[number - 1], **values}
+    rows[number - 1] = {key: value for key, value in row.items() if value is not None}
+    write_requests(folder, rows)
     return folder
 
 

@@ -24,6 +24,7 @@ LOADERS = {
     "exit_traces": "exit traces",
     "profiles": "profiles",
     "measured_tables": "tables of measured kernels",
+    "serving_logs": "serving logs: settings, requests, series",
     "gguf_files": "GGUF checkpoints",
     "hub_folders": "checkpoint folders: config, safetensors, index, tokenizer",
     "head_folders": "exit heads",

@@ -1,6 +1,6 @@
 """KV blocks of one replica: counts against the pool's size, and what freed blocks still hold.
 
-With `rules.vllm_v1` freed blocks keep what they hold until they are taken again, the longest free first and of one
+With `rules.refinds` freed blocks keep what they hold until they are taken again, the longest free first and of one
 request its last ones first, as in vLLM's prefix cache (vllm/v1/core/block_pool.py, 0.19): a preempted request may get
 the rest back. `freed` is a ring of (owner, blocks) from the longest free on; `freed_first` and `freed_end` count
 entries since the run began, so a request finds its own entry by number.
@@ -22,14 +22,14 @@ def free_blocks(s: Record) -> int:
 def take_blocks(s: Record, r: Record, freed: Table, blocks: int) -> None:
     """The pool has them; the scheduler has looked."""
     s.used_blocks += blocks
-    if r.vllm_v1:
+    if r.refinds:
         forget_blocks(s, freed, blocks)
 
 
 def give_blocks(s: Record, r: Record, freed: Table, blocks: int, owner: int) -> int:
     """Blocks become free. Returns the entry that remembers them for the owner; NEVER: there is none."""
     s.used_blocks -= blocks
-    if not r.vllm_v1 or blocks == 0:
+    if not r.refinds or blocks == 0:
         return NEVER
     return _remember(s, freed, blocks, owner)
 
@@ -54,9 +54,9 @@ def resize_pool(s: Record, r: Record, freed: Table, total_blocks: int) -> None:
     """A new size; the caller has made room first."""
     grown = total_blocks - s.total_blocks
     s.total_blocks = total_blocks
-    if r.vllm_v1 and grown < 0:
+    if r.refinds and grown < 0:
         forget_blocks(s, freed, -grown)
-    elif r.vllm_v1 and grown > 0:
+    elif r.refinds and grown > 0:
         _remember(s, freed, grown, NEVER)
 
 

@@ -207,7 +207,9 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "block_mask",  # block_tokens - 1 where that is a power of two, else NEVER: a division takes its time
         "batch_tokens", "running_limit", "context_limit",
         "place_tokens",  # most tokens of a request that the engine has room for; NEVER: no such limit
-        "order", "closed_loop", "live", "vllm_v1",
+        "order", "closed_loop", "live",
+        "vllm_v1",  # who is done ahead of a plan keeps its place in it
+        "refinds",  # freed blocks keep what they hold until they are taken, for a preempted request
         "ahead",  # the next iteration is planned while one runs
         "observe_tokens",  # NEVER: none
         "per_token", "clairvoyant", "planned",

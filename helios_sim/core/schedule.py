@@ -7,8 +7,8 @@ running request that is last in order is preempted, and it is computed again fro
 Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_scheduler.py) where `rules.vllm_v1`:
 - Planned ahead, an iteration is settled when the one before it begins. A request that produces its last token in
   between is known not to run again, but it lingers: it still holds its place among the running requests and its blocks.
-- A preempted request finds those of its blocks in the prefix cache that have not been taken since (`blocks`). It
-  computes the rest again.
+- A preempted request finds those of its blocks in the prefix cache that have not been taken since (`blocks`), and
+  computes the rest again. `rules.refinds` says so, since the engine can be told to do without that cache.
 
 One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
 them chunk by chunk, so that a decode can take one between two chunks of a prompt.

@@ -82,7 +82,13 @@ class Situation:
     outlook: Outlook | None = None
     schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
     order: str = "fcfs"  # of the waiting line: fcfs, priority, shortest_prompt
-    vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are reused
+    vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are found
+    prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
+
+    @property
+    def refinds(self) -> bool:
+        """Whether freed blocks keep what they hold, for a preempted request."""
+        return self.vllm_v1 and self.prefix_caching
 
 
 @dataclass(frozen=True, slots=True)

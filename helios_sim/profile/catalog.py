@@ -139,6 +139,15 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
     )  # fmt: skip
 
 
+def same_shape(one: str, other: str) -> bool:
+    """Whether two names on Hugging Face mean models of one shape, whatever their context; by name if one is unknown."""
+    names = [_plain_model(name) for name in (one, other)]
+    shapes = [_SHAPES.get(name) for name in names]
+    if shapes[0] is None or shapes[1] is None:
+        return names[0] == names[1]
+    return shapes[0][1:-1] == shapes[1][1:-1]  # without family and context
+
+
 def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
     """The assumption about a published model's tokenizer, for a profile's provenance."""
     why = "English text and a vocabulary of this size; no tokenizer at hand"

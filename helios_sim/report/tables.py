@@ -70,13 +70,13 @@ def compared_table(title: str, rows: Sequence[ComparedRow]) -> TextTable:
 
 
 def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow], bool]) -> None:
-    """A table of every part, the terms and the verdict; `shown` takes a part's index and a row."""
+    """A table of every part, the terms, the verdict and the warnings; `shown` takes a part's index and a row."""
     assert result.fidelity is not None
     for place, (part, rows) in enumerate(result.fidelity.parts):
         compared_table(part, [row for row in rows if shown(place, row)]).show()
     for name, value in result.fidelity.terms:
         say(f"{name}: {value}")
-    for sentence in result.verdict:
+    for sentence in (*result.verdict, *result.warnings):
         say(sentence)
 
 

@@ -120,7 +120,7 @@ class Replica:
         self.lists = Lists(*(storage.more_numbers(each, n) for each in self.lists))
         self._owed = np.concatenate([self._owed, np.zeros((n - known, self.bands + 1), np.int64)])
         self.owed = storage.array(self._owed)
-        if self.situation.vllm_v1:
+        if self.situation.refinds:
             self._grow_freed(2 * n + 2)
         self.set_free(range(n - 1, known - 1, -1))
 
@@ -186,6 +186,7 @@ class Replica:
             "closed_loop": self._closed_loop,
             "live": not self.foresees,
             "vllm_v1": situation.vllm_v1,
+            "refinds": situation.refinds,
             # An exit check that the host must see is a barrier: nothing is planned across it.
             "ahead": situation.schedule_ahead > 0 and not per_token,
             "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,

@@ -17,8 +17,9 @@ from helios_sim.study.runner import forget_jobs
 from helios_sim.study.schema import Config
 from helios_sim.validate.compare import of_live, of_log
 from helios_sim.validate.live import compared_cells, measured_profiles
-from helios_sim.validate.logs import ServingLog, Setup, read_log, set_up
+from helios_sim.validate.logs import ServingLog, read_log
 from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
+from helios_sim.validate.setup import Setup, set_up
 from helios_sim.vary.runner import at_work_in
 from helios_sim.vary.settings import with_settings
 

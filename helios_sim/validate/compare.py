@@ -34,21 +34,26 @@ from helios_sim.study.verdict import workload_facts
 from helios_sim.study.watched import LiveNotes
 from helios_sim.study.workload import task_names
 from helios_sim.validate.live import Compared
-from helios_sim.validate.logs import ServingLog, Setup
+from helios_sim.validate.logs import ServingLog
 from helios_sim.validate.replay import Quantities, Simulated, stamped
+from helios_sim.validate.setup import Setup
 
 MEASURED, SIMULATED, LIVE = "measured", "simulated", "live"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The difference either way that is allowed in one row, and what is thought to be missing where it is larger."""
+    """The difference either way that is allowed in one row, and what is thought to be missing where it is larger.
+
+    `unshared`: the same where prompts share no prefixes.
+    """
 
     group: str
     statistic: str
     unit: str
     bound: float
     missing: str = ""
+    unshared: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,14 +64,16 @@ class Target:
 
 
 _PREFIXES = "prompts that share a prefix, and recomputation after preemptions"
+_RECOMPUTED = "recomputation after preemptions"
+_RAMP = "kernels' speed in the ramp"
 _BOTH = "those of TTFT and TPOT together"
 OF_LOG = (
     Target("TTFT", "mean", "ms", 0.03,
-           "prompts that share a prefix, which the log does not show, and kernels' speed in the ramp"),
+           f"prompts that share a prefix, which the log does not show, and {_RAMP}", _RAMP),
     Target("TTFT", "median", "ms", 0.05,
            "the ramp: errors of its early iterations add up in every request that waits behind them"),
-    Target("TTFT", "p90", "ms", 0.03, _PREFIXES),
-    Target("TTFT", "p99", "ms", 0.03, _PREFIXES),
+    Target("TTFT", "p90", "ms", 0.03, _PREFIXES, _RECOMPUTED),
+    Target("TTFT", "p99", "ms", 0.03, _PREFIXES, _RECOMPUTED),
     Target("TPOT", "mean", "ms", 0.01,
            "unequal KV lengths in captured decode graphs, or the link of a tensor-parallel group"),
     Target("E2E", "mean", "ms", 0.015, _BOTH),
@@ -117,7 +124,7 @@ def of_log(
                       setup.profile.hardware.hbm_bytes),
         ],
         conditions=f"{setup.profile.name}; " + "; ".join(f"{name}: {value}" for name, value in setup.facts),
-        verdict=_verdict_of_log(fidelity, gates, n if quantities else 0),
+        verdict=_verdict_of_log(fidelity, gates, n if quantities else 0, setup.prefix_caching),
         workload=ServedWorkload(
             statement=f"The requests of {log.folder.name}: arrivals and lengths as logged.",
             requests=len(log),
@@ -133,7 +140,7 @@ def of_log(
             "log": Provenance(ProvenanceClass.MEASURED, f"real run in {log.folder}", "not by this program"),
         },
         assumptions=(*setup.assumptions, *(quantities.assumptions(n) if quantities else ())),
-        warnings=_warnings(quantities, n),
+        warnings=(*_warnings(quantities, n), *_of_preemptions(log, run), *setup.notices),
         headline_metrics=("ttft_s_mean", "ttft_s_p50", "ttft_s_p99", "tpot_s_mean", "e2e_s_mean", "e2e_s_p99",
                           "throughput_tokens_per_s"),
     )  # fmt: skip
@@ -278,7 +285,7 @@ def _terms_of_log(setup: Setup, quantities: Quantities | None, n: int) -> tuple[
     return tuple(found)
 
 
-def _verdict_of_log(fidelity: Fidelity, gates: Sequence[Gate], estimated_from: int) -> tuple[str, ...]:
+def _verdict_of_log(fidelity: Fidelity, gates: Sequence[Gate], estimated_from: int, shared: bool) -> tuple[str, ...]:
     missed = [(gate, target) for gate, target in zip(gates, OF_LOG, strict=True) if not gate.passed]
     worst = max((g for g in gates if g.value is not None), key=lambda g: abs(g.value or 0.0), default=None)
     if not missed:
@@ -288,7 +295,8 @@ def _verdict_of_log(fidelity: Fidelity, gates: Sequence[Gate], estimated_from: i
         found = [f"The simulation misses {len(missed)} of {len(gates)} gates."]
         for gate, target in missed:
             value = "not defined" if gate.value is None else f"{gate.value:+.1%}"
-            found.append(f"Missed: {gate.name} {value} ({gate.bound}); thought to be missing: {target.missing}.")
+            missing = target.missing if shared or target.unshared is None else target.unshared
+            found.append(f"Missed: {gate.name} {value} ({gate.bound}); thought to be missing: {missing}.")
     if estimated_from:
         part, rows = fidelity.parts[2]
         told = [f"{r.group} {r.difference:+.1%}" for r in rows if r.statistic == "mean" and r.difference is not None]
@@ -311,8 +319,14 @@ def _warnings(quantities: Quantities | None, n: int) -> tuple[str, ...]:
             f"Quantities that no kernel table has were estimated from requests 1 to {n}; figures of the others are "
             "the test."
         )
-    found.append("Prompts are taken to share nothing: the log has their lengths, not their texts.")
     return tuple(found)
+
+
+def _of_preemptions(log: ServingLog, run: Simulated) -> list[str]:
+    if log.series is None or log.series.preemptions is None:
+        return []
+    simulated = sum(record.preemptions for record in run.records)
+    return [f"The log counts {log.series.preemptions} preemptions, the simulation {simulated}."]
 
 
 def _gates_of_live(found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]]) -> list[Gate]:

@@ -1,16 +1,19 @@
-"""Reads the log of a real vLLM run, and finds what its simulation needs: profile, KV blocks, limits.
+"""Reads the log of a real vLLM run and compares what it says twice.
 
 A folder holds `meta.json`: model, vllm_version, engine_kwargs and, where logged, kv_cache, hardware and
 resolved_config; `requests.jsonl`: one request a line with input_toks, output_toks, queued_ts, scheduled_ts,
-first_token_ts, last_token_ts (one monotonic clock, s) and arrival_time (another clock, s). `workload.csv` (optional):
-idx, arrival_ns, input_toks, output_toks. `timeseries.csv` (optional): t, running, waiting at 1 Hz from a start that is
-not logged.
+first_token_ts, last_token_ts (one monotonic clock, s), arrival_time (another clock, s) and, where the engine serves by
+it, priority. `workload.csv` (optional): idx, arrival_ns, input_toks, output_toks. `timeseries.csv` (optional): t,
+running, waiting and others at 1 Hz from a start that is not logged. What is read of each is declared in the tables
+below; what is not, and could matter, is named in `ServingLog.notices`.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import (
-    CARDS,
-    PCIE_LINK,
-    Card,
-    Link,
-    activation_reserve_bytes,
-    published_card,
-    published_model,
-)
-from helios_sim.profile.importers.layers import Terms, layer_profile, read_meta
-from helios_sim.profile.importers.reading import find_table, read_columns
-from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Basis, CostSource, ModelSpec, Runtime
-from helios_sim.provenance import Assumption
-from helios_sim.study.modes import FidelityConfig
+from helios_sim.profile.importers.reading import column_names, find_table, read_columns
+from helios_sim.request import LONGEST, all_to_ns, to_ns
+from helios_sim.untrusted import MIB, in_short, parse_json, read_json, read_text, shortened
+from helios_sim.validate.engine import Engine
 
 IntColumn = NDArray[np.int64]
 _COUNTS = ("input_toks", "output_toks")
 _TIMES = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
-UNLIMITED = 1e18  # operations or bytes a second: more than any card has
-ENGINE_BYTES = 2**30  # of each card, beside weights, activations and KV: context, workspaces, captured graphs
-ASYNC_SINCE = (0, 14)  # vLLM's first version that schedules asynchronously unless told not to
+_LONG_AGO_S = 4e9  # no clock of seconds shows more, until 2096
+_NUMBERS = {  # by key of a line: whether every line must have it, and its range
+    **dict.fromkeys(_COUNTS, (True, 1, LONGEST)), **dict.fromkeys(_TIMES, (True, -_LONG_AGO_S, _LONG_AGO_S)),
+    "scheduled_ts": (False, -_LONG_AGO_S, _LONG_AGO_S), "arrival_time": (False, -_LONG_AGO_S, _LONG_AGO_S),
+    "priority": (False, -LONGEST, LONGEST),
+}  # fmt: skip
+_OF_NO_MATTER = {  # observations and labels, of which nothing is made
+    "requests.jsonl": {"request_id", "finish_reason", "idx", "prompt", "text", "model", "task"},
+    "timeseries.csv": {"gen_throughput", "prompt_compute_throughput", "kv_cache_pct"},
+    "workload.csv": {"idx", "request_id"},
+    "meta.json": {
+        "schema_version", "dataset_path", "dataset_hash", "started_at", "finished_at", "tick_seconds", "num_requests",
+        "resolve_only", "status",
+    },
+}  # fmt: skip
+_READ_OF_META = {"model", "vllm_version", "engine_kwargs", "kv_cache", "hardware", "resolved_config"}
+_SERIES = ("t", "prompt_throughput", "running", "waiting")
+_AT_ONCE_S = 1e-3  # two stamps of one token may lie so far apart
+_APART_S = 10.0  # or half of the run: how far a request's two stamps may lie from those of the others
+_LATE_S = 1.0  # how much later than planned a request may have been sent before it is said
+_FIX, _MOST_BYTES = "correct the log", 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Series:
     time_s: NDArray[np.float64]  # since the first request was queued
     running: NDArray[np.float64]
     waiting: NDArray[np.float64]
+    cached_share: float | None  # of prompt tokens, served from the prefix cache; None: not logged
+    preemptions: int | None  # None: not logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,123 +78,231 @@ class ServingLog:
     """Requests are in order of arrival, those at one time in the order of the file."""
 
     folder: Path
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
+    engine: Engine
     arrival_ns: IntColumn  # (n,) since the first
     prompt_tokens: IntColumn
     output_tokens: IntColumn
+    priority: IntColumn | None  # None: the log has none
     measured: Times
     series: Series | None
     arrivals_from: str  # which file and column
+    notices: tuple[str, ...]  # what the log holds and nothing is made of, in sentences
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
 
-    def engine(self, key: str, default: Any = None) -> Any:
-        """A setting as vLLM resolved it, else as it was asked for."""
-        for section in (self.meta.get("resolved_config") or {}).values():
-            if isinstance(section, dict) and section.get(key) is not None:
-                return section[key]
-        value = (self.meta.get("kv_cache") or {}).get(key)
-        if value is None:
-            value = self.meta["engine_kwargs"].get(key)
-        return default if value is None else value
+    @property
+    def version(self) -> tuple[int, ...] | None:
+        """Of vLLM, its first two numbers; None: not logged."""
+        parts = str(self.meta.get("vllm_version") or "").lstrip("v").split(".")[:2]
+        return tuple(int(part) for part in parts) if len(parts) == 2 and all(p.isdigit() for p in parts) else None
 
 
 def read_log(folder: Path) -> ServingLog:
-    """UserError for a folder, a file, a key or a value that is not there or cannot be."""
+    """UserError for a folder, a file, a key or a value that is not there or cannot be, or contradicts another."""
     if not folder.is_dir():
         raise UserError(
             "fidelity.folder", str(folder), "a folder with meta.json, requests.jsonl, profile/", "correct it"
         )
     meta = _meta(folder / "meta.json")
+    engine = Engine.of(meta)
     rows = _requests(folder / "requests.jsonl")
     counts = {key: np.array([row[key] for row in rows], np.int64) for key in _COUNTS}
-    for key, values in counts.items():
-        if values.min() < 1:
-            raise UserError(f"requests.jsonl: {key}", int(values.min()), "at least 1 token", "correct the log")
     seconds = {key: np.array([row.get(key, row["queued_ts"]) for row in rows], np.float64) for key in _TIMES}
-    start_s = seconds["queued_ts"].min()
-    times = {key: np.rint((values - start_s) * 1e9).astype(np.int64) for key, values in seconds.items()}
-    if np.any(times["first_token_ts"] < times["queued_ts"]) or np.any(times["last_token_ts"] < times["first_token_ts"]):
-        raise UserError("requests.jsonl", "queued, first token, last token", "times in that order", "correct the log")
-    arrival_ns, arrivals_from = _arrivals(folder, rows, counts, times["queued_ts"])
+    times = {key: all_to_ns(values - seconds["queued_ts"].min(), key) for key, values in seconds.items()}
+    _check_meta(meta, rows, float(max(values.max() for values in seconds.values()) - seconds["queued_ts"].min()))
+    arrival_ns, arrivals_from, late = _arrivals(folder, rows, counts, times["queued_ts"])
     order = np.argsort(arrival_ns, kind="stable")
     measured = Times(*(times[key][order] for key in _TIMES))
     prompt_tokens = counts["input_toks"][order]
+    series, unread = _series(folder, meta, engine, measured, prompt_tokens)
+    priorities = [row["priority"] for row in rows if "priority" in row]
     return ServingLog(
         folder=folder,
         meta=meta,
+        engine=engine,
         arrival_ns=arrival_ns[order],
         prompt_tokens=prompt_tokens,
         output_tokens=counts["output_toks"][order],
+        priority=np.array(priorities, np.int64)[order] if priorities else None,
         measured=measured,
-        series=_series(folder, measured, prompt_tokens),
+        series=series,
         arrivals_from=arrivals_from,
-    )
+        notices=(
+            *engine.notices, *late, *_not_read("requests.jsonl", {key for row in rows for key in row}, _NUMBERS),
+            *_not_read("meta.json", meta, _READ_OF_META), *unread,
+        ),
+    )  # fmt: skip
+
+
+def _not_read(file: str, names: Iterable[str], read: Collection[str]) -> list[str]:
+    left = sorted(name for name in names if name not in read and name not in _OF_NO_MATTER[file])
+    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
+    return [f"{file}: not read: {', '.join(left[:12])}{more}."] if left else []
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), str(error), "a JSON object", "copy or correct the file") from error
+    meta = read_json(path, "copy or correct the file")
     for key in ("model", "engine_kwargs"):
-        if not isinstance(meta, dict) or key not in meta:
+        if key not in meta:
             raise UserError(f"{path}: {key}", None, "the run's model and engine settings", f"add {key}")
-    if not isinstance(meta, dict) or not isinstance(meta["engine_kwargs"], dict):
-        raise UserError(f"{path}: engine_kwargs", meta["engine_kwargs"], "a JSON object", "correct it")
+    for key in ("engine_kwargs", "kv_cache", "hardware", "resolved_config"):
+        optional = key != "engine_kwargs" and meta.get(key) is None
+        if not optional and not isinstance(meta[key], dict):
+            raise UserError(f"{path}: {key}", shortened(meta[key]), "a JSON object", "correct it")
+    if not isinstance(meta.get("vllm_version") or "", str):
+        raise UserError(f"{path}: vllm_version", shortened(meta["vllm_version"]), 'a text such as "0.19.0"', _FIX)
+    version = meta.get("schema_version", 1)
+    if version != 1:
+        raise UserError(f"{path}: schema_version", version, "1, as LLMServingSim writes it", "take a log of that form")
     return meta
 
 
-def _requests(path: Path) -> list[dict[str, Any]]:
+def _check_meta(meta: Mapping[str, Any], rows: list[dict[str, Any]], span_s: float) -> None:
+    """UserError where the header says otherwise than the requests."""
+    if meta.get("resolve_only"):
+        raise UserError("meta.json: resolve_only", True, "false: such a run served nothing", "take another log")
+    number = meta.get("num_requests")
+    if number is not None and number != len(rows):
+        allowed = f"{len(rows)}, the lines of requests.jsonl"
+        raise UserError("meta.json: num_requests", shortened(number), allowed, "copy the whole log, or correct it")
+    began, ended = (_date(meta, key) for key in ("started_at", "finished_at"))
+    if began is not None and ended is not None and (ended - began).total_seconds() + _LATE_S < span_s:
+        told = f"{(ended - began).total_seconds():.0f} s after started_at"
+        raise UserError("meta.json: finished_at", told, f"as long as the requests take, {span_s:.0f} s", _FIX)
+
+
+def _date(meta: Mapping[str, Any], key: str) -> datetime | None:
+    """A time without an offset is taken to be in UTC. UserError for what is no time."""
+    value = meta.get(key)
+    if value is None:
+        return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(str(path), str(error.strerror), "one JSON object a line", "copy the file there") from error
-    rows = []
+        found = datetime.fromisoformat(str(value))
+    except ValueError as error:
+        allowed = "a date and time such as 2026-04-25T18:47:18Z"
+        raise UserError(f"meta.json: {key}", shortened(value), allowed, _FIX) from error
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def _requests(path: Path) -> list[dict[str, Any]]:
+    lines = read_text(path, _MOST_BYTES, "copy the file there").decode().splitlines()
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}  # lines by request_id
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}", line[:80], "a JSON object", "correct the line") from error
-        for key in (*_COUNTS, "queued_ts", "first_token_ts", "last_token_ts"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), int | float):
-                value = row.get(key) if isinstance(row, dict) else row
-                raise UserError(f"{path}, line {number}: {key}", value, "a number in every line", "correct the line")
+            row = parse_json(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(where, line[:80], f"a JSON object ({in_short(error)})", "correct the line") from error
+        if not isinstance(row, dict):
+            raise UserError(where, line[:80], "a JSON object", "correct the line")
+        _check_row(where, row)
+        name = str(row.get("request_id", number))
+        if name in seen:
+            raise UserError(where, f"request_id {name[:80]}", f"another than in line {seen[name]}", "correct the line")
+        seen[name] = number
         rows.append(row)
     if len(rows) < 4:
         raise UserError(str(path), len(rows), "at least 4 requests", "take a longer log")
+    for key in ("scheduled_ts", "arrival_time", "priority"):  # all of them, or none
+        having = [row.get(key) is not None for row in rows]
+        if any(having) and not all(having):
+            number = [n for n, line in enumerate(lines, 1) if line.strip()][having.index(False)]
+            raise UserError(f"{path}, line {number}: {key}", None, "a number in every line, or in none", _FIX)
     return rows
+
+
+def _check_row(where: str, row: dict[str, Any]) -> None:
+    """UserError for a value that is missing, no number, out of range, or contradicts another of the line."""
+    for key, (needed, low, high) in _NUMBERS.items():
+        value = row.get(key)
+        if value is None and not needed:
+            row.pop(key, None)
+            continue
+        whole_number = key in _COUNTS or key == "priority"
+        kinds = int if whole_number else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            what = "a whole number" if whole_number else "a number in every line"
+            allowed = f"{what}, from {low:.16g} to {high:.16g}"
+            raise UserError(f"{where}: {key}", shortened(value), allowed, "correct the line")
+    known = [key for key in _TIMES if key in row]
+    for before, after in pairwise(known):
+        if row[after] < row[before]:
+            told = f"{after} {row[after]!r} before {before} {row[before]!r}"
+            raise UserError(where, told, f"times in the order {', '.join(known)}", "correct the line")
+    answered_s = row["last_token_ts"] - row["first_token_ts"]
+    if row["output_toks"] == 1 and answered_s > _AT_ONCE_S:
+        told = f"last_token_ts {answered_s:.3f} s after first_token_ts, output_toks 1"
+        raise UserError(where, told, "both of one token", "correct the line")
+    if row["output_toks"] > 1 and answered_s <= 0:
+        told = f"output_toks {row['output_toks']}, last_token_ts equal to first_token_ts"
+        raise UserError(where, told, "one token at a time", "correct the line")
 
 
 def _arrivals(
     folder: Path, rows: list[dict[str, Any]], counts: dict[str, IntColumn], queued_ns: IntColumn
-) -> tuple[IntColumn, str]:
-    """When the engine's front end got each request, since the first. Its clock's offset cancels."""
-    path = find_table([folder], "workload")
-    planned = None
-    if path is not None:
-        columns = read_columns(path, ("arrival_ns", *_COUNTS))
-        if any(not np.array_equal(columns[key].astype(np.int64), counts[key]) for key in _COUNTS):
-            raise UserError(str(path), f"{len(columns['arrival_ns'])} rows", "the requests of requests.jsonl, in order",
-                            "correct or remove it")  # fmt: skip
-        planned = columns["arrival_ns"].astype(np.int64)
-    if all(isinstance(row.get("arrival_time"), int | float) for row in rows):
+) -> tuple[IntColumn, str, list[str]]:
+    """When the engine's front end got each request, since the first; its clock's offset cancels. And from where, and
+    sentences about differences.
+    """
+    planned = _planned(find_table([folder], "workload"), counts)
+    if "arrival_time" in rows[0]:
         seconds = np.array([row["arrival_time"] for row in rows], np.float64)
-        return np.rint((seconds - seconds.min()) * 1e9).astype(np.int64), "requests.jsonl: arrival_time"
+        arrival_ns = all_to_ns(seconds - seconds.min(), "arrival_time")
+        _check_clocks(arrival_ns, queued_ns)
+        late_s = 0.0 if planned is None else float(np.abs(arrival_ns - planned).max()) / 1e9
+        late = [
+            f"workload.csv and arrival_time of requests.jsonl differ by up to {late_s:.1f} s: the latter counts."
+        ] if late_s > _LATE_S else []  # fmt: skip
+        return arrival_ns, "requests.jsonl: arrival_time", late
     if planned is not None:
-        return planned - planned.min(), "workload.csv: arrival_ns"
-    return queued_ns, "requests.jsonl: queued_ts, which is later by what the engine was busy"
+        _check_clocks(planned, queued_ns)
+        return planned, "workload.csv: arrival_ns", []
+    return queued_ns, "requests.jsonl: queued_ts, which is later by what the engine was busy", []
 
 
-def _series(folder: Path, measured: Times, prompt_tokens: IntColumn) -> Series | None:
-    path = find_table([folder], "timeseries")
+def _planned(path: Path | None, counts: dict[str, IntColumn]) -> IntColumn | None:
     if path is None:
         return None
-    columns = read_columns(path, ("t", "prompt_throughput", "running", "waiting"))
-    time_s, rate = columns["t"].astype(np.float64), columns["prompt_throughput"].astype(np.float64)
+    columns = read_columns(path, ("arrival_ns", *_COUNTS))
+    allowed = "the requests of requests.jsonl, in order"
+    if len(columns["arrival_ns"]) != len(counts["input_toks"]):
+        raise UserError(str(path), f"{len(columns['arrival_ns'])} rows", allowed, "correct or remove it")
+    for key in _COUNTS:
+        differ = np.flatnonzero(columns[key] != counts[key])
+        if len(differ):
+            row = int(differ[0])
+            told = f"{key} {columns[key][row]:g}, requests.jsonl {counts[key][row]}"
+            raise UserError(f"{path}, row {row + 1}", told, allowed, "correct or remove it")
+    arrival_ns: IntColumn = all_to_ns(columns["arrival_ns"].astype(np.float64), f"{path}: arrival_ns", 1)
+    return np.asarray(arrival_ns - arrival_ns.min(), np.int64)
+
+
+def _check_clocks(arrival_ns: IntColumn, queued_ns: IntColumn) -> None:
+    """UserError where a request was queued long before or after it came, compared with the others."""
+    after = queued_ns - arrival_ns
+    away_ns = np.abs(after - int(np.median(after)))
+    row = int(np.argmax(away_ns))
+    if away_ns[row] > max(to_ns(_APART_S), arrival_ns.max() // 2):
+        told = f"arrival and queued_ts {away_ns[row] / 1e9:.0f} s further apart than those of the others"
+        raise UserError(f"requests.jsonl, request {row + 1}", told, "two clocks that go alike, in seconds", _FIX)
+
+
+def _series(
+    folder: Path, meta: Mapping[str, Any], engine: Engine, measured: Times, prompt_tokens: IntColumn
+) -> tuple[Series | None, list[str]]:
+    path = find_table([folder], "timeseries")
+    if path is None:
+        return None, []
+    names = column_names(path)
+    more = [name for name in ("prompt_cached_throughput", "preempted") if name in names]
+    columns = {name: values.astype(np.float64) for name, values in read_columns(path, (*_SERIES, *more)).items()}
+    _check_series(path, columns, meta, engine)
+    time_s, rate = columns["t"], columns["prompt_throughput"]
     tick_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else 1.0
     # The series counts a prompt's tokens when its first token comes: that tells when its clock began.
     counted = np.cumsum(rate * tick_s)
@@ -194,156 +314,38 @@ def _series(folder: Path, measured: Times, prompt_tokens: IntColumn) -> Series |
         seen = np.searchsorted(first_s, time_s - offset, side="right")
         misses.append(np.abs(np.where(seen > 0, tokens[np.maximum(seen, 1) - 1], 0) - counted).sum())
     best = offsets[np.isclose(misses, min(misses))].mean()
-    return Series(time_s - best, columns["running"].astype(np.float64), columns["waiting"].astype(np.float64))
+    cached, preempted = columns.get("prompt_cached_throughput"), columns.get("preempted")
+    return Series(
+        time_s - best, columns["running"], columns["waiting"],
+        None if cached is None or rate.sum() <= 0 else float(cached.sum() / rate.sum()),
+        None if preempted is None else int(preempted.sum()),
+    ), _not_read("timeseries.csv", names, (*_SERIES, *more))  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """Everything but the quantities that are estimated. The cards of a group are one device here."""
-
-    profile: Profile
-    kv_blocks: int
-    block_tokens: int
-    max_running_requests: int
-    max_batch_tokens: int
-    schedule_ahead: int
-    vllm_v1: bool
-    facts: tuple[tuple[str, str], ...]  # (what, value and where it is from), for the reader
-    assumptions: tuple[Assumption, ...]
-
-    def with_profile(self, profile: Profile) -> Setup:
-        return replace(self, profile=profile)
-
-
-def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
-    """UserError where a setting, a table, a shape or a size is missing, with the parameter that gives it."""
-    degree = config.tensor_parallel or int(log.engine("tensor_parallel_size", 1))
-    for key, allowed in (("data_parallel_size", 1), ("pipeline_parallel_size", 1), ("enable_expert_parallel", False)):
-        value = log.meta["engine_kwargs"].get(key, allowed)
-        if value != allowed:
-            only = f"{allowed}, since nothing else is modelled"
-            raise UserError(f"meta.json: engine_kwargs.{key}", value, only, "take another log")
-    tables = log.folder / "profile"
-    if not tables.is_dir():
-        raise UserError(
-            "profile", str(tables), "a folder with the card's kernel times", "copy it into the log's folder"
-        )
-    model = _model(log, config)
-    hardware, card = _card(log, config, tables)
-    link = Link(
-        config.link.latency_s or card.link.latency_s,
-        config.link.bytes_per_s or card.link.bytes_per_s,
-        "set by fidelity.link" if config.link.latency_s or config.link.bytes_per_s else card.link.source,
-    )
-    runtime = _runtime(log)
-    terms = Terms(mixed=config.mixed_term, unequal_kv=config.unequal_kv_term)
-    profile = layer_profile(tables, model, hardware, card, runtime, degree, link, terms)
-    blocks, blocks_from, assumed = _blocks(log, config, model, card, degree)
-    running, budget = _limit(log, "max_num_seqs"), _limit(log, "max_num_batched_tokens")
-    ahead, ahead_from = _ahead(log, config)
-    facts = (
-        ("engine", f"vLLM {log.meta.get('vllm_version', 'of a version not logged')}, tensor parallel {degree}"),
-        ("limits", f"{running} requests, {budget} tokens an iteration"),
-        ("KV blocks", f"{blocks:,} of {_block_tokens(log)} tokens ({blocks_from})"),
-        ("asynchronous scheduling", f"{'on' if ahead else 'off'} ({ahead_from})"),
-        ("arrivals", log.arrivals_from),
-    )
-    return Setup(
-        profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", facts, assumed
-    )
-
-
-def _model(log: ServingLog, config: FidelityConfig) -> ModelSpec:
-    name, key = (config.model, "fidelity.model") if config.model else (str(log.meta["model"]), "fidelity.model")
-    model = replace(published_model(name, key), chars_per_token=1.0)  # its requests are counted in its own tokens
-    context = log.engine("max_model_len")
-    kv_type = str(log.engine("kv_cache_dtype", "auto"))
-    bytes_per_value = 1 if kv_type.startswith("fp8") else 2
-    longest = int((log.prompt_tokens + log.output_tokens).max())
-    limit = int(context) if context else max(model.max_context_tokens, longest)
-    return replace(model, max_context_tokens=limit, kv_bytes_per_value=bytes_per_value)
-
-
-def _card(log: ServingLog, config: FidelityConfig, tables: Path) -> tuple[str, Card]:
-    logged = log.meta.get("hardware") or {}
-    names = [config.hardware] if config.hardware else [read_meta(tables).get("hardware"), logged.get("device_name")]
-    known = [(str(name), card) for name in names if name and (card := published_card(str(name))) is not None]
-    total = config.memory_bytes or logged.get("device_total_memory_bytes")
-    if known:
-        name, card = known[0]
-        return name, replace(card, total_bytes=int(total)) if total else card
-    name = next((str(n) for n in names if n), "unknown card")
-    if config.hardware or not (total or config.kv_blocks or log.engine("num_gpu_blocks")):
-        raise UserError(
-            "fidelity.hardware", config.hardware or name, f"a known card; known: {', '.join(CARDS)}",
-            "set fidelity.hardware to one of these, or fidelity.memory_bytes to the card's memory",
-        )  # fmt: skip
-    # Memory is all that serving needs of it; without limits of bandwidth there is no roofline to compare with.
-    return name, Card(int(total or 2**40), UNLIMITED, UNLIMITED, None, PCIE_LINK, "not in the table of cards")
-
-
-def _runtime(log: ServingLog) -> Runtime:
-    """Costs of the host that no table has are estimated later; what it does while the device works costs nothing."""
-    sizes = log.engine("cudagraph_capture_sizes")
-    eager = bool(log.engine("enforce_eager", False))
-    largest = min(2 * _limit(log, "max_num_seqs"), 512)
-    usual = tuple(n for n in (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)) if n <= largest)
-    graphs = None if eager else tuple(sizes) if isinstance(sizes, list) else usual
-    hides = ("launch_s_per_layer", "launch_s_per_graph", "host_overhead_s")
-    hidden = "asynchronous scheduling hides it behind the device; what it does not is gap_s"
-    return Runtime(
-        launch_s_per_layer=0.0, launch_s_per_graph=0.0, sync_s=0.0, host_overhead_s=0.0, graph_batch_sizes=graphs,
-        sources=(
-            *(CostSource(key, Basis.DEFINITION, hidden) for key in hides),
-            CostSource("sync_s", Basis.DEFINITION, "nothing exits early"),
-            CostSource("graph_batch_sizes", Basis.STATED, "vLLM's captured sizes, logged or by max_num_seqs"),
-        ),
-    )  # fmt: skip
-
-
-def _blocks(
-    log: ServingLog, config: FidelityConfig, model: ModelSpec, card: Card, degree: int
-) -> tuple[int, str, tuple[Assumption, ...]]:
-    """KV blocks that requests can have: vLLM keeps one of them for itself."""
-    logged = log.engine("num_gpu_blocks")
-    if config.kv_blocks is not None:
-        return config.kv_blocks, "set by fidelity.kv_blocks", ()
-    if isinstance(logged, int) and logged > 1:
-        return logged - 1, "logged, less the engine's own one", ()
-    share = config.memory_utilisation or log.engine("gpu_memory_utilization", 0.9)
-    budget = _limit(log, "max_num_batched_tokens")
-    activations = activation_reserve_bytes(model, budget, _limit(log, "max_num_seqs")) // degree
-    weights = model.weight_bytes(model.n_layers) // degree
-    pool = int(card.total_bytes * share) - weights - activations - ENGINE_BYTES
-    block = _block_tokens(log) * model.n_layers * model.kv_bytes_per_token_layer // min(degree, model.n_kv_heads)
-    if pool < block * 2:
-        raise UserError(
-            "fidelity.memory_bytes", card.total_bytes, f"more than weights, activations and engine need at {share:g}",
-            "set fidelity.memory_bytes, fidelity.memory_utilisation or fidelity.kv_blocks",
-        )  # fmt: skip
-    why = "CUDA context, workspaces and captured graphs; no block count was logged"
-    assumed = Assumption("engine_bytes", float(ENGINE_BYTES), why, "fidelity.kv_blocks")
-    return pool // block - 1, f"computed from {card.total_bytes / 2**30:.1f} GiB x {share:g}", (assumed,)
-
-
-def _block_tokens(log: ServingLog) -> int:
-    return int(log.engine("block_size", 16))
-
-
-def _limit(log: ServingLog, key: str) -> int:
-    value = log.engine(key)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"meta.json: engine_kwargs.{key}", value, "a whole number from 1", "add it to meta.json")
-    return value
-
-
-def _ahead(log: ServingLog, config: FidelityConfig) -> tuple[int, str]:
-    if config.schedule_ahead is not None:
-        return config.schedule_ahead, "set by fidelity.schedule_ahead"
-    logged = log.engine("async_scheduling")
-    if isinstance(logged, bool):
-        return int(logged), "logged"
-    numbers = [int(part) for part in str(log.meta.get("vllm_version", "")).split(".")[:2] if part.isdigit()]
-    known = len(numbers) == 2
-    text = "the default of this version" if known else "no version logged: the default of later ones"
-    return int(not known or tuple(numbers) >= ASYNC_SINCE), text
+def _check_series(
+    path: Path, columns: Mapping[str, NDArray[np.float64]], meta: Mapping[str, Any], engine: Engine
+) -> None:
+    """UserError for a row that cannot be, or that the settings contradict."""
+    for name, values in columns.items():
+        bad = np.flatnonzero(~((values >= 0) & (values <= 1e12)))  # true for NaN
+        if len(bad):
+            row = int(bad[0])
+            raise UserError(f"{path}, row {row + 1}: {name}", float(values[row]), "a number of at least 0", _FIX)
+    steps = np.diff(columns["t"])
+    if len(steps) and steps.min() <= 0:
+        row = int(np.argmin(steps)) + 2
+        raise UserError(f"{path}, row {row}: t", float(columns["t"][row - 1]), "later than the row before", _FIX)
+    tick_s = meta.get("tick_seconds")
+    if len(steps) and isinstance(tick_s, int | float) and not 0.9 * tick_s <= np.median(steps) <= 1.1 * tick_s:
+        told = f"rows {np.median(steps):g} s apart"
+        raise UserError(str(path), told, f"{tick_s:g} s, which is tick_seconds of meta.json", _FIX)
+    most = engine.value("max_num_seqs")
+    row = int(np.argmax(columns["running"]))
+    if isinstance(most, int) and columns["running"][row] > most:
+        told = f"{columns['running'][row]:g} running"
+        raise UserError(f"{path}, row {row + 1}", told, f"at most max_num_seqs of meta.json, {most}", _FIX)
+    cached = columns.get("prompt_cached_throughput")
+    if cached is not None and cached.max() > 0 and engine.value("enable_prefix_caching") is False:
+        row = int(np.argmax(cached))
+        told = f"prompt_cached_throughput {cached[row]:g}"
+        raise UserError(f"{path}, row {row + 1}", told, "0, since meta.json says that prefix caching is off", _FIX)

@@ -34,7 +34,8 @@ from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.simulation import simulate
-from helios_sim.validate.logs import IntColumn, ServingLog, Setup, Times
+from helios_sim.validate.logs import IntColumn, ServingLog, Times
+from helios_sim.validate.setup import Setup
 
 TASK = "log"
 ROUNDS = 7
@@ -69,6 +70,8 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         seed=0,
         schedule_ahead=setup.schedule_ahead,
         vllm_v1=setup.vllm_v1,
+        prefix_caching=setup.prefix_caching,
+        order=setup.order,
     )
     starts: list[int] = []  # of iterations
     ends: list[int] = []
@@ -98,7 +101,7 @@ def _blocks(log: ServingLog, rate: float) -> Iterator[RequestBlock]:
     n = len(log)
     none = np.zeros(n, np.int64)
     arrival_ns = all_to_ns(log.arrival_ns / rate, "arrivals", ns_per=1)
-    yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none)
+    yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none, log.priority)
 
 
 def _stamp(records: list[RequestRecord], starts: IntColumn, ends: IntColumn) -> tuple[Times, tuple[RequestRecord, ...]]:

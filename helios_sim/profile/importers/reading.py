@@ -58,6 +58,12 @@ def refuse_other_tables(folders: Sequence[Path], known: Collection[str], reasons
                 raise UserError(path.name, str(folder), allowed, "use another folder, or move the table out of it")
 
 
+def column_names(path: Path) -> tuple[str, ...]:
+    """The names in a table's header. UserError where it cannot be read."""
+    header = read_text(path, MOST_BYTES, _FIX).split(b"\n", 1)[0].decode().strip()
+    return tuple(name.strip().strip('"') for name in header.split(","))
+
+
 def read_columns(
     path: Path, numbers: Sequence[str], words: Sequence[str] = (), may_differ: Collection[str] | None = None
 ) -> dict[str, NDArray[Any]]:

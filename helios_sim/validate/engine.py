@@ -1,0 +1,374 @@
+"""Settings of a vLLM engine as a log has them: honoured, known not to matter, or not modelled.
+
+A log says a setting up to three times: as it was asked for (`engine_kwargs`), as the engine resolved it
+(`resolved_config`, by section) and as it was carried out (`kv_cache`). All places are read and compared. The tables
+below declare what is made of each name. A setting that would change the result is refused where the simulation cannot
+follow it, or named in the report where it can only say so; a name that stands in no table is named too.
+
+Names and defaults are those of vLLM's EngineArgs (vllm/engine/arg_utils.py) and configs (vllm/config/), 0.8 to 0.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.untrusted import shortened
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+HONOURED = _words(
+    "dtype kv_cache_dtype max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size block_size "
+    "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks num_gpu_blocks_override enable_prefix_caching "
+    "scheduling_policy async_scheduling enforce_eager cudagraph_mode cudagraph_capture_sizes "
+    "max_cudagraph_capture_size optimization_level"
+)
+# What the engine may have resolved otherwise than it was asked, without a contradiction.
+_RESOLVED_FREELY = _words(
+    "kv_cache_dtype max_model_len block_size enable_prefix_caching async_scheduling enforce_eager cudagraph_mode "
+    "cudagraph_capture_sizes max_cudagraph_capture_size optimization_level"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A setting that the simulation does not follow, the values that change nothing, and what the others mean."""
+
+    off: tuple[Any, ...]
+    why: str
+
+
+_ONE, _NO = (1, 0), (False, 0)
+REFUSED = {
+    **dict.fromkeys(
+        ("pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local", "prefill_context_parallel_size",
+         "decode_context_parallel_size", "context_parallel_size"),
+        Rule(_ONE, "requests of one tensor-parallel group are simulated, and no other parallelism"),
+    ),
+    "nnodes": Rule(_ONE, "one machine: links between machines are not modelled"),
+    **dict.fromkeys(
+        ("enable_expert_parallel", "enable_eplb", "enable_elastic_ep", "is_moe_model"),
+        Rule(_NO, "dense models: experts are not modelled"),
+    ),
+    **dict.fromkeys(("enable_dbo", "ubatch_size"), Rule(_NO, "a batch that runs as one: overlap is not modelled")),
+    **dict.fromkeys(
+        ("quantization", "quant_config", "quantization_config"),
+        Rule((), "weights in 16 or 32 bits: neither the bytes nor the kernels of quantized weights are modelled"),
+    ),
+    **dict.fromkeys(
+        ("cpu_offload_gb", "offload_group_size"),
+        Rule((0,), "weights that stay on the card: what is copied in each iteration is not modelled"),
+    ),
+    **dict.fromkeys(
+        ("kv_offloading_size", "kv_transfer_config", "ec_transfer_config"),
+        Rule((0,), "a KV cache that stays on its card: transfers of it are not modelled"),
+    ),
+    **dict.fromkeys(
+        ("speculative_config", "speculative_model", "num_speculative_tokens", "num_lookahead_slots",
+         "diffusion_config"),
+        Rule((0,), "one token an iteration: speculative decoding is not modelled"),
+    ),
+    "enable_chunked_prefill": Rule((True, 1), "prompts in chunks, as vLLM v1 does by default: whole prompts are not"),
+    "long_prefill_token_threshold": Rule((0,), "chunks limited by the token budget alone"),
+    "max_num_partial_prefills": Rule((0, 1), "chunks limited by the token budget alone"),
+    **dict.fromkeys(
+        ("enable_lora", "lora_config", "lora_modules", "default_mm_loras"),
+        Rule(_NO, "one set of weights: adapters (LoRA) are not modelled"),
+    ),
+    "scheduler_cls": Rule(
+        ("vllm.v1.core.sched.scheduler.scheduler", "vllm.v1.core.sched.async_scheduler.asyncscheduler"),
+        "vLLM's own scheduler: another one decides otherwise",
+    ),
+    "num_scheduler_steps": Rule(_ONE, "a schedule for each iteration"),
+    "scheduler_delay_factor": Rule((0,), "no wait before a prompt is scheduled"),
+    "preemption_mode": Rule(("recompute",), "preemption by recomputation, as vLLM v1 does"),
+    "kv_sharing_fast_prefill": Rule(_NO, "prompts that run all layers"),
+    "hf_overrides": Rule((), "the model's own shape: another one would need tables of its own"),
+    "runner": Rule(("auto", "generate"), "a model that generates text"),
+    "runner_type": Rule(("auto", "generate"), "a model that generates text"),
+    "task": Rule(("auto", "generate"), "a model that generates text"),
+    "convert": Rule(("auto", "none"), "a model that generates text"),
+}  # fmt: skip
+NAMED = {
+    "sliding_window": Rule((), "attention over a window: KV and times are those of the whole context here"),
+    "model_impl": Rule(("auto", "vllm"), "another implementation of the model: the tables may be of vLLM's own"),
+    "attention_backend": Rule(("auto",), "attention of a named kernel: the tables must be of the same one"),
+    "logits_processors": Rule((), "processors of logits: what they take is not modelled"),
+    "logits_processor_pattern": Rule((), "processors of logits: what they take is not modelled"),
+    "worker_cls": Rule(
+        ("auto", "vllm.v1.worker.gpu_worker.worker"), "a worker of its own: what it does is not modelled"
+    ),
+    "worker_extension_cls": Rule((), "an extension of the worker: what it does is not modelled"),
+    "additional_config": Rule((), "settings of a platform: what they do is not modelled"),
+    "override_attention_dtype": Rule(("auto",), "attention in a type of its own: the tables must be of the same one"),
+    "performance_mode": Rule(("balanced",), "captured sizes and kernels of this mode: those of the default are used"),
+    "async_engine": Rule((True,), "an engine that blocks: gaps between iterations are those that are estimated"),
+}
+DOES_NOT_MATTER = {
+    "it is done before the first request": (
+        "load_format download_dir safetensors_load_strategy model_loader_extra_config ignore_patterns config_format "
+        "hf_config_path revision code_revision tokenizer_revision hf_token trust_remote_code use_tqdm_on_load "
+        "pt_load_map_location max_parallel_loading_workers allow_deprecated_quantization enable_sleep_mode "
+        "enable_ep_weight_filter skip_mm_profiling model_weights weights"
+    ),
+    "it is about text and interfaces, outside of the iterations": (
+        "tokenizer tokenizer_mode skip_tokenizer_init served_model_name tokenizer_pool_size tokenizer_pool_type "
+        "tokenizer_pool_extra_config enable_prompt_embeds generation_config override_generation_config max_logprobs "
+        "logprobs_mode guided_decoding_backend guided_decoding_disable_fallback "
+        "guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties "
+        "structured_outputs_config reasoning_parser reasoning_parser_plugin allowed_local_media_path "
+        "allowed_media_domains io_processor_plugin pooler_config override_pooler_config stream_interval tokens_only "
+        "spec_target_max_model_len seed"
+    ),
+    "it is about what is logged": (
+        "disable_log_stats disable_log_requests enable_log_requests aggregate_engine_logging "
+        "show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces kv_cache_metrics "
+        "kv_cache_metrics_sample cudagraph_metrics enable_layerwise_nvtx_tracing enable_mfu_metrics "
+        "enable_logging_iteration_details enable_mm_processor_stats kv_events_config profiler_config "
+        "ray_workers_use_nsight calculate_kv_scales instance_id"
+    ),
+    "it is about addresses, ranks and processes": (
+        "distributed_executor_backend master_addr master_port node_rank rank world_size data_parallel_rank "
+        "data_parallel_rank_local data_parallel_start_rank data_parallel_address data_parallel_rpc_port "
+        "data_parallel_master_ip data_parallel_master_port data_parallel_backend data_parallel_external_lb "
+        "data_parallel_hybrid_lb sd_worker_cls ray_runtime_env placement_group numa_bind numa_bind_nodes "
+        "numa_bind_cpus assigned_physical_gpu_ids distributed_timeout_seconds cpu_distributed_timeout_seconds "
+        "enable_fault_tolerance engine_recovery_timeout internal_fault_report_port external_fault_notify_port "
+        "gloo_comm_timeout shutdown_on_fault_tolerance_failure fault_tolerance_config device weight_transfer_config "
+        "fail_on_environ_validation"
+    ),
+    "it counts only beside what is refused": (
+        "max_loras max_lora_rank max_cpu_loras lora_dtype lora_extra_vocab_size fully_sharded_loras "
+        "long_lora_scaling_factors enable_lora_bias enable_tower_connector_lora specialize_active_lora "
+        "kv_offloading_backend eplb_config num_redundant_experts eplb_window_size eplb_step_interval "
+        "eplb_log_balancedness expert_placement_strategy all2all_backend dbo_decode_token_threshold "
+        "dbo_prefill_token_threshold "
+        "disable_nccl_for_dp_synchronization dcp_kv_cache_interleave_size cp_kv_cache_interleave_size "
+        "dcp_comm_backend cpu_offload_params offload_backend offload_num_in_group offload_prefetch_step offload_params "
+        "max_long_partial_prefills mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size "
+        "mamba_cache_mode mamba_page_size_padded limit_mm_per_prompt enable_mm_embeds interleave_mm_strings "
+        "media_io_kwargs mm_processor_kwargs disable_mm_preprocessor_cache mm_processor_cache_gb "
+        "mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_encoder_only mm_encoder_tp_mode "
+        "mm_encoder_attn_backend video_pruning_rate disable_chunked_mm_input multimodal_config is_multimodal_model "
+        "max_num_encoder_input_tokens encoder_cache_size is_encoder_decoder enable_return_routed_experts "
+        "prefix_caching_hash_algo prefix_match_unit prefix_cache_retention_interval"
+    ),
+    "vLLM v1 does not read it": "swap_space use_v2_block_manager max_seq_len_to_capture disable_async_output_proc",
+    "it changes nothing for models with full attention whose prompts share nothing": (
+        "disable_sliding_window disable_cascade_attn disable_hybrid_kv_cache_manager is_attention_free "
+        "rope_scaling rope_theta"
+    ),
+    "all-reduces are priced by fidelity.link": "disable_custom_all_reduce",
+    "it follows from others": (
+        "hf_config hf_text_config hf_image_processor_config encoder_config model_arch_config architecture convert_type "
+        "original_max_model_len max_num_scheduled_tokens world_size_across_dp data_parallel_index "
+        "num_kv_tokens num_cpu_blocks user_specified_block_size "
+        "user_specified_mamba_block_size kv_cache_layout effective_attention_block_size kv_cache_size_tokens "
+        "kv_cache_max_concurrency swap_space_bytes attn_group_size scheduler_reserve_full_isl"
+    ),
+}
+# Sections of resolved_config that are read or refused as a whole, or left as they are for the reason given.
+_WHOLE = ("quant_config", "lora_config", "speculative_config", "kv_transfer_config", "ec_transfer_config",
+          "diffusion_config", "additional_config", "kv_events_config", "weight_transfer_config", "eplb_config",
+          "profiler_config", "structured_outputs_config", "multimodal_config", "pooler_config")  # fmt: skip
+_LEFT = {
+    "load_config": "it is done before the first request", "device_config": "the tables were measured on the device",
+    "observability_config": "it is about what is logged", "decoding_config": "it is about text",
+    "reasoning_config": "it is about text", "prompt_adapter_config": "it counts only beside what is refused",
+    "mamba_config": "it counts only beside what is refused", "ec_manager_config": "it is about encoders",
+    "compilation_config": "tables hold kernels as they were launched, one by one",
+    "kernel_config": "tables hold kernels as they were launched, one by one",
+    "attention_config": "tables hold kernels as they were launched, one by one",
+}  # fmt: skip
+_OTHER_NAMES = {
+    "cache_config.cache_dtype": "kv_cache_dtype", "scheduler_config.policy": "scheduling_policy",
+    "attention_config.backend": "attention_backend", "chunked_prefill_enabled": "enable_chunked_prefill",
+    "cuda_graph_sizes": "cudagraph_capture_sizes", "seed_everything": "seed",
+    "compilation_config.use_cudagraph": "use_cudagraph",
+}  # fmt: skip
+_GRAPH_MODES = {
+    "0": "none", "1": "piecewise", "2": "full", "[2, 0]": "full_decode_only", "[2, 1]": "full_and_piecewise",
+}  # fmt: skip
+_OFF = (None, False, 0, "", "auto", "default", "none")
+_KNOWN = {name: why for why, names in DOES_NOT_MATTER.items() for name in names.split()}
+_FIX = "take another log"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One setting as one place of the log has it; never null."""
+
+    name: str
+    place: str  # engine_kwargs, kv_cache, resolved_config.SECTION
+    value: Any
+
+    @property
+    def resolved(self) -> bool:
+        return not self.place.startswith("engine_kwargs")
+
+    def __str__(self) -> str:
+        return f"{shortened(self.value)} in {self.place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The settings by name, and the sentences about those that the simulation does not follow."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Engine:
+        """UserError where two places contradict each other, or a setting cannot be honoured."""
+        places: dict[str, list[Said]] = {}
+        for said in _said(meta):
+            places.setdefault(said.name, []).append(said)
+        notices: list[str] = []
+        unknown: list[Said] = []
+        for name, all_said in places.items():
+            if name == "model":
+                _check_model(meta, all_said)
+            elif name in REFUSED:
+                _refuse(all_said, REFUSED[name])
+            elif name in HONOURED:
+                notices += _compared(all_said)
+            elif name in NAMED:
+                on = [said for said in all_said if not _is_off(said.value, NAMED[name].off)]
+                notices += [f"meta.json: {name} is {on[0]}: {NAMED[name].why}."] if on else []
+            elif name not in _KNOWN:
+                unknown += [said for said in all_said[:1] if not _is_off(said.value, ())]
+        if unknown:
+            shown = ", ".join(f"{said.name} ({said})" for said in unknown[:12])
+            more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
+            notices.append(f"meta.json: not known, so not modelled: {shown}{more}.")
+        settings = {name: _in_force(all_said) for name, all_said in places.items() if name in HONOURED}
+        return cls(settings, tuple(notices))
+
+    def has(self, name: str) -> bool:
+        return name in self.settings
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """The value in force; the default where no place has the setting, or says only null."""
+        return self.settings.get(name, default)
+
+    def whole(self, name: str, least: int, most: int, default: int | None = None) -> int:
+        """A whole number. UserError where it is none, or is missing and has no default."""
+        value = self.value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            fix = "add it to meta.json" if value is None else "correct the log"
+            raise UserError(_key(name), shortened(value), f"a whole number from {least} to {most}", fix)
+        return value
+
+    def share(self, name: str, default: float) -> float:
+        value = self.value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise UserError(_key(name), shortened(value), "a number above 0, at most 1", "correct the log")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.value(name, default)
+        if not isinstance(value, bool) and value not in (0, 1):
+            raise UserError(_key(name), shortened(value), "true or false", "correct the log")
+        return bool(value)
+
+    def text(self, name: str, default: str) -> str:
+        """In lower case, without the `torch.` before types."""
+        return str(self.value(name, default)).lower().removeprefix("torch.")
+
+
+def _key(name: str) -> str:
+    return f"meta.json: engine_kwargs.{name}"
+
+
+def _said(meta: Mapping[str, Any]) -> Iterator[Said]:
+    yield from _of_section("engine_kwargs", meta["engine_kwargs"])
+    yield from _of_section("kv_cache", meta.get("kv_cache") or {})
+    for section, values in (meta.get("resolved_config") or {}).items():
+        if isinstance(values, Mapping) and section not in _WHOLE:
+            yield from _of_section(f"resolved_config.{section}", values)
+        elif values is not None and section not in _LEFT:
+            yield Said(section, "resolved_config", values)
+
+
+def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
+    """The settings of one section by their names in EngineArgs; of one that is left as it is, those with a use."""
+    section = place.rpartition(".")[2]
+    for key, value in values.items():
+        plain = key.replace("-", "_")
+        if isinstance(value, Mapping) and (plain in _LEFT or plain == "offload_config" or plain in ("uva", "prefetch")):
+            yield from _of_section(f"{place}.{plain}", value)
+            continue
+        name = _OTHER_NAMES.get(f"{section}.{plain}", _OTHER_NAMES.get(plain, plain))
+        if name == "use_cudagraph":
+            name, value = "cudagraph_mode", None if value else "none"
+        unlimited = name == "max_model_len" and value == -1
+        if value is None or unlimited or (section in _LEFT and not {name} & (HONOURED | NAMED.keys() | REFUSED.keys())):
+            continue
+        yield Said(name, place, value)
+
+
+def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
+    """Whether the value is one of these, or without any one of those that usually mean nothing."""
+    if isinstance(value, list | dict):
+        return not value
+    plain = value.lower().removeprefix("<class '").removesuffix("'>") if isinstance(value, str) else value
+    return plain in (*off, "", "none") or (not off and plain in _OFF)
+
+
+def _refuse(all_said: list[Said], rule: Rule) -> None:
+    for said in all_said:
+        if not _is_off(said.value, rule.off):
+            raise UserError(f"meta.json: {said.place}.{said.name}", shortened(said.value), rule.why, _FIX)
+
+
+def _compared(all_said: list[Said]) -> list[str]:
+    """A sentence where the engine resolved a setting otherwise than it was asked, as it may; else UserError."""
+    given = [said for said in all_said if said.value != "auto" or said.name == "kv_cache_dtype"] or all_said[:1]
+    first, notices = given[0], []
+    for other in given[1:]:
+        if _alike(first.name, first.value) == _alike(other.name, other.value):
+            continue
+        if first.resolved or first.name not in _RESOLVED_FREELY:
+            told = f"{first}, {other}"
+            raise UserError(f"meta.json: {first.name}", told, "the same in all places", "correct the log")
+        notices.append(f"meta.json: {first.name} is {first} and {other}: the latter, as resolved, counts.")
+        first = other
+    return notices
+
+
+def _alike(name: str, value: Any) -> Any:
+    """What two places must have alike: text in lower case, types by one name."""
+    if name == "cudagraph_mode":
+        return graph_mode(value)
+    if not isinstance(value, str):
+        return value
+    plain = value.lower().removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(plain, plain) if name == "dtype" else plain
+
+
+def graph_mode(value: Any) -> str:
+    """A CUDAGraphMode by its name, whether the log has its name or its value; UserError for another."""
+    plain = str(value).lower().removeprefix("cudagraphmode.")
+    found = _GRAPH_MODES.get(plain, plain)
+    if found not in _GRAPH_MODES.values():
+        allowed = f"one of {', '.join(_GRAPH_MODES.values())}"
+        raise UserError(_key("cudagraph_mode"), shortened(value), allowed, "correct the log")
+    return found
+
+
+def _check_model(meta: Mapping[str, Any], all_said: list[Said]) -> None:
+    """Paths of one model may differ but for their last part; what the engine resolves may be a copy elsewhere."""
+    asked = [str(said.value) for said in all_said if not said.resolved]
+    names = {name.rstrip("/").rpartition("/")[2].lower() for name in (str(meta["model"]), *asked)}
+    if len(names) > 1:
+        told = f"{meta['model']}; in engine_kwargs {', '.join(asked)}"
+        raise UserError("meta.json: model", told, "one model", "correct the log")
+
+
+def _in_force(all_said: list[Said]) -> Any:
+    return next((said.value for said in reversed(all_said) if said.resolved), all_said[0].value)
