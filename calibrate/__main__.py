@@ -79,7 +79,7 @@ def name_of(weights: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"
 
 
-WORTHLESS = (".lock", ".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished
+WORTHLESS = (".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from calibrate.measure.ceilings import Ceilings, median_ratio, over_floor
 from calibrate.progress import FILE as TRANSCRIPT, OnProgress, Progress, progress
 from calibrate.report.outputs import write_outputs
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, read_finished, run_stages
+from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, at_work, read_finished, run_stages
 from calibrate.work import stages_of
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -35,8 +35,14 @@ from helios_sim.study.command import end
 def run_calibration(config: CalibrateConfig, folder: Path) -> int:
     """Measure, write the outputs and print a summary. Returns 0, or 1 if a stage failed by a defect.
 
-    Mistakes of the user raise UserError before anything is measured, if possible.
+    Mistakes of the user raise UserError before anything is measured, if possible, and so does a folder in which another
+    process is at work.
     """
+    with at_work(folder):
+        return _calibrated(config, folder)
+
+
+def _calibrated(config: CalibrateConfig, folder: Path) -> int:
     if config.task == "report":
         finished = read_finished(folder)
         if not finished:
@@ -117,6 +123,11 @@ def run_campaign(config: CampaignConfig, folder: Path) -> int:
     ends, finished stages are kept, and the next call continues from them.
     """
     check_packages("measuring a model")
+    with at_work(folder):
+        return _campaigned(config, folder)
+
+
+def _campaigned(config: CampaignConfig, folder: Path) -> int:
     plan = CampaignPlan(config)
     check_budget(config.budget_s, plan.stages)
     archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])

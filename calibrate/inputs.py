@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.exits.texts import TASKS
 from calibrate.schema import CalibrateConfig
+from helios_sim.contents import digest_of
 from helios_sim.errors import TooLittleMemory, UserError, WeightsError
 from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
@@ -59,7 +59,7 @@ class Inputs:
 
         name = self.config.model.name
         different = self.architecture.differences(MODELS[name]) if name in MODELS else []
-        if different and not self.checkpoint.source.startswith("tiny:"):
+        if different and not self.checkpoint.is_tiny:
             allowed = f"the weights of {name}; these differ: {', '.join(different)}"
             raise WeightsError("model.weights", self.checkpoint.source, allowed, "name them otherwise by model.name")
 
@@ -102,7 +102,7 @@ class Inputs:
         if self.config.dtype is not None:
             return self.config.dtype
         facts = self.device.facts
-        return "bfloat16" if facts.kind == "cuda" or "bf16" in facts.description else "float32"
+        return "bfloat16" if facts.computes_bfloat16 else "float32"
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
@@ -196,10 +196,18 @@ class Inputs:
         return even_exits(self.layers)
 
     def heads_sha256(self) -> str | None:
-        """The heads' sha256; None for the model's own head."""
+        """The sha256 of the heads' tensors, by their header; None for the model's own head."""
         from helios_sim.live.model.heads import read_header
 
         return None if self.heads_folder is None else str(read_header(self.heads_folder)["sha256"])
+
+    def heads_digest(self) -> str | None:
+        """A digest of the heads' tensors and header; None for the model's own head."""
+        from helios_sim.live.model.heads import HEADER, TENSORS
+
+        if self.heads_folder is None:
+            return None
+        return digest_of(*(self.heads_folder / name for name in (HEADER, TENSORS)))
 
     def spec(self, chars_per_token: float) -> ModelSpec:
         from helios_sim.live.model.architecture import model_spec
@@ -212,7 +220,7 @@ class Inputs:
         facts = self.device.facts
         return {
             "model": self.config.model.name,
-            "weights": self._weights_identity,
+            "weights": self.checkpoint.digest,
             "layers": self.layers,
             "dtype": self.dtype,
             "device": facts.name,
@@ -220,14 +228,6 @@ class Inputs:
             "memory_bytes": self.config.memory_bytes,
         }
 
-    @cached_property
-    def _weights_identity(self) -> str:
-        """A digest of the files' names, sizes and times. Hashing their content would take longer than some stages."""
-        if self.checkpoint.is_random:
-            return self.checkpoint.source
-        files = [Path(path) for path in self.checkpoint.storage.files]
-        stats = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-        return hashlib.sha256("\n".join(stats).encode()).hexdigest()[:16]
 
 
 def even_exits(layers: int) -> tuple[int, ...]:

@@ -22,8 +22,9 @@ from pathlib import Path
 from calibrate.exits.texts import TASKS, Split, passages
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim import files
+from helios_sim.contents import sha256_of
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.live.served import FOLDER
 from helios_sim.untrusted import reading
 

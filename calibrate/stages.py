@@ -10,7 +10,6 @@ of every call.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -28,10 +27,14 @@ from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.interrupt import stop_if_asked
 from helios_sim.untrusted import Fields, read_json
+from helios_sim.vary.runner import at_work_in
 
 STAGES, RECORD = "stages", "stage.json"
-_SCRATCH, _LOCK = ".scratch", ".lock"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+_SCRATCH = ".scratch"
+_NO_ROOM = {  # a disk that is full, forbidden or broken, or no more files may be open
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE, errno.EIO,
+}  # fmt: skip
 
 
 class CannotRun(Exception):
@@ -120,30 +123,41 @@ def run_stages(
     """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept.
 
     A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
-    stage and those that need it. Raises UserError if the folder cannot be written to or another process uses it.
+    stage and those that need it. Raises UserError if the folder cannot be written to.
     """
     began = clock()
     ordered = in_order(stages)
     files.make_folder(folder)
-    with alone(folder):
-        transcript = Transcript(folder, on_progress)
-        found: dict[str, Finished] = {}
-        outcomes: list[StageOutcome] = []
-        kept = _kept(ordered, folder, transcript)
-        waiting = [stage for stage in ordered if stage.name not in kept]
-        for stage in ordered:
-            if stage.name in kept:
-                outcome = StageOutcome(stage.name, StageStatus.KEPT, finished=kept[stage.name])
-                transcript.note(stage.name, "kept", f"of {kept[stage.name].finished_at}")
-            else:
-                left_s = None if budget_s is None else budget_s - (clock() - began)
-                outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
-                waiting.remove(stage)
-            outcomes.append(outcome)
-            stop_if_asked()
-            if outcome.finished is not None:
-                found[stage.name] = outcome.finished
-        return outcomes
+    transcript = Transcript(folder, on_progress)
+    found: dict[str, Finished] = {}
+    outcomes: list[StageOutcome] = []
+    kept = _kept(ordered, folder, transcript)
+    waiting = [stage for stage in ordered if stage.name not in kept]
+    for stage in ordered:
+        if stage.name in kept:
+            outcome = StageOutcome(stage.name, StageStatus.KEPT, finished=kept[stage.name])
+            transcript.note(stage.name, "kept", f"of {kept[stage.name].finished_at}")
+        else:
+            left_s = None if budget_s is None else budget_s - (clock() - began)
+            outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
+            waiting.remove(stage)
+        outcomes.append(outcome)
+        stop_if_asked()
+        if outcome.finished is not None:
+            found[stage.name] = outcome.finished
+    return outcomes
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Make the output folder and lock it against a second process; what cannot be written in it is a UserError."""
+    with at_work_in(folder, "out"):
+        try:
+            yield
+        except OSError as error:
+            if _is_of_the_folder(error, folder):
+                raise unwritable(folder, error) from error
+            raise
 
 
 def in_order(stages: Sequence[Stage]) -> list[Stage]:
@@ -220,7 +234,7 @@ def _one(
         transcript.note(stage.name, "failed", str(error))
         raise
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if _is_of_the_folder(error, folder):
             transcript.note(stage.name, "failed", str(error))
             raise unwritable(folder, error) from error
         return StageOutcome(stage.name, StageStatus.FAILED, transcript.defect(stage.name, error))
@@ -310,21 +324,6 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
         place.parent.rmdir()  # unless another interrupted stage is in there
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock the folder against a second process. The system releases the lock when this process ends."""
-    try:
-        with (folder / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                allowed = "another process is at work in this folder"
-                raise UserError("out", str(folder), allowed, "wait until it ends, or name another folder") from None
-            yield
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
 def put(draft: Path, place: Path) -> Path:
     """Move the finished folder to its place, replacing an outdated one."""
     place.parent.mkdir(exist_ok=True)
@@ -332,6 +331,11 @@ def put(draft: Path, place: Path) -> Path:
         shutil.rmtree(place)
     os.rename(draft, place)
     return place
+
+
+def _is_of_the_folder(error: OSError, folder: Path) -> bool:
+    """Whether the folder cannot be written; anything else is a defect of a stage."""
+    return error.errno in _NO_ROOM or not folder.is_dir()
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:

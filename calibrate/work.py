@@ -124,7 +124,7 @@ def _profile(inputs: Inputs) -> Stage:
         return {"name": profile.name}
 
     settings = {
-        **inputs.identity(), "limits": asdict(inputs.limits()), "heads": inputs.heads_sha256(),
+        **inputs.identity(), "limits": asdict(inputs.limits()), "heads": inputs.heads_digest(),
         "exits": list(inputs.exits), "quick": config.quick, "seed": config.seed,
     }  # fmt: skip
     return _stage(inputs, PROFILE, run, 90, (CEILINGS,), settings)
@@ -176,7 +176,7 @@ def _traces(inputs: Inputs) -> Stage:
         return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out}
 
     settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.trace_tokens}
-    settings |= {} if trains else {"heads": inputs.heads_sha256(), "exits": list(inputs.exits)}
+    settings |= {} if trains else {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
     return _stage(inputs, TRACES, run, 80, (ADAPTERS,) if trains else (), settings)
 
 
@@ -201,7 +201,7 @@ def _answers(inputs: Inputs) -> Stage:
         return {"tokens": trace.n_tokens, "tasks": list(trace.tasks)}
 
     settings = {**inputs.identity(), "tasks": config.tasks, "answers": config.answers, "quick": config.quick}
-    settings |= {"heads": inputs.heads_sha256(), "exits": list(inputs.exits)}
+    settings |= {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
     return _stage(inputs, ANSWERS, run, 40, (), settings)
 
 

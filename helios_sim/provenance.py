@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def weakest(classes: Iterable[ProvenanceClass]) -> ProvenanceClass:
 class Assumption:
     """A quantity without a source: its value here, why it is that, and how a user changes it."""
 
-    name: str
+    name: str  # of the quantity, the same wherever it is assumed
     value: float | str | None
     why: str
     change: str  # a setting such as "runtime.sync_s", an entry of profile.json such as "model.chars_per_token"
@@ -47,6 +47,11 @@ class Provenance:
     scaled: tuple[str, ...] = ()  # what was scaled or interpolated on the way, and by what
     assumptions: tuple[Assumption, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def without(self, names: Iterable[str]) -> Provenance:
+        """The provenance without the assumptions of these names."""
+        dropped = set(names)
+        return replace(self, assumptions=tuple(a for a in self.assumptions if a.name not in dropped))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

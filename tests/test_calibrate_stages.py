@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from calibrate.progress import Progress
-from calibrate.stages import Stage, StageRun, StageStatus, read_finished, run_stages
+from calibrate.stages import Stage, StageRun, StageStatus, at_work, read_finished, run_stages
 from helios_sim.errors import UserError
 
 
@@ -157,12 +157,8 @@ def test_a_damaged_record_is_measured_anew(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    def again(stage: StageRun) -> dict:
-        run_stages([], tmp_path)
-        return {}
-
-    with pytest.raises(UserError, match="another process is at work"):
-        run_stages([Stage("a", again, 1, 1)], tmp_path)
+    with at_work(tmp_path), pytest.raises(UserError, match="another process is at work"), at_work(tmp_path):
+        pass
 
 
 KILLED = """

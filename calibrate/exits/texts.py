@@ -39,8 +39,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from helios_sim.contents import sha256_of
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import cache_folder, sha256_of
+from helios_sim.live.checkpoint.known import cache_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ REPEATS = 7
 BUFFER_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}  # several times any cache
 MATRIX_ROWS = {"cpu": 2048, "cuda": 8192}
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("decode_attention", "prefill_attention")  # tables of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def over_floor(profile: Profile, ceilings: Ceilings) -> dict[str, list[OverFloor
             )
             for i, n in enumerate(rows.rows)
         ]
-    for name, grid in (("decode_attention", layer.decode_attention), ("prefill_attention", layer.prefill_attention)):
+    for name, grid in zip(ATTENTION, (layer.decode_attention, layer.prefill_attention), strict=True):
         found[name] = [
             OverFloor(
                 name,
@@ -142,7 +143,7 @@ def below_floor(found: dict[str, list[OverFloor]]) -> list[OverFloor]:
 
     Attention is left out: it is a difference of two times and may be noise.
     """
-    return [e for entries in found.values() for e in entries if e.ratio < 1 and "attention" not in e.table]
+    return [e for entries in found.values() for e in entries if e.ratio < 1 and e.table not in ATTENTION]
 
 
 def _work_of_rows(spec: ModelSpec, table: str, rows: int) -> tuple[float, float]:
@@ -159,7 +160,7 @@ def _work_of_rows(spec: ModelSpec, table: str, rows: int) -> tuple[float, float]
 def _work_of_attention(spec: ModelSpec, table: str, first: int, second: int) -> tuple[float, float]:
     """The (bytes, operations) of an entry."""
     width = spec.n_heads * spec.head_dim
-    if table == "decode_attention":
+    if table == ATTENTION[0]:
         pairs, kv = first * second, first * second
     else:
         pairs, kv = first * second + first * (first + 1) // 2, first + second

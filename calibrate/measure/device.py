@@ -30,6 +30,7 @@ class DeviceFacts:
     memory_bytes: int  # memory that the engine may use
     power_limit_w: float | None
     versions: Mapping[str, str] = field(default_factory=dict)
+    computes_bfloat16: bool = False  # natively
 
 
 class Copy(Protocol):

@@ -61,6 +61,7 @@ class TimedCpu:
             memory_bytes=memory_bytes,
             power_limit_w=None,
             versions={"torch": torch.__version__, "python": platform.python_version(), "linux": platform.release()},
+            computes_bfloat16=bool(_flags() & {"avx512_bf16", "amx_bf16"}),
         )
         return cls(facts)
 
@@ -188,8 +189,12 @@ def cpuinfo(key: str) -> str | None:
 
 def _extensions() -> str:
     """The instruction sets that decide how fast matrix products are."""
-    flags = set((cpuinfo("flags") or "").split())
+    flags = _flags()
     return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags) or platform.machine()
+
+
+def _flags() -> set[str]:
+    return set((cpuinfo("flags") or "").split())
 
 
 def _kilobytes(path: Path, key: str) -> int | None:
@@ -259,6 +264,7 @@ class TimedCuda:
             memory_bytes=int(properties.total_memory) if memory_bytes is None else memory_bytes,
             power_limit_w=limit_w,
             versions=versions,
+            computes_bfloat16=True,
         )
         return cls(torch, card, index, facts)
 

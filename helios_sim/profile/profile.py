@@ -132,8 +132,8 @@ class Profile:
 
     def with_runtime(self, runtime: Runtime) -> Profile:
         """The profile under other host costs. What is assumed of the new ones is in their `sources`."""
-        kept = tuple(a for a in self.provenance.assumptions if not a.change.startswith("runtime."))
-        return replace(self, runtime=runtime, provenance=replace(self.provenance, assumptions=kept))
+        known = (f"runtime.{f.name}" for f in fields(Runtime))
+        return replace(self, runtime=runtime, provenance=self.provenance.without(known))
 
     def scaled(self, time_factor: float) -> Profile:
         """Iterations take `time_factor` times as long; loads do not change. For studies of profile error."""

@@ -152,7 +152,7 @@ class CostSource:
 
     @classmethod
     def parsed(cls, quantity: str, text: str) -> CostSource:
-        """The source that has this `text`, which is how profiles store it."""
+        """The source that has this `text`, which is how older profiles store it."""
         basis, colon, why = text.partition(": ")
         if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED):
             return cls(quantity, Basis(basis), why)

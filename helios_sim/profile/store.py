@@ -21,7 +21,7 @@ import pyarrow as pa
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Anchor, Anchors, CostSource, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Anchor, Anchors, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 from helios_sim.provenance import Provenance
 from helios_sim.untrusted import Fields, read_json, read_parquet, reading
@@ -140,18 +140,20 @@ def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
     """Its fields; those with a default only where they differ from it, so that older files stay what they were."""
     values = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
     if isinstance(part, Runtime):
-        values["sources"] = [(source.quantity, source.text) for source in part.sources]
+        values["sources"] = [(source.quantity, source.basis.value, source.why) for source in part.sources]
     return values
 
 
 def _runtime(header: Fields) -> Runtime:
     sources = header.value("sources")
-    for pair in sources:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise header.wrong("sources", pair, "pairs of a quantity and its source")
+    for one in sources:
+        if not isinstance(one, list) or len(one) not in (2, 3) or not all(isinstance(text, str) for text in one):
+            raise header.wrong("sources", one, "a quantity, the kind of evidence and the source")
+        if len(one) == 3 and one[1] not in set(Basis):
+            raise header.wrong("sources", one[1], f"one of {', '.join(Basis)}")
     sizes = header.integers("graph_batch_sizes", 1, 1 << 20, 10_000) if header.has("graph_batch_sizes") else None
-    parsed = tuple(CostSource.parsed(quantity, text) for quantity, text in sources)
-    return header.filled(Runtime, graph_batch_sizes=sizes, sources=parsed)
+    read = tuple(CostSource(s[0], Basis(s[1]), s[2]) if len(s) == 3 else CostSource.parsed(*s) for s in sources)
+    return header.filled(Runtime, graph_batch_sizes=sizes, sources=read)
 
 
 def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:

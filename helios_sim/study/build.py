@@ -122,12 +122,8 @@ def build_profile(config: Config, model: str) -> Profile:
 
 def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:
     """Prompts in tokens as long as they were measured to be on these texts, which a profile can only assume."""
-    kept = tuple(a for a in profile.provenance.assumptions if a.change != "model.chars_per_token")
-    return replace(
-        profile,
-        model=replace(profile.model, chars_per_token=chars_per_token),
-        provenance=replace(profile.provenance, assumptions=kept),
-    )
+    model = replace(profile.model, chars_per_token=chars_per_token)
+    return replace(profile, model=model, provenance=profile.provenance.without(["chars_per_token"]))
 
 
 def build_runtime(config: Config, of_profile: Runtime) -> Runtime:

@@ -6,16 +6,16 @@ A resumed run keeps only results that were made of the same.
 from __future__ import annotations
 
 import ast
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import helios_sim
+from helios_sim.contents import digest, digest_of
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
@@ -32,12 +32,12 @@ def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str
     found = {CODE: _code()}
     for name, path in _files(config):
         if path.exists():
-            found[name] = _contents(path)
+            found[name] = digest_of(path)
     custom = [str(kind["object"]) for kind in _kinds(config) if "object" in kind]
     if policy is not None and isinstance(policy.parameters, CustomParameters):
         custom.append(policy.parameters.object)
     for path in dict.fromkeys(path for reference in custom for path in _sources(reference)):
-        found[f"policy file {path.name}"] = _contents(path)
+        found[f"policy file {path.name}"] = digest_of(path)
     return found
 
 
@@ -63,14 +63,15 @@ def _kinds(config: Config) -> list[Mapping[str, Any]]:
 
 
 def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
-    from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+    from helios_sim.live.checkpoint.known import KNOWN, cache_folder, hub_snapshot
     from helios_sim.live.model.heads import SHIPPED
     from helios_sim.live.served import FOLDER
 
     for model in config.models:
         weights = config.live.weights.get(model, model)
         known = KNOWN.get(weights)
-        yield f"weights of {model}", Path(weights).expanduser() if known is None else cache_folder() / known.file
+        path = Path(weights).expanduser() if known is None else cache_folder() / known.file
+        yield f"weights of {model}", path if path.exists() else hub_snapshot(weights) or path
         heads = config.live.heads.get(model)
         yield f"exit heads of {model}", SHIPPED / model if heads is None else Path(heads).expanduser()
     texts = config.live.texts
@@ -80,28 +81,7 @@ def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
 @cache
 def _code() -> str:
     folder = Path(helios_sim.__file__).parent
-    return _digest(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(folder.rglob("*.py"))))
-
-
-def _contents(path: Path) -> str:
-    """A digest of a file, or of all files of a folder and their names."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    parts = []
-    for file in files:
-        stat = file.stat()
-        parts.append(f"{file.relative_to(path)} {_of_file(file, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)}")
-    return _digest("\n".join(parts).encode())
-
-
-@lru_cache(maxsize=4096)
-def _of_file(path: Path, *written: int) -> str:
-    """`written`: times and size of the file, so that one which was written anew is read anew."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return digest(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(folder.rglob("*.py"))))
 
 
 def _sources(reference: str) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError, require_count
 from helios_sim.request import LATEST_NS, LONGEST, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
@@ -93,13 +94,12 @@ def read_trace(path: str | Path, limit: int | None = None, time_unit: str | None
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
     file = locate(path)
-    written = file.stat()
-    return _read(file, limit, time_unit, written.st_mtime_ns, written.st_size)
+    return _read(file, limit, time_unit, stamp(file))
 
 
 @lru_cache(maxsize=4)  # arrivals and lengths come from one file, and every arm and seed of a study reads it
-def _read(path: Path, limit: int | None, unit: str | None, written_ns: int, n_bytes: int) -> RequestTrace:
-    """Cached by the file's time and size, so that a file that was written again is read again."""
+def _read(path: Path, limit: int | None, unit: str | None, written: Stamp) -> RequestTrace:
+    """Cached as long as the file is not written again."""
     with reading("workload.trace", str(path), "cannot be read", _FIX, TraceFileError):
         file = _opened(path)
         names, first = _beginning(file)

@@ -29,7 +29,7 @@ _NO_MATTER = re.compile(
 _SCALES = re.compile(r".*(_scale|_scale_inv|\.scales|\.qzeros|\.qweight|\.absmax|\.quant_state\..*|_scale_2)")
 _SHARD = re.compile(r"\w[\w.+ -]{0,250}")  # no folder in it
 _CHUNK_ROWS = 4096
-_OF_TOKENIZERS, _MOST_BYTES = (".json", ".txt", ".model", ".jinja"), 256 << 20
+OF_MODELS, _MOST_BYTES = (".json", ".txt", ".model", ".jinja"), 256 << 20
 
 
 class SafetensorsFolder:
@@ -72,7 +72,7 @@ class SafetensorsFolder:
             fix = "save the tokenizer into it (save_pretrained)"
             raise WeightsError("weights", str(self.folder), "a folder with a tokenizer", fix)
         for path in self.folder.iterdir():  # transformers opens what is there by its name
-            if path.suffix in _OF_TOKENIZERS and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
+            if path.suffix in OF_MODELS and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
                 allowed = f"a file of at most {_MOST_BYTES} bytes"
                 raise WeightsError(str(path), "no file, or too large", allowed, FETCH_AGAIN)
         import transformers

@@ -5,10 +5,8 @@ The cache folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 
@@ -65,13 +63,12 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "helios-sim"
 
 
-def sha256_of(path: Path) -> str:
-    """The file's sha256. It is computed again only if the file has changed since."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_mtime_ns, stat.st_size)
+def hub_snapshot(hub_id: str) -> Path | None:
+    """The folder with the files of a hub id (OWNER/NAME) that were fetched before; None: none were."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-
-@lru_cache(maxsize=64)
-def _sha256_of(path: Path, mtime_ns: int, n_bytes: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None

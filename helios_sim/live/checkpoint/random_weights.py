@@ -39,8 +39,9 @@ def is_random(weights: str) -> bool:
 def draw(weights: str, device: str = "cpu", seed: int = 0) -> RandomWeights:
     """Weights for `random:NAME` or `tiny:NAME`. Raises UserError for a name of unknown shape."""
     spec = _spec(weights.partition(":")[2], weights)
-    shape = _tiny(spec) if weights.startswith(TINY) else _architecture(spec)
-    return RandomWeights(shape, spec.chars_per_token, device, seed)
+    tiny = weights.startswith(TINY)
+    shape = _tiny(spec) if tiny else _architecture(spec)
+    return RandomWeights(shape, spec.chars_per_token, device, seed, tiny)
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class RandomWeights:
     chars_per_token: float  # assumed for the family's tokenizer
     device: str = "cpu"
     seed: int = 0
+    tiny: bool = False  # a few small layers of the shape
     files: tuple[Any, ...] = ()
     _noise: Tensor | None = field(default=None, repr=False)
 

@@ -19,16 +19,17 @@ from typing import Any
 
 from torch import Tensor
 
+from helios_sim.contents import Stamp, digest_of, sha256_of, stamp
 from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.gguf_file import GgufFile
-from helios_sim.live.checkpoint.hub_folder import SafetensorsFolder
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder, sha256_of
+from helios_sim.live.checkpoint.hub_folder import OF_MODELS, SafetensorsFolder
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
 from helios_sim.live.model.weights import StoredPiece
 from helios_sim.untrusted import in_short, reading
 
-Stamp = tuple[tuple[str, int, int], ...]
+Stamps = tuple[tuple[str, Stamp], ...]
 
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -85,6 +86,23 @@ class Checkpoint:
         made = _tried(self.storage.tokenizer(), self.source)
         _keep(made, kept)
         return made
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is a few small layers of a known shape, under that shape's name."""
+        return isinstance(self.storage, RandomWeights) and self.storage.tiny
+
+    @cached_property
+    def digest(self) -> str:
+        """What the model's tokens depend on: weights, configuration and tokenizer by their contents.
+
+        Random weights are known by their description.
+        """
+        if isinstance(self.storage, RandomWeights):
+            return self.source
+        beside = self.storage.folder.glob("*") if isinstance(self.storage, SafetensorsFolder) else ()
+        small = [path for path in beside if path.is_file() and path.suffix in OF_MODELS]
+        return digest_of(*sorted({*self.storage.files, *small}))
 
     @cached_property
     def sha256(self) -> str:
@@ -154,11 +172,11 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
         return random_checkpoint(weights)
     path = Path(weights).expanduser()
     if path.is_dir():
-        return _opened(path, _stamp(path), path.resolve().name, str(path), None)
+        return _opened(path, _stamps(path), path.resolve().name, str(path), None)
     if path.is_file():
         if path.suffix != ".gguf":
             raise WeightsError("weights", weights, "a folder or a .gguf file", "give the folder that holds this file")
-        return _opened(path, _stamp(path), path.stem, str(path), None)
+        return _opened(path, _stamps(path), path.stem, str(path), None)
     if _HUB_ID.fullmatch(weights) and path.suffix != ".gguf":
         return _from_hub(weights)
     raise WeightsError(
@@ -181,20 +199,19 @@ def _known(name: str, cache: Path) -> Checkpoint:
         raise WeightsError("weights", name, f"its file {known.file} in {cache}", known.get_it)
     if (digest := sha256_of(path)) != known.sha256:
         raise UserError(f"sha256 of {path}", digest, known.sha256, f"delete the file and get it again: {known.get_it}")
-    return _opened(path, _stamp(path), name, f"{known.file}, sha256 {known.sha256}", known.licence)
+    return _opened(path, _stamps(path), name, f"{known.file}, sha256 {known.sha256}", known.licence)
 
 
 @lru_cache(maxsize=4)
-def _opened(path: Path, stamp: Stamp, name: str, source: str, licence: str | None) -> Checkpoint:
+def _opened(path: Path, stamps: Stamps, name: str, source: str, licence: str | None) -> Checkpoint:
     """Cached by its arguments, together with its tokenizer and its copy in host memory."""
     return Checkpoint(name, source, licence, SafetensorsFolder(path) if path.is_dir() else GgufFile(path))
 
 
-def _stamp(path: Path) -> Stamp:
-    """Names, times and sizes of the files: changes when a file is written."""
+def _stamps(path: Path) -> Stamps:
+    """The files by name: changes when one of them is written."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(file.name, file.stat()) for file in files if file.exists()]  # a link may lead nowhere
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    return tuple((file.name, stamp(file)) for file in files if file.exists())  # a link may lead nowhere
 
 
 def _from_hub(hub_id: str) -> Checkpoint:

@@ -1,0 +1,43 @@
+"""What files hold, as digests: a result is known by the contents of what it was made of, never by a name or a time.
+
+A file that was read is not read again as long as the system says that it was not written since, which is only a
+shortcut: a new process reads it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+Stamp = tuple[int, ...]
+
+
+def stamp(path: Path) -> Stamp:
+    """Changes when the file is written, or when another takes its place. `ctime` cannot be set back by a program."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256."""
+    return _sha256_of(path, stamp(path))
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, written: Stamp) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(*paths: Path) -> str:
+    """A digest of files, and of all files of folders and their names in them."""
+    parts = []
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        parts += [f"{file.relative_to(path)} {sha256_of(file)}" for file in files]
+    return digest("\n".join(parts).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
