@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def name_of(weights: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"
 
 
+BUSY = 0.6  # a load for each core above which other processes are in the way
+
+
+def make_way() -> None:
+    """Where other processes use the cores, let torch's threads sleep while they wait for each other.
+
+    Threads that spin keep the core from the very thread that they wait for, and a step then takes ten times as long.
+    It must come before torch is loaded. A policy that the environment sets stays.
+    """
+    if os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0)) and "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 WORTHLESS = (".scratch", "transcript.jsonl")  # files of a calibration in which no stage finished
 
 
@@ -89,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     command = sys.argv[1:] if arguments is None else list(arguments)
+    # the time that this process has taken so far belongs to the budget
+    budget_began_s = [time.monotonic() - (time.process_time() if arguments is None else 0.0)]
+    if arguments is None:
+        make_way()
     status = 0
     folder: Path | None = None  # output folder of the running calibration
     started: list[Path] = []
@@ -104,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started.append(folder)
         try:
             config = to_config(settings, command, schema)
-            done = (
-                run_campaign(config, folder) if isinstance(config, CampaignConfig) else run_calibration(config, folder)
-            )
-            status = max(status, done)
+            began_s = budget_began_s.pop() if budget_began_s else time.monotonic()  # of several, each has its own
+            if isinstance(config, CampaignConfig):
+                status = max(status, run_campaign(config, folder, began_s))
+            else:
+                status = max(status, run_calibration(config, folder, began_s))
         except UserError as error:  # caught here, since Hydra would print a message of its own
             status = _fail(error, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
 

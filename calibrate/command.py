@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from calibrate.progress import FILE as TRANSCRIPT, OnProgress, Progress, progres
 from calibrate.report.outputs import write_outputs
 from calibrate.schema import CalibrateConfig, CampaignConfig
 from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, at_work, read_finished, run_stages
-from calibrate.work import stages_of
+from calibrate.work import CEILINGS, stages_of
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live.served import check_packages
@@ -31,18 +32,23 @@ from helios_sim.provenance import command_given
 from helios_sim.report.terminal import TextTable, say
 from helios_sim.study.command import end
 
+MOST_FOR_PAGE_S, PAGE_SHARE = 20.0, 0.08  # of the budget, for the page and its figures
+ENOUGH = 3  # times the budget, where that was too little
 
-def run_calibration(config: CalibrateConfig, folder: Path) -> int:
+
+def run_calibration(config: CalibrateConfig, folder: Path, began_s: float | None = None) -> int:
     """Measure, write the outputs and print a summary. Returns 0, or 1 if a stage failed by a defect.
 
+    The budget runs since `began_s` on the monotonic clock (None: now). Where it suffices for nothing that can be used,
+    that is a UserError, and what was measured is kept for the next call.
     Mistakes of the user raise UserError before anything is measured, if possible, and so does a folder in which another
     process is at work.
     """
     with at_work(folder):
-        return _calibrated(config, folder)
+        return _calibrated(config, folder, time.monotonic() if began_s is None else began_s)
 
 
-def _calibrated(config: CalibrateConfig, folder: Path) -> int:
+def _calibrated(config: CalibrateConfig, folder: Path, began_s: float) -> int:
     if config.task == "report":
         finished = read_finished(folder)
         if not finished:
@@ -55,8 +61,9 @@ def _calibrated(config: CalibrateConfig, folder: Path) -> int:
         stages = stages_of(inputs)
         check_budget(config.budget_s, stages)
         with progress({stage.name: stage.estimate_s for stage in stages}) as watch:
-            outcomes = run_stages(stages, folder, config.budget_s, watch)
+            outcomes = run_stages(stages, folder, _for_stages(config.budget_s), watch, began=began_s)
         finished = _earlier(folder, inputs, stages) | _finished(outcomes)
+        _check_useful(config, folder, finished, outcomes)
     summary = write_outputs(config, folder, finished, outcomes)
     end(lambda: _show(summary, outcomes, folder), folder, summary)
     return _status(outcomes)
@@ -68,6 +75,23 @@ def check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
     if budget_s is not None and budget_s < shortest:
         allowed = f"no stage is done in that time; the shortest takes {shortest:g} s"
         raise UserError("budget_s", budget_s, allowed, f"allow {sum(s.estimate_s for s in stages):.0f} s for all")
+
+
+def _for_stages(budget_s: float | None) -> float | None:
+    """The budget without what the page and its figures take at the end."""
+    return None if budget_s is None else budget_s - min(MOST_FOR_PAGE_S, PAGE_SHARE * budget_s)
+
+
+def _check_useful(
+    config: CalibrateConfig, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
+) -> None:
+    """Raise UserError where the time sufficed for nothing that can be simulated from or served with."""
+    skipped = [outcome for outcome in outcomes if outcome.status is StageStatus.SKIPPED]
+    failed = any(outcome.status is StageStatus.FAILED for outcome in outcomes)
+    if config.budget_s is not None and skipped and not failed and not {*finished} - {CEILINGS}:
+        allowed = f"nothing that can be used was measured: {skipped[0].stage}: {skipped[0].why}"
+        fix = f"allow more, such as budget_s={ENOUGH * config.budget_s:g}; out={folder} goes on with what was measured"
+        raise UserError("budget_s", config.budget_s, allowed, fix)
 
 
 def _earlier(folder: Path, inputs: Inputs, stages: Sequence[Stage]) -> dict[str, Finished]:
@@ -116,7 +140,7 @@ def _status(outcomes: Sequence[StageOutcome]) -> int:
     return 1 if failed else 0
 
 
-def run_campaign(config: CampaignConfig, folder: Path) -> int:
+def run_campaign(config: CampaignConfig, folder: Path, began_s: float | None = None) -> int:
     """Run the campaign. Returns 0, or 1 if a stage failed by a defect. Raises UserError for a mistake of the user.
 
     `folder` gets an archive for each group of stages, written again when a stage of it is finished. However this call
@@ -124,10 +148,10 @@ def run_campaign(config: CampaignConfig, folder: Path) -> int:
     """
     check_packages("measuring a model")
     with at_work(folder):
-        return _campaigned(config, folder)
+        return _campaigned(config, folder, time.monotonic() if began_s is None else began_s)
 
 
-def _campaigned(config: CampaignConfig, folder: Path) -> int:
+def _campaigned(config: CampaignConfig, folder: Path, began_s: float) -> int:
     plan = CampaignPlan(config)
     check_budget(config.budget_s, plan.stages)
     archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])
@@ -137,7 +161,8 @@ def _campaigned(config: CampaignConfig, folder: Path) -> int:
             read_archive(path, config.campaign, state)
         plan.check()
         with progress({stage.name: stage.estimate_s for stage in plan.stages}) as watch:
-            outcomes = run_stages(plan.stages, state, config.budget_s, _keeping(plan, state, folder, watch))
+            keeping = _keeping(plan, state, folder, watch)
+            outcomes = run_stages(plan.stages, state, config.budget_s, keeping, began=began_s)
         _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
         summary = _summary(plan, state, outcomes)
         files.write_json(folder / "summary.json", summary)

@@ -30,6 +30,7 @@ from helios_sim.untrusted import Fields, read_json
 from helios_sim.vary.runner import at_work_in
 
 STAGES, RECORD = "stages", "stage.json"
+SHORT = "short"  # of a stage's result
 _SCRATCH = ".scratch"
 _NO_ROOM = {  # a disk that is full, forbidden or broken, or no more files may be open
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
@@ -65,6 +66,11 @@ class Finished:
     wall_s: float
     finished_at: str
 
+    @property
+    def short(self) -> str:
+        """What it left out for want of time, in words; "" if nothing. A later call goes on with it."""
+        return str(self.result.get(SHORT) or "")
+
     def part(self, name: str) -> Path:
         """A file or folder that the stage wrote."""
         return self.folder / name
@@ -75,9 +81,21 @@ class StageRun:
     """What a running stage is given. It writes only into `folder`, where it finds what it wrote before a kill."""
 
     folder: Path
-    allowance_s: float | None  # seconds that it may use; None: no limit
+    allowance_s: float | None  # seconds that it should use, its share of what is left; None: no limit
     finished: Mapping[str, Finished]  # complete earlier stages by name
     tell: Callable[[str, float | None], None]  # reports progress: (current activity, share done)
+    limit_s: float | None = None  # seconds that are left of the budget: no more than these it may use
+    spent_s: Callable[[], float] = lambda: 0.0  # since it began
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds of its share that are left; None: no limit."""
+        return None if self.allowance_s is None else self.allowance_s - self.spent_s()
+
+    @property
+    def most_s(self) -> float | None:
+        """Seconds that it may still use, those of stages of less worth included; None: no limit."""
+        return None if self.limit_s is None else self.limit_s - self.spent_s()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,7 @@ class StageOutcome:
 
     stage: str
     status: StageStatus
-    why: str = ""  # the reason, if skipped or failed
+    why: str = ""  # the reason, if skipped or failed; what it lacks, if time was short
     finished: Finished | None = None  # if done or kept
 
 
@@ -119,28 +137,42 @@ def run_stages(
     budget_s: float | None = None,
     on_progress: OnProgress = lambda progress: None,
     clock: Callable[[], float] = time.monotonic,
+    began: float | None = None,
 ) -> list[StageOutcome]:
-    """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept.
+    """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept, but
+    for those that lacked time: they go on, and stay as they are where there is no time for that either.
+
+    The budget runs since `began` on the clock (None: now).
 
     A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
     stage and those that need it. Raises UserError if the folder cannot be written to.
     """
-    began = clock()
+    began = clock() if began is None else began
     ordered = in_order(stages)
     files.make_folder(folder)
     transcript = Transcript(folder, on_progress)
     found: dict[str, Finished] = {}
     outcomes: list[StageOutcome] = []
     kept = _kept(ordered, folder, transcript)
+    unfinished = {name: kept.pop(name) for name in list(kept) if kept[name].short}
     waiting = [stage for stage in ordered if stage.name not in kept]
+    anew: set[str] = set()
     for stage in ordered:
-        if stage.name in kept:
+        if stage.name in kept and not anew & set(stage.needs):
             outcome = StageOutcome(stage.name, StageStatus.KEPT, finished=kept[stage.name])
             transcript.note(stage.name, "kept", f"of {kept[stage.name].finished_at}")
         else:
             left_s = None if budget_s is None else budget_s - (clock() - began)
+            before = unfinished.get(stage.name)
+            if before is not None:
+                _take_up(before, folder, stage)
             outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
-            waiting.remove(stage)
+            if outcome.status is StageStatus.SKIPPED and before is not None:
+                outcome = StageOutcome(stage.name, StageStatus.KEPT, before.short, before)
+            if outcome.status is StageStatus.DONE:
+                anew.add(stage.name)
+            if stage in waiting:
+                waiting.remove(stage)
         outcomes.append(outcome)
         stop_if_asked()
         if outcome.finished is not None:
@@ -216,7 +248,8 @@ def _one(
     needs = {name: found[name].finished_at for name in stage.needs}
     try:
         with _draft(folder, stage, needs) as draft:
-            run = StageRun(draft, allowance_s, dict(found), partial(transcript.going, stage.name))
+            tell = partial(transcript.going, stage.name)
+            run = StageRun(draft, allowance_s, dict(found), tell, left_s, lambda: clock() - began)
             result = stage.run(run)
             record = {
                 "stage": stage.name,
@@ -244,8 +277,9 @@ def _one(
         raise UserError("stage", stage.name, allowed, "load fewer layers, or measure smaller batches") from error
     except Exception as error:
         return StageOutcome(stage.name, StageStatus.FAILED, transcript.defect(stage.name, error))
-    transcript.note(stage.name, "done", f"{record['wall_s']:.1f} s")
-    return StageOutcome(stage.name, StageStatus.DONE, finished=_finished(place, record))
+    finished = _finished(place, record)
+    transcript.note(stage.name, "done", f"{record['wall_s']:.1f} s{', ' if finished.short else ''}{finished.short}")
+    return StageOutcome(stage.name, StageStatus.DONE, finished.short, finished)
 
 
 def _skipped(stage: Stage, why: str, transcript: Transcript) -> StageOutcome:
@@ -306,7 +340,7 @@ def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Pat
     """The folder for a stage until it finishes. It survives a kill or lack of time, not a defect or other settings."""
     place = folder / _SCRATCH / stage.name
     basis = place.with_name(f"{stage.name}.json")
-    now_is = files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
+    now_is = _basis(stage, needs)
     if not basis.is_file() or basis.read_text(encoding="utf-8") != now_is:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
@@ -331,6 +365,19 @@ def put(draft: Path, place: Path) -> Path:
         shutil.rmtree(place)
     os.rename(draft, place)
     return place
+
+
+def _take_up(before: Finished, folder: Path, stage: Stage) -> None:
+    """Put what a stage has measured where it goes on, unless a later call is at it already."""
+    place = folder / _SCRATCH / stage.name
+    if not place.exists():
+        shutil.copytree(before.folder, place)
+        (place / RECORD).unlink()
+        files.write_text(place.with_name(f"{stage.name}.json"), _basis(stage, read_record(before.folder / RECORD)[1]))
+
+
+def _basis(stage: Stage, needs: Mapping[str, str]) -> str:
+    return files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
 
 
 def _is_of_the_folder(error: OSError, folder: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import wraps
@@ -17,11 +16,10 @@ from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs
-from calibrate.stages import NotEnoughTime, Stage, StageRun
+from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.provenance import command_given
-from helios_sim.untrusted import Fields, read_json
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
 STAGES_OF = {
@@ -32,6 +30,7 @@ STAGES_OF = {
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
 PROBE_CHARS = 1_500  # characters of each task from which the mean length of a token is estimated
+FILL_SHARE = 0.06  # of the time that is left, for filling the KV memory with noise
 SAFETY = 0.75  # share of the allowed time that is planned with, since a shared machine varies
 # Shares of the layers. Deep exits agree more often but save little; a changed token saves most at a low exit, so the
 # candidates lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
@@ -49,7 +48,7 @@ class Effort:
 # For a model of 0.1 billion weights on two cores. Larger models take longer, so their stages are cut short.
 EFFORTS = {
     CEILINGS: Effort(10, 3),
-    PROFILE: Effort(600, 20),
+    PROFILE: Effort(600, 10),
     ADAPTERS: Effort(1500, 120),
     TRACES: Effort(400, 30),
     ANSWERS: Effort(100, 30),
@@ -95,33 +94,35 @@ def _profile(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.measure.profile import BudgetSpent, MeasurePlan, ProfileOrigin, measure_profile
+        from calibrate.measure.profile import BudgetSpent, MeasurePlan, ProfileOrigin, in_words, measure_profile
         from calibrate.measure.subject import Subject
         from helios_sim.profile.store import write_profile
 
         model, loaded_bytes = inputs.loaded
-        subject = Subject(model, inputs.device, inputs.limits(), inputs.heads, config.seed)
+        fill_s = None if stage.most_s is None else FILL_SHARE * stage.most_s
+        subject = Subject(model, inputs.device, inputs.limits(), inputs.heads, config.seed, fill_s)
         command, chars = command_given("calibrate"), chars_per_token(inputs)
         about = ProfileOrigin(inputs.spec(chars), command, _today(), settings["weights"], _details(inputs))
         samples = 2 if config.quick else 5
-        allowance_s = stage.allowance_s
+        allowance_s, spent_before_s = stage.allowance_s, stage.spent_s()
         folder = stage.folder / "measurements"
         # the same ceilings as in the report
         files.write_json(folder / "ceilings.json", stage.finished[CEILINGS].result["ceilings"])
 
         def progress(what: str, spent_s: float) -> None:
-            stage.tell(what, None if allowance_s is None else spent_s / allowance_s)
+            stage.tell(what, None if allowance_s is None else (spent_before_s + spent_s) / allowance_s)
 
         try:
             profile = measure_profile(
-                subject, about, folder, MeasurePlan(allowance_s, samples, seed=config.seed),
+                subject, about, folder, MeasurePlan(stage.left_s, stage.most_s, samples, seed=config.seed),
                 loaded_bytes=loaded_bytes, reload=None if inputs.checkpoint.is_random else inputs.reload_layer,
                 progress=progress,
             )  # fmt: skip
         except BudgetSpent as error:
             raise NotEnoughTime(error.allowed) from error
         write_profile(profile, stage.folder / "profile" / profile.name)
-        return {"name": profile.name}
+        short = profile.provenance.details["short"]
+        return {"name": profile.name, SHORT: "" if short is None else in_words(short)}
 
     settings = {
         **inputs.identity(), "limits": asdict(inputs.limits()), "heads": inputs.heads_digest(),
@@ -161,19 +162,26 @@ def _traces(inputs: Inputs) -> Stage:
     trains = config.task == "adapters"
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.exits.traces import TraceOrigin, reference_trace
+        from calibrate.exits.traces import TimeSpent, TraceOrigin, reference_trace
         from helios_sim.exits.store import write_trace
 
         if trains:
             inputs.use_heads(stage.finished[ADAPTERS].part("heads"))
+        _ = inputs.model  # loading it takes time of its own
         chars, left_out = chars_that_fit(inputs, stage)
         origin = TraceOrigin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
-        trace = reference_trace(
-            inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars,
-            lambda text: stage.tell(text, _share(text)),
-        )  # fmt: skip
+        try:
+            trace, cut = reference_trace(
+                inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars, stage.tell,
+                None if stage.left_s is None else lambda: stage.left_s or 0.0,
+            )  # fmt: skip
+        except TimeSpent as error:
+            raise NotEnoughTime(str(error)) from error
         write_trace(trace, stage.folder / "trace")
-        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out}
+        wanted = config.trace_tokens * chars_per_token(inputs)
+        if not cut and sum(chars.values()) < 0.98 * wanted:
+            cut = f"{trace.n_tokens:,} tokens in place of about {config.trace_tokens:,}"
+        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out, SHORT: cut}
 
     settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.trace_tokens}
     settings |= {} if trains else {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
@@ -184,7 +192,7 @@ def _answers(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.exits.traces import GENERATED_TASKS, TraceOrigin, generated_trace
+        from calibrate.exits.traces import GENERATED_TASKS, TimeSpent, TraceOrigin, generated_trace
         from helios_sim.exits.store import write_trace
 
         available = available_texts(inputs)
@@ -193,12 +201,15 @@ def _answers(inputs: Inputs) -> Stage:
             raise UserError("tasks", config.tasks, f"some of {', '.join(GENERATED_TASKS)}", "add one, or set answers=0")
         origin = TraceOrigin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         tokens, prompt_chars = (12, 60) if config.quick else (64, 400)
-        trace = generated_trace(
-            inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens,
-            lambda text: stage.tell(text, None), prompt_chars,
-        )  # fmt: skip
+        try:
+            trace, cut = generated_trace(
+                inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens, stage.tell,
+                prompt_chars, None if stage.left_s is None else lambda: stage.left_s or 0.0,
+            )  # fmt: skip
+        except TimeSpent as error:
+            raise NotEnoughTime(str(error)) from error
         write_trace(trace, stage.folder / "trace")
-        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks)}
+        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), SHORT: cut}
 
     settings = {**inputs.identity(), "tasks": config.tasks, "answers": config.answers, "quick": config.quick}
     settings |= {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
@@ -235,14 +246,6 @@ def memory_named(run: Run) -> Run:
             raise
 
     return renamed
-
-
-def _share(text: str) -> float | None:
-    """The share done in a message like `... batch 3 of 12`, or None."""
-    words = text.split()
-    if len(words) >= 3 and words[-2] == "of" and words[-1].isdigit() and words[-3].isdigit():
-        return int(words[-3]) / int(words[-1])
-    return None
 
 
 def _today() -> str:
@@ -295,26 +298,19 @@ def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dic
     """How many characters to trace of each task, and the tasks that are left out with the reasons.
 
     Together they give `trace_tokens`, or fewer if the allowed time is short, going by the time that a little text
-    takes. A resumed call reads the earlier decision. Raises NotEnoughTime if not even one passage per task fits.
+    takes. Raises NotEnoughTime if no time is left.
     """
-    decided = stage.folder / "chars.json"
     available = available_texts(inputs)
-    if decided.is_file():
-        with suppress(UserError):  # damaged: it is decided anew
-            found = Fields(read_json(decided, ""), str(decided), "")
-            return {task: found.integer(task, 1, 1 << 40) for task in available.tasks}, dict(available.left_out)
     from calibrate.exits.traces import HELDOUT_CHARS
 
     of_all = {task: HELDOUT_CHARS[task] for task in available.tasks}
     wanted = inputs.config.trace_tokens * chars_per_token(inputs)
-    if stage.allowance_s is not None:
-        wanted = min(wanted, _chars_per_s(inputs, available) * stage.allowance_s * SAFETY)
-    if wanted < PROBE_CHARS * len(of_all) / 2 and stage.allowance_s is not None and not inputs.config.quick:
-        raise NotEnoughTime(f"in {stage.allowance_s:.0f} s not even one passage of each task can be traced")
+    if stage.left_s is not None:
+        wanted = min(wanted, _chars_per_s(inputs, available) * max(0.0, stage.left_s) * SAFETY)
+        if stage.left_s <= 0:
+            raise NotEnoughTime("no time is left for one passage")
     scale = wanted / sum(of_all.values())
-    chars = {task: max(1, round(n * scale)) for task, n in of_all.items()}
-    files.write_json(decided, chars)
-    return chars, dict(available.left_out)
+    return {task: max(1, round(n * scale)) for task, n in of_all.items()}, dict(available.left_out)
 
 
 def _chars_per_s(inputs: Inputs, available: AvailableTexts) -> float:
@@ -325,9 +321,8 @@ def _chars_per_s(inputs: Inputs, available: AvailableTexts) -> float:
     for chars in (1, 2 * PROBE_CHARS):  # the first one warms up
         with tempfile.TemporaryDirectory() as scratch:
             began = time.monotonic()
-            trace = reference_trace(
-                inputs.model, inputs.tokenizer, inputs.heads, origin, Path(scratch), {available.tasks[0]: chars},
-                lambda text: None,
-            )  # fmt: skip
+            trace, _ = reference_trace(
+                inputs.model, inputs.tokenizer, inputs.heads, origin, Path(scratch), {available.tasks[0]: chars}
+            )
             speeds.append(int(trace.chars.sum()) / (time.monotonic() - began))
     return speeds[-1]

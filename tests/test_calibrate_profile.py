@@ -138,7 +138,7 @@ def test_a_finished_campaign_measures_nothing_again(tmp_path: Path, monkeypatch:
 def test_a_small_budget_is_an_error_that_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="coarse tables"):
+    with pytest.raises(UserError, match="ends of the tables"):
         campaign(VirtualSubject(), tmp_path, monkeypatch, MeasurePlan(budget_s=0.5))
     budgets = 1
     while True:
@@ -149,9 +149,27 @@ def test_a_small_budget_is_an_error_that_keeps_what_was_measured(
         except UserError:
             budgets += 1
             assert budgets < 20
-    assert subject.clock.now_s < 4.0
+    assert subject.clock.now_s < 2.0 + 0.5  # one visit to the dearest place
     assert profile.layer_tables[0].dense.samples is not None
-    campaign(VirtualSubject(), tmp_path, monkeypatch)  # and goes on to the end
+    whole = campaign(VirtualSubject(), tmp_path, monkeypatch)  # and goes on to the end
+    assert whole.provenance.details["short"] is None
+
+
+def test_the_ends_of_the_tables_are_measured_first_and_say_how_far_times_may_be_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry = MeasurePlan(budget_s=0.01, most_s=100.0)  # no more than a profile cannot be made without
+    subject = VirtualSubject()
+    profile = campaign(subject, tmp_path, monkeypatch, hurry)
+    short = profile.provenance.details["short"]
+    assert short["by_ends_alone"] == ["all tables"]
+    assert short["within"] == 0.15  # what was measured between agrees
+    assert profile.layer_tables[0].dense.rows.tolist() == [1, LIMITS.max_rows]
+    assert profile.head.time_s[-1] == pytest.approx(subject.costs.head(LIMITS.max_head_rows))
+    assert [a.value for a in profile.provenance.assumptions if a.name == "times_within"] == [0.15]
+    whole = campaign(VirtualSubject(), tmp_path, monkeypatch)
+    assert whole.provenance.details["short"] is None
+    assert len(whole.layer_tables[0].dense.rows) > 2
 
 
 def test_a_folder_holds_one_model_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

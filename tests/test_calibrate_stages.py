@@ -161,6 +161,26 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_stage_that_lacked_time_goes_on_where_it_was_and_stays_as_it_is_without_time(tmp_path: Path) -> None:
+    def counting(stage: StageRun) -> dict:
+        path = stage.folder / "samples.txt"
+        samples = path.read_text() + "s" if path.exists() else "s"
+        path.write_text(samples)
+        return {"samples": samples, "short": "" if len(samples) == 3 else f"{len(samples)} of 3 samples"}
+
+    def called(budget_s: float) -> tuple[str, str, str]:
+        clock = Clock()
+        (outcome,) = run_stages([Stage("a", counting, 10, 1)], tmp_path, budget_s, clock=clock)
+        assert outcome.finished is not None
+        return outcome.status, outcome.why, outcome.finished.result["samples"]
+
+    assert called(20) == ("done", "1 of 3 samples", "s")
+    assert called(5) == ("kept", "1 of 3 samples", "s")
+    assert called(20) == ("done", "2 of 3 samples", "ss")
+    assert called(20) == ("done", "", "sss")
+    assert called(20) == ("kept", "", "sss")
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from command_line import CommandLine
+from helios_sim.errors import UserError
 from helios_sim.report.metrics import Band
 from helios_sim.report.result import ComparedRow
+from helios_sim.study.modes import LiveFidelityConfig
+from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
 from helios_sim.validate.compare import energy_told
-from helios_sim.validate.live import rows_of
+from helios_sim.validate.live import measured_profiles, rows_of
 
 
 def test_rows_hold_the_means_of_the_passes_and_how_far_they_lie_apart() -> None:
@@ -91,6 +94,26 @@ def test_notes_of_two_runs_add_up() -> None:
     assert "took 1.20 of its time beside the profile" in replace(one, pace=1.2).sentence()
     assert LiveNotes(*[0] * 8).price_error is None
     assert LiveNotes(*[0] * 8).sentence() == "nothing ran"
+
+
+class Spent:
+    """A calibration for which there was no time."""
+
+    returncode = 1
+
+
+def test_a_calibration_without_time_does_not_end_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("helios_sim.validate.live.subprocess.run", lambda *_, **__: Spent())
+    wanted = LiveFidelityConfig([0.5], calibrate_s=1)
+    config = Config(models=["smollm2-135m"], hardware="epyc-2core", fidelity_live=wanted)
+    found = measured_profiles(config, tmp_path)
+    assert found.changes == {}
+    assert found.within == 0.5
+    assert "smollm2-135m could not be measured in 1 s" in found.notices[0]
+    with pytest.raises(UserError, match="no profile of smollm2-135m on unknown"):
+        measured_profiles(replace(config, hardware="unknown"), tmp_path)
 
 
 LOADS = ("fidelity_live.loads=[0.5,1.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")

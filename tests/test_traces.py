@@ -43,7 +43,7 @@ def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) 
     import transformers
 
     model, tokenizer, folder = tiny
-    trace = traces.reference_trace(model, tokenizer, ExitHeads.own((3,)), ORIGIN, tmp_path, CHARS, lambda _: None)
+    trace, _ = traces.reference_trace(model, tokenizer, ExitHeads.own((3,)), ORIGIN, tmp_path, CHARS)
     texts = passages("code", Split.HELDOUT, CHARS["code"], 60)
     assert trace.task_chars().tolist() == [sum(map(len, texts))]
     assert trace.prompt[-1] == len(texts) - 1
@@ -69,13 +69,17 @@ def test_a_reference_trace_records_what_transformers_says(tiny, tmp_path: Path) 
 def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_path: Path) -> None:
     model, tokenizer, _ = tiny
     heads = ExitHeads.own((2, 4))
-    first = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, lambda _: None)
+    first, _ = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS)
     said: list[str] = []
-    again = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, said.append)
+
+    def tell(text: str, share: float | None) -> None:
+        said.append(text)
+
+    again, _ = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, tell)
     assert said == []
     kept = sorted((tmp_path / "a").glob("*.npz"))
     kept[0].write_bytes(kept[0].read_bytes()[:100])  # damaged: read anew
-    again = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, said.append)
+    again, _ = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", CHARS, tell)
     assert len(said) == 1
     write_trace(again, tmp_path / "trace")
     back = read_trace(tmp_path / "trace")
@@ -87,7 +91,7 @@ def test_an_interrupted_trace_goes_on_and_is_written_and_read_alike(tiny, tmp_pa
 def test_a_passage_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp_path: Path, monkeypatch, fault) -> None:
     """What was measured stays: only content that makes no sense is measured again."""
     model, tokenizer, _ = tiny
-    traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS, lambda _: None)
+    traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS)
     kept = sorted(tmp_path.glob("*.npz"))
 
     def load(*_: object, **__: object) -> None:
@@ -95,14 +99,29 @@ def test_a_passage_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp_pa
 
     monkeypatch.setattr(traces.np, "load", load)
     with pytest.raises(type(fault)):
-        traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS, lambda _: None)
+        traces.reference_trace(model, tokenizer, ExitHeads.own((2, 4)), ORIGIN, tmp_path, CHARS)
     assert sorted(tmp_path.glob("*.npz")) == kept
+
+
+def test_a_trace_that_lacks_time_holds_what_was_read_and_goes_on_later(tiny, tmp_path: Path) -> None:
+    model, tokenizer, _ = tiny
+    heads, left = ExitHeads.own((3,)), iter([1e9])
+    wanted = CHARS
+    whole, lacking = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "whole", wanted)
+    assert lacking == ""
+    part, lacking = traces.reference_trace(
+        model, tokenizer, heads, ORIGIN, tmp_path / "a", wanted, left_s=lambda: next(left, 0.0)
+    )
+    assert "passages were read" in lacking
+    assert 0 < part.n_tokens < whole.n_tokens
+    rest, lacking = traces.reference_trace(model, tokenizer, heads, ORIGIN, tmp_path / "a", wanted, left_s=lambda: 1e9)
+    assert (lacking, rest.n_tokens, rest.tasks) == ("", whole.n_tokens, whole.tasks)
 
 
 def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
     model, tokenizer, _ = tiny
-    trace = traces.generated_trace(
-        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, say=lambda _: None, prompt_chars=60
+    trace, _ = traces.generated_trace(
+        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, prompt_chars=60
     )
     assert not trace.human_text
     assert trace.agree[:, -1].all()

@@ -248,6 +248,17 @@ def _end_tokens(tokenizer: Any) -> list[int]:
     return [known[name] for name in names if name in known]
 
 
+class TimeSpent(Exception):
+    """The time did not suffice for a trace; what was read is kept."""
+
+
+Tell = Callable[[str, float | None], None]  # told what was done, and what share of the whole
+
+
+def _quiet(text: str, share: float | None) -> None:
+    """Tells it to no one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TraceOrigin:
     """The origin that a trace records."""
@@ -264,11 +275,15 @@ def reference_trace(
     origin: TraceOrigin,
     scratch: Path,
     chars: Mapping[str, int] | None = None,
-    say: Any = print,
-) -> ExitTrace:
+    tell: Tell = _quiet,
+    left_s: Callable[[], float] | None = None,
+) -> tuple[ExitTrace, str]:
     """The trace on held-out text, with at least one passage of every task in `chars` (characters of each).
 
-    Every passage is kept in a file in `scratch`, so that an interrupted run, or one with more text, continues.
+    Also what it lacks, in words. `left_s` says how many seconds are left (None: no limit): one passage of each task is
+    read first, and no batch is begun that would take longer, by the pace so far; a task of which nothing was read is
+    left out. Raises TimeSpent if there is no time for one passage. Every passage is kept in a file in `scratch`, so
+    that an interrupted run, or one with more text or time, continues.
     """
     depths = (*heads.exits, model.architecture.n_layers)
     chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
@@ -276,21 +291,33 @@ def reference_trace(
     scratch.mkdir(parents=True, exist_ok=True)
     files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
     left = [i for i, path in enumerate(files) if _kept(path) is None]
-    groups = [[left[k] for k in group] for group in batches([chosen[i] for i in left])]
+    firsts = set({chosen[i].task: i for i in reversed(range(len(chosen)))}.values())
+    parts = [left] if left_s is None else [[i for i in left if (i in firsts) is first] for first in (True, False)]
+    groups = [[part[k] for k in group] for part in parts for group in batches([chosen[i] for i in part])]
+    pace_s = 0.0  # of a token, in the slowest batch
     for b, group in enumerate(groups):
+        tokens, began_s = sum(len(chosen[i].tokens) for i in group), time.monotonic()
+        if left_s is not None and left_s() < pace_s * tokens:
+            break
         found = _read(model, heads, start, [chosen[i] for i in group], depths)
         ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
         split = {name: np.split(values, ends) for name, values in found.items()}
         for j, i in enumerate(group):
             _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
-        say(f"trace: batch {b + 1} of {len(groups)}")
-    parts = [_columns(path) for path in files]
-    tasks = tuple(dict.fromkeys(p.task for p in chosen))
-    order = range(len(chosen))
+        pace_s = max(pace_s, (time.monotonic() - began_s) / tokens)
+        tell(f"batch {b + 1} of {len(groups)}", (b + 1) / len(groups))
+    order = [i for i, path in enumerate(files) if path.is_file()]
+    tasks = tuple(dict.fromkeys(chosen[i].task for i in order))
+    if not order:
+        raise TimeSpent("no time is left for one passage")
+    without = [task for task in dict.fromkeys(p.task for p in chosen) if task not in tasks]
+    lacking = "" if len(order) == len(chosen) else f"{len(order)} of {len(chosen)} passages were read"
+    lacking += f", none of {', '.join(without)}" if without else ""
     return _trace(
         origin, model, depths, tasks, [tasks.index(chosen[i].task) for i in order], [chosen[i].chars for i in order],
-        parts, human_text=True, what="held-out text that people wrote, read passage by passage",
-    )  # fmt: skip
+        [_columns(files[i]) for i in order], human_text=True,
+        what="held-out text that people wrote, read passage by passage",
+    ), lacking  # fmt: skip
 
 
 def _fingerprint(passage: Passage) -> str:
@@ -339,35 +366,44 @@ def generated_trace(
     tasks: Sequence[str] = GENERATED_TASKS,
     prompts_a_task: int = 6,
     answer_tokens: int = 64,
-    say: Any = print,
+    tell: Tell = _quiet,
     prompt_chars: int = 400,
-) -> ExitTrace:
+    left_s: Callable[[], float] | None = None,
+) -> tuple[ExitTrace, str]:
     """The trace of greedy full-depth answers to held-out prompts of the tasks. A task's prompts are one batch.
 
-    Tasks with only empty answers are left out. Raises UserError if all answers are empty.
+    Also what it lacks, in words: tasks for which there was no time, by what the slowest so far took of the seconds that
+    `left_s` says are left (None: no limit). Tasks with only empty answers are left out. Raises TimeSpent where there
+    was time for none, and UserError if all answers are empty.
     """
-
     depths = (*heads.exits, model.architecture.n_layers)
     parts, chars, task_of, kept = [], [], [], []
+    slowest_s, done = 0.0, 0
     for task in tasks:
+        began_s = time.monotonic()
+        if left_s is not None and left_s() <= slowest_s:
+            break
         asked = [
             _asked(tokenizer, prompt, model.architecture.vocab_size)
             for prompt in prompts(task, prompts_a_task, prompt_chars)
         ]
         found = [a for a in answers(model, tokenizer, heads, asked, answer_tokens) if a.chars.sum()]
-        say(f"answers: {task}, {sum(len(a.chars) for a in found)} tokens")
+        done, slowest_s = done + 1, max(slowest_s, time.monotonic() - began_s)
+        tell(f"{task}, {sum(len(a.chars) for a in found)} tokens", done / len(tasks))
         if found:
             kept.append(task)
         for answer in found:
             parts.append(answer.columns)
             chars.append(answer.chars)
             task_of.append(len(kept) - 1)
+    if not done:
+        raise TimeSpent("no time is left for one answer")
     if not parts:
         raise UserError("model", origin.model, "answers with at least one character", "give other prompts or tokens")
     return _trace(
         origin, model, depths, tuple(kept), task_of, chars, parts, human_text=False,
         what=f"its own greedy answers of at most {answer_tokens} tokens to held-out prompts",
-    )  # fmt: skip
+    ), "" if done == len(tasks) else f"no answers to {', '.join(tasks[done:])}"  # fmt: skip
 
 
 def _asked(tokenizer: Any, prompt: str, vocab_size: int) -> list[int]:

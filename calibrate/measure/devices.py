@@ -60,7 +60,10 @@ class TimedCpu:
             description=f"{model}, {used} threads of {os.cpu_count()} cores, {_extensions()}",
             memory_bytes=memory_bytes,
             power_limit_w=None,
-            versions={"torch": torch.__version__, "python": platform.python_version(), "linux": platform.release()},
+            versions={
+                "torch": torch.__version__, "python": platform.python_version(), "linux": platform.release(),
+                **({"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]} if "OMP_WAIT_POLICY" in os.environ else {}),
+            },
             computes_bfloat16=bool(_flags() & {"avx512_bf16", "amx_bf16"}),
         )
         return cls(facts)

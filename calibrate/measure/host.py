@@ -13,7 +13,7 @@ no time of the run depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -81,10 +81,11 @@ class HostCosts:
         return cls(**{**data, **by_batch})
 
 
-def measure_host(subject: Subject) -> HostCosts:
-    """Measure the host's costs inside the forward pass, in a second or two."""
-    overheads = {batch: figure(_overheads_s(subject, batch)) for batch in subject.limits.few_batches}
-    syncs = {batch: figure(_syncs_s(subject, batch)).median_s for batch in overheads}
+def measure_host(subject: Subject, repeats: int = REPEATS, batches: Sequence[int] | None = None) -> HostCosts:
+    """Measure the host's costs inside the forward pass, in a second or two. `batches`: None for those of the limits."""
+    chosen = batches or subject.limits.few_batches
+    overheads = {batch: figure(_overheads_s(subject, batch, repeats)) for batch in chosen}
+    syncs = {batch: figure(_syncs_s(subject, batch, repeats)).median_s for batch in overheads}
     per_layer, per_graph = _launches_s(subject)
     return HostCosts(
         {batch: f.median_s for batch, f in overheads.items()},
@@ -100,7 +101,7 @@ def _lengths(subject: Subject, batch: int) -> list[int]:
     return found
 
 
-def _overheads_s(subject: Subject, batch: int) -> list[float]:
+def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
     """Seconds to make token ids and a decode step from lists, and a list from sampled ids."""
     import torch
 
@@ -110,7 +111,7 @@ def _overheads_s(subject: Subject, batch: int) -> list[float]:
     cache = subject.cache(batch, max(lengths))
     ids, slots, before = list(range(batch)), list(range(batch)), [n - 1 for n in lengths]
     found, layers = [], _layers(subject, batch)
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         layers()
         device.wait()
         start_s = perf_counter()
@@ -122,7 +123,7 @@ def _overheads_s(subject: Subject, batch: int) -> list[float]:
     return found[1:]
 
 
-def _syncs_s(subject: Subject, batch: int) -> list[float]:
+def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:
     """Seconds to bring confidences to the host, compare, gather the remaining rows and make a step for them."""
     import torch
 
@@ -132,7 +133,7 @@ def _syncs_s(subject: Subject, batch: int) -> list[float]:
     cache, hidden = subject.cache(batch, max(lengths)), subject.hidden(batch)
     confidence = torch.linspace(0.0, 1.0, batch, device=device.torch_device)
     found, layers = [], _layers(subject, batch)
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         layers()
         device.wait()
         start_s = perf_counter()
@@ -189,12 +190,17 @@ class ServingCosts:
         return cls(**{**data, **by_batch})
 
 
-def measure_serving(subject: Subject, spec: ModelSpec, ceilings: Ceilings) -> ServingCosts:
+def measure_serving(
+    subject: Subject,
+    spec: ModelSpec,
+    ceilings: Ceilings,
+    iterations: int = ITERATIONS,
+    batches: Sequence[int] | None = None,
+) -> ServingCosts:
     """Serve about 20 iterations of each of three batches. KV memory for as many short requests must be free."""
-
     host, forward = {}, {}
-    for batch in subject.limits.few_batches:
-        decodes = serve(subject, spec, ceilings, batch, 1 + WARM_ITERATIONS + ITERATIONS).decodes(batch)
+    for batch in batches or subject.limits.few_batches:
+        decodes = serve(subject, spec, ceilings, batch, 1 + WARM_ITERATIONS + iterations).decodes(batch)
         counted = decodes[WARM_ITERATIONS:]
         host[batch] = figure([step.overhead_ns / NS_PER_S for step in counted])
         forward[batch] = figure([step.forward_ns / NS_PER_S for step in counted])
@@ -202,7 +208,7 @@ def measure_serving(subject: Subject, spec: ModelSpec, ceilings: Ceilings) -> Se
         {batch: f.median_s for batch, f in host.items()},
         {batch: f.iqr_s for batch, f in host.items()},
         {batch: f.median_s for batch, f in forward.items()},
-        ITERATIONS,
+        iterations,
     )
 
 

@@ -134,6 +134,37 @@ class Latency:
         axes[PREFILL] = Axes((chunks, contexts))
         return Grids(axes, {})
 
+    def sketch(self, share: float = 1.0) -> Grids:
+        """The fewest points that tables can be read from: both ends of every axis, up to a share of the limits."""
+        limits = self.subject.limits
+
+        def ends(low: int, high: int) -> tuple[int, ...]:
+            return (low, max(low + 1, round(high * share)))
+
+        context = limits.max_kv_tokens - min(limits.max_chunk, limits.max_kv_tokens // 2)
+        axes = {
+            table: Axes((ends(1, limits.max_head_rows if table in (HEAD, CHECK) else limits.max_rows),))
+            for table in self.row_tables
+        }
+        axes[DECODE] = Axes((ends(1, limits.max_batch), ends(1, limits.max_kv_tokens)))
+        axes[PREFILL] = Axes((ends(1, limits.max_chunk), ends(0, context)))
+        return Grids(axes, {})
+
+    def sketch_jobs(self, grids: Grids) -> list[TimingJob]:
+        """All jobs of the grids, those of little work first."""
+        return sorted(self._jobs(grids), key=lambda job: job.points[0].first * (1 + job.points[0].second))
+
+    def off_axes(self, grids: Grids, table: str) -> list[Place]:
+        """Places that were measured and that the table's axes leave out."""
+        layer_class = 0 if table in (DENSE, KV_PROJECTION, DECODE, PREFILL) else WHOLE_MODEL
+        dimensions, on = len(grids.axes[table].values), set(grids.axes[table].places())
+        found = [place[:dimensions] for place in self.points.of(table, layer_class)]
+        ends = [(axis[0], axis[-1]) for axis in grids.axes[table].values]
+        return [
+            place for place in found
+            if place not in on and all(low <= at <= high for at, (low, high) in zip(place, ends, strict=True))
+        ]  # fmt: skip
+
     def measure(self, grids: Grids, samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Measure all places of the grids and all held-out places (see `Sampler.measure`)."""
         return self.sampler.measure(self._jobs(grids), samples, until_left_s, more)

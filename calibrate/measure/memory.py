@@ -8,10 +8,11 @@ well: a copying thread shares cores and memory bus with iterations, which shows 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar
 
+from calibrate.measure.ceilings import Ceilings
 from calibrate.measure.sampling import figure
 from calibrate.measure.subject import Subject
 from helios_sim.profile.catalog import activation_reserve_bytes
@@ -95,16 +96,26 @@ def measure_memory(subject: Subject, spec: ModelSpec, loaded_bytes: int | None) 
 
     peaks = [device.peak_bytes(step) for step in (prompt, head)]
     known = [p for p in peaks if p is not None]
+    predicted = predicted_memory(subject, spec, loaded_bytes)
+    return replace(
+        predicted,
+        kv=replace(predicted.kv, measured=kv_bytes),
+        activations=replace(predicted.activations, measured=max(known) if len(known) == len(peaks) else None),
+        method="the allocator's own count" if device.asynchronous else "resident memory of the process (/proc/self)",
+    )
+
+
+def predicted_memory(subject: Subject, spec: ModelSpec, loaded_bytes: int | None) -> Memory:
+    """What `measure_memory` predicts, without measuring anything."""
+    limits = subject.limits
+    kv_bytes = limits.max_kv_tokens * subject.n_layers * spec.kv_bytes_per_token_layer
     return Memory(
         weights=Bytes(spec.weight_bytes(subject.n_layers), loaded_bytes),
         layer_bytes=spec.weight_bytes(1) - spec.weight_bytes(0),
-        kv=Bytes(kv_tokens * subject.n_layers * spec.kv_bytes_per_token_layer, kv_bytes),
-        kv_tokens=kv_tokens,
-        activations=Bytes(
-            activation_reserve_bytes(spec, limits.max_chunk, limits.max_head_rows),
-            max(known) if len(known) == len(peaks) else None,
-        ),
-        method="the allocator's own count" if device.asynchronous else "resident memory of the process (/proc/self)",
+        kv=Bytes(kv_bytes, None),
+        kv_tokens=limits.max_kv_tokens,
+        activations=Bytes(activation_reserve_bytes(spec, limits.max_chunk, limits.max_head_rows), None),
+        method="predicted from sizes",
     )
 
 
@@ -171,6 +182,15 @@ def measure_loads(subject: Subject, reload: Callable[[], int] | None = None) -> 
             times_s.append((perf_counter() - start_s) / read)
         checkpoint = 1.0 / figure(times_s).median_s
     return Loads(rates, spread, layer_bytes, slowdown, meanwhile, checkpoint)
+
+
+def loads_by_ceilings(subject: Subject, ceilings: Ceilings) -> Loads:
+    """What `measure_loads` would find if copies ran at their ceiling and took their share of it from iterations."""
+    rate = ceilings.copy_bytes_per_s / 2  # a copied byte is read and written
+    layer_bytes = sum(t.nbytes for t in subject.layer_tensors(0))
+    engine = subject.device.host_buffers[0]
+    share = min(0.5, rate / ceilings.bytes_per_s)
+    return Loads({engine: rate}, {engine: 0.0}, layer_bytes, 1.0 / (1.0 - share), rate, None)
 
 
 def _meanwhile(subject: Subject, pairs: list[tuple[Any, Any]], moved: int, copy_s: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ there is a whole profile. What follows refines it, takes more samples and tests 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from calibrate.measure import whole
 from calibrate.measure.build_profile import Measured, build_profile
 from calibrate.measure.ceilings import Ceilings, below_floor, measure_ceilings, over_floor
 from calibrate.measure.device import Energy, TimedDevice, measure_energy, why_absent
-from calibrate.measure.grid import HeldOut, errors, interpolate
+from calibrate.measure.grid import HeldOut, Place, errors, interpolate
 from calibrate.measure.host import HostCosts, ServingCosts, measure_host, measure_serving
 from calibrate.measure.latency import (
     DECODE,
@@ -33,7 +33,14 @@ from calibrate.measure.latency import (
     grids_from_json,
     grids_to_json,
 )
-from calibrate.measure.memory import Loads, Memory, measure_loads, measure_memory
+from calibrate.measure.memory import (
+    Loads,
+    Memory,
+    loads_by_ceilings,
+    measure_loads,
+    measure_memory,
+    predicted_memory,
+)
 from calibrate.measure.sampling import Clock, Points, Sampler
 from calibrate.measure.subject import Subject
 from helios_sim import files
@@ -52,6 +59,17 @@ KEEP_FOR_LONG = 0.35  # share of the budget for everything but decodes
 KEEP_FOR_WHOLE = 0.12  # share of the budget for whole iterations
 TOLERATED = 0.03  # a larger median error of whole iterations is listed among the assumptions
 UNLIMITED_S = 1e9
+# With a budget, by the pace of the anchors:
+REFERENCE_SHARE = 0.04  # of the time, for the first laps of the anchors
+SKETCHES = (1.0, 0.5, 0.25, 0.125)  # shares of the limits that the ends of the tables may reach
+SKETCH_SHARE = 0.5  # of the time, for the ends of the tables
+VISIT_LAPS, VISIT_S = 6, 0.1  # a brief visit: laps of its step, and making it
+PART_SHARE = 0.15  # of the time, for one of the small parts
+HOST_LAPS, SERVING_LAPS, MEMORY_LAPS, LOAD_LAPS = 60, 90, 12, 30  # laps of an anchor that the small parts take about
+LOADS_S, ENERGY_S = 8.0, 60.0
+BRIEF, BRIEF_REPEATS = "brief", 3
+ENOUGH_TO_JUDGE = 5  # places or iterations
+UNJUDGED, BY_ENDS_WITHIN, LEAST_WITHIN = 0.5, 0.15, 0.05  # how far times may be off, at least
 FIT, TRY = 1, 2  # seeds of the iterations that fit the factor, and of those that test the profile
 
 
@@ -139,6 +157,7 @@ class MeasurePlan:
     """The budget and the required precision."""
 
     budget_s: float | None = None
+    most_s: float | None = None  # that the least with which a profile can be made may take; None: as the budget
     samples: int = 5  # samples of every point of the tables
     tolerance: float = 0.03  # a grid is refined if its interpolation error is larger
     seed: int = 0
@@ -167,8 +186,11 @@ def measure_profile(
 ) -> Profile:
     """Measure what is missing in `folder` and build the profile.
 
+    With a budget, the ends of every table come first, then coarse tables, and small parts are measured briefly or
+    assumed where they would take too much of it: `details["short"]` of the profile's provenance has what is left out.
+
     `loaded_bytes`: by how much memory grew when the model was loaded. `reload` reads one layer again and returns its
-    bytes. Raises BudgetSpent if the budget does not suffice for the coarse tables; what was measured is kept.
+    bytes. Raises BudgetSpent if the time does not suffice for the ends of the tables; what was measured is kept.
     """
     import torch
 
@@ -197,8 +219,12 @@ class _Campaign:
         }  # fmt: skip
         self.dtype = dtype
         self.parts = SavedParts(folder, settings)
+        self.hurried = plan.budget_s is not None
         self.budget_s = UNLIMITED_S if plan.budget_s is None else plan.budget_s
+        # what a profile cannot be made without may overdraw the budget by so much
+        self.overdraft_s = 0.0 if plan.most_s is None else max(0.0, plan.most_s - self.budget_s)
         clock = Clock(self.budget_s)
+        self.brief: list[str] = []  # parts that were measured briefly, or assumed
         self.sampler = Sampler(self.device, Points(folder / "points.parquet"), clock, seed=plan.seed, progress=progress)
         self.latency = Latency(subject, self.sampler)
         self.drift = Drift(self.parts, self.sampler, self.device)
@@ -207,17 +233,24 @@ class _Campaign:
         ceilings = Ceilings.from_json(
             self.parts.made("ceilings", lambda: measure_ceilings(self.device, self.dtype).to_json())
         )
-        self.sampler.reference_s = self.parts.made("reference", self.sampler.typical_anchors_s)
+        within_s = REFERENCE_SHARE * self._most_s if self.hurried else np.inf
+        reference = partial(self.sampler.typical_anchors_s, within_s)
+        self.sampler.reference_s = self.parts.made("reference", reference)
         state = self.parts.get("grids")
-        grids = self.latency.coarse() if state is None else grids_from_json(state["grids"])
         refined: list[str] = [] if state is None else state["refined"]
-        if not self.latency.measure(grids, COARSE_SAMPLES) and not self.latency.known(grids):
-            self.drift.note()
-            raise BudgetSpent(
-                "budget_s", self.plan.budget_s, "it does not suffice for the coarse tables; what was measured is kept",
-                "call again with the same folder, or allow more",
-            )  # fmt: skip
-        measured = self._measured(ceilings, loaded_bytes, reload)
+        if state is not None:
+            grids = grids_from_json(state["grids"])
+            self.latency.measure(grids, COARSE_SAMPLES)
+            measured = self._measured(ceilings, loaded_bytes, reload)
+            grids = self._coarse(grids)
+        elif self.hurried:
+            sketch = self._sketched()
+            measured = self._measured(ceilings, loaded_bytes, reload)
+            grids = self._coarse(sketch)
+        else:
+            grids = self.latency.coarse()
+            self.latency.measure(grids, COARSE_SAMPLES)
+            measured = self._measured(ceilings, loaded_bytes, reload)
         self.drift.note()
         for table in self._order():
             if table not in refined and self._left(KEEP_FOR_REST) > 0:
@@ -238,6 +271,71 @@ class _Campaign:
         self.drift.note()
         return self._profile(grids, measured, fit, tries)
 
+    @property
+    def _most_s(self) -> float:
+        """Seconds that are left for what a profile cannot be made without."""
+        return self.sampler.clock.left_s + self.overdraft_s
+
+    def _sketched(self) -> Grids:
+        """The ends of every table, measured once; up to a part of the limits where the time does not suffice for all.
+
+        Raises BudgetSpent as soon as it is known that it does not suffice for the smallest part.
+        """
+        if (kept := self.parts.get("sketch")) is not None:
+            sketch = grids_from_json(kept)
+        else:
+            costs_s = {share: self._sketch_s(self.latency.sketch(share)) for share in SKETCHES}
+            fits = [share for share, cost_s in costs_s.items() if cost_s <= SKETCH_SHARE * self._most_s]
+            if not fits and costs_s[SKETCHES[-1]] > self._most_s:
+                raise self._spent(f"the least takes about {costs_s[SKETCHES[-1]]:.0f} s")
+            sketch = self.latency.sketch(fits[0] if fits else SKETCHES[-1])
+            self.parts.put("sketch", grids_to_json(sketch))
+        jobs = self.latency.sketch_jobs(sketch)
+        if not self.sampler.sketch(jobs, -self.overdraft_s) and not self.latency.known(sketch):
+            self.drift.note()
+            there = sum(self.sampler.points.known(job.points[0]) for job in jobs)
+            raise self._spent(f"{there} of {len(jobs)} times were taken")
+        return sketch
+
+    def _spent(self, how: str) -> BudgetSpent:
+        allowed = f"it does not suffice for the ends of the tables: {how}; what was measured is kept"
+        fix = "call again with the same folder, or allow more"
+        return BudgetSpent("budget_s", self.plan.budget_s, allowed, fix)
+
+    def _sketch_s(self, grids: Grids) -> float:
+        """About what brief visits to all places take, by the times of the anchors and of the rows beside theirs."""
+        (few, _), (many, _) = anchor_places(self.subject).values()
+        few_s, many_s = self.sampler.reference_s.values()
+        per_row_s = max(0.0, (many_s - few_s) / max(1, many - few))
+        jobs = self.latency.sketch_jobs(grids)
+        steps_s = [max(few_s, few_s + per_row_s * (job.points[0].first - few)) for job in jobs]
+        return sum(VISIT_LAPS * step_s + VISIT_S for step_s in steps_s)
+
+    def _coarse(self, grids: Grids) -> Grids:
+        """Coarse axes in place of ends alone, in order of importance, for every table for which there is time."""
+        coarse, found = self.latency.coarse(), grids
+        for table in self._order():
+            alone = Grids({table: coarse.axes[table]}, {})
+            if not self._by_ends(grids, table):
+                continue
+            if self.latency.measure(alone, COARSE_SAMPLES) or self.latency.known(alone):
+                found = found.with_table(table, coarse.axes[table], ())
+        return found
+
+    def _by_ends(self, grids: Grids, table: str) -> bool:
+        """Whether no more is known of a table than the ends of its axes, and more could be."""
+        ends, more = (
+            any(len(values) > 2 for values in of.axes[table].values) for of in (grids, self.latency.coarse())
+        )
+        return more and not ends
+
+    def _part(self, name: str, make: Callable[[], Any], takes_s: float, brief: Callable[[], Any]) -> Any:
+        """A finished part; measured briefly, or assumed, where it would take too much of the time that is left."""
+        if not self.hurried or self.parts.get(name) is not None or takes_s <= PART_SHARE * self._most_s:
+            return self.parts.made(name, make)
+        self.brief.append(name)
+        return self.parts.made(f"{name}_{BRIEF}", brief)
+
     def _order(self) -> list[str]:
         """The tables in order of importance."""
         return [DENSE, DECODE, PREFILL, HEAD, *(t for t in self.latency.row_tables if t not in (DENSE, HEAD))]
@@ -246,12 +344,28 @@ class _Campaign:
         return self.sampler.clock.left_s - keep_share * self.budget_s
 
     def _measured(self, ceilings: Ceilings, loaded_bytes: int | None, reload: Callable[[], int] | None) -> Measured:
-        subject, made, device = self.subject, self.parts.made, self.device
-        host = made("host", lambda: measure_host(subject).to_json())
-        serving = made("serving", lambda: measure_serving(subject, self.about.spec, ceilings).to_json())
-        memory = made("memory", lambda: measure_memory(subject, self.about.spec, loaded_bytes).to_json())
-        loads = made("load", lambda: measure_loads(subject, reload).to_json())
-        energy = made("energy", partial(self._energy, device))
+        subject, device, spec, part = self.subject, self.device, self.about.spec, self._part
+        few_s, many_s = self.sampler.reference_s.values()
+        host = part(
+            "host", lambda: measure_host(subject).to_json(), HOST_LAPS * few_s,
+            lambda: measure_host(subject, BRIEF_REPEATS, subject.limits.few_batches[:1]).to_json(),
+        )  # fmt: skip
+        serving = part(
+            "serving", lambda: measure_serving(subject, spec, ceilings).to_json(), SERVING_LAPS * few_s,
+            lambda: measure_serving(subject, spec, ceilings, BRIEF_REPEATS, subject.limits.few_batches[:1]).to_json(),
+        )  # fmt: skip
+        memory = part(
+            "memory", lambda: measure_memory(subject, spec, loaded_bytes).to_json(), MEMORY_LAPS * many_s,
+            lambda: predicted_memory(subject, spec, loaded_bytes).to_json(),
+        )  # fmt: skip
+        loads = part(
+            "load", lambda: measure_loads(subject, reload).to_json(), LOADS_S + LOAD_LAPS * few_s,
+            lambda: loads_by_ceilings(subject, ceilings).to_json(),
+        )  # fmt: skip
+        energy = part(
+            "energy", partial(self._energy, device), 0.0 if device.energy_j() is None else ENERGY_S,
+            lambda: {"found": None, "absent": "there was no time to measure it"},
+        )  # fmt: skip
         return Measured(
             facts=device.facts,
             ceilings=ceilings,
@@ -310,12 +424,13 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
+            "short": self._short(grids, tried),
         }
         provenance = profile.provenance
         provenance = replace(
             provenance,
             details={**provenance.details, **details},
-            assumptions=(*provenance.assumptions, *_off(tried)),
+            assumptions=(*provenance.assumptions, *_off(tried), *self._assumed(details["short"])),
         )
         anchors = {
             name: Anchor(rows, typical_s[name] / self.subject.n_layers, kv_tokens)
@@ -326,17 +441,52 @@ class _Campaign:
 
     def _held_out(self, grids: Grids, table: str) -> list[HeldOut]:
         """The held-out places with the current samples."""
+        return self._missed(grids, table, [h.place for h in grids.held_out.get(table, ())])
+
+    def _missed(self, grids: Grids, table: str, places: Sequence[Place]) -> list[HeldOut]:
+        """By how much the table misses places outside of it."""
         axes, latency = grids.axes[table], self.latency
         known = {place: latency.time_s(table, place) for place in axes.places()}
         return [
-            HeldOut(
-                h.place,
-                latency.time_s(table, h.place),
-                interpolate(axes, known, h.place),
-                latency.scale_s(table, h.place),
-            )
-            for h in grids.held_out.get(table, ())
+            HeldOut(place, latency.time_s(table, place), interpolate(axes, known, place), latency.scale_s(table, place))
+            for place in places
         ]
+
+    def _short(self, grids: Grids, tried: Mapping[str, Mapping[str, float | int]]) -> dict[str, Any] | None:
+        """What the budget has cut short, and how far the times of iterations may be off; None if nothing."""
+        ends = sorted(table for table in grids.axes if self._by_ends(grids, table))
+        if not ends and not self.brief:
+            return None
+        missed = [np.abs(errors(self._missed(grids, t, self.latency.off_axes(grids, t)))) for t in grids.axes]
+        known = np.concatenate([m for m in missed if len(m)]) if any(map(len, missed)) else np.empty(0)
+        whole_tried = tried.get("all")
+        if whole_tried is not None and whole_tried["iterations"] >= ENOUGH_TO_JUDGE:
+            within, basis = float(whole_tried["p90_absolute"]), f"{whole_tried['iterations']} whole iterations"
+        elif len(known) >= ENOUGH_TO_JUDGE:
+            within, basis = float(np.quantile(known, 0.9)), f"{len(known)} places between the ends of the tables"
+        else:
+            within, basis = UNJUDGED, "nothing was measured that could tell: a guess"
+        figures = self.sampler.points.everything().values()
+        spread = float(np.median([f.iqr_s / f.median_s for f in figures if f.median_s > 0]))
+        moved = [anchor["iqr_over_median"] / 2 for call in self.drift.anchors for anchor in call.values()]
+        least = BY_ENDS_WITHIN if ends else LEAST_WITHIN
+        return {
+            "within": round(max(within, spread, least, *moved), 3), "judged_by": basis,
+            "by_ends_alone": ["all tables"] if len(ends) == len(grids.axes) else ends,
+            "brief": self.brief, "disturbed": sum(f.samples for f in figures if f.contended),
+            "samples": sum(f.samples for f in figures), "budget_s": self.plan.budget_s,
+        }  # fmt: skip
+
+    def _assumed(self, short: Mapping[str, Any] | None) -> tuple[Assumption, ...]:
+        """What a profile that was cut short assumes."""
+        if short is None:
+            return ()
+        again = "measure again, for longer"
+        found = [Assumption("times_within", short["within"], in_words(short), again)]
+        if "load" in short["brief"]:
+            why = "not measured: half of the rate of copies in memory, and as much less bandwidth for iterations"
+            found.append(Assumption("load_bytes_per_s", None, why, again))
+        return tuple(found)
 
     def _sampling(self) -> dict[str, Any]:
         found = self.sampler.points.everything()
@@ -349,6 +499,18 @@ class _Campaign:
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchors": self.drift.anchors,
         }
+
+
+def in_words(short: Mapping[str, Any]) -> str:
+    """What the time did not suffice for, from `details["short"]` of a profile."""
+    parts = []
+    if short["by_ends_alone"]:
+        parts.append(f"known at their ends alone: {', '.join(t.replace('_', ' ') for t in short['by_ends_alone'])}")
+    if short["brief"]:
+        parts.append(f"briefly measured or assumed: {', '.join(short['brief'])}")
+    if short["disturbed"]:
+        parts.append(f"{short['disturbed']} of {short['samples']} samples were disturbed by other processes")
+    return f"times within about {100 * short['within']:.0f} % ({short['judged_by']}); {'; '.join(parts)}"
 
 
 def _off(tried: Mapping[str, Mapping[str, float | int]]) -> tuple[Assumption, ...]:

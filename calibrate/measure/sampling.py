@@ -229,12 +229,25 @@ class Sampler:
         self._anchor_steps: dict[str, list[Step]] = {}
         self._last_save_s = self._last_look_s = -np.inf
 
+    def sketch(self, jobs: Sequence[TimingJob], until_left_s: float = 0.0) -> bool:
+        """Visit each job that has no sample yet, once and briefly. Returns False if time ran out before."""
+        for job in jobs:
+            if not self.points.known(job.points[0]):
+                if self.clock.left_s - self._expected_s(job) <= until_left_s:
+                    break
+                self._sample(job, until_left_s, brief=True)
+                self._housekeeping()
+                if self._progress is not None:
+                    self._progress(job.points[0].table, self.clock.spent_s)
+        self.points.save()
+        return all(self.points.known(job.points[0]) for job in jobs)
+
     def measure(self, jobs: Sequence[TimingJob], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Visit the jobs in rounds until each has `samples` or proved too contended. Returns False if time ran out.
 
         A job with several turns per visit gets as many times the samples. With `more`, short jobs that scatter get more
         again: small steps cost little to time and are served most. A sample is not begun if it would leave less than
-        `until_left_s` of the budget, going by its last cost.
+        `until_left_s` of the budget, going by its last cost, or by what others of its table cost.
         """
         waiting = list(jobs)
         while True:
@@ -244,8 +257,8 @@ class Sampler:
             begun = 0
             for index in self._rng.permutation(len(waiting)):
                 job = waiting[index]
-                if self.clock.left_s - self._cost_s.get(job.points[0], 0.0) > until_left_s:
-                    self._sample(job)
+                if self.clock.left_s - self._expected_s(job) > until_left_s:
+                    self._sample(job, until_left_s)
                     self._housekeeping()
                     begun += 1
             if self._progress is not None:
@@ -271,16 +284,30 @@ class Sampler:
         """How the time of each anchor moved, for anchors that were measured at least twice."""
         return {name: _moved(laps_s) for name, laps_s in self.anchor_laps_s.items() if len(laps_s) > 1}
 
-    def _sample(self, job: TimingJob) -> None:
+    def _expected_s(self, job: TimingJob) -> float:
+        """What a visit costs: as the last time, or else as the dearest of the same table; 0 if none is known."""
+        first = job.points[0]
+        if first in self._cost_s:
+            return self._cost_s[first]
+        return max((cost_s for point, cost_s in self._cost_s.items() if point.table == first.table), default=0.0)
+
+    def _sample(self, job: TimingJob, until_left_s: float = -np.inf, brief: bool = False) -> None:
+        """Visit the job; without a sample if warming up shows that it would leave less than `until_left_s`.
+
+        A brief visit warms up once and takes one turn.
+        """
         start_s = self.clock.spent_s
         if self.anchors and start_s - self._last_look_s >= LOOK_EVERY_S:
             self._look()
         first = job.points[0]
         anchor = self._anchor(job.anchor)
         steps = [self.device.prepare(step) for step in job.build()]
-        if first not in self._cost_s:
-            warm_s = self._warm_up(steps)
-            self._turns[first] = TURNS if anchor and warm_s < TURNS_BELOW_S else 1
+        if first not in self._cost_s or brief:
+            warm_s = sum(self.device.laps_s(steps)) if brief else self._warm_up(steps)
+            turns = self._turns[first] = TURNS if anchor and warm_s < TURNS_BELOW_S and not brief else 1
+            if self.clock.left_s - turns * warm_s <= until_left_s:
+                self._cost_s[first] = self.clock.spent_s - start_s + turns * warm_s
+                return
         elif self._cost_s[first] < LONG_S or self._turns[first] > 1:
             self.device.laps_s(steps)  # refill the caches and wake the threads after the previous job
         turns = self._turns[first]
@@ -293,13 +320,16 @@ class Sampler:
             self._totals_s.setdefault(first, []).append(sum(laps_s))
             self.points.add(job.read(laps_s), contended, job.anchor)
 
-    def typical_anchors_s(self) -> dict[str, float]:
-        """The median seconds of each anchor over some laps in a row."""
-        found = {name: self._anchor(name) for name in self.anchors}
-        return {
-            name: figure([sum(self.device.laps_s(steps)) for _ in range(REFERENCE_LAPS)]).median_s
-            for name, steps in found.items()
-        }
+    def typical_anchors_s(self, within_s: float = np.inf) -> dict[str, float]:
+        """The median seconds of each anchor over some laps in a row, of one lap or more if they take `within_s`."""
+        found = {}
+        for name in self.anchors:
+            steps, until_s = self._anchor(name), self.clock.spent_s + within_s / len(self.anchors)
+            laps_s = [sum(self.device.laps_s(steps))]
+            while len(laps_s) < REFERENCE_LAPS and self.clock.spent_s < until_s:
+                laps_s.append(sum(self.device.laps_s(steps)))
+            found[name] = figure(laps_s).median_s
+        return found
 
     def _look(self) -> None:
         """Time all anchors, unless other processes have the cores."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from calibrate.measure.device import TimedDevice
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
 
-NOISE_VALUES = 1 << 20  # drawn once and repeated, since drawing gigabytes takes too long
+NOISE_VALUES = 1 << 20  # drawn a few times and repeated, since drawing gigabytes takes too long
+DRAWS = 8
 POOL_SHARE = 0.4  # most of the engine's memory that the pool takes
 REST_SHARE = 0.6  # most of what the weights leave: activations, copies and graphs need memory too
 
@@ -64,7 +65,9 @@ class Subject:
         limits: TableLimits,
         heads: ExitHeads | None = None,
         seed: int = 0,
+        fill_s: float | None = None,
     ) -> None:
+        """`fill_s`: seconds for filling the pool; it is smaller if they do not suffice. None: no limit."""
         import torch
 
         self.model, self.device, self.heads = model, device, heads
@@ -81,8 +84,7 @@ class Subject:
         memory, rest = device.facts.memory_bytes, device.facts.memory_bytes - model.weight_bytes
         fits = int(min(memory * POOL_SHARE, rest * REST_SHARE)) // token_bytes
         self.pool_tokens = max(min(wanted, fits), self.limits.max_kv_tokens + self.limits.max_chunk)
-        shape = (self.pool_tokens * a.kv_width,)
-        self._pools = [(self._noise(shape), self._noise(shape)) for _ in range(self.n_layers)]
+        self.pool_tokens, self._pools = self._filled(self.pool_tokens, fill_s)
 
     def cache(self, slots: int, tokens: int) -> KvCache:
         """A cache of slots of `tokens` tokens inside the pool of noise. Raises ValueError if it does not fit."""
@@ -160,14 +162,23 @@ class Subject:
     def has_classifier(self) -> bool:
         return self.heads is not None and len(self.heads.exits) > 0 and self.heads.has_check
 
-    def _noise(self, shape: tuple[int, ...]) -> Any:
+    def _filled(self, tokens: int, fill_s: float | None) -> tuple[int, list[tuple[Any, Any]]]:
+        """Noise for K and V of every layer, and for how many tokens of each: all, or as many as there was time for."""
         import torch
 
         from helios_sim.live.device import block
 
-        on, dtype = self.device.torch_device, self.model.dtype
-        drawn = torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(dtype)
-        pool = block(prod(shape) * dtype.itemsize, torch.device(on)).view(dtype)
-        for part in pool.split(NOISE_VALUES):
-            part.copy_(drawn[: len(part)])
-        return pool
+        on, dtype, width = self.device.torch_device, self.model.dtype, self.architecture.kv_width
+        least = self.limits.max_kv_tokens + self.limits.max_chunk
+        drawn = [torch.randn(NOISE_VALUES, generator=self._generator, device=on).to(dtype) for _ in range(DRAWS)]
+        pools = [
+            tuple(block(tokens * width * dtype.itemsize, torch.device(on)).view(dtype) for _ in range(2))
+            for _ in range(self.n_layers)
+        ]
+        each, done, began_s = max(1, NOISE_VALUES // width), 0, monotonic()
+        while done < tokens and (fill_s is None or done < least or monotonic() - began_s < fill_s):
+            end = min(tokens, done + each)
+            for number, pool in enumerate(tensor for pair in pools for tensor in pair):
+                pool[done * width : end * width].copy_(drawn[number % DRAWS][: (end - done) * width])
+            done = end
+        return done, [(keys[: done * width], values[: done * width]) for keys, values in pools]

@@ -11,6 +11,7 @@ import numpy as np
 
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
+from calibrate.measure.profile import in_words
 from calibrate.report.device import (
     device_section,
     energy_section,
@@ -90,6 +91,8 @@ def _verdict(results: Results, statistics: Sequence[ExitStatistics]) -> list[str
             f"One token of one request takes {fmt.seconds(step_s)} through all {results.profile.model.n_layers} "
             f"layers, {fmt.number(step_s / floor_s)} times what the device's own ceilings allow."
         )
+        if (short := results.profile.provenance.details.get("short")) is not None:
+            found.append(f"The time was short: {in_words(short)}.")
     if statistics:
         best = max(statistics, key=lambda s: _saved_at(s, 0.95))
         saved = _saved_at(best, 0.95)

@@ -33,11 +33,12 @@ from helios_sim.study.schema import Config
 from helios_sim.study.verdict import workload_facts
 from helios_sim.study.watched import LiveNotes
 from helios_sim.study.workload import task_names
-from helios_sim.validate.live import Compared
+from helios_sim.validate.live import Compared, Profiled
 from helios_sim.validate.logs import ServingLog
 from helios_sim.validate.replay import Quantities, Simulated, stamped
 from helios_sim.validate.setup import Setup
 
+AS_SHIPPED = Profiled({})
 MEASURED, SIMULATED, LIVE = "measured", "simulated", "live"
 
 
@@ -146,8 +147,13 @@ def of_log(
     )  # fmt: skip
 
 
-def of_live(found: Sequence[Compared], config: Config, provenance: Mapping[str, Any]) -> ExperimentResult:
-    """Cells of live serving beside their simulations. `found` is in the order to show, at least one cell."""
+def of_live(
+    found: Sequence[Compared], config: Config, provenance: Mapping[str, Any], profiled: Profiled = AS_SHIPPED
+) -> ExperimentResult:
+    """Cells of live serving beside their simulations. `found` is in the order to show, at least one cell.
+
+    A gate is no narrower than the times of the profiles are known.
+    """
     rows = {c.cell.name: c.rows for c in found}
     fidelity = Fidelity(
         parts=tuple(rows.items()), counts=(), load_errors=(), profile_error=0.0, terms=tuple(_terms_of_live(found)),
@@ -158,7 +164,7 @@ def of_live(found: Sequence[Compared], config: Config, provenance: Mapping[str, 
     shown = [c for c in found if c.cell.load == load]
     first = shown[0].passes[0].live.replicate.records
     rates = {c.cell.rate_per_s for c in shown}
-    gates = tuple(_gates_of_live(found, rows))
+    gates = tuple(_gates_of_live(found, rows, profiled.within))
     passes = [one for c in found for one in c.passes]
     inputs: dict[str, Provenance] = {}
     for one in passes:
@@ -183,7 +189,7 @@ def of_live(found: Sequence[Compared], config: Config, provenance: Mapping[str, 
             **inputs, "live runs": Provenance(ProvenanceClass.MEASURED, "served by this program", "mode=live"),
         },
         assumptions=tuple(dict.fromkeys(a for one in passes for a in one.simulated.assumptions)),
-        warnings=tuple(dict.fromkeys(notice for one in passes for notice in one.live.notices)),
+        warnings=(*profiled.notices, *dict.fromkeys(notice for one in passes for notice in one.live.notices)),
         points=tuple(_points(found)),
         headline_metrics=("tpot_s_mean", "ttft_s_p95", "e2e_s_mean", "throughput_requests_per_s", "batch_mean",
                           "layers_per_token", "switches"),
@@ -329,7 +335,9 @@ def _of_preemptions(log: ServingLog, run: Simulated) -> list[str]:
     return [f"The log counts {log.series.preemptions} preemptions, the simulation {simulated}."]
 
 
-def _gates_of_live(found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]]) -> list[Gate]:
+def _gates_of_live(
+    found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]], within: float
+) -> list[Gate]:
     """One for each arm and target: the cell under saturation that is furthest off beyond what is allowed there."""
     below = [c.cell for c in found if c.cell.load < 1]
     gates = []
@@ -339,9 +347,10 @@ def _gates_of_live(found: Sequence[Compared], rows: Mapping[str, Sequence[Compar
             for cell in below:
                 if cell.arm == arm:
                     noise = _noise(target.row(rows[c.name]) for c in below if c.load == cell.load)
-                    judged[cell.load] = target.row(rows[cell.name]), max(target.bound, noise)
+                    judged[cell.load] = target.row(rows[cell.name]), max(target.bound, noise, within)
             load = max(judged, key=lambda at: _beyond(*judged[at])[1])
-            allowed = f"within {judged[load][1]:.1%} (noise floor or {target.bound:.0%})"
+            known = f", or the profile's {within:.0%}" if within else ""
+            allowed = f"within {judged[load][1]:.1%} (noise floor or {target.bound:.0%}{known})"
             gates.append(_gate(f"{arm}, {target.name} at {load:.0%}", *judged[load], allowed))
     return gates
 

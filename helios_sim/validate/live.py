@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from helios_sim.errors import UserError
+from helios_sim.profile.profile import Profile
+from helios_sim.profile.store import read_profile
 from helios_sim.report.metrics import Band, Metrics
 from helios_sim.report.result import ComparedRow, FloatArray, RequestTimes
+from helios_sim.study.build import build_profile
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.runner import run_jobs
@@ -42,6 +45,7 @@ SYSTEM = (
     ("preemptions", "preemptions", "", 1.0),
 )
 FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the batch hardly count
+UNMEASURED_WITHIN = 0.5  # how far a profile of another time may be off
 CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
 
 
@@ -122,18 +126,29 @@ def compared_cells(config: Config, changes: Mapping[str, Any], folder: Path) -> 
     return found
 
 
-def measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
-    """Profiles of every model, measured now on the device that will serve, and the settings that name them.
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """The profiles of a comparison: the settings that name them, and how well they are known."""
 
-    In a process of its own: measuring is another program (`python -m calibrate`), which resumes what it has begun.
+    changes: Mapping[str, Any]
+    within: float = 0.0  # how far times may be off, as a share, where there was too little time; 0: as profiles are
+    notices: tuple[str, ...] = ()  # why
+
+
+def measured_profiles(config: Config, folder: Path) -> Profiled:
+    """Profiles of every model, measured now on the device that will serve.
+
+    In a process of its own: measuring is another program (`python -m calibrate`), which resumes what it has begun. It
+    keeps to `calibrate_s`, and a profile for which that was short says how far it may be off. Where nothing could be
+    measured, the profiles that the study names are used; UserError before anything is served where there are none.
     """
     seconds = config.fidelity_live.calibrate_s
     if seconds is None:
-        return {}
+        return Profiled({})
     profiles = folder / CALIBRATION / "profiles"
-    models = dict.fromkeys((*config.models, *_models_of_arms(config)))
-    hardware = config.hardware
-    for model in models:
+    found: list[Profile] = []
+    notices: list[str] = []
+    for model in dict.fromkeys((*config.models, *_models_of_arms(config))):
         out = folder / CALIBRATION / model
         settings = [f"model={config.live.weights.get(model, model)}", f"model.name={model}"]
         settings += [f"device={config.live.device}", f"budget_s={seconds:g}", f"out={out}", "+task=latency"]
@@ -147,14 +162,30 @@ def measured_profiles(config: Config, folder: Path) -> dict[str, Any]:
         done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)  # noqa: S603 - words, no shell
         measured = sorted((out / "profile").glob(f"{model}@*/profile.json"))
         if done.returncode != 0 or not measured:
-            fix = "allow more seconds, or leave it out and use a shipped profile"
-            raise UserError("fidelity_live.calibrate_s", seconds, f"enough to measure {model}", fix)
-        hardware = measured[0].parent.name.partition("@")[2]
+            return _as_named(config, model, seconds)
+        found.append(read_profile(measured[0].parent))
+        if (short := found[-1].provenance.details.get("short")) is not None:
+            notices.append(f"{model} was measured in {seconds:g} s: its times are within {short['within']:.0%}")
         target = profiles / measured[0].parent.name
         if not target.exists():
             profiles.mkdir(parents=True, exist_ok=True)
             target.symlink_to(measured[0].parent.resolve(), target_is_directory=True)
-    return {"profile_folder": str(profiles), "hardware": hardware}
+    shorts = [profile.provenance.details.get("short") or {"within": 0.0} for profile in found]
+    changes = {"profile_folder": str(profiles), "hardware": found[-1].hardware.name}
+    return Profiled(changes, max(float(short["within"]) for short in shorts), tuple(notices))
+
+
+def _as_named(config: Config, model: str, seconds: float) -> Profiled:
+    """The profiles that the study names, where one could not be measured. UserError where one of them is missing."""
+    for each in dict.fromkeys((*config.models, *_models_of_arms(config))):
+        try:
+            build_profile(config, each)
+        except UserError as error:
+            fix = "allow more seconds, or name profiles that are there by profile_folder and hardware"
+            allowed = f"{model} could not be measured, and there is no profile of {each} on {config.hardware}"
+            raise UserError("fidelity_live.calibrate_s", seconds, allowed, fix) from error
+    why = f"{model} could not be measured in {seconds:g} s: profiles of {config.hardware} are used as they were shipped"
+    return Profiled({}, UNMEASURED_WITHIN, (f"{why}, so that gates are as wide as {UNMEASURED_WITHIN:.0%}",))
 
 
 def _capacity_jobs(config: Config, changes: Mapping[str, Any]) -> dict[str, Job]:
