@@ -40,6 +40,7 @@ from helios_sim.shared_data import VARIABLE, shared_data_folder
 from helios_sim.untrusted import reading
 
 BF16_BYTES = 2
+LEAST_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class GemmTimes:
         for i, n_weight in _neighbours(self._n, gemm.n):
             for j, k_weight in _neighbours(self._k, gemm.k):
                 near = Gemm(int(self._n[i]), int(self._k[j]))
-                body_s = rising(self._time_s[:, i, j]) - self.fixed_s
+                body_s = np.maximum(rising(self._time_s[:, i, j]) - self.fixed_s, LEAST_S)  # the quickest has none
                 share += n_weight * k_weight * (self.roofline_s(near, self.card) / body_s)
         return rising(self.fixed_s + self.roofline_s(gemm, self.card) / share)
 
