@@ -31,6 +31,8 @@ _SIZES = {  # names of each size in the configs of the families
     "d_ff": ("intermediate_size", "n_inner", "ffn_dim"), "vocab_size": ("vocab_size",),
     "max_context_tokens": ("max_position_embeddings", "n_positions", "sliding_window"),
 }  # fmt: skip
+# Keys that transformers takes from a config of any family, with the only value that is built.
+_OF_ANY = {"is_causal": True, "per_layer_config": None, "kv_sharing_modes": None, "transformers_weights": None}
 _BESIDE = {  # files that change what the weights mean
     "quantize_config.json": "GPTQ weights are not read",
     "quant_config.json": "AWQ weights are not read",
@@ -56,6 +58,7 @@ def read_architecture(folder: Path) -> Architecture:
     for part in (values, values.get("text_config")):
         if isinstance(part, dict):
             _check_sizes(part, path)
+            refuse(str(path), {key: part.get(key, only) not in (only, {}, []) for key, only in _OF_ANY.items()})
     import transformers
 
     with reading(str(path), "invalid", f"a config of family {kind}", FETCH_AGAIN, WeightsError):
@@ -144,6 +147,8 @@ def _llama_like(config: Any, family: str, where: str) -> Architecture:
         },
     )
     kinds = getattr(config, "layer_types", None) or ()
+    other = ", ".join(map(str, sorted({*kinds} - {"sliding_attention", "full_attention"})))
+    refuse(where, {f"layers of the kind {other}": bool(other)})
     sliding = tuple(kind == "sliding_attention" for kind in kinds)
     ropes = config.rope_parameters
     nested = "full_attention" in ropes

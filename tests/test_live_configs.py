@@ -1,0 +1,94 @@
+"""Every key of every family's config.json, changed: what transformers then computes is computed too, or refused.
+
+The weights stay. A key that changes transformers' logits and is not read would leave ours as they were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helios_sim.errors import UserError
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.model.decoder import SegmentedModel
+from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
+from tiny_models import FAMILIES, tiny_config, tiny_model
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+# What older files say, and what other families know: transformers takes some of them from any config.
+FURTHER: dict[str, Any] = {
+    "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0, "rope_local_base_freq": 500.0,
+    "partial_rotary_factor": 0.5, "rope_parameters": LINEAR, "sliding_window": 4, "sliding_window_pattern": 2,
+    "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5, "attention_multiplier": 0.1,
+    "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "final_logit_softcapping": 1.0,
+    "attn_logit_softcapping": 1.0, "use_sliding_window": True, "clip_qkv": 0.1, "qk_layernorm": True,
+    "quantization_config": {"quant_method": "fp8"}, "n_shared_head": 2, "is_causal": False,
+    "per_layer_config": {"0": {"rms_norm_eps": 0.05, "layer_norm_epsilon": 0.05}},
+}  # fmt: skip
+# Of Python, not of what is computed; and the tied head, which follows from the tensors (test_live_checked.py).
+LEFT_OUT = ("return_dict", "dtype", "model_type", "architectures", "transformers_version", "tie_word_embeddings")
+
+
+def others(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value * 2
+    if isinstance(value, float):
+        return value * 2 + 0.1
+    return "gelu" if isinstance(value, str) else 0.5
+
+
+def changes(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    values = tiny_config(family, 2).to_dict()
+    for key, value in values.items():
+        if key not in LEFT_OUT and not isinstance(value, dict | list):
+            yield key, values | {key: others(value)}
+    for key, value in FURTHER.items():
+        yield key, values | {key: value}
+        if key in ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+            yield f"{key} alone", {k: v for k, v in values.items() if k != "rope_parameters"} | {key: value}
+
+
+def theirs(folder: Path, state: dict[str, Any], ids: torch.Tensor) -> torch.Tensor | None:
+    """transformers' logits with these weights by the folder's config; None where it refuses them."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if [name for name in missing if name != "lm_head.weight"] or unexpected:
+            return None
+        model.tie_weights()
+        return reference_logits(model, ids)
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_key_is_ignored_that_changes_the_logits(family: str, tmp_path: Path) -> None:
+    reference, ids = tiny_model(family, 2), token_ids(batch=1, tokens=24)
+    reference.save_pretrained(tmp_path)
+    before, state = reference_logits(reference, ids), reference.state_dict()
+    wrong, effective, refused = [], 0, 0
+    for key, values in changes(family):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        want = theirs(tmp_path, state, ids)
+        effective += want is not None and not torch.allclose(want, before, atol=TOLERANCE)
+        try:
+            got = packed_logits(SegmentedModel.load(find_checkpoint(str(tmp_path))), ids)
+        except UserError:
+            refused += 1
+            continue
+        if want is None or not torch.allclose(got, want, atol=TOLERANCE, rtol=0):
+            wrong.append((key, values[key.removesuffix(" alone")], want is not None))
+    assert wrong == []
+    assert effective >= 3
+    assert refused >= 3
