@@ -258,6 +258,20 @@ def test_a_pointer_of_git_lfs_is_not_a_damaged_file(tmp_path: Path) -> None:
         find_checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_beside_the_weights_is_none_either(name: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    (folder / name).write_text(LFS)
+    with pytest.raises(WeightsError, match=rf"{name}.*git lfs pull"):
+        find_checkpoint(str(folder)).tokenizer()
+
+
+def test_a_folder_with_a_gguf_file_names_it(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", 1, **SIZES))
+    with pytest.raises(WeightsError, match=f"give the file: {path}"):
+        find_checkpoint(str(tmp_path))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
     folder = folder_of(tmp_path)

@@ -21,7 +21,7 @@ from tiny_models import FAMILIES, tiny_config, tiny_model
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 # What older files say, and what other families know: transformers takes some of them from any config.
-FURTHER: dict[str, Any] = {
+FURTHER: tuple[tuple[str, Any], ...] = tuple({
     "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0, "rope_local_base_freq": 500.0,
     "partial_rotary_factor": 0.5, "rope_parameters": LINEAR, "sliding_window": 4, "sliding_window_pattern": 2,
     "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5, "attention_multiplier": 0.1,
@@ -29,7 +29,12 @@ FURTHER: dict[str, Any] = {
     "attn_logit_softcapping": 1.0, "use_sliding_window": True, "clip_qkv": 0.1, "qk_layernorm": True,
     "quantization_config": {"quant_method": "fp8"}, "n_shared_head": 2, "is_causal": False,
     "per_layer_config": {"0": {"rms_norm_eps": 0.05, "layer_norm_epsilon": 0.05}},
-}  # fmt: skip
+}.items()) + tuple(("rope_parameters", {"rope_theta": 1e4, "factor": 4.0, **more}) for more in (
+    {"rope_type": "yarn"}, {"rope_type": "dynamic"}, {"rope_type": "default", "partial_rotary_factor": 0.5},
+    {"rope_type": "yarn", "original_max_position_embeddings": 8, "truncate": False, "attention_factor": 2.0},
+    {"rope_type": "longrope", "short_factor": [2.0] * 6, "long_factor": [4.0] * 6},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5}, {"rope_type": "linear", "rope_theta": 500.0},
+))  # fmt: skip
 # Of Python, not of what is computed; and the tied head, which follows from the tensors (test_live_checked.py).
 LEFT_OUT = ("return_dict", "dtype", "model_type", "architectures", "transformers_version", "tie_word_embeddings")
 
@@ -50,7 +55,7 @@ def changes(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for key, value in values.items():
         if key not in LEFT_OUT and not isinstance(value, dict | list):
             yield key, values | {key: others(value)}
-    for key, value in FURTHER.items():
+    for key, value in FURTHER:
         yield key, values | {key: value}
         if key in ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
             yield f"{key} alone", {k: v for k, v in values.items() if k != "rope_parameters"} | {key: value}

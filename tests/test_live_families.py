@@ -112,6 +112,19 @@ def test_bfloat16_stays_close(pair: tuple[SegmentedModel, Any]) -> None:
     assert ((rounded - want).std() / want.std()).item() < 0.05
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_any_precision_are_those_that_transformers_reads(family: str, dtype: str, tmp_path: Path) -> None:
+    """Both read the rounded weights into float32."""
+    import transformers
+
+    tiny_model(family, 2).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    ids = token_ids(batch=1, tokens=24)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    got = packed_logits(SegmentedModel.load(find_checkpoint(str(tmp_path))), ids)
+    torch.testing.assert_close(got, reference_logits(reference, ids), atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_a_family(name: str, tmp_path: Path) -> None:
     family, changes = VARIANTS[name]

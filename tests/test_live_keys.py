@@ -146,3 +146,10 @@ def test_keys_without_a_default_are_needed(key: str, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=f"llama.{key}"):
         GgufFile(path)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused_unless_their_size_is_said(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"embedding_length.*=64.*a multiple of 3"):
+        GgufFile(write(tmp_path / "three.gguf", "llama", needed(3)))
+    sizes = {"attention.key_length": 16, "attention.value_length": 16}
+    assert GgufFile(write(tmp_path / "said.gguf", "llama", needed(3) | sizes)).architecture.q_width == 48

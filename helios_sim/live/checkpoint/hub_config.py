@@ -48,7 +48,8 @@ def read_architecture(folder: Path) -> Architecture:
     """
     path = folder / "config.json"
     if not path.exists():
-        fix = "give the folder that save_pretrained wrote"
+        others = sorted(folder.glob("*.gguf"))
+        fix = f"give the file: {others[0]}" if others else "give the folder that save_pretrained wrote"
         raise WeightsError("weights", str(folder), "a folder with config.json", fix)
     values = read_json(path, FETCH_AGAIN, error=WeightsError)
     kind = values.get("model_type")

@@ -75,6 +75,8 @@ class SafetensorsFolder:
             if path.suffix in OF_MODELS and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
                 allowed = f"a file of at most {_MOST_BYTES} bytes"
                 raise WeightsError(str(path), "no file, or too large", allowed, FETCH_AGAIN)
+            if path.suffix in OF_MODELS and is_lfs_pointer(path):
+                raise lfs_pointer(path, WeightsError)
         import transformers
 
         allowed = "a folder with a tokenizer that can be read"
