@@ -18,6 +18,7 @@ from helios_sim.core import route
 from helios_sim.core.layout import NEVER, IntArray
 from helios_sim.core.route import choose
 from helios_sim.request import Request, RequestBlock
+from helios_sim.workload.faults import Outages
 
 _DRAWS = 4096  # pairs at a time
 
@@ -52,19 +53,50 @@ class Routing:
             return all(len(home) == 1 for home in self.homes)
         return replicas == 1 or self.router is Router.ROUND_ROBIN
 
-    def fixed_choice(self, replicas: int) -> Callable[[RequestBlock], NDArray[np.int64]]:
+    def fixed_choice(
+        self, replicas: int, outages: Outages | None = None
+    ) -> Callable[[RequestBlock], NDArray[np.int64]]:
         """The replica of each request of consecutive blocks, (n,): for a routing that is fixed."""
         if self.router is Router.BY_TASK and replicas > 1:
             homes = np.array([home[0] for home in self.homes], np.int64)
-            return lambda block: homes[block.task]
+            return lambda block: homes[block.task]  # where there is one home, its requests wait while it is down
         sent = 0
 
         def in_turn(block: RequestBlock) -> NDArray[np.int64]:
             nonlocal sent
             first, sent = sent, sent + len(block)
-            return np.arange(first, sent, dtype=np.int64) % replicas
+            chosen = np.arange(first, sent, dtype=np.int64) % replicas
+            if outages is not None:
+                for row, arrival_ns in enumerate(block.arrival_ns.tolist()):
+                    number = int(chosen[row])
+                    if outages.back_ns(number, arrival_ns) is not None:
+                        back_ns = [outages.back_ns(replica, arrival_ns) for replica in range(replicas)]
+                        chosen[row] = stand_in(number, range(replicas), back_ns)
+            return chosen
 
         return in_turn
+
+    def meant(self, task: int, replicas: int) -> Sequence[int]:
+        """The replicas that are meant for a task."""
+        return self.homes[task] if self.router is Router.BY_TASK and replicas > 1 else range(replicas)
+
+    def again(
+        self, number: int, task: int, lost_by: int, requests_in: Sequence[int], back_ns: Sequence[int | None]
+    ) -> int:
+        """The replica that gets the `number`-th of the requests that a fault hit in one replica at one time.
+
+        A router by load takes the one with the fewest requests of those that are up; another sends them in turn to
+        those that are up, from the one after the replica that lost them. It draws nothing and counts nothing, so that
+        other requests go where they would have gone. `back_ns`: when each replica is back that is down, else None.
+        """
+        replicas = len(back_ns)
+        meant = self.meant(task, replicas)
+        up = [r for r in _in_turn(lost_by, meant) if back_ns[r] is None]
+        if not up:
+            return stand_in(lost_by, meant, back_ns)
+        if self.is_fixed(replicas):
+            return up[number % len(up)]
+        return min(up, key=lambda replica: requests_in[replica])
 
     @property
     def number(self) -> int:
@@ -94,6 +126,17 @@ class Routing:
             return choose(self.number, next(numbers), request.task, pair, 0, homes, requests_in)
 
         return choose_next
+
+
+def stand_in(number: int, meant: Sequence[int], back_ns: Sequence[int | None]) -> int:
+    """The replica in place of one that is down: the next that is up among those meant; else the one back first."""
+    in_turn = _in_turn(number, meant)
+    found = next((replica for replica in in_turn if back_ns[replica] is None), None)
+    return min(in_turn, key=lambda replica: back_ns[replica] or 0) if found is None else found
+
+
+def _in_turn(after: int, meant: Sequence[int]) -> list[int]:
+    return [*(r for r in meant if r > after), *(r for r in meant if r <= after)]
 
 
 class Pairs:

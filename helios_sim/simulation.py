@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -19,14 +19,17 @@ from simpy.events import Event
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
-from helios_sim.routing import Routing
+from helios_sim.routing import Routing, stand_in
+from helios_sim.serving.faults import Injector
 from helios_sim.serving.front import Front
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
+from helios_sim.workload.faults import FaultPlan, Outages, Struck
 
 ONE_AFTER_THE_OTHER = Routing()
 _MERGED_AT_ONCE = 4096  # records of several replicas that wait until they can be put in order
+_DOWN = 1 << 40  # requests that a replica that is down seems to have to a router by load
 _LEAST_DEPARTURES = 64  # of many replicas: room of each for as many that have left
 
 Sink = Callable[[RequestRecord], None]
@@ -46,6 +49,7 @@ class Run:
     requests: int
     end_ns: int
     presence_ns: tuple[int, ...]  # of each replica: requests in it, integrated over time
+    faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
 
 
 class LittlesLawViolated(RuntimeError):
@@ -72,31 +76,45 @@ class System:
         self._closed_loop: Iterator[Request] | None = None
         self._to_release = 0
         self._releasing = False
+        self._arrivals_to_come = False  # of requests that do not wait for answers
+        self._first_arrival_ns: dict[int, int] = {}  # of requests in the system that a fault has hit
+        self.sent_again = 0
 
     def connect(self, servers: tuple[Server, ...]) -> None:
         """Before the first request: who serves."""
         self.servers = servers
         self._requests_in = [0] * len(servers)
+        self._back_ns: list[int | None] = [None] * len(servers)  # of those that are down
         self._sent: list[int] | None = None  # to each replica, where requests are dispatched
         self._choose = self._routing.choice(self._requests_in)
 
-    def feed(self, blocks: Iterator[RequestBlock], machine: Machine | None, users: int | None) -> None:
+    def feed(
+        self,
+        blocks: Iterator[RequestBlock],
+        machine: Machine | None,
+        users: int | None,
+        faults: FaultPlan | None = None,
+    ) -> None:
         """Each replica gets all its requests, and runs ahead of the clock."""
         if len(self.servers) == 1:
-            on_block = None if self._block_sink is None else self.on_block
+            # a record may have to be changed where faults are
+            on_block = None if self._block_sink is None or faults is not None else self.on_block
             self.servers[0].open(machine, blocks, users, on_block=on_block)
             return
         self._in_order = []
-        split = _Split(blocks, len(self.servers), self._routing)
+        outages = None if faults is None else Outages(faults, len(self.servers))
+        split = _Split(blocks, len(self.servers), self._routing, outages)
         for number, server in enumerate(self.servers):
             server.open(machine, split.feed(number))
 
     def open_loop(self, requests: Iterator[Request]) -> Generator[Event, None, None]:
         """The process of arrivals that do not wait for answers."""
+        self._arrivals_to_come = True
         for request in requests:
             if request.arrival_ns > self.env.now:
                 yield self.env.timeout(request.arrival_ns - int(self.env.now))
             self.dispatch(request)
+        self._arrivals_to_come = False
 
     def open(self, machine: Machine | None) -> None:
         """Requests will be dispatched, at any time."""
@@ -123,10 +141,34 @@ class System:
 
     def dispatch(self, request: Request, from_replica: int | None = None) -> None:
         number = self._choose(request)
+        if self._back_ns[number] is not None:
+            number = stand_in(number, self._routing.meant(request.task, len(self.servers)), self._back_ns)
+        self._send(request, number, from_replica)
+
+    def _send(self, request: Request, number: int, from_replica: int | None = None) -> None:
         self._requests_in[number] += 1
         if self._sent is not None:
             self._sent[number] += 1
         self.servers[number].submit(request, from_replica)
+
+    def send_again(self, lost: Iterable[Request], lost_by: int) -> None:
+        """Requests that a fault has hit arrive anew, elsewhere if there is another replica that is up."""
+        for place, request in enumerate(lost):
+            self._first_arrival_ns.setdefault(request.request_id, request.arrival_ns)
+            self.sent_again += 1
+            self._requests_in[lost_by] -= 1
+            number = self._routing.again(place, request.task, lost_by, self._requests_in, self._back_ns)
+            self._send(replace(request, arrival_ns=int(self.env.now)), number)
+
+    def note_down(self, replica: int, back_ns: int | None) -> None:
+        """The replica is down until then; None: it is up again."""
+        self._back_ns[replica] = back_ns
+        self._requests_in[replica] += _DOWN if back_ns is not None else -_DOWN
+
+    def more_comes(self) -> bool:
+        """Whether requests are still to arrive that wait for no answer, or somebody outside may send some."""
+        outside = bool(getattr(self.env, "awaits_calls", False))
+        return self._arrivals_to_come or outside or any(server.expects for server in self.servers)
 
     def close(self) -> None:
         """The run ends: no further request is sent."""
@@ -135,6 +177,8 @@ class System:
     def on_left(self, record: RequestRecord, left_ns: int) -> None:
         self.left += 1
         self._requests_in[record.replica] -= 1
+        if record.request_id in self._first_arrival_ns:
+            record = replace(record, arrival_ns=self._first_arrival_ns.pop(record.request_id))
         if self._in_order is None:
             self._sink(record)
         else:
@@ -161,7 +205,15 @@ class System:
             server.finish()
 
     def check_littles_law(self) -> None:
-        """L = lambda W holds exactly on every run, in integers, of each replica and so of all together."""
+        """L = lambda W holds exactly on every run, in integers, of each replica and so of all together.
+
+        A request that a fault has hit leaves one replica and arrives in another; it has one record in the end.
+        """
+        arrived_in_all = sum(server.books[2] for server in self.servers)
+        if arrived_in_all - self.sent_again != self.left:
+            raise LittlesLawViolated(
+                f"{arrived_in_all} arrived, {self.sent_again} of them sent again, {self.left} left with a record"
+            )
         for number, server in enumerate(self.servers):
             presence_ns, sojourn_ns, arrived, left = server.books
             sent = arrived if self._sent is None else self._sent[number]
@@ -198,8 +250,10 @@ class System:
 class _Split:
     """Blocks of requests, each request for the replica that the routing names; read by the replicas in any order."""
 
-    def __init__(self, blocks: Iterator[RequestBlock], replicas: int, routing: Routing) -> None:
-        self._blocks, self._replica_of = blocks, routing.fixed_choice(replicas)
+    def __init__(
+        self, blocks: Iterator[RequestBlock], replicas: int, routing: Routing, outages: Outages | None
+    ) -> None:
+        self._blocks, self._replica_of = blocks, routing.fixed_choice(replicas, outages)
         self._parts: list[deque[RequestBlock]] = [deque() for _ in range(replicas)]
 
     def feed(self, number: int) -> Iterator[RequestBlock]:
@@ -233,6 +287,7 @@ def simulate(
     compiled: bool | None = None,
     stepwise: bool = False,
     block_sink: BlockSink | None = None,
+    faults: FaultPlan | None = None,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
 
@@ -241,6 +296,8 @@ def simulate(
 
     `compiled`: whether the loop runs as machine code; None: if that is worth it. `stepwise`: every turn of a server is
     an event of its own, as where something outside may act at any time. Neither changes a result.
+
+    `faults` strike servers whose engines were made `with_faults`.
 
     `sink` gets each record in the order in which requests leave; `block_sink`, where it is given, many at once wherever
     compiled code holds them as columns. With `users` the loop is closed. Raises
@@ -253,9 +310,13 @@ def simulate(
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
     machine = None if on_clock else for_run(requests, compiled)
     fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))
+    injector = None
+    if faults is not None:
+        injector = Injector(env, faults, system.servers, system.send_again, system.note_down, system.more_comes)
+        env.process(injector.run())
     if not stepwise and fixed:
-        system.feed(blocks, machine, users)
-    elif not stepwise and users is None:
+        system.feed(blocks, machine, users, faults)
+    elif not stepwise and users is None and faults is None:
         system.front(blocks, machine)
     else:
         rows = (request for block in blocks for request in block.rows())
@@ -270,6 +331,7 @@ def simulate(
         while system.left < requests:
             env.step()
     end_ns = int(env.now)
+    struck = None if injector is None else injector.finish()
     system.close()
     system.finish()
     system.check_littles_law()
@@ -277,5 +339,5 @@ def simulate(
     for server in system.servers:
         stats.merge(server.stats)
     presence_ns = tuple(server.books[0] for server in system.servers)
-    arrived = sum(server.books[2] for server in system.servers)
-    return Run(system.servers, stats, arrived, end_ns, presence_ns)
+    arrived = sum(server.books[2] for server in system.servers) - system.sent_again
+    return Run(system.servers, stats, arrived, end_ns, presence_ns, struck)

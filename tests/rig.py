@@ -21,11 +21,13 @@ from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RecordBlock, RequestBlock, RequestRecord
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.device_plan import plan_of
+from helios_sim.serving.faults import with_faults
 from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
 from helios_sim.study.workload import Foresight
 from helios_sim.workload import AllAtOnce, Arrivals, DrawnLengths, Fixed, Length, TaskMix, Workload, generate
+from helios_sim.workload.faults import FaultPlan
 
 EXITS = (2, 4)
 AT_ONCE, ONE_TASK = AllAtOnce(), TaskMix.single("text")
@@ -143,6 +145,7 @@ def serve(
     expected: ExpectedLoad | None = None,
     foresight: bool = False,
     blocks: Iterator[RequestBlock] | None = None,
+    faults: FaultPlan | None = None,
     watch: Callable[[Server], None] | None = None,
     on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
@@ -178,7 +181,8 @@ def serve(
         elif number:
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
-        server = Server(env, number, SimulatedEngine(env, models), own, situation, on_left)
+        engine = SimulatedEngine(env, models)
+        server = Server(env, number, with_faults(engine, env) if faults else engine, own, situation, on_left)
         if on_plan is not None:  # told of each iteration before it is committed: who runs, its start and its end
             server.on_iteration = lambda start, end: on_plan(server, plan_of(server._replica, False), start, end)
         if isinstance(env, Watched):
@@ -197,6 +201,7 @@ def serve(
         env=env,
         compiled=compiled,
         stepwise=stepwise or on_plan is not None,
+        faults=faults,
         block_sink=lambda block: records.extend(records_in(block)),
     )
     return Served(records, run)

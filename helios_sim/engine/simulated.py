@@ -94,7 +94,7 @@ class SimulatedEngine:
         """When the transfer in progress ends; None: there is none."""
         return self._transfer_ends_ns[0] if self._transfer_ends_ns else None
 
-    def forget(self, request_id: int) -> None:
+    def forget(self, request_id: int, again: bool = False) -> None:
         """Nothing is kept of a request here: its exits lie in the trace."""
 
     def observe(

@@ -71,14 +71,19 @@ class Answers(dict[int, Answer]):
         self._kept = kept
         self._left: deque[int] = deque()
 
-    def note_left(self, request_id: int) -> None:
-        """Record that the request has left the system. From then on only a complete answer is kept."""
+    def note_left(self, request_id: int, again: bool = False) -> None:
+        """Record that the request has left the system. From then on only a complete answer is kept.
+
+        `again`: it will start anew, so that nothing of it is kept.
+        """
+        if again:
+            del self[request_id]
+        elif self._kept is not None and self[request_id].complete:
+            self._left.append(request_id)
+        elif self._kept is not None:
+            del self[request_id]
         if self._kept is None:
             return
-        if self[request_id].complete:
-            self._left.append(request_id)
-        else:
-            del self[request_id]
         while len(self._left) > self._kept:
             del self[self._left.popleft()]
 

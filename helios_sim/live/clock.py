@@ -78,6 +78,10 @@ class WallClock(simpy.rt.RealtimeEnvironment):
         """Announce that a caller is done. May be called from within a call."""
         self._doors -= 1
 
+    @property
+    def awaits_calls(self) -> bool:
+        return self._doors > 0
+
     def step(self) -> None:
         """Run the next event when it is due. Raises EmptySchedule if there is none and no caller is left."""
         while not self._is_due():

@@ -141,11 +141,11 @@ class LiveEngine:
             data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, time_ns
         )
 
-    def forget(self, request_id: int) -> None:
+    def forget(self, request_id: int, again: bool = False) -> None:
         answer = self.answers.get(request_id)
         if answer is not None:
             self.work.give_up(answer)
-            self.answers.note_left(request_id)
+            self.answers.note_left(request_id, again)
 
     def probe(
         self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule

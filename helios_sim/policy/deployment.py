@@ -21,10 +21,18 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """Weights that were decided on could not be loaded. Only ever a cause in the log: no policy is asked."""
+    """Weights that were decided on could not be loaded: what was in force before serves on, at most without the limits
+    of a round, and the policy is asked. Only ever a cause, never declared."""
 
     model: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Faulted:
+    """A fault struck the replica. Only ever a cause in the log: no policy is asked."""
+
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class QueueAbove:
 
 
 Trigger = BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove
-Cause = Trigger | Started | LoadFailed
+Cause = Trigger | Started | LoadFailed | Faulted
 
 
 @dataclass(frozen=True, slots=True)

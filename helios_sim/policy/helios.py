@@ -21,6 +21,7 @@ from helios_sim.policy.deployment import (
     Deployment,
     Drained,
     KvRule,
+    LoadFailed,
     Placement,
     Probe,
     Probed,
@@ -37,6 +38,7 @@ class HeliosPolicy:
 
     def __init__(self, parameters: HeliosParameters) -> None:
         self.parameters = parameters
+        self._before: Deployment  # what was in force when the last one was decided
         self._batch = 1.0  # mean running requests as last seen
         self._left: deque[str] = deque()  # candidates that this round has still to evaluate
         self._round_ends = 0  # completed requests at which the next round begins
@@ -55,10 +57,14 @@ class HeliosPolicy:
             self._deployment = self._evaluate_next()
         else:
             self._deployment = self._conclude(Moment(load, self._batch, 0, 0, 0, None))
+        self._before = self._deployment
         return self._deployment
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """One step of the round, or the answer to a breach."""
+        """One step of the round, or the answer to a breach or to a load that failed."""
+        failed = self._deployment
+        if isinstance(cause, LoadFailed):
+            self._deployment = self._before
         for observation in telemetry.observations:
             self._chooser.assessor.history.add(observation, telemetry.completed_requests)
         # While admission is limited the batch is that of a round or a drain, not what the constants scale with.
@@ -82,9 +88,21 @@ class HeliosPolicy:
                 decided = self._conclude(moment)
             case BreachLimit():
                 decided = self._answer_breach(cause, moment, telemetry)
+            case LoadFailed() if self._left:
+                decided = self._evaluate_next()
+            case LoadFailed() if failed.observe_tokens is not None:
+                decided = self._conclude(moment)
+            case LoadFailed():
+                decided = self._stay(cause, moment)
         if decided is not None:
-            self._deployment = decided
+            self._before, self._deployment = self._deployment, decided
         return decided
+
+    def _stay(self, cause: LoadFailed, moment: Moment) -> Deployment:
+        """Serves with what is there until the next round, or until breaches ask again."""
+        active, remaining = self._deployment.active, max(1, self._round_ends - moment.completed_requests)
+        reason = f"{cause.model} could not be loaded: {active.model} at layer {active.layers} serves on"
+        return self._serve(active, remaining, reason, {})
 
     def _begin_round(self, moment: Moment) -> Deployment | None:
         now, prompts = self._deployment, self.parameters.prompts_per_candidate

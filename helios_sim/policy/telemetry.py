@@ -128,5 +128,5 @@ class Policy(Protocol):
         ...
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """Called when one of the deployment's triggers fires. None: go on as before."""
+        """Called when one of the deployment's triggers fires, and with LoadFailed. None: what is in force stays."""
         ...

@@ -19,10 +19,12 @@ class Aborts:
         """The first reason counts. A request that has left already is let be."""
         self._asked.setdefault(request_id, reason)
 
-    def carry_out(self) -> None:
-        if self._asked:
-            abort(self._replica, self._asked)
-            self._asked.clear()
+    def carry_out(self) -> bool:
+        """Whether there was anything to do."""
+        asked, self._asked = self._asked, {}
+        if asked:
+            abort(self._replica, asked)
+        return bool(asked)
 
     def give_way(self, reason: str) -> None:
         """An iteration of the whole batch ran out of memory: nothing of it counts.

@@ -18,6 +18,7 @@ from helios_sim.policy.deployment import (
     Completed,
     Deployment,
     Drained,
+    Faulted,
     LoadFailed,
     Placement,
     Probed,
@@ -49,6 +50,7 @@ class Decider:
         self.decisions: list[Decision] = []  # at most MOST_DECISIONS: the first half of them and the latest
         self.decisions_left_out = 0
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
+        self._failed: LoadFailed | None = None  # of which the policy has not been told
         self._triggers: tuple[Trigger, ...] = ()
         self._watched: Placement | None = None  # by the breach windows
         self._flags: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
@@ -98,8 +100,16 @@ class Decider:
                 row.argument = int(done)
 
     def decide(self) -> Deployment | None:
-        """What the policy decides now, if a trigger has fired and it decides anything."""
+        """What the policy decides now, if a load has failed or a trigger has fired and it decides anything."""
         replica, s = self._replica, self._replica.state
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            deployment = self._policy.decide(failed, self._telemetry(failed))
+            replica.observations.clear()
+            if deployment is not None:
+                s.completed_before = s.completed
+                self._log(failed, deployment)
+                return deployment
         k = NEVER
         while (k := int(first_fired(s, replica.requests, replica.line, self.watch, k + 1))) != NEVER:
             trigger = self._triggers[k]
@@ -119,8 +129,13 @@ class Decider:
         return None
 
     def note_failed_load(self, model: str, reason: str, deployment: Deployment) -> None:
-        """The log tells what stays in force; the policy finds out when it is asked next."""
-        self._log(LoadFailed(model, reason), deployment)
+        """The log tells what stays in force, and the policy is asked as soon as it is."""
+        self._failed = LoadFailed(model, reason)
+        self._log(self._failed, deployment)
+
+    def note_fault(self, what: str) -> None:
+        """The log tells it; what is in force does not change."""
+        self._log(Faulted(what), self._replica.deployment)
 
     @property
     def next_time_ns(self) -> int | None:

@@ -5,7 +5,8 @@ Requests also leave for reasons that the loop does not know: aborted, or unfinis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -158,8 +159,8 @@ def _drop_reason(replica: Replica, why: int, model: int) -> str | None:
     return DROP_REASONS[why].format(model=replica.models[model], tokens=int(replica.rules.place_tokens))
 
 
-def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
-    """A request leaves for a reason of its own."""
+def _depart(replica: Replica, slot: int, now_ns: int) -> None:
+    """The books of a request that leaves for a reason of its own."""
     s, request = replica.state, replica.requests[slot]
     arrive.note_change(s, now_ns)
     s.in_system -= 1
@@ -167,6 +168,13 @@ def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str
     s.sojourn_ns += now_ns - int(request.arrival_ns)
     request.left_ns = now_ns
     replica.set_free([slot])
+
+
+def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
+    """A request leaves for a reason of its own."""
+    _depart(replica, slot, now_ns)
+    if replica.rules.closed_loop:
+        replica.state.to_release += 1
     (row,) = tuples(replica.requests, [slot], _LEFT_FIELDS)
     _record(replica, row, status, reason)
 
@@ -191,17 +199,53 @@ def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | 
 
 def abort(replica: Replica, reasons: dict[int, str]) -> None:
     """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
-    s, now_ns = replica.state, replica.now_ns
-    for place in reversed(range(int(s.running))):
-        slot = int(replica.lists.batch[place])
-        reason = reasons.get(int(replica.requests[slot].request_id))
+    now_ns = replica.now_ns
+    for place in reversed(range(int(replica.state.running))):
+        reason = reasons.get(int(replica.requests[int(replica.lists.batch[place])].request_id))
         if reason is not None:
-            held = schedule.held_blocks(replica.rules, replica.requests[slot])
-            schedule.remove_running(s, replica.lists, place)
-            blocks.give_blocks(s, replica.rules, replica.freed, held, NEVER)
-            _leave(replica, slot, now_ns, Status.DROPPED, reason)
+            _leave(replica, _take_from_batch(replica, place), now_ns, Status.DROPPED, reason)
     for slot in _take_from_line(replica, set(reasons)):
         _leave(replica, slot, now_ns, Status.DROPPED, reasons[int(replica.requests[slot].request_id)])
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Requests that a fault has taken out of a replica."""
+
+    again: list[Request]  # to be sent again, in their order of arrival
+    dropped: int
+    wasted_tokens: int  # output tokens that all of them had
+
+
+def lose(replica: Replica, all_of_them: bool, again: Callable[[int], bool], reason: str) -> Lost:
+    """Requests that run here (`all_of_them`: or wait) leave now, and what was computed for them is lost.
+
+    Where `again` says so of its number, a request leaves without a record. Others are dropped for this reason.
+    """
+    now_ns, found = replica.now_ns, Lost([], 0, 0)
+    slots = [_take_from_batch(replica, place) for place in reversed(range(int(replica.state.running)))]
+    slots += _take_from_line(replica, None) if all_of_them else []
+    dropped = wasted = 0
+    for slot in sorted(slots, key=lambda slot: int(replica.requests[slot].seq)):
+        request = replica.requests[slot]
+        wasted += int(request.generated + request.earlier_tokens)
+        if again(int(request.request_id)):
+            found.again.append(replica.request_of(request))
+            _depart(replica, slot, now_ns)
+            replica.engine.forget(found.again[-1].request_id, again=True)
+        else:
+            _leave(replica, slot, now_ns, Status.DROPPED, reason)
+            dropped += 1
+    return replace(found, dropped=dropped, wasted_tokens=wasted)
+
+
+def _take_from_batch(replica: Replica, place: int) -> int:
+    """Takes a running request out of the batch, whose blocks are free. Returns its slot."""
+    slot = int(replica.lists.batch[place])
+    held = schedule.held_blocks(replica.rules, replica.requests[slot])
+    schedule.remove_running(replica.state, replica.lists, place)
+    blocks.give_blocks(replica.state, replica.rules, replica.freed, held, NEVER)
+    return slot
 
 
 def finish(replica: Replica) -> None:

@@ -71,8 +71,26 @@ class Inbox:
     def add_block(self, state: Record, block: RequestBlock) -> None:
         self.add(state, raw_requests(block))
 
-    def add_request(self, state: Record, request: Request) -> None:
-        self.add(state, np.array([[getattr(request, name) for name in COLUMNS]], np.int64))
+    def insert(self, state: Record, request: Request) -> None:
+        """The request becomes known as the next to arrive, before others that are known already."""
+        raw = np.array([[getattr(request, name) for name in COLUMNS]], np.int64)
+        place, known = int(state.arrived - state.first_row), int(state.known - state.first_row)
+        if place == known:
+            self.add(state, raw)
+            return
+        self.make_room(state, 1)
+        self.rows[place + 1 : known + 1] = self.rows[place:known]
+        self.rows[place : place + 1] = arrival_rows(self._storage, raw)
+        for model, (table, filled) in list(self._tokens.items()):
+            if filled > place:
+                room = table if len(table) > filled else self._storage.grown(TOKENS, table, len(self.rows))
+                room[place + 1 : filled + 1] = room[place:filled]
+                read = self._tokens_of(self._models[model], raw)
+                room[place : place + 1] = self._storage.of_columns(TOKENS, list(read.T))
+                self._tokens[model] = room, filled + 1
+        state.known += 1
+        if self._plan is not None:
+            self._follow(place, place + 1)
 
     def add(self, state: Record, raw: IntArray) -> None:
         """Requests (n, 7) become known: they arrive in this order, after all that are known."""

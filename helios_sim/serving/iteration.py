@@ -98,6 +98,14 @@ class OutOfMemory(Exception):
         self.reason, self.end_ns = reason, end_ns  # absolute: when it was given up
 
 
+class IterationFailed(Exception):
+    """The device gave no result of an iteration: nothing of it counts, and its requests are lost."""
+
+    def __init__(self, reason: str, end_ns: int) -> None:
+        super().__init__(reason)
+        self.reason, self.end_ns = reason, end_ns  # absolute: when it was given up
+
+
 class Engine(Protocol):
     """Tokenizes, moves weights, observes and probes. Times are absolute integer nanoseconds of the environment's clock.
 
@@ -129,8 +137,11 @@ class Engine(Protocol):
         """What every exit said about the first tokens of this request's answer."""
         ...
 
-    def forget(self, request_id: int) -> None:
-        """The request has left the system. Of those that completed, a probe may still ask for the latest texts."""
+    def forget(self, request_id: int, again: bool = False) -> None:
+        """The request has left the system. Of those that completed, a probe may still ask for the latest texts.
+
+        `again`: it will come back under this number and start anew.
+        """
         ...
 
     def probe(
@@ -143,7 +154,8 @@ class Engine(Protocol):
 @runtime_checkable
 class Executes(Engine, Protocol):
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Runs the iteration, starting now. Raises OutOfMemory where the device has none for it."""
+        """Runs the iteration, starting now. Raises OutOfMemory where the device has none for it, and IterationFailed
+        where it gives no result."""
         ...
 
 
@@ -176,3 +188,33 @@ class Foresees(Engine, Protocol):
         ...
 
 
+class Around:
+    """An engine around another one, to which it hands everything on."""
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner = inner
+
+    def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
+        return self._inner.tokenize(model, request, answered_chars)
+
+    def places(self, model: str) -> Places | None:
+        return self._inner.places(model)
+
+    def hold(self, layers: Mapping[str, int]) -> None:
+        self._inner.hold(layers)
+
+    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        self._inner.start_transfer(n_bytes, model, on_done)
+
+    def observe(
+        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
+    ) -> Observation:
+        return self._inner.observe(model, request_id, span, n_tokens, exit_rule, time_ns)
+
+    def forget(self, request_id: int, again: bool = False) -> None:
+        self._inner.forget(request_id, again)
+
+    def probe(
+        self, model: str, requests: Sequence[Request], exit_rule: ExitRule
+    ) -> tuple[int, tuple[Observation, ...]]:
+        return self._inner.probe(model, requests, exit_rule)

@@ -26,6 +26,14 @@ class Prober:
         scoring = self._replica.deployment.probe is not None and not self._transitions.pending
         return scoring and self._streaming is None and bool(self._decider.probe_left)
 
+    @property
+    def streaming(self) -> bool:
+        return self._streaming is not None
+
+    def lose_stream(self) -> None:
+        """What was streaming, or has streamed, is not there: the candidate's turn comes again."""
+        self._streaming = self._streamed = None
+
     def advance(self) -> int | None:
         """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass."""
         replica = self._replica

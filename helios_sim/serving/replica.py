@@ -311,7 +311,7 @@ class Replica:
     def submit(self, request: Request) -> bool:
         """A request arrives now. False: it can never run as deployed and has left at once."""
         s = self.state
-        self.inbox.add_request(s, request)
+        self.inbox.insert(s, request)
         if not s.free:
             self.grow_slots(2 * len(self.requests))
         self.grow_line()

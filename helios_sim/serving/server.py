@@ -24,9 +24,10 @@ from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
+from helios_sim.serving.faults import Breakdown, FaultyEngine, Injector
 from helios_sim.serving.front import Front, Loop
-from helios_sim.serving.handover import finish, hand_over
-from helios_sim.serving.iteration import Engine, Executes, Foresees, OutOfMemory
+from helios_sim.serving.handover import Lost, finish, hand_over
+from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import OnLeft, Replica
 from helios_sim.serving.stats import RunStats, Timeline
@@ -50,7 +51,8 @@ class Server:
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self._opened = False
-        env.process(self._run())
+        self._injector: Injector | None = None
+        self._process = env.process(self._run())
 
     def open(
         self,
@@ -90,6 +92,7 @@ class Server:
         self._transitions = Transitions(replica, on_change=self._decider.arm, wake=self._turns.wake)
         self._prober = Prober(replica, self._decider, self._transitions)
         self._aborts = Aborts(replica)
+        self._breakdown = Breakdown(replica, self._aborts)
         self._transitions.start(self._decider.start())
 
     def _require_open(self) -> None:
@@ -98,16 +101,28 @@ class Server:
 
     def _run(self) -> Generator[Event, Any, None]:
         self._require_open()
-        replica, s = self._replica, self._replica.state
         # The first turn comes before the first arrival; users of a closed loop are there already.
-        started = bool(replica.rules.closed_loop)
+        self._started = bool(self._replica.rules.closed_loop)
+        interrupted = False
+        while True:
+            try:
+                if interrupted:  # by a fault, which it answers when its turn comes, or when it is back
+                    interrupted = False
+                    yield from self._wait(self._breakdown.back_ns)
+                yield from self._take_turns()
+            except simpy.Interrupt:
+                interrupted = True
+
+    def _take_turns(self) -> Generator[Event, Any, None]:
+        replica, s = self._replica, self._replica.state
         while True:
             s.now_ns = s.acted_ns = replica.now_ns
             s.turn_wanted = 0
-            if started:
+            if self._started:
                 yield from self._take_arrivals(replica.now_ns)
                 hand_over(replica)
-            self._aborts.carry_out()
+            if self._aborts.carry_out():
+                yield from self._take_arrivals(replica.now_ns)
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
                 replica.release_lingering()
             self._transitions.advance()
@@ -118,18 +133,27 @@ class Server:
                     self._transitions.begin(decided)
                     self._transitions.tell_loop()
                     continue
-            started = True
+            self._started = True
             self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
-                if self._feed is not None:
-                    yield from self._take_arrivals(probe_end_ns)
-                    yield from self._hand_over_departures()
-                yield self._turns.at(probe_end_ns)
+                yield from self._wait(probe_end_ns)
                 replica.stats.busy_ns += probe_end_ns - int(s.now_ns)
                 continue
             self._transitions.follow_plan()
             yield from self._serve()
+
+    def _wait(self, end_ns: int) -> Generator[Event, Any, None]:
+        """Until then, or until its turn comes now, while requests arrive."""
+        end_ns = max(end_ns, self._replica.now_ns)
+        while True:
+            until_ns = min(end_ns, self._next_fault_ns)
+            if self._feed is not None:
+                yield from self._take_arrivals(until_ns)
+                yield from self._hand_over_departures()
+            yield self._turns.at(until_ns)
+            if until_ns == end_ns:
+                return
 
     def _serve(self) -> Generator[Event, Any, None]:
         """Lets the loop run until the server has to take a turn of its own, which is then now."""
@@ -156,9 +180,9 @@ class Server:
                 yield self._turns.at(int(s.end_ns))
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
             elif stop == layout.EXECUTE:
-                out_of_memory_ns = self._execute()
-                if out_of_memory_ns is not None:
-                    yield self._turns.at(out_of_memory_ns)
+                given_up_ns = self._execute()
+                if given_up_ns is not None:
+                    yield self._turns.at(given_up_ns)
                     return
             else:
                 # While nothing can run, requests have come and wait: the clock goes on to the latest of them.
@@ -193,7 +217,7 @@ class Server:
     def _until_ns(self) -> int:
         """Up to when nothing outside can act on this replica."""
         if self._feed is not None:
-            until_ns = FOREVER_NS
+            until_ns = self._next_fault_ns
         elif self._front is not None:
             until_ns = self._front.horizon_ns
         else:
@@ -205,13 +229,17 @@ class Server:
         return until_ns
 
     def _execute(self) -> int | None:
-        """Runs the scheduled iteration on the device. Returns when it was given up for lack of memory, else None."""
+        """Runs the scheduled iteration on the device. Returns when it was given up, else None."""
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
         try:
             outcome = cast(Executes, self._engine).execute(plan_of(replica, self._transitions.loading), started_ns)
         except OutOfMemory as error:
             s.phase = layout.TURN
             self._aborts.give_way(error.reason)
+            return error.end_ns
+        except IterationFailed as error:
+            assert self._injector is not None
+            self._injector.iteration_failed(self._number)
             return error.end_ns
         note_outcome(replica, outcome.decoded, outcome.prefilled)
         profile, it = outcome.profile, replica.iteration
@@ -237,6 +265,24 @@ class Server:
             elif known or self._feed is None:
                 return
             else:
+                self._read_on()
+
+    def _catch_up(self) -> None:
+        """Requests that have arrived by now join the line, and what has happened is handed over."""
+        replica, s = self._replica, self._replica.state
+        while True:
+            replica.ready()
+            tables = (
+                s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
+                replica.inbox.tokens(s, int(s.model)),
+            )  # fmt: skip
+            known = take_arrivals(*tables, replica.now_ns)
+            if known or self._feed is None:
+                release(*tables, replica.now_ns)
+            hand_over(replica)
+            if s.free and (known or self._feed is None):
+                return
+            if not known and self._feed is not None:
                 self._read_on()
 
     def _hand_over_departures(self) -> Generator[Event, Any, None]:
@@ -280,6 +326,8 @@ class Server:
         """
         self._require_open()
         replica = self._replica
+        if self._feed is not None:  # it was lost elsewhere
+            self._catch_up()
         next_in_line = not replica.waiting_requests or bool(replica.rules.order)
         if not replica.submit(request):
             hand_over(replica)
@@ -297,7 +345,98 @@ class Server:
 
     def load_failed(self, model: str, reason: str) -> None:
         """Weights under way will not come; serving goes on with what is there. UserError where nothing is."""
-        self._decider.note_failed_load(model, reason, self._transitions.give_up(model, reason))
+        self._lose_load(reason, again=False)
+
+    def _lose_load(self, reason: str, again: bool = True) -> None:
+        """`again`: what has to be there to serve on is loaded once more where its load was lost, too."""
+        if self._prober.streaming:
+            self._prober.lose_stream()
+            self._transitions.lose_transfer()
+            return
+        stays = self._transitions.give_up(reason, again)
+        if stays is not None:
+            model, fallback = stays
+            self._decider.note_failed_load(model, reason, fallback)
+
+    # --- Faults -----------------------------------------------------------------------------------------------------
+
+    def meet(self, injector: Injector) -> None:
+        """Faults will strike this server, whose engine was made `with_faults`."""
+        self._injector, engine, number = injector, self.engine, self._number
+        engine.on_fault = lambda kind, until_ns: injector.note(number, kind, until_ns)
+        engine.on_failed_load = self._lose_load
+        engine.may_lose_load = lambda: not self._transitions.falls_back
+        engine.wake = self._turns.wake
+
+    @property
+    def engine(self) -> FaultyEngine:
+        if not isinstance(self._engine, FaultyEngine):
+            raise TypeError(f"faults need an engine made with_faults, not {type(self._engine).__name__}")
+        return self._engine
+
+    @property
+    def breakdown(self) -> Breakdown:
+        return self._breakdown
+
+    def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
+        """The iteration in progress gives no result. Returns whom it hit; None: nothing was in progress."""
+        self._catch_up()
+        return self._answer(self._breakdown.iteration_fails(again, reason))
+
+    def runs_out_of_memory(self) -> Lost | None:
+        """So does the iteration in progress, for lack of memory."""
+        self._catch_up()
+        return self._answer(self._breakdown.out_of_memory())
+
+    def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
+        """All requests here are lost, and whatever is loading; nothing runs before it is back."""
+        self._catch_up()
+        lost = self._breakdown.dies(back_ns, again, reason)
+        if self._transitions.loading:
+            self.engine.abandon_transfers()
+            self._lose_load(reason)
+        self._prober.lose_stream()
+        self._answer(lost)
+        return lost
+
+    def _answer(self, lost: Lost | None) -> Lost | None:
+        """The server takes a turn now, whatever it waits for, if anything has struck it."""
+        if lost is not None:
+            self._catch_up()
+            if self._env.active_process is not self._process:
+                self._process.interrupt()
+        return lost
+
+    def note_fault(self, what: str) -> None:
+        self._decider.note_fault(what)
+
+    def look(self) -> None:
+        """Others may have acted: an idle server takes a turn."""
+        self._turns.wake_idle()
+
+    @property
+    def executes(self) -> bool:
+        return not self._replica.foresees
+
+    @property
+    def is_running(self) -> bool:
+        return int(self._replica.state.phase) == layout.RUNNING
+
+    @property
+    def expects(self) -> bool:
+        """Whether requests are still to arrive that it knows of itself, at times of their own."""
+        s = self._replica.state
+        return not self._replica.rules.closed_loop and bool(s.arrived < s.known or not s.exhausted)
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing happens here any more unless something arrives."""
+        waits = self._turns.is_idle and self._decider.next_time_ns is None
+        return waits and not self._transitions.loading and not self._breakdown.is_down
+
+    @property
+    def _next_fault_ns(self) -> int:
+        return FOREVER_NS if self._injector is None else self._injector.next_ns
 
     def finish(self) -> None:
         """Ends the run: every request that is still here leaves as unfinished."""
@@ -319,6 +458,8 @@ class Server:
             return int(replica.requests[int(replica.lists.left[0])].left_ns)
         if s.phase == layout.RUNNING:
             return int(s.end_ns)
+        if self._breakdown.is_down:
+            return self._breakdown.died_ns
         parked_ns = None if self._front is None else self._front.frontier_ns(self._number)
         return replica.now_ns if parked_ns is None else parked_ns
 

@@ -97,6 +97,11 @@ class Transitions:
         return self._transfers > 0
 
     @property
+    def falls_back(self) -> bool:
+        """What was in force is loaded again, after a load has failed."""
+        return self._pending is not None and self._pending.falls_back
+
+    @property
     def draining(self) -> bool:
         """Nothing starts while the model is about to change and requests in flight are to finish first."""
         pending, replica = self._pending, self._replica
@@ -182,25 +187,33 @@ class Transitions:
         replica.engine.start_transfer(n_bytes, model, done)
         self._wake()
 
-    def give_up(self, model: str, reason: str) -> Deployment:
-        """The weights under way will not come: what is in force stays, without the limits of a round. Returns it.
+    def give_up(self, reason: str, again: bool) -> tuple[str, Deployment] | None:
+        """The weights under way will not come: what is in force stays, without the limits of a round.
 
-        What has left memory to make room is loaded again. Raises UserError where that fails too.
+        Returns the model and what stays. What has left memory to make room is loaded again; where that fails too, it is
+        tried once more (`again`, then None is returned), or UserError is raised.
         """
         pending, kept = self._pending, self._replica.deployment
-        self._transfer_ended()
+        self.lose_transfer()
         assert pending is not None
-        if pending.falls_back:
-            raise UserError(
-                "model", model, f"weights that can be loaded ({reason})", "free memory, or name fewer models"
-            )
+        model = pending.missing[0].model
         self.residency.layers = self._before_load
+        if pending.falls_back:
+            if not again:
+                raise UserError(
+                    "model", model, f"weights that can be loaded ({reason})", "free memory, or name fewer models"
+                )
+            return None
         stays = f"{model} could not be loaded ({reason}): {kept.active.model} serves on as before"
         fallback = replace(kept, admit_limit=None, observe_tokens=None, probe=None, reason=stays, evidence={})
         missing = self.residency.missing(fallback)
         self._pending = Pending(fallback, self._replica.now_ns, missing, falls_back=True)
+        return model, fallback
+
+    def lose_transfer(self) -> None:
+        """What was under way is not there."""
+        self._transfer_ended()
         self._wake()
-        return fallback
 
     def close(self) -> None:
         """The run ends: closes the books on the deployment in force."""

@@ -32,8 +32,14 @@ class Turns:
             alarm = self._env.timeout(alarm_ns - self._env.now)
             assert alarm.callbacks is not None
             alarm.callbacks.append(lambda _: self.wake_idle() if self._idle is idle else None)
-        yield idle
-        self._idle = None
+        try:
+            yield idle
+        finally:  # it may be interrupted
+            self._idle = None
+
+    @property
+    def is_idle(self) -> bool:
+        return self._idle is not None
 
     def wake(self) -> None:
         """Something acted on this replica: an idle server takes a turn now, a busy one after its iteration."""

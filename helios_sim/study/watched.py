@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sequence as SequenceOf
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from helios_sim.exits.rule import ExitRule
-from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.clock import WallClock
-from helios_sim.policy.telemetry import Observation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
-from helios_sim.request import Request, whole_ns
-from helios_sim.serving.iteration import Executes, Outcome, Places, Plan
+from helios_sim.request import whole_ns
+from helios_sim.serving.iteration import Around, Executes, Outcome, Plan
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")  # Linux: ns on a processor, ns waited for one, times
 
@@ -135,8 +132,10 @@ class Computes(Executes, Protocol):
         ...
 
 
-class WatchedEngine:
-    """Follows the `Executes` protocol by handing everything on."""
+class WatchedEngine(Around):
+    """Follows the `Executes` protocol."""
+
+    _inner: Computes
 
     def __init__(
         self, inner: Computes, clock: WallClock, before: Callable[[str], None] | None = None, kept: int | None = None
@@ -144,7 +143,8 @@ class WatchedEngine:
         """`before` is called with the model of the next iteration, while nothing is loading. `kept` (None: all): so
         many steps are kept, before they are added up while the clock is stopped.
         """
-        self._inner, self._clock, self._before, self._kept = inner, clock, before, kept
+        super().__init__(inner)
+        self._clock, self._before, self._kept = clock, before, kept
         self._added_up: list[LiveNotes] = []  # one at most
         self.steps: list[Step] = []
 
@@ -163,31 +163,6 @@ class WatchedEngine:
         host_ns, engine_ns = max(asked_ns - now_ns, 0), outcome.end_ns - asked_ns
         self.steps.append(Step(outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns))
         return outcome
-
-    def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
-        return self._inner.tokenize(model, request, answered_chars)
-
-    def places(self, model: str) -> Places | None:
-        return self._inner.places(model)
-
-    def hold(self, layers: Mapping[str, int]) -> None:
-        self._inner.hold(layers)
-
-    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        self._inner.start_transfer(n_bytes, model, on_done)
-
-    def observe(
-        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
-    ) -> Observation:
-        return self._inner.observe(model, request_id, span, n_tokens, exit_rule, time_ns)
-
-    def forget(self, request_id: int) -> None:
-        self._inner.forget(request_id)
-
-    def probe(
-        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
-    ) -> tuple[int, tuple[Observation, ...]]:
-        return self._inner.probe(model, requests, exit_rule)
 
     def notes(self) -> LiveNotes:
         """Sums over everything that ran."""

@@ -1,0 +1,325 @@
+"""Carries out a plan of faults: at the engine, in a server, and between them, in a simulation and live alike.
+
+Faults come at known times, so a simulation runs up to each of them and no further. At one time requests arrive first,
+then faults strike, then servers take their turns: an iteration that ends just then is still in progress.
+
+Transfers fail or stall at the engine's protocol (`FaultyEngine`), and so do the iterations of a device. A simulated
+iteration is given up while it is in progress; that of a device before it begins, one later, because what it has
+computed cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import simpy
+from simpy.events import Event, EventPriority, Timeout
+
+from helios_sim.core import layout
+from helios_sim.core.layout import FOREVER_NS, IntArray, Storage
+from helios_sim.policy.deployment import Deployment
+from helios_sim.policy.telemetry import Situation
+from helios_sim.request import NS_PER_S, Request
+from helios_sim.serving.aborts import Aborts
+from helios_sim.serving.handover import Lost, lose
+from helios_sim.serving.iteration import (
+    Around,
+    Engine,
+    Executes,
+    Foresees,
+    IterationFailed,
+    Outcome,
+    OutOfMemory,
+    Plan,
+    Terms,
+)
+from helios_sim.serving.replica import Replica
+from helios_sim.workload.faults import LOSING, Fault, FaultKind, FaultPlan, Struck
+
+if TYPE_CHECKING:
+    from helios_sim.serving.server import Server
+
+FAULT_PRIORITY = EventPriority(5)  # after arrivals and control, before servers (`turns`)
+REASONS = {
+    FaultKind.REPLICA_DIES: "its replica died",
+    FaultKind.ITERATION_FAILS: "its iteration failed",
+    FaultKind.OUT_OF_MEMORY: "injected: out of memory",
+    FaultKind.LOAD_FAILS: "injected: the load failed",
+}
+
+
+class FaultyEngine(Around):
+    """An engine whose transfers fail or stall when they are told to."""
+
+    def __init__(self, inner: Engine, env: simpy.Environment) -> None:
+        super().__init__(inner)
+        self._env = env
+        self.pace = 1.0  # iterations take so many times as long
+        self.on_fault: Callable[[FaultKind, int], None] = lambda kind, until_ns: None  # one has taken effect
+        self.on_failed_load: Callable[[str], None] = lambda reason: None
+        self.may_lose_load: Callable[[], bool] = lambda: True
+        self.wake: Callable[[], None] = lambda: None
+        self._armed: dict[FaultKind, int] = {}  # faults that wait for something to strike, and how long each lasts
+        self._stalled_until_ns: int | None = None
+        self._abandoned = 0  # transfers that began before this one was counted are nobody's any more
+
+    def arm(self, kind: FaultKind, lasts_ns: int = 0) -> bool:
+        """The transfer in progress, or the next one, fails or takes so much longer; the next iteration fails.
+
+        False: another fault of the kind waits for it already.
+        """
+        if kind in self._armed:
+            return False
+        self._armed[kind] = lasts_ns
+        return True
+
+    @property
+    def armed(self) -> Iterable[FaultKind]:
+        """What was armed and has not taken effect."""
+        return tuple(self._armed)
+
+    def abandon_transfers(self) -> None:
+        """What is under way arrives nowhere."""
+        self._abandoned += 1
+        self._stalled_until_ns = None
+
+    def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
+        began = self._abandoned
+        self._inner.start_transfer(n_bytes, model, lambda: self._arrived(began, on_done, self._armed))
+
+    def _arrived(self, began: int, on_done: Callable[[], None], stalls: Container[FaultKind] = ()) -> None:
+        if began != self._abandoned:
+            self.wake()
+            return
+        self._stalled_until_ns = None
+        now_ns = int(self._env.now)
+        if FaultKind.TRANSFER_STALLS in stalls:  # one at a time
+            lasts_ns = self._armed.pop(FaultKind.TRANSFER_STALLS)
+            self._stalled_until_ns = now_ns + lasts_ns
+            self.on_fault(FaultKind.TRANSFER_STALLS, now_ns + lasts_ns)
+            again = Timeout(self._env, lasts_ns)
+            assert again.callbacks is not None
+            again.callbacks.append(lambda _: self._arrived(began, on_done))
+            self.wake()
+        elif FaultKind.LOAD_FAILS in self._armed and self.may_lose_load():
+            del self._armed[FaultKind.LOAD_FAILS]
+            self.on_fault(FaultKind.LOAD_FAILS, now_ns)
+            self.on_failed_load(REASONS[FaultKind.LOAD_FAILS])
+        else:
+            on_done()
+
+
+class FaultyForesight(FaultyEngine):
+    """Of an engine that foresees: a slow card is a factor of every iteration's price."""
+
+    def __init__(self, inner: Foresees, env: simpy.Environment) -> None:
+        super().__init__(inner, env)
+        self._foresees = inner
+        self.warm_up_ns = inner.warm_up_ns
+        self._slowed: tuple[Any, float, Terms] | None = None  # of which terms, how much
+
+    def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms:
+        terms = self._foresees.terms(deployment, situation, storage)
+        if self.pace == 1.0:
+            return terms
+        if self._slowed is None or self._slowed[0] is not terms or self._slowed[1] != self.pace:
+            scalars = copy.deepcopy(terms.scalars)
+            if isinstance(scalars, np.ndarray):
+                scalars["time_factor"] *= self.pace
+            else:
+                scalars[0].time_factor *= self.pace
+            self._slowed = terms, self.pace, replace(terms, scalars=scalars)
+        return self._slowed[2]
+
+    def tokens_of(self, model: str, requests: IntArray) -> IntArray:
+        return self._foresees.tokens_of(model, requests)
+
+    @property
+    def transfer_end_ns(self) -> int | None:
+        ends = [ns for ns in (self._foresees.transfer_end_ns, self._stalled_until_ns) if ns is not None]
+        return min(ends, default=None)
+
+
+class FaultyDevice(FaultyEngine):
+    """Of an engine that executes: its iterations fail before they begin, and a slow card waits after each."""
+
+    def __init__(self, inner: Executes, env: simpy.Environment) -> None:
+        super().__init__(inner, env)
+        self._executes = inner
+
+    def execute(self, plan: Plan, now_ns: int) -> Outcome:
+        for kind, error in ((FaultKind.OUT_OF_MEMORY, OutOfMemory), (FaultKind.ITERATION_FAILS, IterationFailed)):
+            if self._armed.pop(kind, None) is not None:
+                self.on_fault(kind, now_ns)
+                raise error(REASONS[kind], now_ns + 1)
+        outcome = self._executes.execute(plan, now_ns)
+        if self.pace == 1.0:
+            return outcome
+        more_ns = round((self.pace - 1) * (outcome.end_ns - now_ns))
+        time.sleep(more_ns / NS_PER_S)
+        return replace(outcome, end_ns=outcome.end_ns + more_ns)
+
+
+def with_faults(engine: Engine, env: simpy.Environment) -> FaultyEngine:
+    """The engine with faults that can be injected."""
+    return FaultyForesight(engine, env) if isinstance(engine, Foresees) else FaultyDevice(cast(Executes, engine), env)
+
+
+class Breakdown:
+    """What faults do to one server. Each method says whom it lost, or None: there was nothing to strike."""
+
+    def __init__(self, replica: Replica, aborts: Aborts) -> None:
+        self._replica, self._aborts = replica, aborts
+        self.died_ns = self.back_ns = 0  # it is down from the one to the other
+
+    @property
+    def is_down(self) -> bool:
+        return self._replica.now_ns < self.back_ns
+
+    def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
+        return lose(self._replica, False, again, reason) if self._give_up_iteration() else None
+
+    def out_of_memory(self) -> Lost | None:
+        if not self._give_up_iteration():
+            return None
+        self._aborts.give_way(REASONS[FaultKind.OUT_OF_MEMORY])
+        return Lost([], 0, 0)
+
+    def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
+        self._give_up_iteration()
+        self.died_ns, self.back_ns = self._replica.now_ns, back_ns
+        return lose(self._replica, True, again, reason)
+
+    def runs_at(self, pace: float) -> None:
+        cast(FaultyEngine, self._replica.engine).pace = pace
+        if self._replica.foresees:
+            self._replica.enforce()
+
+    def _give_up_iteration(self) -> bool:
+        """Nothing of the iteration in progress counts but the time that it took. False: there is none."""
+        replica, s = self._replica, self._replica.state
+        if s.phase != layout.RUNNING:
+            return False
+        replica.stats.busy_ns += replica.now_ns - int(s.now_ns)
+        replica.release_lingering()
+        s.phase, s.started_ns = layout.TURN, layout.NEVER
+        return True
+
+
+class Injector:
+    """The process of faults. Keeps what each of them did.
+
+    `send_again` gets requests that a replica has lost; `note_down` is told when a replica is back that has died, and
+    None when it is; `more_comes` says whether requests are still to arrive.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        plan: FaultPlan,
+        servers: Sequence[Server],
+        send_again: Callable[[Iterable[Request], int], None],
+        note_down: Callable[[int, int | None], None],
+        more_comes: Callable[[], bool],
+    ) -> None:
+        self._env, self._plan, self._servers = env, plan, servers
+        self._send_again, self._note_down, self._more_comes = send_again, note_down, more_comes
+        self._coming = plan.faults(len(servers))
+        self._next = next(self._coming, None)
+        self._hits: Counter[int] = Counter()  # by request: how often a fault has hit it
+        self.struck: list[Struck] = []
+        for server in servers:
+            server.meet(self)
+
+    @property
+    def next_ns(self) -> int:
+        """When the next fault strikes: servers may act on each other then."""
+        return FOREVER_NS if self._next is None else self._next.time_ns
+
+    def run(self) -> Generator[Event, Any, None]:
+        env = self._env
+        while self._next is not None:
+            event = env.event()
+            event._ok, event._value = True, None
+            env.schedule(event, FAULT_PRIORITY, max(self._next.time_ns - int(env.now), 0))
+            yield event
+            if not self._more_comes() and all(server.at_rest for server in self._servers):
+                self._next = None  # what is left can never be served, and no fault changes that
+                return
+            while self._next is not None and self._next.time_ns <= env.now:
+                fault, self._next = self._next, next(self._coming, None)
+                self._strike(fault)
+            for server in self._servers:
+                server.look()
+
+    def finish(self) -> tuple[Struck, ...]:
+        """The run is over: what each fault did, those that found nothing included."""
+        now_ns = int(self._env.now)
+        for number, server in enumerate(self._servers):
+            self.struck += [Struck(now_ns, kind, number, False, now_ns) for kind in server.engine.armed]
+        return tuple(self.struck)
+
+    def iteration_failed(self, number: int) -> None:
+        """On a device, before it began."""
+        reason = self._reason(FaultKind.ITERATION_FAILS)
+        self._settle(number, FaultKind.ITERATION_FAILS, self._servers[number].iteration_fails(self._again, reason), 0)
+
+    def _strike(self, fault: Fault) -> None:
+        number, kind = fault.replica, fault.kind
+        server = self._servers[number]
+        match kind:
+            case FaultKind.REPLICA_DIES if fault.ends:
+                self._note_down(number, None)
+            case FaultKind.REPLICA_DIES:
+                self._note_down(number, fault.until_ns)
+                lost = server.dies(fault.until_ns, self._again, self._reason(kind))
+                self._settle(number, kind, lost, fault.lasts_ns)
+            case FaultKind.SLOW_CARD:
+                server.breakdown.runs_at(1.0 if fault.ends else fault.factor)
+                if not fault.ends:
+                    self._settle(number, kind, Lost([], 0, 0), fault.lasts_ns)
+            case FaultKind.LOAD_FAILS | FaultKind.TRANSFER_STALLS:
+                self._arm(fault)
+            case _ if server.executes and server.is_running:  # it strikes when the next iteration is to begin
+                self._arm(fault)
+            case FaultKind.ITERATION_FAILS:
+                self._settle(number, kind, server.iteration_fails(self._again, self._reason(kind)), 0)
+            case FaultKind.OUT_OF_MEMORY:
+                self._settle(number, kind, server.runs_out_of_memory(), 0)
+
+    def _arm(self, fault: Fault) -> None:
+        if not self._servers[fault.replica].engine.arm(fault.kind, fault.lasts_ns):
+            self._settle(fault.replica, fault.kind, None, 0)
+
+    def note(self, number: int, kind: FaultKind, until_ns: int) -> None:
+        """A fault took effect at the engine."""
+        if kind is not FaultKind.ITERATION_FAILS:  # which says itself whom it lost
+            self._settle(number, kind, Lost([], 0, 0), until_ns - int(self._env.now))
+
+    def _settle(self, number: int, kind: FaultKind, lost: Lost | None, lasts_ns: int) -> None:
+        now_ns = int(self._env.now)
+        if lost is None:
+            self.struck.append(Struck(now_ns, kind, number, False, now_ns))
+            return
+        until_ns, retried = now_ns + lasts_ns, len(lost.again)
+        self.struck.append(Struck(now_ns, kind, number, True, until_ns, retried, lost.dropped, lost.wasted_tokens))
+        lasts = f" for {lasts_ns / NS_PER_S:g} s" if lasts_ns else ""
+        hit = f": {retried} requests sent again, {lost.dropped} dropped" if kind in LOSING else ""
+        self._servers[number].note_fault(f"{kind.value.replace('_', ' ')}{lasts}{hit}")
+        self._send_again(lost.again, number)
+
+    def _again(self, request_id: int) -> bool:
+        self._hits[request_id] += 1
+        return self._hits[request_id] <= self._plan.retries
+
+    def _reason(self, kind: FaultKind) -> str:
+        n = self._plan.retries
+        after = f"after it was sent again {n} times" if n > 1 else "after it was sent again" if n else "not sent again"
+        return f"{REASONS[kind]}, {after}"
+
