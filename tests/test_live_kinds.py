@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from helios_sim.errors import WeightsError
 from helios_sim.live.checkpoint.gguf_file import readable_kinds
+from helios_sim.live.checkpoint.gguf_header import LongArray, read_header
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import DecodeStep, KvCache
 from helios_sim.live.model.decoder import SegmentedModel
@@ -92,6 +93,21 @@ def test_decodes_from_the_cache_are_transformers_too(both: tuple[SegmentedModel,
             past = reference(ids[None, at : at + 1], past_key_values=past.past_key_values, use_cache=True)
             want.append(past.logits[0, -1])
     torch.testing.assert_close(torch.stack(got), torch.stack(want), atol=TOLERANCE, rtol=0)
+
+
+def test_a_header_is_what_the_gguf_package_reads(both: tuple[SegmentedModel, Any, Path]) -> None:
+    header, reader = read_header(both[2]), gguf.GGUFReader(both[2])
+    assert {name: (t.shape, t.kind, t.offset, t.n_bytes) for name, t in header.tensors.items()} == {
+        t.name: (tuple(map(int, t.shape[::-1])), int(t.tensor_type), t.data_offset, int(t.n_bytes))
+        for t in reader.tensors
+    }
+    theirs = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert header.metadata.keys() == theirs.keys()
+    for name, value in header.metadata.items():
+        if isinstance(value, LongArray):
+            assert value.length == len(theirs[name])
+        else:
+            assert (list(value) if isinstance(value, tuple) else value) == theirs[name]
 
 
 # The formats of ggml (ggml-common.h, ggml-quants.c, gguf.md), one value after the other.

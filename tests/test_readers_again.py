@@ -26,6 +26,7 @@ from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.roofline import Gemm
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import PROFILES_FOLDER, known_profiles, load_profile
+from helios_sim.profile.tables import GridTable
 from helios_sim.validate.logs import read_log
 from helios_sim.workload.traces import read_trace
 
@@ -143,13 +144,51 @@ def test_vllm_s_layer_tables(shared_data: Path) -> None:
     np.testing.assert_allclose(profile.embedding.time_s, sum(dense[name] for name in ONCE), rtol=1e-9)
     head = pd.read_csv(folder / "per_sequence.csv").pivot(index="sequences", columns="layer", values="time_us") / 1e6
     np.testing.assert_allclose(profile.head.time_s, head.sum(axis=1), rtol=1e-9)
-    attention = pd.read_csv(folder / "attention.csv")
-    alone = attention[attention["prefill_chunk"] == 0].set_index(["n_decode", "kv_decode"])["time_us"] / 1e6
-    grid = layer.decode_attention
-    places = {(int(b), int(kv) - 1): grid.time_s[i, j] for i, b in enumerate(grid.first) for j, kv in
-              enumerate(grid.second)}  # fmt: skip
-    for place, seconds in alone.groupby(level=[0, 1]).mean().items():
-        assert places[place] == pytest.approx(seconds, rel=1e-9)
+    columns = ["prefill_chunk", "kv_prefill", "n_decode", "kv_decode"]
+    measured = pd.read_csv(folder / "attention.csv").groupby(columns)["time_us"].mean() / 1e6
+    mixed = layer.mixed_attention
+    assert mixed is not None
+    compared = [0, 0, 0]
+    for (chunk, context, batch, kv), seconds in measured.items():
+        if chunk == 0:
+            found = at(layer.decode_attention, batch, kv + 1)
+        elif batch == 0:
+            found = at(layer.prefill_attention, chunk, context)
+        else:
+            place = (*_places(mixed.chunk, chunk), *_places(mixed.context, context))
+            added = mixed.time_s[(*place, *_places(mixed.batch, batch), *_places(mixed.kv, kv + 1))]
+            found, seconds = added, max(seconds - measured[chunk, context, 0, 0], 0.0)
+        assert found == pytest.approx(seconds, rel=1e-9, abs=1e-15)
+        compared[0 if chunk == 0 else 1 if batch == 0 else 2] += 1
+    assert min(compared) > 20
+
+
+def at(grid: GridTable, first: int, second: int) -> float:
+    return float(grid.time_s[(*_places(grid.first, first), *_places(grid.second, second))])
+
+
+def _places(axis: np.ndarray, value: int) -> list[int]:
+    return [axis.tolist().index(value)]
+
+
+def test_vllm_s_decodes_of_unequal_lengths(shared_data: Path) -> None:
+    """Of decodes alone: how much longer they take than the same number of the same mean length."""
+    folder = shared_data / LOG / "profile"
+    profile = layer_profile(folder, published_model("meta-llama/Llama-3.1-8B"), "RTXPRO6000", CARDS["rtxpro6000"], BARE)
+    table = profile.layer_tables[0].unequal_kv
+    assert table is not None
+    rows = pd.read_csv(folder / "skew.csv.gz").query("pc == 0")
+    rows = rows[(rows["skew"] - rows["skew"].round(3).mode()[0]).abs() < 2e-3]
+    rows = rows.assign(share=rows["nb"] / rows["n"], excess=rows["t_skew_us"] / rows["t_mean_us"] - 1)
+    medians = rows.groupby(["n", "kv_big", "share"])["excess"].median()
+    compared = 0
+    for (n, kv_big), group in medians.groupby(level=[0, 1]):
+        for (*_, share), excess in group.items():
+            if len(group) > 1 and share in table.share:
+                place = (0, *_places(table.batch, n), *_places(table.longest, kv_big), *_places(table.share, share))
+                assert table.excess[place] == pytest.approx(excess, rel=1e-6, abs=1e-9)
+                compared += 1
+    assert compared > 20
 
 
 def test_vidur_s_tables(shared_data: Path, tmp_path: Path) -> None:
