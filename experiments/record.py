@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from helios_sim import files
 from helios_sim.report.format import code_span, markdown, metric as shown
 from helios_sim.report.metrics import DEFINITIONS, Band
 
@@ -49,7 +50,7 @@ def record(output: Path) -> Path:
     for figure in figures:
         shutil.copyfile(figure, folder / figure.name)
     target = folder / "results.md"
-    target.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    files.write_text(target, "\n".join(lines).rstrip() + "\n")
     return target
 
 

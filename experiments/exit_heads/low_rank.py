@@ -25,6 +25,7 @@ from calibrate.exits.low_rank import Factors, LowRankPlan, changed, train_low_ra
 from calibrate.exits.reliability import at_agreement, fit_logistic
 from calibrate.exits.texts import Split
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS, ExitOutputs, observe
+from helios_sim import files
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
@@ -98,7 +99,7 @@ def main() -> None:
     change = {name: round(float((of.up @ of.down).norm() / originals[name].norm()), 4) for name, of in factors.items()}
     about = {"model": NAME, "plan": asdict(PLAN), "heldout_tokens": len(domain), "wall_s": time.monotonic() - began}
     relative = {"smallest": min(change.values()), "largest": max(change.values())}
-    RESULT.write_text(json.dumps({**about, "relative_change": relative, "arms": table}, indent=1) + "\n")
+    files.write_text(RESULT, json.dumps({**about, "relative_change": relative, "arms": table}, indent=1) + "\n")
 
 
 def _read(model: SegmentedModel, adapters: Any, start: int, some: list[Passage]) -> ExitOutputs:

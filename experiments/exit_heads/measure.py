@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from calibrate.exits.reliability import CurvePoint, at_agreement, expected_calibration_error, point
 from calibrate.exits.texts import domain_of
+from helios_sim import files
 from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
@@ -55,7 +56,7 @@ def main() -> None:
     lines += _shortlist(json.loads((FOLDER / "shortlist.json").read_text()))
     lines += _low_rank(json.loads((FOLDER / "low_rank.json").read_text()))
     lines += _joint(traces)
-    (FOLDER / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    files.write_text(FOLDER / "results.md", "\n".join(lines).rstrip() + "\n")
     _figures(traces)
 
 
@@ -270,7 +271,8 @@ def _figures(traces: dict[str, ExitTrace]) -> None:
     axes[0][0].set_ylabel("layers saved per token, net of checks")
     axes[0][0].legend(title="crosses: the trial, gross", fontsize=8)
     figure.tight_layout()
-    figure.savefig(FOLDER / "saving.png", dpi=130)
+    with files.replacing(FOLDER / "saving.png") as out:
+        figure.savefig(out, dpi=130)
     figure, axes = plt.subplots(1, len(traces), figsize=(4.6 * len(traces), 3.6), squeeze=False)
     for axis, (name, trace) in zip(axes[0], traces.items(), strict=True):
         header = json.loads((HEADS / name / "heads.json").read_text())
@@ -285,7 +287,8 @@ def _figures(traces: dict[str, ExitTrace]) -> None:
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("share that agrees")
     figure.tight_layout()
-    figure.savefig(FOLDER / "reliability.png", dpi=130)
+    with files.replacing(FOLDER / "reliability.png") as out:
+        figure.savefig(out, dpi=130)
 
 
 def table(rows: list[list[str]]) -> list[str]:

@@ -23,6 +23,7 @@ from calibrate.exits.reliability import at_agreement, expected_calibration_error
 from calibrate.exits.texts import Split, domain_of
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from calibrate.exits.training import choices
+from helios_sim import files
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
@@ -54,7 +55,7 @@ def main() -> None:
         calibration = [p for p in passages if p.split is Split.CALIBRATION]
         found = scored(model, tokenizer, heads, words, calibration)
         found["covered"] = {n: float(np.mean([np.isin(t, frequent[:n]).mean() for t in read])) for n in COUNTS}
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    files.write_text(RESULT, json.dumps(found, indent=1) + "\n")
 
 
 def scored(model: SegmentedModel, tokenizer: Any, heads: ExitHeads, words: Any, calibration: Any) -> dict[str, Any]:

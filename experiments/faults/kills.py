@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 
 import pyarrow.parquet
 
+from helios_sim import files
+
 FOLDER = Path(__file__).parent
 STUDY = ("+experiment=quickstart", "workload.n_requests=60", "seeds=[0,1,2,3]")
 SWEEP = (
@@ -123,7 +125,7 @@ def main() -> int:
         rows.append({"what": name, **counts})
         print(rows[-1], flush=True)
         found = {"seed": options.seed, "rows": rows, "bad": wrong}
-        (FOLDER / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
+        files.write_text(FOLDER / "kills.json", json.dumps(found, indent=1) + "\n")
     lines = [
         "# Kills and resumption", "", f"Written by `python experiments/faults/kills.py`, seed {options.seed}.", "",
         "| what | " + " | ".join(f"{number.name}, bad" for number in SIGNALS) + " |", "|---|---|---|---|",
@@ -131,7 +133,7 @@ def main() -> int:
     for row in rows:
         cells = (f"{row.get(n.name, 0)}, {row.get(f'bad {n.name}', 0)}" for n in SIGNALS)
         lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
-    (FOLDER / "kills.md").write_text("\n".join([*lines, ""]))
+    files.write_text(FOLDER / "kills.md", "\n".join([*lines, ""]))
     return 1 if wrong else 0
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+from helios_sim import files
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
 LOADERS = {
@@ -74,8 +76,8 @@ def main() -> int:
     for loader in options.loaders or list(LOADERS):
         rows.append(tried(loader, options.count, options.seed))
         print({name: value for name, value in rows[-1].items() if name != "bad_ones"}, flush=True)
-        (FOLDER / "mutants.json").write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
-        (FOLDER / "mutants.md").write_text(table(rows, options.seed))
+        files.write_text(FOLDER / "mutants.json", json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
+        files.write_text(FOLDER / "mutants.md", table(rows, options.seed))
     return 1 if any(row["bad"] for row in rows) else 0
 
 

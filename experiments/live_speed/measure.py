@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from helios_sim import files
 from helios_sim.exits.artificial import no_exits
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence, FullDepth
@@ -249,7 +250,7 @@ def main() -> None:
         path = HERE / "results.json"
         found = json.loads(path.read_text()) if path.exists() else []
         kept = [r for r in found if r["model"] != options.model or r["dtype"] not in options.dtype]
-        path.write_text(json.dumps([*kept, *results], indent=1) + "\n")
+        files.write_text(path, json.dumps([*kept, *results], indent=1) + "\n")
 
 
 def _transformers_version() -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from helios_sim import files
 from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.importers.aiconfigurator import (
@@ -212,4 +213,4 @@ def tables() -> str:
 if __name__ == "__main__":
     text = tables()
     print(text)
-    (Path(__file__).parent / "tables.md").write_text(text, encoding="utf-8")
+    files.write_text(Path(__file__).parent / "tables.md", text)

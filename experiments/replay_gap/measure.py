@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from calibrate.exits.hidden import start_token, states
 from calibrate.exits.traces import observe
+from helios_sim import files
 from helios_sim.config import register, to_config
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.help import conf_folder
@@ -82,7 +83,7 @@ def main(model: str, requests: int) -> None:
         "exits": list(exits),
         "requests": requests,
     }
-    (FOLDER / f"{model}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write_text(FOLDER / f"{model}.json", json.dumps(results, indent=1) + "\n")
     write_tables()
 
 
@@ -253,7 +254,7 @@ def write_tables() -> None:
             ]  # fmt: skip
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-    (FOLDER / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    files.write_text(FOLDER / "results.md", "\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from helios_sim import files
+
 FOLDER = Path(__file__).parent
 RUNS = FOLDER / "runs.jsonl"
 RATE_PER_REPLICA = 3.0  # requests/s, as in the experiment
@@ -93,7 +95,8 @@ def draw(runs: list[Run]) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(FOLDER / "scale.png", dpi=120)
+    with files.replacing(FOLDER / "scale.png") as out:
+        figure.savefig(out, dpi=120)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
+from helios_sim import files
+
 FOLDER = Path(__file__).parent
 # Byte code is kept, as for any user: to compile the sources of the package takes 0.2 s.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
@@ -191,8 +193,8 @@ def main() -> None:
         unit = {"what": UNIT, "cpu_s": unit_cpu_s}
         peers = [asdict(peer) for peer in PEERS]
         found = {"machine": machine, "unit": unit, "rows": [asdict(r) for r in rows], "peers": peers}
-        (FOLDER / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-        (FOLDER / "bench.md").write_text(markdown(machine, rows, unit_cpu_s))
+        files.write_text(FOLDER / "bench.json", json.dumps(found, indent=1) + "\n")
+        files.write_text(FOLDER / "bench.md", markdown(machine, rows, unit_cpu_s))
 
 
 if __name__ == "__main__":

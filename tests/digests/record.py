@@ -11,6 +11,7 @@ from typing import Any
 from digests.experiments import experiment_digests, experiment_names
 from digests.prices import BLOCKS, block_digests, profile_names
 from digests.serving import CASES, case_digests
+from helios_sim import files
 
 DATA = Path(__file__).parent / "data"
 
@@ -45,7 +46,7 @@ def main(kinds: list[str]) -> None:
         path = DATA / f"{kind}.json"
         before = recorded(kind) if path.is_file() else {}
         kept = {key: value for key, value in before.items() if kind == "experiments" and key not in found}
-        path.write_text(json.dumps(kept | found, indent=1, sort_keys=kind == "experiments") + "\n")
+        files.write_text(path, json.dumps(kept | found, indent=1, sort_keys=kind == "experiments") + "\n")
         changed = sum(before.get(key) != value for key, value in found.items())
         print(f"{path}: {changed} of {len(found)} entries changed")
 
