@@ -15,6 +15,7 @@ from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, WaitFigures
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
+from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | N
         both = (statistics(of(measured)), statistics(of(simulated)))
         rows += [ComparedRow(group, s, "ms", a, b) for s, a, b in zip(STATISTICS, *both, strict=True)]
     spans = [records.span_ns() for records in (measured, simulated)]
-    span_s = [None if span is None else span / 1e9 for span in spans]
+    span_s = [None if span is None else span / NS_PER_S for span in spans]
     tokens, n = int(measured.output_tokens.sum()), len(measured)
     of_system = (("makespan", "s", None), ("throughput", "tokens/s", tokens), ("throughput", "requests/s", n))
     for figure, unit, total in of_system:

@@ -16,7 +16,7 @@ from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.help import conf_folder
 from helios_sim.policy.telemetry import ExpectedLoad
-from helios_sim.request import Request
+from helios_sim.request import NS_PER_S, Request
 from helios_sim.study.schema import ArrivalsConfig, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
 from helios_sim.workload import (
     AllAtOnce,
@@ -91,7 +91,7 @@ def expected_load(workload: Workload, seed: int, share: float | Sequence[float] 
         outputs += float((weights * block.output_chars).sum())
         requests += len(block)
         last_ns = int(block.arrival_ns[-1])
-    span_s = (last_ns - first_ns) / 1e9
+    span_s = (last_ns - first_ns) / NS_PER_S
     rate = (requests - 1) / span_s * (ours / requests) if span_s > 0 and workload.users is None else None
     users = None if workload.users is None else max(1, round(workload.users * ours / requests))
     return ExpectedLoad(prompts / ours, outputs / ours, rate, users)

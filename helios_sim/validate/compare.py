@@ -27,6 +27,7 @@ from helios_sim.report.result import (
     SweepPoint,
     compared_rows,
 )
+from helios_sim.request import NS_PER_S, all_to_ns
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.jobs import JobResult
 from helios_sim.study.schema import Config
@@ -113,7 +114,7 @@ def of_log(
     )
     ours = Replicate(0, simulated, run.stats, compute_metrics(simulated, run.stats))
     logged = Replicate(0, measured, RunStats(), _measured_metrics(measured))
-    span_s = float(log.arrival_ns[-1]) / 1e9
+    span_s = float(log.arrival_ns[-1]) / NS_PER_S
     return _result(
         config,
         provenance,
@@ -259,8 +260,8 @@ def _counts(log: ServingLog, run: Simulated) -> tuple[Count, ...]:
     if log.series is None or not run.timeline.rows:
         return ()
     time_ns = np.array([row[0] for row in run.timeline.rows]) - int(log.measured.queued_ns.min())
-    at = np.searchsorted(time_ns, log.series.time_s * 1e9, side="right") - 1
-    sampled_ns = log.series.time_s * 1e9
+    sampled_ns = all_to_ns(log.series.time_s, "timeseries.csv: t")
+    at = np.searchsorted(time_ns, sampled_ns, side="right") - 1
     noted = np.array([row[3] for row in run.timeline.rows], np.float64)
     running = np.where(at >= 0, noted[np.maximum(at, 0)], 0.0)
     queued = np.searchsorted(np.sort(run.times.queued_ns), sampled_ns, side="right")

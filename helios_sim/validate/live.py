@@ -21,6 +21,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import read_profile
 from helios_sim.report.metrics import Band, Metrics
 from helios_sim.report.result import ComparedRow, FloatArray, RequestTimes
+from helios_sim.request import NS_PER_S
 from helios_sim.study.build import build_profile
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import entries_of, jobs_of
@@ -254,12 +255,12 @@ def _tell(task: Task[Job], result: JobResult, kept: bool) -> None:
 
 
 def _ttfts_s(run: JobResult) -> FloatArray:
-    return np.sort(run.replicate.records.ttft_ns().astype(np.float64)) / 1e9
+    return np.sort(run.replicate.records.ttft_ns().astype(np.float64)) / NS_PER_S
 
 
 def _tpots_s(run: JobResult) -> FloatArray:
     tpot_ns, defined = run.replicate.records.tpot_ns()
-    return np.sort(tpot_ns[defined]) / 1e9
+    return np.sort(tpot_ns[defined]) / NS_PER_S
 
 
 def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.profile.importers.reading import column_names, find_table, read_columns
-from helios_sim.request import LONGEST, all_to_ns, to_ns
+from helios_sim.request import LONGEST, NS_PER_S, all_to_ns, to_ns
 from helios_sim.untrusted import MIB, in_short, parse_json, read_json, read_text, shortened
 from helios_sim.validate.engine import Engine
 
@@ -254,7 +254,7 @@ def _arrivals(
         seconds = np.array([row["arrival_time"] for row in rows], np.float64)
         arrival_ns = all_to_ns(seconds - seconds.min(), "arrival_time")
         _check_clocks(arrival_ns, queued_ns)
-        late_s = 0.0 if planned is None else float(np.abs(arrival_ns - planned).max()) / 1e9
+        late_s = 0.0 if planned is None else float(np.abs(arrival_ns - planned).max()) / NS_PER_S
         late = [
             f"workload.csv and arrival_time of requests.jsonl differ by up to {late_s:.1f} s: the latter counts."
         ] if late_s > _LATE_S else []  # fmt: skip
@@ -288,7 +288,7 @@ def _check_clocks(arrival_ns: IntColumn, queued_ns: IntColumn) -> None:
     away_ns = np.abs(after - int(np.median(after)))
     row = int(np.argmax(away_ns))
     if away_ns[row] > max(to_ns(_APART_S), arrival_ns.max() // 2):
-        told = f"arrival and queued_ts {away_ns[row] / 1e9:.0f} s further apart than those of the others"
+        told = f"arrival and queued_ts {away_ns[row] / NS_PER_S:.0f} s further apart than those of the others"
         raise UserError(f"requests.jsonl, request {row + 1}", told, "two clocks that go alike, in seconds", _FIX)
 
 
@@ -307,7 +307,7 @@ def _series(
     # The series counts a prompt's tokens when its first token comes: that tells when its clock began.
     counted = np.cumsum(rate * tick_s)
     order = np.argsort(measured.first_ns)
-    first_s, tokens = measured.first_ns[order] / 1e9, np.cumsum(prompt_tokens[order])
+    first_s, tokens = measured.first_ns[order] / NS_PER_S, np.cumsum(prompt_tokens[order])
     offsets = np.arange(-1.0, 10.0, 0.01)
     misses = []
     for offset in offsets:

@@ -29,7 +29,7 @@ from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.profile import MemoryBudget
 from helios_sim.profile.tables import FloatArray
 from helios_sim.provenance import Assumption
-from helios_sim.request import RequestBlock, RequestRecord, Status, all_to_ns, to_ns
+from helios_sim.request import NS_PER_S, RequestBlock, RequestRecord, Status, all_to_ns, to_ns
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats, Timeline
@@ -170,7 +170,7 @@ def estimate(log: ServingLog, setup: Setup, n: int, note: Callable[[str], None] 
     """Fit the measured times of the first `n` requests; the engine knows arrivals and lengths of all."""
     plain = run_once(log, setup).times
     first = int(np.argmin(log.measured.queued_ns))
-    warm_up_s = max(float(_ttft_ns(log.measured)[first] - _ttft_ns(plain)[first]) / 1e9, 0.0)
+    warm_up_s = max(float(_ttft_ns(log.measured)[first] - _ttft_ns(plain)[first]) / NS_PER_S, 0.0)
     measured = _seen(log, log.measured, n)
     unit_s = 0.0  # of the second number below: what the whole excess adds to the time per output token
 
@@ -225,7 +225,7 @@ def _seen(log: ServingLog, times: Times, n: int) -> FloatArray:
     service_ns = (times.first_ns - times.scheduled_ns)[1:n] if n > 1 else (times.first_ns - times.scheduled_ns)[:1]
     several = log.output_tokens[:n] > 1
     decode_ns = (times.last_ns - times.first_ns)[:n][several] / (log.output_tokens[:n][several] - 1)
-    return np.array([service_ns.mean(), decode_ns.mean() if several.any() else 0.0]) / 1e9
+    return np.array([service_ns.mean(), decode_ns.mean() if several.any() else 0.0]) / NS_PER_S
 
 
 def _has_excess(setup: Setup) -> bool:
