@@ -79,6 +79,7 @@ def test_the_right_values_in_round_numbers() -> None:
         ({"block_size": 32}, "block_tokens", 32), ({"max_num_seqs": 5}, "max_running_requests", 5),
         ({"max_num_batched_tokens": 99}, "max_batch_tokens", 99), ({"async_scheduling": False}, "schedule_ahead", 0),
         ({}, "schedule_ahead", 1), ({"enable_prefix_caching": False}, "prefix_caching", False),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 400}, "whole_prompts", True),
         ({}, "prefix_caching", True), ({"scheduling_policy": "priority"}, "order", "fcfs"),
     ],
 )  # fmt: skip
@@ -139,7 +140,7 @@ def test_requests_of_lower_numbers_go_first(tmp_path: Path) -> None:
         ("quantization", "fp8"), ("quantization", "awq_marlin"), ("cpu_offload_gb", 4), ("cpu_offload_gb", 1),
         ("kv_offloading_size", 8.0), ("kv_transfer_config", {"kv_connector": "NixlConnector"}),
         ("speculative_config", {"method": "ngram", "num_speculative_tokens": 3}), ("speculative_model", "x/y"),
-        ("num_speculative_tokens", 2), ("enable_chunked_prefill", False), ("long_prefill_token_threshold", 512),
+        ("num_speculative_tokens", 2), ("enable_chunked_prefill", "no"), ("long_prefill_token_threshold", 512),
         ("max_num_partial_prefills", 2), ("pipeline_parallel_size", 2), ("data_parallel_size", 4),
         ("decode_context_parallel_size", 2), ("prefill_context_parallel_size", 2), ("nnodes", 2),
         ("enable_expert_parallel", True), ("enable_eplb", True), ("enable_dbo", True), ("enable_lora", True),
@@ -162,7 +163,7 @@ def test_what_cannot_be_honoured_is_refused(log: Path, name: str, value: object)
     [
         ("parallel_config", "data_parallel_size", 2), ("parallel_config", "pipeline_parallel_size", 2),
         ("parallel_config", "tensor_parallel_size", 2), ("parallel_config", "enable_expert_parallel", True),
-        ("model_config", "quantization", "fp8"), ("scheduler_config", "enable_chunked_prefill", False),
+        ("model_config", "quantization", "fp8"), ("scheduler_config", "num_lookahead_slots", 4),
         ("scheduler_config", "long_prefill_token_threshold", 100), ("cache_config", "cpu_offload_gb", 4),
         ("offload_config", "uva", {"cpu_offload_gb": 4}), ("scheduler_config", "policy", "sjf"),
         ("cache_config", "cache_dtype", "turboquant_4bit_nc"),
@@ -179,6 +180,13 @@ def test_a_section_that_should_be_empty_is_refused(log: Path, section: str) -> N
     for value in ({"method": "x"}, "<Fp8Config>"):
         with pytest.raises(UserError, match=section):
             setup_of(log, resolved_config={section: value})
+
+
+def test_prompts_in_one_piece_must_fit_into_the_budget(log: Path) -> None:
+    with pytest.raises(UserError, match="max_num_batched_tokens=256: at least"):
+        setup_of(log, {"enable_chunked_prefill": False})
+    with pytest.raises(UserError, match="at least 32768"):
+        setup_of(log, {"max_num_batched_tokens": 8192, "max_model_len": 32_768})
 
 
 def test_an_older_engine_is_refused(log: Path) -> None:

@@ -93,6 +93,37 @@ def test_a_place_is_free_one_iteration_after_its_request_is_done(vllm_v1: bool, 
     assert served[2].scheduled_ns == first_done + waits * ITERATION_NS
 
 
+@SLOW
+@given(workload=workloads, blocks=st.sampled_from([9, 40, 1000]), ahead=st.sampled_from([0, 1]))
+def test_whole_prompts_are_computed_at_once_in_any_way_to_run(workload, blocks, ahead) -> None:
+    """A prompt that fits into the budget of 64 tokens runs in one piece; all ways to run give the same bits."""
+    profile = priced()
+    hbm_bytes = profile.weight_bytes(4) + profile.activation_reserve_bytes + blocks * 16 * profile.kv_bytes_per_token(4)
+    pieces: list[tuple[int, bool]] = []  # tokens of each chunk, and whether it finished
+
+    def note(server, plan, start_ns, end_ns) -> None:
+        pieces.extend((part.tokens, part.finishes) for part in plan.prefill)
+
+    same = {}
+    for way in ("noted", "ahead", "compiled"):
+        same[way] = serve(
+            workload, full_depth(), {"flat": profile}, hbm_bytes=hbm_bytes, utilisation=1.0, max_batch_tokens=64,
+            max_running_requests=8, schedule_ahead=ahead, vllm_v1=True, whole_prompts=True,
+            compiled=way == "compiled", on_plan=note if way == "noted" else None,
+        )  # fmt: skip
+    assert all(finishes or tokens == 64 for tokens, finishes in pieces)
+    assert same["noted"].by_request() == same["ahead"].by_request() == same["compiled"].by_request()
+
+
+def test_a_prompt_that_does_not_fit_waits_for_the_next_iteration() -> None:
+    """Two prompts of 40 tokens and a budget of 64: in chunks both begin at once, whole the second one waits."""
+    scheduled_ns = []
+    for whole_prompts in (False, True):
+        served = serve(several(2, 2, prompt=40), full_depth(), max_batch_tokens=64, whole_prompts=whole_prompts)
+        scheduled_ns.append([record.scheduled_ns for record in served.by_request()])
+    assert scheduled_ns == [[0, 0], [0, ITERATION_NS]]
+
+
 def test_nobody_waits_for_a_place_when_nothing_else_runs() -> None:
     served = serve(several(2, 5), full_depth(batch_limit=1), schedule_ahead=1, vllm_v1=True).by_request()
     assert served[1].scheduled_ns == served[0].last_token_ns

@@ -209,6 +209,7 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "place_tokens",  # most tokens of a request that the engine has room for; NEVER: no such limit
         "order", "closed_loop", "live",
         "vllm_v1",  # who is done ahead of a plan keeps its place in it
+        "whole_prompts",  # no chunks: a prompt waits until the token budget has room for all of it
         "refinds",  # freed blocks keep what they hold until they are taken, for a preempted request
         "ahead",  # the next iteration is planned while one runs
         "observe_tokens",  # NEVER: none

@@ -4,6 +4,8 @@ Decodes first, then the rest of prompts that were begun, then new requests from 
 within one token budget. A prompt enters only when blocks for all of it are free; when a decode finds no block, the
 running request that is last in order is preempted, and it is computed again from its text later. There is no watermark.
 
+Prompts are computed in chunks, as many tokens as the budget leaves, unless `rules.whole_prompts`.
+
 Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_scheduler.py) where `rules.vllm_v1`:
 - Planned ahead, an iteration is settled when the one before it begins. A request that produces its last token in
   between is known not to run again, but it lingers: it still holds its place among the running requests and its blocks.
@@ -107,6 +109,10 @@ def admit(
         blocks = blocks_for(prefill, r.block_tokens)
         if not why and blocks > free_blocks(s) - it.due_blocks:
             break
+        if r.whole_prompts and not why and it.budget < r.batch_tokens:  # the first of an iteration may be in chunks
+            kept = 0 if fresh else _refound(s, r, freed, requests[slot], prefill)
+            if prefill - kept * r.block_tokens > it.budget:
+                break
         if fresh:
             if s.free == 0:
                 return FLUSH
@@ -210,15 +216,20 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
 
 def _take_prompt_blocks(s: Record, r: Record, freed: Table, request: Record, prefill: int, blocks: int) -> int:
     """Blocks for a request that enters. Returns how many of them still hold its first tokens."""
-    kept = 0
-    if request.cached_tokens and request.freed_at != NEVER:
-        known = min(request.cached_tokens, prefill - 1)  # its last token is computed in any case
-        kept = min(kept_blocks(s, freed, request.freed_at, request.request_id), known // r.block_tokens)
-        if kept_blocks(s, freed, request.freed_at, request.request_id) > 0:
-            take_back(s, freed, request.freed_at, kept)
+    kept = _refound(s, r, freed, request, prefill)
+    if request.cached_tokens and kept_blocks(s, freed, request.freed_at, request.request_id) > 0:
+        take_back(s, freed, request.freed_at, kept)
     request.freed_at = NEVER
     take_blocks(s, r, freed, blocks - kept)
     return kept
+
+
+def _refound(s: Record, r: Record, freed: Table, request: Record, prefill: int) -> int:
+    """How many blocks of a request that lost its place still hold its first tokens."""
+    if request.cached_tokens == 0 or request.freed_at == NEVER:
+        return 0
+    known = min(request.cached_tokens, prefill - 1)  # its last token is computed in any case
+    return min(kept_blocks(s, freed, request.freed_at, request.request_id), known // r.block_tokens)
 
 
 def _add_chunk(it: Record, requests: Table, chunks: Table, slot: int) -> None:

@@ -83,6 +83,7 @@ class Situation:
     schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
     order: str = "fcfs"  # of the waiting line: fcfs, priority, shortest_prompt
     vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are found
+    whole_prompts: bool = False  # a prompt waits until the token budget has room for all of it
     prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
 
     @property

@@ -186,6 +186,7 @@ class Replica:
             "closed_loop": self._closed_loop,
             "live": not self.foresees,
             "vllm_v1": situation.vllm_v1,
+            "whole_prompts": situation.whole_prompts,
             "refinds": situation.refinds,
             # An exit check that the host must see is a barrier: nothing is planned across it.
             "ahead": situation.schedule_ahead > 0 and not per_token,

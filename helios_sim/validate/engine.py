@@ -26,12 +26,12 @@ HONOURED = _words(
     "dtype kv_cache_dtype max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size block_size "
     "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks num_gpu_blocks_override enable_prefix_caching "
     "scheduling_policy async_scheduling enforce_eager cudagraph_mode cudagraph_capture_sizes "
-    "max_cudagraph_capture_size optimization_level"
+    "max_cudagraph_capture_size optimization_level enable_chunked_prefill"
 )
 # What the engine may have resolved otherwise than it was asked, without a contradiction.
 _RESOLVED_FREELY = _words(
     "kv_cache_dtype max_model_len block_size enable_prefix_caching async_scheduling enforce_eager cudagraph_mode "
-    "cudagraph_capture_sizes max_cudagraph_capture_size optimization_level"
+    "cudagraph_capture_sizes max_cudagraph_capture_size optimization_level enable_chunked_prefill"
 )
 
 
@@ -73,7 +73,6 @@ REFUSED = {
          "diffusion_config"),
         Rule((0,), "one token an iteration: speculative decoding is not modelled"),
     ),
-    "enable_chunked_prefill": Rule((True, 1), "prompts in chunks, as vLLM v1 does by default: whole prompts are not"),
     "long_prefill_token_threshold": Rule((0,), "chunks limited by the token budget alone"),
     "max_num_partial_prefills": Rule((0, 1), "chunks limited by the token budget alone"),
     **dict.fromkeys(

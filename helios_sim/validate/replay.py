@@ -70,6 +70,7 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         seed=0,
         schedule_ahead=setup.schedule_ahead,
         vllm_v1=setup.vllm_v1,
+        whole_prompts=setup.whole_prompts,
         prefix_caching=setup.prefix_caching,
         order=setup.order,
     )

@@ -50,6 +50,7 @@ class Setup:
     max_batch_tokens: int
     schedule_ahead: int
     vllm_v1: bool
+    whole_prompts: bool
     prefix_caching: bool  # of the engine; here only a preempted request finds its own blocks again
     order: str  # of the waiting line
     facts: tuple[tuple[str, str], ...]  # (what, value and where it is from), for the reader
@@ -86,13 +87,14 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
     profile = layer_profile(tables, model, hardware, card, runtime, degree, link, terms)
     blocks, blocks_from, assumed = _blocks(log, config, model, card, degree)
     running, budget = _limit(log, "max_num_seqs"), _limit(log, "max_num_batched_tokens")
+    whole = _whole_prompts(log, budget)
     ahead, ahead_from = _ahead(log, config)
     caching = engine.flag("enable_prefix_caching", True)
     caching_from = "logged" if engine.has("enable_prefix_caching") else "the default"
     order, of_order = _order(log)
     facts = (
         ("engine", f"vLLM {log.meta.get('vllm_version', 'of a version not logged')}, tensor parallel {degree}"),
-        ("limits", f"{running} requests, {budget} tokens an iteration"),
+        ("limits", f"{running} requests, {budget} tokens an iteration{', whole prompts' if whole else ''}"),
         ("KV blocks", f"{blocks:,} of {_block_tokens(log)} tokens ({blocks_from})"),
         ("asynchronous scheduling", f"{'on' if ahead else 'off'} ({ahead_from})"),
         ("prefix caching", f"{'on' if caching else 'off'} ({caching_from})"),
@@ -100,8 +102,8 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
     )
     notices = (*log.notices, *of_card, *_of_types(log, stated), *of_graphs, *of_order, *_of_prefixes(log, caching))
     return Setup(
-        profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", caching, order,
-        facts, assumed, notices,
+        profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", whole, caching,
+        order, facts, assumed, notices,
     )  # fmt: skip
 
 
@@ -296,6 +298,17 @@ def _block_tokens(log: ServingLog) -> int:
 
 def _limit(log: ServingLog, key: str) -> int:
     return log.engine.whole(key, 1, 2**24)
+
+
+def _whole_prompts(log: ServingLog, budget: int) -> bool:
+    """Whether prompts are not chunked. UserError where one of them would then not fit into the budget."""
+    if log.engine.flag("enable_chunked_prefill", True):
+        return False
+    longest = log.engine.whole("max_model_len", 1, _MOST, int((log.prompt_tokens + log.output_tokens).max()))
+    if budget < longest:
+        allowed = f"at least {longest}, the longest sequence: without chunked prefill vLLM demands it"
+        raise UserError("meta.json: max_num_batched_tokens", budget, allowed, _FIX)
+    return True
 
 
 def _ahead(log: ServingLog, config: FidelityConfig) -> tuple[int, str]:
