@@ -149,6 +149,9 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return UserError(group, option, f"one of {', '.join(options)}", fix)
     if found := re.search(r"Could not override '([^']+)'", text):
         return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        value = given(found[1], arguments)
+        return UserError(found[1], value, "it is a setting already, and + is for new ones", f"write {found[1]}={value}")
     if found := re.search(r"Error merging override (\S+?)=(.*)", text):
         return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Interpolation key '(.*)' not found", text):

@@ -28,7 +28,8 @@ def test_a_path_with_any_sign_is_that_path(command: CommandLine, tmp_path: Path,
 @pytest.mark.parametrize(
     ("word", "part"),
     [
-        ("+server.tensor_parallel=4", "server.tensor_parallel=4: no such setting"),
+        ("+server.tensor_parallel=4", "Fix: write server.tensor_parallel=4"),
+        ("+server.pipeline_parallel=4", "server.pipeline_parallel=4: no such setting"),
         ("+foo=1", "foo=1: no such setting"),
         ("+workload.foo.bar=1", "workload.foo="),
         ("+hydra.foo=1", "hydra.foo='1': no such setting of Hydra"),

@@ -17,6 +17,7 @@ import pandas as pd
 from helios_sim import files
 from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.devices import device_of
 from helios_sim.profile.importers.aiconfigurator import (
     A100,
     H100,
@@ -58,7 +59,7 @@ def layer_operations() -> str:
     measured = measured.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
     ms = {c.split(".")[1]: measured[c] for c in measured.columns if c.endswith(".median")}
     tokens, cards = measured.num_tokens, measured.num_tensor_parallel_workers
-    times = LayerTimes(MODELS["llama-2-7b"], HARDWARE["a100-80gb"], A100)
+    times = LayerTimes(MODELS["llama-2-7b"], device_of("a100-80gb"), A100)
 
     def gemm_s(n: int, k: int, cut: str) -> np.ndarray:
         ours = np.empty(len(measured))
@@ -99,7 +100,7 @@ def layer_operations() -> str:
 def attention() -> str:
     """Vidur: paged attention of 32 query and 4 KV heads on an A100 80 GB (older kernels)."""
     shape = dataclasses.replace(MODELS["llama-3-8b"], n_heads=32, n_kv_heads=4)
-    times = LayerTimes(shape, HARDWARE["a100-80gb"], A100)
+    times = LayerTimes(shape, device_of("a100-80gb"), A100)
     measured = pd.read_csv(KERNELS / "vidur" / "a100" / "attention_llama2-70b_tp2.csv.gz")
     rows = []
     decode = measured[~measured.is_prefill]
@@ -176,7 +177,7 @@ def rules() -> str:
             for n in widths for k in (2048, 4096, 5120, 8192)
         ]  # fmt: skip
         rows.append((f"{name}: width from its neighbours", spread(np.concatenate(ratio))))
-        noise = rising(whole._time_s) / whole._time_s
+        noise = (rising(whole._time_s) / whole._time_s)[whole.measured]
         rows.append((f"{name}: effect of making times rise with rows", spread(noise[np.isfinite(noise)])))
         eight = DecodeAttentionTimes(source, 8, 8, 128)
         for heads in (4, 2, 1):

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str]) -> int:
 def _from_kernels(options: dict[str, str]) -> list[Profile]:
     if missing := {"model", "hardware"} - options.keys():
         raise UserError("arguments", " ".join(options), USAGE, f"add {' and '.join(sorted(missing))}")
+    if "tensor_parallel" in options:
+        fix = "set hardware=4xh100 in the study: a group needs no profile of its own"
+        raise UserError("tensor_parallel", options["tensor_parallel"], "only with importer=layers or vidur", fix)
     hardware = hardware_spec(options["hardware"])
     names = tuple(MODELS) if options["model"] == "all" else (options["model"],)
     return [kernel_profile(model_spec(name), hardware) for name in names]

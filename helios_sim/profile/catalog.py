@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from helios_sim.errors import UserError
+from helios_sim.profile.families import FAMILIES, other_values, windows_of
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.provenance import Assumption
 
@@ -19,7 +21,7 @@ MIB = 2**20
 
 # family, layers, d_model, heads, KV heads, head width, MLP width, vocabulary, tied embeddings, context
 _Shape = tuple[str, int, int, int, int, int, int, int, bool, int]
-_SHAPES: dict[str, _Shape] = {
+SHAPES: dict[str, _Shape] = {
     "llama-2-7b": ("llama", 32, 4096, 32, 32, 128, 11_008, 32_000, False, 4096),
     "llama-2-13b": ("llama", 40, 5120, 40, 40, 128, 13_824, 32_000, False, 4096),
     "llama-2-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 32_000, False, 4096),
@@ -54,17 +56,71 @@ _SHAPES: dict[str, _Shape] = {
     "gemma-2-2b": ("gemma2", 26, 2304, 8, 4, 256, 9216, 256_000, True, 8192),
     "gemma-2-9b": ("gemma2", 42, 3584, 16, 8, 256, 14_336, 256_000, True, 8192),
     "gemma-2-27b": ("gemma2", 46, 4608, 32, 16, 128, 36_864, 256_000, True, 8192),
-    "gemma-3-1b": ("gemma3", 26, 1152, 4, 1, 256, 6912, 262_144, True, 32_768),
-    "gemma-3-4b": ("gemma3", 34, 2560, 8, 4, 256, 10_240, 262_208, True, 131_072),
-    "gemma-3-12b": ("gemma3", 48, 3840, 16, 8, 256, 15_360, 262_208, True, 131_072),
-    "gemma-3-27b": ("gemma3", 62, 5376, 32, 16, 128, 21_504, 262_208, True, 131_072),
+    "gemma-3-1b": ("gemma3_text", 26, 1152, 4, 1, 256, 6912, 262_144, True, 32_768),
+    "gemma-3-4b": ("gemma3_text", 34, 2560, 8, 4, 256, 10_240, 262_208, True, 131_072),
+    "gemma-3-12b": ("gemma3_text", 48, 3840, 16, 8, 256, 15_360, 262_208, True, 131_072),
+    "gemma-3-27b": ("gemma3_text", 62, 5376, 32, 16, 128, 21_504, 262_208, True, 131_072),
+    "llama-7b": ("llama", 32, 4096, 32, 32, 128, 11_008, 32_000, False, 2048),
+    "llama-13b": ("llama", 40, 5120, 40, 40, 128, 13_824, 32_000, False, 2048),
+    "llama-30b": ("llama", 60, 6656, 52, 52, 128, 17_920, 32_000, False, 2048),
+    "llama-65b": ("llama", 80, 8192, 64, 64, 128, 22_016, 32_000, False, 2048),
+    "codellama-7b": ("llama", 32, 4096, 32, 32, 128, 11_008, 32_016, False, 16_384),
+    "codellama-13b": ("llama", 40, 5120, 40, 40, 128, 13_824, 32_016, False, 16_384),
+    "codellama-70b": ("llama", 80, 8192, 64, 8, 128, 28_672, 32_016, False, 16_384),
+    "yi-6b": ("llama", 32, 4096, 32, 4, 128, 11_008, 64_000, False, 4096),
+    "yi-9b": ("llama", 48, 4096, 32, 4, 128, 11_008, 64_000, False, 4096),
+    "yi-34b": ("llama", 60, 7168, 56, 8, 128, 20_480, 64_000, False, 4096),
+    "smollm2-360m": ("llama", 32, 960, 15, 5, 64, 2560, 49_152, True, 8192),
+    "smollm2-1.7b": ("llama", 24, 2048, 32, 32, 64, 8192, 49_152, True, 8192),
+    "smollm3-3b": ("smollm3", 36, 2048, 16, 4, 128, 11_008, 128_256, True, 65_536),
+    "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, True, 32_768),
+    "qwen2-1.5b": ("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, True, 32_768),
+    "qwen2-7b": ("qwen2", 28, 3584, 28, 4, 128, 18_944, 152_064, False, 32_768),
+    "qwen2-72b": ("qwen2", 80, 8192, 64, 8, 128, 29_568, 152_064, False, 32_768),
+    "mistral-large": ("mistral", 88, 12_288, 96, 8, 128, 28_672, 32_768, False, 131_072),
+    "gemma-2b": ("gemma", 18, 2048, 8, 1, 256, 16_384, 256_000, True, 8192),
+    "gemma-7b": ("gemma", 28, 3072, 16, 16, 256, 24_576, 256_000, True, 8192),
+    "phi-1_5": ("phi", 24, 2048, 32, 32, 64, 8192, 51_200, False, 2048),
+    "phi-2": ("phi", 32, 2560, 32, 32, 80, 10_240, 51_200, False, 2048),
+    "phi-3.5-mini": ("phi3", 32, 3072, 32, 32, 96, 8192, 32_064, False, 131_072),
+    "phi-4-mini": ("phi3", 32, 3072, 24, 8, 128, 8192, 200_064, True, 131_072),
+    "opt-125m": ("opt", 12, 768, 12, 12, 64, 3072, 50_272, True, 2048),
+    "opt-2.7b": ("opt", 32, 2560, 32, 32, 80, 10_240, 50_272, True, 2048),
+    "opt-13b": ("opt", 40, 5120, 40, 40, 128, 20_480, 50_272, True, 2048),
+    "opt-30b": ("opt", 48, 7168, 56, 56, 128, 28_672, 50_272, True, 2048),
+    "opt-66b": ("opt", 64, 9216, 72, 72, 128, 36_864, 50_272, True, 2048),
+    "opt-175b": ("opt", 96, 12_288, 96, 96, 128, 49_152, 50_272, True, 2048),
+    "gpt2": ("gpt2", 12, 768, 12, 12, 64, 3072, 50_257, True, 1024),
+    "gpt2-medium": ("gpt2", 24, 1024, 16, 16, 64, 4096, 50_257, True, 1024),
+    "gpt2-large": ("gpt2", 36, 1280, 20, 20, 64, 5120, 50_257, True, 1024),
+    "gpt2-xl": ("gpt2", 48, 1600, 25, 25, 64, 6400, 50_257, True, 1024),
+    "pythia-410m": ("gpt_neox", 24, 1024, 16, 16, 64, 4096, 50_304, False, 2048),
+    "pythia-1b": ("gpt_neox", 16, 2048, 8, 8, 256, 8192, 50_304, False, 2048),
+    "pythia-1.4b": ("gpt_neox", 24, 2048, 16, 16, 128, 8192, 50_304, False, 2048),
+    "pythia-2.8b": ("gpt_neox", 32, 2560, 32, 32, 80, 10_240, 50_304, False, 2048),
+    "pythia-6.9b": ("gpt_neox", 32, 4096, 32, 32, 128, 16_384, 50_432, False, 2048),
+    "pythia-12b": ("gpt_neox", 36, 5120, 40, 40, 128, 20_480, 50_688, False, 2048),
+    "gpt-neox-20b": ("gpt_neox", 44, 6144, 64, 64, 96, 24_576, 50_432, False, 2048),
+    "falcon-7b": ("falcon", 32, 4544, 71, 1, 64, 18_176, 65_024, True, 2048),
+    "falcon-40b": ("falcon", 60, 8192, 128, 8, 64, 32_768, 65_024, True, 2048),
+    "olmo-7b": ("olmo", 32, 4096, 32, 32, 128, 11_008, 50_304, False, 2048),
+    "olmo-2-1124-7b": ("olmo2", 32, 4096, 32, 32, 128, 11_008, 100_352, False, 4096),
+    "olmo-2-1124-13b": ("olmo2", 40, 5120, 40, 40, 128, 13_824, 100_352, False, 4096),
+    "granite-3.1-2b": ("granite", 40, 2048, 32, 8, 64, 8192, 49_155, True, 131_072),
+    "granite-3.1-8b": ("granite", 40, 4096, 32, 8, 128, 12_800, 49_155, True, 131_072),
 }
 _VARIANTS = re.compile(r"-(1m|instruct|thinking|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
+
+_EXPERTS = re.compile(r"mixtral|moe|deepseek-(v|r1)|-a\d+b|gpt-oss|kimi|minimax|grok|dbrx|llama-4|scout|maverick")
 
 # Models with another context than others of their shape: max_position_embeddings of their configs.
 _CONTEXTS = (
     (r"^qwen3-.*-2507", 262_144), (r"^qwen3-.*-base$", 32_768), (r"^qwen2\.5-math-", 4_096),
     (r"^qwen2\.5-.*-1m$", 1_010_000), (r"^qwen2\.5-(1\.5|7|14|32|72)b$", 131_072),
+)  # fmt: skip
+_WINDOWS = (  # sliding_window of their configs, where it is in force
+    (r"^gemma-2-", 4096), (r"^gemma-3-1b", 512), (r"^gemma-3-", 1024), (r"^mistral-7b-v0\.1$", 4096),
+    (r"^phi-3-mini-4k$", 2047), (r"^phi-3-medium-4k$", 2047),
 )  # fmt: skip
 
 
@@ -92,13 +148,17 @@ class Card:
     tdp_w: float | None
     link: Link
     source: str
+    load_bytes_per_s: float = 25e9  # from pinned host memory: 0.8 of PCIe 4.0 x16, 31.5 GB/s a direction
 
 
+NVLINK_5 = Link(10e-6, 900e9, "assumed latency of 10 us; NVLink 5: 900 GB/s a direction, NVIDIA B200 data sheet")
+XGMI = Link(15e-6, 448e9, "assumed latency of 15 us; 7 Infinity Fabric links of 64 GB/s, AMD MI300X data sheet")
+PCIE_5, C2C = 50e9, 360e9  # 0.8 of PCIe 5.0 x16, 63 GB/s; 0.8 of NVLink-C2C, 450 GB/s a direction
 _ADA = "NVIDIA Ada GPU architecture white paper"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture white paper"
 CARDS: dict[str, Card] = {
-    "rtxpro6000": Card(97_887 * MIB, 1.597e12, 503.8e12, 600.0, PCIE_LINK, "NVIDIA RTX PRO 6000 Server data sheet"),
-    "rtx5090": Card(32_607 * MIB, 1.792e12, 209.5e12, 575.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper"),
+    "rtxpro6000": Card(97_887 * MIB, 1.597e12, 503.8e12, 600.0, PCIE_LINK, "NVIDIA RTX PRO 6000 Server sheet", PCIE_5),
+    "rtx5090": Card(32_607 * MIB, 1.792e12, 209.5e12, 575.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper", PCIE_5),
     "rtx4090": Card(24_564 * MIB, 1.008e12, 165.2e12, 450.0, PCIE_LINK, _ADA),
     "rtx3090": Card(24_576 * MIB, 0.936e12, 71.0e12, 350.0, PCIE_LINK, _AMPERE),
     "rtxa6000": Card(49_140 * MIB, 0.768e12, 154.8e12, 300.0, PCIE_LINK, _AMPERE),
@@ -109,9 +169,17 @@ CARDS: dict[str, Card] = {
     "a10": Card(23_028 * MIB, 0.600e12, 125.0e12, 150.0, PCIE_LINK, "NVIDIA A10 data sheet"),
     "a10040gb": Card(40_960 * MIB, 1.555e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 40 GB"),
     "a10080gb": Card(81_920 * MIB, 2.039e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 80 GB"),
-    "h100pcie": Card(81_559 * MIB, 2.0e12, 756e12, 350.0, PCIE_LINK, "NVIDIA H100 data sheet, PCIe"),
-    "h100": Card(81_559 * MIB, 3.35e12, 989e12, 700.0, NVLINK_4, "NVIDIA H100 data sheet, SXM5"),
-    "h200": Card(143_771 * MIB, 4.8e12, 989e12, 700.0, NVLINK_4, "NVIDIA H200 data sheet"),
+    "h100pcie": Card(81_559 * MIB, 2.0e12, 756e12, 350.0, PCIE_LINK, "NVIDIA H100 data sheet, PCIe", PCIE_5),
+    "h100": Card(81_559 * MIB, 3.35e12, 989e12, 700.0, NVLINK_4, "NVIDIA H100 data sheet, SXM5", PCIE_5),
+    "h200": Card(143_771 * MIB, 4.8e12, 989e12, 700.0, NVLINK_4, "NVIDIA H200 data sheet", PCIE_5),
+    "a30": Card(24_576 * MIB, 0.933e12, 165e12, 165.0, PCIE_LINK, "NVIDIA A30 data sheet"),
+    "rtx4080": Card(16_376 * MIB, 0.717e12, 97.5e12, 320.0, PCIE_LINK, _ADA),
+    "rtx5080": Card(16_303 * MIB, 0.960e12, 112.6e12, 360.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper", PCIE_5),
+    "gh200": Card(97_871 * MIB, 4.0e12, 989e12, 900.0, NVLINK_4, "NVIDIA GH200 data sheet, 96 GB HBM3", C2C),
+    "b200": Card(183_359 * MIB, 7.7e12, 2250e12, 1000.0, NVLINK_5, "NVIDIA HGX B200 data sheet", PCIE_5),
+    "b300": Card(275_040 * MIB, 7.75e12, 2250e12, 1100.0, NVLINK_5, "NVIDIA HGX B300 data sheet", PCIE_5),
+    "gb200": Card(189_471 * MIB, 8.0e12, 2500e12, 1200.0, NVLINK_5, "NVIDIA GB200 NVL72 data sheet", C2C),
+    "mi300x": Card(196_592 * MIB, 5.3e12, 1307e12, 750.0, XGMI, "AMD Instinct MI300X data sheet", PCIE_5),
 }  # fmt: skip
 _OTHER_NAMES = {
     "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a10080gb", "a100pcie": "a10080gb", "a100pcie80gb": "a10080gb",
@@ -121,31 +189,47 @@ _OTHER_NAMES = {
 
 def published_model(name: str, key: str = "model") -> ModelSpec:
     """The shape of a model by its name on Hugging Face. UserError where it is not known."""
-    shape = _SHAPES.get(name) or _SHAPES.get(_plain_model(name))
+    shape = SHAPES.get(name) or SHAPES.get(_plain_model(name))
     if shape is None:
-        raise UserError(
-            key, name, f"a known shape; known: {', '.join(_SHAPES)}",
-            f"set {key} to one of the same shape (mixtures of experts are not modelled)",
-        )  # fmt: skip
+        if _EXPERTS.search(name.lower()):
+            raise UserError(key, name, "a dense model: mixtures of experts are not modelled", "choose a dense model")
+        near = get_close_matches(_plain_model(name), SHAPES, 3, 0.5)
+        fix = f"{f'did you mean {chr(32).join(near)}? Or ' if near else ''}give the path of its config.json"
+        allowed = f"one of the {len(SHAPES)} published shapes that `python -m helios_sim.profile list` shows"
+        raise UserError(key, name, allowed, fix)
     family, layers, d_model, heads, kv_heads, head_dim, d_ff, vocabulary, tied, context = shape
     plain = name.rsplit("/", 1)[-1].lower()
     context = next((tokens for pattern, tokens in _CONTEXTS if re.search(pattern, plain)), context)
+    kind = FAMILIES[family]
     return ModelSpec(
-        name=name.rsplit("/", 1)[-1].lower(), family=family, n_layers=layers, d_model=d_model, n_heads=heads,
-        n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=True, vocab_size=vocabulary,
-        tied_embeddings=tied, max_context_tokens=context, learned_positions=False, bias=False,
+        name=plain, family=family.removesuffix("_text"), n_layers=layers, d_model=d_model, n_heads=heads,
+        n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=kind.gated_mlp, vocab_size=vocabulary,
+        tied_embeddings=tied, max_context_tokens=context, learned_positions=kind.learned_positions, bias=kind.bias,
         weight_bytes_per_value=2, kv_bytes_per_value=2,
         chars_per_token=CHARS_PER_TOKEN["llama-3" if vocabulary > 100_000 else "llama-2"],
+        other_layer_values=other_values(
+            kind, d_model, d_ff, heads, kv_heads, head_dim, further_norms=2 if plain.startswith("falcon-40b") else 0
+        ),
     )  # fmt: skip
 
 
 def same_shape(one: str, other: str) -> bool:
     """Whether two names on Hugging Face mean models of one shape, whatever their context; by name if one is unknown."""
     names = [_plain_model(name) for name in (one, other)]
-    shapes = [_SHAPES.get(name) for name in names]
+    shapes = [SHAPES.get(name) for name in names]
     if shapes[0] is None or shapes[1] is None:
         return names[0] == names[1]
     return shapes[0][1:-1] == shapes[1][1:-1]  # without family and context
+
+
+def published_windows(name: str, model: ModelSpec) -> tuple[int, ...]:
+    """How far each layer of a published model looks back, 0 for all; () where none has a window."""
+    plain = _plain_model(name)
+    window = next((tokens for pattern, tokens in _WINDOWS if re.search(pattern, plain)), None)
+    if window is None:
+        return ()
+    family = SHAPES[plain if plain in SHAPES else name][0]
+    return windows_of(window, FAMILIES[family].every, model.n_layers)
 
 
 def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
@@ -156,9 +240,16 @@ def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
 
 def published_card(name: str) -> Card | None:
     """A card by what a log or a profile calls it, such as RTXPRO6000 or NVIDIA GeForce RTX 4090; None: not known."""
+    key = card_key(name)
+    return None if key is None else CARDS[key]
+
+
+def card_key(name: str) -> str | None:
+    """Under which name `CARDS` has it."""
     plain = re.sub(r"(nvidia|geforce|edition|server|workstation|generation|sxm\d?|hbm\d?e?)", "", name.lower())
     plain = re.sub(r"[^a-z0-9]", "", plain)
-    return CARDS.get(_OTHER_NAMES.get(plain, plain))
+    plain = _OTHER_NAMES.get(plain, plain)
+    return plain if plain in CARDS else None
 
 
 def cards_together(name: str, card: Card, number: int) -> HardwareSpec:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import helios_sim
+from helios_sim.profile.resolve import TIMES_FROM
 from helios_sim.provenance import command_given
 from helios_sim.report.cautions import losses
 from helios_sim.report.format import gate_value
@@ -50,6 +51,9 @@ def run_study(config: Config, folder: Path) -> int:
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
     """The table, the answer, and what was not read or left out."""
     print_table(result, ratios)
+    for name, source in result.inputs.items():
+        if TIMES_FROM in source.details:
+            say(f"{name}: times from {source.details[TIMES_FROM]}")
     for sentence in (*result.verdict, *losses(result), *result.warnings):
         say(sentence)
 

@@ -62,6 +62,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "sweep.generation": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
     "sweep.address": (lambda c: c.sweep.backend == "ray", "only with sweep.backend=ray"),
     "sweep.workers": (lambda c: c.sweep.backend != "serial", "only with sweep.backend=processes or ray"),
+    "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
     "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
     "workload.arrivals.cv": _arrivals("gamma"),
     "workload.arrivals.users": _arrivals("closed_loop"),

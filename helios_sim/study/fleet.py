@@ -31,6 +31,7 @@ from helios_sim.study.workload import choose, expected_load, task_names
 ALIKE = ""  # the only kind's name where all replicas are alike
 OF_ONE_SERVER = (
     "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
+    "tensor_parallel",
 )  # fmt: skip
 OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
 MOST_KEPT = 4  # different parts at a time, such as one for each seed

@@ -19,6 +19,7 @@ from helios_sim.contents import digest, digest_of
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
+from helios_sim.profile.resolve import files_of
 from helios_sim.profile.store import PROFILES_FOLDER
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
@@ -45,8 +46,11 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
     folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
     for kind in _kinds(config) or [{}]:
         for model in kind.get("models", config.models):
-            profile = f"{model}@{kind.get('hardware', config.hardware)}"
-            yield f"profile {profile}", folder / profile
+            hardware = str(kind.get("hardware", config.hardware))
+            profile = f"{model}@{hardware if hardware != config.hardware else config.device}"
+            if "/" not in profile:
+                yield f"profile {profile}", folder / profile
+            yield from ((f"file {Path(name).name}", path) for name in (str(model), hardware) for path in files_of(name))
             source = config.exits.source.replace("{model}", str(model))
             shipped = SHIPPED_EXITS / f"{model}@{source}"
             yield f"exits of {model}", shipped if (shipped / EXITS_HEADER).is_file() else Path(source)

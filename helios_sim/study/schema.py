@@ -5,11 +5,12 @@ The classes are mutable and hold only plain types because Hydra fills them; ever
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.core.line import ORDERS
-from helios_sim.errors import require, require_one_of
+from helios_sim.errors import UserError, require, require_one_of
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
@@ -88,7 +89,8 @@ class ServerConfig:
     max_batch_tokens: int = 2048  # vLLM's max_num_batched_tokens
     memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
     block_tokens: int = 16  # of a KV block, vLLM's block_size
-    replicas: int = 1  # cards, each with a server and a policy of its own
+    replicas: int = 1  # cards, or groups of them, each with a server and a policy of its own
+    tensor_parallel: int = 1  # cards of a group that runs a model together: 4 means 4x`hardware`
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see core/schedule.py)
     # Of the waiting line, and of preemption, which takes the last in it: fcfs; priority: the lowest number first, from
@@ -101,6 +103,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
             require(1 <= getattr(self, key) < 2**31, f"server.{key}", getattr(self, key), "from 1 to 2^31 - 1")
+        degree, allowed = self.tensor_parallel, "1, 2, 4 or 8: for these all-reduces were measured"
+        require(degree in (1, 2, 4, 8), "server.tensor_parallel", degree, allowed)
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         require_one_of("server.order", self.order, ORDERS)
@@ -229,8 +233,10 @@ class Config:
     title: str = ""  # "": the name
     question: str = ""
     mode: str = "simulate"  # simulate; live: the same requests, scheduler and policies on a real model and device
-    hardware: str = "a100-40gb"  # with each model, the name of a profile: MODEL@HARDWARE
-    models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])  # candidates of every arm
+    hardware: str = "a100-40gb"  # a card by name, N that work as one (4xh100-80gb), or a card's .yaml
+    # Candidates of every arm, by name or by the path of a config.json. What is known of a model on the hardware is a
+    # profile: MODEL@HARDWARE in `profile_folder`, else made from measured kernels or the card's data sheet.
+    models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
     profile_prompt_time_factor: float | None = None  # in its place for what computes many tokens at once; null: not so
     profile_folder: str | None = None  # None: the shipped profiles
@@ -271,5 +277,14 @@ class Config:
         prompts = self.profile_prompt_time_factor
         require(prompts is None or prompts > 0, "profile_prompt_time_factor", prompts, "null or above 0")
         require_one_of("mode", self.mode, MODES)
+        if self.server.tensor_parallel > 1 and re.match(r"\d+x", self.hardware):
+            allowed = f"left out where hardware={self.hardware} says how many cards"
+            raise UserError("server.tensor_parallel", self.server.tensor_parallel, allowed, "give one of the two")
+
+    @property
+    def device(self) -> str:
+        """The hardware of one replica, with the number of its cards."""
+        degree = self.server.tensor_parallel
+        return self.hardware if degree == 1 else f"{degree}x{self.hardware}"
 
 

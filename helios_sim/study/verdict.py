@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
+from typing import Any
 
 import numpy as np
 
@@ -158,12 +160,18 @@ def _machines(config: Config) -> str:
     n, router = config.server.replicas, config.server.router.replace("_", " ")
     if not config.cluster.kinds:
         models = ", ".join(config.models)
-        return f"{models} on {config.hardware}" if n == 1 else f"{models} on {n} x {config.hardware} ({router})"
+        return f"{models} on {config.device}" if n == 1 else f"{models} on {n} x {config.device} ({router})"
     kinds = []
     for name, entry in config.cluster.kinds.items():
         models = ", ".join(entry.get("models", config.models))
-        kinds.append(f"{models} on {entry.get('count', 1)} x {entry.get('hardware', config.hardware)} ({name})")
+        kinds.append(f"{models} on {entry.get('count', 1)} x {_device_of(entry, config)} ({name})")
     return f"{'; '.join(kinds)}; {router}"
+
+
+def _device_of(kind: Mapping[str, Any], config: Config) -> str:
+    server = replace(config.server, **kind.get("server", {}))
+    own: Config = replace(config, hardware=str(kind.get("hardware", config.hardware)), server=server)
+    return own.device
 
 
 def offered_requests_per_s(config: Config) -> float | None:

@@ -1,15 +1,20 @@
 """Profiles of models from kernel times that others measured, as aiconfigurator publishes them.
 
-Its measurements of vLLM (bf16): matrix products by (m, n, k), flash attention by batch, length and heads. A layer is
-the sum of its kernels: matrix products and attention are measured; norms, activation, rope, KV writes and sampling are
-bytes over an achieved bandwidth plus a fixed time for each kernel, which is assumed. What is scaled, and each gap that
-is closed, is named in the profile's provenance.
+Its measurements of vLLM (bf16): matrix products by (m, n, k), flash attention by batch, length and heads, all-reduces
+by cards and size. A layer is the sum of its kernels: matrix products and attention are measured; norms, activation,
+rope, KV writes and sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which is assumed.
+What is scaled, and each gap that is closed, is named in the profile's provenance.
+
+A table lies in the package (`SHIPPED`, for six cards), or in the folder of shared data, from which older profiles were
+made. In a tensor-parallel group each card runs its shard, and a layer ends in two all-reduces.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import HARDWARE, LOAD_BYTES_PER_S, activation_reserve_bytes
+from helios_sim.profile.catalog import CARDS, HARDWARE, LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes
 from helios_sim.profile.composition import IntArray
+from helios_sim.profile.devices import Device, shard, whole_model
 from helios_sim.profile.importers.reading import MS, times
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import (
@@ -51,16 +57,38 @@ class KernelSource:
     vllm: str
     head_dims: tuple[int, ...]  # for which attention was measured
     card: HardwareSpec
+    shipped: bool = False  # its tables are in the package
+
+    def path(self, kind: str, name: str) -> Path:
+        if self.shipped:
+            return SHIPPED / self.folder / f"{name}.parquet"
+        folder = shared_data_folder() / "kernels" / "aiconfigurator" / self.folder / kind / "vllm" / self.vllm
+        return folder / f"{name}_perf.parquet"
 
 
+SHIPPED = Path(__file__).parents[2] / "data" / "kernels"
 A100 = KernelSource("a100_sxm", "0.14.0", (128,), HARDWARE["a100-80gb"])
 H100 = KernelSource("h100_sxm", "0.19.0", (64, 128), HARDWARE["h100-80gb"])
 SOURCES = {"a100-40gb": A100, "a100-80gb": A100, "h100-80gb": H100}
 
 
+def _shipped(folder: str, vllm: str, card: str, head_dims: tuple[int, ...] = (64, 128, 256)) -> KernelSource:
+    at = CARDS[card]
+    spec = HardwareSpec(card, at.total_bytes, at.bytes_per_s, at.flops_per_s, at.tdp_w, None, at.source)
+    return KernelSource(folder, vllm, head_dims, spec, shipped=True)
+
+
+_SXM_A100 = _shipped("a100_sxm", "0.14.0", "a10080gb", (128,))
+SHIPPED_SOURCES = {  # by the card's key in the catalogue
+    "a10040gb": _SXM_A100, "a10080gb": _SXM_A100, "h100": _shipped("h100_sxm", "0.24.0", "h100"),
+    "h200": _shipped("h200_sxm", "0.24.0", "h200"), "b200": _shipped("b200_sxm", "0.24.0", "b200"),
+    "l40s": _shipped("l40s", "0.24.0", "l40s"),
+    "rtxpro6000": _shipped("rtx_pro_6000_server", "0.24.0", "rtxpro6000"),
+}  # fmt: skip
+
+
 def _read(source: KernelSource, kind: str, name: str, **equal: Any) -> dict[str, Any]:
-    path = shared_data_folder() / "kernels" / "aiconfigurator" / source.folder / kind / "vllm" / source.vllm
-    path = path / f"{name}_perf.parquet"
+    path = source.path(kind, name)
     if not path.is_file():
         fix = f"set {VARIABLE} to the folder that holds kernels/aiconfigurator (github ai-dynamo/aiconfigurator)"
         raise UserError(VARIABLE, str(path), "a file of measured kernel times", fix)
@@ -74,7 +102,8 @@ def _read(source: KernelSource, kind: str, name: str, **equal: Any) -> dict[str,
         if table.num_rows == 0:
             raise UserError(name, equal, "a case in the measured table", "choose a head shape that was measured")
         times(path, "latency", table["latency"].to_numpy(), MS)
-        return {c: table[c].to_numpy() for c in table.column_names}
+        columns = {c: table[c].to_numpy() for c in table.column_names}
+        return columns | {"latency": columns["latency"].astype(np.float64)}
 
 
 def _grid(columns: dict[str, Any], axes: tuple[str, ...]) -> tuple[list[IntArray], FloatArray]:
@@ -98,6 +127,24 @@ class GemmTimes:
         n, k = np.meshgrid(self._n, self._k, indexing="ij")
         streamed = BF16_BYTES * (n * k + n + k) / self._time_s[list(self.rows).index(1)]
         self.best_bandwidth = float(np.nanmax(streamed)) / self.card.hbm_bytes_per_s
+        self.from_memory = _from_memory(BF16_BYTES * n * k, streamed / self.card.hbm_bytes_per_s)
+        self.measured = ~np.isnan(self._time_s)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Where a product was not measured, it reaches the share of the roofline of one that is somewhat smaller."""
+        for i, j in np.argwhere(np.isnan(self._time_s).any(axis=0)).tolist():
+            floor_s = self.roofline_s(Gemm(int(self._n[i]), int(self._k[j])), self.card)
+            known = np.flatnonzero(~np.isnan(self._time_s[:, i, j]))
+            if len(known):
+                like = known[np.maximum(np.searchsorted(known, np.arange(len(floor_s)), "right") - 1, 0)]
+                near_floor_s, near_s = floor_s[like], self._time_s[like, i, j]
+            else:
+                near = (i, j - 1) if j else (i - 1, j)
+                near_floor_s = self.roofline_s(Gemm(int(self._n[near[0]]), int(self._k[near[1]])), self.card)
+                near_s = self._time_s[:, near[0], near[1]]
+            filled = self.fixed_s + floor_s * (near_s - self.fixed_s) / near_floor_s
+            self._time_s[:, i, j] = np.where(np.isnan(self._time_s[:, i, j]), filled, self._time_s[:, i, j])
 
     def roofline_s(self, gemm: Gemm, card: HardwareSpec) -> FloatArray:
         """(rows,) the larger of bytes over bandwidth and operations over peak."""
@@ -135,8 +182,12 @@ class DecodeAttentionTimes:
         self.fixed_s = float(np.nanmin(time_s))
         kv_bytes = 2 * kv_heads * head_dim * BF16_BYTES * np.outer(self.batch, self.kv_tokens)
         self.best_bandwidth = float(np.nanmax(kv_bytes / time_s)) / source.card.hbm_bytes_per_s
+        self.from_memory = _from_memory(kv_bytes, kv_bytes / time_s / source.card.hbm_bytes_per_s)
         for j in range(len(self.kv_tokens)):
-            last = int(np.flatnonzero(self.measured[:, j])[-1])
+            known = np.flatnonzero(self.measured[:, j])
+            last = int(known[-1])
+            gaps = np.flatnonzero(~self.measured[:last, j])  # between measured batches, or before the first
+            time_s[gaps, j] = np.interp(self.batch[gaps], self.batch[known], time_s[known, j])
             beyond = self.batch[last + 1 :] / self.batch[last]
             time_s[last + 1 :, j] = self.fixed_s + (time_s[last, j] - self.fixed_s) * beyond
         self._time_s = rising(rising(time_s, axis=1), axis=0)
@@ -174,6 +225,46 @@ class PrefillAttentionTimes:
         return alone_s + tokens * context_tokens * s_per_pair
 
 
+class AllReduceTimes:
+    """Seconds of one all-reduce of a tensor-parallel group, by bytes.
+
+    vLLM runs its own kernel up to 8 MiB where the cards see each other directly, or where there are two; NCCL else
+    (its custom_all_reduce.py). Between measured sizes linear in bytes; beyond the last at the last bandwidth.
+    """
+
+    OWN_BYTES = 8 << 20
+
+    def __init__(self, source: KernelSource, device: Device) -> None:
+        tables = [_read(source, "comm", name, num_gpus=device.cards) for name in ("custom_allreduce", "nccl")]
+        self._own, self._nccl = (
+            tuple(a[np.argsort(t["message_size"])] for a in (t["message_size"] * BF16_BYTES, t["latency"] * MS))
+            for t in tables
+        )
+        self._direct = device.cards == 2 or device.link is not PCIE_LINK
+
+    def time_s(self, n_bytes: FloatArray) -> FloatArray:
+        """(K,) seconds."""
+        return np.where(
+            self._direct & (n_bytes <= self.OWN_BYTES), _by_size(n_bytes, *self._own), _by_size(n_bytes, *self._nccl)
+        )
+
+
+def _from_memory(n_bytes: IntArray, share: FloatArray) -> float:
+    """The best share of the card's bandwidth among cases that no cache holds.
+
+    A kernel that is timed again and again finds smaller operands in the card's cache, which a served model, with its
+    other layers between, does not.
+    """
+    known = ~np.isnan(share)
+    large = known & (n_bytes >= UNCACHED_BYTES)
+    return float(min(1.0, share[large if large.any() else known].max()))
+
+
+def _by_size(n_bytes: FloatArray, sizes: FloatArray, time_s: FloatArray) -> FloatArray:
+    found = np.interp(n_bytes, sizes, time_s)
+    return np.where(n_bytes > sizes[-1], time_s[-1] * n_bytes / sizes[-1], found)
+
+
 def rising(time_s: FloatArray, axis: int = 0) -> FloatArray:
     """The largest non-decreasing sequence that is nowhere above the measurements: noise is mostly upward."""
     return np.flip(np.minimum.accumulate(np.flip(time_s, axis), axis), axis)
@@ -185,6 +276,27 @@ def _neighbours(grid: IntArray, value: int) -> list[tuple[int, float]]:
     low = int(position)
     weight = position - low
     return [(low, 1.0)] if weight == 0.0 else [(low, 1.0 - weight), (low + 1, weight)]
+
+
+def _measured_heads(
+    source: KernelSource, name: str, heads: int, kv_heads: int, head_dim: int
+) -> tuple[int, int]:
+    """The measured pair of heads and KV heads that is nearest, itself where it was measured.
+
+    KV heads count first: decodes read K and V, whatever the number of queries that share them.
+    """
+    pairs = _pairs(source, name, head_dim)
+
+    def distance(pair: tuple[int, int]) -> tuple[float, float]:
+        return abs(math.log(pair[1] / kv_heads)), abs(math.log(pair[0] / pair[1] / (heads / kv_heads)))
+
+    return (heads, kv_heads) if (heads, kv_heads) in pairs else min(sorted(pairs), key=distance)
+
+
+@lru_cache(maxsize=16)
+def _pairs(source: KernelSource, name: str, head_dim: int) -> frozenset[tuple[int, int]]:
+    found = _read(source, "attention", name, head_dim=head_dim, window_size=0)
+    return frozenset(zip(found["num_heads"].tolist(), found["num_key_value_heads"].tolist(), strict=True))
 
 
 @lru_cache(maxsize=4)
@@ -200,29 +312,57 @@ TABLE_HEAD_DIM = 128
 # mem_empirical_constant_latency in its system files)
 SMALL_KERNEL_BANDWIDTH = 0.8
 SMALL_KERNEL_S = 3e-6
+UNCACHED_BYTES = 512e6  # four times the largest cache of the cards measured
 
 
 class LayerTimes:
-    """Times of one model's operations on one card, from the tables of the nearest measured card."""
+    """Times of one model's operations on one device, from the tables of the nearest measured card."""
 
-    def __init__(self, model: ModelSpec, card: HardwareSpec, source: KernelSource) -> None:
-        self.model, self.card, self.measured_card = model, card, source.card
+    def __init__(self, whole: ModelSpec, device: Device, source: KernelSource) -> None:
+        """In a group, times are those of one card with its shard of the model `whole`."""
+        self.model = model = shard(whole, device.cards)
+        self.device, self.card, self.measured_card, self.source = device, device.card, source.card, source
         self.gemms: GemmTimes = gemm_times(source)
         self.keep = self.gemms.rows <= MAX_ROWS
         self.rows: IntArray = self.gemms.rows[self.keep]
         ratio = model.n_heads // model.n_kv_heads
-        self.table_kv_heads = min(model.n_kv_heads, TABLE_KV_HEADS)
-        self.batch_scale = model.n_kv_heads / self.table_kv_heads
+        kv_heads = min(model.n_kv_heads, TABLE_KV_HEADS)
         head_dim = model.head_dim if model.head_dim in source.head_dims else TABLE_HEAD_DIM
         self.head_scale = model.head_dim / head_dim
-        self.decode = DecodeAttentionTimes(source, ratio * self.table_kv_heads, self.table_kv_heads, head_dim)
-        self.prefill = PrefillAttentionTimes(source, model.n_heads, model.n_kv_heads, head_dim)
+        self.decode_heads = _measured_heads(source, "generation_attention", ratio * kv_heads, kv_heads, head_dim)
+        self.table_kv_heads = self.decode_heads[1]
+        self.batch_scale = model.n_kv_heads / self.table_kv_heads
+        self.decode = DecodeAttentionTimes(source, *self.decode_heads, head_dim)
+        self.prefill_heads = _measured_heads(
+            source, "context_attention", model.n_heads, model.n_kv_heads, head_dim
+        )
+        self.prefill_scale = self.head_scale * model.n_heads / self.prefill_heads[0]
+        self.prefill = PrefillAttentionTimes(source, *self.prefill_heads, head_dim)
+
+    def all_reduces_s(self) -> FloatArray:
+        """(rows,) the two all-reduces of a layer."""
+        if self.device.cards == 1:
+            return np.zeros(len(self.rows))
+        moved = self.rows * self.model.d_model * self.model.weight_bytes_per_value
+        return 2 * AllReduceTimes(self.source, self.device).time_s(moved.astype(np.float64))
+
+    def gather_s(self) -> FloatArray:
+        """(rows,) logits of all cards brought together on one, over the link; no such table is read."""
+        n = self.device.cards
+        if n == 1:
+            return np.zeros(len(self.rows))
+        moved = self.rows * (n - 1) * self.model.vocab_size * self.model.weight_bytes_per_value
+        return np.asarray(self.device.link.latency_s + moved / self.device.link.bytes_per_s)
 
     def gemm_s(self, gemm: Gemm) -> FloatArray:
         """(rows,) with the bytes' share moved to this card's bandwidth, never below the roofline."""
         here_s, there_s = self.gemms.roofline_s(gemm, self.card), self.gemms.roofline_s(gemm, self.measured_card)
         time_s = self.gemms.time_s(gemm) + (here_s - there_s) / self.gemms.best_bandwidth
-        return rising(np.maximum(time_s, here_s))[self.keep]
+        return rising(np.maximum(time_s, here_s / self._reached(self.gemms.from_memory)))[self.keep]
+
+    def _reached(self, from_memory: float) -> float:
+        """The share of bandwidth that bounds a price; 1 in tables of shared data, as in the profiles made from them."""
+        return from_memory if self.source.shipped else 1.0
 
     def small_s(self, small: Elementwise) -> FloatArray:
         """(rows,) kernels without a table."""
@@ -234,49 +374,91 @@ class LayerTimes:
         moved = batch * kv_tokens * self.model.kv_bytes_per_token_layer
         slower_s = moved / self.card.hbm_bytes_per_s - moved / self.measured_card.hbm_bytes_per_s
         time_s = self.decode.time_s(batch * self.batch_scale, kv_tokens * self.head_scale)
-        return max(time_s + slower_s / self.decode.best_bandwidth, moved / self.card.hbm_bytes_per_s)
+        floor_s = moved / self.card.hbm_bytes_per_s / self._reached(self.decode.from_memory)
+        return max(time_s + slower_s / self.decode.best_bandwidth, floor_s)
 
-    def prefill_s(self, tokens: int, context_tokens: int) -> float:
-        """Bound by operations, so the card's bandwidth does not enter except as a floor."""
+    def prefill_s(self, tokens: int, context_tokens: int, window: int = 0) -> float:
+        """Bound by operations, so the card's bandwidth does not enter except as a floor.
+
+        A layer with a window takes the share of pairs of query and key that it looks at.
+        """
         time_s = self.prefill.with_context_s(tokens, context_tokens)
-        time_s = self.prefill.fixed_s + (time_s - self.prefill.fixed_s) * self.head_scale
+        scale = self.prefill_scale
+        if window:
+            seen = np.minimum(context_tokens + np.arange(1, tokens + 1), window).sum()
+            scale *= float(seen) / (tokens * context_tokens + tokens * (tokens + 1) / 2)
+            context_tokens = min(context_tokens, window)
+        time_s = self.prefill.fixed_s + (time_s - self.prefill.fixed_s) * scale
         read = (tokens + context_tokens) * self.model.kv_bytes_per_token_layer
         return max(time_s, read / self.card.hbm_bytes_per_s)
 
 
 def kernel_profile(model: ModelSpec, hardware: HardwareSpec, runtime: Runtime | None = None) -> Profile:
-    """The profile of `model` on `hardware`; raises UserError when the measured tables are absent."""
-    times = LayerTimes(model, hardware, SOURCES[hardware.name])
-    kv_tokens = kv_grid(model)
-    chunks = times.prefill.tokens[times.prefill.tokens <= min(MAX_ROWS, model.max_context_tokens)]
-    contexts = np.unique(np.append([0, 128], kv_tokens[kv_tokens >= 256]))
-    layer = LayerTables(
-        dense=RowsTable(
-            times.rows, sum((times.gemm_s(g) for g in layer_gemms(model)), times.small_s(layer_elementwise(model)))
-        ),
-        kv_projection=RowsTable(times.rows, times.gemm_s(kv_gemm(model)) + times.small_s(kv_elementwise(model))),
-        decode_attention=GridTable(
-            BATCHES, kv_tokens, np.array([[times.decode_s(int(b), int(kv)) for kv in kv_tokens] for b in BATCHES])
-        ),
-        prefill_attention=GridTable(
-            chunks, contexts, np.array([[times.prefill_s(int(t), int(c)) for c in contexts] for t in chunks])
-        ),
-    )
-    load_bytes_per_s = LOAD_BYTES_PER_S[hardware.name]
+    """The profile of `model` on one card for which profiles are shipped, from the tables of shared data.
+
+    Raises UserError when they are absent.
+    """
+    device = Device(hardware, PCIE_LINK, LOAD_BYTES_PER_S[hardware.name])
+    command = f"python -m helios_sim.profile.build model={model.name} hardware={hardware.name}"
+    return device_profile(model, device, SOURCES[hardware.name], command, runtime)
+
+
+def device_profile(
+    model: ModelSpec,
+    device: Device,
+    source: KernelSource,
+    command: str,
+    runtime: Runtime | None = None,
+    windows: tuple[int, ...] = (),
+) -> Profile:
+    """The profile of `model` on a device whose card is measured in `source`, or is like that one.
+
+    `windows`: for each layer how far a token looks back, 0 for all. UserError where a group cannot split the model.
+    """
+    times = LayerTimes(model, device, source)
+    kinds = tuple(dict.fromkeys(windows)) or (0,)
     runtime = runtime or preset("captured_graphs")
+    whole = device.whole
     return Profile(
-        model=model, hardware=hardware, runtime=runtime, provenance=_provenance(times, runtime),
-        layer_tables=(layer,), layer_class=(0,) * model.n_layers,
-        head=RowsTable(times.rows, times.gemm_s(head_gemm(model)) + times.small_s(head_elementwise(model))),
-        embedding=RowsTable(times.rows, times.small_s(embedding_elementwise(model))), check=None,
-        activation_reserve_bytes=activation_reserve_bytes(model), load_bytes_per_s=load_bytes_per_s,
-        load_slowdown=1.0 / (1.0 - load_bytes_per_s / hardware.hbm_bytes_per_s),
+        model=whole_model(model, device.cards), hardware=whole, runtime=runtime,
+        provenance=_provenance(times, runtime, command, windows),
+        layer_tables=tuple(_layer(model, times, window) for window in kinds),
+        layer_class=tuple(kinds.index(window) for window in windows) or (0,) * model.n_layers,
+        head=RowsTable(
+            times.rows,
+            times.gemm_s(head_gemm(times.model)) + times.small_s(head_elementwise(times.model)) + times.gather_s(),
+        ),
+        embedding=RowsTable(times.rows, times.small_s(embedding_elementwise(model)) + 0.5 * times.all_reduces_s()),
+        check=None, activation_reserve_bytes=device.cards * activation_reserve_bytes(times.model),
+        load_bytes_per_s=device.cards * device.load_bytes_per_s,
+        load_slowdown=1.0 / (1.0 - device.load_bytes_per_s / device.card.hbm_bytes_per_s),
     )  # fmt: skip
 
 
-def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
-    model, card, there = times.model, times.card, times.measured_card
-    source = SOURCES[card.name]
+def _layer(model: ModelSpec, times: LayerTimes, window: int) -> LayerTables:
+    """Tables of a layer whose tokens look back over `window` tokens, 0 for all."""
+    kv_tokens = kv_grid(model)
+    chunks = times.prefill.tokens[times.prefill.tokens <= min(MAX_ROWS, model.max_context_tokens)]
+    contexts = np.unique(np.append([0, 128], kv_tokens[kv_tokens >= 256]))
+    small = times.small_s(layer_elementwise(times.model))
+    dense = sum((times.gemm_s(g) for g in layer_gemms(times.model)), small) + times.all_reduces_s()
+    moved = times.gemm_s(kv_gemm(times.model)) + times.small_s(kv_elementwise(times.model))
+    return LayerTables(
+        dense=RowsTable(times.rows, dense),
+        kv_projection=RowsTable(times.rows, moved),
+        decode_attention=GridTable(
+            BATCHES, kv_tokens,
+            np.array([[times.decode_s(int(b), min(int(kv), window or int(kv))) for kv in kv_tokens] for b in BATCHES]),
+        ),
+        prefill_attention=GridTable(
+            chunks, contexts, np.array([[times.prefill_s(int(t), int(c), window) for c in contexts] for t in chunks])
+        ),
+    )  # fmt: skip
+
+
+def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tuple[int, ...]) -> Provenance:
+    model, card, there, source = times.model, times.card, times.measured_card, times.source
+    load_bytes_per_s = times.device.load_bytes_per_s
     scaled = [
         "matrix widths that were not measured: share of the roofline interpolated in (log n, log k)",
         "times made non-decreasing in rows, batch and length by taking slower measurements at smaller sizes down",
@@ -295,13 +477,32 @@ def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
             f"attention of heads of {model.head_dim}: decode like heads of {TABLE_HEAD_DIM} with {times.head_scale:g} "
             f"of the KV length (same bytes), prefill {times.head_scale:g} of the time (same operations per second)"
         )
+    ratio, table_ratio = model.n_heads / model.n_kv_heads, times.decode_heads[0] / times.decode_heads[1]
+    if ratio != table_ratio:
+        scaled.append(f"decode attention of {ratio:g} queries a KV head: as measured for {table_ratio:g}")
+    if times.prefill_heads != (model.n_heads, model.n_kv_heads):
+        scaled.append(
+            f"prefill attention of {model.n_heads} heads and {model.n_kv_heads} KV heads: by operations from "
+            f"{times.prefill_heads[0]} and {times.prefill_heads[1]}"
+        )
+    if times.device.cards > 1:
+        scaled += [
+            f"{times.device.cards} cards: each runs its shard of every matrix; two measured all-reduces a layer and "
+            "one after the embedding; NCCL's above 8 MiB, and without direct links between more than two cards",
+            "logits of all cards are gathered over the link at its data sheet's bandwidth",
+        ]
+    if any(windows):
+        scaled += [
+            "layers with a window: decode attention of a context as long as the window, prefill by pairs of tokens",
+            "K and V of layers with a window are kept as long as those of the others: an engine may keep less",
+        ]
     return Provenance(
         provenance_class=ProvenanceClass.DERIVED,
         source=(
             f"aiconfigurator (ai-dynamo/aiconfigurator, Apache-2.0): vLLM {source.vllm} bf16 kernels measured on "
             f"{there.name}; card limits: {card.source}"
         ),
-        command=f"python -m helios_sim.profile.build model={model.name} hardware={card.name}",
+        command=command,
         scaled=tuple(scaled),
         assumptions=(
             Assumption(
@@ -313,11 +514,11 @@ def _provenance(times: LayerTimes, runtime: Runtime) -> Provenance:
                 "share of the card's bandwidth for those kernels; aiconfigurator's own constant", "rebuild",
             ),
             Assumption(
-                "load_bytes_per_s", LOAD_BYTES_PER_S[card.name], "0.8 of PCIe x16; no copy was measured",
+                "load_bytes_per_s", load_bytes_per_s, "0.8 of PCIe x16; no copy was measured",
                 "profile.load_bytes_per_s",
             ),
             Assumption(
-                "load_slowdown", 1.0 / (1.0 - LOAD_BYTES_PER_S[card.name] / card.hbm_bytes_per_s),
+                "load_slowdown", 1.0 / (1.0 - load_bytes_per_s / card.hbm_bytes_per_s),
                 "arriving weights take their share of memory bandwidth from kernels; not measured",
                 "profile.load_slowdown",
             ),

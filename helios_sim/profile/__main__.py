@@ -1,0 +1,138 @@
+"""Command that shows what is known of models on cards.
+
+- `python -m helios_sim.profile list`: cards and models of the catalogue.
+- `python -m helios_sim.profile show MODEL HARDWARE`: bytes, times and their sources, for any names that a study takes.
+- `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat.
+- `python -m helios_sim.profile build ...`: a profile from tables of one's own; see `build`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from helios_sim.errors import UserError
+from helios_sim.profile import build
+from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, card_key, published_model
+from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
+from helios_sim.profile.profile import MemoryBudget, Profile
+from helios_sim.profile.resolve import find_profile
+from helios_sim.profile.store import known_profiles
+
+USAGE = "list | show MODEL HARDWARE | check MODEL HARDWARE | build key=value ..."
+BATCHES = (1, 8, 32, 128, 256)
+PROMPTS = (128, 512, 2048, 8192)
+CONTEXT_TOKENS = 1024
+UTILISATION = 0.9
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Return the exit status."""
+    command, *rest = arguments or [""]
+    try:
+        if command == "build":
+            return build.main(rest)
+        if command == "list" and not rest:
+            listed()
+        elif command in ("show", "check") and len(rest) == 2:
+            profile = find_profile(*rest)
+            if command == "show":
+                shown(profile)
+            else:
+                return checked(profile)
+        else:
+            raise UserError("arguments", " ".join(arguments), USAGE, "write one of these")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def listed() -> None:
+    """Print cards and models, with what they are priced from."""
+    print(f"{'card':<12} {'GiB':>6} {'GB/s':>6} {'TFLOPS':>7} {'TDP W':>6}  times from")
+    for name, card in CARDS.items():
+        source = SHIPPED_SOURCES.get(name)
+        kernels = "data sheet" if source is None else f"kernels measured on it, vLLM {source.vllm}"
+        watts = "" if card.tdp_w is None else f"{card.tdp_w:.0f}"
+        memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
+        print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {card.flops_per_s / 1e12:>7.0f} {watts:>6}  {kernels}")
+    names = ", ".join(f"{name} ({card_key(name)})" for name in HARDWARE)
+    print(f"\nwith idle power too: {names}. A group of cards: 4xh100. A card of your own: card.yaml\n")
+    print(f"{'model':<18} {'parameters':>10} {'layers':>6} {'context':>9} {'K and V of a token':>20}")
+    for name in SHAPES:
+        model = published_model(name)
+        values, kv = model.weight_bytes(model.n_layers) / 2e9, model.n_layers * model.kv_bytes_per_token_layer
+        print(f"{name:<18} {values:>8.2f} B {model.n_layers:>6} {model.max_context_tokens:>9,} {kv / 1024:>16.0f} KiB")
+    print(f"\nprofiles that are shipped: {', '.join(known_profiles())}")
+
+
+def shown(profile: Profile) -> None:
+    """Print what a profile says: memory, times, and where they come from."""
+    model, card, layers = profile.model, profile.hardware, profile.model.n_layers
+    weights, kv = profile.weight_bytes(layers), profile.kv_bytes_per_token(layers)
+    budget = MemoryBudget(card.hbm_bytes, UTILISATION)
+    free = budget.pool_bytes([(profile, layers)])
+    print(f"{model.name} on {card.name}: {layers} layers, {weights / 1e9:.1f} GB of weights")
+    print(f"  K and V of a token     {kv / 1024:.0f} KiB")
+    print(f"  card                   {card.hbm_bytes / 1e9:.1f} GB, of which {UTILISATION:.0%} are used")
+    print(f"  activations, set aside {profile.activation_reserve_bytes / 1e9:.1f} GB")
+    fits = f"{free / 1e9:.1f} GB, {free // kv:,} tokens" if free > 0 else f"none: {-free / 1e9:.1f} GB too little"
+    print(f"  left for K and V       {fits}")
+    print(f"  load from the host     {profile.load_time_s(weights):.1f} s\n")
+    decodes = profile.iteration_time_s(_decodes(profile, BATCHES))
+    print(f"an iteration of decodes at {CONTEXT_TOKENS} tokens of context")
+    for batch, time_s in zip(BATCHES, decodes, strict=True):
+        print(f"  {batch:>5} running   {time_s * 1e3:>9.2f} ms   {batch / time_s:>9,.0f} tokens/s")
+    print("a prompt on its own")
+    for tokens in _prompts(profile):
+        time_s = float(profile.iteration_time_s(_prompt(profile, tokens))[0])
+        print(f"  {tokens:>5} tokens    {time_s * 1e3:>9.2f} ms   {tokens / time_s:>9,.0f} tokens/s")
+    provenance = profile.provenance
+    print(f"\n{provenance.provenance_class.value}: {provenance.source}")
+    for text in provenance.scaled:
+        print(f"  scaled: {text}")
+    for item in provenance.assumptions:
+        print(f"  assumed: {item.name} = {item.value} ({item.why})")
+
+
+def checked(profile: Profile) -> int:
+    """Print prices beside floors; 1 where a price is below its floor, which no card can reach."""
+    batches = [(f"{batch} decodes", c) for batch in BATCHES for c in [_decodes(profile, (batch,))]]
+    prompts = [(f"{tokens} prompt tokens", _prompt(profile, tokens)) for tokens in _prompts(profile)]
+    print(f"{profile.name}\n{'iteration':<20} {'price ms':>10} {'floor ms':>10} {'share':>7}")
+    below = 0
+    for name, composition in (*batches, *prompts):
+        price_s = float(profile.iteration_time_s(composition)[0])
+        floor_s = float(profile.iteration_floor_s(composition)[0])
+        below += price_s < floor_s
+        print(f"{name:<20} {price_s * 1e3:>10.2f} {floor_s * 1e3:>10.2f} {floor_s / price_s:>7.0%}")
+    print("every price is above its floor" if not below else f"{below} prices are below their floors")
+    return 1 if below else 0
+
+
+def _decodes(profile: Profile, batches: Sequence[int]) -> Composition:
+    rows = np.array(batches, np.int64)[:, None]
+    return Composition(
+        bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * CONTEXT_TOKENS,
+        sampled_tokens=rows[:, 0],
+    )  # fmt: skip
+
+
+def _prompt(profile: Profile, tokens: int) -> Composition:
+    layers, none = profile.model.n_layers, np.zeros((1, 1), np.int64)
+    return Composition(
+        bounds=(layers,), decode_tokens=none, decode_kv_tokens=none, sampled_tokens=np.array([1]),
+        prefill=(PrefillChunk(tokens, 0, layers),),
+    )  # fmt: skip
+
+
+def _prompts(profile: Profile) -> list[int]:
+    return [tokens for tokens in PROMPTS if tokens <= profile.model.max_context_tokens]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

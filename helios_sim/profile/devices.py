@@ -1,0 +1,167 @@
+"""What a model runs on: one card by name or by a file of one's own, or several that work as one (tensor parallelism).
+
+`h100-80gb` is a card of the catalogue, `card.yaml` one of one's own, `4xh100-80gb` and `4xcard.yaml` a group of four.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from helios_sim.errors import UserError
+from helios_sim.profile.catalog import (
+    CARDS,
+    HARDWARE,
+    LOAD_BYTES_PER_S,
+    PCIE_LINK,
+    Card,
+    Link,
+    published_card,
+)
+from helios_sim.profile.spec import HardwareSpec, ModelSpec
+from helios_sim.profile.tables import FloatArray
+from helios_sim.untrusted import Fields, read_text, reading
+
+DEGREES = (1, 2, 4, 8)  # cards of a group: for which all-reduces were measured
+_GROUP = re.compile(r"(\d+)x(.+)")
+_FIX = "correct the file"
+_KEYS = (
+    "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
+    "source",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`cards` alike cards that run a model together, its matrices split over them."""
+
+    card: HardwareSpec  # one of them
+    link: Link
+    load_bytes_per_s: float  # from pinned host memory to one card
+    cards: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.card.name if self.cards == 1 else f"{self.cards}x{self.card.name}"
+
+    @property
+    def whole(self) -> HardwareSpec:
+        """The group as one device: memory, bandwidth, operations and power are the sums of its cards'."""
+        if self.cards == 1:
+            return self.card
+        n, card = self.cards, self.card
+        watts = {key: None if (one := getattr(card, key)) is None else n * one for key in ("tdp_w", "idle_w")}
+        return replace(
+            card, name=self.name, hbm_bytes=n * card.hbm_bytes, hbm_bytes_per_s=n * card.hbm_bytes_per_s,
+            flops_per_s=n * card.flops_per_s, source=f"{n} cards, each: {card.source}", **watts,
+        )  # fmt: skip
+
+
+def device_of(name: str, key: str = "hardware") -> Device:
+    """The device that a setting names. UserError for one that is not known, or a file that is damaged."""
+    grouped = _GROUP.fullmatch(name)
+    degree, card = (int(grouped[1]), grouped[2]) if grouped else (1, name)
+    if degree not in DEGREES:
+        allowed = f"a group of {', '.join(map(str, DEGREES[1:]))} cards: for these all-reduces were measured"
+        raise UserError(key, name, allowed, "choose one of these sizes; replicas of groups are server.replicas")
+    device = _own_card(Path(card), key) if card.endswith((".yaml", ".yml")) else _known_card(card, key)
+    return replace(device, cards=degree)
+
+
+def _known_card(name: str, key: str) -> Device:
+    card = published_card(name)
+    if name in HARDWARE:
+        assert card is not None
+        return Device(HARDWARE[name], card.link, LOAD_BYTES_PER_S[name])
+    if card is None:
+        near = get_close_matches(name.lower(), (*HARDWARE, *CARDS), 1, 0.6)
+        fix = f"did you mean {near[0]}?" if near else "describe it in a file: hardware=card.yaml (see README)"
+        known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
+        raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
+    return Device(_spec(name.lower(), card), card.link, card.load_bytes_per_s)
+
+
+def _spec(name: str, card: Card) -> HardwareSpec:
+    return HardwareSpec(
+        name, card.total_bytes, card.bytes_per_s, card.flops_per_s, card.tdp_w, idle_w=None, source=card.source
+    )
+
+
+def _own_card(path: Path, key: str) -> Device:
+    """A card from a YAML file with the keys of `_KEYS`; only the first four must be there."""
+    content = read_text(path, 64 << 10, f"set {key} to a file that is there")
+    with reading(str(path), "damaged", "a YAML mapping", _FIX):
+        values: Any = yaml.safe_load(content)
+        if not isinstance(values, dict):
+            raise UserError(str(path), type(values).__name__, f"a mapping of {', '.join(_KEYS)}", _FIX)
+    fields = Fields(values, str(path), _FIX)
+    spec = HardwareSpec(
+        name=fields.text("name"),
+        hbm_bytes=round(fields.number("hbm_gib", 0.1, 1e6) * 2**30),
+        hbm_bytes_per_s=fields.number("hbm_gb_per_s", 1, 1e6) * 1e9,
+        flops_per_s=fields.number("tflops", 0.01, 1e6) * 1e12,
+        tdp_w=fields.maybe("tdp_w", 1, 1e5),
+        idle_w=fields.maybe("idle_w", 0, 1e5),
+        source=fields.text("source", default=f"{path.name}, as its author describes the card"),
+    )
+    link = Link(
+        fields.number("link_us", 0, 1e6, PCIE_LINK.latency_s * 1e6) / 1e6,
+        fields.number("link_gb_per_s", 0.1, 1e5, PCIE_LINK.bytes_per_s / 1e9) * 1e9,
+        f"link_us and link_gb_per_s of {path.name}" if fields.has("link_gb_per_s") else PCIE_LINK.source,
+    )
+    load = fields.number("load_gb_per_s", 0.01, 1e5, 25.0) * 1e9
+    fields.refuse_rest(f"only {', '.join(_KEYS)} are read")
+    return Device(spec, link, load)
+
+
+def shard(model: ModelSpec, cards: int, key: str = "hardware") -> ModelSpec:
+    """What one card of a group computes of each layer: its share of heads, of the MLP and of the vocabulary.
+
+    A KV head stands on several cards where there are fewer of them than cards, as in vLLM. Norms run everywhere.
+    UserError where the model cannot be split so.
+    """
+    if cards == 1:
+        return model
+    for what, size in (("n_heads", model.n_heads), ("d_ff", model.d_ff)):
+        if size % cards:
+            allowed = f"cards that divide {what} of {model.name}, {size}"
+            raise UserError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
+    if model.n_kv_heads % cards and cards % model.n_kv_heads:
+        allowed = f"cards that divide the {model.n_kv_heads} KV heads of {model.name}, or a multiple of them"
+        raise UserError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
+    return replace(
+        model, n_heads=model.n_heads // cards, n_kv_heads=max(1, model.n_kv_heads // cards), d_ff=model.d_ff // cards,
+        vocab_size=-(-model.vocab_size // cards),
+    )  # fmt: skip
+
+
+def _divisors(model: ModelSpec) -> str:
+    fits = [
+        n for n in DEGREES
+        if not model.n_heads % n and not model.d_ff % n and not (model.n_kv_heads % n and n % model.n_kv_heads)
+    ]  # fmt: skip
+    return " or ".join(map(str, fits))
+
+
+def whole_model(model: ModelSpec, cards: int) -> ModelSpec:
+    """The model as a group holds it: KV heads and norms count as often as they are kept."""
+    if cards == 1:
+        return model
+    norms = 2 * model.d_model * (2 if model.bias else 1)
+    kv_heads = cards * max(1, model.n_kv_heads // cards)
+    return replace(
+        model, n_kv_heads=kv_heads, other_layer_values=model.other_layer_values + (cards - 1) * norms
+    )
+
+
+def ring_s(link: Link, cards: int, moved_bytes: FloatArray) -> FloatArray:
+    """Seconds of an all-reduce of so many bytes as a ring moves them: latency + 2 (N - 1) / N x bytes / bandwidth."""
+    if cards == 1:
+        return np.zeros(len(moved_bytes))
+    return np.asarray(link.latency_s + 2 * (cards - 1) / cards * moved_bytes / link.bytes_per_s)

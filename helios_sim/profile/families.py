@@ -1,0 +1,58 @@
+"""Families of dense decoder-only models: what the family's name alone says of a layer, as Hugging Face names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What follows from a config's family alone. Norms and biases count, so that bytes are those of the checkpoint."""
+
+    gated_mlp: bool = True
+    bias: bool = False  # LayerNorm and biases everywhere
+    linear_bias: bool = False  # biases of all products of a layer, without those of norms
+    qkv_bias: bool = False
+    learned_positions: bool = False
+    tied: bool = False  # where the config does not say
+    further_norms: int = 0  # values of a layer's norms beyond 2 d_model, in multiples of d_model
+    head_norms: bool = False  # of each q and k head
+    wide_norms: bool = False  # of all q and all k heads
+    grouped: bool = True  # may have fewer KV heads than heads
+    every: int = 1  # where layers have a window: of how many layers the last has none; 1: none is without
+
+
+_PLAIN = Family()
+FAMILIES = {
+    "llama": _PLAIN, "mistral": _PLAIN, "granite": _PLAIN, "smollm3": _PLAIN, "phi3": _PLAIN, "olmo": _PLAIN,
+    "olmo2": Family(wide_norms=True), "qwen2": Family(qkv_bias=True), "qwen3": Family(head_norms=True),
+    "qwen3_vl_text": Family(head_norms=True), "exaone4": Family(head_norms=True), "gemma": Family(tied=True),
+    "gemma2": Family(tied=True, further_norms=2, every=2), "stablelm": Family(further_norms=2),
+    "gemma3_text": Family(tied=True, further_norms=2, head_norms=True, every=6),
+    "phi": Family(gated_mlp=False, linear_bias=True), "falcon": Family(gated_mlp=False, tied=True),
+    "opt": Family(False, True, learned_positions=True, tied=True, grouped=False),
+    "gpt2": Family(False, True, learned_positions=True, tied=True, grouped=False),
+    "gpt_neox": Family(False, True, grouped=False), "starcoder2": Family(False, True, tied=True),
+}  # fmt: skip
+
+
+def other_values(
+    family: Family, d_model: int, d_ff: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False,
+    further_norms: int = 0,
+) -> int:  # fmt: skip
+    """Weights of a layer beyond `ModelSpec.layer_values`; the last two add to what the family says.
+
+    Only OLMo is not met to the byte: its norms, which have no weights, count 2 d_model values.
+    """
+    q_width, kv_width = heads * head_dim, kv_heads * head_dim
+    qkv_bias = not family.bias and (qkv_bias or family.qkv_bias or family.linear_bias)
+    found = q_width + 2 * kv_width if qkv_bias else 0
+    found += 2 * d_model + d_ff if family.linear_bias else 0
+    found += q_width + kv_width if family.wide_norms else 0
+    found += 2 * head_dim if family.head_norms else 0
+    return found + (family.further_norms + further_norms) * d_model
+
+
+def windows_of(window: int, every: int, layers: int) -> tuple[int, ...]:
+    """How far each layer looks back: `window` tokens, but the last of `every` layers over all, which is 0."""
+    return tuple(0 if every > 1 and (layer + 1) % every == 0 else window for layer in range(layers))

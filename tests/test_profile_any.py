@@ -1,0 +1,310 @@
+"""Profiles of any model on any device: shapes, groups of cards, and where times come from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from helios_sim.api import study_config
+from helios_sim.errors import UserError
+from helios_sim.profile.__main__ import checked, main
+from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, published_model
+from helios_sim.profile.devices import device_of, ring_s, shard, whole_model
+from helios_sim.profile.families import FAMILIES
+from helios_sim.profile.importers.aiconfigurator import (
+    SHIPPED,
+    SHIPPED_SOURCES,
+    AllReduceTimes,
+    LayerTimes,
+    device_profile,
+)
+from helios_sim.profile.resolve import find_profile
+from helios_sim.profile.roofline import Gemm, layer_gemms
+from helios_sim.profile.shapes import shape_of
+from helios_sim.profile.store import PROFILES_FOLDER, load_profile
+from helios_sim.study.build import build
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "intermediate_size": 512, "vocab_size": 1000, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def config_file(folder: Path, **values: object) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **values}))
+    return str(folder)
+
+
+def tiny_config(kind: str) -> dict[str, object]:
+    """Small sizes for a family, in the names of its own config."""
+    if kind == "gpt2":
+        return {"n_embd": 256, "n_layer": 3, "n_head": 8, "vocab_size": 1000, "n_positions": 128}
+    sizes: dict[str, object] = {
+        "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 1000,
+        "max_position_embeddings": 128, "pad_token_id": None,
+    }  # fmt: skip
+    if kind == "falcon":
+        return sizes
+    if kind == "opt":
+        return {**sizes, "ffn_dim": 512, "word_embed_proj_dim": 256}
+    return {**sizes, "num_key_value_heads": 2, "intermediate_size": 512}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"qwen3_vl_text"}))
+def test_layers_have_the_weights_of_the_family_in_transformers(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config = transformers.AutoConfig.for_model(kind, **tiny_config(kind))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path / "model")
+    ours = shape_of(str(tmp_path / "model")).model
+    of_layer = sum(p.numel() for name, p in theirs.named_parameters() if ".0." in name)
+    without_weights = 2 * ours.d_model if kind == "olmo" else 0  # its norms have none
+    assert ours.layer_values - without_weights == of_layer
+    outside = sum(p.numel() for p in theirs.parameters()) - 3 * of_layer
+    biases = 2 * ours.d_model + ours.vocab_size  # of the last norm and of the head, which ModelSpec leaves out
+    assert abs(ours.embedding_values - outside) <= biases
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("meta-llama/Llama-3.3-70B-Instruct", 70.554), ("Qwen/Qwen2.5-7B-Instruct", 7.616), ("Qwen/Qwen3-8B", 8.191),
+        ("google/gemma-2-9b-it", 9.242), ("microsoft/phi-2", 2.780), ("tiiuae/falcon-7b", 6.922),
+        ("facebook/opt-13b", 12.853), ("EleutherAI/gpt-neox-20b", 20.555), ("allenai/OLMo-2-1124-7B", 7.299),
+        ("ibm-granite/granite-3.1-8b-instruct", 8.171), ("01-ai/Yi-34B", 34.389), ("google/gemma-7b", 8.538),
+    ],
+)  # fmt: skip
+def test_published_models_have_as_many_parameters_as_their_cards_say(name: str, billions: float) -> None:
+    model = shape_of(name).model
+    assert model.weight_bytes(model.n_layers) / 2e9 == pytest.approx(billions, abs=6e-4)
+
+
+def test_every_published_shape_is_a_model() -> None:
+    for name in SHAPES:
+        model = published_model(name)
+        assert model.n_heads % model.n_kv_heads == 0
+        assert len(shape_of(name).windows) in (0, model.n_layers)
+
+
+def test_windows_of_gemma_and_of_a_config(tmp_path: Path) -> None:
+    assert shape_of("gemma-2-9b").windows[:4] == (4096, 0, 4096, 0)
+    assert shape_of("gemma-3-4b").windows[:7] == (1024,) * 5 + (0, 1024)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    own = config_file(tmp_path / "own", model_type="gemma2", sliding_window=64, layer_types=kinds)
+    assert shape_of(own).windows == (64, 0, 64, 0)
+    off = config_file(tmp_path / "off", model_type="qwen2", sliding_window=64, use_sliding_window=False)
+    assert shape_of(off).windows == ()
+
+
+def test_a_window_bounds_attention_and_nothing_else() -> None:
+    shape, device = shape_of("gemma-2-9b"), device_of("h100")
+    profile = device_profile(shape.model, device, SHIPPED_SOURCES["h100"], "", windows=shape.windows)
+    windowed, full = (profile.layer_tables[profile.layer_class[layer]] for layer in (0, 1))
+    kv = windowed.decode_attention.second
+    assert np.array_equal(windowed.dense.time_s, full.dense.time_s)
+    near = kv <= 4096
+    decodes = windowed.decode_attention.time_s, full.decode_attention.time_s
+    assert np.array_equal(decodes[0][:, near], decodes[1][:, near])
+    assert (decodes[0][:, ~near] == decodes[0][:, near][:, -1:]).all()
+    assert (windowed.prefill_attention.time_s <= full.prefill_attention.time_s).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_local_experts": 8}, "mixtures of experts"), ({"kv_lora_rank": 512}, "latent attention"),
+        ({"model_type": "mamba"}, "one of llama"), ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"num_attention_heads": 7}, "multiple of its 7 heads"), ({"hidden_size": "many"}, "whole number"),
+        ({"num_key_value_heads": 3}, "divisor of n_heads"), ({"num_hidden_layers": 10**9}, "whole number from 1"),
+        ({"layer_types": ["full_attention"], "sliding_window": 8}, "one for each of 4 layers"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_not_priced_is_refused_by_its_key(
+    values: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        shape_of(config_file(tmp_path / "model", **values))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtures of experts"), ("deepseek-ai/DeepSeek-V3", "mixtures of experts"),
+        ("llama-9b", "did you mean llama-"), ("./none.gguf", "config.json"), ("/nowhere/config.json", "no file"),
+    ],
+)  # fmt: skip
+def test_an_unknown_model_gets_one_message(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        shape_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h101", "did you mean h100"), ("3xh100", "2, 4, 8 cards"), ("0xh100", "2, 4, 8 cards"),
+        ("none.yaml", "no file"), ("4x", "a card of the catalogue"),
+    ],
+)  # fmt: skip
+def test_an_unknown_card_gets_one_message(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        device_of(name)
+
+
+def test_a_card_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "card.yaml"
+    path.write_text("name: mine\nhbm_gib: 24\nhbm_gb_per_s: 700\ntflops: 120\nlink_gb_per_s: 32\nlink_us: 5\n")
+    device = device_of(f"2x{path}")
+    assert (device.name, device.cards) == ("2xmine", 2)
+    assert device.whole.hbm_bytes == 2 * 24 * 2**30
+    assert device.whole.flops_per_s == 240e12
+    assert (device.link.bytes_per_s, device.link.latency_s) == (32e9, 5e-6)
+    assert device.whole.tdp_w is None
+    path.write_text(path.read_text() + "color: red\n")
+    with pytest.raises(UserError, match="color"):
+        device_of(str(path))
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match="mapping"):
+        device_of(str(path))
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_shards_together_are_the_model(name: str) -> None:
+    """Every product of a layer is split without rest; only KV heads and norms are kept more than once."""
+    model = published_model(name)
+    for cards in (2, 4, 8):
+        if model.n_heads % cards or model.d_ff % cards or (model.n_kv_heads % cards and cards % model.n_kv_heads):
+            with pytest.raises(UserError, match="cards that divide"):
+                shard(model, cards)
+            continue
+        part = shard(model, cards)
+        kept = max(1, cards // model.n_kv_heads)  # copies of each KV head
+        copies = (kept - 1) * 2 * model.kv_width * model.d_model
+        values = [sum(g.n * g.k for g in layer_gemms(m)) for m in (model, part)]
+        assert cards * values[1] == values[0] + copies
+        whole, norms = whole_model(model, cards), 2 * model.d_model * (2 if model.bias else 1)
+        biases = (kept - 1) * 2 * model.kv_width if model.bias else 0
+        assert whole.layer_values == model.layer_values + copies + biases + (cards - 1) * norms
+        assert whole.kv_bytes_per_token_layer == kept * model.kv_bytes_per_token_layer
+
+
+def test_a_group_that_cannot_split_the_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"15.*use 1 cards"):
+        find_profile("smollm2-360m", "4xh100")
+    with pytest.raises(UserError, match=r"n_heads of qwen2\.5-7b, 28"):
+        find_profile("qwen2.5-7b", "8xh100")
+
+
+def test_a_ring_moves_twice_all_but_its_own_part() -> None:
+    link = CARDS["h100"].link
+    moved = np.array([0.0, 1e9])
+    assert ring_s(link, 1, moved).tolist() == [0.0, 0.0]
+    expected = [link.latency_s, link.latency_s + 2 * 3 / 4 * 1e9 / link.bytes_per_s]
+    assert ring_s(link, 4, moved) == pytest.approx(expected)
+
+
+def table(card: str, name: str) -> dict[str, np.ndarray]:
+    read = pq.read_table(SHIPPED / card / f"{name}.parquet")
+    return {column: np.array(read[column].to_pylist()) for column in read.column_names}
+
+
+@pytest.mark.parametrize(
+    ("card", "folder", "cards"), [("h100", "h100_sxm", 4), ("l40s", "l40s", 4), ("l40s", "l40s", 2)]
+)
+def test_all_reduces_are_the_measured_ones_of_the_kernel_that_vllm_takes(card: str, folder: str, cards: int) -> None:
+    """Its own kernel up to 8 MiB between cards that see each other, or two; NCCL's above and elsewhere."""
+    device = device_of(f"{cards}x{card}")
+    times = AllReduceTimes(SHIPPED_SOURCES[card], device)
+    own, nccl = table(folder, "custom_allreduce"), table(folder, "nccl")
+    for values in (4096, 1 << 20, 1 << 24):
+        takes_own = 2 * values <= 8 << 20 and (card == "h100" or cards == 2)
+        of = own if takes_own else nccl
+        at = (of["num_gpus"] == cards) & (of["message_size"] == values)
+        assert times.time_s(np.array([2.0 * values]))[0] == pytest.approx(of["latency"][at].item() * 1e-3)
+
+
+def test_measured_products_keep_their_times() -> None:
+    gemm = table("h100_sxm", "gemm")
+    times = LayerTimes(published_model("llama-3.1-8b"), device_of("h100"), SHIPPED_SOURCES["h100"])
+    at = (gemm["gemm_dtype"] == "bfloat16") & (gemm["n"] == 16_384) & (gemm["k"] == 16_384)
+    order = np.argsort(gemm["m"][at])
+    measured_s = gemm["latency"][at][order][: len(times.rows)] * 1e-3
+    ours_s = times.gemm_s(Gemm(16_384, 16_384))
+    assert np.median(ours_s / measured_s) == pytest.approx(1.0, abs=0.02)
+    assert (ours_s <= measured_s * 1.0001).mean() > 0.9  # slower measurements at fewer rows are taken down
+
+
+def test_no_price_is_quicker_than_memory_where_a_kernel_was_timed_in_a_cache() -> None:
+    """An L40S keeps some matrices in its cache: its table shows twice the memory's bandwidth for them."""
+    measured, peak = table("l40s", "gemm"), CARDS["l40s"].bytes_per_s
+    at = (measured["gemm_dtype"] == "bfloat16") & (measured["m"] == 1)
+    n, k = measured["n"][at], measured["k"][at]
+    bytes_per_s = 2 * n * k / (measured["latency"][at] * 1e-3)
+    best = int(np.argmax(bytes_per_s))
+    assert bytes_per_s[best] > 2 * peak
+    times = LayerTimes(published_model("llama-2-7b"), device_of("l40s"), SHIPPED_SOURCES["l40s"])
+    one_row_s = float(times.gemm_s(Gemm(int(n[best]), int(k[best])))[0])
+    assert 2 * n[best] * k[best] / one_row_s <= 0.9 * peak
+
+
+@pytest.mark.parametrize("hardware", ["h100", "4xh100", "l40s", "8xb200", "mi300x", "2xrtx4090", "2xa100-40gb"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-27b", "falcon-40b", "opt-66b"])
+def test_prices_are_above_their_floors(model: str, hardware: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked(find_profile(model, hardware)) == 0, capsys.readouterr().out
+
+
+def test_more_cards_are_quicker_but_not_as_many_times() -> None:
+    one, four = (find_profile("llama-3.1-8b", name).layer_tables[0].dense for name in ("h100", "4xh100"))
+    assert (four.time_s < one.time_s).all()
+    assert (4 * four.time_s > one.time_s).all()
+    group, card = find_profile("llama-3.1-8b", "4xh100"), find_profile("llama-3.1-8b", "h100")
+    assert group.load_time_s(10**9) == pytest.approx(card.load_time_s(10**9) / 4)
+    assert group.hardware.hbm_bytes == 4 * card.hardware.hbm_bytes
+
+
+def test_a_profile_in_the_folder_comes_first() -> None:
+    assert find_profile("opt-6.7b", "a100-40gb") == load_profile("opt-6.7b@a100-40gb", PROFILES_FOLDER)
+    made = find_profile("opt-13b", "a100-40gb")
+    assert made.hardware == HARDWARE["a100-40gb"]
+    assert "vLLM 0.14.0" in str(made.provenance.details["times_from"])
+    assert "data sheet" in str(find_profile("opt-13b", "a10").provenance.details["times_from"])
+
+
+def test_a_study_takes_groups_by_either_setting() -> None:
+    words = ["own", "models=[llama-3.1-8b]", "exits.source=none", "workload.n_requests=20"]
+    first = build(study_config(*words, "hardware=4xh100"), 0).models["llama-3.1-8b"].profile
+    second = build(study_config(*words, "hardware=h100", "server.tensor_parallel=4"), 0).models["llama-3.1-8b"].profile
+    assert first.layer_tables == second.layer_tables
+    assert first.hardware == second.hardware
+    with pytest.raises(UserError, match="give one of the two"):
+        study_config(*words, "hardware=4xh100", "server.tensor_parallel=4")
+    with pytest.raises(UserError, match="1, 2, 4 or 8"):
+        study_config(*words, "server.tensor_parallel=3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["list"], 0, "llama-3.3-70b"), (["show", "llama-3.3-70b", "4xh100"], 0, "left for K and V"),
+        (["show", "llama-3.3-70b", "h100"], 0, "too little"), (["check", "qwen3-8b", "l4"], 0, "above its floor"),
+        (["show", "llama-3.3-70b"], 1, "list | show MODEL HARDWARE"), ([], 1, "list | show MODEL HARDWARE"),
+        (["build", "model=opt-1.3b", "hardware=h100-80gb", "tensor_parallel=4"], 1, "needs no profile of its own"),
+    ],
+)  # fmt: skip
+def test_the_command(arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == status
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+
+
+def test_the_smaller_vocabulary_of_a_shard_covers_all_words() -> None:
+    model = replace(published_model("llama-3.1-8b"), vocab_size=1001)
+    assert 4 * shard(model, 4).vocab_size >= 1001
