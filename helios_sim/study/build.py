@@ -23,7 +23,7 @@ from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.spec import Runtime, preset
-from helios_sim.profile.store import PROFILES_FOLDER
+from helios_sim.profile.store import load_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.limits import check_times
 from helios_sim.study.schema import Config
@@ -115,8 +115,10 @@ def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objecti
 
 
 def build_profile(config: Config, model: str) -> Profile:
-    folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
-    profile = find_profile(model, config.device, folder)
+    if config.profile_folder is None:
+        profile = find_profile(model, config.device)
+    else:  # who names a folder means its profiles and no others
+        profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder))
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
     return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
