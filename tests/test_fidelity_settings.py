@@ -166,6 +166,7 @@ def test_what_cannot_be_honoured_is_refused(log: Path, name: str, value: object)
         ("model_config", "quantization", "fp8"), ("scheduler_config", "num_lookahead_slots", 4),
         ("scheduler_config", "long_prefill_token_threshold", 100), ("cache_config", "cpu_offload_gb", 4),
         ("offload_config", "uva", {"cpu_offload_gb": 4}), ("scheduler_config", "policy", "sjf"),
+        ("offload_config", "uva", "UVAOffloadConfig(cpu_offload_gb=4)"),
         ("cache_config", "cache_dtype", "turboquant_4bit_nc"),
     ],
 )  # fmt: skip
@@ -300,6 +301,8 @@ RESOLVED = {
                         "is_moe_model": False, "data_parallel_rpc_port": 29550},
     "compilation_config": {"mode": 3, "cudagraph_mode": [2, 1], "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
                            "splitting_ops": ["vllm::unified_attention"], "max_cudagraph_capture_size": 16},
+    "offload_config": {"offload_backend": "auto", "uva": "UVAOffloadConfig(cpu_offload_gb=0, cpu_offload_params=set())",
+                       "prefetch": {"offload_group_size": 0, "offload_num_in_group": 1}},
     "device_config": {"device": "cuda"}, "load_config": {"load_format": "auto"}, "quant_config": None,
     "attention_config": {"backend": None, "flash_attn_version": None}, "kernel_config": {"moe_backend": "auto"},
     "observability_config": {"kv_cache_metrics_sample": 0.01}, "instance_id": "ab12c", "optimization_level": 2,

@@ -10,6 +10,7 @@ Names and defaults are those of vLLM's EngineArgs (vllm/engine/arg_utils.py) and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,6 +191,8 @@ _OTHER_NAMES = {
     "cuda_graph_sizes": "cudagraph_capture_sizes", "seed_everything": "seed",
     "compilation_config.use_cudagraph": "use_cudagraph",
 }  # fmt: skip
+# A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
+_OBJECT, _FIELD = re.compile(r"[A-Z]\w*\(.*\)"), re.compile(r"(\w+)=(\d+(?:\.\d+)?)\b")
 _GRAPH_MODES = {
     "0": "none", "1": "piecewise", "2": "full", "[2, 0]": "full_decode_only", "[2, 1]": "full_and_piecewise",
 }  # fmt: skip
@@ -301,6 +304,9 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
         plain = key.replace("-", "_")
         if isinstance(value, Mapping) and (plain in _LEFT or plain == "offload_config" or plain in ("uva", "prefetch")):
             yield from _of_section(f"{place}.{plain}", value)
+            continue
+        if isinstance(value, str) and _OBJECT.fullmatch(value):  # of its fields, those that would be refused
+            yield from (Said(n, f"{place}.{plain}", float(v)) for n, v in _FIELD.findall(value) if n in REFUSED)
             continue
         name = _OTHER_NAMES.get(f"{section}.{plain}", _OTHER_NAMES.get(plain, plain))
         if name == "use_cudagraph":
