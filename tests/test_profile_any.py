@@ -14,6 +14,7 @@ from helios_sim.api import study_config
 from helios_sim.errors import UserError
 from helios_sim.profile.__main__ import checked, main
 from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, published_model
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, ring_s, shard, whole_model
 from helios_sim.profile.families import FAMILIES
 from helios_sim.profile.importers.aiconfigurator import (
@@ -26,7 +27,7 @@ from helios_sim.profile.importers.aiconfigurator import (
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.roofline import Gemm, layer_gemms
 from helios_sim.profile.shapes import shape_of
-from helios_sim.profile.store import PROFILES_FOLDER, load_profile
+from helios_sim.profile.store import PROFILES_FOLDER, load_profile, write_profile
 from helios_sim.study.build import build
 
 LLAMA = {
@@ -116,6 +117,41 @@ def test_a_window_bounds_attention_and_nothing_else() -> None:
     assert np.array_equal(decodes[0][:, near], decodes[1][:, near])
     assert (decodes[0][:, ~near] == decodes[0][:, near][:, -1:]).all()
     assert (windowed.prefill_attention.time_s <= full.prefill_attention.time_s).all()
+
+
+def test_the_floor_of_a_window_counts_pairs_within_it(tmp_path: Path) -> None:
+    """Two layers, of which one looks back over 16 tokens: bytes and operations counted by hand, token by token."""
+    values = {"num_hidden_layers": 2, "sliding_window": 16, "model_type": "gemma2", "max_position_embeddings": 4096}
+    shape, device = shape_of(config_file(tmp_path / "model", **values)), device_of("h100")
+    profile = device_profile(shape.model, device, SHIPPED_SOURCES["h100"], "", windows=shape.windows)
+    model, card = profile.model, profile.hardware
+
+    def floor_s(decodes: int, kv_tokens: int, prompt: int, context: int) -> float:
+        rows = np.array([[decodes]])
+        chunks = (PrefillChunk(prompt, context, 2),) if prompt else ()
+        iteration = Composition((2,), rows, np.array([[kv_tokens]]), rows[:, 0], prefill=chunks)
+        return float(profile.iteration_floor_s(iteration)[0])
+
+    def by_hand(decodes: int, kv_tokens: int, prompt: int, context: int) -> float:
+        head = model.vocab_size * model.d_model
+        n_bytes = 2 * (head + 2 * model.layer_values)
+        operations = 2 * head * decodes + 2 * 2 * (decodes + prompt) * model.layer_values
+        for window in (16, 10**9):
+            kv = min(kv_tokens, decodes * window)
+            pairs = sum(min(context + i, window) for i in range(1, prompt + 1))
+            n_bytes += (kv + min(context, window)) * model.kv_bytes_per_token_layer
+            operations += 4 * model.n_heads * model.head_dim * (kv + pairs)
+        return max(n_bytes / card.hbm_bytes_per_s, operations / card.flops_per_s)
+
+    for case in ((4, 2000, 0, 0), (4, 40, 0, 0), (1, 30, 100, 5), (8, 4096, 300, 500)):
+        assert floor_s(*case) == pytest.approx(by_hand(*case), rel=1e-12)
+
+
+def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
+    profile = find_profile("gemma-2-2b", "h100")
+    write_profile(profile, tmp_path / profile.name)
+    again = load_profile(profile.name, tmp_path)
+    assert [t.window for t in again.layer_tables] == [t.window for t in profile.layer_tables] == [4096, 0]
 
 
 @pytest.mark.parametrize(

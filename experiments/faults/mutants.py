@@ -30,6 +30,7 @@ LOADERS = {
     "gguf_files": "GGUF checkpoints",
     "hub_folders": "checkpoint folders: config, safetensors, index, tokenizer",
     "head_folders": "exit heads",
+    "own_models": "shapes of models (config.json) and cards (YAML), priced",
     "campaign_archives": "archives of calibration campaigns",
 }
 

@@ -103,7 +103,7 @@ def advance(t: Tables, until_ns: int) -> int:
         lay_out(s, r, it, requests, lists, chunks, t.trace, owed, work)
         prices, scalars = t.prices, t.scalars[0]
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
-        it.floor_ns = whole_ns(floor_s(scalars, it, spans, work, chunks))
+        it.floor_ns = whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
         it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
         duration_ns = whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0

@@ -87,6 +87,7 @@ class PriceTables(NamedTuple):
     prefill: PrefillAttention
     mixed: MixedAttention
     unequal: UnequalLengths
+    windows: Numbers  # (C,) how many tokens a layer of the class looks back over; 0: all
 
 
 def whole_ns(seconds: float) -> int:
@@ -194,12 +195,14 @@ def times_s(
         seconds[k] = time_s(t, x, it, spans, class_layers, work, chunks)
 
 
-def floor_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table) -> float:
+def floor_s(
+    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
+) -> float:
     """Roofline floor in seconds that no kernel on this card can beat: max(bytes / bandwidth, operations / peak), where
 
     bytes = weights of each band that runs (K and V projections alone where it only propagates), KV read, LM head for
     each check and for sampling; operations = 2 per weight and row, 4 per query, key and head width in attention.
-    Activations are left out, which keeps it a floor.
+    Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than it looks back.
     """
     head_bytes = x.head_values * x.value_bytes
     n_bytes, operations = head_bytes if it.sampled_tokens else 0, 2 * x.head_values * it.sampled_tokens
@@ -214,18 +217,29 @@ def floor_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table) -> 
             weights = x.layer_values
         elif moved:
             weights = x.kv_values
-        n_bytes += layers * (weights * x.value_bytes + w.kv_tokens * x.kv_bytes)
+        n_bytes += layers * weights * x.value_bytes
         if w.checked_tokens:
             n_bytes += head_bytes
-        operations += layers * (2 * (rows * x.layer_values + moved * x.kv_values) + 4 * x.width * w.kv_tokens)
+        operations += layers * 2 * (rows * x.layer_values + moved * x.kv_values)
         operations += 2 * x.head_values * w.checked_tokens
-    for p in range(it.chunks):
-        chunk = chunks[p]
-        tokens, context = chunk.tokens, chunk.context_tokens
-        pairs = tokens * context + tokens * (tokens + 1) // 2
-        n_bytes += chunk.layers * context * x.kv_bytes
-        operations += chunk.layers * 4 * x.width * pairs
+        for c in range(class_layers.shape[0]):
+            of_class, window = class_layers[c, s], t.windows[c]
+            kv_tokens = w.kv_tokens if window == 0 else min(w.kv_tokens, w.decode_tokens * window)
+            read, pairs = kv_tokens, kv_tokens
+            for p in range(it.chunks):
+                chunk = chunks[p]
+                if chunk.layers >= span.end:
+                    read += chunk.context_tokens if window == 0 else min(chunk.context_tokens, window)
+                    pairs += _pairs(chunk.tokens, chunk.context_tokens, window)
+            n_bytes += of_class * read * x.kv_bytes
+            operations += of_class * 4 * x.width * pairs
     return max(n_bytes / x.hbm_bytes_per_s, operations / x.flops_per_s)
+
+
+def _pairs(tokens: int, context: int, window: int) -> int:
+    """Pairs of query and key of new tokens after a context, each looking back over `window` tokens, 0 for all."""
+    growing = tokens if window == 0 else min(tokens, max(window - context, 0))  # tokens that see all before them
+    return growing * context + growing * (growing + 1) // 2 + (tokens - growing) * window
 
 
 def outside_grid(

@@ -132,9 +132,12 @@ class Pricing:
         return seconds if back is None else seconds[back.ravel()]
 
     def floor_s(self, c: Composition) -> FloatArray:
-        _, scalars = self._read
-        table = self.spans(c.bounds).table(_INTERPRETED)
-        return np.array([floor_s(scalars, it, table, work, c.prefill) for it, work in iterations(c)])
+        tables, scalars = self._read
+        spans = self.spans(c.bounds)
+        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
+        return np.array(
+            [floor_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
+        )
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""
@@ -223,6 +226,7 @@ def _price_tables(
             sizes=np.array([(0, 0, 0, 0) if t is None else t.time_s.shape for t in mixed], np.int64),
         ),
         unequal_lengths(unequal),
+        np.array([tables.window for tables in classes], np.int64),
     )  # fmt: skip
 
 

@@ -184,6 +184,7 @@ def device_roofline(
             prefill_attention=on_grid(
                 CHUNKS, np.concatenate([[0], contexts[1:]]), lambda t, c: prefill_s(t, c, window)
             ),
+            window=window,
         )
 
     kinds = tuple(dict.fromkeys(windows)) or (0,)

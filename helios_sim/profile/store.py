@@ -80,6 +80,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         **{key: getattr(profile, key) for key in _SCALARS},
         "provenance": profile.provenance.to_json(),
         **({"padded_kv": True} if profile.padded_kv else {}),  # this and what follows were added later
+        **({"windows": windows} if any(windows := [tables.window for tables in profile.layer_tables]) else {}),
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
     }
     files.write_together(path, parts, HEADER, f"{files.to_json(header, indent=1)}\n".encode())
@@ -95,6 +96,7 @@ def read_profile(path: Path) -> Profile:
         header = Fields(values, str(path / HEADER), _REBUILD)
         header.ignore(["schema_version"])
         layer_class = header.integers("layer_class", 0, MOST_CLASSES - 1, 10_000)
+        windows = header.integers("windows", 0, 1 << 31, MOST_CLASSES, ())
         rows = _Tables(path / "rows.parquet", _ROWS_COLUMNS, layer_class)
         grids = _Tables(path / "grids.parquet", _GRIDS_COLUMNS, layer_class)
         terms = _Tables(path / TERMS, _TERMS_COLUMNS, layer_class) if (path / TERMS).is_file() else None
@@ -112,6 +114,7 @@ def read_profile(path: Path) -> Profile:
                     prefill_attention=grids.grid("prefill_attention", i),
                     mixed_attention=None if terms is None else terms.mixed(i),
                     unequal_kv=None if terms is None else terms.unequal(i),
+                    window=windows[i] if i < len(windows) else 0,
                 )
                 for i in range(max(layer_class, default=0) + 1)
             ),

@@ -118,8 +118,11 @@ class LayerTables:
     prefill_attention: GridTable
     mixed_attention: MixedTable | None = None  # decodes beside a chunk; None: as decodes alone
     unequal_kv: UnequalTable | None = None  # None: KV lengths enter by their mean
+    window: int = 0  # tokens that it looks back over, which bounds what it must read; 0: all
 
     def check(self, name: str) -> None:
+        if not 0 <= self.window <= MOST_TOKENS:
+            raise UserError(f"{name}.window", self.window, f"from 0 to {MOST_TOKENS}", "correct it")
         self.dense.check(f"{name}.dense")
         self.kv_projection.check(f"{name}.kv_projection")
         self.decode_attention.check(f"{name}.decode_attention")

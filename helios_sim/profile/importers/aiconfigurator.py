@@ -453,6 +453,7 @@ def _layer(model: ModelSpec, times: LayerTimes, window: int) -> LayerTables:
         prefill_attention=GridTable(
             chunks, contexts, np.array([[times.prefill_s(int(t), int(c), window) for c in contexts] for t in chunks])
         ),
+        window=window,
     )  # fmt: skip
 
 
