@@ -236,9 +236,22 @@ def test_what_prefix_caching_served_is_said_where_the_log_has_it(log: Path) -> N
         setup_of(log, {"enable_prefix_caching": False})
 
 
+def test_what_each_request_found_in_the_cache_is_said(log: Path) -> None:
+    rows = read_requests(log)
+    write_requests(log, [{**row, "num_cached_tokens": row["input_toks"] // 2} for row in rows])
+    share = sum(row["input_toks"] // 2 for row in rows) / sum(row["input_toks"] for row in rows)
+    assert any(f"it served {share:.1%} of the prompt tokens" in notice for notice in setup_of(log).notices)
+    with pytest.raises(UserError, match=r"requests\.jsonl: num_cached_tokens.*prefix caching is off"):
+        setup_of(log, {"enable_prefix_caching": False})
+    change_meta(log, {"enable_prefix_caching": True})
+    change_request(log, 4, num_cached_tokens=1000)
+    with pytest.raises(UserError, match=r"line 4.*no more cached than there are"):
+        read_log(log)
+
+
 def test_keys_of_requests_that_are_not_read_are_named(log: Path) -> None:
-    change_request(log, 3, num_cached_tokens=5, lora_name="a")
-    assert "requests.jsonl: not read: lora_name, num_cached_tokens." in set_up(read_log(log), FidelityConfig()).notices
+    change_request(log, 3, lora_name="a", spec_tokens=4)
+    assert "requests.jsonl: not read: lora_name, spec_tokens." in set_up(read_log(log), FidelityConfig()).notices
 
 
 @pytest.mark.slow
@@ -385,6 +398,7 @@ def test_what_the_engine_fell_back_to_counts_and_is_said(log: Path) -> None:
         ({"arrival_time": 2e9}, "request 5.*two clocks"), ({"queued_ts": 1.0}, "request 5.*two clocks"),
         ({"arrival_time": 1e12}, "line 5: arrival_time"), ({"arrival_time": None}, "line 5: arrival_time"),
         ({"scheduled_ts": None}, "line 5: scheduled_ts"), ({"priority": 1}, "line 1: priority"),
+        ({"num_cached_tokens": 1}, "line 1: num_cached_tokens"),
     ],
 )  # fmt: skip
 def test_the_line_that_contradicts_itself_or_others_is_named(log: Path, values: dict, said: str) -> None:

@@ -2,8 +2,8 @@
 
 A folder holds `meta.json`: model, vllm_version, engine_kwargs and, where logged, kv_cache, hardware and
 resolved_config; `requests.jsonl`: one request a line with input_toks, output_toks, queued_ts, scheduled_ts,
-first_token_ts, last_token_ts (one monotonic clock, s), arrival_time (another clock, s) and, where the engine serves by
-it, priority. `workload.csv` (optional): idx, arrival_ns, input_toks, output_toks. `timeseries.csv` (optional): t,
+first_token_ts, last_token_ts (one monotonic clock, s), arrival_time (another clock, s) and, where known, priority and
+num_cached_tokens. `workload.csv` (optional): idx, arrival_ns, input_toks, output_toks. `timeseries.csv` (optional): t,
 running, waiting and others at 1 Hz from a start that is not logged. What is read of each is declared in the tables
 below; what is not, and could matter, is named in `ServingLog.notices`.
 """
@@ -29,11 +29,12 @@ from helios_sim.validate.engine import Engine
 IntColumn = NDArray[np.int64]
 _COUNTS = ("input_toks", "output_toks")
 _TIMES = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
+_CACHED = "num_cached_tokens"  # of a prompt, found in the prefix cache
 _LONG_AGO_S = 4e9  # no clock of seconds shows more, until 2096
 _NUMBERS = {  # by key of a line: whether every line must have it, and its range
     **dict.fromkeys(_COUNTS, (True, 1, LONGEST)), **dict.fromkeys(_TIMES, (True, -_LONG_AGO_S, _LONG_AGO_S)),
     "scheduled_ts": (False, -_LONG_AGO_S, _LONG_AGO_S), "arrival_time": (False, -_LONG_AGO_S, _LONG_AGO_S),
-    "priority": (False, -LONGEST, LONGEST),
+    "priority": (False, -LONGEST, LONGEST), _CACHED: (False, 0, LONGEST),
 }  # fmt: skip
 _OF_NO_MATTER = {  # observations and labels, of which nothing is made
     "requests.jsonl": {"request_id", "finish_reason", "idx", "prompt", "text", "model", "task"},
@@ -84,6 +85,7 @@ class ServingLog:
     prompt_tokens: IntColumn
     output_tokens: IntColumn
     priority: IntColumn | None  # None: the log has none
+    cached_tokens: int | None  # of all prompts, by requests.jsonl; None: not logged
     measured: Times
     series: Series | None
     arrivals_from: str  # which file and column
@@ -91,6 +93,13 @@ class ServingLog:
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
+
+    @property
+    def cached_share(self) -> float | None:
+        """The share of prompt tokens that the prefix cache served; None: not logged."""
+        if self.cached_tokens is not None:
+            return self.cached_tokens / int(self.prompt_tokens.sum())
+        return None if self.series is None else self.series.cached_share
 
     @property
     def version(self) -> tuple[int, ...] | None:
@@ -118,6 +127,10 @@ def read_log(folder: Path) -> ServingLog:
     prompt_tokens = counts["input_toks"][order]
     series, unread = _series(folder, meta, engine, measured, prompt_tokens)
     priorities = [row["priority"] for row in rows if "priority" in row]
+    cached_tokens = sum(row[_CACHED] for row in rows) if _CACHED in rows[0] else None
+    if cached_tokens and engine.value("enable_prefix_caching") is False:
+        told = f"{cached_tokens} in all lines"
+        raise UserError(f"requests.jsonl: {_CACHED}", told, "0: meta.json says that prefix caching is off", _FIX)
     return ServingLog(
         folder=folder,
         meta=meta,
@@ -126,6 +139,7 @@ def read_log(folder: Path) -> ServingLog:
         prompt_tokens=prompt_tokens,
         output_tokens=counts["output_toks"][order],
         priority=np.array(priorities, np.int64)[order] if priorities else None,
+        cached_tokens=cached_tokens,
         measured=measured,
         series=series,
         arrivals_from=arrivals_from,
@@ -208,7 +222,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
         rows.append(row)
     if len(rows) < 4:
         raise UserError(str(path), len(rows), "at least 4 requests", "take a longer log")
-    for key in ("scheduled_ts", "arrival_time", "priority"):  # all of them, or none
+    for key in ("scheduled_ts", "arrival_time", "priority", _CACHED):  # all of them, or none
         having = [row.get(key) is not None for row in rows]
         if any(having) and not all(having):
             number = [n for n, line in enumerate(lines, 1) if line.strip()][having.index(False)]
@@ -223,12 +237,15 @@ def _check_row(where: str, row: dict[str, Any]) -> None:
         if value is None and not needed:
             row.pop(key, None)
             continue
-        whole_number = key in _COUNTS or key == "priority"
+        whole_number = key in _COUNTS or key in ("priority", _CACHED)
         kinds = int if whole_number else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             what = "a whole number" if whole_number else "a number in every line"
             allowed = f"{what}, from {low:.16g} to {high:.16g}"
             raise UserError(f"{where}: {key}", shortened(value), allowed, "correct the line")
+    if row.get(_CACHED, 0) > row["input_toks"]:
+        told = f"{_CACHED} {row[_CACHED]}, input_toks {row['input_toks']}"
+        raise UserError(where, told, "no more cached than there are", "correct the line")
     known = [key for key in _TIMES if key in row]
     for before, after in pairwise(known):
         if row[after] < row[before]:

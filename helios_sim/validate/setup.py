@@ -357,6 +357,6 @@ def _of_types(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
 def _of_prefixes(log: ServingLog, caching: bool) -> list[str]:
     if not caching:
         return ["Prefix caching was off: prompts share nothing, and a preempted request is computed anew."]
-    share = None if log.series is None else log.series.cached_share
+    share = log.cached_share
     worth = "how much that is, the log does not say" if share is None else f"it served {share:.1%} of the prompt tokens"
     return [f"Prefix caching was on, and prefixes that prompts share are computed anew here: {worth}."]
