@@ -211,6 +211,17 @@ def test_scaling_multiplies_iterations_and_changes_no_load() -> None:
     assert profile.scaled(2.0).load_time_s(10**9) == profile.load_time_s(10**9) == 10**9 / profile.load_bytes_per_s
 
 
+def test_the_host_takes_its_time_for_each_request_of_an_iteration() -> None:
+    """Decodes and chunks count alike; beside a device that is slower, a host that prepares ahead takes no time."""
+    plain, slow = simple_profile(NO_HOST), simple_profile(dataclasses.replace(NO_HOST, host_s_per_request=0.5))
+    decodes = composition((8,), [10], [100], 10)
+    chunks = composition((8,), [10], [100], 10, prefill=(PrefillChunk(16, 0, 8), PrefillChunk(8, 0, 8)))
+    assert time_s(slow, decodes) == time_s(plain, decodes) + 0.5 * 10
+    assert time_s(slow, chunks) == time_s(plain, chunks) + 0.5 * 12
+    ahead = dataclasses.replace(decodes, host_ahead=True)
+    assert time_s(slow, ahead) == time_s(plain, ahead) > 0.5 * 10
+
+
 def test_outside_the_grid_is_flagged_and_the_last_slope_goes_on() -> None:
     profile = simple_profile()
     inside, more_rows = composition((8,), [100], [100_100], 100), composition((8,), [1], [1], 201)

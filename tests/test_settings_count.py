@@ -109,6 +109,7 @@ CASES: dict[str, Case] = {
     "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
     "runtime.preset": Case("eager"),
     **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},
+    "runtime.host_s_per_request": Case(0.001),
     "runtime.launch_s_per_graph": Case(0.001),
     "exits.source": Case("none"),
     "exits.threshold": Case(0.7, experiment="real_models"),

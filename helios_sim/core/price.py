@@ -30,7 +30,8 @@ SCALARS = Kind.of(
         "padded_kv",
     ),
     floats=(
-        "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "gap_s", "prefill_gap_s",
+        "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
+        "prefill_gap_s",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
     ),
 )  # fmt: skip
@@ -156,10 +157,11 @@ def time_s(
                 device_s, layers = 0.0, 0
     if it.sampled_tokens or layers:
         total_s += _group_s(x, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
+    host_s = x.host_overhead_s + x.host_s_per_request * (decodes + it.chunks)
     if it.host_ahead:
-        total_s = max(total_s, _launch_s(x, layers) + x.host_overhead_s)
+        total_s = max(total_s, _launch_s(x, layers) + host_s)
     else:
-        total_s += x.host_overhead_s
+        total_s += host_s
     gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
     return (total_s + gap_s) * x.time_factor
 

@@ -42,7 +42,7 @@ def check_size(config: Config, replicas: int) -> None:
 
 def check_host_costs(config: Config) -> None:
     """UserError for costs of the host and factors at which times would no longer fit."""
-    for name in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s"):
+    for name in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request"):
         value = getattr(config.runtime, name)
         if value is not None and not 0 <= value <= HOST_COSTS_S:
             raise UserError(f"runtime.{name}", value, f"from 0 to {HOST_COSTS_S:g} seconds", "correct it")
