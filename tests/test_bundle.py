@@ -49,7 +49,7 @@ def test_it_runs_where_there_is_nothing_but_the_host_s_packages(tmp_path, monkey
     host = {"PYTHONPATH": sysconfig.get_paths()["purelib"], "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **NO_INDEX}
     command = [
         "+campaign=rehearsal",
-        "budget_s=1.5",
+        "budget_s=15",  # from the start of the process, which loads torch
         "models=[tiny-opt-1.3b,tiny-opt-6.7b,tiny-smollm2-135m]",
         "out=out",
     ]
