@@ -266,7 +266,7 @@ class Fields:
     def refuse_rest(self, why: str) -> None:
         """Raise an error for the first key with the prefix that was neither read nor ignored."""
         for name, value in self._values.items():
-            if name.startswith(self._prefix) and name not in self._read:
+            if str(name).startswith(self._prefix) and name not in self._read:
                 raise self._error(f"{name} of {self._where}", shortened(value), why, self._fix)
 
     def wrong(self, name: str, value: object, allowed: str) -> UserError:

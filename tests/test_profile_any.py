@@ -29,6 +29,7 @@ from helios_sim.profile.roofline import Gemm, layer_gemms
 from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile, write_profile
 from helios_sim.study.build import build
+from helios_sim.vary.settings import with_settings
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 8,
@@ -100,7 +101,7 @@ def test_windows_of_gemma_and_of_a_config(tmp_path: Path) -> None:
     assert shape_of("gemma-2-9b").windows[:4] == (4096, 0, 4096, 0)
     assert shape_of("gemma-3-4b").windows[:7] == (1024,) * 5 + (0, 1024)
     kinds = ["sliding_attention", "full_attention"] * 2
-    own = config_file(tmp_path / "own", model_type="gemma2", sliding_window=64, layer_types=kinds)
+    own = config_file(tmp_path / "own", model_type="gemma2", head_dim=32, sliding_window=64, layer_types=kinds)
     assert shape_of(own).windows == (64, 0, 64, 0)
     off = config_file(tmp_path / "off", model_type="qwen2", sliding_window=64, use_sliding_window=False)
     assert shape_of(off).windows == ()
@@ -122,6 +123,7 @@ def test_a_window_bounds_attention_and_nothing_else() -> None:
 def test_the_floor_of_a_window_counts_pairs_within_it(tmp_path: Path) -> None:
     """Two layers, of which one looks back over 16 tokens: bytes and operations counted by hand, token by token."""
     values = {"num_hidden_layers": 2, "sliding_window": 16, "model_type": "gemma2", "max_position_embeddings": 4096}
+    values["head_dim"] = 32
     shape, device = shape_of(config_file(tmp_path / "model", **values)), device_of("h100")
     profile = device_profile(shape.model, device, SHIPPED_SOURCES["h100"], "", windows=shape.windows)
     model, card = profile.model, profile.hardware
@@ -162,6 +164,13 @@ def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
         ({"num_attention_heads": 7}, "multiple of its 7 heads"), ({"hidden_size": "many"}, "whole number"),
         ({"num_key_value_heads": 3}, "divisor of n_heads"), ({"num_hidden_layers": 10**9}, "whole number from 1"),
         ({"layer_types": ["full_attention"], "sliding_window": 8}, "one for each of 4 layers"),
+        ({"layer_types": ["linear_attention"] * 4}, "full_attention, sliding_attention"),
+        ({"text_config": {**LLAMA, "quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"is_encoder_decoder": True}, "an encoder"), ({"tie_word_embeddings": "false"}, "true or false"),
+        ({"model_type": "opt", "word_embed_proj_dim": 128}, "the model's width, 256"),
+        ({"max_position_embeddings": 15}, "at least 16 tokens"), ({"max_position_embeddings": None}, "must be there"),
+        ({"intermediate_size": None}, "must be there"), ({"model_type": "qwen3"}, "head_dim"),
+        ({"model_type": "gemma2", "head_dim": 32}, "sliding_window"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_priced_is_refused_by_its_key(
@@ -171,11 +180,41 @@ def test_a_config_that_is_not_priced_is_refused_by_its_key(
         shape_of(config_file(tmp_path / "model", **values))
 
 
+def test_what_a_config_leaves_out_is_what_its_family_means(tmp_path: Path) -> None:
+    """Transformers writes no tie_word_embeddings where it is true, and windows of Qwen only count where asked for."""
+    assert shape_of(config_file(tmp_path / "tied", model_type="smollm3")).model.tied_embeddings
+    assert not shape_of(config_file(tmp_path / "not", model_type="qwen2")).model.tied_embeddings
+    assert shape_of(config_file(tmp_path / "unasked", model_type="qwen2", sliding_window=64)).windows == ()
+    asked = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
+    assert shape_of(config_file(tmp_path / "asked", model_type="qwen2", **asked)).windows == (0, 0, 0, 64)
+    inner = config_file(tmp_path / "sees", text_config=dict(LLAMA), vision_config={"hidden_size": 64})
+    assert "text model alone" in shape_of(inner).source
+    assert shape_of("mistralai/Mistral-7B-Instruct-v0.2").windows == ()  # v0.1 has them
+
+
+@pytest.mark.parametrize(
+    ("names", "hardware"),
+    [
+        (("opt-6.7b", "facebook/opt-6.7b", "OPT-6.7B"), ("h100-80gb", "H100-80GB", " h100-80gb")),
+        (("qwen2.5-7b", "Qwen/Qwen2.5-7B", "QWEN2.5-7b"), ("4xh100", "4XH100", "4 x NVIDIA H100 80GB HBM3", "04xh100")),
+    ],
+)  # fmt: skip
+def test_how_a_name_is_written_changes_nothing(names: tuple[str, ...], hardware: tuple[str, ...]) -> None:
+    profiles = [find_profile(model, card) for model in names for card in hardware]
+    for profile in profiles:
+        assert (profile.name, profile.model, profile.hardware) == (
+            profiles[0].name, profiles[0].model, profiles[0].hardware,
+        )  # fmt: skip
+        assert np.array_equal(profile.layer_tables[0].dense.time_s, profiles[0].layer_tables[0].dense.time_s)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("mistralai/Mixtral-8x7B-v0.1", "mixtures of experts"), ("deepseek-ai/DeepSeek-V3", "mixtures of experts"),
-        ("llama-9b", "did you mean llama-"), ("./none.gguf", "config.json"), ("/nowhere/config.json", "no file"),
+        ("llama-9b", "did you mean llama-"), ("a" * 5000, "published shapes"), ("", "published shapes"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "published shapes"), ("llama-3-8b\0", "published shapes"),
+        ("./none.gguf", "config.json"), ("/nowhere/config.json", "no file"),
     ],
 )  # fmt: skip
 def test_an_unknown_model_gets_one_message(name: str, said: str) -> None:
@@ -204,12 +243,64 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
     assert device.whole.flops_per_s == 240e12
     assert (device.link.bytes_per_s, device.link.latency_s) == (32e9, 5e-6)
     assert device.whole.tdp_w is None
-    path.write_text(path.read_text() + "color: red\n")
+    path.write_text(path.read_text().replace("mine", "h100"))
+    named = find_profile("llama-3-8b", str(path))
+    assert named.provenance.details["times_from"].startswith("its data sheet")  # whatever its name, it is not measured
+    path.write_text(path.read_text().replace("tflops: 120", "tflops: 60"))
+    rows = [find_profile("llama-3-8b", str(path)).layer_tables[0].dense.time_s, named.layer_tables[0].dense.time_s]
+    assert rows[0][-1] > 1.5 * rows[1][-1]  # the file is read again
+    path.write_text(path.read_text() + "tflops: 70\n")
+    with pytest.raises(UserError, match="twice"):
+        device_of(str(path))
+    path.write_text("1: 2\nname: mine\nhbm_gib: 24\nhbm_gb_per_s: 700\ntflops: 120\n")
+    with pytest.raises(UserError, match="only name, hbm_gib"):
+        device_of(str(path))
+    path.write_text("name: mine\nhbm_gib: 24\nhbm_gb_per_s: 700\ntflops: 120\ncolor: red\n")
     with pytest.raises(UserError, match="color"):
         device_of(str(path))
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="mapping"):
         device_of(str(path))
+
+
+def test_a_changed_config_or_card_is_another_input_of_a_study(tmp_path: Path, monkeypatch) -> None:
+    """So that a resumed run starts anew: whatever the path begins with, and for a kind's own group of cards."""
+    from helios_sim.study.inputs import made_of
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    card = tmp_path / "2 boxes.yaml"
+    card.write_text("name: mine\nhbm_gib: 24\nhbm_gb_per_s: 700\ntflops: 120\n")
+    configs = [Path(config_file(tmp_path / name)) / "config.json" for name in ("7b next", "other")]
+    kind = {"hardware": "~/2 boxes.yaml", "server": {"tensor_parallel": 2}, "models": ["./other"]}
+    for changes in (
+        {"hardware": "2x~/2 boxes.yaml", "models": ["7b next", "other"]},
+        {"hardware": "~/2 boxes.yaml", "server.tensor_parallel": 2, "models": ["7b next", "other/config.json"]},
+        {"hardware": "~/2 boxes.yaml", "models": ["7b next", "other"], "cluster.kinds": {"a": {}, "b": kind}},
+    ):
+        config = with_settings(study_config("own"), {**changes, "exits.source": "none"})
+        before = made_of(config)
+        for file in (card, *configs):
+            kept = file.read_text()
+            file.write_text(kept + " ")
+            changed = made_of(config)
+            assert set(changed) == set(before)
+            assert changed != before, file
+            file.write_text(kept)
+    wide = {"new": {"hardware": "h100-80gb", "server": {"tensor_parallel": 2}}}
+    of_a_group = made_of(with_settings(study_config("own"), {"cluster.kinds": wide}))
+    assert not any(name.startswith("profile") for name in of_a_group)
+    alias = made_of(with_settings(study_config("own"), {"models": ["facebook/opt-1.3b"]}))
+    assert "profile facebook/opt-1.3b@a100-40gb" in alias
+
+
+def test_two_models_whose_paths_end_alike_are_two_inputs(tmp_path: Path) -> None:
+    from helios_sim.study.fleet import build_fleet
+    from helios_sim.study.jobs import inputs_of
+
+    models = [config_file(tmp_path / name / "model") for name in ("a", "b")]
+    config = with_settings(study_config("own"), {"models": models, "hardware": "l4", "exits.source": "none"})
+    assert [f"profile {model}@l4" in inputs_of(build_fleet(config, 0)) for model in models] == [True, True]
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

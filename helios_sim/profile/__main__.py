@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         if command == "list" and not rest:
             listed()
         elif command in ("show", "check") and len(rest) == 2:
-            profile = find_profile(*rest)
+            profile = find_profile(rest[0], rest[1])
             if command == "show":
                 shown(profile)
             else:

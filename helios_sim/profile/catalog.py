@@ -111,7 +111,9 @@ SHAPES: dict[str, _Shape] = {
 }
 _VARIANTS = re.compile(r"-(1m|instruct|thinking|chat|hf|it|pt|base|coder|math|24\d\d|25\d\d)(?=-|$)")
 
-_EXPERTS = re.compile(r"mixtral|moe|deepseek-(v|r1)|-a\d+b|gpt-oss|kimi|minimax|grok|dbrx|llama-4|scout|maverick")
+_EXPERTS = re.compile(
+    r"mixtral|moe|deepseek-(v|r1(?!-distill))|-a\d+b|gpt-oss|kimi|minimax|grok|dbrx|llama-4|scout|maverick"
+)
 
 # Models with another context than others of their shape: max_position_embeddings of their configs.
 _CONTEXTS = (
@@ -169,6 +171,8 @@ CARDS: dict[str, Card] = {
     "a10": Card(23_028 * MIB, 0.600e12, 125.0e12, 150.0, PCIE_LINK, "NVIDIA A10 data sheet"),
     "a10040gb": Card(40_960 * MIB, 1.555e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 40 GB"),
     "a10080gb": Card(81_920 * MIB, 2.039e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 80 GB"),
+    "a100pcie40gb": Card(40_960 * MIB, 1.555e12, 312e12, 250.0, PCIE_LINK, "NVIDIA A100 data sheet, PCIe 40 GB"),
+    "a100pcie80gb": Card(81_920 * MIB, 1.935e12, 312e12, 300.0, PCIE_LINK, "NVIDIA A100 data sheet, PCIe 80 GB"),
     "h100pcie": Card(81_559 * MIB, 2.0e12, 756e12, 350.0, PCIE_LINK, "NVIDIA H100 data sheet, PCIe", PCIE_5),
     "h100": Card(81_559 * MIB, 3.35e12, 989e12, 700.0, NVLINK_4, "NVIDIA H100 data sheet, SXM5", PCIE_5),
     "h200": Card(143_771 * MIB, 4.8e12, 989e12, 700.0, NVLINK_4, "NVIDIA H200 data sheet", PCIE_5),
@@ -182,19 +186,21 @@ CARDS: dict[str, Card] = {
     "mi300x": Card(196_592 * MIB, 5.3e12, 1307e12, 750.0, XGMI, "AMD Instinct MI300X data sheet", PCIE_5),
 }  # fmt: skip
 _OTHER_NAMES = {
-    "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a10080gb", "a100pcie": "a10080gb", "a100pcie80gb": "a10080gb",
-    "a100pcie40gb": "a10040gb", "h10080gb": "h100", "h200141gb": "h200", "rtxpro6000blackwell": "rtxpro6000",
+    "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a10080gb", "a100pcie": "a100pcie80gb",
+    "a10080gbpcie": "a100pcie80gb", "a10040gbpcie": "a100pcie40gb", "h10080gb": "h100",
+    "h200141gb": "h200", "rtxpro6000blackwell": "rtxpro6000",
 }  # fmt: skip
 
 
 def published_model(name: str, key: str = "model") -> ModelSpec:
     """The shape of a model by its name on Hugging Face. UserError where it is not known."""
-    shape = SHAPES.get(name) or SHAPES.get(_plain_model(name))
+    shape = SHAPES.get(name) or SHAPES.get(plain_model(name))
     if shape is None:
         if _EXPERTS.search(name.lower()):
             raise UserError(key, name, "a dense model: mixtures of experts are not modelled", "choose a dense model")
-        near = get_close_matches(_plain_model(name), SHAPES, 3, 0.5)
-        fix = f"{f'did you mean {chr(32).join(near)}? Or ' if near else ''}give the path of its config.json"
+        near = get_close_matches(plain_model(name), SHAPES, 3, 0.5)
+        meant = f"did you mean {' or '.join(near)}? Or " if near else ""
+        fix = f"{meant}give the path of its config.json"
         allowed = f"one of the {len(SHAPES)} published shapes that `python -m helios_sim.profile list` shows"
         raise UserError(key, name, allowed, fix)
     family, layers, d_model, heads, kv_heads, head_dim, d_ff, vocabulary, tied, context = shape
@@ -206,7 +212,7 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
         n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=kind.gated_mlp, vocab_size=vocabulary,
         tied_embeddings=tied, max_context_tokens=context, learned_positions=kind.learned_positions, bias=kind.bias,
         weight_bytes_per_value=2, kv_bytes_per_value=2,
-        chars_per_token=CHARS_PER_TOKEN["llama-3" if vocabulary > 100_000 else "llama-2"],
+        chars_per_token=chars_per_token(family, vocabulary),
         other_layer_values=other_values(
             kind, d_model, d_ff, heads, kv_heads, head_dim, further_norms=2 if plain.startswith("falcon-40b") else 0
         ),
@@ -215,7 +221,7 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
 
 def same_shape(one: str, other: str) -> bool:
     """Whether two names on Hugging Face mean models of one shape, whatever their context; by name if one is unknown."""
-    names = [_plain_model(name) for name in (one, other)]
+    names = [plain_model(name) for name in (one, other)]
     shapes = [SHAPES.get(name) for name in names]
     if shapes[0] is None or shapes[1] is None:
         return names[0] == names[1]
@@ -224,9 +230,9 @@ def same_shape(one: str, other: str) -> bool:
 
 def published_windows(name: str, model: ModelSpec) -> tuple[int, ...]:
     """How far each layer of a published model looks back, 0 for all; () where none has a window."""
-    plain = _plain_model(name)
+    plain = plain_model(name)
     window = next((tokens for pattern, tokens in _WINDOWS if re.search(pattern, plain)), None)
-    if window is None:
+    if window is None or re.search(r"^mistral-7b-.*v0\.2$", model.name):  # that one has the shape of v0.1 and no window
         return ()
     family = SHAPES[plain if plain in SHAPES else name][0]
     return windows_of(window, FAMILIES[family].every, model.n_layers)
@@ -252,8 +258,8 @@ def card_key(name: str) -> str | None:
     return plain if plain in CARDS else None
 
 
-def cards_together(name: str, card: Card, number: int) -> HardwareSpec:
-    """A tensor-parallel group as one device: its memory, bandwidth and operations are the cards' sums."""
+def card_spec(name: str, card: Card, number: int = 1) -> HardwareSpec:
+    """A card as a device, or a tensor-parallel group as one: memory, bandwidth, operations and power are sums."""
     return HardwareSpec(
         name=name if number == 1 else f"{number}x{name}",
         hbm_bytes=number * card.total_bytes,
@@ -265,7 +271,7 @@ def cards_together(name: str, card: Card, number: int) -> HardwareSpec:
     )
 
 
-def _plain_model(name: str) -> str:
+def plain_model(name: str) -> str:
     """The name without owner, tuning and date, none of which change a shape."""
     plain = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
     return _VARIANTS.sub("", plain).replace("-v0.2", "-v0.1")
@@ -275,6 +281,13 @@ GIB = 2**30
 
 # Assumed means on English text, listed in each profile's provenance: no tokenizer of these models is at hand.
 CHARS_PER_TOKEN = {"opt": 4.2, "llama-2": 3.8, "llama-3": 4.4}
+
+
+def chars_per_token(family: str, vocabulary: int) -> float:
+    """Of English text, by the tokenizer that the family and the size of its vocabulary suggest."""
+    if family in ("opt", "gpt2"):  # one tokenizer
+        return CHARS_PER_TOKEN["opt"]
+    return CHARS_PER_TOKEN["llama-3" if vocabulary > 100_000 else "llama-2"]
 
 
 def _opt(name: str, n_layers: int, d_model: int, n_heads: int) -> ModelSpec:
@@ -293,7 +306,7 @@ def _llama(
         name=name, family="llama", n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=d_model // n_heads, d_ff=d_ff, gated_mlp=True, vocab_size=vocab_size, tied_embeddings=False,
         max_context_tokens=context, learned_positions=False, bias=False, weight_bytes_per_value=2,
-        kv_bytes_per_value=2, chars_per_token=CHARS_PER_TOKEN["llama-3" if vocab_size > 100_000 else "llama-2"],
+        kv_bytes_per_value=2, chars_per_token=chars_per_token("llama", vocab_size),
     )  # fmt: skip
 
 

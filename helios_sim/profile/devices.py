@@ -1,6 +1,7 @@
 """What a model runs on: one card by name or by a file of one's own, or several that work as one (tensor parallelism).
 
 `h100-80gb` is a card of the catalogue, `card.yaml` one of one's own, `4xh100-80gb` and `4xcard.yaml` a group of four.
+How a name is written (H100, NVIDIA H100 80GB HBM3, 4 x h100) does not change what it means.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import (
@@ -20,16 +20,16 @@ from helios_sim.profile.catalog import (
     HARDWARE,
     LOAD_BYTES_PER_S,
     PCIE_LINK,
-    Card,
     Link,
-    published_card,
+    card_key,
+    card_spec,
 )
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.profile.tables import FloatArray
-from helios_sim.untrusted import Fields, read_text, reading
+from helios_sim.untrusted import Fields, parse_yaml, read_text, reading
 
 DEGREES = (1, 2, 4, 8)  # cards of a group: for which all-reduces were measured
-_GROUP = re.compile(r"(\d+)x(.+)")
+_GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
@@ -45,6 +45,7 @@ class Device:
     link: Link
     load_bytes_per_s: float  # from pinned host memory to one card
     cards: int = 1
+    key: str | None = None  # of the card in `catalog.CARDS`; None: a card of one's own, whatever its name
 
     @property
     def name(self) -> str:
@@ -63,41 +64,46 @@ class Device:
         )  # fmt: skip
 
 
+def group_of(name: str) -> tuple[int, str]:
+    """How many cards the name of hardware means, and the name or the file of each."""
+    grouped = _GROUP.fullmatch(name.strip())
+    return (int(grouped[1]), grouped[2]) if grouped else (1, name.strip())
+
+
+def card_file(card: str) -> Path | None:
+    """The file that describes a card of one's own; None where the name is one of the catalogue."""
+    return Path(card).expanduser() if card.lower().endswith((".yaml", ".yml")) else None
+
+
 def device_of(name: str, key: str = "hardware") -> Device:
     """The device that a setting names. UserError for one that is not known, or a file that is damaged."""
-    grouped = _GROUP.fullmatch(name)
-    degree, card = (int(grouped[1]), grouped[2]) if grouped else (1, name)
+    degree, card = group_of(name)
     if degree not in DEGREES:
         allowed = f"a group of {', '.join(map(str, DEGREES[1:]))} cards: for these all-reduces were measured"
         raise UserError(key, name, allowed, "choose one of these sizes; replicas of groups are server.replicas")
-    device = _own_card(Path(card), key) if card.endswith((".yaml", ".yml")) else _known_card(card, key)
-    return replace(device, cards=degree)
+    path = card_file(card)
+    return replace(_known_card(card, key) if path is None else _own_card(path, key), cards=degree)
 
 
 def _known_card(name: str, key: str) -> Device:
-    card = published_card(name)
-    if name in HARDWARE:
-        assert card is not None
-        return Device(HARDWARE[name], card.link, LOAD_BYTES_PER_S[name])
-    if card is None:
-        near = get_close_matches(name.lower(), (*HARDWARE, *CARDS), 1, 0.6)
+    """A card of the catalogue. One for which profiles are shipped is as they have it, with its idle power."""
+    plain, found = name.lower(), card_key(name)
+    if found is None:
+        near = get_close_matches(plain, (*HARDWARE, *CARDS), 1, 0.6)
         fix = f"did you mean {near[0]}?" if near else "describe it in a file: hardware=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
         raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
-    return Device(_spec(name.lower(), card), card.link, card.load_bytes_per_s)
-
-
-def _spec(name: str, card: Card) -> HardwareSpec:
-    return HardwareSpec(
-        name, card.total_bytes, card.bytes_per_s, card.flops_per_s, card.tdp_w, idle_w=None, source=card.source
-    )
+    card = CARDS[found]
+    if plain in HARDWARE:
+        return Device(HARDWARE[plain], card.link, LOAD_BYTES_PER_S[plain], key=found)
+    return Device(card_spec(found, card), card.link, card.load_bytes_per_s, key=found)
 
 
 def _own_card(path: Path, key: str) -> Device:
     """A card from a YAML file with the keys of `_KEYS`; only the first four must be there."""
     content = read_text(path, 64 << 10, f"set {key} to a file that is there")
     with reading(str(path), "damaged", "a YAML mapping", _FIX):
-        values: Any = yaml.safe_load(content)
+        values: Any = parse_yaml(content)
         if not isinstance(values, dict):
             raise UserError(str(path), type(values).__name__, f"a mapping of {', '.join(_KEYS)}", _FIX)
     fields = Fields(values, str(path), _FIX)

@@ -19,21 +19,27 @@ class Family:
     head_norms: bool = False  # of each q and k head
     wide_norms: bool = False  # of all q and all k heads
     grouped: bool = True  # may have fewer KV heads than heads
+    needs: tuple[str, ...] = ()  # keys that a config must have: without them it means the family's own figures
     every: int = 1  # where layers have a window: of how many layers the last has none; 1: none is without
 
 
 _PLAIN = Family()
+_KV, _HEAD, _WINDOW = "num_key_value_heads", "head_dim", "sliding_window"
+_QWEN_3 = Family(head_norms=True, needs=(_KV, _HEAD))
 FAMILIES = {
-    "llama": _PLAIN, "mistral": _PLAIN, "granite": _PLAIN, "smollm3": _PLAIN, "phi3": _PLAIN, "olmo": _PLAIN,
-    "olmo2": Family(wide_norms=True), "qwen2": Family(qkv_bias=True), "qwen3": Family(head_norms=True),
-    "qwen3_vl_text": Family(head_norms=True), "exaone4": Family(head_norms=True), "gemma": Family(tied=True),
-    "gemma2": Family(tied=True, further_norms=2, every=2), "stablelm": Family(further_norms=2),
-    "gemma3_text": Family(tied=True, further_norms=2, head_norms=True, every=6),
+    "llama": _PLAIN, "mistral": Family(needs=(_KV, _WINDOW)), "granite": _PLAIN, "phi3": _PLAIN, "olmo": _PLAIN,
+    "smollm3": Family(tied=True, needs=(_KV,)), "olmo2": Family(wide_norms=True),
+    "qwen2": Family(qkv_bias=True, needs=(_KV,)), "qwen3": _QWEN_3, "qwen3_vl_text": _QWEN_3,
+    "exaone4": Family(head_norms=True, needs=(_KV, _WINDOW)), "gemma": Family(tied=True, needs=(_KV, _HEAD)),
+    "gemma2": Family(tied=True, further_norms=2, every=2, needs=(_KV, _HEAD, _WINDOW)),
+    "gemma3_text": Family(tied=True, further_norms=2, head_norms=True, every=6, needs=(_KV, _HEAD, _WINDOW)),
+    "stablelm": Family(further_norms=2, needs=(_KV,)),
     "phi": Family(gated_mlp=False, linear_bias=True), "falcon": Family(gated_mlp=False, tied=True),
     "opt": Family(False, True, learned_positions=True, tied=True, grouped=False),
     "gpt2": Family(False, True, learned_positions=True, tied=True, grouped=False),
-    "gpt_neox": Family(False, True, grouped=False), "starcoder2": Family(False, True, tied=True),
+    "gpt_neox": Family(False, True, grouped=False), "starcoder2": Family(False, True, tied=True, needs=(_KV,)),
 }  # fmt: skip
+WINDOW_IF_ASKED = ("qwen2", "qwen3", "qwen3_vl_text", "smollm3")  # families that need use_sliding_window for windows
 
 
 def other_values(

@@ -6,37 +6,51 @@ the package; the card's data sheet. The profile's provenance says which, and so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from helios_sim.profile.catalog import card_key
-from helios_sim.profile.devices import Device, device_of
+from helios_sim.profile.catalog import MODELS, plain_model
+from helios_sim.profile.devices import Device, card_file, device_of, group_of
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES, device_profile
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, FITTED_BAND, device_roofline
-from helios_sim.profile.shapes import Shape, shape_of
+from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
 
 TIMES_FROM = "times_from"  # among a provenance's details, where a profile was made for this run
 
 
-@lru_cache(maxsize=32)
 def find_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Profile:
     """`model` and `hardware` are names, or paths of files, as a study's settings have them.
 
     UserError where one of them is not known, or the group of cards cannot split the model.
     """
-    kept = folder / f"{model}@{hardware}"
-    if "/" not in model + hardware and (kept / HEADER).is_file():
+    kept = kept_profile(model, hardware, folder)
+    if kept is not None:
         return load_profile(kept.name, folder)
-    return built(shape_of(model), device_of(hardware), f"models=[{model}] hardware={hardware}")
+    return _built(shape_of(model), device_of(hardware), f"models=[{model}] hardware={hardware}")
 
 
-def built(shape: Shape, device: Device, command: str) -> Profile:
+def kept_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Path | None:
+    """The folder of the profile that is kept for them, also under another of the model's names; None: one is made."""
+    return next((folder / name for name in _names(model, hardware) if (folder / name / HEADER).is_file()), None)
+
+
+def _names(model: str, hardware: str) -> Iterator[str]:
+    of_hardware = hardware.strip().lower()
+    if "/" not in model + hardware and len(model + hardware) < 200:
+        yield f"{model}@{hardware}"
+    plain = plain_model(model)
+    if plain in MODELS and "/" not in of_hardware and len(of_hardware) < 200 and config_of(model) is None:
+        yield f"{plain}@{of_hardware}"
+
+
+@lru_cache(maxsize=32)
+def _built(shape: Shape, device: Device, command: str) -> Profile:
     """From measured kernels where the card has them, else from its data sheet."""
-    key = card_key(device.card.name)
-    source = SHIPPED_SOURCES.get("" if key is None else key)
+    source = None if device.key is None else SHIPPED_SOURCES.get(device.key)
     if source is None:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
         low, high = FITTED_BAND
@@ -48,8 +62,7 @@ def built(shape: Shape, device: Device, command: str) -> Profile:
     return replace(profile, provenance=provenance)
 
 
-def files_of(name: str) -> list[Path]:
-    """The files behind the name of a model or of hardware; none where it is one of the catalogue."""
-    path = Path(name.split("x", 1)[1] if name[:1].isdigit() and "x" in name else name).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    return [path] if path.suffix in (".json", ".yaml", ".yml") and path.is_file() else []
+def files_of(model: str, hardware: str) -> list[Path]:
+    """The files that say what the model and the hardware are; none for names of the catalogue."""
+    found = (config_of(model) if model else None, card_file(group_of(hardware)[1]))
+    return [path for path in found if path is not None and path.is_file()]

@@ -6,25 +6,31 @@ name: experts, other attention than softmax over K and V, layers that differ in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import CHARS_PER_TOKEN, MODELS, published_model, published_windows
-from helios_sim.profile.families import FAMILIES, Family, other_values, windows_of
+from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
+from helios_sim.profile.families import FAMILIES, WINDOW_IF_ASKED, Family, other_values, windows_of
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, read_json
 
 _FIX = "give the config.json of a dense decoder-only model"
-_MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 28}
+_MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 22}
+_LEAST_CONTEXT = 16  # tokens: below, no prompt was measured
+_FOUR_TIMES = ("gpt2", "falcon")  # families whose MLP is four times as wide as the model where a config does not say
+_LOOKS_BACK = {"full_attention": False, "sliding_attention": True}  # kinds of layers: whether within a window
 
-
+_TIED = "tie_word_embeddings"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
 _OTHER_ATTENTION = {
     "kv_lora_rank": "latent attention (MLA)", "linear_num_value_heads": "linear attention",
     "ssm_cfg": "state-space layers", "mamba_d_state": "state-space layers", "block_types": "recurrent layers",
     "attn_layer_indices": "layers without attention", "num_encoder_layers": "an encoder",
+    "is_encoder_decoder": "an encoder",
 }  # fmt: skip
 
 
@@ -37,69 +43,95 @@ class Shape:
     windows: tuple[int, ...] = ()
 
 
+def config_of(name: str) -> Path | None:
+    """The config.json that the name of a model means, if it is a path of one or of a folder; else None."""
+    path = Path(name).expanduser()
+    if path.name.endswith(".json"):
+        return path
+    with suppress(OSError, ValueError):  # longer than a path may be, or with characters that none may have
+        return path / "config.json" if path.is_dir() else None
+    return None
+
+
 def shape_of(name: str, key: str = "models") -> Shape:
     """The shape of the model that a setting names. UserError where it is not known or cannot be read."""
-    path = Path(name).expanduser()
-    if path.name.endswith(".json") or path.is_dir():
-        return _of_config(path / "config.json" if path.is_dir() else path)
-    if name in MODELS:
-        return Shape(MODELS[name], "the catalogue's shape")
-    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+    path = config_of(name) if name else None
+    if path is not None:
+        return _of_config(path)
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise UserError(key, name, "a name of the catalogue, a config.json or a folder that holds one", _FIX)
+    plain = plain_model(name)
+    if plain in MODELS:
+        return Shape(MODELS[plain], "the catalogue's shape")
     model = published_model(name, key)
     return Shape(model, "the shape that its config.json on Hugging Face has", published_windows(name, model))
 
 
 def _of_config(path: Path) -> Shape:
-    values = read_json(path, _FIX)
-    how = values.get("quantization_config") or values.get("compression_config")
-    if how is not None:
-        name = how.get("quant_method") if isinstance(how, dict) else how
-        allowed = "weights in bf16: quantized ones are not priced"
-        raise UserError(f"quantization_config of {path}", name, allowed, "give the config of the unquantized model")
-    if (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
-        allowed = "a folder without hf_quant_config.json: quantized weights are not priced"
-        raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
-    inner = values.get("text_config")
-    if isinstance(inner, dict):
-        values = {**inner, "tie_word_embeddings": inner.get("tie_word_embeddings", values.get("tie_word_embeddings"))}
+    whole = read_json(path, _FIX)
+    inner = whole.get("text_config")
+    has_more = isinstance(inner, dict)
+    values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
+    _refuse_others(path, whole, values)
     kind = str(values.get("model_type"))
-    for experts in _EXPERTS:
-        if values.get(experts) not in (None, 0, 1):
-            allowed = "a dense model: mixtures of experts are not modelled"
-            raise UserError(f"{experts} of {path}", values[experts], allowed, "choose a dense model")
-    for name, what in _OTHER_ATTENTION.items():
-        if values.get(name) is not None:
-            raise UserError(f"{name} of {path}", "set", f"softmax attention in all layers, not {what}", _FIX)
     family = FAMILIES.get(kind)
     if family is None:
         raise UserError(f"model_type of {path}", kind, f"one of {', '.join(FAMILIES)}", _FIX)
     fields = Fields(values, str(path), _FIX)
+    for name in family.needs:
+        if name not in values:
+            raise fields.wrong(name, None, f"a value: models of {kind} differ in it")
     sizes = _Sizes(fields)
-    d_model, heads = sizes.one("hidden_size", "n_embd", most="width"), sizes.one(
-        "num_attention_heads", "n_head", most="heads"
-    )
+    d_model = sizes.one("hidden_size", "n_embd", most="width")
+    heads = sizes.one("num_attention_heads", "n_head", most="heads")
     layers = sizes.one("num_hidden_layers", "n_layer", most="layers")
     kv_heads = _kv_heads(kind, family, fields, heads)
     head_dim = sizes.maybe("head_dim", most="heads") or d_model // heads
     if not fields.has("head_dim") and d_model % heads:
         raise UserError(f"hidden_size of {path}", d_model, f"a multiple of its {heads} heads", _FIX)
-    d_ff = sizes.maybe("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", most="ff") or 4 * d_model
+    if fields.integer("word_embed_proj_dim", 1, _MOST["width"], d_model) != d_model:
+        raise fields.wrong("word_embed_proj_dim", values["word_embed_proj_dim"], f"the model's width, {d_model}")
+    widths = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    d_ff = sizes.maybe(*widths, most="ff") if kind in _FOUR_TIMES else sizes.one(*widths, most="ff")
     words = sizes.one("vocab_size", most="words")
-    context = sizes.maybe("max_position_embeddings", "n_positions", "seq_length", most="tokens") or 2048
+    contexts = ("max_position_embeddings", "n_positions", "seq_length")
+    context = 2048 if kind == "falcon" and not any(map(fields.has, contexts)) else sizes.one(*contexts, most="tokens")
+    if context < _LEAST_CONTEXT:
+        raise UserError(f"context of {path}", context, f"at least {_LEAST_CONTEXT} tokens", _FIX)
     model = ModelSpec(
         name=_name(path), family=kind.removesuffix("_text"), n_layers=layers, d_model=d_model, n_heads=heads,
-        n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, gated_mlp=family.gated_mlp, vocab_size=words,
-        tied_embeddings=bool(fields.value("tie_word_embeddings", family.tied)), max_context_tokens=context,
+        n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff or 4 * d_model, gated_mlp=family.gated_mlp,
+        vocab_size=words, tied_embeddings=fields.flag(_TIED, family.tied), max_context_tokens=context,
         learned_positions=family.learned_positions, bias=family.bias, weight_bytes_per_value=2, kv_bytes_per_value=2,
-        chars_per_token=CHARS_PER_TOKEN["llama-3" if words > 100_000 else "llama-2"],
+        chars_per_token=chars_per_token(kind, words),
         other_layer_values=other_values(
-            family, d_model, d_ff, heads, kv_heads, head_dim,
-            qkv_bias=bool(fields.value("attention_bias", False)),
-            further_norms=2 if kind == "falcon" and fields.value("new_decoder_architecture", False) else 0,
+            family, d_model, d_ff or 4 * d_model, heads, kv_heads, head_dim,
+            qkv_bias=fields.flag("attention_bias", False),
+            further_norms=2 if kind == "falcon" and fields.flag("new_decoder_architecture", False) else 0,
         ),
     )  # fmt: skip
-    return Shape(model, str(path), _windows(fields, kind, layers))
+    source = f"{path}, its text model alone, without what reads images or sound" if has_more else str(path)
+    return Shape(model, source, _windows(fields, kind, layers))
+
+
+def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise UserError for what the cost model does not know. `values`: those of the text model within the `whole`."""
+    for part in (whole, values):
+        how = part.get("quantization_config") or part.get("compression_config")
+        if how is not None:
+            name = how.get("quant_method") if isinstance(how, dict) else how
+            allowed = "weights in bf16: quantized ones are not priced"
+            raise UserError(f"quantization_config of {path}", name, allowed, "give the config of the unquantized model")
+    if (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
+        allowed = "a folder without hf_quant_config.json: quantized weights are not priced"
+        raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
+    for experts in _EXPERTS:
+        if values.get(experts) not in (None, 0, 1):
+            allowed = "a dense model: mixtures of experts are not modelled"
+            raise UserError(f"{experts} of {path}", values[experts], allowed, "choose a dense model")
+    for name, what in _OTHER_ATTENTION.items():
+        if values.get(name) not in (None, False):
+            raise UserError(f"{name} of {path}", "set", f"softmax attention in all layers, not {what}", _FIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +155,30 @@ class _Sizes:
 
 def _kv_heads(kind: str, family: Family, fields: Fields, heads: int) -> int:
     if kind == "falcon":  # one for all heads before its new architecture, unless it says otherwise
-        if fields.value("new_decoder_architecture", False):
+        if fields.flag("new_decoder_architecture", False):
             return fields.integer("num_kv_heads", 1, heads, heads)
-        return 1 if fields.value("multi_query", True) else heads
+        return 1 if fields.flag("multi_query", True) else heads
     return fields.integer("num_key_value_heads", 1, heads, heads) if family.grouped else heads
 
 
 def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
     """How far each layer looks back, 0 for all; () where none has a window."""
-    if fields.value("sliding_window", None) is None or fields.value("use_sliding_window", True) is False:
+    kinds: Any = fields.value("layer_types", None)
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise fields.wrong("layer_types", kinds, f"a list with one for each of {layers} layers")
+        for each in kinds:
+            if each not in _LOOKS_BACK:
+                raise fields.wrong("layer_types", each, f"one of {', '.join(_LOOKS_BACK)}")
+    asked = fields.flag("use_sliding_window", kind not in WINDOW_IF_ASKED)
+    if not asked or not fields.has("sliding_window"):
         return ()
     window = fields.integer("sliding_window", 1, _MOST["tokens"])
-    kinds: Any = fields.value("layer_types", None)
-    if isinstance(kinds, list):
-        if len(kinds) != layers:
-            raise fields.wrong("layer_types", len(kinds), f"one for each of {layers} layers")
-        return tuple(window if each == "sliding_attention" else 0 for each in kinds)
+    if kinds is not None:
+        return tuple(window if _LOOKS_BACK[each] else 0 for each in kinds)
+    if kind in WINDOW_IF_ASKED:
+        first = fields.integer("max_window_layers", 0, _MOST["layers"])
+        return tuple(0 if layer < first else window for layer in range(layers))
     every = fields.integer("sliding_window_pattern", 1, 1 << 10, FAMILIES[kind].every)
     return windows_of(window, every, layers)
 

@@ -19,8 +19,7 @@ from helios_sim.contents import digest, digest_of
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
-from helios_sim.profile.resolve import files_of
-from helios_sim.profile.store import PROFILES_FOLDER
+from helios_sim.profile.resolve import files_of, kept_profile
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
 from helios_sim.workload.traces import locate
@@ -43,15 +42,17 @@ def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
-    folder = PROFILES_FOLDER if config.profile_folder is None else Path(config.profile_folder)
     for kind in _kinds(config) or [{}]:
-        for model in kind.get("models", config.models):
-            hardware = str(kind.get("hardware", config.hardware))
-            profile = f"{model}@{hardware if hardware != config.hardware else config.device}"
-            if "/" not in profile:
-                yield f"profile {profile}", folder / profile
-            yield from ((f"file {Path(name).name}", path) for name in (str(model), hardware) for path in files_of(name))
-            source = config.exits.source.replace("{model}", str(model))
+        hardware = config.device_of(kind)
+        for model in map(str, kind.get("models", config.models)):
+            name = f"profile {model}@{hardware}"
+            if config.profile_folder is not None:
+                yield name, Path(config.profile_folder) / f"{model}@{hardware}"
+            elif (kept := kept_profile(model, hardware)) is not None:
+                yield name, kept
+            else:
+                yield from ((f"{path.name} of {model}@{hardware}", path) for path in files_of(model, hardware))
+            source = config.exits.source.replace("{model}", model)
             shipped = SHIPPED_EXITS / f"{model}@{source}"
             yield f"exits of {model}", shipped if (shipped / EXITS_HEADER).is_file() else Path(source)
     for trace in (config.workload.arrivals.trace, config.workload.lengths.trace):

@@ -214,7 +214,7 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
     found: dict[str, Provenance] = {}
     for kind in fleet.kinds:
         for model, data in kind.parts.models.items():
-            found[f"profile {data.profile.name}"] = data.profile.provenance
+            found[f"profile {model}@{data.profile.hardware.name}"] = data.profile.provenance
             found[f"exits of {model}"] = data.trace.trace.provenance
     return found
 

@@ -5,12 +5,13 @@ The classes are mutable and hold only plain types because Hydra fills them; ever
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.core.line import ORDERS
 from helios_sim.errors import UserError, require, require_one_of
+from helios_sim.profile.devices import DEGREES, group_of
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
@@ -104,7 +105,7 @@ class ServerConfig:
         for key in ("max_running_requests", "max_batch_tokens", "block_tokens", "replicas"):
             require(1 <= getattr(self, key) < 2**31, f"server.{key}", getattr(self, key), "from 1 to 2^31 - 1")
         degree, allowed = self.tensor_parallel, "1, 2, 4 or 8: for these all-reduces were measured"
-        require(degree in (1, 2, 4, 8), "server.tensor_parallel", degree, allowed)
+        require(degree in DEGREES, "server.tensor_parallel", degree, allowed)
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         require_one_of("server.order", self.order, ORDERS)
@@ -277,14 +278,19 @@ class Config:
         prompts = self.profile_prompt_time_factor
         require(prompts is None or prompts > 0, "profile_prompt_time_factor", prompts, "null or above 0")
         require_one_of("mode", self.mode, MODES)
-        if self.server.tensor_parallel > 1 and re.match(r"\d+x", self.hardware):
+        if self.server.tensor_parallel > 1 and group_of(self.hardware)[1] != self.hardware.strip():
             allowed = f"left out where hardware={self.hardware} says how many cards"
             raise UserError("server.tensor_parallel", self.server.tensor_parallel, allowed, "give one of the two")
 
     @property
     def device(self) -> str:
         """The hardware of one replica, with the number of its cards."""
+        return self.device_of({})
+
+    def device_of(self, kind: Mapping[str, Any]) -> str:
+        """That of a replica of a kind of the cluster."""
+        hardware, server = str(kind.get("hardware", self.hardware)), kind.get("server")
         degree = self.server.tensor_parallel
-        return self.hardware if degree == 1 else f"{degree}x{self.hardware}"
-
-
+        if isinstance(server, Mapping):
+            degree = server.get("tensor_parallel", degree)
+        return hardware if degree == 1 else f"{degree}x{hardware}"

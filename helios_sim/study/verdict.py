@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
-from typing import Any
 
 import numpy as np
 
@@ -164,14 +162,8 @@ def _machines(config: Config) -> str:
     kinds = []
     for name, entry in config.cluster.kinds.items():
         models = ", ".join(entry.get("models", config.models))
-        kinds.append(f"{models} on {entry.get('count', 1)} x {_device_of(entry, config)} ({name})")
+        kinds.append(f"{models} on {entry.get('count', 1)} x {config.device_of(entry)} ({name})")
     return f"{'; '.join(kinds)}; {router}"
-
-
-def _device_of(kind: Mapping[str, Any], config: Config) -> str:
-    server = replace(config.server, **kind.get("server", {}))
-    own: Config = replace(config, hardware=str(kind.get("hardware", config.hardware)), server=server)
-    return own.device
 
 
 def offered_requests_per_s(config: Config) -> float | None:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import CARDS, HARDWARE, LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes
+from helios_sim.profile.catalog import CARDS, HARDWARE, LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes, card_spec
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device, shard, whole_model
 from helios_sim.profile.importers.reading import MS, times
@@ -73,9 +73,7 @@ SOURCES = {"a100-40gb": A100, "a100-80gb": A100, "h100-80gb": H100}
 
 
 def _shipped(folder: str, vllm: str, card: str, head_dims: tuple[int, ...] = (64, 128, 256)) -> KernelSource:
-    at = CARDS[card]
-    spec = HardwareSpec(card, at.total_bytes, at.bytes_per_s, at.flops_per_s, at.tdp_w, None, at.source)
-    return KernelSource(folder, vllm, head_dims, spec, shipped=True)
+    return KernelSource(folder, vllm, head_dims, card_spec(card, CARDS[card]), shipped=True)
 
 
 _SXM_A100 = _shipped("a100_sxm", "0.14.0", "a10080gb", (128,))
@@ -240,7 +238,7 @@ class AllReduceTimes:
             tuple(a[np.argsort(t["message_size"])] for a in (t["message_size"] * BF16_BYTES, t["latency"] * MS))
             for t in tables
         )
-        self._direct = device.cards == 2 or device.link is not PCIE_LINK
+        self._direct = device.cards == 2 or device.link != PCIE_LINK
 
     def time_s(self, n_bytes: FloatArray) -> FloatArray:
         """(K,) seconds."""

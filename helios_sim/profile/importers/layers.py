@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, cards_together
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, card_spec
 from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
 from helios_sim.profile.importers.reading import (
     FloatArray,
@@ -120,7 +120,7 @@ def layer_profile(
     sequences = head["lm_head"][0]
     return Profile(
         model=model,
-        hardware=cards_together(hardware, card, tensor_parallel),
+        hardware=card_spec(hardware, card, tensor_parallel),
         runtime=runtime,
         provenance=_provenance(folder, model, hardware, tensor_parallel, link, layer, repetitions, others),
         layer_tables=(layer,),

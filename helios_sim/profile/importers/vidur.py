@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, cards_together
+from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, card_spec
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.importers.layers import LOAD_BYTES_PER_S, all_reduces_s
 from helios_sim.profile.importers.reading import (
@@ -71,7 +71,7 @@ def vidur_profile(
     )
     return Profile(
         model=model,
-        hardware=cards_together(hardware, card, tensor_parallel),
+        hardware=card_spec(hardware, card, tensor_parallel),
         runtime=runtime,
         provenance=Provenance(
             ProvenanceClass.DERIVED,
