@@ -103,7 +103,7 @@ def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archi
 
 
 def test_what_the_budget_does_not_allow_is_skipped_with_a_reason(tmp_path, monkeypatch, capsys) -> None:
-    said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "budget_s=0.6", "out=out")
+    said = calibrate(monkeypatch, capsys, tmp_path, *FEW, "budget_s=3", "out=out")
     assert said.status == 0, said.err
     found = statuses(said.summary)
     assert found["ceilings"] == "done"
