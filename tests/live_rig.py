@@ -24,8 +24,10 @@ from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Goal, Objective
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Request, RequestBlock, RequestRecord
+from helios_sim.serving.faults import with_faults
 from helios_sim.serving.server import Server
 from helios_sim.simulation import Run, simulate
+from helios_sim.workload.faults import FaultPlan
 from rig import Scripted
 from tiny_models import TEXT, write_tiny
 
@@ -109,6 +111,7 @@ def serve_live(
     threshold: float = 0.5,
     device: str | Device = "cpu",
     kept_answers: int | None = None,
+    faults: FaultPlan | None = None,
     act: Callable[[WallClock, LiveEngine, Server], None] | None = None,
 ) -> Live:
     """`kv_blocks` fit beside the weights of all models. `act` may interfere before the first event.
@@ -142,7 +145,8 @@ def serve_live(
 
     def make_server(env, number, on_left):
         own = Scripted(policy) if isinstance(policy, Deployment) else policy
-        servers.append(Server(env, number, engine, own, situation, on_left))
+        used = engine if faults is None else with_faults(engine, env)
+        servers.append(Server(env, number, used, own, situation, on_left))
         engine.faults = servers[0]
         servers[0].open()
         LAST[:] = [records, servers[0], engine]
@@ -151,7 +155,7 @@ def serve_live(
         env.sync()
         return servers[0]
 
-    run = simulate(make_server, blocks, count, records.append, users=users, env=env)
+    run = simulate(make_server, blocks, count, records.append, users=users, env=env, faults=faults)
     engine.close()
     return Live(sorted(records, key=lambda r: r.request_id), engine, servers[0], run)
 

@@ -17,6 +17,7 @@ from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Completed, Deployment, Drained, KvRule, LoadFailed, Placement
 from helios_sim.serving.server import Server
+from helios_sim.workload.faults import FaultKind, FaultPlan, FaultSpec, Struck
 from live_rig import LAST, LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
 from test_live_residency import Failing
@@ -166,6 +167,80 @@ def test_it_stops_cleanly_where_nothing_can_be_loaded(two: dict[str, LiveModel])
     with pytest.raises(UserError, match="weights that can be loaded"):
         serve_live(two, policy, requests(LENGTHS), N, device=device, act=act, budget_bytes=one_model_bytes(two))
     check_all_have_records()
+
+
+# --- the injector of simulations, around the live engine
+
+S = 1_000_000_000
+
+
+def plan(*specs: FaultSpec, retries: int = 100) -> FaultPlan:
+    return FaultPlan(specs, retries, seed=3)
+
+
+def hits(live: Live, kind: FaultKind) -> list[Struck]:
+    return [fault for fault in live.run.faults or () if fault.hit and fault.kind is kind]
+
+
+@pytest.mark.parametrize("kept_answers", [None, 4])
+@pytest.mark.parametrize("kind", [FaultKind.ITERATION_FAILS, FaultKind.OUT_OF_MEMORY, FaultKind.REPLICA_DIES])
+def test_injected_faults_change_no_answer(
+    two: dict[str, LiveModel], undisturbed: Live, kind: FaultKind, kept_answers: int | None
+) -> None:
+    """Requests start anew, or go on from their text, and come to the same tokens."""
+    spec = FaultSpec(kind, (S // 50,), rate_per_hour=3600 * 4.0, lasts_ns=S // 20)
+    live = serve_live(
+        two, whole("llama"), requests(LENGTHS, S // 100), N, slots=3, faults=plan(spec), kept_answers=kept_answers
+    )
+    assert hits(live, kind)
+    assert [r.status.value for r in live.records] == ["completed"] * N
+    assert [r.arrival_ns for r in live.records] == [i * S // 100 for i in range(N)]
+    for record in live.records[-2:] if kept_answers else live.records:
+        if record.request_id in live.engine.answers:
+            assert live.tokens(record.request_id) == undisturbed.tokens(record.request_id)
+    assert sum(fault.retried for fault in live.run.faults) == (
+        sum(fault.retried for fault in hits(live, kind)) if kind is not FaultKind.OUT_OF_MEMORY else 0
+    )
+    check_empty(live)
+
+
+def test_without_retries_those_who_ran_are_dropped_with_a_reason(two: dict[str, LiveModel]) -> None:
+    spec = FaultSpec(FaultKind.ITERATION_FAILS, tuple(S // 200 * i for i in range(1, 12)))
+    live = serve_live(two, whole("llama"), requests(LENGTHS), N, slots=2, faults=plan(spec, retries=0))
+    assert set(reasons(live).values()) == {"its iteration failed, not sent again"}
+    assert len(reasons(live)) == sum(fault.lost for fault in live.run.faults)
+    check_empty(live)
+
+
+def test_nothing_runs_while_the_replica_is_down(two: dict[str, LiveModel]) -> None:
+    spec = FaultSpec(FaultKind.REPLICA_DIES, (S // 100,), lasts_ns=S // 3)
+    live = serve_live(two, whole("llama"), requests(LENGTHS), N, slots=3, faults=plan(spec))
+    (died,) = hits(live, FaultKind.REPLICA_DIES)
+    tokens_ns = [t for r in live.records for t in (r.scheduled_ns, r.first_token_ns, r.last_token_ns)]
+    assert all(t <= died.time_ns or t >= died.until_ns for t in tokens_ns)
+    assert [r.status.value for r in live.records] == ["completed"] * N
+    check_empty(live)
+
+
+def test_an_injected_load_fault_leaves_what_is_in_force(two: dict[str, LiveModel]) -> None:
+    """The policy is asked, and loads again what then comes late."""
+    policy = Scripted(whole("llama", 4, triggers=(Completed(2),)), [whole("llama"), whole("llama")])
+    specs = (FaultSpec(FaultKind.LOAD_FAILS, (1000,)), FaultSpec(FaultKind.TRANSFER_STALLS, (1000,), lasts_ns=S // 20))
+    live = serve_live(two, policy, requests(LENGTHS), N, slots=2, faults=plan(*specs))
+    assert [r.status.value for r in live.records] == ["completed"] * N
+    assert [type(cause) for cause, _ in policy.asked][:2] == [Completed, LoadFailed]
+    assert hits(live, FaultKind.LOAD_FAILS)
+    assert hits(live, FaultKind.TRANSFER_STALLS)
+    assert {depth for r in live.records for depth in live.depths(r.request_id)} == {4, LAYERS}
+    check_empty(live)
+
+
+def test_a_slow_card_takes_so_much_longer_live(two: dict[str, LiveModel]) -> None:
+    busy_ns = []
+    for faults in (None, plan(FaultSpec(FaultKind.SLOW_CARD, (1,), lasts_ns=100 * S, factor=4.0))):
+        live = serve_live(two, whole("llama"), requests(LENGTHS), N, slots=3, faults=faults)
+        busy_ns.append(live.run.stats.busy_ns / live.run.stats.iterations)
+    assert busy_ns[1] > 2 * busy_ns[0]
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")

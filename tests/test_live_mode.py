@@ -138,6 +138,22 @@ def test_agreement_is_known_when_it_is_scored(command: CommandLine, study: Path)
     assert found["cut"]["bits_per_char"] is None
 
 
+def test_the_same_faults_strike_live_and_simulated(command: CommandLine, study: Path) -> None:
+    faults = (
+        "workload.faults.iteration_fails.at_s=[0.02,0.03,0.04]", "workload.faults.iteration_fails.rate_per_hour=7200",
+        "workload.faults.replica_dies.at_s=[0.05]", "workload.faults.replica_dies.lasts_s=0.2",
+        "workload.faults.retries=50",
+    )  # fmt: skip
+    for mode in ("live", "simulate"):
+        said = command(*arguments(study, f"mode={mode}", *faults), into=mode)
+        assert said.status == 0, said.err
+        arm = said.summary["arms"]["full_depth"]
+        assert arm["metrics"]["requests_completed"] == 12
+        assert arm["metrics"]["availability"] < 1
+        assert arm["faults"]["hits"]["replica_dies"] == 1
+        assert (arm["faults"]["without"] is None) == (mode == "live")
+
+
 def test_a_model_and_a_device_for_short() -> None:
     assert in_full(["+experiment=x", "model=smollm2", "device=cuda:1"]) == [
         "+experiment=x", "models=[smollm2-135m]", "live.device=cuda:1",

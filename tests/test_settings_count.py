@@ -65,7 +65,28 @@ TRACED = {**arrivals("trace", trace="TRACE"), **TRACE}
 BY_TASK = {"server.router": "by_task", "cluster.kinds": {"a": {}, "b": {"server": {"max_running_requests": 1}}}}
 HALVES = {"sharegpt": "a", "cnn_dailymail": "a", "gsm8k": "b", "codexglue": "b", "hellaswag": "b"}
 BUSY = {"workload.arrivals.rate_per_s": 400.0}
+FAULTS = "workload.faults"
+AT_S = {  # when each kind finds something to strike in the arms that are tried
+    "replica_dies": 1.0, "iteration_fails": 1.0, "out_of_memory": 1.0, "load_fails": 0.1, "transfer_stalls": 0.1,
+    "slow_card": 1.0,
+}  # fmt: skip
+
+
+def faults() -> dict[str, Case]:
+    found = {f"{FAULTS}.retries": Case(0, {f"{FAULTS}.replica_dies.at_s": [1.0, 15.0]})}
+    for kind, time_s in AT_S.items():
+        path = f"{FAULTS}.{kind}"
+        found[f"{path}.at_s"] = Case([time_s])
+        found[f"{path}.rate_per_hour"] = Case(7200.0)
+        found[f"{path}.replicas"] = Case([1], {f"{path}.at_s": [time_s], "server.replicas": 2})
+        if kind in ("replica_dies", "transfer_stalls", "slow_card"):
+            found[f"{path}.lasts_s"] = Case(3.0, {f"{path}.at_s": [time_s]})
+    found[f"{FAULTS}.slow_card.factor"] = Case(5.0, {f"{FAULTS}.slow_card.at_s": [1.0]})
+    return found
+
+
 CASES: dict[str, Case] = {
+    **faults(),
     "mode": Case("live", {"server.replicas": 2}),
     "hardware": Case("h100-80gb"),
     "models": Case(["opt-1.3b"], {"policy": {"name": "helios", "arm": "own"}}),

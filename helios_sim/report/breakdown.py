@@ -1,18 +1,20 @@
-"""Figures of an arm that totals hide: by task, by replica, and by what an order of the line prefers."""
+"""Figures of an arm that totals hide: by task, by replica, by what an order of the line prefers, and under faults."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.report.metrics import Metrics
 from helios_sim.report.records import BoolColumn, Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats
+from helios_sim.workload.faults import Struck
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,3 +227,18 @@ def by_prompt_length(replicates: Sequence[Records]) -> list[tuple[str, list[Bool
             rows = [(records.prompt_tokens >= first) & (records.prompt_tokens <= high) for records in replicates]
             groups.append((f"prompts of {first:,} to {high:,} tokens", rows))
     return groups
+
+
+@dataclass(frozen=True, slots=True)
+class FaultFigures:
+    """Of one arm, all replicates together."""
+
+    hits: Mapping[str, int]  # faults by kind that found something to strike
+    missed: int  # faults that found nothing
+    without: Metrics | None  # of the same arm under the same requests without faults; None: it was not run
+
+
+def fault_figures(replicates: Sequence[Sequence[Struck]], without: Metrics | None) -> FaultFigures:
+    faults = [fault for found in replicates for fault in found]
+    hits = Counter(fault.kind.value for fault in faults if fault.hit)
+    return FaultFigures(dict(sorted(hits.items())), sum(not fault.hit for fault in faults), without)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Status
 from helios_sim.serving.stats import GapHistogram, RunStats
+from helios_sim.workload.faults import FaultKind, Struck
 
 
 class Better(StrEnum):
@@ -95,6 +96,10 @@ _OTHERS = (
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
     ("requests_unfinished", "Unfinished", "", "lower", "requests still in the system when the run was stopped"),
+    ("availability", "Availability", "share", "higher", "share of the span in which replicas were up; with faults"),
+    ("requests_retried", "Sent again", "", "lower", "requests that a fault hit and that were sent again, each time"),
+    ("requests_lost", "Lost", "", "lower", "requests that a fault hit and that were dropped, after their retries"),
+    ("wasted_tokens", "Wasted tokens", "", "lower", "output tokens of requests by the time that a fault hit them"),
     ("span_s", "Span", "s", "neither", "first arrival to last completion"),
 )
 
@@ -177,8 +182,9 @@ def compute_metrics(
     power: Power | None = None,
     cards: Sequence[Cards] | None = None,
     transitions: Mapping[int, Sequence[int]] | None = None,
+    faults: Sequence[Struck] | None = None,
 ) -> dict[str, MetricValue]:
-    """All metrics of one run; what is undefined is None.
+    """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike.
 
     `stats` is merged over the replicas. `power` is of the card where there is one replica; `cards` are given where
     there are several. `transitions` are each replica's, in ns; None: those of `stats`, of all replicas.
@@ -231,8 +237,23 @@ def compute_metrics(
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
     metrics["requests_unfinished"] = len(records) - n_done - n_dropped
+    metrics |= _of_faults(records, faults, replicas)
     metrics["span_s"] = span_s
     return metrics
+
+
+def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: int) -> dict[str, MetricValue]:
+    names = ("availability", "requests_retried", "requests_lost", "wasted_tokens")
+    if faults is None:
+        return dict.fromkeys(names)
+    down_ns, ends = 0, records.ends_ns()
+    if ends is not None:
+        down = [fault for fault in faults if fault.hit and fault.kind is FaultKind.REPLICA_DIES]
+        down_ns = sum(max(0, min(fault.until_ns, ends[1]) - max(fault.time_ns, ends[0])) for fault in down)
+    span_ns = None if ends is None else ends[1] - ends[0]
+    up = None if not span_ns else 1 - down_ns / (span_ns * replicas)
+    sums = (sum(f.retried for f in faults), sum(f.lost for f in faults), sum(f.wasted_tokens for f in faults))
+    return dict(zip(names, (up, *sums), strict=True))
 
 
 def summarise(name: str, times_ns: NDArray[np.int64] | NDArray[np.float64]) -> dict[str, MetricValue]:

@@ -14,6 +14,7 @@ from helios_sim.report.cautions import cautions
 from helios_sim.report.compare import Method, Ratio
 from helios_sim.report.decisions import decision_rows
 from helios_sim.report.designs import Design, DesignsResult, design_label, metric_cells, thinned, value_text
+from helios_sim.report.faults import COUNTED, fault_rows, fault_sentences, shown_beside
 from helios_sim.report.figures.style import Drawing, arm_styles, to_svg
 from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
 from helios_sim.report.result import ArmResult, Comparisons, ExperimentResult, headline_metrics
@@ -46,6 +47,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         "answer": ("Answer", True),
         "warnings": ("Read with care", warnings),
         "arms": ("Arms", True),
+        "faults": ("Faults", any(arm.faults is not None for arm in result.arms.values())),
         "waits": ("Who waits", any(arm.waits for arm in result.arms.values())),
         "fidelity": ("Measured beside simulated", result.fidelity),
         "published": ("Published", result.published),
@@ -69,6 +71,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         all_metrics=_all_metrics(result, ratios),
         tasks=_task_rows(result),
         replicas=_replica_rows(result),
+        faults=_faults(result),
         waits=_waits(result),
         compared=_compared(result),
         repeated=result.fidelity is not None and result.fidelity.repeated,
@@ -80,6 +83,16 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         definitions=list(DEFINITIONS.values()),
         notes={"latency": LATENCY_NOTE, "interval": INTERVAL_NOTE, "energy": ENERGY_NOTE},
     )
+
+
+def _faults(result: ExperimentResult) -> dict[str, Any]:
+    """What faults did to each arm, and what it loses to them."""
+    return {
+        "sentences": fault_sentences(result),
+        "counted": [fmt.label(name) for name in COUNTED],
+        "beside": [fmt.label(name) for name in shown_beside(result)],
+        "rows": fault_rows(result),
+    }
 
 
 def _waits(result: ExperimentResult) -> dict[str, Any]:

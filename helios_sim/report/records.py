@@ -157,11 +157,15 @@ class Records:
 
     def span_ns(self) -> int | None:
         """First arrival to last completion; None when nothing was completed or all happened at once."""
+        ends = self.ends_ns()
+        return None if ends is None else ends[1] - ends[0] or None
+
+    def ends_ns(self) -> tuple[int, int] | None:
+        """First arrival and last completion; None when nothing was completed."""
         done = self.completed
         if not done.any():
             return None
-        span = int(self.last_token_ns.values[done].max()) - int(self.arrival_ns.min())
-        return span if span > 0 else None
+        return int(self.arrival_ns.min()), int(self.last_token_ns.values[done].max())
 
     def tables(self, arm: str, seed: int) -> Iterator[pyarrow.Table]:
         """The tables of `to_table` for parts of at most BLOCK_ROWS rows."""

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
-from helios_sim.report.breakdown import ReplicaFigures, TaskFigures, WaitFigures, by_task
+from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.metrics import Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
+from helios_sim.workload.faults import Struck
 
 if TYPE_CHECKING:
     from helios_sim.serving.decider import Decision
@@ -67,6 +68,8 @@ class ArmResult:
     replicas: tuple[ReplicaFigures, ...] = ()
     is_bound: bool = False  # knows what will come, as no policy that one could deploy
     waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
+    faults: FaultFigures | None = None  # None: none were to strike
+    timeline_faults: Sequence[Struck] = ()  # that struck the timeline's replica
 
     @property
     def metrics(self) -> Metrics:

@@ -172,6 +172,8 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
         entry["replicas"] = json_value(arm.replicas)
     if arm.waits:
         entry["waits"] = json_value(arm.waits)
+    if arm.faults is not None:
+        entry["faults"] = json_value(arm.faults)
     return entry
 
 

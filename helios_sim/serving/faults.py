@@ -194,7 +194,9 @@ class Breakdown:
     def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
         self._give_up_iteration()
         self.died_ns, self.back_ns = self._replica.now_ns, back_ns
-        return lose(self._replica, True, again, reason)
+        lost = lose(self._replica, True, again, reason)
+        self._replica.sample()
+        return lost
 
     def runs_at(self, pace: float) -> None:
         cast(FaultyEngine, self._replica.engine).pace = pace

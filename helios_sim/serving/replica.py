@@ -322,6 +322,15 @@ class Replica:
         )  # fmt: skip
         return not rejected
 
+    def sample(self) -> None:
+        """The state now, for pictures: where no iteration ends that would sample it."""
+        kv_bytes = self.used_blocks * self.block_bytes
+        self.timeline.sample(
+            self.now_ns, self.deployment.active.model, self.run_layers, self.running_requests, self.waiting_requests,
+            kv_bytes, self.weight_bytes,
+        )  # fmt: skip
+        self.meet_timeline()
+
     def meet_timeline(self) -> None:
         """The loop samples the state where the timeline would keep the sample."""
         s, rows = self.state, self.timeline.rows

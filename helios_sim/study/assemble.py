@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from helios_sim.provenance import Assumption, Provenance
-from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, waits
+from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, fault_figures, waits
 from helios_sim.report.compare import Ratio, compare
-from helios_sim.report.metrics import MetricValue, Slo, mean_metrics
+from helios_sim.report.metrics import Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
@@ -44,8 +44,11 @@ NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is 
 def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -> ExperimentResult:
     """All jobs of the plan must be among the results, and the plan must have passed `check_study`."""
     config = plan.config
-    arms = {name: _arm(name, jobs, results, config) for name, jobs in plan.headline.jobs.items()}
-    compared = _Compared(results)
+    compared, without = _Compared(results), plan.without_faults
+    arms = {
+        name: _arm(name, jobs, results, config, compared.metrics(without[name]) if name in without else None)
+        for name, jobs in plan.headline.jobs.items()
+    }
     baseline = plan.headline.baseline
     first = results[next(iter(plan.headline.jobs.values()))[0].key]
     slo = Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s)
@@ -130,8 +133,11 @@ class _Compared:
         return [(replicate.records, replicate.metrics) for replicate in self._replicates(arm)]
 
 
-def _arm(name: str, jobs: Sequence[Job], results: Results, study: Config) -> ArmResult:
+def _arm(
+    name: str, jobs: Sequence[Job], results: Results, study: Config, without_faults: Metrics | None
+) -> ArmResult:
     first = results[jobs[0].key]
+    faults = [found for job in jobs if (found := results[job.key].faults) is not None]
     return ArmResult(
         name=name,
         description=_description(jobs[0].arm, study),
@@ -145,6 +151,8 @@ def _arm(name: str, jobs: Sequence[Job], results: Results, study: Config) -> Arm
         baseline=jobs[0].arm.baseline,
         is_bound=jobs[0].arm.policy.kind.is_bound,
         waits=_waits(jobs, [results[job.key].replicate.records for job in jobs]),
+        faults=fault_figures(faults, without_faults) if faults else None,
+        timeline_faults=[fault for fault in first.faults or () if fault.hit and not fault.replica],
     )
 
 

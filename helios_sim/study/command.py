@@ -17,6 +17,7 @@ import helios_sim
 from helios_sim.profile.resolve import TIMES_FROM
 from helios_sim.provenance import command_given
 from helios_sim.report.cautions import losses
+from helios_sim.report.faults import fault_sentences
 from helios_sim.report.format import gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
@@ -54,7 +55,7 @@ def _show(result: ExperimentResult, ratios: Comparisons) -> None:
     for name, source in result.inputs.items():
         if TIMES_FROM in source.details:
             say(f"{name}: times from {source.details[TIMES_FROM]}")
-    for sentence in (*result.verdict, *losses(result), *result.warnings):
+    for sentence in (*result.verdict, *fault_sentences(result), *losses(result), *result.warnings):
         say(sentence)
 
 

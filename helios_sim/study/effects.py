@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from helios_sim.errors import UserError
 from helios_sim.study.modes import LIVE
-from helios_sim.study.schema import Config, LengthConfig
+from helios_sim.study.schema import Config, FaultsConfig, LastingFaultConfig, LengthConfig
+from helios_sim.workload.faults import LOSING
 
 DRIFTS = ("step", "linear", "periodic")
 _Counts = Callable[[Config], bool]
@@ -50,6 +51,11 @@ def _lengths(of: str) -> dict[str, tuple[_Counts, str]]:
     }  # fmt: skip
 
 
+def _fault(kind: str) -> tuple[_Counts, str]:
+    path = f"workload.faults.{kind}"
+    return lambda c: kind in c.workload.faults.strikes, f"only with {path}.at_s or {path}.rate_per_hour"
+
+
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "live": (_is_live, "only with mode=live"),
@@ -84,6 +90,17 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "workload.mix.end": _drift("linear"),
     "workload.mix.period": _drift("periodic"),
     "workload.mix.per": _drift(*DRIFTS),
+    "workload.faults.retries": (
+        lambda c: any(kind in c.workload.faults.strikes for kind in LOSING),
+        f"only where requests are lost: with {' or '.join(f'workload.faults.{kind.value}' for kind in LOSING)}",
+    ),
+    **{f"workload.faults.{kind}.replicas": _fault(kind) for kind in FaultsConfig().by_kind},
+    **{
+        f"workload.faults.{kind}.lasts_s": _fault(kind)
+        for kind, fault in FaultsConfig().by_kind.items()
+        if isinstance(fault, LastingFaultConfig)
+    },
+    "workload.faults.slow_card.factor": _fault("slow_card"),
     "workload.mix.priorities": (lambda c: c.server.order == "priority", "only with server.order=priority"),
     "exits.parameters": (lambda c: c.exits.source == "published", "only with exits.source=published"),
     "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),

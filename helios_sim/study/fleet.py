@@ -26,7 +26,8 @@ from helios_sim.study.build import Parts, build, confidence, objective_of, polic
 from helios_sim.study.inputs import made_of
 from helios_sim.study.limits import check_host_costs, check_size
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
-from helios_sim.study.workload import choose, expected_load, task_names
+from helios_sim.study.workload import build_faults, choose, expected_load, task_names
+from helios_sim.workload.faults import FaultPlan
 
 ALIKE = ""  # the only kind's name where all replicas are alike
 OF_ONE_SERVER = (
@@ -57,6 +58,7 @@ class Kind:
 class Fleet:
     kinds: tuple[Kind, ...]
     routing: Routing
+    faults: FaultPlan | None = None  # None: none are to strike
 
     @property
     def parts(self) -> Parts:
@@ -90,6 +92,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
     """UserError where a setting of the study or of a kind cannot be."""
     router = choose(Router, "server.router", config.server.router)
     plans = _plans(config)
+    faults = build_faults(config.workload.faults, plans[-1].numbers.stop, seed)
     check_size(config, plans[-1].numbers.stop)
     check_host_costs(config)
     if router is not Router.BY_TASK:
@@ -100,7 +103,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         alike: list[Kind] = []
         for plan in plans:
             alike.append(_kind(plan, seed, None, share, alike))
-        return Fleet(tuple(alike), Routing(router, seed))
+        return Fleet(tuple(alike), Routing(router, seed), faults)
     tasks = task_names(config.workload.mix)
     kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
     homes = tuple(
@@ -111,7 +114,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         shares = [1 / len(home) if plan.numbers[0] in home else 0.0 for home in homes]
         own = tuple(task for task, share in zip(tasks, shares, strict=True) if share)
         kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop, kinds))
-    return Fleet(tuple(kinds), Routing(router, seed, homes))
+    return Fleet(tuple(kinds), Routing(router, seed, homes), faults)
 
 
 def _plans(config: Config) -> list[_Plan]:

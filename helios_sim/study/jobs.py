@@ -23,6 +23,8 @@ from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord
 from helios_sim.serving.decider import Decision
+from helios_sim.serving.faults import with_faults
+from helios_sim.serving.iteration import Engine
 from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import Timeline
@@ -34,6 +36,7 @@ from helios_sim.study.modes import SIMULATE
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
 from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
+from helios_sim.workload.faults import Struck
 
 if TYPE_CHECKING:
     from helios_sim.study.live import LiveRun
@@ -88,6 +91,7 @@ class JobResult:
     wall_s: float
     live: LiveNotes | None = None  # of a run on a device
     decisions_left_out: int = 0
+    faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
 
 
 def run_job(job: Job) -> JobResult:
@@ -123,6 +127,7 @@ def run_job(job: Job) -> JobResult:
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
+        faults=run.faults,
     )
 
 
@@ -146,9 +151,14 @@ def serve(
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
         kind = fleet.kind_of(number)
         parts, policy = kind.parts, (kind.policy or job.arm.policy).make()
+
+        def server_of(engine: Engine) -> Server:
+            used = engine if fleet.faults is None else with_faults(engine, env)
+            return Server(env, number, used, policy, parts.situation, on_left)
+
         if live is not None:
-            return live.begin(lambda engine: Server(env, number, engine, policy, parts.situation, on_left))
-        server = Server(env, number, SimulatedEngine(env, parts.models), policy, parts.situation, on_left)
+            return live.begin(server_of)
+        server = server_of(SimulatedEngine(env, parts.models))
         if not pictures or number:  # pictures show the first replica
             server.keep_few_samples()
         return server
@@ -166,6 +176,7 @@ def serve(
         compiled=compiled,
         stepwise=stepwise,
         block_sink=block_sink,
+        faults=fleet.faults,
     )
 
 
@@ -186,7 +197,7 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
-    metrics = compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions)
+    metrics = compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults)
     share = metrics["roofline_fraction"]
     if job.config.mode == SIMULATE and isinstance(share, float) and share > ROOFLINE:
         allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import simpy
@@ -17,8 +17,8 @@ from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
 from helios_sim.study.fleet import Fleet, in_json, of_kind, shared_fleet, what_counts
 from helios_sim.study.jobs import Job
-from helios_sim.study.modes import LIVE
-from helios_sim.study.schema import Config, SweepConfig
+from helios_sim.study.modes import LIVE, SIMULATE
+from helios_sim.study.schema import Config, FaultsConfig, SweepConfig
 from helios_sim.vary.axis import axes_of, grid
 from helios_sim.vary.settings import with_settings
 
@@ -44,7 +44,21 @@ class StudyPlan:
     @property
     def jobs(self) -> list[Job]:
         of_points = (jobs for point in (self.headline, *self.points) for jobs in point.jobs.values())
-        return [job for jobs in of_points for job in jobs]
+        return [job for jobs in (*of_points, *self.without_faults.values()) for job in jobs]
+
+    @property
+    def without_faults(self) -> dict[str, tuple[Job, ...]]:
+        """Of each arm that is to meet faults in a simulation: the same without."""
+        return {
+            name: tuple(_without_faults(job) for job in jobs)
+            for name, jobs in self.headline.jobs.items()
+            if jobs[0].config.workload.faults.strikes and jobs[0].config.mode == SIMULATE
+        }
+
+
+def _without_faults(job: Job) -> Job:
+    workload = replace(job.config.workload, faults=FaultsConfig())
+    return replace(job, config=replace(job.config, workload=workload))
 
 
 def plan_study(config: Config) -> StudyPlan:

@@ -22,6 +22,9 @@ PRESENTATION = (
     "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
 )  # fmt: skip
 
+LATEST_FAULT_S = 1e9
+MOST_FAULTS_PER_HOUR = 1e6  # of a kind and a replica
+
 
 @dataclass
 class ArrivalsConfig:
@@ -73,6 +76,66 @@ class MixConfig:
 
 
 @dataclass
+class FaultConfig:
+    """When one kind of fault strikes: at these times, at random, or both; without either it does not."""
+
+    at_s: list[float] = field(default_factory=list)  # on the run's clock
+    rate_per_hour: float | None = None  # of each replica, on average, at random
+    replicas: list[int] | None = None  # those that it strikes, from 0; null: all
+
+
+@dataclass
+class LastingFaultConfig(FaultConfig):
+    lasts_s: float = 10.0
+
+
+@dataclass
+class SlowCardConfig(LastingFaultConfig):
+    factor: float = 2.0  # iterations take so many times as long
+
+
+@dataclass
+class FaultsConfig:
+    """Faults that every arm meets at the same times; see workload/faults.py for what each kind does."""
+
+    retries: int = 3  # how often a request that a fault hits is sent again before it is dropped
+    replica_dies: LastingFaultConfig = field(default_factory=LastingFaultConfig)  # lasts: until it serves again
+    iteration_fails: FaultConfig = field(default_factory=FaultConfig)
+    out_of_memory: FaultConfig = field(default_factory=FaultConfig)
+    load_fails: FaultConfig = field(default_factory=FaultConfig)
+    transfer_stalls: LastingFaultConfig = field(default_factory=LastingFaultConfig)
+    slow_card: SlowCardConfig = field(default_factory=SlowCardConfig)
+
+    def __post_init__(self) -> None:
+        def check(name: str, value: Any, holds: bool, allowed: str) -> None:
+            require(holds, f"workload.faults.{name}", value, allowed)
+
+        check("retries", self.retries, 0 <= self.retries <= 1000, "from 0 to 1000")
+        for kind, fault in self.by_kind.items():
+            at_s, rate, replicas = fault.at_s, fault.rate_per_hour, fault.replicas
+            times_ok = all(1e-9 <= time <= LATEST_FAULT_S for time in at_s) and len(set(at_s)) == len(at_s)
+            check(f"{kind}.at_s", at_s, times_ok, f"different times, above 0 and up to {LATEST_FAULT_S:g} s")
+            fits = rate is None or 0 < rate <= MOST_FAULTS_PER_HOUR
+            check(f"{kind}.rate_per_hour", rate, fits, f"null or above 0 and at most {MOST_FAULTS_PER_HOUR:g}")
+            known = replicas is None or (len(replicas) == len(set(replicas)) > 0 and min(replicas) >= 0)
+            check(f"{kind}.replicas", replicas, known, "null or a list of different numbers from 0")
+            if isinstance(fault, LastingFaultConfig):
+                fits = 1e-9 <= fault.lasts_s <= LATEST_FAULT_S
+                check(f"{kind}.lasts_s", fault.lasts_s, fits, f"above 0 and up to {LATEST_FAULT_S:g}")
+            if isinstance(fault, SlowCardConfig):
+                check(f"{kind}.factor", fault.factor, 1 <= fault.factor <= 1000, "from 1 to 1000")
+
+    @property
+    def by_kind(self) -> dict[str, FaultConfig]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, FaultConfig)}
+
+    @property
+    def strikes(self) -> dict[str, FaultConfig]:
+        """The kinds that are on."""
+        return {kind: f for kind, f in self.by_kind.items() if f.at_s or f.rate_per_hour is not None}
+
+
+@dataclass
 class WorkloadConfig:
     statement: str = ""  # one sentence for the reader: what this workload stands for
     n_requests: int | None = None  # null: all of a trace in its own order
@@ -82,6 +145,7 @@ class WorkloadConfig:
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
 
 @dataclass

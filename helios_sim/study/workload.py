@@ -17,7 +17,16 @@ from helios_sim.exits.trace import MICROBITS
 from helios_sim.help import conf_folder
 from helios_sim.policy.telemetry import ExpectedLoad
 from helios_sim.request import NS_PER_S, Request
-from helios_sim.study.schema import ArrivalsConfig, LengthConfig, LengthsConfig, MixConfig, WorkloadConfig
+from helios_sim.study.schema import (
+    ArrivalsConfig,
+    FaultsConfig,
+    LastingFaultConfig,
+    LengthConfig,
+    LengthsConfig,
+    MixConfig,
+    SlowCardConfig,
+    WorkloadConfig,
+)
 from helios_sim.workload import (
     AllAtOnce,
     Arrivals,
@@ -45,6 +54,7 @@ from helios_sim.workload import (
     generate,
     read_trace,
 )
+from helios_sim.workload.faults import FaultKind, FaultPlan, FaultSpec
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
@@ -189,6 +199,26 @@ def _length(key: str, c: LengthConfig) -> Length:
                 return made(Lognormal, c.median, sigma, *limits)
             return made(Lognormal.from_mean, _given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
     raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
+
+
+def build_faults(c: FaultsConfig, replicas: int, seed: int) -> FaultPlan | None:
+    """The plan of faults; None where there are to be none. UserError for a replica that there is not."""
+    specs = []
+    for kind, fault in c.strikes.items():
+        if fault.replicas is not None and max(fault.replicas) >= replicas:
+            allowed = f"numbers of replicas, from 0 to {replicas - 1}"
+            raise UserError(f"workload.faults.{kind}.replicas", fault.replicas, allowed, "name some of these")
+        specs.append(
+            FaultSpec(
+                FaultKind(kind),
+                at_ns=tuple(sorted(round(time_s * NS_PER_S) for time_s in fault.at_s)),
+                rate_per_hour=fault.rate_per_hour,
+                replicas=None if fault.replicas is None else tuple(fault.replicas),
+                lasts_ns=round(fault.lasts_s * NS_PER_S) if isinstance(fault, LastingFaultConfig) else 0,
+                factor=fault.factor if isinstance(fault, SlowCardConfig) else 1.0,
+            )
+        )
+    return FaultPlan(tuple(specs), c.retries, seed) if specs else None
 
 
 def task_names(c: MixConfig) -> tuple[str, ...]:

@@ -17,14 +17,15 @@ from omegaconf import DictConfig
 from digests.canonical import digest
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
+from helios_sim.report.faults import COUNTED
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.command import run_study
 from helios_sim.study.sweep import run_sweep
 
 REQUESTS = 60
 MORE_REQUESTS = {  # of experiments with few or quick arms
-    "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120, "paper_latency": 120, "quickstart": 400,
-    "scale": 400, "speed_w1": 200,
+    "faults": 200, "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120, "paper_latency": 120,
+    "quickstart": 400, "scale": 400, "speed_w1": 200,
 }  # fmt: skip
 SLOW = {"ablation", "paper_opt"}
 # Left out: these need a log of a real engine or a model on a device, or a search whose draws depend on a package.
@@ -70,7 +71,7 @@ def experiment_digests(name: str) -> dict[str, Any]:
 
 def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Digests by arm of rows and figures, by point of a sweep, and of what is concluded."""
-    arms = {name: {"figures": digest(arm["metrics"]), "compared": _without(arm, "metrics")}
+    arms = {name: {"figures": digest(_defined(arm["metrics"])), "compared": _without(arm, "metrics")}
             for name, arm in summary["arms"].items()}  # fmt: skip
     for row in tables.get("decisions", []):
         row["evidence"] = json.loads(row["evidence"])
@@ -84,9 +85,14 @@ def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[st
     if "points" in summary:
         found["points"] = {_settings(point["settings"]): digest(point) for point in summary["points"]}
     if "designs" in tables:
-        found["designs"] = [digest(row) for row in tables["designs"]]
+        found["designs"] = [digest(_defined(row)) for row in tables["designs"]]
     found["concluded"] = digest({key: summary.get(key) for key in ("baseline", "gates", "verdict", "published")})
     return found
+
+
+def _defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those of faults where none were to strike: they are younger than most of what is recorded."""
+    return {name: value for name, value in metrics.items() if value is not None or name not in COUNTED}
 
 
 def _without(arm: Mapping[str, Any], *names: str) -> str:
