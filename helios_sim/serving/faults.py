@@ -251,6 +251,8 @@ class Injector:
             event._ok, event._value = True, None
             env.schedule(event, FAULT_PRIORITY, max(self._next.time_ns - int(env.now), 0))
             yield event
+            for server in self._servers:
+                server.catch_up()
             if not self._more_comes() and all(server.at_rest for server in self._servers):
                 self._next = None  # what is left can never be served, and no fault changes that
                 return

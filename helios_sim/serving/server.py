@@ -267,7 +267,7 @@ class Server:
             else:
                 self._read_on()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Requests that have arrived by now join the line, and what has happened is handed over."""
         replica, s = self._replica, self._replica.state
         while True:
@@ -327,7 +327,7 @@ class Server:
         self._require_open()
         replica = self._replica
         if self._feed is not None:  # it was lost elsewhere
-            self._catch_up()
+            self.catch_up()
         next_in_line = not replica.waiting_requests or bool(replica.rules.order)
         if not replica.submit(request):
             hand_over(replica)
@@ -380,17 +380,17 @@ class Server:
 
     def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
         """The iteration in progress gives no result. Returns whom it hit; None: nothing was in progress."""
-        self._catch_up()
+        self.catch_up()
         return self._answer(self._breakdown.iteration_fails(again, reason))
 
     def runs_out_of_memory(self) -> Lost | None:
         """So does the iteration in progress, for lack of memory."""
-        self._catch_up()
+        self.catch_up()
         return self._answer(self._breakdown.out_of_memory())
 
     def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
         """All requests here are lost, and whatever is loading; nothing runs before it is back."""
-        self._catch_up()
+        self.catch_up()
         lost = self._breakdown.dies(back_ns, again, reason)
         if self._transitions.loading:
             self.engine.abandon_transfers()
@@ -402,7 +402,7 @@ class Server:
     def _answer(self, lost: Lost | None) -> Lost | None:
         """The server takes a turn now, whatever it waits for, if anything has struck it."""
         if lost is not None:
-            self._catch_up()
+            self.catch_up()
             if self._env.active_process is not self._process:
                 self._process.interrupt()
         return lost
@@ -430,8 +430,9 @@ class Server:
 
     @property
     def at_rest(self) -> bool:
-        """Nothing happens here any more unless something arrives."""
+        """Nothing happens here any more unless something arrives, and nothing has arrived just now."""
         waits = self._turns.is_idle and self._decider.next_time_ns is None
+        waits = waits and int(self._replica.state.changed_ns) < self._replica.now_ns
         return waits and not self._transitions.loading and not self._breakdown.is_down
 
     @property

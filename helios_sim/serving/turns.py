@@ -39,7 +39,8 @@ class Turns:
 
     @property
     def is_idle(self) -> bool:
-        return self._idle is not None
+        """Whether the server waits and nothing has woken it."""
+        return self._idle is not None and not self._idle.triggered
 
     def wake(self) -> None:
         """Something acted on this replica: an idle server takes a turn now, a busy one after its iteration."""
