@@ -358,6 +358,15 @@ def test_all_reduces_are_the_measured_ones_of_the_kernel_that_vllm_takes(card: s
         assert times.time_s(np.array([2.0 * values]))[0] == pytest.approx(of["latency"][at].item() * 1e-3)
 
 
+@pytest.mark.parametrize("hardware", ["8xa100-80gb", "8xb200", "8xrtxpro6000", "2xh200", "4xl40s"])
+def test_an_all_reduce_of_more_bytes_is_not_quicker(hardware: str) -> None:
+    """Among the measured ones are a few that took twice as long as those of more bytes."""
+    device = device_of(hardware)
+    assert device.key is not None
+    n_bytes = np.geomspace(1 << 10, 8 << 20, 200)  # one kernel of the two
+    assert (np.diff(AllReduceTimes(SHIPPED_SOURCES[device.key], device).time_s(n_bytes)) >= 0).all()
+
+
 def test_measured_products_keep_their_times() -> None:
     gemm = table("h100_sxm", "gemm")
     times = LayerTimes(published_model("llama-3.1-8b"), device_of("h100"), SHIPPED_SOURCES["h100"])
@@ -430,6 +439,17 @@ def test_the_command(arguments: list[str], status: int, said: str, capsys: pytes
     assert main(arguments) == status
     shown = capsys.readouterr()
     assert said in shown.out + shown.err
+
+
+def test_the_command_fits_the_terminal_and_lists_all_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["list"], ["show", "qwen2.5-7b", "2xl40s"], ["show", "gemma-3-1b", "rtx4090"]):
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert arguments[0] != "list" or "opt-6.7b" in shown
 
 
 def test_the_smaller_vocabulary_of_a_shard_covers_all_words() -> None:

@@ -227,16 +227,18 @@ class AllReduceTimes:
     """Seconds of one all-reduce of a tensor-parallel group, by bytes.
 
     vLLM runs its own kernel up to 8 MiB where the cards see each other directly, or where there are two; NCCL else
-    (its custom_all_reduce.py). Between measured sizes linear in bytes; beyond the last at the last bandwidth.
+    (its custom_all_reduce.py). Between measured sizes linear in bytes; beyond the last at the last bandwidth. A slower
+    measurement of fewer bytes is taken down to the later one.
     """
 
     OWN_BYTES = 8 << 20
 
     def __init__(self, source: KernelSource, device: Device) -> None:
         tables = [_read(source, "comm", name, num_gpus=device.cards) for name in ("custom_allreduce", "nccl")]
+        orders = [np.argsort(t["message_size"]) for t in tables]
         self._own, self._nccl = (
-            tuple(a[np.argsort(t["message_size"])] for a in (t["message_size"] * BF16_BYTES, t["latency"] * MS))
-            for t in tables
+            (t["message_size"][order] * BF16_BYTES, rising(t["latency"][order] * MS))
+            for t, order in zip(tables, orders, strict=True)
         )
         self._direct = device.cards == 2 or device.link != PCIE_LINK
 
