@@ -8,18 +8,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.profile import build
-from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, card_key, published_model
+from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
 from helios_sim.profile.profile import MemoryBudget, Profile
-from helios_sim.profile.resolve import find_profile
+from helios_sim.profile.resolve import SHAPE_FROM, find_profile
+from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import known_profiles
 
 USAGE = "list | show MODEL HARDWARE | check MODEL HARDWARE | build key=value ..."
@@ -31,23 +35,30 @@ UTILISATION = 0.9
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit status."""
-    command, *rest = arguments or [""]
     try:
-        if command == "build":
-            return build.main(rest)
-        if command == "list" and not rest:
-            listed()
-        elif command in ("show", "check") and len(rest) == 2:
-            profile = find_profile(rest[0], rest[1])
-            if command == "show":
-                shown(profile)
-            else:
-                return checked(profile)
-        else:
-            raise UserError("arguments", " ".join(arguments), USAGE, "write one of these")
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
+    command, *rest = arguments or [""]
+    if command == "build":
+        return build.main(rest)
+    if command == "list" and not rest:
+        listed()
+    elif command == "show" and len(rest) == 2:
+        shown(find_profile(rest[0], rest[1]))
+    elif command == "check" and len(rest) == 2:
+        return checked(find_profile(rest[0], rest[1]))
+    else:
+        raise UserError("arguments", " ".join(arguments), USAGE, "write one of these")
     return 0
 
 
@@ -60,14 +71,17 @@ def listed() -> None:
         watts = "" if card.tdp_w is None else f"{card.tdp_w:.0f}"
         memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
         print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {card.flops_per_s / 1e12:>7.0f} {watts:>6}  {kernels}")
-    names = ", ".join(f"{name} ({card_key(name)})" for name in HARDWARE)
-    print(f"\nwith idle power too: {names}. A group of cards: 4xh100. A card of your own: card.yaml\n")
+    print()
+    _say(f"{', '.join(HARDWARE)}: the same cards with their idle power, which energy needs, and shipped profiles.")
+    _say("A group that runs a model together: 4xh100. A card of your own: the path of a card.yaml (README).")
+    print()
     print(f"{'model':<18} {'parameters':>10} {'layers':>6} {'context':>9} {'K and V of a token':>20}")
-    for name in SHAPES:
-        model = published_model(name)
+    for name in sorted({*SHAPES, *MODELS}):
+        model = shape_of(name).model
         values, kv = model.weight_bytes(model.n_layers) / 2e9, model.n_layers * model.kv_bytes_per_token_layer
         print(f"{name:<18} {values:>8.2f} B {model.n_layers:>6} {model.max_context_tokens:>9,} {kv / 1024:>16.0f} KiB")
-    print(f"\nprofiles that are shipped: {', '.join(known_profiles())}")
+    print()
+    _say(f"profiles that are shipped: {', '.join(known_profiles())}")
 
 
 def shown(profile: Profile) -> None:
@@ -78,7 +92,7 @@ def shown(profile: Profile) -> None:
     free = budget.pool_bytes([(profile, layers)])
     print(f"{model.name} on {card.name}: {layers} layers, {weights / 1e9:.1f} GB of weights")
     print(f"  K and V of a token     {kv / 1024:.0f} KiB")
-    print(f"  card                   {card.hbm_bytes / 1e9:.1f} GB, of which {UTILISATION:.0%} are used")
+    print(f"  memory of the hardware {card.hbm_bytes / 1e9:.1f} GB, of which {UTILISATION:.0%} are used")
     print(f"  activations, set aside {profile.activation_reserve_bytes / 1e9:.1f} GB")
     fits = f"{free / 1e9:.1f} GB, {free // kv:,} tokens" if free > 0 else f"none: {-free / 1e9:.1f} GB too little"
     print(f"  left for K and V       {fits}")
@@ -92,16 +106,29 @@ def shown(profile: Profile) -> None:
         time_s = float(profile.iteration_time_s(_prompt(profile, tokens))[0])
         print(f"  {tokens:>5} tokens    {time_s * 1e3:>9.2f} ms   {tokens / time_s:>9,.0f} tokens/s")
     provenance = profile.provenance
-    print(f"\n{provenance.provenance_class.value}: {provenance.source}")
+    print()
+    _say(f"{provenance.provenance_class.value}: {provenance.source}")
+    if SHAPE_FROM in provenance.details:
+        _say(f"  shape: {provenance.details[SHAPE_FROM]}")
     for text in provenance.scaled:
-        print(f"  scaled: {text}")
+        _say(f"  scaled: {text}")
     for item in provenance.assumptions:
-        print(f"  assumed: {item.name} = {item.value} ({item.why})")
+        if item.value is not None:
+            value = f"{item.value:.6g}" if isinstance(item.value, float) else item.value
+            _say(f"  assumed: {item.name} = {value} ({item.why})")
+        else:
+            _say(f"  assumed: no {item.name} ({item.why})")
+
+
+def _say(text: str) -> None:
+    """Print in lines as wide as the terminal."""
+    width = max(40, shutil.get_terminal_size((120, 24)).columns)
+    print(textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
 
 
 def checked(profile: Profile) -> int:
     """Print prices beside floors; 1 where a price is below its floor, which no card can reach."""
-    batches = [(f"{batch} decodes", c) for batch in BATCHES for c in [_decodes(profile, (batch,))]]
+    batches = [(f"batch of {batch}", _decodes(profile, (batch,))) for batch in BATCHES]
     prompts = [(f"{tokens} prompt tokens", _prompt(profile, tokens)) for tokens in _prompts(profile)]
     print(f"{profile.name}\n{'iteration':<20} {'price ms':>10} {'floor ms':>10} {'share':>7}")
     below = 0

@@ -90,7 +90,8 @@ def _known_card(name: str, key: str) -> Device:
     plain, found = name.lower(), card_key(name)
     if found is None:
         near = get_close_matches(plain, (*HARDWARE, *CARDS), 1, 0.6)
-        fix = f"did you mean {near[0]}?" if near else "describe it in a file: hardware=card.yaml (see README)"
+        meant = f"did you mean {near[0]}? Or " if near else ""
+        fix = f"{meant}describe it in a file: hardware=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
         raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
     card = CARDS[found]

@@ -19,7 +19,7 @@ from helios_sim.profile.roofline import FITTED, FITTED_BAND, device_roofline
 from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
 
-TIMES_FROM = "times_from"  # among a provenance's details, where a profile was made for this run
+TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
 
 
 def find_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Profile:
@@ -55,10 +55,12 @@ def _built(shape: Shape, device: Device, command: str) -> Profile:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
         low, high = FITTED_BAND
         times_from = f"its data sheet; expect {low:g} to {high:g} of these times"
+        if device.cards > 1:
+            times_from += f", with all-reduces over a link of {device.link.bytes_per_s / 1e9:g} GB/s"
     else:
         profile = device_profile(shape.model, device, source, command, None, shape.windows)
         times_from = f"kernels that NVIDIA measured under vLLM {source.vllm} on {source.card.name.upper()}"
-    provenance = replace(profile.provenance, details={TIMES_FROM: times_from, "shape": shape.source})
+    provenance = replace(profile.provenance, details={TIMES_FROM: times_from, SHAPE_FROM: shape.source})
     return replace(profile, provenance=provenance)
 
 
