@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Drained,
         InFlight,
         KvRule,
+        LoadFailed,
         Placement,
         Probe,
         Probed,
@@ -90,6 +91,7 @@ __all__ = [
     "LengthConfig",
     "LengthsConfig",
     "LiveConfig",
+    "LoadFailed",
     "MixConfig",
     "ObjectiveConfig",
     "PerToken",
@@ -130,8 +132,8 @@ _NAMES_BY_MODULE = {
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (
-        "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvRule Placement Probe Probed "
-        "QueueAbove Started Trigger"
+        "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvRule LoadFailed Placement Probe "
+        "Probed QueueAbove Started Trigger"
     ),
     "policy.telemetry": "Policy Situation Telemetry",
     "profile.composition": "Composition",

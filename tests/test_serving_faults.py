@@ -9,13 +9,14 @@ from itertools import islice
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from digests.serving import case, chooser
 from fault_cases import ALL_WAYS, MS, check_accounts, checked, choose_plan, signature
 from helios_sim.policy.deployment import Completed, Deployment, Faulted, LoadFailed
 from helios_sim.policy.registry import make_policy
 from helios_sim.policy.telemetry import ExpectedLoad
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
-from helios_sim.routing import Router
+from helios_sim.routing import Router, Routing
 from helios_sim.workload import ClosedLoop, Constant
 from helios_sim.workload.faults import Fault, FaultKind, FaultPlan, FaultSpec, Outages
 from rig import Scripted, Served, full_depth, serve, workload
@@ -230,10 +231,14 @@ def test_the_same_bits_under_faults_in_every_way(design) -> None:
     checked(*design, ways=ALL_WAYS)
 
 
+@pytest.mark.parametrize("number", [2052, 1_001_053])
+def test_designs_that_once_differed(number: int) -> None:
+    """A request that was dropped while the replica was down, and one that arrived when a fault struck."""
+    checked(case(number), choose_plan(chooser(f"faults {number}"), number))
+
+
 @given(st.integers(0, 3), st.sets(st.integers(0, 3)), st.integers(0, 7))
 def test_what_a_replica_loses_goes_to_those_that_are_up(lost_by: int, down: set[int], place: int) -> None:
-    from helios_sim.routing import Routing
-
     back_ns = [100 + r if r in down else None for r in range(4)]
     for router in (Router.ROUND_ROBIN, Router.LEAST_LOADED):
         chosen = Routing(router).again(place, 0, lost_by, [3, 1, 4, 1], back_ns)

@@ -62,7 +62,7 @@ def test_what_a_study_says_of_faults(command: CommandLine, tmp_path: Path) -> No
     assert all(f"{name}: " in said.out for name in arms)
     page = (tmp_path / "out" / "report.html").read_text()
     assert '<section id="faults">' in page
-    assert "replica dies" in page
+    assert "replica dies on replica 0 at 30 s, for 20 s; iteration fails 60 per hour and replica; " in page
     causes = pq.read_table(tmp_path / "out" / "decisions.parquet").to_pydict()["cause"]
     assert any("faulted (what replica dies for 20 s: " in cause for cause in causes)
     without = command("+experiment=quickstart", "workload.n_requests=14", "jobs=1", into="none")

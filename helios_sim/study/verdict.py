@@ -16,7 +16,7 @@ from helios_sim.report.metrics import DEFINITIONS, Better, MetricValue
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, headline_metrics
 from helios_sim.study.build import PROFILE_RUNTIME
-from helios_sim.study.schema import Config
+from helios_sim.study.schema import Config, FaultConfig, LastingFaultConfig
 
 MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
 FEWEST_PAIRS = 20  # requests that both completed, from which an interval over them says something
@@ -183,7 +183,19 @@ def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], .
     if config.workload.mix.after:
         after = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.after.items())
         facts.append((f"drift ({config.workload.mix.drift})", f"to {after}"))
+    strikes = config.workload.faults.strikes
+    if strikes:
+        facts.append(("faults", "; ".join(_when(kind, fault) for kind, fault in strikes.items())))
     return tuple(facts)
+
+
+def _when(kind: str, fault: FaultConfig) -> str:
+    """A kind of fault and when it strikes."""
+    where = "" if fault.replicas is None else f" on replica {', '.join(map(str, fault.replicas))}"
+    when = [f"at {', '.join(f'{time_s:g}' for time_s in fault.at_s)} s"] if fault.at_s else []
+    when += [f"{fault.rate_per_hour:g} per hour and replica"] if fault.rate_per_hour is not None else []
+    lasts = f", for {fault.lasts_s:g} s" if isinstance(fault, LastingFaultConfig) else ""
+    return f"{kind.replace('_', ' ')}{where} {' and '.join(when)}{lasts}"
 
 
 def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
