@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 import helios_sim
 from calibrate.schema import CalibrateConfig, CampaignConfig
 from helios_sim.config import check_flags, given, in_words, leave_no_trace
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
@@ -152,10 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if started:
+            if (message := lacking(error)) is not None:
+                return _fail(message)
             raise  # a defect of this program
         wanted = given("out", command) or given("hydra.run.dir", command) or str(error.filename)
         reason = f"the output folder cannot be made: {error.strerror or error}"
         return _fail(UserError("out", wanted, reason, "choose a folder that you may write to"))
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if (message := lacking(error)) is None:
+            raise
+        return _fail(message)
     except SystemExit as leaving:  # how Hydra's own commands, such as --help, end
         return 1 if leaving.code else 0
     except KeyboardInterrupt:

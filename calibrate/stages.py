@@ -24,7 +24,7 @@ from typing import Any
 
 from calibrate.progress import OnProgress, Transcript, now
 from helios_sim import files
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, lacking
 from helios_sim.interrupt import stop_if_asked
 from helios_sim.untrusted import Fields, read_json
 from helios_sim.vary.runner import at_work_in
@@ -276,6 +276,9 @@ def _one(
         allowed = "the memory of this machine did not suffice"
         raise UserError("stage", stage.name, allowed, "load fewer layers, or measure smaller batches") from error
     except Exception as error:
+        if (message := lacking(error)) is not None:
+            transcript.note(stage.name, "failed", str(message))
+            raise message from error
         return StageOutcome(stage.name, StageStatus.FAILED, transcript.defect(stage.name, error))
     finished = _finished(place, record)
     transcript.note(stage.name, "done", f"{record['wall_s']:.1f} s{', ' if finished.short else ''}{finished.short}")

@@ -25,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_by_status()
         print("helios_sim: stopped", file=sys.stderr)
         return 1
+    except Exception as error:
+        from helios_sim.errors import lacking
+
+        if (message := lacking(error)) is None:
+            raise
+        print(f"helios_sim: {message}", file=sys.stderr)
+        return 1
 
 
 def _run(command: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Collection
 from numbers import Integral
@@ -40,6 +41,35 @@ class WeightsError(UserError):
 
 class TooLittleMemory(UserError):
     """The memory of the host or of the device does not suffice for what the user asked for."""
+
+
+_LACKING = {
+    errno.ENOMEM: "memory", errno.EMFILE: "open files", errno.ENFILE: "open files",
+    errno.EAGAIN: "processes and threads", errno.ENOSPC: "room on the disk", errno.EDQUOT: "room on the disk",
+    errno.EFBIG: "room for a file of that size",
+}  # fmt: skip
+# What the loader of libraries, NumPy and the interpreter say, which give no number.
+_SAID = (
+    ("failed to map segment", "memory"), ("cannot allocate memory", "memory"), ("unable to allocate", "memory"),
+    ("too many open files", "open files"), ("can't start new thread", "processes and threads"),
+)  # fmt: skip
+
+
+def lacking(error: BaseException) -> UserError | None:
+    """The message where the machine did not give what a run needs, in whatever form that was raised; else None."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        what = "memory" if isinstance(error, MemoryError) else None
+        if isinstance(error, OSError) and error.errno is not None:
+            what = what or _LACKING.get(error.errno)
+        if isinstance(error, OSError | ImportError | RuntimeError | SystemError):
+            what = what or next((of for words, of in _SAID if words in str(error).lower()), None)
+        if what is not None:
+            fix = "free some or raise the limit, then start again: what is finished in the output folder is kept"
+            return UserError("machine", what, "this machine gives no more", fix)
+        error = error.__cause__ or error.__context__ or error
+    return None
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:

@@ -160,7 +160,8 @@ def _writing(path: Path) -> Iterator[Path]:
 def at_work_in(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
     """Makes the folder and locks it against a second process, without a file. A process that ends unlocks it.
 
-    UserError, under the setting that names the folder, where another process is at work in it or it cannot be made.
+    UserError, under the setting that names the folder, where another process is at work in it, it cannot be made, or it
+    is another one in the end: what was written before is then not in it.
     """
     files.make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -173,8 +174,18 @@ def at_work_in(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+        if not _is_still_there(folder, descriptor):
+            allowed = "it was removed or replaced while it was used, and what was written is not there"
+            raise UserError(key, str(folder), allowed, "start again, and leave the folder as it is meanwhile")
     finally:
         os.close(descriptor)
+
+
+def _is_still_there(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def run_tasks(

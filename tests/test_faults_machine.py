@@ -1,0 +1,71 @@
+"""Faults of the machine, in short: the long form is experiments/faults/machine.py."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helios_sim.errors import UserError, lacking
+from helios_sim.vary.runner import at_work_in
+
+
+@pytest.fixture(scope="module")
+def machine(repository: Path) -> ModuleType:
+    path = repository / "experiments" / "faults" / "machine.py"
+    spec = importlib.util.spec_from_file_location("machine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["machine"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["files limited in size", "folder removed", "no file handles", "two writers"])
+def test_a_study_ends_well_or_with_one_message_and_goes_on(machine: ModuleType, tmp_path: Path, fault: str) -> None:
+    target = machine.TARGETS[0]
+    wanted, whole_s, peak = machine.undisturbed(target)
+    case = machine.Case(target, random.Random(fault), tmp_path, whole_s, peak)
+    assert machine.FAULTS[fault](case, wanted) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "memory"),
+        (ImportError("libX.so.6: failed to map segment from shared object"), "memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "open files"),
+        (RuntimeError("can't start new thread"), "processes and threads"),
+        (OSError(errno.ENOSPC, "No space left on device"), "room on the disk"),
+    ],
+)
+def test_what_the_machine_does_not_give_is_named_however_it_is_raised(error: Exception, what: str) -> None:
+    for raised in (error, _wrapped(error)):
+        message = lacking(raised)
+        assert message is not None
+        assert message.value == what
+    assert lacking(ValueError("a defect")) is None
+    assert lacking(ImportError("no module named x")) is None
+
+
+def _wrapped(error: Exception) -> Exception:
+    try:
+        raise RuntimeError("while something was done") from error
+    except RuntimeError as outer:
+        return outer
+
+
+def test_a_folder_that_is_another_one_in_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="removed or replaced"), at_work_in(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="removed or replaced"), at_work_in(tmp_path / "gone"):
+        (tmp_path / "gone").rmdir()
