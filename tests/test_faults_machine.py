@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -63,9 +64,12 @@ def _wrapped(error: Exception) -> Exception:
         return outer
 
 
-def test_a_folder_that_is_another_one_in_the_end_is_refused(tmp_path: Path) -> None:
+def _replaced(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("change", [Path.rmdir, _replaced])
+def test_a_folder_that_is_another_one_in_the_end_is_refused(tmp_path: Path, change: Callable[[Path], None]) -> None:
     with pytest.raises(UserError, match="removed or replaced"), at_work_in(tmp_path / "run"):
-        (tmp_path / "run").rename(tmp_path / "elsewhere")
-        (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="removed or replaced"), at_work_in(tmp_path / "gone"):
-        (tmp_path / "gone").rmdir()
+        change(tmp_path / "run")

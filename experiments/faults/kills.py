@@ -1,8 +1,13 @@
-"""Kills studies and sweeps at random moments, resumes them, and compares what they hold with an undisturbed run.
+"""Kills commands at random moments, resumes them, and compares what they hold with an undisturbed run.
 
-`python experiments/faults/kills.py [--kills 200] [--seed 1]` writes kills.json and kills.md beside itself. A kill is
-good if the process is gone within 20 s with all that it started, says no traceback, and the resumed command ends with
-the same bits in its requests and decisions and the same figures.
+`python experiments/faults/kills.py [--kills 200] [--further 5] [--seed 1]` writes kills.json and kills.md beside
+itself: `--kills` of studies and sweeps, and `--further` of each of a calibration, a live study, a sweep on Ray, and of
+one whose Ray workers are killed under it. With `--kills 0` the rows of earlier kills stay in the files.
+
+A kill is good if the process is gone within 20 s with all that it started, says no traceback, and the resumed command
+ends with the same bits in its requests and decisions and the same figures. What is measured anew differs from run to
+run: there, stages, ends of tables and requests must be the same. A sweep that loses a worker of Ray must end by itself
+with the same results.
 """
 
 from __future__ import annotations
@@ -16,6 +21,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,12 +42,19 @@ COMMANDS = {
     "a study with two workers": (*STUDY, "jobs=2"),
     "a sweep with two workers": (*SWEEP, "sweep.backend=processes"),
 }
+CALIBRATION = (
+    "model=tiny:llama-2-7b", "model.name=tiny", "quick=true", "threads=1", "dtype=float32", "+task=latency",
+    "memory_bytes=200000000",
+)  # fmt: skip
+LIVE = ("mode=live", "seeds=[0,1,2]", "live.threads=1")
+RAY = (*SWEEP, "sweep.backend=ray")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 GONE_S = 20.0
 
 
-def started(words: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "helios_sim", *words, f"hydra.run.dir={folder}"]
+def started(words: tuple[str, ...], folder: Path, module: str = "helios_sim") -> subprocess.Popen[str]:
+    place = "out" if module == "calibrate" else "hydra.run.dir"
+    command = [sys.executable, "-m", module, *words, f"{place}={folder}"]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -56,6 +71,25 @@ def results(folder: Path) -> dict[str, object]:
     return found
 
 
+def of_calibration(folder: Path) -> dict[str, object]:
+    """What does not differ between calibrations: finished stages, the ends of a table, and lines to simulate with."""
+    from helios_sim.profile.store import read_profile
+
+    summary = json.loads((folder / "summary.json").read_text())
+    (profile,) = (folder / "profile").iterdir()
+    rows = read_profile(profile).layer_tables[0].dense.rows.tolist()
+    stages = {name: stage["status"] in ("done", "kept") for name, stage in summary["stages"].items()}
+    return {"stages": stages, "rows": (rows[0], rows[-1]), "use": len(summary["use"])}
+
+
+def of_live(folder: Path) -> dict[str, object]:
+    """What does not differ between live runs of the same: who asked for how much, and was answered."""
+    table = pyarrow.parquet.read_table(folder / "requests.parquet")
+    known = ("arm", "seed", "request_id", "prompt_tokens", "output_tokens")
+    same = [name for name in known if name in table.column_names]
+    return {"requests": sorted(zip(*(table[name].to_pylist() for name in same), strict=True))}
+
+
 def left_over(session: int) -> list[int]:
     """Processes of that session that are still alive."""
     found = []
@@ -70,11 +104,28 @@ def left_over(session: int) -> list[int]:
     return found
 
 
-def killed(words: tuple[str, ...], wanted: dict[str, object], number: signal.Signals, after_s: float) -> str:
+def of_ray(mark: int) -> list[int]:
+    """Processes of the cluster that this process has started, wherever they are."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"HELIOS_STARTED_BY={mark}.".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def killed(
+    words: tuple[str, ...],
+    wanted: dict[str, object],
+    number: signal.Signals,
+    after_s: float,
+    module: str = "helios_sim",
+    read: Callable[[Path], dict[str, object]] = results,
+) -> str:
     """What was wrong, or ""."""
     with TemporaryDirectory() as place:
         folder = Path(place) / "run"
-        process = started(words, folder)
+        process = started(words, folder, module)
         time.sleep(after_s)
         process.send_signal(number)
         try:
@@ -84,29 +135,115 @@ def killed(words: tuple[str, ...], wanted: dict[str, object], number: signal.Sig
             process.communicate()
             return f"still there {GONE_S:g} s after"
         until_s = time.monotonic() + GONE_S
-        while (alive := left_over(process.pid)) and time.monotonic() < until_s:
+        while (alive := [*left_over(process.pid), *of_ray(process.pid)]) and time.monotonic() < until_s:
             time.sleep(0.1)
         if alive:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in alive:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             return f"{len(alive)} processes outlive it"
         if "Traceback" in said:
             return f"says {said[said.index('Traceback') :][:1500]}"
-        again = started(words, folder)
+        again = started(words, folder, module)
         _, said = again.communicate(timeout=300)
         if again.returncode or "Traceback" in said:
             return f"resumed: status {again.returncode}, {said[-600:]}"
-        if results(folder) != wanted:
+        if read(folder) != wanted:
             return "resumed: other results"
     return ""
 
+
+def worker_lost(words: tuple[str, ...], wanted: dict[str, object], after_s: float, rng: random.Random) -> str:
+    """What was wrong where a worker of the cluster was killed as it worked, or ""."""
+    with TemporaryDirectory() as place:
+        process = started(words, Path(place) / "run")
+        until_s = time.monotonic() + 120
+        while not (workers := _at_work(process.pid)) and process.poll() is None and time.monotonic() < until_s:
+            time.sleep(0.05)
+        time.sleep(after_s)
+        if workers := _at_work(process.pid) or workers:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(workers), signal.SIGKILL)
+        try:
+            _, said = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for pid in [*of_ray(process.pid), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            return "it hangs"
+        if process.returncode or "Traceback" in said:
+            return f"status {process.returncode}, says {said[-1500:]}"
+        return "" if results(Path(place) / "run") == wanted else "other results"
+
+
+def _at_work(mark: int) -> list[int]:
+    """Workers of the cluster that have a task."""
+    found = []
+    for pid in of_ray(mark):
+        with suppress(OSError):
+            name = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if name.startswith(b"ray::") and b"IDLE" not in name:
+                found.append(pid)
+    return found
+
+
+@dataclass(frozen=True)
+class Further:
+    """A command of another kind."""
+
+    name: str
+    words: tuple[str, ...]
+    module: str = "helios_sim"
+    read: Callable[[Path], dict[str, object]] = results
+    loses_workers: bool = False
+
+    def tried(self, kills: int, seed: int) -> tuple[dict[str, object], list[str]]:
+        """A row of counts, and what went wrong."""
+        rng, counts, wrong = random.Random(f"{seed} {self.name}"), Counter[str](), []
+        with TemporaryDirectory() as at:
+            began_s = time.monotonic()
+            process = started(self.words, Path(at) / "run", self.module)
+            _, said = process.communicate(timeout=300)
+            assert not process.returncode, said
+            whole_s, wanted = time.monotonic() - began_s, self.read(Path(at) / "run")
+        for kill in range(kills):
+            number = signal.SIGKILL if self.loses_workers else SIGNALS[kill % len(SIGNALS)]
+            after_s = rng.uniform(0.0, 1.0 if self.loses_workers else whole_s)
+            if self.loses_workers:
+                fault = worker_lost(self.words, wanted, after_s, rng)
+            else:
+                fault = killed(self.words, wanted, number, after_s, self.module, self.read)
+            counts[number.name] += 1
+            counts[f"bad {number.name}"] += bool(fault)
+            if fault:
+                wrong.append(f"{self.name}, {number.name} after {after_s:.2f} s: {fault}")
+                print(wrong[-1], flush=True)
+        return {"what": self.name, **counts}, wrong
+
+
+def further(place: Path) -> list[Further]:
+    """`place`: a folder for a live study on a tiny model."""
+    sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
+    from live_study import write_live_study
+
+    return [
+        Further("a calibration", CALIBRATION, "calibrate", of_calibration),
+        Further("a live study", (*write_live_study(place), *LIVE), read=of_live),
+        Further("a sweep on Ray", RAY),
+        Further("a sweep on Ray, a worker lost", RAY, loses_workers=True),
+    ]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--further", type=int, default=5, help="of each further kind of command")
     options = parser.parse_args()
     rng, rows, wrong = random.Random(options.seed), [], []
-    for place, (name, words) in enumerate(COMMANDS.items()):
+    if not options.kills and (FOLDER / "kills.json").is_file():
+        before = json.loads((FOLDER / "kills.json").read_text())
+        rows = [row for row in before["rows"] if row["what"] in COMMANDS]
+        wrong = [text for text in before["bad"] if text.partition(",")[0] in COMMANDS]
+    for place, (name, words) in enumerate(COMMANDS.items() if options.kills else ()):
         with TemporaryDirectory() as at:
             began_s = time.monotonic()
             process = started(words, Path(at) / "run")
@@ -124,17 +261,29 @@ def main() -> int:
                 print(wrong[-1], flush=True)
         rows.append({"what": name, **counts})
         print(rows[-1], flush=True)
-        found = {"seed": options.seed, "rows": rows, "bad": wrong}
-        files.write_text(FOLDER / "kills.json", json.dumps(found, indent=1) + "\n")
+        record(options.seed, rows, wrong)
+    with TemporaryDirectory() as folder:
+        for command in further(Path(folder)) if options.further else ():
+            row, bad = command.tried(options.further, options.seed)
+            rows.append(row)
+            wrong += bad
+            print(row, flush=True)
+            record(options.seed, rows, wrong)
+    return 1 if wrong else 0
+
+
+def record(seed: int, rows: list[dict[str, object]], wrong: list[str]) -> None:
+    """Write kills.json and kills.md."""
+    found = {"seed": seed, "rows": rows, "bad": wrong}
+    files.write_text(FOLDER / "kills.json", json.dumps(found, indent=1) + "\n")
     lines = [
-        "# Kills and resumption", "", f"Written by `python experiments/faults/kills.py`, seed {options.seed}.", "",
+        "# Kills and resumption", "", f"Written by `python experiments/faults/kills.py`, seed {seed}.", "",
         "| what | " + " | ".join(f"{number.name}, bad" for number in SIGNALS) + " |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         cells = (f"{row.get(n.name, 0)}, {row.get(f'bad {n.name}', 0)}" for n in SIGNALS)
         lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
     files.write_text(FOLDER / "kills.md", "\n".join([*lines, ""]))
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from tempfile import TemporaryDirectory
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
 
-from kills import left_over, results  # noqa: E402
+from kills import CALIBRATION, left_over, of_calibration, results  # noqa: E402
+
+from helios_sim import files  # noqa: E402
 
 LONGEST_S = 120.0
 HALF_WRITTEN = (".tmp", ".part", ".partial")
@@ -46,17 +48,6 @@ def off():
 time.time = lambda: max(0.0, past() + off())
 time.time_ns = lambda: max(0, past_ns() + int(1e9 * off()))
 """
-
-
-def of_calibration(folder: Path) -> dict[str, object]:
-    """What does not differ between calibrations: stages that are finished, tables, and lines to simulate with."""
-    from helios_sim.profile.store import read_profile
-
-    summary = json.loads((folder / "summary.json").read_text())
-    (profile,) = (folder / "profile").iterdir()
-    tables = read_profile(profile).layer_tables[0]
-    stages = {name: stage["status"] in ("done", "kept") for name, stage in summary["stages"].items()}
-    return {"stages": stages, "rows": tables.dense.rows.tolist(), "use": len(summary["use"])}
 
 
 @dataclass(frozen=True)
@@ -82,10 +73,7 @@ TARGETS = (
     Target("a sweep with two workers", "helios_sim", (
         *SMALL, "sweep.arm=helios", "sweep.workers=2", "sweep.backend=processes", AXIS,
     ), "hydra.run.dir", results, True),
-    Target("a calibration", "calibrate", (
-        "model=tiny:llama-2-7b", "model.name=tiny", "quick=true", "threads=1", "dtype=float32", "+task=latency",
-        "memory_bytes=200000000",
-    ), "out", of_calibration),
+    Target("a calibration", "calibrate", CALIBRATION, "out", of_calibration),
 )  # fmt: skip
 
 
@@ -360,8 +348,8 @@ def main() -> int:
             rows += tried(target, faults, options.count, options.seed)
         found = {"seed": options.seed, "rows": rows}
         if not options.only:
-            (FOLDER / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
-            (FOLDER / "machine.md").write_text(table(rows, options.seed))
+            files.write_text(FOLDER / "machine.json", json.dumps(found, indent=1) + "\n")
+            files.write_text(FOLDER / "machine.md", table(rows, options.seed))
     return 1 if any(row["bad"] for row in rows) else 0
 
 
