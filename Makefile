@@ -64,10 +64,11 @@ bench: $(STAMPS)/test  ## speed measurements, and the table experiments/speed/be
 	$(BIN)/python -m pytest -m bench -n 0 --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python experiments/speed/bench.py
 
-faults: $(STAMPS)/live $(STAMPS)/test  ## damaged files for every loader, kills of studies and sweeps, injected faults (an hour)
+faults: $(STAMPS)/live $(STAMPS)/test  ## damaged files, kills of commands, injected faults, faults of the machine (two hours)
 	$(BIN)/python experiments/faults/mutants.py
 	$(BIN)/python experiments/faults/kills.py
 	$(BIN)/python experiments/faults/inject.py
+	$(BIN)/python experiments/faults/machine.py
 
 sweep: $(STAMPS)/sweep  ## add Optuna and Ray to the same .venv
 

@@ -245,12 +245,17 @@ def memory_limit(case: Case, wanted: dict[str, object]) -> str:
 
 
 def worker_killed(case: Case, wanted: dict[str, object]) -> str:
-    """As the system does where memory runs out: one process of those that the command has started."""
+    """As the system does where memory runs out."""
     process = case.started()
     time.sleep(case.some_time())
-    if others := [pid for pid in left_over(process.pid) if pid != process.pid]:
+    workers = []
+    for pid in left_over(process.pid):
+        with suppress(OSError):
+            if b"--process-name" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                workers.append(pid)
+    if workers:
         with suppress(ProcessLookupError):
-            os.kill(case.rng.choice(others), signal.SIGKILL)
+            os.kill(case.rng.choice(workers), signal.SIGKILL)
     return settled(case, process, wanted) or resumed(case, wanted)
 
 

@@ -10,7 +10,6 @@ from helios_sim.errors import UserError
 from helios_sim.report.records import Records
 from helios_sim.report.result import ComparedRow, ExperimentResult, LoadError, comparisons
 from helios_sim.report.tables import print_comparison
-from helios_sim.report.terminal import say
 from helios_sim.report.write import write_result
 from helios_sim.study.command import end, provenance
 from helios_sim.study.plan import check_study, plan_study
@@ -51,13 +50,7 @@ def run_fidelity_live(config: Config, folder: Path) -> int:
         result = of_live(found, with_settings(config, profiled.changes), provenance(config), profiled)
         summary = write_result(result, folder, comparisons(result))
         forget_jobs(folder)
-
-    def show() -> None:
-        print_comparison(result, _is_shown)
-        for notice in profiled.notices:
-            say(notice)
-
-    return end(show, folder, summary, result.gates)
+    return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
 
 
 def _is_shown_of_log(part: int, row: ComparedRow) -> bool:

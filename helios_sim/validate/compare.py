@@ -178,7 +178,7 @@ def of_live(
         [arm for c in shown for arm in _arms_of_live(c)],
         conditions=f"{', '.join(config.models)} on {config.live.device} beside {config.hardware}; arms at "
         f"{load:.0%} of their capacity; the table holds all loads.",
-        verdict=tuple(_verdict_of_live(found, rows, gates)),
+        verdict=tuple(_verdict_of_live(found, rows, gates, profiled.within)),
         workload=ServedWorkload(
             statement=config.workload.statement,
             requests=len(first),
@@ -406,7 +406,7 @@ def _terms_of_live(found: Sequence[Compared]) -> list[tuple[str, str]]:
 
 
 def _verdict_of_live(
-    found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]], gates: Sequence[Gate]
+    found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]], gates: Sequence[Gate], within: float
 ) -> list[str]:
     below = [c for c in found if c.cell.load < 1] or list(found)
     missed = sum(not gate.passed for gate in gates)
@@ -414,7 +414,7 @@ def _verdict_of_live(
     judged = "the simulation at the device's pace" if paced else "the simulation"
     kept = f"keeps {len(gates) - missed} of {len(gates)} targets" if missed else "keeps every target"
     sentences = [
-        f"Under saturation {judged} {kept}.",
+        f"Under saturation {judged} {kept}{f', as wide as its profile is known: {within:.0%}' if within else ''}.",
         *filter(None, (_off([target.row(rows[c.cell.name]) for c in below], target.name) for target in OF_LIVE)),
     ]
     over = [c for c in found if c.cell.load >= 1]

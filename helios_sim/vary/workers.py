@@ -148,7 +148,7 @@ class Workers:
             _knock(address)
             with self._guarded(), handlers_kept():
                 self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises plain exceptions too, as where a node does not start in its time
             reason = f"no Ray cluster can be reached there: {str(error).splitlines()[0]}"
             fix = "correct it, or leave it out to start one here"
             raise UserError("sweep.address", address, reason, fix) from error
