@@ -171,14 +171,14 @@ def write_vidur(folder: Path, heads: int = 14) -> Path:
 
 def test_vidur_tables(tmp_path: Path) -> None:
     folder = write_vidur(tmp_path / "vidur")
-    profile = vidur_profile(folder, published_model(MODEL), "A100", CARDS["a10080gb"], preset("captured_graphs"))
+    profile = vidur_profile(folder, published_model(MODEL), "A100", CARDS["a100-80gb"], preset("captured_graphs"))
     tables = profile.layer_tables[0]
     assert tables.dense.time_s[1] == pytest.approx(10 * (0.01 + 64e-4) * 1e-3)
     assert tables.decode_attention.time_s[1, 1] == pytest.approx((0.001 + 0.001 * 8 * 256) * 1e-3)
     assert tables.prefill_attention.time_s[1, 0] == pytest.approx((0.001 + 0.02 * 128) * 1e-3)
     assert profile.head.time_s[0] > tables.dense.time_s[0] / 10
     with pytest.raises(UserError, match="n_head"):
-        vidur_profile(write_vidur(tmp_path / "other", heads=16), profile.model, "A100", CARDS["a10080gb"], BARE)
+        vidur_profile(write_vidur(tmp_path / "other", heads=16), profile.model, "A100", CARDS["a100-80gb"], BARE)
 
 
 def rewritten(path: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
@@ -192,7 +192,7 @@ def rewritten(path: Path, change: Callable[[list[dict[str, str]]], None]) -> Non
 
 
 def vidur(folder: Path) -> Profile:
-    return vidur_profile(folder, published_model(MODEL), "A100", CARDS["a10080gb"], preset("captured_graphs"))
+    return vidur_profile(folder, published_model(MODEL), "A100", CARDS["a100-80gb"], preset("captured_graphs"))
 
 
 def test_writing_the_cache_is_part_of_attention(tmp_path: Path) -> None:

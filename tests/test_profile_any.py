@@ -196,6 +196,7 @@ def test_what_a_config_leaves_out_is_what_its_family_means(tmp_path: Path) -> No
     ("names", "hardware"),
     [
         (("opt-6.7b", "facebook/opt-6.7b", "OPT-6.7B"), ("h100-80gb", "H100-80GB", " h100-80gb")),
+        (("llama-2-7b", "meta-llama/Llama-2-7b-chat-hf"), ("a100-80gb", "A100", "1xNVIDIA A100-SXM4-80GB")),
         (("qwen2.5-7b", "Qwen/Qwen2.5-7B", "QWEN2.5-7b"), ("4xh100", "4XH100", "4 x NVIDIA H100 80GB HBM3", "04xh100")),
     ],
 )  # fmt: skip
@@ -395,6 +396,15 @@ def test_no_price_is_quicker_than_memory_where_a_kernel_was_timed_in_a_cache() -
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-27b", "falcon-40b", "opt-66b"])
 def test_prices_are_above_their_floors(model: str, hardware: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(find_profile(model, hardware)) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(CARDS) & set(HARDWARE)))
+def test_a_card_that_stands_in_both_tables_is_one_card(name: str) -> None:
+    card, spec = CARDS[name], HARDWARE[name]
+    assert (card.total_bytes, card.bytes_per_s, card.flops_per_s, card.tdp_w) == (
+        spec.hbm_bytes, spec.hbm_bytes_per_s, spec.flops_per_s, spec.tdp_w,
+    )  # fmt: skip
+    assert card.load_bytes_per_s == device_of(name).load_bytes_per_s
 
 
 def test_more_cards_are_quicker_but_not_as_many_times() -> None:

@@ -198,7 +198,7 @@ def test_vidur_s_tables(shared_data: Path, tmp_path: Path) -> None:
     attention = pd.read_csv(shared_data / "kernels/vidur/a100/attention_llama2-70b_tp2.csv.gz")
     attention = attention.assign(n_embd=4096, n_q_head=32, n_kv_head=32, num_tensor_parallel_workers=1)
     attention.to_csv(tmp_path / "attention.csv", index=False)
-    profile = vidur_profile(tmp_path, published_model("meta-llama/Llama-2-7b-hf"), "A100", CARDS["a10080gb"], BARE)
+    profile = vidur_profile(tmp_path, published_model("meta-llama/Llama-2-7b-hf"), "A100", CARDS["a100-80gb"], BARE)
     own = mlp[mlp["num_tensor_parallel_workers"] == 1].groupby("num_tokens").median(numeric_only=True)
     names = [c.split(".")[1] for c in own if c.endswith(".median") and ".emb." not in c]
     layer_ms = sum(own[f"time_stats.{name}.median"] * (2 if name == "add" else 1) for name in names)

@@ -160,6 +160,7 @@ REFUSED = {
         {"a": {"policy": "static_cap", "depth": 2}}, {}, {}, r"cluster\.kinds\.a\.policy\.depth=2.*cap_layers"),
     "an unknown model": ({"a": {"models": ["huge"]}}, {}, {}, r"cluster\.kinds\.a.*huge@box"),
     "no model": ({"a": {"models": []}}, {}, {}, r"cluster\.kinds\.a\.models=\[\]"),
+    "a number for a list": ({"a": {"models": 7}}, {}, {}, r"cluster\.kinds\.a\.models=7"),
     "a name for a list": ({"a": {"models": "small"}}, {}, {}, r"cluster\.kinds\.a\.models='small'.*\[opt-1.3b\]"),
     "an unknown card": ({"a": {"hardware": "tpu"}}, {}, {}, r"cluster\.kinds\.a.*small@tpu"),
     "a setting of the whole": ({"a": {"server": {"router": "x"}}}, {}, {}, r"cluster\.kinds\.a\.server.*max_batch"),

@@ -19,7 +19,7 @@ from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES, device_
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import Efficiency, device_roofline
 
-CARDS = ("a10080gb", "h100", "h200", "b200", "l40s", "rtxpro6000")
+CARDS = ("a100-80gb", "h100", "h200", "b200", "l40s", "rtxpro6000")
 MODELS = ("llama-3.2-1b", "llama-2-7b", "llama-3.1-8b", "qwen2.5-14b", "qwen3-32b")
 DECODES = ((1, 512), (8, 2048), (32, 1024), (128, 1024), (256, 512))  # running requests, context
 PROMPTS = (128, 512, 2048, 4096)

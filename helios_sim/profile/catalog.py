@@ -158,6 +158,7 @@ XGMI = Link(15e-6, 448e9, "assumed latency of 15 us; 7 Infinity Fabric links of 
 PCIE_5, C2C = 50e9, 360e9  # 0.8 of PCIe 5.0 x16, 63 GB/s; 0.8 of NVLink-C2C, 450 GB/s a direction
 _ADA = "NVIDIA Ada GPU architecture white paper"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture white paper"
+# Where a name is in `HARDWARE` too, a study takes the card from there, with its idle power.
 CARDS: dict[str, Card] = {
     "rtxpro6000": Card(97_887 * MIB, 1.597e12, 503.8e12, 600.0, PCIE_LINK, "NVIDIA RTX PRO 6000 Server sheet", PCIE_5),
     "rtx5090": Card(32_607 * MIB, 1.792e12, 209.5e12, 575.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper", PCIE_5),
@@ -169,8 +170,8 @@ CARDS: dict[str, Card] = {
     "l40s": Card(46_068 * MIB, 0.864e12, 362.05e12, 350.0, PCIE_LINK, "NVIDIA L40S data sheet"),
     "l4": Card(23_034 * MIB, 0.300e12, 121.0e12, 72.0, PCIE_LINK, "NVIDIA L4 data sheet"),
     "a10": Card(23_028 * MIB, 0.600e12, 125.0e12, 150.0, PCIE_LINK, "NVIDIA A10 data sheet"),
-    "a10040gb": Card(40_960 * MIB, 1.555e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 40 GB"),
-    "a10080gb": Card(81_920 * MIB, 2.039e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 80 GB"),
+    "a100-40gb": Card(40_960 * MIB, 1.555e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 40 GB"),
+    "a100-80gb": Card(81_920 * MIB, 2.039e12, 312e12, 400.0, NVLINK_3, "NVIDIA A100 data sheet, SXM4 80 GB"),
     "a100pcie40gb": Card(40_960 * MIB, 1.555e12, 312e12, 250.0, PCIE_LINK, "NVIDIA A100 data sheet, PCIe 40 GB"),
     "a100pcie80gb": Card(81_920 * MIB, 1.935e12, 312e12, 300.0, PCIE_LINK, "NVIDIA A100 data sheet, PCIe 80 GB"),
     "h100pcie": Card(81_559 * MIB, 2.0e12, 756e12, 350.0, PCIE_LINK, "NVIDIA H100 data sheet, PCIe", PCIE_5),
@@ -186,7 +187,8 @@ CARDS: dict[str, Card] = {
     "mi300x": Card(196_592 * MIB, 5.3e12, 1307e12, 750.0, XGMI, "AMD Instinct MI300X data sheet", PCIE_5),
 }  # fmt: skip
 _OTHER_NAMES = {
-    "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a10080gb", "a100pcie": "a100pcie80gb",
+    "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a100-80gb", "a10080gb": "a100-80gb",
+    "a10040gb": "a100-40gb", "a100pcie": "a100pcie80gb",
     "a10080gbpcie": "a100pcie80gb", "a10040gbpcie": "a100pcie40gb", "h10080gb": "h100",
     "h200141gb": "h200", "rtxpro6000blackwell": "rtxpro6000",
 }  # fmt: skip

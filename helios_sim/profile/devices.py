@@ -70,6 +70,11 @@ def group_of(name: str) -> tuple[int, str]:
     return (int(grouped[1]), grouped[2]) if grouped else (1, name.strip())
 
 
+def catalogue_name(card: str) -> str | None:
+    """Under which name the catalogue has a card, of those for which profiles are shipped if it is one; None: not."""
+    return card.lower() if card.lower() in HARDWARE else card_key(card)
+
+
 def card_file(card: str) -> Path | None:
     """The file that describes a card of one's own; None where the name is one of the catalogue."""
     return Path(card).expanduser() if card.lower().endswith((".yaml", ".yml")) else None
@@ -86,18 +91,19 @@ def device_of(name: str, key: str = "hardware") -> Device:
 
 
 def _known_card(name: str, key: str) -> Device:
-    """A card of the catalogue. One for which profiles are shipped is as they have it, with its idle power."""
-    plain, found = name.lower(), card_key(name)
+    found = catalogue_name(name)
     if found is None:
-        near = get_close_matches(plain, (*HARDWARE, *CARDS), 1, 0.6)
+        near = get_close_matches(name.lower(), (*HARDWARE, *CARDS), 1, 0.6)
         meant = f"did you mean {near[0]}? Or " if near else ""
         fix = f"{meant}describe it in a file: hardware=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
         raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
-    card = CARDS[found]
-    if plain in HARDWARE:
-        return Device(HARDWARE[plain], card.link, LOAD_BYTES_PER_S[plain], key=found)
-    return Device(card_spec(found, card), card.link, card.load_bytes_per_s, key=found)
+    of_card = card_key(found)
+    assert of_card is not None
+    card = CARDS[of_card]
+    if found in HARDWARE:
+        return Device(HARDWARE[found], card.link, LOAD_BYTES_PER_S[found], key=of_card)
+    return Device(card_spec(found, card), card.link, card.load_bytes_per_s, key=of_card)
 
 
 def _own_card(path: Path, key: str) -> Device:

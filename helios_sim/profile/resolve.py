@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from helios_sim.profile.catalog import MODELS, plain_model
-from helios_sim.profile.devices import Device, card_file, device_of, group_of
+from helios_sim.profile.devices import Device, card_file, catalogue_name, device_of, group_of
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES, device_profile
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, FITTED_BAND, device_roofline
@@ -39,12 +39,12 @@ def kept_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> P
 
 
 def _names(model: str, hardware: str) -> Iterator[str]:
-    of_hardware = hardware.strip().lower()
     if "/" not in model + hardware and len(model + hardware) < 200:
         yield f"{model}@{hardware}"
-    plain = plain_model(model)
-    if plain in MODELS and "/" not in of_hardware and len(of_hardware) < 200 and config_of(model) is None:
-        yield f"{plain}@{of_hardware}"
+    cards, card = group_of(hardware)
+    plain, known = plain_model(model), catalogue_name(card)
+    if cards == 1 and known is not None and plain in MODELS and config_of(model) is None:
+        yield f"{plain}@{known}"
 
 
 @lru_cache(maxsize=32)

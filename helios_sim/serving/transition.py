@@ -312,5 +312,6 @@ class Transitions:
             names,
             f"weights, activations and one KV block must fit into {memory.usable_bytes / 1e9:.1f} GB "
             f"({memory.utilisation:.0%} of the card)",
-            "choose a smaller model, a lower cap, a larger card or a higher server.memory_utilisation",
+            "choose a smaller model, a lower cap, a larger card, more cards (server.tensor_parallel) or a higher "
+            "server.memory_utilisation",
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -153,7 +153,7 @@ def _plan(name: str, first: int, entry: Mapping[str, Any], config: Config) -> _P
     if not isinstance(server, Mapping) or not set(server) <= set(OF_ONE_SERVER):
         raise UserError("server", server, f"a mapping of {', '.join(OF_ONE_SERVER)}", "leave the others to the study")
     models = entry.get("models", config.models)
-    if isinstance(models, str) or not all(isinstance(model, str) for model in models):
+    if isinstance(models, str) or not isinstance(models, Sequence) or not all(isinstance(m, str) for m in models):
         raise UserError("models", models, "a list of names", "write [opt-1.3b]")
     changed = replace(
         config,

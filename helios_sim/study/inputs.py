@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -44,7 +44,8 @@ def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
     for kind in _kinds(config) or [{}]:
         hardware = config.device_of(kind)
-        for model in map(str, kind.get("models", config.models)):
+        models = kind.get("models", config.models)
+        for model in map(str, models if isinstance(models, Sequence) else ()):  # what is none, the fleet refuses
             name = f"profile {model}@{hardware}"
             if config.profile_folder is not None:
                 yield name, Path(config.profile_folder) / f"{model}@{hardware}"

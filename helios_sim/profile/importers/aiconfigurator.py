@@ -76,9 +76,9 @@ def _shipped(folder: str, vllm: str, card: str, head_dims: tuple[int, ...] = (64
     return KernelSource(folder, vllm, head_dims, card_spec(card, CARDS[card]), shipped=True)
 
 
-_SXM_A100 = _shipped("a100_sxm", "0.14.0", "a10080gb", (128,))
+_SXM_A100 = _shipped("a100_sxm", "0.14.0", "a100-80gb", (128,))
 SHIPPED_SOURCES = {  # by the card's key in the catalogue
-    "a10040gb": _SXM_A100, "a10080gb": _SXM_A100, "h100": _shipped("h100_sxm", "0.24.0", "h100"),
+    "a100-40gb": _SXM_A100, "a100-80gb": _SXM_A100, "h100": _shipped("h100_sxm", "0.24.0", "h100"),
     "h200": _shipped("h200_sxm", "0.24.0", "h200"), "b200": _shipped("b200_sxm", "0.24.0", "b200"),
     "l40s": _shipped("l40s", "0.24.0", "l40s"),
     "rtxpro6000": _shipped("rtx_pro_6000_server", "0.24.0", "rtxpro6000"),
