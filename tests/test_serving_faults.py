@@ -17,6 +17,7 @@ from helios_sim.policy.telemetry import ExpectedLoad
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
 from helios_sim.routing import Router, Routing
+from helios_sim.simulation import LittlesLawViolated, System
 from helios_sim.workload import ClosedLoop, Constant
 from helios_sim.workload.faults import Fault, FaultKind, FaultPlan, FaultSpec, Outages
 from rig import Scripted, Served, full_depth, serve, workload
@@ -229,6 +230,16 @@ def test_users_of_a_closed_loop_go_on(users: int, retries: int) -> None:
 @given(design=designs)
 def test_the_same_bits_under_faults_in_every_way(design) -> None:
     checked(*design, ways=ALL_WAYS)
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_request_that_is_not_sent_again_is_noticed(monkeypatch: pytest.MonkeyPatch, stepwise: bool) -> None:
+    monkeypatch.setattr(System, "send_again", lambda self, lost, lost_by: None)
+    with pytest.raises(LittlesLawViolated, match="8 arrived, 0 of them sent again, 7 left"):
+        serve(
+            workload(8, 5, 10, EVERY_20_MS), full_depth(), faults=plan(FaultKind.ITERATION_FAILS, 45.5),
+            stepwise=stepwise,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [2052, 1_001_053])

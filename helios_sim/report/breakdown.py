@@ -231,7 +231,7 @@ def by_prompt_length(replicates: Sequence[Records]) -> list[tuple[str, list[Bool
 
 @dataclass(frozen=True, slots=True)
 class FaultFigures:
-    """Of one arm, all replicates together."""
+    """What struck one arm, all replicates together."""
 
     hits: Mapping[str, int]  # faults by kind that found something to strike
     missed: int  # faults that found nothing

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Situation
 from helios_sim.request import NS_PER_S, Request
 from helios_sim.serving.aborts import Aborts
+from helios_sim.serving.decider import Decider
 from helios_sim.serving.handover import Lost, lose
 from helios_sim.serving.iteration import (
     Around,
@@ -39,13 +41,16 @@ from helios_sim.serving.iteration import (
     Plan,
     Terms,
 )
+from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import Replica
+from helios_sim.serving.transition import Transitions
 from helios_sim.workload.faults import LOSING, Fault, FaultKind, FaultPlan, Struck
 
 if TYPE_CHECKING:
     from helios_sim.serving.server import Server
 
 FAULT_PRIORITY = EventPriority(5)  # after arrivals and control, before servers (`turns`)
+NOBODY = Lost([], 0, 0)
 REASONS = {
     FaultKind.REPLICA_DIES: "its replica died",
     FaultKind.ITERATION_FAILS: "its iteration failed",
@@ -116,7 +121,7 @@ class FaultyEngine(Around):
 
 
 class FaultyForesight(FaultyEngine):
-    """Of an engine that foresees: a slow card is a factor of every iteration's price."""
+    """An engine that foresees, with faults: a slow card is a factor of every iteration's price."""
 
     def __init__(self, inner: Foresees, env: simpy.Environment) -> None:
         super().__init__(inner, env)
@@ -147,7 +152,7 @@ class FaultyForesight(FaultyEngine):
 
 
 class FaultyDevice(FaultyEngine):
-    """Of an engine that executes: its iterations fail before they begin, and a slow card waits after each."""
+    """An engine that executes, with faults: iterations fail before they begin, and a slow card waits after each."""
 
     def __init__(self, inner: Executes, env: simpy.Environment) -> None:
         super().__init__(inner, env)
@@ -172,41 +177,103 @@ def with_faults(engine: Engine, env: simpy.Environment) -> FaultyEngine:
 
 
 class Breakdown:
-    """What faults do to one server. Each method says whom it lost, or None: there was nothing to strike."""
+    """What faults do to one server.
 
-    def __init__(self, replica: Replica, aborts: Aborts) -> None:
-        self._replica, self._aborts = replica, aborts
+    Those that hit its requests return who was lost; None: there was nothing to strike.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        replica: Replica,
+        decider: Decider,
+        transitions: Transitions,
+        prober: Prober,
+        aborts: Aborts,
+    ) -> None:
+        self._server, self._replica, self._decider = server, replica, decider
+        self._transitions, self._prober, self._aborts = transitions, prober, aborts
         self.died_ns = self.back_ns = 0  # it is down from the one to the other
+
+    @property
+    def engine(self) -> FaultyEngine:
+        if not isinstance(self._replica.engine, FaultyEngine):
+            raise TypeError(f"faults need an engine made with_faults, not {type(self._replica.engine).__name__}")
+        return self._replica.engine
 
     @property
     def is_down(self) -> bool:
         return self._replica.now_ns < self.back_ns
 
-    def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
-        return lose(self._replica, False, again, reason) if self._give_up_iteration() else None
+    @property
+    def waits_for_device(self) -> bool:
+        """A device computes the iteration in progress, or has already: the next one is what can fail."""
+        return not self._replica.foresees and self._runs
 
-    def out_of_memory(self) -> Lost | None:
+    @property
+    def _runs(self) -> bool:
+        return int(self._replica.state.phase) == layout.RUNNING
+
+    def note(self, what: str) -> None:
+        """The decision log tells it."""
+        self._decider.note_fault(what)
+
+    def meet(self, on_fault: Callable[[FaultKind, int], None]) -> None:
+        """Faults at the engine reach the server; `on_fault` is told of each and until when it lasts."""
+        engine = self.engine
+        engine.on_fault, engine.on_failed_load = on_fault, self.load_fails
+        engine.may_lose_load = lambda: not self._transitions.falls_back
+        engine.wake = self._transitions.wake
+
+    def load_fails(self, reason: str, again: bool = True) -> None:
+        """`again`: what has to be there to serve on is loaded once more where its load was lost, too."""
+        if self._prober.streaming:
+            self._prober.lose_stream()
+            self._transitions.lose_transfer()
+            return
+        stays = self._transitions.give_up(reason, again)
+        if stays is not None:
+            model, fallback = stays
+            self._decider.note_failed_load(model, reason, fallback)
+
+    def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
+        self._server.catch_up()
+        return self._settled(lose(self._replica, False, again, reason)) if self._give_up_iteration() else None
+
+    def runs_out_of_memory(self) -> Lost | None:
+        self._server.catch_up()
         if not self._give_up_iteration():
             return None
         self._aborts.give_way(REASONS[FaultKind.OUT_OF_MEMORY])
-        return Lost([], 0, 0)
+        return self._settled(NOBODY)
 
     def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
+        """Whatever is loading is lost as well; nothing runs before it is back."""
+        self._server.catch_up()
         self._give_up_iteration()
         self.died_ns, self.back_ns = self._replica.now_ns, back_ns
         lost = lose(self._replica, True, again, reason)
         self._replica.sample()
-        return lost
+        if self._transitions.loading:
+            self.engine.abandon_transfers()
+            self.load_fails(reason)
+        self._prober.lose_stream()
+        return self._settled(lost)
 
     def runs_at(self, pace: float) -> None:
-        cast(FaultyEngine, self._replica.engine).pace = pace
+        self.engine.pace = pace
         if self._replica.foresees:
             self._replica.enforce()
+
+    def _settled(self, lost: Lost) -> Lost:
+        self._server.catch_up()  # users of a closed loop, whose requests were dropped, send the next ones
+        self._server.stop()
+        return lost
 
     def _give_up_iteration(self) -> bool:
         """Nothing of the iteration in progress counts but the time that it took. False: there is none."""
         replica, s = self._replica, self._replica.state
-        if s.phase != layout.RUNNING:
+        if not self._runs:
             return False
         replica.stats.busy_ns += replica.now_ns - int(s.now_ns)
         replica.release_lingering()
@@ -237,7 +304,7 @@ class Injector:
         self._hits: Counter[int] = Counter()  # by request: how often a fault has hit it
         self.struck: list[Struck] = []
         for server in servers:
-            server.meet(self)
+            server.injector = self
 
     @property
     def next_ns(self) -> int:
@@ -246,6 +313,8 @@ class Injector:
 
     def run(self) -> Generator[Event, Any, None]:
         env = self._env
+        for number, server in enumerate(self._servers):
+            server.breakdown.meet(partial(self._note, number))
         while self._next is not None:
             event = env.event()
             event._ok, event._value = True, None
@@ -266,45 +335,44 @@ class Injector:
         """The run is over: what each fault did, those that found nothing included."""
         now_ns = int(self._env.now)
         for number, server in enumerate(self._servers):
-            self.struck += [Struck(now_ns, kind, number, False, now_ns) for kind in server.engine.armed]
+            self.struck += [Struck(now_ns, kind, number, False, now_ns) for kind in server.breakdown.engine.armed]
         return tuple(self.struck)
 
     def iteration_failed(self, number: int) -> None:
-        """On a device, before it began."""
-        reason = self._reason(FaultKind.ITERATION_FAILS)
-        self._settle(number, FaultKind.ITERATION_FAILS, self._servers[number].iteration_fails(self._again, reason), 0)
+        """The iteration of a device failed before it began."""
+        kind = FaultKind.ITERATION_FAILS
+        lost = self._servers[number].breakdown.iteration_fails(self._again, self._reason(kind))
+        self._settle(number, kind, lost, 0)
 
     def _strike(self, fault: Fault) -> None:
-        number, kind = fault.replica, fault.kind
-        server = self._servers[number]
+        number, kind, struck = fault.replica, fault.kind, self._servers[fault.replica].breakdown
         match kind:
             case FaultKind.REPLICA_DIES if fault.ends:
                 self._note_down(number, None)
             case FaultKind.REPLICA_DIES:
                 self._note_down(number, fault.until_ns)
-                lost = server.dies(fault.until_ns, self._again, self._reason(kind))
-                self._settle(number, kind, lost, fault.lasts_ns)
+                self._settle(number, kind, struck.dies(fault.until_ns, self._again, self._reason(kind)), fault.lasts_ns)
             case FaultKind.SLOW_CARD:
-                server.breakdown.runs_at(1.0 if fault.ends else fault.factor)
+                struck.runs_at(1.0 if fault.ends else fault.factor)
                 if not fault.ends:
-                    self._settle(number, kind, Lost([], 0, 0), fault.lasts_ns)
+                    self._settle(number, kind, NOBODY, fault.lasts_ns)
             case FaultKind.LOAD_FAILS | FaultKind.TRANSFER_STALLS:
                 self._arm(fault)
-            case _ if server.executes and server.is_running:  # it strikes when the next iteration is to begin
+            case _ if struck.waits_for_device:
                 self._arm(fault)
             case FaultKind.ITERATION_FAILS:
-                self._settle(number, kind, server.iteration_fails(self._again, self._reason(kind)), 0)
+                self._settle(number, kind, struck.iteration_fails(self._again, self._reason(kind)), 0)
             case FaultKind.OUT_OF_MEMORY:
-                self._settle(number, kind, server.runs_out_of_memory(), 0)
+                self._settle(number, kind, struck.runs_out_of_memory(), 0)
 
     def _arm(self, fault: Fault) -> None:
-        if not self._servers[fault.replica].engine.arm(fault.kind, fault.lasts_ns):
+        if not self._servers[fault.replica].breakdown.engine.arm(fault.kind, fault.lasts_ns):
             self._settle(fault.replica, fault.kind, None, 0)
 
-    def note(self, number: int, kind: FaultKind, until_ns: int) -> None:
+    def _note(self, number: int, kind: FaultKind, until_ns: int) -> None:
         """A fault took effect at the engine."""
         if kind is not FaultKind.ITERATION_FAILS:  # which says itself whom it lost
-            self._settle(number, kind, Lost([], 0, 0), until_ns - int(self._env.now))
+            self._settle(number, kind, NOBODY, until_ns - int(self._env.now))
 
     def _settle(self, number: int, kind: FaultKind, lost: Lost | None, lasts_ns: int) -> None:
         now_ns = int(self._env.now)
@@ -315,7 +383,7 @@ class Injector:
         self.struck.append(Struck(now_ns, kind, number, True, until_ns, retried, lost.dropped, lost.wasted_tokens))
         lasts = f" for {lasts_ns / NS_PER_S:g} s" if lasts_ns else ""
         hit = f": {retried} requests sent again, {lost.dropped} dropped" if kind in LOSING else ""
-        self._servers[number].note_fault(f"{kind.value.replace('_', ' ')}{lasts}{hit}")
+        self._servers[number].breakdown.note(f"{kind.value.replace('_', ' ')}{lasts}{hit}")
         self._send_again(lost.again, number)
 
     def _again(self, request_id: int) -> bool:

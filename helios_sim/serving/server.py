@@ -24,9 +24,9 @@ from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
-from helios_sim.serving.faults import Breakdown, FaultyEngine, Injector
+from helios_sim.serving.faults import Breakdown, Injector
 from helios_sim.serving.front import Front, Loop
-from helios_sim.serving.handover import Lost, finish, hand_over
+from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import OnLeft, Replica
@@ -51,7 +51,7 @@ class Server:
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self._opened = False
-        self._injector: Injector | None = None
+        self.injector: Injector | None = None  # of faults that strike it
         self._process = env.process(self._run())
 
     def open(
@@ -92,7 +92,7 @@ class Server:
         self._transitions = Transitions(replica, on_change=self._decider.arm, wake=self._turns.wake)
         self._prober = Prober(replica, self._decider, self._transitions)
         self._aborts = Aborts(replica)
-        self._breakdown = Breakdown(replica, self._aborts)
+        self.breakdown = Breakdown(self, replica, self._decider, self._transitions, self._prober, self._aborts)
         self._transitions.start(self._decider.start())
 
     def _require_open(self) -> None:
@@ -108,7 +108,7 @@ class Server:
             try:
                 if interrupted:  # by a fault, which it answers when its turn comes, or when it is back
                     interrupted = False
-                    yield from self._wait(self._breakdown.back_ns)
+                    yield from self._wait(self.breakdown.back_ns)
                 yield from self._take_turns()
             except simpy.Interrupt:
                 interrupted = True
@@ -144,7 +144,7 @@ class Server:
             yield from self._serve()
 
     def _wait(self, end_ns: int) -> Generator[Event, Any, None]:
-        """Until then, or until its turn comes now, while requests arrive."""
+        """Wait until then, or until its turn comes now, while requests arrive."""
         end_ns = max(end_ns, self._replica.now_ns)
         while True:
             until_ns = min(end_ns, self._next_fault_ns)
@@ -238,8 +238,8 @@ class Server:
             self._aborts.give_way(error.reason)
             return error.end_ns
         except IterationFailed as error:
-            assert self._injector is not None
-            self._injector.iteration_failed(self._number)
+            assert self.injector is not None
+            self.injector.iteration_failed(self._number)
             return error.end_ns
         note_outcome(replica, outcome.decoded, outcome.prefilled)
         profile, it = outcome.profile, replica.iteration
@@ -345,82 +345,16 @@ class Server:
 
     def load_failed(self, model: str, reason: str) -> None:
         """Weights under way will not come; serving goes on with what is there. UserError where nothing is."""
-        self._lose_load(reason, again=False)
+        self.breakdown.load_fails(reason, again=False)
 
-    def _lose_load(self, reason: str, again: bool = True) -> None:
-        """`again`: what has to be there to serve on is loaded once more where its load was lost, too."""
-        if self._prober.streaming:
-            self._prober.lose_stream()
-            self._transitions.lose_transfer()
-            return
-        stays = self._transitions.give_up(reason, again)
-        if stays is not None:
-            model, fallback = stays
-            self._decider.note_failed_load(model, reason, fallback)
-
-    # --- Faults -----------------------------------------------------------------------------------------------------
-
-    def meet(self, injector: Injector) -> None:
-        """Faults will strike this server, whose engine was made `with_faults`."""
-        self._injector, engine, number = injector, self.engine, self._number
-        engine.on_fault = lambda kind, until_ns: injector.note(number, kind, until_ns)
-        engine.on_failed_load = self._lose_load
-        engine.may_lose_load = lambda: not self._transitions.falls_back
-        engine.wake = self._turns.wake
-
-    @property
-    def engine(self) -> FaultyEngine:
-        if not isinstance(self._engine, FaultyEngine):
-            raise TypeError(f"faults need an engine made with_faults, not {type(self._engine).__name__}")
-        return self._engine
-
-    @property
-    def breakdown(self) -> Breakdown:
-        return self._breakdown
-
-    def iteration_fails(self, again: Callable[[int], bool], reason: str) -> Lost | None:
-        """The iteration in progress gives no result. Returns whom it hit; None: nothing was in progress."""
-        self.catch_up()
-        return self._answer(self._breakdown.iteration_fails(again, reason))
-
-    def runs_out_of_memory(self) -> Lost | None:
-        """So does the iteration in progress, for lack of memory."""
-        self.catch_up()
-        return self._answer(self._breakdown.out_of_memory())
-
-    def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
-        """All requests here are lost, and whatever is loading; nothing runs before it is back."""
-        self.catch_up()
-        lost = self._breakdown.dies(back_ns, again, reason)
-        if self._transitions.loading:
-            self.engine.abandon_transfers()
-            self._lose_load(reason)
-        self._prober.lose_stream()
-        self._answer(lost)
-        return lost
-
-    def _answer(self, lost: Lost | None) -> Lost | None:
-        """The server takes a turn now, whatever it waits for, if anything has struck it."""
-        if lost is not None:
-            self.catch_up()
-            if self._env.active_process is not self._process:
-                self._process.interrupt()
-        return lost
-
-    def note_fault(self, what: str) -> None:
-        self._decider.note_fault(what)
+    def stop(self) -> None:
+        """A fault has struck: the server takes a turn now, whatever it waits for, or when it is back."""
+        if self._env.active_process is not self._process:
+            self._process.interrupt()
 
     def look(self) -> None:
         """Others may have acted: an idle server takes a turn."""
         self._turns.wake_idle()
-
-    @property
-    def executes(self) -> bool:
-        return not self._replica.foresees
-
-    @property
-    def is_running(self) -> bool:
-        return int(self._replica.state.phase) == layout.RUNNING
 
     @property
     def expects(self) -> bool:
@@ -433,11 +367,11 @@ class Server:
         """Nothing happens here any more unless something arrives, and nothing has arrived just now."""
         waits = self._turns.is_idle and self._decider.next_time_ns is None
         waits = waits and int(self._replica.state.changed_ns) < self._replica.now_ns
-        return waits and not self._transitions.loading and not self._breakdown.is_down
+        return waits and not self._transitions.loading and not self.breakdown.is_down
 
     @property
     def _next_fault_ns(self) -> int:
-        return FOREVER_NS if self._injector is None else self._injector.next_ns
+        return FOREVER_NS if self.injector is None else self.injector.next_ns
 
     def finish(self) -> None:
         """Ends the run: every request that is still here leaves as unfinished."""
@@ -459,8 +393,8 @@ class Server:
             return int(replica.requests[int(replica.lists.left[0])].left_ns)
         if s.phase == layout.RUNNING:
             return int(s.end_ns)
-        if self._breakdown.is_down:
-            return self._breakdown.died_ns
+        if self.breakdown.is_down:
+            return self.breakdown.died_ns
         parked_ns = None if self._front is None else self._front.frontier_ns(self._number)
         return replica.now_ns if parked_ns is None else parked_ns
 

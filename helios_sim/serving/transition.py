@@ -79,7 +79,7 @@ class Transitions:
     def __init__(self, replica: Replica, on_change: Callable[[], None], wake: Callable[[], None]) -> None:
         self._replica = replica
         self._on_change = on_change  # a deployment came into force
-        self._wake = wake
+        self.wake = wake
         profiles = {name: candidate.profile for name, candidate in replica.situation.candidates.items()}
         self.residency = Residency(profiles, replica.situation.memory)
         self._pending: Pending | None = None
@@ -182,10 +182,10 @@ class Transitions:
         def done() -> None:
             self._transfer_ended()
             on_done()
-            self._wake()
+            self.wake()
 
         replica.engine.start_transfer(n_bytes, model, done)
-        self._wake()
+        self.wake()
 
     def give_up(self, reason: str, again: bool) -> tuple[str, Deployment] | None:
         """The weights under way will not come: what is in force stays, without the limits of a round.
@@ -213,7 +213,7 @@ class Transitions:
     def lose_transfer(self) -> None:
         """What was under way is not there."""
         self._transfer_ended()
-        self._wake()
+        self.wake()
 
     def close(self) -> None:
         """The run ends: closes the books on the deployment in force."""

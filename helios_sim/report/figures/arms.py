@@ -335,6 +335,7 @@ def _file_name(arm: str) -> str:
 
 
 FAULT_COLOR = "#c0392b"
+_MOST_FAULTS = 200  # in a timeline
 
 
 def _timeline(arm: ArmResult, file: str) -> Drawing:
@@ -407,12 +408,13 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
         ax.set_xlim(time_s[0], time_s[-1])
         for moment_ns in moments_ns:
             ax.axvline(moment_ns / NS_PER_S, color=MUTED, linewidth=0.8, linestyle=":")
-        for fault in arm.timeline_faults:
+        for fault in arm.timeline_faults[:_MOST_FAULTS]:
             ends_ns = (fault.time_ns / NS_PER_S, fault.until_ns / NS_PER_S)
             if ends_ns[0] <= time_s[-1]:
                 ax.axvspan(*ends_ns, color=FAULT_COLOR, alpha=0.25, linewidth=0.8)
     caption = "Dotted lines: a changed placement came into force. " if moments_ns else ""
-    caption += "Red: a fault strikes, for as long as it lasts. " if arm.timeline_faults else ""
+    some = f" (the first {_MOST_FAULTS} are shown)" if len(arm.timeline_faults) > _MOST_FAULTS else ""
+    caption += f"Red: a fault strikes, for as long as it lasts{some}. " if arm.timeline_faults else ""
     caption += "Samples of the first seed; metrics do not use them."
     which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
     return Drawing(f"timeline_{file}", f"What {arm.name} did{which}", caption, figure)
