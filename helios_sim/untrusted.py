@@ -11,8 +11,8 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -281,6 +281,13 @@ def shortened(value: object) -> object:
         return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
     text = repr(value[:20]) if isinstance(value, list | tuple) else repr(value)[: 4 * _SHOWN]
     return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_there(path: Path, is_so: Callable[[Path], bool] = Path.is_file) -> bool:
+    """Whether there is a file; False too where no path can be so long or have such characters."""
+    with suppress(OSError, ValueError):
+        return is_so(path)
+    return False
 
 
 def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = UserError) -> bytes:

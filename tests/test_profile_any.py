@@ -295,6 +295,17 @@ def test_a_changed_config_or_card_is_another_input_of_a_study(tmp_path: Path, mo
     assert "profile facebook/opt-1.3b@a100-40gb" in alias
 
 
+@pytest.mark.parametrize("name", ["ü" * 190, "a" * 5000, "a" * 5000 + ".json", "a\0", "\0.json"])
+def test_a_name_that_no_path_can_have_is_one_message(name: str) -> None:
+    from helios_sim.study.inputs import made_of
+
+    for changes in ({"models": [name]}, {"hardware": name}, {"hardware": f"{name}.yaml"}):
+        config = with_settings(study_config("own"), changes)
+        made_of(config)
+        with pytest.raises(UserError):
+            find_profile(config.models[0], config.hardware)
+
+
 def test_two_models_whose_paths_end_alike_are_two_inputs(tmp_path: Path) -> None:
     from helios_sim.study.fleet import build_fleet
     from helios_sim.study.jobs import inputs_of

@@ -30,7 +30,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance
-from helios_sim.untrusted import MIB, Fields, read_bytes, read_json, read_parquet, reading, shortened
+from helios_sim.untrusted import MIB, Fields, is_there, read_bytes, read_json, read_parquet, reading, shortened
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parents[1] / "data" / "exits"
@@ -60,7 +60,7 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
     with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
         shipped = SHIPPED / f"{model}@{source}"
         folder = shipped if (shipped / HEADER).is_file() else Path(source)
-    if not (folder / HEADER).is_file():
+    if not is_there(folder / HEADER):
         names = sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))
         raise UserError(
             "exits.source",

@@ -72,7 +72,7 @@ def listed() -> None:
         memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
         print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {card.flops_per_s / 1e12:>7.0f} {watts:>6}  {kernels}")
     print()
-    _say(f"{', '.join(HARDWARE)}: with their idle power, which energy needs, and shipped profiles.")
+    _say(f"{', '.join(HARDWARE)}: with their idle power, which energy needs.")
     _say("A group that runs a model together: 4xh100. A card of your own: the path of a card.yaml (README).")
     print()
     print(f"{'model':<18} {'parameters':>10} {'layers':>6} {'context':>9} {'K and V of a token':>20}")

@@ -18,6 +18,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, FITTED_BAND, device_roofline
 from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
+from helios_sim.untrusted import is_there
 
 TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
 
@@ -35,11 +36,11 @@ def find_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> P
 
 def kept_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Path | None:
     """The folder of the profile that is kept for them, also under another of the model's names; None: one is made."""
-    return next((folder / name for name in _names(model, hardware) if (folder / name / HEADER).is_file()), None)
+    return next((folder / name for name in _names(model, hardware) if is_there(folder / name / HEADER)), None)
 
 
 def _names(model: str, hardware: str) -> Iterator[str]:
-    if "/" not in model + hardware and len(model + hardware) < 200:
+    if "/" not in model + hardware:
         yield f"{model}@{hardware}"
     cards, card = group_of(hardware)
     plain, known = plain_model(model), catalogue_name(card)
@@ -67,4 +68,4 @@ def _built(shape: Shape, device: Device, command: str) -> Profile:
 def files_of(model: str, hardware: str) -> list[Path]:
     """The files that say what the model and the hardware are; none for names of the catalogue."""
     found = (config_of(model) if model else None, card_file(group_of(hardware)[1]))
-    return [path for path in found if path is not None and path.is_file()]
+    return [path for path in found if path is not None and is_there(path)]

@@ -7,7 +7,6 @@ name: experts, other attention than softmax over K and V, layers that differ in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
 from helios_sim.profile.families import FAMILIES, WINDOW_IF_ASKED, Family, other_values, windows_of
 from helios_sim.profile.spec import ModelSpec
-from helios_sim.untrusted import Fields, read_json
+from helios_sim.untrusted import Fields, is_there, read_json
 
 _FIX = "give the config.json of a dense decoder-only model"
 _MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 22}
@@ -48,9 +47,7 @@ def config_of(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.name.endswith(".json"):
         return path
-    with suppress(OSError, ValueError):  # longer than a path may be, or with characters that none may have
-        return path / "config.json" if path.is_dir() else None
-    return None
+    return path / "config.json" if is_there(path, Path.is_dir) else None
 
 
 def shape_of(name: str, key: str = "models") -> Shape:

@@ -24,7 +24,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchor, Anchors, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 from helios_sim.provenance import Provenance
-from helios_sim.untrusted import Fields, read_json, read_parquet, reading
+from helios_sim.untrusted import Fields, is_there, read_json, read_parquet, reading
 
 SCHEMA_VERSION = 1
 PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
@@ -54,7 +54,7 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
     Raises UserError when there is none, or when a file is damaged.
     """
     path = Path(name) if "/" in name else folder / name
-    if not (path / HEADER).is_file():
+    if not is_there(path / HEADER):
         names = ", ".join(known_profiles(folder)) or f"none in {folder}"
         raise UserError("profile", name, f"known: {names}", "choose one of these, build it, or give its folder's path")
     profile = read_profile(path)

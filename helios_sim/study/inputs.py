@@ -22,6 +22,7 @@ from helios_sim.policy.registry import PolicyConfig
 from helios_sim.profile.resolve import files_of, kept_profile
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
+from helios_sim.untrusted import is_there
 from helios_sim.workload.traces import locate
 
 CODE = "the program"
@@ -31,7 +32,7 @@ def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str
     """Digests by name, such as "profile opt-1.3b@a100-40gb". What is not there is left to the loader that needs it."""
     found = {CODE: _code()}
     for name, path in _files(config):
-        if path.exists():
+        if is_there(path, Path.exists):
             found[name] = digest_of(path)
     custom = [str(kind["object"]) for kind in _kinds(config) if "object" in kind]
     if policy is not None and isinstance(policy.parameters, CustomParameters):
@@ -55,7 +56,7 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
                 yield from ((f"{path.name} of {model}@{hardware}", path) for path in files_of(model, hardware))
             source = config.exits.source.replace("{model}", model)
             shipped = SHIPPED_EXITS / f"{model}@{source}"
-            yield f"exits of {model}", shipped if (shipped / EXITS_HEADER).is_file() else Path(source)
+            yield f"exits of {model}", shipped if is_there(shipped / EXITS_HEADER) else Path(source)
     for trace in (config.workload.arrivals.trace, config.workload.lengths.trace):
         if trace is not None:
             with suppress(ValueError):
