@@ -328,7 +328,8 @@ def simulate(
     if outside is not None:
         outside(system)
     with suppress(EmptySchedule):  # nothing can happen any more, nor can anybody outside act
-        while system.left < requests:
+        # Where all requests leave at the first moment, every server still takes its first turn, as step by step.
+        while system.left < requests or not all(server.has_begun for server in system.servers):
             env.step()
     end_ns = int(env.now)
     struck = None if injector is None else injector.finish()

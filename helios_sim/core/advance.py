@@ -45,6 +45,8 @@ def advance(t: Tables, until_ns: int) -> int:
     requests, lists, line, arrivals, tokens = t.requests, t.lists, t.line, t.arrivals, t.tokens
     chunks, freed, owed, c, watch, work = t.chunks, t.freed, t.owed, t.counts, t.watch, t.work
     while True:
+        if s.to_release and s.phase in (ADMITTING, RUNNING):  # in place of those that left while it was planned
+            release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
         if s.phase == RUNNING:
             if s.end_ns >= until_ns:
                 return HORIZON
@@ -143,6 +145,14 @@ def _wait(
     while True:
         if s.free == 0:
             return FLUSH
+        if s.to_release and s.arrived == s.known and not s.exhausted:
+            return ARRIVALS
+        if s.to_release and s.arrived < s.known:  # of a closed loop, when a record has given its slot back
+            if wakes(s, r, watch):
+                s.idle = 1 + s.waiting
+                return GO_ON
+            release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
+            continue
         arrival_ns = FOREVER_NS
         if not r.closed_loop:
             if s.arrived < s.known:

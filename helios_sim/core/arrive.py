@@ -146,11 +146,20 @@ def leave(
     now_ns: int,
     why: int,
 ) -> None:
-    """A request leaves the system. Its slot is free when its record has been handed over."""
+    """A request leaves the system, and in a closed loop the next one comes.
+
+    Its slot is free when its record has been handed over.
+    """
+    depart(s, r, requests, lists, slot, now_ns, why)
+    if r.closed_loop:
+        release(s, r, requests, lists, line, arrivals, tokens, now_ns)
+
+
+def depart(s: Record, r: Record, requests: Table, lists: Lists, slot: int, now_ns: int, why: int) -> None:
+    """A request leaves the system. In a closed loop the next one may come from now on, with a later `release`."""
     _count_departure(s, requests, lists, slot, now_ns, why)
     if r.closed_loop:
         s.to_release += 1
-        release(s, r, requests, lists, line, arrivals, tokens, now_ns)
 
 
 def _count_departure(s: Record, requests: Table, lists: Lists, slot: int, now_ns: int, why: int) -> None:

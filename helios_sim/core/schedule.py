@@ -18,7 +18,7 @@ them chunk by chunk, so that a decode can take one between two chunks of a promp
 
 from __future__ import annotations
 
-from helios_sim.core.arrive import cannot_run, leave, occupy
+from helios_sim.core.arrive import cannot_run, depart, occupy
 from helios_sim.core.blocks import blocks_for, free_blocks, give_blocks, kept_blocks, take_back, take_blocks
 from helios_sim.core.layout import (
     FLUSH,
@@ -121,7 +121,7 @@ def admit(
         request = requests[slot]
         request.model = s.model
         if why:
-            leave(s, r, requests, lists, line, arrivals, tokens, slot, s.now_ns, why)
+            depart(s, r, requests, lists, slot, s.now_ns, why)  # who comes in its place was not there when this began
             continue
         if fresh:
             request.order_key = order_key(r, request.priority, prompt)

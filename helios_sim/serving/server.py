@@ -51,6 +51,7 @@ class Server:
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self._opened = False
+        self.has_begun = False  # its first turn is over
         self.injector: Injector | None = None  # of faults that strike it
         self._process = env.process(self._run())
 
@@ -133,7 +134,7 @@ class Server:
                     self._transitions.begin(decided)
                     self._transitions.tell_loop()
                     continue
-            self._started = True
+            self._started = self.has_begun = True
             self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:

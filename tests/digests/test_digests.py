@@ -93,6 +93,20 @@ def test_the_other_cases_of_serving(first: int, way: str) -> None:
     check_cases(first, way)
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(1001084, id="a request that is dropped when it is planned releases one that comes after the plan"),
+        pytest.param(1001430, id="requests of a closed loop that leave at once, more than there are slots"),
+        pytest.param(1001422, id="the only request leaves before the second replica had its first turn"),
+    ],
+)
+def test_all_ways_to_run_agree(seed: int) -> None:
+    found = {way: case_digests(seed, **arguments) for way, arguments in WAYS.items()}
+    assert found["ahead"] == found["step_by_step"]
+    assert found["compiled"] == found["step_by_step"]
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_some_prices(name: str) -> None:
     check_prices(name, 0)
