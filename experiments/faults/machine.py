@@ -106,7 +106,7 @@ class Case:
                 resource.setrlimit(limit[0], (limit[1], limit[1]))
 
         return subprocess.Popen(
-            self.target.command(self.folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            self.target.command(self.folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             start_new_session=True, env=environment, preexec_fn=prepare, errors="replace",
         )  # fmt: skip
 
