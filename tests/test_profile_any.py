@@ -25,7 +25,7 @@ from helios_sim.profile.importers.aiconfigurator import (
     device_profile,
 )
 from helios_sim.profile.resolve import find_profile
-from helios_sim.profile.roofline import Gemm, layer_gemms
+from helios_sim.profile.roofline import Gemm, embedding_elementwise, layer_elementwise, layer_gemms
 from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile, write_profile
 from helios_sim.study.build import build
@@ -377,6 +377,22 @@ def test_an_all_reduce_of_more_bytes_is_not_quicker(hardware: str) -> None:
     assert device.key is not None
     n_bytes = np.geomspace(1 << 10, 8 << 20, 200)  # one kernel of the two
     assert (np.diff(AllReduceTimes(SHIPPED_SOURCES[device.key], device).time_s(n_bytes)) >= 0).all()
+
+
+@pytest.mark.parametrize("cards", [1, 4])
+def test_a_layer_is_the_sum_of_its_kernels_and_of_two_all_reduces(cards: int) -> None:
+    """The embedding takes one more. A layer reduces its hidden states, 2 bytes a value."""
+    model, device = published_model("llama-3.1-8b"), device_of(f"{cards}xh100" if cards > 1 else "h100")
+    profile = device_profile(model, device, SHIPPED_SOURCES["h100"], "")
+    times = LayerTimes(model, device, SHIPPED_SOURCES["h100"])
+    once_s = np.zeros(len(times.rows))
+    if cards > 1:
+        once_s = AllReduceTimes(SHIPPED_SOURCES["h100"], device).time_s(2.0 * times.rows * model.d_model)
+    kernels_s = sum(times.gemm_s(gemm) for gemm in layer_gemms(shard(model, cards)))
+    kernels_s = kernels_s + times.small_s(layer_elementwise(shard(model, cards)))
+    assert profile.layer_tables[0].dense.time_s == pytest.approx(kernels_s + 2 * once_s, rel=1e-12)
+    looked_up_s = times.small_s(embedding_elementwise(model))
+    assert profile.embedding.time_s == pytest.approx(looked_up_s + once_s, rel=1e-12)
 
 
 def test_measured_products_keep_their_times() -> None:
