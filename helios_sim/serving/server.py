@@ -251,39 +251,37 @@ class Server:
 
     def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:
         """Requests that arrive until then join the line: before the policy looks at it, or while a probe runs."""
-        replica, s = self._replica, self._replica.state
         while True:
-            replica.ready()
-            tables = (
-                s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
-                replica.inbox.tokens(s, int(s.model)),
-            )  # fmt: skip
-            known = take_arrivals(*tables, until_ns)
-            if known or self._feed is None:
-                release(*tables, replica.now_ns)
-            if not s.free:
+            known = self._join_line(until_ns)
+            if not self._replica.state.free:
                 yield from self._hand_over_departures()
-            elif known or self._feed is None:
+            elif known:
                 return
             else:
                 self._read_on()
 
+    def _join_line(self, until_ns: int) -> bool:
+        """Requests that are known and arrive until then join the line, as far as slots are free. False: read on."""
+        replica, s = self._replica, self._replica.state
+        replica.ready()
+        tables = (
+            s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
+            replica.inbox.tokens(s, int(s.model)),
+        )  # fmt: skip
+        known = take_arrivals(*tables, until_ns) or self._feed is None
+        if known:
+            release(*tables, replica.now_ns)
+        return known
+
     def catch_up(self) -> None:
         """Requests that have arrived by now join the line, and what has happened is handed over."""
-        replica, s = self._replica, self._replica.state
+        replica = self._replica
         while True:
-            replica.ready()
-            tables = (
-                s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
-                replica.inbox.tokens(s, int(s.model)),
-            )  # fmt: skip
-            known = take_arrivals(*tables, replica.now_ns)
-            if known or self._feed is None:
-                release(*tables, replica.now_ns)
+            known = self._join_line(replica.now_ns)
             hand_over(replica)
-            if s.free and (known or self._feed is None):
+            if known and replica.state.free:
                 return
-            if not known and self._feed is not None:
+            if not known:
                 self._read_on()
 
     def _hand_over_departures(self) -> Generator[Event, Any, None]:
