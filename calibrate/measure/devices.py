@@ -291,7 +291,7 @@ class TimedCuda:
             with cuda.graph(graph, pool=self._pool):
                 step()
         except RuntimeError as error:
-            self.eager.append(str(error).splitlines()[0])
+            self.eager.append(str(error).partition("\n")[0])
             self.wait()
             return step
         from helios_sim.live.device import GraphReplay  # torch is loaded by now

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from calibrate.measure.device import Step, TimedDevice
 from helios_sim import files
 from helios_sim.errors import UserError
+from helios_sim.untrusted import in_short
 
 STANDARD_ERROR = 0.929  # of a median of normal samples, in IQR / sqrt(n): 1.253 sigma, with sigma = IQR / 1.349
 OUTLIER_IQRS = 3.0  # an outlier lies this many IQRs beyond the quartiles (Tukey's "far out")
@@ -97,7 +98,7 @@ class Points:
                 ]
             except (pa.ArrowException, OSError, KeyError) as error:
                 fix = "delete it to measure anew"
-                raise UserError(str(path), str(error).splitlines()[0], "a table of points", fix) from error
+                raise UserError(str(path), in_short(error), "a table of points", fix) from error
             for name, layer_class, first, second, anchor, clean, contended in zip(*columns, strict=True):
                 point = TimingPoint(name, layer_class, first, second)
                 self._anchors[point] = anchor

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from helios_sim.errors import UserError
 from helios_sim.interrupt import handlers_kept
+from helios_sim.untrusted import in_short
 from helios_sim.vary import guard
 
 BACKENDS = ("serial", "processes", "ray")
@@ -149,7 +150,7 @@ class Workers:
             with self._guarded(), handlers_kept():
                 self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
         except Exception as error:  # Ray raises plain exceptions too, as where a node does not start in its time
-            reason = f"no Ray cluster can be reached there: {str(error).splitlines()[0]}"
+            reason = f"no Ray cluster can be reached there: {in_short(error)}"
             fix = "correct it, or leave it out to start one here"
             raise UserError("sweep.address", address, reason, fix) from error
         self._connected = self._ray

@@ -273,7 +273,7 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], why: str)
             if not is_good(column, cell):
                 place = f"{file.name}, line {line}, column {column.name}"
                 raise UserError(place, shortened(cell), ALLOWED[column.format], _DROP)
-    raise TraceFileError("workload.trace", str(path), f"cannot be read ({why.splitlines()[0][:160]})", _FIX)
+    raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
 
 
 def _rows(file: _File) -> Iterator[tuple[int, Mapping[str, Any]]]:
