@@ -92,13 +92,6 @@ class Machine:
             raise TypeError(f"an array of another kind than the compiled loop reads: {array.dtype}, {array.ndim} axes")
 
     @cached_property
-    def draw(self) -> Callable[..., bool]:
-        from helios_sim.core.draws import draw
-
-        compiled: Callable[..., bool] = _compiled(draw, self._folder)
-        return compiled
-
-    @cached_property
     def times_s(self) -> Callable[..., None]:
         from helios_sim.core.price import times_s
 
@@ -118,7 +111,6 @@ class Machine:
         it, chunks, work = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1), _STORAGE.rows(WORK, 1)
         counts = np.zeros((0, 8), np.int64)
         self.times_s(tables, scalars, it, spans, class_layers, work, chunks, counts, np.zeros(0))
-        self.draw(np.random.default_rng(0), np.zeros((1, 2)), np.array([0.5, 1.0]), np.zeros((2, 3)))
         with suppress(OSError):
             files = [path for path in sorted(own.rglob("*")) if path.is_file()]
             listed = {str(path.relative_to(own)): _digest(path) for path in files}

@@ -122,7 +122,7 @@ class OfflineExits:
     exit_share: NDArray[np.float64]  # (E,) leave there first with per-token exits, all layers loaded; sums to 1
     disagreement: NDArray[np.float64]  # (E,) differ from full depth if all left there
     prompt_tokens: NDArray[np.int64]  # (P,)
-    prompt_disagreements: NDArray[np.int64]  # (P, E) tokens that differ, for a bootstrap over prompts
+    prompt_disagreements: NDArray[np.int64]  # (P, E) tokens that differ, for bounds over prompts
     chars_per_token: float
     bits_per_char: NDArray[np.float64] | None  # (E,) on human text only
     confidence: Confidence = Confidence.MAX_PROBABILITY  # by which tokens are confident here

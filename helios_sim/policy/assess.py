@@ -1,18 +1,11 @@
-"""What each candidate would give, from profile, offline exits and the history table.
-
-Every draw comes from a generator of its own (seed, model, prompts seen), whatever the order of calls.
-"""
+"""What each candidate would give, from profile, offline exits and the history table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from weakref import WeakKeyDictionary
-
-import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.exits.replay import OfflineExits
-from helios_sim.policy.cap import CapChoice, Evidence, Resampled, choose_cap, resample
+from helios_sim.policy.cap import CapChoice, choose_cap
 from helios_sim.policy.checks import check_cap
 from helios_sim.policy.deployment import KvRule, Placement
 from helios_sim.policy.history import HistoryTable
@@ -20,8 +13,6 @@ from helios_sim.policy.options import Option, bits_floor, cost_until_next_round,
 from helios_sim.policy.prediction import Load, Prediction, batch_capacity, fixed_depth, per_token_depths, predict
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Transition
-
-_recorded: WeakKeyDictionary[OfflineExits, dict[tuple[int, int], Resampled]] = WeakKeyDictionary()
 
 
 class Assessor:
@@ -45,7 +36,6 @@ class Assessor:
         self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # with what is behind it
         self._load: Load | None = None  # of the predictions below
         self._predicted: dict[tuple[Placement, tuple[Placement, ...], KvRule | None, int], Prediction | None] = {}
-        self._index = {name: i for i, name in enumerate(situation.candidates)}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
                 check_cap(candidate, cap_layers)
@@ -71,35 +61,17 @@ class Assessor:
         behind = (self.history.observed_prompts(model), self.bits_floor())
         known = self._caps.get(model)
         if known is None or known[0] != behind:
-            known = self._caps[model] = (behind, self._cap(model, *behind))
+            known = self._caps[model] = (behind, self._cap(model, behind[1]))
         return known[1]
 
-    def _cap(self, model: str, observed: int, most: float | None) -> CapChoice:
+    def _cap(self, model: str, most: float | None) -> CapChoice:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
         bits = self.history.shares(model).bits_per_char
         allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
-        pooled = self._recorded(model)
-        seen, offline_weight = self.history.observed(model)
-        if seen is not None:
-            pooled = resample(seen, self._rng(model, observed)).plus(pooled, offline_weight)
-        choice = choose_cap(offline.exits, pooled, objective.max_disagreement, allowed)
+        choice = choose_cap(offline.exits, self.history.evidence(model), objective.max_disagreement, allowed)
         if self._cap_layers is None:
             return choice
         return CapChoice(self._cap_layers, choice.share, choice.upper_bound)
-
-    def _recorded(self, model: str) -> Resampled:
-        """Of the prompts recorded offline: the same for all runs of one seed, so remembered as long as these live."""
-        offline, key = self.situation.candidates[model].offline, (self.situation.seed, self._index[model])
-        found = _recorded.setdefault(offline, {})
-        if key not in found:
-            everything = np.ones(len(offline.prompt_tokens))
-            recorded = Evidence(offline.prompt_tokens, offline.prompt_disagreements, everything)
-            found[key] = resample(recorded, self._rng(model, 0))
-        return found[key]
-
-    def _rng(self, model: str, observed: int) -> np.random.Generator:
-        seed = np.random.SeedSequence(self.situation.seed, spawn_key=(self._index[model], observed))
-        return np.random.default_rng(seed)
 
     def option(
         self,

@@ -1,69 +1,19 @@
-"""The cap rule: how shallow a model may be cut so that its tokens stay its own, by a bootstrap over prompts.
+"""The cap rule: how shallow a model may be cut so that its tokens stay its own, by an upper bound over prompts.
 
-The paper publishes no rule; this one is ours. `Generator.multinomial` takes an exponential and a logarithm for every
-count of a resample. With equal shares both depend only on the place and on how many draws are left, so the compiled
-form computes each of them once. Counts and the generator's state afterwards are the same to the last bit; whether they
-are is tried before it is used, since numpy may change its method.
+The paper publishes no rule; this one is ours. The bound is that of a ratio estimator: a prompt is one draw, since its
+tokens are alike, and shares of disagreement are skewed, since most prompts show none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from helios_sim.core import machine
-
-FloatArray = NDArray[np.float64]
-
-MOST_COMPILED = 2048  # things; room for what is computed once grows with their square
-
-
-def counts_drawn(n: int, resamples: int, rng: np.random.Generator) -> FloatArray:
-    """(R, n) how often each of n things is drawn in each of R resamples of n draws, with replacement."""
-    if n <= MOST_COMPILED and compiled_is_numpys():
-        code = machine.load()
-        assert code is not None
-        before, counts = rng.bit_generator.state, np.zeros((resamples, n))
-        if code.draw(rng, counts, *places(n)):
-            return counts
-        rng.bit_generator.state = before
-    return by_numpy(n, resamples, rng)
-
-
-def by_numpy(n: int, resamples: int, rng: np.random.Generator) -> FloatArray:
-    """The definition of `counts_drawn`."""
-    return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
-
-
-@cache
-def compiled_is_numpys() -> bool:
-    """False too where nothing has been compiled yet: the first runs are not to wait for it."""
-    code = machine.load() if machine.is_made() else None
-    if code is None:
-        return False
-    for n in (1, 2, 60):
-        ours, theirs = np.random.default_rng(n), np.random.default_rng(n)
-        counts = np.zeros((16, n))
-        if not code.draw(ours, counts, *places(n)) or (counts != by_numpy(n, 16, theirs)).any():
-            return False
-    return True
-
-
-@lru_cache(maxsize=8)
-def places(n: int) -> tuple[FloatArray, FloatArray]:
-    """What `draw` needs to know of n places, and room for what it computes once."""
-    chances, left = np.zeros(n), 1.0
-    for place in range(n - 1):
-        chances[place] = 1.0 / n / left
-        left -= 1.0 / n
-    return chances, np.zeros((n, n + 1))
-
-
-RESAMPLES = 500
 UPPER_SHARE = 0.95
+Z = 1.6448536269514722  # the normal quantile of `UPPER_SHARE`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,49 +32,46 @@ class CapChoice:
     upper_bound: tuple[float, ...]  # (E,) of that share
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Resampled:
-    """Weighted sums over prompts, as they are and over R resamples. Sources that were sampled apart add up."""
-
-    tokens: float
-    differs: NDArray[np.float64]  # (E,)
-    tokens_drawn: NDArray[np.float64]  # (R,)
-    differs_drawn: NDArray[np.float64]  # (R, E)
-
-    def plus(self, other: Resampled, weight: float) -> Resampled:
-        """With each of the other's prompts weighted by so much more."""
-        return Resampled(
-            self.tokens + weight * other.tokens,
-            self.differs + weight * other.differs,
-            self.tokens_drawn + weight * other.tokens_drawn,
-            self.differs_drawn + weight * other.differs_drawn,
-        )
-
-    @property
-    def share(self) -> NDArray[np.float64]:
-        """(E,) weighted share of tokens that differ: sum(w d) / sum(w t)."""
-        return np.asarray(self.differs / self.tokens)
-
-    @property
-    def upper_bound(self) -> NDArray[np.float64]:
-        """(E,) upper 95 % bound of that share, one-sided: the percentile of the resampled ratios.
-
-        All exits share the draws, so bounds are ordered where counts are.
-        """
-        return np.asarray(np.quantile(self.differs_drawn / self.tokens_drawn[:, None], UPPER_SHARE, axis=0))
+def sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own."""
+    return np.asarray(np.add.accumulate(np.concatenate([np.asarray(first)[None], terms]), axis=0)[-1])
 
 
-def resample(evidence: Evidence, rng: np.random.Generator) -> Resampled:
-    """Bootstrap over prompts, with replacement. With several sources, each is resampled within itself."""
-    tokens = evidence.weights * evidence.tokens
-    differs = evidence.weights[:, None] * evidence.disagreements
-    drawn = counts_drawn(len(evidence.tokens), RESAMPLES, rng)
-    return Resampled(float(tokens.sum()), differs.sum(axis=0), drawn @ tokens, drawn @ differs)
+def share_and_bound(sources: Sequence[Evidence]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(E,) the share of tokens that differ, sum(w d) / sum(w t), and its one-sided upper 95 % bound.
+
+    Each source is a stratum whose prompts were drawn apart from the others'. With residuals e = w (d - share t),
+    centred in their source, of n prompts there:
+
+        variance of the sum V = sum over sources of n / (n - 1) sum(e^2),  third moment K = sum(e^3)
+        bound = share + sqrt(V) / sum(w t) (z + K / V^1.5 (2 z^2 + 1) / 6)
+
+    The first term is the ratio estimator's (Cochran, Sampling Techniques, 1977, 6.4), the second corrects it for skew
+    (Hall, "Inverting an Edgeworth expansion", Annals of Statistics 11, 1983). It never turns the bound below the share,
+    since |K| <= V^1.5 and (2 z^2 + 1) / 6 < z. A source of one prompt shows no spread.
+    """
+    tokens = float(sum_in_order(0.0, np.concatenate([s.weights * s.tokens for s in sources])))
+    n_exits = sources[0].disagreements.shape[1]
+    none = np.zeros(n_exits)
+    differs = sum_in_order(none, np.concatenate([s.weights[:, None] * s.disagreements for s in sources]))
+    share = differs / tokens
+    variance, third = none, none
+    for source in sources:
+        n = len(source.tokens)
+        residuals = source.weights[:, None] * (source.disagreements - share * source.tokens[:, None])
+        residuals -= sum_in_order(none, residuals) / n
+        squares = residuals * residuals
+        variance = variance + sum_in_order(none, squares) * (n / max(1, n - 1))
+        third = third + sum_in_order(none, squares * residuals)
+    spread = np.sqrt(variance)
+    cubed = variance * spread
+    skew = np.divide(third, cubed, out=np.zeros(n_exits), where=cubed > 0)
+    return share, np.minimum(1.0, share + spread / tokens * (Z + skew * (2 * Z * Z + 1) / 6))
 
 
 def choose_cap(
     exits: tuple[int, ...],
-    resampled: Resampled,
+    sources: Sequence[Evidence],
     max_disagreement: float,
     allowed: tuple[bool, ...] | None = None,
 ) -> CapChoice:
@@ -132,7 +79,7 @@ def choose_cap(
 
     `allowed` (E,) bars exits for other reasons, such as bits per character; full depth is never barred here.
     """
-    share, bound = resampled.share, resampled.upper_bound
+    share, bound = share_and_bound(sources)
     within = bound <= max_disagreement
     if allowed is not None:
         within &= np.asarray(allowed)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from helios_sim.policy.cap import Evidence
+from helios_sim.policy.cap import Evidence, sum_in_order
 from helios_sim.policy.prediction import Prediction
 from helios_sim.policy.telemetry import Candidate, Observation
 
@@ -92,11 +92,6 @@ class ObservedPrompts:
         return self._columns[name][self._n - len(self) : self._n]
 
 
-def sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own."""
-    return np.asarray(np.add.accumulate(np.concatenate([np.asarray(first)[None], terms]), axis=0)[-1])
-
-
 OBSERVATIONS_KEPT = 512  # prompts per model
 
 
@@ -145,6 +140,15 @@ class HistoryTable:
 
     def note(self, model: str, prediction: Prediction, completed_requests: int) -> None:
         self._predictions[model] = (prediction, completed_requests)
+
+    def evidence(self, model: str) -> list[Evidence]:
+        """Prompts recorded offline, and those observed: two sources, weighted by age."""
+        offline = self._candidates[model].offline
+        seen, weight = self.observed(model)
+        recorded = Evidence(
+            offline.prompt_tokens, offline.prompt_disagreements, np.full(len(offline.prompt_tokens), weight)
+        )
+        return [recorded] if seen is None else [recorded, seen]
 
     def observed(self, model: str) -> tuple[Evidence | None, float]:
         """Observed prompts weighted by age, the youngest 1; and the weight of an offline prompt beside them.
