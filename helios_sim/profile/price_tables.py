@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Pricing:
         self._scalars = _scalar_values(model, hardware, runtime, factors, padded_kv)
         self._layer_class, self._n_classes = tuple(layer_class), len(classes)
         self._spans: dict[tuple[int, ...], Spans] = {}
-        self._read = _INTERPRETED.group(self.tables), self.scalars(_INTERPRETED)[0]
+        self._laid_out: dict[tuple[Storage, tuple[int, ...]], tuple[Any, ...]] = {}
 
     def spans(self, bounds: tuple[int, ...]) -> Spans:
         found = self._spans.get(bounds)
@@ -103,19 +103,29 @@ class Pricing:
         names = SCALARS.dtype.names or ()
         return storage.filled(SCALARS, [[self._scalars[name] for name in names]])
 
+    def _read(self, storage: Storage, bounds: tuple[int, ...]) -> tuple[Any, ...]:
+        """Tables, the table of scalars, spans and their layers, as the loop reads them."""
+        found = self._laid_out.get((storage, bounds))
+        if found is None:
+            spans = self.spans(bounds)
+            found = self._laid_out[storage, bounds] = (
+                storage.group(self.tables), self.scalars(storage), spans.table(storage),
+                storage.array(spans.class_layers),
+            )  # fmt: skip
+        return found
+
     def time_s(self, c: Composition) -> FloatArray:
         if len(c.sampled_tokens) >= MANY and not c.prefill:
             return self._many(c)
-        tables, scalars = self._read
-        spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
-        return np.array(
-            [time_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
-        )
+        return np.array(self._one_by_one(time_s, c))
+
+    def _one_by_one(self, function: Callable[..., Any], c: Composition) -> list[Any]:
+        tables, scalars, spans, class_layers = self._read(_INTERPRETED, c.bounds)
+        return [function(tables, scalars[0], it, spans, class_layers, work, c.prefill) for it, work in iterations(c)]
 
     def _many(self, c: Composition) -> FloatArray:
         """Many iterations without prompts. Interpreted, equal ones are priced once."""
-        code, spans = machine.loaded(), self.spans(c.bounds)
+        code = machine.loaded()
         storage = _INTERPRETED if code is None else _COMPILED
         counts, back = _counts(c), None
         if code is None:
@@ -124,29 +134,19 @@ class Pricing:
         it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
         seconds: FloatArray = np.zeros(len(counts))
         price = times_s if code is None else code.times_s
+        tables, scalars, spans, class_layers = self._read(storage, c.bounds)
         price(
-            storage.group(self.tables), self.scalars(storage), raw(it), spans.table(storage),
-            storage.array(spans.class_layers), storage.rows(WORK, len(c.bounds)), storage.rows(CHUNK, 1),
+            tables, scalars, raw(it), spans, class_layers, storage.rows(WORK, len(c.bounds)), storage.rows(CHUNK, 1),
             storage.array(np.ascontiguousarray(counts)), storage.array(seconds),
         )  # fmt: skip
         return seconds if back is None else seconds[back.ravel()]
 
     def floor_s(self, c: Composition) -> FloatArray:
-        tables, scalars = self._read
-        spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
-        return np.array(
-            [floor_s(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
-        )
+        return np.array(self._one_by_one(floor_s, c))
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""
-        tables, scalars = self._read
-        spans = self.spans(c.bounds)
-        table, class_layers = spans.table(_INTERPRETED), _INTERPRETED.array(spans.class_layers)
-        return np.array(
-            [outside_grid(tables, scalars, it, table, class_layers, work, c.prefill) for it, work in iterations(c)]
-        )
+        return np.array(self._one_by_one(outside_grid, c))
 
 
 def iterations(c: Composition) -> list[tuple[Record, Table]]:
