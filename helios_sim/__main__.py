@@ -51,10 +51,10 @@ def _run(command: list[str]) -> int:
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
-        from helios_sim.cli import run_command  # Hydra and what it needs, which neither of these does
+        from helios_sim.cli import repeat_study, run_command  # Hydra and what it needs, which neither of these does
 
         gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run
-        return run_command(command)
+        return repeat_study(command[1:]) if command[:1] == ["repro"] else run_command(command)
 
 
 if __name__ == "__main__":

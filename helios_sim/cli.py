@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from helios_sim.config import (
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status
+from helios_sim.study.schema import Config
 
 
 def run_command(command: list[str]) -> int:
@@ -48,7 +49,6 @@ def run_command(command: list[str]) -> int:
 
     def study(settings: DictConfig) -> None:
         nonlocal status, started
-        from helios_sim.study.command import run_study
         from helios_sim.study.effects import check_effect
 
         started = True
@@ -58,15 +58,7 @@ def run_command(command: list[str]) -> int:
             check_choices(settings, run.runtime.choices, command)
             config = to_config(settings, command)
             check_effect(config, run.overrides.task)
-            run_it = run_study
-            kind = kind_of(config)
-            if kind == FIDELITY:
-                from helios_sim.validate.command import run_fidelity as run_it
-            elif kind == FIDELITY_LIVE:
-                from helios_sim.validate.command import run_fidelity_live as run_it
-            elif kind == DESIGNS:
-                from helios_sim.study.sweep import run_sweep as run_it
-            status = max(status, run_it(config, folder))
+            status = max(status, runner_of(config)(config, folder))
         except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
             status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
@@ -104,6 +96,30 @@ def run_command(command: list[str]) -> int:
         for folder in refused:
             leave_no_trace(folder)
     return status
+
+
+def runner_of(config: Config) -> Callable[[Config, Path], int]:
+    """What runs these settings into a folder and returns the exit status."""
+    from helios_sim.study.command import run_study as run_it
+
+    kind = kind_of(config)
+    if kind == FIDELITY:
+        from helios_sim.validate.command import run_fidelity as run_it
+    elif kind == FIDELITY_LIVE:
+        from helios_sim.validate.command import run_fidelity_live as run_it
+    elif kind == DESIGNS:
+        from helios_sim.study.sweep import run_sweep as run_it
+    return run_it
+
+
+def repeat_study(arguments: list[str]) -> int:
+    """`repro`, with the messages and exit codes of a study. 2: what it gives is not the same."""
+    from helios_sim.repro import main
+
+    try:
+        return main(arguments)
+    except (UserError, OmegaConfBaseException) as error:
+        return _fail(error if isinstance(error, UserError) else in_words(error))
 
 
 @contextmanager

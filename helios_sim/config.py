@@ -139,6 +139,19 @@ def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
     return config
 
 
+def saved_config(settings: object, where: str) -> Config:
+    """The settings that `asdict` made of a Config. UserError, about the file `where`, if they are none."""
+    allowed, fix = "the settings of a study, under configuration", "name the output folder of a study of this version"
+    if not isinstance(settings, Mapping):
+        raise UserError(where, settings, allowed, fix)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(where, str(error).strip().splitlines()[0], allowed, fix) from error
+    assert isinstance(merged, DictConfig)
+    return to_config(merged)
+
+
 def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """An error of Hydra or OmegaConf as one message; `arguments` are the command line's."""
     text = str(error)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -79,6 +82,20 @@ class Provenance:
 def command_given(module: str) -> str:
     """The command line as given to `python -m`. A notebook has arguments too, and they are not the module's."""
     program = Path(sys.argv[0])
+    if program.name == module.replace("_", "-"):  # the same as a program of its own
+        return shlex.join([program.name, *sys.argv[1:]])
     if module not in (program.name, program.parent.name):  # python runs MODULE/__main__.py
         return f"{module}, called from Python"
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit that a folder is checked out at, with "-dirty" where it was changed; None outside a checkout."""
+    git = shutil.which("git")
+    if git is None or not any((above / ".git").exists() for above in folder.parents[:1]):
+        return None
+    command = [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 - no words of others
+        return said.stdout.strip() or None
+    return None

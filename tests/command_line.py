@@ -35,7 +35,8 @@ class CommandLine:
     def __call__(self, *arguments: str, into: str = "out") -> Said:
         """`into` is the output folder, inside the test's own; the test runs there too."""
         self.monkeypatch.chdir(self.folder)
-        place = [] if any(a.startswith(("hydra.run.dir", "hydra.sweep.dir", "--help")) for a in arguments) else [
+        without = ("hydra.run.dir", "hydra.sweep.dir", "--help", "repro")
+        place = [] if any(a.startswith(without) for a in arguments) else [
             f"hydra.sweep.dir={into}" if "-m" in arguments else f"hydra.run.dir={into}"
         ]  # fmt: skip
         self.monkeypatch.setattr(sys, "argv", ["helios_sim"])

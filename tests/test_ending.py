@@ -48,6 +48,7 @@ def test_a_reader_that_leaves_early_changes_nothing() -> None:
     ("arguments", "command"),
     [
         (["/somewhere/calibrate/__main__.py", "model=a b", "-m"], "python -m calibrate 'model=a b' -m"),
+        (["/usr/bin/calibrate", "model=b"], "calibrate model=b"),
         (["/somewhere/ipykernel_launcher.py", "-f", "/there/kernel-1.json"], "calibrate, called from Python"),
     ],
 )

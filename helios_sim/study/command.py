@@ -15,7 +15,7 @@ from typing import Any
 
 import helios_sim
 from helios_sim.profile.resolve import TIMES_FROM
-from helios_sim.provenance import command_given
+from helios_sim.provenance import command_given, commit
 from helios_sim.report.cautions import losses
 from helios_sim.report.faults import fault_sentences
 from helios_sim.report.format import gate_value
@@ -24,6 +24,7 @@ from helios_sim.report.tables import print_table
 from helios_sim.report.terminal import say
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
+from helios_sim.study.inputs import inputs_of
 from helios_sim.study.jobs import run_job
 from helios_sim.study.modes import LIVE
 from helios_sim.study.plan import check_study, plan_study
@@ -70,6 +71,8 @@ def provenance(config: Config) -> dict[str, object]:
         "command": command_given("helios_sim"),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "helios_sim": helios_sim.__version__,
+        "commit": commit(Path(helios_sim.__file__).parent),
+        "made_of": inputs_of(config),
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "machine": platform.machine(),

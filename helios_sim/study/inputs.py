@@ -30,13 +30,22 @@ CODE = "the program"
 
 def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str]:
     """Digests by name, such as "profile opt-1.3b@a100-40gb". What is not there is left to the loader that needs it."""
+    own = policy.parameters if policy is not None else None
+    return _made_of(config, [own.object] if isinstance(own, CustomParameters) else [])
+
+
+def inputs_of(config: Config) -> dict[str, str]:
+    """The same of a whole study: the policies of all its arms are among them."""
+    arms = [arm for arm in (*config.arms.values(), config.policy) if isinstance(arm, Mapping)]
+    return _made_of(config, [str(arm["object"]) for arm in arms if arm.get("object")])
+
+
+def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
     found = {CODE: _code()}
     for name, path in _files(config):
         if is_there(path, Path.exists):
             found[name] = digest_of(path)
-    custom = [str(kind["object"]) for kind in _kinds(config) if "object" in kind]
-    if policy is not None and isinstance(policy.parameters, CustomParameters):
-        custom.append(policy.parameters.object)
+    custom = [*(str(kind["object"]) for kind in _kinds(config) if "object" in kind), *policies]
     for path in dict.fromkeys(path for reference in custom for path in _sources(reference)):
         found[f"policy file {path.name}"] = digest_of(path)
     return found
