@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import helios_sim
 from calibrate.exits.texts import TASKS
 from calibrate.schema import CalibrateConfig
-from helios_sim.contents import digest_of
+from calibrate.stages import CODE
+from helios_sim.contents import code_of, digest_of
 from helios_sim.errors import TooLittleMemory, UserError, WeightsError
 from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
+# What measures, and what is measured: the rest writes pages, or only passes on what was found.
+MEASURING = ("measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "work.py")
+MEASURED = ("core", "engine", "exits", "live", "policy", "profile", "serving", "study", "validate", "simulation.py")
 
 
 class Inputs:
@@ -226,8 +232,15 @@ class Inputs:
             "device": facts.name,
             "threads": self.config.threads,
             "memory_bytes": self.config.memory_bytes,
+            **measured_by(),
         }
 
+
+@cache
+def measured_by() -> dict[str, str]:
+    """The code that measures and that is measured, and torch's version: samples of different ones are never mixed."""
+    ours, theirs = Path(__file__).parent, Path(helios_sim.__file__).parent
+    return {CODE: code_of(ours, *MEASURING) + code_of(theirs, *MEASURED), "torch": version("torch")}
 
 
 def even_exits(layers: int) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
 there atomically, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes on
-with what is missing. An interrupted stage finds again what it had written. A finished stage is measured anew only if
-its settings changed, or if a stage that it builds on was measured anew. OUT/transcript.jsonl has a line for every event
-of every call.
+with what is missing. A finished stage is measured anew only if its settings or the measuring code changed, or if a
+stage that it builds on was measured anew. OUT/transcript.jsonl has a line for every event of every call.
+
+A stage that was interrupted, by a kill, by time, or by whatever the machine lacked, finds again what it had written. So
+does one that failed by a defect, once: a draft with which a stage fails twice is not used a third time.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from typing import Any
 from calibrate.progress import OnProgress, Transcript, now
 from helios_sim import files
 from helios_sim.errors import UserError, lacking
-from helios_sim.interrupt import stop_if_asked
+from helios_sim.interrupt import TimeIsUp, at_most, stop_if_asked
 from helios_sim.untrusted import Fields, read_json
 from helios_sim.vary.runner import at_work_in
 
 STAGES, RECORD = "stages", "stage.json"
+CODE = "code"  # of a stage's settings: a digest of the code that it is measured by
 SHORT = "short"  # of a stage's result
-_SCRATCH = ".scratch"
+DRAFTS = ".scratch"
+FAILED = "failed"  # of a draft: the stage ended with it by a defect
 _NO_ROOM = {  # a disk that is full, forbidden or broken, or no more files may be open
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
     errno.ESTALE, errno.EIO,
@@ -138,11 +142,13 @@ def run_stages(
     on_progress: OnProgress = lambda progress: None,
     clock: Callable[[], float] = time.monotonic,
     began: float | None = None,
+    over_s: float = 0.0,
 ) -> list[StageOutcome]:
     """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept, but
     for those that lacked time: they go on, and stay as they are where there is no time for that either.
 
-    The budget runs since `began` on the clock (None: now).
+    The budget runs since `began` on the clock (None: now). A stage that still runs `over_s` after its end is stopped
+    and skipped, and a later call goes on with what it had written.
 
     A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
     stage and those that need it. Raises UserError if the folder cannot be written to.
@@ -166,7 +172,8 @@ def run_stages(
             before = unfinished.get(stage.name)
             if before is not None:
                 _take_up(before, folder, stage)
-            outcome = _one(stage, folder, found, _allowance(stage, waiting, left_s), left_s, transcript, clock)
+            allowance_s = _allowance(stage, waiting, left_s)
+            outcome = _one(stage, folder, found, allowance_s, left_s, transcript, clock, over_s)
             if outcome.status is StageStatus.SKIPPED and before is not None:
                 outcome = StageOutcome(stage.name, StageStatus.KEPT, before.short, before)
             if outcome.status is StageStatus.DONE:
@@ -212,6 +219,11 @@ def read_finished(folder: Path) -> dict[str, Finished]:
     return found
 
 
+def drafts_in(folder: Path) -> list[str]:
+    """Stages that were interrupted, and have left something."""
+    return sorted(path.stem for path in (folder / DRAFTS).glob("*.json") if path.with_suffix("").is_dir())
+
+
 def read_record(path: Path) -> tuple[Finished, Mapping[str, str]]:
     """The finished stage of a `stage.json`, and when the stages that it needs were finished.
 
@@ -237,6 +249,7 @@ def _one(
     left_s: float | None,
     transcript: Transcript,
     clock: Callable[[], float],
+    over_s: float,
 ) -> StageOutcome:
     if missing := [name for name in stage.needs if name not in found]:
         return _skipped(stage, f"needs {', '.join(missing)}, which is not there", transcript)
@@ -247,10 +260,12 @@ def _one(
     began = clock()
     needs = {name: found[name].finished_at for name in stage.needs}
     try:
-        with _draft(folder, stage, needs) as draft:
+        ends_s = None if left_s is None or clock is not time.monotonic else left_s + over_s
+        with _draft(folder, stage, needs, transcript) as draft:
             tell = partial(transcript.going, stage.name)
             run = StageRun(draft, allowance_s, dict(found), tell, left_s, lambda: clock() - began)
-            result = stage.run(run)
+            with at_most(ends_s):
+                result = stage.run(run)
             record = {
                 "stage": stage.name,
                 "settings": _plain(stage.settings),
@@ -263,6 +278,9 @@ def _one(
             place = put(draft, folder / STAGES / stage.name)
     except CannotRun as error:
         return _skipped(stage, str(error), transcript)
+    except TimeIsUp:
+        why = f"the budget was spent after {clock() - began:.0f} s of it; a later call goes on with what it has"
+        return _skipped(stage, why, transcript)
     except UserError as error:
         transcript.note(stage.name, "failed", str(error))
         raise
@@ -323,7 +341,8 @@ def _kept(ordered: Sequence[Stage], folder: Path, transcript: Transcript) -> dic
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A description of the differences; "" if there are none."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(keys))
+    told = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(keys) if key != CODE]
+    return ", ".join([*told, *(["the measuring code changed"] if CODE in keys else [])])
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,22 +358,35 @@ def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
 
 
 @contextmanager
-def _draft(folder: Path, stage: Stage, needs: Mapping[str, str]) -> Iterator[Path]:
-    """The folder for a stage until it finishes. It survives a kill or lack of time, not a defect or other settings."""
-    place = folder / _SCRATCH / stage.name
+def _draft(folder: Path, stage: Stage, needs: Mapping[str, str], transcript: Transcript) -> Iterator[Path]:
+    """The folder for a stage until it finishes. It survives whatever ends the stage, but a second defect in a row.
+
+    One of other settings, code or needs is cleared, and the transcript says so.
+    """
+    place = folder / DRAFTS / stage.name
     basis = place.with_name(f"{stage.name}.json")
     now_is = _basis(stage, needs)
-    if not basis.is_file() or basis.read_text(encoding="utf-8") != now_is:
+    before = _read_basis(basis)
+    if place.is_dir() and before.get("settings") != now_is["settings"]:
+        why = _changed(before.get("settings") or {}, now_is["settings"]) if before else "nothing says of what it is"
+        transcript.note(stage.name, "outdated", f"{why}: what an interrupted call has left is measured anew")
+    same = all(before.get(key) == value for key, value in now_is.items())
+    if not same:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    files.write_text(basis, now_is)
+    failed_before = same and bool(before.get(FAILED))
+    files.write_text(basis, files.to_json({**now_is, FAILED: failed_before}))
     try:
         yield place
     except (UserError, CannotRun):
         raise
-    except Exception:
-        shutil.rmtree(place, ignore_errors=True)
-        basis.unlink(missing_ok=True)
+    except Exception as error:
+        defect = lacking(error) is None and not (isinstance(error, OSError) and _is_of_the_folder(error, folder))
+        if defect and failed_before:
+            shutil.rmtree(place, ignore_errors=True)
+            basis.unlink(missing_ok=True)
+        elif defect:
+            files.write_text(basis, files.to_json({**now_is, FAILED: True}))
         raise
     basis.unlink(missing_ok=True)
     with suppress(OSError):
@@ -372,15 +404,23 @@ def put(draft: Path, place: Path) -> Path:
 
 def _take_up(before: Finished, folder: Path, stage: Stage) -> None:
     """Put what a stage has measured where it goes on, unless a later call is at it already."""
-    place = folder / _SCRATCH / stage.name
+    place = folder / DRAFTS / stage.name
     if not place.exists():
         shutil.copytree(before.folder, place)
         (place / RECORD).unlink()
-        files.write_text(place.with_name(f"{stage.name}.json"), _basis(stage, read_record(before.folder / RECORD)[1]))
+        basis = _basis(stage, read_record(before.folder / RECORD)[1])
+        files.write_text(place.with_name(f"{stage.name}.json"), files.to_json(basis))
 
 
-def _basis(stage: Stage, needs: Mapping[str, str]) -> str:
-    return files.to_json({"settings": _plain(stage.settings), "needs": dict(needs)})
+def _basis(stage: Stage, needs: Mapping[str, str]) -> dict[str, Any]:
+    return {"settings": _plain(stage.settings), "needs": dict(needs)}
+
+
+def _read_basis(path: Path) -> dict[str, Any]:
+    """What a draft is of; {} where that is not known."""
+    with suppress(UserError):
+        return read_json(path, "remove it")
+    return {}
 
 
 def _is_of_the_folder(error: OSError, folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
-from calibrate.inputs import Inputs
+from calibrate.inputs import Inputs, measured_by
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -86,7 +86,7 @@ def _ceilings(inputs: Inputs) -> Stage:
         return {"facts": asdict(inputs.device.facts), "ceilings": found.to_json()}
 
     facts, threads = inputs.device.facts, inputs.config.threads
-    settings = {"device": facts.name, "dtype": inputs.dtype, "threads": threads, "quick": quick}
+    settings = {"device": facts.name, "dtype": inputs.dtype, "threads": threads, "quick": quick, **measured_by()}
     return _stage(inputs, CEILINGS, run, 100, (), settings)
 
 

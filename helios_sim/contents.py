@@ -39,5 +39,12 @@ def digest_of(*paths: Path) -> str:
     return digest("\n".join(parts).encode())
 
 
+def code_of(folder: Path, *parts: str) -> str:
+    """A digest of the Python sources in a folder and their names; `parts`: of these files and folders in it alone."""
+    places = [folder / part for part in parts] or [folder]
+    sources = {path for place in places for path in ([place] if place.is_file() else place.rglob("*.py"))}
+    return digest(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(sources)))
+
+
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]

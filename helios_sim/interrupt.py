@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which neither a library nor the interpreter can lose."""
+"""Ctrl-C and SIGTERM, which neither a library nor the interpreter can lose, and an end to what takes too long."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+
+class TimeIsUp(BaseException):
+    """The time given to `at_most` is over. As a KeyboardInterrupt, it passes every `except Exception`."""
+
 
 _asked = threading.Event()
 _USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -50,6 +55,31 @@ def handlers_kept() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # None: not set from Python
                 signal.signal(number, handler)
+
+
+@contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Raise TimeIsUp inside once so much time has passed. Without a time, outside the main thread, and where SIGALRM
+    is used by others, it never is.
+    """
+    free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    if seconds is None or not free:
+        yield
+        return
+    inside = True
+
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        if inside:
+            raise TimeIsUp
+
+    signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    try:
+        yield
+    finally:
+        inside = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def stop_if_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from calibrate.measure.grid import Axes, HeldOut, Place, errors, geometric, interpolate, refine
 from calibrate.measure.sampling import (
@@ -24,7 +27,6 @@ from calibrate.measure.sampling import (
     figure,
 )
 from fake_device import VirtualClock, VirtualDevice
-from helios_sim.errors import UserError
 
 A, B, C = TimingPoint("a", -1, 1), TimingPoint("b", -1, 2), TimingPoint("c", 0, 3, 4)
 
@@ -54,9 +56,41 @@ def test_points_come_back_as_they_were_saved(tmp_path: Path) -> None:
     assert (again.figure(A).contended, again.figure(C).contended) == (False, True)
     assert (again.count(C), again.known(C), again.figure(C).median_s) == (0, True, 5.0)
     assert not list((tmp_path / "p").glob("*.partial"))
-    (tmp_path / "bad").write_text("no table")
-    with pytest.raises(UserError, match="table of points"):
-        Points(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("damage", ["no table", "cut short", "other columns", "no times"])
+def test_damaged_points_are_measured_again(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "points.parquet"
+    points = Points(path)
+    points.add({A: 1.0})
+    points.save()
+    table = pq.read_table(path)
+    match damage:
+        case "no table":
+            path.write_text("nothing")
+        case "cut short":
+            path.write_bytes(path.read_bytes()[:-20])
+        case "other columns":
+            pq.write_table(table.drop_columns("anchor"), path)
+        case "no times":
+            column = table.schema.get_field_index("samples_s")
+            pq.write_table(table.set_column(column, "samples_s", [[[float("nan")]]]), path)
+    assert not Points(path).everything()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("lack", [pa.ArrowMemoryError("malloc failed"), MemoryError(), OSError(errno.EMFILE, "files")])
+def test_points_that_the_machine_cannot_read_now_are_no_damage(lack, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "points.parquet"
+    path.write_bytes(b"samples")
+
+    def read(*_: object, **__: object) -> None:
+        raise lack
+
+    monkeypatch.setattr("calibrate.measure.sampling.pq.read_table", read)
+    with pytest.raises(type(lack)):
+        Points(path)
+    assert path.read_bytes() == b"samples"
 
 
 def test_rounds_visit_all_jobs_before_any_comes_again(tmp_path: Path) -> None:
@@ -192,6 +226,14 @@ def test_short_jobs_that_scatter_have_more_samples(tmp_path: Path) -> None:
     s.measure([scattering(A, 0.01, 0.5), scattering(B, 1.0, 0.5), scattering(C, 0.01, 0.001)], 3, more=True)
     assert (s.points.count(A), s.points.count(B)) == (3 * MORE_SAMPLES, 3)  # B is long
     assert s.points.count(C) == 3  # C is steady
+
+
+def test_a_job_for_which_there_was_time_to_warm_up_but_for_no_sample_is_tried_again(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    s = sampler(tmp_path, clock, budget_s=1.0)
+    assert not s.measure([job(clock, A, 0.25)], 1, until_left_s=0.3)
+    assert not s.points.known(A)
+    assert s.measure([job(clock, A, 0.25)], 1, more=True) == s.points.known(A)
 
 
 def test_geometric_axes_span_their_range() -> None:

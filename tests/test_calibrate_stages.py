@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from calibrate.progress import Progress
-from calibrate.stages import Stage, StageRun, StageStatus, at_work, read_finished, run_stages
+from calibrate.stages import CODE, NotEnoughTime, Stage, StageRun, StageStatus, at_work, read_finished, run_stages
 from helios_sim.errors import UserError
 
 
@@ -124,8 +125,104 @@ def test_a_defect_costs_its_own_stage_only_and_its_traceback_is_kept(tmp_path: P
     assert statuses(outcomes) == {"broken": "failed", "sound": "done"}
     assert outcomes[0].why == "ZeroDivisionError: by nothing"
     assert not (tmp_path / "stages" / "broken").exists()
-    assert "half.txt" not in {path.name for path in tmp_path.rglob("*")}
     assert "in broken" in (tmp_path / "transcript.jsonl").read_text()
+
+
+def left(folder: Path) -> str:
+    """What an interrupted stage called "a" has left."""
+    path = folder / ".scratch" / "a" / "samples.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def sampling(ends: Callable[[], None]) -> Callable[[StageRun], dict]:
+    """A stage that adds a sample to those of earlier calls, and then ends like that."""
+
+    def run(stage: StageRun) -> dict:
+        with (stage.folder / "samples.txt").open("a") as file:
+            file.write("s")
+        ends()
+        return {"samples": (stage.folder / "samples.txt").read_text()}
+
+    return run
+
+
+LACKS = {
+    "host memory": MemoryError(),
+    "device memory": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "open files": OSError(errno.EMFILE, "Too many open files"),
+    "bad medium": OSError(errno.EIO, "Input/output error"),
+    "library": ImportError("x.so: failed to map segment from shared object: Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS.values(), ids=LACKS)
+def test_what_the_machine_lacks_loses_no_sample(lack: Exception, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from calibrate.work import memory_named
+
+    def ends() -> None:
+        raise lack
+
+    for count in (1, 2, 3):
+        with pytest.raises(UserError):
+            run_stages([Stage("a", memory_named(sampling(ends)), 1, 1)], tmp_path)
+        assert left(tmp_path) == count * "s"
+    (outcome,) = run_stages([Stage("a", sampling(lambda: None), 1, 1)], tmp_path)
+    assert outcome.finished.result == {"samples": "ssss"}
+
+
+def test_a_draft_is_not_used_again_when_a_stage_has_failed_with_it_twice(tmp_path: Path) -> None:
+    def defect() -> None:
+        raise ZeroDivisionError
+
+    def lack() -> None:
+        raise MemoryError
+
+    broken = [Stage("a", sampling(defect), 1, 1)]
+    found = []
+    for stages in (broken, broken, broken, [Stage("a", sampling(lack), 1, 1)], broken):
+        with suppress(UserError):
+            run_stages(stages, tmp_path)
+        found.append(left(tmp_path))
+    assert found == ["s", "", "s", "ss", ""]
+
+
+def test_a_changed_code_measures_finished_stages_and_drafts_anew_and_says_so(tmp_path: Path) -> None:
+    clock, told = Clock(), []
+
+    def short_of_time() -> None:
+        raise NotEnoughTime("later")
+
+    def stages(code: str) -> list[Stage]:
+        settings = {"dtype": "float32", CODE: code}
+        return [
+            Stage("whole", working(clock, 1), 1, 2, settings=settings),
+            Stage("a", sampling(short_of_time), 1, 1, settings=settings),
+        ]
+
+    run_stages(stages("1"), tmp_path, clock=clock)
+    run_stages(stages("1"), tmp_path, clock=clock)
+    assert left(tmp_path) == "ss"
+    outcomes = run_stages(stages("2"), tmp_path, on_progress=told.append, clock=clock)
+    assert statuses(outcomes) == {"whole": "done", "a": "skipped"}
+    assert left(tmp_path) == "s"
+    outdated = {p.stage: p.text for p in told if p.event == "outdated"}
+    assert outdated["whole"] == "the measuring code changed: measured anew"
+    assert outdated["a"].startswith("the measuring code changed: what an interrupted call has left is measured anew")
+
+
+def test_a_stage_that_takes_longer_than_the_budget_is_stopped_and_goes_on_later(tmp_path: Path) -> None:
+    def slow(seconds: float) -> list[Stage]:
+        return [Stage("a", sampling(lambda: time.sleep(seconds)), 1, 2, 0.1), Stage("b", dict, 1, 1, 0.1)]
+
+    began_s = time.monotonic()
+    outcomes = run_stages(slow(60), tmp_path, budget_s=0.3, over_s=0.1)
+    assert time.monotonic() - began_s < 10
+    assert statuses(outcomes) == {"a": "skipped", "b": "skipped"}
+    assert "the budget was spent" in outcomes[0].why
+    (outcome, _) = run_stages(slow(0), tmp_path)
+    assert outcome.finished.result == {"samples": "ss"}
 
 
 def test_a_mistake_of_the_user_ends_the_run_and_keeps_what_is_finished(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helios_sim.contents import digest_of, sha256_of
+from helios_sim.contents import code_of, digest_of, sha256_of
+from helios_sim.study.inputs import made_of
+from helios_sim.study.schema import Config
 from helios_sim.workload.traces import read_trace
 
 
@@ -36,6 +39,50 @@ def test_a_trace_rewritten_with_its_time_kept_is_read_again(tmp_path: Path) -> N
     assert read_trace(path).prompt_tokens.tolist() == [10, 10]
     rewritten(path, "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,11,20\n1.0,12,20\n")
     assert read_trace(path).prompt_tokens.tolist() == [11, 12]
+
+
+def test_code_is_known_by_its_sources_and_their_names(tmp_path: Path) -> None:
+    for name in ("one.py", "inside/two.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    before = {parts: code_of(tmp_path, *parts) for parts in ((), ("inside",), ("one.py",))}
+    assert len(set(before.values())) == 3
+    (tmp_path / "inside" / "notes.txt").write_text("no code")
+    assert {parts: code_of(tmp_path, *parts) for parts in before} == before
+    (tmp_path / "inside" / "two.py").write_text("x = 2")
+    assert [code_of(tmp_path, *parts) == found for parts, found in before.items()] == [False, False, True]
+    (tmp_path / "one.py").rename(tmp_path / "other.py")
+    assert code_of(tmp_path, "other.py") != before[("one.py",)]
+
+
+def test_every_stage_goes_by_the_code_that_measures(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import calibrate
+    import helios_sim
+    from calibrate.campaigns.plan import CampaignPlan
+    from calibrate.inputs import MEASURED, MEASURING, Inputs
+    from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
+    from calibrate.stages import CODE
+    from calibrate.work import stages_of
+
+    tiny = {"device": "cpu", "dtype": "float32", "quick": True}
+    plan = CampaignPlan(
+        CampaignConfig(models=["t"], text_model="t", weights={"t": "tiny:smollm2-135m"}, last_model=None, **tiny)
+    )
+    calibration = CalibrateConfig(model=ModelConfig("t", "tiny:smollm2-135m"), **tiny)
+    stages = [*plan.stages, *stages_of(Inputs(calibration))]
+    assert len({(stage.settings[CODE], stage.settings["torch"]) for stage in stages}) == 1
+    for package, parts in ((calibrate, MEASURING), (helios_sim, MEASURED)):
+        assert [part for part in parts if not (Path(package.__path__[0]) / part).exists()] == []
+
+
+def test_what_is_served_live_is_made_of_torch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    live = Config(models=["smollm2-135m"], hardware="epyc-2core", mode="live")
+    before = made_of(live)
+    monkeypatch.setattr("helios_sim.study.inputs.version", lambda name: "0.1")
+    assert {name for name, found in made_of(live).items() if found != before[name]} == {"torch"}
+    assert "torch" not in made_of(replace(live, mode="simulate"))
 
 
 def test_a_calibration_goes_by_the_contents_of_its_weights(tmp_path: Path) -> None:

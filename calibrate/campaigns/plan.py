@@ -12,7 +12,7 @@ from typing import Any
 
 from calibrate.campaigns.device import RecordingDevice, measure_device
 from calibrate.campaigns.headline import headline, live_headline, served, weights_of
-from calibrate.inputs import Inputs
+from calibrate.inputs import Inputs, measured_by
 from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
 from calibrate.stages import CannotRun, Stage, StageRun
 from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
@@ -110,6 +110,7 @@ class CampaignPlan:
         needs = tuple(profile_stage(model) for model in models)
         needs += (ADAPTERS, TRACES) if self.config.text_model in models else ()
         settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
+        settings |= measured_by()
         return Stage(name, run, 0, 0, needs=(*needs, *more), settings=settings)
 
     def _ceilings(self) -> Stage:
@@ -123,6 +124,7 @@ class CampaignPlan:
 
         facts = inputs.device.facts
         settings = {"device": facts.name, "dtype": config.dtype, "threads": config.threads, "quick": config.quick}
+        settings |= measured_by()
         return Stage(CEILINGS, run, 0, 0, settings=settings)
 
     def _profile(self, model: str) -> Stage:

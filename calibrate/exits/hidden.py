@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.drafts import kept
 from calibrate.exits.texts import TASKS, Split, domain_of, passages
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live import served
-from helios_sim.untrusted import in_short
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from helios_sim.live.model.decoder import SegmentedModel
 
-_log = logging.getLogger(__name__)
 _BATCH_TOKENS = 3_072
 
 
@@ -173,13 +171,4 @@ def kept_tensors(path: Path) -> dict[str, Tensor] | None:
     """Tensors that an interrupted call wrote; None if there are none, or they are damaged."""
     from safetensors.torch import load_file
 
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, MemoryError):
-        raise
-    except Exception as damage:  # safetensors has errors of its own
-        _log.warning("%s is damaged and is made again: %s", path, in_short(damage))
-        path.unlink()
-        return None
+    return kept(path, load_file)

@@ -12,7 +12,6 @@ many small logits only enter the sum of the softmax.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.drafts import kept
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
 from calibrate.exits.training import largest
@@ -34,7 +34,6 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.untrusted import in_short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
 
-_log = logging.getLogger(__name__)
 _EXACT = 8  # largest logits that are computed again
 _CHUNK_TOKENS, _SUM_ROWS = 256, 4
 HELDOUT_CHARS = {  # together more than 50,000 tokens for each of the three models
@@ -326,16 +324,7 @@ def _fingerprint(passage: Passage) -> str:
 
 def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
     """A passage's columns from an interrupted call; None if there are none, or they are damaged."""
-    try:
-        return _columns(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, MemoryError):
-        raise
-    except Exception as damage:  # zipfile and numpy have many classes of their own
-        _log.warning("%s is damaged and is measured again: %s", path, in_short(damage))
-        path.unlink()
-        return None
+    return kept(path, _columns)
 
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.drafts import kept
 from calibrate.measure import whole
 from calibrate.measure.build_profile import Measured, build_profile
 from calibrate.measure.ceilings import Ceilings, below_floor, measure_ceilings, over_floor
@@ -93,14 +94,8 @@ class SavedParts:
         self.put("settings", plain)
 
     def get(self, name: str) -> Any | None:
-        """The part, or None if it is missing. Raises UserError if it cannot be read."""
-        path = self.folder / f"{name}.json"
-        try:
-            return parse_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(str(path), str(error), "JSON of a finished part", "delete it to measure anew") from error
+        """The part; None if it is missing, or was damaged and is removed."""
+        return kept(self.folder / f"{name}.json", lambda path: parse_json(path.read_text(encoding="utf-8")))
 
     def put(self, name: str, value: Any) -> None:
         files.write_text(self.folder / f"{name}.json", files.to_json(value, indent=1) + "\n")

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from calibrate.drafts import kept
 from calibrate.measure.device import Step, TimedDevice
 from helios_sim import files
-from helios_sim.errors import UserError
-from helios_sim.untrusted import in_short
 
 STANDARD_ERROR = 0.929  # of a median of normal samples, in IQR / sqrt(n): 1.253 sigma, with sigma = IQR / 1.349
 OUTLIER_IQRS = 3.0  # an outlier lies this many IQRs beyond the quartiles (Tukey's "far out")
@@ -83,28 +83,19 @@ class Points:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the samples of earlier calls. Raises UserError if the file is not a table of points."""
+        """Read the samples of earlier calls. A file that is no table of points is removed, with a warning."""
         self.path = path
         self._scales: Mapping[str, float] = {}
         self._anchors: dict[TimingPoint, str] = {}
         self._clean: dict[TimingPoint, list[float]] = {}
         self._contended: dict[TimingPoint, list[float]] = {}
         self._figures: dict[TimingPoint, Figure] = {}  # cached until a sample is added
-        if path.exists():
-            try:
-                table = pq.read_table(path, use_threads=False)
-                columns = [
-                    table[name].to_pylist() for name in (*TimingPoint._fields, "anchor", "samples_s", "contended_s")
-                ]
-            except (pa.ArrowException, OSError, KeyError) as error:
-                fix = "delete it to measure anew"
-                raise UserError(str(path), in_short(error), "a table of points", fix) from error
-            for name, layer_class, first, second, anchor, clean, contended in zip(*columns, strict=True):
-                point = TimingPoint(name, layer_class, first, second)
-                self._anchors[point] = anchor
-                for of, samples in ((self._clean, clean), (self._contended, contended)):
-                    if samples:
-                        of[point] = samples
+        for name, layer_class, first, second, anchor, clean, contended in kept(path, _rows) or ():
+            point = TimingPoint(name, layer_class, first, second)
+            self._anchors[point] = anchor
+            for of, samples in ((self._clean, clean), (self._contended, contended)):
+                if samples:
+                    of[point] = samples
 
     def add(self, samples: Mapping[TimingPoint, float], contended: bool = False, anchor: str = "") -> None:
         for point, time_s in samples.items():
@@ -169,6 +160,19 @@ class Points:
             }
         )
         files.write_parquet(self.path, table)
+
+
+def _rows(path: Path) -> list[tuple[Any, ...]]:
+    """A row for each point: what it is, its anchor and its samples. Raises ValueError for other values."""
+    table = pq.read_table(path, use_threads=False, schema=None)
+    names = (*TimingPoint._fields, "anchor", "samples_s", "contended_s")
+    rows = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    for name, layer_class, first, second, anchor, *samples in rows:
+        plain = isinstance(name, str) and isinstance(anchor, str)
+        plain = plain and all(isinstance(value, int) for value in (layer_class, first, second))
+        if not plain or not all(0 <= time_s < inf for of in samples for time_s in of):
+            raise ValueError(f"{name!r} at {first!r} is no point with its samples")
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +282,10 @@ class Sampler:
 
     def _steady(self, job: TimingJob) -> bool:
         """Whether the sum of the job's laps is known precisely enough in this call."""
-        whole = figure(self._totals_s[job.points[0]])
+        totals_s = self._totals_s.get(job.points[0])
+        if totals_s is None:  # there was time to warm it up, but for no sample
+            return False
+        whole = figure(totals_s)
         return whole.standard_error_s <= STEADY * whole.median_s
 
     def drift(self) -> dict[str, dict[str, float]]:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import helios_sim
-from helios_sim.contents import digest, digest_of
+from helios_sim.contents import code_of, digest, digest_of
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
@@ -42,6 +43,9 @@ def inputs_of(config: Config) -> dict[str, str]:
 
 def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
     found = {CODE: _code()}
+    if config.mode == LIVE:
+        with suppress(PackageNotFoundError):
+            found["torch"] = digest(version("torch").encode())
     for name, path in _files(config):
         if is_there(path, Path.exists):
             found[name] = digest_of(path)
@@ -96,8 +100,7 @@ def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
 
 @cache
 def _code() -> str:
-    folder = Path(helios_sim.__file__).parent
-    return digest(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(folder.rglob("*.py"))))
+    return code_of(Path(helios_sim.__file__).parent)
 
 
 def _sources(reference: str) -> list[Path]:
