@@ -8,13 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import helios_sim
-from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive
+from calibrate.campaigns.archives import SUFFIX, archives_in, read_archive, write_archive, write_drafts
 from calibrate.campaigns.land import page
 from calibrate.campaigns.plan import CampaignPlan
 from calibrate.inputs import Inputs
@@ -33,6 +34,7 @@ from helios_sim.report.terminal import TextTable, say
 from helios_sim.study.command import end
 
 MOST_FOR_PAGE_S, PAGE_SHARE = 20.0, 0.08  # of the budget, for the page and its figures
+UNFINISHED = "f-unfinished"  # the archive of what interrupted stages have left
 ENOUGH = 3  # times the budget, where that was too little
 
 
@@ -61,9 +63,10 @@ def _calibrated(config: CalibrateConfig, folder: Path, began_s: float) -> int:
         stages = stages_of(inputs)
         check_budget(config.budget_s, stages)
         with progress({stage.name: stage.estimate_s for stage in stages}) as watch:
-            outcomes = run_stages(stages, folder, _for_stages(config.budget_s), watch, began=began_s)
+            budget_s, over_s = _for_stages(config.budget_s)
+            outcomes = run_stages(stages, folder, budget_s, watch, began=began_s, over_s=over_s)
         finished = _earlier(folder, inputs, stages) | _finished(outcomes)
-        _check_useful(config, folder, finished, outcomes)
+        _check_useful(config.budget_s, folder, finished, outcomes)
     summary = write_outputs(config, folder, finished, outcomes)
     end(lambda: _show(summary, outcomes, folder), folder, summary)
     return _status(outcomes)
@@ -77,21 +80,22 @@ def check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
         raise UserError("budget_s", budget_s, allowed, f"allow {sum(s.estimate_s for s in stages):.0f} s for all")
 
 
-def _for_stages(budget_s: float | None) -> float | None:
-    """The budget without what the page and its figures take at the end."""
-    return None if budget_s is None else budget_s - min(MOST_FOR_PAGE_S, PAGE_SHARE * budget_s)
+def _for_stages(budget_s: float | None) -> tuple[float | None, float]:
+    """The budget without what the page and its figures take at the end, and how much of that a stage may overdraw."""
+    page_s = 0.0 if budget_s is None else min(MOST_FOR_PAGE_S, PAGE_SHARE * budget_s)
+    return None if budget_s is None else budget_s - page_s, page_s / 2
 
 
 def _check_useful(
-    config: CalibrateConfig, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
+    budget_s: float | None, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
 ) -> None:
     """Raise UserError where the time sufficed for nothing that can be simulated from or served with."""
     skipped = [outcome for outcome in outcomes if outcome.status is StageStatus.SKIPPED]
     failed = any(outcome.status is StageStatus.FAILED for outcome in outcomes)
-    if config.budget_s is not None and skipped and not failed and not {*finished} - {CEILINGS}:
+    if budget_s is not None and skipped and not failed and not {*finished} - {CEILINGS}:
         allowed = f"nothing that can be used was measured: {skipped[0].stage}: {skipped[0].why}"
-        fix = f"allow more, such as budget_s={ENOUGH * config.budget_s:g}; out={folder} goes on with what was measured"
-        raise UserError("budget_s", config.budget_s, allowed, fix)
+        fix = f"allow more, such as budget_s={ENOUGH * budget_s:g}; out={folder} goes on with what was measured"
+        raise UserError("budget_s", budget_s, allowed, fix)
 
 
 def _earlier(folder: Path, inputs: Inputs, stages: Sequence[Stage]) -> dict[str, Finished]:
@@ -162,13 +166,17 @@ def _campaigned(config: CampaignConfig, folder: Path, began_s: float) -> int:
         plan.check()
         with progress({stage.name: stage.estimate_s for stage in plan.stages}) as watch:
             keeping = _keeping(plan, state, folder, watch)
-            outcomes = run_stages(plan.stages, state, config.budget_s, keeping, began=began_s)
+            budget_s, over_s = _for_stages(config.budget_s)
+            outcomes = run_stages(plan.stages, state, budget_s, keeping, began=began_s, over_s=over_s)
         _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
+        _check_useful(config.budget_s, folder, _finished(outcomes), outcomes)
         summary = _summary(plan, state, outcomes)
         files.write_json(folder / "summary.json", summary)
         files.write_text(folder / "report.md", page(config.campaign, summary))
         shutil.copyfile(state / TRANSCRIPT, folder / TRANSCRIPT)
     finally:
+        with suppress(OSError, UserError):  # what ended the command is what is told
+            write_drafts(folder / f"{UNFINISHED}{SUFFIX}", config.campaign, state)
         shutil.rmtree(state, ignore_errors=True)
     _show_campaign(config, summary, outcomes, folder)
     return _status(outcomes)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.campaigns.archives import archives_in, read_archive, write_archive
-from calibrate.stages import RECORD, STAGES, read_finished
+from calibrate.campaigns.archives import archives_in, read_archive, write_archive, write_drafts
+from calibrate.stages import DRAFTS, RECORD, STAGES, drafts_in, read_finished
 from helios_sim.errors import UserError
 
 
@@ -48,6 +48,28 @@ def test_the_same_stages_give_the_same_files_and_a_later_stage_wins(archive, tmp
             read_archive(tmp_path / f"{name}.tar.gz", "mine", into)
         assert read_finished(into)["two"].part("data").read_bytes() == b"again"
         assert read_finished(into)["one"].part("data").read_bytes() == b"first"
+
+
+def test_what_interrupted_stages_have_left_goes_on_unless_they_are_finished(tmp_path) -> None:
+    def interrupted(state: Path, name: str, samples: str) -> None:
+        (state / DRAFTS / name).mkdir(parents=True)
+        (state / DRAFTS / name / "samples").write_text(samples)
+        (state / DRAFTS / f"{name}.json").write_text('{"settings": {}, "needs": {}}')
+
+    state, later, path = tmp_path / "state", tmp_path / "later", tmp_path / "f.tar.gz"
+    write_drafts(path, "mine", state)
+    assert not path.exists()
+    for name in ("profile-opt-1.3b", "two", "three"):
+        interrupted(state, name, "samples")
+    write_drafts(path, "mine", state)
+    stage(later, "two")
+    interrupted(later, "three", "its own")
+    assert read_archive(path, "mine", later) == []
+    assert drafts_in(later) == ["profile-opt-1.3b", "three"]
+    assert (later / DRAFTS / "profile-opt-1.3b" / "samples").read_text() == "samples"
+    assert (later / DRAFTS / "three" / "samples").read_text() == "its own"
+    write_drafts(path, "mine", tmp_path / "nothing")
+    assert not path.exists()
 
 
 def test_what_does_not_fit_is_left_out_and_its_stage_is_not_taken_for_finished(tmp_path) -> None:

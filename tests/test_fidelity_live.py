@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from command_line import CommandLine
 from helios_sim.errors import UserError
+from helios_sim.profile.store import write_profile
 from helios_sim.report.metrics import Band
 from helios_sim.report.result import ComparedRow
 from helios_sim.study.modes import LiveFidelityConfig
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
 from helios_sim.validate.compare import energy_told
-from helios_sim.validate.live import measured_profiles, rows_of
+from helios_sim.validate.live import (
+    Cell,
+    Compared,
+    NoTimeLeft,
+    Profiled,
+    TimeLeft,
+    _as_time_allows,
+    measured_profiles,
+    rows_of,
+)
+from priced import priced_profile
 
 
 def test_rows_hold_the_means_of_the_passes_and_how_far_they_lie_apart() -> None:
@@ -114,6 +126,43 @@ def test_a_calibration_without_time_does_not_end_the_comparison(
     assert "smollm2-135m could not be measured in 1 s" in found.notices[0]
     with pytest.raises(UserError, match="no profile of smollm2-135m on unknown"):
         measured_profiles(replace(config, hardware="unknown"), tmp_path)
+
+
+def test_gates_are_as_wide_as_a_profile_that_was_measured_in_little_time(tmp_path: Path) -> None:
+    profile = priced_profile()
+    short = {"within": 0.17, "by_ends_alone": [], "brief": ["load"]}
+    hurried = replace(profile, provenance=replace(profile.provenance, details={"short": short}))
+    write_profile(hurried, tmp_path / hurried.name)
+    config = Config(models=[profile.model.name], hardware=profile.hardware.name, profile_folder=str(tmp_path))
+    found = measured_profiles(config, tmp_path)
+    assert (found.changes, found.within) == ({}, 0.17)
+    assert found.notices == (f"{profile.model.name} was measured in little time: its times are within 17%",)
+    write_profile(profile, tmp_path / "unhurried" / profile.name)
+    assert measured_profiles(replace(config, profile_folder=str(tmp_path / "unhurried")), tmp_path) == Profiled({})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loads"), [(1e9, [0.5, 1.0, 1.5]), (11.5, [0.5, 1.0]), (5.0, [0.5]), (2.5, [0.5]), (1.5, None)]
+)
+def test_as_many_loads_are_served_as_the_pace_so_far_allows(seconds: float, loads: list[float] | None) -> None:
+    """A load takes twice as many seconds as its number, in each of two passes; only its share may be used up."""
+    config = Config(fidelity_live=LiveFidelityConfig([1.5, 0.5, 1.0]))
+    clock = [0.0]
+
+    def run(one: Compared) -> Compared:
+        clock[0] += 2 * one.cell.load
+        return one.with_pass(SimpleNamespace(live=SimpleNamespace(wall_s=2 * one.cell.load)))
+
+    left = TimeLeft(lambda: seconds - clock[0], lambda: seconds - clock[0])
+    found = [Compared(Cell("arm", "", load, 1.0)) for load in (0.5, 1.0, 1.5)]
+    try:
+        for turn in range(2):
+            found = _as_time_allows(config, found, turn, run, left)
+    except NoTimeLeft:
+        found = []
+    assert [one.cell.load for one in found] == (loads or [])
+    assert all(len(one.passes) == 2 for one in found)
+    assert clock[0] <= max(seconds, 1.0)
 
 
 LOADS = ("fidelity_live.loads=[0.5,1.5]", "fidelity_live.seconds=0.1", "fidelity_live.least_requests=8")

@@ -1,7 +1,8 @@
 """Writes finished stages into archives and reads them back.
 
 An archive holds one group of stages: `manifest.json` first (the campaign, the stages, a sha256 of every file), then the
-stages' folders. It is written atomically, and again whenever a stage of its group is finished.
+stages' folders. It is written atomically, and again whenever a stage of its group is finished. What interrupted stages
+have left is in an archive of its own, so that a later call goes on with their samples.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.progress import now
-from calibrate.stages import RECORD, STAGES, read_finished
+from calibrate.stages import DRAFTS, RECORD, STAGES, drafts_in, read_finished
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.untrusted import parse_json, reading
@@ -44,12 +45,29 @@ class Written:
 def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str], max_bytes: int = MAX_BYTES) -> Written:
     """Archive the stages' folders in `state`. If it is too large, the largest files are left out and listed."""
     chosen = [file for stage in stages for file in _files(state / STAGES / stage)]
+    return _write(path, campaign, state, stages, chosen, max_bytes)
+
+
+def write_drafts(path: Path, campaign: str, state: Path) -> None:
+    """Archive what interrupted stages have left in `state`; without any, there is no archive."""
+    drafts = drafts_in(state)
+    path.unlink(missing_ok=True)
+    if drafts:
+        place = state / DRAFTS
+        chosen = [file for draft in drafts for file in (place / f"{draft}.json", *_files(place / draft))]
+        _write(path, campaign, state, drafts, chosen, MAX_BYTES)
+
+
+def _write(
+    path: Path, campaign: str, state: Path, stages: Sequence[str], chosen: list[Path], max_bytes: int
+) -> Written:
     left_out: list[Path] = []
     while True:
         content = _packed(campaign, state, stages, chosen, left_out)
         if len(content) <= max_bytes or not chosen:
             break
-        largest = max((f for f in chosen if f.name != RECORD), key=lambda f: f.stat().st_size)
+        described = {RECORD, *(f"{stage}.json" for stage in stages)}
+        largest = max((f for f in chosen if f.name not in described), key=lambda f: f.stat().st_size)
         chosen.remove(largest)
         left_out.append(largest)
     files.write_bytes(path, content)
@@ -74,7 +92,8 @@ def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
             "resume", str(path), allowed, f"name archives of {campaign}, or +campaign={manifest['campaign']}"
         )
     missing = {name.split("/")[1] for name in manifest["left_out"]}
-    found = [stage for stage in manifest["stages"] if stage not in missing]
+    drafts = {_draft_of(name) for name in content if name.startswith(f"{DRAFTS}/")}
+    found = [stage for stage in manifest["stages"] if stage not in {*missing, *drafts}]
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in content.items():
             files.write_bytes(Path(scratch) / name, data)
@@ -87,7 +106,17 @@ def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
                 for name, data in content.items():
                     if name.startswith(f"{STAGES}/{stage}/"):
                         files.write_bytes(state / name, data)
+    goes_on = drafts - {*drafts_in(state), *(name for name, stage in ours.items() if not stage.short)}
+    for name, data in content.items():
+        if name.startswith(f"{DRAFTS}/") and _draft_of(name) in goes_on:
+            files.write_bytes(state / name, data)
     return found
+
+
+def _draft_of(name: str) -> str:
+    """The stage of a draft's file, or of the file that says what the draft is of."""
+    parts = name.split("/")
+    return parts[1].removesuffix(".json") if len(parts) == 2 else parts[1]
 
 
 def archives_in(places: Iterable[str]) -> list[Path]:
@@ -157,7 +186,8 @@ def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise ValueError(f"{stage[:80]!r} is no name of a stage")
         for name in (*wanted, *left_out):
             parts = name.split("/")
-            if parts[0] != STAGES or parts[1] not in stages or any(part in ("", ".", "..") for part in parts[2:]):
+            inside = (parts[0] == STAGES and parts[1] in stages) or (parts[0] == DRAFTS and _draft_of(name) in stages)
+            if not inside or any(part in ("", ".", "..") for part in parts[2:]):
                 raise ValueError(f"{name[:80]!r} is no file of a stage")
         campaign = manifest["campaign"]
         if not isinstance(campaign, str) or not isinstance(wanted, dict) or not isinstance(left_out, list):

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.schema import CampaignConfig
-from calibrate.stages import Finished, NotEnoughTime, StageRun
+from calibrate.stages import SHORT, Finished, NotEnoughTime, StageRun
 from calibrate.work import ADAPTERS, TRACES
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -49,6 +50,7 @@ from helios_sim.study.schema import (
     WorkloadConfig,
 )
 from helios_sim.validate.command import run_fidelity_live
+from helios_sim.validate.live import NoTimeLeft, TimeLeft
 
 MADE_UP = "text"  # the task of synthetic exits
 SURE_HEAD, SURE_CHECK = 0.9, 0.8  # thresholds of a head's probability, and of a classifier's check
@@ -141,10 +143,11 @@ def _measured(traces: Finished, profile: Profile) -> StudyExits:
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """The settings of a study and its exits."""
+    """The settings of a study, its exits, and how far the times of its profiles may be off (0: none was cut short)."""
 
     config: Config
     exits: StudyExits
+    within: float
 
 
 def basis(config: CampaignConfig, models: Sequence[str], stage: StageRun, weights: Mapping[str, str]) -> Basis:
@@ -177,7 +180,8 @@ def basis(config: CampaignConfig, models: Sequence[str], stage: StageRun, weight
         runtime=RuntimeConfig(preset="profile"), exits=exits.settings, live=live, seeds=[config.seed],
         server=ServerConfig(max_running_requests=c.max_running_requests, max_batch_tokens=c.max_batch_tokens),
     )  # fmt: skip
-    return Basis(study, exits)
+    shorts = [profile.provenance.details.get("short") or {"within": 0.0} for profile in profiles.values()]
+    return Basis(study, exits, max(float(short["within"]) for short in shorts))
 
 
 def arms(config: CampaignConfig, models: Sequence[str]) -> dict[str, Any]:
@@ -264,9 +268,16 @@ def served(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Ma
         fidelity_live=LiveFidelityConfig(list(config.live.loads), seconds, config.live.least_requests),
     )
     stage.tell(f"{len(some)} arms at {len(config.live.loads)} loads, {seconds:.1f} s each", None)
-    status, summary = summary_of(run_fidelity_live, study, stage.folder)
+    left = None if stage.left_s is None else TimeLeft(lambda: stage.left_s or 0.0, lambda: stage.most_s or 0.0)
+    try:
+        status, summary = summary_of(partial(run_fidelity_live, left=left), study, stage.folder)
+    except NoTimeLeft as error:
+        raise NotEnoughTime(error.allowed) from error
+    loads = {point["settings"]["load"] for point in summary["points"]}
+    short = f"{len(loads)} of {len(config.live.loads)} loads served" if len(loads) < len(config.live.loads) else ""
     return {
         "models": list(models),
+        SHORT: short,
         "exits": made.exits.said,
         "arrivals_s_per_run": seconds,
         "gates_passed": status == 0,
@@ -364,6 +375,7 @@ def _run(
         "models": list(models),
         "exits": made.exits.said,
         "requests": dict(requests),
+        "times_within": made.within,
         "verdict": summary["verdict"],
         "counter": None if counter is None else counter["source"],
         "arms": {arm.name: {**values, "provenance": _provenance(made, arm, values)} for arm, values in figures.items()},

@@ -137,8 +137,10 @@ def _headline(result: Mapping[str, Any]) -> list[str]:
         [f"{gain['mode']}, {gain['load']}", gain["over"], *(shown(gain[key]) for key in keys)]
         for gain in result["gains"]
     ]
+    within = result.get("times_within")
+    known = f" There was little time: times of the profiles are within about {within:.0%}." if within else ""
     return [
-        f"Requests of each arm: {requests}. Energy counter: {counter}.",
+        f"Requests of each arm: {requests}. Energy counter: {counter}.{known}",
         "",
         *table(["arm", *origins, *metrics], told, 1 + len(origins)),
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from helios_sim.errors import UserError
@@ -16,7 +17,7 @@ from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.runner import forget_jobs
 from helios_sim.study.schema import Config
 from helios_sim.validate.compare import of_live, of_log
-from helios_sim.validate.live import compared_cells, measured_profiles
+from helios_sim.validate.live import TimeLeft, compared_cells, measured_profiles
 from helios_sim.validate.logs import ServingLog, read_log
 from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
 from helios_sim.validate.setup import Setup, set_up
@@ -37,16 +38,22 @@ def run_fidelity(config: Config, folder: Path) -> int:
     return end(lambda: print_comparison(result, _is_shown_of_log), folder, summary, result.gates)
 
 
-def run_fidelity_live(config: Config, folder: Path) -> int:
+def run_fidelity_live(config: Config, folder: Path, left: TimeLeft | None = None) -> int:
     """Compares live serving. Returns 0, or 2 when a gate failed. UserError before anything is written.
 
     Every run that is finished is kept in the folder: after a kill the same folder goes on with what is missing.
+    `left`: the time, where there is a limit. The last loads are left out where these do not suffice, and
+    the result says so; NoTimeLeft where they suffice for none.
     """
     _check_no_sweeps(config, "live serving")
     check_study(plan_study(with_settings(config, {"mode": "live"})))
     with at_work_in(folder):
         profiled = measured_profiles(config, folder)
-        found = compared_cells(config, profiled.changes, folder)
+        found = compared_cells(config, profiled.changes, folder, left)
+        served = {one.cell.load for one in found}
+        if left_out := sorted(set(config.fidelity_live.loads) - served):
+            told = f"no time was left for the loads of {', '.join(f'{load:.0%}' for load in left_out)}"
+            profiled = replace(profiled, notices=(*profiled.notices, told))
         result = of_live(found, with_settings(config, profiled.changes), provenance(config), profiled)
         summary = write_result(result, folder, comparisons(result))
         forget_jobs(folder)

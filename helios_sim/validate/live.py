@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,20 @@ SYSTEM = (
 )
 FULL_QUEUE_REQUESTS = 100  # all at once: enough that filling and emptying the batch hardly count
 UNMEASURED_WITHIN = 0.5  # how far a profile of another time may be off
+NO_LOAD = "the time does not suffice to serve one of them in every pass"
 CALIBRATION = "calibration"  # the folder of profiles that were measured just before, in the output folder
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLeft:
+    """Seconds that are left of what a comparison should take, and of all that it may."""
+
+    share_s: Callable[[], float]
+    most_s: Callable[[], float]
+
+
+class NoTimeLeft(UserError):
+    """The time suffices for no load in every pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +130,48 @@ class Compared:
         ]
 
 
-def compared_cells(config: Config, changes: Mapping[str, Any], folder: Path) -> list[Compared]:
-    """Every cell with all of its passes; `changes` hold for every run. Runs that the folder holds are not run again."""
+def compared_cells(
+    config: Config, changes: Mapping[str, Any], folder: Path, left: TimeLeft | None = None
+) -> list[Compared]:
+    """Every cell with all of its passes; `changes` hold for every run. Runs that the folder holds are not run again.
+
+    Where `left` does not suffice, by what runs have taken so far, the last loads are left out; NoTimeLeft where not one
+    of them can be served in every pass.
+    """
     full = _capacity_jobs(config, changes)
     results = run_jobs(list(full.values()), folder, 1, _tell)
     found = [Compared(cell) for cell in _cells(config, {arm: _capacity_per_s(results[full[arm].key]) for arm in full})]
     # everything once, then everything again: the noise that matters is that between moments as far apart as a profile
     # and what it predicts
     for turn in range(config.fidelity_live.passes):
-        found = [_with_pass(config, one, turn, changes, folder) for one in found]
+        run = partial(_with_pass, config, turn=turn, changes=changes, folder=folder)
+        found = [run(one) for one in found] if left is None else _as_time_allows(config, found, turn, run, left)
     return found
+
+
+def _as_time_allows(
+    config: Config, found: Sequence[Compared], turn: int, run: Callable[[Compared], Compared], left: TimeLeft
+) -> list[Compared]:
+    """One pass more of the loads, the lowest first, as long as they can also be served in the passes to come.
+
+    The first load may take all the time that there is. A load is expected to take as long as it took before, or as the
+    dearest of its pass so far.
+    """
+    later = config.fidelity_live.passes - turn - 1
+    done: list[Compared] = []
+    dearest_s = kept_s = 0.0
+    for load in sorted({one.cell.load for one in found}):
+        at = [one for one in found if one.cell.load == load]
+        expected_s = max(dearest_s, sum(one.passes[-1].live.wall_s for one in at)) if turn else dearest_s
+        if (left.share_s() if done else left.most_s()) < later * kept_s + (later + 1) * expected_s:
+            break
+        before_s = left.most_s()
+        done += [run(one) for one in at]
+        took_s = before_s - left.most_s()
+        dearest_s, kept_s = max(dearest_s, took_s), kept_s + took_s
+    if not done:
+        raise NoTimeLeft("fidelity_live.loads", config.fidelity_live.loads, NO_LOAD, "allow more time, or fewer loads")
+    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +192,7 @@ def measured_profiles(config: Config, folder: Path) -> Profiled:
     """
     seconds = config.fidelity_live.calibrate_s
     if seconds is None:
-        return Profiled({})
+        return _as_known(config)
     profiles = folder / CALIBRATION / "profiles"
     found: list[Profile] = []
     notices: list[str] = []
@@ -174,6 +221,19 @@ def measured_profiles(config: Config, folder: Path) -> Profiled:
     shorts = [profile.provenance.details.get("short") or {"within": 0.0} for profile in found]
     changes = {"profile_folder": str(profiles), "hardware": found[-1].hardware.name}
     return Profiled(changes, max(float(short["within"]) for short in shorts), tuple(notices))
+
+
+def _as_known(config: Config) -> Profiled:
+    """The profiles that the study names, as well as they are known: some were measured in little time."""
+    within: dict[str, float] = {}
+    for model in dict.fromkeys((*config.models, *_models_of_arms(config))):
+        with suppress(UserError):  # the study says what is wrong with it
+            short = build_profile(config, model).provenance.details.get("short")
+            if isinstance(short, Mapping) and isinstance(short.get("within"), float):
+                within[model] = short["within"]
+    told = "was measured in little time: its times are within"
+    notices = tuple(f"{model} {told} {share:.0%}" for model, share in within.items())
+    return Profiled({}, max(within.values(), default=0.0), notices)
 
 
 def _as_named(config: Config, model: str, seconds: float) -> Profiled:
