@@ -29,6 +29,7 @@ from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
+from helios_sim.report.terminal import without_json
 
 
 def register() -> None:
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in command:
             print(f"calibrate {helios_sim.__version__}")
             return 0
-        command = in_full(command)
+        command = in_full(without_json(command))
         check_flags(command, "calibrate")
         register()
         GlobalHydra.instance().clear()

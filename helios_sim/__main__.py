@@ -51,6 +51,8 @@ def _run(command: list[str]) -> int:
         if "--version" in command:
             print(f"helios_sim {helios_sim.__version__}")
             return 0
+        if sys.stderr.isatty():
+            print("Reading programs, settings and inputs ...", file=sys.stderr)
         from helios_sim.cli import repeat_study, run_command  # Hydra and what it needs, which neither of these does
 
         gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run

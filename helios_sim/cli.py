@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from helios_sim.config import (
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status
+from helios_sim.report.terminal import say, without_json
 from helios_sim.study.schema import Config
 
 
@@ -45,6 +47,7 @@ def run_command(command: list[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     status = 0
     started = False
+    folders: list[tuple[Path, bool]] = []  # of studies that began, each with whether it is one of several
     refused: list[Path] = []  # output folders of studies that could not start
 
     def study(settings: DictConfig) -> None:
@@ -54,6 +57,7 @@ def run_command(command: list[str]) -> int:
         started = True
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
+        folders.append((folder, run.mode is RunMode.MULTIRUN))
         try:
             check_choices(settings, run.runtime.choices, command)
             config = to_config(settings, command)
@@ -65,7 +69,7 @@ def run_command(command: list[str]) -> int:
             refused.append(folder)
 
     try:
-        command = in_full(in_order(command))
+        command = in_full(in_order(without_json(command)))
         check_flags(command)
         logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
         register()
@@ -89,8 +93,7 @@ def run_command(command: list[str]) -> int:
         if isinstance(leaving, SystemExit) and not started:  # Hydra's own commands, such as --info, end so
             return 1 if leaving.code else 0
         leave_by_status()  # Ray, while it starts, ends the program on SIGTERM
-        again = "what was finished is in the output folder, and the same hydra.run.dir takes it up again"
-        print(f"helios_sim: stopped; {again}", file=sys.stderr)
+        _say_stopped(command, folders)
         return 1
     finally:
         for folder in refused:
@@ -152,10 +155,21 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
     return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)
 
 
+def _say_stopped(command: Sequence[str], folders: Sequence[tuple[Path, bool]]) -> None:
+    """Where what was finished lies, and the command that goes on with it."""
+    if not folders:
+        say("helios_sim: stopped before anything was run", sys.stderr)
+        return
+    folder, one_of_several = folders[-1]
+    key, place = ("hydra.sweep.dir", folder.parent) if one_of_several else ("hydra.run.dir", folder)
+    words = [word for word in command if not word.startswith(f"{key}=")]
+    again = shlex.join(["python", "-m", "helios_sim", *words, f"{key}={place}"])
+    say(f"helios_sim: stopped; what was finished is in the output folder {place}. To go on:", sys.stderr)
+    print(f"  {again}", file=sys.stderr)
+
+
 def _fail(error: UserError, study: str = "") -> int:
     """`study` says which of several it was."""
     where = f"{study}: " if study else ""
-    from helios_sim.report.terminal import say
-
     say(f"helios_sim: {where}{error}", sys.stderr)
     return 1

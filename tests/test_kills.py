@@ -81,7 +81,10 @@ def test_a_study_with_processes(tmp_path, repository, how) -> None:
         assert status == -signal.SIGKILL
     else:
         assert status == 1
-        assert said.splitlines()[-1].startswith("helios_sim: stopped; what was finished is in the output folder")
+        told, again = said.splitlines()[-2:]
+        assert told.startswith("helios_sim: stopped; what was finished is in the output folder")
+        assert again.strip().startswith("python -m helios_sim +experiment=mine")
+        assert again.endswith(f"hydra.run.dir={tmp_path / 'out'}")
         assert "Traceback" not in said
     before = lines(tmp_path / "out")
     for folder in ("out", "whole"):
@@ -101,7 +104,7 @@ def test_while_it_starts(tmp_path, repository, how, after_s) -> None:
     status, said = command.ended_by(how)
     if status > 0:  # the interpreter itself was there already
         assert status == 1
-        assert said.splitlines()[-1].startswith("helios_sim: stopped")
+        assert any(line.startswith("helios_sim: stopped") for line in said.splitlines()[-2:])
         assert "Traceback" not in said
 
 

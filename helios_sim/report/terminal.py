@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TextIO
 from unicodedata import combining, east_asian_width
@@ -14,10 +18,32 @@ _PLAIN = str.maketrans({"×": "x", "–": "-", "−": "-", "─": "-", "µ": "u"
 _BOLD, _DIM, _END = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
+JSON_ASKED: ContextVar[bool] = ContextVar("json_asked", default=False)  # summary.json on a terminal too
+_NARROW = 40  # cells, below which nothing is laid out to fit
+
+
+def without_json(command: Sequence[str]) -> list[str]:
+    """The command line without `--json`, which is remembered."""
+    JSON_ASKED.set("--json" in command)
+    return [word for word in command if word != "--json"]
+
+
+def width_of(stream: TextIO) -> int | None:
+    """Cells in a line of this terminal; None where it is none, so that its lines are as long as they are."""
+    if not stream.isatty():
+        return None
+    with suppress(OSError, ValueError):
+        return max(_NARROW, os.get_terminal_size(stream.fileno()).columns or 80)
+    return 80
+
+
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line, here and now, as far as the stream's encoding has its characters."""
+    """Print a text, here and now, as far as the stream's encoding has its characters; on a terminal whole words."""
     stream = sys.stdout if file is None else file
-    print(_encodable(visible(text), stream), file=stream, flush=stream is sys.stderr)
+    line, width = _encodable(visible(text), stream), width_of(stream)
+    if width is not None and len(line) > width:
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=stream, flush=stream is sys.stderr)
 
 
 def _encodable(text: str, stream: TextIO) -> str:
@@ -48,35 +74,54 @@ class TextTable:
         self.rows.append((cells, dim))
 
     def show(self, file: TextIO | None = None) -> None:
-        """Print the table; bold and dim only on a terminal."""
+        """Print the table; bold, dim and folded to the width only on a terminal."""
         stream = sys.stdout if file is None else file
-        for line in self.lines(stream.isatty()):
+        for line in self.lines(stream.isatty(), width_of(stream)):
             print(_encodable(line, stream), file=stream)
 
-    def lines(self, styled: bool = False) -> list[str]:
+    def lines(self, styled: bool = False, width: int | None = None) -> list[str]:
+        """The table, in a line for each row; where `width` has no room for all columns, the others come below.
+
+        The first column is repeated there. No text is ever cut.
+        """
         heads = [[visible(part) for part in header.split("\n")] for header in self.headers]
         rows = [None if row is None else ([_in_a_line(cell) for cell in row[0]], row[1]) for row in self.rows]
         shown = [row[0] for row in rows if row is not None]
         widths = [
             max([*map(_width, head), *(_width(cells[place]) for cells in shown)]) for place, head in enumerate(heads)
         ]
-        most = max(map(len, heads))
         found = [f"{_BOLD}{visible(self.title)}{_END}" if styled else visible(self.title), ""]
-        for place in range(most):
-            parts = [head[place - most + len(head)] if place >= most - len(head) else "" for head in heads]
-            found.append(self._line(parts, widths))
-        found.append("─" * (sum(widths) + 2 * (len(widths) - 1)))
-        for row in rows:
-            line = "" if row is None else self._line(row[0], widths)
-            found.append(f"{_DIM}{line}{_END}" if styled and row is not None and row[1] else line)
-        return [*found, ""]
+        for places in _folded(widths, width):
+            most = max(len(heads[place]) for place in places)
+            for line in range(most):
+                parts = [head[line - most + len(head)] if line >= most - len(head) else "" for head in heads]
+                found.append(self._line(parts, widths, places))
+            found.append("─" * (sum(widths[place] for place in places) + 2 * (len(places) - 1)))
+            for row in rows:
+                text = "" if row is None else self._line(row[0], widths, places)
+                found.append(f"{_DIM}{text}{_END}" if styled and row is not None and row[1] else text)
+            found.append("")
+        return found
 
-    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        padded = (
-            " " * (width - _width(cell)) + cell if number else cell + " " * (width - _width(cell))
-            for cell, width, number in zip(cells, widths, self.numbers, strict=True)
-        )
+    def _line(self, cells: Sequence[str], widths: Sequence[int], places: Sequence[int]) -> str:
+        padded = []
+        for place in places:
+            space = " " * (widths[place] - _width(cells[place]))
+            padded.append(space + cells[place] if self.numbers[place] else cells[place] + space)
         return "  ".join(padded).rstrip()
+
+
+def _folded(widths: Sequence[int], width: int | None) -> list[list[int]]:
+    """Columns that stand side by side, as many as fit, each time with the first."""
+    found = [[0]] if widths else []
+    for place in range(1, len(widths)):
+        now = found[-1]
+        taken = sum(widths[other] + 2 for other in now) + widths[place]
+        if width is None or taken <= width or len(now) == 1:
+            now.append(place)
+        else:
+            found.append([0, place])
+    return found
 
 
 def _in_a_line(text: str) -> str:

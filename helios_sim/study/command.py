@@ -21,7 +21,7 @@ from helios_sim.report.faults import fault_sentences
 from helios_sim.report.format import gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
-from helios_sim.report.terminal import say
+from helios_sim.report.terminal import JSON_ASKED, say
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.inputs import inputs_of
@@ -43,6 +43,8 @@ def run_study(config: Config, folder: Path) -> int:
     with at_work_in(folder):
         with progress(config.name, total, job_lines(total)) as on_done:
             results = run_jobs(plan.jobs, folder, processes(config), on_done)
+        if sys.stderr.isatty():
+            say("Writing the tables, the figures and the page ...", sys.stderr)
         result = assemble(plan, results, provenance(config))
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.pictures)
@@ -82,14 +84,20 @@ def provenance(config: Config) -> dict[str, object]:
 
 
 def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:
-    """Prints what is to be shown, the gates, the folder, and summary.json last. Returns 0, or 2 when a gate failed."""
+    """Prints what is to be shown, the gates and the folder. Returns 0, or 2 when a gate failed.
+
+    summary.json is the last line for programs: where standard output is no terminal, or where `--json` asked for it.
+    """
     try:
         show()
         for gate in gates:
             found = f"{gate.name} {gate_value(gate.value, gate.bound)}, must be {gate.bound}"
             say(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
         say(f"output folder: {folder}")
-        print(json.dumps(summary, allow_nan=False))
+        if sys.stdout.isatty() and (page := folder / "report.html").is_file():
+            say(f"page: {page}")
+        if JSON_ASKED.get() or not sys.stdout.isatty():
+            print(json.dumps(summary, allow_nan=False))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader left, as `head` does; the files are there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

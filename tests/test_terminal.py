@@ -1,0 +1,89 @@
+"""What a person sees on a terminal: lines that fit, no number cut, no wall of JSON; programs get it as before."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+
+from helios_sim.report.terminal import JSON_ASKED, TextTable, say, without_json
+from helios_sim.study.command import end
+
+
+class Terminal(io.StringIO):
+    """80 columns wide, as any terminal that does not say."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def table(cells: list[list[str]]) -> TextTable:
+    found = TextTable("title")
+    for place in range(len(cells[0])):
+        found.column(f"column\n{place}", number=place > 0)
+    for row in cells:
+        found.row(row)
+    return found
+
+
+texts = st.text("0123456789.×%[] ", min_size=1, max_size=18).map(lambda text: "-".join(text.split()) or "x")
+
+
+@given(
+    cells=st.integers(1, 9).flatmap(
+        lambda n: st.lists(st.lists(texts, min_size=n, max_size=n), min_size=1, max_size=5)
+    ),
+    width=st.integers(40, 140),
+)
+def test_a_table_is_as_wide_as_the_terminal_and_no_cell_is_cut(cells: list[list[str]], width: int) -> None:
+    lines = table(cells).lines(width=width)
+    assert max(map(len, lines)) <= width
+    words = [word for line in lines for word in line.split()]
+    for row in cells:
+        assert all(words.count(cell) >= row.count(cell) for cell in row)
+    blocks = sum(set(line) == {"─"} for line in lines)
+    assert sum(line.startswith("column") for line in lines) == blocks  # the first column stands in each
+
+
+def test_elsewhere_a_row_is_a_line_however_wide() -> None:
+    stream = io.StringIO()
+    table([["arm", *["1" * 20] * 9]]).show(stream)
+    assert sum(line.startswith("arm ") for line in stream.getvalue().splitlines()) == 1
+
+
+def test_sentences_break_between_words() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    sentence = "word " * 30 + "/a/path/that/is/longer/than/a/line/of/eighty/cells/and/is/one/word/to/copy/from/here"
+    for stream in (terminal, file):
+        say(sentence, stream)
+    assert file.getvalue() == f"{sentence}\n"
+    *lines, path = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join([*lines, path]) == " ".join(sentence.split())
+    assert path == sentence.split()[-1]
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_terminal_gets_json_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    (tmp_path / "report.html").write_text("page")
+    token = JSON_ASKED.set(False)
+    try:
+        assert without_json([*words, "a=1"]) == ["a=1"]
+        assert end(lambda: None, tmp_path, {"metric": 1.5}) == 0
+    finally:
+        JSON_ASKED.reset(token)
+    said = terminal.getvalue()
+    assert f"page: {tmp_path}" in said.replace("\n", " ")
+    assert ('{"metric": 1.5}' in said) == bool(words)
+
+
+def test_a_pipe_gets_it_last(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    end(lambda: None, tmp_path, {"metric": 1.5})
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"metric": 1.5}
