@@ -225,7 +225,7 @@ def test_a_study_stopped_half_way_goes_on_where_it_was(helios, tmp_path, how):
     assert out == ""
     if how is signal.SIGINT:
         assert process.returncode == 1
-        assert err.splitlines()[-1].startswith("helios_sim: stopped")
+        assert err.splitlines()[-2].startswith("helios_sim: stopped")
         assert "Traceback" not in err
     folder = tmp_path / "out"
     assert finished(folder) == ["full_depth", "early_exit"]

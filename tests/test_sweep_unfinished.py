@@ -92,7 +92,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, how):
     assert out == ""
     if how is signal.SIGINT:
         assert process.returncode == 1
-        assert err.splitlines()[-1].startswith("helios_sim: stopped")
+        assert err.splitlines()[-2].startswith("helios_sim: stopped")
     before = lines(tmp_path / "out")
     assert len(before) < 44
     process = start(tmp_path, "hydra.run.dir=out")
