@@ -250,7 +250,7 @@ class Fields:
             elif f.type == "bool":
                 given[f.name] = self.flag(f.name)
             elif f.type == "str":
-                given[f.name] = self.text(f.name)
+                given[f.name] = self.text(f.name, default=default)
             elif str(f.type).startswith("float"):
                 optional, limits = "None" in str(f.type), (-1e300, 1e300)
                 given[f.name] = self.maybe(f.name, *limits) if optional else self.number(f.name, *limits, default)

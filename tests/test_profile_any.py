@@ -160,12 +160,12 @@ def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({"num_local_experts": 8}, "mixtures of experts"), ({"kv_lora_rank": 512}, "latent attention"),
-        ({"model_type": "mamba"}, "one of llama"), ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"model_type": "mamba"}, "one of llama"), ({"quantization_config": {"quant_method": "quip"}}, "quip"),
         ({"num_attention_heads": 7}, "multiple of its 7 heads"), ({"hidden_size": "many"}, "whole number"),
         ({"num_key_value_heads": 3}, "divisor of n_heads"), ({"num_hidden_layers": 10**9}, "whole number from 1"),
         ({"layer_types": ["full_attention"], "sliding_window": 8}, "one for each of 4 layers"),
         ({"layer_types": ["linear_attention"] * 4}, "full_attention, sliding_attention"),
-        ({"text_config": {**LLAMA, "quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"text_config": {**LLAMA, "quantization_config": {"quant_method": "aqlm"}}}, "aqlm"),
         ({"is_encoder_decoder": True}, "an encoder"), ({"tie_word_embeddings": "false"}, "true or false"),
         ({"model_type": "opt", "word_embed_proj_dim": 128}, "the model's width, 256"),
         ({"max_position_embeddings": 15}, "at least 16 tokens"), ({"max_position_embeddings": None}, "must be there"),
@@ -446,7 +446,7 @@ def test_more_cards_are_quicker_but_not_as_many_times() -> None:
 def test_a_profile_in_the_folder_comes_first() -> None:
     assert find_profile("opt-6.7b", "a100-40gb") == load_profile("opt-6.7b@a100-40gb", PROFILES_FOLDER)
     made = find_profile("opt-13b", "a100-40gb")
-    assert made.hardware == HARDWARE["a100-40gb"]
+    assert replace(made.hardware, int8_flops_per_s=None) == HARDWARE["a100-40gb"]
     assert "vLLM 0.14.0" in str(made.provenance.details["times_from"])
     assert "data sheet" in str(find_profile("opt-13b", "a10").provenance.details["times_from"])
 

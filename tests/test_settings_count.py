@@ -123,6 +123,8 @@ CASES: dict[str, Case] = {
     "server.replicas": Case(2),
     "server.schedule_ahead": Case(1),
     "server.tensor_parallel": Case(2),
+    "server.quantization": Case("awq"),
+    "server.kv_cache_dtype": Case("fp8", {"hardware": "h100-80gb"}),
     "server.scheduler": Case("vllm_v1", BUSY | {"server.max_running_requests": 4, "server.schedule_ahead": 1}),
     "server.order": Case("shortest_prompt", BUSY | {"server.max_running_requests": 2}),
     "server.router": Case("least_loaded", {"server.replicas": 3}),
@@ -221,6 +223,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
     elsewhere = {
         "exits.parameters": {"exits.source": "none"}, "workload.lengths": {"workload.lengths.kind": "trace"},
         "workload.arrivals.rate_per_s": arrivals("all_at_once"), "server.tensor_parallel": {"mode": "live"},
+        "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
     }  # fmt: skip
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config

@@ -2,8 +2,9 @@
 
 `python experiments/kernels/extract.py WHEEL` reads the wheel (or a folder that it was unpacked into) and writes
 helios_sim/data/kernels. Kept are matrix products in bf16 and fp8, full attention over K and V in bf16 and fp8, and
-all-reduces, as vLLM runs them; columns that are the same in all rows are dropped, and of a case that stands there
-twice the quicker one is kept, since noise is mostly upward. Nothing else of the wheel is read.
+all-reduces, as vLLM runs them; products with integer weights, which only TensorRT-LLM's table of the A100 has; columns
+that are the same in all rows are dropped, and of a case that stands there twice the quicker one is kept, since noise is
+mostly upward. Nothing else of the wheel is read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CARDS = {  # vLLM's version of its kernels, of its all-reduce, and NCCL's
     "l40s": ("0.24.0", "0.22.0", "2.27.3"), "rtx_pro_6000_server": ("0.24.0", "0.24.0", "2.29.2"),
 }  # fmt: skip
 MOST_ROWS = 16_384  # of a matrix product
+INTEGERS = {"a100_sxm": "1.0.0"}  # TensorRT-LLM's version of the table with int4_wo, int8_wo and sq
 COLUMNS = {
     "gemm": ("gemm_dtype", "m", "n", "k"),
     "context_attention": ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "kv_cache_dtype"),
@@ -65,6 +67,11 @@ def main(source: Path) -> None:
     for card, (vllm, all_reduce, nccl) in CARDS.items():
         folder = TARGET / card
         gemm = only(read(source, f"{card}/gemm/vllm/{vllm}/gemm_perf.parquet"), "gemm_dtype", "bfloat16", "fp8")
+        if card in INTEGERS:
+            others = read(source, f"{card}/gemm/trtllm/{INTEGERS[card]}/gemm_perf.parquet")
+            others = only(others, "gemm_dtype", "int4_wo", "int8_wo", "sq")
+            kept = [*COLUMNS["gemm"], "latency"]
+            gemm = pa.concat_tables([gemm.select(kept), others.select(kept)], promote_options="permissive")
         total += written(gemm.filter(pc.less_equal(gemm["m"], MOST_ROWS)), "gemm", folder / "gemm.parquet")
         for name in ("context_attention", "generation_attention"):
             table = read(source, f"{card}/attention/vllm/{vllm}/{name}_perf.parquet")

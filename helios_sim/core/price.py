@@ -26,13 +26,15 @@ LENGTH_AXIS = 1
 SCALARS = Kind.of(
     "ScalarsRow",
     (
-        "head_values", "layer_values", "kv_values", "kv_bytes", "value_bytes", "width",  # for the roofline floor
+        "head_values", "layer_values", "layer_bytes", "kv_values", "kv_weight_bytes",  # for the roofline floor, with
+        "kv_bytes", "value_bytes", "width",
         "padded_kv",
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
         "prefill_gap_s",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
+        "layer_flops_per_s", "attention_flops_per_s",
     ),
 )  # fmt: skip
 
@@ -205,24 +207,24 @@ def floor_s(
     bytes = weights of each band that runs (K and V projections alone where it only propagates), KV read, LM head for
     each check and for sampling; operations = 2 per weight and row, 4 per query, key and head width in attention.
     Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than it looks back.
+    Quantized weights and K and V in fp8 may be multiplied at rates of their own.
     """
     head_bytes = x.head_values * x.value_bytes
     n_bytes, operations = head_bytes if it.sampled_tokens else 0, 2 * x.head_values * it.sampled_tokens
+    of_layers, of_attention = 0, 0
     for s in range(len(spans)):
         span, w = spans[s], work[s]
         layers, rows, moved = span.end - span.start, w.decode_tokens, w.propagated_tokens
         for p in range(it.chunks):
             if chunks[p].layers >= span.end:
                 rows += chunks[p].tokens
-        weights = 0
         if rows:
-            weights = x.layer_values
+            n_bytes += layers * x.layer_bytes
         elif moved:
-            weights = x.kv_values
-        n_bytes += layers * weights * x.value_bytes
+            n_bytes += layers * x.kv_weight_bytes
         if w.checked_tokens:
             n_bytes += head_bytes
-        operations += layers * 2 * (rows * x.layer_values + moved * x.kv_values)
+        of_layers += layers * 2 * (rows * x.layer_values + moved * x.kv_values)
         operations += 2 * x.head_values * w.checked_tokens
         for c in range(class_layers.shape[0]):
             of_class, window = class_layers[c, s], t.windows[c]
@@ -234,8 +236,13 @@ def floor_s(
                     read += chunk.context_tokens if window == 0 else min(chunk.context_tokens, window)
                     pairs += _pairs(chunk.tokens, chunk.context_tokens, window)
             n_bytes += of_class * read * x.kv_bytes
-            operations += of_class * 4 * x.width * pairs
-    return max(n_bytes / x.hbm_bytes_per_s, operations / x.flops_per_s)
+            of_attention += of_class * 4 * x.width * pairs
+    if x.layer_flops_per_s == x.flops_per_s and x.attention_flops_per_s == x.flops_per_s:
+        compute_s = (operations + of_layers + of_attention) / x.flops_per_s
+    else:
+        compute_s = operations / x.flops_per_s + of_layers / x.layer_flops_per_s
+        compute_s += of_attention / x.attention_flops_per_s
+    return max(n_bytes / x.hbm_bytes_per_s, compute_s)
 
 
 def _pairs(tokens: int, context: int, window: int) -> int:

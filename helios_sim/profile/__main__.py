@@ -3,6 +3,7 @@
 - `python -m helios_sim.profile list`: cards and models of the catalogue.
 - `python -m helios_sim.profile show MODEL HARDWARE`: bytes, times and their sources, for any names that a study takes.
 - `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat.
+  Both take `quantization=NAME` and `kv_cache_dtype=NAME`, as `server` has them in a study.
 - `python -m helios_sim.profile build ...`: a profile from tables of one's own; see `build`.
 """
 
@@ -20,13 +21,16 @@ from helios_sim.errors import UserError
 from helios_sim.profile import build
 from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES
 from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.formats import FORMATS
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
+from helios_sim.profile.precision import Precision, in_words
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import SHAPE_FROM, find_profile
 from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import known_profiles
 
 USAGE = "list | show MODEL HARDWARE | check MODEL HARDWARE | build key=value ..."
+PRECISION = ("quantization", "kv_cache_dtype")
 BATCHES = (1, 8, 32, 128, 256)
 PROMPTS = (128, 512, 2048, 8192)
 CONTEXT_TOKENS = 1024
@@ -53,25 +57,45 @@ def _run(arguments: Sequence[str]) -> int:
         return build.main(rest)
     if command == "list" and not rest:
         listed()
-    elif command == "show" and len(rest) == 2:
-        shown(find_profile(rest[0], rest[1]))
-    elif command == "check" and len(rest) == 2:
-        return checked(find_profile(rest[0], rest[1]))
+    elif command in ("show", "check") and len(rest) >= 2:
+        profile = find_profile(rest[0], rest[1], precision=_precision(rest[2:]))
+        if command == "check":
+            return checked(profile)
+        shown(profile)
     else:
         raise UserError("arguments", " ".join(arguments), USAGE, "write one of these")
     return 0
 
 
+def _precision(words: Sequence[str]) -> Precision:
+    """What the words after model and hardware ask for. UserError for another word."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("server.")
+        if not equals or name not in PRECISION or name in found:
+            allowed = f"{' and '.join(f'{key}=NAME' for key in PRECISION)}, each once"
+            raise UserError("arguments", word, allowed, "write one of these after the hardware")
+        found[name] = value
+    return Precision(**found)
+
+
 def listed() -> None:
     """Print cards and models, with what they are priced from."""
-    print(f"{'card':<12} {'GiB':>6} {'GB/s':>6} {'TFLOPS':>7} {'TDP W':>6}  times from")
+    print(f"{'card':<12} {'GiB':>6} {'GB/s':>6} {'TFLOPS':>7} {'fp8':>6} {'int8':>6} {'TDP W':>6}  times from")
     for name, card in CARDS.items():
         source = SHIPPED_SOURCES.get(name)
-        kernels = "data sheet" if source is None else f"kernels measured on it, vLLM {source.vllm}"
+        kernels = "data sheet" if source is None else f"kernels, vLLM {source.vllm}"
         watts = "" if card.tdp_w is None else f"{card.tdp_w:.0f}"
         memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
-        print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {card.flops_per_s / 1e12:>7.0f} {watts:>6}  {kernels}")
+        rates = f"{_tera(card.flops_per_s):>7} {_tera(card.fp8_flops_per_s):>6} {_tera(card.int8_flops_per_s):>6}"
+        print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {rates} {watts:>6}  {kernels}")
     print()
+    _say("TFLOPS of bf16, fp8 and int8 (TOPS), dense. Without fp8 a card makes such weights bf16 in the kernel.")
+    bytes_of = {form: form.matrix_bytes(4096, 4096) / 4096**2 for form in FORMATS.values()}
+    formats = "; ".join(f"{form.text} ({each:.3f} bytes a weight)" for form, each in bytes_of.items())
+    _say(f"weights besides bf16, by server.quantization: {formats}")
+    _say("K and V in fp8: server.kv_cache_dtype=fp8, on cards with units for fp8.")
     _say(f"{', '.join(HARDWARE)}: with their idle power, which energy needs.")
     _say("A group that runs a model together: 4xh100. A card of your own: the path of a card.yaml (README).")
     print()
@@ -91,6 +115,7 @@ def shown(profile: Profile) -> None:
     budget = MemoryBudget(card.hbm_bytes, UTILISATION)
     free = budget.pool_bytes([(profile, layers)])
     print(f"{model.name} on {card.name}: {layers} layers, {weights / 1e9:.1f} GB of weights")
+    print(f"  precision              {in_words(model)}")
     print(f"  K and V of a token     {kv / 1024:.0f} KiB")
     print(f"  memory of the hardware {card.hbm_bytes / 1e9:.1f} GB, of which {UTILISATION:.0%} are used")
     print(f"  activations, set aside {profile.activation_reserve_bytes / 1e9:.1f} GB")
@@ -120,6 +145,10 @@ def shown(profile: Profile) -> None:
             _say(f"  assumed: no {item.name} ({item.why})")
 
 
+def _tera(per_s: float | None) -> str:
+    return "" if per_s is None else f"{per_s / 1e12:.0f}"
+
+
 def _say(text: str) -> None:
     """Print in lines as wide as the terminal."""
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
@@ -130,7 +159,8 @@ def checked(profile: Profile) -> int:
     """Print prices beside floors; 1 where a price is below its floor, which no card can reach."""
     batches = [(f"batch of {batch}", _decodes(profile, (batch,))) for batch in BATCHES]
     prompts = [(f"{tokens} prompt tokens", _prompt(profile, tokens)) for tokens in _prompts(profile)]
-    print(f"{profile.name}\n{'iteration':<20} {'price ms':>10} {'floor ms':>10} {'share':>7}")
+    print(f"{profile.name}: {in_words(profile.model)}")
+    print(f"{'iteration':<20} {'price ms':>10} {'floor ms':>10} {'share':>7}")
     below = 0
     for name, composition in (*batches, *prompts):
         price_s = float(profile.iteration_time_s(composition)[0])

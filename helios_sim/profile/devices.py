@@ -24,6 +24,7 @@ from helios_sim.profile.catalog import (
     card_key,
     card_spec,
 )
+from helios_sim.profile.precision import check_groups
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.profile.tables import FloatArray
 from helios_sim.untrusted import Fields, parse_yaml, read_text, reading
@@ -33,7 +34,7 @@ _GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
-    "source",
+    "source", "fp8_tflops", "int8_tflops",
 )  # fmt: skip
 
 
@@ -57,10 +58,11 @@ class Device:
         if self.cards == 1:
             return self.card
         n, card = self.cards, self.card
-        watts = {key: None if (one := getattr(card, key)) is None else n * one for key in ("tdp_w", "idle_w")}
+        of_all = ("tdp_w", "idle_w", "fp8_flops_per_s", "int8_flops_per_s")
+        sums = {key: None if (one := getattr(card, key)) is None else n * one for key in of_all}
         return replace(
             card, name=self.name, hbm_bytes=n * card.hbm_bytes, hbm_bytes_per_s=n * card.hbm_bytes_per_s,
-            flops_per_s=n * card.flops_per_s, source=f"{n} cards, each: {card.source}", **watts,
+            flops_per_s=n * card.flops_per_s, source=f"{n} cards, each: {card.source}", **sums,
         )  # fmt: skip
 
 
@@ -102,7 +104,10 @@ def _known_card(name: str, key: str) -> Device:
     assert of_card is not None
     card = CARDS[of_card]
     if found in HARDWARE:
-        return Device(HARDWARE[found], card.link, LOAD_BYTES_PER_S[found], key=of_card)
+        spec = replace(
+            HARDWARE[found], fp8_flops_per_s=card.fp8_flops_per_s, int8_flops_per_s=card.int8_flops_per_s
+        )  # fmt: skip
+        return Device(spec, card.link, LOAD_BYTES_PER_S[found], key=of_card)
     return Device(card_spec(found, card), card.link, card.load_bytes_per_s, key=of_card)
 
 
@@ -122,6 +127,8 @@ def _own_card(path: Path, key: str) -> Device:
         tdp_w=fields.maybe("tdp_w", 1, 1e5),
         idle_w=fields.maybe("idle_w", 0, 1e5),
         source=fields.text("source", default=f"{path.name}, as its author describes the card"),
+        fp8_flops_per_s=_per_s(fields.maybe("fp8_tflops", 0.01, 1e6)),
+        int8_flops_per_s=_per_s(fields.maybe("int8_tflops", 0.01, 1e6)),
     )
     link = Link(
         fields.number("link_us", 0, 1e6, PCIE_LINK.latency_s * 1e6) / 1e6,
@@ -133,12 +140,17 @@ def _own_card(path: Path, key: str) -> Device:
     return Device(spec, link, load)
 
 
+def _per_s(tera: float | None) -> float | None:
+    return None if tera is None else tera * 1e12
+
+
 def shard(model: ModelSpec, cards: int, key: str = "hardware") -> ModelSpec:
     """What one card of a group computes of each layer: its share of heads, of the MLP and of the vocabulary.
 
     A KV head stands on several cards where there are fewer of them than cards, as in vLLM. Norms run everywhere.
     UserError where the model cannot be split so.
     """
+    check_groups(model, cards)
     if cards == 1:
         return model
     for what, size in (("n_heads", model.n_heads), ("d_ff", model.d_ff)):

@@ -37,6 +37,7 @@ from helios_sim.core.price import (
     times_s,
 )
 from helios_sim.profile.composition import Composition
+from helios_sim.profile.formats import FP8, INT8
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
@@ -307,14 +308,31 @@ def _scalar_values(
         **factors,
         "hbm_bytes_per_s": float(hardware.hbm_bytes_per_s),
         "flops_per_s": float(hardware.flops_per_s),
+        "layer_flops_per_s": _layer_rate(model, hardware),
+        "attention_flops_per_s": _kv_rate(model, hardware),
         "head_values": model.vocab_size * model.d_model,
         "layer_values": model.layer_values,
+        "layer_bytes": model.layer_bytes,
         "kv_values": 2 * model.d_model * model.kv_width,  # of one layer's K and V projections
+        "kv_weight_bytes": 2 * model.matrix_bytes(model.kv_width, model.d_model),
         "kv_bytes": model.kv_bytes_per_token_layer,
         "value_bytes": model.weight_bytes_per_value,
         "width": model.n_heads * model.head_dim,
         "padded_kv": int(padded_kv),
     }
+
+
+def _layer_rate(model: ModelSpec, hardware: HardwareSpec) -> float:
+    """Operations per second that no product of a layer can beat."""
+    products = None if model.quantization is None else model.quantization.products
+    rates = {FP8: hardware.fp8_flops_per_s, INT8: hardware.int8_flops_per_s}
+    return float(rates.get(products or "") or hardware.flops_per_s)
+
+
+def _kv_rate(model: ModelSpec, hardware: HardwareSpec) -> float:
+    """The same of attention: kernels may multiply K and V as they are kept."""
+    of_fp8 = hardware.fp8_flops_per_s if model.kv_bytes_per_value == 1 else None
+    return float(of_fp8 or hardware.flops_per_s)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]]) -> FloatArray:

@@ -11,11 +11,14 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, plain_model
 from helios_sim.profile.devices import Device, card_file, catalogue_name, device_of, group_of
+from helios_sim.profile.formats import WEIGHTS
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES, device_profile
+from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.roofline import FITTED, FITTED_BAND, device_roofline
+from helios_sim.profile.roofline import FITTED, device_roofline, fitted_band
 from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
 from helios_sim.untrusted import is_there
@@ -23,19 +26,42 @@ from helios_sim.untrusted import is_there
 TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
 
 
-def find_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Profile:
-    """`model` and `hardware` are names, or paths of files, as a study's settings have them.
+def find_profile(
+    model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN
+) -> Profile:
+    """`model` and `hardware` are names, or paths of files, and `precision` is asked for, as a study's settings have it.
 
-    UserError where one of them is not known, or the group of cards cannot split the model.
+    UserError where one of them is not known, or the cards cannot split the model or compute in that precision.
     """
-    kept = kept_profile(model, hardware, folder)
+    kept = kept_profile(model, hardware, folder, precision)
     if kept is not None:
-        return load_profile(kept.name, folder)
-    return _built(shape_of(model), device_of(hardware), f"models=[{model}] hardware={hardware}")
+        return in_precision(load_profile(kept.name, folder), precision)
+    command = f"models=[{model}] hardware={hardware}{precision.settings}"
+    measured = kept_profile(model, hardware, folder)
+    if measured is not None and catalogue_name(group_of(hardware)[1]) is None:  # of a device that nothing else knows
+        return in_precision(load_profile(measured.name, folder), precision)
+    shape = shape_of(model)
+    return _built(replace(shape, model=precision.applied(shape.model)), device_of(hardware), command)
 
 
-def kept_profile(model: str, hardware: str, folder: Path = PROFILES_FOLDER) -> Path | None:
-    """The folder of the profile that is kept for them, also under another of the model's names; None: one is made."""
+def in_precision(profile: Profile, precision: Precision) -> Profile:
+    """The profile as it is, where it is in this precision. UserError where it is not: a measured one has no other."""
+    if precision.applied(profile.model) != profile.model:
+        key, value = precision.first
+        has = f"the precision of the profile {profile.name}, which has no other"
+        raise UserError(key, value, has, "leave it out, or take a card of the catalogue")
+    return profile
+
+
+def kept_profile(
+    model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN
+) -> Path | None:
+    """The folder of the profile that is kept for them, also under another of the model's names; None: one is made.
+
+    Kept ones are in bf16, so that one is made where the settings ask for something else.
+    """
+    if not precision.is_bf16:
+        return None
     return next((folder / name for name in _names(model, hardware) if is_there(folder / name / HEADER)), None)
 
 
@@ -54,13 +80,19 @@ def _built(shape: Shape, device: Device, command: str) -> Profile:
     source = None if device.key is None else SHIPPED_SOURCES.get(device.key)
     if source is None:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
-        low, high = FITTED_BAND
+        low, high = fitted_band(shape.model, device.card)
         times_from = f"its data sheet; expect {low:g} to {high:g} of these times"
         if device.cards > 1:
             times_from += f", with all-reduces over a link of {device.link.bytes_per_s / 1e9:g} GB/s"
     else:
         profile = device_profile(shape.model, device, source, command, None, shape.windows)
         times_from = f"kernels that NVIDIA measured under vLLM {source.vllm} on {source.card.name.upper()}"
+        products = products_on(shape.model, device.card)
+        if products == WEIGHTS and not source.integers:
+            low, high = fitted_band(shape.model, device.card)
+            times_from += f", products of the layers by shares of an A100's: expect {low:g} to {high:g} of their times"
+    if shape.model.quantization is not None or shape.model.kv_bytes_per_value == 1:
+        times_from += f"; {in_words(shape.model)}"
     provenance = replace(profile.provenance, details={TIMES_FROM: times_from, SHAPE_FROM: shape.source})
     return replace(profile, provenance=provenance)
 

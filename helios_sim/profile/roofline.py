@@ -10,9 +10,11 @@ import numpy as np
 from helios_sim.profile.catalog import LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device, ring_s, shard, whole_model
+from helios_sim.profile.formats import FP8, INT8, WEIGHTS
+from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime, preset
-from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
+from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
 
@@ -100,12 +102,53 @@ class Efficiency:
     flops: float = 0.7
     attention_flops: float = 0.5
     kernel_s: float = 3e-6
+    # Of products of quantized layers: the share of the rate for what they multiply, and the fixed part of their times,
+    # which has the making of 8-bit inputs in it. Weights alone are made bf16 in the kernel, for the rate of bf16.
+    fp8_flops: float = 0.5
+    fp8_kernel_s: float = 8e-6
+    int8_flops: float = 0.7
+    int8_kernel_s: float = 13e-6
+    weights_flops: float = 0.9
+    weights_kernel_s: float = 15e-6
 
 
-# Fitted to the measured kernels of six cards, A100 to B200, by experiments/kernels/fit.py. Where a card was left out of
-# the fit, its measured times over the predicted ones had these bounds (5 % to 95 % of decodes and prompts).
-FITTED = Efficiency(bandwidth=0.813, flops=0.726, attention_flops=0.785, kernel_s=3.8e-6)
-FITTED_BAND = (0.83, 1.21)
+# Fitted to the measured kernels of six cards, A100 to B200, by experiments/kernels/fit.py: fp8 to five, integers to the
+# A100, the only one that has them. Where a card was left out of the fit, its measured times over the predicted ones had
+# these bounds (5 % to 95 % of decodes and prompts). None was left out for integers: there the lower bound is what the
+# fit misses of single products, and the upper one of weights alone what an 8-bit kernel of SGLang took on an H100.
+FITTED = Efficiency(
+    bandwidth=0.813, flops=0.726, attention_flops=0.785, kernel_s=3.8e-6, fp8_flops=0.534, fp8_kernel_s=7.6e-6,
+    int8_flops=0.659, int8_kernel_s=13.3e-6, weights_flops=0.882, weights_kernel_s=15.3e-6,
+)  # fmt: skip
+FITTED_BANDS = {None: (0.83, 1.21), FP8: (0.79, 1.23), INT8: (0.73, 1.41), WEIGHTS: (0.77, 1.45)}
+
+
+def fitted_band(model: ModelSpec, card: HardwareSpec) -> tuple[float, float]:
+    """What to expect of times over those by the fitted shares, for the model's precision on this card."""
+    return FITTED_BANDS[products_on(model, card)]
+
+
+def quantized_s(
+    products: str, gemm: Gemm, rows: FloatArray, weights: int, card: HardwareSpec, efficiency: Efficiency
+) -> FloatArray:
+    """(K,) seconds of a product whose `weights` are so many bytes, for K counts of rows.
+
+    Weights alone are made bf16 while nothing is multiplied: such products take their bytes and their operations one
+    after the other, as measured ones do, and no less than the operations of a product in bf16.
+    """
+    bytes_per_s, operations = card.hbm_bytes_per_s * efficiency.bandwidth, 2.0 * rows * gemm.n * gemm.k
+    if products == WEIGHTS:
+        moved_s = (weights + 2 * rows * (gemm.n + gemm.k)) / bytes_per_s
+        both_s = moved_s + operations / (card.flops_per_s * efficiency.weights_flops)
+        return efficiency.weights_kernel_s + np.maximum(both_s, operations / (card.flops_per_s * efficiency.flops))
+    of = {
+        FP8: (card.fp8_flops_per_s, efficiency.fp8_flops, efficiency.fp8_kernel_s),
+        INT8: (card.int8_flops_per_s, efficiency.int8_flops, efficiency.int8_kernel_s),
+    }  # fmt: skip
+    rate, share, kernel_s = of[products]
+    assert rate is not None
+    moved_s = (weights + rows * (2 * gemm.n + gemm.k)) / bytes_per_s
+    return kernel_s + np.maximum(moved_s, operations / (rate * share))
 
 
 def roofline_profile(
@@ -140,10 +183,17 @@ def device_roofline(
     bytes_per_s = card.hbm_bytes_per_s * efficiency.bandwidth
     flops_per_s = card.flops_per_s * efficiency.flops
     value_bytes = model.weight_bytes_per_value
+    products = products_on(whole, card)
 
     def gemm_s(gemm: Gemm, rows: int) -> float:
         moved_s = gemm.bytes_moved(rows, value_bytes) / bytes_per_s
         return efficiency.kernel_s + max(moved_s, gemm.operations(rows) / flops_per_s)
+
+    def layer_gemm_s(gemm: Gemm, rows: int) -> float:
+        if products is None:
+            return gemm_s(gemm, rows)
+        weights = model.matrix_bytes(gemm.n, gemm.k)
+        return float(quantized_s(products, gemm, np.array([float(rows)]), weights, card, efficiency)[0])
 
     def small_s(small: Elementwise, rows: int) -> float:
         return small.kernels * efficiency.kernel_s + small.values_per_row * rows * value_bytes / bytes_per_s
@@ -170,11 +220,12 @@ def device_roofline(
         return 0.0 if n == 1 else device.link.latency_s + moved / device.link.bytes_per_s
 
     def layer_s(rows: int) -> float:
-        gemms_s = sum(gemm_s(g, rows) for g in layer_gemms(model))
+        gemms_s = sum(layer_gemm_s(g, rows) for g in layer_gemms(model))
         return gemms_s + small_s(layer_elementwise(model), rows) + 2 * reduce_s(rows)
 
     contexts = kv_grid(model)
-    dense, moved = by_rows(layer_s), by_rows(lambda r: gemm_s(kv_gemm(model), r) + small_s(kv_elementwise(model), r))
+    dense = by_rows(layer_s)
+    moved = by_rows(lambda r: layer_gemm_s(kv_gemm(model), r) + small_s(kv_elementwise(model), r))
 
     def layer(window: int) -> LayerTables:
         return LayerTables(
@@ -191,13 +242,15 @@ def device_roofline(
     why = "no kernel measured: share of the data sheet"
     if efficiency == FITTED:
         why += ", fitted to the kernels of six other cards"
-    assumptions = tuple(
-        Assumption(f"efficiency.{key}", value, why, f"efficiency.{key}") for key, value in asdict(efficiency).items()
-    )
-    scaled: tuple[str, ...] = ()
+    others = tuple(f"{other}_" for other in (FP8, INT8, WEIGHTS) if other != products)
+    used = {key: value for key, value in asdict(efficiency).items() if not key.startswith(others)}
+    assumptions = tuple(Assumption(f"efficiency.{key}", value, why, f"efficiency.{key}") for key, value in used.items())
+    assumptions += assumed_of(model)
+    scaled = scaled_by(model, products, None)
     if efficiency == FITTED:
-        low, high = FITTED_BAND
-        scaled = (f"no kernel of this card was measured: times may be {low:g} to {high:g} of these (90 % of cases)",)
+        low, high = fitted_band(model, card)
+        band = f"{low:g} to {high:g} of these (90 % of cases)"
+        scaled = (f"no kernel of this card was measured: times may be {band}", *scaled)
     if device.cards > 1:
         link = f"{device.link.latency_s * 1e6:g} us, {device.link.bytes_per_s / 1e9:g} GB/s"
         assumptions += (Assumption("all-reduce link", link, device.link.source, "rebuild"),)

@@ -7,13 +7,14 @@ name: experts, other attention than softmax over K and V, layers that differ in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
 from helios_sim.profile.families import FAMILIES, WINDOW_IF_ASKED, Family, other_values, windows_of
+from helios_sim.profile.formats import WeightFormat, format_of_config, named_format
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, is_there, read_json
 
@@ -57,11 +58,18 @@ def shape_of(name: str, key: str = "models") -> Shape:
         return _of_config(path)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise UserError(key, name, "a name of the catalogue, a config.json or a folder that holds one", _FIX)
-    plain = plain_model(name)
+    unquantized, form = named_format(name)
+    plain = plain_model(unquantized)
     if plain in MODELS:
-        return Shape(MODELS[plain], "the catalogue's shape")
-    model = published_model(name, key)
-    return Shape(model, "the shape that its config.json on Hugging Face has", published_windows(name, model))
+        shape = Shape(MODELS[plain], "the catalogue's shape")
+    else:
+        model = published_model(unquantized, key)
+        source = "the shape that its config.json on Hugging Face has"
+        shape = Shape(model, source, published_windows(unquantized, model))
+    if form is None:
+        return shape
+    model = replace(shape.model, name=name.rsplit("/", 1)[-1].lower(), quantization=form)
+    return replace(shape, model=model, source=f"{shape.source}, its weights in {form.name} as the name says")
 
 
 def _of_config(path: Path) -> Shape:
@@ -69,7 +77,8 @@ def _of_config(path: Path) -> Shape:
     inner = whole.get("text_config")
     has_more = isinstance(inner, dict)
     values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
-    _refuse_others(path, whole, values)
+    form, kv_bytes = _format(path, whole, values)
+    _refuse_others(path, values)
     kind = str(values.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
@@ -99,7 +108,8 @@ def _of_config(path: Path) -> Shape:
         name=_name(path), family=kind.removesuffix("_text"), n_layers=layers, d_model=d_model, n_heads=heads,
         n_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff or 4 * d_model, gated_mlp=family.gated_mlp,
         vocab_size=words, tied_embeddings=fields.flag(_TIED, family.tied), max_context_tokens=context,
-        learned_positions=family.learned_positions, bias=family.bias, weight_bytes_per_value=2, kv_bytes_per_value=2,
+        learned_positions=family.learned_positions, bias=family.bias, weight_bytes_per_value=2,
+        kv_bytes_per_value=kv_bytes, quantization=form,
         chars_per_token=chars_per_token(kind, words),
         other_layer_values=other_values(
             family, d_model, d_ff or 4 * d_model, heads, kv_heads, head_dim,
@@ -111,16 +121,23 @@ def _of_config(path: Path) -> Shape:
     return Shape(model, source, _windows(fields, kind, layers))
 
 
-def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raise UserError for what the cost model does not know. `values`: those of the text model within the `whole`."""
+def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[WeightFormat | None, int]:
+    """How the weights are kept, None for bf16, and bytes of a value of K and V. UserError for what is not priced.
+
+    `values`: those of the text model within the `whole`.
+    """
     for part in (whole, values):
         how = part.get("quantization_config") or part.get("compression_config")
         if how is not None:
-            name = how.get("quant_method") if isinstance(how, dict) else how
-            allowed = "weights in bf16: quantized ones are not priced"
-            raise UserError(f"quantization_config of {path}", name, allowed, "give the config of the unquantized model")
+            form, kv_bytes = format_of_config(how, str(path), _FIX)
+            return form, 2 if kv_bytes is None else kv_bytes
+    return None, 2
+
+
+def _refuse_others(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise UserError for what the cost model does not know."""
     if (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
-        allowed = "a folder without hf_quant_config.json: quantized weights are not priced"
+        allowed = "a folder without hf_quant_config.json: formats of ModelOpt are not priced"
         raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
     for experts in _EXPERTS:
         if values.get(experts) not in (None, 0, 1):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.profile.formats import WeightFormat
 from helios_sim.request import token_counts
 
 _Ranges = dict[str, tuple[float, float]]
@@ -22,7 +23,7 @@ _OF_A_MODEL: _Ranges = {
 }  # fmt: skip
 _OF_A_CARD: _Ranges = {
     "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, math.inf), "flops_per_s": (1, math.inf), "tdp_w": (1e-3, 1e6),
-    "idle_w": (0, 1e6),
+    "idle_w": (0, 1e6), "fp8_flops_per_s": (1, math.inf), "int8_flops_per_s": (1, math.inf),
 }  # fmt: skip
 
 
@@ -61,10 +62,11 @@ class ModelSpec:
     max_context_tokens: int
     learned_positions: bool  # a table of max_context_tokens rows (OPT, GPT-2)
     bias: bool
-    weight_bytes_per_value: int  # 2 for bf16
-    kv_bytes_per_value: int
+    weight_bytes_per_value: int  # 2 for bf16; of weights that are not quantized, and of activations
+    kv_bytes_per_value: int  # 1: fp8
     chars_per_token: float
     other_layer_values: int = 0  # of one layer, beyond the formula below (Qwen-2's q, k, v biases, Gemma-3's norms)
+    quantization: WeightFormat | None = None  # of the matrices of layers; None: none is quantized
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
@@ -84,11 +86,34 @@ class ModelSpec:
     def layer_values(self) -> int:
         """Weights of one layer: attention projections, MLP, two norms, biases where the family has them."""
         q_width = self.n_heads * self.head_dim
-        attention = self.d_model * (q_width + 2 * self.kv_width) + q_width * self.d_model
-        mlp = (3 if self.gated_mlp else 2) * self.d_model * self.d_ff
         norms = 2 * self.d_model * (2 if self.bias else 1)
         biases = (q_width + 2 * self.kv_width + self.d_model + self.d_ff + self.d_model) if self.bias else 0
-        return attention + mlp + norms + biases + self.other_layer_values
+        return self.matrix_values + norms + biases + self.other_layer_values
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of a layer's matrices: Q, K, V, attention output, MLP up (with gate), MLP down."""
+        q_width, up = self.n_heads * self.head_dim, (self.d_ff, self.d_model)
+        attention = (q_width, self.d_model), (self.kv_width, self.d_model), (self.kv_width, self.d_model)
+        return (*attention, (self.d_model, q_width), *([up] * (2 if self.gated_mlp else 1)), (self.d_model, self.d_ff))
+
+    @property
+    def matrix_values(self) -> int:
+        """Weights of a layer's matrices."""
+        return sum(n * k for n, k in self.matrices)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's weights."""
+        if self.quantization is None:
+            return self.weight_bytes_per_value * self.layer_values
+        kept = self.weight_bytes_per_value * (self.layer_values - self.matrix_values)
+        return kept + sum(self.quantization.matrix_bytes(n, k) for n, k in self.matrices)
+
+    def matrix_bytes(self, n: int, k: int) -> int:
+        """Bytes of a matrix of a layer with n outputs and k inputs."""
+        form = self.quantization
+        return self.weight_bytes_per_value * n * k if form is None else form.matrix_bytes(n, k)
 
     @property
     def embedding_values(self) -> int:
@@ -99,7 +124,7 @@ class ModelSpec:
 
     def weight_bytes(self, layers: int) -> int:
         """Bytes of the model loaded up to `layers`, embedding and LM head included."""
-        return self.weight_bytes_per_value * (self.embedding_values + layers * self.layer_values)
+        return self.weight_bytes_per_value * self.embedding_values + layers * self.layer_bytes
 
     def tokens(self, chars: int) -> int:
         """Tokens of a text of that many characters, at least one."""
@@ -121,6 +146,8 @@ class HardwareSpec:
     tdp_w: float | None  # None where the device does not say: energy is then null
     idle_w: float | None  # None where no source is known: energy is then null
     source: str
+    fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
+    int8_flops_per_s: float | None = None  # dense; None: no units for it, or none that vLLM has kernels for
 
     def __post_init__(self) -> None:
         require_name("hardware.name", self.name)

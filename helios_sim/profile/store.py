@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from helios_sim import files
 from helios_sim.errors import UserError
+from helios_sim.profile.formats import WeightFormat
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchor, Anchors, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
@@ -74,7 +75,7 @@ def write_profile(profile: Profile, path: Path) -> None:
     header = {
         "schema_version": SCHEMA_VERSION,
         "model": _used(profile.model),
-        "hardware": asdict(profile.hardware),
+        "hardware": _used(profile.hardware),
         "runtime": _used(profile.runtime),
         "layer_class": list(profile.layer_class),
         **{key: getattr(profile, key) for key in _SCALARS},
@@ -102,7 +103,7 @@ def read_profile(path: Path) -> Profile:
         terms = _Tables(path / TERMS, _TERMS_COLUMNS, layer_class) if (path / TERMS).is_file() else None
         provenance = Provenance.from_json(header.inner("provenance").values)
         profile = Profile(
-            model=header.inner("model").filled(ModelSpec),
+            model=_model(header.inner("model")),
             hardware=header.inner("hardware").filled(HardwareSpec),
             runtime=_runtime(header.inner("runtime")),
             provenance=provenance,
@@ -139,12 +140,19 @@ def read_profile(path: Path) -> Profile:
         return profile
 
 
-def _used(part: ModelSpec | Runtime) -> dict[str, Any]:
+def _used(part: ModelSpec | HardwareSpec | Runtime) -> dict[str, Any]:
     """Its fields; those with a default only where they differ from it, so that older files stay what they were."""
     values = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
+    if isinstance(part, ModelSpec) and part.quantization is not None:
+        values["quantization"] = asdict(part.quantization)
     if isinstance(part, Runtime):
         values["sources"] = [(source.quantity, source.basis.value, source.why) for source in part.sources]
     return values
+
+
+def _model(header: Fields) -> ModelSpec:
+    form = header.inner("quantization").filled(WeightFormat) if header.has("quantization") else None
+    return header.filled(ModelSpec, quantization=form)
 
 
 def _runtime(header: Fields) -> Runtime:

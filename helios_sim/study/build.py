@@ -19,9 +19,10 @@ from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.registry import PolicyConfig, parameters_of, policy_config
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
+from helios_sim.profile.formats import named_format
 from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import MemoryBudget, Profile
-from helios_sim.profile.resolve import find_profile
+from helios_sim.profile.resolve import find_profile, in_precision
 from helios_sim.profile.spec import Runtime, preset
 from helios_sim.profile.store import load_profile
 from helios_sim.provenance import ProvenanceClass
@@ -116,9 +117,10 @@ def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objecti
 
 def build_profile(config: Config, model: str) -> Profile:
     if config.profile_folder is None:
-        profile = find_profile(model, config.device)
+        profile = find_profile(model, config.device, precision=config.precision)
     else:  # who names a folder means its profiles and no others
         profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder))
+        profile = in_precision(profile, config.precision)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
     return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
@@ -147,7 +149,8 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     exits = config.exits
     if exits.source == "none":
         return no_exits(profile.model)
-    trace = load_trace(model, exits.source.replace("{model}", model), **exits.parameters)
+    recorded = named_format(model)[0] if exits.source == "published" else model  # published ones are of bf16
+    trace = load_trace(recorded, exits.source.replace("{model}", model), **exits.parameters)
     if trace.n_layers != profile.model.n_layers:
         allowed = f"exits of the model profiled: those there end at layer {trace.n_layers}, its last is"
         fix = "take a trace and a profile of the same model"

@@ -69,6 +69,8 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "sweep.address": (lambda c: c.sweep.backend == "ray", "only with sweep.backend=ray"),
     "sweep.workers": (lambda c: c.sweep.backend != "serial", "only with sweep.backend=processes or ray"),
     "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
+    "server.quantization": (lambda c: not _is_live(c), "only in a simulation: weights served live are as they are"),
+    "server.kv_cache_dtype": (lambda c: not _is_live(c), "only in a simulation: served live, K and V are as computed"),
     "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
     "workload.arrivals.cv": _arrivals("gamma"),
     "workload.arrivals.users": _arrivals("closed_loop"),

@@ -57,13 +57,13 @@ def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
     for kind in _kinds(config) or [{}]:
-        hardware = config.device_of(kind)
+        hardware, precision = config.device_of(kind), config.precision_of(kind)
         models = kind.get("models", config.models)
         for model in map(str, models if isinstance(models, Sequence) else ()):  # what is none, the fleet refuses
             name = f"profile {model}@{hardware}"
             if config.profile_folder is not None:
                 yield name, Path(config.profile_folder) / f"{model}@{hardware}"
-            elif (kept := kept_profile(model, hardware)) is not None:
+            elif (kept := kept_profile(model, hardware, precision=precision)) is not None:
                 yield name, kept
             else:
                 yield from ((f"{path.name} of {model}@{hardware}", path) for path in files_of(model, hardware))

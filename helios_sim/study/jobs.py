@@ -15,6 +15,7 @@ import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
+from helios_sim.profile.precision import served_as
 from helios_sim.profile.spec import Basis, RuntimeConfig
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
@@ -225,7 +226,8 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
     found: dict[str, Provenance] = {}
     for kind in fleet.kinds:
         for model, data in kind.parts.models.items():
-            found[f"profile {model}@{data.profile.hardware.name}"] = data.profile.provenance
+            profile = data.profile
+            found[f"profile {served_as(model, profile.model)}@{profile.hardware.name}"] = profile.provenance
             found[f"exits of {model}"] = data.trace.trace.provenance
     return found
 

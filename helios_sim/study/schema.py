@@ -12,6 +12,7 @@ from typing import Any
 from helios_sim.core.line import ORDERS
 from helios_sim.errors import UserError, require, require_one_of
 from helios_sim.profile.devices import DEGREES, group_of
+from helios_sim.profile.precision import Precision
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
 from helios_sim.vary.axis import AxisConfig
@@ -156,6 +157,10 @@ class ServerConfig:
     block_tokens: int = 16  # of a KV block, vLLM's block_size
     replicas: int = 1  # cards, or groups of them, each with a server and a policy of its own
     tensor_parallel: int = 1  # cards of a group that runs a model together: 4 means 4x`hardware`
+    # Of the weights of layers: fp8, int8, int4, awq, gptq or bitsandbytes; null: as the model's name (...-FP8, ...-AWQ,
+    # ...-GPTQ-Int4) or its config.json says, else bf16
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see core/schedule.py)
     # Of the waiting line, and of preemption, which takes the last in it: fcfs; priority: the lowest number first, from
@@ -170,6 +175,7 @@ class ServerConfig:
             require(1 <= getattr(self, key) < 2**31, f"server.{key}", getattr(self, key), "from 1 to 2^31 - 1")
         degree, allowed = self.tensor_parallel, "1, 2, 4 or 8: for these all-reduces were measured"
         require(degree in DEGREES, "server.tensor_parallel", degree, allowed)
+        Precision(self.quantization, self.kv_cache_dtype)
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         require_one_of("server.order", self.order, ORDERS)
@@ -350,6 +356,18 @@ class Config:
     def device(self) -> str:
         """The hardware of one replica, with the number of its cards."""
         return self.device_of({})
+
+    @property
+    def precision(self) -> Precision:
+        """What is asked of the models of one replica."""
+        return self.precision_of({})
+
+    def precision_of(self, kind: Mapping[str, Any]) -> Precision:
+        """That of a replica of a kind of the cluster."""
+        own = kind.get("server")
+        server = own if isinstance(own, Mapping) else {}
+        keys = ("quantization", "kv_cache_dtype")
+        return Precision(*(server.get(key, getattr(self.server, key)) for key in keys))
 
     def device_of(self, kind: Mapping[str, Any]) -> str:
         """That of a replica of a kind of the cluster."""

@@ -1,9 +1,9 @@
 """Profiles of models from kernel times that others measured, as aiconfigurator publishes them.
 
-Its measurements of vLLM (bf16): matrix products by (m, n, k), flash attention by batch, length and heads, all-reduces
-by cards and size. A layer is the sum of its kernels: matrix products and attention are measured; norms, activation,
-rope, KV writes and sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which is assumed.
-What is scaled, and each gap that is closed, is named in the profile's provenance.
+Its measurements of vLLM (bf16 and fp8): matrix products by (m, n, k), flash attention by batch, length and heads,
+all-reduces by cards and size. A layer is the sum of its kernels: matrix products and attention are measured; norms,
+activation, rope, KV writes and sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which
+is assumed. What is scaled, and each gap that is closed, is named in the profile's provenance.
 
 A table lies in the package (`SHIPPED`, for six cards), or in the folder of shared data, from which older profiles were
 made. In a tensor-parallel group each card runs its shard, and a layer ends in two all-reduces.
@@ -12,7 +12,7 @@ made. In a tensor-parallel group each card runs its shard, and a layer ends in t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import CARDS, HARDWARE, LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes, card_spec
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device, shard, whole_model
+from helios_sim.profile.formats import FP8, INT8, WEIGHTS
 from helios_sim.profile.importers.reading import MS, times
+from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import (
+    FITTED,
     Elementwise,
     Gemm,
     embedding_elementwise,
@@ -38,6 +41,7 @@ from helios_sim.profile.roofline import (
     kv_grid,
     layer_elementwise,
     layer_gemms,
+    quantized_s,
 )
 from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime, preset
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
@@ -50,6 +54,30 @@ LEAST_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """A kind of matrix product in the tables: its name there, bytes of a weight and of an input, and what bounds it."""
+
+    dtype: str
+    weight_bytes: float = BF16_BYTES
+    input_bytes: int = BF16_BYTES
+    multiplies: str = WEIGHTS  # or FP8, INT8: which of the card's rates
+
+    def rate(self, card: HardwareSpec) -> float:
+        """Operations per second that the card can do at most."""
+        found = {FP8: card.fp8_flops_per_s, INT8: card.int8_flops_per_s}.get(self.multiplies, card.flops_per_s)
+        assert found is not None
+        return found
+
+
+BF16 = Measured("bfloat16")
+OF_FP8 = Measured("fp8", 1.0, 1, FP8)  # its time includes making the inputs fp8
+INTEGERS = {  # by what is multiplied, and bits of a weight
+    (INT8, 8): Measured("sq", 1.0, 1, INT8), (WEIGHTS, 8): Measured("int8_wo", 1.0),
+    (WEIGHTS, 4): Measured("int4_wo", 0.5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class KernelSource:
     """A card's folder in the data and the card on which it was measured."""
 
@@ -58,6 +86,7 @@ class KernelSource:
     head_dims: tuple[int, ...]  # for which attention was measured
     card: HardwareSpec
     shipped: bool = False  # its tables are in the package
+    integers: bool = False  # they have products with integer weights
 
     def path(self, kind: str, name: str) -> Path:
         if self.shipped:
@@ -76,7 +105,7 @@ def _shipped(folder: str, vllm: str, card: str, head_dims: tuple[int, ...] = (64
     return KernelSource(folder, vllm, head_dims, card_spec(card, CARDS[card]), shipped=True)
 
 
-_SXM_A100 = _shipped("a100_sxm", "0.14.0", "a100-80gb", (128,))
+_SXM_A100 = replace(_shipped("a100_sxm", "0.14.0", "a100-80gb", (128,)), integers=True)
 SHIPPED_SOURCES = {  # by the card's key in the catalogue
     "a100-40gb": _SXM_A100, "a100-80gb": _SXM_A100, "h100": _shipped("h100_sxm", "0.24.0", "h100"),
     "h200": _shipped("h200_sxm", "0.24.0", "h200"), "b200": _shipped("b200_sxm", "0.24.0", "b200"),
@@ -117,15 +146,15 @@ def _grid(columns: dict[str, Any], axes: tuple[str, ...]) -> tuple[list[IntArray
 class GemmTimes:
     """Seconds of rows x k times k x n on the source's card, at the row counts that were measured."""
 
-    def __init__(self, source: KernelSource) -> None:
-        self.card = source.card
-        columns = _read(source, "gemm", "gemm", gemm_dtype="bfloat16")
+    def __init__(self, source: KernelSource, kind: Measured = BF16) -> None:
+        self.card, self.kind = source.card, kind
+        columns = _read(source, "gemm", "gemm", gemm_dtype=kind.dtype)
         (self.rows, self._n, self._k), self._time_s = _grid(columns, ("m", "n", "k"))
         self.fixed_s = float(np.nanmin(self._time_s))
         n, k = np.meshgrid(self._n, self._k, indexing="ij")
-        streamed = BF16_BYTES * (n * k + n + k) / self._time_s[list(self.rows).index(1)]
+        streamed = self._moved(n, k, kind.weight_bytes * n * k, 1) / self._time_s[list(self.rows).index(1)]
         self.best_bandwidth = float(np.nanmax(streamed)) / self.card.hbm_bytes_per_s
-        self.from_memory = _from_memory(BF16_BYTES * n * k, streamed / self.card.hbm_bytes_per_s)
+        self.from_memory = _from_memory(kind.weight_bytes * n * k, streamed / self.card.hbm_bytes_per_s)
         self.measured = ~np.isnan(self._time_s)
         self._fill()
 
@@ -144,13 +173,18 @@ class GemmTimes:
             filled = self.fixed_s + floor_s * (near_s - self.fixed_s) / near_floor_s
             self._time_s[:, i, j] = np.where(np.isnan(self._time_s[:, i, j]), filled, self._time_s[:, i, j])
 
-    def roofline_s(self, gemm: Gemm, card: HardwareSpec) -> FloatArray:
-        """(rows,) the larger of bytes over bandwidth and operations over peak."""
-        moved = np.array([gemm.bytes_moved(int(m), BF16_BYTES) for m in self.rows])
-        operations = np.array([gemm.operations(int(m)) for m in self.rows])
-        return np.maximum(moved / card.hbm_bytes_per_s, operations / card.flops_per_s)
+    def _moved(self, n: Any, k: Any, weights: Any, rows: Any) -> Any:
+        """Bytes that a product moves: weights, inputs and, in bf16, outputs."""
+        return weights + rows * (BF16_BYTES * n + self.kind.input_bytes * k)
 
-    def time_s(self, gemm: Gemm) -> FloatArray:
+    def roofline_s(self, gemm: Gemm, card: HardwareSpec, weights: int | None = None) -> FloatArray:
+        """(rows,) the larger of bytes over bandwidth and operations over peak. `weights`: their bytes, if others."""
+        n_bytes = self.kind.weight_bytes * gemm.n * gemm.k if weights is None else weights
+        moved = self._moved(gemm.n, gemm.k, n_bytes, self.rows.astype(np.float64))
+        operations = np.array([gemm.operations(int(m)) for m in self.rows])
+        return np.asarray(np.maximum(moved / card.hbm_bytes_per_s, operations / self.kind.rate(card)))
+
+    def time_s(self, gemm: Gemm, weights: int | None = None) -> FloatArray:
         """(rows,) measured where the shape was; else from its neighbours in (log n, log k).
 
         What is interpolated is the share of the roofline that a neighbour reaches after the fixed part: achieved
@@ -163,24 +197,24 @@ class GemmTimes:
                 near = Gemm(int(self._n[i]), int(self._k[j]))
                 body_s = np.maximum(rising(self._time_s[:, i, j]) - self.fixed_s, LEAST_S)  # the quickest has none
                 share += n_weight * k_weight * (self.roofline_s(near, self.card) / body_s)
-        return rising(self.fixed_s + self.roofline_s(gemm, self.card) / share)
+        return rising(self.fixed_s + self.roofline_s(gemm, self.card, weights) / share)
 
 
 class DecodeAttentionTimes:
     """Seconds of one layer's decode attention by (batch, KV tokens) for a group of query heads per KV head."""
 
-    def __init__(self, source: KernelSource, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int = 2) -> None:
         columns = _read(
             source, "attention", "generation_attention", num_heads=heads, num_key_value_heads=kv_heads,
-            head_dim=head_dim, kv_cache_dtype="bfloat16", window_size=0,
+            head_dim=head_dim, kv_cache_dtype=KV_DTYPES[kv_bytes], window_size=0,
         )  # fmt: skip
         (self.batch, steps), time_s = _grid(columns, ("batch_size", "step"))
         self.kv_tokens = steps + 1  # the new token included
         self.measured = ~np.isnan(time_s)
         self.fixed_s = float(np.nanmin(time_s))
-        kv_bytes = 2 * kv_heads * head_dim * BF16_BYTES * np.outer(self.batch, self.kv_tokens)
-        self.best_bandwidth = float(np.nanmax(kv_bytes / time_s)) / source.card.hbm_bytes_per_s
-        self.from_memory = _from_memory(kv_bytes, kv_bytes / time_s / source.card.hbm_bytes_per_s)
+        moved = 2 * kv_heads * head_dim * kv_bytes * np.outer(self.batch, self.kv_tokens)
+        self.best_bandwidth = float(np.nanmax(moved / time_s)) / source.card.hbm_bytes_per_s
+        self.from_memory = _from_memory(moved, moved / time_s / source.card.hbm_bytes_per_s)
         for j in range(len(self.kv_tokens)):
             known = np.flatnonzero(self.measured[:, j])
             last = int(known[-1])
@@ -203,10 +237,10 @@ class DecodeAttentionTimes:
 class PrefillAttentionTimes:
     """Seconds of one layer's attention over one whole prompt (no earlier context), by its tokens."""
 
-    def __init__(self, source: KernelSource, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int = 2) -> None:
         columns = _read(
             source, "attention", "context_attention", num_heads=heads, num_key_value_heads=kv_heads,
-            head_dim=head_dim, batch_size=1, kv_cache_dtype="bfloat16", window_size=0,
+            head_dim=head_dim, batch_size=1, kv_cache_dtype=KV_DTYPES[kv_bytes], window_size=0,
         )  # fmt: skip
         (self.tokens,), time_s = _grid(columns, ("isl",))
         self.time_s = rising(time_s)
@@ -249,7 +283,7 @@ class AllReduceTimes:
         )
 
 
-def _from_memory(n_bytes: IntArray, share: FloatArray) -> float:
+def _from_memory(n_bytes: Any, share: FloatArray) -> float:
     """The best share of the card's bandwidth among cases that no cache holds.
 
     A kernel that is timed again and again finds smaller operands in the card's cache, which a served model, with its
@@ -279,13 +313,13 @@ def _neighbours(grid: IntArray, value: int) -> list[tuple[int, float]]:
 
 
 def _measured_heads(
-    source: KernelSource, name: str, heads: int, kv_heads: int, head_dim: int
+    source: KernelSource, name: str, heads: int, kv_heads: int, head_dim: int, kv_bytes: int
 ) -> tuple[int, int]:
     """The measured pair of heads and KV heads that is nearest, itself where it was measured.
 
     KV heads count first: decodes read K and V, whatever the number of queries that share them.
     """
-    pairs = _pairs(source, name, head_dim)
+    pairs = _pairs(source, name, head_dim, KV_DTYPES[kv_bytes])
 
     def distance(pair: tuple[int, int]) -> tuple[float, float]:
         return abs(math.log(pair[1] / kv_heads)), abs(math.log(pair[0] / pair[1] / (heads / kv_heads)))
@@ -294,20 +328,21 @@ def _measured_heads(
 
 
 @lru_cache(maxsize=16)
-def _pairs(source: KernelSource, name: str, head_dim: int) -> frozenset[tuple[int, int]]:
-    found = _read(source, "attention", name, head_dim=head_dim, window_size=0)
+def _pairs(source: KernelSource, name: str, head_dim: int, kv_dtype: str) -> frozenset[tuple[int, int]]:
+    found = _read(source, "attention", name, head_dim=head_dim, kv_cache_dtype=kv_dtype, window_size=0)
     return frozenset(zip(found["num_heads"].tolist(), found["num_key_value_heads"].tolist(), strict=True))
 
 
-@lru_cache(maxsize=4)
-def gemm_times(source: KernelSource) -> GemmTimes:
-    return GemmTimes(source)
+@lru_cache(maxsize=8)
+def gemm_times(source: KernelSource, kind: Measured = BF16) -> GemmTimes:
+    return GemmTimes(source, kind)
 
 
 MAX_ROWS = 8192
 BATCHES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], dtype=np.int64)
 TABLE_KV_HEADS = 8  # the most that decode attention was measured with
 TABLE_HEAD_DIM = 128
+KV_DTYPES = {2: "bfloat16", 1: "fp8"}  # of K and V in the tables, by bytes of a value
 # aiconfigurator's own estimates for memory-bound kernels on these cards (mem_bw_empirical_scaling_factor,
 # mem_empirical_constant_latency in its system files)
 SMALL_KERNEL_BANDWIDTH = 0.8
@@ -323,21 +358,43 @@ class LayerTimes:
         self.model = model = shard(whole, device.cards)
         self.device, self.card, self.measured_card, self.source = device, device.card, source.card, source
         self.gemms: GemmTimes = gemm_times(source)
+        self.products = products_on(whole, device.card)
+        kind = self._kind()
+        self.of_layers = None if kind is None else gemm_times(source, kind)
         self.keep = self.gemms.rows <= MAX_ROWS
         self.rows: IntArray = self.gemms.rows[self.keep]
         ratio = model.n_heads // model.n_kv_heads
         kv_heads = min(model.n_kv_heads, TABLE_KV_HEADS)
         head_dim = model.head_dim if model.head_dim in source.head_dims else TABLE_HEAD_DIM
         self.head_scale = model.head_dim / head_dim
-        self.decode_heads = _measured_heads(source, "generation_attention", ratio * kv_heads, kv_heads, head_dim)
+        kv_bytes = model.kv_bytes_per_value
+        self.decode_heads = _measured_heads(
+            source, "generation_attention", ratio * kv_heads, kv_heads, head_dim, kv_bytes
+        )
         self.table_kv_heads = self.decode_heads[1]
         self.batch_scale = model.n_kv_heads / self.table_kv_heads
-        self.decode = DecodeAttentionTimes(source, *self.decode_heads, head_dim)
+        self.decode = DecodeAttentionTimes(source, *self.decode_heads, head_dim, kv_bytes)
         self.prefill_heads = _measured_heads(
-            source, "context_attention", model.n_heads, model.n_kv_heads, head_dim
+            source, "context_attention", model.n_heads, model.n_kv_heads, head_dim, kv_bytes
         )
         self.prefill_scale = self.head_scale * model.n_heads / self.prefill_heads[0]
-        self.prefill = PrefillAttentionTimes(source, *self.prefill_heads, head_dim)
+        self.prefill = PrefillAttentionTimes(source, *self.prefill_heads, head_dim, kv_bytes)
+
+    def _kind(self) -> Measured | None:
+        """Which products of the tables those of the layers are priced from; None: times are by fitted shares."""
+        form, products = self.model.quantization, self.products
+        if form is None or products is None:
+            return BF16
+        if self.source.integers:
+            return INTEGERS[products, form.bits]
+        if products == WEIGHTS:
+            return None
+        return OF_FP8 if products == FP8 else replace(OF_FP8, multiplies=INT8)
+
+    @property
+    def measured(self) -> str | None:
+        """The name of those products in the tables."""
+        return None if self.of_layers is None else self.of_layers.kind.dtype
 
     def all_reduces_s(self) -> FloatArray:
         """(rows,) the two all-reduces of a layer."""
@@ -355,10 +412,30 @@ class LayerTimes:
         return np.asarray(self.device.link.latency_s + moved / self.device.link.bytes_per_s)
 
     def gemm_s(self, gemm: Gemm) -> FloatArray:
+        """(rows,) of a product in bf16."""
+        return self._gemm_s(self.gemms, gemm, None)
+
+    def layer_gemm_s(self, gemm: Gemm) -> FloatArray:
+        """(rows,) of a product of the layers, whose weights may be quantized."""
+        quantized = self.model.quantization
+        if quantized is None or self.products is None:
+            return self.gemm_s(gemm)
+        weights = quantized.matrix_bytes(gemm.n, gemm.k)
+        if self.of_layers is not None:
+            return self._gemm_s(self.of_layers, gemm, weights)
+        rows = self.rows.astype(np.float64)
+        fitted_s = quantized_s(self.products, gemm, rows, weights, self.card, FITTED)
+        # Made bf16, they are multiplied no quicker than the card's own products in bf16 that operations bind.
+        moved = 2.0 * (gemm.n * gemm.k + rows * (gemm.n + gemm.k))
+        bound = 2.0 * rows * gemm.n * gemm.k / self.card.flops_per_s >= moved / self.card.hbm_bytes_per_s
+        return rising(np.where(bound, np.maximum(fitted_s, self.gemm_s(gemm)), fitted_s))
+
+    def _gemm_s(self, of: GemmTimes, gemm: Gemm, weights: int | None) -> FloatArray:
         """(rows,) with the bytes' share moved to this card's bandwidth, never below the roofline."""
-        here_s, there_s = self.gemms.roofline_s(gemm, self.card), self.gemms.roofline_s(gemm, self.measured_card)
-        time_s = self.gemms.time_s(gemm) + (here_s - there_s) / self.gemms.best_bandwidth
-        return rising(np.maximum(time_s, here_s / self._reached(self.gemms.from_memory)))[self.keep]
+        here_s, there_s = (of.roofline_s(gemm, card, weights) for card in (self.card, self.measured_card))
+        time_s = of.time_s(gemm, weights) + (here_s - there_s) / of.best_bandwidth
+        time_s = rising(np.maximum(time_s, here_s / self._reached(of.from_memory)))
+        return time_s[self.keep] if np.array_equal(of.rows, self.gemms.rows) else np.interp(self.rows, of.rows, time_s)
 
     def _reached(self, from_memory: float) -> float:
         """The share of bandwidth that bounds a price; 1 in tables of shared data, as in the profiles made from them."""
@@ -441,8 +518,8 @@ def _layer(model: ModelSpec, times: LayerTimes, window: int) -> LayerTables:
     chunks = times.prefill.tokens[times.prefill.tokens <= min(MAX_ROWS, model.max_context_tokens)]
     contexts = np.unique(np.append([0, 128], kv_tokens[kv_tokens >= 256]))
     small = times.small_s(layer_elementwise(times.model))
-    dense = sum((times.gemm_s(g) for g in layer_gemms(times.model)), small) + times.all_reduces_s()
-    moved = times.gemm_s(kv_gemm(times.model)) + times.small_s(kv_elementwise(times.model))
+    dense = sum((times.layer_gemm_s(g) for g in layer_gemms(times.model)), small) + times.all_reduces_s()
+    moved = times.layer_gemm_s(kv_gemm(times.model)) + times.small_s(kv_elementwise(times.model))
     return LayerTables(
         dense=RowsTable(times.rows, dense),
         kv_projection=RowsTable(times.rows, moved),
@@ -492,6 +569,7 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
             "one after the embedding; NCCL's above 8 MiB, and without direct links between more than two cards",
             "logits of all cards are gathered over the link at its data sheet's bandwidth",
         ]
+    scaled += scaled_by(model, times.products, times.measured)
     if any(windows):
         scaled += [
             "layers with a window: decode attention of a context as long as the window, prefill by pairs of tokens",
@@ -500,8 +578,8 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
     return Provenance(
         provenance_class=ProvenanceClass.DERIVED,
         source=(
-            f"aiconfigurator (ai-dynamo/aiconfigurator, Apache-2.0): vLLM {source.vllm} bf16 kernels measured on "
-            f"{there.name}; card limits: {card.source}"
+            f"aiconfigurator (ai-dynamo/aiconfigurator, Apache-2.0): vLLM {source.vllm} {_kinds(times)} kernels "
+            f"measured on {there.name}; card limits: {card.source}"
         ),
         command=command,
         scaled=tuple(scaled),
@@ -540,7 +618,12 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
                 Assumption(f"runtime.{s.quantity}", getattr(runtime, s.quantity), s.text, f"runtime.{s.quantity}")
                 for s in runtime.sources if s.basis is Basis.ASSUMED
             ),
+            *assumed_of(model),
         ),
     )  # fmt: skip
 
 
+def _kinds(times: LayerTimes) -> str:
+    """In which precisions the kernels were measured that the profile is made of."""
+    of_kv = "fp8" if times.model.kv_bytes_per_value == 1 else "bf16"
+    return " and ".join(dict.fromkeys(("bf16", "fp8" if times.measured == "fp8" else "bf16", of_kv)))

@@ -1,0 +1,222 @@
+"""How checkpoints keep the weights of a model's layers: bytes, names, and what the products of a layer multiply.
+
+Only matrices of layers are quantized. The embedding, the LM head, norms and biases stay in bf16, as checkpoints of AWQ,
+GPTQ and fp8 have them. A format is known by its name, by the end of a model's name on Hugging Face (-FP8, -AWQ,
+-GPTQ-Int4), or by the quantization_config of a config.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from helios_sim.errors import UserError, require_one_of
+from helios_sim.untrusted import Fields
+
+FP8, INT8, WEIGHTS = "fp8", "int8", "weights"  # what a product multiplies; WEIGHTS: bf16, made of the weights each time
+_MOST_GROUP = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a checkpoint keeps a weight matrix of n outputs and k inputs."""
+
+    name: str  # as it stands in names of models and profiles
+    bits: int  # of a weight, 8 or 4
+    products: str  # FP8, INT8 or WEIGHTS
+    group: int = 0  # inputs that share a scale; 0: all
+    outputs: int = 1  # outputs that share a scale; 0: all
+    scale_bytes: int = 2
+    zero_bits: int = 0  # of a zero point beside each scale
+    input_bytes: int = 0  # of an index that each input has
+    scales_of_scales: int = 0  # how many scales share a float32 of their own; 0: none has one
+
+    def __post_init__(self) -> None:
+        require_one_of("quantization.products", self.products, (FP8, INT8, WEIGHTS))
+        sizes = {"group": self.group, "outputs": self.outputs, "scale_bytes": self.scale_bytes,
+                 "zero_bits": self.zero_bits, "input_bytes": self.input_bytes,
+                 "scales_of_scales": self.scales_of_scales}  # fmt: skip
+        for key, value in sizes.items():
+            if not 0 <= value <= _MOST_GROUP:
+                raise UserError(f"quantization.{key}", value, f"from 0 to {_MOST_GROUP}", "correct it")
+        if self.bits not in (4, 8):
+            raise UserError("quantization.bits", self.bits, "4 or 8", "choose another checkpoint")
+
+    def matrix_bytes(self, n: int, k: int) -> int:
+        """Bytes of a matrix of n outputs and k inputs: weights, scales, zero points and indices."""
+        scales = -(-n // (self.outputs or n)) * -(-k // (self.group or k))
+        found = -(-n * k * self.bits // 8) + scales * self.scale_bytes + -(-scales * self.zero_bits // 8)
+        found += 4 * -(-scales // self.scales_of_scales) if self.scales_of_scales else 0
+        return found + k * self.input_bytes
+
+    @property
+    def text(self) -> str:
+        """In words, for people."""
+        what = "floats" if self.name.startswith(("fp8", "fbgemm")) else "integers"
+        shared = f", a scale for each {self.group} inputs" if self.group else ""
+        on_the_way = ", made bf16 in the kernel" if self.products == WEIGHTS else ", inputs too"
+        return f"{self.name}: {self.bits}-bit {what}{shared}{on_the_way}"
+
+
+# By `server.quantization`: what vLLM and the tools that its documentation names make by default.
+FORMATS = {
+    one.name: one
+    for one in (
+        WeightFormat("fp8", 8, FP8, outputs=0, scale_bytes=4),  # vLLM's own, when it loads bf16: one scale a matrix
+        WeightFormat("int8", 8, INT8),  # W8A8 of llm-compressor: one bf16 scale an output
+        WeightFormat("int4", 4, WEIGHTS, group=128),  # W4A16 of llm-compressor: symmetric, so without zero points
+        WeightFormat("awq", 4, WEIGHTS, group=128, zero_bits=4),
+        WeightFormat("gptq", 4, WEIGHTS, group=128, zero_bits=4, input_bytes=4),
+        WeightFormat("bitsandbytes", 4, WEIGHTS, group=64, scale_bytes=1, scales_of_scales=256),  # NF4, scales nested
+    )
+}
+_GPTQ_8 = WeightFormat("gptq-int8", 8, WEIGHTS, group=128, zero_bits=8, input_bytes=4)
+_W8A16 = WeightFormat("w8a16", 8, WEIGHTS)
+_ENDINGS = (  # of names on Hugging Face
+    (r"-fp8(-dynamic|-kv)?$", FORMATS["fp8"]), (r"-awq(-int4)?$", FORMATS["awq"]), (r"-gptq-int8$", _GPTQ_8),
+    (r"-gptq(-int4)?$", FORMATS["gptq"]), (r"-(quantized\.)?w8a8$|-int8$", FORMATS["int8"]),
+    (r"-(quantized\.)?w4a16$|-int4$", FORMATS["int4"]), (r"-(quantized\.)?w8a16$", _W8A16),
+    (r"-bnb-4bit$", FORMATS["bitsandbytes"]),
+)  # fmt: skip
+
+
+def named_format(name: str) -> tuple[str, WeightFormat | None]:
+    """A model's name without the ending that says how it is quantized, and that; None: the name has no such ending."""
+    for pattern, form in _ENDINGS:
+        plain = re.sub(pattern, "", name, flags=re.IGNORECASE)
+        if plain != name and plain:
+            return plain, form
+    return name, None
+
+
+def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, int | None]:
+    """What a config's quantization_config says, and bytes of a value of K and V, None where it does not say.
+
+    UserError that names what is not priced: other methods, layers that differ, other bits.
+    """
+    key = f"quantization_config of {where}"
+    if not isinstance(how, Mapping):
+        raise UserError(key, how, "a mapping", fix)
+    fields = Fields(how, key, fix)
+    method = fields.text("quant_method", default="")
+    readers = {
+        "fp8": _fp8, "fbgemm_fp8": _fbgemm, "awq": _awq, "gptq": _gptq, "bitsandbytes": _bitsandbytes,
+        "compressed-tensors": _compressed,
+    }  # fmt: skip
+    if method not in readers:
+        raise UserError(key, method, f"one of {', '.join(readers)}", "give the config of the unquantized model")
+    for name in ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules"):
+        _check_left_out(fields, name)
+    return readers[method](fields), _kv_bytes(fields)
+
+
+def _check_left_out(fields: Fields, name: str) -> None:
+    """UserError where modules of a layer stay in bf16: layers are alike here."""
+    left_out = fields.value(name, [])
+    if not isinstance(left_out, list | tuple):
+        raise fields.wrong(name, left_out, "a list of modules")
+    for module in map(str, left_out):
+        if re.search(r"layers|self_attn|mlp|proj|^re:(?!.*(head|vision|embed))", module):
+            raise fields.wrong(name, module, "only modules outside the layers: these are all quantized, or none is")
+
+
+def _kv_bytes(fields: Fields) -> int | None:
+    if not fields.has("kv_cache_scheme"):
+        return None
+    scheme = fields.inner("kv_cache_scheme")
+    kind = scheme.text("type", default="float"), scheme.integer("num_bits", 1, 16, 8)
+    if kind != ("float", 8):
+        raise fields.wrong("kv_cache_scheme", f"{kind[1]}-bit {kind[0]}", "8-bit floats: others are not priced")
+    return 1
+
+
+def _fp8(fields: Fields) -> WeightFormat:
+    if not fields.has("weight_block_size"):
+        return FORMATS["fp8"]
+    block = fields.integers("weight_block_size", 1, _MOST_GROUP, 2)
+    if len(block) != 2:
+        raise fields.wrong("weight_block_size", block, "two numbers")
+    return WeightFormat("fp8-block", 8, FP8, group=block[1], outputs=block[0], scale_bytes=4)
+
+
+def _fbgemm(fields: Fields) -> WeightFormat:
+    return WeightFormat("fbgemm_fp8", 8, FP8, scale_bytes=4)
+
+
+def _awq(fields: Fields) -> WeightFormat:
+    bits, group = _bits(fields, ("bits", "w_bit"), (4,)), _group(fields, ("group_size", "q_group_size"))
+    zeros = 4 if fields.flag("zero_point", True) else 0
+    return WeightFormat(_with_group("awq", group), bits, WEIGHTS, group=group, zero_bits=zeros)
+
+
+def _gptq(fields: Fields) -> WeightFormat:
+    bits, group = _bits(fields, ("bits",), (4, 8)), _group(fields, ("group_size",))
+    if fields.flag("lm_head", False):
+        raise fields.wrong("lm_head", True, "false: a quantized LM head is not priced")
+    name = "gptq" if bits == 4 else "gptq-int8"
+    return WeightFormat(_with_group(name, group), bits, WEIGHTS, group=group, zero_bits=bits, input_bytes=4)
+
+
+def _bitsandbytes(fields: Fields) -> WeightFormat:
+    if fields.flag("load_in_8bit", False):
+        return WeightFormat("bitsandbytes-int8", 8, WEIGHTS, scale_bytes=4)
+    if not fields.flag("load_in_4bit", False):
+        raise fields.wrong("load_in_4bit", False, "load_in_4bit or load_in_8bit is true")
+    if fields.flag("bnb_4bit_use_double_quant", False):
+        return FORMATS["bitsandbytes"]
+    return replace(FORMATS["bitsandbytes"], scale_bytes=4, scales_of_scales=0)
+
+
+def _compressed(fields: Fields) -> WeightFormat:
+    """One group of all linear layers, in 8-bit floats or integers or 4-bit integers."""
+    groups = fields.inner("config_groups")
+    if len(groups.values) != 1:
+        raise fields.wrong("config_groups", len(groups.values), "one group: layers are all quantized alike")
+    group = groups.inner(next(iter(groups.values)))
+    if group.texts("targets", 64) != ("Linear",):
+        raise group.wrong("targets", group.texts("targets", 64), "[Linear]: layers are all quantized alike")
+    weights, inputs = group.inner("weights"), group.has("input_activations")
+    kind, bits = weights.text("type", ("int", "float"), "int"), weights.integer("num_bits", 1, 16)
+    if inputs:
+        of_inputs = group.inner("input_activations")
+        taken = of_inputs.text("type", ("int", "float"), "int"), of_inputs.integer("num_bits", 1, 16)
+        if taken != (kind, 8):
+            raise group.wrong("input_activations", taken, f"none, or 8-bit {kind}")
+    if (kind, bits, inputs) not in _COMPRESSED:
+        told = f"{bits}-bit {kind} weights {'and inputs' if inputs else 'alone'}"
+        raise group.wrong("weights", told, "8-bit weights and inputs, or 8-bit or 4-bit integers as weights alone")
+    name, products = _COMPRESSED[kind, bits, inputs]
+    strategy = weights.text("strategy", ("tensor", "channel", "group", "block"), "channel")
+    if strategy == "block":
+        rows, columns = weights.integers("block_structure", 1, _MOST_GROUP, 2)
+        return WeightFormat(f"{name}-block", bits, products, group=columns, outputs=rows)
+    size = weights.integer("group_size", 1, _MOST_GROUP) if strategy == "group" else 0
+    zeros = 0 if weights.flag("symmetric", True) else bits
+    outputs = 0 if strategy == "tensor" else 1
+    named = _with_group(name, size) if size else name
+    return WeightFormat(named, bits, products, group=size, outputs=outputs, zero_bits=zeros)
+
+
+_COMPRESSED = {
+    ("float", 8, True): ("fp8", FP8), ("float", 8, False): ("fp8-w8a16", WEIGHTS), ("int", 8, True): ("int8", INT8),
+    ("int", 8, False): ("w8a16", WEIGHTS), ("int", 4, False): ("int4", WEIGHTS),
+}  # fmt: skip
+
+
+def _bits(fields: Fields, names: tuple[str, ...], allowed: tuple[int, ...]) -> int:
+    name = next((name for name in names if fields.has(name)), names[0])
+    bits = fields.integer(name, 1, 16, 4)
+    if bits not in allowed:
+        raise fields.wrong(name, bits, f"{' or '.join(map(str, allowed))} bits: others are not priced")
+    return bits
+
+
+def _group(fields: Fields, names: tuple[str, ...]) -> int:
+    """Inputs that share a scale, 0 for all, which files write as -1."""
+    name = next((name for name in names if fields.has(name)), names[0])
+    return max(0, fields.integer(name, -1, _MOST_GROUP, 128))
+
+
+def _with_group(name: str, group: int) -> str:
+    return name if group == 128 else f"{name}-g{group or 'all'}"

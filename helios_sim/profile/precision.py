@@ -1,0 +1,142 @@
+"""In what precision a model is served: what `server.quantization` and `server.kv_cache_dtype` make of its shape.
+
+Both are vLLM's names. What a card has units for decides how a format is priced: `products_on`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from helios_sim.errors import UserError, require_one_of
+from helios_sim.profile.formats import FORMATS, FP8, INT8, WEIGHTS, named_format
+from helios_sim.profile.spec import HardwareSpec, ModelSpec
+from helios_sim.provenance import Assumption
+
+KV_BYTES = {"auto": None, "bfloat16": 2, "fp8": 1}  # by server.kv_cache_dtype; None: as the model's checkpoint says
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What the settings ask of each model. UserError where they are not known."""
+
+    quantization: str | None = None  # server.quantization; None: as the model's name or config says, else bf16
+    kv_cache_dtype: str = "auto"  # server.kv_cache_dtype
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            require_one_of("server.quantization", self.quantization, FORMATS)
+        require_one_of("server.kv_cache_dtype", self.kv_cache_dtype, KV_BYTES)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether nothing but bf16, or what a model's name says, is asked for."""
+        return self.quantization is None and self.kv_cache_dtype != "fp8"
+
+    @property
+    def settings(self) -> str:
+        """As it stands on the command line, with a blank before each setting."""
+        of_weights = "" if self.quantization is None else f" server.quantization={self.quantization}"
+        return of_weights + ("" if self.kv_cache_dtype == "auto" else f" server.kv_cache_dtype={self.kv_cache_dtype}")
+
+    @property
+    def first(self) -> tuple[str, str]:
+        """The first setting that asks for something, and its value."""
+        if self.quantization is not None:
+            return "server.quantization", self.quantization
+        return "server.kv_cache_dtype", self.kv_cache_dtype
+
+    def applied(self, model: ModelSpec) -> ModelSpec:
+        """The model as it is served, its name with what was changed. UserError where its checkpoint is another one."""
+        kv_bytes = KV_BYTES[self.kv_cache_dtype]
+        if self.quantization is not None:
+            form = FORMATS[self.quantization]
+            if model.quantization is None:
+                model = replace(model, name=f"{model.name}-{form.name}", quantization=form)
+            elif model.quantization.name.split("-")[0] != form.name:
+                allowed = f"left out: {model.name} is in {model.quantization.name} already"
+                raise UserError("server.quantization", self.quantization, allowed, "name the unquantized model")
+        if kv_bytes not in (None, model.kv_bytes_per_value):
+            name = f"{model.name}-kv-{self.kv_cache_dtype}"
+            model = replace(model, name=name, kv_bytes_per_value=kv_bytes)
+        return model
+
+
+PLAIN = Precision()
+
+
+def served_as(name: str, model: ModelSpec) -> str:
+    """What a user calls a model, with the precision in which it is served where the name does not say it."""
+    form = model.quantization
+    weights = "" if form is None or named_format(name)[1] is not None else f"-{form.name}"
+    return name + weights + ("-kv-fp8" if model.kv_bytes_per_value == 1 else "")
+
+
+def in_words(model: ModelSpec) -> str:
+    """Such as: weights in fp8, K and V in bf16."""
+    plain = {4: "float32", 2: "bf16", 1: "fp8"}
+    values = plain.get(model.weight_bytes_per_value, f"{model.weight_bytes_per_value} bytes a value")
+    weights = values if model.quantization is None else model.quantization.name
+    kv = plain.get(model.kv_bytes_per_value, f"{model.kv_bytes_per_value} bytes a value")
+    return f"weights in {weights}, K and V in {kv}"
+
+
+def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> tuple[str, ...]:
+    """What was scaled because of the precision, for a profile's provenance.
+
+    `measured`: the kind of product in tables that layers are priced from; None: their times are by fitted shares.
+    """
+    form, said = model.quantization, []
+    if form is None:
+        return ()
+    if measured == "fp8":
+        said.append("products in fp8: as measured, with the making of fp8 inputs, which an engine may do elsewhere")
+    if measured == "fp8" and products == INT8:
+        said.append("products in int8: those in fp8, which have as many bytes and the same rate on this card")
+    if measured in ("int4_wo", "int8_wo", "sq"):
+        said.append(f"products of the layers: as measured under TensorRT-LLM 1.0.0 on the A100 ({measured}), not vLLM")
+    if measured is None and products in (INT8, WEIGHTS):
+        said.append("products of the layers: by shares fitted to TensorRT-LLM's on an A100, the only ones measured")
+    if form.group or (form.outputs == 1 and products == FP8):
+        said.append("scales of groups or outputs: their bytes count, times are those of products without them")
+    return tuple(said)
+
+
+def assumed_of(model: ModelSpec) -> tuple[Assumption, ...]:
+    """What is assumed because of the precision."""
+    if model.quantization is None and model.kv_bytes_per_value != 1:
+        return ()
+    why = "agreement, exits and lengths of answers are those of the model in bf16"
+    return (Assumption("effect of the precision on answers", None, why, "exits.source"),)
+
+
+def products_on(model: ModelSpec, card: HardwareSpec) -> str | None:
+    """What products of the model's layers multiply on this card: FP8, INT8 or WEIGHTS; None: bf16, as it is.
+
+    As vLLM does, fp8 weights are made bf16 in the kernel where a card has no units for fp8 (its page "FP8 W8A8"), and
+    int8 is not computed on Blackwell ("INT8 W8A8"). UserError for int8 there, and for K and V in fp8 without units.
+    """
+    if model.kv_bytes_per_value == 1 and card.fp8_flops_per_s is None:
+        fix = "leave it out, or choose a card with units for fp8, such as l40s, h100 or b200"
+        raise UserError("server.kv_cache_dtype", "fp8", f"a card with units for fp8, which {card.name} has not", fix)
+    if model.quantization is None:
+        return None
+    products = model.quantization.products
+    if products == INT8 and card.int8_flops_per_s is None:
+        allowed = f"a card for which vLLM has int8 products, which {card.name} is not"
+        raise UserError("server.quantization", model.quantization.name, allowed, "choose fp8 or int4 on this card")
+    return WEIGHTS if products == FP8 and card.fp8_flops_per_s is None else products
+
+
+def check_groups(model: ModelSpec, cards: int) -> None:
+    """UserError where inputs that share a scale would be cut by a matrix's end, or by the cards of a group."""
+    form = model.quantization
+    if form is None or not form.group or form.outputs != 1:
+        return
+    widths = {"n_heads x head_dim": model.n_heads * model.head_dim, "d_ff": model.d_ff}  # these inputs are split
+    parts = {what: (inputs, cards) for what, inputs in widths.items()} | {"d_model": (model.d_model, 1)}
+    for what, (inputs, split) in parts.items():
+        if inputs % (split * form.group):
+            on = f" on each of {cards} cards" if cards > 1 else ""
+            allowed = f"groups of {form.group} inputs that divide {what} of {model.name}, {inputs // split}{on}"
+            fix = "choose fp8, or another number of cards" if cards > 1 else "choose fp8"
+            raise UserError("server.quantization", form.name, allowed, fix)
