@@ -131,6 +131,25 @@ def test_a_load_that_fails_leaves_what_is_in_force(two: dict[str, LiveModel], ne
     check_empty(live)
 
 
+def test_a_policy_that_loads_again_and_again_lets_requests_be_served(two: dict[str, LiveModel]) -> None:
+    """The rule is the simulation's: once more at once, then not within ten seconds. The log says why."""
+    device = Failing(10**6)
+
+    def act(env, engine, server) -> None:
+        device.copy = fails
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    policy = Scripted(whole("llama", triggers=(Completed(2),)), [whole("qwen2")] * 50)
+    live = serve_live(two, policy, requests(LENGTHS), N, slots=2, device=device, act=act)
+    assert [r.status.value for r in live.records] == ["completed"] * N
+    assert live.run.stats.loads == 2
+    assert any("failed 2 times in a row, not tried before" in d.deployment.reason for d in live.server.decisions)
+    assert len(policy.asked) < 3 * N
+    check_empty(live)
+
+
 def test_a_round_that_cannot_load_its_candidate_ends(two: dict[str, LiveModel]) -> None:
     """The old model had left to make room and its admission was closed: it comes back and serves on."""
     device = Failing(10**6)

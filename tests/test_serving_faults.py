@@ -11,12 +11,23 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from digests.serving import case, chooser
 from fault_cases import ALL_WAYS, MS, check_accounts, checked, choose_plan, signature
-from helios_sim.policy.deployment import Completed, Deployment, Faulted, LoadFailed
+from helios_sim.policy.deployment import (
+    AtTime,
+    Cause,
+    Completed,
+    Deployment,
+    Faulted,
+    LoadFailed,
+    Probed,
+    QueueAbove,
+    Trigger,
+)
 from helios_sim.policy.registry import make_policy
-from helios_sim.policy.telemetry import ExpectedLoad
+from helios_sim.policy.telemetry import ExpectedLoad, Situation, Telemetry
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import Status
 from helios_sim.routing import Router, Routing
+from helios_sim.serving.backoff import Backoff
 from helios_sim.simulation import LittlesLawViolated, System
 from helios_sim.workload import ClosedLoop, Constant
 from helios_sim.workload.faults import Fault, FaultKind, FaultPlan, FaultSpec, Outages
@@ -128,6 +139,81 @@ def test_a_policy_that_says_nothing_stays_with_what_it_had() -> None:
     run = serve(workload(8, 5, 10, EVERY_20_MS), policy, profiles(0.001, 2**30), faults=plan(FaultKind.LOAD_FAILS, 10))
     assert run.run.servers[0].decisions[-1].deployment.active.layers == 2
     assert {r.layers_run for r in run.records} == {2 * 10}
+
+
+class Stubborn:
+    """Wants the other model after two requests, and again whenever it cannot be loaded."""
+
+    def __init__(self, *triggers: Trigger) -> None:
+        self.triggers = triggers or (Completed(2),)
+        self.told_ns: list[int] = []  # of loads that failed
+
+    def start(self, situation: Situation) -> Deployment:
+        return replace(full_depth("a"), triggers=self.triggers)
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment:
+        if isinstance(cause, LoadFailed):
+            self.told_ns.append(telemetry.now_ns)
+        return full_depth("b")
+
+
+NO_LOAD_COMES_THROUGH = FaultPlan((FaultSpec(FaultKind.LOAD_FAILS, rate_per_hour=3600 * 5000.0),), 0, 0)
+
+
+@pytest.mark.parametrize("triggers", [(), (AtTime(30 * MS),), (QueueAbove(0),), (Completed(1), AtTime(5 * MS))])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_policy_that_loads_again_and_again_lets_requests_be_served(triggers, replicas: int) -> None:
+    run = served(
+        NO_LOAD_COMES_THROUGH, workload=workload(16, 5, 10, EVERY_20_MS), policy=Stubborn(*triggers),
+        profiles=profiles(0.001, 2**30), replicas=replicas,
+    )  # fmt: skip
+    assert {record.status for record in run.records} == {Status.COMPLETED}
+    for server in run.run.servers:
+        assert server.stats.loads <= 2  # the second at once, the third not within ten seconds
+        reasons = [decision.deployment.reason for decision in server.decisions]
+        assert any("b is not loaded (its loads failed 2 times in a row, not tried before 10.0" in r for r in reasons)
+        assert len(reasons) < 5 * 16
+
+
+def test_a_model_whose_loads_failed_is_loaded_later() -> None:
+    """Two loads fail. The policy is told at once of both, and again when the time is over; nothing else asks it."""
+    policy = Stubborn(AtTime(30 * MS))
+    faults = plan(FaultKind.LOAD_FAILS, 1, 35)
+    run = serve(workload(8, 5, 10, Constant(0.5)), policy, profiles(0.001, 2**30), faults=faults)
+    (server,) = run.run.servers
+    assert [type(d.cause) for d in server.decisions if d.deployment.active.model == "b"][-1] is LoadFailed
+    last = policy.told_ns[-1]
+    assert last == policy.told_ns[1] + 10_000 * MS
+    assert [(r.arrival_ns > last, r.model) for r in run.by_request()] == [(False, "a")] * 6 + [(True, "b")] * 2
+    assert server.stats.loads == 3
+
+
+def test_waits_double_up_to_five_minutes_and_a_load_that_comes_through_ends_them() -> None:
+    backoff, waits_s = Backoff(), []
+    for k in range(9):
+        backoff.note_failed("b", k * MS)
+        until_ns = backoff.until_ns("b", k * MS)
+        waits_s.append(0.0 if until_ns is None else (until_ns - k * MS) / (1000 * MS))
+    assert waits_s == [0, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert backoff.until_ns("a", 0) is None
+    backoff.note_loaded("b")
+    assert backoff.until_ns("b", 0) is None
+    assert backoff.told("b", 0) == ""
+
+
+def test_a_probe_passes_over_a_model_that_cannot_be_streamed() -> None:
+    """Without it the stream would come again for ever, and the round would never end."""
+    constants = {"round_requests": 8, "prompts_per_candidate": 2, "window_tokens": 20, "limit": 10}
+    policy = make_policy("helios_probe", {"threshold": 0.7, **constants})
+    run = serve(
+        workload(40, 20, 20, EVERY_20_MS), policy, profiles(0.001, 2**30), faults=NO_LOAD_COMES_THROUGH,
+        expected=ExpectedLoad(20.0, 20.0, arrival_rate_per_s=50.0),
+    )  # fmt: skip
+    (server,) = run.run.servers
+    assert {record.status for record in run.records} == {Status.COMPLETED}
+    told = [d.cause.what for d in server.decisions if isinstance(d.cause, Faulted)]
+    assert any("is not probed: its loads failed 2 times in a row" in what for what in told)
+    assert sum(isinstance(d.cause, Probed) for d in server.decisions) >= 2
 
 
 def test_a_transfer_that_stalls_takes_so_much_longer() -> None:

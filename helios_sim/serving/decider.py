@@ -51,6 +51,9 @@ class Decider:
         self.decisions_left_out = 0
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
         self._failed: LoadFailed | None = None  # of which the policy has not been told
+        self._ask_ns = 0  # it is told then, or when one of its triggers fires before
+        self._answers_failure = False  # the latest decision was its answer to that
+        self._stays = False  # what comes into force next has been in force before
         self._triggers: tuple[Trigger, ...] = ()
         self._watched: Placement | None = None  # by the breach windows
         self._flags: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
@@ -80,10 +83,14 @@ class Decider:
                 row = [int(getattr(before[old], name)) for name in WINDOW.dtype.names or ()]
                 self._flags[k, : limit.window_tokens] = flags[old, : limit.window_tokens]
             windows.append(row)
+        spent = [int(row.spent) for row in self.watch.triggers] if self._stays else [0] * len(deployment.triggers)
         rows = [
-            [*_numbers(trigger), 0, limits.index(trigger) if isinstance(trigger, BreachLimit) else 0]
-            for trigger in deployment.triggers
+            [*_numbers(trigger), spent[k], limits.index(trigger) if isinstance(trigger, BreachLimit) else 0]
+            for k, trigger in enumerate(deployment.triggers)
         ]
+        if self._failed is not None and self._ask_ns > self._replica.now_ns:
+            rows.append([layout.AT_TIME, self._ask_ns, 0, 0])
+        self._stays = False
         self._triggers, self._watched = deployment.triggers, deployment.active
         self.watch = self._watch(rows, windows)
         self.note_probe()
@@ -102,36 +109,59 @@ class Decider:
     def decide(self) -> Deployment | None:
         """What the policy decides now, if a load has failed or a trigger has fired and it decides anything."""
         replica, s = self._replica, self._replica.state
-        if self._failed is not None:
+        self._answers_failure = False
+        first = NEVER if self._failed is None or replica.now_ns >= self._ask_ns else self._fired(0)
+        if self._failed is not None and (replica.now_ns >= self._ask_ns or first != NEVER):
             failed, self._failed = self._failed, None
             deployment = self._policy.decide(failed, self._telemetry(failed))
             replica.observations.clear()
             if deployment is not None:
                 s.completed_before = s.completed
+                self._answers_failure = True
+                if first != NEVER:
+                    self._spend(first)
                 self._log(failed, deployment)
                 return deployment
         k = NEVER
-        while (k := int(first_fired(s, replica.requests, replica.line, self.watch, k + 1))) != NEVER:
+        while (k := self._fired(k + 1)) != NEVER:
+            if k == len(self._triggers):  # the time to tell of a failed load, which is done
+                self.watch.triggers[k].spent = 1
+                continue
             trigger = self._triggers[k]
             deployment = self._policy.decide(trigger, self._telemetry(trigger))
             replica.observations.clear()
-            if isinstance(trigger, BreachLimit):
-                window = self.watch.windows[int(self.watch.triggers[k].window)]
-                window.filled = window.next = window.breaches = 0
-            elif isinstance(trigger, Completed):
-                s.completed_before = s.completed
-            else:
-                self.watch.triggers[k].spent = 1
+            self._spend(k)
             if deployment is not None:
                 s.completed_before = s.completed
                 self._log(trigger, deployment)
                 return deployment
         return None
 
+    def _spend(self, k: int) -> None:
+        """The policy has been asked because of this trigger."""
+        trigger, row = self._triggers[k], self.watch.triggers[k]
+        if isinstance(trigger, BreachLimit):
+            window = self.watch.windows[int(row.window)]
+            window.filled = window.next = window.breaches = 0
+        elif isinstance(trigger, Completed):
+            self._replica.state.completed_before = self._replica.state.completed
+        else:
+            row.spent = 1
+
+    def _fired(self, start: int) -> int:
+        return int(first_fired(self._replica.state, self._replica.requests, self._replica.line, self.watch, start))
+
     def note_failed_load(self, model: str, reason: str, deployment: Deployment) -> None:
         """The log tells what stays in force, and the policy is asked as soon as it is."""
-        self._failed = LoadFailed(model, reason)
+        self._failed, self._ask_ns, self._stays = LoadFailed(model, reason), 0, True
         self._log(self._failed, deployment)
+
+    def note_refused(self, model: str, reason: str, deployment: Deployment, until_ns: int) -> None:
+        """As `note_failed_load`, of a model that is not loaded before then. If that was the policy's answer to a failed
+        load already, it is asked when the model may be loaded again, or with its next trigger.
+        """
+        self.note_failed_load(model, reason, deployment)
+        self._ask_ns = until_ns if self._answers_failure else 0
 
     def note_fault(self, what: str) -> None:
         """The log tells it; what is in force does not change."""
@@ -141,6 +171,12 @@ class Decider:
     def next_time_ns(self) -> int | None:
         alarm_ns = int(next_alarm_ns(self._replica.state, self.watch))
         return None if alarm_ns == layout.FOREVER_NS else alarm_ns
+
+    @property
+    def rests(self) -> bool:
+        """Whether no trigger of the policy waits for a time."""
+        now_ns, rows = self._replica.now_ns, self.watch.triggers[: len(self._triggers)]
+        return not any(row.kind == layout.AT_TIME and row.argument > now_ns for row in rows)
 
     @property
     def watches_queue(self) -> bool:

@@ -227,7 +227,13 @@ class Breakdown:
 
     def load_fails(self, reason: str, again: bool = True) -> None:
         """`again`: what has to be there to serve on is loaded once more where its load was lost, too."""
-        if self._prober.streaming:
+        model = self._prober.streams or self._transitions.loads
+        if model is not None:
+            self._transitions.backoff.note_failed(model, self._replica.now_ns)
+        self._lose_load(reason, again)
+
+    def _lose_load(self, reason: str, again: bool = True) -> None:
+        if self._prober.streams is not None:
             self._prober.lose_stream()
             self._transitions.lose_transfer()
             return
@@ -256,7 +262,7 @@ class Breakdown:
         self._replica.sample()
         if self._transitions.loading:
             self.engine.abandon_transfers()
-            self.load_fails(reason)
+            self._lose_load(reason)
         self._prober.lose_stream()
         return self._settled(lost)
 

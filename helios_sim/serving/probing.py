@@ -27,8 +27,9 @@ class Prober:
         return scoring and self._streaming is None and bool(self._decider.probe_left)
 
     @property
-    def streaming(self) -> bool:
-        return self._streaming is not None
+    def streams(self) -> str | None:
+        """The model that is streaming."""
+        return self._streaming
 
     def lose_stream(self) -> None:
         """What was streaming, or has streamed, is not there: the candidate's turn comes again."""
@@ -51,10 +52,21 @@ class Prober:
             self._decider.note_probe()
             replica.observations.extend(observations)
             return replica.now_ns + duration_ns
+        if self._streaming is None:
+            self._pass_over()
         if self._streaming is None and self._decider.probe_left and replica.served:
             in_place = self._stream(self._decider.probe_left[0])
             return self.advance() if in_place else None
         return None
+
+    def _pass_over(self) -> None:
+        """Candidates whose streams have failed too often are not scored by this probe."""
+        for model in list(self._decider.probe_left):
+            told = self._transitions.backoff.told(model, self._replica.now_ns)
+            if told:
+                self._decider.probe_left.remove(model)
+                self._decider.note_probe()
+                self._decider.note_fault(f"{model} is not probed: its loads failed {told}")
 
     def _stream(self, model: str) -> bool:
         """Starts the stream of the layers that are not resident. True when there are none to wait for."""
@@ -65,6 +77,8 @@ class Prober:
 
         def done() -> None:
             self._streaming, self._streamed = None, model
+            if n_bytes:
+                self._transitions.backoff.note_loaded(model)
 
         if not n_bytes:
             done()

@@ -131,7 +131,12 @@ class Server:
                 decided = self._decider.decide()
                 if decided is not None:
                     replica.release_lingering()
-                    self._transitions.begin(decided)
+                    refused = self._transitions.refused(decided)
+                    if refused is None:
+                        self._transitions.begin(decided)
+                    else:
+                        model, reason, until_ns = refused
+                        self._decider.note_refused(model, reason, self._transitions.refuse(model, reason), until_ns)
                     self._transitions.tell_loop()
                     continue
             self._started = self.has_begun = True
@@ -364,7 +369,7 @@ class Server:
     @property
     def at_rest(self) -> bool:
         """Nothing happens here any more unless something arrives, and nothing has arrived just now."""
-        waits = self._turns.is_idle and self._decider.next_time_ns is None
+        waits = self._turns.is_idle and self._decider.rests
         waits = waits and int(self._replica.state.changed_ns) < self._replica.now_ns
         return waits and not self._transitions.loading and not self.breakdown.is_down
 

@@ -14,6 +14,7 @@ from helios_sim.core.layout import NEVER
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
 from helios_sim.profile.profile import MemoryBudget, Profile
+from helios_sim.serving.backoff import Backoff
 from helios_sim.serving.replica import Replica
 
 
@@ -82,11 +83,17 @@ class Transitions:
         self.wake = wake
         profiles = {name: candidate.profile for name, candidate in replica.situation.candidates.items()}
         self.residency = Residency(profiles, replica.situation.memory)
+        self.backoff = Backoff()
         self._pending: Pending | None = None
         self._transfers = 0
         self._loading_since_ns = 0
         self._before_load: dict[str, int] = {}  # what was resident when the latest load began
         self._in_force_since_ns = 0
+
+    @property
+    def loads(self) -> str | None:
+        """The model whose weights are under way for what is pending."""
+        return self._pending.missing[0].model if self._pending is not None and self._pending.missing else None
 
     @property
     def pending(self) -> bool:
@@ -134,10 +141,25 @@ class Transitions:
     def begin(self, deployment: Deployment) -> None:
         """A decision was taken now; it comes into force here or, after loads and drains, in `advance`."""
         replica = self._replica
-        missing = [] if deployment.instant else self.residency.missing(deployment)
         self._require_fit(deployment)
-        self._pending = Pending(deployment, replica.now_ns, missing)
+        self._pending = Pending(deployment, replica.now_ns, self._to_load(deployment))
         self.advance()
+
+    def _to_load(self, deployment: Deployment) -> list[Placement]:
+        return [] if deployment.instant else self.residency.missing(deployment)
+
+    def refused(self, deployment: Deployment) -> tuple[str, str, int] | None:
+        """A model that the deployment has to load and that is not loaded yet again, why, and until when; else None."""
+        now_ns = self._replica.now_ns
+        for placement in self._to_load(deployment):
+            until_ns = self.backoff.until_ns(placement.model, now_ns)
+            if until_ns is not None:
+                return placement.model, f"its loads failed {self.backoff.told(placement.model, now_ns)}", until_ns
+        return None
+
+    def refuse(self, model: str, reason: str) -> Deployment:
+        """Carries out no load of the model: what is in force stays, without the limits of a round, and is returned."""
+        return self._fall_back(f"{model} is not loaded ({reason})")
 
     def advance(self) -> None:
         """Goes on with the pending deployment as far as it can now."""
@@ -193,22 +215,28 @@ class Transitions:
         Returns the model and what stays. What has left memory to make room is loaded again; where that fails too, it is
         tried once more (`again`, then None is returned), or UserError is raised.
         """
-        pending, kept = self._pending, self._replica.deployment
+        pending = self._pending
         self.lose_transfer()
         assert pending is not None
         model = pending.missing[0].model
         self.residency.layers = self._before_load
+        told = self.backoff.told(model, self._replica.now_ns)
+        reason = f"{reason}, {told}" if told else reason
         if pending.falls_back:
             if not again:
                 raise UserError(
                     "model", model, f"weights that can be loaded ({reason})", "free memory, or name fewer models"
                 )
             return None
-        stays = f"{model} could not be loaded ({reason}): {kept.active.model} serves on as before"
+        return model, self._fall_back(f"{model} could not be loaded ({reason})")
+
+    def _fall_back(self, why: str) -> Deployment:
+        kept = self._replica.deployment
+        stays = f"{why}: {kept.active.model} serves on as before"
         fallback = replace(kept, admit_limit=None, observe_tokens=None, probe=None, reason=stays, evidence={})
         missing = self.residency.missing(fallback)
         self._pending = Pending(fallback, self._replica.now_ns, missing, falls_back=True)
-        return model, fallback
+        return fallback
 
     def lose_transfer(self) -> None:
         """What was under way is not there."""
@@ -231,6 +259,7 @@ class Transitions:
 
     def _next_missing(self) -> None:
         assert self._pending is not None
+        self.backoff.note_loaded(self._pending.missing[0].model)
         del self._pending.missing[0]
 
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
