@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import simpy
@@ -141,6 +142,7 @@ def serve(
     schedule_ahead: int = 0,
     vllm_v1: bool = False,
     whole_prompts: bool = False,
+    others: Mapping[str, Any] | None = None,
     threshold: float = 0.7,
     objective: Objective | None = None,
     expected: ExpectedLoad | None = None,
@@ -150,7 +152,10 @@ def serve(
     watch: Callable[[Server], None] | None = None,
     on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
-    """`blocks`: these requests, as many as the workload says, in place of those that it would generate."""
+    """`blocks`: these requests, as many as the workload says, in place of those that it would generate.
+
+    `others`: further fields of the situation.
+    """
     profiles = profiles or {"flat": flat_profile(0.001)}
     traces = traces or {name: synthetic_trace(name, EXITS, chars_per_token=1) for name in profiles}
     tasks = workload.mix.tasks
@@ -166,7 +171,7 @@ def serve(
         max_running_requests=max_running_requests,
         schedule_ahead=schedule_ahead,
         vllm_v1=vllm_v1,
-        whole_prompts=whole_prompts,
+        **{"whole_prompts": whole_prompts, **(others or {})},
         order=order,
         max_batch_tokens=max_batch_tokens,
         seed=seed,

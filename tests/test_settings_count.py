@@ -64,6 +64,7 @@ TRACE = {"workload.lengths.kind": "trace", "workload.lengths.trace": "TRACE", "w
 TRACED = {**arrivals("trace", trace="TRACE"), **TRACE}
 BY_TASK = {"server.router": "by_task", "cluster.kinds": {"a": {}, "b": {"server": {"max_running_requests": 1}}}}
 HALVES = {"sharegpt": "a", "cnn_dailymail": "a", "gsm8k": "b", "codexglue": "b", "hellaswag": "b"}
+WAITS = {"server.batch_wait_iterations": 3, "server.batch_wait_tokens": 9000, "workload.arrivals.rate_per_s": 400.0}
 BUSY = {"workload.arrivals.rate_per_s": 400.0}
 FAULTS = "workload.faults"
 AT_S = {  # when each kind finds something to strike in the arms that are tried
@@ -126,13 +127,15 @@ CASES: dict[str, Case] = {
     "server.quantization": Case("awq"),
     "server.kv_cache_dtype": Case("fp8", {"hardware": "h100-80gb"}),
     "server.scheduler": Case("vllm_v1", BUSY | {"server.max_running_requests": 4, "server.schedule_ahead": 1}),
+    "server.batch_wait_iterations": Case(9, WAITS),
+    "server.batch_wait_tokens": Case(9000, WAITS | {"server.batch_wait_tokens": 200}),
     "server.order": Case("shortest_prompt", BUSY | {"server.max_running_requests": 2}),
     "server.router": Case("least_loaded", {"server.replicas": 3}),
     "cluster.kinds": Case({"a": {"count": 2}}),
     "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
     "runtime.preset": Case("eager"),
     **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},
-    "runtime.host_s_per_request": Case(0.001),
+    **{f"runtime.{name}": Case(0.001) for name in ("host_s_per_request", "gap_s", "gap_s_per_request")},
     "runtime.launch_s_per_graph": Case(0.001),
     "exits.source": Case("none"),
     "exits.threshold": Case(0.7, experiment="real_models"),

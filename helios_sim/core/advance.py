@@ -80,7 +80,7 @@ def advance(t: Tables, until_ns: int) -> int:
                 release_lingering(s, r, lists, freed)
             if r.planned and s.running == 0 and s.waiting and _planned_model(s, requests, line, arrivals) != s.model:
                 return FOLLOW_PLAN
-            begin_schedule(s, r, it, requests, lists, line, chunks, freed)
+            begin_schedule(s, r, it, requests, lists, line, tokens, chunks, freed)
             s.phase = ADMITTING
         if s.phase == WAITING:
             stop = _wait(s, r, requests, lists, line, arrivals, tokens, watch, until_ns)
@@ -93,7 +93,7 @@ def advance(t: Tables, until_ns: int) -> int:
             return stop
         release_lingering(s, r, lists, freed)
         s.phase = TURN
-        if s.decoding == 0 and it.chunks == 0:
+        if it.decodes == 0 and it.chunks == 0:
             if r.ahead and s.started_ns != NEVER:
                 s.started_ns = NEVER  # with nothing to run, what has arrived meanwhile is seen at once
             else:

@@ -38,7 +38,7 @@ def commit(
     s.peak_blocks = max(s.peak_blocks, s.used_blocks)
     _prefilled(s, r, it, requests, chunks, c, end_ns)
     if r.observe_tokens != NEVER:
-        for i in range(decoded + it.finishing):
+        for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
     if it.done:
         _complete(s, r, requests, lists, line, arrivals, tokens, freed, end_ns)
@@ -59,12 +59,12 @@ def _account(s: Record, it: Record, busy_ns: int) -> None:
     s.outside_grid_iterations += it.outside
     s.kv_block_ns += (s.used_blocks + it.due_blocks) * busy_ns
     s.kv_pool_block_ns += s.total_blocks * busy_ns
-    if s.decoding:
+    if it.decodes:
         s.decode_iterations += 1
         s.decode_ns += busy_ns
-        s.decode_batch_ns += busy_ns * s.decoding
+        s.decode_batch_ns += busy_ns * it.decodes
         s.placed_decode_ns += busy_ns
-        s.placed_decode_batch_ns += busy_ns * s.decoding
+        s.placed_decode_batch_ns += busy_ns * it.decodes
 
 
 def _decoded(
@@ -75,7 +75,7 @@ def _decoded(
     batch, depths, gaps, edges_ns = lists.batch, c.depths, c.gaps, c.gap_edges_ns
     owes, bands, alike = r.owes and it.banded, owed.shape[1], it.alike
     gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
-    for i in range(s.decoding):
+    for i in range(it.decodes):
         slot = batch[i]
         request = requests[slot]
         request.context_tokens += 1

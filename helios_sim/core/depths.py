@@ -13,7 +13,6 @@ def lay_out(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, chunks: Table, x: Trace, owed: Numbers, work: Table
 ) -> None:
     """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
-    it.decodes = s.decoding
     it.alike = 0
     it.banded = r.per_token or r.clairvoyant or r.planned
     if r.observe_tokens != NEVER and not it.banded:
@@ -24,7 +23,7 @@ def lay_out(
     for band in range(bands):
         w = work[band]
         w.decode_tokens = w.kv_tokens = w.checked_tokens = w.classified_tokens = w.propagated_tokens = 0
-    it.sampled_tokens = s.decoding
+    it.sampled_tokens = it.decodes
     it.syncs = r.per_token
     it.host_ahead = r.ahead
     it.loading = s.loading
@@ -53,7 +52,7 @@ def is_observed(r: Record, request: Record) -> bool:
 
 def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
     """The shortest and the longest context of the decodes, where a price depends on them."""
-    for i in range(s.decoding):
+    for i in range(it.decodes):
         context = requests[lists.batch[i]].context_tokens + 1
         if it.kv_most == NEVER:
             it.kv_least = it.kv_most = context
@@ -68,7 +67,7 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
     it.alike, it.token_layers = not r.reads_trace, layers
     if r.reads_trace:
         batch, breach, agree, microbits, scores = lists.batch, x.breach, x.agree, x.microbits, r.scores
-        for i in range(s.decoding):
+        for i in range(it.decodes):
             request = requests[batch[i]]
             row = next_row(request)
             request.observed = 0
@@ -78,17 +77,17 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
             request.token_agrees = int(agree[row, leaf])
             request.token_microbits = microbits[row, leaf] if scores else 0
     w = work[0]
-    w.decode_tokens = s.decoding
-    w.kv_tokens = it.kv_tokens + s.decoding
+    w.decode_tokens = it.decodes
+    w.kv_tokens = it.kv_tokens + it.decodes
     if r.watches_cap:
-        w.classified_tokens = s.decoding
+        w.classified_tokens = it.decodes
 
 
 def _banded(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, owed: Numbers, work: Table
 ) -> None:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
-    batch, n, last = lists.batch, s.decoding, r.bands - 1
+    batch, n, last = lists.batch, it.decodes, r.bands - 1
     deepest, n_observed = 0, 0
     for i in range(n):
         request = requests[batch[i]]

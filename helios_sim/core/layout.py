@@ -141,7 +141,8 @@ SPAN = Kind.of("SpanRow", ("start", "end"))  # layers of a band
 ITERATION = Kind.of(
     "IterationRow",
     (
-        "decodes", "chunks", "finishing",
+        "decodes",  # requests that decode; those of `state.decoding`, or none
+        "chunks", "finishing",
         "sampled_tokens",  # rows that pass the LM head
         "kv_tokens",  # context of the decodes, summed, without the new tokens
         "kv_least", "kv_most",  # shortest and longest context of the decodes, the new token included; NEVER: not known
@@ -174,6 +175,7 @@ STATE = Kind.of(
         "wake_ns",  # an arrival wakes the idle server at this time; NEVER: none does
         "started_ns",  # of the latest iteration; NEVER: the server was idle since
         "acted_ns",  # the latest turn
+        "waited",  # iterations for which prompts have been held back
         "warm_up_ns",  # the next iteration takes so much longer
         "asked",  # the policy has been asked in this turn
         "turn_wanted",  # something outside has acted: the server takes a turn of its own
@@ -209,6 +211,9 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "place_tokens",  # most tokens of a request that the engine has room for; NEVER: no such limit
         "order", "closed_loop", "live",
         "vllm_v1",  # who is done ahead of a plan keeps its place in it
+        "prefill_first",  # an iteration has prompts or decodes, and prompts come first
+        "keeps_answers",  # a request enters only when there is memory for its whole answer
+        "wait_iterations", "wait_tokens",  # how long prompts wait for more of them beside decodes; 0: they do not
         "whole_prompts",  # no chunks: a prompt waits until the token budget has room for all of it
         "refinds",  # freed blocks keep what they hold until they are taken, for a preempted request
         "ahead",  # the next iteration is planned while one runs

@@ -32,7 +32,7 @@ SCALARS = Kind.of(
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
-        "prefill_gap_s",
+        "prefill_gap_s", "gap_s_per_request",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
         "layer_flops_per_s", "attention_flops_per_s",
     ),
@@ -165,6 +165,7 @@ def time_s(
     else:
         total_s += host_s
     gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
+    gap_s += x.gap_s_per_request * (decodes + it.chunks)
     return (total_s + gap_s) * x.time_factor
 
 

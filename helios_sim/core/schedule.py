@@ -12,6 +12,13 @@ Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_sche
 - A preempted request finds those of its blocks in the prefix cache that have not been taken since (`blocks`), and
   computes the rest again. `rules.refinds` says so, since the engine can be told to do without that cache.
 
+Rules of other engines, each by its own flag:
+- `rules.prefill_first` (SGLang): an iteration computes prompts or decodes, never both, and prompts come first.
+- `rules.keeps_answers` (TensorRT-LLM): a request enters only when blocks for its whole answer are free too, beside what
+  the running ones will still need, so that none loses its place.
+- `rules.wait_iterations` (TensorRT-LLM's batch_wait): while others decode, prompts wait for so many iterations, or
+  until an iteration would have `rules.wait_tokens`.
+
 One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
 them chunk by chunk, so that a decode can take one between two chunks of a prompt.
 """
@@ -35,7 +42,15 @@ from helios_sim.core.line import last_in_order, last_lingering, order_key, pop, 
 
 
 def begin_schedule(
-    s: Record, r: Record, it: Record, requests: Table, lists: Lists, line: Line, chunks: Table, freed: Table
+    s: Record,
+    r: Record,
+    it: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    tokens: Table,
+    chunks: Table,
+    freed: Table,
 ) -> None:
     """Makes room for the decodes, preempting where it must, and continues prompts that were begun.
 
@@ -49,12 +64,19 @@ def begin_schedule(
         preempt(s, r, requests, lists, line, freed)
         it.blocked = 1
         it.due_blocks = _blocks_due(s, r, it, requests, lists)
-    it.budget = r.batch_tokens - s.decoding
+    it.decodes = s.decoding
+    it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding
     it.chunks = it.finishing = 0
     for i in range(s.decoding, s.running):
         if it.budget <= 0:
             break
         _add_chunk(it, requests, chunks, lists.batch[i])
+    if r.wait_iterations and s.decoding and s.waiting and not it.blocked:
+        s.waited += 1
+        if s.waited > r.wait_iterations or s.decoding + _waiting_tokens(s, r, requests, line, tokens) >= r.wait_tokens:
+            s.waited = 0
+        else:
+            it.blocked = 1
 
 
 def admit(
@@ -109,6 +131,10 @@ def admit(
         blocks = blocks_for(prefill, r.block_tokens)
         if not why and blocks > free_blocks(s) - it.due_blocks:
             break
+        if r.keeps_answers and not why:
+            whole = blocks_for(prompt + output, r.block_tokens)
+            if whole > free_blocks(s) - _promised_blocks(s, r, requests, lists):
+                break
         if r.whole_prompts and not why and it.budget < r.batch_tokens:  # the first of an iteration may be in chunks
             kept = 0 if fresh else _refound(s, r, freed, requests[slot], prefill)
             if prefill - kept * r.block_tokens > it.budget:
@@ -137,6 +163,8 @@ def admit(
             s.starts_left -= 1
         request.started = 1
         _add_chunk(it, requests, chunks, slot)
+    if r.prefill_first and it.chunks:  # decodes wait
+        it.decodes = it.due_blocks = it.kv_tokens = 0
     for p in range(it.chunks):
         request = requests[chunks[p].slot]
         if request.scheduled_ns == NEVER:
@@ -192,6 +220,31 @@ def remove_running(s: Record, lists: Lists, place: int) -> None:
 def held_blocks(r: Record, request: Record) -> int:
     """KV blocks that a running request has reserved."""
     return blocks_for(request.context_tokens + request.prefill_left, r.block_tokens)
+
+
+def _promised_blocks(s: Record, r: Record, requests: Table, lists: Lists) -> int:
+    """Blocks that the running requests will still take."""
+    promised = 0
+    for i in range(s.running):
+        request = requests[lists.batch[i]]
+        held = request.context_tokens + request.prefill_left
+        promised += blocks_for(held + request.remaining, r.block_tokens) - blocks_for(held, r.block_tokens)
+    return promised
+
+
+def _waiting_tokens(s: Record, r: Record, requests: Table, line: Line, tokens: Table) -> int:
+    """Tokens to compute of the prompts that wait, not more than one iteration takes."""
+    waiting = 0
+    for i in range(s.waiting):
+        ref = line.ref[i]
+        if ref >= 0:
+            waiting += tokens[ref - s.first_row].prompt_tokens
+        else:
+            request = requests[-1 - ref]
+            waiting += request.prompt_tokens + request.generated
+        if waiting >= r.batch_tokens:
+            return int(r.batch_tokens)
+    return waiting
 
 
 def release_lingering(s: Record, r: Record, lists: Lists, freed: Table) -> None:

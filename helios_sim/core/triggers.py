@@ -84,7 +84,7 @@ def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: W
     """
     for k in range(len(watch.windows)):
         window = watch.windows[k]
-        for i in range(s.decoding):
+        for i in range(it.decodes):
             request = requests[lists.batch[i]]
             breach = 0 if it.alike else request.token_breach
             if not it.alike and request.observed:

@@ -83,6 +83,10 @@ class Situation:
     schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
     order: str = "fcfs"  # of the waiting line: fcfs, priority, shortest_prompt
     vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are found
+    prefill_first: bool = False  # as SGLang: an iteration has prompts or decodes, and prompts come first
+    keeps_answers: bool = False  # as TensorRT-LLM: a request enters when there is memory for its whole answer
+    wait_iterations: int = 0  # TensorRT-LLM's batch_wait: beside decodes, prompts wait for so many iterations
+    wait_tokens: int = 0  # or until an iteration has so many tokens
     whole_prompts: bool = False  # a prompt waits until the token budget has room for all of it
     prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
 

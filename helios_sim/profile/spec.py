@@ -203,6 +203,7 @@ class Runtime:
     gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
     host_s_per_request: float = 0.0  # what each request of an iteration adds to `host_overhead_s`
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
+    gap_s_per_request: float = 0.0  # and so much longer for each request of the iteration
 
     def __post_init__(self) -> None:
         require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
@@ -232,6 +233,8 @@ class RuntimeConfig:
     sync_s: float | None = None
     host_overhead_s: float | None = None
     host_s_per_request: float | None = None
+    gap_s: float | None = None
+    gap_s_per_request: float | None = None
 
     def costs(self) -> dict[str, float]:
         """The costs that are set, by name."""

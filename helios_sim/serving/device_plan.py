@@ -24,7 +24,7 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
         batching=deployment.batching,
         kv_rule=deployment.kv_rule,
         members=tuple(_member(replica, replica.requests[slot]) for slot in slots),
-        decoding=int(s.decoding),
+        decoding=int(it.decodes),
         prefill=tuple(
             PrefillPart(place[int(c.slot)], int(c.tokens), int(c.context_tokens), finishes=p < it.finishing)
             for p, c in enumerate(chunks)
@@ -41,8 +41,8 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
 
     Whether a token that left early equals full depth's is not known while serving: it is scored afterwards.
     """
-    s, it = replica.state, replica.iteration
-    slots = [int(slot) for slot in replica.lists.batch[: int(s.decoding)]]
+    it = replica.iteration
+    slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)]]
     slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
     limit = replica.deployment.observe_tokens
     it.alike = 0

@@ -186,6 +186,10 @@ class Replica:
             "closed_loop": self._closed_loop,
             "live": not self.foresees,
             "vllm_v1": situation.vllm_v1,
+            "prefill_first": situation.prefill_first,
+            "keeps_answers": situation.keeps_answers,
+            "wait_iterations": situation.wait_iterations,
+            "wait_tokens": situation.wait_tokens,
             "whole_prompts": situation.whole_prompts,
             "refinds": situation.refinds,
             # An exit check that the host must see is a barrier: nothing is planned across it.

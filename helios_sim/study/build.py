@@ -80,6 +80,11 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         schedule_ahead=config.server.schedule_ahead,
         order=config.server.order,
         vllm_v1=config.server.scheduler == "vllm_v1",
+        prefill_first=config.server.scheduler in ("vllm_v0", "sglang"),
+        keeps_answers=config.server.scheduler == "trtllm",
+        whole_prompts=config.server.scheduler in ("vllm_v0", "trtllm"),
+        wait_iterations=config.server.batch_wait_iterations,
+        wait_tokens=config.server.batch_wait_tokens,
     )
     if config.server.order == "priority" and not workload.has_priorities:
         raise UserError(

@@ -68,6 +68,10 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "sweep.generation": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
     "sweep.address": (lambda c: c.sweep.backend == "ray", "only with sweep.backend=ray"),
     "sweep.workers": (lambda c: c.sweep.backend != "serial", "only with sweep.backend=processes or ray"),
+    "server.batch_wait_iterations": (lambda c: c.server.batch_wait_tokens > 0, "only with server.batch_wait_tokens"),
+    "server.batch_wait_tokens": (
+        lambda c: c.server.batch_wait_iterations > 0, "only with server.batch_wait_iterations",
+    ),
     "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
     "server.quantization": (lambda c: not _is_live(c), "only in a simulation: weights served live are as they are"),
     "server.kv_cache_dtype": (lambda c: not _is_live(c), "only in a simulation: served live, K and V are as computed"),

@@ -14,7 +14,7 @@ from helios_sim.vary.workers import BACKENDS
 SIMULATE, LIVE = "simulate", "live"
 MODES = (SIMULATE, LIVE)
 DTYPES = ("float32", "bfloat16")
-SCHEDULERS = ("plain", "vllm_v1")
+SCHEDULERS = ("plain", "vllm_v1", "vllm_v0", "sglang", "trtllm")
 METHODS = ("grid", "search")
 SAMPLERS = ("nsga2", "tpe")
 
@@ -107,7 +107,7 @@ class FidelityConfig:
             require(value is None or value >= 1, f"fidelity.{key}", value, "at least 1")
         ahead, share, factors = self.schedule_ahead, self.memory_utilisation, self.load_factors
         require(ahead in (None, 0, 1), "fidelity.schedule_ahead", ahead, "null, 0 or 1")
-        require_one_of("fidelity.scheduler", self.scheduler, SCHEDULERS)
+        require_one_of("fidelity.scheduler", self.scheduler, SCHEDULERS[:2])
         require(share is None or 0 < share <= 1, "fidelity.memory_utilisation", share, "above 0, at most 1")
         require(all(factor > 0 for factor in factors), "fidelity.load_factors", list(factors), "all above 0")
 

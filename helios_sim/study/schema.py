@@ -42,7 +42,7 @@ class ArrivalsConfig:
 class LengthConfig:
     """Length of a text in tokens, or in characters: see `chars_per_token` of the workload."""
 
-    kind: str = "fixed"  # fixed, lognormal, exponential
+    kind: str = "fixed"  # fixed, lognormal, exponential; uniform: from minimum to maximum
     value: int | None = None  # fixed
     mean: float | None = None  # exponential; lognormal with sigma
     sigma: float | None = None  # lognormal: standard deviation of the logarithm
@@ -162,7 +162,13 @@ class ServerConfig:
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
-    scheduler: str = "plain"  # plain; vllm_v1: places freed late, prefixes found again (see core/schedule.py)
+    # plain; vllm_v1: places freed late, prefixes found again; vllm_v0, sglang: prompts first, decodes in other
+    # iterations; trtllm: a request enters with memory for its whole answer (see core/schedule.py). vllm_v0 and trtllm
+    # do not compute prompts in chunks.
+    scheduler: str = "plain"
+    # TensorRT-LLM's batch_wait: beside decodes, prompts wait for so many iterations, or until one has so many tokens
+    batch_wait_iterations: int = 0
+    batch_wait_tokens: int = 0
     # Of the waiting line, and of preemption, which takes the last in it: fcfs; priority: the lowest number first, from
     # workload.mix.priorities or a trace's column `priority`; shortest_prompt
     order: str = "fcfs"
@@ -178,6 +184,8 @@ class ServerConfig:
         Precision(self.quantization, self.kv_cache_dtype)
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
+        for key in ("batch_wait_iterations", "batch_wait_tokens"):
+            require(0 <= getattr(self, key) < 2**31, f"server.{key}", getattr(self, key), "from 0 to 2^31 - 1")
         require_one_of("server.order", self.order, ORDERS)
         value = self.memory_utilisation
         require(0 < value <= 1, "server.memory_utilisation", value, "above 0 and at most 1")

@@ -50,6 +50,7 @@ from helios_sim.workload import (
     TraceArrivals,
     TraceFileError,
     TraceLengths,
+    Uniform,
     Workload,
     generate,
     read_trace,
@@ -189,6 +190,8 @@ def _length(key: str, c: LengthConfig) -> Length:
             return made(Fixed, _given(f"{key}.value", c.value, "a fixed length"))
         case "exponential":
             return made(Exponential, _given(f"{key}.mean", c.mean, "an exponential length"), c.minimum, c.maximum)
+        case "uniform":
+            return made(Uniform, c.minimum, _given(f"{key}.maximum", c.maximum, "a uniform length"))
         case "lognormal":
             limits = (c.minimum, c.maximum)
             if c.p50 is not None:
@@ -198,7 +201,7 @@ def _length(key: str, c: LengthConfig) -> Length:
             if c.median is not None:
                 return made(Lognormal, c.median, sigma, *limits)
             return made(Lognormal.from_mean, _given(f"{key}.mean", c.mean, "lognormal"), sigma, *limits)
-    raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential")
+    raise _unknown(f"{key}.kind", c.kind, "fixed, lognormal, exponential, uniform")
 
 
 def build_faults(c: FaultsConfig, replicas: int, seed: int) -> FaultPlan | None:

@@ -2,7 +2,16 @@
 
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Constant, Gamma, Poisson, TraceArrivals
 from helios_sim.workload.generate import BLOCK_REQUESTS, LengthFigures, Workload, WorkloadFigures, describe, generate
-from helios_sim.workload.lengths import DrawnLengths, Exponential, Fixed, Length, Lengths, Lognormal, TraceLengths
+from helios_sim.workload.lengths import (
+    DrawnLengths,
+    Exponential,
+    Fixed,
+    Length,
+    Lengths,
+    Lognormal,
+    TraceLengths,
+    Uniform,
+)
 from helios_sim.workload.mix import Drift, LinearDrift, Per, PeriodicDrift, StepDrift, TaskMix
 from helios_sim.workload.traces import RequestTrace, TraceFileError, read_trace
 
@@ -31,6 +40,7 @@ __all__ = [
     "TraceArrivals",
     "TraceFileError",
     "TraceLengths",
+    "Uniform",
     "Workload",
     "WorkloadFigures",
     "describe",

@@ -93,7 +93,22 @@ class Exponential:
         return lambda n: _whole(rng.standard_exponential(n) * self.mean, self.minimum, self.maximum)
 
 
-Length = Fixed | Lognormal | Exponential
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Every whole number from minimum to maximum alike."""
+
+    minimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        _require_clip(self.minimum, self.maximum)
+
+    def sampler(self, rng: Generator) -> LengthSampler:
+        width = self.maximum - self.minimum + 1
+        return lambda n: self.minimum + (rng.random(n) * width).astype(np.int64)
+
+
+Length = Fixed | Lognormal | Exponential | Uniform
 
 
 @dataclass(frozen=True, slots=True)
