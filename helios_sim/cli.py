@@ -34,6 +34,7 @@ from helios_sim.config import (
     leave_no_trace,
     register,
     to_config,
+    whole_mixes,
 )
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
@@ -71,6 +72,7 @@ def run_command(command: list[str]) -> int:
     try:
         command = in_full(in_order(without_json(command)))
         check_flags(command)
+        command = whole_mixes(command)
         logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
         register()
         GlobalHydra.instance().clear()

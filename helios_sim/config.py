@@ -16,12 +16,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.errors import UserError
-from helios_sim.help import conf_folder
+from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.effects import check_effect
 from helios_sim.study.schema import Config
@@ -32,6 +34,7 @@ OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
     "cluster.tasks", "live.weights.", "live.heads.",
 )  # fmt: skip
+MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
 PRINT_ALL = "--cfg job prints all settings"
 DEFAULT = "+experiment=quickstart"
 # What settings ask for.
@@ -62,7 +65,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 
 def in_order(arguments: Sequence[str]) -> list[str]:
     """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
-    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    overrides = [a for a in arguments if _is_override(a)]
     flags = [a for a in arguments if a not in overrides]
     for place, override in enumerate(overrides):
         if override.startswith("experiment="):
@@ -70,6 +73,35 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     if not any(override.lstrip("+").startswith("experiment=") for override in overrides):
         overrides.append(DEFAULT)
     return [*overrides, *flags]
+
+
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
+def whole_mixes(command: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """The command line, where a whole mix of tasks takes the place of the experiment's.
+
+    Hydra would join the two. What the experiment names and the word does not is taken out by words of its own, so that
+    the settings that Hydra prints and keeps are those that run.
+    """
+    mixes = {word: word.partition("=") for word in command if word.partition("=")[0] in MIXES}
+    whole = {word: key for word, (key, _, value) in mixes.items() if value.lstrip().startswith("{")}
+    if not whole:
+        return list(command)
+    others = [word for word in command if _is_override(word) and word not in whole]
+    several = any(word in ("-m", "--multirun") for word in command)
+    kept = [word for word in others if not (several and "," in word)]  # values of a sweep name no tasks
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_folder(), version_base=None):
+        settings = compose("config", [*kept, *_searched(next(reversed(config_dirs(command)), config_dir))])
+    found = [f"+{word}" if word in whole else word for word in command]  # + lets it name tasks that are new
+    for word, key in whole.items():
+        value = OverridesParser.create().parse_override(word).value()
+        names = OmegaConf.select(settings, key) or {}
+        found += [f"~{key}.{name}" for name in names if isinstance(value, dict) and str(name) not in map(str, value)]
+    return in_order(found)
 
 
 def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
@@ -85,10 +117,10 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
     check_files(folder)
     check_flags([*command, *folder])
     register()
-    own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
     try:
+        command = whole_mixes(command, config_dir)
         with initialize_config_dir(conf_folder(), version_base=None):
-            settings = compose("config", [*command, *own], return_hydra_config=True)
+            settings = compose("config", [*command, *_searched(config_dir)], return_hydra_config=True)
         choices = settings.hydra.runtime.choices
         with open_dict(settings):
             del settings["hydra"]
@@ -102,6 +134,10 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
         ) from error
     check_effect(config, command)
     return config
+
+
+def _searched(config_dir: str | Path | None) -> list[str]:
+    return [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
 
 
 def kind_of(settings: DictConfig | Config) -> str:

@@ -32,7 +32,7 @@ def help_text(program: str, command: Sequence[str]) -> str:
     """The program's page, with the groups that a folder named by --config-dir adds."""
     conf = Path(conf_folder())
     page = yaml.safe_load((conf / "hydra" / "help" / f"{program}.yaml").read_text(encoding="utf-8"))
-    folders = [conf, *(Path(folder) for folder in _config_dirs(command))]
+    folders = [conf, *(Path(folder) for folder in config_dirs(command))]
     text: str = page["template"].replace("$APP_CONFIG_GROUPS", _groups(folders))
     for part in ("header", "footer"):
         text = text.replace(f"${{hydra.help.{part}}}", page[part])
@@ -49,7 +49,7 @@ def _groups(folders: Sequence[Path]) -> str:
     return "\n".join(line for line in lines if line.partition(":")[0] not in NOT_CHOSEN)
 
 
-def _config_dirs(command: Sequence[str]) -> list[str]:
+def config_dirs(command: Sequence[str]) -> list[str]:
     """What follows --config-dir, in either way of writing it."""
     apart = [folder for flag, folder in pairwise(command) if flag in ("--config-dir", "-cd")]
     return apart + [word.partition("=")[2] for word in command if word.startswith("--config-dir=")]

@@ -137,3 +137,16 @@ def test_two_runs_at_once_have_folders_of_their_own(command: CommandLine, tmp_pa
     assert words[-1].split("=", 1)[1] in (Path(__file__).parents[1] / "conf" / "config.yaml").read_text()
     folders = {command(*words).out.split("output folder: ")[1].splitlines()[0] for _ in range(3)}
     assert len(folders) == 3
+
+
+def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
+    mix = "workload.mix.tasks={gsm8k: 0.25, sharegpt: 0.75}"
+    said = command(mix, "workload.n_requests=20", "pictures=false")
+    assert said.status == 0
+    assert set(said.summary["arms"]["helios"]["tasks"]) == {"gsm8k", "sharegpt"}
+    shown = command(mix, "--cfg", "job").out
+    assert "codexglue" not in shown
+    assert study_config("quickstart", mix).workload.mix.tasks == {"gsm8k": 0.25, "sharegpt": 0.75}
+    several = command("-m", mix, "server.max_running_requests=8,16", "workload.n_requests=8", "pictures=false")
+    assert several.status == 0
+    assert set(several.summary["arms"]["helios"]["tasks"]) == {"gsm8k", "sharegpt"}

@@ -28,6 +28,7 @@ import numpy as np
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
+from helios_sim.exits.table import MOST_EXITS, MOST_TOKENS, is_table, read_table
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance
 from helios_sim.untrusted import MIB, Fields, is_there, read_bytes, read_json, read_parquet, reading, shortened
@@ -37,14 +38,15 @@ SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
 _KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
-MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
+_MOST_BYTES = 256 * MIB
 _MEASURED = {measure.column: confidence for confidence, measure in MEASURES.items()}
 _PER_EXIT = ("agree", *_MEASURED, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
 
 
 def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
-    """The trace of a model from `source`: "published", a shipped source's name, or the path of a trace's folder.
+    """The trace of a model from `source`: "published", a shipped source's name, the path of a trace's folder, or that
+    of a table of one's own (`table`).
 
     `parameters` are those of `published.PublishedParameters`; a measured trace has none. UserError where there is no
     such trace, the folder holds another model, or it is damaged.
@@ -57,6 +59,8 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         name = next(iter(parameters))
         key = f"exits.parameters.{name}"
         raise UserError(key, parameters[name], "a recorded trace has no parameters", "leave it out")
+    if is_table(source):
+        return read_table(Path(source), model)[0]
     with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
         shipped = SHIPPED / f"{model}@{source}"
         folder = shipped if (shipped / HEADER).is_file() else Path(source)
