@@ -16,7 +16,7 @@ from helios_sim.profile.__main__ import checked, main
 from helios_sim.profile.catalog import published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, whole_model
-from helios_sim.profile.formats import FORMATS, FP8, WEIGHTS, named_format
+from helios_sim.profile.formats import FORMATS, FP4, FP8, WEIGHTS, named_format
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
 from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import MemoryBudget, Profile
@@ -150,6 +150,7 @@ def test_bytes_in_closed_form(name: str | None) -> None:
         None: 2 * values, "fp8": values + 4 * len(shapes), "int8": values + 2 * outputs,
         "int4": values / 2 + 2 * values / group, "awq": values / 2 + 2.5 * values / group,
         "gptq": values / 2 + 2.5 * values / group + 4 * inputs,
+        "nvfp4": values / 2 + values / 16 + 8 * len(shapes),
         "bitsandbytes": values / 2 + (1 + 4 / 256) * values / 64,
     }[name]  # fmt: skip
     others = 2 * (2 * d + d + 2 * kv)  # two norms, biases of Q, K and V
@@ -205,10 +206,14 @@ def test_fp8_decodes_quicker_than_bf16_and_stays_above_its_floor(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("hardware", ["a100-80gb", "a100-40gb", "h100", "l40s", "a30", "rtx3090", "rtx4090", "2xa10"])
+@pytest.mark.parametrize(
+    "hardware", ["b200", "rtx5090", "a100-80gb", "a100-40gb", "h100", "l40s", "a30", "rtx3090", "rtx4090", "2xa10"]
+)
 def test_prices_are_above_their_floors_and_rise(
     name: str, hardware: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "int8" and device_of(hardware).card.int8_flops_per_s is None:
+        pytest.skip("vLLM has no int8 products for Blackwell")
     for model in ("llama-3.1-8b", "qwen2.5-7b", "mistral-small-24b"):
         profile = find_profile(model, hardware, precision=Precision(name))
         assert checked(profile) == 0, capsys.readouterr().out
@@ -260,6 +265,8 @@ def test_a_name_says_how_the_weights_are_kept(name: str, plain: str, form: str |
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]},
          "bitsandbytes-int8"),
         ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        (compressed({"num_bits": 4, "type": "float"}, num_bits=4, type="float", strategy="tensor_group"), "nvfp4"),
     ],
 )  # fmt: skip
 def test_a_config_says_how_the_weights_are_kept(how: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -354,6 +361,19 @@ def test_the_command_shows_and_checks_precisions(capsys: pytest.CaptureFixture[s
     assert "0.520 bytes a weight" in " ".join(capsys.readouterr().out.split())
     for words in (["quantization=fp9"], ["dtype=fp8"], ["quantization"], ["quantization=fp8", "quantization=awq"]):
         assert main(["show", "qwen2.5-7b", "l40s", *words]) == 1
+
+
+def test_nvfp4_is_multiplied_on_blackwell_and_made_bf16_elsewhere() -> None:
+    names = ("b200", "rtxpro6000", "4xb200")
+    for hardware in names:
+        bf16, fp4 = (find_profile("llama-3.3-70b", hardware, precision=p) for p in (PLAIN, Precision("nvfp4")))
+        assert (decodes_s(fp4) < decodes_s(bf16)).all()
+        assert prompt_s(fp4, 2048) < 0.8 * prompt_s(bf16, 2048)
+        assert "nvfp4 kernels" in fp4.provenance.source
+    model = Precision("nvfp4").applied(published_model("llama-3.3-70b"))
+    assert [products_on(model, device_of(card).card) for card in ("b200", "rtx5090", "h100", "a10")] == [
+        FP4, FP4, WEIGHTS, WEIGHTS,
+    ]  # fmt: skip
 
 
 def test_every_card_with_kernels_has_them_in_fp8_but_the_a100() -> None:

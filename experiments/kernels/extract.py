@@ -1,10 +1,10 @@
 """Extracts the kernel tables that helios_sim ships from NVIDIA's package aiconfigurator-core.
 
 `python experiments/kernels/extract.py WHEEL` reads the wheel (or a folder that it was unpacked into) and writes
-helios_sim/data/kernels. Kept are matrix products in bf16 and fp8, full attention over K and V in bf16 and fp8, and
-all-reduces, as vLLM runs them; products with integer weights, which only TensorRT-LLM's table of the A100 has; columns
-that are the same in all rows are dropped, and of a case that stands there twice the quicker one is kept, since noise is
-mostly upward. Nothing else of the wheel is read.
+helios_sim/data/kernels. Kept are matrix products in bf16, fp8 and nvfp4, full attention over K and V in bf16 and fp8,
+and all-reduces, as vLLM runs them; products with integer weights, which only TensorRT-LLM's table of the A100 has;
+columns that are the same in all rows are dropped, and of a case that stands there twice the quicker one is kept, since
+noise is mostly upward. Nothing else of the wheel is read.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CARDS = {  # vLLM's version of its kernels, of its all-reduce, and NCCL's
     "l40s": ("0.24.0", "0.22.0", "2.27.3"), "rtx_pro_6000_server": ("0.24.0", "0.24.0", "2.29.2"),
 }  # fmt: skip
 MOST_ROWS = 16_384  # of a matrix product
+TYPES = ("bfloat16", "fp8", "nvfp4")  # the last on Blackwell alone
 INTEGERS = {"a100_sxm": "1.0.0"}  # TensorRT-LLM's version of the table with int4_wo, int8_wo and sq
 COLUMNS = {
     "gemm": ("gemm_dtype", "m", "n", "k"),
@@ -66,7 +67,7 @@ def main(source: Path) -> None:
     total = 0
     for card, (vllm, all_reduce, nccl) in CARDS.items():
         folder = TARGET / card
-        gemm = only(read(source, f"{card}/gemm/vllm/{vllm}/gemm_perf.parquet"), "gemm_dtype", "bfloat16", "fp8")
+        gemm = only(read(source, f"{card}/gemm/vllm/{vllm}/gemm_perf.parquet"), "gemm_dtype", *TYPES)
         if card in INTEGERS:
             others = read(source, f"{card}/gemm/trtllm/{INTEGERS[card]}/gemm_perf.parquet")
             others = only(others, "gemm_dtype", "int4_wo", "int8_wo", "sq")

@@ -69,6 +69,10 @@ def in_fp8(point: Floats) -> Efficiency:
     return replace(FITTED, fp8_flops=point[0], fp8_kernel_s=point[1] * 1e-6)
 
 
+def in_fp4(point: Floats) -> Efficiency:
+    return replace(FITTED, fp4_flops=point[0], fp4_kernel_s=point[1] * 1e-6)
+
+
 def fitted(miss: Callable[[Floats], Floats], start: list[float], low: list[float], high: list[float]) -> Floats:
     return np.asarray(least_squares(miss, start, bounds=(low, high), loss="soft_l1").x)
 
@@ -143,6 +147,7 @@ def integers(products: str, bits: tuple[int, ...], wheel: Path | None) -> None:
 def main(wheel: Path | None) -> None:
     of_cards(CARDS, in_bf16, None, [0.8, 0.7, 0.5, 3.0], [0.2, 0.1, 0.05, 0.5], [1, 1, 1, 20])
     of_cards(CARDS[1:], in_fp8, "fp8", [0.6, 5.0], [0.1, 0.5], [1, 30])
+    of_cards(("b200", "rtxpro6000"), in_fp4, "nvfp4", [0.5, 5.0], [0.1, 0.5], [1, 30])
     integers(INT8, (8,), wheel)
     integers(WEIGHTS, (4, 8), wheel)
 

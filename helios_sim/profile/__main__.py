@@ -82,16 +82,18 @@ def _precision(words: Sequence[str]) -> Precision:
 
 def listed() -> None:
     """Print cards and models, with what they are priced from."""
-    print(f"{'card':<12} {'GiB':>6} {'GB/s':>6} {'TFLOPS':>7} {'fp8':>6} {'int8':>6} {'TDP W':>6}  times from")
+    rates = f"{'TFLOPS':>6} {'fp8':>5} {'int8':>4} {'fp4':>5}"
+    print(f"{'card':<12} {'GiB':>4} {'GB/s':>5} {rates} {'TDP W':>5}  times from")
     for name, card in CARDS.items():
         source = SHIPPED_SOURCES.get(name)
         kernels = "data sheet" if source is None else f"kernels, vLLM {source.vllm}"
         watts = "" if card.tdp_w is None else f"{card.tdp_w:.0f}"
         memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
-        rates = f"{_tera(card.flops_per_s):>7} {_tera(card.fp8_flops_per_s):>6} {_tera(card.int8_flops_per_s):>6}"
-        print(f"{name:<12} {memory:>6.0f} {bandwidth:>6.0f} {rates} {watts:>6}  {kernels}")
+        rates = f"{_tera(card.flops_per_s):>6} {_tera(card.fp8_flops_per_s):>5} {_tera(card.int8_flops_per_s):>4}"
+        rates += f" {_tera(card.fp4_flops_per_s):>5}"
+        print(f"{name:<12} {memory:>4.0f} {bandwidth:>5.0f} {rates} {watts:>5}  {kernels}")
     print()
-    _say("TFLOPS of bf16, fp8 and int8 (TOPS), dense. Without fp8 a card makes such weights bf16 in the kernel.")
+    _say("TFLOPS of bf16, fp8, int8 (TOPS) and fp4, dense. Without units, weights are made bf16 in the kernel.")
     bytes_of = {form: form.matrix_bytes(4096, 4096) / 4096**2 for form in FORMATS.values()}
     formats = "; ".join(f"{form.text} ({each:.3f} bytes a weight)" for form, each in bytes_of.items())
     _say(f"weights besides bf16, by server.quantization: {formats}")

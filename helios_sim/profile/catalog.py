@@ -153,6 +153,7 @@ class Card:
     load_bytes_per_s: float = 25e9  # from pinned host memory: 0.8 of PCIe 4.0 x16, 31.5 GB/s a direction
     fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
     int8_flops_per_s: float | None = None  # dense; None: vLLM has no int8 products for it, as on Blackwell
+    fp4_flops_per_s: float | None = None  # dense; None: no units for it
 
 
 NVLINK_5 = Link(10e-6, 900e9, "assumed latency of 10 us; NVLink 5: 900 GB/s a direction, NVIDIA B200 data sheet")
@@ -188,22 +189,30 @@ CARDS: dict[str, Card] = {
     "gb200": Card(189_471 * MIB, 8.0e12, 2500e12, 1200.0, NVLINK_5, "NVIDIA GB200 NVL72 data sheet", C2C),
     "mi300x": Card(196_592 * MIB, 5.3e12, 1307e12, 750.0, XGMI, "AMD Instinct MI300X data sheet", PCIE_5),
 }  # fmt: skip
-# Dense TFLOPS of fp8 (with sums in float32) and TOPS of int8, of the same sheets. Ampere has no units for fp8. int8 is
-# left out where vLLM does not compute it (its page "INT8 W8A8": Blackwell; MI300X in its table of supported hardware).
-_EIGHT_BIT: dict[str, tuple[float | None, float | None]] = {
-    "rtxpro6000": (1007.6, None), "rtx5090": (419.0, None), "rtx4090": (330.3, 660.6), "rtx3090": (None, 284.0),
-    "rtxa6000": (None, 309.7), "rtxa5000": (None, 222.2), "rtx6000ada": (728.5, 728.5), "l40s": (733.0, 733.0),
-    "l4": (242.5, 242.5), "a10": (None, 250.0), "a100-40gb": (None, 624.0), "a100-80gb": (None, 624.0),
-    "a100pcie40gb": (None, 624.0), "a100pcie80gb": (None, 624.0), "h100pcie": (1513.0, 1513.0),
-    "h100": (1979.0, 1979.0), "h200": (1979.0, 1979.0), "a30": (None, 330.0), "rtx4080": (194.9, 389.9),
-    "rtx5080": (225.1, None), "gh200": (1979.0, 1979.0), "b200": (4500.0, None), "b300": (4500.0, None),
-    "gb200": (5000.0, None), "mi300x": (2614.9, None),
+# Dense TFLOPS of fp8 (with sums in float32), TOPS of int8 and TFLOPS of fp4, of the same sheets. Ampere has no units
+# for fp8, and only Blackwell has some for fp4. int8 is left out where vLLM does not compute it (its page "INT8 W8A8":
+# Blackwell; MI300X in its table of supported hardware).
+_NARROW: dict[str, tuple[float | None, float | None, float | None]] = {
+    "rtxpro6000": (1007.6, None, 2015.2), "rtx5090": (419.0, None, 1676.0), "rtx4090": (330.3, 660.6, None),
+    "rtx3090": (None, 284.0, None), "rtxa6000": (None, 309.7, None), "rtxa5000": (None, 222.2, None),
+    "rtx6000ada": (728.5, 728.5, None), "l40s": (733.0, 733.0, None), "l4": (242.5, 242.5, None),
+    "a10": (None, 250.0, None), "a100-40gb": (None, 624.0, None), "a100-80gb": (None, 624.0, None),
+    "a100pcie40gb": (None, 624.0, None), "a100pcie80gb": (None, 624.0, None), "h100pcie": (1513.0, 1513.0, None),
+    "h100": (1979.0, 1979.0, None), "h200": (1979.0, 1979.0, None), "a30": (None, 330.0, None),
+    "rtx4080": (194.9, 389.9, None), "rtx5080": (225.1, None, 900.4), "gh200": (1979.0, 1979.0, None),
+    "b200": (4500.0, None, 9000.0), "b300": (4500.0, None, 14_000.0), "gb200": (5000.0, None, 10_000.0),
+    "mi300x": (2614.9, None, None),
 }  # fmt: skip
-for _name, (_fp8, _int8) in _EIGHT_BIT.items():
+
+
+def _per_s(tera: float | None) -> float | None:
+    return None if tera is None else tera * 1e12
+
+
+for _name, (_fp8, _int8, _fp4) in _NARROW.items():
     CARDS[_name] = replace(
-        CARDS[_name], fp8_flops_per_s=None if _fp8 is None else _fp8 * 1e12,
-        int8_flops_per_s=None if _int8 is None else _int8 * 1e12,
-    )  # fmt: skip
+        CARDS[_name], fp8_flops_per_s=_per_s(_fp8), int8_flops_per_s=_per_s(_int8), fp4_flops_per_s=_per_s(_fp4)
+    )
 _OTHER_NAMES = {
     "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a100-80gb", "a10080gb": "a100-80gb",
     "a10040gb": "a100-40gb", "a100pcie": "a100pcie80gb",
@@ -290,6 +299,7 @@ def card_spec(name: str, card: Card, number: int = 1) -> HardwareSpec:
         source=card.source,
         fp8_flops_per_s=None if card.fp8_flops_per_s is None else number * card.fp8_flops_per_s,
         int8_flops_per_s=None if card.int8_flops_per_s is None else number * card.int8_flops_per_s,
+        fp4_flops_per_s=None if card.fp4_flops_per_s is None else number * card.fp4_flops_per_s,
     )
 
 

@@ -34,7 +34,7 @@ _GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
-    "source", "fp8_tflops", "int8_tflops",
+    "source", "fp8_tflops", "int8_tflops", "fp4_tflops",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ class Device:
         if self.cards == 1:
             return self.card
         n, card = self.cards, self.card
-        of_all = ("tdp_w", "idle_w", "fp8_flops_per_s", "int8_flops_per_s")
+        of_all = ("tdp_w", "idle_w", "fp8_flops_per_s", "int8_flops_per_s", "fp4_flops_per_s")
         sums = {key: None if (one := getattr(card, key)) is None else n * one for key in of_all}
         return replace(
             card, name=self.name, hbm_bytes=n * card.hbm_bytes, hbm_bytes_per_s=n * card.hbm_bytes_per_s,
@@ -105,7 +105,8 @@ def _known_card(name: str, key: str) -> Device:
     card = CARDS[of_card]
     if found in HARDWARE:
         spec = replace(
-            HARDWARE[found], fp8_flops_per_s=card.fp8_flops_per_s, int8_flops_per_s=card.int8_flops_per_s
+            HARDWARE[found], fp8_flops_per_s=card.fp8_flops_per_s, int8_flops_per_s=card.int8_flops_per_s,
+            fp4_flops_per_s=card.fp4_flops_per_s,
         )  # fmt: skip
         return Device(spec, card.link, LOAD_BYTES_PER_S[found], key=of_card)
     return Device(card_spec(found, card), card.link, card.load_bytes_per_s, key=of_card)
@@ -129,6 +130,7 @@ def _own_card(path: Path, key: str) -> Device:
         source=fields.text("source", default=f"{path.name}, as its author describes the card"),
         fp8_flops_per_s=_per_s(fields.maybe("fp8_tflops", 0.01, 1e6)),
         int8_flops_per_s=_per_s(fields.maybe("int8_tflops", 0.01, 1e6)),
+        fp4_flops_per_s=_per_s(fields.maybe("fp4_tflops", 0.01, 1e6)),
     )
     link = Link(
         fields.number("link_us", 0, 1e6, PCIE_LINK.latency_s * 1e6) / 1e6,

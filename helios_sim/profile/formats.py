@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.untrusted import Fields
 
-FP8, INT8, WEIGHTS = "fp8", "int8", "weights"  # what a product multiplies; WEIGHTS: bf16, made of the weights each time
+# What a product multiplies; WEIGHTS: bf16, made of the weights each time
+FP8, INT8, FP4, WEIGHTS = "fp8", "int8", "fp4", "weights"
 _MOST_GROUP = 1 << 16
 
 
@@ -24,19 +25,20 @@ class WeightFormat:
 
     name: str  # as it stands in names of models and profiles
     bits: int  # of a weight, 8 or 4
-    products: str  # FP8, INT8 or WEIGHTS
+    products: str  # FP8, INT8, FP4 or WEIGHTS
     group: int = 0  # inputs that share a scale; 0: all
     outputs: int = 1  # outputs that share a scale; 0: all
     scale_bytes: int = 2
     zero_bits: int = 0  # of a zero point beside each scale
     input_bytes: int = 0  # of an index that each input has
     scales_of_scales: int = 0  # how many scales share a float32 of their own; 0: none has one
+    fixed_bytes: int = 0  # of a matrix, whatever its size
 
     def __post_init__(self) -> None:
-        require_one_of("quantization.products", self.products, (FP8, INT8, WEIGHTS))
+        require_one_of("quantization.products", self.products, (FP8, INT8, FP4, WEIGHTS))
         sizes = {"group": self.group, "outputs": self.outputs, "scale_bytes": self.scale_bytes,
                  "zero_bits": self.zero_bits, "input_bytes": self.input_bytes,
-                 "scales_of_scales": self.scales_of_scales}  # fmt: skip
+                 "scales_of_scales": self.scales_of_scales, "fixed_bytes": self.fixed_bytes}  # fmt: skip
         for key, value in sizes.items():
             if not 0 <= value <= _MOST_GROUP:
                 raise UserError(f"quantization.{key}", value, f"from 0 to {_MOST_GROUP}", "correct it")
@@ -48,12 +50,12 @@ class WeightFormat:
         scales = -(-n // (self.outputs or n)) * -(-k // (self.group or k))
         found = -(-n * k * self.bits // 8) + scales * self.scale_bytes + -(-scales * self.zero_bits // 8)
         found += 4 * -(-scales // self.scales_of_scales) if self.scales_of_scales else 0
-        return found + k * self.input_bytes
+        return found + k * self.input_bytes + self.fixed_bytes
 
     @property
     def text(self) -> str:
         """In words, for people."""
-        what = "floats" if self.name.startswith(("fp8", "fbgemm")) else "integers"
+        what = "floats" if self.name.startswith(("fp8", "fbgemm", "nvfp4")) else "integers"
         shared = f", a scale for each {self.group} inputs" if self.group else ""
         on_the_way = ", made bf16 in the kernel" if self.products == WEIGHTS else ", inputs too"
         return f"{self.name}: {self.bits}-bit {what}{shared}{on_the_way}"
@@ -68,6 +70,8 @@ FORMATS = {
         WeightFormat("int4", 4, WEIGHTS, group=128),  # W4A16 of llm-compressor: symmetric, so without zero points
         WeightFormat("awq", 4, WEIGHTS, group=128, zero_bits=4),
         WeightFormat("gptq", 4, WEIGHTS, group=128, zero_bits=4, input_bytes=4),
+        # Scales in fp8, and one float32 more for the weights and one for the inputs of a matrix
+        WeightFormat("nvfp4", 4, FP4, group=16, scale_bytes=1, fixed_bytes=8),
         WeightFormat("bitsandbytes", 4, WEIGHTS, group=64, scale_bytes=1, scales_of_scales=256),  # NF4, scales nested
     )
 }
@@ -77,7 +81,7 @@ _ENDINGS = (  # of names on Hugging Face
     (r"-fp8(-dynamic|-kv)?$", FORMATS["fp8"]), (r"-awq(-int4)?$", FORMATS["awq"]), (r"-gptq-int8$", _GPTQ_8),
     (r"-gptq(-int4)?$", FORMATS["gptq"]), (r"-(quantized\.)?w8a8$|-int8$", FORMATS["int8"]),
     (r"-(quantized\.)?w4a16$|-int4$", FORMATS["int4"]), (r"-(quantized\.)?w8a16$", _W8A16),
-    (r"-bnb-4bit$", FORMATS["bitsandbytes"]),
+    (r"-(nv)?fp4$", FORMATS["nvfp4"]), (r"-bnb-4bit$", FORMATS["bitsandbytes"]),
 )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, i
     method = fields.text("quant_method", default="")
     readers = {
         "fp8": _fp8, "fbgemm_fp8": _fbgemm, "awq": _awq, "gptq": _gptq, "bitsandbytes": _bitsandbytes,
-        "compressed-tensors": _compressed,
+        "compressed-tensors": _compressed, "modelopt": _modelopt,
     }  # fmt: skip
     if method not in readers:
         raise UserError(key, method, f"one of {', '.join(readers)}", "give the config of the unquantized model")
@@ -168,6 +172,10 @@ def _bitsandbytes(fields: Fields) -> WeightFormat:
     return replace(FORMATS["bitsandbytes"], scale_bytes=4, scales_of_scales=0)
 
 
+def _modelopt(fields: Fields) -> WeightFormat:
+    return FORMATS[{"FP8": "fp8", "NVFP4": "nvfp4"}[fields.text("quant_algo", ("FP8", "NVFP4"))]]
+
+
 def _compressed(fields: Fields) -> WeightFormat:
     """One group of all linear layers, in 8-bit floats or integers or 4-bit integers."""
     groups = fields.inner("config_groups")
@@ -181,6 +189,11 @@ def _compressed(fields: Fields) -> WeightFormat:
     if inputs:
         of_inputs = group.inner("input_activations")
         taken = of_inputs.text("type", ("int", "float"), "int"), of_inputs.integer("num_bits", 1, 16)
+        if (kind, bits) == taken == ("float", 4):
+            size = weights.integer("group_size", 1, _MOST_GROUP, 16)
+            if size != 16:
+                raise weights.wrong("group_size", size, "16: 4-bit floats of other groups are not priced")
+            return FORMATS["nvfp4"]
         if taken != (kind, 8):
             raise group.wrong("input_activations", taken, f"none, or 8-bit {kind}")
     if (kind, bits, inputs) not in _COMPRESSED:

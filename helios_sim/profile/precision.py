@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.profile.formats import FORMATS, FP8, INT8, WEIGHTS, named_format
+from helios_sim.profile.formats import FORMATS, FP4, FP8, INT8, WEIGHTS, named_format
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.provenance import Assumption
 
@@ -88,15 +88,16 @@ def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> t
     form, said = model.quantization, []
     if form is None:
         return ()
-    if measured == "fp8":
-        said.append("products in fp8: as measured, with the making of fp8 inputs, which an engine may do elsewhere")
+    if measured in ("fp8", "nvfp4"):
+        made = f"the making of {products} inputs, which an engine may do elsewhere"
+        said.append(f"products in {measured}: as measured, with {made}")
     if measured == "fp8" and products == INT8:
         said.append("products in int8: those in fp8, which have as many bytes and the same rate on this card")
     if measured in ("int4_wo", "int8_wo", "sq"):
         said.append(f"products of the layers: as measured under TensorRT-LLM 1.0.0 on the A100 ({measured}), not vLLM")
     if measured is None and products in (INT8, WEIGHTS):
         said.append("products of the layers: by shares fitted to TensorRT-LLM's on an A100, the only ones measured")
-    if form.group or (form.outputs == 1 and products == FP8):
+    if (form.group and measured != "nvfp4") or (form.outputs == 1 and products == FP8):
         said.append("scales of groups or outputs: their bytes count, times are those of products without them")
     return tuple(said)
 
@@ -110,10 +111,11 @@ def assumed_of(model: ModelSpec) -> tuple[Assumption, ...]:
 
 
 def products_on(model: ModelSpec, card: HardwareSpec) -> str | None:
-    """What products of the model's layers multiply on this card: FP8, INT8 or WEIGHTS; None: bf16, as it is.
+    """What products of the model's layers multiply on this card: FP8, INT8, FP4 or WEIGHTS; None: bf16, as it is.
 
-    As vLLM does, fp8 weights are made bf16 in the kernel where a card has no units for fp8 (its page "FP8 W8A8"), and
-    int8 is not computed on Blackwell ("INT8 W8A8"). UserError for int8 there, and for K and V in fp8 without units.
+    As vLLM does, weights in fp8 and fp4 are made bf16 in the kernel where a card has no units for them (its page "FP8
+    W8A8"), and int8 is not computed on Blackwell ("INT8 W8A8"). UserError for int8 there, and for K and V in fp8 on a
+    card without units for it.
     """
     if model.kv_bytes_per_value == 1 and card.fp8_flops_per_s is None:
         fix = "leave it out, or choose a card with units for fp8, such as l40s, h100 or b200"
@@ -124,7 +126,8 @@ def products_on(model: ModelSpec, card: HardwareSpec) -> str | None:
     if products == INT8 and card.int8_flops_per_s is None:
         allowed = f"a card for which vLLM has int8 products, which {card.name} is not"
         raise UserError("server.quantization", model.quantization.name, allowed, "choose fp8 or int4 on this card")
-    return WEIGHTS if products == FP8 and card.fp8_flops_per_s is None else products
+    lacks = {FP8: card.fp8_flops_per_s is None, FP4: card.fp4_flops_per_s is None}
+    return WEIGHTS if lacks.get(products) else products
 
 
 def check_groups(model: ModelSpec, cards: int) -> None:

@@ -37,7 +37,7 @@ from helios_sim.core.price import (
     times_s,
 )
 from helios_sim.profile.composition import Composition
-from helios_sim.profile.formats import FP8, INT8
+from helios_sim.profile.formats import FP4, FP8, INT8
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
@@ -325,7 +325,7 @@ def _scalar_values(
 def _layer_rate(model: ModelSpec, hardware: HardwareSpec) -> float:
     """Operations per second that no product of a layer can beat."""
     products = None if model.quantization is None else model.quantization.products
-    rates = {FP8: hardware.fp8_flops_per_s, INT8: hardware.int8_flops_per_s}
+    rates = {FP8: hardware.fp8_flops_per_s, INT8: hardware.int8_flops_per_s, FP4: hardware.fp4_flops_per_s}
     return float(rates.get(products or "") or hardware.flops_per_s)
 
 

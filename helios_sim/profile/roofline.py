@@ -10,7 +10,7 @@ import numpy as np
 from helios_sim.profile.catalog import LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device, ring_s, shard, whole_model
-from helios_sim.profile.formats import FP8, INT8, WEIGHTS
+from helios_sim.profile.formats import FP4, FP8, INT8, WEIGHTS
 from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime, preset
@@ -110,17 +110,21 @@ class Efficiency:
     int8_kernel_s: float = 13e-6
     weights_flops: float = 0.9
     weights_kernel_s: float = 15e-6
+    fp4_flops: float = 0.4
+    fp4_kernel_s: float = 8e-6
 
 
-# Fitted to the measured kernels of six cards, A100 to B200, by experiments/kernels/fit.py: fp8 to five, integers to the
-# A100, the only one that has them. Where a card was left out of the fit, its measured times over the predicted ones had
-# these bounds (5 % to 95 % of decodes and prompts). None was left out for integers: there the lower bound is what the
-# fit misses of single products, and the upper one of weights alone what an 8-bit kernel of SGLang took on an H100.
+# Fitted to the measured kernels of six cards, A100 to B200, by experiments/kernels/fit.py: fp8 to five, fp4 to two,
+# integers to the A100, the only one that has them. Where a card was left out of the fit, its measured times over the
+# predicted ones had these bounds (5 % to 95 % of decodes and prompts). None was left out for integers: there the lower
+# bound is what the fit misses of single products, and the upper one of weights alone what an 8-bit kernel of SGLang
+# took on an H100.
 FITTED = Efficiency(
     bandwidth=0.813, flops=0.726, attention_flops=0.785, kernel_s=3.8e-6, fp8_flops=0.534, fp8_kernel_s=7.6e-6,
     int8_flops=0.659, int8_kernel_s=13.3e-6, weights_flops=0.882, weights_kernel_s=15.3e-6,
+    fp4_flops=0.461, fp4_kernel_s=8.8e-6,
 )  # fmt: skip
-FITTED_BANDS = {None: (0.83, 1.21), FP8: (0.79, 1.23), INT8: (0.73, 1.41), WEIGHTS: (0.77, 1.45)}
+FITTED_BANDS = {None: (0.83, 1.21), FP8: (0.79, 1.23), INT8: (0.73, 1.41), WEIGHTS: (0.77, 1.45), FP4: (0.72, 1.24)}
 
 
 def fitted_band(model: ModelSpec, card: HardwareSpec) -> tuple[float, float]:
@@ -144,10 +148,11 @@ def quantized_s(
     of = {
         FP8: (card.fp8_flops_per_s, efficiency.fp8_flops, efficiency.fp8_kernel_s),
         INT8: (card.int8_flops_per_s, efficiency.int8_flops, efficiency.int8_kernel_s),
+        FP4: (card.fp4_flops_per_s, efficiency.fp4_flops, efficiency.fp4_kernel_s),
     }  # fmt: skip
     rate, share, kernel_s = of[products]
     assert rate is not None
-    moved_s = (weights + rows * (2 * gemm.n + gemm.k)) / bytes_per_s
+    moved_s = (weights + rows * (2 * gemm.n + (0.5625 if products == FP4 else 1.0) * gemm.k)) / bytes_per_s
     return kernel_s + np.maximum(moved_s, operations / (rate * share))
 
 
@@ -242,7 +247,7 @@ def device_roofline(
     why = "no kernel measured: share of the data sheet"
     if efficiency == FITTED:
         why += ", fitted to the kernels of six other cards"
-    others = tuple(f"{other}_" for other in (FP8, INT8, WEIGHTS) if other != products)
+    others = tuple(f"{other}_" for other in (FP8, INT8, FP4, WEIGHTS) if other != products)
     used = {key: value for key, value in asdict(efficiency).items() if not key.startswith(others)}
     assumptions = tuple(Assumption(f"efficiency.{key}", value, why, f"efficiency.{key}") for key, value in used.items())
     assumptions += assumed_of(model)

@@ -78,7 +78,7 @@ def _of_config(path: Path) -> Shape:
     has_more = isinstance(inner, dict)
     values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
     form, kv_bytes = _format(path, whole, values)
-    _refuse_others(path, values)
+    _refuse_others(path, values, form is None)
     kind = str(values.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
@@ -134,10 +134,10 @@ def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> 
     return None, 2
 
 
-def _refuse_others(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError for what the cost model does not know."""
-    if (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
-        allowed = "a folder without hf_quant_config.json: formats of ModelOpt are not priced"
+def _refuse_others(path: Path, values: Mapping[str, Any], says_nothing: bool) -> None:
+    """Raise UserError for what the cost model does not know. `says_nothing`: of how its weights are kept."""
+    if says_nothing and (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
+        allowed = "a config.json with a quantization_config beside hf_quant_config.json, which is not read"
         raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
     for experts in _EXPERTS:
         if values.get(experts) not in (None, 0, 1):

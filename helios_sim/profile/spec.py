@@ -24,6 +24,7 @@ _OF_A_MODEL: _Ranges = {
 _OF_A_CARD: _Ranges = {
     "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, math.inf), "flops_per_s": (1, math.inf), "tdp_w": (1e-3, 1e6),
     "idle_w": (0, 1e6), "fp8_flops_per_s": (1, math.inf), "int8_flops_per_s": (1, math.inf),
+    "fp4_flops_per_s": (1, math.inf),
 }  # fmt: skip
 
 
@@ -148,6 +149,7 @@ class HardwareSpec:
     source: str
     fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
     int8_flops_per_s: float | None = None  # dense; None: no units for it, or none that vLLM has kernels for
+    fp4_flops_per_s: float | None = None  # dense; None: no units for it
 
     def __post_init__(self) -> None:
         require_name("hardware.name", self.name)

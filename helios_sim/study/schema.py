@@ -157,8 +157,8 @@ class ServerConfig:
     block_tokens: int = 16  # of a KV block, vLLM's block_size
     replicas: int = 1  # cards, or groups of them, each with a server and a policy of its own
     tensor_parallel: int = 1  # cards of a group that runs a model together: 4 means 4x`hardware`
-    # Of the weights of layers: fp8, int8, int4, awq, gptq or bitsandbytes; null: as the model's name (...-FP8, ...-AWQ,
-    # ...-GPTQ-Int4) or its config.json says, else bf16
+    # Of the weights of layers: fp8, int8, int4, awq, gptq, nvfp4 or bitsandbytes; null: as the model's name (...-FP8,
+    # ...-AWQ, ...-GPTQ-Int4) or its config.json says, else bf16
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does

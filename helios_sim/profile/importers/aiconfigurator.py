@@ -25,7 +25,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import CARDS, HARDWARE, LOAD_BYTES_PER_S, PCIE_LINK, activation_reserve_bytes, card_spec
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device, shard, whole_model
-from helios_sim.profile.formats import FP8, INT8, WEIGHTS
+from helios_sim.profile.formats import FP4, FP8, INT8, WEIGHTS
 from helios_sim.profile.importers.reading import MS, times
 from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
@@ -59,18 +59,20 @@ class Measured:
 
     dtype: str
     weight_bytes: float = BF16_BYTES
-    input_bytes: int = BF16_BYTES
-    multiplies: str = WEIGHTS  # or FP8, INT8: which of the card's rates
+    input_bytes: float = BF16_BYTES
+    multiplies: str = WEIGHTS  # or FP8, INT8, FP4: which of the card's rates
 
     def rate(self, card: HardwareSpec) -> float:
         """Operations per second that the card can do at most."""
-        found = {FP8: card.fp8_flops_per_s, INT8: card.int8_flops_per_s}.get(self.multiplies, card.flops_per_s)
+        rates = {FP8: card.fp8_flops_per_s, INT8: card.int8_flops_per_s, FP4: card.fp4_flops_per_s}
+        found = rates.get(self.multiplies, card.flops_per_s)
         assert found is not None
         return found
 
 
 BF16 = Measured("bfloat16")
 OF_FP8 = Measured("fp8", 1.0, 1, FP8)  # its time includes making the inputs fp8
+OF_FP4 = Measured("nvfp4", 0.5625, 0.5625, FP4)  # the same; a byte of scale for 16 values
 INTEGERS = {  # by what is multiplied, and bits of a weight
     (INT8, 8): Measured("sq", 1.0, 1, INT8), (WEIGHTS, 8): Measured("int8_wo", 1.0),
     (WEIGHTS, 4): Measured("int4_wo", 0.5),
@@ -389,7 +391,7 @@ class LayerTimes:
             return INTEGERS[products, form.bits]
         if products == WEIGHTS:
             return None
-        return OF_FP8 if products == FP8 else replace(OF_FP8, multiplies=INT8)
+        return {FP8: OF_FP8, FP4: OF_FP4, INT8: replace(OF_FP8, multiplies=INT8)}[products]
 
     @property
     def measured(self) -> str | None:
@@ -626,4 +628,5 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
 def _kinds(times: LayerTimes) -> str:
     """In which precisions the kernels were measured that the profile is made of."""
     of_kv = "fp8" if times.model.kv_bytes_per_value == 1 else "bf16"
-    return " and ".join(dict.fromkeys(("bf16", "fp8" if times.measured == "fp8" else "bf16", of_kv)))
+    of_layers = str(times.measured) if times.measured in ("fp8", "nvfp4") else "bf16"
+    return " and ".join(dict.fromkeys(("bf16", of_layers, of_kv)))
