@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from helios_sim.config import register
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
-from helios_sim.policy.registry import POLICIES
+from helios_sim.policy.registry import POLICIES, VARIANTS, policy_config
 from helios_sim.policy.telemetry import Goal
 from helios_sim.profile.spec import PRESETS
 from helios_sim.study.build import PROFILE_RUNTIME
@@ -35,13 +35,6 @@ def composed(name: str) -> dict[str, Any]:
 
 
 SHIPPED = {name: composed(name) for name in FILES if name != "none"}
-# A file of another name than its policy's differs from that policy's defaults in this one setting.
-VARIANTS = {
-    "early_exit_lazy": ("batching", "lazy"),
-    "switch_only": ("on_breach", "switch_only"),
-    "load_only": ("on_breach", "load_only"),
-    "transfer_only": ("on_breach", "transfer_only"),
-}
 
 
 def test_every_policy_has_a_file():
@@ -54,7 +47,7 @@ def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
     kind = POLICIES[SHIPPED[file]["name"]]
     parameters = {f.name: f for f in fields(kind.parameters) if f.name not in kind.fixed}
     assert set(settings) == set(parameters)
-    variant = dict([VARIANTS[file]] if file in VARIANTS else [])
+    variant = VARIANTS[file][1] if file in VARIANTS else {}
     for key, f in parameters.items():
         if key in ("threshold", "confidence"):
             assert settings[key] is None
@@ -67,13 +60,26 @@ def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
             assert settings[key] == (default.value if isinstance(default, Enum) else default)
 
 
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_an_arm_may_name_a_variant(name):
+    base, own = VARIANTS[name]
+    same = policy_config(base, {"threshold": 0.9, **own})
+    assert policy_config(name, {"threshold": 0.9}) == same
+    assert policy_config(name, {"threshold": 0.9, **own}) == same
+    (key,) = own
+    with pytest.raises(UserError, match=f"{name} is {base} with {key}"):
+        policy_config(name, {"threshold": 0.9, key: "cheaper"})
+    jobs = [jobs_of(Config(arms={"mine": entry}), "mine") for entry in ({"policy": name}, {"policy": base, **own})]
+    assert jobs[0][0].arm == jobs[1][0].arm
+
+
 @pytest.mark.parametrize("file", sorted(set(SHIPPED) - {"custom"}))
 def test_a_file_makes_an_arm_of_its_own_name_that_the_policy_accepts(file):
     config = Config(policy=SHIPPED[file])
     assert list(entries_of(config)) == [file]
     (job,) = jobs_of(config, file)
     assert (job.arm.name, job.arm.policy.name) == (file, SHIPPED[file]["name"])
-    told = {"threshold", *([VARIANTS[file][0]] if file in VARIANTS else [])}
+    told = {"threshold", *(VARIANTS[file][1] if file in VARIANTS else [])}
     assert set(job.arm.policy.told()) <= told
 
 

@@ -57,6 +57,13 @@ POLICIES: Mapping[str, PolicyKind] = {
     "custom": PolicyKind(CustomParameters, load_custom, "a policy of your own"),
 }
 
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # names of a policy with some of its settings
+    "early_exit_lazy": ("early_exit", {"batching": "lazy"}),
+    "load_only": ("helios", {"on_breach": "load_only"}),
+    "switch_only": ("helios", {"on_breach": "switch_only"}),
+    "transfer_only": ("helios", {"on_breach": "transfer_only"}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
@@ -89,7 +96,15 @@ def policy_config(name: str, settings: Mapping[str, Any] | None = None) -> Polic
 
     UserError for an unknown name, an unknown or missing parameter, or a value of the wrong kind or range.
     """
-    kind, known, settings = _kind_of(name), parameters_of(name), settings or {}
+    settings = settings or {}
+    if name in VARIANTS:
+        variant, (name, own) = name, VARIANTS[name]
+        for key, value in own.items():
+            if settings.get(key, value) != value:
+                allowed = f"{variant} is {name} with {key}={value}"
+                raise UserError(f"policy.{key}", settings[key], allowed, f"leave it out, or choose {name}")
+        settings = {**settings, **own}
+    kind, known = _kind_of(name), parameters_of(name)
     parameters: Any = kind.parameters
     hints = _hints(parameters)
     for key in settings:
@@ -116,8 +131,10 @@ def parameters_of(name: str) -> tuple[str, ...]:
 
 
 def _kind_of(name: str) -> PolicyKind:
+    name = VARIANTS[name][0] if name in VARIANTS else name
     if name not in POLICIES:
-        raise UserError("policy", name, f"one of {', '.join(POLICIES)}", "choose one of these, or custom for your own")
+        names = ", ".join([*POLICIES, *VARIANTS])
+        raise UserError("policy", name, f"one of {names}", "choose one of these, or custom for your own")
     return POLICIES[name]
 
 
