@@ -13,6 +13,7 @@ import pytest
 
 import helios_sim.study.jobs
 from helios_sim.core import machine
+from helios_sim.errors import UserError
 from helios_sim.files import write_parquet_parts
 from helios_sim.report import records as records_module
 from helios_sim.report.metrics import Slo, compute_metrics
@@ -32,6 +33,7 @@ from helios_sim.study.schema import (
     WorkloadConfig,
 )
 from helios_sim.workload import generate
+from report_example import example_result
 
 N = 1000
 
@@ -215,3 +217,35 @@ def block_of(records: list[RequestRecord]) -> RecordBlock:
          for name in maybe},
         {name: (np.array([names[name].index(v) for v in columns[name]]), names[name]) for name in labels},
     )  # fmt: skip
+
+
+def test_a_table_has_the_seconds_that_metrics_are_made_of() -> None:
+    rows = Records.of(some_records())
+    table = rows.to_table("arm", 3, tasks=[f"task {i}" for i in range(1 + int(rows.task.max()))]).to_pydict()
+    for row in range(len(rows)):
+        arrival_ns, first_ns, last_ns = (table[name][row] for name in ("arrival_ns", "first_token_ns", "last_token_ns"))
+        done, tokens = table["status"][row] == "completed", table["output_tokens"][row]
+        assert table["task_name"][row] == f"task {table['task'][row]}"
+        assert table["queue_s"][row] == ((table["scheduled_ns"][row] - arrival_ns) / NS_PER_S if done else None)
+        assert table["ttft_s"][row] == ((first_ns - arrival_ns) / NS_PER_S if done else None)
+        assert table["e2e_s"][row] == ((last_ns - arrival_ns) / NS_PER_S if done else None)
+        tpot_s = (last_ns - first_ns) / (tokens - 1) / NS_PER_S if done and tokens > 1 else None
+        assert table["tpot_s"][row] == (tpot_s if tpot_s is None else pytest.approx(tpot_s, rel=1e-15))
+    assert np.mean([value for value in table["ttft_s"] if value is not None]) == pytest.approx(
+        compute_metrics(rows, RunStats())["ttft_s_mean"]
+    )
+
+
+def test_requests_come_as_a_data_frame(monkeypatch) -> None:
+    from importlib.util import find_spec
+
+    import helios_sim.report.result as result_module
+
+    result = example_result((1, 2))
+    frame = result.requests()
+    assert len(frame) == sum(len(r.records) for arm in result.arms.values() for r in arm.replicates)
+    assert {"arm", "seed", "ttft_s", "tpot_s", "e2e_s", "queue_s"} <= set(frame.columns)
+    assert frame[frame["arm"] == "helios"]["ttft_s"].mean() > 0
+    monkeypatch.setattr(result_module, "find_spec", lambda name: None if name == "pandas" else find_spec(name))
+    with pytest.raises(UserError, match="pandas or polars"):
+        result.requests()

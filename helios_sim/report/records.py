@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.files import numbers, texts
-from helios_sim.request import RecordBlock, RequestRecord, Status
+from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,6 +40,7 @@ INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
 }
 MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
 LABELS = ("model", "status", "drop_reason")
+DERIVED = ("queue_s", "ttft_s", "tpot_s", "e2e_s", "task_name")  # of a table, from its other columns
 BLOCK_ROWS = 65_536  # of a table that is written in parts
 
 
@@ -167,17 +168,18 @@ class Records:
             return None
         return int(self.arrival_ns.min()), int(self.last_token_ns.values[done].max())
 
-    def tables(self, arm: str, seed: int) -> Iterator[pyarrow.Table]:
+    def tables(self, arm: str, seed: int, tasks: Sequence[str] = ()) -> Iterator[pyarrow.Table]:
         """The tables of `to_table` for parts of at most BLOCK_ROWS rows."""
         for first in range(0, max(len(self), 1), BLOCK_ROWS):
-            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed)
+            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks)
 
-    def to_table(self, arm: str, seed: int) -> pyarrow.Table:
+    def to_table(self, arm: str, seed: int, tasks: Sequence[str] = ()) -> pyarrow.Table:
         """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
-        known, plus `arm` and `seed`."""
+        known, plus `arm` and `seed`; then what follows from them (`DERIVED`), in seconds, of completed requests, and
+        the task's name where `tasks` has one for each number."""
         import pyarrow as pa
 
-        n = len(self)
+        n, done = len(self), self.completed
         columns = {"arm": _texts(Labels(np.zeros(n, np.int16), (arm,))), "seed": numbers(np.full(n, seed, np.int64))}
         columns |= {name: _texts(getattr(self, name)) for name in LABELS}
         columns |= {name: numbers(getattr(self, name).astype(np.int64)) for name in INTEGERS}
@@ -185,6 +187,18 @@ class Records:
             moments: Maybe = getattr(self, name)
             columns[name] = numbers(moments.values, moments.present)
         columns["bits"] = numbers(self.microbits.values / MICROBITS, self.microbits.present)
+        tpot_ns, defined = self.tpot_ns()
+        for name, of_completed, present in (
+            ("queue_s", self.queue_ns(), None), ("ttft_s", self.ttft_ns(), None), ("tpot_s", tpot_ns, defined),
+            ("e2e_s", self.e2e_ns(), None),
+        ):  # fmt: skip
+            values, known = np.zeros(n), done.copy()
+            values[done] = of_completed / NS_PER_S
+            if present is not None:
+                known[done] = present
+            columns[name] = numbers(values, known)
+        if tasks:
+            columns["task_name"] = _texts(Labels(self.task.astype(np.int16), tuple(tasks)))
         return pa.table(columns)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.errors import UserError
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare
@@ -20,6 +24,8 @@ from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.workload.faults import Struck
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from helios_sim.serving.decider import Decision
 
 USUAL_METRICS = (
@@ -352,6 +358,27 @@ class ExperimentResult:
     def by_task(self, arm: str) -> dict[str, TaskFigures]:
         """The arm's figures for each of the workload's tasks."""
         return by_task([replicate.records for replicate in self.arms[arm].replicates], self.workload.tasks)
+
+    def request_tables(self) -> Iterator[pyarrow.Table]:
+        """The rows of requests.parquet, one for each request, arm and seed, in parts."""
+        for arm in self.arms.values():
+            for replicate in arm.replicates:
+                yield from replicate.records.tables(arm.name, replicate.seed, self.workload.tasks)
+
+    def requests(self) -> Any:
+        """The same as a data frame of pandas or, where only that is installed, of polars.
+
+        UserError where neither is.
+        """
+        import pyarrow as pa
+
+        table = pa.concat_tables(self.request_tables()).unify_dictionaries()
+        if find_spec("pandas") is not None:
+            return table.to_pandas()
+        with suppress(ImportError):
+            return import_module("polars").from_arrow(table)
+        allowed = "a data frame needs pandas or polars; requests.parquet has the same rows"
+        raise UserError("requests()", "no data frames here", allowed, "pip install pandas")
 
     @property
     def provenance_class(self) -> ProvenanceClass | None:

@@ -47,9 +47,7 @@ def write_result(
 
 def write_requests(result: ExperimentResult, folder: Path) -> None:
     """requests.parquet: one row for each request, arm and seed, written in blocks of rows."""
-    replicates = [(arm.name, replicate) for arm in result.arms.values() for replicate in arm.replicates]
-    tables = (table for name, it in replicates for table in it.records.tables(name, it.seed))
-    files.write_parquet_parts(folder / "requests.parquet", tables)
+    files.write_parquet_parts(folder / "requests.parquet", result.request_tables())
 
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:

@@ -18,6 +18,7 @@ from digests.canonical import digest
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.report.faults import COUNTED
+from helios_sim.report.records import DERIVED
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.command import run_study
 from helios_sim.study.sweep import run_sweep
@@ -79,6 +80,7 @@ def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[st
         for name, arm in arms.items():
             rows = [row for row in tables.get(table, []) if row["arm"] == name]
             if table == "requests":
+                rows = [{name: value for name, value in row.items() if name not in DERIVED} for row in rows]
                 rows.sort(key=lambda row: (row["seed"], row["request_id"], row["replica"]))
             arm[table] = digest(rows, exact=table == "requests")
     found: dict[str, Any] = {"arms": arms}
