@@ -149,6 +149,8 @@ CASES: dict[str, Case] = {
     "objective.max_response_time_s": Case(
         0.5, {"objective.goal": "quality", "objective.max_bits_ratio": None}, experiment="real_models"
     ),
+    "cost.usd_per_card_hour": Case(2.5),
+    "cost.gco2e_per_kwh": Case(300.0),
     **{f"slo.{name}": Case(0.05) for name in ("ttft_s", "tpot_s", "e2e_s")},
 }
 
@@ -227,6 +229,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "exits.parameters": {"exits.source": "none"}, "workload.lengths": {"workload.lengths.kind": "trace"},
         "workload.arrivals.rate_per_s": arrivals("all_at_once"), "server.tensor_parallel": {"mode": "live"},
         "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
+        "cost": {"fidelity.folder": "log"},
     }  # fmt: skip
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config

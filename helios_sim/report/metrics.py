@@ -29,7 +29,7 @@ class Definition:
 
     name: str
     label: str
-    unit: str  # "s", "1/s", "bytes", "share", "J", "Wh", "bits", "" for a plain number
+    unit: str  # "s", "1/s", "bytes", "share", "J", "Wh", "bits", "USD", "g", "" for a plain number
     better: Better
     meaning: str
 
@@ -82,6 +82,21 @@ _OTHERS = (
         "lower",
         "energy over the span / completed requests; a band if simulated",
     ),
+    ("usd_per_hour", "USD/hour", "USD", "lower", "price of all cards, by cost.usd_per_card_hour"),
+    (
+        "usd_per_million_tokens",
+        "USD/M tokens",
+        "USD",
+        "lower",
+        "price of all cards over the span / millions of output tokens of completed requests",
+    ),
+    (
+        "gco2e_per_million_tokens",
+        "gCO2e/M tokens",
+        "g",
+        "lower",
+        "energy over the span x cost.gco2e_per_kwh / millions of output tokens; a band if simulated",
+    ),
     ("switches", "Switches", "", "neither", "changes of the active model"),
     ("loads", "Loads", "", "neither", "transfers of weights to the device"),
     ("switch_time_s", "Switch time", "s", "lower", "from a decision to change the placement until it is in force"),
@@ -110,6 +125,8 @@ DEFINITIONS: dict[str, Definition] = {
         *(Definition(name, label, unit, Better(better), text) for name, label, unit, better, text in _OTHERS),
     )
 }
+
+OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 
 ENERGY_NOTE = (
     "Energy of a simulation has no measured source, so it is a band and never a point. Low: idle power over the span, "
@@ -154,6 +171,14 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """Prices of a run: of all cards for an hour, and of a kWh in grams of CO2e; None: not counted."""
+
+    usd_per_hour: float | None = None
+    gco2e_per_kwh: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Power:
     """Power of one card: between idle and the board limit."""
 
@@ -183,6 +208,7 @@ def compute_metrics(
     cards: Sequence[Cards] | None = None,
     transitions: Mapping[int, Sequence[int]] | None = None,
     faults: Sequence[Struck] | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, MetricValue]:
     """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike.
 
@@ -223,6 +249,7 @@ def compute_metrics(
     metrics["bits_per_char"] = records.bits_per_char(done)
     energy_j = None if span_s is None else energy_band_j(cards, span_s)
     metrics |= energy_metrics(energy_j, n_done, chars)
+    metrics |= _cost_metrics(costs or Costs(), span_s, energy_j, tokens)
     metrics["switches"] = stats.switches
     metrics["loads"] = stats.loads
     metrics["switch_time_s"] = stats.switch_time_ns / NS_PER_S
@@ -294,6 +321,22 @@ def energy_band_j(cards: Sequence[Cards], span_s: float) -> Band | None:
 def energy_metrics(energy_j: Band | float | None, n_done: int, chars: int) -> dict[str, MetricValue]:
     """The joules of a run over the characters and the number of its completed requests; None where undefined."""
     return {"energy_j_per_char": _spread(energy_j, chars), "energy_wh_per_request": _spread(energy_j, n_done * 3600)}
+
+
+def _cost_metrics(
+    costs: Costs, span_s: float | None, energy_j: Band | float | None, tokens: int
+) -> dict[str, MetricValue]:
+    usd = None if costs.usd_per_hour is None or span_s is None else costs.usd_per_hour * span_s / 3600
+    return {
+        "usd_per_hour": costs.usd_per_hour,
+        "usd_per_million_tokens": None if usd is None else _over(usd * 1e6, tokens),
+        "gco2e_per_million_tokens": gco2e_per_million(energy_j, costs.gco2e_per_kwh, tokens),
+    }
+
+
+def gco2e_per_million(energy_j: Band | float | None, gco2e_per_kwh: float | None, tokens: int) -> Band | float | None:
+    """Grams of CO2e for each million output tokens; None where undefined."""
+    return None if not gco2e_per_kwh else _spread(energy_j, 3.6e6 * tokens / (gco2e_per_kwh * 1e6))
 
 
 def mean_metrics(runs: Sequence[Metrics]) -> dict[str, MetricValue]:

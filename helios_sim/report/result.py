@@ -17,7 +17,7 @@ from helios_sim.errors import UserError
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare
-from helios_sim.report.metrics import Metrics, Slo, mean_metrics
+from helios_sim.report.metrics import OF_COST, Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
@@ -394,8 +394,14 @@ class ExperimentResult:
 
 
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
-    """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first."""
-    return result.headline_metrics or USUAL_METRICS
+    """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first.
+
+    Costs follow where they were asked for.
+    """
+    names = result.headline_metrics or USUAL_METRICS
+    runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
+    costs = (name for name in OF_COST if name not in names and any(run.get(name) is not None for run in runs))
+    return (*names, *costs)
 
 
 Comparisons = Mapping[str, Mapping[str, Ratio]]  # by arm, then by metric

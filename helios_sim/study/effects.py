@@ -17,6 +17,17 @@ def _is_live(c: Config) -> bool:
     return c.mode == LIVE or bool(c.fidelity_live.loads)
 
 
+def _is_compared(c: Config) -> bool:
+    return c.fidelity.compare or c.fidelity.folder is not None
+
+
+def _is_simulated(c: Config) -> bool:
+    return not _is_live(c) and not _is_compared(c)
+
+
+_SERVED = "where requests are served, not beside a log of a real engine"
+
+
 def _arrivals(*kinds: str) -> tuple[_Counts, str]:
     return lambda c: c.workload.arrivals.kind in kinds, f"only with workload.arrivals.kind={' or '.join(kinds)}"
 
@@ -59,7 +70,7 @@ def _fault(kind: str) -> tuple[_Counts, str]:
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "live": (_is_live, "only with mode=live"),
-    "fidelity": (lambda c: c.fidelity.compare or c.fidelity.folder is not None, "only with fidelity.folder"),
+    "fidelity": (_is_compared, "only with fidelity.folder"),
     "fidelity_live": (lambda c: bool(c.fidelity_live.loads), "only with fidelity_live.loads"),
     "sweep": (lambda c: bool(c.sweep.parameters), "only with sweep.parameters: +experiment=sweep_helios has some"),
     "sweep.sampler": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
@@ -73,8 +84,9 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
         lambda c: c.server.batch_wait_iterations > 0, "only with server.batch_wait_iterations",
     ),
     "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
-    "server.quantization": (lambda c: not _is_live(c), "only in a simulation: weights served live are as they are"),
-    "server.kv_cache_dtype": (lambda c: not _is_live(c), "only in a simulation: served live, K and V are as computed"),
+    "server.quantization": (_is_simulated, "only in a simulation: weights of a device or of a log are as they are"),
+    "server.kv_cache_dtype": (_is_simulated, "only in a simulation: K and V of a device or of a log are as they are"),
+    "cost": (lambda c: not _is_compared(c), _SERVED),
     "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
     "workload.arrivals.cv": _arrivals("gamma"),
     "workload.arrivals.users": _arrivals("closed_loop"),

@@ -31,6 +31,7 @@ from helios_sim.serving.server import Server
 from helios_sim.serving.stats import Timeline
 from helios_sim.simulation import BlockSink, Run, simulate
 from helios_sim.study.build import Arm, Parts, arm_of
+from helios_sim.study.cost import costs_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
 from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
@@ -198,7 +199,10 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
-    metrics = compute_metrics(records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults)
+    metrics = compute_metrics(
+        records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults,
+        costs=costs_of(job.config, fleet),
+    )  # fmt: skip
     share = metrics["roofline_fraction"]
     if job.config.mode == SIMULATE and isinstance(share, float) and share > ROOFLINE:
         allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"

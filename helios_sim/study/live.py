@@ -23,7 +23,7 @@ from helios_sim.profile.pace import DECODE, PROMPT
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Anchors
 from helios_sim.provenance import Provenance, ProvenanceClass
-from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics
+from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics, gco2e_per_million
 from helios_sim.report.records import Maybe, Records
 from helios_sim.request import Request, to_ns
 from helios_sim.serving.iteration import Engine, OutOfMemory
@@ -114,7 +114,9 @@ class LiveRun:
         unknown = UNKNOWN if not self._config.live.score else UNKNOWN - {"agreement"}
         known = {name: None if name in unknown else value for name, value in metrics.items()}
         done = records.completed
-        return known | energy_metrics(self.meter.energy_j, int(done.sum()), int(records.output_chars[done].sum()))
+        known |= energy_metrics(self.meter.energy_j, int(done.sum()), int(records.output_chars[done].sum()))
+        tokens, carbon = int(records.output_tokens[done].sum()), self._config.cost.gco2e_per_kwh
+        return known | {"gco2e_per_million_tokens": gco2e_per_million(self.meter.energy_j, carbon, tokens)}
 
     def inputs(self) -> dict[str, Provenance]:
         """Where the energy comes from."""

@@ -15,6 +15,7 @@ from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
+from helios_sim.study.cost import costs_of
 from helios_sim.study.fleet import Fleet, in_json, of_kind, shared_fleet, what_counts
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import LIVE, SIMULATE
@@ -180,6 +181,7 @@ def check_study(plan: StudyPlan) -> None:
         name = in_json(what_counts(job.config))
         if name not in built:
             built[name] = shared_fleet(job.config, job.seed)
+            costs_of(job.config, built[name])
             if job.config.mode == LIVE:
                 from helios_sim.study.live import check_live
 

@@ -247,6 +247,22 @@ class SloConfig:
 
 
 @dataclass
+class CostConfig:
+    """What cards and electricity cost. Null: not counted, since no price is assumed."""
+
+    usd_per_card_hour: Any = None  # of each card, or by their names: {a100-40gb: 1.2, h100-80gb: 2.5}
+    gco2e_per_kwh: float | None = None  # of electricity, as CO2 equivalent in grams
+
+    def __post_init__(self) -> None:
+        price, allowed = self.usd_per_card_hour, "null, a number above 0, or such a number for each card by its name"
+        each = list(price.values()) if isinstance(price, Mapping) else [price]
+        numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 < p <= 1e6 for p in each)
+        require(price is None or (bool(each) and numbers), "cost.usd_per_card_hour", price, allowed)
+        carbon = self.gco2e_per_kwh
+        require(carbon is None or 0 < carbon <= 1e5, "cost.gco2e_per_kwh", carbon, "null or above 0, at most 100000")
+
+
+@dataclass
 class SweepConfig:
     """All combinations of the axes' values, for the named arms."""
 
@@ -326,6 +342,7 @@ class Config:
     exits: ExitsConfig = field(default_factory=ExitsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     policy: dict[str, Any] | None = None  # one more arm: name and settings
     # By name: policy, its settings, and if wanted a description, overrides (of this configuration, by dotted path)
     # and a baseline of its own, for arms under other conditions than the study's.
