@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.errors import UserError
+from helios_sim.policy.answers import fault_of
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
+
+_SHOWN = 80  # characters of what was returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class _Checked:
         self._policy, self._name = policy, name
 
     def start(self, situation: Situation) -> Deployment:
+        self._situation = situation
         return self._checked("start", self._policy.start(situation))
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
@@ -71,9 +76,22 @@ class _Checked:
 
     def _checked(self, method: str, found: object) -> Deployment:
         if not isinstance(found, Deployment):
-            allowed = f"{method}() returned {found!r}; start() returns a Deployment, decide() a Deployment or None"
+            wanted = "start() returns a Deployment, decide() a Deployment or None"
+            allowed = f"{method}() returned {_short(found)}; {wanted}"
             raise _error(self._name, allowed, f"return one from {method}()")
+        fault = fault_of(found, self._situation)
+        if fault is not None:
+            field_name, value, wanted = fault
+            allowed = f"{method}() returned a Deployment with {field_name}={_short(value)}, which must be {wanted}"
+            raise _error(self._name, allowed, f"correct {field_name}")
         return found
+
+
+def _short(value: object) -> str:
+    with suppress(Exception):  # the user's own __repr__
+        text = repr(value)
+        return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return f"a {type(value).__name__}"
 
 
 def _error(value: object, allowed: str, fix: str) -> UserError:

@@ -1,0 +1,153 @@
+"""Checks what a policy of the user's own returns, before anything acts on it: types, names, depths and ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from helios_sim.exits.rule import MOST_THRESHOLD, Clairvoyant, Confidence, FixedCap, FullDepth, PerToken
+from helios_sim.policy.deployment import (
+    AtTime,
+    BatchingRule,
+    BreachLimit,
+    Completed,
+    Deployment,
+    Drained,
+    InFlight,
+    KvRule,
+    Placement,
+    Probe,
+    Probed,
+    QueueAbove,
+)
+from helios_sim.policy.telemetry import Situation
+
+MOST = 2**60  # of whole numbers, some of which are nanoseconds
+_LEAST = {  # of the numbers of a trigger
+    BreachLimit: {"window_tokens": 1, "limit": 0},
+    Completed: {"requests": 1},
+    AtTime: {"time_ns": 0},
+    QueueAbove: {"requests": 0},
+    Drained: {},
+    Probed: {},
+}
+_MOST_WINDOW = 1_000_000  # tokens, each of which is kept
+
+
+def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str] | None:
+    """The first field that the server cannot carry out, its value and what it may be; None: all is well."""
+    candidates = situation.candidates
+
+    def placement(value: object) -> str | None:
+        if not isinstance(value, Placement):
+            return "Placement(model, layers)"
+        if not isinstance(value.model, str) or value.model not in candidates:
+            return f"a model among {', '.join(candidates)}"
+        exits = candidates[value.model].offline.exits
+        is_exit = _is_whole(value.layers) and value.layers in exits
+        return None if is_exit else f"layers {_listed(exits)} of {value.model}"
+
+    def rule(value: object) -> str | None:
+        if type(value) is FullDepth:
+            return None
+        if type(value) is Clairvoyant:
+            budget = value.disagreement_budget
+            return None if isinstance(budget, int | float) and 0 <= budget <= 1 else "a disagreement_budget from 0 to 1"
+        if type(value) not in (FixedCap, PerToken):
+            known = "FullDepth(), FixedCap(threshold), PerToken(threshold) or Clairvoyant()"
+            return f"{known}: the server knows no other exit rule"
+        assert isinstance(value, FixedCap | PerToken)
+        number = isinstance(value.threshold, int | float) and not isinstance(value.threshold, bool)
+        if not number or not 0 <= value.threshold <= MOST_THRESHOLD:
+            return f"a threshold from 0 to {MOST_THRESHOLD:g}"
+        return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
+
+    def trigger(value: object) -> str | None:
+        if type(value) not in _LEAST:
+            return f"triggers of {_listed(kind.__name__ for kind in _LEAST)}"
+        for name, least in _LEAST[type(value)].items():
+            most = _MOST_WINDOW if name == "window_tokens" else MOST
+            if not _is_whole(getattr(value, name), least, most):
+                return f"{name}, a whole number from {least}"
+        if isinstance(value, Probed) and found.probe is None:
+            return "Probed() only beside a probe"
+        return None
+
+    def probe(value: object) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, Probe) or not isinstance(value.models, tuple) or not value.models:
+            return "None, or Probe((model, ...), prompts)"
+        if not all(isinstance(model, str) and model in candidates for model in value.models):
+            return f"models among {', '.join(candidates)}"
+        if len(set(value.models)) < len(value.models):
+            return "each model once"
+        return None if _is_whole(value.prompts, 1) else "prompts, a whole number from 1"
+
+    def run_layers(value: object) -> str | None:
+        if value is None:
+            return None
+        exits = [depth for depth in candidates[found.active.model].offline.exits if depth <= found.active.layers]
+        return None if _is_whole(value) and value in exits else f"None or {_listed(exits)}"
+
+    checks: dict[str, Callable[[Any], str | None]] = {
+        "active": placement,
+        "exit_rule": rule,
+        "standby": _each(placement, "Placements"),
+        "batching": _one_of(BatchingRule),
+        "kv_rule": _one_of(KvRule),
+        "batch_limit": _whole_or_none(1),
+        "in_flight": _one_of(InFlight),
+        "admit_limit": _whole_or_none(0),
+        "observe_tokens": _whole_or_none(0),
+        "run_layers": run_layers,
+        "probe": probe,
+        "instant": lambda value: None if value is False else "False: loads take time",
+        "plan": lambda value: None if value is None else "None: a plan is for the oracle",
+        "triggers": _each(trigger, "triggers"),
+        "reason": lambda value: None if isinstance(value, str) else "a text",
+        "evidence": _evidence,
+    }
+    for name, check in checks.items():
+        value = getattr(found, name)
+        allowed = check(value)
+        if allowed is not None:
+            return name, value, allowed
+    return None
+
+
+def _is_whole(value: object, least: int = 0, most: int = MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _whole_or_none(least: int) -> Callable[[object], str | None]:
+    return lambda value: None if value is None or _is_whole(value, least) else f"None or a whole number from {least}"
+
+
+def _one_of(kind: Any) -> Callable[[object], str | None]:
+    names = _listed(f"{kind.__name__}.{member.name}" for member in kind)
+    return lambda value: None if isinstance(value, kind) else names
+
+
+def _each(check: Callable[[object], str | None], what: str) -> Callable[[object], str | None]:
+    def checked(values: object) -> str | None:
+        if not isinstance(values, tuple):
+            return f"a tuple of {what}, such as ({what[:-1].lower()},)"
+        return next((allowed for value in values if (allowed := check(value)) is not None), None)
+
+    return checked
+
+
+def _evidence(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return "a mapping"
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return "texts, finite numbers, lists and mappings of these: the decision log keeps it as JSON"
+    return None
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
