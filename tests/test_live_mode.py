@@ -88,6 +88,16 @@ def test_a_mistake_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_quantized_model_is_not_served_live(command: CommandLine, tmp_path: Path) -> None:
+    """Its bytes would be those of the profile, its weights those of the folder."""
+    said = command(
+        "+experiment=own", "models=[opt-1.3b-fp8]", "hardware=h100-80gb", "exits.source=none", "policy=full_depth",
+        "mode=live", "+live.weights={opt-1.3b-fp8: smollm2-135m}", f"hydra.run.dir={tmp_path}/out",
+    )  # fmt: skip
+    assert said.status == 1
+    assert "name the unquantized model" in said.err
+
+
 def test_without_torch_it_says_how_to_get_it(command: CommandLine, study: Path, monkeypatch) -> None:
     there = served.find_spec
     monkeypatch.setattr(served, "find_spec", lambda name: None if name == "torch" else there(name))

@@ -13,7 +13,7 @@ import pytest
 from helios_sim.api import study_config
 from helios_sim.errors import UserError
 from helios_sim.profile.__main__ import checked, main
-from helios_sim.profile.catalog import published_model
+from helios_sim.profile.catalog import CARDS, SHAPES, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, whole_model
 from helios_sim.profile.formats import FORMATS, FP4, FP8, WEIGHTS, named_format
@@ -224,11 +224,33 @@ def test_prices_are_above_their_floors_and_rise(
         assert (np.diff(tables.decode_attention.time_s, axis=1) >= 0).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_model_has_prices_above_its_floors(name: str) -> None:
+    """Each shape on one card of the catalogue, in turn, where its widths and the card allow the format."""
+    cards, priced = list(CARDS), 0
+    for place, model in enumerate(SHAPES):
+        kv = "fp8" if place % 2 else "auto"
+        try:
+            profile = find_profile(model, cards[place % len(cards)], precision=Precision(name, kv))
+        except UserError:
+            continue
+        priced += 1
+        for batch in (1, 32, 256):
+            rows = np.array([[batch]])
+            decodes = Composition((profile.model.n_layers,), rows, rows * 512, rows[:, 0])
+            assert profile.iteration_time_s(decodes)[0] > profile.iteration_floor_s(decodes)[0], profile.name
+        assert (np.diff(profile.layer_tables[0].dense.time_s) >= 0).all()
+        assert profile.weight_bytes(profile.model.n_layers) < shape_of(model).model.weight_bytes(profile.model.n_layers)
+    assert priced > 20
+
+
 def test_a_card_without_units_for_fp8_makes_such_weights_bf16() -> None:
     """vLLM's page "FP8 W8A8": on Ampere as weights alone. Fewer bytes help decodes, prompts take what bf16 takes."""
     model = Precision("fp8").applied(published_model("llama-3.1-8b"))
     for card in ("a100-80gb", "a30", "rtx3090"):
         assert products_on(model, device_of(card).card) == WEIGHTS
+        assert any("no units for fp8" in said for said in find_profile("llama-3.1-8b-fp8", card).provenance.scaled)
         plain, fp8 = (find_profile("llama-3.1-8b", card, precision=p) for p in (PLAIN, Precision("fp8")))
         assert decodes_s(fp8, (1,))[0] < 0.8 * decodes_s(plain, (1,))[0]
         assert prompt_s(fp8, 4096) > 0.97 * prompt_s(plain, 4096)

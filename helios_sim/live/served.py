@@ -224,6 +224,9 @@ def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:
 
 def _check_dtype(dtype: str | None, profile: Profile) -> None:
     """Raise UserError for another dtype than the profile's: policies and the KV cache count with its bytes."""
+    if profile.model.quantization is not None or profile.model.kv_bytes_per_value == 1:
+        allowed = f"{profile.name} without quantization: live serving computes in bf16 or float32"
+        raise UserError("models", profile.model.name, allowed, "name the unquantized model")
     kept = next((d for d, n in VALUE_BYTES.items() if n == profile.model.weight_bytes_per_value), "another dtype")
     if dtype is not None and dtype != kept:
         fix = f"leave live.dtype out, or measure a profile with python -m calibrate dtype={dtype}"

@@ -88,6 +88,8 @@ def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> t
     form, said = model.quantization, []
     if form is None:
         return ()
+    if products == WEIGHTS and form.products != WEIGHTS:
+        said.append(f"no units for {form.products} on this card: weights are made bf16 in the kernel, as vLLM does")
     if measured in ("fp8", "nvfp4"):
         made = f"the making of {products} inputs, which an engine may do elsewhere"
         said.append(f"products in {measured}: as measured, with {made}")
