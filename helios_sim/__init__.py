@@ -30,16 +30,18 @@ if TYPE_CHECKING:
         Deployment,
         Drained,
         InFlight,
+        KvAbove,
         KvRule,
         LoadFailed,
         Placement,
         Probe,
         Probed,
         QueueAbove,
+        RunningAbove,
         Started,
         Trigger,
     )
-    from helios_sim.policy.telemetry import Policy, Situation, Telemetry
+    from helios_sim.policy.telemetry import LatestRequests, Policy, Situation, Telemetry
     from helios_sim.profile.composition import Composition
     from helios_sim.profile.profile import Profile
     from helios_sim.profile.spec import RuntimeConfig
@@ -87,7 +89,9 @@ __all__ = [
     "FixedCap",
     "FullDepth",
     "InFlight",
+    "KvAbove",
     "KvRule",
+    "LatestRequests",
     "LengthConfig",
     "LengthsConfig",
     "LiveConfig",
@@ -101,6 +105,7 @@ __all__ = [
     "Probed",
     "Profile",
     "QueueAbove",
+    "RunningAbove",
     "RuntimeConfig",
     "ServerConfig",
     "Situation",
@@ -132,10 +137,10 @@ _NAMES_BY_MODULE = {
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (
-        "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvRule LoadFailed Placement Probe "
-        "Probed QueueAbove Started Trigger"
+        "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvAbove KvRule LoadFailed "
+        "Placement Probe Probed QueueAbove RunningAbove Started Trigger"
     ),
-    "policy.telemetry": "Policy Situation Telemetry",
+    "policy.telemetry": "LatestRequests Policy Situation Telemetry",
     "profile.composition": "Composition",
     "profile.profile": "Profile",
     "profile.spec": "RuntimeConfig",

@@ -21,7 +21,7 @@ def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
         "sys.argv",
-        ["helios_sim", "policy=custom", "policy.object=my_policy:CutWhenBusy", "+policy.settings.queue=2",
+        ["helios_sim", "policy=custom", "policy.object=my_policy:CutWhenBusy", "+policy.settings.busy=2",
          "workload.n_requests=40", "workload.arrivals.kind=all_at_once", "server.max_running_requests=8",
          "subject=custom", f"hydra.run.dir={tmp_path}/out"],
     )  # fmt: skip
@@ -32,7 +32,7 @@ def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, 
     layers = summary["arms"]["custom"]["metrics"]["layers_per_token"]
     assert 6 <= layers < 24
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "wait: cut at layer 6" in page
+    assert "run: cut at layer 6" in page
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,12 +18,17 @@ from helios_sim.policy.deployment import (
     Completed,
     Deployment,
     Drained,
+    KvAbove,
     KvRule,
     Placement,
     QueueAbove,
+    RunningAbove,
+    Trigger,
 )
+from helios_sim.policy.telemetry import Telemetry
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
+from helios_sim.workload.arrivals import ArrivalSampler
 from rig import Scripted, full_depth, serve, workload
 
 MS = 1_000_000
@@ -35,6 +40,16 @@ def capped(*triggers, layers: int = 2, **other) -> Deployment:
 
 def asked(policy: Scripted, kind: type) -> list[int]:
     return [telemetry.now_ns for cause, telemetry in policy.asked if isinstance(cause, kind)]
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """Arrivals at these moments, in ms."""
+
+    moments_ms: tuple[int, ...]
+
+    def sampler(self, rng: np.random.Generator) -> ArrivalSampler:
+        return lambda first, n: MS * np.array(self.moments_ms[first : first + n], np.int64)
 
 
 # --- breaches
@@ -176,6 +191,43 @@ def test_a_queue_is_reported_once_until_it_has_been_short_again(stepwise: bool) 
     twice = Scripted(replace(full_depth(batch_limit=1), triggers=(QueueAbove(0),)))
     serve(workload(4, arrivals=Constant(60.0), output=20), twice, stepwise=stepwise)
     assert [t.queued_requests for _, t in twice.asked] == [1] * 4  # the first one too: it comes to an idle server
+
+
+@pytest.mark.parametrize("way", [{"stepwise": True}, {}, {"compiled": True}], ids=["stepwise", "ahead", "compiled"])
+def test_running_and_memory_are_reported_once_until_they_have_been_low_again(way: dict[str, bool]) -> None:
+    """Four requests of 10 ms, 4 ms apart, and after a pause four more: the third one that runs is reported, and as the
+    first is done by then, so is the fourth. 8 of 20 blocks are two fifths."""
+    profile = flat_profile(0.001)
+    memory = {"hbm_bytes": profile.weight_bytes(4) + 20 * 4 * profile.kv_bytes_per_token(4), "utilisation": 1.0}
+
+    def asked_by(trigger: Trigger) -> list[Telemetry]:
+        policy = Scripted(replace(full_depth(), triggers=(trigger,)))
+        work = workload(8, arrivals=Bursts((0, 4, 8, 12, 60, 64, 68, 72)))
+        serve(work, policy, {"flat": profile}, block_tokens=4, **memory, **way)
+        return [seen for _, seen in policy.asked]
+
+    ran = asked_by(RunningAbove(2))
+    assert [(seen.now_ns // (60 * MS), seen.running_requests) for seen in ran] == [(0, 3), (0, 3), (1, 3), (1, 3)]
+    full = asked_by(KvAbove(0.4))
+    assert [seen.now_ns // (60 * MS) for seen in full] == [0, 0, 1, 1]
+    assert all(seen.kv_used_share == 0.45 for seen in full)  # the ninth block
+    assert asked_by(KvAbove(1.0)) == []
+    assert asked_by(RunningAbove(3)) == []
+
+
+def test_telemetry_has_the_times_of_the_latest_requests() -> None:
+    policy = Scripted(replace(full_depth(batch_limit=2), triggers=(Completed(300),)))
+    served = serve(workload(310, output=Exponential(6.0), arrivals=Constant(400.0)), policy)
+    ((_, seen),) = policy.asked
+    done = [r for r in sorted(served.records, key=lambda r: r.last_token_ns) if r.last_token_ns <= seen.now_ns][-256:]
+    assert len(seen.latest) == 256
+    assert sorted(seen.latest.e2e_s) == sorted((r.last_token_ns - r.arrival_ns) / 1e9 for r in done)
+    assert sorted(seen.latest.ttft_s) == sorted((r.first_token_ns - r.arrival_ns) / 1e9 for r in done)
+    assert sorted(seen.latest.queue_s) == sorted((r.scheduled_ns - r.arrival_ns) / 1e9 for r in done)
+    gaps = [(r.last_token_ns - r.first_token_ns, r.output_tokens - 1) for r in done]
+    defined = [ns / n / 1e9 for ns, n in gaps if n]
+    assert np.isnan(seen.latest.tpot_s).sum() == len(gaps) - len(defined)
+    assert sorted(seen.latest.tpot_s[~np.isnan(seen.latest.tpot_s)]) == pytest.approx(sorted(defined))
 
 
 def test_drained_fires_when_the_admitted_are_done_and_nobody_else_starts() -> None:

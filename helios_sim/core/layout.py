@@ -47,7 +47,8 @@ COMPLETED, CONTEXT_EXCEEDED, POOL_EXCEEDED, PLACES_EXCEEDED = range(4)
 # Order of the waiting line.
 FCFS, PRIORITY, SHORTEST_PROMPT = range(3)
 # Kinds of trigger.
-BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED = range(6)
+BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED, RUNNING_ABOVE, KV_ABOVE = range(8)
+MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
 
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
 

@@ -9,9 +9,12 @@ from helios_sim.core.layout import (
     COMPLETIONS,
     DRAINED,
     FOREVER_NS,
+    KV_ABOVE,
+    MILLIONTHS,
     NEVER,
     PROBED,
     QUEUE_ABOVE,
+    RUNNING_ABOVE,
     Line,
     Lists,
     Record,
@@ -46,8 +49,8 @@ def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Re
         return window.filled == window.tokens and window.breaches > window.limit
     if kind == COMPLETIONS:
         return s.completed - s.completed_before >= argument
-    if kind == QUEUE_ABOVE:  # fires again only after the queue has fallen
-        if s.waiting <= argument:
+    if kind in (QUEUE_ABOVE, RUNNING_ABOVE, KV_ABOVE):  # fires again only after it has fallen
+        if not _is_above(s, kind, argument):
             trigger.spent = 0
             return False
         return trigger.spent == 0
@@ -58,6 +61,14 @@ def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Re
     if kind == DRAINED:
         return s.starts_left == 0 and s.running == 0 and not _started_waits(s, requests, line)
     return kind == PROBED and argument != 0  # set when the probe has scored every candidate
+
+
+def _is_above(s: Record, kind: int, argument: int) -> bool:
+    if kind == QUEUE_ABOVE:
+        return s.waiting > argument
+    if kind == RUNNING_ABOVE:
+        return s.running > argument
+    return s.used_blocks * MILLIONTHS > argument * s.total_blocks
 
 
 def next_alarm_ns(s: Record, watch: Watch) -> int:

@@ -15,11 +15,13 @@ from helios_sim.policy.deployment import (
     Deployment,
     Drained,
     InFlight,
+    KvAbove,
     KvRule,
     Placement,
     Probe,
     Probed,
     QueueAbove,
+    RunningAbove,
 )
 from helios_sim.policy.telemetry import Situation
 
@@ -29,6 +31,8 @@ _LEAST = {  # of the numbers of a trigger
     Completed: {"requests": 1},
     AtTime: {"time_ns": 0},
     QueueAbove: {"requests": 0},
+    RunningAbove: {"requests": 0},
+    KvAbove: {},
     Drained: {},
     Probed: {},
 }
@@ -52,14 +56,12 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         if type(value) is FullDepth:
             return None
         if type(value) is Clairvoyant:
-            budget = value.disagreement_budget
-            return None if isinstance(budget, int | float) and 0 <= budget <= 1 else "a disagreement_budget from 0 to 1"
+            return None if _is_share(value.disagreement_budget) else "a disagreement_budget from 0 to 1"
         if type(value) not in (FixedCap, PerToken):
             known = "FullDepth(), FixedCap(threshold), PerToken(threshold) or Clairvoyant()"
             return f"{known}: the server knows no other exit rule"
         assert isinstance(value, FixedCap | PerToken)
-        number = isinstance(value.threshold, int | float) and not isinstance(value.threshold, bool)
-        if not number or not 0 <= value.threshold <= MOST_THRESHOLD:
+        if not _is_share(value.threshold, MOST_THRESHOLD):
             return f"a threshold from 0 to {MOST_THRESHOLD:g}"
         return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
 
@@ -70,6 +72,8 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             most = _MOST_WINDOW if name == "window_tokens" else MOST
             if not _is_whole(getattr(value, name), least, most):
                 return f"{name}, a whole number from {least}"
+        if isinstance(value, KvAbove) and not _is_share(value.share):
+            return "share, a number from 0 to 1"
         if isinstance(value, Probed) and found.probe is None:
             return "Probed() only beside a probe"
         return None
@@ -119,6 +123,10 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
 
 def _is_whole(value: object, least: int = 0, most: int = MOST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_share(value: object, most: float = 1.0) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _whole_or_none(least: int) -> Callable[[object], str | None]:

@@ -78,7 +78,21 @@ class QueueAbove:
     requests: int
 
 
-Trigger = BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove
+@dataclass(frozen=True, slots=True)
+class RunningAbove:
+    """More than `requests` run. Tested and fired as QueueAbove."""
+
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvAbove:
+    """More than this share of the KV blocks is in use, 0 to 1, to a millionth. Tested and fired as QueueAbove."""
+
+    share: float
+
+
+Trigger = BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove | RunningAbove | KvAbove
 Cause = Trigger | Started | LoadFailed | Faulted
 
 

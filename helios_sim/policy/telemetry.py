@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.profile.profile import MemoryBudget, Profile
-from helios_sim.request import Request
+from helios_sim.request import NS_PER_S, Request
 
 
 class Goal(StrEnum):
@@ -110,6 +110,45 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
+class LatestRequests:
+    """Times of the latest completed requests, up to 256, oldest first, in seconds, (n,) each.
+
+    What an operator's window shows follows from them: `np.percentile(latest.ttft_s, 95)`, or the share that met a
+    bound, `np.mean(latest.tpot_s <= 0.05)`.
+    """
+
+    moments_ns: tuple[tuple[int, int, int, int, int], ...] = ()  # arrival, scheduled, first and last token; tokens
+
+    def __len__(self) -> int:
+        return len(self.moments_ns)
+
+    @property
+    def queue_s(self) -> NDArray[np.float64]:
+        """First scheduled - arrival."""
+        return self._seconds(1, 0)
+
+    @property
+    def ttft_s(self) -> NDArray[np.float64]:
+        """Time to first token."""
+        return self._seconds(2, 0)
+
+    @property
+    def e2e_s(self) -> NDArray[np.float64]:
+        """Last token - arrival."""
+        return self._seconds(3, 0)
+
+    @property
+    def tpot_s(self) -> NDArray[np.float64]:
+        """Time per output token after the first; NaN for an answer of one token."""
+        gaps = np.array([row[4] - 1 for row in self.moments_ns], np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(np.where(gaps > 0, self._seconds(3, 2) / gaps, np.nan))
+
+    def _seconds(self, end: int, start: int) -> NDArray[np.float64]:
+        return np.array([row[end] - row[start] for row in self.moments_ns], np.int64) / NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
 class Telemetry:
     """Read at the end of an iteration, or of the wait of an idle server."""
 
@@ -123,6 +162,8 @@ class Telemetry:
     arrival_rate_per_s: float | None  # over the latest 256 arrivals
     breaches_in_window: int  # of the trigger that fired, or of the deployment's first breach limit
     observations: tuple[Observation, ...]  # new since the last decision
+    kv_used_share: float = 0.0  # of the KV blocks that the placement has room for
+    latest: LatestRequests = LatestRequests()
 
 
 class Policy(Protocol):

@@ -19,10 +19,12 @@ from helios_sim.policy.deployment import (
     Deployment,
     Drained,
     Faulted,
+    KvAbove,
     LoadFailed,
     Placement,
     Probed,
     QueueAbove,
+    RunningAbove,
     Started,
     Trigger,
 )
@@ -197,6 +199,8 @@ class Decider:
             arrival_rate_per_s=replica.recent.arrival_rate_per_s,
             breaches_in_window=int(self.watch.windows[at].breaches) if len(self.watch.windows) else 0,
             observations=tuple(replica.observations),
+            kv_used_share=replica.used_blocks / max(1, int(s.total_blocks)),
+            latest=replica.recent.latest,
         )
 
     def _log(self, cause: Cause, deployment: Deployment) -> None:
@@ -227,5 +231,9 @@ def _numbers(trigger: Trigger) -> tuple[int, int]:
             return layout.AT_TIME, time_ns
         case QueueAbove(requests):
             return layout.QUEUE_ABOVE, requests
+        case RunningAbove(requests):
+            return layout.RUNNING_ABOVE, requests
+        case KvAbove(share):
+            return layout.KV_ABOVE, round(share * layout.MILLIONTHS)
         case Probed():
             return layout.PROBED, 0

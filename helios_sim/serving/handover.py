@@ -5,8 +5,9 @@ Requests also leave for reasons that the loop does not know: aborted, or unfinis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -28,8 +29,11 @@ _LEFT_FIELDS = (
     "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
     "evaluated_tokens", "preemptions", "microbits",
 )  # fmt: skip
-_MODEL, _PROMPT, _GENERATED, _EARLIER, _WHY = (
-    _LEFT_FIELDS.index(name) for name in ("model", "prompt_tokens", "generated", "earlier_tokens", "why")
+_MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
+_RECENT_FIELDS = (
+    "prompt_tokens", "generated", "earlier_tokens", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns",
+)  # fmt: skip
+_OF_RECENT = itemgetter(*(_LEFT_FIELDS.index(name) for name in _RECENT_FIELDS)
 )
 _AS_THEY_ARE = (
     "request_id", "task", "arrival_ns", "prompt_tokens", "prompt_chars", "output_chars", "layers_run", "early_tokens",
@@ -118,12 +122,17 @@ def _records(replica: Replica) -> None:
     rows = tuples(replica.requests, slots, _LEFT_FIELDS)
     replica.set_free(slots)
     completed = [row for row in rows if not row[_WHY]]
-    for row in completed[-RECENT:]:
-        replica.recent.completed(row[_PROMPT], row[_GENERATED] + row[_EARLIER])
+    _note_recent(replica, map(_OF_RECENT, completed[-RECENT:]))
     replica.served.extend(Request(*row[: len(COLUMNS)]) for row in completed[-SERVED_TEXTS:])
     for row in rows:
         why = row[_WHY]
         _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
+
+
+def _note_recent(replica: Replica, rows: Iterable[Sequence[int]]) -> None:
+    for prompt, generated, earlier, arrival_ns, scheduled_ns, first_token_ns, last_token_ns in rows:
+        moments_ns = arrival_ns, scheduled_ns, first_token_ns, last_token_ns
+        replica.recent.completed(prompt, generated + earlier, moments_ns)
 
 
 def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
@@ -132,8 +141,7 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
     why, models = table["why"], replica.models
     output_tokens = table["generated"] + table["earlier_tokens"]
     completed = np.flatnonzero(why == 0)
-    for row in completed[-RECENT:]:
-        replica.recent.completed(int(table["prompt_tokens"][row]), int(output_tokens[row]))
+    _note_recent(replica, table[completed[-RECENT:]][list(_RECENT_FIELDS)].tolist())
     latest = table[completed[-SERVED_TEXTS:]][list(COLUMNS)]
     replica.served.extend(Request(*row) for row in latest.tolist())
     reasons: dict[str | None, int] = {None: 0}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from helios_sim.policy.telemetry import LatestRequests
 from helios_sim.request import NS_PER_S
 
 _LONGEST_NS = 10**15  # 11.6 days; anything longer falls into one last bucket
@@ -174,10 +175,17 @@ class Recent:
         self._prompt_tokens: deque[int] = deque(maxlen=RECENT)
         self._output_tokens: deque[int] = deque(maxlen=RECENT)
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
+        self._moments_ns: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT)
 
-    def completed(self, prompt_tokens: int, output_tokens: int) -> None:
+    def completed(self, prompt_tokens: int, output_tokens: int, moments_ns: tuple[int, int, int, int]) -> None:
+        """`moments_ns`: arrival, scheduled, first and last token."""
         self._prompt_tokens.append(prompt_tokens)
         self._output_tokens.append(output_tokens)
+        self._moments_ns.append((*moments_ns, output_tokens))
+
+    @property
+    def latest(self) -> LatestRequests:
+        return LatestRequests(tuple(self._moments_ns))
 
     def arrived(self, now_ns: int) -> None:
         self._arrivals_ns.append(now_ns)

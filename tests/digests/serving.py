@@ -39,6 +39,10 @@ DEPLOYMENT = (
     "active", "exit_rule", "standby", "batching", "kv_rule", "batch_limit", "in_flight", "admit_limit",
     "observe_tokens", "run_layers", "probe", "instant", "triggers", "reason", "evidence",
 )  # fmt: skip
+TELEMETRY = (
+    "now_ns", "completed_requests", "queued_requests", "running_requests", "batch_mean", "prompt_tokens_mean",
+    "output_tokens_mean", "arrival_rate_per_s", "breaches_in_window", "observations",
+)  # fmt: skip
 
 
 @dataclass
@@ -93,7 +97,7 @@ def run_digests(run: Run) -> list[str]:
         digest([_named(record, RECORD) for record in served.by_request()]),
         digest([[_decision(d) for d in server.decisions] for server in served.run.servers]),
         digest([*(_stats(server.stats) for server in served.run.servers), _stats(served.run.stats)]),
-        digest(run.told),
+        digest([[(cause, _telemetry(seen)) for cause, seen in told] for told in run.told]),
         digest([served.run.end_ns, served.run.requests, served.run.presence_ns]),
     ]
 
@@ -101,6 +105,10 @@ def run_digests(run: Run) -> list[str]:
 def _named(value: Any, names: Sequence[str]) -> dict[str, Any]:
     """These fields and no more: one that is added later changes no digest."""
     return {name: getattr(value, name) for name in names}
+
+
+def _telemetry(seen: Telemetry) -> dict[str, Any]:
+    return {"is": "Telemetry", **_named(seen, TELEMETRY)}
 
 
 def _decision(decision: Any) -> list[Any]:
