@@ -27,8 +27,12 @@ def record(output: Path) -> Path:
         raise SystemExit(f"{name!r} is no name of a folder here")
     folder = FOLDER / name
     folder.mkdir(exist_ok=True)
-    lines = [f"# {summary['experiment']}: results", "", _source(summary), "", *_bullets(summary["verdict"]), ""]
-    lines += ["## Arms", "", *_arms(summary), ""]
+    lines = [f"# {summary['experiment']}: results", "", _source(summary), ""]
+    if "groups" in summary:
+        lines += [*_bullets(summary["notes"]), "", "## Gates", "", *_gates(summary["gates"]), ""]
+        lines += ["## Errors by group", "", *_groups([*summary["groups"], *summary["together"]]), ""]
+        return _written(folder, output, lines)
+    lines += [*_bullets(summary["verdict"]), "", "## Arms", "", *_arms(summary), ""]
     tasks = [figures for arm in summary["arms"].values() for figures in arm.get("tasks", {}).values()]
     if any(figures["bits_per_char"] is not None for figures in tasks):
         lines += ["## Bits per character by task", "", *_tasks(summary), ""]
@@ -44,6 +48,11 @@ def record(output: Path) -> Path:
         ]
     if summary.get("sweep"):
         lines += ["## Designs that no other beats", "", *_front(summary), ""]
+    return _written(folder, output, lines)
+
+
+def _written(folder: Path, output: Path, lines: list[str]) -> Path:
+    """results.md, and the figures that the page beside it shows."""
     page = folder / "README.md"
     drawn = sorted([*output.glob("*.png"), *(output / "figures").glob("*.png")])
     figures = [f for f in drawn if page.is_file() and f.name in page.read_text()]
@@ -54,13 +63,38 @@ def record(output: Path) -> Path:
     return target
 
 
+def _gates(gates: list[dict[str, Any]]) -> list[str]:
+    lines = ["| gate | value | must be | |", "| --- | ---: | --- | --- |"]
+    for gate in gates:
+        value = "" if gate["value"] is None else f"{gate['value']:+.1%}"
+        lines.append(f"| {gate['name']} | {value} | {gate['bound']} | {'kept' if gate['passed'] else 'missed'} |")
+    return lines
+
+
+def _groups(groups: list[dict[str, Any]]) -> list[str]:
+    """Mean error, 90th percentile and bias of TPOT, mean error and bias of TTFT, and the errors of others."""
+    others = list(dict.fromkeys(name for group in groups for name in group["others"]))
+    headings = ["rows of", "number", "TPOT", "90 %", "bias", "TTFT", "bias", *(f"{n}: TPOT / TTFT" for n in others)]
+    lines = [f"| {' | '.join(headings)} |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    for group in groups:
+        tpot, ttft = group["tpot"], group["ttft"]
+        cells = [group["name"], str(group["rows"])]
+        cells += ["", "", ""] if tpot is None else [f"{tpot['mean']:.1%}", f"{tpot['p90']:.1%}", f"{tpot['bias']:+.1%}"]
+        cells += ["", ""] if ttft is None else [f"{ttft['mean']:.1%}", f"{ttft['bias']:+.1%}"]
+        cells += [" / ".join(f"{share:.1%}" for share in group["others"].get(name, ())) for name in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _source(summary: dict[str, Any]) -> str:
     made = summary["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    by = f"helios-sim {made['helios_sim']}, Python {made['python']}, {versions}"
+    if "groups" in summary:
+        return f"Made by `python -m helios_sim +experiment={summary['experiment']}`, {by}."
     return (
         f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
-        f"`{made['class']}`, helios-sim {made['helios_sim']}, Python {made['python']}, {versions}. Ratios are to "
-        f"`{summary['baseline']}`, with 95 % intervals."
+        f"`{made['class']}`, {by}. Ratios are to `{summary['baseline']}`, with 95 % intervals."
     )
 
 

@@ -24,6 +24,7 @@ from helios_sim.config import (
     DESIGNS,
     FIDELITY,
     FIDELITY_LIVE,
+    FIDELITY_SILICON,
     check_choices,
     check_flags,
     given,
@@ -110,6 +111,8 @@ def runner_of(config: Config) -> Callable[[Config, Path], int]:
     kind = kind_of(config)
     if kind == FIDELITY:
         from helios_sim.validate.command import run_fidelity as run_it
+    elif kind == FIDELITY_SILICON:
+        from helios_sim.validate.command import run_fidelity_silicon as run_it
     elif kind == FIDELITY_LIVE:
         from helios_sim.validate.command import run_fidelity_live as run_it
     elif kind == DESIGNS:

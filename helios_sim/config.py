@@ -37,8 +37,10 @@ OPEN = (  # take new names
 MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
 PRINT_ALL = "--cfg job prints all settings"
 DEFAULT = "+experiment=quickstart"
+PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files that it chooses from
 # What settings ask for.
 STUDY, DESIGNS, FIDELITY, FIDELITY_LIVE = "a study", "designs", "a comparison with a log", "a comparison with live runs"
+FIDELITY_SILICON = "a comparison with published measurements"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -49,6 +51,8 @@ def register() -> None:
 def in_full(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves.
 
+    `server.preset=X` adds a file of conf/engine, above what an experiment says.
+
     UserError for words, or files in folders of settings, that would run code.
     """
     found = []
@@ -58,6 +62,8 @@ def in_full(arguments: Sequence[str]) -> list[str]:
             argument = f"models=[{SHORT_NAMES.get(value, value)}]"
         elif equals and key == "device":
             argument = f"live.device={value}"
+        elif equals and key == PRESET:
+            argument = f"+{ENGINE}={value}"
         found.append(argument)
     check_files(found)
     return readable(found, known_settings(Config))
@@ -142,6 +148,8 @@ def _searched(config_dir: str | Path | None) -> list[str]:
 
 def kind_of(settings: DictConfig | Config) -> str:
     """What the settings ask for: a study, designs of one arm, or a comparison."""
+    if settings.fidelity.silicon:
+        return FIDELITY_SILICON
     if settings.fidelity.compare or settings.fidelity.folder is not None:
         return FIDELITY
     if settings.fidelity_live.loads:
@@ -152,7 +160,7 @@ def kind_of(settings: DictConfig | Config) -> str:
 def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
     """UserError where an experiment's own value hides a choice from the command line."""
     from helios_sim.policy.telemetry import Goal
-    from helios_sim.profile.spec import PRESETS
+    from helios_sim.profile.runtimes import PRESETS
 
     for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
         if given(group, arguments) is None:
@@ -193,7 +201,7 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
     text = str(error)
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
                           text, re.DOTALL):  # fmt: skip
-        group, option, options = found[1], found[2], found[3].split()
+        group, option, options = PRESET if found[1] == ENGINE else found[1], found[2], found[3].split()
         fix = closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
     if found := re.search(r"Could not override '([^']+)'", text):

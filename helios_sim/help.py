@@ -45,7 +45,8 @@ def _groups(folders: Sequence[Path]) -> str:
     options: dict[str, set[str]] = {}
     for file in (file for folder in folders for file in folder.glob("*/*.yaml")):
         options.setdefault(file.parent.name, set()).add(file.stem)
-    lines = [f"{group}: {', '.join(sorted(names))}" for group, names in sorted(options.items())]
+    words = {"engine": "server.preset"}  # by which a group is chosen, if it is not its name
+    lines = [f"{words.get(group, group)}: {', '.join(sorted(names))}" for group, names in sorted(options.items())]
     return "\n".join(line for line in lines if line.partition(":")[0] not in NOT_CHOSEN)
 
 

@@ -16,7 +16,7 @@ from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.policy.registry import POLICIES, VARIANTS, policy_config
 from helios_sim.policy.telemetry import Goal
-from helios_sim.profile.spec import PRESETS
+from helios_sim.profile.runtimes import PRESETS
 from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.schema import Config
@@ -83,7 +83,7 @@ def test_a_file_makes_an_arm_of_its_own_name_that_the_policy_accepts(file):
     assert set(job.arm.policy.told()) <= told
 
 
-@pytest.mark.parametrize("group", ["policy", "objective", "runtime", "workload", "experiment"])
+@pytest.mark.parametrize("group", ["policy", "objective", "runtime", "engine", "workload", "experiment"])
 def test_every_file_says_what_it_is(group):
     for path in (CONF / group).glob("*.yaml"):
         assert path.read_text().startswith("# "), path
@@ -91,7 +91,9 @@ def test_every_file_says_what_it_is(group):
 
 def test_objectives_and_runtimes_have_a_file_each():
     assert {path.stem for path in (CONF / "objective").glob("*.yaml")} == {goal.value for goal in Goal}
-    assert {path.stem for path in (CONF / "runtime").glob("*.yaml")} == {*PRESETS, PROFILE_RUNTIME}
+    runtimes = {path.stem for path in (CONF / "runtime").glob("*.yaml")}
+    engines = {path.stem for path in (CONF / "engine").glob("*.yaml")}  # with the settings of the server
+    assert runtimes | engines == {*PRESETS, PROFILE_RUNTIME}
 
 
 def test_an_added_arm_is_called_by_its_model_and_leaves_others_alone():

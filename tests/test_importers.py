@@ -19,7 +19,8 @@ from helios_sim.profile.importers.layers import Terms, layer_profile
 from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.price_tables import unequal_lengths
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Runtime, preset
+from helios_sim.profile.runtimes import preset
+from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import ProvenanceClass
 from vllm_log import BATCHES, KVS, LAYER_US, REPETITIONS, attention_us, write_profile as write_tables

@@ -152,6 +152,7 @@ def test_bytes_in_closed_form(name: str | None) -> None:
         "gptq": values / 2 + 2.5 * values / group + 4 * inputs,
         "nvfp4": values / 2 + values / 16 + 8 * len(shapes),
         "bitsandbytes": values / 2 + (1 + 4 / 256) * values / 64,
+        "fp8-block": values + 4 * values / group**2,
     }[name]  # fmt: skip
     others = 2 * (2 * d + d + 2 * kv)  # two norms, biases of Q, K and V
     assert model.layer_bytes == pytest.approx(matrices + others, abs=0.5 if name != "bitsandbytes" else 30)
@@ -243,6 +244,30 @@ def test_every_model_has_prices_above_its_floors(name: str) -> None:
         assert (np.diff(profile.layer_tables[0].dense.time_s) >= 0).all()
         assert profile.weight_bytes(profile.model.n_layers) < shape_of(model).model.weight_bytes(profile.model.n_layers)
     assert priced > 20
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name"),
+    [
+        ("h100", None), ("h200", "fp8"), ("2xl40s", "fp8-block"), ("b200", "fp8"), ("4xb200", "nvfp4"),
+        ("rtxpro6000", "nvfp4"),
+    ],
+)
+def test_kernels_of_tensorrt_llm_are_above_their_floors(
+    hardware: str, name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantized products whose inputs are made in the kernels before take less than as measured, never a roofline."""
+    precision = Precision(name, "auto" if name is None else "fp8")
+    profile = find_profile("llama-3.1-8b", hardware, precision=precision, kernels="trtllm")
+    assert checked(profile) == 0, capsys.readouterr().out
+    assert "TensorRT-LLM" in profile.provenance.source
+    assert ("the making of their inputs" in " ".join(profile.provenance.scaled)) == (name in ("fp8", "nvfp4"))
+
+
+def test_cards_without_kernels_of_tensorrt_llm_have_those_of_vllm() -> None:
+    for card in ("l4", "a100-80gb"):
+        profiles = [find_profile("llama-3.1-8b", card, kernels=kernels) for kernels in ("vllm", "trtllm")]
+        assert (profiles[0].layer_tables[0].dense.time_s == profiles[1].layer_tables[0].dense.time_s).all()
 
 
 def test_a_card_without_units_for_fp8_makes_such_weights_bf16() -> None:

@@ -12,7 +12,8 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Runtime, preset
+from helios_sim.profile.runtimes import preset
+from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import load_profile
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable, UnequalTable

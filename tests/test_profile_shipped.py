@@ -14,7 +14,7 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.importers.aiconfigurator import A100, H100, DecodeAttentionTimes, gemm_times, rising
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import Gemm, head_gemm, layer_gemms
-from helios_sim.profile.spec import PRESETS, preset
+from helios_sim.profile.runtimes import PRESETS, preset
 from helios_sim.profile.store import PROFILES_FOLDER, known_profiles, load_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.shared_data import shared_data_folder

@@ -99,7 +99,7 @@ def test_aiconfigurator_s_kernel_tables(shared_data: Path, hardware: str) -> Non
     folder = shared_data / "kernels/aiconfigurator" / source.folder
 
     def table(kind: str, name: str) -> pd.DataFrame:
-        found = pd.read_parquet(folder / kind / "vllm" / source.vllm / f"{name}_perf.parquet")
+        found = pd.read_parquet(folder / kind / "vllm" / source.version / f"{name}_perf.parquet")
         return found[found["window_size"] == 0] if "window_size" in found else found
 
     def falling_never(values: pd.Series) -> np.ndarray:

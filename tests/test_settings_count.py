@@ -126,6 +126,7 @@ CASES: dict[str, Case] = {
     "server.tensor_parallel": Case(2),
     "server.quantization": Case("awq"),
     "server.kv_cache_dtype": Case("fp8", {"hardware": "h100-80gb"}),
+    "server.kernels": Case("trtllm", {"hardware": "h100"}),
     "server.scheduler": Case("vllm_v1", BUSY | {"server.max_running_requests": 4, "server.schedule_ahead": 1}),
     "server.batch_wait_iterations": Case(9, WAITS),
     "server.batch_wait_tokens": Case(9000, WAITS | {"server.batch_wait_tokens": 200}),
@@ -230,6 +231,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "workload.arrivals.rate_per_s": arrivals("all_at_once"), "server.tensor_parallel": {"mode": "live"},
         "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
         "cost": {"fidelity.folder": "log"},
+        "server.kernels": {"mode": "live"},
     }  # fmt: skip
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config

@@ -26,7 +26,8 @@ from calibrate.measure.latency import (
 )
 from calibrate.measure.memory import Loads, Memory
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import GRAPH_BATCH_SIZES, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.runtimes import GRAPH_BATCH_SIZES
+from helios_sim.profile.spec import Basis, CostSource, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 

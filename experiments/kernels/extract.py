@@ -2,9 +2,10 @@
 
 `python experiments/kernels/extract.py WHEEL` reads the wheel (or a folder that it was unpacked into) and writes
 helios_sim/data/kernels. Kept are matrix products in bf16, fp8 and nvfp4, full attention over K and V in bf16 and fp8,
-and all-reduces, as vLLM runs them; products with integer weights, which only TensorRT-LLM's table of the A100 has;
-columns that are the same in all rows are dropped, and of a case that stands there twice the quicker one is kept, since
-noise is mostly upward. Nothing else of the wheel is read.
+and all-reduces, as vLLM runs them, and in folders of their own as TensorRT-LLM does, with its products in fp8 by
+blocks; products with integer weights, which only its table of the A100 has. Columns that are the same in all rows are
+dropped, and of a case that stands there twice the quicker one is kept, since noise is mostly upward. Nothing else of
+the wheel is read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ CARDS = {  # vLLM's version of its kernels, of its all-reduce, and NCCL's
 MOST_ROWS = 16_384  # of a matrix product
 TYPES = ("bfloat16", "fp8", "nvfp4")  # the last on Blackwell alone
 INTEGERS = {"a100_sxm": "1.0.0"}  # TensorRT-LLM's version of the table with int4_wo, int8_wo and sq
+TRTLLM = "1.3.0rc20"
+TRTLLM_CARDS = ("h100_sxm", "h200_sxm", "b200_sxm", "l40s", "rtx_pro_6000_server")
+TRTLLM_HEADS = (64, 128, 256)
 COLUMNS = {
     "gemm": ("gemm_dtype", "m", "n", "k"),
     "context_attention": ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "kv_cache_dtype"),
@@ -86,7 +90,23 @@ def main(source: Path) -> None:
         table = read(source, f"{card}/comm/nccl/{nccl}/nccl_perf.parquet")
         table = only(only(table, "op_name", "all_reduce"), "nccl_dtype", "half")
         total += written(table, "nccl", folder / "nccl.parquet")
+    total += sum(of_trtllm(source, card, TARGET / card / "trtllm") for card in TRTLLM_CARDS)
     print(f"{total / 1e6:.1f} MB in {TARGET}")
+
+
+def of_trtllm(source: Path, card: str, folder: Path) -> int:
+    """TensorRT-LLM's kernels of a card; prompts over K and V in fp8 as computed in fp8 where that was measured."""
+    gemm = read(source, f"{card}/gemm/trtllm/{TRTLLM}/gemm_perf.parquet")
+    gemm = only(gemm, "gemm_dtype", "bfloat16", "fp8", "fp8_block", "nvfp4")
+    total = written(gemm.filter(pc.less_equal(gemm["m"], MOST_ROWS)), "gemm", folder / "gemm.parquet")
+    for name in ("context_attention", "generation_attention"):
+        table = read(source, f"{card}/attention/trtllm/{TRTLLM}/{name}_perf.parquet")
+        table = only(only(only(table, "window_size", 0), "beam_width", 1), "head_dim", *TRTLLM_HEADS)
+        if name == "context_attention":
+            table = only(table, "batch_size", 1)
+        total += written(only(table, "attn_dtype", "bfloat16"), name, folder / f"{name}.parquet")
+    table = read(source, f"{card}/comm/trtllm/{TRTLLM}/custom_allreduce_perf.parquet")
+    return total + written(table, "custom_allreduce", folder / "custom_allreduce.parquet")
 
 
 if __name__ == "__main__":

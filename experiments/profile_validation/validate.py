@@ -168,7 +168,7 @@ def rules() -> str:
     """The builder's own scaling rules, on cases that the tables hold."""
     rows = []
     for source in (A100, H100):
-        name = f"{source.card.name} (vLLM {source.vllm})"
+        name = f"{source.card.name} (vLLM {source.version})"
         whole = gemm_times(source)
         widths = (3072, 4096, 5120, 6144, 8192, 10_240, 12_288, 16_384)
         ratio = [

@@ -86,7 +86,7 @@ def listed() -> None:
     print(f"{'card':<12} {'GiB':>4} {'GB/s':>5} {rates} {'TDP W':>5}  times from")
     for name, card in CARDS.items():
         source = SHIPPED_SOURCES.get(name)
-        kernels = "data sheet" if source is None else f"kernels, vLLM {source.vllm}"
+        kernels = "data sheet" if source is None else f"kernels, vLLM {source.version}"
         watts = "" if card.tdp_w is None else f"{card.tdp_w:.0f}"
         memory, bandwidth = card.total_bytes / 2**30, card.bytes_per_s / 1e9
         rates = f"{_tera(card.flops_per_s):>6} {_tera(card.fp8_flops_per_s):>5} {_tera(card.int8_flops_per_s):>4}"

@@ -27,7 +27,7 @@ from helios_sim.profile.importers.aiconfigurator import kernel_profile
 from helios_sim.profile.importers.layers import layer_profile, read_meta
 from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import preset
+from helios_sim.profile.runtimes import preset
 from helios_sim.profile.store import PROFILES_FOLDER, write_profile
 
 IMPORTERS = ("aiconfigurator", "layers", "vidur")

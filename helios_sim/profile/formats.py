@@ -66,6 +66,7 @@ FORMATS = {
     one.name: one
     for one in (
         WeightFormat("fp8", 8, FP8, outputs=0, scale_bytes=4),  # vLLM's own, when it loads bf16: one scale a matrix
+        WeightFormat("fp8-block", 8, FP8, group=128, outputs=128, scale_bytes=4),  # as Qwen3 and DeepSeek publish it
         WeightFormat("int8", 8, INT8),  # W8A8 of llm-compressor: one bf16 scale an output
         WeightFormat("int4", 4, WEIGHTS, group=128),  # W4A16 of llm-compressor: symmetric, so without zero points
         WeightFormat("awq", 4, WEIGHTS, group=128, zero_bits=4),

@@ -52,7 +52,7 @@ class Precision:
             form = FORMATS[self.quantization]
             if model.quantization is None:
                 model = replace(model, name=f"{model.name}-{form.name}", quantization=form)
-            elif model.quantization.name.split("-")[0] != form.name:
+            elif form.name not in (model.quantization.name, model.quantization.name.split("-")[0]):
                 allowed = f"left out: {model.name} is in {model.quantization.name} already"
                 raise UserError("server.quantization", self.quantization, allowed, "name the unquantized model")
         if kv_bytes not in (None, model.kv_bytes_per_value):

@@ -15,7 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, plain_model
 from helios_sim.profile.devices import Device, card_file, catalogue_name, device_of, group_of
 from helios_sim.profile.formats import WEIGHTS
-from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES, device_profile
+from helios_sim.profile.importers.aiconfigurator import KERNELS, SHIPPED_SOURCES, device_profile
 from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, device_roofline, fitted_band
@@ -23,25 +23,28 @@ from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
 from helios_sim.untrusted import is_there
 
+VLLM = "vllm"  # whose kernels are summed unless something else is asked for
 TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
 
 
 def find_profile(
-    model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN
+    model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN, kernels: str = VLLM
 ) -> Profile:
     """`model` and `hardware` are names, or paths of files, and `precision` is asked for, as a study's settings have it.
 
-    UserError where one of them is not known, or the cards cannot split the model or compute in that precision.
+    `kernels`: whose are summed where they were measured on the card; else vLLM's. UserError where one of them is not
+    known, or the cards cannot split the model or compute in that precision.
     """
-    kept = kept_profile(model, hardware, folder, precision)
+    kept = kept_profile(model, hardware, folder, precision) if kernels == VLLM else None
     if kept is not None:
         return in_precision(load_profile(kept.name, folder), precision)
     command = f"models=[{model}] hardware={hardware}{precision.settings}"
+    command += "" if kernels == VLLM else f" server.kernels={kernels}"
     measured = kept_profile(model, hardware, folder)
     if measured is not None and catalogue_name(group_of(hardware)[1]) is None:  # of a device that nothing else knows
         return in_precision(load_profile(measured.name, folder), precision)
     shape = shape_of(model)
-    return _built(replace(shape, model=precision.applied(shape.model)), device_of(hardware), command)
+    return _built(replace(shape, model=precision.applied(shape.model)), device_of(hardware), command, kernels)
 
 
 def in_precision(profile: Profile, precision: Precision) -> Profile:
@@ -75,9 +78,9 @@ def _names(model: str, hardware: str) -> Iterator[str]:
 
 
 @lru_cache(maxsize=32)
-def _built(shape: Shape, device: Device, command: str) -> Profile:
+def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
     """From measured kernels where the card has them, else from its data sheet."""
-    source = None if device.key is None else SHIPPED_SOURCES.get(device.key)
+    source = None if device.key is None else KERNELS[kernels].get(device.key, SHIPPED_SOURCES.get(device.key))
     if source is None:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
         low, high = fitted_band(shape.model, device.card)
@@ -86,7 +89,8 @@ def _built(shape: Shape, device: Device, command: str) -> Profile:
             times_from += f", with all-reduces over a link of {device.link.bytes_per_s / 1e9:g} GB/s"
     else:
         profile = device_profile(shape.model, device, source, command, None, shape.windows)
-        times_from = f"kernels that NVIDIA measured under vLLM {source.vllm} on {source.card.name.upper()}"
+        under = f"{source.engine} {source.version}"
+        times_from = f"kernels that NVIDIA measured under {under} on {source.card.name.upper()}"
         products = products_on(shape.model, device.card)
         if products == WEIGHTS and not source.integers:
             low, high = fitted_band(shape.model, device.card)

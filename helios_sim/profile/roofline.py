@@ -13,7 +13,8 @@ from helios_sim.profile.devices import Device, ring_s, shard, whole_model
 from helios_sim.profile.formats import FP4, FP8, INT8, WEIGHTS
 from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime, preset
+from helios_sim.profile.runtimes import preset
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 

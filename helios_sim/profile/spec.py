@@ -229,7 +229,7 @@ class Runtime:
 class RuntimeConfig:
     """The settings `runtime`: a named set of host costs, and costs that replace those of the set."""
 
-    preset: str = "captured_graphs"  # captured_graphs, eager, vllm_0.12; profile: the costs that came with the profile
+    preset: str = "captured_graphs"  # see profile/runtimes.py; profile: the costs that came with the profile
     launch_s_per_layer: float | None = None  # each of these replaces the preset's value; see Runtime
     launch_s_per_graph: float | None = None
     sync_s: float | None = None
@@ -265,69 +265,3 @@ class Anchors:
 
     decode: Anchor | None = None
     prompt: Anchor | None = None
-
-
-# vLLM's default capture sizes: 1, 2, 4, then every 8
-GRAPH_BATCH_SIZES = (1, 2, 4, *range(8, 513, 8))
-
-_SYNC = CostSource(
-    "sync_s", Basis.ASSUMED, "device to host copy of a few bytes and back to the launching thread, 10 to 30 us"
-)
-_OVERHEAD = CostSource(
-    "host_overhead_s", Basis.ASSUMED, "batch scheduling, sampling results and detokenization of a tuned engine"
-)
-PRESETS = {
-    "captured_graphs": Runtime(
-        launch_s_per_layer=0.0, launch_s_per_graph=20e-6, sync_s=20e-6, host_overhead_s=200e-6,
-        graph_batch_sizes=GRAPH_BATCH_SIZES,
-        sources=(
-            CostSource(
-                "launch_s_per_layer", Basis.DEFINITION,
-                "the layers are inside the graph; prefill is taken to hide its eager launches",
-            ),
-            CostSource(
-                "launch_s_per_graph", Basis.ASSUMED, "one graph launch, of the order of 10 us plus argument copies"
-            ),
-            _SYNC,
-            _OVERHEAD,
-            CostSource(
-                "graph_batch_sizes", Basis.STATED, "vLLM's default capture sizes: 1, 2, 4, then multiples of 8 to 512"
-            ),
-        ),
-    ),
-    "eager": Runtime(
-        launch_s_per_layer=100e-6, launch_s_per_graph=0.0, sync_s=20e-6, host_overhead_s=200e-6,
-        graph_batch_sizes=None,
-        sources=(
-            CostSource(
-                "launch_s_per_layer", Basis.ASSUMED,
-                "about 15 kernels a layer at 4 to 6 us each (susun-blog.com/blog/pegainfer-3-cuda-graph), "
-                "somewhat more from Python; swept from 0 to 0.5 ms (vLLM of 2023 on 8 cards was bound by its host at "
-                "0.4 to 0.6 ms a layer, communication included: experiments/profile_validation)",
-            ),
-            CostSource("launch_s_per_graph", Basis.DEFINITION, "no graphs"),
-            _SYNC,
-            _OVERHEAD,
-            CostSource("graph_batch_sizes", Basis.DEFINITION, "no graphs, so no padding"),
-        ),
-    ),
-}
-_FITTED = (
-    "fitted to 23 runs of Qwen3-32B under vLLM 0.12.0 on 2, 4 and 8 H100; time per output token of 22 others is "
-    "4.5 % off in the mean (experiments/engine_host)"
-)
-PRESETS["vllm_0.12"] = replace(
-    PRESETS["captured_graphs"], host_overhead_s=1.78e-3, host_s_per_request=47e-6,
-    sources=(
-        *(s for s in PRESETS["captured_graphs"].sources if s.quantity != "host_overhead_s"),
-        CostSource("host_overhead_s", Basis.STATED, _FITTED), CostSource("host_s_per_request", Basis.STATED, _FITTED),
-    ),
-)  # fmt: skip
-
-
-def preset(name: str) -> Runtime:
-    """Raises UserError for an unknown name."""
-    if name not in PRESETS:
-        allowed = f"one of {', '.join(PRESETS)}, or profile for the costs that came with it"
-        raise UserError("runtime.preset", name, allowed, "choose one of these")
-    return PRESETS[name]

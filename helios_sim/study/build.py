@@ -23,7 +23,8 @@ from helios_sim.profile.formats import named_format
 from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import find_profile, in_precision
-from helios_sim.profile.spec import Runtime, preset
+from helios_sim.profile.runtimes import preset
+from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import load_profile
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.study.limits import check_times
@@ -122,7 +123,7 @@ def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objecti
 
 def build_profile(config: Config, model: str) -> Profile:
     if config.profile_folder is None:
-        profile = find_profile(model, config.device, precision=config.precision)
+        profile = find_profile(model, config.device, precision=config.precision, kernels=config.server.kernels)
     else:  # who names a folder means its profiles and no others
         profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder))
         profile = in_precision(profile, config.precision)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 
 from helios_sim.errors import UserError
-from helios_sim.study.modes import LIVE
+from helios_sim.study.modes import LIVE, FidelityConfig
 from helios_sim.study.schema import Config, FaultsConfig, LastingFaultConfig, LengthConfig
 from helios_sim.workload.faults import LOSING
 
@@ -18,7 +19,7 @@ def _is_live(c: Config) -> bool:
 
 
 def _is_compared(c: Config) -> bool:
-    return c.fidelity.compare or c.fidelity.folder is not None
+    return c.fidelity.compare or c.fidelity.folder is not None or c.fidelity.silicon
 
 
 def _is_simulated(c: Config) -> bool:
@@ -67,10 +68,17 @@ def _fault(kind: str) -> tuple[_Counts, str]:
     return lambda c: kind in c.workload.faults.strikes, f"only with {path}.at_s or {path}.rate_per_hour"
 
 
+_OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
+# What counts beside published measurements, whose rows say everything else.
+OF_SILICON = ("fidelity", "jobs", "pictures", "name", "title", "question", "hydra", "experiment")
+
+
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "live": (_is_live, "only with mode=live"),
-    "fidelity": (_is_compared, "only with fidelity.folder"),
+    "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
+    **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
+    "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
     "fidelity_live": (lambda c: bool(c.fidelity_live.loads), "only with fidelity_live.loads"),
     "sweep": (lambda c: bool(c.sweep.parameters), "only with sweep.parameters: +experiment=sweep_helios has some"),
     "sweep.sampler": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
@@ -87,6 +95,9 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "server.quantization": (_is_simulated, "only in a simulation: weights of a device or of a log are as they are"),
     "server.kv_cache_dtype": (_is_simulated, "only in a simulation: K and V of a device or of a log are as they are"),
     "cost": (lambda c: not _is_compared(c), _SERVED),
+    "server.kernels": (
+        lambda c: _is_simulated(c) and c.profile_folder is None, "only in a simulation, without profile_folder",
+    ),
     "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
     "workload.arrivals.cv": _arrivals("gamma"),
     "workload.arrivals.users": _arrivals("closed_loop"),
@@ -133,6 +144,9 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
         parts = name.split(".")
         if not equals or name.startswith("~") or value in ("null", ""):
             continue
+        if config.fidelity.silicon and parts[0] not in OF_SILICON:
+            allowed = "does nothing here: each row says it; fidelity.rows=FILE takes other rows"
+            raise UserError(name, value, allowed, "leave it out")
         for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
             counts, where = COUNTS.get(above, (None, ""))
             if counts is not None and not counts(config):

@@ -33,6 +33,7 @@ ALIKE = ""  # the only kind's name where all replicas are alike
 OF_ONE_SERVER = (
     "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
     "batch_wait_iterations", "batch_wait_tokens", "tensor_parallel", "quantization", "kv_cache_dtype",
+    "kernels",
 )  # fmt: skip
 OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
 MOST_KEPT = 4  # different parts at a time, such as one for each seed

@@ -14,6 +14,7 @@ from helios_sim.vary.workers import BACKENDS
 SIMULATE, LIVE = "simulate", "live"
 MODES = (SIMULATE, LIVE)
 DTYPES = ("float32", "bfloat16")
+KERNELS = ("vllm", "trtllm")
 SCHEDULERS = ("plain", "vllm_v1", "vllm_v0", "sglang", "trtllm")
 METHODS = ("grid", "search")
 SAMPLERS = ("nsga2", "tpe")
@@ -100,6 +101,9 @@ class FidelityConfig:
     scheduler: str = "vllm_v1"  # plain, vllm_v1
     load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # of error against load
     profile_error: float = 0.01  # the effect of so much is shown against load
+    # Published measurements of served models with their simulation, in place of the arms; beside it only `rows` counts
+    silicon: bool = False
+    rows: str | None = None  # a CSV file with the columns of data/silicon/handed.csv; null: that file
 
     def __post_init__(self) -> None:
         for key in ("memory_bytes", "kv_blocks", "tensor_parallel", "estimate_from"):

@@ -14,7 +14,15 @@ from helios_sim.errors import UserError, require, require_one_of
 from helios_sim.profile.devices import DEGREES, group_of
 from helios_sim.profile.precision import Precision
 from helios_sim.profile.spec import RuntimeConfig
-from helios_sim.study.modes import MODES, SCHEDULERS, DesignsConfig, FidelityConfig, LiveConfig, LiveFidelityConfig
+from helios_sim.study.modes import (
+    KERNELS,
+    MODES,
+    SCHEDULERS,
+    DesignsConfig,
+    FidelityConfig,
+    LiveConfig,
+    LiveFidelityConfig,
+)
 from helios_sim.vary.axis import AxisConfig
 
 # Settings that change how a result is shown, not what it is.
@@ -157,10 +165,11 @@ class ServerConfig:
     block_tokens: int = 16  # of a KV block, vLLM's block_size
     replicas: int = 1  # cards, or groups of them, each with a server and a policy of its own
     tensor_parallel: int = 1  # cards of a group that runs a model together: 4 means 4x`hardware`
-    # Of the weights of layers: fp8, int8, int4, awq, gptq, nvfp4 or bitsandbytes; null: as the model's name (...-FP8,
-    # ...-AWQ, ...-GPTQ-Int4) or its config.json says, else bf16
+    # Of the weights of layers: fp8, fp8-block, int8, int4, awq, gptq, nvfp4 or bitsandbytes; null: as the model's name
+    # (...-FP8, ...-AWQ, ...-GPTQ-Int4) or its config.json says, else bf16
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
+    kernels: str = "vllm"  # whose measured ones are summed: vllm; trtllm: TensorRT-LLM's, on cards that have them
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     # plain; vllm_v1: places freed late, prefixes found again; vllm_v0, sglang: prompts first, decodes in other
     # iterations; trtllm: a request enters with memory for its whole answer (see core/schedule.py). vllm_v0 and trtllm
@@ -182,6 +191,7 @@ class ServerConfig:
         degree, allowed = self.tensor_parallel, "1, 2, 4 or 8: for these all-reduces were measured"
         require(degree in DEGREES, "server.tensor_parallel", degree, allowed)
         Precision(self.quantization, self.kv_cache_dtype)
+        require_one_of("server.kernels", self.kernels, KERNELS)
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         for key in ("batch_wait_iterations", "batch_wait_tokens"):

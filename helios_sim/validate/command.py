@@ -10,6 +10,7 @@ from pathlib import Path
 from helios_sim.errors import UserError
 from helios_sim.report.records import Records
 from helios_sim.report.result import ComparedRow, ExperimentResult, LoadError, comparisons
+from helios_sim.report.silicon import print_silicon, write_silicon
 from helios_sim.report.tables import print_comparison
 from helios_sim.report.write import write_result
 from helios_sim.study.command import end, provenance
@@ -21,6 +22,8 @@ from helios_sim.validate.live import TimeLeft, compared_cells, measured_profiles
 from helios_sim.validate.logs import ServingLog, read_log
 from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
 from helios_sim.validate.setup import Setup, set_up
+from helios_sim.validate.silicon import SHIPPED, jobs_of, predictions, read_rows, with_front
+from helios_sim.validate.silicon_gates import result_of
 from helios_sim.vary.runner import at_work_in
 from helios_sim.vary.settings import with_settings
 
@@ -58,6 +61,22 @@ def run_fidelity_live(config: Config, folder: Path, left: TimeLeft | None = None
         summary = write_result(result, folder, comparisons(result))
         forget_jobs(folder)
     return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
+
+
+def run_fidelity_silicon(config: Config, folder: Path) -> int:
+    """Predicts published measurements. Returns 0, or 2 when a gate failed. UserError before anything is written.
+
+    Rows that are finished are kept in the folder: after a kill the same folder goes on with what is missing.
+    """
+    path = SHIPPED if config.fidelity.rows is None else Path(config.fidelity.rows).expanduser()
+    rows = read_rows(path)
+    jobs, why_not = jobs_of(rows, config)
+    with at_work_in(folder):
+        found, failed = predictions(jobs, folder, config.jobs)
+        both = [(row, with_front(row, found[row.id]) if row.id in found else None) for row in rows]
+        result = result_of(both, why_not | failed, config, provenance(config), config.fidelity.rows is None)
+        summary = write_silicon(result, folder, config.pictures)
+    return end(lambda: print_silicon(result), folder, summary, result.gates)
 
 
 def _is_shown_of_log(part: int, row: ComparedRow) -> bool:

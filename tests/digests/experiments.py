@@ -30,8 +30,9 @@ MORE_REQUESTS = {  # of experiments with few or quick arms
     "quickstart": 400, "scale": 400, "speed_w1": 200,
 }  # fmt: skip
 SLOW = {"ablation", "paper_opt"}
-# Left out: these need a log of a real engine or a model on a device, or a search whose draws depend on a package.
-LEFT_OUT = {"fidelity_vllm", "fidelity_live", "sweep_helios"}
+# Left out: these need a log of a real engine or a model on a device, have rows for arms, or a search whose draws depend
+# on a package.
+LEFT_OUT = {"fidelity_vllm", "fidelity_live", "fidelity_silicon", "sweep_helios"}
 NEEDS_SHARED_DATA = {"speed_w1"}
 
 

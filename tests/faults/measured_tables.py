@@ -61,7 +61,7 @@ def read(path: Path) -> None:
     from helios_sim.profile.composition import Composition
     from helios_sim.profile.importers.layers import layer_profile
     from helios_sim.profile.importers.vidur import vidur_profile
-    from helios_sim.profile.spec import preset
+    from helios_sim.profile.runtimes import preset
 
     build = layer_profile if path.name == "layers" else vidur_profile
     profile = build(path, published_model(MODEL), HARDWARE, CARDS["rtx4090"], preset("captured_graphs"))

@@ -1,9 +1,10 @@
 """Profiles of models from kernel times that others measured, as aiconfigurator publishes them.
 
-Its measurements of vLLM (bf16 and fp8): matrix products by (m, n, k), flash attention by batch, length and heads,
-all-reduces by cards and size. A layer is the sum of its kernels: matrix products and attention are measured; norms,
-activation, rope, KV writes and sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which
-is assumed. What is scaled, and each gap that is closed, is named in the profile's provenance.
+Its measurements of vLLM (bf16 and fp8) and of TensorRT-LLM (nvfp4 too): matrix products by (m, n, k), flash attention
+by batch, length and heads, all-reduces by cards and size. A layer is the sum of its kernels: matrix products and
+attention are measured; norms, activation, rope, KV writes and sampling are bytes over an achieved bandwidth plus a
+fixed time for each kernel, which is assumed. What is scaled, and each gap that is closed, is named in the profile's
+provenance.
 
 A table lies in the package (`SHIPPED`, for six cards), or in the folder of shared data, from which older profiles were
 made. In a tensor-parallel group each card runs its shard, and a layer ends in two all-reduces.
@@ -43,7 +44,8 @@ from helios_sim.profile.roofline import (
     layer_gemms,
     quantized_s,
 )
-from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime, preset
+from helios_sim.profile.runtimes import preset
+from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.shared_data import VARIABLE, shared_data_folder
@@ -73,6 +75,10 @@ class Measured:
 BF16 = Measured("bfloat16")
 OF_FP8 = Measured("fp8", 1.0, 1, FP8)  # its time includes making the inputs fp8
 OF_FP4 = Measured("nvfp4", 0.5625, 0.5625, FP4)  # the same; a byte of scale for 16 values
+OF_TRTLLM = {  # by the name of the weights' format
+    "fp8": OF_FP8, "fp8-block": Measured("fp8_block", 1.0, 1, FP8), "nvfp4": OF_FP4,
+}  # fmt: skip
+FUSED = ("fp8", "nvfp4")  # formats whose inputs have scales that are fixed: TensorRT-LLM's kernels before make them
 INTEGERS = {  # by what is multiplied, and bits of a weight
     (INT8, 8): Measured("sq", 1.0, 1, INT8), (WEIGHTS, 8): Measured("int8_wo", 1.0),
     (WEIGHTS, 4): Measured("int4_wo", 0.5),
@@ -84,16 +90,18 @@ class KernelSource:
     """A card's folder in the data and the card on which it was measured."""
 
     folder: str
-    vllm: str
+    version: str  # of the engine
     head_dims: tuple[int, ...]  # for which attention was measured
     card: HardwareSpec
     shipped: bool = False  # its tables are in the package
     integers: bool = False  # they have products with integer weights
+    engine: str = "vLLM"
 
     def path(self, kind: str, name: str) -> Path:
         if self.shipped:
-            return SHIPPED / self.folder / f"{name}.parquet"
-        folder = shared_data_folder() / "kernels" / "aiconfigurator" / self.folder / kind / "vllm" / self.vllm
+            folder = SHIPPED / self.folder
+            return (folder.parent if name == "nccl" and self.engine != "vLLM" else folder) / f"{name}.parquet"
+        folder = shared_data_folder() / "kernels" / "aiconfigurator" / self.folder / kind / "vllm" / self.version
         return folder / f"{name}_perf.parquet"
 
 
@@ -114,6 +122,12 @@ SHIPPED_SOURCES = {  # by the card's key in the catalogue
     "l40s": _shipped("l40s", "0.24.0", "l40s"),
     "rtxpro6000": _shipped("rtx_pro_6000_server", "0.24.0", "rtxpro6000"),
 }  # fmt: skip
+TRTLLM_SOURCES = {
+    key: replace(source, folder=f"{source.folder}/trtllm", version="1.3.0rc20", engine="TensorRT-LLM")
+    for key, source in SHIPPED_SOURCES.items()
+    if not key.startswith("a100")
+}
+KERNELS = {"vllm": SHIPPED_SOURCES, "trtllm": TRTLLM_SOURCES}  # by `server.kernels`
 
 
 def _read(source: KernelSource, kind: str, name: str, **equal: Any) -> dict[str, Any]:
@@ -363,6 +377,10 @@ class LayerTimes:
         self.products = products_on(whole, device.card)
         kind = self._kind()
         self.of_layers = None if kind is None else gemm_times(source, kind)
+        form = model.quantization
+        fused = source.engine != "vLLM" and form is not None and form.name in FUSED and self.of_layers is not None
+        # What the smallest product takes longer than in bf16: the making of its inputs.
+        self.inputs_s = max(0.0, self.of_layers.fixed_s - self.gemms.fixed_s) if fused and self.of_layers else 0.0
         self.keep = self.gemms.rows <= MAX_ROWS
         self.rows: IntArray = self.gemms.rows[self.keep]
         ratio = model.n_heads // model.n_kv_heads
@@ -387,6 +405,8 @@ class LayerTimes:
         form, products = self.model.quantization, self.products
         if form is None or products is None:
             return BF16
+        if self.source.engine != "vLLM" and form.name in OF_TRTLLM and products != WEIGHTS:
+            return OF_TRTLLM[form.name]
         if self.source.integers:
             return INTEGERS[products, form.bits]
         if products == WEIGHTS:
@@ -436,6 +456,8 @@ class LayerTimes:
         """(rows,) with the bytes' share moved to this card's bandwidth, never below the roofline."""
         here_s, there_s = (of.roofline_s(gemm, card, weights) for card in (self.card, self.measured_card))
         time_s = of.time_s(gemm, weights) + (here_s - there_s) / of.best_bandwidth
+        if of is self.of_layers:
+            time_s = time_s - self.inputs_s
         time_s = rising(np.maximum(time_s, here_s / self._reached(of.from_memory)))
         return time_s[self.keep] if np.array_equal(of.rows, self.gemms.rows) else np.interp(self.rows, of.rows, time_s)
 
@@ -572,6 +594,11 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
             "logits of all cards are gathered over the link at its data sheet's bandwidth",
         ]
     scaled += scaled_by(model, times.products, times.measured)
+    if times.inputs_s:
+        scaled.append(
+            f"products of quantized layers: less {times.inputs_s * 1e6:.1f} us, the making of their inputs, which is "
+            "part of the kernels before where scales are fixed"
+        )
     if any(windows):
         scaled += [
             "layers with a window: decode attention of a context as long as the window, prefill by pairs of tokens",
@@ -580,8 +607,8 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
     return Provenance(
         provenance_class=ProvenanceClass.DERIVED,
         source=(
-            f"aiconfigurator (ai-dynamo/aiconfigurator, Apache-2.0): vLLM {source.vllm} {_kinds(times)} kernels "
-            f"measured on {there.name}; card limits: {card.source}"
+            f"aiconfigurator (ai-dynamo/aiconfigurator, Apache-2.0): {source.engine} {source.version} {_kinds(times)} "
+            f"kernels measured on {there.name}; card limits: {card.source}"
         ),
         command=command,
         scaled=tuple(scaled),
