@@ -65,6 +65,8 @@ class Request:
     task: int  # index into the workload's task names
     text_start: int  # where the answer lies in the task's text; exit traces take it modulo their length
     priority: int = 0  # the lowest is served first where the server's order is by priority
+    shared: int = -1  # row of the text that the prompt begins with, as others do (workload.prefixes); -1: none
+    stream: int = -1  # the session that the rest of the prompt and the answer belong to; -1: none, a text of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,17 @@ class RequestBlock:
     task: NDArray[np.int64]
     text_start: NDArray[np.int64]
     priority: Any = None  # an array like the others; None: all are 0
+    shared: Any = None  # None: all are -1
+    stream: Any = None
 
     def __post_init__(self) -> None:
+        n = len(self.request_id)
         if self.priority is None:
-            object.__setattr__(self, "priority", np.zeros(len(self.request_id), np.int64))
+            object.__setattr__(self, "priority", np.zeros(n, np.int64))
+        if self.shared is None:
+            object.__setattr__(self, "shared", np.full(n, -1, np.int64))
+        if self.stream is None:
+            object.__setattr__(self, "stream", np.full(n, -1, np.int64))
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -125,6 +134,7 @@ class RequestRecord:
     # Millionths of a bit that the reference text costs under what was served: -log2 of the probability of each of its
     # tokens at the exit where that token left. None unless people wrote the text and it was recorded for all models.
     microbits: int | None = None
+    cached_tokens: int | None = None  # of its prompt, found when it first entered; None: without prefix caching
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from helios_sim.simulation import Run, simulate
 from helios_sim.study.workload import Foresight
 from helios_sim.workload import AllAtOnce, Arrivals, DrawnLengths, Fixed, Length, TaskMix, Workload, generate
 from helios_sim.workload.faults import FaultPlan
+from helios_sim.workload.prefixes import SharedPrefixes
 
 EXITS = (2, 4)
 AT_ONCE, ONE_TASK = AllAtOnce(), TaskMix.single("text")
@@ -143,6 +144,8 @@ def serve(
     vllm_v1: bool = False,
     whole_prompts: bool = False,
     others: Mapping[str, Any] | None = None,
+    shares: bool = False,
+    prefixes: SharedPrefixes | None = None,
     threshold: float = 0.7,
     objective: Objective | None = None,
     expected: ExpectedLoad | None = None,
@@ -172,6 +175,8 @@ def serve(
         schedule_ahead=schedule_ahead,
         vllm_v1=vllm_v1,
         **{"whole_prompts": whole_prompts, **(others or {})},
+        shares=shares,
+        prefixes=prefixes,
         order=order,
         max_batch_tokens=max_batch_tokens,
         seed=seed,

@@ -207,7 +207,7 @@ def test_a_number_that_does_not_fit_is_refused_in_blocks_too() -> None:
 
 
 def block_of(records: list[RequestRecord]) -> RecordBlock:
-    maybe = ("scheduled_ns", "first_token_ns", "last_token_ns", "microbits")
+    maybe = ("scheduled_ns", "first_token_ns", "last_token_ns", "microbits", "cached_tokens")
     labels = ("model", "status", "drop_reason")
     columns = {f.name: [getattr(record, f.name) for record in records] for f in fields(RequestRecord)}
     names = {name: tuple(dict.fromkeys(reversed(columns[name]))) for name in labels}  # not in order of appearance

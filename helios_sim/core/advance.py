@@ -34,6 +34,7 @@ from helios_sim.core.layout import (
     Tables,
     Watch,
 )
+from helios_sim.core.prefix import Prefix, has_room
 from helios_sim.core.price import floor_s, outside_grid, time_s, whole_ns
 from helios_sim.core.schedule import admit, begin_schedule, release_lingering, running_limit
 from helios_sim.core.triggers import next_alarm_ns, turn_is_due, watches_queue
@@ -43,7 +44,7 @@ def advance(t: Tables, until_ns: int) -> int:
     """Takes the turns of this replica that come before `until_ns`, up to which nothing else can act on it."""
     s, r, it = t.states[0], t.rules[0], t.iterations[0]
     requests, lists, line, arrivals, tokens = t.requests, t.lists, t.line, t.arrivals, t.tokens
-    chunks, freed, owed, c, watch, work = t.chunks, t.freed, t.owed, t.counts, t.watch, t.work
+    chunks, freed, prefix, owed, c, watch, work = t.chunks, t.freed, t.prefix, t.owed, t.counts, t.watch, t.work
     while True:
         if s.to_release and s.phase in (ADMITTING, RUNNING):  # in place of those that left while it was planned
             release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
@@ -54,10 +55,10 @@ def advance(t: Tables, until_ns: int) -> int:
                 return ARRIVALS
             if s.free == 0:
                 return FLUSH
-            commit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, owed, c, watch)
+            commit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, prefix, owed, c, watch)
             s.now_ns, s.phase, s.asked = s.end_ns, TURN, 0
         if s.phase == TURN:
-            if not _has_room(s, r, c) or (s.eager and s.left):
+            if not _has_room(s, r, c, prefix) or (s.eager and s.left):
                 return FLUSH
             arrived = s.arrived
             release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
@@ -77,10 +78,10 @@ def advance(t: Tables, until_ns: int) -> int:
                 return ASK
             s.asked = 0
             if s.pending:
-                release_lingering(s, r, lists, freed)
+                release_lingering(s, r, lists, freed, prefix)
             if r.planned and s.running == 0 and s.waiting and _planned_model(s, requests, line, arrivals) != s.model:
                 return FOLLOW_PLAN
-            begin_schedule(s, r, it, requests, lists, line, tokens, chunks, freed)
+            begin_schedule(s, r, it, requests, lists, line, tokens, chunks, freed, prefix, owed)
             s.phase = ADMITTING
         if s.phase == WAITING:
             stop = _wait(s, r, requests, lists, line, arrivals, tokens, watch, until_ns)
@@ -88,10 +89,10 @@ def advance(t: Tables, until_ns: int) -> int:
                 return stop
             s.phase = TURN
             continue
-        stop = admit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, owed)
+        stop = admit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, prefix, owed)
         if stop != GO_ON:
             return stop
-        release_lingering(s, r, lists, freed)
+        release_lingering(s, r, lists, freed, prefix)
         s.phase = TURN
         if it.decodes == 0 and it.chunks == 0:
             if r.ahead and s.started_ns != NEVER:
@@ -111,13 +112,14 @@ def advance(t: Tables, until_ns: int) -> int:
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0
 
 
-def _has_room(s: Record, r: Record, c: Counts) -> bool:
+def _has_room(s: Record, r: Record, c: Counts, prefix: Prefix) -> bool:
     """Whether all that one more iteration may hand over finds a place, and little has to be handed over yet."""
     return (
         s.left < FLUSH_REQUESTS
         and s.free >= r.running_limit + 1
         and s.seen + s.running + r.running_limit <= len(c.seen)
         and s.samples < s.sample_room
+        and (not r.shares or has_room(s, prefix, s.running, 0))
     )
 
 

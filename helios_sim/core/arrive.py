@@ -100,6 +100,8 @@ def occupy(s: Record, requests: Table, lists: Lists, arrival: Record, read: Reco
     request.task = arrival.task
     request.text_start = arrival.text_start
     request.priority = arrival.priority
+    request.shared = arrival.shared
+    request.stream = arrival.stream
     request.seq = number
     request.order_key = 0
     request.model = arrival.model
@@ -118,6 +120,8 @@ def occupy(s: Record, requests: Table, lists: Lists, arrival: Record, read: Reco
     request.preemptions = 0
     request.cached_tokens = 0
     request.freed_at = NEVER
+    request.seat = NEVER
+    request.hit_tokens = 0
     request.earlier_chars = 0
     request.earlier_tokens = 0
     request.scheduled_ns = NEVER

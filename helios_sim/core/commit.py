@@ -6,9 +6,10 @@ What became of each request's token stands in its record: put there from a trace
 from __future__ import annotations
 
 from helios_sim.core.arrive import leave
-from helios_sim.core.blocks import give_blocks, take_blocks
+from helios_sim.core.blocks import take_blocks
 from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
-from helios_sim.core.schedule import held_blocks
+from helios_sim.core.prefix import Prefix, leave_blocks
+from helios_sim.core.schedule import held_blocks, let_go
 from helios_sim.core.triggers import slide_windows
 
 
@@ -23,6 +24,7 @@ def commit(
     tokens: Table,
     chunks: Table,
     freed: Table,
+    prefix: Prefix,
     owed: Numbers,
     c: Counts,
     watch: Watch,
@@ -41,7 +43,7 @@ def commit(
         for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
     if it.done:
-        _complete(s, r, requests, lists, line, arrivals, tokens, freed, end_ns)
+        _complete(s, r, requests, lists, line, arrivals, tokens, freed, prefix, owed, end_ns)
     if s.sampled_ns == NEVER or end_ns - s.sampled_ns >= s.sample_interval_ns:
         sample = c.samples[s.samples]
         sample.time_ns = end_ns
@@ -172,6 +174,8 @@ def _complete(
     arrivals: Table,
     tokens: Table,
     freed: Table,
+    prefix: Prefix,
+    owed: Numbers,
     end_ns: int,
 ) -> None:
     """Requests with no token left to produce leave; the others close up first, so that places are free by then.
@@ -194,8 +198,11 @@ def _complete(
         if r.ahead and r.vllm_v1:
             lists.lingering_key[s.lingering] = request.order_key
             lists.lingering_seq[s.lingering] = request.seq
-            lists.lingering_blocks[s.lingering] = held_blocks(r, request)
+            if r.shares:
+                lists.lingering_blocks[s.lingering] = leave_blocks(r, prefix, request, owed, slot, False)
+            else:
+                lists.lingering_blocks[s.lingering] = held_blocks(r, request)
             s.lingering += 1
         else:
-            give_blocks(s, r, freed, held_blocks(r, request), NEVER)
+            let_go(s, r, freed, prefix, request, owed, slot, NEVER)
         leave(s, r, requests, lists, line, arrivals, tokens, slot, end_ns, COMPLETED)

@@ -111,6 +111,8 @@ REQUEST = Kind.of(
         "order_key",  # what the waiting line is sorted by, before `seq`
         "cached_tokens",  # whose K and V were in the cache when it last lost its place
         "freed_at",  # where the blocks that it lost lie among the freed ones
+        "seat",  # its row of the blocks that it shares (`prefix`)
+        "hit_tokens",  # of its prompt, found in the prefix cache when it first entered
         "earlier_chars", "earlier_tokens",  # answered by another model, before a migration
         "scheduled_ns", "first_token_ns", "left_ns", "why",
         # as a model reads it
@@ -119,12 +121,15 @@ REQUEST = Kind.of(
         "planned_model", "planned_first",  # NEVER without a service plan
         # as it arrived
         "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority",
+        "shared", "stream",
     ),
 )  # fmt: skip
 ARRIVAL = Kind.of(
     "ArrivalRow",
     (
         "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority",
+        "shared",  # row of the segments that its prompt begins with; NEVER: none
+        "stream",  # session of the text that follows, and of its answer; NEVER: none
         "planned_model", "planned_first",  # NEVER without a service plan
         "model",  # that was active when it arrived
     ),
@@ -167,6 +172,7 @@ FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, N
 SUMS = (
     "busy_ns", "floor_ns", "iterations", "outside_grid_iterations", "decode_iterations", "decode_ns",
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
+    "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
 )  # fmt: skip
 STATE = Kind.of(
     "StateRow",
@@ -191,6 +197,11 @@ STATE = Kind.of(
         "first_row", "arrived", "known", "exhausted", "to_release",
         # KV blocks
         "used_blocks", "total_blocks", "peak_blocks", "freed_first", "freed_end",
+        # those that are shared (`prefix`)
+        "free_seats", "queued_blocks", "made_blocks", "spare_block",
+        "widest_request",  # most blocks of a request that has asked for some
+        "made_known",  # how often blocks became known that another request may look for
+        "blocked_seq", "blocked_free", "blocked_known",  # who lacked blocks last, and what was there then
         # admission and what a change waits for
         "starts_left", "completed", "completed_before", "pending", "draining", "migrating", "loading",
         "room_blocks", "awaits_answers", "awaits_completion",
@@ -216,6 +227,9 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "keeps_answers",  # a request enters only when there is memory for its whole answer
         "wait_iterations", "wait_tokens",  # how long prompts wait for more of them beside decodes; 0: they do not
         "whole_prompts",  # no chunks: a prompt waits until the token budget has room for all of it
+        "shares",  # equal beginnings of texts are computed once (`prefix`)
+        "rule_layers",  # to which K and V of tokens are computed and read
+        "loaded_layers",  # the same of tokens that are observed
         "refinds",  # freed blocks keep what they hold until they are taken, for a preempted request
         "ahead",  # the next iteration is planned while one runs
         "observe_tokens",  # NEVER: none
@@ -241,7 +255,7 @@ class Lists(NamedTuple):
     leaving: Numbers  # of the commit in progress
     lingering_key: Numbers  # requests that are done but keep their place until the next iteration is planned
     lingering_seq: Numbers
-    lingering_blocks: Numbers
+    lingering_blocks: Numbers  # how many they hold; where blocks are shared, their seats
 
 
 class Line(NamedTuple):
@@ -296,6 +310,7 @@ class Tables(NamedTuple):
     coming_tokens: Table
     chunks: Table
     freed: Table
+    prefix: Any  # core.prefix.Prefix
     owed: Numbers  # (slots, bands)
     counts: Counts
     watch: Watch

@@ -30,11 +30,14 @@ from helios_sim.core.layout import CHUNK, ITERATION, WORK, Storage, Tables, raw
 
 _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
-_MODULES = ("advance", "arrive", "blocks", "commit", "depths", "line", "price", "schedule", "triggers", "route")
+_MODULES = (
+    "advance", "arrive", "blocks", "commit", "depths", "line", "prefix", "price", "schedule", "triggers", "route",
+)  # fmt: skip
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
 _LOOP = "route.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
+_CALLED = ("settle", "find", "hold", "extend", "release", "leave_blocks")  # from several places, and seldom
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
 
@@ -244,7 +247,8 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
         for name, function in getmembers(module, isfunction):
             if function.__module__ == module.__name__ and name not in ("route", "tables_of"):
                 register_jitable(
-                    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, forceinline=True
+                    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False,
+                    forceinline=name not in _CALLED,
                 )(function)  # fmt: skip
 
 

@@ -39,6 +39,21 @@ from helios_sim.core.layout import (
     Table,
 )
 from helios_sim.core.line import last_in_order, last_lingering, order_key, pop, push
+from helios_sim.core.prefix import (
+    Prefix,
+    blocks_due,
+    depth,
+    extend,
+    find,
+    free_among,
+    has_room,
+    hold,
+    leave_blocks,
+    own_text,
+    release,
+    settle,
+    still_blocked,
+)
 
 
 def begin_schedule(
@@ -51,6 +66,8 @@ def begin_schedule(
     tokens: Table,
     chunks: Table,
     freed: Table,
+    prefix: Prefix,
+    owed: Numbers,
 ) -> None:
     """Makes room for the decodes, preempting where it must, and continues prompts that were begun.
 
@@ -61,16 +78,21 @@ def begin_schedule(
     it.blocked = s.migrating and s.running == 0
     it.due_blocks = _blocks_due(s, r, it, requests, lists)
     while it.due_blocks > free_blocks(s):
-        preempt(s, r, requests, lists, line, freed)
+        if r.shares and blocks_due(s, r, requests, lists, prefix) <= free_blocks(s):
+            break  # some have got theirs already, in a turn that came to nothing
+        preempt(s, r, requests, lists, line, freed, prefix, owed)
         it.blocked = 1
         it.due_blocks = _blocks_due(s, r, it, requests, lists)
+    if r.shares and it.due_blocks:  # before anything enters, since to take a free block may forget what it holds
+        extend(s, r, requests, lists, prefix, owed)
+        it.due_blocks = 0
     it.decodes = s.decoding
     it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding
     it.chunks = it.finishing = 0
     for i in range(s.decoding, s.running):
         if it.budget <= 0:
             break
-        _add_chunk(it, requests, chunks, lists.batch[i])
+        _add_chunk(s, r, it, requests, chunks, prefix, owed, lists.batch[i])
     if r.wait_iterations and s.decoding and s.waiting and not it.blocked:
         s.waited += 1
         if s.waited > r.wait_iterations or s.decoding + _waiting_tokens(s, r, requests, line, tokens) >= r.wait_tokens:
@@ -90,6 +112,7 @@ def admit(
     tokens: Table,
     chunks: Table,
     freed: Table,
+    prefix: Prefix,
     owed: Numbers,
 ) -> int:
     """Requests enter from the head of the line as long as there is budget, a place and memory for them.
@@ -129,14 +152,31 @@ def admit(
             break
         prefill = prompt + generated
         blocks = blocks_for(prefill, r.block_tokens)
-        if not why and blocks > free_blocks(s) - it.due_blocks:
+        kept, lacking = 0, blocks
+        if r.shares and not why:
+            if not has_room(s, prefix, blocks, blocks_for(prompt + output, r.block_tokens)):
+                return FLUSH
+            if still_blocked(s, line.seq[0]):
+                break
+            if fresh:
+                arrival = arrivals[row]
+                shared, own = arrival.shared, own_text(arrival.stream, arrival.request_id)
+            else:
+                request = requests[slot]
+                shared, own = request.shared, own_text(request.stream, request.request_id)
+            kept = find(r, prefix, shared, own, prefill, depth(r, generated))
+            lacking = blocks - kept + free_among(prefix, kept)
+            if lacking > free_blocks(s):
+                s.blocked_seq, s.blocked_free, s.blocked_known = line.seq[0], free_blocks(s), s.made_known
+        if not why and lacking > free_blocks(s) - it.due_blocks:
             break
         if r.keeps_answers and not why:
             whole = blocks_for(prompt + output, r.block_tokens)
-            if whole > free_blocks(s) - _promised_blocks(s, r, requests, lists):
+            if whole - blocks + lacking > free_blocks(s) - _promised_blocks(s, r, requests, lists):
                 break
         if r.whole_prompts and not why and it.budget < r.batch_tokens:  # the first of an iteration may be in chunks
-            kept = 0 if fresh else _refound(s, r, freed, requests[slot], prefill)
+            if not fresh and not r.shares:
+                kept = _refound(s, r, freed, requests[slot], prefill)
             if prefill - kept * r.block_tokens > it.budget:
                 break
         if fresh:
@@ -151,7 +191,11 @@ def admit(
             continue
         if fresh:
             request.order_key = order_key(r, request.priority, prompt)
-        kept = _take_prompt_blocks(s, r, freed, request, prefill, blocks)
+        if r.shares:
+            hold(s, prefix, request, kept, blocks)
+            _count_hits(s, r, request, prefill, kept * r.block_tokens)
+        else:
+            kept = _take_prompt_blocks(s, r, freed, request, prefill, blocks)
         request.context_tokens = kept * r.block_tokens
         request.prefill_left = prefill - kept * r.block_tokens
         request.remaining = output - generated
@@ -162,7 +206,7 @@ def admit(
         if starts and s.starts_left != NEVER:
             s.starts_left -= 1
         request.started = 1
-        _add_chunk(it, requests, chunks, slot)
+        _add_chunk(s, r, it, requests, chunks, prefix, owed, slot)
     if r.prefill_first and it.chunks:  # decodes wait
         it.decodes = it.due_blocks = it.kv_tokens = 0
     for p in range(it.chunks):
@@ -177,7 +221,9 @@ def running_limit(s: Record, r: Record) -> int:
     return min(r.running_limit, s.fewer + s.completed)
 
 
-def preempt(s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table) -> None:
+def preempt(
+    s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table, prefix: Prefix, owed: Numbers
+) -> None:
     """The running request that is last in order loses its place and its cache; it is computed again later.
 
     If a request that is done but lingers comes after it, only what that one still holds becomes free.
@@ -186,7 +232,7 @@ def preempt(s: Record, r: Record, requests: Table, lists: Lists, line: Line, fre
     request = requests[lists.batch[place]]
     done = last_lingering(s, lists, request.order_key, request.seq)
     if done != NEVER:
-        give_blocks(s, r, freed, lists.lingering_blocks[done], NEVER)
+        _give_lingering(s, r, lists, freed, prefix, done)
         s.lingering -= 1
         for i in range(done, s.lingering):
             lists.lingering_key[i] = lists.lingering_key[i + 1]
@@ -195,16 +241,26 @@ def preempt(s: Record, r: Record, requests: Table, lists: Lists, line: Line, fre
         return
     request.preemptions += 1
     s.preemptions += 1
-    withdraw(s, r, requests, lists, line, freed, place)
+    withdraw(s, r, requests, lists, line, freed, prefix, owed, place)
 
 
-def withdraw(s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table, place: int) -> None:
+def withdraw(
+    s: Record,
+    r: Record,
+    requests: Table,
+    lists: Lists,
+    line: Line,
+    freed: Table,
+    prefix: Prefix,
+    owed: Numbers,
+    place: int,
+) -> None:
     """A running request goes back into the waiting line."""
     slot = lists.batch[place]
     remove_running(s, lists, place)
     request = requests[slot]
     request.cached_tokens = request.context_tokens
-    request.freed_at = give_blocks(s, r, freed, held_blocks(r, request), request.request_id)
+    request.freed_at = let_go(s, r, freed, prefix, request, owed, slot, request.request_id)
     push(s, line, request.order_key, request.seq, -1 - slot)
 
 
@@ -247,11 +303,28 @@ def _waiting_tokens(s: Record, r: Record, requests: Table, line: Line, tokens: T
     return waiting
 
 
-def release_lingering(s: Record, r: Record, lists: Lists, freed: Table) -> None:
+def let_go(
+    s: Record, r: Record, freed: Table, prefix: Prefix, request: Record, owed: Numbers, slot: int, owner: int
+) -> int:
+    """All blocks of a running request become free. Returns the entry that remembers them for the owner, or NEVER."""
+    if not r.shares:
+        return give_blocks(s, r, freed, held_blocks(r, request), owner)
+    release(s, prefix, leave_blocks(r, prefix, request, owed, slot, request.remaining > 0))
+    return NEVER
+
+
+def release_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Prefix) -> None:
     """Requests that are done give back what they still hold."""
     for i in range(s.lingering):
-        give_blocks(s, r, freed, lists.lingering_blocks[i], NEVER)
+        _give_lingering(s, r, lists, freed, prefix, i)
     s.lingering = 0
+
+
+def _give_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Prefix, i: int) -> None:
+    if r.shares:
+        release(s, prefix, lists.lingering_blocks[i])
+    else:
+        give_blocks(s, r, freed, lists.lingering_blocks[i], NEVER)
 
 
 def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
@@ -285,7 +358,20 @@ def _refound(s: Record, r: Record, freed: Table, request: Record, prefill: int) 
     return min(kept_blocks(s, freed, request.freed_at, request.request_id), known // r.block_tokens)
 
 
-def _add_chunk(it: Record, requests: Table, chunks: Table, slot: int) -> None:
+def _count_hits(s: Record, r: Record, request: Record, prefill: int, hit_tokens: int) -> None:
+    """As vLLM's PrefixCacheStats (vllm/v1/metrics/stats.py): tokens looked for and found, without the preempted."""
+    if request.preemptions > 0:
+        s.prefix_cache_refound += hit_tokens
+        return
+    s.prefix_cache_queries += prefill
+    s.prefix_cache_hits += hit_tokens
+    if not request.started:
+        request.hit_tokens = hit_tokens
+
+
+def _add_chunk(
+    s: Record, r: Record, it: Record, requests: Table, chunks: Table, prefix: Prefix, owed: Numbers, slot: int
+) -> None:  # fmt: skip
     request = requests[slot]
     tokens = min(request.prefill_left, it.budget)
     chunk = chunks[it.chunks]
@@ -296,3 +382,6 @@ def _add_chunk(it: Record, requests: Table, chunks: Table, slot: int) -> None:
     it.budget -= tokens
     if tokens == request.prefill_left:
         it.finishing += 1
+    filled, generated = request.context_tokens + tokens, request.generated
+    if r.shares and settle(r, prefix, request, owed, slot, filled, generated, False):
+        s.made_known += 1

@@ -174,6 +174,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "spread": profile.prices_spread,
         "rule_exit": len(replayed.exits) - 1,
         "loaded_exit": loaded_exit,
+        # An oracle's skipped layers cost nothing and lack nothing.
+        "rule_layers": loaded if clairvoyant or planned else replayed.layers,
+        "loaded_layers": loaded,
         "bands": len(bounds),
     }
     microbits = np.zeros((0, 0), np.int64) if trace.microbits is None else trace.microbits

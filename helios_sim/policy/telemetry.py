@@ -14,6 +14,7 @@ from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.request import NS_PER_S, Request
+from helios_sim.workload.prefixes import SharedPrefixes
 
 
 class Goal(StrEnum):
@@ -89,11 +90,13 @@ class Situation:
     wait_tokens: int = 0  # or until an iteration has so many tokens
     whole_prompts: bool = False  # a prompt waits until the token budget has room for all of it
     prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
+    shares: bool = False  # KV blocks of equal beginnings of prompts are shared
+    prefixes: SharedPrefixes | None = None  # what prompts begin with
 
     @property
     def refinds(self) -> bool:
         """Whether freed blocks keep what they hold, for a preempted request."""
-        return self.vllm_v1 and self.prefix_caching
+        return self.vllm_v1 and self.prefix_caching and not self.shares
 
 
 @dataclass(frozen=True, slots=True)

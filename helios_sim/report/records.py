@@ -105,6 +105,7 @@ class Records:
     first_token_ns: Maybe
     last_token_ns: Maybe
     microbits: Maybe
+    cached_tokens: Maybe
     model: Labels
     status: Labels
     drop_reason: Labels
@@ -214,7 +215,7 @@ def _texts(labels: Labels) -> pyarrow.Array:
 
 BLOCK_RECORDS = 4096
 
-_MAYBE = (*MOMENTS, "microbits")
+_MAYBE = (*MOMENTS, "microbits", "cached_tokens")
 _NAMES = (*INTEGERS, *_MAYBE, *LABELS)
 _KINDS = INTEGERS | dict.fromkeys(_MAYBE, np.int64) | dict.fromkeys(LABELS, np.int16)
 _row = attrgetter(*_NAMES)

@@ -150,7 +150,7 @@ class Front:
                 yield env.timeout(wait_ns)
 
     def _expect(self, requests: IntArray) -> None:
-        """These are the next requests (n, 7)."""
+        """These are the next requests (n, 9)."""
         f, storage = self._front, self.loop.storage
         self._raw, f.next, f.known = requests, 0, len(requests)
         self._routed = (

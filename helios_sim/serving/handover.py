@@ -11,7 +11,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from helios_sim.core import arrive, blocks, layout, line, schedule
+from helios_sim.core import arrive, layout, line, schedule
 from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
@@ -24,9 +24,10 @@ DROP_REASONS = {
     layout.POOL_EXCEEDED: "larger than the KV pool beside {model}",
     layout.PLACES_EXCEEDED: "longer than the {tokens} tokens that KV memory has for a request on {model}",
 }
+_TEXT = COLUMNS[:7]  # of a request: what it asks for
 _LEFT_FIELDS = (
-    *COLUMNS, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
-    "last_token_ns", "left_ns", "why", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
+    *_TEXT, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
+    "last_token_ns", "left_ns", "why", "hit_tokens", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
     "evaluated_tokens", "preemptions", "microbits",
 )  # fmt: skip
 _MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
@@ -123,7 +124,7 @@ def _records(replica: Replica) -> None:
     replica.set_free(slots)
     completed = [row for row in rows if not row[_WHY]]
     _note_recent(replica, map(_OF_RECENT, completed[-RECENT:]))
-    replica.served.extend(Request(*row[: len(COLUMNS)]) for row in completed[-SERVED_TEXTS:])
+    replica.served.extend(Request(*row[: len(_TEXT)]) for row in completed[-SERVED_TEXTS:])
     for row in rows:
         why = row[_WHY]
         _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
@@ -142,7 +143,7 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
     output_tokens = table["generated"] + table["earlier_tokens"]
     completed = np.flatnonzero(why == 0)
     _note_recent(replica, table[completed[-RECENT:]][list(_RECENT_FIELDS)].tolist())
-    latest = table[completed[-SERVED_TEXTS:]][list(COLUMNS)]
+    latest = table[completed[-SERVED_TEXTS:]][list(_TEXT)]
     replica.served.extend(Request(*row) for row in latest.tolist())
     reasons: dict[str | None, int] = {None: 0}
     reason = np.zeros(len(table), np.int64)
@@ -153,6 +154,7 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
     numbers |= {"replica": np.full(len(table), replica.number), "output_tokens": output_tokens}
     maybe = {name: (np.maximum(table[name], 0), table[name] != NEVER) for name in _MOMENTS}
     maybe["microbits"] = table["microbits"], np.full(len(table), replica.scores_text)
+    maybe["cached_tokens"] = table["hit_tokens"], (table["scheduled_ns"] != NEVER) & replica.prefix.shares
     labels = {
         "model": (table["model"], models),
         "status": ((why != 0).astype(np.int64), (Status.COMPLETED, Status.DROPPED)),
@@ -190,8 +192,8 @@ def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str
 def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | None) -> None:
     (
         request_id, arrival_ns, prompt_chars, output_chars, task, _, _, model, prompt_tokens, generated, earlier,
-        scheduled_ns, first_token_ns, last_token_ns, left_ns, _, layers_run, early, breaches, agreed, evaluated,
-        preemptions, microbits,
+        scheduled_ns, first_token_ns, last_token_ns, left_ns, _, hit_tokens, layers_run, early, breaches, agreed,
+        evaluated, preemptions, microbits,
     ) = row  # fmt: skip
     replica.engine.forget(request_id)
     replica.on_left(
@@ -200,6 +202,7 @@ def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | 
             _time(first_token_ns), _time(last_token_ns), prompt_tokens, earlier + generated, prompt_chars,
             output_chars, layers_run, early, breaches, agreed, evaluated, preemptions,
             microbits if replica.scores_text else None,
+            hit_tokens if replica.prefix.shares and scheduled_ns != NEVER else None,
         ),
         left_ns,
     )  # fmt: skip
@@ -250,9 +253,11 @@ def lose(replica: Replica, all_of_them: bool, again: Callable[[int], bool], reas
 def _take_from_batch(replica: Replica, place: int) -> int:
     """Takes a running request out of the batch, whose blocks are free. Returns its slot."""
     slot = int(replica.lists.batch[place])
-    held = schedule.held_blocks(replica.rules, replica.requests[slot])
     schedule.remove_running(replica.state, replica.lists, place)
-    blocks.give_blocks(replica.state, replica.rules, replica.freed, held, NEVER)
+    schedule.let_go(
+        replica.state, replica.rules, replica.freed, replica.prefix.tables, replica.requests[slot], replica.owed, slot,
+        NEVER,
+    )  # fmt: skip
     return slot
 
 
@@ -264,7 +269,10 @@ def finish(replica: Replica) -> None:
     replica.grow_line()
     while s.running:
         place = line.last_in_order(s, replica.requests, replica.lists)
-        schedule.withdraw(s, replica.rules, replica.requests, replica.lists, replica.line, replica.freed, place)
+        schedule.withdraw(
+            s, replica.rules, replica.requests, replica.lists, replica.line, replica.freed, replica.prefix.tables,
+            replica.owed, place,
+        )  # fmt: skip
     for slot in _take_from_line(replica, None):
         _leave(replica, slot, replica.now_ns, Status.UNFINISHED, None)
     replica.stats.batch_capacity_blocks = int(s.total_blocks)

@@ -15,8 +15,10 @@ from helios_sim.policy.deployment import ServicePlan
 from helios_sim.request import Request, RequestBlock
 
 TokensOf = Callable[[str, IntArray], IntArray]
-"""A model and n requests (n, 7) -> prompt tokens, output tokens, first, start and length in the trace, (n, 5)."""
-COLUMNS = ("request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority")
+"""A model and n requests (n, 9) -> prompt tokens, output tokens, first, start and length in the trace, (n, 5)."""
+COLUMNS = (
+    "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority", "shared", "stream",
+)  # fmt: skip
 _LEAST_ROOM = 64
 
 
@@ -32,7 +34,7 @@ class Inbox:
         self._coming_tokens: dict[int, Table] = {}
 
     def expect(self, raw: IntArray, rows: Table) -> None:
-        """A router may send any of these requests (n, 7) here; `rows` are they, without a service plan."""
+        """A router may send any of these requests (n, 9) here; `rows` are they, without a service plan."""
         self._coming, self._coming_rows = raw, rows
         self._coming_tokens.clear()
         if self._plan is not None:
@@ -93,7 +95,7 @@ class Inbox:
             self._follow(place, place + 1)
 
     def add(self, state: Record, raw: IntArray) -> None:
-        """Requests (n, 7) become known: they arrive in this order, after all that are known."""
+        """Requests (n, 9) become known: they arrive in this order, after all that are known."""
         n, known = len(raw), int(state.known - state.first_row)
         self.make_room(state, n)
         self.rows[known : known + n] = arrival_rows(self._storage, raw)
@@ -157,13 +159,13 @@ class Inbox:
 
 
 def arrival_rows(storage: Storage, raw: IntArray) -> Table:
-    """Requests (n, 7) as the loop's records."""
+    """Requests (n, 9) as the loop's records."""
     none = np.full(len(raw), NEVER, np.int64)
     return storage.of_columns(ARRIVAL, [*raw.T, none, none, np.zeros(len(raw), np.int64)])
 
 
 def raw_requests(block: RequestBlock) -> IntArray:
-    """The columns of requests side by side, (n, 7)."""
+    """The columns of requests side by side, (n, 9)."""
     return np.stack([getattr(block, name) for name in COLUMNS], axis=1).astype(np.int64)
 
 

@@ -179,7 +179,7 @@ class Foresees(Engine, Protocol):
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms: ...
 
     def tokens_of(self, model: str, requests: IntArray) -> IntArray:
-        """`tokenize` of requests (n, 7): prompt and output tokens, first, start and length in the trace, (n, 5)."""
+        """`tokenize` of requests (n, 9): prompt and output tokens, first, start and length in the trace, (n, 5)."""
         ...
 
     @property

@@ -37,6 +37,7 @@ from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import RecordBlock, Request, RequestRecord
 from helios_sim.serving.inbox import COLUMNS, Inbox
 from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
+from helios_sim.serving.prefix import PrefixCache
 from helios_sim.serving.stats import SAMPLES, Recent, RunStats, Timeline, bucket_edges_ns
 
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
@@ -97,6 +98,10 @@ class Replica:
         self.line = Line(*(storage.numbers(0) for _ in Line._fields))
         self._owed: IntArray = np.zeros((0, self.bands + 1), np.int64)
         self.freed = storage.rows(FREED, 2)
+        profiles = {name: candidate.profile for name, candidate in situation.candidates.items()}
+        self.prefix = PrefixCache(
+            storage, self.state, profiles, situation.prefixes, n + 1, situation.shares
+        )
         self.depths: IntArray = np.zeros(layers + 1, np.int64)
         self.counts = Counts(
             seen=storage.rows(SEEN, 2 * n + layout.FLUSH_REQUESTS),
@@ -107,6 +112,7 @@ class Replica:
         )
         s = self.state
         s.wake_ns = s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
+        s.blocked_seq = NEVER
         s.fewer = FOREVER_NS
         s.warm_up_ns = cast(Foresees, self.engine).warm_up_ns if self.foresees else 0
         s.exhausted = 1
@@ -148,6 +154,7 @@ class Replica:
     def ready(self) -> None:
         """Makes room for what may come before the next look: call it before each `advance`."""
         self.grow_line()
+        self.prefix.make_room()
         if self.state.left == 0 and self.state.free < self.rules.running_limit + 2:
             self.grow_slots(2 * len(self.requests))
 
@@ -159,6 +166,10 @@ class Replica:
 
     @deployment.setter
     def deployment(self, deployment: Deployment) -> None:
+        if self.prefix.shares:
+            self.release_lingering()
+            active, exits = deployment.active, self.situation.candidates[deployment.active.model].offline.exits
+            self.prefix.follow(active.model, exits, FOREVER_NS if deployment.instant else active.layers)
         self._deployment = deployment
         self.state.model = self.model_number
         self.state.run_layers = self.run_layers
@@ -191,6 +202,7 @@ class Replica:
             "wait_iterations": situation.wait_iterations,
             "wait_tokens": situation.wait_tokens,
             "whole_prompts": situation.whole_prompts,
+            "shares": situation.shares,
             "refinds": situation.refinds,
             # An exit check that the host must see is a barrier: nothing is planned across it.
             "ahead": situation.schedule_ahead > 0 and not per_token,
@@ -227,7 +239,7 @@ class Replica:
             priced = self._trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded
         return Tables(
             *self.raw_records, self.requests, self.lists, self.line, self.inbox.rows, tokens, coming, coming_tokens,
-            self.chunks, self.freed, self.owed, self.counts, watch, *priced,
+            self.chunks, self.freed, self.prefix.tables, self.owed, self.counts, watch, *priced,
         )  # type: ignore[call-arg]  # fmt: skip
 
     @property
@@ -278,16 +290,21 @@ class Replica:
         self.grow_line()
         s = self.state
         while s.running and s.used_blocks > used_blocks:
-            schedule.preempt(s, self.rules, self.requests, self.lists, self.line, self.freed)
+            schedule.preempt(
+                s, self.rules, self.requests, self.lists, self.line, self.freed, self.prefix.tables, self.owed
+            )
 
     def release_lingering(self) -> None:
         """Requests that are done give back what they still hold."""
-        schedule.release_lingering(self.state, self.rules, self.lists, self.freed)
+        schedule.release_lingering(self.state, self.rules, self.lists, self.freed, self.prefix.tables)
 
     def resize_pool(self, total_blocks: int) -> None:
         if total_blocks < self.state.used_blocks:
             raise RuntimeError(f"KV pool of {total_blocks} blocks while {self.state.used_blocks} are used")
-        blocks.resize_pool(self.state, self.rules, self.freed, total_blocks)
+        if self.prefix.shares:
+            self.prefix.resize(total_blocks)
+        else:
+            blocks.resize_pool(self.state, self.rules, self.freed, total_blocks)
 
     def note_memory(self) -> None:
         used = self.weight_bytes + self.used_blocks * self.block_bytes

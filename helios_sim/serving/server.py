@@ -306,7 +306,7 @@ class Server:
             self._replica.inbox.add_block(self._replica.state, block)
 
     def expect(self, requests: IntArray, rows: Table) -> None:
-        """A router may send any of these requests (n, 7) here."""
+        """A router may send any of these requests (n, 9) here."""
         self._replica.inbox.expect(requests, rows)
 
     def make_room(self) -> None:

@@ -135,6 +135,10 @@ class RunStats:
     load_ns: int = 0  # transfers in progress
     evaluation_ns: int = 0  # time under deployments that observe or probe
     preemptions: int = 0
+    prefix_caching: int = 0  # replicas that share equal beginnings of prompts
+    prefix_cache_queries: int = 0  # prompt tokens that were looked for, and those of them that were found
+    prefix_cache_hits: int = 0
+    prefix_cache_refound: int = 0  # tokens that preempted requests found again
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)

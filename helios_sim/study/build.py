@@ -86,6 +86,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         whole_prompts=config.server.scheduler in ("vllm_v0", "trtllm"),
         wait_iterations=config.server.batch_wait_iterations,
         wait_tokens=config.server.batch_wait_tokens,
+        shares=config.server.enable_prefix_caching,
     )
     if config.server.order == "priority" and not workload.has_priorities:
         raise UserError(

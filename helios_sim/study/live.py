@@ -195,6 +195,7 @@ def check_settings(config: Config) -> None:
     for key, value, only, why in (
         ("replicas", server.replicas, 1, "one device is served"),
         ("schedule_ahead", server.schedule_ahead, 0, "each iteration is planned when the one before it has ended"),
+        ("enable_prefix_caching", server.enable_prefix_caching, False, "each request has a place of its own"),
     ):
         if value != only:
             raise UserError(f"server.{key}", value, f"{only} when mode=live: {why}", f"set server.{key}={only}")

@@ -163,6 +163,7 @@ class ServerConfig:
     max_batch_tokens: int = 2048  # vLLM's max_num_batched_tokens
     memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
     block_tokens: int = 16  # of a KV block, vLLM's block_size
+    enable_prefix_caching: bool = False  # vLLM's name: equal beginnings of prompts share KV (core/prefix.py)
     replicas: int = 1  # cards, or groups of them, each with a server and a policy of its own
     tensor_parallel: int = 1  # cards of a group that runs a model together: 4 means 4x`hardware`
     # Of the weights of layers: fp8, fp8-block, int8, int4, awq, gptq, nvfp4 or bitsandbytes; null: as the model's name

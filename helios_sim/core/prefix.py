@@ -1,0 +1,376 @@
+"""Prefix caching: KV blocks that hold the same beginning of a text are computed once and shared, as in vLLM v1.
+
+The rules are those of vllm/v1/core/{kv_cache_manager,block_pool,kv_cache_utils,single_type_kv_cache_manager}.py:
+
+- A block that is full has a hash, chained over all tokens before it (`chain`; `hash_block_tokens`).
+- A request that enters takes the longest run of its first full blocks that are cached, but for the last token, which is
+  computed in any case (`find`; `get_computed_blocks`, `find_longest_cache_hit`). It may enter if the others, and those
+  of its found blocks that are free, are not more than the free ones (`get_num_blocks_to_allocate`).
+- Blocks become known as soon as the chunk that fills them is scheduled (`settle`; `allocate_slots`, `cache_blocks`), so
+  a request that enters beside it finds them. Equal blocks are not merged; the one that was known first is found.
+  What vLLM hashes but only the request itself could look for, a text of its own, becomes known when it is preempted.
+- Blocks are counted by who holds them (`touch`). Without a holder a block is free but stays cached, in a queue by the
+  time at which it became free, the last block of a request first (`release`; `free_blocks`, `free`). A new block is one
+  that never held anything, else the first of the queue, which is forgotten then (`take`; `get_new_blocks`).
+
+What vLLM has no word for is depth. A block holds K and V up to the layer to which all of its tokens were computed, and
+a request finds only blocks that reach as deep as its own tokens would run: what a cap computed serves the same cap and
+lower ones, and a raise of the cap computes it again. Where a lower cap comes into force memory is cut anew, and deeper
+K and V are gone (`keep_layers` in `serving/prefix.py`); where another model does, all is. Layers that a token skipped
+and still owes are missing; those that were propagated are there. An oracle's skipped layers cost nothing and lack
+nothing.
+
+A text is known by segments, not by tokens: whose text it is, and which place in it a token has. A prompt begins with
+the segments of its row, which other requests share, and goes on in a stream of its own (that of a
+session where it has one), in which its answer follows. `Prefix` holds:
+
+- `blocks` (blocks + 1, 7): of each block its hash (NEVER: none), layers, holders, neighbours in the queue of free
+  blocks, and neighbours among those of its bucket. Number 0 is no block: it is the end of both rings.
+- `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
+- `table` (seats + 1, most blocks of a request): the blocks of each request that runs or lingers; in the last row those
+  that `find` has found. `seats` (seats, 3): how many they are, how many of them have a hash, and a list of free seats.
+- `starts` (rows + 1,): where the shared segments of each row begin. `segments` (segments, 2): the text of each, and
+  where it ends, in tokens of the active model. `exits`: the depths of the active model's exits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from helios_sim.core.layout import NEVER, Lists, Numbers, Record, Table
+
+HASH, LAYERS, HOLDERS, OLDER, NEWER, BEFORE, AFTER = range(7)
+HELD, KNOWN, FREE = range(3)
+TEXT, END = range(2)
+_BITS = 0x7FFF_FFFF_FFFF_FFFF  # of a hash: the sign stays free, so plain numbers and 64-bit ones give the same
+_FACTOR, _OF_TEXT = 0x1E35_A7BD_9E37_79B9, 0x2545_F491_4F6C_DD1D
+
+
+class Prefix(NamedTuple):
+    blocks: Numbers
+    buckets: Numbers
+    table: Numbers
+    seats: Numbers
+    starts: Numbers
+    segments: Numbers
+    exits: Numbers
+
+
+def mix(so_far: int, text: int, place: int, length: int) -> int:
+    """The hash of what came before and of so many tokens of a text from a place in it on.
+
+    Plain numbers are made of NumPy's, which would warn where they overflow.
+    """
+    value = (int(text) * _OF_TEXT + (int(place) << 31) + int(length)) & _BITS
+    mixed = ((int(so_far) ^ value) * _FACTOR) & _BITS
+    return mixed ^ (mixed >> 32)
+
+
+def own_text(stream: int, request_id: int) -> int:
+    """The text that a prompt goes on with after its shared segments: its session's, or one of its own."""
+    return 3 * request_id + 2 if stream == NEVER else 3 * stream + 1
+
+
+def chain(
+    r: Record, c: Prefix, shared: int, own: int, so_far: int, block: int, segment: int
+) -> tuple[int, int]:  # fmt: skip
+    """The hash of a block of a prompt, after that of the one before it, and the segment in which it ends.
+
+    `segment` is that of an earlier token, or the first of the row; `own` is the text after the segments.
+    """
+    first, last = _segments(c, shared)
+    at, end = block * r.block_tokens, (block + 1) * r.block_tokens
+    while at < end:
+        while segment < last and c.segments[segment, END] <= at:
+            segment += 1
+        begin = c.segments[segment - 1, END] if segment > first else 0
+        up_to, text = end, own
+        if segment < last:
+            up_to, text = min(end, c.segments[segment, END]), 3 * c.segments[segment, TEXT]
+        so_far = mix(so_far, text, at - begin, up_to - at)
+        at = up_to
+    return so_far, segment
+
+
+def _segments(c: Prefix, shared: int) -> tuple[int, int]:
+    if shared == NEVER:
+        return 0, 0
+    return c.starts[shared], c.starts[shared + 1]
+
+
+def has_room(s: Record, c: Prefix, blocks: int, widest: int) -> bool:
+    """Whether the tables are large enough for so many blocks more, and for a request that may get so many in all."""
+    s.widest_request = max(s.widest_request, widest)
+    return min(s.total_blocks, s.made_blocks + blocks) < len(c.blocks) and widest <= c.table.shape[1]
+
+
+def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int) -> int:
+    """How many of the first full blocks of a prompt of so many tokens are cached up to these layers.
+
+    They are put into the last row of `table`. The last token is not looked for.
+    """
+    limit, n = (tokens - 1) // r.block_tokens, 0
+    value, segment = 0, _segments(c, shared)[0]
+    while n < limit:
+        value, segment = chain(r, c, shared, own, value, n, segment)
+        block = _look_up(c, value, layers)
+        if block == 0:
+            break
+        c.table[len(c.table) - 1, n] = block
+        n += 1
+    return n
+
+
+def _look_up(c: Prefix, value: int, layers: int) -> int:
+    """The block of this hash that became known first, of those that reach as deep; 0: there is none."""
+    blocks = c.blocks
+    first = c.buckets[value & (len(c.buckets) - 1)]
+    block = first
+    while block != 0:
+        if blocks[block, HASH] == value and blocks[block, LAYERS] >= layers:
+            return block
+        block = blocks[block, AFTER]
+        if block == first:
+            break
+    return 0
+
+
+def still_blocked(s: Record, seq: int) -> bool:
+    """Whether the request that lacked blocks when it was last looked at must lack them now: then nothing is looked up.
+
+    Since then no block was freed but what others took, and none became known that it could share.
+    """
+    same = s.blocked_seq == seq and s.blocked_known == s.made_known
+    return same and s.total_blocks - s.used_blocks <= s.blocked_free
+
+
+def free_among(c: Prefix, found: int) -> int:
+    """How many of the first so many of the found blocks are free: to take them leaves fewer to others."""
+    free = 0
+    for i in range(found):
+        if c.blocks[c.table[len(c.table) - 1, i], HOLDERS] == 0:
+            free += 1
+    return free
+
+
+def hold(s: Record, c: Prefix, request: Record, found: int, blocks: int) -> None:
+    """A request that enters gets so many blocks, the first of them those that were found."""
+    s.free_seats -= 1
+    seat = c.seats[s.free_seats, FREE]
+    request.seat = seat
+    for i in range(found):
+        block = c.table[len(c.table) - 1, i]
+        if c.blocks[block, HOLDERS] == 0:
+            _leave_queue(s, c, block)
+            s.used_blocks += 1
+        c.blocks[block, HOLDERS] += 1
+        c.table[seat, i] = block
+    _take_many(s, c, seat, found, blocks)
+    c.seats[seat, HELD] = blocks
+    c.seats[seat, KNOWN] = found
+
+
+def take(s: Record, c: Prefix) -> int:
+    """A block that holds nothing any more, of those that are free; the scheduler has looked whether there are any."""
+    if s.total_blocks - s.used_blocks > s.queued_blocks:
+        block = _take_empty(s, c)
+    else:
+        block = c.blocks[0, NEWER]
+        _leave_queue(s, c, block)
+        _forget(c, block)
+    s.used_blocks += 1
+    c.blocks[block, HOLDERS] = 1
+    return block
+
+
+def _take_empty(s: Record, c: Prefix) -> int:
+    """A free block that holds nothing and is not in the queue."""
+    block = s.spare_block
+    if block != 0:
+        s.spare_block = c.blocks[block, NEWER]
+    else:
+        s.made_blocks += 1
+        block = s.made_blocks
+        c.blocks[block, HASH] = NEVER
+    return block
+
+
+def _take_many(s: Record, c: Prefix, seat: int, first: int, end: int) -> None:
+    """The blocks of a seat from `first` to `end`, each as `take` would give it."""
+    blocks, table = c.blocks, c.table
+    empty = min(s.total_blocks - s.used_blocks - s.queued_blocks, end - first)
+    s.used_blocks += end - first
+    for i in range(first, first + empty):
+        block = _take_empty(s, c)
+        blocks[block, HOLDERS] = 1
+        table[seat, i] = block
+    block = blocks[0, NEWER]
+    for i in range(first + empty, end):
+        _forget(c, block)
+        blocks[block, HOLDERS] = 1
+        table[seat, i] = block
+        block = blocks[block, NEWER]
+    blocks[0, NEWER], blocks[block, OLDER] = block, 0
+    s.queued_blocks -= end - first - empty
+
+
+def shrink(s: Record, c: Prefix, total_blocks: int) -> None:
+    """So many blocks from now on: the first of the queue go. At least those that are held must remain."""
+    while s.used_blocks + s.queued_blocks > total_blocks:
+        block = c.blocks[0, NEWER]
+        _leave_queue(s, c, block)
+        _forget(c, block)
+        c.blocks[block, NEWER] = s.spare_block
+        s.spare_block = block
+    s.total_blocks = total_blocks
+
+
+def blocks_due(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix) -> int:
+    """Blocks that the decodes need for the K and V of their next token, and do not hold yet."""
+    due = 0
+    for i in range(s.decoding):
+        request = requests[lists.batch[i]]
+        if request.context_tokens == c.seats[request.seat, HELD] * r.block_tokens:
+            due += 1
+    return due
+
+
+def extend(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix, owed: Numbers) -> None:
+    """Decodes that have filled their last block get another one."""
+    batch, block_tokens, mask = lists.batch, r.block_tokens, r.block_mask
+    for i in range(s.decoding):
+        slot = batch[i]
+        request = requests[slot]
+        context = request.context_tokens
+        if (context & mask if mask >= 0 else context % block_tokens) != 0:
+            continue
+        seat, held = request.seat, c.seats[request.seat, HELD]
+        if context == held * block_tokens:
+            if request.stream != NEVER and settle(r, c, request, owed, slot, context, request.generated - 1, False):
+                s.made_known += 1
+            c.table[seat, held] = take(s, c)
+            c.seats[seat, HELD] = held + 1
+
+
+def settle(
+    r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, tokens: int, generated: int, private: bool
+) -> bool:  # fmt: skip
+    """The blocks that the first so many tokens of a request fill become known. False: there is none that is not yet.
+
+    `generated`: the answer tokens it had when the last of these was computed. Blocks of a text of its own only where
+    they are `private`: nobody else looks for them.
+    """
+    seat, shared = request.seat, request.shared
+    if request.stream == NEVER and not private:
+        first, last = _segments(c, shared)
+        tokens = min(tokens, c.segments[last - 1, END]) if last > first else 0
+    n, full = c.seats[seat, KNOWN], tokens // r.block_tokens
+    if n >= full:
+        return False
+    value, segment = 0, _segments(c, shared)[0]
+    own, reaches = own_text(request.stream, request.request_id), depth(r, generated)
+    if n > 0:
+        value = c.blocks[c.table[seat, n - 1], HASH]
+    while n < full:
+        value, segment = chain(r, c, shared, own, value, n, segment)
+        block, layers = c.table[seat, n], reaches
+        n += 1
+        if r.owes and n * r.block_tokens > request.prompt_tokens:
+            layers = min(layers, _paid_layers(r, c, owed, slot, tokens - n * r.block_tokens))
+        c.blocks[block, LAYERS] = layers
+        make_known(c, block, value)
+    c.seats[seat, KNOWN] = full
+    return True
+
+
+def depth(r: Record, generated: int) -> int:
+    """To which layer K and V are read, and computed, for a request with so many answer tokens."""
+    if r.observe_tokens != NEVER and generated < r.observe_tokens:
+        return r.loaded_layers
+    return r.rule_layers
+
+
+def _paid_layers(r: Record, c: Prefix, owed: Numbers, slot: int, later: int) -> int:
+    """The layers that a token has run or caught up with, with so many tokens after it."""
+    band = 0
+    while band < r.bands and owed[slot, band] <= later:
+        band += 1
+    return c.exits[band - 1] if band else 0
+
+
+def leave_blocks(
+    r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, may_return: bool
+) -> int:  # fmt: skip
+    """A request leaves the batch: what it has filled becomes known, if anyone may look for it.
+
+    Returns its seat, to be given to `release`.
+    """
+    settle(r, c, request, owed, slot, request.context_tokens, request.generated - 1, may_return)
+    seat = request.seat
+    while c.seats[seat, KNOWN] * r.block_tokens > request.context_tokens:  # of an iteration that was given up
+        c.seats[seat, KNOWN] -= 1
+        _forget(c, c.table[seat, c.seats[seat, KNOWN]])
+    if r.owes:  # layers that it owed when a block was filled may have been caught up with
+        for n in range(request.prompt_tokens // r.block_tokens, c.seats[seat, KNOWN]):
+            later = request.context_tokens - (n + 1) * r.block_tokens
+            paid = min(depth(r, request.generated - 1), _paid_layers(r, c, owed, slot, later))
+            block = c.table[seat, n]
+            c.blocks[block, LAYERS] = max(c.blocks[block, LAYERS], paid)
+    request.seat = NEVER
+    return seat
+
+
+def release(s: Record, c: Prefix, seat: int) -> None:
+    """The blocks of a seat lose a holder; those without one become free, the last ones first."""
+    blocks, table, freed = c.blocks, c.table, 0
+    latest = blocks[0, OLDER]
+    for i in range(c.seats[seat, HELD] - 1, -1, -1):
+        block = table[seat, i]
+        holders = blocks[block, HOLDERS] - 1
+        blocks[block, HOLDERS] = holders
+        if holders == 0:
+            blocks[block, OLDER], blocks[latest, NEWER] = latest, block
+            latest = block
+            freed += 1
+    blocks[latest, NEWER], blocks[0, OLDER] = 0, latest
+    s.queued_blocks += freed
+    s.used_blocks -= freed
+    c.seats[s.free_seats, FREE] = seat
+    s.free_seats += 1
+
+
+def _leave_queue(s: Record, c: Prefix, block: int) -> None:
+    older, newer = c.blocks[block, OLDER], c.blocks[block, NEWER]
+    c.blocks[older, NEWER] = newer
+    c.blocks[newer, OLDER] = older
+    s.queued_blocks -= 1
+
+
+def make_known(c: Prefix, block: int, value: int) -> None:
+    """A block becomes known, after those of its bucket that are."""
+    blocks = c.blocks
+    blocks[block, HASH] = value
+    bucket = value & (len(c.buckets) - 1)
+    first = c.buckets[bucket]
+    if first == 0:
+        c.buckets[bucket] = blocks[block, BEFORE] = blocks[block, AFTER] = block
+        return
+    last = blocks[first, BEFORE]
+    blocks[block, BEFORE], blocks[block, AFTER] = last, first
+    blocks[last, AFTER] = blocks[first, BEFORE] = block
+
+
+def _forget(c: Prefix, block: int) -> None:
+    """Nobody finds what the block held."""
+    blocks, value = c.blocks, c.blocks[block, HASH]
+    if value == NEVER:
+        return
+    blocks[block, HASH] = NEVER
+    after, bucket = blocks[block, AFTER], value & (len(c.buckets) - 1)
+    if after == block:
+        c.buckets[bucket] = 0
+        return
+    before = blocks[block, BEFORE]
+    blocks[before, AFTER], blocks[after, BEFORE] = after, before
+    if c.buckets[bucket] == block:
+        c.buckets[bucket] = after

@@ -1,0 +1,115 @@
+"""The memory of a replica's prefix cache (`core/prefix.py` says what lies in it), and what a change of deployment does.
+
+A pool may be far larger than what is ever used of it, so tables grow with the blocks that are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from helios_sim.core import prefix
+from helios_sim.core.layout import NEVER, IntArray, Record, Storage
+from helios_sim.core.prefix import Prefix
+from helios_sim.profile.profile import Profile
+from helios_sim.workload.prefixes import SharedPrefixes
+
+_FIELDS = 7  # of a block
+
+
+class PrefixCache:
+    """`seats`: requests that hold blocks at once, at most. Without `shares` it is empty."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        state: Record,
+        profiles: Mapping[str, Profile],
+        texts: SharedPrefixes | None,
+        seats: int,
+        shares: bool,
+    ) -> None:
+        self.shares = shares
+        self._storage, self._state = storage, state
+        self._profiles, self._texts = profiles, texts
+        self._seats = seats if shares else 0
+        self._blocks: IntArray = np.zeros((1, _FIELDS), np.int64)
+        self._blocks[0, prefix.HASH] = NEVER
+        self._buckets: IntArray = np.zeros(1, np.int64)
+        nothing: IntArray = np.zeros(0, np.int64)
+        of_seats: IntArray = np.zeros((self._seats, 3), np.int64)
+        of_seats[:, prefix.FREE] = np.arange(self._seats)[::-1]
+        self._tables = Prefix(
+            self._blocks, self._buckets, np.zeros((self._seats + 1, 0), np.int64), of_seats,
+            nothing if texts is None or not shares else texts.starts, np.zeros((0, 2), np.int64), nothing,
+        )  # fmt: skip
+        state.free_seats = self._seats
+        self._segments: dict[str, IntArray] = {}  # by model
+        self._model: str | None = None
+        self._show()
+
+    def _show(self, **changed: IntArray) -> None:
+        """What the loop sees from now on."""
+        self._tables = self._tables._replace(blocks=self._blocks, buckets=self._buckets, **changed)
+        self.tables = self._storage.group(self._tables)
+
+    def follow(self, model: str, exits: Sequence[int], layers: int) -> None:
+        """A deployment is in force: its model, the depths of its exits, and the layers that KV memory holds."""
+        if not self.shares:
+            return
+        if model != self._model:
+            self._forget_all()
+            self._model = model
+            if model not in self._segments and self._texts is not None:
+                ends = self._profiles[model].model.tokens_of_many(self._texts.end_chars)
+                self._segments[model] = np.stack([self._texts.ids, ends], axis=1)
+        segments = self._segments.get(model, np.zeros((0, 2), np.int64))
+        self._show(segments=segments, exits=np.array(exits, np.int64))
+        self.keep_layers(layers)
+
+    def keep_layers(self, layers: int) -> None:
+        """What blocks hold above these layers is gone."""
+        depths = self._blocks[:, prefix.LAYERS]
+        np.minimum(depths, layers, out=depths)
+
+    def resize(self, total_blocks: int) -> None:
+        """A new size of the pool; the caller has made room first."""
+        prefix.shrink(self._state, self.tables, total_blocks)
+
+    def make_room(self) -> None:
+        """Room for what may be taken before the next look: a block for each seat, and those of one request more."""
+        if not self.shares:
+            return
+        s, known = self._state, self._tables.table
+        widest = int(s.widest_request)
+        wanted = min(int(s.total_blocks), int(s.made_blocks) + self._seats + widest) + 1
+        if len(self._blocks) < wanted:
+            more = np.zeros((max(wanted - len(self._blocks), len(self._blocks)), _FIELDS), np.int64)
+            self._blocks = np.concatenate([self._blocks, more])
+            old, self._buckets = self._buckets, np.zeros(1 << len(self._blocks).bit_length(), np.int64)
+            self._show()
+            self._spread(old)
+        if known.shape[1] < widest:
+            table = np.zeros((self._seats + 1, 2 * widest), np.int64)
+            table[:, : known.shape[1]] = known
+            self._show(table=table)
+
+    def _spread(self, old: IntArray) -> None:
+        """What is known goes from these buckets into the present ones, in its order."""
+        for first in old[old > 0].tolist():
+            ring, block = [first], int(self._blocks[first, prefix.AFTER])
+            while block != first:
+                ring.append(block)
+                block = int(self._blocks[block, prefix.AFTER])
+            for block in ring:
+                prefix.make_known(self.tables, block, int(self._blocks[block, prefix.HASH]))
+
+    def _forget_all(self) -> None:
+        s = self._state
+        if s.used_blocks:
+            raise RuntimeError(f"the model changes while {s.used_blocks} KV blocks are held")
+        self._blocks[: int(s.made_blocks) + 1] = 0
+        self._blocks[: int(s.made_blocks) + 1, prefix.HASH] = NEVER
+        self._buckets[:] = 0
+        s.queued_blocks = s.made_blocks = s.spare_block = 0
