@@ -40,8 +40,8 @@ INFERENCEMAX = "InferenceMAX"
 HOPPER = ("h100_sxm", "h200_sxm")
 CARDS = {
     "a100_sxm": "a100-80gb", "h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200", "b300_sxm": "b300",
-    "gb200": "gb200", "gh200": "gh200", "l40s": "l40s", "rtx_pro_6000_server": "rtxpro6000", "a100_pcie": "a100-80gb",
-    "h100_pcie": "h100-pcie", "a30": "a30", "l4": "l4",
+    "gb200": "gb200", "gb300": "b300", "gh200": "gh200", "l40s": "l40s", "rtx_pro_6000_server": "rtxpro6000",
+    "a100_pcie": "a100-80gb", "h100_pcie": "h100-pcie", "a30": "a30", "l4": "l4",
 }  # fmt: skip
 # By engine: seconds from a client to the waiting line and back with its first token, and what each client adds. Fitted
 # to TTFT of one half of the rows whose harness is known (of vLLM 0.10 and TensorRT-LLM 1.1); none are of SGLang.
@@ -124,7 +124,8 @@ def _row(path: Path, number: int, values: Mapping[str, Any]) -> Row:
         except ValueError:
             number_of = -1
         if not low <= number_of <= high:
-            raise wrong(f.name, f"a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+            kind = "a whole number" if whole else "a number"
+            raise wrong(f.name, f"{kind} from {low} to {high:,}")
         found[f.name] = number_of
     if None in values:
         raise wrong("columns", "as many values as names")
