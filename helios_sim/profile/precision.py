@@ -99,7 +99,7 @@ def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> t
         said.append(f"products of the layers: as measured under TensorRT-LLM 1.0.0 on the A100 ({measured}), not vLLM")
     if measured is None and products in (INT8, WEIGHTS):
         said.append("products of the layers: by shares fitted to TensorRT-LLM's on an A100, the only ones measured")
-    if (form.group and measured != "nvfp4") or (form.outputs == 1 and products == FP8):
+    if (form.group and measured not in ("nvfp4", "fp8_block")) or (form.outputs == 1 and products == FP8):
         said.append("scales of groups or outputs: their bytes count, times are those of products without them")
     return tuple(said)
 

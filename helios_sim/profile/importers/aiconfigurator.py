@@ -655,5 +655,5 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
 def _kinds(times: LayerTimes) -> str:
     """In which precisions the kernels were measured that the profile is made of."""
     of_kv = "fp8" if times.model.kv_bytes_per_value == 1 else "bf16"
-    of_layers = str(times.measured) if times.measured in ("fp8", "nvfp4") else "bf16"
+    of_layers = str(times.measured) if times.measured in ("fp8", "fp8_block", "nvfp4") else "bf16"
     return " and ".join(dict.fromkeys(("bf16", of_layers, of_kv)))
