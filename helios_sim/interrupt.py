@@ -10,10 +10,11 @@ from types import FrameType
 from typing import Any
 
 
-class TimeIsUp(BaseException):
-    """The time given to `at_most` is over. As a KeyboardInterrupt, it passes every `except Exception`."""
+class TimeIsUp(KeyboardInterrupt):
+    """The time given to `at_most` is over. It passes whatever a Ctrl-C passes, compiled code of Ray too."""
 
 
+AGAIN_S = 10.0
 _asked = threading.Event()
 _USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -59,23 +60,30 @@ def handlers_kept() -> Iterator[None]:
 
 @contextmanager
 def at_most(seconds: float | None) -> Iterator[None]:
-    """Raise TimeIsUp inside once so much time has passed. Without a time, outside the main thread, and where SIGALRM
-    is used by others, it never is.
+    """Raise TimeIsUp inside once so much time has passed, in place of what compiled code makes of it. Without a time,
+    outside the main thread, and where SIGALRM is used by others, it never is.
     """
     free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     if seconds is None or not free:
         yield
         return
-    inside = True
+    inside, is_up = True, False
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
+        nonlocal is_up
         if inside:
+            is_up = True
             raise TimeIsUp
 
     signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    # again and again, since what is raised where nothing can be raised, as in a finalizer, is lost
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), min(max(seconds, 1.0), AGAIN_S))
     try:
         yield
+    except BaseException as error:
+        if is_up and not _asked.is_set():
+            raise TimeIsUp from error
+        raise
     finally:
         inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)

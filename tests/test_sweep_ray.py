@@ -1,4 +1,4 @@
-"""A sweep on a real Ray cluster of two nodes here, one of which is killed in the middle."""
+"""A sweep on a real Ray cluster of nodes here, which are killed in the middle: one of them, then the last."""
 
 from __future__ import annotations
 
@@ -42,20 +42,37 @@ class Held(EarlyExitPolicy):
 """
 
 
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder from which the cluster's processes import."""
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(place):
+    """A head that does no work, and two machines that do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(place))
+        patch.syspath_prepend(place)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield from _cluster(place)
+
+
+SOON_NOTICED = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+
+
+def _cluster(place):
     from ray.cluster_utils import Cluster
 
-    (tmp_path / "held_on_nodes.py").write_text(HELD)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the cluster's processes
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (place / "held_on_nodes.py").write_text(HELD)
     small: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
     for attempt in range(3):  # Ray gives a node 30 s to start, which a busy machine may not keep
         cluster = Cluster(initialize_head=False)
         try:
-            cluster.add_node(**small, include_dashboard=False)
-            cluster.second = cluster.add_node(**small)
+            head = {**small, "num_cpus": 0, "_system_config": SOON_NOTICED}
+            cluster.add_node(**head, include_dashboard=False)
+            addresses = ("127.0.0.2", "127.0.0.3")  # other machines than that of the command
+            cluster.workers = [cluster.add_node(**small, node_ip_address=address) for address in addresses]
             cluster.wait_for_nodes()
             break
         except Exception:
@@ -83,18 +100,26 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.05)
 
 
-def test_a_node_that_dies_in_the_middle_changes_nothing(cluster, tmp_path):
+@pytest.fixture
+def held_here(place):
+    """No design waits, and no file tells of one."""
+    for file in (place / "go", *place.glob("waiting_*")):
+        file.unlink(missing_ok=True)
+    return place
+
+
+def test_a_node_that_dies_in_the_middle_changes_nothing(cluster, held_here, tmp_path):
     finished_before: list[int] = []
     at_work: set[str] = set()
 
     def kill() -> None:
         journal = tmp_path / "out" / "finished.jsonl"
-        wait_for(lambda: len([f for f in tmp_path.glob("waiting_*") if f.read_text()]) == 4)
+        wait_for(lambda: len([f for f in held_here.glob("waiting_*") if f.read_text()]) == 4)
         wait_for(lambda: journal.is_file() and len(journal.read_text().splitlines()) == 4)
         finished_before.append(4)
-        at_work.update(file.read_text() for file in tmp_path.glob("waiting_*"))
-        cluster.remove_node(cluster.second, allow_graceful=False)
-        (tmp_path / "go").touch()
+        at_work.update(file.read_text() for file in held_here.glob("waiting_*"))
+        cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+        (held_here / "go").touch()
 
     (tmp_path / "out").mkdir()
     killer = threading.Thread(target=kill, daemon=True)
@@ -104,12 +129,39 @@ def test_a_node_that_dies_in_the_middle_changes_nothing(cluster, tmp_path):
     killer.join()
     assert finished_before == [4]
     assert len(at_work) == 2  # both nodes, when one of them was killed
-    assert "here" not in {file.read_text() for file in tmp_path.glob("waiting_*")}  # nor did anything run elsewhere
+    assert "here" not in {file.read_text() for file in held_here.glob("waiting_*")}  # nor did anything run elsewhere
     assert all(design.error is None for design in on_ray.designs)
     journal = (tmp_path / "out" / "finished.jsonl").read_text().splitlines()
     assert len(journal) == 12 + 1  # each once; the arm as it was set is the first design
     here = run_plan(held(), None, {}, lambda task, outcome, kept: None)
     assert designs_table(on_ray).equals(designs_table(here))
+
+
+def test_the_last_machine_that_dies_ends_the_sweep_in_one_message_and_what_is_finished_is_kept(
+    cluster, held_here, tmp_path, monkeypatch
+):
+    """After the test above one machine is left to work."""
+    monkeypatch.setattr("helios_sim.vary.workers.START_S", 2.0)
+    journal = tmp_path / "out" / "finished.jsonl"
+
+    def kill() -> None:
+        wait_for(lambda: journal.is_file() and len(journal.read_text().splitlines()) == 4)
+        while cluster.workers:
+            cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+
+    (tmp_path / "out").mkdir()
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(UserError, match=r"no machine of the cluster is left to work; what is finished is kept"):
+        run_plan(held(backend="ray", address=cluster.address), tmp_path / "out", {}, lambda task, outcome, kept: None)
+    killer.join()
+    (held_here / "go").touch()
+    before = journal.read_text()
+    resumed = run_plan(held(), tmp_path / "out", {}, lambda task, outcome, kept: None)
+    assert before.count("\n") >= 4
+    assert journal.read_text().startswith(before)  # and nothing of it is run again:
+    assert len(journal.read_text().splitlines()) == 12 + 1
+    assert designs_table(resumed).equals(designs_table(run_plan(held(), None, {}, lambda *_: None)))
 
 
 def test_an_address_where_nothing_answers_is_said():

@@ -1,13 +1,15 @@
 """Kills commands at random moments, resumes them, and compares what they hold with an undisturbed run.
 
-`python experiments/faults/kills.py [--kills 200] [--further 5] [--seed 1]` writes kills.json and kills.md beside
-itself: `--kills` of studies and sweeps, and `--further` of each of a calibration, a live study, a sweep on Ray, and of
-one whose Ray workers are killed under it. With `--kills 0` the rows of earlier kills stay in the files.
+`python experiments/faults/kills.py [--kills 200] [--further 5] [--seed 1] [--only NAME]` writes kills.json and kills.md
+beside itself: `--kills` of studies and sweeps, and `--further` of each of a calibration, a live study, a sweep on Ray,
+one whose Ray workers are killed under it, and one whose machines are. With `--kills 0` the rows of earlier kills stay
+in the files, and with `--only` all rows but the one of that name.
 
 A kill is good if the process is gone within 20 s with all that it started, says no traceback, and the resumed command
 ends with the same bits in its requests and decisions and the same figures. What is measured anew differs from run to
-run: there, stages, ends of tables and requests must be the same. A sweep that loses a worker of Ray must end by itself
-with the same results.
+run: there, stages, ends of tables and requests must be the same. A sweep that loses a worker of Ray, or one of the two
+machines that work for it, must end by itself with the same results; one that loses both must end with one message, and
+the resumed command with the same results.
 """
 
 from __future__ import annotations
@@ -188,6 +190,47 @@ def _worker_lost(words: tuple[str, ...], wanted: dict[str, object], after_s: flo
         return "" if results(Path(place) / "run") == wanted else "other results"
 
 
+def machines_lost(words: tuple[str, ...], wanted: dict[str, object], after_s: float, count: int) -> str:
+    """What was wrong where so many of a cluster's two machines were killed after that time, or "".
+
+    The cluster's head does no work, and stays. The time counts from when workers are there.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=False)
+    with TemporaryDirectory() as place:
+        try:
+            cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=100 << 20)
+            machines = [
+                cluster.add_node(num_cpus=2, object_store_memory=100 << 20, node_ip_address=address)
+                for address in ("127.0.0.2", "127.0.0.3")
+            ]
+            cluster.wait_for_nodes()
+            process = started((*words, f"sweep.address={cluster.address}"), Path(place) / "run")
+            time.sleep(after_s)
+            for machine in machines[:count]:
+                cluster.remove_node(machine, allow_graceful=False)
+            try:
+                _, said = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                return "it hangs"
+            if alive := left_over(process.pid):
+                return f"{len(alive)} processes outlive it"
+            told = "no machine of the cluster is left" in said or "the cluster does not answer" in said
+            ended = process.returncode == 1 and told if process.returncode else True
+            if "Traceback" in said or not ended or (process.returncode and count < len(machines)):
+                return f"status {process.returncode}, says {said[-1500:]}"
+        finally:
+            cluster.shutdown()
+        again = started((*SWEEP, "sweep.backend=processes"), Path(place) / "run")
+        _, said = again.communicate(timeout=300)
+        if again.returncode or "Traceback" in said:
+            return f"resumed: status {again.returncode}, {said[-600:]}"
+        return "" if results(Path(place) / "run") == wanted else "other results"
+
+
 def _at_work(mark: int) -> list[int]:
     """Workers of the cluster that have tasks; its other processes are agents, with which a node ends."""
     found = []
@@ -207,6 +250,7 @@ class Further:
     module: str = "helios_sim"
     read: Callable[[Path], dict[str, object]] = results
     loses_workers: bool = False
+    loses_machines: bool = False
 
     def tried(self, kills: int, seed: int) -> tuple[dict[str, object], list[str]]:
         """A row of counts, and what went wrong."""
@@ -218,9 +262,12 @@ class Further:
             assert not process.returncode, said
             whole_s, wanted = time.monotonic() - began_s, self.read(Path(at) / "run")
         for kill in range(kills):
-            number = signal.SIGKILL if self.loses_workers else SIGNALS[kill % len(SIGNALS)]
+            loses = self.loses_workers or self.loses_machines
+            number = signal.SIGKILL if loses else SIGNALS[kill % len(SIGNALS)]
             after_s = rng.uniform(0.0, 1.0 if self.loses_workers else whole_s)
-            if self.loses_workers:
+            if self.loses_machines:
+                fault = machines_lost(self.words, wanted, after_s, 1 + kill % 2)
+            elif self.loses_workers:
                 fault = worker_lost(self.words, wanted, after_s, rng)
             else:
                 fault = killed(self.words, wanted, number, after_s, self.module, self.read)
@@ -242,6 +289,7 @@ def further(place: Path) -> list[Further]:
         Further("a live study", (*write_live_study(place), *LIVE), read=of_live),
         Further("a sweep on Ray", RAY),
         Further("a sweep on Ray, a worker lost", RAY, loses_workers=True),
+        Further("a sweep on Ray, one or both machines lost", RAY, loses_machines=True),
     ]
 
 def main() -> int:
@@ -249,13 +297,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--further", type=int, default=5, help="of each further kind of command")
+    parser.add_argument("--only", help="one further kind of command, by its name")
     options = parser.parse_args()
     rng, rows, wrong = random.Random(options.seed), [], []
-    if not options.kills and (FOLDER / "kills.json").is_file():
+    if options.only is not None:
+        before = json.loads((FOLDER / "kills.json").read_text())
+        rows = [row for row in before["rows"] if row["what"] != options.only]
+        wrong = [text for text in before["bad"] if not text.startswith(f"{options.only}, SIG")]
+    elif not options.kills and (FOLDER / "kills.json").is_file():
         before = json.loads((FOLDER / "kills.json").read_text())
         rows = [row for row in before["rows"] if row["what"] in COMMANDS]
         wrong = [text for text in before["bad"] if text.partition(",")[0] in COMMANDS]
-    for place, (name, words) in enumerate(COMMANDS.items() if options.kills else ()):
+    for place, (name, words) in enumerate(COMMANDS.items() if options.kills and options.only is None else ()):
         with TemporaryDirectory() as at:
             began_s = time.monotonic()
             process = started(words, Path(at) / "run")
@@ -276,6 +329,8 @@ def main() -> int:
         record(options.seed, rows, wrong)
     with TemporaryDirectory() as folder:
         for command in further(Path(folder)) if options.further else ():
+            if options.only not in (None, command.name):
+                continue
             row, bad = command.tried(options.further, options.seed)
             rows.append(row)
             wrong += bad

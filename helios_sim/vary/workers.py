@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from helios_sim.errors import UserError
-from helios_sim.interrupt import handlers_kept
+from helios_sim.interrupt import TimeIsUp, at_most, handlers_kept
 from helios_sim.untrusted import in_short
 from helios_sim.vary import guard
 
@@ -32,6 +32,7 @@ SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
 FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
 # How Ray is told to listen on 127.0.0.1 alone, which it does by itself on some systems: read when it is imported.
 ON_THIS_MACHINE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+START_S = 60.0  # that workers of a cluster have to start, before it is looked at whether any machine is left
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
 
 _In = TypeVar("_In")
@@ -57,6 +58,10 @@ def need(name: str, key: str, value: object) -> ModuleType:
         allowed = f"needs {library}, which is not installed"
         fix = "install the extra: make sweep, or pip install 'helios-llm-sim[sweep]'"
         raise UserError(key, value, allowed, fix) from error
+
+
+class _NotStarted(Exception):
+    """The workers of a cluster did not start."""
 
 
 class Workers:
@@ -119,20 +124,40 @@ class Workers:
 
         missing, in_vain = dict(inputs), 0
         while missing:
-            cpus = int(self._ray.cluster_resources().get("CPU", 1))
-            workers = max(1, min(self._place.workers or cpus, cpus, len(missing)))
+            cpus = int(self._ray.cluster_resources().get("CPU", 0))
+            if not cpus:
+                allowed = "no machine of the cluster is left to work; what is finished is kept"
+                fix = "add machines to the cluster, then start again in the same hydra.run.dir"
+                raise UserError("sweep.backend", "ray", allowed, fix)
+            workers = min(self._place.workers or cpus, cpus, len(missing))
             before = len(missing)
             try:
                 with parallel_config("ray", ray_remote_args=SPREAD):
-                    for key, result in _parallel(function, missing, workers):
+                    for key, result in self._started(function, missing, workers):
                         del missing[key]
                         yield key, result
+            except _NotStarted:  # other work has all processors, and is waited for, or machines were lost just now
+                continue
             except RayError as error:
                 in_vain = in_vain + 1 if len(missing) == before else 0
                 if in_vain == MOST_IN_VAIN:
                     allowed = f"the cluster does not answer ({type(error).__name__}); what is finished is kept"
                     fix = "look at the cluster, then start again in the same hydra.run.dir"
                     raise UserError("sweep.backend", "ray", allowed, fix) from error
+
+    def _started(
+        self, function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int
+    ) -> Iterator[tuple[str, _Out]]:
+        """Results as they come. _NotStarted where workers found no room, or fewer processors than there were before."""
+        try:
+            with at_most(START_S):
+                return _parallel(function, inputs, workers)
+        except TimeIsUp as error:
+            raise _NotStarted from error
+        except (ValueError, KeyError) as error:
+            if int(self._ray.cluster_resources().get("CPU", 0)) >= workers:
+                raise
+            raise _NotStarted from error
 
     def _connect(self) -> None:
         from joblib import register_parallel_backend
@@ -175,14 +200,20 @@ class Workers:
 
 
 def _parallel(
-    function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int, **options: Any
+    function: Callable[[_In], _Out],
+    inputs: Mapping[str, _In],
+    workers: int,
+    **options: Any,
 ) -> Iterator[tuple[str, _Out]]:
+    """Results as they come, of workers that have started when this returns."""
     from joblib import Parallel, delayed
 
     parallel = Parallel(workers, batch_size=1, return_as="generator_unordered", **options)
     with _without_interrupts():
-        results = parallel(delayed(_one)(function, key, value) for key, value in list(inputs.items()))
-    yield from results
+        results: Iterator[tuple[str, _Out]] = parallel(
+            delayed(_one)(function, key, value) for key, value in list(inputs.items())
+        )
+    return results
 
 
 @contextmanager
