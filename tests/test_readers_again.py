@@ -9,7 +9,7 @@ import csv
 import gzip
 import io
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -76,6 +76,84 @@ def test_traces(
         assert trace.arrival_ns.tolist() == [times[i] for i in order]
     assert trace.prompt_tokens.tolist() == [max(1, int(rows[i][prompt])) for i in order]
     assert trace.output_tokens.tolist() == [max(1, int(rows[i][output])) for i in order]
+
+
+# As their authors publish the columns; the files themselves are not here, so the rows are made up.
+LAYOUTS = {
+    "BurstGPT, release 1": (
+        ["Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"],
+        (2, 3),
+        lambda rng, k, at_s: [round(at_s), "ChatGPT", *_lengths(rng), "Conversation log"],
+    ),
+    "BurstGPT, release 2": (
+        ["Timestamp", "Session ID", "Elapsed time", "Model", "Request tokens", "Response tokens", "Total tokens",
+         "Log Type"],
+        (4, 5),
+        lambda rng, k, at_s: [at_s, f"s{k % 7}", "3.25", "GPT-4", *_lengths(rng), "API log"],
+    ),
+    "Azure 2024": (
+        ["TIMESTAMP", "ContextTokens", "GeneratedTokens"],
+        (1, 2),
+        lambda rng, k, at_s: [
+            (datetime(2024, 5, 10) + timedelta(seconds=at_s)).isoformat(" ") + "+00:00", *_lengths(rng)[:2]
+        ],
+    ),
+    "own, with priorities": (
+        ["arrival_time_ns", "num_prompt_tokens", "completion_tokens", "priority"],
+        (1, 2),
+        lambda rng, k, at_s: [round(at_s * 1e9), *_lengths(rng)[:2], int(rng.integers(-2, 3))],
+    ),
+}  # fmt: skip
+
+
+def _lengths(rng: np.random.Generator) -> list[int]:
+    prompt, output = (int(n) for n in rng.integers(1, 4000, 2))
+    return [prompt, output, prompt + output]
+
+
+def _nanoseconds_of(name: str, cells: pd.Series) -> pd.Series:
+    if name == "TIMESTAMP":
+        times = pd.to_datetime(cells, utc=True, format="ISO8601")
+        return (times - times.min()).dt.total_seconds() * 1e9
+    numbers = cells.astype(float) * (1 if name.endswith("_ns") else 1e9)
+    return numbers - numbers.min()
+
+
+@pytest.mark.parametrize("written", ["csv", "csv.gz", "jsonl", "json"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_of_traces(layout: str, written: str, tmp_path: Path) -> None:
+    names, columns, row = LAYOUTS[layout]
+    rng = np.random.default_rng(5)
+    at_s = np.round(rng.permutation(np.cumsum(rng.exponential(0.7, 200))), 6)
+    frame = pd.DataFrame([row(rng, k, float(at)) for k, at in enumerate(at_s)], columns=names)
+    path = tmp_path / f"trace.{written}"
+    if written.startswith("csv"):
+        frame.to_csv(path, index=False)
+        again = pd.read_csv(path)
+    else:
+        frame.to_json(path, orient="records", lines=written == "jsonl", double_precision=15)
+        text = path.read_text()
+        again = pd.DataFrame(json.loads(text) if written == "json" else map(json.loads, text.splitlines()))
+    again["at_ns"] = _nanoseconds_of(names[0], again[names[0]])
+    again = again.sort_values("at_ns", kind="stable")
+    trace = read_trace(path)
+    assert np.abs(trace.arrival_ns - again["at_ns"].to_numpy()).max() <= 1000  # microseconds as float64
+    assert trace.prompt_tokens.tolist() == again[names[columns[0]]].tolist()
+    assert trace.output_tokens.tolist() == again[names[columns[1]]].tolist()
+    assert (trace.priority is None) == ("priority" not in names)
+    if trace.priority is not None:
+        assert trace.priority.tolist() == again["priority"].tolist()
+
+
+def test_samples_of_a_serving_log(shared_data: Path) -> None:
+    rows = list(csv.DictReader(text_of(shared_data / LOG / "timeseries.csv")))
+    series = read_log(shared_data / LOG).series
+    assert series is not None
+    for key, found in (("running", series.running), ("waiting", series.waiting)):
+        assert found.tolist() == [float(row[key]) for row in rows]
+    since = series.time_s - [float(row["t"]) for row in rows]
+    assert np.ptp(since) < 1e-9  # the log counts from its start, and the reader from the first request
+    assert -1 < since[0] <= 0
 
 
 def test_serving_logs(shared_data: Path) -> None:

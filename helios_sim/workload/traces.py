@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2048 * MIB  # of text
 _DROP = "correct or remove the line"
+_UNANSWERED = "leave out requests that got no answer; BurstGPT has files without them, BurstGPT_without_fails_*.csv"
 _FIX = "correct the file, or choose another one"
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
 
@@ -272,7 +273,8 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], why: str)
             cell = cells.get(column.name)
             if not is_good(column, cell):
                 place = f"{file.name}, line {line}, column {column.name}"
-                raise UserError(place, shortened(cell), ALLOWED[column.format], _DROP)
+                unanswered = column.role is Role.OUTPUT and str(cell) in ("0", "0.0")
+                raise UserError(place, shortened(cell), ALLOWED[column.format], _UNANSWERED if unanswered else _DROP)
     raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
 
 
