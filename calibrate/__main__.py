@@ -30,6 +30,7 @@ from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.report.terminal import without_json
+from helios_sim.streams import open_streams
 
 
 def register() -> None:
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With `+campaign=NAME` it runs a campaign of many models, else one calibration of one model.
     """
+    open_streams()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     command = sys.argv[1:] if arguments is None else list(arguments)
     # the time that this process has taken so far belongs to the budget

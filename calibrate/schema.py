@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, require_finite
 
 TASKS = ("all", "latency", "adapters", "traces", "report")
 DTYPES = ("float32", "bfloat16")
@@ -55,6 +55,7 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         allowed = self.dtype is None or self.dtype in DTYPES
         require(allowed, "dtype", self.dtype, f"null or one of {', '.join(DTYPES)}")
@@ -129,6 +130,8 @@ class CampaignConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_finite(self)
+        require_finite(self.live, "live.")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.budget_s is None or self.budget_s > 0, "budget_s", self.budget_s, "null or above 0")
         require(bool(self.models), "models", self.models, "at least one model")
@@ -140,5 +143,6 @@ class CampaignConfig:
         simulated = {*self.live.pair, *([self.last_model] if self.last_model else [])}
         missing = sorted(simulated - set(self.live.exits)) if self.live.exits else []
         require(not missing, "live.exits", dict(self.live.exits), f"with {', '.join(missing)}, or none at all")
-        require(bool(self.live.loads), "live.loads", self.live.loads, "at least one load")
+        loads = bool(self.live.loads) and all(load > 0 for load in self.live.loads)
+        require(loads, "live.loads", self.live.loads, "at least one load, each above 0")
         require(self.seed >= 0, "seed", self.seed, "at least 0")

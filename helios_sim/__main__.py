@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
+from helios_sim.streams import open_streams
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message, or stopped; 2: a gate failed."""
     command = sys.argv[1:] if arguments is None else list(arguments)
+    open_streams()
     try:
         status = _run(command)
         sys.stdout.flush()

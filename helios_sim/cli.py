@@ -148,6 +148,10 @@ def _composed_once(command: Sequence[str]) -> Iterator[None]:
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
     """What Hydra raised while it read flags, made the output folder, or set a key under one that is null."""
     if isinstance(error, OSError):
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return UserError("current folder", None, "it was removed", "change to one that is there: cd FOLDER")
         folder = given("hydra.run.dir", arguments) or given("hydra.sweep.dir", arguments) or str(error.filename)
         reason = f"the output folder cannot be made: {error.strerror or error}"
         return UserError("hydra.run.dir", folder, reason, "choose a folder that you may write to")

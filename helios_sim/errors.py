@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral
+from typing import Any
 
 
 class UserError(ValueError):
@@ -76,6 +77,15 @@ def require(holds: bool, key: str, value: object, allowed: str) -> None:
     """UserError unless the condition holds; `allowed` completes "must be ..."."""
     if not holds:
         raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
+
+
+def require_finite(settings: Any, prefix: str = "") -> None:
+    """UserError for a field of a dataclass, or an entry of its lists and mappings, that is infinite or no number."""
+    for name, value in vars(settings).items():
+        entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        for entry in entries:
+            if isinstance(entry, float):
+                require(math.isfinite(entry), f"{prefix}{name}", value, "finite")
 
 
 def require_one_of(key: str, value: object, names: Collection[str]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Provenance:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
         """Raises KeyError, TypeError or ValueError where the data are none of a provenance."""
+        if unknown := sorted({*data} - {f.name for f in fields(cls)}):
+            raise ValueError(f"a provenance has no {', '.join(map(repr, unknown))}")
         assumptions = tuple(Assumption(**a) for a in data.get("assumptions", ()))
         texts = (data["source"], data["command"], *data.get("scaled", ()))
         texts += tuple(text for a in assumptions for text in (a.name, a.why, a.change))

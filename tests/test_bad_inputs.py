@@ -11,8 +11,11 @@ import pytest
 
 import helios_sim.study.command
 from command_line import STUDY, CommandLine, write_study
+from helios_sim.errors import UserError
 from helios_sim.policy.registry import POLICIES
 from helios_sim.profile.store import PROFILES_FOLDER
+from helios_sim.provenance import Provenance
+from helios_sim.workload.traces import read_trace
 
 # (arguments, parts of the message). Each message must name the key and the value.
 SETTINGS = [
@@ -244,3 +247,23 @@ def test_the_program_itself_ends_with_one_line_and_status_1(tmp_path, arguments)
     )
     assert (ran.returncode, ran.stdout, len(ran.stderr.splitlines())) == (1, "", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cell", ["٣", "1_000", "１"])
+def test_numbers_that_python_alone_reads_are_named_with_their_line(cell: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"arrived_at,prompt_tokens,output_tokens\n0,5,5\n1,{cell},5\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"t\.csv, line 3, column prompt_tokens"):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_a_request_without_an_answer_is_named_as_that(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Timestamp,Request tokens,Response tokens\n0,5,5\n1,7,0\n")
+    with pytest.raises(UserError, match=r"line 3, column Response tokens.*got no answer"):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_a_provenance_with_unknown_keys_is_refused() -> None:
+    known = {"provenance_class": "derived", "source": "a", "command": "b"}
+    assert Provenance.from_json(known).source == "a"
+    with pytest.raises(ValueError, match="no 'assumption'"):
+        Provenance.from_json({**known, "assumption": []})

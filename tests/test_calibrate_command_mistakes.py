@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from calibrate.__main__ import in_full
+from calibrate.schema import CalibrateConfig, CampaignConfig, CampaignLiveConfig
 from calibrate_line import calibrate as calibrate_line
+from helios_sim.errors import UserError
 from helios_sim.live import served
 from helios_sim.live.checkpoint.known import KNOWN, SHORT_NAMES
+from helios_sim.study.modes import FidelityConfig, LiveConfig, LiveFidelityConfig
 from tiny_models import write_tiny
 
 torch = pytest.importorskip("torch")
@@ -94,6 +98,26 @@ def test_known_weights_that_are_not_here_say_how_to_fetch_them(tmp_path, monkeyp
 
 def test_short_names_are_those_of_known_weights() -> None:
     assert set(SHORT_NAMES.values()) == set(KNOWN)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (lambda x: CalibrateConfig(budget_s=x), "budget_s"),
+        (lambda x: CalibrateConfig(epochs=x), "epochs"),
+        (lambda x: CampaignConfig(budget_s=x, models=["a"], text_model="a"), "budget_s"),
+        (lambda x: CampaignConfig(models=["a"], text_model="a", live=CampaignLiveConfig(loads=[0.5, x])), "live.loads"),
+        (lambda x: LiveFidelityConfig([0.5], seconds=x), "fidelity_live.seconds"),
+        (lambda x: LiveFidelityConfig([0.5], calibrate_s=x), "fidelity_live.calibrate_s"),
+        (lambda x: FidelityConfig(profile_error=x), "fidelity.profile_error"),
+        (lambda x: FidelityConfig(load_factors=[x]), "fidelity.load_factors"),
+        (lambda x: LiveConfig(pace_every_s=x), "live.pace_every_s"),
+    ],
+)
+def test_what_is_infinite_or_no_number_is_refused_by_its_key(settings, key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(key)}=.*must be finite"):
+        settings(value)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,16 @@ def test_an_incomplete_parameter_is_said(parameter: AxisConfig, said: str) -> No
         grid(axes_of("sweep.parameters", {"it": parameter}))
 
 
+@pytest.mark.parametrize(("low", "high", "step"), [(0.0, 1e9, 1.0), (0.0, 1e300, 1e-300), (1.0, 1e5, 0.5)])
+def test_a_grid_of_more_than_can_be_planned_is_refused_at_once(low: float, high: float, step: float) -> None:
+    axes = axes_of("sweep.parameters", {"a": AxisConfig(settings=["b"], low=low, high=high, step=step)})
+    with pytest.raises(UserError, match=r"sweep\.parameters\.a=.*at most 100,000 combinations"):
+        grid(axes)
+    many = {name: AxisConfig(settings=[name], values=list(range(50))) for name in "abc"}
+    with pytest.raises(UserError, match="125,000"):
+        grid(axes_of("sweeps", many))
+
+
 def test_ranges_are_checked_when_all_changes_are_made() -> None:
     config = with_settings(Config(), {"models": ["a"], "seeds": [3, 4], "server.replicas": 2})
     assert (config.models, config.seeds, config.server.replicas) == (["a"], [3, 4], 2)

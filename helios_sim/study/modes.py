@@ -5,9 +5,8 @@ The classes hold only plain types because Hydra fills them."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
 
-from helios_sim.errors import require, require_one_of
+from helios_sim.errors import require, require_finite, require_one_of
 from helios_sim.vary.axis import AxisConfig
 from helios_sim.vary.workers import BACKENDS
 
@@ -39,6 +38,7 @@ class LiveConfig:
     pace_every_s: float | None = None
 
     def __post_init__(self) -> None:
+        require_finite(self, "live.")
         require(self.dtype is None or self.dtype in DTYPES, "live.dtype", self.dtype, f"null, {' or '.join(DTYPES)}")
         name, _, number = self.device.partition(":")
         known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
@@ -61,7 +61,8 @@ class LiveFidelityConfig:
     calibrate_s: float | None = None  # measure a profile just before, in so long for each model; null: as it is shipped
 
     def __post_init__(self) -> None:
-        several = all(isfinite(load) and load > 0 for load in self.loads) and len(set(self.loads)) == len(self.loads)
+        require_finite(self, "fidelity_live.")
+        several = all(load > 0 for load in self.loads) and len(set(self.loads)) == len(self.loads)
         require(several, "fidelity_live.loads", list(self.loads), "different numbers above 0")
         for key in ("seconds", "least_requests", "calibrate_s"):
             value = getattr(self, key)
@@ -106,6 +107,7 @@ class FidelityConfig:
     rows: str | None = None  # a CSV file with the columns of data/silicon/handed.csv; null: that file
 
     def __post_init__(self) -> None:
+        require_finite(self, "fidelity.")
         for key in ("memory_bytes", "kv_blocks", "tensor_parallel", "estimate_from"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"fidelity.{key}", value, "at least 1")

@@ -9,6 +9,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 
+MOST_CHOICES = 100_000  # each is planned, checked and kept
 Shown = float | int | str | bool | None  # a value as tables and figures name it
 
 
@@ -43,11 +44,18 @@ class Range:
             return round(value)
         return float(value) if self.step is None else round(float(value), 12)
 
+    @property
+    def count(self) -> float:
+        """How many points its grid has, if it has a step; beyond what can be counted it is infinite."""
+        if self.step is None:
+            return 1
+        steps = (self.high - self.low) / self.step + 1e-9
+        return int(steps) + 1 if steps < MOST_CHOICES else steps
+
     def points(self) -> tuple[float | int, ...]:
         """The grid: low, low + step, ... up to high. Each is its own product, so that no error adds up."""
         assert self.step is not None
-        count = int((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.at(self.low + i * self.step) for i in range(count))
+        return tuple(self.at(self.low + i * self.step) for i in range(int(self.count)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,15 @@ def choose(axes: Sequence[Axis], choice: Sequence[Any]) -> Choice:
 
 
 def grid(axes: Sequence[Axis]) -> list[Choice]:
-    """Every combination, the last axis changing fastest. UserError for a range without a step."""
+    """Every combination, the last axis changing fastest. UserError for a range without a step, and for too many."""
     choices: list[Sequence[Any]] = []
+    total = 1.0
+    for axis in axes:
+        total *= len(axis.values) if not isinstance(axis.values, Range) else axis.values.count
+        if total > MOST_CHOICES:
+            allowed = f"at most {MOST_CHOICES:,} combinations in a grid"
+            fix = "take larger steps, fewer values or sweep.method=search"
+            raise UserError(axis.key, f"{total:,.0f}", allowed, fix)
     for axis in axes:
         if isinstance(axis.values, Range):
             if axis.values.step is None:

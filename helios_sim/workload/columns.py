@@ -232,6 +232,9 @@ def is_good(column: TraceColumn, cell: Any) -> bool:
 
 
 def _number(cell: Any) -> float | None:
+    """As JSON and Arrow read it: Python alone knows digits of other scripts, and `_` between digits."""
+    if isinstance(cell, str) and (not cell.isascii() or "_" in cell):
+        return None
     try:
         return float(cell)
     except (TypeError, ValueError, OverflowError):

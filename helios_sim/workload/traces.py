@@ -261,7 +261,7 @@ def locate(path: str | Path) -> Path:
         raise TraceFileError(
             "workload.trace",
             str(path),
-            f"there is no such file here, nor in {shared_data_folder()}",
+            f"there is no such file here, nor in {shared_data_folder()}; a folder or a device is none",
             f"give a path that exists, or set {VARIABLE} to the folder that holds it",
         )
 
