@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from helios_sim import files
-from helios_sim.report.format import code_span, markdown, metric as shown
+from helios_sim.report.format import code_span, markdown, metric_with_interval
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band
 
 FOLDER = Path(__file__).parent
@@ -94,8 +95,15 @@ def _source(summary: dict[str, Any]) -> str:
         return f"Made by `python -m helios_sim +experiment={summary['experiment']}`, {by}."
     return (
         f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
-        f"`{made['class']}`, {by}. Ratios are to `{summary['baseline']}`, with 95 % intervals."
+        f"`{made['class']}`, {by}. Ratios are to `{summary['baseline']}`. {_intervals(summary['intervals'])}"
     )
+
+
+def _intervals(told: dict[str, Any]) -> str:
+    """What the brackets hold."""
+    if told["scope"] == "over_seeds":
+        return f"Brackets are 95 % intervals over {told['seeds']} seeds; other figures are means over them."
+    return "Brackets are 95 % intervals within this run, which say nothing of other seeds; [–]: no interval."
 
 
 def _bullets(sentences: list[str]) -> list[str]:
@@ -108,7 +116,7 @@ def _arms(summary: dict[str, Any]) -> list[str]:
     labels = [DEFINITIONS[name].label for name in metrics]
     rows = [["arm", labels[0], "ratio", *labels[1:]]]
     for name, arm in summary["arms"].items():
-        values = [shown(metric, _value(arm["metrics"][metric])) for metric in metrics]
+        values = [_shown(metric, arm) for metric in metrics]
         over = arm.get("baseline", summary["baseline"])
         ratio = "baseline" if name == over else _ratio(arm["vs_baseline"].get(first))
         if name != over and over != summary["baseline"]:
@@ -123,7 +131,7 @@ def _front(summary: dict[str, Any]) -> list[str]:
     rows = [["design", *map(markdown, parameters), *(DEFINITIONS[name].label for name in objectives)]]
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for design in summary["sweep"]["front"]:
-        found = tuple(shown(name, _value(design["metrics"].get(name))) for name in objectives)
+        found = tuple(_shown(name, design) for name in objectives)
         alike.setdefault(found, []).append(design)
     for found, designs in alike.items():
         more = f" +{len(designs) - 1}" if len(designs) > 1 else ""
@@ -179,6 +187,13 @@ def _published(figures: list[dict[str, Any]]) -> list[str]:
     return _table(rows)
 
 
+def _shown(metric: str, entry: dict[str, Any]) -> str:
+    """A metric of an arm or a design with its interval."""
+    interval = entry["intervals"].get(metric)
+    found = None if interval is None else Interval(**{**interval, "method": Method(interval["method"])})
+    return metric_with_interval(metric, _value(entry["metrics"].get(metric)), found)
+
+
 def _value(value: Any) -> Any:
     return Band(**value) if isinstance(value, dict) else value
 
@@ -189,7 +204,7 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
     low, high = ratio["low"], ratio["high"]
     if ratio["ratio"] is None:
         return "-" if low is None else f"{low:.2f} to {high:.2f}"
-    return f"{ratio['ratio']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    return f"{ratio['ratio']:.2f} [–]" if low is None else f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _table(rows: list[list[str]]) -> list[str]:

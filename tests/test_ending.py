@@ -28,7 +28,7 @@ def test_the_summary_comes_last_and_gates_decide_the_status(capsys, gates: list[
     assert end(lambda: print("a table"), Path("out"), {"metric": None}, gates) == status
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0], *lines[-2:]) == ("a table", "output folder: out", '{"metric": null}')
-    said = ["gate passed: a 1.000, must be <= 2", "gate FAILED: b +3.10%, must be within 3.0%"]
+    said = ["gate passed: a 1.000 [–], must be <= 2", "gate FAILED: b +3.10% [–], must be within 3.0%"]
     assert lines[1:-2] == said[: len(gates)]
 
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.compare import Ratio
+from helios_sim.report.intervals import Method
 from helios_sim.report.result import LoadFigure, SweepPoint
 from helios_sim.study.verdict import break_even, error_findings, highest_rate, load_findings
 
@@ -69,5 +70,5 @@ def test_profile_error_that_turns_the_verdict_is_said() -> None:
 
     assert "turns at rate 2" in error_findings(result(1.1), "ours", "e2e_s_mean")[0]
     assert "stays on the same side" in error_findings(result(0.99), "ours", "e2e_s_mean")[0]
-    assert "at most 10%" in error_findings(result(0.99), "ours", "e2e_s_mean")[0]
+    assert "at most 10%, without an interval" in error_findings(result(0.99), "ours", "e2e_s_mean")[0]
     assert error_findings(Result([point(2, 1.0)]), "ours", "e2e_s_mean") == []

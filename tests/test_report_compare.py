@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
 
-from helios_sim.report.compare import Method, compare, interval_over_seeds
+from helios_sim.report.compare import FEWEST_BEYOND, compare, intervals_of
+from helios_sim.report.intervals import Method
 from helios_sim.report.metrics import Band, MetricValue, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.serving.stats import RunStats
@@ -26,7 +26,7 @@ def test_an_arm_against_itself_is_one_without_doubt() -> None:
     metrics = compute_metrics(records, RunStats())
     for name, ratio in compare([(records, metrics)], [(records, metrics)]).items():
         assert ratio.ratio == pytest.approx(1), name
-        if ratio.method is Method.PAIRED_BOOTSTRAP:
+        if ratio.method is Method.WITHIN_RUN:
             assert (ratio.low, ratio.high) == (1, 1), name
 
 
@@ -40,23 +40,42 @@ def test_pairing_removes_what_the_requests_have_in_common() -> None:
     assert halved.n == 300
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(3)
-    hits = 0
-    for seed in range(60):
-        base = rng.lognormal(0, 0.5, 80)
-        ratio = compare([run(list(base * rng.lognormal(0, 0.3, 80)))], [run(list(base))], seed=seed)["ttft_s_mean"]
-        assert ratio.low is not None
-        assert ratio.high is not None
-        hits += ratio.low <= np.exp(0.3**2 / 2) <= ratio.high
-    assert scipy_stats.binomtest(hits, 60, 0.95).pvalue > 0.01
+def test_runs_of_several_seeds_are_paired_by_seed() -> None:
+    """Seeds that differ a lot in both arms alike leave no doubt about the ratio."""
+    rng = np.random.default_rng(8)
+    base = [list(size * rng.lognormal(0, 1, 50)) for size in (1.0, 3.0, 9.0)]
+    ratio = compare([run([t / 2 for t in ttfts]) for ttfts in base], [run(ttfts) for ttfts in base])["ttft_s_mean"]
+    assert (ratio.ratio, ratio.low, ratio.high) == pytest.approx((0.5, 0.5, 0.5), rel=1e-6)
+    assert (ratio.method, ratio.n) == (Method.OVER_SEEDS, 3)
 
 
-def test_same_seed_same_interval() -> None:
+def test_the_ratio_is_that_of_the_means_in_the_table() -> None:
+    ours, theirs = ([run([1.0, 2.0]), run([4.0, 3.0])], [run([2.0, 2.0]), run([3.0, 3.0])])
+    found = compare(ours, theirs)["ttft_s_mean"]
+    assert found.ratio == pytest.approx((1.5 + 3.5) / (2 + 3))
+
+
+def test_one_seed_is_said_to_be_one() -> None:
     rng = np.random.default_rng(8)
     a, b = run(list(rng.lognormal(0, 1, 50))), run(list(rng.lognormal(0, 1, 50)))
-    assert compare([a], [b], seed=4) == compare([a], [b], seed=4)
-    assert compare([a], [b], seed=4) != compare([a], [b], seed=5)
+    assert compare([a], [b])["ttft_s_mean"].method is Method.WITHIN_RUN
+    found = intervals_of([a])
+    assert found["ttft_s_mean"].method is Method.WITHIN_RUN
+    assert found["throughput_requests_per_s"].method is Method.NONE
+    assert found["requests_completed"].method is Method.EXACT
+    assert set(found) == {name for name, value in a[1].items() if value is not None}
+
+
+def test_a_percentile_with_too_little_beyond_it_has_no_interval() -> None:
+    rng = np.random.default_rng(8)
+    few, enough = (run(list(rng.lognormal(0, 1, n))) for n in (99 * FEWEST_BEYOND, 100 * FEWEST_BEYOND))
+    assert intervals_of([few])["ttft_s_p99"].method is Method.NONE
+    found = intervals_of([enough])["ttft_s_p99"]
+    p99 = enough[1]["ttft_s_p99"]
+    assert found.low is not None
+    assert found.high is not None
+    assert isinstance(p99, float)
+    assert found.low < p99 < found.high
 
 
 def test_only_requests_that_both_arms_completed_are_paired() -> None:
@@ -73,19 +92,11 @@ def test_system_metrics_have_an_interval_only_over_seeds() -> None:
     assert one.method is Method.NONE
     assert one.low is None
     more = compare([a, run([1.0, 1.5])], [b, run([2.0, 2.5])])["throughput_requests_per_s"]
-    assert more.method is Method.T_OVER_SEEDS
+    assert more.method is Method.OVER_SEEDS
     assert more.low is not None
     assert more.high is not None
     assert more.ratio is not None
     assert more.low < more.ratio < more.high
-
-
-def test_t_interval_is_the_textbook_one() -> None:
-    values = [1.0, 2.0, 4.0, 4.5]
-    logs = np.log(values)
-    expected = np.exp(scipy_stats.t.interval(0.95, 3, np.mean(logs), scipy_stats.sem(logs)))
-    assert interval_over_seeds(values) == pytest.approx(tuple(expected))
-    assert interval_over_seeds([1.0]) is None
 
 
 def test_bands_are_compared_end_with_end_and_undefined_ratios_are_left_out() -> None:

@@ -51,12 +51,17 @@ def test_summary_has_the_promised_shape(folder: Path) -> None:
     for name, arm in summary["arms"].items():
         assert set(arm["metrics"]) == set(DEFINITIONS)
         assert ("throughput_requests_per_s" in arm["vs_baseline"]) == (name != BASELINE)
+        assert set(arm["intervals"]) == {metric for metric, value in arm["metrics"].items() if value is not None}
     assert summary["gates"][0] == {
         "name": "throughput error against the step engine",
         "value": 0.0,
         "bound": "= 0",
         "passed": True,
+        "low": None,
+        "high": None,
     }
+    told = summary["intervals"]
+    assert (told["level"], told["scope"], told["seeds"]) == (0.95, "over_seeds", 2)
     assert summary["provenance"]["class"] == "published"
     assert summary["arms"]["helios"]["metrics"]["energy_j_per_char"].keys() == {"low", "high"}
     helios = summary["arms"]["helios"]["vs_baseline"]["ttft_s_mean"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from helios_sim.report import format as fmt
-from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.compare import Ratio
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import Band
 
 
@@ -36,7 +37,26 @@ def test_metrics_come_with_their_unit(name: str, value: float | Band | None, tex
 
 
 def test_ratios_show_what_is_known() -> None:
-    assert fmt.ratio(Ratio(1.484, 1.45, 1.519, Method.PAIRED_BOOTSTRAP, 99)) == "1.48× [1.45, 1.52]"
-    assert fmt.ratio(Ratio(1.484, None, None, Method.NONE, 1)) == "1.48×"
+    assert fmt.ratio(Ratio(1.484, 1.45, 1.519, Method.OVER_SEEDS, 3)) == "1.48× [1.45, 1.52]"
+    assert fmt.ratio(Ratio(1.484, None, None, Method.NONE, 1)) == "1.48× [–]"
+    assert fmt.ratio(Ratio(1.5, None, None, Method.EXACT, 1)) == "1.50×"
     assert fmt.ratio(Ratio(None, 0.9, 1.1, Method.BAND, 1)) == "0.90 to 1.10×"
     assert fmt.ratio(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "interval", "text"),
+    [
+        ("agreement", 0.961, Interval(0.952, 0.9699, Method.OVER_SEEDS, 3), "96.1 % [95.2, 97.0]"),
+        ("ttft_s_p50", 0.0123, Interval(0.0101, 1.5, Method.WITHIN_RUN, 300), "12.3 ms [10.1, 1,500]"),
+        ("throughput_requests_per_s", 7.716, Interval(None, None, Method.NONE, 1), "7.72/s [–]"),
+        ("throughput_requests_per_s", 7.716, None, "7.72/s [–]"),
+        ("switches", 3, Interval(None, None, Method.EXACT, 1), "3"),
+        ("energy_wh_per_request", Band(0.001, 0.003), Interval(0.001, 0.003, Method.BAND, 3), "0.001 to 0.003 Wh"),
+        ("bits_per_char", None, None, "–"),
+    ],
+)
+def test_every_figure_has_an_interval_or_says_that_it_has_none(
+    name: str, value: float | Band | None, interval: Interval | None, text: str
+) -> None:
+    assert fmt.metric_with_interval(name, value, interval) == text

@@ -10,13 +10,14 @@ import pytest
 
 from helios_sim.api import study_config
 from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s
-from helios_sim.report.compare import interval_over_seeds
+from helios_sim.report.compare import Ratio
 from helios_sim.report.figures.arms import timeline_drawings
+from helios_sim.report.intervals import Method, mean_bounds
 from helios_sim.report.page import render
 from helios_sim.report.records import Records
-from helios_sim.report.result import ArmResult, ExperimentResult, comparisons
+from helios_sim.report.result import ArmResult, ExperimentResult, Replicate, comparisons
 from helios_sim.request import Status
-from helios_sim.study.verdict import FEWEST_PAIRS, verdict
+from helios_sim.study.verdict import FEWEST_REQUESTS, verdict
 from helios_sim.study.workload import statement
 from report_example import example_result
 
@@ -70,11 +71,47 @@ def test_the_best_arm_is_one_that_did_its_work(result: ExperimentResult) -> None
 
 
 def test_few_requests_give_no_verdict(result: ExperimentResult) -> None:
-    ratios = comparisons(result)["helios"]
-    name = next(name for name, ratio in ratios.items() if ratio.method == "paired_bootstrap" and ratio.ratio)
-    few = {**ratios, name: replace(ratios[name], n=FEWEST_PAIRS - 1)}
-    said = verdict(replace(result, headline_metrics=(name,)), "helios", few, list(result.arms))
-    assert said[0].startswith("Too few requests for a verdict")
+    first = {name: replace(arm, replicates=(first_of(arm, 17),)) for name, arm in result.arms.items()}
+    said = answer(replace(result, arms=first, headline_metrics=("ttft_s_mean",)))
+    assert said[0].startswith("Too few requests for a verdict: over 17, ")
+    assert FEWEST_REQUESTS > 17
+
+
+def first_of(arm: ArmResult, n: int) -> Replicate:
+    """The first seed as if only its first n requests had come."""
+    return replace(arm.replicates[0], records=arm.replicates[0].records.part(slice(n)))
+
+
+def test_one_seed_claims_no_more_than_its_run(result: ExperimentResult) -> None:
+    arms = {name: replace(arm, replicates=arm.replicates[:1]) for name, arm in result.arms.items()}
+    one = replace(result, arms=arms, headline_metrics=("e2e_s_mean",))
+    said = answer(one)
+    assert said[0].startswith("In this run helios is better: ")
+    assert "95 % interval within this run: " in said[0]
+    assert "one seed: what others would give is not known" in said[1]
+    assert not any("helps" in sentence or "hurts" in sentence for sentence in said)
+    page = render(one, comparisons(one), [])
+    assert "95 % within this run" in page
+    several = replace(result, headline_metrics=("e2e_s_mean",))
+    assert "(95 % interval over 2 seeds: " in answer(several)[0]
+    assert "this run" not in " ".join(answer(several))
+    assert "one seed" not in " ".join(answer(several))
+
+
+def test_without_an_interval_several_seeds_neither_help_nor_hurt(result: ExperimentResult) -> None:
+    ratios = {"e2e_s_mean": Ratio(0.5, None, None, Method.NONE, 2)}
+    said = verdict(replace(result, headline_metrics=("e2e_s_mean",)), "helios", ratios, list(result.arms))
+    assert said[0].startswith("helios has 0.50 times the E2E mean")
+    assert "(no interval over 2 seeds)" in said[0]
+
+
+def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResult) -> None:
+    arms = {**result.arms, "static_cap_opt-1.3b": with_dropped(result.arms["static_cap_opt-1.3b"], 2, "no room")}
+    lossy = replace(result, arms=arms, workload=replace(result.workload, offered_requests_per_s=1e6))
+    said = " ".join(answer(lossy))
+    assert "dropped, most often: no room" in said
+    assert "every arm is saturated" in said
+    assert "fitted to published statistics" in said
 
 
 def test_losses_are_said_with_their_share_and_reason(result: ExperimentResult) -> None:
@@ -92,7 +129,7 @@ def test_time_of_evaluation_never_exceeds_the_time(result: ExperimentResult) -> 
     arm = result.arms["helios"]
     span = arm.metrics["span_s"]
     assert isinstance(span, float)
-    for evaluated, said in ((0.25 * span, "25.0% of the time"), (1.471 * span, " s on evaluation")):
+    for evaluated, said in ((0.25 * span, "25.0 % [–] of the time"), (1.471 * span, " s [–] on evaluation")):
         metrics = {**arm.replicates[0].metrics, "evaluation_time_s": evaluated, "span_s": span, "switches": 1}
         changed = replace(arm, replicates=(replace(arm.replicates[0], metrics=metrics),))
         alone = replace(result, arms={"helios": changed}, baseline="helios")
@@ -152,16 +189,6 @@ def test_a_files_sentence_is_kept_only_for_its_own_workload() -> None:
      ([0.0, 0.0, 7.0], False), ([3.0, 3.0], False), ([1e-9, 4e9], False), ([1.0, 1.0], True)],
 )  # fmt: skip
 def test_an_interval_stays_where_the_quantity_can_be(values: list[float], share: bool) -> None:
-    found = interval_over_seeds(values, share)
-    assert found is not None
-    low, high = found
+    low, high = mean_bounds(np.array(values), share)
     assert 0 <= low <= np.mean(values) <= high
     assert high <= 1 or not share
-
-
-def test_intervals_cover_what_they_promise() -> None:
-    """Of 2,000 samples of four lognormal values, about 95 % of the intervals hold the median's true value."""
-    rng = np.random.default_rng(5)
-    draws = np.exp(rng.normal(0.0, 0.4, (2000, 4)))
-    held = [low <= 1.0 <= high for low, high in map(interval_over_seeds, draws)]
-    assert 0.93 <= np.mean(held) <= 0.97

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
 from helios_sim.request import NS_PER_S, Status
 
+MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
 
 
@@ -20,7 +22,7 @@ def cautions(result: ExperimentResult) -> list[str]:
     if result.provenance_class is ProvenanceClass.PUBLISHED:
         published = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
         found.append(
-            f"{', '.join(published)} {'is' if len(published) == 1 else 'are'} fitted to published statistics: quality "
+            f"{', '.join(published)} {_be(published)} fitted to published statistics: quality "
             "figures restate the publication; only time, memory and the policies' costs are predictions."
         )
     found += losses(result)
@@ -30,8 +32,31 @@ def cautions(result: ExperimentResult) -> list[str]:
             arms_by_text.setdefault(text, []).append(arm.name)
     found += [f"{_named(arms, result)}: {text}" for text, arms in arms_by_text.items()]
     if all(len(arm.replicates) == 1 for arm in result.arms.values()):
-        found.append("One seed: figures of the whole system, such as throughput, have no confidence interval.")
+        found.append(
+            "One seed: intervals hold within this run, and figures of the whole system, such as throughput, have none. "
+            "How much other seeds differ is not known: name several in seeds=[...], or seeds=auto."
+        )
     return found
+
+
+def reservations(result: ExperimentResult) -> list[str]:
+    """What the answer hangs on, in a few words each: losses, saturation, published inputs, a single seed."""
+    found = [text.rstrip(".") for text in losses(result)]
+    offered = result.workload.offered_requests_per_s
+    saturated = [arm.name for arm in result.arms.values() if _saturation(arm, offered) is not None]
+    if saturated:
+        who = "every arm is" if len(saturated) == len(result.arms) > 1 else f"{', '.join(saturated)} {_be(saturated)}"
+        found.append(f"{who} saturated, so its times grow with the length of the run")
+    published = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
+    if published:
+        found.append(f"{', '.join(published)} {_be(published)} fitted to published statistics")
+    if result.seeds == 1:
+        found.append("one seed: what others would give is not known (seeds=auto adds them)")
+    return found
+
+
+def _be(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def losses(result: ExperimentResult) -> list[str]:
@@ -46,8 +71,12 @@ def losses(result: ExperimentResult) -> list[str]:
 def lost_share(arm: ArmResult) -> float:
     """The share of the arm's requests, all seeds together, that were not completed."""
     requests = sum(len(replicate.records) for replicate in arm.replicates)
-    completed = sum(int(replicate.records.completed.sum()) for replicate in arm.replicates)
-    return 1 - completed / requests if requests else 0.0
+    return 1 - completed(arm) / requests if requests else 0.0
+
+
+def completed(arm: ArmResult) -> int:
+    """Requests that the arm completed, all seeds together."""
+    return sum(int(replicate.records.completed.sum()) for replicate in arm.replicates)
 
 
 def _named(arms: list[str], result: ExperimentResult) -> str:
@@ -88,10 +117,9 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
     outside, busy = arm.metrics["outside_grid_fraction"], arm.metrics["busy_fraction"]
     if isinstance(outside, float) and outside > 0:
         found.append(f"{outside:.1%} of the iterations were priced outside the profile's tables.")
-    records = arm.replicates[0].records
-    served = served_per_s(records)
-    taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
-    if taken_per_s and served is not None and served < NEAR_SATURATION * taken_per_s:
+    saturation = _saturation(arm, offered_per_s)
+    if saturation is not None:
+        served, taken_per_s = saturation
         found.append(
             f"served {served:.3g} of {taken_per_s:.3g} requests/s that it took in: it is saturated, and its latencies "
             "grow with the length of the run."
@@ -102,6 +130,16 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
             "error, and a run with profile_time_factor=1.01 says how much."
         )
     return found
+
+
+def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, float] | None:
+    """Requests/s that the arm served and that it took in, first seed, where it could not keep up; else None."""
+    records = arm.replicates[0].records
+    served = served_per_s(records)
+    taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
+    if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s:
+        return None
+    return served, taken_per_s
 
 
 def served_per_s(records: Records) -> float | None:

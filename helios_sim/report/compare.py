@@ -1,33 +1,43 @@
-"""Ratios of an arm to the baseline with confidence intervals, over runs that match by seed and requests."""
+"""Figures of an arm and its ratios to the baseline with their intervals, over runs that match by seed and requests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.report.metrics import Band, Metrics, MetricValue
+from helios_sim.report.intervals import (
+    LEVEL,
+    FloatArray,
+    Interval,
+    Method,
+    bounds,
+    left_out,
+    mean_bounds,
+    ratio_bounds,
+    stretches,
+)
+from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue
 from helios_sim.report.records import Records
+from helios_sim.request import NS_PER_S
 
-IntArray = NDArray[np.int32] | NDArray[np.int64]
+Run = tuple[Records, Metrics]
+IntArray = NDArray[np.int64]
 
-LEVEL = 0.95
-_MOST_RESAMPLES = 1000
-_FEWEST_RESAMPLES = 200
-_DRAWS = 4_000_000  # about so many drawn requests in all: bounds time and memory for long runs
-_CHUNK_DRAWS = 1_000_000
-
-
-class Method(StrEnum):
-    """How a ratio's bounds were found."""
-
-    PAIRED_BOOTSTRAP = "paired_bootstrap"  # over the requests that both arms completed
-    T_OVER_SEEDS = "t_over_seeds"
-    BAND = "band"  # the ratio at either end of a band; no sampling error in it
-    NONE = "none"  # one seed and a metric of the whole system: no interval
+FEWEST_BEYOND = 3  # requests beyond a percentile, from which its interval within a run covers about what it says
+_TIMES = ("queue_s", "ttft_s", "tpot_s", "e2e_s")
+_QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
+# Quotients of two sums over the completed requests: (above, below).
+_QUOTIENTS = {
+    "layers_per_token": ("layers_run", "output_tokens"),
+    "agreement": ("agreed_tokens", "output_tokens"),
+    "early_exit_fraction": ("early_tokens", "output_tokens"),
+    "breach_fraction": ("breach_tokens", "output_tokens"),
+    "bits_per_char": ("microbits", "output_chars"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,55 +52,88 @@ class Ratio:
 
 
 def compare(
-    arm: Sequence[tuple[Records, Metrics]], baseline: Sequence[tuple[Records, Metrics]], *, seed: int = 0
+    arm: Sequence[Run], baseline: Sequence[Run], *, names: Collection[str] | None = None, level: float = LEVEL
 ) -> dict[str, Ratio]:
-    """Ratios of all metrics that have one, over replicates that match by position (same seed, same requests)."""
+    """Ratios of all metrics that have one, over replicates that match by position (same seed, same requests).
+
+    Metrics of requests are those of the requests that both arms completed. A ratio is that of the means over the seeds.
+    `names`: only of these metrics; None: of all. `level`: of the intervals.
+    """
     if len(arm) != len(baseline):
         raise ValueError(f"{len(arm)} replicates of the arm, {len(baseline)} of the baseline")
-    boot = _bootstrap([(a[0], b[0]) for a, b in zip(arm, baseline, strict=True)], seed)
+    shared = [(_Requests.of(a, b), _Requests.of(b, a)) for (a, _), (b, _) in zip(arm, baseline, strict=True)]
     ratios: dict[str, Ratio] = {}
     for name in arm[0][1]:
         ours, theirs = [m[name] for _, m in arm], [m[name] for _, m in baseline]
-        defined = None not in ours and None not in theirs
-        ratio = (boot.get(name) or _system_ratio(ours, theirs)) if defined else None
+        if None in ours or None in theirs or (names is not None and name not in names):
+            continue
+        ratio = _of_requests(name, shared, level) or _of_system(name, ours, theirs, level)
         if ratio is not None:
             ratios[name] = ratio
     return ratios
 
 
-def interval_over_seeds(values: Sequence[float], share: bool = False) -> tuple[float, float] | None:
-    """95 % interval of the mean from a t-interval; None for fewer than two values.
+def intervals_of(runs: Sequence[Run], names: Collection[str] | None = None) -> dict[str, Interval]:
+    """The interval of each metric that is defined in every run: of its mean over the runs, or within the only one.
 
-    A quantity that cannot be negative is taken by its logarithm, a `share` by its logit, so that the interval lies
-    where the quantity can; with a value at an end of the range, by the root (of a share, its arcsine), where the end
-    itself bounds the interval. The mean is always inside.
+    `names`: only of these metrics; None: of all.
     """
-    if len(values) < 2:
-        return None
-    x, mean = np.array(values, np.float64), float(np.mean(values))
-    if (x < 0).any() or (share and (x > 1).any()) or x.min() == x.max():
-        return _t_interval(x)
-    if x.min() > 0 and not (share and x.max() == 1):
-        low, high = _t_interval(np.log(x) - np.log1p(-x) if share else np.log(x))
-        with np.errstate(over="ignore"):
-            ends = [float(1 / (1 + np.exp(-end)) if share else np.exp(end)) for end in (low, high)]
-    else:
-        low, high = _t_interval(np.arcsin(np.sqrt(x)) if share else np.sqrt(x))
-        top = np.pi / 2 if share else np.inf
-        ends = [float(np.sin(end) ** 2 if share else end**2) for end in (max(low, 0.0), min(high, top))]
-    return min(ends[0], mean), max(ends[1], mean)
+    found = {}
+    requests = _Requests.of(runs[0][0]) if len(runs) == 1 else None
+    for name in runs[0][1]:
+        values = [metrics[name] for _, metrics in runs]
+        if None in values or (names is not None and name not in names):
+            continue
+        interval = interval_of(name, values)
+        if requests is not None and interval.method is Method.NONE:
+            interval = _within_run(name, requests) or interval
+        found[name] = interval
+    return found
 
 
-def _t_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    from scipy.special import stdtrit
-
+def interval_of(name: str, values: Sequence[MetricValue]) -> Interval:
+    """The interval of the mean of a metric over seeds, from its values alone; of one seed only for what is exact."""
     n = len(values)
-    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2)) * float(np.std(values, ddof=1)) / n**0.5
-    mean = float(np.mean(values))
-    return mean - half, mean + half
+    bands = [value for value in values if isinstance(value, Band)]
+    if bands:
+        return Interval(float(np.mean([b.low for b in bands])), float(np.mean([b.high for b in bands])), Method.BAND, n)
+    if n == 1:
+        return Interval(None, None, Method.EXACT if name in COUNTS else Method.NONE, 1)
+    low, high = mean_bounds(np.array(values, np.float64), share=_is_share(name))
+    return _interval(low, high, Method.OVER_SEEDS, n)
 
 
-def _system_ratio(ours: Sequence[MetricValue], theirs: Sequence[MetricValue]) -> Ratio | None:
+def _interval(low: FloatArray, high: FloatArray, method: Method, n: int) -> Interval:
+    known = bool(np.isfinite(low) and np.isfinite(high))
+    return Interval(float(low), float(high), method, n) if known else Interval(None, None, Method.NONE, n)
+
+
+def _is_share(name: str) -> bool:
+    return name in DEFINITIONS and DEFINITIONS[name].unit == "share"
+
+
+def _of_requests(name: str, shared: Sequence[tuple[_Requests, _Requests]], level: float) -> Ratio | None:
+    """The ratio of a metric of requests over those that both arms completed; None for other metrics."""
+    found = [(_statistic(name, ours), _statistic(name, theirs)) for ours, theirs in shared]
+    if any(a is None or b is None for a, b in found) or not min(ours.n for ours, _ in shared):
+        return None
+    if len(shared) > 1:
+        values = [float(a.whole) for a, _ in found if a], [float(b.whole) for _, b in found if b]
+        return _over_seeds(name, *values, level)
+    (ours, theirs), n = found[0], shared[0][0].n
+    assert ours is not None
+    assert theirs is not None
+    if not theirs.whole > 0:
+        return None
+    value = float(ours.whole / theirs.whole)
+    if ours.without is None or theirs.without is None:
+        return Ratio(value, None, None, Method.NONE, n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = bounds(np.array(value), ours.without / theirs.without, in_order=True, level=level)
+    return _ratio(name, value, low, high, Method.WITHIN_RUN, n, [float(theirs.whole)])
+
+
+def _of_system(name: str, ours: Sequence[MetricValue], theirs: Sequence[MetricValue], level: float) -> Ratio | None:
     """Ratio from whole-run figures; None where it is undefined."""
     our_bands, their_bands = ([v for v in values if isinstance(v, Band)] for values in (ours, theirs))
     if len(our_bands) == len(ours) and len(their_bands) == len(theirs):
@@ -103,14 +146,29 @@ def _system_ratio(ours: Sequence[MetricValue], theirs: Sequence[MetricValue]) ->
     a, b = ([float(v) for v in values if isinstance(v, int | float)] for values in (ours, theirs))
     if len(a) < len(ours) or len(b) < len(theirs):
         return None
-    ratio = _mean_ratio(a, b)
-    if ratio is None:
+    return _over_seeds(name, a, b, level)
+
+
+def _over_seeds(name: str, ours: Sequence[float], theirs: Sequence[float], level: float) -> Ratio | None:
+    """The ratio of the means over seeds; None where it is undefined."""
+    value, n = _mean_ratio(ours, theirs), len(ours)
+    if value is None:
         return None
-    if len(a) > 1 and min(*a, *b) > 0:
-        logs = _t_interval(np.log(a) - np.log(b))
-        centre = float(np.exp(np.mean(np.log(a) - np.log(b))))
-        return Ratio(centre, float(np.exp(logs[0])), float(np.exp(logs[1])), Method.T_OVER_SEEDS, len(a))
-    return Ratio(ratio, None, None, Method.NONE, len(a))
+    if n == 1:
+        return Ratio(value, None, None, Method.EXACT if name in COUNTS else Method.NONE, n)
+    low, high = ratio_bounds(np.array(ours, np.float64), np.array(theirs, np.float64), level)
+    return _ratio(name, value, low, high, Method.OVER_SEEDS, n, theirs)
+
+
+def _ratio(
+    name: str, value: float, low: FloatArray, high: FloatArray, method: Method, n: int, theirs: Sequence[float]
+) -> Ratio:
+    """With its bounds, if there are any; no share is above 1, and so its ratio not above 1 over the baseline's."""
+    found = _interval(low, high, method, n)
+    if found.low is None or found.high is None:
+        return Ratio(value, None, None, found.method, n)
+    most = max(value, 1 / min(theirs)) if _is_share(name) and min(theirs) > 0 else found.high
+    return Ratio(value, min(found.low, value), max(value, min(found.high, most)), found.method, n)
 
 
 def _mean_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
@@ -118,81 +176,94 @@ def _mean_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     return sum(ours) / base if base > 0 else None
 
 
-def _bootstrap(pairs: Sequence[tuple[Records, Records]], seed: int) -> dict[str, Ratio]:
-    """Ratio of every per-request metric that is defined in all resamples.
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """Completed requests in their order; a column is made when it is asked for, since runs may be long."""
 
-    The cluster is the request: all its tokens stay together, in both arms. A resample draws requests with
-    replacement from all replicates' pairs; sums are of integers, so the result does not depend on summation order.
-    """
-    ours = _join([_columns(a, _shared(a, b)) for a, b in pairs])
-    theirs = _join([_columns(b, _shared(b, a)) for a, b in pairs])
-    n = len(ours["tokens"])
-    if n < 2:
-        return {}
-    resamples = int(np.clip(_DRAWS // n, _FEWEST_RESAMPLES, _MOST_RESAMPLES))
-    everyone = np.arange(n)[None, :]
-    whole = _divide(_statistics(ours, everyone), _statistics(theirs, everyone))
-    rng = np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(n,)))
-    chunk = max(1, _CHUNK_DRAWS // n)
-    parts: dict[str, list[NDArray[np.float64]]] = {}
-    for start in range(0, resamples, chunk):
-        drawn = rng.integers(0, n, size=(min(chunk, resamples - start), n))
-        for name, ratios in _divide(_statistics(ours, drawn), _statistics(theirs, drawn)).items():
-            parts.setdefault(name, []).append(ratios)
-    found = {}
-    for name, chunks in parts.items():
-        drawn_ratios = np.concatenate(chunks)
-        if np.isfinite(drawn_ratios).all() and np.isfinite(whole[name]).all():
-            low, high = np.percentile(drawn_ratios, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-            found[name] = Ratio(float(whole[name][0]), float(low), float(high), Method.PAIRED_BOOTSTRAP, n)
-    return found
+    records: Records
+    rows: NDArray[np.bool_]
+    n: int
+
+    @classmethod
+    def of(cls, records: Records, other: Records | None = None) -> _Requests:
+        """The completed ones of `records`, or those that `other` completed too."""
+        rows = records.completed
+        if other is not None:
+            rows = rows & np.isin(records.request_id, other.request_id[other.completed], assume_unique=True)
+        return cls(records, rows, int(rows.sum()))
+
+    def time_ns(self, name: str) -> tuple[FloatArray | IntArray, NDArray[np.bool_] | None]:
+        """(n,) the time of each request, and where it is defined; None: for all."""
+        r, rows = self.records, self.rows
+        if name == "tpot_s":
+            gaps = (r.output_tokens - 1)[rows]
+            decode_ns = (r.last_token_ns.values - r.first_token_ns.values)[rows]
+            return np.where(gaps > 0, decode_ns / np.maximum(gaps, 1), 0.0), gaps > 0
+        until = {"queue_s": r.scheduled_ns, "ttft_s": r.first_token_ns, "e2e_s": r.last_token_ns}[name]
+        return (until.values - r.arrival_ns)[rows], None
+
+    def count(self, name: str) -> IntArray:
+        """(n,) whole numbers; of bits that are not known 0: then no figure is."""
+        column = self.records.microbits.values if name == "microbits" else getattr(self.records, name)
+        return column[self.rows].astype(np.int64)
 
 
-def _divide(
-    ours: dict[str, NDArray[np.float64]], theirs: dict[str, NDArray[np.float64]]
-) -> dict[str, NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True)
+class _Statistic:
+    """A figure of requests, and the same without each stretch of them, shape (stretches,); None: too few for that."""
+
+    whole: FloatArray
+    without: FloatArray | None
+
+
+def _within_run(name: str, requests: _Requests) -> Interval | None:
+    """The interval of a metric of requests along one run; None for other metrics."""
+    found = _statistic(name, requests)
+    if found is None or found.without is None:
+        return None
+    scale = NS_PER_S if DEFINITIONS[name].unit == "s" else 1.0
+    if name == "bits_per_char":
+        scale = 1e6
+    low, high = bounds(found.whole / scale, found.without / scale, share=_is_share(name), in_order=True)
+    return _interval(low, high, Method.WITHIN_RUN, requests.n)
+
+
+def _statistic(name: str, requests: _Requests) -> _Statistic | None:
+    """Of requests alone: times in ns, bits in millionths. None for other metrics, and where it is not defined."""
+    if name in _QUOTIENTS:
+        above, below = (requests.count(column) for column in _QUOTIENTS[name])
+        return _of_sums(above, below)
+    time, _, statistic = name.rpartition("_")
+    if time not in _TIMES or statistic not in ("mean", *_QUANTILES):
+        return None
+    values, defined = requests.time_ns(time)
+    counted = np.ones(requests.n, np.bool_) if defined is None else defined
+    if not counted.any():
+        return None
+    return _of_sums(values, counted) if statistic == "mean" else _percentile(values, counted, _QUANTILES[statistic])
+
+
+def _of_sums(above: FloatArray | IntArray, below: IntArray | NDArray[np.bool_]) -> _Statistic | None:
+    """The sum of one column over that of another."""
+    over = int(below.sum())
+    if not over:
+        return None
+    whole, starts = np.array(above.sum() / over), stretches(len(above))[:-1]
+    if len(starts) < 2:
+        return _Statistic(whole, None)
+    (_, top), (_, bottom) = (left_out(np.add.reduceat(column, starts, dtype=above.dtype)) for column in (above, below))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: ours[name] / theirs[name] for name in ours}
+        return _Statistic(whole, top / bottom)
 
 
-def _shared(one: Records, other: Records) -> NDArray[np.bool_]:
-    """Rows of `one` with a request that both arms completed."""
-    both = np.intersect1d(one.request_id[one.completed], other.request_id[other.completed], assume_unique=True)
-    return np.isin(one.request_id, both, assume_unique=True)
-
-
-def _columns(records: Records, rows: NDArray[np.bool_]) -> dict[str, IntArray]:
-    keep = rows[records.completed]
-    tpot_ns, defined = records.tpot_ns()
-    return {
-        "ttft_s": records.ttft_ns()[keep],
-        "e2e_s": records.e2e_ns()[keep],
-        "tpot_s": np.where(defined, np.rint(tpot_ns), 0).astype(np.int64)[keep],
-        "tpot_defined": defined.astype(np.int64)[keep],
-        "tokens": records.output_tokens[rows],
-        "layers_per_token": records.layers_run[rows],
-        "agreement": records.agreed_tokens[rows],
-        "early_exit_fraction": records.early_tokens[rows],
-        "breach_fraction": records.breach_tokens[rows],
-        "chars": records.output_chars[rows],
-        "bits_per_char": records.microbits.values[rows],  # 0 where not known: then no ratio is
-    }
-
-
-def _join(blocks: Sequence[dict[str, IntArray]]) -> dict[str, IntArray]:
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def _statistics(columns: dict[str, IntArray], drawn: IntArray) -> dict[str, NDArray[np.float64]]:
-    """Statistics of each resample; `drawn` has shape (resamples, n)."""
-    sums = {name: column[drawn].sum(axis=1) for name, column in columns.items()}
-    found = {f"{name}_mean": sums[name] / drawn.shape[1] for name in ("ttft_s", "e2e_s")}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found["tpot_s_mean"] = sums["tpot_s"] / sums["tpot_defined"]
-        for name in ("layers_per_token", "agreement", "early_exit_fraction", "breach_fraction"):
-            found[name] = sums[name] / sums["tokens"]
-        found["bits_per_char"] = sums["bits_per_char"] / sums["chars"]
-    for name in ("ttft_s", "e2e_s"):
-        p50, p99 = np.percentile(columns[name][drawn], [50, 99], axis=1)
-        found |= {f"{name}_p50": p50, f"{name}_p99": p99}
-    return found
+def _percentile(values: FloatArray | IntArray, counted: NDArray[np.bool_], q: int) -> _Statistic:
+    whole, ends = np.array(np.percentile(values[counted], q)), stretches(len(values))
+    if len(ends) < 3 or int(counted.sum()) * min(q, 100 - q) < 100 * FEWEST_BEYOND:
+        return _Statistic(whole, None)
+    without = np.full(len(ends) - 1, np.nan)
+    for place, (start, end) in enumerate(pairwise(ends.tolist())):
+        chosen = counted.copy()
+        chosen[start:end] = False
+        if chosen.any():
+            without[place] = np.percentile(values[chosen], q)
+    return _Statistic(whole, without)

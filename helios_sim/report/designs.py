@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
-from helios_sim.report.format import NOTHING, metric
+from helios_sim.report.format import NOTHING, metric, metric_with_interval
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue
 from helios_sim.report.result import ServedWorkload
 
@@ -31,6 +32,7 @@ class Design:
     parameters: Mapping[str, Shown]  # empty for a reference
     metrics: Metrics | None  # means over the seeds; None: failed
     error: str | None = None  # why it failed
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of the objectives and the shown metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class DesignsResult:
     provenance: Mapping[str, Any]
     assumptions: tuple[Assumption, ...] = ()
     warnings: tuple[str, ...] = ()
+    seeds: int = 1  # of each design
 
     @property
     def front(self) -> tuple[Design, ...]:
@@ -121,7 +124,8 @@ def designs_table(result: DesignsResult) -> pyarrow.Table:
     """A row for each design and, without parameters, each arm at the study's own settings.
 
     Columns: design (null for an arm as it was set), arm, front, the parameters, error (null unless it failed), and
-    every metric; of a metric that is a band its ends as <metric>_low and <metric>_high. Undefined is null.
+    every metric; of a metric that is a band its ends as <metric>_low and <metric>_high. The objectives and the shown
+    metrics have their 95 % intervals as <metric>_interval_low and <metric>_interval_high. Undefined is null.
     """
     import pyarrow as pa
 
@@ -143,6 +147,12 @@ def designs_table(result: DesignsResult) -> pyarrow.Table:
                 columns[f"{name}_{end}"] = pa.array(ends, pa.float64())
         else:
             columns[name] = pa.array(values, pa.float64())
+    for name in (*result.objectives, *result.shown_metrics):
+        found = [row.intervals.get(name) for row in rows]
+        if any(it is not None and it.low is not None and it.method is not Method.BAND for it in found):
+            for end in ("low", "high"):
+                ends = [None if it is None else getattr(it, end) for it in found]
+                columns[f"{name}_interval_{end}"] = pa.array(ends, pa.float64())
     return pa.table(columns)
 
 
@@ -177,6 +187,10 @@ def value_text(value: Shown) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def metric_cells(design: Design, names: Sequence[str]) -> list[str]:
-    """The design's metrics of these names as the tables show them."""
-    return [NOTHING if design.metrics is None else metric(name, design.metrics[name]) for name in names]
+def metric_cells(design: Design, names: Sequence[str], intervals: bool = False) -> list[str]:
+    """The design's metrics of these names as the tables show them, with their intervals where there is room."""
+    if design.metrics is None:
+        return [NOTHING for _ in names]
+    if not intervals:
+        return [metric(name, design.metrics[name]) for name in names]
+    return [metric_with_interval(name, design.metrics[name], design.intervals.get(name)) for name in names]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.compare import Ratio
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, MetricValue
 
 NOTHING = "–"
+NO_INTERVAL = f"[{NOTHING}]"  # marks an estimate that has none
 _SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -95,6 +97,11 @@ def gate_value(value: float | None, bound: str) -> str:
     return format(value, "+.2%") if "%" in bound else number(value, 4)
 
 
+def gate_interval(low: float | None, high: float | None, bound: str) -> str:
+    """Its interval, [–] without one."""
+    return NO_INTERVAL if low is None or high is None else f"[{gate_value(low, bound)}, {gate_value(high, bound)}]"
+
+
 def metric(name: str, value: MetricValue) -> str:
     """A metric's value as the tables show it; a dash where it is undefined."""
     if value is None:
@@ -105,8 +112,35 @@ def metric(name: str, value: MetricValue) -> str:
     return in_unit(value, unit)
 
 
+def interval(name: str, value: MetricValue, found: Interval | None) -> str:
+    """[94.1 %, 96.3 %]; [–] for an estimate without an interval; nothing for what is exact, a band or undefined."""
+    if value is None or isinstance(value, Band) or (found is not None and found.method in (Method.EXACT, Method.BAND)):
+        return ""
+    if found is None or found.low is None or found.high is None:
+        return NO_INTERVAL
+    return f"[{_bare(name, found.low, value)}, {_bare(name, found.high, value)}]"
+
+
+def metric_with_interval(name: str, value: MetricValue, found: Interval | None) -> str:
+    """96.1 % [95.2, 97.0]: the value and its interval in the same unit."""
+    return " ".join(filter(None, (metric(name, value), interval(name, value, found))))
+
+
+def _bare(name: str, bound: float, value: float) -> str:
+    """A bound in the unit that the value is shown in, without the unit."""
+    unit = DEFINITIONS[name].unit if name in DEFINITIONS else ""
+    if unit == "share":
+        return f"{bound * 100:.1f}"
+    if unit == "s":
+        factor = next(factor for size, factor, _ in _SMALL_S if abs(value) >= size)
+        return number(bound * (factor if value else 1.0))
+    if unit == "bytes":
+        return number(bound / next((size for size, _ in _BYTES if abs(value) >= size), 1.0))
+    return number(bound)
+
+
 def ratio(value: Ratio | None) -> str:
-    """1.48× [1.45, 1.51], or a band, or a dash."""
+    """1.48× [1.45, 1.51], a band, 1.48× [–] without an interval, or a dash."""
     if value is None:
         return NOTHING
     if value.method is Method.BAND and value.low is not None and value.high is not None:
@@ -116,8 +150,8 @@ def ratio(value: Ratio | None) -> str:
     digits = 2 if value.ratio < 10 else 1
     text = f"{value.ratio:.{digits}f}×"
     if value.low is not None and value.high is not None:
-        text += f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-    return text
+        return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return text if value.method is Method.EXACT else f"{text} {NO_INTERVAL}"
 
 
 def label(name: str) -> str:

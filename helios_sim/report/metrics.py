@@ -127,6 +127,11 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
+# Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
+COUNTS = (
+    "batch_capacity", "switches", "loads", "hbm_peak_bytes", "preemptions", "requests_completed", "requests_dropped",
+    "requests_unfinished", "requests_retried", "requests_lost", "wasted_tokens", "usd_per_hour",
+)  # fmt: skip
 
 ENERGY_NOTE = (
     "Energy of a simulation has no measured source, so it is a band and never a point. Low: idle power over the span, "
@@ -138,10 +143,12 @@ LATENCY_NOTE = (
     "Latencies are of completed requests. Percentiles interpolate linearly; what is undefined is left blank (null)."
 )
 INTERVAL_NOTE = (
-    "Intervals are 95 %. Ratios of per-request metrics: paired bootstrap over the requests that both arms completed "
-    "(the arms share arrivals, texts and exits). It resamples requests of these runs and so leaves out how queueing "
-    "ties requests together; with several seeds the t-interval over seeds, used for throughput and other figures of "
-    "the whole system, includes that. One seed gives no interval for those."
+    "Intervals are 95 %. With several seeds they hold what varies between seeds: a figure, or a ratio in both arms at "
+    "once, is computed without each seed in turn, and Student's t over the seeds gives the bounds. With one seed an "
+    "interval is one within this run: the same without each of ten stretches of its requests in turn, which leaves out "
+    "what other seeds would do. Ratios of per-request metrics are over the requests that both arms completed. Counts "
+    "and bytes of one run are exact; other figures of the whole system, such as throughput, and percentiles with fewer "
+    "than three requests beyond them have no interval from one seed, which [–] marks."
 )
 
 

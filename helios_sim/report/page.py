@@ -11,13 +11,21 @@ from helios_sim.files import json_value, to_json
 from helios_sim.report import format as fmt
 from helios_sim.report.breakdown import Spread, TaskFigures, by_kind
 from helios_sim.report.cautions import cautions
-from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decision_rows
 from helios_sim.report.designs import Design, DesignsResult, design_label, metric_cells, thinned, value_text
 from helios_sim.report.faults import COUNTED, fault_rows, fault_sentences, shown_beside
 from helios_sim.report.figures.style import Drawing, arm_styles, to_svg
-from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE
-from helios_sim.report.result import ArmResult, Comparisons, ExperimentResult, headline_metrics
+from helios_sim.report.intervals import Method
+from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, MetricValue
+from helios_sim.report.result import (
+    ArmResult,
+    Comparisons,
+    ExperimentResult,
+    Gate,
+    headline_metrics,
+    scope_in_words,
+)
 from helios_sim.report.tables import baseline_marks
 
 if TYPE_CHECKING:
@@ -68,6 +76,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         columns=[{"label": fmt.label(name)} for name in headline_metrics(result)],
         rows=_arm_rows(result, ratios),
         baseline_marks=baseline_marks(result),
+        scope=scope_in_words(result.seeds),
         all_metrics=_all_metrics(result, ratios),
         tasks=_task_rows(result),
         replicas=_replica_rows(result),
@@ -77,7 +86,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         repeated=result.fidelity is not None and result.fidelity.repeated,
         paced=result.fidelity is not None and result.fidelity.paced,
         published=[_published(p) for p in result.published],
-        gates=[{"it": g, "value": fmt.gate_value(g.value, g.bound)} for g in result.gates],
+        gates=[_gate(gate) for gate in result.gates],
         decisions=decisions,
         assumptions=assumptions,
         definitions=list(DEFINITIONS.values()),
@@ -132,6 +141,7 @@ def render_designs(result: DesignsResult, drawings: Sequence[Drawing]) -> str:
     }
     return _render(
         "designs.html.j2", result, parts, drawings,
+        scope=scope_in_words(result.seeds),
         columns=[fmt.label(name) for name in names],
         front=[_design_row(design, names) | {"name": design_label(design, alike)} for design, alike in front],
         distinct=len(distinct),
@@ -231,7 +241,7 @@ def _cards(result: ExperimentResult, ratios: Comparisons) -> list[KeyNumber]:
 
 
 def _beside(low: float | None, high: float | None, note: str) -> str:
-    return note if low is None or high is None else f"[{low:.2f}, {high:.2f}] · {note}"
+    return f"{fmt.NO_INTERVAL if low is None or high is None else f'[{low:.2f}, {high:.2f}]'} · {note}"
 
 
 def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, Any]]:
@@ -253,10 +263,14 @@ def _arm_rows(result: ExperimentResult, ratios: Comparisons) -> list[dict[str, A
                 "color": styles[arm.name].color,
                 "versus": versus,
                 "interval": interval,
-                "cells": [fmt.metric(name, metrics[name]) for name in names],
+                "cells": [_cell(name, arm, metrics[name]) for name in names],
             }
         )
     return rows
+
+
+def _cell(name: str, arm: ArmResult, value: MetricValue) -> dict[str, str]:
+    return {"value": fmt.metric(name, value), "interval": fmt.interval(name, value, arm.intervals.get(name))}
 
 
 def _split(ratio: Ratio | None) -> tuple[str, str]:
@@ -276,7 +290,7 @@ def _all_metrics(result: ExperimentResult, ratios: Comparisons) -> list[dict[str
         if all(value is None for value in values):
             continue
         cells = [
-            {"value": fmt.metric(name, value), "ratio": _shown_ratio(ratios.get(arm, {}).get(name))}
+            {**_cell(name, result.arms[arm], value), "ratio": _shown_ratio(ratios.get(arm, {}).get(name))}
             for arm, value in zip(by_arm, values, strict=True)
         ]
         lines.append({"name": name, "cells": cells})
@@ -343,8 +357,17 @@ def _published(p: Any) -> dict[str, Any]:
         "it": p,
         "published": fmt.in_unit(p.published, p.unit),
         "ours": fmt.NOTHING if p.ours is None else fmt.in_unit(p.ours, p.unit),
-        "interval": "" if p.low is None or p.high is None else f"[{fmt.number(p.low)}, {fmt.number(p.high)}]",
+        "interval": "" if p.ours is None else _bounds(p.low, p.high),
     }
+
+
+def _gate(gate: Gate) -> dict[str, Any]:
+    found = fmt.gate_value(gate.value, gate.bound), fmt.gate_interval(gate.low, gate.high, gate.bound)
+    return {"it": gate, "value": found[0], "interval": found[1]}
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    return fmt.NO_INTERVAL if low is None or high is None else f"[{fmt.number(low)}, {fmt.number(high)}]"
 
 
 def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
@@ -364,4 +387,4 @@ def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
 
 def _design_row(design: Design, names: tuple[str, ...]) -> dict[str, Any]:
     parameters = [value_text(value) for value in design.parameters.values()]
-    return {"name": design.name, "values": parameters, "cells": metric_cells(design, names)}
+    return {"name": design.name, "values": parameters, "cells": metric_cells(design, names, intervals=True)}

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from helios_sim.errors import UserError
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
-from helios_sim.report.compare import Ratio, compare
+from helios_sim.report.compare import Ratio, compare, intervals_of
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import OF_COST, Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
@@ -76,6 +77,10 @@ class ArmResult:
     waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
     faults: FaultFigures | None = None  # None: none were to strike
     timeline_faults: Sequence[Struck] = ()  # that struck the timeline's replica
+    intervals: Mapping[str, Interval] = field(init=False, compare=False)  # of `metrics`, those that are defined
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "intervals", intervals_of([(it.records, it.metrics) for it in self.replicates]))
 
     @property
     def metrics(self) -> Metrics:
@@ -107,6 +112,8 @@ class Gate:
     value: float | None
     bound: str  # as a person reads it, "<= 0.05"
     passed: bool
+    low: float | None = None  # its interval
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,7 @@ class SweepPoint:
     settings: Mapping[str, float | int | str]
     metrics: Mapping[str, Metrics]  # by arm
     vs_baseline: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
+    intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # by arm, of the shown metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +389,11 @@ class ExperimentResult:
         raise UserError("requests()", "no data frames here", allowed, "pip install pandas")
 
     @property
+    def seeds(self) -> int:
+        """How many seeds each arm ran under."""
+        return len(self.arms[self.baseline].replicates)
+
+    @property
     def provenance_class(self) -> ProvenanceClass | None:
         """The weakest of the inputs'; None without inputs."""
         classes = [source.provenance_class for source in self.inputs.values()]
@@ -402,6 +415,26 @@ def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
     costs = (name for name in OF_COST if name not in names and any(run.get(name) is not None for run in runs))
     return (*names, *costs)
+
+
+def scope(seeds: int) -> Method:
+    """What intervals of so many seeds hold."""
+    return Method.OVER_SEEDS if seeds > 1 else Method.WITHIN_RUN
+
+
+def scope_in_words(seeds: int) -> str:
+    """What intervals of so many seeds hold, as the reader is told wherever one is shown."""
+    return f"over {seeds} seeds" if seeds > 1 else "within this run"
+
+
+LOAD_METRICS = ("throughput_requests_per_s", "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "slo_attainment",
+                "e2e_s_p50", "e2e_s_p99")  # fmt: skip
+
+
+def shown_metrics(headline: Sequence[str] | None, figures: Sequence[Figure]) -> set[str]:
+    """Metrics that have ratios and intervals at every point of a sweep: those in the table and the figures."""
+    found = {*(headline or USUAL_METRICS), *(f.metric for f in figures if isinstance(f, SweepFigure))}
+    return found | {*LOAD_METRICS} if any(isinstance(f, LoadFigure) for f in figures) else found
 
 
 Comparisons = Mapping[str, Mapping[str, Ratio]]  # by arm, then by metric

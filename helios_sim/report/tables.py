@@ -7,7 +7,7 @@ from typing import TextIO
 
 from helios_sim.report import format as fmt
 from helios_sim.report.designs import DesignsResult, design_label, metric_cells, thinned, value_text
-from helios_sim.report.result import ComparedRow, Comparisons, ExperimentResult, headline_metrics
+from helios_sim.report.result import ComparedRow, Comparisons, ExperimentResult, headline_metrics, scope_in_words
 from helios_sim.report.terminal import TextTable, say
 
 MOST_ROWS = 20  # of a front
@@ -18,6 +18,14 @@ def print_table(result: ExperimentResult, ratios: Comparisons, file: TextIO | No
     arms_table(result, ratios).show(file)
     for mark, name in baseline_marks(result).items():
         say(f"{mark} against {name}", file)
+    say(intervals_told(result.seeds), file)
+
+
+def intervals_told(seeds: int) -> str:
+    """The line below a table of arms: what its figures are, and where those are that it has no room for."""
+    if seeds > 1:
+        return f"Means over {seeds} seeds; their own intervals are in report.html and summary.json."
+    return "One seed: intervals hold within this run, not for other seeds; [–]: no interval."
 
 
 def arms_table(result: ExperimentResult, ratios: Comparisons) -> TextTable:
@@ -28,7 +36,7 @@ def arms_table(result: ExperimentResult, ratios: Comparisons) -> TextTable:
     for place, name in enumerate(names):
         table.column(_in_two_lines(fmt.label(name)))
         if place == 0:
-            table.column("vs baseline\n[95 %]")
+            table.column(f"vs baseline\n[95 %,\n{scope_in_words(result.seeds)}]")
     mark_of = {name: mark for mark, name in baseline_marks(result).items()}
     for arm in result.arms.values():
         first, *others = (fmt.metric(name, arm.metrics[name]) for name in names)
@@ -74,6 +82,7 @@ def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow
     assert result.fidelity is not None
     for place, (part, rows) in enumerate(result.fidelity.parts):
         compared_table(part, [row for row in rows if shown(place, row)]).show()
+    say("Differences are without intervals; noise, where it is given, is how far two measurements lie apart.")
     for name, value in result.fidelity.terms:
         say(f"{name}: {value}")
     for sentence in (*result.verdict, *result.warnings):
@@ -83,6 +92,7 @@ def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow
 def print_designs(result: DesignsResult, file: TextIO | None = None) -> None:
     """The front, best in the first objective first; below it the arms at the study's own settings."""
     front_table(result).show(file)
+    say(f"[ ]: 95 % intervals {scope_in_words(result.seeds)}; [–]: no interval.", file)
     left = len(result.distinct_front) - MOST_ROWS
     if left > 0:
         say(f"{left} more of the front, between these, are in designs.parquet", file)
@@ -98,9 +108,10 @@ def front_table(result: DesignsResult) -> TextTable:
         table.column(_in_two_lines(fmt.label(name)))
     for design, alike in thinned(result.distinct_front, MOST_ROWS):
         parameters = (value_text(value) for value in design.parameters.values())
-        table.row([design_label(design, alike), *parameters, *metric_cells(design, result.objectives)])
+        cells = metric_cells(design, result.objectives, intervals=True)
+        table.row([design_label(design, alike), *parameters, *cells])
     table.rows.append(None)
     for design in result.references:
         empty = ("" for _ in result.parameters)
-        table.row([design.name, *empty, *metric_cells(design, result.objectives)], dim=True)
+        table.row([design.name, *empty, *metric_cells(design, result.objectives, intervals=True)], dim=True)
     return table

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helios_sim import files
 from helios_sim.files import json_value
-from helios_sim.report.compare import Ratio, interval_over_seeds
+from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decisions_table
 from helios_sim.report.designs import Design, DesignsResult, designs_table
-from helios_sim.report.metrics import DEFINITIONS, Metrics
+from helios_sim.report.intervals import LEVEL
+from helios_sim.report.metrics import INTERVAL_NOTE
 from helios_sim.report.result import (
     ArmResult,
     Comparisons,
     ExperimentResult,
     Fidelity,
-    SweepFigure,
     SweepPoint,
     comparisons,
     headline_metrics,
+    scope,
+    shown_metrics,
 )
 
 SCHEMA_VERSION = 1  # of summary.json
+# Figures of summary.json that have no interval, by where they stand; every other one says so itself or is a count.
+WITHOUT = (
+    "arms.*.tasks", "arms.*.replicas", "arms.*.waits", "arms.*.faults.without", "fidelity",
+    "points.*.metrics but those in points.*.intervals",
+)  # fmt: skip
 
 
 def write_result(
@@ -110,6 +117,7 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         "schema_version": SCHEMA_VERSION,
         "experiment": result.experiment,
         "baseline": result.baseline,
+        "intervals": intervals_told(result.seeds, WITHOUT),
         "arms": {
             name: {**_arm(arm, ratios.get(name, {})), "tasks": json_value(result.by_task(name))}
             for name, arm in result.arms.items()
@@ -124,7 +132,8 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
     if result.published:
         summary["published"] = [json_value(p) for p in result.published]
     if result.points:
-        summary["points"] = [_point(point, _shown_metrics(result)) for point in result.points]
+        shown = shown_metrics(result.headline_metrics, result.figures)
+        summary["points"] = [_point(point, shown) for point in result.points]
     return summary
 
 
@@ -134,7 +143,11 @@ def summarise_designs(result: DesignsResult) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "experiment": result.experiment,
         "baseline": result.arm,
-        "arms": {r.name: {"metrics": json_value(r.metrics), "vs_baseline": {}} for r in result.references},
+        "intervals": intervals_told(result.seeds, WITHOUT_OF_DESIGNS),
+        "arms": {
+            r.name: {"metrics": json_value(r.metrics), "vs_baseline": {}, "intervals": json_value(r.intervals)}
+            for r in result.references
+        },
         "gates": [],
         "sweep": {
             "arm": result.arm,
@@ -160,10 +173,11 @@ def _provenance(result: ExperimentResult | DesignsResult) -> dict[str, Any]:
 
 
 def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
-    entry = {"metrics": json_value(arm.metrics), "vs_baseline": json_value(ratios)}
-    intervals = _intervals([replicate.metrics for replicate in arm.replicates])
-    if intervals:
-        entry["intervals"] = intervals
+    entry = {
+        "metrics": json_value(arm.metrics),
+        "vs_baseline": json_value(ratios),
+        "intervals": json_value(arm.intervals),
+    }
     if arm.baseline is not None:
         entry["baseline"] = arm.baseline
     if len(arm.replicas) > 1:
@@ -175,22 +189,18 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
     return entry
 
 
-def _intervals(runs: list[Metrics]) -> dict[str, dict[str, float]]:
-    """95 % intervals of the means over seeds, for plain metrics that every replicate has, within what each can be."""
-    found = {}
-    for name in runs[0]:
-        values = [run[name] for run in runs]
-        numbers = [float(v) for v in values if isinstance(v, int | float)]
-        share = name in DEFINITIONS and DEFINITIONS[name].unit == "share"
-        interval = interval_over_seeds(numbers, share) if len(numbers) == len(values) else None
-        if interval is not None:
-            found[name] = {"low": interval[0], "high": interval[1]}
-    return found
+WITHOUT_OF_DESIGNS = ("metrics that are not in the intervals beside them",)
 
 
-def _shown_metrics(result: ExperimentResult) -> set[str]:
-    """Metrics that have ratios at every point: those in the table and the figures."""
-    return {*headline_metrics(result), *(f.metric for f in result.figures if isinstance(f, SweepFigure))}
+def intervals_told(seeds: int, without: Sequence[str]) -> dict[str, Any]:
+    """What the intervals of a summary are, and which of its figures have none."""
+    return {
+        "level": LEVEL,
+        "scope": scope(seeds).value,
+        "seeds": seeds,
+        "note": INTERVAL_NOTE,
+        "without": list(without),
+    }
 
 
 def _point(point: SweepPoint, with_ratios: set[str]) -> dict[str, Any]:
@@ -202,6 +212,7 @@ def _point(point: SweepPoint, with_ratios: set[str]) -> dict[str, Any]:
             arm: json_value({k: v for k, v in ratios.items() if k in with_ratios})
             for arm, ratios in point.vs_baseline.items()
         },
+        "intervals": json_value(point.intervals),
     }
 
 
@@ -228,4 +239,9 @@ def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
 
 def _front_entry(design: Design) -> dict[str, Any]:
     metrics = {name: value for name, value in (design.metrics or {}).items() if value is not None}
-    return {"design": design.name, "parameters": dict(design.parameters), "metrics": json_value(metrics)}
+    return {
+        "design": design.name,
+        "parameters": dict(design.parameters),
+        "metrics": json_value(metrics),
+        "intervals": json_value(design.intervals),
+    }

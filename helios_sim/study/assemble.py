@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, fault_figures, waits
-from helios_sim.report.compare import Ratio, compare
+from helios_sim.report.compare import Ratio, compare, intervals_of
+from helios_sim.report.intervals import Interval
 from helios_sim.report.metrics import Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
@@ -27,6 +28,7 @@ from helios_sim.report.result import (
     ServedWorkload,
     SweepFigure,
     SweepPoint,
+    shown_metrics,
 )
 from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.build import Arm, confidence, threshold
@@ -41,8 +43,13 @@ Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
 
 
-def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -> ExperimentResult:
-    """All jobs of the plan must be among the results, and the plan must have passed `check_study`."""
+def assemble(
+    plan: StudyPlan, results: Results, provenance: Mapping[str, Any], why_so_many: str | None = None
+) -> ExperimentResult:
+    """All jobs of the plan must be among the results, and the plan must have passed `check_study`.
+
+    `why_so_many`: of a study that found out how many seeds it needs, why there are no more.
+    """
     config = plan.config
     compared, without = _Compared(results), plan.without_faults
     arms = {
@@ -52,6 +59,8 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
     baseline = plan.headline.baseline
     first = results[next(iter(plan.headline.jobs.values()))[0].key]
     slo = Slo(config.slo.ttft_s, config.slo.tpot_s, config.slo.e2e_s)
+    figures = tuple(_figure(f, slo) for f in config.figures)
+    shown = shown_metrics(config.headline_metrics, figures)
     inputs: dict[str, Provenance] = {}
     assumptions: list[Assumption] = []
     notices: dict[str, None] = {}
@@ -81,22 +90,22 @@ def assemble(plan: StudyPlan, results: Results, provenance: Mapping[str, Any]) -
         gates=tuple(_gate(g, plan, compared) for g in config.gates),
         assumptions=tuple(dict.fromkeys(assumptions)),
         warnings=(*notices, *_left_out(plan.headline.jobs, results)),
-        points=tuple(_sweep_point(point, compared) for point in plan.points),
-        figures=tuple(_figure(f, slo) for f in config.figures),
+        points=tuple(_sweep_point(point, compared, shown) for point in plan.points),
+        figures=figures,
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
     )
-    return _with_verdict(result, config.subject, compared, plan)
+    return _with_verdict(result, config.subject, compared, plan, why_so_many)
 
 
 def _with_verdict(
-    result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan
+    result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan, why_so_many: str | None
 ) -> ExperimentResult:
     name = subject or list(result.arms)[-1]
     conditions_of = {arm: _conditions(jobs[0].arm.overrides) for arm, jobs in plan.headline.jobs.items()}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     over = result.baseline_of(name)
     ratios = {} if name == over else compared.ratios(plan.headline.jobs[name], plan.headline.jobs[over])
-    return replace(result, subject=name, verdict=verdict(result, name, ratios, comparable))
+    return replace(result, subject=name, verdict=verdict(result, name, ratios, comparable, why_so_many))
 
 
 def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +134,9 @@ class _Compared:
 
     def metrics(self, arm: Sequence[Job]) -> dict[str, MetricValue]:
         return mean_metrics([replicate.metrics for replicate in self._replicates(arm)])
+
+    def intervals(self, arm: Sequence[Job], names: Collection[str]) -> dict[str, Interval]:
+        return intervals_of(self._runs(arm), names)
 
     def _replicates(self, arm: Sequence[Job]) -> list[Replicate]:
         return [self._results[job.key].replicate for job in arm]
@@ -197,7 +209,7 @@ def _description(arm: Arm, study: Config) -> str:
     return f"{about}; {own}" if own and arm.policy.name != "custom" else about
 
 
-def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:
+def _sweep_point(point: Point, compared: _Compared, shown: Collection[str]) -> SweepPoint:
     baseline = point.jobs[point.baseline]
     return SweepPoint(
         settings=point.settings,
@@ -205,6 +217,7 @@ def _sweep_point(point: Point, compared: _Compared) -> SweepPoint:
         vs_baseline={
             name: compared.ratios(jobs, baseline) for name, jobs in point.jobs.items() if name != point.baseline
         },
+        intervals={name: compared.intervals(jobs, shown) for name, jobs in point.jobs.items()},
     )
 
 
@@ -268,14 +281,17 @@ def _follows(published: float, ours: float | None, low: float | None, high: floa
 def _gate(c: GateConfig, plan: StudyPlan, compared: _Compared) -> Gate:
     arms = plan.headline.jobs
     value: Any
+    found: Interval | Ratio | None
     if c.over is None:
         value = compared.metrics(arms[c.arm]).get(c.metric)
+        found = compared.intervals(arms[c.arm], [c.metric]).get(c.metric)
     else:
-        ratio = compared.ratios(arms[c.arm], arms[c.over]).get(c.metric)
-        value = None if ratio is None else ratio.ratio
+        found = compared.ratios(arms[c.arm], arms[c.over]).get(c.metric)
+        value = None if found is None else found.ratio
+    low, high = (None, None) if found is None else (found.low, found.high)
     bounds = [f">= {c.low:g}" if c.low is not None else "", f"<= {c.high:g}" if c.high is not None else ""]
     passed = isinstance(value, int | float) and (
         (c.low is None or value >= c.low) and (c.high is None or value <= c.high)
     )
     number = float(value) if isinstance(value, int | float) else None
-    return Gate(c.name or f"{c.arm} {c.metric}", number, " and ".join(filter(None, bounds)), passed)
+    return Gate(c.name or f"{c.arm} {c.metric}", number, " and ".join(filter(None, bounds)), passed, low, high)

@@ -16,20 +16,19 @@ from typing import Any
 import helios_sim
 from helios_sim.profile.resolve import TIMES_FROM
 from helios_sim.provenance import command_given, commit
-from helios_sim.report.cautions import losses
 from helios_sim.report.faults import fault_sentences
-from helios_sim.report.format import gate_value
+from helios_sim.report.format import gate_interval, gate_value
 from helios_sim.report.result import Comparisons, ExperimentResult, Gate, comparisons
 from helios_sim.report.tables import print_table
 from helios_sim.report.terminal import JSON_ASKED, say
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.inputs import inputs_of
-from helios_sim.study.jobs import run_job
+from helios_sim.study.jobs import Job, JobResult, run_job
 from helios_sim.study.modes import LIVE
-from helios_sim.study.plan import check_study, plan_study
 from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
 from helios_sim.study.schema import Config
+from helios_sim.study.seeds import first_plan, settle
 from helios_sim.vary.runner import at_work_in, progress
 
 LIBRARIES = ("numpy", "scipy", "simpy")
@@ -37,19 +36,23 @@ LIBRARIES = ("numpy", "scipy", "simpy")
 
 def run_study(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
-    plan = plan_study(config)
-    check_study(plan)
-    total = len({job.key for job in plan.jobs})
+    plan = first_plan(config)
     with at_work_in(folder):
-        with progress(config.name, total, job_lines(total)) as on_done:
-            results = run_jobs(plan.jobs, folder, processes(config), on_done)
+        settled = settle(plan, config, lambda jobs: _run_jobs(jobs, folder, config))
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
-        result = assemble(plan, results, provenance(config))
+        made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
+        result = assemble(settled.plan, settled.results, made, settled.why)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.pictures)
         forget_jobs(folder)
     return end(lambda: _show(result, ratios), folder, summary, result.gates)
+
+
+def _run_jobs(jobs: Sequence[Job], folder: Path, config: Config) -> dict[str, JobResult]:
+    total = len({job.key for job in jobs})
+    with progress(config.name, total, job_lines(total)) as on_done:
+        return run_jobs(jobs, folder, processes(config), on_done)
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
@@ -58,7 +61,7 @@ def _show(result: ExperimentResult, ratios: Comparisons) -> None:
     for name, source in result.inputs.items():
         if TIMES_FROM in source.details:
             say(f"{name}: times from {source.details[TIMES_FROM]}")
-    for sentence in (*result.verdict, *fault_sentences(result), *losses(result), *result.warnings):
+    for sentence in (*result.verdict, *fault_sentences(result), *result.warnings):
         say(sentence)
 
 
@@ -78,7 +81,7 @@ def provenance(config: Config) -> dict[str, object]:
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "machine": platform.machine(),
-        "seeds": list(config.seeds),
+        "seeds": config.seeds,
         "configuration": asdict(config),
     }
 
@@ -91,7 +94,8 @@ def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gate
     try:
         show()
         for gate in gates:
-            found = f"{gate.name} {gate_value(gate.value, gate.bound)}, must be {gate.bound}"
+            value = f"{gate_value(gate.value, gate.bound)} {gate_interval(gate.low, gate.high, gate.bound)}"
+            found = f"{gate.name} {value}, must be {gate.bound}"
             say(f"gate {'passed' if gate.passed else 'FAILED'}: {found}")
         say(f"output folder: {folder}")
         if sys.stdout.isatty() and (page := folder / "report.html").is_file():
@@ -106,7 +110,5 @@ def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gate
 
 def run(config: Config) -> ExperimentResult:
     """Runs every arm of the study under every seed, and its sweeps. UserError where settings cannot be run."""
-    plan = plan_study(config)
-    check_study(plan)
-    jobs = {job.key: job for job in plan.jobs}
-    return assemble(plan, {key: run_job(job) for key, job in jobs.items()}, {"seeds": list(config.seeds)})
+    settled = settle(first_plan(config), config, lambda jobs: {job.key: run_job(job) for job in jobs})
+    return assemble(settled.plan, settled.results, {"seeds": list(settled.plan.config.seeds)}, settled.why)

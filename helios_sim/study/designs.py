@@ -23,7 +23,7 @@ from helios_sim.study.schema import Config
 from helios_sim.vary.axis import Axis, Choice, Range, axes_of, choose, grid
 from helios_sim.vary.workers import need
 
-SAME_FOR_ALL = ("seeds", "sweep", "name", "jobs")  # settings that no design may have for itself
+SAME_FOR_ALL = ("seeds", "auto_seeds", "sweep", "name", "jobs")  # settings that no design may have for itself
 NOT_OF_A_SWEEP = ("sweeps", "figures", "published", "gates")
 Costs = Sequence[float]
 Answer = Callable[[Sequence[Choice]], Sequence[Costs]]  # costs to be made small, in order; infinite: failed

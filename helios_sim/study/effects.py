@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from helios_sim.errors import UserError
 from helios_sim.study.modes import LIVE, FidelityConfig
-from helios_sim.study.schema import Config, FaultsConfig, LastingFaultConfig, LengthConfig
+from helios_sim.study.schema import AUTO, Config, FaultsConfig, LastingFaultConfig, LengthConfig
 from helios_sim.workload.faults import LOSING
 
 DRIFTS = ("step", "linear", "periodic")
@@ -75,6 +75,7 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "name", "title", "question", "hydr
 
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
+    "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "live": (_is_live, "only with mode=live"),
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},

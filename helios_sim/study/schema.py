@@ -27,8 +27,8 @@ from helios_sim.vary.axis import AxisConfig
 
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
-    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "sweeps", "figures", "published",
-    "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
+    "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
+    "published", "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -331,6 +331,29 @@ class GateConfig:
     high: float | None = None
 
 
+AUTO = "auto"
+
+
+@dataclass
+class AutoSeedsConfig:
+    """With seeds=auto: when there are enough.
+
+    The defaults keep to what Law, Simulation Modeling and Analysis, section 9.4.1, recommends for such a procedure: a
+    figure known to 15 % either way or better, and at least ten runs before it is looked at.
+    """
+
+    relative_width: float = 0.2  # of the subject's interval over its figure: 10 % either way
+    first: int = 10  # seeds before the first look; then twice as many, and so on
+    at_most: int = 40
+
+    def __post_init__(self) -> None:
+        width = self.relative_width
+        require(0 < width < float("inf"), "auto_seeds.relative_width", width, "above 0")
+        require(2 <= self.first <= 10_000, "auto_seeds.first", self.first, "from 2 to 10000")
+        allowed = "at least auto_seeds.first, and at most 10000"
+        require(self.first <= self.at_most <= 10_000, "auto_seeds.at_most", self.at_most, allowed)
+
+
 @dataclass
 class Config:
     """One study: every arm in `arms` (and `policy`, if set) over one workload, and the sweeps beside it."""
@@ -360,7 +383,8 @@ class Config:
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""  # an arm; "": the first
     subject: str | None = None  # the arm that the verdict is about; None: the last one
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: Any = field(default_factory=lambda: [0])  # whole numbers; auto: as many as the answer needs
+    auto_seeds: AutoSeedsConfig = field(default_factory=AutoSeedsConfig)
     sweeps: list[SweepConfig] = field(default_factory=list)
     figures: list[FigureConfig] = field(default_factory=list)
     published: list[PublishedConfig] = field(default_factory=list)
@@ -376,9 +400,7 @@ class Config:
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "at least one model")
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
-        require(bool(self.seeds), "seeds", self.seeds, "at least one seed")
-        seeds_ok = all(0 <= seed < 2**63 for seed in self.seeds) and len(set(self.seeds)) == len(self.seeds)
-        require(seeds_ok, "seeds", self.seeds, "different whole numbers from 0 to 2^63 - 1")
+        self._check_seeds()
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
         prompts = self.profile_prompt_time_factor
@@ -387,6 +409,17 @@ class Config:
         if self.server.tensor_parallel > 1 and group_of(self.hardware)[1] != self.hardware.strip():
             allowed = f"left out where hardware={self.hardware} says how many cards"
             raise UserError("server.tensor_parallel", self.server.tensor_parallel, allowed, "give one of the two")
+
+    def _check_seeds(self) -> None:
+        if self.seeds == AUTO:
+            others = bool(self.sweep.parameters or self.fidelity.compare or self.fidelity_live.loads)
+            allowed = "a list of seeds: auto is for studies of arms, not for designs or comparisons"
+            require(not others, "seeds", self.seeds, allowed)
+            return
+        seeds = self.seeds if isinstance(self.seeds, list) else []
+        allowed = "a list such as [0,1,2] of different whole numbers from 0 to 2^63 - 1, or auto"
+        whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+        require(bool(seeds) and whole and len(set(seeds)) == len(seeds), "seeds", self.seeds, allowed)
 
     @property
     def device(self) -> str:

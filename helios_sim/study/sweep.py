@@ -7,17 +7,19 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.files import json_value
+from helios_sim.report.compare import interval_of, intervals_of
 from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
 from helios_sim.report.format import metric as shown
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue, mean_metrics
-from helios_sim.report.records import RecordLog
+from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ServedWorkload
 from helios_sim.report.tables import print_designs
 from helios_sim.report.terminal import say
@@ -46,6 +48,7 @@ class Outcome:
     error: str | None
     wall_s: float
     lasting: bool = True  # false: an error that a second try may not meet
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of the objectives and the shown metrics
 
 
 def sweep(config: Config) -> DesignsResult:
@@ -76,8 +79,17 @@ def run_plan(
 def evaluate(jobs: Sequence[Job]) -> Outcome:
     """Means of the metrics over the jobs, which are one design under several seeds. Never raises an error of theirs."""
     started_s = perf_counter()
+    intervals: Mapping[str, Interval] = {}
+    names = {*jobs[0].config.sweep.objectives, *_shown(jobs[0].config)}
     try:
-        metrics: Mapping[str, MetricValue] | None = mean_metrics([_metrics(job) for job in jobs])
+        if len(jobs) == 1:
+            records, metrics_of_run = _run(jobs[0])
+            intervals = intervals_of([(records, metrics_of_run)], names)
+            metrics: Mapping[str, MetricValue] | None = metrics_of_run
+        else:
+            runs = [_run(job)[1] for job in jobs]
+            metrics = mean_metrics(runs)
+            intervals = {n: interval_of(n, [run[n] for run in runs]) for n in sorted(names) if metrics[n] is not None}
         error, lasting = None, True
     except UserError as mistake:
         metrics, error, lasting = None, str(mistake), True
@@ -85,7 +97,7 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
         place = traceback.extract_tb(defect.__traceback__)[-1]
         metrics, lasting = None, False
         error = f"{type(defect).__name__}: {defect} ({place.filename}, line {place.lineno})"
-    return Outcome(metrics, error, perf_counter() - started_s, lasting)
+    return Outcome(metrics, error, perf_counter() - started_s, lasting, {} if metrics is None else intervals)
 
 
 class Evaluations:
@@ -119,7 +131,8 @@ class Evaluations:
         outcomes |= self._run([task for key, task in tasks.items() if _unknown(self.designs[key])])
         for key, outcome in outcomes.items():
             before = self.designs[key]
-            self.designs[key] = Design(before.name, before.parameters, outcome.metrics, outcome.error)
+            found = (outcome.metrics, outcome.error, outcome.intervals)
+            self.designs[key] = Design(before.name, before.parameters, *found)
         return [self.designs[key] for key in keys]
 
     def references(self) -> tuple[Design, ...]:
@@ -127,7 +140,7 @@ class Evaluations:
         tasks = {name: task_of(jobs, {"arm": name}, jobs) for name, jobs in self._plan.references.items()}
         outcomes = self._run(list(tasks.values()))
         found = {name: outcomes[task.key] for name, task in tasks.items()}
-        return tuple(Design(name, {}, outcome.metrics, outcome.error) for name, outcome in found.items())
+        return tuple(Design(name, {}, it.metrics, it.error, it.intervals) for name, it in found.items())
 
     def _run(self, tasks: Sequence[Task[Sequence[Job]]]) -> dict[str, Outcome]:
         for task in tasks:
@@ -144,14 +157,16 @@ class OutcomeLines:
     def save(self, folder: Path, key: str, result: Outcome) -> Mapping[str, Any] | None:
         if not result.lasting:
             return None
-        return {"wall_s": round(result.wall_s, 3), "error": result.error, "metrics": json_value(result.metrics)}
+        found = {"metrics": json_value(result.metrics), "intervals": json_value(result.intervals)}
+        return {"wall_s": round(result.wall_s, 3), "error": result.error, **found}
 
     def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> Outcome | None:
         error, metrics = line["error"], line["metrics"]
         if isinstance(error, str) == isinstance(metrics, dict) or not isinstance(error, str | None):
             raise ValueError("an outcome has metrics or an error")
         known = metrics and {name: _metric(value) for name, value in metrics.items()}
-        return Outcome(known, error, float(line["wall_s"]))
+        intervals = {name: _interval(**found) for name, found in line["intervals"].items()}
+        return Outcome(known, error, float(line["wall_s"]), intervals=intervals)
 
 
 def _metric(value: Any) -> MetricValue:
@@ -161,11 +176,23 @@ def _metric(value: Any) -> MetricValue:
     return found
 
 
-def _metrics(job: Job) -> dict[str, MetricValue]:
+def _interval(low: Any, high: Any, method: Any, n: Any) -> Interval:
+    if not all(bound is None or isinstance(bound, float) for bound in (low, high)) or not isinstance(n, int):
+        raise ValueError("an interval has numbers or nothing")
+    return Interval(low, high, Method(method), n)
+
+
+def _shown(config: Config) -> Sequence[str]:
+    """Metrics that are shown beside the objectives."""
+    return config.headline_metrics or USUAL_METRICS
+
+
+def _run(job: Job) -> tuple[Records, dict[str, MetricValue]]:
     fleet = shared_fleet(job.config, job.seed)
     log = RecordLog()
     run = serve(job, fleet, log.add, pictures=False, block_sink=log.add_block)
-    return measure(job, fleet, log.records(), run)
+    records = log.records()
+    return records, measure(job, fleet, records, run)
 
 
 def _unknown(design: Design) -> bool:
@@ -183,7 +210,6 @@ def _result(
     config, objectives = plan.config, tuple(plan.config.sweep.objectives)
     job = plan.references[plan.arm][0]
     fleet = shared_fleet(job.config, job.seed)
-    shown = config.headline_metrics or USUAL_METRICS
     failed = [f"{d.name} failed: {d.error}" for d in references if d.error is not None]
     return DesignsResult(
         experiment=config.name,
@@ -194,7 +220,7 @@ def _result(
         arm=plan.arm,
         parameters=tuple(parameter.name for parameter in plan.parameters),
         objectives=objectives,
-        shown_metrics=tuple(name for name in shown if name not in objectives),
+        shown_metrics=tuple(name for name in _shown(config) if name not in objectives),
         designs=designs,
         references=references,
         workload=ServedWorkload(
@@ -204,6 +230,7 @@ def _result(
         provenance=provenance,
         assumptions=assumptions_of(config, fleet),
         warnings=(*notices_of(fleet.parts.workload), *failed, *_cautions(config)),
+        seeds=len(config.seeds),
     )
 
 

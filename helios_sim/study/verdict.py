@@ -8,38 +8,46 @@ from math import exp, log
 
 import numpy as np
 
-from helios_sim.report.cautions import lost_share
-from helios_sim.report.compare import Method, Ratio
+from helios_sim.report.cautions import MOST_LOST, completed, lost_share, reservations
+from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.designs import cost, on_front
-from helios_sim.report.format import metric as shown
-from helios_sim.report.metrics import DEFINITIONS, Better, MetricValue
+from helios_sim.report.format import NO_INTERVAL, metric_with_interval
+from helios_sim.report.intervals import ratio_bounds
+from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.report.records import Records
-from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, headline_metrics
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, headline_metrics, scope_in_words
 from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.schema import Config, FaultConfig, LastingFaultConfig
 
-MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
-FEWEST_PAIRS = 20  # requests that both completed, from which an interval over them says something
+FEWEST_REQUESTS = 20  # that an arm completed, all seeds together, from which a comparison says something
 EVEN = 0.01  # ratios closer to 1 than this are called even
 ATTAINMENT = 0.99
 PROFILE_ERROR = "profile_time_factor"  # a sweep's setting
 
 
 def verdict(
-    result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio], comparable: Collection[str]
+    result: ExperimentResult,
+    subject: str,
+    ratios: Mapping[str, Ratio],
+    comparable: Collection[str],
+    why_so_many: str | None = None,
 ) -> tuple[str, ...]:
-    """First the subject against the baseline in the headline metric, then what it costs, then who is best.
+    """First the subject against the baseline in the headline metric, then what that hangs on, then what it costs and
+    who is best. Brackets are 95 % intervals, over the seeds or within the only run.
 
     `comparable` are the arms under the subject's conditions: only among those is a best one named, and of them only
-    among those that completed what they were asked.
+    among those that completed what they were asked. `why_so_many`: of seeds=auto, why there are no more seeds.
     """
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
     metrics = result.arms[subject].metrics
     comparable = [arm for arm in comparable if lost_share(result.arms[arm]) <= MOST_LOST]
-    sentences.append(_quality(metrics))
+    care = reservations(result)
+    sentences.append(f"Read with care: {'; '.join(care)}." if care else "")
+    sentences.append(why_so_many or "")
+    sentences.append(_quality(result, subject))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
-        sentences.append(_changes(metrics, max(1, len(result.arms[subject].replicas))))
+        sentences.append(_changes(result, subject))
     sentences.append(_best(result, name, comparable))
     sentences.append(_unbeaten(result, name, comparable))
     sentences += load_findings(result, subject, name)
@@ -50,49 +58,90 @@ def verdict(
 def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | None) -> str:
     label, over = DEFINITIONS[name].label, result.baseline_of(subject)
     if subject == over or ratio is None:
-        return f"{subject}: {label} {shown(name, result.arms[subject].metrics.get(name))}."
+        return f"{subject}: {label} {_figure(result, subject, name)}."
     lossy = [arm for arm in (subject, over) if lost_share(result.arms[arm]) > MOST_LOST]
     if lossy:
         shares = {arm: lost_share(result.arms[arm]) for arm in lossy}
         lost = " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in shares.items())
         return f"No verdict on {label}: {lost}, so {subject} and {over} did not do the same work."
     if ratio.ratio is None:
-        return f"{subject} has {ratio.low:.2f} to {ratio.high:.2f} times the {label} of {over}."
+        band = f"{ratio.low:.2f} to {ratio.high:.2f}"
+        return f"{subject} has {band} times the {label} of {over}: a band that is known, without sampling error."
     compared = f"{ratio.ratio:.2f} times the {label} of {over}"
-    if ratio.method is Method.PAIRED_BOOTSTRAP and ratio.n < FEWEST_PAIRS:
-        return f"Too few requests for a verdict: over {ratio.n}, {subject} has {compared}."
-    if ratio.low is not None and ratio.high is not None:
-        compared += f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
-        if ratio.low <= 1 <= ratio.high:
+    requests = min(completed(result.arms[arm]) for arm in (subject, over))
+    if requests < FEWEST_REQUESTS:
+        return f"Too few requests for a verdict: over {requests}, {subject} has {compared}."
+    if ratio.low is None or ratio.high is None:
+        compared += f" (no interval {scope_in_words(result.seeds)})"
+    else:
+        compared += f" (95 % interval {scope_in_words(result.seeds)}: {ratio.low:.2f} to {ratio.high:.2f})"
+    return _answer(result, subject, name, ratio, compared)
+
+
+def _answer(result: ExperimentResult, subject: str, name: str, ratio: Ratio, compared: str) -> str:
+    """Several seeds may show that an arm helps; one shows what it did in one run."""
+    assert ratio.ratio is not None
+    side = side_of(ratio)
+    if result.seeds > 1:
+        if side is None:
+            return f"{subject} has {compared}."
+        if side == 0:
             return f"No clear difference: {subject} has {compared}."
+        if abs(ratio.ratio - 1) < EVEN:
+            return f"No difference that matters: {subject} has {compared}."
+        better = (side < 0) == (DEFINITIONS[name].better is Better.LOWER)
+        return f"{subject} {'helps' if better else 'hurts'}: {compared}."
+    if side == 0:
+        return f"No clear difference in this run: {subject} has {compared}."
     if abs(ratio.ratio - 1) < EVEN:
-        return f"No difference that matters: {subject} has {compared}."
+        return f"No difference that matters in this run: {subject} has {compared}."
     better = (ratio.ratio < 1) == (DEFINITIONS[name].better is Better.LOWER)
-    return f"{subject} {'helps' if better else 'hurts'}: {compared}."
+    return f"In this run {subject} is {'better' if better else 'worse'}: {compared}."
 
 
-def _quality(metrics: Mapping[str, MetricValue]) -> str:
-    agreement, layers = metrics.get("agreement"), metrics.get("layers_per_token")
-    if not isinstance(agreement, float) or not isinstance(layers, float):
+def side_of(ratio: Ratio) -> int | None:
+    """On which side of 1 the interval lies: -1 or 1; 0: on both; None: there is no interval."""
+    if ratio.low is None or ratio.high is None:
+        return None
+    return -1 if ratio.high < 1 else 1 if ratio.low > 1 else 0
+
+
+def _figure(result: ExperimentResult, arm: str, name: str) -> str:
+    """A metric of an arm with its interval."""
+    found = result.arms[arm]
+    return metric_with_interval(name, found.metrics.get(name), found.intervals.get(name))
+
+
+def _quality(result: ExperimentResult, subject: str) -> str:
+    metrics = result.arms[subject].metrics
+    if not isinstance(metrics.get("agreement"), float) or not isinstance(metrics.get("layers_per_token"), float):
         return ""
-    bits = metrics.get("bits_per_char")
-    told = f"; the text cost it {shown('bits_per_char', bits)} per character" if isinstance(bits, float) else ""
-    return (
-        f"Its tokens ran {layers:.1f} layers on average, and {agreement:.1%} of them equal those of full depth{told}."
-    )
+    layers, agreement = (_figure(result, subject, name) for name in ("layers_per_token", "agreement"))
+    told = ""
+    if isinstance(metrics.get("bits_per_char"), float):
+        told = f"; the text cost it {_figure(result, subject, 'bits_per_char')} per character"
+    return f"Its tokens ran {layers} layers on average, and {agreement} of them equal those of full depth{told}."
 
 
-def _changes(metrics: Mapping[str, MetricValue], replicas: int) -> str:
-    span, evaluated = metrics.get("span_s"), metrics.get("evaluation_time_s")
-    spent = "no time"
-    if isinstance(evaluated, float) and evaluated > 0:
-        spent = shown("evaluation_time_s", evaluated)
-        if isinstance(span, float) and evaluated <= span * replicas:  # it may go on after the last completion
-            spent = f"{evaluated / (span * replicas):.1%} of the time"
-    return (
-        f"It switched {_times(shown('switches', metrics.get('switches')))}, loaded weights "
-        f"{_times(shown('loads', metrics.get('loads')))} and spent {spent} on evaluation."
-    )
+def _changes(result: ExperimentResult, subject: str) -> str:
+    switches, loads = (_times(_figure(result, subject, name)) for name in ("switches", "loads"))
+    return f"It switched {switches}, loaded weights {loads} and spent {_evaluation(result, subject)} on evaluation."
+
+
+def _evaluation(result: ExperimentResult, subject: str) -> str:
+    """Time under evaluation as a share of the span, or in seconds where it went on after the last completion."""
+    arm = result.arms[subject]
+    evaluated = [run.metrics.get("evaluation_time_s") for run in arm.replicates]
+    spans = [run.metrics.get("span_s") for run in arm.replicates]
+    times = [float(value) for value in evaluated if isinstance(value, int | float)]
+    of = [float(value) * max(1, len(arm.replicas)) for value in spans if isinstance(value, int | float)]
+    if not sum(times):
+        return "no time"
+    if len(of) < len(times) or sum(times) > sum(of):
+        return _figure(result, subject, "evaluation_time_s")
+    low, high = ratio_bounds(np.array(times), np.array(of))
+    interval = f"[{100 * low:.1f}, {min(100 * high, 100.0):.1f}]" if np.isfinite(high) else NO_INTERVAL
+    return f"{100 * sum(times) / sum(of):.1f} % {interval} of the time"
 
 
 def _times(count: str) -> str:
@@ -111,10 +160,15 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
         return ""
     pick = min if DEFINITIONS[name].better is Better.LOWER else max
     best = pick(real, key=lambda arm: real[arm])
-    label = DEFINITIONS[name].label
-    sentence = f"Best of the arms in {label}: {best} with {shown(name, values[best])}"
-    bounds = [value for arm, value in values.items() if result.arms[arm].is_bound]
-    return f"{sentence}; the oracle reaches {shown(name, bounds[0])}." if bounds else f"{sentence}."
+    rival = pick((arm for arm in real if arm != best), key=lambda arm: real[arm])
+    where = "" if result.seeds > 1 else " in this run"
+    sentence = f"Best of the arms{where} in {DEFINITIONS[name].label}: {best} with {_figure(result, best, name)}"
+    runs = [[(it.records, it.metrics) for it in result.arms[arm].replicates] for arm in (best, rival)]
+    ratio = compare(*runs).get(name)
+    if ratio is not None and side_of(ratio) == 0:
+        sentence += f", not clearly ahead of {rival}"
+    bounds = [arm for arm in values if result.arms[arm].is_bound]
+    return f"{sentence}; the oracle reaches {_figure(result, bounds[0], name)}." if bounds else f"{sentence}."
 
 
 def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
@@ -134,7 +188,7 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
     first_of = {tuple(rows[arm]): arm for arm in reversed(front)}  # of those that come to the same
     front = [first_of[figures] for figures in sorted(first_of)]
     told = (
-        f"{arm} ({', '.join(shown(metric, result.arms[arm].metrics[metric]) for metric in names)})" for arm in front
+        f"{arm} ({', '.join(_figure(result, arm, metric) for metric in names)})" for arm in front
     )
     return f"Unbeaten in {DEFINITIONS[name].label} and bits per character together: {'; '.join(told)}."
 
@@ -212,7 +266,8 @@ def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[s
                 f"{arm} {_rate(points, figure.x, rate)}{_again(points, figure.x, arm, rate)}"
                 for arm, rate in carried.items()
             )
-            sentences.append(f"Highest rate with {ATTAINMENT:.0%} of requests inside the service levels: {known}.")
+            told = f"Highest rate with {ATTAINMENT:.0%} of requests inside the service levels"
+            sentences.append(f"{told}, between those tried and without intervals: {known}.")
         crossings = break_even(points, figure.x, subject, metric)
         sentences.append(_break_even_sentence(result, subject, metric, points, crossings))
     return sentences
@@ -232,7 +287,7 @@ def error_findings(result: ExperimentResult, subject: str, metric: str) -> list[
     turned = [others for others, ratios in by_setting.items() if len({ratio < 1 for ratio in ratios.values()}) > 1]
     spread = max(max(ratios.values()) / min(ratios.values()) for ratios in by_setting.values()) - 1
     scaled = f"With every iteration {factors[0]:g} to {factors[-1]:g} times as long"
-    moved = f"the ratio moves by at most {spread:.0%}"
+    moved = f"the ratio moves by at most {spread:.0%}, without an interval"
     if not turned:
         return [f"{scaled}, {subject} stays on the same side of {result.baseline} at every setting; {moved}."]
     where = "; ".join(", ".join(f"{key} {value}" for key, value in others) for others in turned)
@@ -274,7 +329,7 @@ def _break_even_sentence(
     label = DEFINITIONS[metric].label if metric in DEFINITIONS else metric
     if crossings:
         rates = ", ".join(f"{rate:.1f}" for rate in crossings)
-        return f"In {label}, {subject} and {result.baseline} break even at {rates} requests/s."
+        return f"In {label}, {subject} and {result.baseline} break even at {rates} requests/s, without intervals."
     ratios = [r.ratio for p in points if (r := p.vs_baseline.get(subject, {}).get(metric)) and r.ratio]
     if not ratios:
         return f"In {label}, {subject} cannot be compared with {result.baseline}."
@@ -283,7 +338,9 @@ def _break_even_sentence(
         return f"In {label}, {subject} and {result.baseline} are equal at every rate tried."
     better = (differing[0] < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
     where = "every rate tried" if len(differing) == len(points) else f"{len(differing)} of {len(points)} rates tried"
-    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at {where}."
+    sides = [side_of(p.vs_baseline[subject][metric]) for p in points if metric in p.vs_baseline.get(subject, {})]
+    clear = f", clearly at {sum(side in (-1, 1) for side in sides)}" if any(side is not None for side in sides) else ""
+    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at {where}{clear}."
 
 
 def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None) -> str:

@@ -30,7 +30,14 @@ from helios_sim.report.figures.style import (
 )
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.report.records import Records
-from helios_sim.report.result import ArmResult, ArmsFigure, Comparisons, ExperimentResult, QualityFigure
+from helios_sim.report.result import (
+    ArmResult,
+    ArmsFigure,
+    Comparisons,
+    ExperimentResult,
+    QualityFigure,
+    scope_in_words,
+)
 from helios_sim.request import NS_PER_S
 
 _KIND_MARKERS = "osD^vP*X"  # by kind of replica
@@ -95,7 +102,8 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
         ax.margins(x=0.14)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
-    caption = f"Grey line: {result.baseline}. Pale bars: 95 % intervals, where the runs give one."
+    scope = scope_in_words(result.seeds)
+    caption = f"Grey line: {result.baseline}. Pale bars: 95 % intervals {scope}, where there is one."
     if others:
         caption += f" † against {', '.join(others)}."
     return Drawing("arms_vs_baseline", f"Each arm against {result.baseline}", caption, figure)
@@ -200,7 +208,8 @@ def published_figure(result: ExperimentResult) -> Drawing | None:
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     legend_above(figure, handles_of(ax))
-    caption = "Whiskers: 95 % intervals of ours. Conditions and the class of every input are in the table."
+    scope = scope_in_words(result.seeds)
+    caption = f"Whiskers: 95 % intervals of ours {scope}. Conditions and the class of every input are in the table."
     return Drawing("published", "Ours beside the published figures", caption, figure)
 
 
@@ -225,12 +234,19 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
     figure, (ax,) = new_figure(1, 1, 4.6)
     for arm, x, y in points:
         style = styles[arm]
+        known = result.arms[arm].intervals
+        for place, metric in enumerate((spec.x, spec.y)):
+            interval = known.get(metric)
+            if interval is not None and interval.low is not None and interval.high is not None:
+                ends, other = [interval.low, interval.high], [y if place == 0 else x] * 2
+                ax.plot(*((ends, other) if place == 0 else (other, ends)), color=style.color, linewidth=3, alpha=0.3)
         ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
     ax.margins(x=0.08, y=0.1)
     ax.set_xlabel(_axis(spec.x))
     ax.set_ylabel(_axis(spec.y))
     legend_above(figure, handles_of(ax), columns=4)
-    return Drawing(name, spec.title, "A point for each arm, means over seeds.", figure)
+    caption = f"A point for each arm; pale bars: 95 % intervals {scope_in_words(result.seeds)}, where there is one."
+    return Drawing(name, spec.title, caption, figure)
 
 
 def quality_figure(name: str, spec: QualityFigure, result: ExperimentResult) -> Drawing | None:
@@ -249,7 +265,8 @@ def quality_figure(name: str, spec: QualityFigure, result: ExperimentResult) -> 
     ax.set_ylabel("bits per character (less is better)")
     legend_above(figure, handles_of(ax), columns=3)
     caption = (
-        f"Of each {1 / spec.parts:.0%} of the requests in their order, means over seeds. The text itself changes too."
+        f"Of each {1 / spec.parts:.0%} of the requests in their order, means over seeds without intervals. The text "
+        "itself changes too."
     )
     return Drawing(name, spec.title, caption, figure)
 

@@ -26,7 +26,7 @@ from helios_sim.report.figures.style import (
 )
 from helios_sim.report.format import in_unit
 from helios_sim.report.metrics import DEFINITIONS, Band, Better
-from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint
+from helios_sim.report.result import ExperimentResult, LoadFigure, SweepFigure, SweepPoint, scope_in_words
 
 _SPLIT_LINES = ("-", "--", ":", "-.")
 _UNITS = {"_us": "µs", "_ms": "ms", "_s": "s"}  # by how a setting's name ends
@@ -48,14 +48,20 @@ def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
             points = [p for p in result.points if all(p.settings.get(k) == v for k, v in spec.where.items())]
             points = [p for p in points if spec.x in p.settings]
             if points and isinstance(spec, LoadFigure):
-                found.append(load_figure(f"load_{place}", spec, points, styles))
+                found.append(load_figure(f"load_{place}", spec, points, styles, scope_in_words(result.seeds)))
             elif points and isinstance(spec, SweepFigure):
-                found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline))
+                scope = scope_in_words(result.seeds)
+                found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline, scope))
     return found
 
 
 def sweep_figure(
-    name: str, spec: SweepFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle], baseline: str
+    name: str,
+    spec: SweepFigure,
+    points: Sequence[SweepPoint],
+    styles: Mapping[str, ArmStyle],
+    baseline: str,
+    scope: str,
 ) -> Drawing:
     """A line for each arm and each value of `split_by`; pale bands are intervals."""
     figure, (ax,) = new_figure(1, 1, 4.2)
@@ -90,13 +96,15 @@ def sweep_figure(
     ax.set_xlabel(spec.x_label)
     ax.set_ylabel(spec.y_label)
     legend_above(figure, handles_of(ax), columns=4)
-    caption = "Pale bands: 95 % intervals, where the runs give one." + (
+    caption = f"Pale bands: 95 % intervals {scope}, where there is one." + (
         f" Baseline: {baseline}." if spec.relative else ""
     )
     return Drawing(name, spec.title, caption, figure)
 
 
-def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle]) -> Drawing:
+def load_figure(
+    name: str, spec: LoadFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle], scope: str
+) -> Drawing:
     """Throughput, TTFT, TPOT and, with SLOs, attainment (else E2E) against load; solid p50 or mean, dashed p99."""
     figure, axes = new_figure(2, 2, 6.4, sharex=True)
     fourth = ("slo_attainment",) if spec.slo.any else ("e2e_s_p50", "e2e_s_p99")
@@ -128,20 +136,29 @@ def load_figure(name: str, spec: LoadFigure, points: Sequence[SweepPoint], style
     for ax in axes[2:]:
         ax.set_xlabel(spec.x_label)
     legend_above(figure, handles_of(axes[0]))
-    caption = "Beyond saturation an arm serves less than is offered, and its latencies depend on how long the run is."
+    caption = (
+        "Beyond saturation an arm serves less than is offered, and its latencies depend on how long the run is. Pale "
+        f"bands: 95 % intervals {scope}, where there is one."
+    )
     return Drawing(name, spec.title, caption, figure)
 
 
 def _plot_metric(
     ax: Axes, points: Sequence[SweepPoint], x: str, arm: str, metric: str, style: ArmStyle, line: str
 ) -> None:
-    rows = sorted(
-        (float(p.settings[x]), float(value))
+    found = (
+        (float(p.settings[x]), float(value), p.intervals.get(arm, {}).get(metric))
         for p in points
         if isinstance(value := p.metrics.get(arm, {}).get(metric), int | float)
     )
+    rows = sorted(found, key=lambda row: row[:2])
     if rows:
-        xs, ys = zip(*rows, strict=True)
+        xs, ys, intervals = zip(*rows, strict=True)
+        known = [(at, it.low, it.high) for at, it in zip(xs, intervals, strict=True) if it is not None]
+        banded = [(at, low, high) for at, low, high in known if low is not None and high is not None]
+        if banded:
+            at, low, high = zip(*banded, strict=True)
+            ax.fill_between(at, low, high, color=style.color, alpha=0.13, linewidth=0)
         marker = style.marker if line == "-" else None
         label = arm if line == "-" else None
         ax.plot(xs, ys, color=style.color, linestyle=line, marker=marker, label=label, linewidth=2 if marker else 1.4)
@@ -168,7 +185,10 @@ def _row(
         return None
     if isinstance(value, Band):
         return x, (value.low + value.high) / 2, value.low, value.high
-    return x, float(value), float(value), float(value)
+    interval = point.intervals.get(arm, {}).get(spec.metric)
+    if interval is None or interval.low is None or interval.high is None:
+        return x, float(value), float(value), float(value)
+    return x, float(value), interval.low, interval.high
 
 
 def _in_words(name: str, value: float | int | str) -> str:

@@ -1,0 +1,123 @@
+"""How many seeds a study with `seeds=auto` runs under: more and more, until the subject's ratio is known well enough.
+
+The subject and its baseline run under the first seeds, then under twice as many, and so on; the other arms and the
+sweeps follow under the seeds at which it ended. It ends where more seeds would not change what is said: the interval is
+narrow, or the one at the DECIDED level keeps to one side of 1. A level as high as that leaves looking again and again
+without weight: the 95 % interval that is shown in the end covers nearly what it says (Haybittle 1971, Peto et al. 1976,
+on trials that are looked at before their end). How many seeds that takes is the same wherever the jobs run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from helios_sim.report.cautions import MOST_LOST
+from helios_sim.report.compare import Ratio, compare, intervals_of
+from helios_sim.report.intervals import Method
+from helios_sim.report.metrics import mean_metrics
+from helios_sim.report.result import USUAL_METRICS, Replicate
+from helios_sim.study.jobs import Job, JobResult
+from helios_sim.study.plan import StudyPlan, check_study, plan_study
+from helios_sim.study.schema import AUTO, Config
+
+DECIDED = 0.999  # level of an interval from which the sign of a difference is taken to stand
+
+RunJobs = Callable[[Sequence[Job]], Mapping[str, JobResult]]  # results by job key
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A study under the seeds that it needed, all of its jobs done."""
+
+    plan: StudyPlan
+    results: Mapping[str, JobResult]
+    why: str | None  # why there are no more seeds; None: they were given
+
+
+def first_plan(config: Config) -> StudyPlan:
+    """The checked plan of a study, under the first seeds where it is to find out how many it needs. UserError."""
+    plan = plan_study(_under(config, looks(config)[0]) if config.seeds == AUTO else config)
+    check_study(plan)
+    return plan
+
+
+def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
+    """Run a study from its first plan on; `config` is as it was given, with seeds that may be `auto`."""
+    results: dict[str, JobResult] = {}
+
+    def done(jobs: Sequence[Job]) -> None:
+        missing = {job.key: job for job in jobs if job.key not in results}
+        if missing:
+            results.update(run(list(missing.values())))
+
+    why = None
+    if config.seeds == AUTO:
+        for seeds in looks(config):
+            plan = plan_study(_under(config, seeds))
+            subject, baseline = _pair(plan)
+            done([*subject, *baseline])
+            why = _reason(config, [[results[job.key].replicate for job in jobs] for jobs in (subject, baseline)])
+            if why is not None:
+                break
+        why = f"{len(plan.config.seeds)} seeds: {why or 'auto_seeds.at_most allows no more'}."
+    done(plan.jobs)
+    return Settled(plan, results, why)
+
+
+def looks(config: Config) -> list[int]:
+    """The numbers of seeds at which it may end: twice as many each time, at last the most that are allowed."""
+    found, most = [config.auto_seeds.first], config.auto_seeds.at_most
+    while found[-1] * 2 < most:
+        found.append(found[-1] * 2)
+    return found if found[-1] == most else [*found, most]
+
+
+def _under(config: Config, seeds: int) -> Config:
+    return replace(config, seeds=list(range(seeds)))
+
+
+def _pair(plan: StudyPlan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+    """The jobs of the subject and of its baseline."""
+    arms = plan.headline.jobs
+    subject = plan.config.subject or list(arms)[-1]
+    return arms[subject], arms[arms[subject][0].arm.baseline or plan.headline.baseline]
+
+
+def _reason(config: Config, pair: Sequence[Sequence[Replicate]]) -> str | None:
+    """Why more seeds would not change what is said; None: they may."""
+    name = (config.headline_metrics or USUAL_METRICS)[0]
+    ours, theirs = ([(it.records, it.metrics) for it in runs] for runs in pair)
+    if all(_lossy(it) for it in pair[0]) or all(_lossy(it) for it in pair[1]):
+        return "under each of them requests were lost, and more do not mend that"
+    if pair[0][0] is pair[1][0]:  # the subject is its own baseline: the figure itself
+        value = mean_metrics([metrics for _, metrics in ours])[name]
+        interval = intervals_of(ours, [name]).get(name)
+        if not isinstance(value, int | float) or interval is None:
+            return "its figure is not defined"
+        found = Ratio(float(value), interval.low, interval.high, interval.method, interval.n)
+        return _narrow(config, found)
+    ratio = compare(ours, theirs, names=[name]).get(name)
+    if ratio is None:
+        return "the ratio is not defined"
+    if ratio.method is Method.BAND:
+        return "the ratio is a band, which more seeds do not narrow"
+    if (reason := _narrow(config, ratio)) is not None:
+        return reason
+    decided = compare(ours, theirs, names=[name], level=DECIDED)[name]
+    if decided.low is not None and decided.high is not None and (decided.high < 1 or decided.low > 1):
+        return f"more would not change on which side of 1 the ratio lies, at the {DECIDED:.1%} level"
+    return None
+
+
+def _narrow(config: Config, found: Ratio) -> str | None:
+    if found.low is None or found.high is None or found.ratio is None:
+        return None
+    width = (found.high - found.low) / found.ratio if found.ratio else 0.0
+    if width > config.auto_seeds.relative_width:
+        return None
+    return f"the subject's interval is {width:.1%} of its figure wide, at most {config.auto_seeds.relative_width:.0%}"
+
+
+def _lossy(run: Replicate) -> bool:
+    return float((~run.records.completed).mean()) > MOST_LOST if len(run.records) else False
