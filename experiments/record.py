@@ -204,6 +204,8 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
     low, high = ratio["low"], ratio["high"]
     if ratio["ratio"] is None:
         return "-" if low is None else f"{low:.2f} to {high:.2f}"
+    if ratio.get("method") == Method.EXACT:
+        return f"{ratio['ratio']:.2f}"
     return f"{ratio['ratio']:.2f} [–]" if low is None else f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 

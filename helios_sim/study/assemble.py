@@ -11,7 +11,7 @@ import numpy as np
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, fault_figures, waits
 from helios_sim.report.compare import Ratio, compare, intervals_of
-from helios_sim.report.intervals import Interval
+from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
@@ -253,6 +253,8 @@ def _published(c: PublishedConfig, plan: StudyPlan, compared: _Compared, inputs:
     ours = low = high = None
     if ratio is not None:
         ours, low, high = ratio.ratio, ratio.low, ratio.high
+        if ratio.method is Method.EXACT:
+            low = high = ours
     return Published(
         what=c.what,
         published=c.published,

@@ -12,7 +12,7 @@ from helios_sim.report.cautions import MOST_LOST, completed, lost_share, reserva
 from helios_sim.report.compare import Ratio, compare
 from helios_sim.report.designs import cost, on_front
 from helios_sim.report.format import NO_INTERVAL, metric_with_interval
-from helios_sim.report.intervals import ratio_bounds
+from helios_sim.report.intervals import Method, ratio_bounds
 from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, headline_metrics, scope_in_words
@@ -71,7 +71,9 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
     requests = min(completed(result.arms[arm]) for arm in (subject, over))
     if requests < FEWEST_REQUESTS:
         return f"Too few requests for a verdict: over {requests}, {subject} has {compared}."
-    if ratio.low is None or ratio.high is None:
+    if ratio.method is Method.EXACT:
+        compared += ", exactly"
+    elif ratio.low is None or ratio.high is None:
         compared += f" (no interval {scope_in_words(result.seeds)})"
     else:
         compared += f" (95 % interval {scope_in_words(result.seeds)}: {ratio.low:.2f} to {ratio.high:.2f})"
