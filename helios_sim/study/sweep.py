@@ -16,7 +16,7 @@ from helios_sim.errors import UserError
 from helios_sim.files import json_value
 from helios_sim.report.compare import interval_of, intervals_of
 from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
-from helios_sim.report.format import metric as shown
+from helios_sim.report.format import metric_with_interval
 from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import RecordLog, Records
@@ -283,10 +283,15 @@ def _end(name: str, objectives: Sequence[str], front: Sequence[Design]) -> str:
 
     best = min(front, key=price)
     assert best.metrics is not None
-    rest = [f"{DEFINITIONS[n].label} {shown(n, best.metrics[n])}" for n in objectives if n != name]
+    rest = [f"{DEFINITIONS[n].label} {_figure(best, n)}" for n in objectives if n != name]
     most = "Highest" if DEFINITIONS[name].better is Better.HIGHER else "Lowest"
-    said = f"{most} {DEFINITIONS[name].label}: {in_words(best)} with {shown(name, best.metrics[name])}"
+    said = f"{most} {DEFINITIONS[name].label}: {in_words(best)} with {_figure(best, name)}"
     return f"{said}; {', '.join(rest)}." if rest else f"{said}."
+
+
+def _figure(design: Design, name: str) -> str:
+    assert design.metrics is not None
+    return metric_with_interval(name, design.metrics[name], design.intervals.get(name))
 
 
 def _against(arm: str, reference: Design, better: int, total: int) -> str:
