@@ -44,7 +44,7 @@ def test_other_settings_are_other_results_and_both_are_kept(command: CommandLine
     rewritten(command.folder / "out", "provenance.json", '"n_requests": 12', '"n_requests": 11')
     said = command("repro", "out")
     assert said.status == 2
-    assert "requests.parquet: 24 rows of 23 columns before, 22 rows of 23 columns now" in said.out
+    assert "requests.parquet: 24 rows of 28 columns before, 22 rows of 28 columns now" in said.out
     last = said.out.splitlines()[-1]
     assert last.startswith("NOT the same: out and what it gives here, ")
     assert (Path(last.rpartition(", ")[2]) / "summary.json").is_file()
