@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache
@@ -38,6 +39,28 @@ def arrivals(kind: str, **others: Any) -> dict[str, Any]:
     return {"workload.arrivals.kind": kind, **{f"workload.arrivals.{key}": value for key, value in others.items()}}
 
 
+def turns() -> dict[str, Case]:
+    """Of sessions of two users, with the lengths of drawn texts."""
+    path, users = "workload.sessions.turns", {"workload.sessions.users": 2}
+    fixed = users | {f"{path}.value": 3}
+    drawn = users | {f"{path}.kind": "lognormal", f"{path}.sigma": 0.5, f"{path}.mean": 4.0}
+    median = users | {f"{path}.kind": "lognormal", f"{path}.sigma": 0.5, f"{path}.median": 4.0}
+    percentiles = users | {f"{path}.kind": "lognormal", f"{path}.p50": 3.0, f"{path}.p95": 8.0}
+    return {
+        f"{path}.kind": Case("exponential", fixed | {f"{path}.mean": 6.0}),
+        f"{path}.value": Case(5, fixed),
+        f"{path}.mean": Case(7.0, drawn),
+        f"{path}.sigma": Case(0.1, drawn),
+        f"{path}.median": Case(7.0, median),
+        f"{path}.p50": Case(6.0, percentiles),
+        f"{path}.p95": Case(20.0, percentiles),
+        f"{path}.minimum": Case(6, drawn),
+        f"{path}.maximum": Case(2, drawn),
+        "workload.sessions.users": Case(2, {f"{path}.value": 3}),
+        "workload.sessions.max_tokens": Case(900, fixed),
+    }
+
+
 def lengths(of: str) -> dict[str, Case]:
     path = f"workload.lengths.{of}"
     fixed = {f"{path}.kind": "fixed", f"{path}.value": 50}
@@ -62,6 +85,7 @@ LINEAR = DRIFT | {"workload.mix.drift": "linear", "workload.mix.start": 0.2, "wo
 PERIODIC = DRIFT | {"workload.mix.drift": "periodic", "workload.mix.period": 0.5}
 TRACE = {"workload.lengths.kind": "trace", "workload.lengths.trace": "TRACE", "workload.n_requests": 20}
 TRACED = {**arrivals("trace", trace="TRACE"), **TRACE}
+SHARED = {"server.enable_prefix_caching": True}
 BY_TASK = {"server.router": "by_task", "cluster.kinds": {"a": {}, "b": {"server": {"max_running_requests": 1}}}}
 HALVES = {"sharegpt": "a", "cnn_dailymail": "a", "gsm8k": "b", "codexglue": "b", "hellaswag": "b"}
 WAITS = {"server.batch_wait_iterations": 3, "server.batch_wait_tokens": 9000, "workload.arrivals.rate_per_s": 400.0}
@@ -106,6 +130,9 @@ CASES: dict[str, Case] = {
     "workload.lengths.kind": Case("trace", {"workload.lengths.trace": "TRACE", "workload.n_requests": 20}),
     **lengths("prompt"),
     **lengths("output"),
+    **turns(),
+    "workload.system_prompts": Case({"gsm8k": 100}),
+    "workload.lengths.id_tokens": Case(64, {**TRACE, "workload.lengths.trace": "TEXTS", **SHARED}),
     "workload.lengths.trace": Case("OTHER", TRACE),
     "workload.lengths.resample": Case(True, TRACE),
     "workload.mix.tasks": Case({"gsm8k": 3.0}),
@@ -121,6 +148,7 @@ CASES: dict[str, Case] = {
     "server.max_batch_tokens": Case(256),
     "server.memory_utilisation": Case(0.8),
     "server.block_tokens": Case(32),
+    "server.enable_prefix_caching": Case(True, {"workload.system_prompts": {"gsm8k": 100}}),
     "server.replicas": Case(2),
     "server.schedule_ahead": Case(1),
     "server.tensor_parallel": Case(2),
@@ -178,7 +206,10 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         rows = "".join(f"{n * step:.2f},{100 + n * 3},{20 + n + len(found)}\n" for n in range(30))
         (folder / f"{name}.csv").write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n{rows}")
         found[name] = str(folder / f"{name}.csv")
-    return found
+    one = {"output_length": 20, "hash_ids": [0]}
+    rows = [{"timestamp": 110 * n, "input_length": 100 + n * 3, **one} for n in range(30)]
+    (folder / "TEXTS.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return found | {"TEXTS": str(folder / "TEXTS.jsonl")}
 
 
 def made(case: Case, traces: Mapping[str, str]) -> Config:

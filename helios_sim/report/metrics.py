@@ -107,6 +107,10 @@ _OTHERS = (
     ("busy_fraction", "Busy", "share", "neither", "share of the span in which an iteration runs, per replica"),
     ("roofline_fraction", "Of roofline", "share", "higher", "time at the card's ceilings / time taken"),
     ("outside_grid_fraction", "Extrapolated", "share", "lower", "iterations priced outside the profile's tables"),
+    ("prefix_cache_queries", "Prefix queries", "", "neither", "prompt tokens looked for in the prefix cache (vLLM's)"),
+    ("prefix_cache_hits", "Prefix hits", "", "higher", "prompt tokens found there, without what preempted ones refind"),
+    ("prefix_cache_hit_rate", "Prefix hit rate", "share", "higher", "prefix hits / prefix queries"),
+    ("prefill_tokens_saved", "Prefill saved", "", "higher", "tokens that were found and not computed, all together"),
     ("preemptions", "Preemptions", "", "lower", "requests put back because the KV pool was full"),
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
@@ -126,6 +130,7 @@ DEFINITIONS: dict[str, Definition] = {
     )
 }
 
+OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 # Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
 COUNTS = (
@@ -267,6 +272,7 @@ def compute_metrics(
     metrics["busy_fraction"] = _over(stats.busy_ns / NS_PER_S, None if span_s is None else span_s * replicas)
     metrics["roofline_fraction"] = _over(stats.floor_ns, stats.busy_ns)
     metrics["outside_grid_fraction"] = _over(stats.outside_grid_iterations, stats.iterations)
+    metrics |= _of_prefixes(stats)
     metrics["preemptions"] = stats.preemptions
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
@@ -274,6 +280,14 @@ def compute_metrics(
     metrics |= _of_faults(records, faults, replicas)
     metrics["span_s"] = span_s
     return metrics
+
+
+def _of_prefixes(stats: RunStats) -> dict[str, MetricValue]:
+    """Null without prefix caching."""
+    if not stats.prefix_caching:
+        return dict.fromkeys(OF_PREFIXES)
+    queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+    return dict(zip(OF_PREFIXES, (_over(hits, queries), queries, hits, hits + stats.prefix_cache_refound), strict=True))
 
 
 def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: int) -> dict[str, MetricValue]:

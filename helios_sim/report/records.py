@@ -169,15 +169,17 @@ class Records:
             return None
         return int(self.arrival_ns.min()), int(self.last_token_ns.values[done].max())
 
-    def tables(self, arm: str, seed: int, tasks: Sequence[str] = ()) -> Iterator[pyarrow.Table]:
+    def tables(
+        self, arm: str, seed: int, tasks: Sequence[str] = (), cached: bool = False
+    ) -> Iterator[pyarrow.Table]:  # fmt: skip
         """The tables of `to_table` for parts of at most BLOCK_ROWS rows."""
         for first in range(0, max(len(self), 1), BLOCK_ROWS):
-            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks)
+            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks, cached)
 
-    def to_table(self, arm: str, seed: int, tasks: Sequence[str] = ()) -> pyarrow.Table:
+    def to_table(self, arm: str, seed: int, tasks: Sequence[str] = (), cached: bool = False) -> pyarrow.Table:
         """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
         known, plus `arm` and `seed`; then what follows from them (`DERIVED`), in seconds, of completed requests, and
-        the task's name where `tasks` has one for each number."""
+        the task's name where `tasks` has one for each number, and `cached_tokens` where they are asked for."""
         import pyarrow as pa
 
         n, done = len(self), self.completed
@@ -198,6 +200,8 @@ class Records:
             if present is not None:
                 known[done] = present
             columns[name] = numbers(values, known)
+        if cached:
+            columns["cached_tokens"] = numbers(self.cached_tokens.values, self.cached_tokens.present)
         if tasks:
             columns["task_name"] = _texts(Labels(self.task.astype(np.int16), tuple(tasks)))
         return pa.table(columns)

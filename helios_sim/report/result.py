@@ -18,7 +18,7 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weake
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, Metrics, Slo, mean_metrics
+from helios_sim.report.metrics import OF_COST, OF_PREFIXES, Metrics, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
@@ -369,9 +369,10 @@ class ExperimentResult:
 
     def request_tables(self) -> Iterator[pyarrow.Table]:
         """The rows of requests.parquet, one for each request, arm and seed, in parts."""
-        for arm in self.arms.values():
-            for replicate in arm.replicates:
-                yield from replicate.records.tables(arm.name, replicate.seed, self.workload.tasks)
+        replicates = [(arm.name, replicate) for arm in self.arms.values() for replicate in arm.replicates]
+        cached = any(replicate.records.cached_tokens.present.any() for _, replicate in replicates)
+        for name, replicate in replicates:
+            yield from replicate.records.tables(name, replicate.seed, self.workload.tasks, cached)
 
     def requests(self) -> Any:
         """The same as a data frame of pandas or, where only that is installed, of polars.
@@ -409,12 +410,12 @@ class ExperimentResult:
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first.
 
-    Costs follow where they were asked for.
+    Costs and the hit rate of prefix caching follow where they were asked for.
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    costs = (name for name in OF_COST if name not in names and any(run.get(name) is not None for run in runs))
-    return (*names, *costs)
+    new = (name for name in (OF_PREFIXES[0], *OF_COST) if name not in names)
+    return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 
 
 def scope(seeds: int) -> Method:

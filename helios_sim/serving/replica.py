@@ -63,7 +63,7 @@ class Replica:
         self.on_block: Callable[[RecordBlock], None] | None = None  # gets records in its place, many at once
         self.storage = storage
         self.models = tuple(situation.candidates)
-        self.stats = RunStats(block_tokens=situation.memory.block_tokens)
+        self.stats = RunStats(block_tokens=situation.memory.block_tokens, prefix_caching=int(situation.shares))
         self.timeline = Timeline()
         self.recent = Recent()
         self.observations: list[Observation] = []  # new since the policy was last asked

@@ -55,7 +55,8 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
 
     UserError where a setting is missing, unknown or out of range, or a file cannot be read.
     """
-    workload = build_workload(config.workload)
+    shares = config.server.enable_prefix_caching
+    workload = build_workload(config.workload, shares=shares)
     profiles = {name: build_profile(config, name) for name in config.models}
     models, candidates = {}, {}
     for name, profile in profiles.items():
@@ -67,7 +68,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
         candidates[name] = Candidate(profile, offline)
     served = next(iter(models.values())).profile.model
-    workload = build_workload(config.workload, served.chars_per_token)
+    workload = build_workload(config.workload, served.chars_per_token, shares)
     card = next(iter(profiles.values())).hardware
     situation = Situation(
         candidates=candidates,
@@ -86,7 +87,8 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         whole_prompts=config.server.scheduler in ("vllm_v0", "trtllm"),
         wait_iterations=config.server.batch_wait_iterations,
         wait_tokens=config.server.batch_wait_tokens,
-        shares=config.server.enable_prefix_caching,
+        shares=shares,
+        prefixes=workload.prefixes if shares else None,
     )
     if config.server.order == "priority" and not workload.has_priorities:
         raise UserError(

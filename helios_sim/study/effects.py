@@ -39,13 +39,16 @@ def _drift(*kinds: str) -> tuple[_Counts, str]:
 
 def _length(of: str, counts: Callable[[LengthConfig], bool], text: str) -> tuple[_Counts, str]:
     def holds(c: Config) -> bool:
+        if of == "turns":
+            return c.workload.sessions.users is not None and counts(c.workload.sessions.turns)
         return c.workload.lengths.kind == "drawn" and counts(getattr(c.workload.lengths, of))
 
-    return holds, f"only with workload.lengths.kind=drawn and {text}"
+    where = "workload.sessions.users" if of == "turns" else "workload.lengths.kind=drawn"
+    return holds, f"only with {where} and {text}"
 
 
 def _lengths(of: str) -> dict[str, tuple[_Counts, str]]:
-    path = f"workload.lengths.{of}"
+    path = f"workload.sessions.{of}" if of == "turns" else f"workload.lengths.{of}"
     by_percentiles = "a lognormal without p50"
     return {
         f"{path}.kind": _length(of, lambda c: True, "nothing else"),
@@ -107,7 +110,15 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "workload.arrivals.time_unit": _arrivals("trace"),
     **_lengths("prompt"),
     **_lengths("output"),
+    **_lengths("turns"),
     "workload.lengths.trace": (lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace"),
+    "workload.lengths.id_tokens": (
+        lambda c: c.workload.lengths.kind == "trace" and c.server.enable_prefix_caching,
+        "only with workload.lengths.kind=trace and server.enable_prefix_caching=true",
+    ),
+    "workload.sessions.max_tokens": (
+        lambda c: c.workload.sessions.users is not None, "only with workload.sessions.users",
+    ),
     "workload.lengths.resample": (
         lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace",
     ),

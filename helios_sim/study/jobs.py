@@ -125,7 +125,7 @@ def run_job(job: Job) -> JobResult:
         capacity_bytes=fleet.kinds[0].card.hbm_bytes,
         inputs=inputs_of(fleet) | ({} if live is None else live.inputs()),
         assumptions=assumptions_of(config, fleet),
-        notices=notices_of(fleet.parts.workload) + (() if live is None else live.notices()),
+        notices=notices_of(fleet.parts.workload, job.config) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
@@ -236,9 +236,15 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
     return found
 
 
-def notices_of(workload: Workload) -> tuple[str, ...]:
+def notices_of(workload: Workload, config: Config) -> tuple[str, ...]:
     recorded = [p for p in (workload.arrivals, workload.lengths) if isinstance(p, TraceArrivals | TraceLengths)]
-    return tuple(dict.fromkeys(notice for part in recorded for notice in part.trace.notices))
+    notices = [notice for part in recorded for notice in part.trace.notices]
+    if config.server.enable_prefix_caching and workload.prefixes is None and workload.sessions is None:
+        notices.append(
+            "server.enable_prefix_caching finds only what preempted requests lost, since no two prompts begin alike: "
+            "set workload.system_prompts or workload.sessions.users, or take a trace with hash_ids"
+        )
+    return tuple(dict.fromkeys(notices))
 
 
 def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:

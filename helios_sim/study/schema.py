@@ -68,6 +68,20 @@ class LengthsConfig:
     output: LengthConfig = field(default_factory=LengthConfig)
     trace: str | None = None  # trace: a file, here or in the folder of shared data
     resample: bool = False  # trace: rows drawn with replacement; false: in the file's order
+    id_tokens: int = 512  # trace: tokens of each of its hash_ids, which say what prompts share; 512 in Mooncake's
+
+    def __post_init__(self) -> None:
+        fits = 1 <= self.id_tokens < 2**31
+        require(fits, "workload.lengths.id_tokens", self.id_tokens, "from 1 to 2^31 - 1")
+
+
+@dataclass
+class SessionsConfig:
+    """Users who take turns, request after request; each prompt is all that was said before and a new text."""
+
+    users: int | None = None  # null: no sessions, each request is alone
+    turns: LengthConfig = field(default_factory=LengthConfig)  # of a session, then its user begins another
+    max_tokens: int | None = None  # a session ends before it would have more; null: no limit
 
 
 @dataclass
@@ -154,6 +168,9 @@ class WorkloadConfig:
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    # By task: the length of a text that all of its prompts begin with, before what is drawn
+    system_prompts: dict[str, int] = field(default_factory=dict)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
 

@@ -12,11 +12,11 @@ import yaml
 from numpy.typing import NDArray
 
 from helios_sim.engine.simulated import ModelData
-from helios_sim.errors import UserError, require_one_of
+from helios_sim.errors import UserError, require, require_one_of
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.help import conf_folder
 from helios_sim.policy.telemetry import ExpectedLoad
-from helios_sim.request import NS_PER_S, Request
+from helios_sim.request import LONGEST, NS_PER_S, Request
 from helios_sim.study.schema import (
     ArrivalsConfig,
     FaultsConfig,
@@ -24,6 +24,7 @@ from helios_sim.study.schema import (
     LengthConfig,
     LengthsConfig,
     MixConfig,
+    SessionsConfig,
     SlowCardConfig,
     WorkloadConfig,
 )
@@ -56,6 +57,7 @@ from helios_sim.workload import (
     read_trace,
 )
 from helios_sim.workload.faults import FaultKind, FaultPlan, FaultSpec
+from helios_sim.workload.prefixes import Sessions
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
@@ -117,16 +119,37 @@ def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
 OF_THE_MODEL = "model"  # a workload's chars_per_token: lengths are in tokens of the model that is served
 
 
-def build_workload(config: WorkloadConfig, of_model: float = 4.0) -> Workload:
-    """The workload, with `of_model` characters per token where lengths are in tokens of the model served."""
+def build_workload(config: WorkloadConfig, of_model: float = 4.0, shares: bool = False) -> Workload:
+    """The workload, with `of_model` characters per token where lengths are in tokens of the model served.
+
+    `shares`: what a trace says of the texts of its prompts is read too.
+    """
     chars = config.chars_per_token
     if isinstance(chars, str | bool) and chars != OF_THE_MODEL:
         raise UserError("workload.chars_per_token", chars, "a number, null or model", "English text has about 4")
     per_token = of_model if chars == OF_THE_MODEL else None if chars is None else float(chars)
+    arrivals = _arrivals(config.arrivals, shares and config.arrivals.trace == config.lengths.trace)
+    lengths = _lengths(config.lengths, config.arrivals.time_unit, shares)
     return Workload(
-        _arrivals(config.arrivals), _lengths(config.lengths, config.arrivals.time_unit), _mix(config.mix),
-        config.n_requests, per_token,
+        arrivals, lengths, _mix(config.mix), config.n_requests, per_token, _system_prompts(config),
+        _sessions(config.sessions), config.lengths.id_tokens,
     )  # fmt: skip
+
+
+def _system_prompts(config: WorkloadConfig) -> tuple[int, ...] | None:
+    tasks, lengths = task_names(config.mix), config.system_prompts
+    for task, length in lengths.items():
+        if task not in tasks:
+            allowed = f"tasks of the mix: {', '.join(tasks)}"
+            raise UserError("workload.system_prompts", task, allowed, "name one of them")
+        require(0 < length <= LONGEST, f"workload.system_prompts.{task}", length, f"from 1 to {LONGEST}")
+    return tuple(lengths.get(task, 0) for task in tasks) if lengths else None
+
+
+def _sessions(c: SessionsConfig) -> Sessions | None:
+    if c.users is None:
+        return None
+    return Sessions(c.users, _length("workload.sessions.turns", c.turns), c.max_tokens)
 
 
 def _given(key: str, value: _Value | None, why: str) -> _Value:
@@ -139,7 +162,7 @@ def _unknown(key: str, value: str, kinds: str) -> UserError:
     return UserError(key, value, f"one of {kinds}", f"set {key} to one of these")
 
 
-def _arrivals(c: ArrivalsConfig) -> Arrivals:
+def _arrivals(c: ArrivalsConfig, texts: bool) -> Arrivals:
     def rate() -> float:
         return _given("workload.arrivals.rate_per_s", c.rate_per_s, f"{c.kind} arrivals")
 
@@ -155,25 +178,25 @@ def _arrivals(c: ArrivalsConfig) -> Arrivals:
         case "closed_loop":
             return ClosedLoop(_given("workload.arrivals.users", c.users, "a closed loop"))
         case "trace":
-            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace, c.time_unit), c.rate_scale)
+            return TraceArrivals(_recorded("workload.arrivals.trace", c.trace, c.time_unit, texts), c.rate_scale)
     raise _unknown("workload.arrivals.kind", c.kind, "poisson, gamma, constant, all_at_once, closed_loop, trace")
 
 
-def _recorded(key: str, path: str | None, unit: str | None) -> RequestTrace:
+def _recorded(key: str, path: str | None, unit: str | None, texts: bool = False) -> RequestTrace:
     try:
-        return read_trace(_given(key, path, "a trace"), time_unit=unit)
+        return read_trace(_given(key, path, "a trace"), time_unit=unit, texts=texts)
     except TraceFileError as error:
         raise error.about(key) from error
 
 
-def _lengths(c: LengthsConfig, unit: str | None) -> Lengths:
+def _lengths(c: LengthsConfig, unit: str | None, texts: bool) -> Lengths:
     match c.kind:
         case "drawn":
             return DrawnLengths(
                 _length("workload.lengths.prompt", c.prompt), _length("workload.lengths.output", c.output)
             )
         case "trace":
-            return TraceLengths(_recorded("workload.lengths.trace", c.trace, unit), c.resample)
+            return TraceLengths(_recorded("workload.lengths.trace", c.trace, unit, texts), c.resample)
     raise _unknown("workload.lengths.kind", c.kind, "drawn, trace")
 
 
@@ -268,7 +291,9 @@ def statement(config: WorkloadConfig) -> str:
             given = yaml.safe_load(text)
             given = given.get("workload", given)
             named = ["lengths", "mix", *(["arrivals"] if "arrival" in config.statement else [])]
-            if not all(_as_given(getattr(config, name), given.get(name, {})) for name in named):
+            alike = all(_as_given(getattr(config, name), given.get(name, {})) for name in named)
+            alike = alike and dict(config.system_prompts) == given.get("system_prompts", {})
+            if not alike or config.sessions.users != given.get("sessions", {}).get("users"):
                 return _in_words(config)
     return config.statement or _in_words(config)
 
@@ -290,4 +315,6 @@ def _in_words(config: WorkloadConfig) -> str:
     arrivals = f"arrivals of {config.arrivals.trace}" if config.arrivals.kind == "trace" else (
         f"arrivals: {config.arrivals.kind.replace('_', ' ')}"
     )
-    return f"{of_trace if lengths.kind == 'trace' else drawn}; {arrivals}; tasks: {tasks}."
+    system = f"; system prompts of {', '.join(config.system_prompts)}" if config.system_prompts else ""
+    sessions = f"; sessions of {config.sessions.users} users" if config.sessions.users is not None else ""
+    return f"{of_trace if lengths.kind == 'trace' else drawn}{system}{sessions}; {arrivals}; tasks: {tasks}."

@@ -74,10 +74,8 @@ _SUFFIXES = {
     CellFormat.NANOSECONDS: ("ns", "nanos", "nanoseconds"),
 }  # fmt: skip
 _OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "session_id", "user", "user_id", "pd_ratio"}
-_EFFECTS = {
-    "hash_ids": "prefixes that requests share are computed anew for each",
-    "block_hash_ids": "prefixes that requests share are computed anew for each",
-}
+HASH_IDS = ("hash_ids", "block_hash_ids")
+_EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each")
 _EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
 MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
 

@@ -20,6 +20,8 @@ from helios_sim.request import NS_PER_S, RequestBlock, token_counts
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, TraceArrivals
 from helios_sim.workload.lengths import Lengths, TraceLengths
 from helios_sim.workload.mix import Per, TaskMix
+from helios_sim.workload.prefixes import Sessions, SharedPrefixes
+from helios_sim.workload.traces import PromptTexts
 
 BLOCK_REQUESTS = 4096
 TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take it modulo their length
@@ -39,8 +41,15 @@ class Workload:
     mix: TaskMix
     n_requests: int | None = None
     chars_per_token: float | None = 4.0
+    system_prompts: tuple[int, ...] | None = None  # lengths of what all prompts of each task begin with
+    sessions: Sessions | None = None
+    id_tokens: int = 512  # of each of a trace's hash_ids
 
     def __post_init__(self) -> None:
+        if self.texts is not None and (self.sessions is not None or self.system_prompts is not None):
+            key = "sessions" if self.sessions is not None else "system_prompts"
+            allowed = "left out where the trace says by its hash_ids what prompts share"
+            raise UserError(f"workload.{key}", "set", allowed, "leave one out, or take another trace")
         if self.n_requests is not None:
             require_count("workload.n_requests", self.n_requests, "ask for at least one request")
         self._check_traces()
@@ -65,6 +74,23 @@ class Workload:
         """The priority of each request, where the trace that gives the lengths says it in its own order."""
         lengths = self.lengths
         return lengths.trace.priority if isinstance(lengths, TraceLengths) and not lengths.resample else None
+
+    @property
+    def texts(self) -> PromptTexts | None:
+        """What the trace that gives the lengths says of the texts of its prompts."""
+        return self.lengths.trace.texts if isinstance(self.lengths, TraceLengths) else None
+
+    @property
+    def prefixes(self) -> SharedPrefixes | None:
+        """What prompts begin with, by the rows that requests name; None: nothing that is known."""
+        if isinstance(self.lengths, TraceLengths) and self.chars_per_token is not None:
+            found = SharedPrefixes.of_trace(self.lengths.trace, self.id_tokens, self.chars_per_token)
+            if found is not None:
+                return found
+        if self.system_prompts is None:
+            return None
+        chars = _chars(np.array(self.system_prompts, np.int64), self.chars_per_token).tolist()
+        return SharedPrefixes.of([[(task, n)] if n else [] for task, n in enumerate(chars)])
 
     @property
     def has_priorities(self) -> bool:
@@ -133,15 +159,23 @@ def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[Requ
     arrivals = workload.arrivals.sampler(stream("workload.arrivals"))
     lengths = workload.lengths.sampler(stream("workload.prompt_lengths"), stream("workload.output_lengths"))
     task_rng, text_rng = stream("workload.tasks"), stream("workload.text")
+    sessions = None if workload.sessions is None else workload.sessions.sampler(stream("workload.sessions"))
     total = workload.requests
     for first in range(0, total, block_requests):
         n = min(block_requests, total - first)
         index = np.arange(first, first + n, dtype=np.int64)
         arrival_ns = arrivals(first, n)
-        prompt, output = lengths(first, n)
+        prompt, output, rows = lengths(first, n)
         position = index / total if workload.mix.per is Per.REQUESTS else arrival_ns / NS_PER_S
         task = workload.mix.pick(task_rng.random(n), position)
         recorded = workload.recorded_priority
+        shared = stream_of = None
+        if workload.texts is not None:
+            shared = rows
+        if sessions is not None:
+            prompt, stream_of = sessions(first, prompt, output)
+        if workload.system_prompts is not None:
+            prompt, shared = prompt + np.array(workload.system_prompts, np.int64)[task], task
         yield RequestBlock(
             request_id=index,
             arrival_ns=arrival_ns,
@@ -150,6 +184,8 @@ def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[Requ
             task=task,
             text_start=text_rng.integers(0, TEXT_POSITIONS, n, dtype=np.int64),
             priority=workload.mix.priority(task) if recorded is None else recorded[first : first + n],
+            shared=shared,
+            stream=stream_of,
         )
 
 

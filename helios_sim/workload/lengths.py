@@ -21,8 +21,9 @@ from helios_sim.workload.traces import RequestTrace
 LengthSampler = Callable[[int], NDArray[np.int64]]
 """Number of requests -> their lengths, shape (number,)."""
 
-PairSampler = Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""(index of the first request, number of requests) -> lengths of prompts and of answers, shape (number,) each."""
+PairSampler = Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]]
+"""(index of the first request, number of requests) -> lengths of prompts and of answers, shape (number,) each, and the
+rows of a trace that they are of."""
 
 _Z95 = NormalDist().inv_cdf(0.95)
 
@@ -120,7 +121,7 @@ class DrawnLengths:
 
     def sampler(self, prompt_rng: Generator, output_rng: Generator) -> PairSampler:
         prompt, output = self.prompt.sampler(prompt_rng), self.output.sampler(output_rng)
-        return lambda first, n: (prompt(n), output(n))
+        return lambda first, n: (prompt(n), output(n), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +134,18 @@ class TraceLengths:
     def sampler(self, prompt_rng: Generator, output_rng: Generator) -> PairSampler:
         prompts, outputs = self.trace.prompt_tokens, self.trace.output_tokens
         if not self.resample:
-            return lambda first, n: (prompts[first : first + n], outputs[first : first + n])
 
-        def sample(first: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            def in_order(first: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+                rows = np.arange(first, first + n, dtype=np.int64)
+                return prompts[first : first + n], outputs[first : first + n], rows
+
+            return in_order
+
+        def sample(first: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
             # One uniform per request in place of bounded integers, which may take a varying number of draws: request
             # i then sees the same quantile of the rows whatever the trace.
             rows = (prompt_rng.random(n) * len(prompts)).astype(np.int64)
-            return prompts[rows], outputs[rows]
+            return prompts[rows], outputs[rows], rows
 
         return sample
 

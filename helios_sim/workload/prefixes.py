@@ -1,13 +1,20 @@
-"""What prompts have in common: the texts that they begin with."""
+"""What prompts have in common: the texts that they begin with, and sessions whose context grows from turn to turn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 
 from helios_sim.core.layout import IntArray
+from helios_sim.errors import require_count
+from helios_sim.workload.lengths import Length
+from helios_sim.workload.traces import RequestTrace
+
+SessionSampler = Callable[[int, IntArray, IntArray], tuple[IntArray, IntArray]]
+"""Index of the first request, lengths of n new texts and of their answers -> whole prompts, sessions' numbers, (n,)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,3 +36,51 @@ class SharedPrefixes:
         ids = np.array([text for row in rows for text, _ in row], np.int64)
         ends = np.array([end for row in rows for end in np.cumsum([chars for _, chars in row])], np.int64)
         return cls(starts, ids, ends)
+
+    @classmethod
+    def of_trace(cls, trace: RequestTrace, id_tokens: int, chars_per_token: float) -> SharedPrefixes | None:
+        """The ids of each row of a trace, each so many tokens of a prompt; None where it has none."""
+        texts = trace.texts
+        if texts is None:
+            return None
+        counts = np.diff(texts.starts)
+        place = np.arange(len(texts.ids)) - np.repeat(texts.starts[:-1], counts)
+        ends = np.minimum((place + 1) * id_tokens, np.repeat(trace.prompt_tokens, counts))
+        return cls(texts.starts, texts.ids, np.rint(ends * chars_per_token).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """So many users take turns, request after request: each prompt is all that was said before and a new text.
+
+    A session ends after its turns, or before it would have more than `longest` tokens; then its user begins another.
+    """
+
+    users: int
+    turns: Length
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("workload.sessions.users", self.users, "give at least one user")
+        if self.longest is not None:
+            require_count("workload.sessions.max_tokens", self.longest, "null for no limit")
+
+    def sampler(self, rng: Generator) -> SessionSampler:
+        draw = self.turns.sampler(rng)
+        left, said, number = [0] * self.users, [0] * self.users, [0] * self.users
+        begun = 0
+
+        def sample(first: int, texts: IntArray, answers: IntArray) -> tuple[IntArray, IntArray]:
+            nonlocal begun
+            prompts, sessions = np.empty_like(texts), np.empty_like(texts)
+            for i, (text, answer) in enumerate(zip(texts.tolist(), answers.tolist(), strict=True)):
+                user = (first + i) % self.users
+                if not left[user] or (self.longest is not None and said[user] + text + answer > self.longest):
+                    left[user], said[user], number[user] = int(draw(1)[0]), 0, begun
+                    begun += 1
+                prompts[i], sessions[i] = said[user] + text, number[user]
+                said[user] += text + answer
+                left[user] -= 1
+            return prompts, sessions
+
+        return sample

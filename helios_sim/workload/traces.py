@@ -26,6 +26,7 @@ from helios_sim.shared_data import VARIABLE, shared_data_folder
 from helios_sim.untrusted import MIB, in_short, parse_json, read_text, reading, shortened
 from helios_sim.workload.columns import (
     ALLOWED,
+    HASH_IDS,
     NS_PER,
     CellFormat,
     Role,
@@ -35,6 +36,7 @@ from helios_sim.workload.columns import (
     is_good,
     known_names,
     not_read,
+    plain_name,
     with_unit,
 )
 
@@ -49,6 +51,14 @@ _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PromptTexts:
+    """The `hash_ids` of each prompt: equal ones are equal parts of texts, each of the same number of tokens."""
+
+    starts: NDArray[np.int64]  # (n + 1,) where the ids of each prompt begin
+    ids: NDArray[np.int64]  # from 0 on, numbered anew
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestTrace:
     """A recorded workload: columns of shape (n,), dtype int64, n >= 1, by arrival; lengths are at least 1 token."""
 
@@ -59,6 +69,7 @@ class RequestTrace:
     notices: tuple[str, ...] = ()  # what the reader changed or did not read, for the report
     priority: NDArray[np.int64] | None = None  # the lowest is served first; None: the file has no such column
     no_arrivals: str = "this one has lengths only"  # why there are no arrivals
+    texts: PromptTexts | None = None  # of which texts the prompts are made; None: not read, or the file does not say
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -85,28 +96,32 @@ class _File:
         return io.TextIOWrapper(io.BytesIO(self.content), encoding="utf-8", newline="")
 
 
-def read_trace(path: str | Path, limit: int | None = None, time_unit: str | None = None) -> RequestTrace:
+def read_trace(
+    path: str | Path, limit: int | None = None, time_unit: str | None = None, texts: bool = False
+) -> RequestTrace:
     """The requests of a trace, sorted by arrival, the first arrival at 0; at most the first `limit` of them.
 
     `.gz` is unpacked. A relative path that does not exist is looked for in the folder of shared data. `time_unit` (s,
-    ms, us, ns) is that of the arrivals, where the file does not say it. Raises UserError naming file, line, column and
-    the fix.
+    ms, us, ns) is that of the arrivals, where the file does not say it. With `texts` the column hash_ids is read.
+    Raises UserError naming file, line, column and the fix.
     """
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
     file = locate(path)
-    return _read(file, limit, time_unit, stamp(file))
+    return _read(file, limit, time_unit, stamp(file), texts)
 
 
 @lru_cache(maxsize=4)  # arrivals and lengths come from one file, and every arm and seed of a study reads it
-def _read(path: Path, limit: int | None, unit: str | None, written: Stamp) -> RequestTrace:
+def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts: bool = False) -> RequestTrace:
     """Cached as long as the file is not written again."""
     with reading("workload.trace", str(path), "cannot be read", _FIX, TraceFileError):
         file = _opened(path)
         names, first = _beginning(file)
         columns = tuple(with_unit(file.name, c, unit, first, names) for c in find_columns(file.name, names))
         try:
-            table = _table(file, columns)
+            wanted = names if texts and file.separator is None else ()
+            listed = next((name for name in wanted if plain_name(name) in HASH_IDS), None)
+            table = _table(file, columns, listed)
             numbers = {column.role: _numbers(table, column) for column in columns}
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
@@ -114,7 +129,9 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp) -> Re
             _refuse(path, file, columns, str(why))
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
-        return _trace(file.name, values, limit, doubts.get(Role.ARRIVAL), not_read(file.name, names, columns), names)
+        notices = not_read(file.name, [name for name in names if name != listed], columns)
+        ids = None if listed is None else table[listed].combine_chunks()
+        return _trace(file.name, values, limit, doubts.get(Role.ARRIVAL), notices, names, ids)
 
 
 def _opened(path: Path) -> _File:
@@ -154,7 +171,7 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
     return list(row), row
 
 
-def _table(file: _File, columns: tuple[TraceColumn, ...]) -> pa.Table:
+def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) -> pa.Table:
     import pyarrow as pa  # a tenth of a second, and only traces need it
     import pyarrow.csv
     import pyarrow.json
@@ -163,6 +180,8 @@ def _table(file: _File, columns: tuple[TraceColumn, ...]) -> pa.Table:
         kinds = {CellFormat.DATE: date, CellFormat.NANOSECONDS: pa.int64()}
         types = {column.name: kinds.get(column.format, pa.float64()) for column in columns}
         source = pa.BufferReader(file.content)
+        if listed is not None:
+            types[listed] = pa.list_(pa.int64())
         if file.separator is None:
             return pa.json.read_json(
                 source,
@@ -222,7 +241,7 @@ def _values(numbers: NDArray[Any], column: TraceColumn) -> NDArray[np.int64]:
 
 def _trace(
     source: str, values: dict[Role, NDArray[np.int64]], limit: int | None, in_doubt: str | None, notices: list[str],
-    names: Sequence[str],
+    names: Sequence[str], listed: pa.ListArray | None,
 ) -> RequestTrace:  # fmt: skip
     arrival_ns, prompt, output = values.get(Role.ARRIVAL), values[Role.PROMPT], values[Role.OUTPUT]
     priority, total, why = values.get(Role.PRIORITY), values.get(Role.TOTAL), ""
@@ -237,6 +256,7 @@ def _trace(
             order = np.argsort(arrival_ns, kind="stable")
             arrival_ns, prompt, output = arrival_ns[order], prompt[order], output[order]
             priority = None if priority is None else priority[order]
+            listed = None if listed is None else listed.take(order)
         arrival_ns = arrival_ns[:limit]
     else:
         shown = ", ".join(list(names)[:12])
@@ -249,7 +269,17 @@ def _trace(
     for column in (arrival_ns, prompt, output, priority):
         if column is not None:
             column.flags.writeable = False  # shared by every workload that uses the trace
-    return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices), priority, why)
+    texts = None if listed is None else _texts(source, listed[:limit])
+    return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices), priority, why, texts)
+
+
+def _texts(source: str, listed: pa.ListArray) -> PromptTexts:
+    if listed.null_count or listed.values.null_count:
+        raise UserError(f"{source}, column hash_ids", None, "a list of whole numbers in each line", _DROP)
+    starts = np.concatenate([[0], np.cumsum(np.from_dlpack(listed.value_lengths().cast("int64")))])
+    values = listed.flatten()
+    _, ids = np.unique(np.from_dlpack(values) if len(values) else np.zeros(0, np.int64), return_inverse=True)
+    return PromptTexts(starts, ids.astype(np.int64))
 
 
 def locate(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from digests.canonical import digest
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.report.faults import COUNTED
-from helios_sim.report.metrics import OF_COST
+from helios_sim.report.metrics import OF_COST, OF_PREFIXES
 from helios_sim.report.records import DERIVED
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.command import run_study
@@ -94,9 +94,12 @@ def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[st
     return found
 
 
+YOUNG = (*OF_COST, *OF_PREFIXES)
+
+
 def _defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Without those of faults and costs where there were none: they are younger than most of what is recorded."""
-    return {name: value for name, value in metrics.items() if value is not None or name not in (*COUNTED, *OF_COST)}
+    return {name: value for name, value in metrics.items() if value is not None or name not in (*COUNTED, *YOUNG)}
 
 
 def _without(arm: Mapping[str, Any], *names: str) -> str:
@@ -107,7 +110,7 @@ def _without_costs(value: Any) -> Any:
     """The value without metrics of costs that were not counted, as deep as they are."""
     if not isinstance(value, Mapping):
         return value
-    return {k: _without_costs(v) for k, v in value.items() if v is not None or k not in OF_COST}
+    return {k: _without_costs(v) for k, v in value.items() if v is not None or k not in YOUNG}
 
 
 def _settings(settings: Any) -> str:
