@@ -57,13 +57,15 @@ def verdict(
 
 def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | None) -> str:
     label, over = DEFINITIONS[name].label, result.baseline_of(subject)
-    if subject == over or ratio is None:
+    if subject == over:
         return f"{subject}: {label} {_figure(result, subject, name)}."
     lossy = [arm for arm in (subject, over) if lost_share(result.arms[arm]) > MOST_LOST]
     if lossy:
         shares = {arm: lost_share(result.arms[arm]) for arm in lossy}
         lost = " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in shares.items())
         return f"No verdict on {label}: {lost}, so {subject} and {over} did not do the same work."
+    if ratio is None:
+        return f"{subject}: {label} {_figure(result, subject, name)}."
     if ratio.ratio is None:
         band = f"{ratio.low:.2f} to {ratio.high:.2f}"
         return f"{subject} has {band} times the {label} of {over}: a band that is known, without sampling error."
