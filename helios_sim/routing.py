@@ -30,6 +30,7 @@ class Router(StrEnum):
     ROUND_ROBIN = "round_robin"  # one after the other
     LEAST_LOADED = "least_loaded"  # fewest requests in it; the first of equals
     POWER_OF_TWO = "power_of_two"  # of two drawn at random the one with fewer requests; the first drawn of equals
+    SESSION = "session"  # all turns of a session to one replica, sessions one after the other
     BY_TASK = "by_task"  # among those that are meant for the request's task: fewest requests, the first of equals
 
 
@@ -37,6 +38,7 @@ _NUMBERS = {
     Router.ROUND_ROBIN: route.ROUND_ROBIN,
     Router.LEAST_LOADED: route.LEAST_LOADED,
     Router.POWER_OF_TWO: route.POWER_OF_TWO,
+    Router.SESSION: route.ROUND_ROBIN,  # its replicas are known beforehand: the loop does not choose
     Router.BY_TASK: route.BY_TASK,
 }
 
@@ -51,7 +53,7 @@ class Routing:
         """Whether a request's replica is known before it arrives: it depends on no load."""
         if self.router is Router.BY_TASK:
             return all(len(home) == 1 for home in self.homes)
-        return replicas == 1 or self.router is Router.ROUND_ROBIN
+        return replicas == 1 or self.router in (Router.ROUND_ROBIN, Router.SESSION)
 
     def fixed_choice(
         self, replicas: int, outages: Outages | None = None
@@ -66,6 +68,8 @@ class Routing:
             nonlocal sent
             first, sent = sent, sent + len(block)
             chosen = np.arange(first, sent, dtype=np.int64) % replicas
+            if self.router is Router.SESSION:
+                chosen = block.stream % replicas
             if outages is not None:
                 for row, arrival_ns in enumerate(block.arrival_ns.tolist()):
                     number = int(chosen[row])
@@ -119,6 +123,8 @@ class Routing:
 
         A single replica gets every request, whatever the router.
         """
+        if self.router is Router.SESSION:
+            return lambda request: request.stream % len(requests_in)
         numbers, pairs, homes = count(), self.pairs(len(requests_in)), memoryview(self.homes_table())  # type: ignore[arg-type]
 
         def choose_next(request: Request) -> int:

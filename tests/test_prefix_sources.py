@@ -112,3 +112,18 @@ def test_mistakes_get_one_message() -> None:
         run(**{"workload.system_prompts": {"nothing": 5}})
     with pytest.raises(UserError, match=r"turns"):
         run(**{"workload.sessions.users": 3})
+
+
+def test_all_turns_of_a_session_go_to_one_replica_and_find_more_there() -> None:
+    """Three users on two replicas in turn: round robin sends every second turn elsewhere."""
+    sessions = {
+        "workload.sessions.users": 3, "workload.sessions.turns.value": 5, "workload.sessions.max_tokens": 2000,
+        "workload.n_requests": 60, "server.replicas": 2, "server.enable_prefix_caching": True,
+    }  # fmt: skip
+    hits = {}
+    for router in ("session", "round_robin"):
+        arm = run(**sessions, **{"server.router": router}).arms["full_depth"]
+        hits[router] = arm.metrics["prefix_cache_hits"]
+    assert hits["session"] > hits["round_robin"]
+    with pytest.raises(UserError, match="sessions"):
+        run(**{"server.replicas": 2, "server.router": "session"})

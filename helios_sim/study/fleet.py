@@ -92,6 +92,9 @@ class _Plan:
 def build_fleet(config: Config, seed: int) -> Fleet:
     """UserError where a setting of the study or of a kind cannot be."""
     router = choose(Router, "server.router", config.server.router)
+    if router is Router.SESSION and config.workload.sessions.users is None:
+        allowed = "requests that belong to sessions"
+        raise UserError("server.router", "session", allowed, "set workload.sessions.users and workload.sessions.turns")
     plans = _plans(config)
     faults = build_faults(config.workload.faults, plans[-1].numbers.stop, seed)
     check_size(config, plans[-1].numbers.stop)
