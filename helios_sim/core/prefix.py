@@ -24,7 +24,7 @@ A text is known by segments, not by tokens: whose text it is, and which place in
 the segments of its row, which other requests share, and goes on in a stream of its own (that of a
 session where it has one), in which its answer follows. `Prefix` holds:
 
-- `blocks` (blocks + 1, 7): of each block its hash (NEVER: none), layers, holders, neighbours in the queue of free
+- `blocks` (blocks + 1, 8): of each block its hash (NEVER: none), layers, holders, neighbours in the queue of free
   blocks, and neighbours among those of its bucket. Number 0 is no block: it is the end of both rings.
 - `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
 - `table` (seats + 1, most blocks of a request): the blocks of each request that runs or lingers; in the last row those

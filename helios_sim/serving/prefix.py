@@ -15,7 +15,7 @@ from helios_sim.core.prefix import Prefix
 from helios_sim.profile.profile import Profile
 from helios_sim.workload.prefixes import SharedPrefixes
 
-_FIELDS = 7  # of a block
+_FIELDS = 8  # of a block, one of them unused: a power of two is quicker
 
 
 class PrefixCache:
