@@ -256,7 +256,8 @@ def choose_case(choose: Choose) -> dict[str, Any]:
         for seed, name in enumerate(made)
     }
     replicas = choose([1, 1, 2, 3])
-    routers = [router for router in Router if replicas > 1 or router is Router.ROUND_ROBIN]
+    drawn = [router for router in Router if router is not Router.SESSION]  # cases have no sessions
+    routers = [router for router in drawn if replicas > 1 or router is Router.ROUND_ROBIN]
     block_tokens = choose([16, 16, 4])
     # `tight`: the two models do not fit side by side, so that one has to leave before the other loads.
     tight = choose([False, False, False, True])
