@@ -1,19 +1,21 @@
-"""Exit traces that were not recorded from a model: a model without exits, and random data for tests and rehearsals."""
+"""Exit traces that were not recorded from a model: without exits, with stated ones, and random data for tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.request import token_counts
 
+STATED = "exits.source=stated"  # the command of a provenance
 _TOKENS = 1000  # so that a fractional number of characters per token comes out to 0.1 %
 
 
@@ -74,6 +76,43 @@ def no_exits(model: TokenisedModel) -> NoExits:
         agree=np.ones((_TOKENS, 1), bool),
         provenance=Provenance(ProvenanceClass.DERIVED, "no exits: every token runs all layers", "no_exits"),
         confidences={Confidence.MAX_PROBABILITY: np.ones((_TOKENS, 1), np.float32)},
+    )
+
+
+def stated_exits(model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], seed: int = 0) -> NoExits:
+    """The trace of a model of which only the share of tokens is known that each exit leaves unchanged.
+
+    `layers`: depths of the exits before the last layer, ascending; `unchanged`: for each the share of tokens that it
+    predicts as the last layer does. A token that an exit leaves unchanged is left so by deeper ones. No token is
+    confident before the last layer, since no confidences are known: such exits serve fixed caps. UserError where they
+    do not fit together.
+    """
+    lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
+    for key, values in lists.items():
+        if not isinstance(values, list | tuple) or not values:
+            allowed = "a list with one or more values: +exits.parameters.layers=[16] +exits.parameters.unchanged=[0.9]"
+            raise UserError(f"exits.parameters.{key}", values, allowed, "write it as a list")
+    depths = [int(n) if isinstance(n, int) and not isinstance(n, bool) else 0 for n in layers]
+    if any(not low < n < model.n_layers for low, n in zip((0, *depths), depths, strict=False)):
+        allowed = f"whole numbers from 1 to {model.n_layers - 1}, ascending: layers of {model.name} before its last"
+        raise UserError("exits.parameters.layers", list(layers), allowed, "correct them")
+    if len(unchanged) != len(depths) or any(
+        isinstance(share, bool) or not isinstance(share, int | float) or not low <= share <= 1
+        for low, share in zip((0.0, *unchanged), unchanged, strict=False)
+    ):
+        allowed = f"{len(depths)} shares from 0 to 1, one for each of layers {depths}, none below the one before"
+        raise UserError("exits.parameters.unchanged", list(unchanged), allowed, "correct them")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UserError("exits.parameters.seed", seed, "a whole number from 0", "correct it")
+    rank = (np.random.default_rng(seed).permutation(_TOKENS) + 0.5) / _TOKENS
+    said = ", ".join(f"{share:g} at layer {n}" for n, share in zip(depths, unchanged, strict=True))
+    none = no_exits(model)
+    return replace(
+        none,
+        exits=(*depths, model.n_layers),
+        agree=rank[:, None] < np.array([*unchanged, 1.0]),
+        provenance=Provenance(ProvenanceClass.PUBLISHED, f"stated: tokens unchanged {said}", STATED),
+        confidences={Confidence.MAX_PROBABILITY: np.repeat([[0.0] * len(depths) + [1.0]], _TOKENS, 0).astype("f4")},
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from helios_sim.exits.artificial import STATED
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
@@ -19,12 +20,14 @@ NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which
 def cautions(result: ExperimentResult) -> list[str]:
     """Warnings as sentences, the experiment's own first."""
     found = list(result.warnings)
-    if result.provenance_class is ProvenanceClass.PUBLISHED:
-        published = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
+    published, stated = _published(result), _stated(result)
+    if published:
         found.append(
             f"{', '.join(published)} {_be(published)} fitted to published statistics: quality "
             "figures restate the publication; only time, memory and the policies' costs are predictions."
         )
+    if stated:
+        found.append(f"{', '.join(stated)} {_be(stated)} as the settings state: agreement restates them.")
     found += losses(result)
     arms_by_text: dict[str, list[str]] = {}
     for arm in result.arms.values():
@@ -47,12 +50,25 @@ def reservations(result: ExperimentResult) -> list[str]:
     if saturated:
         who = "every arm is" if len(saturated) == len(result.arms) > 1 else f"{', '.join(saturated)} {_be(saturated)}"
         found.append(f"{who} saturated, so its times grow with the length of the run")
-    published = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
+    published, stated = _published(result), _stated(result)
     if published:
         found.append(f"{', '.join(published)} {_be(published)} fitted to published statistics")
+    if stated:
+        found.append(f"{', '.join(stated)} {_be(stated)} as the settings state")
     if result.seeds == 1:
         found.append("one seed: what others would give is not known (seeds=auto adds them)")
     return found
+
+
+def _published(result: ExperimentResult) -> list[str]:
+    """Names of inputs that were taken from, or fitted to, a publication."""
+    named = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
+    return [name for name in named if name not in _stated(result)]
+
+
+def _stated(result: ExperimentResult) -> list[str]:
+    """Names of exits of which only what the settings state is known."""
+    return [name for name, source in result.inputs.items() if source.command == STATED]
 
 
 def _be(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
-from helios_sim.exits.artificial import no_exits
+from helios_sim.exits.artificial import no_exits, stated_exits
 from helios_sim.exits.published import THRESHOLD
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
@@ -158,6 +158,8 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     exits = config.exits
     if exits.source == "none":
         return no_exits(profile.model)
+    if exits.source == "stated":
+        return stated_exits(profile.model, **_stated(exits.parameters))
     recorded = named_format(model)[0] if exits.source == "published" else model  # published ones are of bf16
     trace = load_trace(recorded, exits.source.replace("{model}", model), **exits.parameters)
     if trace.n_layers != profile.model.n_layers:
@@ -165,6 +167,16 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
         fix = "take a trace and a profile of the same model"
         raise UserError("exits.source", exits.source, f"{allowed} {profile.model.n_layers}", fix)
     return trace
+
+
+def _stated(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of stated exits. UserError for others, or where one is missing."""
+    known = ("layers", "unchanged", "seed")
+    for name in parameters:
+        if name not in known:
+            allowed = f"with exits.source=stated one of {', '.join(known)}"
+            raise UserError(f"exits.parameters.{name}", parameters[name], allowed, "leave it out")
+    return {"layers": (), "unchanged": (), **parameters}
 
 
 @dataclass(frozen=True, slots=True)

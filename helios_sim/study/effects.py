@@ -143,7 +143,9 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     },
     "workload.faults.slow_card.factor": _fault("slow_card"),
     "workload.mix.priorities": (lambda c: c.server.order == "priority", "only with server.order=priority"),
-    "exits.parameters": (lambda c: c.exits.source == "published", "only with exits.source=published"),
+    "exits.parameters": (
+        lambda c: c.exits.source in ("published", "stated"), "only with exits.source=published or stated",
+    ),
     "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),
 }  # fmt: skip
 

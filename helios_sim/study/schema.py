@@ -234,10 +234,10 @@ class ClusterConfig:
 
 @dataclass
 class ExitsConfig:
-    source: str = "published"  # published, none, a shipped source, or a folder; {model} in it is the model's name
+    source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
     confidence: str = "max_probability"  # or margin, entropy, classifier, hidden_similarity: see exits/rule.py
-    parameters: dict[str, Any] = field(default_factory=dict)  # of published traces: see exits/published.py
+    parameters: dict[str, Any] = field(default_factory=dict)  # of published or stated exits; see exits/published.py
 
     def __post_init__(self) -> None:
         fits = self.threshold is None or 0 <= self.threshold <= 1
