@@ -20,10 +20,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from helios_sim.errors import WeightsError
 from helios_sim.live.checkpoint.gguf_file import readable_kinds
-from helios_sim.live.checkpoint.gguf_header import LongArray, read_header
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.memory.kv import DecodeStep, KvCache
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.profile.gguf_header import LongArray, read_header
 from live_example import TOLERANCE, decode_logits, packed_logits, prompt_logits, reference_logits, token_ids
 from tiny_models import tiny_model, write_gguf
 

@@ -215,7 +215,7 @@ def test_how_a_name_is_written_changes_nothing(names: tuple[str, ...], hardware:
         ("mistralai/Mixtral-8x7B-v0.1", "mixtures of experts"), ("deepseek-ai/DeepSeek-V3", "mixtures of experts"),
         ("llama-9b", "did you mean llama-"), ("a" * 5000, "published shapes"), ("", "published shapes"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "published shapes"), ("llama-3-8b\0", "published shapes"),
-        ("./none.gguf", "config.json"), ("/nowhere/config.json", "no file"),
+        ("./none.gguf", "no file"), ("/nowhere/config.json", "no file"),
     ],
 )  # fmt: skip
 def test_an_unknown_model_gets_one_message(name: str, said: str) -> None:

@@ -33,6 +33,7 @@ class WeightFormat:
     input_bytes: int = 0  # of an index that each input has
     scales_of_scales: int = 0  # how many scales share a float32 of their own; 0: none has one
     fixed_bytes: int = 0  # of a matrix, whatever its size
+    bytes_of_a_million: int = 0  # of weights, with all that belongs to them, where matrices differ; 0: by the others
 
     def __post_init__(self) -> None:
         require_one_of("quantization.products", self.products, (FP8, INT8, FP4, WEIGHTS))
@@ -42,11 +43,16 @@ class WeightFormat:
         for key, value in sizes.items():
             if not 0 <= value <= _MOST_GROUP:
                 raise UserError(f"quantization.{key}", value, f"from 0 to {_MOST_GROUP}", "correct it")
+        if not 0 <= self.bytes_of_a_million <= 2_000_000:
+            key = "quantization.bytes_of_a_million"
+            raise UserError(key, self.bytes_of_a_million, "from 0 to 2000000", "correct it")
         if self.bits not in (4, 8):
             raise UserError("quantization.bits", self.bits, "4 or 8", "choose another checkpoint")
 
     def matrix_bytes(self, n: int, k: int) -> int:
         """Bytes of a matrix of n outputs and k inputs: weights, scales, zero points and indices."""
+        if self.bytes_of_a_million:
+            return -(-n * k * self.bytes_of_a_million // 1_000_000)
         scales = -(-n // (self.outputs or n)) * -(-k // (self.group or k))
         found = -(-n * k * self.bits // 8) + scales * self.scale_bytes + -(-scales * self.zero_bits // 8)
         found += 4 * -(-scales // self.scales_of_scales) if self.scales_of_scales else 0

@@ -67,7 +67,7 @@ PLAIN = Precision()
 def served_as(name: str, model: ModelSpec) -> str:
     """What a user calls a model, with the precision in which it is served where the name does not say it."""
     form = model.quantization
-    weights = "" if form is None or named_format(name)[1] is not None else f"-{form.name}"
+    weights = "" if form is None or named_format(name)[1] is not None or name.endswith(".gguf") else f"-{form.name}"
     return name + weights + ("-kv-fp8" if model.kv_bytes_per_value == 1 else "")
 
 

@@ -1,7 +1,8 @@
-"""The shape of a model by what a user calls it: a name of the catalogue, a config.json, or a folder that holds one.
+"""The shape of a model by what a user calls it: a name of the catalogue, a config.json or its folder, a GGUF file.
 
-A config is read by its own keys, without transformers. What it asks for and the cost model does not know is refused by
-name: experts, other attention than softmax over K and V, layers that differ in size.
+A config is read by its own keys, without transformers, and a GGUF file by its header alone. What it asks for and the
+cost model does not know is refused by name: experts, other attention than softmax over K and V, layers that differ in
+size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
 from helios_sim.profile.families import FAMILIES, WINDOW_IF_ASKED, Family, other_values, windows_of
 from helios_sim.profile.formats import WeightFormat, format_of_config, named_format
+from helios_sim.profile.gguf_shape import read_gguf
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, is_there, read_json
 
@@ -44,9 +46,9 @@ class Shape:
 
 
 def config_of(name: str) -> Path | None:
-    """The config.json that the name of a model means, if it is a path of one or of a folder; else None."""
+    """The file that the name of a model means, if it is a path of a config.json, its folder or a GGUF file; or None."""
     path = Path(name).expanduser()
-    if path.name.endswith(".json"):
+    if path.name.endswith((".json", ".gguf")):
         return path
     return path / "config.json" if is_there(path, Path.is_dir) else None
 
@@ -55,9 +57,9 @@ def shape_of(name: str, key: str = "models") -> Shape:
     """The shape of the model that a setting names. UserError where it is not known or cannot be read."""
     path = config_of(name) if name else None
     if path is not None:
-        return _of_config(path)
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")):
-        raise UserError(key, name, "a name of the catalogue, a config.json or a folder that holds one", _FIX)
+        return _of_gguf(path) if path.name.endswith(".gguf") else _of_config(path)
+    if name.startswith((".", "/", "~")):
+        raise UserError(key, name, "a name of the catalogue, a config.json, its folder or a GGUF file", _FIX)
     unquantized, form = named_format(name)
     plain = plain_model(unquantized)
     if plain in MODELS:
@@ -72,6 +74,13 @@ def shape_of(name: str, key: str = "models") -> Shape:
     return replace(shape, model=model, source=f"{shape.source}, its weights in {form.name} as the name says")
 
 
+def _of_gguf(path: Path) -> Shape:
+    found = read_gguf(path)
+    shape = _of_values(path, found.values, found.weights, 2, found.source)
+    found.check(path, shape.model)
+    return shape
+
+
 def _of_config(path: Path) -> Shape:
     whole = read_json(path, _FIX)
     inner = whole.get("text_config")
@@ -79,6 +88,14 @@ def _of_config(path: Path) -> Shape:
     values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
     form, kv_bytes = _format(path, whole, values)
     _refuse_others(path, values, form is None)
+    source = f"{path}, its text model alone, without what reads images or sound" if has_more else str(path)
+    return _of_values(path, values, form, kv_bytes, source)
+
+
+def _of_values(
+    path: Path, values: Mapping[str, Any], form: WeightFormat | None, kv_bytes: int, source: str
+) -> Shape:
+    """The shape by the keys of a config.json, wherever they are from."""
     kind = str(values.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
@@ -117,7 +134,6 @@ def _of_config(path: Path) -> Shape:
             further_norms=2 if kind == "falcon" and fields.flag("new_decoder_architecture", False) else 0,
         ),
     )  # fmt: skip
-    source = f"{path}, its text model alone, without what reads images or sound" if has_more else str(path)
     return Shape(model, source, _windows(fields, kind, layers))
 
 

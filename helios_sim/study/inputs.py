@@ -17,9 +17,11 @@ from typing import Any
 
 import helios_sim
 from helios_sim.contents import code_of, digest, digest_of
+from helios_sim.errors import UserError
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
+from helios_sim.profile.gguf_header import read_header
 from helios_sim.profile.resolve import files_of, kept_profile
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
@@ -48,11 +50,19 @@ def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
             found["torch"] = digest(version("torch").encode())
     for name, path in _files(config):
         if is_there(path, Path.exists):
-            found[name] = digest_of(path)
+            found[name] = _digest_of(path, config)
     custom = [*(str(kind["object"]) for kind in _kinds(config) if "object" in kind), *policies]
     for path in dict.fromkeys(path for reference in custom for path in _sources(reference)):
         found[f"policy file {path.name}"] = digest_of(path)
     return found
+
+
+def _digest_of(path: Path, config: Config) -> str:
+    """Of a GGUF file its header alone, unless the model is run: nothing else is read of a file that may be large."""
+    if path.suffix == ".gguf" and config.mode != LIVE:
+        with suppress(UserError):  # which the loader says
+            return digest(repr(read_header(path)).encode())
+    return digest_of(path)
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import WeightsError
-from helios_sim.live.checkpoint.gguf_header import FETCH_AGAIN, LongArray, StoredTensor, read_header
 from helios_sim.live.checkpoint.hub_config import OTHER_MODEL, wrong_family
 from helios_sim.live.checkpoint.naming import gguf_pieces
 from helios_sim.live.model.architecture import MOST, Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece, stored_names
+from helios_sim.profile.gguf_header import FETCH_AGAIN, LongArray, StoredTensor, read_header
 from helios_sim.untrusted import Fields, reading
 
 _FAMILIES = ("llama", "qwen2", "gemma3")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from helios_sim.errors import WeightsError
-from helios_sim.live.model.architecture import Shape
 from helios_sim.untrusted import is_lfs_pointer, lfs_pointer, reading
 
 FETCH_AGAIN = "fetch the file again"
@@ -25,6 +24,17 @@ _LONGEST_ARRAY, _LONGEST_NAME, _LONGEST_STRING = 1 << 22, 1 << 10, 16 << 20
 _MOST_ENTRIES = 1 << 17  # keys, and tensors
 _LEAST_KEY_BYTES, _LEAST_TENSOR_BYTES = 13, 32
 _OLD_FORMATS = (b"ggml", b"lmgg", b"ggmf", b"fmgg", b"ggjt", b"tjgg", b"ggla", b"algg")
+# ggml's kinds of stored values that this program knows: name, values of a block, bytes of a block
+KINDS = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
 _REMOVED = {  # kinds of tensors that ggml no longer reads
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
@@ -40,8 +50,8 @@ class LongArray:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    shape: Shape  # rows first
-    kind: int  # GGMLQuantizationType
+    shape: tuple[int, ...]  # rows first
+    kind: int  # of `KINDS`
     offset: int  # bytes from the beginning of the file
 
     @property
@@ -60,9 +70,7 @@ class GgufHeader:
 
 
 def stored_bytes(n_values: int, kind: int) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    _, block_values, block_bytes = KINDS[kind]
     return n_values // block_values * block_bytes
 
 
@@ -132,8 +140,6 @@ class _Reader:
             raise self._wrong("GGUF version", version, "2 or 3", "convert the model anew with llama.cpp's converter")
 
     def _tensor(self, name: str) -> StoredTensor:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         (dimensions,) = self._unpack("I")
         if not 1 <= dimensions <= 4:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
@@ -142,10 +148,10 @@ class _Reader:
         if kind in _REMOVED:
             fix = "quantize the model anew, or fetch a newer file"
             raise self._wrong(f"tensor {name}", _REMOVED[kind], "a kind that ggml still has", fix)
-        if kind not in {int(known) for known in GGMLQuantizationType}:
-            fix = "fetch another quantization, or update the package gguf"
-            raise self._wrong(f"tensor {name}", f"kind {kind}", "a kind that the package gguf knows", fix)
-        block_values, _ = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if kind not in KINDS:
+            allowed = f"a kind that is known: {', '.join(known for known, _, _ in KINDS.values())}"
+            raise self._wrong(f"tensor {name}", f"kind {kind}", allowed, "fetch another quantization")
+        _, block_values, _ = KINDS[kind]
         if not all(1 <= n <= self._n_bytes * 8 for n in shape) or prod(shape) > self._n_bytes * 8:
             raise ValueError(f"tensor {name} of shape {shape} is larger than the file")
         if shape[-1] % block_values:

@@ -1,0 +1,125 @@
+"""What the header of a GGUF file says of a model, in the words of a config.json: its sizes and its weights' precision.
+
+No weight is read. The tensors' own shapes are the check: the matrices of the layers must be as large as the sizes say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.profile.formats import WEIGHTS, WeightFormat
+from helios_sim.profile.gguf_header import KINDS, GgufHeader, StoredTensor, read_header
+from helios_sim.profile.spec import ModelSpec
+from helios_sim.untrusted import Fields, is_there
+
+_FIX = "give the config.json of the model, as it is on Hugging Face"
+# By ggml's name of an architecture: what a config.json calls the family.
+FAMILIES = {
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
+    "phi3": "phi3", "olmo2": "olmo2", "granite": "granite", "smollm3": "smollm3", "starcoder2": "starcoder2",
+}  # fmt: skip
+_SIZES = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "context_length": "max_position_embeddings",
+}  # fmt: skip
+_PLAIN = ("F32", "F16", "BF16")
+_PRICED = ("Q", "IQ")  # beginnings of the names of kinds whose bytes are counted
+_NOT_PRICED = ("Q1_0", "Q8_1", "Q8_K")  # experiments, and kinds of activations
+_LARGEST = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """`values` are those that a config.json would have; `weights` is None for bf16."""
+
+    header: GgufHeader
+    values: dict[str, Any]
+    weights: WeightFormat | None
+    source: str
+
+    def check(self, path: Path, model: ModelSpec) -> None:
+        """UserError where the layers' matrices are not as large as the model that was made of the keys."""
+        held = sum(prod(tensor.shape) for tensor in matrices_of_layers(self.header))
+        if held != model.n_layers * model.matrix_values:
+            allowed = f"{model.n_layers * model.matrix_values} by its keys, as in a dense model of this family"
+            raise UserError(f"weights in the layers of {path}", held, allowed, _FIX)
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """UserError where the file is damaged, or what it holds is not priced."""
+    if not is_there(path):
+        raise UserError("models", str(path), "no file there", "correct the path")
+    header = read_header(path)
+    whole = Fields(header.metadata, str(path), _FIX)
+    name = whole.text("general.architecture", FAMILIES)
+    whole.text("general.type", ("model",), "model")  # not an adapter or a projector of images
+    keys = Fields(header.metadata, str(path), _FIX, prefix=f"{name}.")
+    if keys.has("expert_count") and keys.value("expert_count") != 0:
+        allowed = "a dense model: mixtures of experts are not modelled"
+        raise UserError(f"{name}.expert_count of {path}", keys.value("expert_count"), allowed, "choose a dense model")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"tensor token_embd.weight of {path}", "missing", "there, as a matrix", _FIX)
+    found: dict[str, Any] = {"model_type": FAMILIES[name], "vocab_size": embedding.shape[0]}
+    for key, of_config in _SIZES.items():
+        found[of_config] = keys.alike(key, 1, _LARGEST)
+    found["num_key_value_heads"] = keys.alike("attention.head_count_kv", 1, _LARGEST, found["num_attention_heads"])
+    if keys.has("attention.key_length"):
+        found["head_dim"] = keys.integer("attention.key_length", 1, _LARGEST)
+        if keys.integer("attention.value_length", 1, _LARGEST, found["head_dim"]) != found["head_dim"]:
+            allowed = f"{found['head_dim']}, as the keys of a head"
+            raise keys.wrong("attention.value_length", keys.value("attention.value_length"), allowed)
+    elif FAMILIES[name] in ("qwen3", "gemma", "gemma2", "gemma3_text"):  # whose configs must say it
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    found["tie_word_embeddings"] = "output.weight" not in header.tensors
+    found["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    found |= _windows(keys, found["num_hidden_layers"])
+    weights, how = _weights(path, header)
+    return GgufModel(header, found, weights, f"the header of {path}, {how}")
+
+
+def _windows(keys: Fields, layers: int) -> dict[str, Any]:
+    """Sliding windows, and which layers have one where the file says it."""
+    window = keys.integer("attention.sliding_window", 0, _LARGEST, 0)
+    if not window:
+        return {}
+    pattern = keys.value("attention.sliding_window_pattern", None)
+    if isinstance(pattern, tuple):
+        if len(pattern) != layers or not all(isinstance(slides, bool) for slides in pattern):
+            raise keys.wrong("attention.sliding_window_pattern", pattern, f"a period, or {layers} yes or no")
+        kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        return {"sliding_window": window, "layer_types": kinds}
+    return {"sliding_window": window} | ({} if pattern is None else {"sliding_window_pattern": pattern})
+
+
+def matrices_of_layers(header: GgufHeader) -> list[StoredTensor]:
+    """The layers' matrices, without norms and biases."""
+    return [t for name, t in header.tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
+
+
+def _weights(path: Path, header: GgufHeader) -> tuple[WeightFormat | None, str]:
+    """How the layers' matrices are kept, None for bf16, and the same in words. UserError for kinds without a price.
+
+    Files mix kinds, so that bytes are the mean over all layers. The embedding and the LM head count in bf16.
+    """
+    values: Counter[str] = Counter()
+    matrices = matrices_of_layers(header)
+    for tensor in matrices:
+        values[KINDS[tensor.kind][0]] += prod(tensor.shape)
+    for kind in values:
+        if kind not in _PLAIN and (not kind.startswith(_PRICED) or kind in _NOT_PRICED):
+            allowed = f"{', '.join(_PLAIN)}, Q2_K to Q8_0 or IQ kinds: others are not priced"
+            raise UserError(f"weights of {path}", kind, allowed, _FIX)
+    kinds = " and ".join(kind for kind, _ in values.most_common())
+    if not values or set(values) <= set(_PLAIN):
+        return None, f"whose weights in {kinds} count in bf16" if kinds != "BF16" else "whose weights are in bf16"
+    total = sum(values.values())
+    each = sum(tensor.n_bytes for tensor in matrices) / total
+    name = "gguf-" + values.most_common(1)[0][0].lower()
+    form = WeightFormat(name, 4 if each < 0.75 else 8, WEIGHTS, bytes_of_a_million=round(1e6 * each))
+    return form, f"whose layers are in {kinds}, {8 * each:.2f} bits a weight; embedding and LM head count in bf16"
