@@ -28,6 +28,7 @@ from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.roofline import Gemm, embedding_elementwise, layer_elementwise, layer_gemms
 from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import PROFILES_FOLDER, load_profile, write_profile
+from helios_sim.report.figures.prices import price_drawing
 from helios_sim.study.build import build
 from helios_sim.vary.settings import with_settings
 
@@ -476,6 +477,30 @@ def test_the_command(arguments: list[str], status: int, said: str, capsys: pytes
     assert main(arguments) == status
     shown = capsys.readouterr()
     assert said in shown.out + shown.err
+
+
+def test_a_check_is_drawn_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prices.png"
+    assert main(["check", "llama-2-70b", "2xa100-40gb", f"out={path}"]) == 0  # which does not fit
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert str(path) in capsys.readouterr().out.replace("\n    ", "")
+    drawing = price_drawing(find_profile("qwen2.5-7b", "l40s"))
+    batch_ms = drawing.figure.axes[0]
+    price, floor = (batch_ms.lines[place].get_ydata() for place in (0, 1))
+    assert (np.asarray(price) > np.asarray(floor)).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["check", "out=x.jpg"], ["check", "out="], ["check", "out=x.png", "out=y.png"], ["show", "out=x.png"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_picture_that_cannot_be_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, *rest = words
+    assert main([command, "qwen2.5-7b", "l40s", *rest]) == 1
+    said = capsys.readouterr()
+    assert "out=" in said.err
+    assert not said.out
 
 
 def test_the_command_fits_the_terminal_and_lists_all_models(

@@ -2,7 +2,8 @@
 
 - `python -m helios_sim.profile list`: cards and models of the catalogue.
 - `python -m helios_sim.profile show MODEL HARDWARE`: bytes, times and their sources, for any names that a study takes.
-- `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat.
+- `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat; with
+  `out=FILE.png` as a picture too.
   Both take `quantization=NAME` and `kv_cache_dtype=NAME`, as `server` has them in a study.
 - `python -m helios_sim.profile build ...`: a profile from tables of one's own; see `build`.
 """
@@ -14,13 +15,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-
+from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile import build
 from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES
-from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.check import UTILISATION, decodes, price_and_floor, prompt, prompts_that_fit
 from helios_sim.profile.formats import FORMATS
 from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
 from helios_sim.profile.precision import Precision, in_words
@@ -29,12 +30,12 @@ from helios_sim.profile.resolve import SHAPE_FROM, find_profile
 from helios_sim.profile.shapes import shape_of
 from helios_sim.profile.store import known_profiles
 
-USAGE = "list | show MODEL HARDWARE | check MODEL HARDWARE | build key=value ..."
+USAGE = "list | show MODEL HARDWARE | check MODEL HARDWARE [out=FILE.png] | build key=value ..."
 PRECISION = ("quantization", "kv_cache_dtype")
 BATCHES = (1, 8, 32, 128, 256)
 PROMPTS = (128, 512, 2048, 8192)
 CONTEXT_TOKENS = 1024
-UTILISATION = 0.9
+PICTURE = "out"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,9 +59,14 @@ def _run(arguments: Sequence[str]) -> int:
     if command == "list" and not rest:
         listed()
     elif command in ("show", "check") and len(rest) >= 2:
-        profile = find_profile(rest[0], rest[1], precision=_precision(rest[2:]))
+        words = [word for word in rest[2:] if command != "check" or not word.startswith(f"{PICTURE}=")]
+        picture = _picture([word for word in rest[2:] if word not in words])
+        profile = find_profile(rest[0], rest[1], precision=_precision(words))
         if command == "check":
-            return checked(profile)
+            status = checked(profile)
+            if picture is not None:
+                drawn(profile, picture)
+            return status
         shown(profile)
     else:
         raise UserError("arguments", " ".join(arguments), USAGE, "write one of these")
@@ -78,6 +84,16 @@ def _precision(words: Sequence[str]) -> Precision:
             raise UserError("arguments", word, allowed, "write one of these after the hardware")
         found[name] = value
     return Precision(**found)
+
+
+def _picture(words: Sequence[str]) -> Path | None:
+    """The file of the picture, if one is asked for. UserError where it is none or several."""
+    if not words:
+        return None
+    path = Path(words[0].partition("=")[2]).expanduser()
+    if len(words) > 1 or path.suffix.lower() != ".png":
+        raise UserError("arguments", " ".join(words), f"{PICTURE}=FILE.png, once", "name one file that ends in .png")
+    return path
 
 
 def listed() -> None:
@@ -124,13 +140,13 @@ def shown(profile: Profile) -> None:
     fits = f"{free / 1e9:.1f} GB, {free // kv:,} tokens" if free > 0 else f"none: {-free / 1e9:.1f} GB too little"
     print(f"  left for K and V       {fits}")
     print(f"  load from the host     {profile.load_time_s(weights):.1f} s\n")
-    decodes = profile.iteration_time_s(_decodes(profile, BATCHES))
+    times_s = profile.iteration_time_s(decodes(profile, BATCHES, CONTEXT_TOKENS))
     print(f"an iteration of decodes at {CONTEXT_TOKENS} tokens of context")
-    for batch, time_s in zip(BATCHES, decodes, strict=True):
+    for batch, time_s in zip(BATCHES, times_s, strict=True):
         print(f"  {batch:>5} running   {time_s * 1e3:>9.2f} ms   {batch / time_s:>9,.0f} tokens/s")
     print("a prompt on its own")
-    for tokens in _prompts(profile):
-        time_s = float(profile.iteration_time_s(_prompt(profile, tokens))[0])
+    for tokens in prompts_that_fit(profile, PROMPTS):
+        time_s = float(profile.iteration_time_s(prompt(profile, tokens))[0])
         print(f"  {tokens:>5} tokens    {time_s * 1e3:>9.2f} ms   {tokens / time_s:>9,.0f} tokens/s")
     provenance = profile.provenance
     print()
@@ -159,38 +175,27 @@ def _say(text: str) -> None:
 
 def checked(profile: Profile) -> int:
     """Print prices beside floors; 1 where a price is below its floor, which no card can reach."""
-    batches = [(f"batch of {batch}", _decodes(profile, (batch,))) for batch in BATCHES]
-    prompts = [(f"{tokens} prompt tokens", _prompt(profile, tokens)) for tokens in _prompts(profile)]
+    batches = [(f"batch of {batch}", decodes(profile, (batch,), CONTEXT_TOKENS)) for batch in BATCHES]
+    prompts = [(f"{tokens} prompt tokens", prompt(profile, tokens)) for tokens in prompts_that_fit(profile, PROMPTS)]
     print(f"{profile.name}: {in_words(profile.model)}")
     print(f"{'iteration':<20} {'price ms':>10} {'floor ms':>10} {'share':>7}")
     below = 0
     for name, composition in (*batches, *prompts):
-        price_s = float(profile.iteration_time_s(composition)[0])
-        floor_s = float(profile.iteration_floor_s(composition)[0])
+        (price_s,), (floor_s,) = price_and_floor(profile, [composition])
         below += price_s < floor_s
         print(f"{name:<20} {price_s * 1e3:>10.2f} {floor_s * 1e3:>10.2f} {floor_s / price_s:>7.0%}")
     print("every price is above its floor" if not below else f"{below} prices are below their floors")
     return 1 if below else 0
 
 
-def _decodes(profile: Profile, batches: Sequence[int]) -> Composition:
-    rows = np.array(batches, np.int64)[:, None]
-    return Composition(
-        bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * CONTEXT_TOKENS,
-        sampled_tokens=rows[:, 0],
-    )  # fmt: skip
+def drawn(profile: Profile, path: Path) -> None:
+    """Write the prices and their floors as a picture. UserError where the file cannot be written."""
+    from helios_sim.report.figures.prices import price_drawing
+    from helios_sim.report.figures.style import to_png
 
-
-def _prompt(profile: Profile, tokens: int) -> Composition:
-    layers, none = profile.model.n_layers, np.zeros((1, 1), np.int64)
-    return Composition(
-        bounds=(layers,), decode_tokens=none, decode_kv_tokens=none, sampled_tokens=np.array([1]),
-        prefill=(PrefillChunk(tokens, 0, layers),),
-    )  # fmt: skip
-
-
-def _prompts(profile: Profile) -> list[int]:
-    return [tokens for tokens in PROMPTS if tokens <= profile.model.max_context_tokens]
+    drawing = price_drawing(profile)
+    files.write_bytes(path, to_png(drawing))
+    _say(f"{path}: {drawing.caption}")
 
 
 if __name__ == "__main__":
