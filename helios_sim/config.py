@@ -301,7 +301,7 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
 def _settings_in(file: Path) -> list[str]:
     """Keys of a file of settings and of the files that it builds on."""
     found: dict[str, None] = {}
-    for key, value in OmegaConf.load(file).items():
+    for key, value in OmegaConf.load(file).items_ex(resolve=False):  # some have no default
         if key != "defaults":
             found[str(key)] = None
             continue

@@ -94,6 +94,7 @@ SETTINGS = [
     ("policy.limit=3", ["policy.limit='3'", "need a policy"]),
     ("+policy.limit=3", ["policy.limit='3'", "need a policy"]),
     ("policy=custom", ["policy.object=None", "set policy.object"]),
+    ("policy=custom policy.path=mine.P", ["policy.path='mine.P'", "custom knows object, settings"]),
     ("policy=custom policy.object=nowhere:Policy", ["policy.object='nowhere:Policy'", "no module nowhere"]),
     ("policy=custom policy.object=json", ["policy.object='json'", "module:Name"]),
     ("policy=custom policy.object=json:Nothing", ["policy.object='json:Nothing'", "correct the name"]),
