@@ -76,12 +76,14 @@ def check_files(arguments: Sequence[str]) -> None:
 
 
 def check_file(file: Path) -> None:
-    """As `check_files`; a file that is no valid YAML is left to Hydra, which says so where it is used."""
+    """As `check_files`; text that is no valid YAML is left to Hydra, which says so where it is used."""
     content = read_bytes(file, MOST_BYTES, _FIX)
     try:
-        root = yaml.compose(content, Loader=yaml.SafeLoader)
+        root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
         size = 0 if root is None else _Looked(file).size(root, "")
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except UnicodeDecodeError as error:
+        raise UserError(str(file), f"byte {error.start + 1}", "text in UTF-8", _FIX) from None
+    except yaml.YAMLError:
         return
     except RecursionError:
         raise UserError(str(file), "nested too deeply", "settings, a few levels deep", _FIX) from None

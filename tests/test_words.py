@@ -100,6 +100,17 @@ def test_a_file_of_settings_that_could_do_harm(command: CommandLine, tmp_path: P
         study_config("mine", config_dir=tmp_path / "conf")
 
 
+def test_a_file_of_settings_that_is_no_text_is_named(command: CommandLine, tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    file = next((tmp_path / "conf").rglob("*.yaml"))
+    file.write_bytes(file.read_bytes() + b"# \xff\n")
+    said = command(*study, *SMALL)
+    assert said.status == 1
+    assert f"{file}=" in said.err
+    assert "text in UTF-8" in said.err
+    assert len(said.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("flags", [("--hydra-help",), ("--cfg", "job"), ("--info",), ("--help",), ("--version",)])
 def test_a_reader_who_leaves_is_no_error(repository: Path, flags: tuple[str, ...]) -> None:
     read, write = os.pipe()
