@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 
 from helios_sim.core import arrive, blocks, depths, layout, schedule, triggers
 from helios_sim.core.layout import FREED, NEVER, REQUEST, RULES, STATE, Line, Lists, Storage, Trace
+from helios_sim.core.prefix import Prefix
 from helios_sim.policy.deployment import Drained
 from rig import Scripted, full_depth, serve, workload
 
@@ -88,7 +89,9 @@ def test_of_those_that_linger_the_one_last_in_order_gives_way_and_the_others_sta
     for place, (key, seq, size) in enumerate([(0, 9, 4), (0, 7, 5), (0, 8, 6)]):
         held.lingering_key[place], held.lingering_seq[place], held.lingering_blocks[place] = key, seq, size
     line = Line(*(STORAGE.numbers(4) for _ in Line._fields))
-    schedule.preempt(state, record(RULES), requests, held, line, STORAGE.rows(FREED, 4))
+    prefix = Prefix(*(STORAGE.numbers(1) for _ in Prefix._fields))
+    freed, owed = STORAGE.rows(FREED, 4), STORAGE.numbers(4, 1)
+    schedule.preempt(state, record(RULES), requests, held, line, freed, prefix, owed)
     assert (state.running, state.lingering, state.preemptions, state.used_blocks) == (1, 2, 0, 16)
     left = zip(held.lingering_key, held.lingering_seq, held.lingering_blocks, strict=True)
     assert list(left)[:2] == [(0, 7, 5), (0, 8, 6)]

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from helios_sim.report.compare import compare
-from helios_sim.report.intervals import left_out, ratio_bounds, run_ratio_bounds, stretches
+from helios_sim.report.intervals import LEVEL, STRETCHES, left_out, ratio_bounds, run_ratio_bounds, stretches, student
 from helios_sim.report.metrics import MetricValue, compute_metrics
 from helios_sim.report.records import Maybe, Records
 from helios_sim.serving.stats import RunStats
@@ -96,3 +96,11 @@ def test_stretches_hold_all_requests_once_and_none_where_there_is_one(n: int) ->
     assert (ends[0], ends[-1]) == (0, n if n > 1 else 0)
     assert (np.diff(ends) >= 2).all()
     assert len(ends) - 1 <= 10
+
+
+def test_students_t_is_scipys() -> None:
+    from scipy.special import stdtrit
+
+    for degrees in (1, 2, STRETCHES - 1, 39):
+        for level in (LEVEL, 0.999):
+            assert student(degrees, level) == float(stdtrit(degrees, 0.5 + level / 2))
