@@ -263,6 +263,25 @@ def test_notices_reach_the_report_and_the_terminal(command: CommandLine, log: Pa
         assert text in said.out
         assert text in page
     assert f"{computed(4, 4):,} of 16 tokens" in page
+    # Times in bf16 are no share of what the card needs for float32.
+    assert said.summary["arms"]["simulated"]["metrics"]["roofline_fraction"] is None
+
+
+@pytest.mark.slow
+def test_kernels_quicker_than_the_card_are_refused(command: CommandLine, log: Path) -> None:
+    (log / "profile" / "skew.csv").unlink()
+    for table in (log / "profile").glob("*.csv"):
+        header, *rows = table.read_text().splitlines()
+        place = header.split(",").index("time_us") if "time_us" in header.split(",") else None
+        if place is not None:
+            cells = [row.split(",") for row in rows]
+            for row in cells:
+                row[place] = str(float(row[place]) / 1000)
+            table.write_text("\n".join([header, *map(",".join, cells)]) + "\n")
+    words = ("fidelity.load_factors=[1.0]", "fidelity.hardware=a100-80gb", "fidelity.estimate=false")
+    said = command("+experiment=fidelity_vllm", f"fidelity.folder={log}", "pictures=false", *words)
+    assert said.status == 1
+    assert "at most 1 of what the card can do" in said.err
 
 
 # EngineArgs of vLLM 0.19 at their defaults, and sections as an engine resolves them: nothing to refuse or to name.

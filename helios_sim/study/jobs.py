@@ -203,11 +203,17 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults,
         costs=costs_of(job.config, fleet),
     )  # fmt: skip
-    share = metrics["roofline_fraction"]
-    if job.config.mode == SIMULATE and isinstance(share, float) and share > ROOFLINE:
-        allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"
-        raise UserError("profile", fleet.kinds[0].card.name, allowed, "correct the profile, or profile_time_factor")
+    if job.config.mode == SIMULATE:
+        require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")
     return metrics
+
+
+def require_possible(metrics: Mapping[str, MetricValue], card: str, fix: str) -> None:
+    """Raises UserError where iterations were quicker than the card can be."""
+    share = metrics["roofline_fraction"]
+    if isinstance(share, float) and share > ROOFLINE:
+        allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"
+        raise UserError("profile", card, allowed, fix)
 
 
 def replicas_of(fleet: Fleet, records: Records, run: Run) -> tuple[ReplicaFigures, ...]:

@@ -29,7 +29,7 @@ from helios_sim.report.result import (
 )
 from helios_sim.request import NS_PER_S, all_to_ns
 from helios_sim.serving.stats import RunStats
-from helios_sim.study.jobs import JobResult
+from helios_sim.study.jobs import JobResult, require_possible
 from helios_sim.study.schema import Config
 from helios_sim.study.verdict import workload_facts
 from helios_sim.study.watched import LiveNotes
@@ -112,7 +112,13 @@ def of_log(
         _gate(target.name, target.row(fidelity.rows), target.bound, f"within {target.bound:.1%}")
         for target in OF_LOG
     )
-    ours = Replicate(0, simulated, run.stats, compute_metrics(simulated, run.stats))
+    metrics = compute_metrics(simulated, run.stats)
+    if setup.own_types:
+        fix = "correct the kernel tables, or fidelity.hardware"
+        require_possible(metrics, setup.profile.hardware.name, fix)
+    else:  # the times of one type are no share of the time that another's bytes take
+        metrics["roofline_fraction"] = None
+    ours = Replicate(0, simulated, run.stats, metrics)
     logged = Replicate(0, measured, RunStats(), _measured_metrics(measured))
     span_s = float(log.arrival_ns[-1]) / NS_PER_S
     return _result(

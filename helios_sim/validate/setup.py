@@ -56,6 +56,7 @@ class Setup:
     facts: tuple[tuple[str, str], ...]  # (what, value and where it is from), for the reader
     assumptions: tuple[Assumption, ...]
     notices: tuple[str, ...]  # what the run did and the simulation does not, in sentences
+    own_types: bool = True  # kernels were measured in the types of the run, so their times have its roofline
 
     def with_profile(self, profile: Profile) -> Setup:
         return replace(self, profile=profile)
@@ -100,10 +101,13 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
         ("prefix caching", f"{'on' if caching else 'off'} ({caching_from})"),
         ("arrivals", log.arrivals_from),
     )
-    notices = (*log.notices, *of_card, *_of_types(log, stated), *of_graphs, *of_order, *_of_prefixes(log, caching))
+    of_versions, of_types = _of_kernels(log, stated)
+    notices = (
+        *log.notices, *of_card, *of_versions, *of_types, *of_graphs, *of_order, *_of_prefixes(log, caching),
+    )  # fmt: skip
     return Setup(
         profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", whole, caching,
-        order, facts, assumed, notices,
+        order, facts, assumed, notices, not of_types,
     )  # fmt: skip
 
 
@@ -334,12 +338,12 @@ def _order(log: ServingLog) -> tuple[str, list[str]]:
     return policy, []
 
 
-def _of_types(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
-    """Where the kernels were measured with other types, or of another version, than the engine ran."""
-    notices = []
+def _of_kernels(log: ServingLog, stated: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Where the kernels were measured of another version, and with other types, than the engine ran."""
     versions = log.meta.get("vllm_version"), stated.get("vllm_version")
-    if None not in versions and str(versions[0]) != str(versions[1]):
-        notices.append(f"Kernel times are of vLLM {versions[1]}, the run is of {versions[0]}.")
+    other = None not in versions and str(versions[0]) != str(versions[1])
+    of_versions = [f"Kernel times are of vLLM {versions[1]}, the run is of {versions[0]}."] if other else []
+    notices = []
     variant = str(stated.get("variant", "bf16")).lower()
     weights, _, rest = variant.partition("-")
     value_bytes = _value_bytes(log)
@@ -351,7 +355,7 @@ def _of_types(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
         kind = log.engine.text("kv_cache_dtype", "auto")
         told = f"Kernel times were measured in {variant}, the KV cache was in {kind}"
         notices.append(f"{told}: memory is that of the run, times are not.")
-    return notices
+    return of_versions, notices
 
 
 def _of_prefixes(log: ServingLog, caching: bool) -> list[str]:
