@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -9,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from command_line import write_study
 from helios_sim.errors import UserError
 from helios_sim.report.designs import designs_table
 from helios_sim.study.designs import plan_sweep
 from helios_sim.study.sweep import run_plan, sweep
 from helios_sim.vary.axis import AxisConfig
 from sweep_example import example
+from test_kills import SWEEP
 
 pytest.importorskip("ray", reason="the extra sweep is not installed")
 
@@ -167,3 +172,13 @@ def test_the_last_machine_that_dies_ends_the_sweep_in_one_message_and_what_is_fi
 def test_an_address_where_nothing_answers_is_said():
     with pytest.raises(UserError, match=r"sweep\.address='127\.0\.0\.1:1'"):
         sweep(example(backend="ray", address="127.0.0.1:1"))
+
+
+def test_without_an_address_a_cluster_of_others_is_left_alone(cluster, tmp_path, repository):
+    """Ray joins the cluster of this machine that somebody started last, unless it is told not to."""
+    words = (*write_study(tmp_path, SWEEP), "sweep.backend=ray", "sweep.workers=1", f"hydra.run.dir={tmp_path}/out")
+    command = [sys.executable, "-m", "helios_sim", *words]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(repository)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -173,7 +173,9 @@ class Workers:
         try:
             _knock(address)
             with self._guarded(), handlers_kept():
-                self._ray.init(address=address, log_to_driver=False, logging_level="error", **of_own)
+                # Without an address Ray would join whatever cluster of this machine somebody started last.
+                at = "local" if self._own else address
+                self._ray.init(address=at, log_to_driver=False, logging_level="error", **of_own)
         except Exception as error:  # Ray raises plain exceptions too, as where a node does not start in its time
             reason = f"no Ray cluster can be reached there: {in_short(error)}"
             fix = "correct it, or leave it out to start one here"
