@@ -39,7 +39,7 @@ from helios_sim.config import (
 )
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
-from helios_sim.interrupt import leave_by_status
+from helios_sim.interrupt import is_asked, leave_by_status, stop_if_asked
 from helios_sim.report.terminal import say, without_json
 from helios_sim.study.schema import Config
 
@@ -65,7 +65,9 @@ def run_command(command: list[str]) -> int:
             config = to_config(settings, command)
             check_effect(config, run.overrides.task)
             status = max(status, runner_of(config)(config, folder))
-        except (UserError, OmegaConfBaseException) as error:  # here, since Hydra would announce it in words of its own
+        except (UserError, OmegaConfBaseException) as error:
+            stop_if_asked()
+            # Here, since Hydra would announce it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
             status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
             refused.append(folder)
@@ -83,6 +85,8 @@ def run_command(command: list[str]) -> int:
     except UserError as error:
         return _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
+        if is_asked():
+            return _stopped(command, folders)
         return _fail(in_words(error, command))
     except yaml.YAMLError as error:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
@@ -95,9 +99,7 @@ def run_command(command: list[str]) -> int:
     except (SystemExit, KeyboardInterrupt) as leaving:
         if isinstance(leaving, SystemExit) and not started:  # Hydra's own commands, such as --info, end so
             return 1 if leaving.code else 0
-        leave_by_status()  # Ray, while it starts, ends the program on SIGTERM
-        _say_stopped(command, folders)
-        return 1
+        return _stopped(command, folders)
     finally:
         for folder in refused:
             leave_no_trace(folder)
@@ -164,17 +166,19 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
     return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)
 
 
-def _say_stopped(command: Sequence[str], folders: Sequence[tuple[Path, bool]]) -> None:
-    """Where what was finished lies, and the command that goes on with it."""
+def _stopped(command: Sequence[str], folders: Sequence[tuple[Path, bool]]) -> int:
+    """Says where what was finished lies, and the command that goes on with it. Returns the exit status."""
+    leave_by_status()  # Ray, while it starts, ends the program on SIGTERM
     if not folders:
         say("helios_sim: stopped before anything was run", sys.stderr)
-        return
+        return 1
     folder, one_of_several = folders[-1]
     key, place = ("hydra.sweep.dir", folder.parent) if one_of_several else ("hydra.run.dir", folder)
     words = [word for word in command if not word.startswith(f"{key}=")]
     again = shlex.join(["python", "-m", "helios_sim", *words, f"{key}={place}"])
     say(f"helios_sim: stopped; what was finished is in the output folder {place}. To go on:", sys.stderr)
     print(f"  {again}", file=sys.stderr)
+    return 1
 
 
 def _fail(error: UserError, study: str = "") -> int:

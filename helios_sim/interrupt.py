@@ -23,6 +23,8 @@ _USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, 
 def remembered() -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt, and `stop_if_asked` still does where an import has swallowed that.
 
+    What a library or Python makes of it, as of one in a class body until 3.11, is raised as a KeyboardInterrupt again.
+
     Outside the main thread nothing changes, nor for a signal that has another handler already.
     """
     in_main = threading.current_thread() is threading.main_thread()
@@ -38,6 +40,10 @@ def remembered() -> Iterator[None]:
         signal.signal(number, on_signal)
     try:
         yield
+    except Exception as error:
+        if ours and _asked.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number in ours:
             signal.signal(number, _USUAL[number])
@@ -88,6 +94,11 @@ def at_most(seconds: float | None) -> Iterator[None]:
         inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def is_asked() -> bool:
+    """Whether a signal has asked the program to stop; some libraries make an error of their own of its exception."""
+    return _asked.is_set()
 
 
 def stop_if_asked() -> None:

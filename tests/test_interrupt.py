@@ -39,3 +39,19 @@ def test_an_interrupt_inside_exec_ends_with_the_chosen_status(tmp_path, reposito
     command = [sys.executable, "-m", "interrupted"]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 1
+
+
+def made_into_an_error() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    except KeyboardInterrupt as stopped:
+        raise RuntimeError("Error calling __set_name__") from stopped
+
+
+def test_an_error_that_something_made_of_a_signal_is_one_again() -> None:
+    """OmegaConf, and a class body of Python 3.11, raise an error of their own where a signal comes."""
+    with pytest.raises(KeyboardInterrupt), remembered():
+        made_into_an_error()
+    with pytest.raises(RuntimeError), remembered():
+        raise RuntimeError("of its own")
