@@ -20,6 +20,12 @@ class Mine:
 OWN = "+arms.mine={policy: custom, object: 'mine:Mine'}"
 
 
+@pytest.fixture(autouse=True)
+def folders_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What differs stays among temporary files, which are the test's here."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def study(command: CommandLine, *words: str) -> None:
     assert command(*write_study(command.folder), "pictures=false", *words).status == 0
 
