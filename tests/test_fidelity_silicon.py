@@ -189,3 +189,14 @@ def test_rows_belong_to_their_experiment(command: CommandLine) -> None:
     said = command("fidelity.rows=rows.csv")
     assert said.status == 1
     assert "only" in said.err
+
+
+def test_a_study_with_fitted_host_times_says_so(command: CommandLine) -> None:
+    """They are fitted to published runs, so the study's class is no better than that."""
+    words = ("+experiment=own", "models=[qwen2.5-7b]", "hardware=h100", "exits.source=none", "policy=full_depth")
+    for preset, found in (("vllm-0.12", "published"), ("vllm-0.24", "published"), (None, "derived")):
+        given = () if preset is None else (f"server.preset={preset}",)
+        said = command(*words, *given, "workload.n_requests=5", "pictures=false", into=str(preset))
+        assert said.status == 0, said.err
+        assert said.summary["provenance"]["class"] == found
+        assert ("the engine's host time is fitted to published" in said.out) == (preset is not None)

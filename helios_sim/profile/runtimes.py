@@ -61,18 +61,20 @@ PRESETS = {
 }
 
 _EVERY_8 = (1, 2, 4, *range(8, 257, 8))
-_FIT = "fitted to one half of {n} rows of {what}, drawn by a hash of their ids (experiments/fidelity_silicon)"
-_NEAREST = "as of {of}: no measurements of this version were at hand"
+HOST_TIME = "the engine's host time"  # as an input of a study, where it is fitted
+FIT = "python experiments/fidelity_silicon/fit.py"
+_FIT = "to one half of {n} rows of {what}, drawn by a hash of their ids (experiments/fidelity_silicon)"
+_NEAREST = "to rows of {of}, the nearest version of which measurements were at hand (experiments/fidelity_silicon)"
 
 
 def _engine(
-    sizes: tuple[int, ...], sizes_from: str, host: Mapping[str, float], host_from: str, basis: Basis = Basis.STATED
+    sizes: tuple[int, ...], sizes_from: str, host: Mapping[str, float], fitted_to: str
 ) -> Runtime:
-    """An engine with captured graphs; `host` are fields of the runtime, all from one source."""
+    """An engine with captured graphs; `host` are fields of the runtime, fitted together."""
     plain = PRESETS["captured_graphs"]
     costs = {"host_overhead_s": 0.0, "host_s_per_request": 0.0, **host}
     kept = tuple(s for s in plain.sources if s.quantity not in (*costs, "graph_batch_sizes"))
-    own = tuple(CostSource(name, basis, host_from) for name in costs)
+    own = tuple(CostSource(name, Basis.FITTED, fitted_to) for name in costs)
     sizes_source = CostSource("graph_batch_sizes", Basis.STATED, sizes_from)
     return replace(plain.changed(**costs), graph_batch_sizes=sizes, sources=(*kept, *own, sizes_source))
 
@@ -92,14 +94,14 @@ _TRTLLM_10 = {"host_overhead_s": 0.45e-3, "host_s_per_request": 11.7e-6}
 _TRTLLM_11 = {"host_overhead_s": 0.0, "host_s_per_request": 0.6e-6}
 _SGLANG_05 = {"host_overhead_s": 0.51e-3, "host_s_per_request": 10.4e-6}
 PRESETS |= {
-    "vllm-0.6": _engine(_EVERY_8, _V0, _SYNC_12, _NEAREST.format(of="vLLM 0.12"), Basis.ASSUMED),
-    "vllm-0.8": _engine(GRAPH_BATCH_SIZES, _V1, _SYNC_12, _NEAREST.format(of="vLLM 0.12"), Basis.ASSUMED),
+    "vllm-0.6": _engine(_EVERY_8, _V0, _SYNC_12, _NEAREST.format(of="vLLM 0.12")),
+    "vllm-0.8": _engine(GRAPH_BATCH_SIZES, _V1, _SYNC_12, _NEAREST.format(of="vLLM 0.12")),
     "vllm-0.10": _engine(
         GRAPH_BATCH_SIZES, _V1, _AHEAD_10, _FIT.format(n=50, what="vLLM 0.10.2 with asynchronous scheduling")
     ),
     "vllm-0.12": _engine(_SIZES_V12, _V12, _SYNC_12, _FIT.format(n=45, what="vLLM 0.12.0")),
-    "vllm-0.19": _engine(_SIZES_V12, _V12, _AHEAD_10, _NEAREST.format(of="vLLM 0.10"), Basis.ASSUMED),
-    "vllm-0.24": _engine(_SIZES_V12, _V12, _AHEAD_10, _NEAREST.format(of="vLLM 0.10"), Basis.ASSUMED),
+    "vllm-0.19": _engine(_SIZES_V12, _V12, _AHEAD_10, _NEAREST.format(of="vLLM 0.10")),
+    "vllm-0.24": _engine(_SIZES_V12, _V12, _AHEAD_10, _NEAREST.format(of="vLLM 0.10")),
     "trtllm-1.0": _engine(_SIZES_TRTLLM, _TRTLLM, _TRTLLM_10, _FIT.format(n=177, what="TensorRT-LLM 1.0.0rc3")),
     "trtllm-1.1": _engine(_SIZES_TRTLLM, _TRTLLM, _TRTLLM_11, _FIT.format(n=72, what="TensorRT-LLM 1.1.0rc2")),
     "sglang-0.5": _engine(_SIZES_SGLANG, _SGLANG, _SGLANG_05, _FIT.format(n=43, what="SGLang 0.5.1 and 0.5.8")),

@@ -164,6 +164,7 @@ class Basis(StrEnum):
     MEASURED = "measured"
     DEFINITION = "by definition"
     ASSUMED = "assumed"
+    FITTED = "fitted"  # to published measurements
     STATED = "stated"  # by a setting, an engine's defaults or a test
 
 
@@ -183,7 +184,7 @@ class CostSource:
     def parsed(cls, quantity: str, text: str) -> CostSource:
         """The source that has this `text`, which is how older profiles store it."""
         basis, colon, why = text.partition(": ")
-        if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED):
+        if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED, Basis.FITTED):
             return cls(quantity, Basis(basis), why)
         return cls(quantity, Basis.STATED, text)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from helios_sim.exits.artificial import STATED
+from helios_sim.profile.runtimes import HOST_TIME
 from helios_sim.provenance import ProvenanceClass
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
@@ -21,11 +22,14 @@ def cautions(result: ExperimentResult) -> list[str]:
     """Warnings as sentences, the experiment's own first."""
     found = list(result.warnings)
     published, stated = _published(result), _stated(result)
-    if published:
+    exits = [name for name in published if name != HOST_TIME]
+    if exits:
         found.append(
-            f"{', '.join(published)} {_be(published)} fitted to published statistics: quality "
+            f"{', '.join(exits)} {_be(exits)} fitted to published statistics: quality "
             "figures restate the publication; only time, memory and the policies' costs are predictions."
         )
+    if HOST_TIME in published:
+        found.append(f"{HOST_TIME} is {result.inputs[HOST_TIME].source}.")
     if stated:
         found.append(f"{', '.join(stated)} {_be(stated)} as the settings state: agreement restates them.")
     found += losses(result)

@@ -16,8 +16,9 @@ from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
 from helios_sim.profile.precision import served_as
+from helios_sim.profile.runtimes import FIT, HOST_TIME
 from helios_sim.profile.spec import Basis, RuntimeConfig
-from helios_sim.provenance import Assumption, Provenance
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.records import RecordLog, Records
@@ -239,6 +240,9 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
             profile = data.profile
             found[f"profile {served_as(model, profile.model)}@{profile.hardware.name}"] = profile.provenance
             found[f"exits of {model}"] = data.trace.trace.provenance
+            fitted = next((s.text for s in profile.runtime.sources if s.basis is Basis.FITTED), None)
+            if fitted is not None:
+                found[HOST_TIME] = Provenance(ProvenanceClass.PUBLISHED, fitted, FIT)
     return found
 
 

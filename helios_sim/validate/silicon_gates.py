@@ -120,11 +120,11 @@ def _notes(found: Found, gates: Sequence[Gate], together: Sequence[Compared], sh
     notes = [kept if gates else "No gate is about these rows."]
     whole = together[-1]
     if whole.tpot is not None:
-        notes.append(f"{whole.tpot.rows} of {whole.rows} rows are predicted; nothing is fitted to a row or a group.")
+        notes.append(f"{whole.tpot.rows} of {whole.rows} rows are predicted; nothing is fitted to a row.")
     if shipped:
         notes.append(
             "Host times are fitted by engine version to the half of the rows whose ids hash to an even number; "
-            "the other half judges them."
+            "the other half judges them. All rows of vLLM 0.12 and of SGLang are one group each."
         )
         notes.append(AFTER_LOOKING)
     if any(not row.source.startswith(INFERENCEMAX) for row, _ in found):
