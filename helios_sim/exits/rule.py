@@ -115,6 +115,8 @@ MEASURES: Mapping[Confidence, Measure] = {
     Confidence.HIDDEN_SIMILARITY: Measure(_hidden_similarity, "hidden_similarity", by_head=False, neighbours=True),
 }
 
+BY_COLUMN: Mapping[str, Confidence] = {measure.column: confidence for confidence, measure in MEASURES.items()}
+
 
 def require_threshold(key: str, threshold: float) -> None:
     """UserError for what can be no threshold of a confidence, such as one in per cent."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from helios_sim import files
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import MEASURES, Confidence
+from helios_sim.exits.rule import BY_COLUMN, MEASURES, Confidence
 from helios_sim.exits.table import MOST_EXITS, MOST_TOKENS, is_table, read_table
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance
@@ -39,8 +39,7 @@ HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
 _KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
 _MOST_BYTES = 256 * MIB
-_MEASURED = {measure.column: confidence for confidence, measure in MEASURES.items()}
-_PER_EXIT = ("agree", *_MEASURED, "confident", "bits")
+_PER_EXIT = ("agree", *BY_COLUMN, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
 
 
@@ -135,7 +134,7 @@ def read_trace(folder: Path) -> ExitTrace:
             found = f"{folder / TABLE} has {len(columns['task'])} rows"
             raise UserError("n_tokens", header.value("n_tokens"), found, _FIX)
         wide = {name: np.column_stack([columns[f"{name}_{depth}"] for depth in exits]) for name in recorded}
-        measured = {_MEASURED[name]: wide.pop(name).astype(np.float32) for name in recorded if name in _MEASURED}
+        measured = {BY_COLUMN[name]: wide.pop(name).astype(np.float32) for name in recorded if name in BY_COLUMN}
         published, names = header.has("published_confidence"), [c.value for c in Confidence]
         trace = ExitTrace(
             model=header.text("model"),

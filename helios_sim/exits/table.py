@@ -27,15 +27,14 @@ from numpy.typing import NDArray
 from helios_sim import files
 from helios_sim.contents import sha256_of
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import MEASURES
+from helios_sim.exits.rule import BY_COLUMN
 from helios_sim.exits.trace import ANY_TASK, MOST_BITS, ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.untrusted import MIB, read_bytes, read_parquet, read_text, reading
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
-_MEASURED = {measure.column: confidence for confidence, measure in MEASURES.items()}
-_PER_EXIT = ("agree", *_MEASURED, "log_prob")
+_PER_EXIT = ("agree", *BY_COLUMN, "log_prob")
 _DEPTH = re.compile(rf"({'|'.join(_PER_EXIT)})_([1-9]\d{{0,4}})")
 _LONG = ("token", "layer")
 _PER_TOKEN = ("task", "prompt", "chars")
@@ -178,9 +177,9 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told) -> Ex
         raise UserError(str(path), ", ".join(found), "columns agree_D are missing", _FIX)
     if not np.isin(agree, (0.0, 1.0)).all():
         raise UserError(f"{path}: agree", float(agree[~np.isin(agree, (0, 1))][0]), "0 or 1, true or false", _FIX)
-    recorded = {_MEASURED[name]: values for name in _MEASURED if (values := column(name, 1.0)) is not None}
+    recorded = {BY_COLUMN[name]: values for name in BY_COLUMN if (values := column(name, 1.0)) is not None}
     if not recorded:
-        raise UserError(str(path), ", ".join(found), f"one of {', '.join(f'{name}_D' for name in _MEASURED)}", _FIX)
+        raise UserError(str(path), ", ".join(found), f"one of {', '.join(f'{name}_D' for name in BY_COLUMN)}", _FIX)
     prompts = np.unique(np.char.add(np.char.add(names[number], "\n"), found["prompt"].astype(str)), return_inverse=True)
     source = told.source or f"{path.name}, a table of tokens and exits"
     return ExitTrace(
