@@ -1,6 +1,7 @@
 """Decides which replica a request goes to.
 
-That is what a router in front of servers knows too: whom it sent to where, and who has come back.
+That is what a router in front of servers knows too: whom it sent to where, who has come back, and, where servers tell
+it which KV blocks they hold, what is cached where.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from helios_sim.core.route import choose
 from helios_sim.request import Request, RequestBlock
 from helios_sim.workload.faults import Outages
 
+DOWN = 1 << 40  # requests that a replica that is down seems to have to a router by load
 _DRAWS = 4096  # pairs at a time
 
 Choice = Callable[[Request], int]
 """The number of the replica that a request goes to, which arrives now."""
+CachedShare = Callable[[int, Request], float]
+"""The share of a request's prompt that is cached in the replica of this number."""
 
 
 class Router(StrEnum):
@@ -31,6 +35,7 @@ class Router(StrEnum):
     LEAST_LOADED = "least_loaded"  # fewest requests in it; the first of equals
     POWER_OF_TWO = "power_of_two"  # of two drawn at random the one with fewer requests; the first drawn of equals
     SESSION = "session"  # all turns of a session to one replica, sessions one after the other
+    PREFIX_AWARE = "prefix_aware"  # where most of its prompt is cached, less for load: `core/route.py:score`
     BY_TASK = "by_task"  # among those that are meant for the request's task: fewest requests, the first of equals
 
 
@@ -39,6 +44,7 @@ _NUMBERS = {
     Router.LEAST_LOADED: route.LEAST_LOADED,
     Router.POWER_OF_TWO: route.POWER_OF_TWO,
     Router.SESSION: route.ROUND_ROBIN,  # its replicas are known beforehand: the loop does not choose
+    Router.PREFIX_AWARE: route.PREFIX_AWARE,
     Router.BY_TASK: route.BY_TASK,
 }
 
@@ -118,13 +124,15 @@ class Routing:
         """What `power_of_two` draws, request after request; (n, 2) zeros for other routers."""
         return Pairs(replicas if self.router is Router.POWER_OF_TWO else 1, self.seed)
 
-    def choice(self, requests_in: Sequence[int]) -> Choice:
+    def choice(self, requests_in: Sequence[int], cached_share: CachedShare) -> Choice:
         """`requests_in` holds the number of requests in each replica, at any moment the present one.
 
         A single replica gets every request, whatever the router.
         """
         if self.router is Router.SESSION:
             return lambda request: request.stream % len(requests_in)
+        if self.router is Router.PREFIX_AWARE and len(requests_in) > 1:
+            return lambda request: _by_prefix(request, requests_in, cached_share)
         numbers, pairs, homes = count(), self.pairs(len(requests_in)), memoryview(self.homes_table())  # type: ignore[arg-type]
 
         def choose_next(request: Request) -> int:
@@ -132,6 +140,13 @@ class Routing:
             return choose(self.number, next(numbers), request.task, pair, 0, homes, requests_in)
 
         return choose_next
+
+
+def _by_prefix(request: Request, requests_in: Sequence[int], cached_share: CachedShare) -> int:
+    """As `route.by_prefix`, among replicas that are up; where none is, the first."""
+    up = [number for number, inside in enumerate(requests_in) if inside < DOWN] or [0]
+    total = sum(requests_in[number] for number in up)
+    return max(up, key=lambda n: route.score(cached_share(n, request), requests_in[n], total, len(up)))
 
 
 def stand_in(number: int, meant: Sequence[int], back_ns: Sequence[int | None]) -> int:

@@ -19,7 +19,7 @@ from simpy.events import Event
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
-from helios_sim.routing import Routing, stand_in
+from helios_sim.routing import DOWN, Routing, stand_in
 from helios_sim.serving.faults import Injector
 from helios_sim.serving.front import Front
 from helios_sim.serving.replica import OnLeft
@@ -29,7 +29,6 @@ from helios_sim.workload.faults import FaultPlan, Outages, Struck
 
 ONE_AFTER_THE_OTHER = Routing()
 _MERGED_AT_ONCE = 4096  # records of several replicas that wait until they can be put in order
-_DOWN = 1 << 40  # requests that a replica that is down seems to have to a router by load
 _LEAST_DEPARTURES = 64  # of many replicas: room of each for as many that have left
 
 Sink = Callable[[RequestRecord], None]
@@ -86,7 +85,9 @@ class System:
         self._requests_in = [0] * len(servers)
         self._back_ns: list[int | None] = [None] * len(servers)  # of those that are down
         self._sent: list[int] | None = None  # to each replica, where requests are dispatched
-        self._choose = self._routing.choice(self._requests_in)
+        self._choose = self._routing.choice(
+            self._requests_in, lambda number, request: servers[number].cached_share(request)
+        )
 
     def feed(
         self,
@@ -163,7 +164,7 @@ class System:
     def note_down(self, replica: int, back_ns: int | None) -> None:
         """The replica is down until then; None: it is up again."""
         self._back_ns[replica] = back_ns
-        self._requests_in[replica] += _DOWN if back_ns is not None else -_DOWN
+        self._requests_in[replica] += DOWN if back_ns is not None else -DOWN
 
     def more_comes(self) -> bool:
         """Whether requests are still to arrive that wait for no answer, or somebody outside may send some."""

@@ -256,7 +256,8 @@ def choose_case(choose: Choose) -> dict[str, Any]:
         for seed, name in enumerate(made)
     }
     replicas = choose([1, 1, 2, 3])
-    drawn = [router for router in Router if router is not Router.SESSION]  # cases have no sessions
+    others = (Router.SESSION, Router.PREFIX_AWARE)  # for what prompts share, which cases do not say
+    drawn = [router for router in Router if router not in others]
     routers = [router for router in drawn if replicas > 1 or router is Router.ROUND_ROBIN]
     block_tokens = choose([16, 16, 4])
     # `tight`: the two models do not fit side by side, so that one has to leave before the other loads.

@@ -18,6 +18,7 @@ from helios_sim.exits.rule import FixedCap, FullDepth
 from helios_sim.policy.deployment import Completed, Deployment, KvRule, Placement
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestBlock
+from helios_sim.routing import Router
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.workload import AllAtOnce, Constant, Fixed, generate
 from helios_sim.workload.prefixes import SharedPrefixes
@@ -176,9 +177,11 @@ TEXTS = SharedPrefixes.of([[(0, 20)], [(0, 9), (1, 11)], [(2, 33)], [(0, 64)]])
 
 
 @SLOW
-@given(case=drawn_by(choose_case), sessions=st.integers(0, 4))
-def test_invariants_and_the_same_bits_in_all_ways_to_run(case, sessions) -> None:
+@given(case=drawn_by(choose_case), sessions=st.integers(0, 4), by_prefix=st.booleans())
+def test_invariants_and_the_same_bits_in_all_ways_to_run(case, sessions, by_prefix) -> None:
     runs = []
+    if by_prefix:
+        case = case | {"router": Router.PREFIX_AWARE}
     for way in ({"stepwise": True, "watch": check}, {"stepwise": False}, {"compiled": True}):
         if "compiled" in way and not is_made():
             continue  # to compile takes longer than all of this

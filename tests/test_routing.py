@@ -51,6 +51,10 @@ def sent(monkeypatch) -> list[tuple[int, list[int]]]:
     return seen
 
 
+def nothing_cached(replica: int, request: Request) -> float:
+    return 0.0
+
+
 def outcome(served: Served) -> list[object]:
     """Everything about every request but the number of its replica."""
     return [replace(record, replica=0) for record in served.by_request()]
@@ -107,13 +111,13 @@ def test_by_task_never_sends_a_task_elsewhere_and_there_to_the_emptiest(sent, ar
 
 def test_power_of_two_draws_every_pair_alike_and_the_same_again() -> None:
     loads = [0, 0, 0, 0]
-    choose = Routing(Router.POWER_OF_TWO, seed=5).choice(loads)
+    choose = Routing(Router.POWER_OF_TWO, seed=5).choice(loads, nothing_cached)
     request = Request(0, 0, 1, 1, 0, 0)
     drawn = [choose(request) for _ in range(20_000)]  # all are equal: the first of each pair
     assert np.bincount(drawn) / len(drawn) == pytest.approx([0.25] * 4, abs=0.015)
-    again = Routing(Router.POWER_OF_TWO, seed=5).choice(loads)
+    again = Routing(Router.POWER_OF_TWO, seed=5).choice(loads, nothing_cached)
     assert drawn == [again(request) for _ in range(20_000)]
-    other = Routing(Router.POWER_OF_TWO, seed=6).choice(loads)
+    other = Routing(Router.POWER_OF_TWO, seed=6).choice(loads, nothing_cached)
     assert drawn != [other(request) for _ in range(20_000)]
     loads[:] = [3, 0, 3, 3]  # the empty one is in half of the pairs
     fuller = [choose(request) for _ in range(20_000)]

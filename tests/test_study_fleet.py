@@ -13,6 +13,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.store import write_trace
 from helios_sim.report.records import RecordLog, Records
+from helios_sim.routing import Router
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
 from helios_sim.study.jobs import make_job, run_job, serve
@@ -148,6 +149,14 @@ def test_a_cluster_serves_everybody_and_the_same_again(tmp_path: Path, router: s
     assert first.replicate.metrics["requests_completed"] == 40
     assert first.replicate.records.replica.tolist() == again.replicate.records.replica.tolist()
     assert len(Counter(first.replicate.records.replica.tolist())) == 3
+
+
+def test_the_router_by_prefixes_needs_prefixes(tmp_path: Path) -> None:
+    config = study(tmp_path, router="prefix_aware")
+    with pytest.raises(UserError, match=r"server\.router='prefix_aware'.*server\.enable_prefix_caching=true"):
+        build_fleet(config, 0)
+    config = replace(config, server=replace(config.server, enable_prefix_caching=True))
+    assert build_fleet(config, 0).routing.router is Router.PREFIX_AWARE
 
 
 REFUSED = {

@@ -37,7 +37,9 @@ _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
 _LOOP = "route.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
-_CALLED = ("settle", "find", "hold", "extend", "release", "leave_blocks")  # from several places, and seldom
+_CALLED = (  # from several places, or seldom
+    "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix",
+)  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
 

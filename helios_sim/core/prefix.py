@@ -104,10 +104,10 @@ def has_room(s: Record, c: Prefix, blocks: int, widest: int) -> bool:
     return min(s.total_blocks, s.made_blocks + blocks) < len(c.blocks) and widest <= c.table.shape[1]
 
 
-def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int) -> int:
+def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int, noted: bool) -> int:
     """How many of the first full blocks of a prompt of so many tokens are cached up to these layers.
 
-    They are put into the last row of `table`. The last token is not looked for.
+    They are put into the last row of `table` if they are to be `noted`. The last token is not looked for.
     """
     limit, n = (tokens - 1) // r.block_tokens, 0
     value, segment = 0, _segments(c, shared)[0]
@@ -116,7 +116,8 @@ def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int) 
         block = _look_up(c, value, layers)
         if block == 0:
             break
-        c.table[len(c.table) - 1, n] = block
+        if noted:
+            c.table[len(c.table) - 1, n] = block
         n += 1
     return n
 

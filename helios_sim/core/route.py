@@ -1,8 +1,9 @@
 """Several replicas and the requests between them: which replica each goes to, and how far the others may run meanwhile.
 
-A router counts the requests in each replica when one arrives. So all replicas are brought up to an arrival, the request
-joins the line of one of them, and they run on up to the next arrival. A replica that needs more than the loop (its
-policy is to be asked, its results are to be handed over) stops, and the caller goes on with it on the clock.
+A router counts the requests in each replica when one arrives, or looks for its prompt in their caches. So all replicas
+are brought up to an arrival, the request joins the line of one of them, and they run on up to the next arrival. A
+replica that needs more than the loop (its policy is to be asked, its results are to be handed over) stops, and the
+caller goes on with it on the clock.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 from helios_sim.core.advance import advance, wakes
 from helios_sim.core.arrive import arrive, take_arrivals
 from helios_sim.core.layout import FOREVER_NS, HORIZON, IDLE, NEVER, RUNNING, WAITING, Kind, Numbers, Record, Table
+from helios_sim.core.prefix import Prefix, depth, find, own_text
 
-ROUND_ROBIN, LEAST_LOADED, POWER_OF_TWO, BY_TASK = range(4)
+ROUND_ROBIN, LEAST_LOADED, POWER_OF_TWO, BY_TASK, PREFIX_AWARE = range(5)
 # Why `route` returns.
 (
     DONE,  # every request is routed, and the replicas are brought up to `until_ns`
@@ -83,7 +85,10 @@ def route(
             return DONE
         if up_to_ns > f.clock_ns and f.event_ns <= up_to_ns:
             return CLOCK
-        i = choose(f.router, f.routed_before + f.next, tasks[f.next], pairs, f.next, homes, inside)
+        if f.router == PREFIX_AWARE:
+            i = by_prefix(replicas, f.next, inside)
+        else:
+            i = choose(f.router, f.routed_before + f.next, tasks[f.next], pairs, f.next, homes, inside)
         f.chosen = i
         if not ahead[i]:
             return SUBMIT
@@ -127,6 +132,40 @@ def choose(router: int, number: int, task: int, pairs: Numbers, row: int, homes:
         if inside[i] < least:
             found, least = i, inside[i]
     return found
+
+
+def by_prefix(replicas: Any, row: int, inside: Numbers) -> int:
+    """The replica with the highest score for the request in that row of those that come; of equals the first."""
+    n, total = len(inside), 0
+    for i in range(n):
+        total += inside[i]
+    found, best = NEVER, 0.0
+    for i in range(n):
+        t = tables_of(replicas, i)
+        arrival, prompt_tokens = t.coming[row], t.coming_tokens[row].prompt_tokens
+        share = cached_share(t.rules[0], t.prefix, arrival.shared, arrival.stream, arrival.request_id, prompt_tokens)
+        value = score(share, inside[i], total, n)
+        if found == NEVER or value > best:
+            found, best = i, value
+    return found
+
+
+def score(share: float, inside: int, total: int, n: int) -> float:
+    """How well a replica suits a request of whose prompt it has cached that share, with so many requests in it.
+
+    The rule of the vLLM production stack's load-aware router, with its default weight of 1: the share, less by how many
+    times the mean the replica's requests are above the mean of all n, which have `total` requests. A mean below 1
+    counts as 1. A replica with twice the mean loses as much as a prompt that is wholly cached gains.
+    """
+    return share - (n * inside - total) / max(n, total)
+
+
+def cached_share(r: Record, c: Prefix, shared: int, stream: int, request_id: int, prompt_tokens: int) -> float:
+    """The share of a new prompt whose K and V are cached, as deep as its tokens would run."""
+    if not r.shares:
+        return 0.0
+    blocks = find(r, c, shared, own_text(stream, request_id), prompt_tokens, depth(r, 0), False)
+    return blocks * r.block_tokens / prompt_tokens
 
 
 def _join(s: Record, t: Any, now_ns: int) -> None:

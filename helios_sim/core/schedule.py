@@ -164,7 +164,7 @@ def admit(
             else:
                 request = requests[slot]
                 shared, own = request.shared, own_text(request.stream, request.request_id)
-            kept = find(r, prefix, shared, own, prefill, depth(r, generated))
+            kept = find(r, prefix, shared, own, prefill, depth(r, generated), True)
             lacking = blocks - kept + free_among(prefix, kept)
             if lacking > free_blocks(s):
                 s.blocked_seq, s.blocked_free, s.blocked_known = line.seq[0], free_blocks(s), s.made_known

@@ -17,7 +17,7 @@ from helios_sim.core import layout
 from helios_sim.core.addresses import Replicas
 from helios_sim.core.layout import FOREVER_NS, NEVER, IntArray, Record, Storage, Table, Tables, raw
 from helios_sim.core.machine import Machine
-from helios_sim.core.route import CLOCK, DONE, FRONT, ROOM, STOPPED, SUBMIT, route
+from helios_sim.core.route import CLOCK, DONE, FRONT, PREFIX_AWARE, ROOM, STOPPED, SUBMIT, route
 from helios_sim.request import Request, RequestBlock
 from helios_sim.routing import Routing
 from helios_sim.serving.inbox import COLUMNS, arrival_rows, raw_requests
@@ -72,7 +72,7 @@ class Loop:
 
 
 class Front:
-    """Sends each request to a replica when it arrives, by the requests that each one has then."""
+    """Sends each request to a replica when it arrives, by the requests, or the prefixes, that each one has then."""
 
     def __init__(
         self, env: simpy.Environment, servers: Sequence[Routed], routing: Routing, machine: Machine | None
@@ -133,6 +133,8 @@ class Front:
             for number, parked in enumerate(self._parked):
                 if parked is None:
                     self.loop.inside[number] = self._servers[number].requests_in_system
+                    if f.router == PREFIX_AWARE:  # which looks into its tables
+                        self._put(number)
             why = self.loop.route(f, self._routed, self._ahead)
             if why == DONE:
                 return

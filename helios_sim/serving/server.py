@@ -17,6 +17,7 @@ from helios_sim.core import layout
 from helios_sim.core.arrive import release, take_arrivals
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables
 from helios_sim.core.machine import Machine
+from helios_sim.core.route import cached_share
 from helios_sim.core.schedule import running_limit
 from helios_sim.errors import UserError
 from helios_sim.policy.telemetry import Policy, Situation
@@ -337,6 +338,17 @@ class Server:
             hand_over(replica)
         elif self._decider.watches_queue or (next_in_line and self._could_start()):
             self._turns.wake_idle()
+
+    def cached_share(self, request: Request) -> float:
+        """The share of a new request's prompt whose K and V this replica has."""
+        self._require_open()
+        replica = self._replica
+        prompt_tokens, _ = self._engine.tokenize(replica.deployment.active.model, request)
+        return float(
+            cached_share(
+                replica.rules, replica.prefix.tables, request.shared, request.stream, request.request_id, prompt_tokens
+            )
+        )
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> None:
         """The request leaves at the end of the iteration in progress, dropped for this reason."""

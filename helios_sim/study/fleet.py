@@ -95,6 +95,9 @@ def build_fleet(config: Config, seed: int) -> Fleet:
     if router is Router.SESSION and config.workload.sessions.users is None:
         allowed = "requests that belong to sessions"
         raise UserError("server.router", "session", allowed, "set workload.sessions.users and workload.sessions.turns")
+    if router is Router.PREFIX_AWARE and not config.server.enable_prefix_caching:
+        allowed = "replicas that keep prefixes"
+        raise UserError("server.router", "prefix_aware", allowed, "set server.enable_prefix_caching=true")
     plans = _plans(config)
     faults = build_faults(config.workload.faults, plans[-1].numbers.stop, seed)
     check_size(config, plans[-1].numbers.stop)

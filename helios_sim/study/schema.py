@@ -200,8 +200,8 @@ class ServerConfig:
     # workload.mix.priorities or a trace's column `priority`; shortest_prompt
     order: str = "fcfs"
     # round_robin; least_loaded: to the replica with the fewest requests in it; power_of_two: of two drawn at random to
-    # the one with fewer; session: all turns of a session to one; by_task: to a kind of replica
-    # that is meant for the request's task (see cluster)
+    # the one with fewer; session: all turns of a session to one; prefix_aware: where most of its prompt is cached,
+    # weighed against the requests there; by_task: to a kind of replica that is meant for its task (see cluster)
     router: str = "round_robin"
 
     def __post_init__(self) -> None:
