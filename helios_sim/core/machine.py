@@ -8,6 +8,7 @@ not never changes a result.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -226,16 +227,26 @@ def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
 
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
-    """Higher levels of LLVM take five seconds more, and the loop is no faster for them."""
+    """Without what takes seconds and makes the loop no faster: LLVM's higher levels, its vectorizer, a pass over
+    references that are not counted here, and Python's collector of cycles, which would look at Numba's many objects
+    again and again.
+    """
     import numba
 
     config: Any = numba.config
-    before = config.OPT
-    config.OPT = type(before)("1")
+    quickly = {"OPT": type(config.OPT)("1"), "LOOP_VECTORIZE": 0, "LLVM_REFPRUNE_PASS": 0}
+    before = {name: getattr(config, name) for name in quickly}
+    collects = gc.isenabled()
+    gc.disable()
+    for name, value in quickly.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        config.OPT = before
+        for name, value in before.items():
+            setattr(config, name, value)
+        if collects:
+            gc.enable()
 
 
 def _text(types: Any) -> str:
