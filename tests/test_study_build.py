@@ -34,6 +34,7 @@ from helios_sim.study.schema import (
     ObjectiveConfig,
     WorkloadConfig,
 )
+from helios_sim.study.seeds import Settled
 from helios_sim.workload import generate
 from priced import priced_profile
 
@@ -169,7 +170,7 @@ def test_what_an_arm_aims_at_is_no_other_condition_but_its_load_is(tmp_path: Pat
     config = replace(measured(tmp_path), arms=arms, subject="full", headline_metrics=["bits_per_char"])
 
     plan = plan_study(config)
-    result = assemble(plan, {job.key: run_job(job) for job in plan.jobs}, {})
+    result = assemble(Settled(plan, {job.key: run_job(job) for job in plan.jobs}), {})
     best = next(sentence for sentence in result.verdict if sentence.startswith("Best of the arms"))
     fewest = min(("full", "aims"), key=lambda arm: result.arms[arm].metrics["bits_per_char"])
     assert f"Bits/char: {fewest} with" in best

@@ -27,9 +27,12 @@ from calibrate.measure.latency import (
 from calibrate.measure.memory import Loads, Memory
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtimes import GRAPH_BATCH_SIZES
-from helios_sim.profile.spec import Basis, CostSource, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Basis, CostSource, HardwareSpec, ModelSpec, Runtime, TimeBand
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+
+# A machine is not as fast tomorrow as while it was measured.
+TIME_BAND = TimeBand(0.87, 1.12, "12 live runs lie within: experiments/fidelity_live")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
         activation_reserve_bytes=measured.memory.activation_reserve_bytes,
         load_bytes_per_s=loads.engine_bytes_per_s, load_slowdown=loads.slowdown, check_classifier=classifier,
         padded_kv=True,  # by definition: `helios_sim.live.memory.kv.DecodeStep`
+        time_band=TIME_BAND,
     )  # fmt: skip
 
 

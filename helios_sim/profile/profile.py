@@ -13,7 +13,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.price_tables import Pricing
-from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, require_within
+from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, TimeBand, require_within
 from helios_sim.profile.tables import LayerTables, RowsTable
 from helios_sim.provenance import Provenance
 
@@ -54,6 +54,7 @@ class Profile:
     check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
     padded_kv: bool = False
     anchors: Anchors | None = None  # how fast the device was when this was measured; None: not known
+    time_band: TimeBand | None = None  # how far whole iterations may be off; None: not known
     _pricing: Pricing = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -83,8 +83,8 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
     source = None if device.key is None else KERNELS[kernels].get(device.key, SHIPPED_SOURCES.get(device.key))
     if source is None:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
-        low, high = fitted_band(shape.model, device.card)
-        times_from = f"its data sheet; expect {low:g} to {high:g} of these times"
+        band = fitted_band(shape.model, device.card)
+        times_from = f"its data sheet; expect {band.low:g} to {band.high:g} of these times"
         if device.cards > 1:
             times_from += f", with all-reduces over a link of {device.link.bytes_per_s / 1e9:g} GB/s"
     else:
@@ -93,8 +93,10 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
         times_from = f"kernels that NVIDIA measured under {under} on {source.card.name.upper()}"
         products = products_on(shape.model, device.card)
         if products == WEIGHTS and not source.integers:
-            low, high = fitted_band(shape.model, device.card)
-            times_from += f", products of the layers by shares of an A100's: expect {low:g} to {high:g} of their times"
+            band = fitted_band(shape.model, device.card)
+            expected = f"{band.low:g} to {band.high:g} of their times"
+            times_from += f", products of the layers by shares of an A100's: expect {expected}"
+            profile = replace(profile, time_band=band)
     if shape.model.quantization is not None or shape.model.kv_bytes_per_value == 1:
         times_from += f"; {in_words(shape.model)}"
     provenance = replace(profile.provenance, details={TIMES_FROM: times_from, SHAPE_FROM: shape.source})

@@ -14,7 +14,7 @@ from helios_sim.profile.formats import FP4, FP8, INT8, WEIGHTS
 from helios_sim.profile.precision import assumed_of, products_on, scaled_by
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtimes import preset
-from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime, TimeBand
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
@@ -128,9 +128,10 @@ FITTED = Efficiency(
 FITTED_BANDS = {None: (0.83, 1.21), FP8: (0.79, 1.23), INT8: (0.73, 1.41), WEIGHTS: (0.77, 1.45), FP4: (0.72, 1.24)}
 
 
-def fitted_band(model: ModelSpec, card: HardwareSpec) -> tuple[float, float]:
+def fitted_band(model: ModelSpec, card: HardwareSpec) -> TimeBand:
     """What to expect of times over those by the fitted shares, for the model's precision on this card."""
-    return FITTED_BANDS[products_on(model, card)]
+    low, high = FITTED_BANDS[products_on(model, card)]
+    return TimeBand(low, high, "90 % of the kernels of cards left out of the fit lie within: experiments/kernels")
 
 
 def quantized_s(
@@ -254,9 +255,9 @@ def device_roofline(
     assumptions += assumed_of(model)
     scaled = scaled_by(model, products, None)
     if efficiency == FITTED:
-        low, high = fitted_band(model, card)
-        band = f"{low:g} to {high:g} of these (90 % of cases)"
-        scaled = (f"no kernel of this card was measured: times may be {band}", *scaled)
+        band = fitted_band(whole, card)
+        expected = f"{band.low:g} to {band.high:g} of these (90 % of cases)"
+        scaled = (f"no kernel of this card was measured: times may be {expected}", *scaled)
     if device.cards > 1:
         link = f"{device.link.latency_s * 1e6:g} us, {device.link.bytes_per_s / 1e9:g} GB/s"
         assumptions += (Assumption("all-reduce link", link, device.link.source, "rebuild"),)
@@ -271,6 +272,7 @@ def device_roofline(
         embedding=by_rows(lambda r: small_s(embedding_elementwise(model), r) + reduce_s(r)), check=None,
         activation_reserve_bytes=device.cards * activation_reserve_bytes(model),
         load_bytes_per_s=device.cards * device.load_bytes_per_s,
+        time_band=fitted_band(whole, card) if efficiency == FITTED else None,
     )  # fmt: skip
 
 

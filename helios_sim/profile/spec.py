@@ -246,6 +246,18 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeBand:
+    """How long iterations really take, over the times of a profile: from `low` to `high`."""
+
+    low: float
+    high: float
+    source: str  # which share of which cases lies within
+
+    def __post_init__(self) -> None:
+        require_within("time_band", self, {"low": (0.01, 1.0), "high": (1.0, 100.0)})
+
+
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """A step that tells how fast a device is just now, as the calibration timed it: seconds of one layer."""
 

@@ -22,7 +22,7 @@ from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile.formats import WeightFormat
 from helios_sim.profile.profile import Profile
-from helios_sim.profile.spec import Anchor, Anchors, Basis, CostSource, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Anchor, Anchors, Basis, CostSource, HardwareSpec, ModelSpec, Runtime, TimeBand
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 from helios_sim.provenance import Provenance
 from helios_sim.untrusted import Fields, is_there, read_json, read_parquet, reading
@@ -83,6 +83,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         **({"padded_kv": True} if profile.padded_kv else {}),  # this and what follows were added later
         **({"windows": windows} if any(windows := [tables.window for tables in profile.layer_tables]) else {}),
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
+        **({} if profile.time_band is None else {"time_band": asdict(profile.time_band)}),
     }
     files.write_together(path, parts, HEADER, f"{files.to_json(header, indent=1)}\n".encode())
 
@@ -126,6 +127,7 @@ def read_profile(path: Path) -> Profile:
             check_classifier=rows.by_rows("check_classifier", WHOLE_MODEL) if rows.has("check_classifier") else None,
             padded_kv=header.flag("padded_kv", False),
             anchors=_anchors(header, provenance),
+            time_band=header.inner("time_band").filled(TimeBand) if header.has("time_band") else None,
             activation_reserve_bytes=header.integer("activation_reserve_bytes", 0, 1 << 60),
             load_bytes_per_s=header.number("load_bytes_per_s", 0, 1e300),
             load_slowdown=header.number("load_slowdown", 0, 1e300),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -150,6 +150,18 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
             "error, and a run with profile_time_factor=1.01 says how much."
         )
     return found
+
+
+def kept_up_to_rps(result: ExperimentResult, arms: Iterable[str]) -> float | None:
+    """Requests/s up to which all of these arms were seen to keep up: those that arrived, or the least that was served.
+
+    None where arrivals wait for answers, or are those of a trace.
+    """
+    offered = result.workload.offered_requests_per_s
+    if offered is None:
+        return None
+    saturations = [_saturation(result.arms[arm], offered) for arm in arms]
+    return min([offered, *(found[0] for found in saturations if found is not None)])
 
 
 def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, float] | None:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.profile.spec import TimeBand
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, OF_PREFIXES, Metrics, Slo, mean_metrics
+from helios_sim.report.metrics import OF_COST, OF_PREFIXES, Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
@@ -335,6 +336,26 @@ def _tpot(records: Records) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True)
+class AtEnd:
+    """The subject with every iteration `time_factor` times as long as the profile says."""
+
+    time_factor: float
+    ratio: Ratio | None  # over its baseline, likewise; None: the subject is the baseline
+    value: MetricValue
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What the subject's answer in the headline metric hangs on, besides the inputs."""
+
+    band: TimeBand | None = None  # of times over those of the profiles
+    at_ends: tuple[AtEnd, ...] = ()
+    survives: bool | None = None  # whether the same is said at both ends; None: nothing is, or it was not run there
+    why_not: str | None = None  # why it was not run there, though it was to be
+    valid_up_to_rps: float | None = None  # arrivals up to which the subject and its baseline kept up here
+
+
+@dataclass(frozen=True, slots=True)
 class ExperimentResult:
     """One study with all its arms."""
 
@@ -358,6 +379,7 @@ class ExperimentResult:
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
     fidelity: Fidelity | None = None  # of a comparison with a measured run
     subject: str | None = None  # the arm that the verdict is about
+    trust: Trust = Trust()
 
     def baseline_of(self, arm: str) -> str:
         """The arm that this one is compared with. An arm under other conditions has its own baseline."""

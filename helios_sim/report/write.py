@@ -8,6 +8,7 @@ from typing import Any
 
 from helios_sim import files
 from helios_sim.files import json_value
+from helios_sim.report.cautions import reservations
 from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decisions_table
 from helios_sim.report.designs import Design, DesignsResult, designs_table
@@ -126,6 +127,8 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         "provenance": _provenance(result),
     }
     summary["verdict"] = list(result.verdict)
+    if result.subject is not None:
+        summary["confidence"] = _confidence(result)
     summary["headline_metrics"] = list(headline_metrics(result))
     if result.fidelity is not None:
         summary["fidelity"] = _fidelity(result.fidelity)
@@ -135,6 +138,23 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         shown = shown_metrics(result.headline_metrics, result.figures)
         summary["points"] = [_point(point, shown) for point in result.points]
     return summary
+
+
+def _confidence(result: ExperimentResult) -> dict[str, Any]:
+    """What the verdict hangs on, for programs."""
+    trust = result.trust
+    return {
+        "inputs": {name: source.provenance_class.value for name, source in result.inputs.items()},
+        "read_with_care": reservations(result),
+        "outside_grid_fraction": {name: arm.metrics.get("outside_grid_fraction") for name, arm in result.arms.items()},
+        "busy_fraction": {name: arm.metrics.get("busy_fraction") for name, arm in result.arms.items()},
+        "metric": headline_metrics(result)[0],
+        "profile_band": json_value(trust.band),
+        "at_ends": [json_value(end) for end in trust.at_ends],
+        "survives": trust.survives,
+        "not_run_at_ends": trust.why_not,
+        "valid_up_to_rps": trust.valid_up_to_rps,
+    }
 
 
 def summarise_designs(result: DesignsResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, fault_figures, waits
+from helios_sim.report.cautions import kept_up_to_rps
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import Metrics, MetricValue, Slo, mean_metrics
@@ -17,6 +18,7 @@ from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
     ArmsFigure,
+    AtEnd,
     ExperimentResult,
     Figure,
     Gate,
@@ -28,6 +30,8 @@ from helios_sim.report.result import (
     ServedWorkload,
     SweepFigure,
     SweepPoint,
+    Trust,
+    headline_metrics,
     shown_metrics,
 )
 from helios_sim.serving.decider import MOST_DECISIONS
@@ -36,20 +40,17 @@ from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
-from helios_sim.study.verdict import conditions, offered_requests_per_s, verdict, workload_facts
+from helios_sim.study.seeds import Settled
+from helios_sim.study.verdict import conditions, offered_requests_per_s, survives, verdict, workload_facts
 from helios_sim.study.workload import statement, task_names
 
 Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
 
 
-def assemble(
-    plan: StudyPlan, results: Results, provenance: Mapping[str, Any], why_so_many: str | None = None
-) -> ExperimentResult:
-    """All jobs of the plan must be among the results, and the plan must have passed `check_study`.
-
-    `why_so_many`: of a study that found out how many seeds it needs, why there are no more.
-    """
+def assemble(settled: Settled, provenance: Mapping[str, Any]) -> ExperimentResult:
+    """The result of a study whose plan has passed `check_study`."""
+    plan, results = settled.plan, settled.results
     config = plan.config
     compared, without = _Compared(results), plan.without_faults
     arms = {
@@ -94,18 +95,37 @@ def assemble(
         figures=figures,
         headline_metrics=tuple(config.headline_metrics) if config.headline_metrics else None,
     )
-    return _with_verdict(result, config.subject, compared, plan, why_so_many)
+    return _with_verdict(result, compared, settled)
 
 
-def _with_verdict(
-    result: ExperimentResult, subject: str | None, compared: _Compared, plan: StudyPlan, why_so_many: str | None
-) -> ExperimentResult:
-    name = subject or list(result.arms)[-1]
+def _with_verdict(result: ExperimentResult, compared: _Compared, settled: Settled) -> ExperimentResult:
+    plan = settled.plan
+    name = plan.config.subject or list(result.arms)[-1]
     conditions_of = {arm: _conditions(jobs[0].arm.overrides) for arm, jobs in plan.headline.jobs.items()}
     comparable = [arm for arm in result.arms if conditions_of[arm] == conditions_of[name]]
     over = result.baseline_of(name)
     ratios = {} if name == over else compared.ratios(plan.headline.jobs[name], plan.headline.jobs[over])
-    return replace(result, subject=name, verdict=verdict(result, name, ratios, comparable, why_so_many))
+    found = replace(result, subject=name, trust=_trust(result, name, ratios, compared, settled))
+    return replace(found, verdict=verdict(found, name, ratios, comparable, settled.why))
+
+
+def _trust(
+    result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio], compared: _Compared, settled: Settled
+) -> Trust:
+    """What the subject's answer hangs on."""
+    metric, over, ends = headline_metrics(result)[0], result.baseline_of(subject), settled.ends
+    at_ends = []
+    for factor, (ours, theirs) in (ends.pairs or {}).items():
+        ratio = None if subject == over else compared.ratios(ours, theirs).get(metric)
+        at_ends.append(AtEnd(factor, ratio, compared.metrics(ours).get(metric)))
+    stands = survives(result, subject, metric, ratios.get(metric), [end.ratio for end in at_ends])
+    return Trust(
+        band=ends.band,
+        at_ends=tuple(at_ends),
+        survives=stands if at_ends else None,
+        why_not=ends.why_not,
+        valid_up_to_rps=kept_up_to_rps(result, (subject, over)),
+    )
 
 
 def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def run_study(config: Config, folder: Path) -> int:
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
         made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
-        result = assemble(settled.plan, settled.results, made, settled.why)
+        result = assemble(settled, made)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.pictures)
         forget_jobs(folder)
@@ -111,4 +111,4 @@ def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gate
 def run(config: Config) -> ExperimentResult:
     """Runs every arm of the study under every seed, and its sweeps. UserError where settings cannot be run."""
     settled = settle(first_plan(config), config, lambda jobs: {job.key: run_job(job) for job in jobs})
-    return assemble(settled.plan, settled.results, {"seeds": list(settled.plan.config.seeds)}, settled.why)
+    return assemble(settled, {"seeds": list(settled.plan.config.seeds)})

@@ -80,6 +80,9 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "name", "title", "question", "hydr
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "live": (_is_live, "only with mode=live"),
+    "profile_band": (
+        lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs",
+    ),
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),

@@ -28,7 +28,7 @@ from helios_sim.vary.axis import AxisConfig
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
-    "published", "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live",
+    "published", "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live", "profile_band",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -349,7 +349,7 @@ class GateConfig:
     high: float | None = None
 
 
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 
 
 @dataclass
@@ -386,6 +386,10 @@ class Config:
     models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
     profile_prompt_time_factor: float | None = None  # in its place for what computes many tokens at once; null: not so
+    # Whether the answer stands where the profiles are off: the subject and its baseline run again with times at both
+    # ends. auto: of the band that the profiles know, where that takes seconds; [0.9,1.2]: times of iterations over the
+    # profiles'; none: not again.
+    profile_band: Any = "auto"
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -419,6 +423,7 @@ class Config:
         require(bool(self.models), "models", self.models, "at least one model")
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
         self._check_seeds()
+        self._check_band()
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
         prompts = self.profile_prompt_time_factor
@@ -438,6 +443,15 @@ class Config:
         allowed = "a list such as [0,1,2] of different whole numbers from 0 to 2^63 - 1, or auto"
         whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
         require(bool(seeds) and whole and len(set(seeds)) == len(seeds), "seeds", self.seeds, allowed)
+
+    def _check_band(self) -> None:
+        if self.profile_band in (AUTO, NONE):
+            return
+        band = self.profile_band if isinstance(self.profile_band, list) else []
+        numbers = [float(value) for value in band if isinstance(value, int | float) and not isinstance(value, bool)]
+        right = len(band) == len(numbers) == 2 and 0.01 <= numbers[0] <= 1 <= numbers[1] <= 100
+        allowed = "auto, none, or two factors around 1 such as [0.9,1.2], from 0.01 to 100"
+        require(right, "profile_band", self.profile_band, allowed)
 
     @property
     def device(self) -> str:

@@ -10,13 +10,14 @@ on trials that are looked at before their end). How many seeds that takes is the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from helios_sim.report.cautions import MOST_LOST
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Method
 from helios_sim.report.metrics import mean_metrics
 from helios_sim.report.result import USUAL_METRICS, Replicate
+from helios_sim.study.band import Ends, Pair, run_ends
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import StudyPlan, check_study, plan_study
 from helios_sim.study.schema import AUTO, Config
@@ -32,7 +33,8 @@ class Settled:
 
     plan: StudyPlan
     results: Mapping[str, JobResult]
-    why: str | None  # why there are no more seeds; None: they were given
+    why: str | None = None  # why there are no more seeds; None: they were given
+    ends: Ends = field(default_factory=Ends)
 
 
 def first_plan(config: Config) -> StudyPlan:
@@ -62,7 +64,7 @@ def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
                 break
         why = f"{len(plan.config.seeds)} seeds: {why or 'auto_seeds.at_most allows no more'}."
     done(plan.jobs)
-    return Settled(plan, results, why)
+    return Settled(plan, results, why, run_ends(plan, _pair(plan), results, done))
 
 
 def looks(config: Config) -> list[int]:
@@ -77,7 +79,7 @@ def _under(config: Config, seeds: int) -> Config:
     return replace(config, seeds=list(range(seeds)))
 
 
-def _pair(plan: StudyPlan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+def _pair(plan: StudyPlan) -> Pair:
     """The jobs of the subject and of its baseline."""
     arms = plan.headline.jobs
     subject = plan.config.subject or list(arms)[-1]

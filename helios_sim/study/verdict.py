@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from itertools import pairwise
 from math import exp, log
 
@@ -44,6 +45,7 @@ def verdict(
     comparable = [arm for arm in comparable if lost_share(result.arms[arm]) <= MOST_LOST]
     care = reservations(result)
     sentences.append(f"Read with care: {'; '.join(care)}." if care else "")
+    sentences.append(_where_off(result, subject, name))
     sentences.append(why_so_many or "")
     sentences.append(_quality(result, subject))
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
@@ -59,10 +61,8 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
     label, over = DEFINITIONS[name].label, result.baseline_of(subject)
     if subject == over:
         return f"{subject}: {label} {_figure(result, subject, name)}."
-    lossy = [arm for arm in (subject, over) if lost_share(result.arms[arm]) > MOST_LOST]
-    if lossy:
-        shares = {arm: lost_share(result.arms[arm]) for arm in lossy}
-        lost = " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in shares.items())
+    lost = _lost(result, subject)
+    if lost:
         return f"No verdict on {label}: {lost}, so {subject} and {over} did not do the same work."
     if ratio is None:
         return f"{subject}: {label} {_figure(result, subject, name)}."
@@ -70,7 +70,7 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
         band = f"{ratio.low:.2f} to {ratio.high:.2f}"
         return f"{subject} has {band} times the {label} of {over}: a band that is known, without sampling error."
     compared = f"{ratio.ratio:.2f} times the {label} of {over}"
-    requests = min(completed(result.arms[arm]) for arm in (subject, over))
+    requests = _compared_requests(result, subject)
     if requests < FEWEST_REQUESTS:
         return f"Too few requests for a verdict: over {requests}, {subject} has {compared}."
     if ratio.method is Method.EXACT:
@@ -82,25 +82,93 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
     return _answer(result, subject, name, ratio, compared)
 
 
+def _lost(result: ExperimentResult, subject: str) -> str:
+    """Which of the subject and its baseline lost requests, and how many; empty where neither did."""
+    shares = {arm: lost_share(result.arms[arm]) for arm in (subject, result.baseline_of(subject))}
+    lossy = {arm: share for arm, share in shares.items() if share > MOST_LOST}
+    return " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in lossy.items())
+
+
+def _compared_requests(result: ExperimentResult, subject: str) -> int:
+    """That both the subject and its baseline completed."""
+    return min(completed(result.arms[arm]) for arm in (subject, result.baseline_of(subject)))
+
+
 def _answer(result: ExperimentResult, subject: str, name: str, ratio: Ratio, compared: str) -> str:
     """Several seeds may show that an arm helps; one shows what it did in one run."""
+    stance, one = stance_of(result, name, ratio), result.seeds == 1
+    match stance:
+        case Stance.OPEN:
+            return f"{subject} has {compared}."
+        case Stance.UNCLEAR:
+            return f"No clear difference{' in this run' if one else ''}: {subject} has {compared}."
+        case Stance.EVEN:
+            return f"No difference that matters{' in this run' if one else ''}: {subject} has {compared}."
+    if one:
+        return f"In this run {subject} is {stance.value}: {compared}."
+    return f"{subject} {'helps' if stance is Stance.BETTER else 'hurts'}: {compared}."
+
+
+class Stance(StrEnum):
+    """What a ratio says of the subject beside its baseline."""
+
+    OPEN = "open"  # several seeds, and no interval
+    UNCLEAR = "unclear"
+    EVEN = "even"
+    BETTER = "better"
+    WORSE = "worse"
+
+
+def stance_of(result: ExperimentResult, name: str, ratio: Ratio) -> Stance:
+    """One seed shows what an arm did in its run, with or without an interval."""
     assert ratio.ratio is not None
     side = side_of(ratio)
-    if result.seeds > 1:
-        if side is None:
-            return f"{subject} has {compared}."
-        if side == 0:
-            return f"No clear difference: {subject} has {compared}."
-        if abs(ratio.ratio - 1) < EVEN:
-            return f"No difference that matters: {subject} has {compared}."
-        better = (side < 0) == (DEFINITIONS[name].better is Better.LOWER)
-        return f"{subject} {'helps' if better else 'hurts'}: {compared}."
+    if side is None and result.seeds > 1:
+        return Stance.OPEN
     if side == 0:
-        return f"No clear difference in this run: {subject} has {compared}."
+        return Stance.UNCLEAR
     if abs(ratio.ratio - 1) < EVEN:
-        return f"No difference that matters in this run: {subject} has {compared}."
-    better = (ratio.ratio < 1) == (DEFINITIONS[name].better is Better.LOWER)
-    return f"In this run {subject} is {'better' if better else 'worse'}: {compared}."
+        return Stance.EVEN
+    return Stance.BETTER if (ratio.ratio < 1) == (DEFINITIONS[name].better is Better.LOWER) else Stance.WORSE
+
+
+def survives(
+    result: ExperimentResult, subject: str, name: str, ratio: Ratio | None, ends: Sequence[Ratio | None]
+) -> bool | None:
+    """Whether the same is said of the subject at each end of the profiles' band; None where nothing is said."""
+    few = _compared_requests(result, subject) < FEWEST_REQUESTS
+    if ratio is None or ratio.ratio is None or few or _lost(result, subject):
+        return None
+    stance = stance_of(result, name, ratio)
+    return all(end is not None and end.ratio is not None and stance_of(result, name, end) is stance for end in ends)
+
+
+def _where_off(result: ExperimentResult, subject: str, name: str) -> str:
+    """Whether the answer stands at both ends of the profiles' band."""
+    trust, label = result.trust, DEFINITIONS[name].label
+    if trust.why_not is not None:
+        return f"Whether that holds where the profiles are off is open: {trust.why_not}."
+    if trust.band is None or not trust.at_ends:
+        return ""
+    factors = " and ".join(f"{end.time_factor:.2f}" for end in trust.at_ends)
+    where = f"iterations {factors} times as long as the profiles say ({trust.band.source})"
+    if subject == result.baseline_of(subject):
+        values = " and ".join(metric_with_interval(name, end.value, None) for end in trust.at_ends)
+        return f"With {where}: {label} {values}."
+    if trust.survives is None:
+        return ""
+    ratios = [_bracketed(end.ratio) for end in trust.at_ends]
+    if trust.survives:
+        return f"The same holds with {where}: {' and '.join(ratios)} times."
+    return f"That changes with {where}: {' and '.join(ratios)} times."
+
+
+def _bracketed(ratio: Ratio | None) -> str:
+    if ratio is None or ratio.ratio is None:
+        return "not defined"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.ratio:.2f}{'' if ratio.method is Method.EXACT else ' ' + NO_INTERVAL}"
+    return f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def side_of(ratio: Ratio) -> int | None:

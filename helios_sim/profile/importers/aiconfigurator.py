@@ -45,7 +45,7 @@ from helios_sim.profile.roofline import (
     quantized_s,
 )
 from helios_sim.profile.runtimes import preset
-from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime
+from helios_sim.profile.spec import Basis, HardwareSpec, ModelSpec, Runtime, TimeBand
 from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTable
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.shared_data import VARIABLE, shared_data_folder
@@ -53,6 +53,7 @@ from helios_sim.untrusted import reading
 
 BF16_BYTES = 2
 LEAST_S = 1e-9
+TIME_BAND = TimeBand(0.89, 1.17, "90 % of 188 published runs lie within: experiments/fidelity_silicon")
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,6 +534,7 @@ def device_profile(
         check=None, activation_reserve_bytes=device.cards * activation_reserve_bytes(times.model),
         load_bytes_per_s=device.cards * device.load_bytes_per_s,
         load_slowdown=1.0 / (1.0 - device.load_bytes_per_s / device.card.hbm_bytes_per_s),
+        time_band=TIME_BAND,
     )  # fmt: skip
 
 

@@ -1,0 +1,84 @@
+"""Whether an answer stands where a profile is off: the subject and its baseline again, at both ends of its band.
+
+Every iteration of both arms takes so many times as long, whatever the model, and the policies know it; arrivals,
+lengths and loads of weights stay. A profile says how far its times may be off (`Profile.time_band`), or the settings do
+(`profile_band`). No end is quicker than the card: utilisation stays below 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from helios_sim.errors import UserError
+from helios_sim.profile.spec import TimeBand
+from helios_sim.study.fleet import shared_fleet
+from helios_sim.study.jobs import Job, JobResult
+from helios_sim.study.limits import FACTORS
+from helios_sim.study.modes import SIMULATE
+from helios_sim.study.plan import StudyPlan
+from helios_sim.study.schema import AUTO, NONE
+
+# Requests of both arms and all seeds together up to which profile_band=auto runs them again: a second or two.
+MOST_REQUESTS = 50_000
+FASTEST = 0.999  # utilisation up to which an end may go
+
+Pair = tuple[tuple[Job, ...], tuple[Job, ...]]  # the subject's and its baseline's, one for each seed
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The pair at each factor on the times of iterations, or why there is none."""
+
+    band: TimeBand | None = None
+    pairs: Mapping[float, Pair] | None = None
+    why_not: str | None = None
+
+
+def run_ends(
+    plan: StudyPlan, pair: Pair, results: Mapping[str, JobResult], run: Callable[[Sequence[Job]], None]
+) -> Ends:
+    """Run the pair at both ends; its results as they are must be there. UserError where the settings name no band."""
+    asked = plan.config.profile_band
+    if asked == NONE or plan.config.mode != SIMULATE:
+        return Ends()
+    jobs = list({job.key: job for jobs in pair for job in jobs}.values())
+    band = _given(jobs) if asked == AUTO else TimeBand(float(asked[0]), float(asked[1]), "profile_band")
+    if band is None:
+        return Ends(why_not="how far the profiles' times may be off is not known (profile_band=[LOW,HIGH] says it)")
+    requests = sum(len(results[job.key].replicate.records) for job in jobs)
+    if asked == AUTO and requests > MOST_REQUESTS:
+        how = f"profile_band=[{band.low:g},{band.high:g}] runs them again with such times"
+        return Ends(band, why_not=f"{requests:,} requests are many ({how})")
+    shares = [results[job.key].replicate.metrics.get("roofline_fraction") for job in jobs]
+    share = max((s for s in shares if isinstance(s, int | float)), default=0.0)
+    low = min(1.0, max(band.low, share / FASTEST))
+    pairs = {factor: _scaled(pair, factor) for factor in (low, band.high)}
+    try:
+        run([job for ours, theirs in pairs.values() for job in (*ours, *theirs)])
+    except UserError as error:
+        return Ends(band, why_not=f"it cannot be run at the ends of the profile's band: {error}")
+    return Ends(replace(band, low=low), pairs)
+
+
+def _given(jobs: Sequence[Job]) -> TimeBand | None:
+    """The widest of the profiles that the jobs use; None where one of them has none."""
+    found: dict[TimeBand | None, None] = {}
+    for job in jobs:
+        for kind in shared_fleet(job.config, job.seed).kinds:
+            found |= dict.fromkeys(data.profile.time_band for data in kind.parts.models.values())
+    bands = [band for band in found if band is not None]
+    if None in found or not bands:
+        return None
+    sources = " and ".join(dict.fromkeys(band.source for band in bands))
+    return TimeBand(min(band.low for band in bands), max(band.high for band in bands), sources)
+
+
+def _scaled(pair: Pair, factor: float) -> Pair:
+    ours, theirs = (tuple(_at(job, factor) for job in jobs) for jobs in pair)
+    return ours, theirs
+
+
+def _at(job: Job, factor: float) -> Job:
+    scaled = job.config.profile_time_factor * factor
+    return replace(job, config=replace(job.config, profile_time_factor=min(max(scaled, FACTORS[0]), FACTORS[1])))
