@@ -40,6 +40,10 @@ class WeightsError(UserError):
         return type(self)(f"{setting}: {part}" if part else setting, self.value, self.allowed, self.fix)
 
 
+class OwnCodeError(UserError):
+    """Code of the user's own raised something, which is the cause of this error."""
+
+
 class TooLittleMemory(UserError):
     """The memory of the host or of the device does not suffice for what the user asked for."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from helios_sim.errors import UserError
+from helios_sim.errors import OwnCodeError, UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.deployment import BatchingRule, Deployment
 from helios_sim.policy.helios import HeliosPolicy
@@ -141,6 +142,59 @@ def test_a_wrong_object_gets_one_message_with_the_fix(
     assert allowed in caught.value.allowed
 
 
-def test_a_users_own_failing_import_is_not_hidden(own_module: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+BROKEN = {
+    "import": ("import not_there_at_all", "importing broken_policy raised ModuleNotFoundError: No module named", 1),
+    "syntax": ("class Mine:\n    def start(self, situation)\n", "raised SyntaxError: expected ':'", 2),
+    "arithmetic": ("\nx = 1 / 0\n", "raised ZeroDivisionError: division by zero", 2),
+    "the end of the program": ("import sys\nsys.exit(0)\n", "raised SystemExit: 0", 2),
+    "constructor": ("class Mine:\n def __init__(self):\n  raise OSError('no')", "Mine() raised OSError: no", 3),
+    "recursion": ("def f():\n    f()\nf()\n", "raised RecursionError", 2),
+}
+
+
+@pytest.mark.parametrize(("text", "said", "line"), BROKEN.values(), ids=BROKEN)
+def test_what_a_users_module_raises_is_named_with_its_place(
+    own_module: str, tmp_path: Path, text: str, said: str, line: int
+) -> None:
+    (tmp_path / "broken_policy.py").write_text(text)
+    with pytest.raises(OwnCodeError) as caught:
+        make_policy("custom", {"object": "broken_policy:Mine"})
+    assert said in caught.value.allowed
+    assert f"broken_policy.py, line {line}" in caught.value.allowed
+    assert "\n" not in str(caught.value)
+    assert type(caught.value.__cause__).__name__ in caught.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "said"),
+    [
+        ("start", "return situation.candidates['nope']", "start() raised KeyError: 'nope'"),
+        ("decide", "raise ValueError('one\\ntwo')", "decide() raised ValueError: one two"),
+        ("decide", "assert False", "decide() raised AssertionError ("),
+        ("decide", "import sys; sys.exit()", "decide() raised SystemExit ("),
+        ("decide", "telemetry.running_requests = 3", "decide() raised FrozenInstanceError"),
+    ],
+)
+def test_what_a_users_methods_raise_is_named_with_its_place(
+    own_module: str, tmp_path: Path, method: str, body: str, said: str
+) -> None:
+    arguments = {"start": "self, situation", "decide": "self, cause, telemetry"}
+    mine = [f"    def {name}({given}): {body if name == method else 'pass'}" for name, given in arguments.items()]
+    (tmp_path / "broken_policy.py").write_text("\n".join(["class Mine:", *mine, ""]))
+    policy = make_policy("custom", {"object": "broken_policy:Mine"})
+    with pytest.raises(OwnCodeError) as caught:
+        policy.start(situation(small())) if method == "start" else policy.decide(None, Frozen(1))
+    assert said in caught.value.allowed
+    assert f"broken_policy.py, line {2 if method == 'start' else 3}, in {method})" in caught.value.allowed
+
+
+@dataclass(frozen=True)
+class Frozen:
+    running_requests: int
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, BrokenPipeError])
+def test_signals_and_what_the_machine_does_not_give_pass(own_module: str, tmp_path: Path, kind: type) -> None:
+    (tmp_path / "broken_policy.py").write_text(f"raise {kind.__name__}")
+    with pytest.raises(kind):
         make_policy("custom", {"object": "broken_policy:Mine"})

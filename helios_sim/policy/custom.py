@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from helios_sim.errors import UserError
+from helios_sim.errors import OwnCodeError, UserError, lacking
+from helios_sim.interrupt import is_asked
 from helios_sim.policy.answers import fault_of
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
 
-_SHOWN = 80  # characters of what was returned
+_SHOWN, _MOST_SAID = 80, 300  # characters of what was returned, and of what an error says
+_NOT_THEIRS = (str(Path(__file__).parents[1]), "<", importlib.__file__ or "")  # beginnings of files' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +33,20 @@ def load_custom(parameters: CustomParameters) -> Policy:
     """An instance of the user's class, called with the settings as keywords.
 
     Raises UserError for a wrong form, a module or name that is not there, settings that the class does not take, or
-    an object without `start` and `decide`. Errors inside the user's own code are left as they are.
+    an object without `start` and `decide`, and OwnCodeError for whatever the user's own code raises, here or later.
     """
     module_name, colon, name = parameters.object.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise _error(parameters.object, "module:Name", "name a module and a class in it, such as my_policy:MyPolicy")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        parents = [".".join(module_name.split(".")[: i + 1]) for i in range(module_name.count(".") + 1)]
-        if error.name not in parents:
-            raise  # the user's module exists and misses something itself
-        fix = "run from the folder that holds it, or add that folder to PYTHONPATH"
-        raise _error(parameters.object, f"there is no module {error.name}", fix) from None
+    parents = [".".join(module_name.split(".")[: i + 1]) for i in range(module_name.count(".") + 1)]
+    with _own_code(parameters.object, f"importing {module_name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name not in parents:
+                raise  # the user's module exists and misses something itself
+            fix = "run from the folder that holds it, or add that folder to PYTHONPATH"
+            raise _error(parameters.object, f"there is no module {error.name}", fix) from None
     if not hasattr(module, name):
         public = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))) or "nothing"
         raise _error(parameters.object, f"module {module_name} has {public}", "correct the name")
@@ -52,7 +57,8 @@ def load_custom(parameters: CustomParameters) -> Policy:
         except TypeError as error:
             allowed = f"{name}() does not take the settings {sorted(parameters.settings)}: {error}"
             raise _error(parameters.object, allowed, "correct policy.settings or the class") from None
-        made = made(**parameters.settings)
+        with _own_code(parameters.object, f"{name}()"):
+            made = made(**parameters.settings)
     missing = [method for method in ("start", "decide") if not callable(getattr(made, method, None))]
     if missing:
         allowed = "a policy has start(situation) and decide(cause, telemetry)"
@@ -66,12 +72,20 @@ class _Checked:
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self._name = policy, name
 
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self._name
+
     def start(self, situation: Situation) -> Deployment:
         self._situation = situation
-        return self._checked("start", self._policy.start(situation))
+        with _own_code(self._name, "start()"):
+            found = self._policy.start(situation)
+        return self._checked("start", found)
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        found = self._policy.decide(cause, telemetry)
+        with _own_code(self._name, "decide()"):
+            found = self._policy.decide(cause, telemetry)
         return None if found is None else self._checked("decide", found)
 
     def _checked(self, method: str, found: object) -> Deployment:
@@ -85,6 +99,35 @@ class _Checked:
             allowed = f"{method}() returned a Deployment with {field_name}={_short(value)}, which must be {wanted}"
             raise _error(self._name, allowed, f"correct {field_name}")
         return found
+
+
+@contextmanager
+def _own_code(name: str, what: str) -> Iterator[None]:
+    """What the user's code raises becomes an OwnCodeError that names it, with its file and line.
+
+    Signals, a machine that gives no more, and a message of this program pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_asked() or isinstance(error, BrokenPipeError) or lacking(error) is not None:
+            raise
+        said = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        told = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        told = told if len(told) <= _MOST_SAID else f"{told[: _MOST_SAID - 3]}..."
+        allowed = f"{what} raised {told} ({_place(error)})"
+        raise OwnCodeError("policy.object", name, allowed, "mend the policy") from error
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost code that is neither this program's nor the import system's."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)] or list(frames)
+    return f"{theirs[-1].filename}, line {theirs[-1].lineno}, in {theirs[-1].name}"
 
 
 def _short(value: object) -> str:

@@ -212,7 +212,7 @@ class Decider:
         if len(self.decisions) > DECISIONS_AT_ONE_TIME and self.decisions[-DECISIONS_AT_ONE_TIME].time_ns == now_ns:
             raise UserError(
                 "policy",
-                type(self._policy).__name__,
+                getattr(self._policy, "name", type(self._policy).__name__),
                 f"a policy may decide at most {DECISIONS_AT_ONE_TIME} times at one moment",
                 "do not return a deployment whose own triggers already hold",
             )

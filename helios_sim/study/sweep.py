@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from helios_sim.errors import UserError
+from helios_sim.errors import OwnCodeError, UserError
 from helios_sim.files import json_value
 from helios_sim.report.compare import interval_of, intervals_of
 from helios_sim.report.designs import Design, DesignsResult, cost, merits_of, on_front, value_text as value_shown
@@ -72,7 +72,8 @@ def run_plan(
         references = evaluations.references()
     designs = tuple(evaluations.designs.values())
     if all(design.error is not None for design in designs):
-        raise UserError("sweep", f"{len(designs)} designs", f"all failed, the first: {designs[0].error}", "mend that")
+        first = str(designs[0].error).removesuffix(".")
+        raise UserError("sweep", f"{len(designs)} designs", f"all failed, the first: {first}", "mend that")
     return _result(plan, designs, references, provenance)
 
 
@@ -91,9 +92,9 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
             metrics = mean_metrics(runs)
             intervals = {n: interval_of(n, [run[n] for run in runs]) for n in sorted(names) if metrics[n] is not None}
         error, lasting = None, True
-    except UserError as mistake:
-        metrics, error, lasting = None, str(mistake), True
-    except Exception as defect:  # of ours or of a custom policy: one design must not end the others
+    except UserError as mistake:  # of the user's code: it may have missed what is there the next time
+        metrics, error, lasting = None, str(mistake), not isinstance(mistake, OwnCodeError)
+    except Exception as defect:  # of ours: one design must not end the others
         place = traceback.extract_tb(defect.__traceback__)[-1]
         metrics, lasting = None, False
         error = f"{type(defect).__name__}: {defect} ({place.filename}, line {place.lineno})"
