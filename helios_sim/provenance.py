@@ -30,6 +30,9 @@ def weakest(classes: Iterable[ProvenanceClass]) -> ProvenanceClass:
     return max(classes, key=_STRONG_TO_WEAK.index)
 
 
+NOT_READ = "not_read"  # among a provenance's details: what an input holds and nothing is made of, in a sentence
+
+
 @dataclass(frozen=True, slots=True)
 class Assumption:
     """A quantity without a source: its value here, why it is that, and how a user changes it."""

@@ -263,6 +263,12 @@ class Fields:
         """Note keys that are known not to matter for what is computed."""
         self._read.update(self._prefix + name for name in names)
 
+    @property
+    def rest(self) -> list[str]:
+        """Keys with the prefix that were neither read nor ignored, and that hold something."""
+        named = (name for name in self._values if str(name).startswith(self._prefix) and name not in self._read)
+        return [name for name in named if self._values[name] not in (None, False, 0, "", [], {}, ())]
+
     def refuse_rest(self, why: str) -> None:
         """Raise an error for the first key with the prefix that was neither read nor ignored."""
         for name, value in self._values.items():

@@ -13,11 +13,13 @@ import pytest
 from pyarrow import csv
 
 from command_line import CommandLine, write_study
+from helios_sim.api import simulate
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace, read_trace
 from helios_sim.exits.table import Told, read_table
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.provenance import NOT_READ
 
 EXITS = (6, 12, 24)
 COMMAND = (sys.executable, "-m", "helios_sim.exits.import")
@@ -34,7 +36,8 @@ def columns(tokens: int = 60) -> dict[str, list]:
     for depth in EXITS:
         found[f"agree_{depth}"] = [True] * tokens if depth == 24 else (rng.random(tokens) < 0.6).tolist()
         found[f"confidence_{depth}"] = rng.random(tokens).round(3).tolist()
-        found[f"log_prob_{depth}"] = (-rng.exponential(2.0, tokens)).tolist()
+        likelihood = np.log(np.maximum(found[f"confidence_{depth}"], 1e-3))
+        found[f"log_prob_{depth}"] = (likelihood - rng.exponential(2.0, tokens)).tolist()
     return found
 
 
@@ -174,3 +177,33 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, words: list[str]) -> No
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith("helios_sim: ")
     assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"log_prob_6": [-0.001] * 60, "confidence_6": [0.1] * 60}, r"row \d+: log_prob_6.*largest probability"),
+        ({"margin_6": [0.9] * 60, "margin_12": [0.0] * 60, "confidence_6": [0.1] * 60, "log_prob_6": [-9.0] * 60},
+         r"row \d+: margin_6.*largest probability"),
+        ({"token": [*range(10), 3, *range(11, 60)]}, "row 12: token.*reading order"),
+        ({"chars": [20_000, *[5] * 59]}, "chars=20000"),
+        ({"log_prob_6": [-1e5] * 60}, "log_prob=-100000.0"),
+    ],
+)  # fmt: skip
+def test_columns_that_contradict_each_other_are_refused(tmp_path: Path, change: dict, said: str) -> None:
+    alike = {"task": ["news"] * 60, "prompt": ["a"] * 60}
+    read_table(written(tmp_path, columns() | alike | {"token": list(range(60))}, "good.parquet"), "m", Told(None, True))
+    with pytest.raises(UserError, match=said):
+        read_table(written(tmp_path, columns() | alike | change), "m", Told(None, True))
+
+
+def test_a_study_says_which_columns_are_not_read(tmp_path: Path) -> None:
+    found = columns() | {"surprise": [1.0] * 60, "agree_06": [True] * 60}
+    found = {name: values for name, values in found.items() if not name.startswith("log_prob")}
+    trace = read_table(written(tmp_path, found), "opt-1.3b")[0]
+    assert trace.provenance.details[NOT_READ] == "mine.parquet: not read: surprise, agree_06"
+    result = simulate(
+        "own", "policy=full_depth", "workload.mix.tasks={news: 1, code: 1}",
+        settings={"exits.source": str(tmp_path / "mine.parquet"), "models": ["opt-1.3b"], "workload.n_requests": 4},
+    )  # fmt: skip
+    assert "mine.parquet: not read: surprise, agree_06" in result.warnings

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from helios_sim.api import study_config
+from helios_sim.api import simulate, study_config
 from helios_sim.errors import UserError
 from helios_sim.profile.__main__ import checked, main
 from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, published_model
@@ -172,6 +172,14 @@ def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
         ({"max_position_embeddings": 15}, "at least 16 tokens"), ({"max_position_embeddings": None}, "must be there"),
         ({"intermediate_size": None}, "must be there"), ({"model_type": "qwen3"}, "head_dim"),
         ({"model_type": "gemma2", "head_dim": 32}, "sliding_window"),
+        ({"n_layer": 3}, "the same as num_hidden_layers, 4"), ({"n_embd": 64}, "the same as hidden_size, 256"),
+        ({"layer_types": ["sliding_attention"] * 4}, "there is no sliding_window"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "generates text"),
+        ({"architectures": ["LlamaModel"]}, "generates text"), ({"pruned_heads": {"0": [1]}}, "fewer heads"),
+        ({"cross_attention_layers": [1]}, "cross attention"), ({"num_kv_shared_layers": 2}, "of other layers"),
+        ({"attention_chunk_size": 64}, "chunks"), ({"use_bias": False}, "without biases"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor of"),
+        ({"quantization_config": {"quant_method": "fp8"}, "compression_config": {"quant_method": "awq"}}, "one of the"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_priced_is_refused_by_its_key(
@@ -191,6 +199,45 @@ def test_what_a_config_leaves_out_is_what_its_family_means(tmp_path: Path) -> No
     inner = config_file(tmp_path / "sees", text_config=dict(LLAMA), vision_config={"hidden_size": 64})
     assert "text model alone" in shape_of(inner).source
     assert shape_of("mistralai/Mistral-7B-Instruct-v0.2").windows == ()  # v0.1 has them
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind", "context"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, "llama", 256),
+        ({"rope_type": "yarn", "factor": 4.0}, "llama", 512), ({"type": "linear", "factor": 2}, "llama", 256),
+        ({"type": "dynamic", "factor": 1.5}, "llama", 192), (None, "llama", 128),
+        ({"rope_type": "linear", "factor": 8.0}, "gemma3_text", 128), ({}, "llama", 128),
+        ({"rope_type": "llama3", "factor": 8.0}, "llama", 128), ({"rope_type": "longrope"}, "llama", 128),
+    ],
+)  # fmt: skip
+def test_the_context_is_that_of_the_scaled_rope(rope: object, kind: str, context: int, tmp_path: Path) -> None:
+    """As vLLM reckons it (vllm/config/model.py, _get_and_verify_max_len)."""
+    given = {"model_type": kind, "sliding_window": 64, "head_dim": 32} if kind != "llama" else {}
+    for name in ("rope_scaling", "rope_parameters"):
+        found = shape_of(config_file(tmp_path / name, **{name: rope}, **given))
+        assert found.model.max_context_tokens == context
+
+
+def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path) -> None:
+    plain = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "bos_token_id": 1, "rope_theta": 1e4,
+             "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False}  # fmt: skip
+    assert shape_of(config_file(tmp_path / "plain", **plain)).not_read == ""
+    others = config_file(tmp_path / "others", **plain, medusa_num_heads=4, early_exit_layers=[1, 2], other=None)
+    assert "not read: medusa_num_heads (4), early_exit_layers ([1, 2])" in shape_of(others).not_read
+    result = simulate(
+        "own", "policy=full_depth",
+        settings={"models": [others], "exits.source": "none", "workload.n_requests": 4, "hardware": "l40s"},
+    )  # fmt: skip
+    assert any("medusa_num_heads (4)" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_file_beside_the_config_may_say_how_weights_are_kept(name: str, tmp_path: Path) -> None:
+    folder = Path(config_file(tmp_path / "model"))
+    (folder / name).write_text('{"bits": 4}')
+    with pytest.raises(UserError, match=name):
+        shape_of(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ One row a token, in reading order, with a column for each exit depth D:
 
 or one row a token and exit, with columns `token` (its number in the prompt), `layer`, and the same names without depth.
 Besides: prompt (a number or a name), chars (characters that the token covers; else `chars_per_token` says so of all),
-and, where there are several, task. Other columns are not read, and named.
+and, where there are several, task. One row a token, a column `token` must rise within a prompt. Other columns are not
+read, and named.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from helios_sim.contents import sha256_of
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import BY_COLUMN
 from helios_sim.exits.trace import ANY_TASK, MOST_BITS, ExitTrace
-from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.provenance import NOT_READ, Provenance, ProvenanceClass
 from helios_sim.untrusted import MIB, read_bytes, read_parquet, read_text, reading
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
+_ROUNDED = 0.01  # figures of one token, of few digits, may contradict each other by so much
 _PER_EXIT = ("agree", *BY_COLUMN, "log_prob")
 _DEPTH = re.compile(rf"({'|'.join(_PER_EXIT)})_([1-9]\d{{0,4}})")
 _LONG = ("token", "layer")
@@ -65,8 +67,10 @@ def read_table(path: Path, model: str, told: Told | None = None) -> tuple[ExitTr
     found = read_parquet(path, kinds, _FIX, MOST_TOKENS * (MOST_EXITS if "layer" in kinds else 1), content)
     if "layer" in found:
         found = _wide(path, found)
+    else:
+        _check_order(path, found)
     ignored = [name for name in _names(path, content) if name not in kinds]
-    return _trace(path, model, found, told), ignored
+    return _trace(path, model, found, told, ignored), ignored
 
 
 def _as_parquet(path: Path) -> bytes:
@@ -107,7 +111,7 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
             kinds[name] = whole if per_exit == "agree" else "number"
         elif name in ("task", "prompt"):
             kinds[name] = "whole" if kind is not None and pa.types.is_integer(kind) else "text"
-        elif name == "chars" or (is_long and name in _LONG):
+        elif name in ("chars", "token") or (is_long and name in _LONG):
             kinds[name] = "whole"
     for name in ("prompt", *(_LONG if is_long else ())):
         if name not in kinds:
@@ -146,7 +150,7 @@ def _wide(path: Path, found: Mapping[str, Array]) -> dict[str, Array]:
     return wide
 
 
-def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told) -> ExitTrace:
+def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignored: list[str]) -> ExitTrace:
     depths = {name: _depth(name) for name in found if _depth(name)[0]}
     exits = tuple(sorted({depth for _, depth in depths.values()}))
     if not exits or len(exits) > MOST_EXITS:
@@ -177,7 +181,9 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told) -> Ex
         raise UserError(str(path), ", ".join(found), "columns agree_D are missing", _FIX)
     if not np.isin(agree, (0.0, 1.0)).all():
         raise UserError(f"{path}: agree", float(agree[~np.isin(agree, (0, 1))][0]), "0 or 1, true or false", _FIX)
-    recorded = {BY_COLUMN[name]: values for name in BY_COLUMN if (values := column(name, 1.0)) is not None}
+    by_name = {name: values for name in BY_COLUMN if (values := column(name, 1.0)) is not None}
+    recorded = {BY_COLUMN[name]: values for name, values in by_name.items()}
+    _check_shares(path, exits, order, by_name | {"log_prob": column("log_prob", None)})
     if not recorded:
         raise UserError(str(path), ", ".join(found), f"one of {', '.join(f'{name}_D' for name in BY_COLUMN)}", _FIX)
     prompts = np.unique(np.char.add(np.char.add(names[number], "\n"), found["prompt"].astype(str)), return_inverse=True)
@@ -195,6 +201,7 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told) -> Ex
             f"{source} (sha256 {sha256_of(path)[:16]})",
             "python -m helios_sim.exits.import",
             scaled=tuple(f"{name}: 1, since no token can leave elsewhere" for name in filled),
+            details={NOT_READ: f"{path.name}: not read: {', '.join(ignored[:12])}"} if ignored else {},
         ),
         confidences={c: values.astype(np.float32) for c, values in recorded.items()},
         bits=_bits(path, column("log_prob", None), told),
@@ -202,12 +209,43 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told) -> Ex
     )
 
 
+def _check_order(path: Path, found: Mapping[str, Array]) -> None:
+    """UserError where tokens are numbered otherwise than they stand."""
+    if "token" not in found:
+        return
+    keys = [np.unique(found[name], return_inverse=True)[1].ravel() for name in ("prompt", "task") if name in found]
+    order = np.lexsort(keys)  # which keeps the rows of a prompt as they stand
+    number, of_prompt = found["token"][order], np.stack(keys)[:, order]
+    bad = np.flatnonzero((np.diff(number) <= 0) & (np.diff(of_prompt) == 0).all(axis=0))
+    if len(bad):
+        at = int(bad[0])
+        told = f"{number[at + 1]} after {number[at]}, in one prompt"
+        place = f"{path}: row {int(order[at + 1]) + 2}: token"
+        raise UserError(place, told, "tokens in reading order", "sort the rows, or leave the column out")
+
+
+def _check_shares(path: Path, exits: tuple[int, ...], order: Array, found: Mapping[str, Array | None]) -> None:
+    """UserError where a token is said to be likelier than the likeliest one, or ahead of others by more than it has."""
+    largest, own = found.get("confidence"), found.get("log_prob")
+    if largest is None or (own is not None and own.max() > 0.1):  # which is no logarithm, and said elsewhere
+        return
+    shares = {"margin": found.get("margin"), "log_prob": None if own is None else np.exp(np.minimum(own, 0.0))}
+    for name, values in shares.items():
+        if values is not None and (values > largest + _ROUNDED).any():
+            at, e = (int(i[0]) for i in np.nonzero(values > largest + _ROUNDED))
+            what = "a probability" if name == "log_prob" else "a margin"
+            told = f"{what} of {values[at, e]:.3g}, confidence_{exits[e]} {largest[at, e]:.3g}"
+            allowed = "no more than the largest probability; log_prob is a natural logarithm"
+            raise UserError(f"{path}: row {int(order[at]) + 2}: {name}_{exits[e]}", told, allowed, _FIX)
+
+
 def _chars(path: Path, found: Mapping[str, Array], told: Told, n: int) -> NDArray[np.int32]:
     if "chars" in found:
         if told.chars_per_token is not None:
             raise UserError("chars_per_token", told.chars_per_token, f"{path} has a column chars", "leave it out")
         if found["chars"].min() < 0 or found["chars"].max() > 10_000:
-            raise UserError(f"{path}: chars", int(found["chars"].min()), "from 0 to 10000", _FIX)
+            bad = found["chars"][(found["chars"] < 0) | (found["chars"] > 10_000)]
+            raise UserError(f"{path}: chars", int(bad[0]), "from 0 to 10000", _FIX)
         return np.asarray(found["chars"].astype(np.int32))
     if told.chars_per_token is None:
         allowed = "a column chars (characters that the token covers), or chars_per_token for all of them"
@@ -227,6 +265,8 @@ def _bits(path: Path, log_prob: Array | None, told: Told) -> NDArray[np.float32]
         allowed = "whether people wrote the text must be said: only then do bits per character rank models"
         fix = f"python -m helios_sim.exits.import {path} human_text=true (or false)"
         raise UserError(str(path), "log_prob", allowed, fix)
-    if not (log_prob <= 1e-3).all() or not (log_prob >= -MOST_BITS * np.log(2)).all():
-        raise UserError(f"{path}: log_prob", float(log_prob.max()), "a natural logarithm, at most 0", _FIX)
+    good = (log_prob <= 1e-3) & (log_prob >= -MOST_BITS * np.log(2))
+    if not good.all():
+        allowed = f"a natural logarithm, at most 0 and at least {-MOST_BITS * np.log(2):.3g}"
+        raise UserError(f"{path}: log_prob", float(log_prob[~good][0]), allowed, _FIX)
     return np.asarray(np.maximum(0.0, -log_prob / np.log(2)), np.float32)

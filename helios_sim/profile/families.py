@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -62,3 +63,26 @@ def other_values(
 def windows_of(window: int, every: int, layers: int) -> tuple[int, ...]:
     """How far each layer looks back: `window` tokens, but the last of `every` layers over all, which is 0."""
     return tuple(0 if every > 1 and (layer + 1) % every == 0 else window for layer in range(layers))
+
+
+# Keys of a config.json, or patterns of them, of which no size, no weight and no time of a layer follows.
+OF_NO_MATTER = re.compile(
+    r"_.*|architectures|.*_token_ids?|.*dropout|.*_pdrop|layerdrop|.*_eps|.*epsilon|init_std|initializer_.*|.*rope.*|rotary_.*"
+    r"|partial_rotary_factor|alibi|.*softcapping|query_pre_attn_scalar|.*_multiplier|logits_scaling|hidden_act.*"
+    r"|activation.*|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_.*|id2label"
+    r"|label2id|num_labels|problem_type|summary_.*|tokenizer_class|auto_map|task_specific_params|finetuning_task|prefix"
+    r"|chunk_size_feed_forward|reorder_and_upcast_attn|scale_attn_.*|pretraining_tp|gradient_checkpointing|unsloth_.*"
+    r"|attn_implementation|use_flash_attn.*|use_parallel_residual|parallel_attn|parallel_residual|original_max_.*|n_ctx"
+    r"|do_layer_norm_before|num_ln_in_parallel_attn|apply_residual_.*|temperature|top_[kp]|do_sample|max_length"
+    r"|repetition_penalty|languages?|license|tags|seq_length|max_sequence_length|model_max_length|max_window_layers"
+    r"|use_sliding_window|sliding_window.*|is_decoder|tie_.*|transformers\.js_config|base_model.*|framework|tf_legacy_loss"
+    r"|bias_dropout_fusion|masked_softmax_fusion|attention_softmax_in_fp32|.*_in_fp32|norm_type|use_norm_bias|cache_.*"
+)
+# Keys that a config may have only without a value, or with one of these: others ask for what is not priced.
+REFUSED = {
+    "add_cross_attention": ((False,), "cross attention"), "cross_attention_layers": ((), "cross attention"),
+    "use_bidirectional_attention": ((False,), "attention to what follows"),
+    "attention_chunk_size": ((), "attention within chunks"), "num_kv_shared_layers": ((0,), "K and V of other layers"),
+    **dict.fromkeys(("enable_bias", "use_bias", "layer_norm_elementwise_affine"), ((True,), "a layer without biases")),
+    "pruned_heads": ((), "layers with fewer heads"), "block_configs": ((), "layers that differ"),
+}

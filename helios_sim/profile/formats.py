@@ -117,9 +117,28 @@ def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, i
     }  # fmt: skip
     if method not in readers:
         raise UserError(key, method, f"one of {', '.join(readers)}", "give the config of the unquantized model")
-    for name in ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules"):
+    for name in _LEFT_OUT:
         _check_left_out(fields, name)
-    return readers[method](fields), _kv_bytes(fields)
+    found = readers[method](fields), _kv_bytes(fields)
+    fields.ignore(_OF_NO_MATTER)
+    for name in fields.rest:  # of another quantization than the ones that are priced, perhaps
+        raise fields.wrong(name, fields.value(name), "not there: what it says is not priced")
+    return found
+
+
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules", "exclude_modules")
+# What changes no byte of a layer and no kernel that is priced: how weights were found, and for which loader.
+_OF_NO_MATTER = (
+    "quant_method", "activation_scheme", "fmt", "version", "backend", "do_fuse", "fuse_max_seq_len", "exllama_config",
+    "use_exllama", "use_cuda_fp16", "max_input_length", "cache_block_outputs", "dataset", "tokenizer", "model_seqlen",
+    "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "damp_percent",
+    "damp_auto_increment", "desc_act", "sym", "static_groups", "true_sequential", "model_name_or_path",
+    "model_file_base_name", "quantizer", "checkpoint_format", "is_marlin_format", "meta", "pack_dtype", "uri",
+    "quantization_status", "global_compression_ratio", "producer", "activation_scale_ub", "_load_in_4bit",
+    "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_quant_storage",
+    "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_threshold",
+    "scale_fmt", "format", "mse", "act_group_aware",
+)
 
 
 def _check_left_out(fields: Fields, name: str) -> None:
@@ -133,6 +152,9 @@ def _check_left_out(fields: Fields, name: str) -> None:
 
 
 def _kv_bytes(fields: Fields) -> int | None:
+    if fields.has("kv_cache_quant_algo"):  # modelopt
+        fields.text("kv_cache_quant_algo", ("FP8",))
+        return 1
     if not fields.has("kv_cache_scheme"):
         return None
     scheme = fields.inner("kv_cache_scheme")
@@ -170,9 +192,14 @@ def _gptq(fields: Fields) -> WeightFormat:
 
 
 def _bitsandbytes(fields: Fields) -> WeightFormat:
-    if fields.flag("load_in_8bit", False):
+    eight, four = fields.flag("load_in_8bit", False), fields.flag("load_in_4bit", False)
+    if eight and four:
+        raise fields.wrong("load_in_8bit", True, "false where load_in_4bit is true")
+    if eight:
         return WeightFormat("bitsandbytes-int8", 8, WEIGHTS, scale_bytes=4)
-    if not fields.flag("load_in_4bit", False):
+    if fields.integer("bnb_4bit_blocksize", 1, _MOST_GROUP, 64) != 64:
+        raise fields.wrong("bnb_4bit_blocksize", fields.value("bnb_4bit_blocksize"), "64: others are not priced")
+    if not four:
         raise fields.wrong("load_in_4bit", False, "load_in_4bit or load_in_8bit is true")
     if fields.flag("bnb_4bit_use_double_quant", False):
         return FORMATS["bitsandbytes"]
@@ -180,17 +207,24 @@ def _bitsandbytes(fields: Fields) -> WeightFormat:
 
 
 def _modelopt(fields: Fields) -> WeightFormat:
-    return FORMATS[{"FP8": "fp8", "NVFP4": "nvfp4"}[fields.text("quant_algo", ("FP8", "NVFP4"))]]
+    form = FORMATS[{"FP8": "fp8", "NVFP4": "nvfp4"}[fields.text("quant_algo", ("FP8", "NVFP4"))]]
+    if fields.has("group_size") and fields.integer("group_size", 0, _MOST_GROUP) not in (0, form.group):
+        raise fields.wrong("group_size", fields.value("group_size"), f"{form.group}: others are not priced")
+    fields.ignore(["config_groups"])  # the same once more, by layers
+    return form
 
 
 def _compressed(fields: Fields) -> WeightFormat:
     """One group of all linear layers, in 8-bit floats or integers or 4-bit integers."""
+    _check_dense(fields)
     groups = fields.inner("config_groups")
     if len(groups.values) != 1:
         raise fields.wrong("config_groups", len(groups.values), "one group: layers are all quantized alike")
     group = groups.inner(next(iter(groups.values)))
     if group.texts("targets", 64) != ("Linear",):
         raise group.wrong("targets", group.texts("targets", 64), "[Linear]: layers are all quantized alike")
+    if group.has("output_activations"):
+        raise group.wrong("output_activations", "set", "none: quantized outputs are not priced")
     weights, inputs = group.inner("weights"), group.has("input_activations")
     kind, bits = weights.text("type", ("int", "float"), "int"), weights.integer("num_bits", 1, 16)
     if inputs:
@@ -216,6 +250,18 @@ def _compressed(fields: Fields) -> WeightFormat:
     outputs = 0 if strategy == "tensor" else 1
     named = _with_group(name, size) if size else name
     return WeightFormat(named, bits, products, group=size, outputs=outputs, zero_bits=zeros)
+
+
+def _check_dense(fields: Fields) -> None:
+    """UserError where weights are left out of the file because they are 0."""
+    how = fields.value("sparsity_config", {})
+    of = how.get("format", "dense") if isinstance(how, Mapping) else how
+    structure = how.get("sparsity_structure") if isinstance(how, Mapping) else None
+    if of not in ("dense", "", None) or structure not in (None, "", "0:0", "unstructured"):
+        raise fields.wrong("sparsity_config", of, "dense: sparse weights are not priced")
+    kind = str(fields.value("format", ""))
+    if "24" in kind or "sparse" in kind:
+        raise fields.wrong("format", kind, "one of dense weights: sparse ones are not priced")
 
 
 _COMPRESSED = {

@@ -21,6 +21,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, device_roofline, fitted_band
 from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
+from helios_sim.provenance import NOT_READ
 from helios_sim.untrusted import is_there
 
 VLLM = "vllm"  # whose kernels are summed unless something else is asked for
@@ -99,7 +100,9 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
             profile = replace(profile, time_band=band)
     if shape.model.quantization is not None or shape.model.kv_bytes_per_value == 1:
         times_from += f"; {in_words(shape.model)}"
-    provenance = replace(profile.provenance, details={TIMES_FROM: times_from, SHAPE_FROM: shape.source})
+    details = {TIMES_FROM: times_from, SHAPE_FROM: shape.source}
+    details |= {NOT_READ: shape.not_read} if shape.not_read else {}
+    provenance = replace(profile.provenance, details=details)
     return replace(profile, provenance=provenance)
 
 

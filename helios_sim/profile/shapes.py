@@ -14,15 +14,25 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
-from helios_sim.profile.families import FAMILIES, WINDOW_IF_ASKED, Family, other_values, windows_of
+from helios_sim.profile.families import (
+    FAMILIES,
+    OF_NO_MATTER,
+    REFUSED,
+    WINDOW_IF_ASKED,
+    Family,
+    other_values,
+    windows_of,
+)
 from helios_sim.profile.formats import WeightFormat, format_of_config, named_format
 from helios_sim.profile.gguf_shape import read_gguf
 from helios_sim.profile.spec import ModelSpec
-from helios_sim.untrusted import Fields, is_there, read_json
+from helios_sim.untrusted import Fields, is_there, read_json, shortened
 
 _FIX = "give the config.json of a dense decoder-only model"
 _MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 22}
 _LEAST_CONTEXT = 16  # tokens: below, no prompt was measured
+_QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # files beside a config.json
+_GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of the names of classes
 _FOUR_TIMES = ("gpt2", "falcon")  # families whose MLP is four times as wide as the model where a config does not say
 _LOOKS_BACK = {"full_attention": False, "sliding_attention": True}  # kinds of layers: whether within a window
 
@@ -43,6 +53,7 @@ class Shape:
     model: ModelSpec
     source: str
     windows: tuple[int, ...] = ()
+    not_read: str = ""  # what its file holds and nothing is made of, in a sentence; "": nothing
 
 
 def config_of(name: str) -> Path | None:
@@ -87,7 +98,7 @@ def _of_config(path: Path) -> Shape:
     has_more = isinstance(inner, dict)
     values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
     form, kv_bytes = _format(path, whole, values)
-    _refuse_others(path, values, form is None)
+    _refuse_others(path, whole, values, form is None)
     source = f"{path}, its text model alone, without what reads images or sound" if has_more else str(path)
     return _of_values(path, values, form, kv_bytes, source)
 
@@ -119,6 +130,7 @@ def _of_values(
     words = sizes.one("vocab_size", most="words")
     contexts = ("max_position_embeddings", "n_positions", "seq_length")
     context = 2048 if kind == "falcon" and not any(map(fields.has, contexts)) else sizes.one(*contexts, most="tokens")
+    context = _scaled_context(fields, kind, context)
     if context < _LEAST_CONTEXT:
         raise UserError(f"context of {path}", context, f"at least {_LEAST_CONTEXT} tokens", _FIX)
     model = ModelSpec(
@@ -130,11 +142,35 @@ def _of_values(
         chars_per_token=chars_per_token(kind, words),
         other_layer_values=other_values(
             family, d_model, d_ff or 4 * d_model, heads, kv_heads, head_dim,
-            qkv_bias=fields.flag("attention_bias", False),
+            qkv_bias=fields.flag("attention_bias", False) or fields.flag("use_qkv_bias", False),
             further_norms=2 if kind == "falcon" and fields.flag("new_decoder_architecture", False) else 0,
         ),
     )  # fmt: skip
-    return Shape(model, source, _windows(fields, kind, layers))
+    windows = _windows(fields, kind, layers)
+    return Shape(model, source, windows, _not_read(path, fields))
+
+
+def _not_read(path: Path, fields: Fields) -> str:
+    """A sentence about the keys that hold something and that nothing is made of; "" where there are none."""
+    left = [name for name in fields.rest if not OF_NO_MATTER.fullmatch(name)]
+    shown = ", ".join(f"{name} ({str(fields.values[name])[:40]})" for name in left[:12])
+    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
+    return f"{path}: not read: {shown}{more}" if left else ""
+
+
+def _scaled_context(fields: Fields, kind: str, context: int) -> int:
+    """Tokens that a model takes with its scaled RoPE, as vLLM reckons them."""
+    name = next((name for name in ("rope_scaling", "rope_parameters") if fields.has(name)), None)
+    how = None if name is None else fields.value(name)
+    if name is None or not isinstance(how, Mapping) or kind.startswith("gemma3"):  # whose context is scaled already
+        return context
+    inner = fields.inner(name)
+    scaling = str(inner.value("rope_type", inner.value("type", "default")))
+    if scaling not in ("yarn", "linear", "dynamic"):
+        return context
+    if scaling == "yarn":
+        context = inner.integer("original_max_position_embeddings", 1, _MOST["tokens"], context)
+    return round(context * inner.number("factor", 1, _MOST["tokens"] / context))
 
 
 def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[WeightFormat | None, int]:
@@ -142,19 +178,30 @@ def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> 
 
     `values`: those of the text model within the `whole`.
     """
-    for part in (whole, values):
-        how = part.get("quantization_config") or part.get("compression_config")
-        if how is not None:
-            form, kv_bytes = format_of_config(how, str(path), _FIX)
-            return form, 2 if kv_bytes is None else kv_bytes
+    names = ("quantization_config", "compression_config")
+    found = {name: part[name] for part in (whole, values) for name in names if part.get(name)}
+    if len({repr(how) for how in found.values()}) > 1:
+        raise UserError(f"quantization of {path}", " and ".join(found), "one of the two", "remove the other")
+    for how in found.values():
+        form, kv_bytes = format_of_config(how, str(path), _FIX)
+        return form, 2 if kv_bytes is None else kv_bytes
     return None, 2
 
 
-def _refuse_others(path: Path, values: Mapping[str, Any], says_nothing: bool) -> None:
+def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any], says_nothing: bool) -> None:
     """Raise UserError for what the cost model does not know. `says_nothing`: of how its weights are kept."""
-    if says_nothing and (path.parent / "hf_quant_config.json").exists() and path.name == "config.json":
-        allowed = "a config.json with a quantization_config beside hf_quant_config.json, which is not read"
-        raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
+    for name in _QUANTIZED_BY if says_nothing and path.name == "config.json" else ():
+        if is_there(path.parent / name):
+            allowed = f"a config.json with a quantization_config beside {name}, which is not read"
+            raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
+    classes = whole.get("architectures")
+    if isinstance(classes, list) and classes and not any(str(name).endswith(_GENERATE) for name in classes):
+        allowed = "a class that generates text, such as LlamaForCausalLM"
+        raise UserError(f"architectures of {path}", shortened(classes), allowed, _FIX)
+    for name, (off, what) in REFUSED.items():
+        if values.get(name) not in (None, *off) and values[name] not in ([], {}):
+            allowed = f"not there: {what}, which is not priced"
+            raise UserError(f"{name} of {path}", shortened(values[name]), allowed, _FIX)
     for experts in _EXPERTS:
         if values.get(experts) not in (None, 0, 1):
             allowed = "a dense model: mixtures of experts are not modelled"
@@ -171,10 +218,12 @@ class _Sizes:
     fields: Fields
 
     def maybe(self, *names: str, most: str) -> int | None:
-        for name in names:
-            if self.fields.has(name):
-                return self.fields.alike(name, 1, _MOST[most])
-        return None
+        """None where none is there. UserError where two of them are and differ."""
+        found = {name: self.fields.alike(name, 1, _MOST[most]) for name in names if self.fields.has(name)}
+        if len(set(found.values())) > 1:
+            first, second = list(found)[:2]
+            raise self.fields.wrong(second, found[second], f"the same as {first}, {found[first]}")
+        return next(iter(found.values()), None)
 
     def one(self, *names: str, most: str) -> int:
         found = self.maybe(*names, most=most)
@@ -185,6 +234,7 @@ class _Sizes:
 
 def _kv_heads(kind: str, family: Family, fields: Fields, heads: int) -> int:
     if kind == "falcon":  # one for all heads before its new architecture, unless it says otherwise
+        fields.ignore(["num_kv_heads"])
         if fields.flag("new_decoder_architecture", False):
             return fields.integer("num_kv_heads", 1, heads, heads)
         return 1 if fields.flag("multi_query", True) else heads
@@ -202,6 +252,9 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
                 raise fields.wrong("layer_types", each, f"one of {', '.join(_LOOKS_BACK)}")
     asked = fields.flag("use_sliding_window", kind not in WINDOW_IF_ASKED)
     if not asked or not fields.has("sliding_window"):
+        if kinds is not None and any(_LOOKS_BACK[each] for each in kinds):
+            told = "use_sliding_window is false" if not asked else "there is no sliding_window"
+            raise fields.wrong("layer_types", "sliding_attention", f"full_attention in all layers, since {told}")
         return ()
     window = fields.integer("sliding_window", 1, _MOST["tokens"])
     if kinds is not None:

@@ -18,7 +18,7 @@ from helios_sim.errors import UserError
 from helios_sim.profile.precision import served_as
 from helios_sim.profile.runtimes import FIT, HOST_TIME
 from helios_sim.profile.spec import Basis, RuntimeConfig
-from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.provenance import NOT_READ, Assumption, Provenance, ProvenanceClass
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.records import RecordLog, Records
@@ -38,7 +38,7 @@ from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
-from helios_sim.workload import TraceArrivals, TraceLengths, Workload, generate
+from helios_sim.workload import TraceArrivals, TraceLengths, generate
 from helios_sim.workload.faults import Struck
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def run_job(job: Job) -> JobResult:
         capacity_bytes=fleet.kinds[0].card.hbm_bytes,
         inputs=inputs_of(fleet) | ({} if live is None else live.inputs()),
         assumptions=assumptions_of(config, fleet),
-        notices=notices_of(fleet.parts.workload, job.config) + (() if live is None else live.notices()),
+        notices=notices_of(fleet, job.config) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
         live=None if live is None else live.notes(),
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
@@ -246,7 +246,9 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
     return found
 
 
-def notices_of(workload: Workload, config: Config) -> tuple[str, ...]:
+def notices_of(fleet: Fleet, config: Config) -> tuple[str, ...]:
+    """What inputs hold and nothing is made of, and settings that find nothing to do, in sentences."""
+    workload = fleet.parts.workload
     recorded = [p for p in (workload.arrivals, workload.lengths) if isinstance(p, TraceArrivals | TraceLengths)]
     notices = [notice for part in recorded for notice in part.trace.notices]
     if config.server.enable_prefix_caching and workload.prefixes is None and workload.sessions is None:
@@ -254,6 +256,7 @@ def notices_of(workload: Workload, config: Config) -> tuple[str, ...]:
             "server.enable_prefix_caching finds only what preempted requests lost, since no two prompts begin alike: "
             "set workload.system_prompts or workload.sessions.users, or take a trace with hash_ids"
         )
+    notices += [source.details[NOT_READ] for source in inputs_of(fleet).values() if NOT_READ in source.details]
     return tuple(dict.fromkeys(notices))
 
 

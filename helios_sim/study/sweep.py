@@ -230,7 +230,7 @@ def _result(
         inputs=inputs_of(fleet),
         provenance=provenance,
         assumptions=assumptions_of(config, fleet),
-        warnings=(*notices_of(fleet.parts.workload, config), *failed, *_cautions(config)),
+        warnings=(*notices_of(fleet, config), *failed, *_cautions(config)),
         seeds=len(config.seeds),
     )
 
