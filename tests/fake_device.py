@@ -1,11 +1,9 @@
-"""Devices for tests of calibration: one on a clock of its own, and a torch and an NVML that only pretend."""
+"""For tests of calibration: a device on a clock of its own, and an NVML that only pretends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from calibrate.measure.device import DeviceFacts, Step
@@ -92,94 +90,6 @@ class VirtualDevice:
 
     def disturbance(self) -> dict[str, float]:
         return {}
-
-
-class FakeEvent:
-    """Remembers when the card's clock passed it."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        self._cuda, self.at_s = cuda, 0.0
-
-    def record(self) -> None:
-        self.at_s = self._cuda.clock.now_s
-
-    def synchronize(self) -> None:
-        self._cuda.synchronized += 1
-
-    def elapsed_time(self, other: FakeEvent) -> float:
-        return (other.at_s - self.at_s) * 1e3
-
-
-class FakeGraph:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self._cuda, self.steps = cuda, 0
-
-    def replay(self) -> None:
-        self._cuda.replays += 1
-        self._cuda.clock.pass_s(self._cuda.captured_s)
-
-
-class FakeCuda:
-    """torch.cuda as far as a `CudaDevice` uses it; `captured_s` is what a replay takes."""
-
-    def __init__(self, clock: VirtualClock, captured_s: float = 0.002, capture_fails: bool = False) -> None:
-        self.clock, self.captured_s, self.capture_fails = clock, captured_s, capture_fails
-        self.synchronized = self.replays = self.captures = self.slept = 0
-        self.allocated, self.peak = 1000, 1000
-        self.streams: list[Any] = []
-        self.on_stream: Any = None
-
-    def Event(self, enable_timing: bool) -> FakeEvent:
-        assert enable_timing
-        return FakeEvent(self)
-
-    def Stream(self, device: Any = None) -> Any:
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        self.streams.append(stream)
-        return stream
-
-    def CUDAGraph(self) -> FakeGraph:
-        return FakeGraph(self)
-
-    def current_stream(self, device: Any = None) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    def graph_pool_handle(self) -> str:
-        return "pool"
-
-    @contextmanager
-    def stream(self, stream: Any) -> Any:
-        self.on_stream = stream
-        yield
-        self.on_stream = None
-
-    @contextmanager
-    def graph(self, graph: FakeGraph, pool: str, capture_error_mode: str = "global") -> Any:
-        assert pool == "pool"
-        self.captures += 1
-        yield
-        if self.capture_fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    def synchronize(self, device: Any = None) -> None:
-        self.synchronized += 1
-
-    def _sleep(self, cycles: int) -> None:
-        self.slept += cycles
-
-    def memory_allocated(self) -> int:
-        return self.allocated
-
-    def max_memory_allocated(self) -> int:
-        return self.peak
-
-    def reset_peak_memory_stats(self) -> None:
-        self.peak = self.allocated
-
-    def get_device_properties(self, index: int) -> Any:
-        return SimpleNamespace(
-            name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, multi_processor_count=132, uuid="ab-c"
-        )
 
 
 class NvmlError(Exception):

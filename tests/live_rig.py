@@ -113,8 +113,11 @@ def serve_live(
     kept_answers: int | None = None,
     faults: FaultPlan | None = None,
     act: Callable[[WallClock, LiveEngine, Server], None] | None = None,
+    close: bool = False,
 ) -> Live:
     """`kv_blocks` fit beside the weights of all models. `act` may interfere before the first event.
+
+    The engine is left with its memory, for a test to look at, unless it is to `close`.
 
     Whatever stops the run, what is left of it can be read from `LAST`.
     """
@@ -156,7 +159,7 @@ def serve_live(
         return servers[0]
 
     run = simulate(make_server, blocks, count, records.append, users=users, env=env, faults=faults)
-    engine.close()
+    engine.close() if close else engine.residents.stop()
     return Live(sorted(records, key=lambda r: r.request_id), engine, servers[0], run)
 
 

@@ -11,9 +11,11 @@ import weakref
 import pytest
 import torch
 
-from fake_device import FakeCuda, VirtualClock
+from clocked_cuda import FakeCuda
+from fake_device import VirtualClock
 from helios_sim.exits.rule import Confidence, FullDepth
-from helios_sim.live.device import WARM_UP_CALLS, CpuDevice, CudaDevice, Step
+from helios_sim.live.cuda import WARM_UP_CALLS, CudaDevice
+from helios_sim.live.device import CpuDevice, Step
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
 from live_rig import LAYERS, Live, live_model, requests, serve_live
@@ -105,7 +107,7 @@ def test_a_captured_step_keeps_alive_what_it_reads() -> None:
 
     def prepared() -> tuple[Step, weakref.ref[torch.Tensor]]:
         reads = torch.zeros(3)
-        step = CudaDevice(torch.device("cpu"), cuda).prepare(lambda: calls.append(int(reads.sum())))
+        step = CudaDevice(torch.device("cpu"), cuda).prepare(lambda: calls.append(len(reads)))
         return step, weakref.ref(reads)
 
     step, reads = prepared()

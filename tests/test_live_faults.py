@@ -171,11 +171,11 @@ def test_a_round_that_cannot_load_its_candidate_ends(two: dict[str, LiveModel]) 
 
 def test_it_stops_cleanly_where_nothing_can_be_loaded(two: dict[str, LiveModel]) -> None:
     class Broken(Failing):
-        def copy(self, pairs, after_compute=False):
+        def copy(self, pairs, after=None):
             self.good = min(self.good, 10**5) - 1 if self.good < 10**6 else self.good
             if self.good < 0:
                 raise RuntimeError("CUDA error: out of memory")
-            return super(Failing, self).copy(pairs, after_compute)
+            return super(Failing, self).copy(pairs, after)
 
     device = Broken(10**6)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helios_sim.live.device import ALIGNMENT, CpuDevice, Pairs
+from helios_sim.live.device import ALIGNMENT, CpuDevice, Mark, Pairs
 from helios_sim.live.memory.residents import Residents, Slab, SlabPiece
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
@@ -30,11 +30,11 @@ class Failing(CpuDevice):
         super().__init__()
         self.good = good
 
-    def copy(self, pairs: Pairs, after_compute: bool = False):
+    def copy(self, pairs: Pairs, after: Mark | None = None):
         self.good -= 1
         if self.good == -1:
             raise RuntimeError("CUDA error: out of memory")
-        return super().copy(pairs, after_compute)
+        return super().copy(pairs, after)
 
 
 def loaded(residents: Residents, name: str) -> Exception | None:

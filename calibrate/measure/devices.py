@@ -16,15 +16,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibrate.measure.device import DeviceFacts, Step, TimedDevice, short_name
 from helios_sim.errors import UserError
 from helios_sim.live.energy import NvmlCard, Rapl, open_nvml
 
+if TYPE_CHECKING:
+    from helios_sim.live.cuda import Card
+
+NOISE_BYTES = 64 << 20  # drawn once and repeated, since drawing gigabytes takes many seconds
 SHARE_OF_AVAILABLE = 0.5  # of the available memory, since the machine is shared
 PROC = Path("/proc")
-WARM_UP_CALLS = 3  # before a capture, so that libraries create their handles and workspaces outside it
 LEAD_CYCLES = 400_000  # the card spins for about 0.2 ms, so that launches are queued before the first one runs
 
 
@@ -112,7 +115,7 @@ class TimedCpu:
     def host_buffer(self, n_bytes: int, kind: str) -> Any:
         import torch
 
-        noise = torch.randint(0, 256, (n_bytes,), dtype=torch.uint8)
+        noise = fill_with_noise(torch.empty(n_bytes, dtype=torch.uint8))
         if kind == "host":
             return noise
         with tempfile.NamedTemporaryFile(suffix=".weights") as file:  # the mapping outlives the file's name
@@ -178,6 +181,16 @@ class ThreadCopy:
         return self._end_s - self._start_s
 
 
+def fill_with_noise(memory: Any) -> Any:
+    """Fill the tensor, uint8 (n_bytes,), with random bytes and return it."""
+    import torch
+
+    drawn = torch.randint(0, 256, (min(NOISE_BYTES, len(memory)),), dtype=torch.uint8)
+    for piece in memory.split(NOISE_BYTES):
+        piece.copy_(drawn[: len(piece)])
+    return memory
+
+
 def cpuinfo(key: str) -> str | None:
     """The first value of a key in /proc/cpuinfo, or None."""
     try:
@@ -227,18 +240,16 @@ def _trim() -> None:
 class TimedCuda:
     """A card: events, captured graphs, the allocator's counts, NVML, a copy stream.
 
-    `eager` collects why steps could not be captured; their device time then includes launch gaps.
+    Steps are captured and copied with the `Card` that serving uses.
     """
 
     torch: Any
-    card: NvmlCard | None  # None: the driver cannot be asked
+    driver: NvmlCard | None  # None: the driver cannot be asked
     index: int
     facts: DeviceFacts
-    eager: list[str] = field(default_factory=list)
+    card: Card
     asynchronous: bool = True
     host_buffers: tuple[str, ...] = ("pinned", "pageable")
-    _pool: Any = None
-    _stream: Any = None
 
     @classmethod
     def open(cls, index: int = 0, memory_bytes: int | None = None) -> TimedCuda:
@@ -248,18 +259,19 @@ class TimedCuda:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
             raise UserError("device", f"cuda:{index}", f"torch sees {seen} cards", "use device=cpu, or install CUDA")
-        torch.cuda.set_device(index)
         return cls.of(torch, open_nvml(), index, memory_bytes)
 
     @classmethod
     def of(cls, torch: Any, nvml: Any | None, index: int, memory_bytes: int | None = None) -> TimedCuda:
+        from helios_sim.live.cuda import Card
+
         properties = torch.cuda.get_device_properties(index)
         versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
-        card = None if nvml is None else NvmlCard.of(nvml, properties, index)
+        driver = None if nvml is None else NvmlCard.of(nvml, properties, index)
         limit_w: float | None = None
-        if card is not None:
-            versions["driver"] = str(card.nvml.nvmlSystemGetDriverVersion())
-            limit_w = card.answer("nvmlDeviceGetEnforcedPowerLimit", 1e-3)
+        if driver is not None:
+            versions["driver"] = str(driver.nvml.nvmlSystemGetDriverVersion())
+            limit_w = driver.answer("nvmlDeviceGetEnforcedPowerLimit", 1e-3)
         facts = DeviceFacts(
             kind="cuda",
             name=short_name(properties.name),
@@ -269,34 +281,15 @@ class TimedCuda:
             versions=versions,
             computes_bfloat16=True,
         )
-        return cls(torch, card, index, facts)
+        return cls(torch, driver, index, facts, Card.of(torch.cuda, index))
 
     @property
     def torch_device(self) -> str:
         return f"cuda:{self.index}"
 
     def prepare(self, step: Step) -> Step:
-        cuda = self.torch.cuda
-        side, main = cuda.Stream(), cuda.current_stream()
-        side.wait_stream(main)
-        with cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                step()
-        main.wait_stream(side)
-        self.wait()
-        if self._pool is None:
-            self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
-        graph = cuda.CUDAGraph()
-        try:
-            with cuda.graph(graph, pool=self._pool):
-                step()
-        except RuntimeError as error:
-            self.eager.append(str(error).partition("\n")[0])
-            self.wait()
-            return step
-        from helios_sim.live.device import GraphReplay  # torch is loaded by now
-
-        return GraphReplay(graph, step)
+        """The step as a captured graph. Raises what the capture raises: nothing is timed that would not be served."""
+        return self.card.captured(step)
 
     def laps_s(self, steps: Sequence[Step]) -> list[float]:
         cuda = self.torch.cuda
@@ -334,30 +327,34 @@ class TimedCuda:
         return int(cuda.max_memory_allocated()) - before
 
     def energy_j(self) -> float | None:
-        return None if self.card is None else self.card.energy_j()
+        return None if self.driver is None else self.driver.energy_j()
 
     def host_buffer(self, n_bytes: int, kind: str) -> Any:
-        noise = self.torch.randint(0, 256, (n_bytes,), dtype=self.torch.uint8)
-        return noise.pin_memory() if kind == "pinned" else noise
+        import torch
+
+        from helios_sim.live.cuda import page_locked
+
+        pinned = kind == "pinned"
+        return fill_with_noise(
+            page_locked(n_bytes, self.torch.cuda) if pinned else torch.empty(n_bytes, dtype=torch.uint8)
+        )
 
     def start_copy(self, pairs: Sequence[tuple[Any, Any]], repeats: int = 1) -> StreamCopy:
-        if self._stream is None:
-            self._stream = self.torch.cuda.Stream()
-        return StreamCopy(self.torch.cuda, self._stream, pairs, repeats)
+        return StreamCopy(self.torch.cuda, self.card.copies, pairs, repeats)
 
     def waited_s(self) -> float | None:
         return None  # launches are queued ahead, so the device's times are not affected
 
     def disturbance(self) -> dict[str, float]:
         """The current clock and temperature: a card that is hot or at its power limit slows down."""
-        if self.card is None:
+        if self.driver is None:
             return {}
         found: dict[str, float] = {}
         for key, name, argument in (
             ("sm_clock_mhz", "nvmlDeviceGetClockInfo", 1),  # NVML_CLOCK_SM
             ("temperature_c", "nvmlDeviceGetTemperature", 0),  # NVML_TEMPERATURE_GPU
         ):
-            value = self.card.answer(name, 1.0, argument)
+            value = self.driver.answer(name, 1.0, argument)
             if value is not None:
                 found[key] = value
         return found

@@ -14,6 +14,7 @@ no time of the run depends on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -252,6 +253,7 @@ def serve(subject: Subject, spec: ModelSpec, ceilings: Ceilings, batch: int, ans
         policy = FullDepthPolicy(FullDepthParameters())
         server = Server(env, number, watched, policy, situation, on_left)
         server.open()
+        engine.capture()
         clock.sync()
         return server
 
@@ -283,6 +285,10 @@ class InPlace(Residents):
 
     def running(self, name: str, layers: int) -> SegmentedModel:
         return self._model_there
+
+    @contextmanager
+    def laid_out(self, name: str) -> Iterator[SegmentedModel]:
+        yield self._model_there
 
     def exits(self, name: str) -> ExitReader:
         return self._no_exits

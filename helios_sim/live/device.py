@@ -1,7 +1,7 @@
 """What serving needs from a device besides torch: free memory and blocks of it, copies from the host, prepared steps.
 
-`CpuDevice` and `CudaDevice` implement the `Device` protocol. The calibration runs its steps through the same code, so
-its profiles describe what is served.
+`CpuDevice` here and `CudaDevice` in `cuda.py` implement the `Device` protocol. The calibration runs its steps through
+the same code, so its profiles describe what is served.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +19,20 @@ from helios_sim.errors import TooLittleMemory
 
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
-WARM_UP_CALLS = 3  # before a capture, so that libraries create their handles and workspaces outside it
 ALIGNMENT = 256  # bytes: suits a card's loads, and is more than a cache line
 LARGE_PAGE_BYTES = 2 << 20
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _SHARE = 0.9  # the rest is for other processes on a host, and for fragmentation on a card
 _OOM_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+class Mark(Protocol):
+    """A moment in the order of the work that a thread has issued to a device."""
+
+    def synchronize(self) -> None:
+        """Wait until everything issued before it is done."""
+        ...
 
 
 class Device(Protocol):
@@ -37,11 +43,14 @@ class Device(Protocol):
         """Host memory, uint8 (n_bytes,), of the kind that `copy` reads fastest."""
         ...
 
-    def copy(self, pairs: Pairs, after_compute: bool = False) -> Callable[[], None]:
+    def mark(self) -> Mark:
+        """Mark the work that this thread has issued so far."""
+        ...
+
+    def copy(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
         """Start copying each pair while other work goes on. The returned function waits for the end.
 
-        `after_compute`: start only when the work that this thread has issued so far is done, since it still reads the
-        targets.
+        `after`: start only when the marked work is done, since it still reads the targets.
         """
         ...
 
@@ -50,23 +59,12 @@ class Device(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until all issued work is done."""
+        """Wait until all issued work is done, copies included."""
         ...
 
     def prepare(self, step: Step) -> Step:
         """The step in its fastest form (a captured graph on a card). It uses the same tensors at every call."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class GraphReplay:
-    """A captured step. It refers to the original step to keep its tensors alive, since a graph only has addresses."""
-
-    graph: Any
-    step: Step
-
-    def __call__(self) -> None:
-        self.graph.replay()
 
 
 class CpuDevice:
@@ -80,8 +78,11 @@ class CpuDevice:
     def host_empty(self, n_bytes: int) -> Tensor:
         return block(n_bytes, self.torch_device)
 
+    def mark(self) -> Mark:
+        return _DONE
+
     @torch.inference_mode()
-    def copy(self, pairs: Pairs, after_compute: bool = False) -> Callable[[], None]:
+    def copy(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
         for source, target in pairs:
             target.copy_(source)
         return _nothing
@@ -96,61 +97,24 @@ class CpuDevice:
         return step
 
 
-class CudaDevice:
-    """One card: pinned host memory, a stream for copies, captured graphs that share one memory pool.
-
-    `cuda` is torch.cuda; a test may pass a fake.
-    """
-
-    captures = True
-
-    def __init__(self, torch_device: torch.device, cuda: Any = torch.cuda) -> None:
-        self.torch_device, self._cuda = torch_device, cuda
-        self._copies = cuda.Stream(torch_device)
-        self._pool: Any = None
-
-    def host_empty(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def copy(self, pairs: Pairs, after_compute: bool = False) -> Callable[[], None]:
-        done = self._cuda.Event()
-        if after_compute:
-            self._copies.wait_stream(self._cuda.current_stream(self.torch_device))
-        with torch.inference_mode(), self._cuda.stream(self._copies):
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
-            done.record()
-        wait: Callable[[], None] = done.synchronize  # releases the GIL while it waits
-        return wait
-
-    def release(self) -> None:
-        self._cuda.empty_cache()
-
-    def wait(self) -> None:
-        self._cuda.synchronize(self.torch_device)
-
-    def prepare(self, step: Step) -> Step:
-        cuda = self._cuda
-        side, main = cuda.Stream(self.torch_device), cuda.current_stream(self.torch_device)
-        side.wait_stream(main)
-        with cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                step()
-        main.wait_stream(side)
-        cuda.synchronize(self.torch_device)
-        if self._pool is None:
-            self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
-        graph = cuda.CUDAGraph()
-        # Only this thread's calls are captured; the copying thread goes on.
-        with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
-        return GraphReplay(graph, step)
-
-
 def open_device(name: str) -> Device:
     """The device named `cpu`, `cuda` or `cuda:N`."""
     device = torch.device(name)
-    return CpuDevice() if device.type == "cpu" else CudaDevice(device)
+    if device.type == "cpu":
+        return CpuDevice()
+    from helios_sim.live.cuda import CudaDevice
+
+    return CudaDevice(torch.device("cuda", device.index or 0))
+
+
+class _Done:
+    """The mark of a device on which everything issued is done at once."""
+
+    def synchronize(self) -> None:
+        """Returns at once."""
+
+
+_DONE = _Done()
 
 
 def _nothing() -> None:
@@ -163,19 +127,25 @@ def block(n_bytes: int, device: torch.device) -> Tensor:
     A decode reads every weight once per token. On pages of 4 KiB a CPU would look up a page for every 64 cache lines.
     Raises MemoryError, or torch's RuntimeError, if there is not enough memory.
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-    whole_pages = n_bytes // LARGE_PAGE_BYTES
-    if device.type != "cpu" or advice is None or not whole_pages:
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or n_bytes < LARGE_PAGE_BYTES:
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    return mapped(n_bytes)[1]
+
+
+def mapped(n_bytes: int) -> tuple[mmap.mmap, Tensor]:
+    """Host memory of the process's own on large pages, and as uint8 (n_bytes,). It is unmapped when both are gone."""
     try:
-        mapped = mmap.mmap(-1, n_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, n_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{n_bytes} bytes: {error.strerror}") from error
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
     start = -memory.data_ptr() % LARGE_PAGE_BYTES
-    with suppress(OSError):  # a kernel without large pages
-        mapped.madvise(advice, start, whole_pages * LARGE_PAGE_BYTES)
-    return memory[start : start + n_bytes]
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    whole_pages = n_bytes // LARGE_PAGE_BYTES
+    if advice is not None and whole_pages:
+        with suppress(OSError):  # a kernel without large pages
+            pages.madvise(advice, start, whole_pages * LARGE_PAGE_BYTES)
+    return pages, memory[start : start + n_bytes]
 
 
 def written_block(n_bytes: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
+from itertools import pairwise
 from typing import Protocol
 
 from helios_sim.errors import UserError
@@ -89,6 +90,24 @@ class LiveEngine:
             try_out(self.residents.running(name, end), end)
             self.work.reserve()
 
+    def capture(self) -> int:
+        """Capture the decode steps of all models before time starts. Returns how many.
+
+        Models that are not loaded are captured too, if each has a place of its own in memory, or else when they first
+        run. Raises OutOfMemory if memory does not suffice.
+        """
+        if not self.device.captures:
+            return 0
+        captured = 0
+        try:
+            for name, data in self._models.items():
+                with self.residents.laid_out(name) as model:
+                    if model is not None:
+                        captured += self.work.capture(name, model, segments(data.exits))
+        except MemoryError as error:
+            raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
+        return captured
+
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
         """Run the iteration; requests that arrive meanwhile are admitted after it.
 
@@ -163,8 +182,11 @@ class LiveEngine:
         return max(1, self._env.wall_ns - start_ns), found
 
     def close(self) -> None:
-        """Stop the loading thread."""
+        """Stop the loading thread, and free the memory for weights, KV and captured graphs."""
+        self.faults = None
+        self.work.close()
         self.residents.close()
+        self.device.release()
 
     def _as_text_of(self, model: str, data: LiveModel, request: Request) -> Answer:
         """A served text in the tokens of another model."""
@@ -236,6 +258,7 @@ class LiveEngine:
         forward = Forward(model, self.residents.exits(plan.model), self.work.cache, plan, bounds, self.work.captured)
         began_ns = self._env.wall_ns
         tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
+        self.device.mark().synchronize()  # K and V of rows that exited may be computed after the last token was read
         self.forward_ns += self._env.wall_ns - began_ns
         return tally
 
@@ -274,6 +297,11 @@ class LiveEngine:
             decoded=[Token(row.layers, row.breach) for row in rows],
             prefilled=[Token(row.layers, row.breach) for row in first],
         )
+
+
+def segments(exits: SequenceOf[int]) -> list[tuple[int, int]]:
+    """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once."""
+    return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
 
 
 def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:

@@ -6,7 +6,7 @@ A band runs once for all rows in it: decodes, chunks of prompts, and tokens that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,46 +39,73 @@ class _Shape:
 @dataclass(frozen=True, slots=True)
 class _Captured:
     launch: Step
-    hidden: Tensor  # (size, d_model), the input; not read by a first segment
-    out: Tensor  # (size, d_model)
     reads: tuple[object, ...]  # weights and keys of its layers: the graph holds their addresses
 
 
 class GraphedDecodes:
-    """Captured decode steps of one model over one cache. A shape is captured when it first runs."""
+    """Captured decode steps of one model over one cache. A shape is captured beforehand, or when it first runs."""
 
     def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:
-        self._model, self._cache, self._device = model, cache, device
+        self.model, self._cache, self._device = model, cache, device
         self._steps: dict[_Shape, _Captured] = {}
         sizes = tuple(size for size in SIZES if size < cache.slots)
         self._sizes = (*sizes, cache.slots)
         on = cache.device
         self._numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._sizes}
+        self._states = {size: self._hidden_of(size) for size in self._sizes}
         staged = device.host_empty(3 * 8 * cache.slots)
         self._staged = staged.view(torch.int64)  # the host writes here before one copy to the device
+        self._read = device.mark()  # that copy
+
+    @torch.inference_mode()
+    def capture(self, segments: Iterable[tuple[int, int]]) -> int:
+        """Capture the steps through these segments (start, end) for all batch sizes and spans. Returns how many.
+
+        Large ones come first, so that the others find their memory in the graphs' pool. Only a segment above an exit
+        has requests in any slots: the requests that begin an iteration are in slots 0, 1, ...
+        """
+        shapes = [
+            _Shape(start, end, size, span, in_row)
+            for start, end in segments
+            for size in reversed(self._sizes)
+            for span in reversed(self._spans)
+            for in_row in ((True, False) if start else (True,))
+        ]
+        for shape in shapes:
+            self._step(shape)
+        return len(shapes)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor | None, start: int, end: int) -> Tensor:
         """Hidden states (n, d_model) after layers start..end-1. `hidden` None: start from the rows' tokens.
 
-        The result is valid until the same segment runs again.
+        The result is valid until a segment runs again.
         """
         n = len(rows)
         size = next(size for size in self._sizes if size >= n)
-        span = self._span(max(row.position for row in rows) + 1)
+        longest = max(row.position for row in rows) + 1
+        span = next(span for span in self._spans if span >= longest)
         in_row = [row.slot for row in rows] == list(range(n))
         self._stage(rows, size, in_row)
-        step = self._step(_Shape(start, end, size, span, in_row))
+        before, after = self._states[size]
         if hidden is not None:
-            step.hidden[:n].copy_(hidden)
-        step.launch()
-        return step.out[:n]
+            before[:n].copy_(hidden)  # which may be `after`, and a capture would write to that
+        self._step(_Shape(start, end, size, span, in_row)).launch()
+        return after[:n]
 
-    def _span(self, tokens: int) -> int:
-        span = LEAST_SPAN
-        while span < tokens:
-            span *= 2
-        return min(span, self._cache.max_tokens)
+    @property
+    def _spans(self) -> list[int]:
+        """The numbers of tokens of context that steps read."""
+        spans = [LEAST_SPAN]
+        while spans[-1] < self._cache.max_tokens:
+            spans.append(2 * spans[-1])
+        return [*spans[:-1], self._cache.max_tokens]
+
+    def _hidden_of(self, size: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (size, d_model) before the layers, not read by a first segment, and after them."""
+        shape = (size, self.model.architecture.d_model)
+        before, after = (torch.zeros(shape, dtype=self.model.dtype, device=self._cache.device) for _ in range(2))
+        return before, after
 
     def _stage(self, rows: Sequence[Row], size: int, in_row: bool) -> None:
         """Copy token ids, slots and positions to the device at once."""
@@ -90,22 +117,22 @@ class GraphedDecodes:
             [row.position for row in rows] + [last] * (size - n),
         ]
         staged = self._staged[: 3 * size].view(3, size)
+        self._read.synchronize()  # a band before this one may still be waiting for its numbers
         staged.numpy()[:] = numbers
         self._numbers[size].copy_(staged, non_blocking=True)
+        self._read = self._device.mark()
 
     def _step(self, shape: _Shape) -> _Captured:
         of = slice(shape.start, shape.end)
-        reads = (*self._model.layers[of], *self._cache.keys[of])
+        reads = (*self.model.layers[of], *self._cache.keys[of])
         known = self._steps.get(shape)
         if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
             self._steps[shape] = known = self._capture(shape, reads)  # weights or cache have moved since
         return known
 
     def _capture(self, shape: _Shape, reads: tuple[object, ...]) -> _Captured:
-        model, cache = self._model, self._cache
-        numbers = self._numbers[shape.size]
-        width = model.architecture.d_model
-        hidden, out = (torch.zeros((shape.size, width), dtype=model.dtype, device=cache.device) for _ in range(2))
+        model, cache = self.model, self._cache
+        numbers, (hidden, out) = self._numbers[shape.size], self._states[shape.size]
 
         def step() -> None:
             first = 0 if shape.in_row else None
@@ -113,7 +140,7 @@ class GraphedDecodes:
             into = hidden if shape.start else model.embed(numbers[_IDS], numbers[_POSITIONS])
             out.copy_(model.run(into, shape.start, shape.end, attend))
 
-        return _Captured(self._device.prepare(step), hidden, out, reads)
+        return _Captured(self._device.prepare(step), reads)
 
 
 @dataclass(slots=True)

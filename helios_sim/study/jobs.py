@@ -106,6 +106,7 @@ def run_job(job: Job) -> JobResult:
     log = RecordLog()
     try:
         run = serve(job, fleet, log.add, live, block_sink=log.add_block)
+        notes = None if live is None else live.end()
     finally:
         if live is not None:
             live.close()
@@ -128,7 +129,7 @@ def run_job(job: Job) -> JobResult:
         assumptions=assumptions_of(config, fleet),
         notices=notices_of(fleet, job.config) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
-        live=None if live is None else live.notes(),
+        live=notes,
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
         faults=run.faults,
     )

@@ -5,6 +5,7 @@ here, when a live run is asked for."""
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -85,14 +86,17 @@ class LiveRun:
         places = self.device_engine.work.places[deployment.active.model].requests
         requests = list(islice(self._requests(), min(WARM_REQUESTS, places)))
         try:
+            self.device_engine.capture()
             warm_up(self.device_engine, deployment, requests, self._parts.situation.max_batch_tokens, live.warm_up)
         except OutOfMemory as short:
             raise TooLittleMemory(
-                "memory", short.reason, "enough for an iteration beside weights and KV",
+                "memory", short.reason, "enough for captured steps and an iteration beside weights and KV",
                 "lower server.max_running_requests or server.max_batch_tokens, or free memory",
             ) from short  # fmt: skip
         self._pace.look_beside()
         self._meter_from(requests[0].arrival_ns)
+        gc.collect()
+        gc.freeze()  # what has been opened is looked through no more: that takes up to 0.1 s in the middle of a run
         self.clock.sync()
         return server
 
@@ -128,7 +132,9 @@ class LiveRun:
         """What a reader may miss."""
         return (f"Energy is not known: {self.meter.why}.",) if self.meter.why else ()
 
-    def notes(self) -> LiveNotes:
+    def end(self) -> LiveNotes:
+        """The run is over, and so is the counting of energy. Returns its sums."""
+        self.meter.stop()
         work = self.device_engine.work
         self._pace.look_beside()
         return replace(
@@ -142,8 +148,10 @@ class LiveRun:
         )
 
     def close(self) -> None:
-        """The run is over: nothing of it is left on the device."""
+        """Leave nothing of the run on the device, however it ended."""
         self.meter.stop()
+        self._pace.close()
+        gc.unfreeze()
         self.device_engine.close()
 
     def _meter_from(self, arrival_ns: int) -> None:
@@ -247,6 +255,10 @@ class Pace:
         """
         known = self._found[anchor]
         return fmean(known) if known else None
+
+    def close(self) -> None:
+        """Free the memory of the steps."""
+        self._ready.clear()
 
     def look_beside(self) -> None:
         """Time some steps before the run or after it, unless they are timed within; their median counts."""

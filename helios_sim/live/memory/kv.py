@@ -70,14 +70,19 @@ class KvCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._memory = memory
+        self._views: list[tuple[Tensor, Tensor]] = []  # K and V of the layers in `memory` that there have been
         self.resize(layers)
 
     def resize(self, layers: int) -> None:
         """Keep the first `layers` layers: drop those above, add missing ones (their content is undefined)."""
         del self.keys[layers:], self.values[layers:]
         for layer in range(len(self.keys), layers):
-            self.keys.append(self._tensor(2 * layer))
-            self.values.append(self._tensor(2 * layer + 1))
+            known = layer < len(self._views)  # a captured graph recognizes the tensors that it reads
+            keys, values = self._views[layer] if known else (self._tensor(2 * layer), self._tensor(2 * layer + 1))
+            if self._memory is not None and not known:
+                self._views.append((keys, values))
+            self.keys.append(keys)
+            self.values.append(values)
 
     @property
     def kv_bytes(self) -> int:

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import overload
+from itertools import accumulate
+from typing import Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from helios_sim.live.device import Device, aligned, check_fits, written_block
+from helios_sim.live.device import Device, Mark, aligned, check_fits, written_block
 from helios_sim.live.exits import ExitReader
-from helios_sim.live.model.architecture import Shape, values
+from helios_sim.live.model.architecture import Shape
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, block_bytes, fill, parts_in
 from helios_sim.live.served import LiveModel
@@ -55,16 +56,27 @@ class Slab:
     def total_bytes(self) -> int:
         return len(self._memory)
 
-    def take(self, n_bytes: int) -> SlabPiece:
-        """Take a piece of at least `n_bytes`. Raises MemoryError if no free piece is large enough."""
+    def take(self, n_bytes: int, at: int | None = None) -> SlabPiece:
+        """Take a piece of at least `n_bytes`: the one that starts `at` this byte if it is free, else the first that
+        is large enough. Raises MemoryError if there is none.
+        """
         wanted = aligned(n_bytes)
         with self._lock:
-            for i, piece in enumerate(self._free):
-                if piece.n_bytes >= wanted:
-                    rest = SlabPiece(piece.start + wanted, piece.n_bytes - wanted)
-                    self._free[i : i + 1] = [rest] if rest.n_bytes else []
-                    return SlabPiece(piece.start, wanted)
+            if at is not None and (found := self._taken(wanted, at)):
+                return found
+            for piece in self._free:
+                if found := self._taken(wanted, piece.start):
+                    return found
         raise MemoryError(f"{wanted} bytes of weights wanted, {self.free_bytes} of {self.total_bytes} free")
+
+    def _taken(self, n_bytes: int, start: int) -> SlabPiece | None:
+        for i, free in enumerate(self._free):
+            end = free.start + free.n_bytes
+            if free.start <= start and start + n_bytes <= end:
+                around = SlabPiece(free.start, start - free.start), SlabPiece(start + n_bytes, end - start - n_bytes)
+                self._free[i : i + 1] = [piece for piece in around if piece.n_bytes]
+                return SlabPiece(start, n_bytes)
+        return None
 
     def give(self, piece: SlabPiece) -> None:
         with self._lock:
@@ -99,8 +111,8 @@ def host_store(name: str, source: TensorSource, dtype: torch.dtype, device: Devi
 class HostStore:
     """All weights of a model in host memory, ready to be copied to the device.
 
-    There is one block per layer and one for the parts outside the layers. All are read in the constructor, which raises
-    UserError if host memory is too small.
+    There is one block per layer and one for the parts outside the layers, one after the other in one piece of memory.
+    All are read in the constructor, which raises UserError if host memory is too small.
     """
 
     def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, device: Device) -> None:
@@ -108,11 +120,13 @@ class HostStore:
         self._dtype = dtype
         self._shapes: dict[int, Mapping[str, Shape]] = {OUTER: a.outer_shapes()}
         self._shapes |= dict.fromkeys(range(a.n_layers), a.layer_shapes())
-        check_fits(f"{name} in host memory", values(a.outer_shapes()) * dtype.itemsize, torch.device("cpu"))
-        self._blocks: dict[int, Tensor] = {}
-        for block in self._shapes:
-            self._blocks[block] = device.host_empty(self.n_bytes(block))
-            fill(source, None if block == OUTER else block, self._parts(block, self._blocks[block]))
+        self.sizes = {block: self.n_bytes(block) for block in self._shapes}  # bytes by block
+        n_bytes = sum(self.sizes.values())
+        check_fits(f"{name} in host memory", n_bytes, torch.device("cpu"))
+        memory = device.host_empty(n_bytes).split(list(self.sizes.values()))
+        self._blocks: dict[int, Tensor] = dict(zip(self._shapes, memory, strict=True))
+        for block, part in self._blocks.items():
+            fill(source, None if block == OUTER else block, self._parts(block, part))
 
     def n_bytes(self, block: int) -> int:
         """Bytes of one block, each part at an aligned offset."""
@@ -147,7 +161,10 @@ class Residents:
     def __init__(self, models: Mapping[str, LiveModel], device: Device, weight_bytes: int | None = None) -> None:
         self._models, self._device, self._weight_bytes = models, device, weight_bytes
         self._stores: dict[str, HostStore] = {}
-        self._slab: Slab
+        self._slab = Slab(0, device.torch_device)
+        self._homes: dict[tuple[str, int], int] = {}  # where each block lies if there is room for all models
+        self._made: dict[tuple[str, int, int], Any] = {}  # weights and models by the piece of the slab they view
+        self._freed: Mark | None = None  # the work that still writes or reads what is free now
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
         self._exits = {n: ExitReader(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
@@ -214,60 +231,95 @@ class Residents:
         taken: list[SlabPiece] = []
         try:
             if resident is None:
-                taken.append(self._copied(store, OUTER))
+                taken.append(self._copied(name, OUTER))
             window = [self._slab.take(store.n_bytes(len(there))) for _ in range(min(2, missing))]
             taken += window
             outer = store.outer(self._slab.bytes_of(taken[0])) if resident is None else resident.model.outer
-            model = self._model(name, outer)
+            model = self._segmented(name, outer)
             streamed = _Streamed(there, store, [self._slab.bytes_of(piece) for piece in window], self._device)
             model.layers = streamed  # type: ignore[assignment]
             yield model
         finally:
+            self._freed = self._device.mark()
             for piece in taken:
                 self._slab.give(piece)
 
-    def close(self) -> None:
+    @contextmanager
+    def laid_out(self, name: str) -> Iterator[SegmentedModel | None]:
+        """The model with all its layers where they will lie whenever they are resident, loaded or not.
+
+        None if that is not known, since the memory does not suffice for all models. Nothing may be loading.
+        """
+        if not self._homes:
+            yield None
+            return
+        store = self._stores[name]
+        model = self._placed(name, OUTER, self._homes[name, OUTER])
+        resident = model.layers
+        try:
+            model.layers = [
+                self._placed(name, layer, self._homes[name, layer]) for layer in range(store.architecture.n_layers)
+            ]
+            yield model
+        finally:
+            model.layers = resident
+
+    def stop(self) -> None:
         """Wait for a load that is in progress, and cancel queued ones."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop loading, and free the memory for weights."""
+        self.stop()
+        for resident in self._there.values():
+            resident.model.drop_layers(0)
+        for of in (self._there, self._made, self._stores, self._homes):
+            of.clear()
+        self._slab, self._freed = Slab(0, self._device.torch_device), None
 
     def _read(self) -> None:
         on = self._device.torch_device
         for name, live in self._models.items():
             self._stores[name] = host_store(name, live.checkpoint, live.dtype, self._device)
-        n_bytes = self._weight_bytes
-        if n_bytes is None:
-            n_bytes = sum(s.n_bytes(b) for s in self._stores.values() for b in (OUTER, *range(s.architecture.n_layers)))
+        blocks = {(name, block): n for name, store in self._stores.items() for block, n in store.sizes.items()}
+        n_bytes = sum(blocks.values()) if self._weight_bytes is None else self._weight_bytes
+        self._device.release()
         check_fits("the models", n_bytes, on)
         self._slab = Slab(n_bytes, on)
+        self._freed = self._device.mark()  # it has been filled with zeros
+        if self._weight_bytes is None:
+            ends = accumulate(map(aligned, blocks.values()))
+            self._homes = {key: end - aligned(n) for (key, n), end in zip(blocks.items(), ends, strict=True)}
 
     def _load(self, name: str, end: int) -> None:
         """Load up to layer `end`, completely or not at all."""
-        store, resident = self._stores[name], self._there.get(name)
+        resident = self._there.get(name)
         there = 0 if resident is None else len(resident.layers)
         if there >= end:
             return
         taken: list[SlabPiece] = []
         try:
             if resident is None:
-                taken.append(self._copied(store, OUTER))
+                taken.append(self._copied(name, OUTER))
             for layer in range(there, end):
-                taken.append(self._copied(store, layer))
+                taken.append(self._copied(name, layer))
         except BaseException:
             for piece in taken:
                 self._slab.give(piece)
             raise
         if resident is None:
             outer = taken.pop(0)
-            resident = _Resident(self._model(name, store.outer(self._slab.bytes_of(outer))), outer)
-        layers = [store.layer(there + i, self._slab.bytes_of(piece)) for i, piece in enumerate(taken)]
+            resident = _Resident(self._placed(name, OUTER, outer.start), outer)
+        resident.model.layers += [self._placed(name, there + i, piece.start) for i, piece in enumerate(taken)]
         resident.layers += taken
-        resident.model.layers += layers
         self._there[name] = resident
 
-    def _copied(self, store: HostStore, block: int) -> SlabPiece:
-        piece = self._slab.take(store.n_bytes(block))
+    def _copied(self, name: str, block: int) -> SlabPiece:
+        """The block in the slab, at its home if that is free."""
+        store = self._stores[name]
+        piece = self._slab.take(store.n_bytes(block), self._homes.get((name, block)))
         try:
-            self._device.copy(store.pairs(block, self._slab.bytes_of(piece)))()
+            self._device.copy(store.pairs(block, self._slab.bytes_of(piece)), self._freed)()
         except BaseException:
             self._slab.give(piece)
             raise
@@ -281,10 +333,21 @@ class Residents:
         if not end:
             gone.append(resident.outer)
             del self._there[name]
+        self._freed = self._device.mark()  # what was issued before may still read them
         for piece in gone:
             self._slab.give(piece)
 
-    def _model(self, name: str, outer: OuterWeights) -> SegmentedModel:
+    def _placed(self, name: str, block: int, start: int) -> Any:
+        """Weights of a layer, or with `OUTER` the model without layers, in a piece of the slab. Each is made once."""
+        key = (name, block, start)
+        if key not in self._made:
+            store = self._stores[name]
+            memory = self._slab.bytes_of(SlabPiece(start, store.n_bytes(block)))
+            outer = block == OUTER
+            self._made[key] = self._segmented(name, store.outer(memory)) if outer else store.layer(block, memory)
+        return self._made[key]
+
+    def _segmented(self, name: str, outer: OuterWeights) -> SegmentedModel:
         live = self._models[name]
         return SegmentedModel(live.checkpoint, outer, live.dtype, self._device.torch_device)
 
@@ -324,4 +387,4 @@ class _Streamed(Sequence[LayerWeights]):
             return
         self._coming = {other: wait for other, wait in self._coming.items() if (other - layer) % len(self._window)}
         pairs = self._store.pairs(layer, self._window[layer % len(self._window)])
-        self._coming[layer] = self._device.copy(pairs, after_compute=True)
+        self._coming[layer] = self._device.copy(pairs, self._device.mark())

@@ -98,14 +98,20 @@ class Workspace:
         self.captured: GraphedDecodes | None = None
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
+        self._captured: dict[str, GraphedDecodes] = {}
+        self.reserved_bytes = 0  # of the block, also when it is gone
         self._spoilt: set[int] = set()  # slots that may hold NaN or infinity
         self._name: str | None = None
         self._model: SegmentedModel | None = None
 
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of the block; 0 before `reserve`."""
-        return 0 if self._block is None else len(self._block)
+    def close(self) -> None:
+        """Free the block, and with it all caches and the graphs that read them."""
+        self.slots.clear()
+        self._caches.clear()
+        self._captured.clear()
+        self._block = self._model = self._name = self.captured = None
+        if hasattr(self, "cache"):
+            del self.cache
 
     def reserve(self) -> None:
         """Allocate the block for all wanted slots, or for as many as there is free memory for.
@@ -127,7 +133,7 @@ class Workspace:
                     "shorten the workload's texts, choose a smaller model or free memory",
                 )  # fmt: skip
         block = written_block(max(shape.n_bytes(slots[name]) for name, shape in self._shapes.items()), on)
-        self._block = block
+        self._block, self.reserved_bytes = block, len(block)
         for name, shape in self._shapes.items():
             a = shape.architecture
             self._caches[name] = KvCache(a, 0, slots[name], shape.slot_tokens, shape.dtype, on, block)
@@ -140,10 +146,34 @@ class Workspace:
             self.cache = self._caches[name]
             self.slots.clear()
             self.slots.count = self.cache.slots
-            self.captured = GraphedDecodes(model, self.cache, self._device) if self._device.captures else None
+            self.captured = self._graphs_of(name, model)
             self._name, self._model = name, model
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
+
+    def capture(self, name: str, model: SegmentedModel, segments: Sequence[tuple[int, int]]) -> int:
+        """Capture a model's decode steps through these segments of its layers, before it runs.
+
+        Returns how many steps were captured: none on a device that captures nothing.
+        """
+        graphs = self._graphs_of(name, model)
+        if graphs is None:
+            return 0
+        cache = self._caches[name]
+        before = len(cache.keys)
+        cache.resize(max(end for _, end in segments))
+        try:
+            return graphs.capture(segments)
+        finally:
+            cache.resize(before)
+
+    def _graphs_of(self, name: str, model: SegmentedModel) -> GraphedDecodes | None:
+        """The model's captured steps, kept over switches for as long as the model object is the same."""
+        if not self._device.captures:
+            return None
+        if name not in self._captured or self._captured[name].model is not model:
+            self._captured[name] = GraphedDecodes(model, self._caches[name], self._device)
+        return self._captured[name]
 
     def keep_only(self, requests: AbstractSet[int], answers: Mapping[int, Answer]) -> None:
         """Free the slots of all other requests."""

@@ -1,0 +1,157 @@
+"""Live serving on a strict card: the same tokens as on a CPU, all work in order, and nothing left when it is over."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.live.cuda import CudaDevice
+from helios_sim.live.engine import LiveEngine
+from helios_sim.live.served import LiveModel
+from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
+from helios_sim.serving.iteration import OutOfMemory
+from live_rig import LAYERS, Live, live_model, requests, serve_live
+from rig import Scripted
+from strict_cuda import VERSIONS, StrictCuda
+from test_live_exits import deployed, rule_of
+from tiny_models import write_tiny
+
+LENGTHS = [(12, 12), (20, 9), (5, 14), (31, 7)]
+WHOLE = Deployment(Placement("tiny", LAYERS), FullDepth(), kv_rule=KvRule.NONE)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LiveModel]:
+    return {
+        family: live_model(write_tiny(family, tmp_path_factory.mktemp(family)), name=family)
+        for family in ("llama", "opt")
+    }
+
+
+@pytest.fixture
+def tiny(models: dict[str, LiveModel]) -> LiveModel:
+    return models["llama"]
+
+
+@pytest.fixture(params=VERSIONS)
+def cuda(request: pytest.FixtureRequest) -> Any:
+    strict = StrictCuda(request.param)
+    with strict.watched():
+        yield strict
+
+
+def served(cuda: StrictCuda | None, model: LiveModel, deployment: Deployment, **more: Any) -> Live:
+    device = "cpu" if cuda is None else CudaDevice(torch.device("cpu"), cuda)
+    return serve_live({"tiny": model}, deployment, requests(LENGTHS), len(LENGTHS), slots=3, device=device, **more)
+
+
+def early(model: LiveModel, kv_rule: KvRule, confidence: Confidence = Confidence.MAX_PROBABILITY) -> Deployment:
+    return deployed(rule_of(model, confidence), kv_rule, BatchingRule.EACH_TOKEN)
+
+
+def tokens(live: Live) -> list[list[int]]:
+    return [live.tokens(record.request_id) for record in live.records]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_card_writes_what_a_cpu_writes(cuda: StrictCuda, models: dict[str, LiveModel], family: str) -> None:
+    model = models[family]
+    assert tokens(served(cuda, model, WHOLE)) == tokens(served(None, model, WHOLE))
+    assert cuda.replays > 4
+    assert not cuda.pinned_pools
+
+
+@pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])
+def test_tokens_that_exit_early_are_those_of_a_cpu(tiny: LiveModel, kv_rule: KvRule) -> None:
+    """The numbers of one band are not overwritten while the band before it still has to read its own."""
+    cuda = StrictCuda()
+    with cuda.watched():
+        on_card = served(cuda, tiny, early(tiny, kv_rule))
+    assert tokens(on_card) == tokens(served(None, tiny, early(tiny, kv_rule)))
+    assert cuda.replays > 4
+
+
+def test_an_iteration_ends_when_the_card_has_done_all_of_it(tiny: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, busy = StrictCuda(), []
+    execute = LiveEngine._outcome
+
+    def watched(engine: LiveEngine, *given: Any) -> Any:
+        busy.append(cuda.busy)
+        return execute(engine, *given)
+
+    monkeypatch.setattr(LiveEngine, "_outcome", watched)
+    with cuda.watched():
+        served(cuda, tiny, early(tiny, KvRule.PROPAGATE))
+    assert busy
+    assert not any(busy)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_out_of_memory_inside_a_capture_is_a_shortage(cuda: StrictCuda, tiny: LiveModel, at: int) -> None:
+    """The requests are preempted, and the run goes on."""
+    cuda.fails = lambda captures: captures == at
+    live = served(cuda, tiny, WHOLE)
+    assert live.engine.shortages == 1
+    assert tokens(live) == tokens(served(None, tiny, WHOLE))
+
+
+def ahead(env: Any, engine: LiveEngine, server: Any) -> None:
+    engine.capture()
+
+
+def test_nothing_is_captured_while_time_runs(cuda: StrictCuda, models: dict[str, LiveModel]) -> None:
+    """Of no model that a switch may bring, at no length, above no exit."""
+    at_start = []
+
+    def act(env: Any, engine: LiveEngine, server: Any) -> None:
+        ahead(env, engine, server)
+        at_start.append(cuda.captures)
+
+    first, second = (
+        replace(early(models[name], KvRule.PROPAGATE), active=Placement(name, LAYERS), triggers=(Completed(2),))
+        for name in models
+    )
+    lower = replace(first, active=Placement("llama", 4))
+    policy = Scripted(first, [second, lower, replace(first, triggers=())])
+    on = CudaDevice(torch.device("cpu"), cuda)
+    count = 2 * len(LENGTHS)
+    live = serve_live(models, policy, requests(LENGTHS * 2), count, slots=3, device=on, act=act, close=True)
+    assert [record.status.value for record in live.records] == ["completed"] * count
+    assert {depth for record in live.records for depth in live.depths(record.request_id)} >= {2, 4}
+    assert cuda.captures == at_start[0] > 20
+
+
+def test_memory_that_does_not_suffice_for_the_steps_is_known_before_time_starts(tiny: LiveModel) -> None:
+    cuda = StrictCuda()
+    cuda.fails = lambda captures: captures == 3
+    with cuda.watched(), pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        served(cuda, tiny, WHOLE, act=ahead)
+
+
+def test_when_a_run_is_over_its_memory_is_free(cuda: StrictCuda, tiny: LiveModel) -> None:
+    """At once: nothing waits for the cyclic collector, which may come after the next run has asked for its memory."""
+    memory: list[StorageWeakRef] = []
+
+    def act(env: Any, engine: LiveEngine, server: Any) -> None:
+        ahead(env, engine, server)
+        weights = engine.residents.running("tiny", LAYERS).layers[0].qkv
+        for tensor in (weights, engine.work._block):
+            memory.append(StorageWeakRef(tensor.untyped_storage()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        live = served(cuda, tiny, WHOLE, act=act, close=True)
+        assert cuda.replays
+        assert len(memory) == 2
+        assert all(storage.expired() for storage in memory)
+        assert not any(pool.used_by for pool in cuda.pools.values())
+        assert live.engine.residents.layers == {}
+    finally:
+        gc.enable()
