@@ -8,7 +8,7 @@ schedules and commits each of them around the real execution.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import simpy
 from simpy.events import Event
@@ -20,6 +20,7 @@ from helios_sim.core.machine import Machine
 from helios_sim.core.route import cached_share
 from helios_sim.core.schedule import running_limit
 from helios_sim.errors import UserError
+from helios_sim.policy.deployment import Placement
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
@@ -34,6 +35,15 @@ from helios_sim.serving.replica import OnLeft, Replica
 from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.serving.transition import Transitions
 from helios_sim.serving.turns import Turns
+
+
+class Scheduled(NamedTuple):
+    """What an iteration runs."""
+
+    decodes: int
+    prompts: int  # chunks of prompts
+    prompt_tokens: int
+    floor_ns: int  # that the card needs at least
 
 
 class Server:
@@ -418,6 +428,23 @@ class Server:
     def state(self) -> Record:
         """The loop's record of this replica."""
         return self._replica.state
+
+    @property
+    def number(self) -> int:
+        """Of its replica."""
+        return self._number
+
+    @property
+    def placement(self) -> Placement:
+        """The model that serves, and its layers that are loaded."""
+        return self._replica.deployment.active
+
+    @property
+    def scheduled(self) -> Scheduled:
+        """The iteration that runs, or ran last."""
+        it, chunks = self._replica.iteration, self._replica.chunks
+        tokens = sum(int(chunks[p].tokens) for p in range(int(it.chunks)))
+        return Scheduled(int(it.decodes), int(it.chunks), tokens, int(it.floor_ns))
 
     @property
     def requests_in_system(self) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import helios_sim
+from helios_sim import files
 from helios_sim.profile.resolve import TIMES_FROM
 from helios_sim.provenance import command_given, commit
 from helios_sim.report.faults import fault_sentences
@@ -37,6 +38,10 @@ LIBRARIES = ("numpy", "scipy", "simpy")
 def run_study(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
     plan = first_plan(config)
+    if config.trace:
+        from helios_sim.study.traced import check_trace
+
+        check_trace(plan)
     with at_work_in(folder):
         settled = settle(plan, config, lambda jobs: _run_jobs(jobs, folder, config))
         if sys.stderr.isatty():
@@ -45,6 +50,10 @@ def run_study(config: Config, folder: Path) -> int:
         result = assemble(settled, made)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.pictures)
+        if config.trace:
+            from helios_sim.study.traced import FILE, trace_of
+
+            files.write_bytes(folder / FILE, trace_of(settled.plan))
         forget_jobs(folder)
     return end(lambda: _show(result, ratios), folder, summary, result.gates)
 

@@ -79,6 +79,7 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "name", "title", "question", "hydr
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
+    "trace": (lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs"),
     "live": (_is_live, "only with mode=live"),
     "profile_band": (
         lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs",

@@ -144,12 +144,13 @@ def serve(
     compiled: bool | None = None,
     stepwise: bool = False,
     block_sink: BlockSink | None = None,
+    on_server: Callable[[Server], None] | None = None,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
-    the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes
-    them.
+    the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes them. `on_server`: told of
+    each server before it begins.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -165,6 +166,8 @@ def serve(
         server = server_of(SimulatedEngine(env, parts.models))
         if not pictures or number:  # pictures show the first replica
             server.keep_few_samples()
+        if on_server is not None:
+            on_server(server)
         return server
 
     workload = fleet.parts.workload

@@ -28,7 +28,8 @@ from helios_sim.vary.axis import AxisConfig
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
-    "published", "gates", "headline_metrics", "pictures", "jobs", "sweep", "fidelity", "fidelity_live", "profile_band",
+    "published", "gates", "headline_metrics", "pictures", "trace", "jobs", "sweep", "fidelity", "fidelity_live",
+    "profile_band",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -413,6 +414,7 @@ class Config:
     gates: list[GateConfig] = field(default_factory=list)
     headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
     pictures: bool = True  # false: no figures and no report.html, only the data
+    trace: bool = False  # true: also trace.perfetto-trace, every iteration of each arm's first seed (ui.perfetto.dev)
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
