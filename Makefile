@@ -26,7 +26,7 @@ $(STAMPS)/core: $(PINS) | $(BIN)/python
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/test: $(STAMPS)/core
-	$(PINNED) -r requirements/sweep.txt -r requirements/test.txt
+	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/test.txt
 	@touch $@ $(STAMPS)/sweep
 
 $(STAMPS)/sweep: $(STAMPS)/core

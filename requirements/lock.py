@@ -22,7 +22,8 @@ PROJECT = FOLDER.parent / "pyproject.toml"
 # one dependency without a wheel (antlr4-python3-runtime, by setuptools), `audit` tools that lie in an environment of
 # their own; the others are extras of the project.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "build": (), "core": (), "sweep": ("core",), "test": ("core", "sweep"), "live": ("core",), "audit": (),
+    "build": (), "core": (), "sweep": ("core",), "trace": ("core", "sweep"), "test": ("core", "sweep", "trace"),
+    "live": ("core",), "audit": (),
 }  # fmt: skip
 BUILT_WITH = ("editables", "setuptools")
 OF_TORCH = re.compile(r"torch|triton|cuda-.*|nvidia-(?!ml-py).*")

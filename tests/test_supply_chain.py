@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "requirements"
-UNDER = {"sweep": ("core",), "test": ("core", "sweep"), "live": ("core",)}
+UNDER = {"sweep": ("core",), "trace": ("core", "sweep"), "test": ("core", "sweep", "trace"), "live": ("core",)}
 NAMED = sorted(set(re.findall(r"`(tests/\w+\.py::\w+)`", (ROOT / "SECURITY.md").read_text())))
 
 
@@ -31,7 +31,7 @@ def version(entry: str) -> str:
     return re.split(r"[ ;\\\n]", entry.split("==")[1])[0]
 
 
-@pytest.mark.parametrize("layer", ["build", "core", "sweep", "test", "live", "audit"])
+@pytest.mark.parametrize("layer", ["build", "core", "sweep", "trace", "test", "live", "audit"])
 def test_every_pin_has_its_digests(layer: str) -> None:
     found = pins(layer)
     assert found
