@@ -17,13 +17,9 @@ from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, ring_s, shard, whole_model
 from helios_sim.profile.families import FAMILIES
-from helios_sim.profile.importers.aiconfigurator import (
-    SHIPPED,
-    SHIPPED_SOURCES,
-    AllReduceTimes,
-    LayerTimes,
-    device_profile,
-)
+from helios_sim.profile.importers.aiconfigurator import LayerTimes, clocked_slower, device_profile
+from helios_sim.profile.importers.between import filled
+from helios_sim.profile.importers.kernel_tables import SHIPPED, SHIPPED_SOURCES, AllReduceTimes
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.roofline import Gemm, embedding_elementwise, layer_elementwise, layer_gemms
 from helios_sim.profile.shapes import shape_of
@@ -564,3 +560,41 @@ def test_the_command_fits_the_terminal_and_lists_all_models(
 def test_the_smaller_vocabulary_of_a_shard_covers_all_words() -> None:
     model = replace(published_model("llama-3.1-8b"), vocab_size=1001)
     assert 4 * shard(model, 4).vocab_size >= 1001
+
+
+def test_a_card_of_the_same_chip_with_less_power_is_slower_where_operations_bind() -> None:
+    model = published_model("llama-2-7b")
+    times = {card: LayerTimes(model, device_of(card), SHIPPED_SOURCES[card]) for card in ("a100-80gb", "a100pcie80gb")}
+    on_sxm, on_pcie = (sum(each.gemm_s(gemm) for gemm in layer_gemms(model)) for each in times.values())
+    by_power = (400 / 300) ** 0.456
+    measured = times["a100-80gb"].measured_card
+    assert clocked_slower(device_of("a100pcie40gb").card, measured) == pytest.approx(1 / 0.807, rel=2e-3)
+    rows = times["a100-80gb"].rows
+    ratio = on_pcie / on_sxm
+    assert ratio[(rows >= 256) & (rows <= 768)] == pytest.approx(by_power, rel=1e-6)
+    assert (ratio[rows > 768] > 1.12).all()  # the largest are priced at what the card can do at most
+    assert (ratio < by_power + 1e-9).all()
+    assert (ratio[rows <= 64] < 2.039 / 1.935 + 0.01).all()
+    assert times["a100-80gb"].slower == 1.0
+    pair = LayerTimes(model, device_of("2xa100pcie80gb"), SHIPPED_SOURCES["a100pcie80gb"])
+    assert not pair.same_links  # all-reduces were measured between cards with direct links
+    moved = 2 * pair.rows * model.d_model
+    assert pair.all_reduces_s() == pytest.approx(2 * ring_s(pair.device.link, 2, moved.astype(float)))
+
+
+def test_gaps_of_a_table_are_filled_along_its_axes() -> None:
+    points = [np.array([0.0, 1.0, 3.0]), np.array([0.0, 2.0, 4.0])]
+    plane = points[0][:, None] * 2 + points[1] * 10
+    holes = plane.copy()
+    holes[1, 1] = np.nan
+    along = np.full(plane.shape, -1)
+    assert filled(points, holes, along) == pytest.approx(plane)
+    curved = holes.copy()
+    curved[1, 0] += 100
+    along[1, 1] = 0  # the axis without the bump
+    assert filled(points, curved, along)[1, 1] == plane[1, 1]
+    holes = plane.copy()
+    holes[:, 2] = np.nan  # beyond what is known the nearest is kept
+    found = filled(points, holes, np.full(plane.shape, -1))
+    assert found[:, 2] == pytest.approx(plane[:, 1])
+    assert np.isnan(filled(points, holes, along, edges=False)[:, 2]).all()

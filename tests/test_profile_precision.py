@@ -17,7 +17,7 @@ from helios_sim.profile.catalog import CARDS, SHAPES, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, whole_model
 from helios_sim.profile.formats import FORMATS, FP4, FP8, WEIGHTS, named_format
-from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
+from helios_sim.profile.importers.kernel_tables import SHIPPED_SOURCES
 from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import find_profile

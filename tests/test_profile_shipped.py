@@ -11,7 +11,8 @@ from helios_sim.errors import UserError
 from helios_sim.profile.build import main as build
 from helios_sim.profile.catalog import HARDWARE, MODELS, hardware_spec, model_spec
 from helios_sim.profile.composition import Composition, PrefillChunk
-from helios_sim.profile.importers.aiconfigurator import A100, H100, DecodeAttentionTimes, gemm_times, rising
+from helios_sim.profile.importers.aiconfigurator import gemm_times
+from helios_sim.profile.importers.kernel_tables import A100, H100, DecodeAttentionTimes, rising
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import Gemm, head_gemm, layer_gemms
 from helios_sim.profile.runtimes import PRESETS, preset

@@ -20,7 +20,7 @@ import pytest
 from helios_sim.exits.rule import MEASURES
 from helios_sim.exits.store import SHIPPED as EXITS, read_trace as read_exits
 from helios_sim.profile.catalog import CARDS, published_model
-from helios_sim.profile.importers.aiconfigurator import SOURCES, DecodeAttentionTimes, GemmTimes, PrefillAttentionTimes
+from helios_sim.profile.importers.kernel_tables import SOURCES, DecodeAttentionTimes, GemmTimes, PrefillAttentionTimes
 from helios_sim.profile.importers.layers import IN_A_LAYER, ONCE, layer_profile
 from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.roofline import Gemm

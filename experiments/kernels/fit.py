@@ -23,7 +23,8 @@ from helios_sim.profile.catalog import published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of
 from helios_sim.profile.formats import INT8, WEIGHTS
-from helios_sim.profile.importers.aiconfigurator import INTEGERS, SHIPPED_SOURCES, device_profile, gemm_times
+from helios_sim.profile.importers.aiconfigurator import device_profile, gemm_times
+from helios_sim.profile.importers.kernel_tables import INTEGERS, SHIPPED_SOURCES
 from helios_sim.profile.precision import Precision
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, Efficiency, Gemm, device_roofline, quantized_s

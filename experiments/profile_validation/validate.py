@@ -18,15 +18,16 @@ from helios_sim import files
 from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of
-from helios_sim.profile.importers.aiconfigurator import (
+from helios_sim.profile.held_out import attention as held_out_attention, products as held_out_products
+from helios_sim.profile.importers.aiconfigurator import LayerTimes, gemm_times, kernel_profile
+from helios_sim.profile.importers.kernel_tables import (
     A100,
     H100,
+    OF_FP8,
+    SHIPPED_SOURCES,
     DecodeAttentionTimes,
     GemmTimes,
     KernelSource,
-    LayerTimes,
-    gemm_times,
-    kernel_profile,
     rising,
 )
 from helios_sim.profile.roofline import Elementwise, Gemm, layer_elementwise
@@ -41,7 +42,7 @@ def spread(ratio: Iterable[float]) -> str:
     """Count, quartiles and 5 % tails of ours / theirs, and the mean absolute error, as table cells."""
     r = np.asarray(list(ratio))
     low, median, high = np.quantile(r, [0.05, 0.5, 0.95])
-    return f"{len(r)} | {median:.2f} | {low:.2f} to {high:.2f} | {100 * np.mean(np.abs(r - 1)):.0f} %"
+    return f"{len(r)} | {median:.3f} | {low:.2f} to {high:.2f} | {100 * np.mean(np.abs(r - 1)):.0f} %"
 
 
 def table(title: str, first: str, rows: Iterable[tuple[str, str]]) -> str:
@@ -53,13 +54,23 @@ def at_rows(times: LayerTimes, time_s: np.ndarray, rows: pd.Series) -> np.ndarra
     return np.interp(rows, times.rows, time_s)
 
 
+VIDUR_CARD = "a100pcie80gb"  # Azure's NC96ads A100 v4, says docs/profiling.md of github microsoft/vidur
+SXM = "a100-80gb"
+
+
 def layer_operations() -> str:
     """Vidur: operations of Llama-2-7b by tokens on an A100 80 GB, whole and cut for 2, 4 and 8 cards."""
+    both = [table(f"Vidur, Llama-2-7b, priced as {card}: ours over measured", "operation", _operations(card))
+            for card in (VIDUR_CARD, SXM)]  # fmt: skip
+    return "\n".join(both)
+
+
+def _operations(card: str) -> list[tuple[str, str]]:
     measured = pd.read_csv(KERNELS / "vidur" / "a100" / "llama2-7b_mlp.csv")
     measured = measured.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
     ms = {c.split(".")[1]: measured[c] for c in measured.columns if c.endswith(".median")}
     tokens, cards = measured.num_tokens, measured.num_tensor_parallel_workers
-    times = LayerTimes(MODELS["llama-2-7b"], device_of("a100-80gb"), A100)
+    times = LayerTimes(MODELS["llama-2-7b"], device_of(card), SHIPPED_SOURCES[card])
 
     def gemm_s(n: int, k: int, cut: str) -> np.ndarray:
         ours = np.empty(len(measured))
@@ -80,7 +91,7 @@ def layer_operations() -> str:
     for name, value in ours_s.items():
         ratio = value / (ms[name] * 1e-3)
         rows += [(f"{name}, whole", spread(ratio[whole])), (f"{name}, cut for 2 to 8 cards", spread(ratio[~whole]))]
-    for low, high in ((0, 16), (16, 128), (128, 512), (512, 4096)):
+    for low, high in ((0, 16), (16, 128), (128, 512), (512, 4096), (128, 4096)):
         here = whole & (tokens > low) & (tokens <= high)
         ours, theirs = sum(v[here] for v in ours_s.values()), sum(ms[name][here] for name in ours_s) * 1e-3
         rows.append((f"the four products, {low + 1} to {high} tokens", spread(ours / theirs)))
@@ -92,15 +103,19 @@ def layer_operations() -> str:
     for low, high in ((0, 128), (128, 4096)):
         here = whole & (tokens > low) & (tokens <= high)
         rows.append((f"small kernels, {low + 1} to {high} tokens", spread(small_s[here] / (small_ms[here] * 1e-3))))
-    ours, theirs = sum(ours_s.values()) + small_s, sum(ms[name] for name in ours_s) + small_ms
-    rows.append(("layer without attention", spread((ours / (theirs * 1e-3))[whole])))
-    return table("Vidur, Llama-2-7b on A100 80 GB: ours over measured", "operation", rows)
+    products_s, theirs_s = sum(ours_s.values()), (sum(ms[name] for name in ours_s) + small_ms) * 1e-3
+    for name, small_kernels_s in (("", small_s), (", with their small kernels", small_ms * 1e-3)):
+        for low, high in ((0, 128), (128, 4096)):
+            here = whole & (tokens > low) & (tokens <= high)
+            ratio = ((products_s + small_kernels_s) / theirs_s)[here]
+            rows.append((f"layer without attention{name}, {low + 1} to {high} tokens", spread(ratio)))
+    return rows
 
 
 def attention() -> str:
-    """Vidur: paged attention of 32 query and 4 KV heads on an A100 80 GB (older kernels)."""
+    """Vidur: paged attention of 32 query and 4 KV heads on that card (older kernels)."""
     shape = dataclasses.replace(MODELS["llama-3-8b"], n_heads=32, n_kv_heads=4)
-    times = LayerTimes(shape, device_of("a100-80gb"), A100)
+    times = LayerTimes(shape, device_of(VIDUR_CARD), SHIPPED_SOURCES[VIDUR_CARD])
     measured = pd.read_csv(KERNELS / "vidur" / "a100" / "attention_llama2-70b_tp2.csv.gz")
     rows = []
     decode = measured[~measured.is_prefill]
@@ -117,7 +132,7 @@ def attention() -> str:
     for name, here in (("at least", context >= 2 * new), ("less than", context < 2 * new)):
         rows.append((f"prefill, context {name} twice the chunk", spread(ratio[here])))
         rows.append(("the same, if theirs also works above the diagonal", spread((ratio / square)[here])))
-    return table("Vidur, attention of 32/4 heads on A100 80 GB: ours over measured", "case", rows)
+    return table(f"Vidur, attention of 32/4 heads, priced as {VIDUR_CARD}: ours over measured", "case", rows)
 
 
 def cut_for(cards: int) -> ModelSpec:
@@ -207,8 +222,31 @@ def compared(
                 yield ours.time_s(batch * batch_scale, kv * kv_scale) / theirs.time_s(batch, kv)
 
 
+def held_out() -> str:
+    """One row in ten of the tables that profiles are made from for a run, priced from the others."""
+    names = ("products, up to 128 rows", "products, more rows", "attention of decodes", "attention of prompts")
+    rows, every = [], [[] for _ in names]
+    for card in ("a100-80gb", "h100", "h200", "b200", "l40s", "rtxpro6000"):
+        found = (*held_out_products(SHIPPED_SOURCES[card]), *held_out_attention(SHIPPED_SOURCES[card]))
+        for name, ratio, together in zip(names, found, every, strict=True):
+            rows.append((f"{card}: {name}", off(ratio)))
+            together.append(ratio)
+    of_fp8 = [held_out_products(SHIPPED_SOURCES[card], OF_FP8) for card in ("h100", "h200", "b200")]
+    for name, parts in zip(names, every, strict=True):
+        rows.append((f"six cards: {name}", off(np.concatenate(parts))))
+    for name, parts in zip(names, zip(*of_fp8, strict=True), strict=False):
+        rows.append((f"three cards in fp8: {name}", off(np.concatenate(parts))))
+    head = "### Rows left out of the tables: price over measured\n\n| rows | number | median | median abs. error |"
+    return head + "\n|---|---|---|---|\n" + "\n".join(f"| {name} | {cells} |" for name, cells in rows) + "\n"
+
+
+def off(ratio: np.ndarray) -> str:
+    """Count, median, and median size of the error, as table cells."""
+    return f"{len(ratio)} | {np.median(ratio):.3f} | {100 * np.median(np.abs(ratio - 1)):.1f} %"
+
+
 def tables() -> str:
-    return "\n".join((layer_operations(), attention(), end_to_end(), rules()))
+    return "\n".join((held_out(), layer_operations(), attention(), end_to_end(), rules()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 - `python -m helios_sim.profile list`: cards and models of the catalogue.
 - `python -m helios_sim.profile show MODEL HARDWARE`: bytes, times and their sources, for any names that a study takes.
-- `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat; with
-  `out=FILE.png` as a picture too.
+- `python -m helios_sim.profile check MODEL HARDWARE`: each price beside the floor that no kernel can beat, and how far
+  off kernels are that are left out of the card's tables; with `out=FILE.png` as a picture too.
   Both take `quantization=NAME` and `kv_cache_dtype=NAME`, as `server` has them in a study.
 - `python -m helios_sim.profile build ...`: a profile from tables of one's own; see `build`.
 """
@@ -17,13 +17,17 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.profile import build
-from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES
+from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES, card_key
 from helios_sim.profile.check import UTILISATION, decodes, price_and_floor, prompt, prompts_that_fit
+from helios_sim.profile.devices import group_of
 from helios_sim.profile.formats import FORMATS
-from helios_sim.profile.importers.aiconfigurator import SHIPPED_SOURCES
+from helios_sim.profile.held_out import PARTS, attention, products
+from helios_sim.profile.importers.kernel_tables import SHIPPED_SOURCES
 from helios_sim.profile.precision import Precision, in_words
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import SHAPE_FROM, find_profile
@@ -185,7 +189,22 @@ def checked(profile: Profile) -> int:
         below += price_s < floor_s
         print(f"{name:<20} {price_s * 1e3:>10.2f} {floor_s * 1e3:>10.2f} {floor_s / price_s:>7.0%}")
     print("every price is above its floor" if not below else f"{below} prices are below their floors")
+    left_out(profile)
     return 1 if below else 0
+
+
+def left_out(profile: Profile) -> None:
+    """Print how far off kernels of the card are that are left out of its tables, where it has some."""
+    key = card_key(group_of(profile.hardware.name)[1])
+    source = None if key is None else SHIPPED_SOURCES.get(key)
+    if source is None:
+        return
+    found = [f"{np.median(np.abs(ratio - 1)):.1%}" for ratio in (*products(source), *attention(source))]
+    of_products, of_attention = " and ".join(found[:2]), " and ".join(found[2:])
+    _say(
+        f"One row in {PARTS} of the tables measured on {source.card.name}, priced from the others, is off by "
+        f"(medians of decodes and prompts) {of_products} for products in bf16, {of_attention} for attention."
+    )
 
 
 def drawn(profile: Profile, path: Path) -> None:

@@ -15,7 +15,8 @@ from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, plain_model
 from helios_sim.profile.devices import Device, card_file, catalogue_name, device_of, group_of
 from helios_sim.profile.formats import WEIGHTS
-from helios_sim.profile.importers.aiconfigurator import KERNELS, SHIPPED_SOURCES, device_profile
+from helios_sim.profile.importers.aiconfigurator import device_profile
+from helios_sim.profile.importers.kernel_tables import KERNELS, SHIPPED_SOURCES
 from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, device_roofline, fitted_band
