@@ -65,6 +65,13 @@ def test_the_whole_command(command: CommandLine, tmp_path: Path, name: str, opti
         assert (tmp_path / "out" / "figures" / f"{figure}.png").stat().st_size > 0
 
 
+def test_without_pictures_there_are_only_data(command: CommandLine, tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "log", requests=40, output=30)
+    command("+experiment=fidelity_vllm", f"fidelity.folder={folder}", "pictures=false")
+    assert (tmp_path / "out" / "summary.json").exists()
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 def test_quantities_that_made_a_log_are_found_again(tmp_path: Path) -> None:
     """A log written by the simulation itself, with a gap, a prefill gap and a warm-up, tells what they were."""
     folder = write_log(tmp_path / "log", requests=40, output=30)

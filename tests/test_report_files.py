@@ -16,6 +16,8 @@ import pytest
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.files import json_value
+from helios_sim.report import FOR_PAPER
+from helios_sim.report.figures.style import PAPER
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.report.page import render
 from helios_sim.report.result import Comparisons, ExperimentResult, comparisons
@@ -107,6 +109,44 @@ def test_the_same_result_gives_the_same_bytes(folder: Path, ratios: Comparisons,
     write_result(example_result((1, 2), names=ARMS), tmp_path, ratios)
     for name in ("summary.json", "requests.parquet", "decisions.parquet", "report.html", "figures/latency.png"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_papers_get_vector_figures_on_white(result: ExperimentResult, ratios: Comparisons, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_result(result, tmp_path / name, ratios, FOR_PAPER)
+    figures = tmp_path / "one" / "figures"
+    names = sorted(path.stem for path in figures.glob("*.png"))
+    assert names
+    for suffix in ("svg", "pdf"):
+        assert sorted(path.stem for path in figures.glob(f"*.{suffix}")) == names
+    for path in figures.iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "figures" / path.name).read_bytes(), path.name
+    svg = (figures / "latency.svg").read_text()
+    assert PAPER not in svg
+    assert "var(--" not in svg
+    assert "<text" not in svg  # outlines: the fonts are inside
+    pdf = (figures / "latency.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert b"FontFile2" in pdf
+    assert b"/Type3" not in pdf  # which publishers refuse
+
+
+def test_vector_figures_leave_the_page_as_it_is(
+    result: ExperimentResult, ratios: Comparisons, folder: Path, tmp_path: Path
+) -> None:
+    write_result(result, tmp_path, ratios, FOR_PAPER)
+    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_without_a_style_there_is_no_picture(result: ExperimentResult, ratios: Comparisons, tmp_path: Path) -> None:
+    write_result(result, tmp_path, ratios, None)
+    assert not (tmp_path / "figures").exists()
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_details_are_open_in_print(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert "details::details-content { content-visibility: visible" in page[page.index("@media print") :]
 
 
 def test_page_needs_no_network_and_shows_every_part(folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_who_is_put_off_waits_longest_and_the_report_says_so(order: str, put_off
     page = render(result, comparisons(result), [])
     assert '<section id="waits">' in page
     assert f"{worst.group} wait longest" in page
-    write_result(result, tmp_path, pictures=False)
+    write_result(result, tmp_path, style=None)
     entry = json.loads((tmp_path / "summary.json").read_text())["arms"]["full_depth"]["waits"]
     assert [it["group"] for it in entry] == [it.group for it in groups]
 

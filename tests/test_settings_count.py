@@ -263,6 +263,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
         "cost": {"fidelity.folder": "log"},
         "server.kernels": {"mode": "live"}, "profile_band": {"mode": "live"}, "trace": {"mode": "live"},
+        "report.style": {"pictures": False},
     }  # fmt: skip
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config

@@ -17,6 +17,14 @@ from sweep_example import SEARCH, SWEEP, example
 pytestmark = pytest.mark.slow
 
 
+def test_figures_are_as_asked(command, tmp_path):
+    study = write_study(tmp_path, SWEEP)
+    assert command(*study, "pictures=false", into="none").status == 0
+    assert not {"report.html", "pareto.png", "figures"} & {path.name for path in (tmp_path / "none").iterdir()}
+    assert command(*study, "report.style=paper", into="paper").status == 0
+    assert (tmp_path / "paper" / "pareto.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_what_is_said_and_written(command, tmp_path):
     said = command(*write_study(tmp_path, SWEEP))
     folder = tmp_path / "out"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from helios_sim import files
 from helios_sim.files import json_value
+from helios_sim.report import FOR_PAGE
 from helios_sim.report.page import page_environment
 from helios_sim.report.result import Gate
 from helios_sim.report.terminal import TextTable, say
@@ -99,7 +100,7 @@ def print_silicon(result: SiliconResult) -> None:
         say(f"and {len(result.not_predicted) - 20} more, in summary.json")
 
 
-def write_silicon(result: SiliconResult, folder: Path, pictures: bool = True) -> dict[str, Any]:
+def write_silicon(result: SiliconResult, folder: Path, style: str | None = FOR_PAGE) -> dict[str, Any]:
     """Write rows.parquet, provenance.json, summary.json, report.html and figures/silicon.png.
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
@@ -115,16 +116,16 @@ def write_silicon(result: SiliconResult, folder: Path, pictures: bool = True) ->
     files.write_parquet(folder / "rows.parquet", pa.Table.from_pylist([dict(row) for row in result.rows]))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
-    if pictures:
-        _write_pictures(result, folder)
+    if style is not None:
+        _write_pictures(result, folder, style)
     return summary
 
 
-def _write_pictures(result: SiliconResult, folder: Path) -> None:
+def _write_pictures(result: SiliconResult, folder: Path, style: str) -> None:
     from markupsafe import Markup
 
     from helios_sim.report.figures.silicon import silicon_drawing
-    from helios_sim.report.figures.style import lay_out, to_png, to_svg
+    from helios_sim.report.figures.style import lay_out, to_svg, write_figure
 
     drawing = silicon_drawing(result.rows)
     lay_out(drawing)
@@ -137,7 +138,7 @@ def _write_pictures(result: SiliconResult, folder: Path) -> None:
         together=[cells(group, result.others) for group in result.together],
     )
     files.write_text(folder / "report.html", page)
-    files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))
+    write_figure(drawing, folder / "figures", style)
 
 
 def _share(value: float) -> str:

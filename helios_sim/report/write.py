@@ -8,6 +8,7 @@ from typing import Any
 
 from helios_sim import files
 from helios_sim.files import json_value
+from helios_sim.report import FOR_PAGE
 from helios_sim.report.cautions import reservations
 from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decisions_table
@@ -35,12 +36,13 @@ WITHOUT = (
 
 
 def write_result(
-    result: ExperimentResult, folder: Path, ratios: Comparisons | None = None, pictures: bool = True
+    result: ExperimentResult, folder: Path, ratios: Comparisons | None = None, style: str | None = FOR_PAGE
 ) -> dict[str, Any]:
     """Write summary.json, requests.parquet, decisions.parquet, provenance.json, figures/*.png and report.html.
 
     Returns what `summary.json` holds. Data come first and the page last, so that an interruption leaves whole files.
-    Without `pictures` there are no figures and no page. Raises UserError when the folder cannot be written to.
+    `style` is that of the figures, page or paper; None: there are none, and no page. Raises UserError when the folder
+    cannot be written to.
     """
     ratios = comparisons(result) if ratios is None else ratios
     summary = summarise_result(result, ratios)
@@ -48,8 +50,8 @@ def write_result(
     files.write_parquet(folder / "decisions.parquet", decisions_table(result.arms))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
-    if pictures:
-        write_pictures(result, folder, ratios)
+    if style is not None:
+        write_pictures(result, folder, ratios, style)
     return summary
 
 
@@ -58,8 +60,8 @@ def write_requests(result: ExperimentResult, folder: Path) -> None:
     files.write_parquet_parts(folder / "requests.parquet", result.request_tables())
 
 
-def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) -> None:
-    """figures/*.png and report.html."""
+def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, style: str = FOR_PAGE) -> None:
+    """figures/* and report.html."""
     from helios_sim.report.figures.arms import (
         answer_drawings,
         arms_drawings,
@@ -68,7 +70,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
         timeline_drawings,
     )
     from helios_sim.report.figures.fidelity import fidelity_drawings
-    from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.figures.style import lay_out, write_figure
     from helios_sim.report.figures.sweep import sweep_drawings
     from helios_sim.report.page import render
 
@@ -85,15 +87,15 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons) 
         lay_out(drawing)
     files.write_text(folder / "report.html", render(result, ratios, drawings))
     for drawing in drawings:
-        files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))
+        write_figure(drawing, folder / "figures", style)
 
 
-def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
-    """Write designs.parquet, provenance.json, summary.json, report.html, pareto.png and figures/*.png.
+def write_designs(result: DesignsResult, folder: Path, style: str | None = FOR_PAGE) -> dict[str, Any]:
+    """Write designs.parquet, provenance.json, summary.json and, unless `style` is None, report.html and figures/*.
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.figures.style import lay_out, write_figure
     from helios_sim.report.figures.sweep import design_drawings
     from helios_sim.report.page import render_designs
 
@@ -101,13 +103,15 @@ def write_designs(result: DesignsResult, folder: Path) -> dict[str, Any]:
     files.write_parquet(folder / "designs.parquet", designs_table(result))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
+    if style is None:
+        return summary
     drawings = design_drawings(result)
     for drawing in drawings:
         lay_out(drawing)
     files.write_text(folder / "report.html", render_designs(result, drawings))
     for drawing in drawings:
         place = folder if drawing.name == "pareto" else folder / "figures"
-        files.write_bytes(place / f"{drawing.name}.png", to_png(drawing))
+        write_figure(drawing, place, style)
     return summary
 
 

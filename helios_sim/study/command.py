@@ -49,7 +49,7 @@ def run_study(config: Config, folder: Path) -> int:
         made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
         result = assemble(settled, made)
         ratios = comparisons(result)
-        summary = write_result(result, folder, ratios, config.pictures)
+        summary = write_result(result, folder, ratios, config.figures_as)
         if config.trace:
             from helios_sim.study.traced import FILE, trace_of
 

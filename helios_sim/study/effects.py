@@ -73,13 +73,14 @@ def _fault(kind: str) -> tuple[_Counts, str]:
 
 _OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
 # What counts beside published measurements, whose rows say everything else.
-OF_SILICON = ("fidelity", "jobs", "pictures", "name", "title", "question", "hydra", "experiment")
+OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "question", "hydra", "experiment")
 
 
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "trace": (lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs"),
+    "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
     "profile_band": (
         lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs",

@@ -14,6 +14,7 @@ from helios_sim.errors import UserError, require, require_one_of
 from helios_sim.profile.devices import DEGREES, group_of
 from helios_sim.profile.precision import Precision
 from helios_sim.profile.spec import RuntimeConfig
+from helios_sim.report import FOR_PAGE, STYLES
 from helios_sim.study.modes import (
     KERNELS,
     MODES,
@@ -28,8 +29,8 @@ from helios_sim.vary.axis import AxisConfig
 # Settings that change how a result is shown, not what it is.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
-    "published", "gates", "headline_metrics", "pictures", "trace", "jobs", "sweep", "fidelity", "fidelity_live",
-    "profile_band",
+    "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep", "fidelity",
+    "fidelity_live", "profile_band",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -374,6 +375,14 @@ class AutoSeedsConfig:
 
 
 @dataclass
+class ReportConfig:
+    style: str = FOR_PAGE  # page: figures as PNG; paper: as SVG and PDF besides, on white, without titles, fonts inside
+
+    def __post_init__(self) -> None:
+        require_one_of("report.style", self.style, STYLES)
+
+
+@dataclass
 class Config:
     """One study: every arm in `arms` (and `policy`, if set) over one workload, and the sweeps beside it."""
 
@@ -414,6 +423,7 @@ class Config:
     gates: list[GateConfig] = field(default_factory=list)
     headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
     pictures: bool = True  # false: no figures and no report.html, only the data
+    report: ReportConfig = field(default_factory=ReportConfig)
     trace: bool = False  # true: also trace.perfetto-trace, every iteration of each arm's first seed (ui.perfetto.dev)
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
@@ -454,6 +464,11 @@ class Config:
         right = len(band) == len(numbers) == 2 and 0.01 <= numbers[0] <= 1 <= numbers[1] <= 100
         allowed = "auto, none, or two factors around 1 such as [0.9,1.2], from 0.01 to 100"
         require(right, "profile_band", self.profile_band, allowed)
+
+    @property
+    def figures_as(self) -> str | None:
+        """The style of figures; None: there are to be none."""
+        return self.report.style if self.pictures else None
 
     @property
     def device(self) -> str:

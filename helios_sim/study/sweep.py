@@ -311,7 +311,7 @@ def run_sweep(config: Config, folder: Path) -> int:
         with redirect_stdout(sys.stderr), progress(config.name, total, lines) as on_done:  # Ray prints what nodes do
             result = run_plan(plan, folder, provenance(config), on_done)
         lines.state()
-        summary = write_designs(result, folder)
+        summary = write_designs(result, folder, config.figures_as)
     return end(lambda: _show(result), folder, summary)
 
 

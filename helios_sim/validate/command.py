@@ -37,7 +37,7 @@ def run_fidelity(config: Config, folder: Path) -> int:
     _check_no_sweeps(config, "a log")
     result = compare(config)
     with at_work_in(folder):
-        summary = write_result(result, folder, comparisons(result))
+        summary = write_result(result, folder, comparisons(result), config.figures_as)
     return end(lambda: print_comparison(result, _is_shown_of_log), folder, summary, result.gates)
 
 
@@ -58,7 +58,7 @@ def run_fidelity_live(config: Config, folder: Path, left: TimeLeft | None = None
             told = f"no time was left for the loads of {', '.join(f'{load:.0%}' for load in left_out)}"
             profiled = replace(profiled, notices=(*profiled.notices, told))
         result = of_live(found, with_settings(config, profiled.changes), provenance(config), profiled)
-        summary = write_result(result, folder, comparisons(result))
+        summary = write_result(result, folder, comparisons(result), config.figures_as)
         forget_jobs(folder)
     return end(lambda: print_comparison(result, _is_shown), folder, summary, result.gates)
 
@@ -75,7 +75,7 @@ def run_fidelity_silicon(config: Config, folder: Path) -> int:
         found, failed = predictions(jobs, folder, config.jobs)
         both = [(row, with_front(row, found[row.id]) if row.id in found else None) for row in rows]
         result = result_of(both, why_not | failed, config, provenance(config), config.fidelity.rows is None)
-        summary = write_silicon(result, folder, config.pictures)
+        summary = write_silicon(result, folder, config.figures_as)
     return end(lambda: print_silicon(result), folder, summary, result.gates)
 
 

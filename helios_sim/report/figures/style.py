@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -25,8 +26,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
-from helios_sim.report import format as fmt
+from helios_sim import files
+from helios_sim.report import FOR_PAPER, format as fmt
 
 INK = "#1b1f26"
 MUTED = "#5e6673"
@@ -35,6 +38,7 @@ PAPER = "#fefefd"
 _CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--card)"}
 
 WIDTH_IN = 9.0
+VECTORS = ("svg", "pdf")
 _PNG_DPI = 150
 _TITLE_IN = 0.42
 
@@ -268,6 +272,33 @@ def to_svg(drawing: Drawing) -> str:
     for color, variable in _CSS.items():
         svg = svg.replace(color, variable)
     return svg
+
+
+def write_figure(drawing: Drawing, folder: Path, style: str) -> None:
+    """NAME.png in the folder; in the style of papers NAME.svg and NAME.pdf besides."""
+    files.write_bytes(folder / f"{drawing.name}.png", to_png(drawing))
+    if style == FOR_PAPER:
+        for suffix in VECTORS:
+            files.write_bytes(folder / f"{drawing.name}.{suffix}", to_vector(drawing, suffix))
+
+
+def to_vector(drawing: Drawing, suffix: str) -> bytes:
+    """An SVG or PDF file for a paper: on white, without a title, which the caption gives. Fonts are inside."""
+    lay_out(drawing)
+    out, whole = io.BytesIO(), drawing.whole
+    of_paper: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": drawing.name, "pdf.fonttype": 42}
+    box = Bbox.from_bounds(0, 0, whole.get_figwidth(), whole.get_figheight() - _TITLE_IN)  # inches
+    with _exported(), mpl.rc_context(of_paper):
+        faces = [(axes, axes.get_facecolor()) for axes in whole.findobj(Axes)]
+        for axes, _ in faces:
+            axes.set_facecolor("white")
+        whole.set_facecolor("white")
+        dated = {"CreationDate": None} if suffix == "pdf" else {"Date": None}
+        whole.savefig(out, format=suffix, bbox_inches=box, facecolor="white", metadata={"Creator": None, **dated})
+        for axes, face in faces:
+            axes.set_facecolor(face)
+        whole.set_facecolor(PAPER)
+    return out.getvalue()
 
 
 def _plain(text: str) -> str:
