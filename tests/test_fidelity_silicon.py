@@ -13,6 +13,7 @@ import pytest
 from command_line import CommandLine
 from helios_sim import UserError, study_config
 from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.importers.aiconfigurator import TIME_BAND
 from helios_sim.profile.runtimes import PRESETS
 from helios_sim.study.build import build_profile
 from helios_sim.study.jobs import Job
@@ -137,6 +138,11 @@ def test_presets_are_found_by_version() -> None:
     assert preset_of("trtllm", "1.0.0rc3") == "trtllm-1.0"
     assert preset_of("sglang", "0.5.8.post1") == "sglang-0.5"
     assert preset_of("lmdeploy", "0.9") is None
+
+
+def test_the_band_of_profiles_is_what_the_recorded_rows_say() -> None:
+    recorded = (Path(__file__).parents[1] / "experiments" / "fidelity_silicon" / "results.md").read_text()
+    assert f"lie from {TIME_BAND.low:.2f} to {TIME_BAND.high:.2f}." in recorded
 
 
 @pytest.mark.parametrize("name", preset_names())

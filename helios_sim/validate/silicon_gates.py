@@ -127,6 +127,12 @@ def _notes(found: Found, gates: Sequence[Gate], together: Sequence[Compared], sh
             "the other half judges them. All rows of vLLM 0.12 and of SGLang are one group each."
         )
         notes.append(AFTER_LOOKING)
+        judged = [one for one in found if not one[0].is_fitted]
+        low, high = np.percentile(1 / (1 + _errors(judged, "tpot_ms")), (5, 95))
+        notes.append(
+            f"Measured over predicted time per output token: 90 % of the {len(judged)} rows that nothing was fitted to "
+            f"lie from {low:.2f} to {high:.2f}."
+        )
     if any(not row.source.startswith(INFERENCEMAX) for row, _ in found):
         notes.append(f"TTFT of rows from elsewhere than {INFERENCEMAX} is not judged: their harness is not documented.")
     return notes
