@@ -5,12 +5,13 @@ Settings are composed from the same files as on the command line, by the same fu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helios_sim.config import DESIGNS, STUDY, compose_config, kind_of
 from helios_sim.errors import UserError
+from helios_sim.study.effects import check_effect
 from helios_sim.study.schema import Config
 from helios_sim.vary.settings import with_settings
 
@@ -26,8 +27,9 @@ def simulate(
 
     `study` is the name of an experiment, with further words of the command line (`"policy=helios"`,
     `"workload.n_requests=100"`), or a `Config`. `settings` are set on top of it, by dotted path:
-    `{"server.replicas": 4}`. The result is what `python -m helios_sim` computes for the same settings and
-    seeds; nothing is written or printed (`print_table` and `write_result` do that).
+    `{"server.replicas": 4}`, or `{"server.preset": "vllm-0.24"}` as on the command line. The result is what
+    `python -m helios_sim` computes for the same settings and seeds; nothing is written or printed (`print_table` and
+    `write_result` do that).
 
     Raises UserError where settings cannot be run, or where they ask for something else than a study: designs
     (`simulate_designs`) or a comparison with a real run, which only the command line makes.
@@ -66,10 +68,21 @@ def _settings_of(study: Config | str, words: tuple[str, ...], settings: Mapping[
         )
     else:
         config = study
-    config = with_settings(config, settings) if settings else config
+    if settings:
+        config = with_settings(config, settings)
+        check_effect(config, list(_as_words(settings)))
     found = kind_of(config)
     if found != kind:
         fix = {DESIGNS: "call simulate_designs", STUDY: "call simulate, or set sweep.parameters"}
         allowed = f"these settings ask for {found}, not for {kind}"
         raise UserError("study", config.name, allowed, fix.get(found, "run it from the command line"))
     return config
+
+
+def _as_words(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The settings as the command line has them."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _as_words(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}={'null' if value is None else value}"

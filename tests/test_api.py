@@ -9,7 +9,9 @@ import pytest
 
 from command_line import CommandLine
 from helios_sim import AxisConfig, Config, UserError, simulate, simulate_designs, study_config
+from helios_sim.help import conf_folder
 from helios_sim.report.write import summarise_result
+from helios_sim.vary.settings import known_settings, with_settings
 
 SMALL = ("workload.n_requests=30", "server.max_running_requests=8")
 
@@ -29,6 +31,42 @@ def test_settings_are_set_on_top_by_path() -> None:
     assert result.arms["one"].metrics["requests_completed"] == 12
     assert len(result.arms["one"].replicas) == 2
     assert config.workload.n_requests == 30  # the caller's own stays as it is
+
+
+PRESET = {"server.preset": "vllm-0.24", "server.max_running_requests": 7}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (PRESET, ("server.preset=vllm-0.24", "server.max_running_requests=7")),
+        ({"server": {"preset": "sglang-0.5", "replicas": 2}}, ("server.preset=sglang-0.5", "server.replicas=2")),
+        ({"model": "smollm2"}, ("model=smollm2",)),
+        ({"device": "cpu", "mode": "live"}, ("device=cpu", "mode=live")),
+        ({"runtime": "eager", "objective": "energy"}, ("runtime=eager", "objective=energy")),
+    ],
+)
+def test_words_of_the_command_line_are_taken_among_settings(settings: dict, words: tuple[str, ...]) -> None:
+    config = study_config("own")
+    assert with_settings(config, settings) == study_config("own", *words)
+    assert config == study_config("own")
+
+
+def test_every_key_of_the_command_line_is_taken_or_refused_by_name() -> None:
+    """Each setting as it is changes nothing; what is no setting is named, with the fix."""
+    config = study_config("own")
+    for path in known_settings(Config):
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        assert with_settings(config, {path: value}) == config, path
+    for group in (folder.name for folder in Path(conf_folder()).iterdir() if folder.is_dir()):
+        names = [path.stem for path in Path(conf_folder(), group).glob("*.yaml")] or ["none"]
+        if group in ("runtime", "objective"):
+            assert any(with_settings(config, {group: name}) != config for name in names)
+            continue
+        with pytest.raises(UserError, match=f"^{group}="):
+            with_settings(config, {group: names[0]})
 
 
 def test_a_folder_of_own_experiments_is_found(tmp_path: Path) -> None:
@@ -57,6 +95,12 @@ def test_designs_are_run_by_a_call_of_their_own() -> None:
         (lambda: simulate("quickstart", "workload.n_request=3"), "you may have meant workload.n_requests"),
         (lambda: simulate("quickstart", "-m"), "only settings, key=value"),
         (lambda: simulate("quickstart", settings={"workload.rate": 3}), "no such setting"),
+        (lambda: simulate("own", settings={"server.preset": "vllm-9"}), "server.preset='vllm-9': one of"),
+        (lambda: simulate("own", settings={"policy": "helios"}), 'write simulate(NAME, "policy=helios")'),
+        (lambda: simulate("own", settings={"experiment": "drift"}), "the command line's own"),
+        (lambda: simulate("own", settings={"+server.replicas": 2}), "write server.replicas"),
+        (lambda: simulate("own", settings={"server.batch_wait_tokens": 9}), "does nothing here"),
+        (lambda: simulate("own", settings={"workload": {"arrivals": {"cv": 2.0}}}), "does nothing here"),
         (lambda: simulate("paper_energy", "objective=throughput"), "objective.goal is set to energy"),
         (lambda: simulate("sweep_grid"), "call simulate_designs"),
         (lambda: simulate_designs("quickstart"), "call simulate"),

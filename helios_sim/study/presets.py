@@ -1,4 +1,7 @@
-"""Settings of the server that go with an engine's version: the files of conf/engine, without Hydra."""
+"""Words of the command line that stand for settings, without Hydra; among them presets of the server.
+
+A preset is what goes with an engine's version: a file of conf/engine.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,47 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helios_sim.errors import require_one_of
+from helios_sim.errors import UserError, require_one_of
 from helios_sim.help import conf_folder
+from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.untrusted import parse_yaml
+
+_GROUPS = {"runtime": "runtime.preset", "objective": "objective.goal"}  # chosen by a name
+_OF_THE_COMMAND_LINE = ("experiment", "hydra", "config_dir", "config-dir", "multirun")
+
+
+def settings_in_full(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted path for words that the command line takes: what a preset says first, then the others.
+
+    UserError for words that only the command line can take.
+    """
+    found: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for key, value in changes.items():
+        group = key.split(".")[0]
+        if key[:1] in ("+", "~"):
+            allowed = "a setting by its path: + and ~ are signs of the command line"
+            raise UserError(key, value, allowed, f"write {key.lstrip('+~')}")
+        if group in _OF_THE_COMMAND_LINE:
+            allowed = "a setting of a study: this one is the command line's own"
+            raise UserError(key, value, allowed, "leave it out, or give it where the study is named")
+        if key == "policy" and isinstance(value, str):
+            allowed = "a mapping such as {name: helios, round_requests: 50}; its file goes by words of the command line"
+            raise UserError(key, value, allowed, f'write simulate(NAME, "policy={value}")')
+        if key == "server.preset":
+            found |= preset_settings(value)
+        elif key == "server" and isinstance(value, Mapping) and "preset" in value:
+            found |= preset_settings(value["preset"])
+            own[key] = {name: below for name, below in value.items() if name != "preset"}
+        elif key == "model":
+            own["models"] = [SHORT_NAMES.get(value, value)]
+        elif key == "device":
+            own["live.device"] = value
+        elif key in _GROUPS and isinstance(value, str):
+            own[_GROUPS[key]] = value
+        else:
+            own[key] = value
+    return {**{key: value for key, value in found.items() if key not in own}, **own}
 
 
 def preset_names() -> list[str]:

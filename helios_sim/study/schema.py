@@ -24,6 +24,7 @@ from helios_sim.study.modes import (
     LiveConfig,
     LiveFidelityConfig,
 )
+from helios_sim.study.presets import settings_in_full
 from helios_sim.vary.axis import AxisConfig
 
 # Settings that change how a result is shown, not what it is.
@@ -430,6 +431,8 @@ class Config:
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
     live: LiveConfig = field(default_factory=LiveConfig)  # of mode=live
     fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
+
+    in_full = staticmethod(settings_in_full)  # for `with_settings`: words that stand for settings
 
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "at least one model")

@@ -31,7 +31,8 @@ def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
     Keys of a mapping, such as those of a policy, are free: what is wrong there is found by those who read them.
     """
     own: dict[_Names, Any] = {(): copy.copy(config)}  # groups that this copy does not share
-    for path, value in changes.items():
+    in_full = getattr(config, "in_full", dict)  # of words that stand for settings
+    for path, value in in_full(changes).items():
         _set(own, tuple(path.split(".")), value)
     for group in reversed(own.values()):  # a group comes after the one that holds it
         if hasattr(group, "__post_init__"):
