@@ -124,6 +124,45 @@ def study(tmp_path: Path) -> tuple[str, ...]:
     return write_live_study(tmp_path)
 
 
+class Rising:
+    """A counter that rises by a joule whenever it is read."""
+
+    source = "readings"
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def energy_j(self) -> float:
+        self.read += 1
+        return float(self.read)
+
+
+def test_what_is_left_out_is_not_counted() -> None:
+    clock, counter = VirtualClock(), Rising()
+    meter = Meter(counter, "absent", clock)
+    with meter.left_out():  # before it starts there is nothing to leave out
+        pass
+    meter.start()
+    for _ in range(3):
+        with meter.left_out():
+            counter.read += 10
+    clock.pass_s(5.0)
+    meter.stop()
+    assert meter.energy_j == 3 + 1  # the readings before the blocks, and the last one
+
+
+@pytest.mark.live
+def test_the_pace_is_looked_at_within_a_run_whose_energy_is_counted(
+    capsys, monkeypatch, tmp_path: Path, study: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(energy, "LEAST_S", 0.0)
+    monkeypatch.setattr("helios_sim.study.live.open_counter", lambda device: Rising())
+    said = CommandLine(capsys, monkeypatch, tmp_path)(*study, "mode=live", "live.pace_every_s=0.001")
+    assert said.status == 0, said.err
+    for arm in said.summary["arms"].values():  # each look is a reading more, and what it draws is left out
+        assert arm["metrics"]["energy_wh_per_request"] > 1.5 / 3600 / REQUESTS
+
+
 @pytest.mark.live
 def test_a_live_run_s_energy_is_one_measured_value(capsys, monkeypatch, tmp_path: Path, study: tuple[str, ...]) -> None:
     asked: list[str] = []

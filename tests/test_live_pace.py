@@ -15,6 +15,7 @@ from helios_sim.live import pace  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.clock import WallClock  # noqa: E402
 from helios_sim.live.device import CpuDevice  # noqa: E402
+from helios_sim.live.energy import Meter  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.profile.pace import DECODE, PROMPT  # noqa: E402
 from helios_sim.profile.profile import Profile  # noqa: E402
@@ -79,7 +80,8 @@ def pace_of(
 ) -> tuple[Pace, WallClock]:
     clock = WallClock()
     clock.sync()
-    return Pace(engine, {"tiny": profile(then_s, with_prompts)}, clock, every_s), clock
+    meter = Meter(None, "no counter")
+    return Pace(engine, {"tiny": profile(then_s, with_prompts)}, clock, meter, every_s), clock
 
 
 @pytest.fixture(params=FAMILIES)

@@ -80,6 +80,22 @@ def test_a_model_is_raised_lowered_and_dropped(tiny: LiveModel) -> None:
         residents.running("a", 3)
 
 
+def test_weights_return_to_their_own_place(tiny: LiveModel) -> None:
+    """Whatever was loaded before, so that steps captured over them stay valid."""
+    residents = Residents({"a": tiny, "b": tiny}, CpuDevice())
+    residents.hold({"b": 3})
+    with residents.laid_out("b") as model:
+        assert model is not None
+        places = list(model.layers)
+    assert len(places) == LAYERS
+    assert all(a is b for a, b in zip(residents.running("b", 3).layers, places, strict=False))
+    residents.hold({"a": LAYERS})
+    assert loaded(residents, "a") is None
+    residents.hold({"a": LAYERS, "b": LAYERS})
+    assert loaded(residents, "b") is None
+    assert all(a is b for a, b in zip(residents.running("b", LAYERS).layers, places, strict=True))
+
+
 @pytest.mark.parametrize("good", [1, 3])
 def test_a_load_that_fails_half_way_leaves_everything_as_it_was(tiny: LiveModel, good: int) -> None:
     device = Failing(10**6)

@@ -20,7 +20,7 @@ from calibrate.drafts import kept
 from calibrate.measure import whole
 from calibrate.measure.build_profile import Measured, build_profile
 from calibrate.measure.ceilings import Ceilings, below_floor, measure_ceilings, over_floor
-from calibrate.measure.device import Energy, TimedDevice, measure_energy, why_absent
+from calibrate.measure.device import Energy, Step, TimedDevice, measure_energy, why_absent
 from calibrate.measure.grid import HeldOut, Place, errors, interpolate
 from calibrate.measure.host import HostCosts, ServingCosts, measure_host, measure_serving
 from calibrate.measure.latency import (
@@ -68,6 +68,7 @@ VISIT_LAPS, VISIT_S = 6, 0.1  # a brief visit: laps of its step, and making it
 PART_SHARE = 0.15  # of the time, for one of the small parts
 HOST_LAPS, SERVING_LAPS, MEMORY_LAPS, LOAD_LAPS = 60, 90, 12, 30  # laps of an anchor that the small parts take about
 LOADS_S, ENERGY_S = 8.0, 60.0
+ENERGY_ELSEWHERE = "it is measured once for the device, in a stage of its own"
 BRIEF, BRIEF_REPEATS = "brief", 3
 ENOUGH_TO_JUDGE = 5  # places or iterations
 UNJUDGED, BY_ENDS_WITHIN, LEAST_WITHIN = 0.5, 0.15, 0.05  # how far times may be off, at least
@@ -156,6 +157,7 @@ class MeasurePlan:
     samples: int = 5  # samples of every point of the tables
     tolerance: float = 0.03  # a grid is refined if its interpolation error is larger
     seed: int = 0
+    energy: bool = True  # false: it is measured elsewhere, once for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +359,7 @@ class _Campaign:
             "load", lambda: measure_loads(subject, reload).to_json(), LOADS_S + LOAD_LAPS * few_s,
             lambda: loads_by_ceilings(subject, ceilings).to_json(),
         )  # fmt: skip
-        energy = part(
+        energy = {"found": None, "absent": ENERGY_ELSEWHERE} if not self.plan.energy else part(
             "energy", partial(self._energy, device), 0.0 if device.energy_j() is None else ENERGY_S,
             lambda: {"found": None, "absent": "there was no time to measure it"},
         )  # fmt: skip
@@ -375,17 +377,7 @@ class _Campaign:
         )
 
     def _energy(self, device: TimedDevice) -> dict[str, Any]:
-        subject, limits = self.subject, self.subject.limits
-        steps = {}
-        for batch in limits.few_batches:
-            kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
-            step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
-            steps[f"decode, batch {batch}, {kv} KV tokens"] = partial(
-                subject.model.run, hidden, 0, subject.n_layers, step
-            )
-        prompt, hidden = subject.prompt_step(limits.max_chunk, 0), subject.hidden(limits.max_chunk)
-        steps[f"prefill, {limits.max_chunk} tokens"] = partial(subject.model.run, hidden, 0, subject.n_layers, prompt)
-        found = measure_energy(device, steps)
+        found = measure_energy(device, energy_steps(self.subject))
         return {
             "found": None if found is None else found.to_json(),
             "absent": why_absent(device) if found is None else None,
@@ -494,6 +486,18 @@ class _Campaign:
             "iqr_over_median": float(np.median([f.iqr_s / f.median_s for f in found.values() if f.median_s > 0])),
             "anchors": self.drift.anchors,
         }
+
+
+def energy_steps(subject: Subject) -> dict[str, Step]:
+    """The iterations whose energy is measured: decodes of a few batches, and a prompt."""
+    limits, model, steps = subject.limits, subject.model, {}
+    for batch in limits.few_batches:
+        kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
+        step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
+        steps[f"decode, batch {batch}, {kv} KV tokens"] = partial(model.run, hidden, 0, subject.n_layers, step)
+    prompt, hidden = subject.prompt_step(limits.max_chunk, 0), subject.hidden(limits.max_chunk)
+    steps[f"prefill, {limits.max_chunk} tokens"] = partial(model.run, hidden, 0, subject.n_layers, prompt)
+    return steps
 
 
 def in_words(short: Mapping[str, Any]) -> str:

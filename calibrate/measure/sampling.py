@@ -232,6 +232,7 @@ class Sampler:
         self._turns: dict[TimingPoint, int] = {}  # samples per visit
         self._totals_s: dict[TimingPoint, list[float]] = {}
         self._anchor_steps: dict[str, list[Step]] = {}
+        self._steps: dict[TimingPoint, list[Step]] = {}  # of a card, where preparing a step is capturing it
         self._last_save_s = self._last_look_s = -np.inf
 
     def sketch(self, jobs: Sequence[TimingJob], until_left_s: float = 0.0) -> bool:
@@ -309,7 +310,7 @@ class Sampler:
             self._look()
         first = job.points[0]
         anchor = self._anchor(job.anchor)
-        steps = [self.device.prepare(step) for step in job.build()]
+        steps = self._prepared(job)
         if first not in self._cost_s or brief:
             warm_s = sum(self.device.laps_s(steps)) if brief else self._warm_up(steps)
             turns = self._turns[first] = TURNS if anchor and warm_s < TURNS_BELOW_S and not brief else 1
@@ -327,6 +328,13 @@ class Sampler:
         for laps_s in self._at_one_pace(job.anchor, all_s, len(anchor), len(steps)):
             self._totals_s.setdefault(first, []).append(sum(laps_s))
             self.points.add(job.read(laps_s), contended, job.anchor)
+
+    def _prepared(self, job: TimingJob) -> list[Step]:
+        """The job's steps. A card keeps them captured for the next visit, a CPU gets new inputs each time."""
+        steps = self._steps.get(job.points[0]) or [self.device.prepare(step) for step in job.build()]
+        if self.device.asynchronous:
+            self._steps[job.points[0]] = steps
+        return steps
 
     def typical_anchors_s(self, within_s: float = np.inf) -> dict[str, float]:
         """The median seconds of each anchor over some laps in a row, of one lap or more if they take `within_s`."""

@@ -62,14 +62,10 @@ class LiveRun:
         self.clock = WallClock()
         self.device_engine = make_engine(config, parts, seed, self.clock)
         device = config.live.device
-        counter = open_counter(device)
-        every_s = config.live.pace_every_s
-        if every_s is not None and counter is not None and counter.energy_j() is not None:
-            every_s = None  # a step of ours would be on the bill
+        self.meter = Meter(open_counter(device), ABSENT[device.partition(":")[0]])
         profiles = {name: data.profile for name, data in parts.models.items()}
-        self._pace = Pace(self.device_engine, profiles, self.clock, every_s)
+        self._pace = Pace(self.device_engine, profiles, self.clock, self.meter, config.live.pace_every_s)
         self.engine = WatchedEngine(self.device_engine, self.clock, self._pace.look_within, KEPT_STEPS)
-        self.meter = Meter(counter, ABSENT[device.partition(":")[0]])
 
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
         """The server with its first deployment in memory and everything warm. Time starts.
@@ -234,12 +230,12 @@ def _longest(models: Mapping[str, LiveModel], requests: Sequence[Request]) -> in
 
 
 class Pace:
-    """Times the steps beside a run and in turns within it, now and then, when the clock is stopped for it."""
+    """Times the steps beside a run and in turns within it, now and then, when clock and meter are stopped for it."""
 
     def __init__(
-        self, engine: LiveEngine, profiles: Mapping[str, Profile], clock: WallClock, every_s: float | None
+        self, engine: LiveEngine, profiles: Mapping[str, Profile], clock: WallClock, meter: Meter, every_s: float | None
     ) -> None:
-        self._engine, self._profiles, self._clock = engine, profiles, clock
+        self._engine, self._profiles, self._clock, self._meter = engine, profiles, clock, meter
         self._every_ns = None if every_s is None else to_ns(every_s, "live.pace_every_s")
         self._due_ns = 0
         self._turns = cycle((DECODE, PROMPT))
@@ -273,7 +269,7 @@ class Pace:
         """One step of the model that runs next, if it is time for one. Nothing may be loading."""
         if self._every_ns is None or self._clock.wall_ns < self._due_ns:
             return
-        with self._clock.stopped():
+        with self._clock.stopped(), self._meter.left_out():
             self._note(next(self._turns), name, 1)
         self._due_ns = self._clock.wall_ns + self._every_ns
 

@@ -33,8 +33,8 @@ class LiveConfig:
     seed: int = 0  # of torch, where anything is drawn at all; the requests go by `seeds`
     score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
     run: int = 0  # which of several runs of the same: they are different results
-    # Every so many seconds stop the clock and time one of the two steps that the calibration timed, in turns; null, and
-    # wherever energy is counted: both before and after the run only.
+    # Every so many seconds stop the clock and time one of the two steps that the calibration timed, in turns; null:
+    # both before and after the run only. What they draw is not counted as the run's energy.
     pace_every_s: float | None = None
 
     def __post_init__(self) -> None:

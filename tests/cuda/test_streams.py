@@ -78,9 +78,9 @@ def test_loads_wait_for_what_still_reads_the_memory_that_they_take(on: CudaDevic
 def test_layers_that_stream_through_a_window_wait_for_those_before(on: CudaDevice, tiny: LiveModel) -> None:
     residents = Residents({"b": tiny, "a": tiny}, on)
     residents.hold({"a": 1})
+    residents.hold({"a": 1, "b": LAYERS})
     with residents.whole("b") as model:
         run(model, LAYERS)
-    residents.hold({"a": 1, "b": LAYERS})
     loaded(residents, "b")
     residents.close()
 

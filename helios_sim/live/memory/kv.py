@@ -232,11 +232,18 @@ def _check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
 def _causal_masks(
     a: Architecture, tokens: int, context: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor | None]:
-    """One mask per layer, (tokens, context + tokens): 0 where a token sees, -inf elsewhere. None: plain causal."""
+    """One mask per layer, (tokens, context + tokens): 0 where a token sees, -inf elsewhere. None: plain causal.
+
+    A card gets a mask of its shape alone, with which flash attention runs, grouped heads included.
+    """
     end = context + tokens
     slides = a.window_tokens is not None and any(a.sliding) and end > a.window_tokens
-    if context == 0 and not slides:
+    if not slides and context == 0:
         return [None] * a.n_layers
+    if not slides and torch.device(device).type != "cpu":
+        from torch.nn.attention.bias import causal_lower_right  # which loads much that a CPU does without
+
+        return [causal_lower_right(tokens, end)] * a.n_layers
     query = torch.arange(context, end, device=device)[:, None]
     key = torch.arange(end, device=device)
     return _masks(a, query, key, None if context == 0 else key <= query, dtype, slides)

@@ -1,0 +1,75 @@
+"""Measuring on a strict card: graphs are kept, noise is drawn once, and prompts need no mask in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+from calibrate.measure import devices
+from calibrate.measure.devices import TimedCuda
+from calibrate.measure.sampling import Clock, Points, Sampler, TimingJob, TimingPoint
+from helios_sim.live.memory import kv
+from strict_cuda import StrictCuda
+from virtual_subject import ARCHITECTURE
+
+
+def timed(cuda: StrictCuda) -> TimedCuda:
+    return TimedCuda.of(SimpleNamespace(cuda=cuda, __version__="2.11", version=SimpleNamespace(cuda="13.0")), None, 0)
+
+
+def test_a_step_is_captured_once_however_often_it_is_timed(tmp_path: Path) -> None:
+    cuda, made = StrictCuda(), []
+
+    def build() -> list:
+        x = torch.ones(3)
+        made.append(x)
+        return [lambda: x.add_(1.0)]
+
+    with cuda.watched():
+        sampler = Sampler(timed(cuda), Points(tmp_path / "points.parquet"), Clock(60.0))
+        jobs = [
+            TimingJob((point,), build, lambda laps_s, point=point: {point: laps_s[0]})
+            for point in (TimingPoint("a", 0, 1), TimingPoint("b", 0, 1))
+        ]
+        assert sampler.measure(jobs, samples=1)
+        assert sampler.measure(jobs, samples=4)
+    assert cuda.captures == len(made) == len(jobs)
+
+
+@pytest.mark.parametrize("kind", ["pinned", "pageable"])
+def test_noise_is_drawn_once_and_repeated(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, drawn, draw = StrictCuda(), [], torch.randint
+
+    def noted(low: int, high: int, shape: tuple[int, ...], **more: object) -> torch.Tensor:
+        drawn.append(shape[0])
+        return draw(low, high, shape, **more)
+
+    monkeypatch.setattr(devices, "NOISE_BYTES", 1 << 12)
+    monkeypatch.setattr(torch, "randint", noted)
+    memory = timed(cuda).host_buffer(10_000, kind)
+    assert drawn == [1 << 12]
+    assert len(memory) == 10_000
+    assert len(memory[-1000:].unique()) > 200
+    assert cuda.runtime.holds(memory) == (kind == "pinned")
+
+
+def test_a_chunk_of_a_prompt_needs_no_mask_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "_masks", None)
+    plain = replace(ARCHITECTURE, sliding=(False,) * ARCHITECTURE.n_layers, window_tokens=None)
+    masks = kv._causal_masks(plain, 5, 7, torch.bfloat16, "meta")
+    assert all(isinstance(mask, CausalBias) for mask in masks)
+    assert kv._causal_masks(plain, 5, 0, torch.bfloat16, "meta") == [None] * plain.n_layers
+
+
+def test_a_mask_by_its_shape_is_that_of_every_token() -> None:
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    (mask, *_) = kv._masks(ARCHITECTURE, torch.arange(7, 12)[:, None], torch.arange(12),
+                           torch.arange(12) <= torch.arange(7, 12)[:, None], torch.float32, slides=False)  # fmt: skip
+    by_shape = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(5, 12), enable_gqa=True)
+    assert torch.allclose(by_shape, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True), atol=1e-6)
