@@ -359,7 +359,8 @@ class _Campaign:
             "load", lambda: measure_loads(subject, reload).to_json(), LOADS_S + LOAD_LAPS * few_s,
             lambda: loads_by_ceilings(subject, ceilings).to_json(),
         )  # fmt: skip
-        energy = {"found": None, "absent": ENERGY_ELSEWHERE} if not self.plan.energy else part(
+        elsewhere: dict[str, Any] = {"found": None, "absent": ENERGY_ELSEWHERE}
+        energy = elsewhere if not self.plan.energy else part(
             "energy", partial(self._energy, device), 0.0 if device.energy_j() is None else ENERGY_S,
             lambda: {"found": None, "absent": "there was no time to measure it"},
         )  # fmt: skip
@@ -490,7 +491,8 @@ class _Campaign:
 
 def energy_steps(subject: Subject) -> dict[str, Step]:
     """The iterations whose energy is measured: decodes of a few batches, and a prompt."""
-    limits, model, steps = subject.limits, subject.model, {}
+    limits, model = subject.limits, subject.model
+    steps: dict[str, Step] = {}
     for batch in limits.few_batches:
         kv = max(1, min(limits.max_kv_tokens // 4, subject.pool_tokens // batch))
         step, hidden = subject.decode_step([kv] * batch), subject.hidden(batch)
