@@ -82,6 +82,35 @@ def test_migration_prefills_on_the_new_model_in_place_of_draining() -> None:
     assert step.lost_s == pytest.approx(3 * 0.004)
 
 
+CHUNKED = replace(situation(), max_batch_tokens=10)  # 100 tokens of a prompt take ten iterations
+FOUND = Load(100.0, 21.0, cached_share=0.8)
+
+
+@pytest.mark.parametrize(
+    ("to", "requests", "lost_s"),
+    [
+        (Placement("large", 2), None, 5 * 8 * 0.004),  # 500 tokens are five prompts, each of eight chunks more
+        (Placement("large", 2), 3, 3 * 8 * 0.004),  # of which three are to come
+        (Placement("small", 4), None, 5 * 8 * 0.004),  # a raise: nothing reaches as deep
+        (Placement("small", 2), None, 0.0),
+    ],
+)
+def test_a_switch_or_a_raise_loses_what_is_cached(to: Placement, requests: int | None, lost_s: float) -> None:
+    now = Underway(Placement("small", 2), (Placement("small", 4), Placement("large", 8)), 0, 0.002, cached_tokens=500)
+    step = transition(CHUNKED, now, to, FOUND, requests=requests)
+    assert step.cache_s == pytest.approx(lost_s)
+    assert step.lost_s == pytest.approx(lost_s)
+    assert ("cache_s" in step.to_json()) == (lost_s > 0)
+    for without in (replace(FOUND, cached_share=0.0), FOUND):
+        empty = replace(now, cached_tokens=500 if without.cached_share == 0.0 else 0)
+        assert transition(CHUNKED, empty, to, without).lost_s == 0.0
+
+
+def test_a_lower_cap_keeps_what_is_cached() -> None:
+    now = Underway(Placement("small", 4), (), 0, 0.004, cached_tokens=500)
+    assert transition(CHUNKED, now, Placement("small", 2), FOUND).lost_s == 0.0
+
+
 @given(running=st.integers(0, 8), layers=st.sampled_from([2, 4, 8]), model=st.sampled_from(["small", "large"]))
 def test_a_transition_never_loses_less_than_nothing(running: int, layers: int, model: str) -> None:
     if (model, layers) in (("small", 8), ("large", 4)):

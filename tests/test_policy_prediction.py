@@ -199,3 +199,25 @@ def test_open_arrivals_are_as_seen_and_before_that_as_expected() -> None:
     assert seen_load(here, telemetry, "small").arrival_rate_per_s == 7.0
     assert seen_load(here, replace(telemetry, arrival_rate_per_s=9.0), "small").arrival_rate_per_s == 9.0
     assert seen_load(here, telemetry, "small").queued_requests == 3
+
+
+def test_a_prompt_does_not_compute_what_is_cached() -> None:
+    """100 tokens in chunks of 10 take ten iterations, and two where 80 of them are cached."""
+    here = replace(situation(), max_batch_tokens=10)
+    cold = of_small(Load(100.0, OUTPUT), here)
+    warm = of_small(Load(100.0, OUTPUT, cached_share=0.8), here)
+    assert cold.prefill_s == pytest.approx(10 * ITERATION_S)
+    assert warm.prefill_s == pytest.approx(2 * ITERATION_S)
+    assert warm.throughput_requests_per_s > cold.throughput_requests_per_s
+    assert warm.batch_capacity == cold.batch_capacity
+    whole = of_small(Load(100.0, OUTPUT, cached_share=1.0), here)
+    assert whole.prefill_s == pytest.approx(ITERATION_S)  # the last token is computed in any case
+
+
+def test_the_share_that_was_found_lately_is_expected_of_every_candidate() -> None:
+    here = situation()
+    telemetry = Telemetry(0, 10, 3, 1, 1.0, None, None, None, 0, (), prefix_hit_share=0.4)
+    assert seen_load(here, telemetry, "small").cached_share == 0.4
+    assert seen_load(here, replace(telemetry, prefix_hit_share=None), "small").cached_share == 0.0
+    load = seen_load(here, telemetry, "small")
+    assert [load.cached_tokens(c) for c in here.candidates.values()] == [4, 4]

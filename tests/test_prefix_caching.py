@@ -265,6 +265,21 @@ def test_depth_and_model_decide_what_is_found(deployments, expected) -> None:
     assert found(run) == expected
 
 
+def test_a_policy_is_told_what_was_found_lately_and_what_is_cached() -> None:
+    """Three prompts of 40 tokens begin alike, of which 32 are two full blocks: 64 of 120 tokens are found."""
+    n = 3
+    apart = workload(n, prompt=Fixed(40), output=Fixed(2), arrivals=Constant(1.0))
+    (block,) = generate(apart, 0)
+    policy = Scripted(replace(capped(4), triggers=(Completed(1),)), [None] * n)
+    arguments = {"blocks": iter([replace(block, shared=np.zeros(n, np.int64))])}
+    serve(apart, policy, shares=True, prefixes=SharedPrefixes.of([[(0, 40)]]), **arguments)
+    assert [seen.prefix_hit_share for _, seen in policy.asked] == [0.0, 32 / 80, 64 / 120]
+    assert [seen.prefix_cached_tokens for _, seen in policy.asked] == [32] * n
+    policy = Scripted(replace(capped(4), triggers=(Completed(1),)), [None] * n)
+    serve(apart, policy)
+    assert {(seen.prefix_hit_share, seen.prefix_cached_tokens) for _, seen in policy.asked} == {(None, 0)}
+
+
 def test_a_preempted_request_finds_its_blocks_again_and_that_is_counted_apart() -> None:
     run = served([[(request, 100)] for request in range(2)], [40] * 2, 16, 15, max_running_requests=2)
     stats = run.run.stats

@@ -26,6 +26,7 @@ class Moment:
     in_system: int
     completed_requests: int
     in_force: Deployment | None  # None: nothing is loaded yet, and loading is free
+    cached_tokens: int = 0  # in the prefix cache, held by no request
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,8 @@ class Chooser:
             at, standby = moment.in_force.active, moment.in_force.standby
             here = self.assessor.option(at, moment.load, horizon, standby=standby)
             decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
-            now = Underway(at, standby, moment.running_requests, decode_iteration_s)
-            step = transition(self._situation, now, placement, moment.load, self._parameters.in_flight)
+            now = Underway(at, standby, moment.running_requests, decode_iteration_s, moment.cached_tokens)
+            step = transition(self._situation, now, placement, moment.load, self._parameters.in_flight, horizon)
         standby = self.standby(placement)
         return self.assessor.option(
             placement, moment.load, horizon, transition=step, standby=standby, leave_early=leave_early

@@ -77,6 +77,7 @@ class HeliosPolicy:
             in_system=telemetry.queued_requests + telemetry.running_requests,
             completed_requests=telemetry.completed_requests,
             in_force=self._deployment,
+            cached_tokens=telemetry.prefix_cached_tokens,
         )
         decided: Deployment | None = None
         match cause:

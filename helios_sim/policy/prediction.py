@@ -1,7 +1,9 @@
 """What a placement would achieve under a load: arithmetic on profile and exits.
 
 Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
-they share iterations with decodes, and a request occupies its whole KV from the start (no preemption is counted on).
+they share iterations with decodes, and a request occupies its whole KV from the start (no preemption and no sharing is
+counted on). Where prefixes are cached, the share of prompts that was found lately is not computed: for every candidate,
+since another one finds as much when its cache is warm. What it takes to warm it is part of the way there (`transition`).
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ class Load:
     arrival_rate_per_s: float | None = None
     users: int | None = None
     queued_requests: int = 0  # waiting now; counts under open arrivals
+    cached_share: float = 0.0  # of prompt tokens, whose K and V a warm prefix cache holds
 
     def prompt_tokens(self, candidate: Candidate) -> float:
         """Mean prompt length in the candidate's tokens, at least 1."""
         return max(1.0, self.prompt_chars / candidate.profile.model.chars_per_token)
+
+    def cached_tokens(self, candidate: Candidate) -> int:
+        """Tokens of a mean prompt that a warm cache holds: never the last, which is computed in any case."""
+        prompt = round(self.prompt_tokens(candidate))
+        return min(round(prompt * self.cached_share), prompt - 1)
 
     def output_tokens(self, candidate: Candidate) -> float:
         """Mean answer length in the candidate's tokens, at least 1: the trace that replays answers counts them."""
@@ -68,6 +76,7 @@ def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> 
         arrival_rate_per_s=None if expected.users is not None else rate or expected.arrival_rate_per_s,
         users=expected.users,
         queued_requests=telemetry.queued_requests,
+        cached_share=telemetry.prefix_hit_share or 0.0,
     )
 
 
@@ -142,10 +151,15 @@ def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) ->
     )
 
 
-def prefill_time_s(profile: Profile, layers: int, prompt_tokens: int, max_batch_tokens: int) -> tuple[float, float]:
-    """Seconds to run one prompt to `layers` on its own, in chunks of the token budget; and the roofline floor."""
+def prefill_time_s(
+    profile: Profile, layers: int, prompt_tokens: int, max_batch_tokens: int, cached_tokens: int = 0
+) -> tuple[float, float]:
+    """Seconds to run one prompt to `layers` on its own, in chunks of the token budget; and the roofline floor.
+
+    Its first `cached_tokens` are not computed, but attended to.
+    """
     time_s = floor_s = 0.0
-    for context in range(0, prompt_tokens, max_batch_tokens):
+    for context in range(cached_tokens, prompt_tokens, max_batch_tokens):
         tokens = min(max_batch_tokens, prompt_tokens - context)
         finishes = context + tokens == prompt_tokens
         composition = Composition(
@@ -216,7 +230,9 @@ def predict(
     if capacity == 0:
         return None
     most = capacity if load.users is None else min(capacity, load.users)
-    prefill_s, prefill_floor_s = prefill_time_s(profile, depths.layers, round(prompt), situation.max_batch_tokens)
+    prefill_s, prefill_floor_s = prefill_time_s(
+        profile, depths.layers, round(prompt), situation.max_batch_tokens, load.cached_tokens(candidate)
+    )
     batches = np.arange(1 if load.arrival_rate_per_s is not None else most, most + 1, dtype=np.int64)
     decode_s = decode_time_s(profile, depths, batches, prompt + output / 2)
     rate = 1.0 / (prefill_s + (output - 1) * decode_s / batches)

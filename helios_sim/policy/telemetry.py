@@ -167,6 +167,10 @@ class Telemetry:
     observations: tuple[Observation, ...]  # new since the last decision
     kv_used_share: float = 0.0  # of the KV blocks that the placement has room for
     latest: LatestRequests = LatestRequests()
+    # Of the prompt tokens of the latest completed requests (up to 256), those that were found in the prefix cache; None
+    # where nothing is shared. vLLM's prefix_cache_hits over prefix_cache_queries, in a window.
+    prefix_hit_share: float | None = None
+    prefix_cached_tokens: int = 0  # whose K and V are cached and held by no request
 
 
 class Policy(Protocol):

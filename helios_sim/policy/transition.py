@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helios_sim.policy.deployment import InFlight, Placement
@@ -20,9 +20,11 @@ class Transition:
     drain_s: float  # until requests in flight are done, 0 where none has to wait for it
     prefill_s: float  # texts in flight that are computed again
     lost_s: float
+    cache_s: float = 0.0  # prompts that would have found their beginnings cached: what they compute again
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """`cache_s` only where something cached is lost."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "cache_s" or self.cache_s}
 
 
 NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)
@@ -36,6 +38,7 @@ class Underway:
     standby: tuple[Placement, ...]
     running_requests: int
     decode_iteration_s: float  # of the active placement
+    cached_tokens: int = 0  # whose K and V are in the prefix cache, held by no request
 
     @property
     def resident(self) -> dict[str, int]:
@@ -46,15 +49,47 @@ class Underway:
 
 
 def transition(
-    situation: Situation, now: Underway, to: Placement, load: Load, in_flight: InFlight = InFlight.DRAIN
+    situation: Situation,
+    now: Underway,
+    to: Placement,
+    load: Load,
+    in_flight: InFlight = InFlight.DRAIN,
+    requests: int | None = None,
 ) -> Transition:
-    """Predicted, at mean lengths.
+    """Predicted, at mean lengths, for so many requests to come (None: without end).
+
+    Another model, or more layers of the same one, loses the prefix cache: as many prompts as it held, but no more than
+    are to come, then compute what a warm cache would have held of them. That time is part of `lost_s`.
 
     Requests in flight have uniform shares of their answers left, so B of them drain in T B / (B + 1), with T the
     whole decode of one, and T (B - 1) / (2 (B + 1)) of that is lost to places left empty. A change of model loads
     while it drains if both fit beside the KV in use, else afterwards. More layers of the same model load while
     serving goes on, slowed; then the texts in flight are prefilled again, as they are after a migration.
     """
+    found = _without_cache(situation, now, to, load, in_flight)
+    if to.model == now.active.model and to.layers <= now.active.layers:
+        return found
+    cache_s = _cache_s(situation, now, to, load, requests)
+    return replace(found, cache_s=cache_s, lost_s=found.lost_s + cache_s)
+
+
+def _cache_s(situation: Situation, now: Underway, to: Placement, load: Load, requests: int | None) -> float:
+    """Seconds of prompts that a warm cache would have saved them, for as many as the lost one held."""
+    candidate = situation.candidates[to.model]
+    cached, prompt = load.cached_tokens(candidate), round(load.prompt_tokens(candidate))
+    if not cached or not now.cached_tokens:
+        return 0.0
+    held = now.cached_tokens / load.prompt_tokens(situation.candidates[now.active.model])
+    cold_s, warm_s = (
+        prefill_time_s(candidate.profile, to.layers, prompt, situation.max_batch_tokens, known)[0]
+        for known in (0, cached)
+    )
+    return max(0.0, cold_s - warm_s) * (held if requests is None else min(held, requests))
+
+
+def _without_cache(
+    situation: Situation, now: Underway, to: Placement, load: Load, in_flight: InFlight
+) -> Transition:
     candidate = situation.candidates[to.model]
     profile = candidate.profile
     resident = now.resident

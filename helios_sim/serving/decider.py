@@ -201,6 +201,8 @@ class Decider:
             observations=tuple(replica.observations),
             kv_used_share=replica.used_blocks / max(1, int(s.total_blocks)),
             latest=replica.recent.latest,
+            prefix_hit_share=replica.recent.hit_share if replica.prefix.shares else None,
+            prefix_cached_tokens=replica.prefix.free_tokens(int(replica.rules.block_tokens)),
         )
 
     def _log(self, cause: Cause, deployment: Deployment) -> None:

@@ -33,6 +33,7 @@ _LEFT_FIELDS = (
 _MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
 _RECENT_FIELDS = (
     "prompt_tokens", "generated", "earlier_tokens", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns",
+    "hit_tokens",
 )  # fmt: skip
 _OF_RECENT = itemgetter(*(_LEFT_FIELDS.index(name) for name in _RECENT_FIELDS)
 )
@@ -131,9 +132,9 @@ def _records(replica: Replica) -> None:
 
 
 def _note_recent(replica: Replica, rows: Iterable[Sequence[int]]) -> None:
-    for prompt, generated, earlier, arrival_ns, scheduled_ns, first_token_ns, last_token_ns in rows:
+    for prompt, generated, earlier, arrival_ns, scheduled_ns, first_token_ns, last_token_ns, hit_tokens in rows:
         moments_ns = arrival_ns, scheduled_ns, first_token_ns, last_token_ns
-        replica.recent.completed(prompt, generated + earlier, moments_ns)
+        replica.recent.completed(prompt, generated + earlier, moments_ns, hit_tokens)
 
 
 def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:

@@ -73,6 +73,12 @@ class PrefixCache:
         depths = self._blocks[:, prefix.LAYERS]
         np.minimum(depths, layers, out=depths)
 
+    def free_tokens(self, block_tokens: int) -> int:
+        """Tokens whose K and V are cached and held by no request."""
+        blocks = self._blocks[1 : int(self._state.made_blocks) + 1] if self.shares else self._blocks[:0]
+        cached = (blocks[:, prefix.HASH] != NEVER) & (blocks[:, prefix.HOLDERS] == 0)
+        return block_tokens * int(cached.sum())
+
     def resize(self, total_blocks: int) -> None:
         """A new size of the pool; the caller has made room first."""
         prefix.shrink(self._state, self.tables, total_blocks)

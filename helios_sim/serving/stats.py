@@ -180,10 +180,14 @@ class Recent:
         self._output_tokens: deque[int] = deque(maxlen=RECENT)
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
         self._moments_ns: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT)
+        self._hit_tokens: deque[int] = deque(maxlen=RECENT)
 
-    def completed(self, prompt_tokens: int, output_tokens: int, moments_ns: tuple[int, int, int, int]) -> None:
-        """`moments_ns`: arrival, scheduled, first and last token."""
+    def completed(
+        self, prompt_tokens: int, output_tokens: int, moments_ns: tuple[int, int, int, int], hit_tokens: int = 0
+    ) -> None:
+        """`moments_ns`: arrival, scheduled, first and last token; `hit_tokens` of its prompt were cached."""
         self._prompt_tokens.append(prompt_tokens)
+        self._hit_tokens.append(hit_tokens)
         self._output_tokens.append(output_tokens)
         self._moments_ns.append((*moments_ns, output_tokens))
 
@@ -197,6 +201,11 @@ class Recent:
     @property
     def prompt_tokens_mean(self) -> float | None:
         return sum(self._prompt_tokens) / len(self._prompt_tokens) if self._prompt_tokens else None
+
+    @property
+    def hit_share(self) -> float | None:
+        """Of their prompts' tokens those that were found in the prefix cache; None before one has completed."""
+        return sum(self._hit_tokens) / sum(self._prompt_tokens) if self._prompt_tokens else None
 
     @property
     def output_tokens_mean(self) -> float | None:
