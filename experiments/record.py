@@ -33,6 +33,9 @@ def record(output: Path) -> Path:
         lines += [*_bullets(summary["notes"]), "", "## Gates", "", *_gates(summary["gates"]), ""]
         lines += ["## Errors by group", "", *_groups([*summary["groups"], *summary["together"]]), ""]
         return _written(folder, output, lines)
+    if "capacity" in summary:
+        lines += [*_bullets([*summary["verdict"], *summary["warnings"]]), "", *_fleets(summary["capacity"])]
+        return _written(folder, output, lines)
     lines += [*_bullets(summary["verdict"]), "", "## Arms", "", *_arms(summary), ""]
     tasks = [figures for arm in summary["arms"].values() for figures in arm.get("tasks", {}).values()]
     if any(figures["bits_per_char"] is not None for figures in tasks):
@@ -64,6 +67,34 @@ def _written(folder: Path, output: Path, lines: list[str]) -> Path:
     return target
 
 
+def _fleets(plan: dict[str, Any]) -> list[str]:
+    """A table for each load: the smallest fleets that are enough, the advised one first named."""
+    lines = [f"Enough is: {markdown(plan['rule'])}.", ""]
+    for load in plan["loads"]:
+        advised = load["recommended"]
+        lines += [f"## {load['requests_per_s']:.3g} requests/s ({load['load']:g}x)", ""]
+        metrics = ["agreement", "slo_attainment", "ttft_s_p95", "tpot_s_p95", "usd_per_hour", "usd_per_million_tokens"]
+        metrics = [name for name in metrics if any(name in it["metrics"] for it in load["plans"])]
+        labels = [DEFINITIONS[name].label for name in metrics]
+        rows = [["card", "policy", "replicas", "of each seed", "cards", "MJ/M tokens", *labels]]
+        for it in load["plans"]:
+            own = advised is not None and (it["card"], it["policy"]) == (advised["card"], advised["policy"])
+            joules = it["j_per_million_tokens"]
+            rows.append([
+                f"**{markdown(it['card'])}**" if own else markdown(it["card"]), code_span(it["policy"]),
+                markdown(str(it["replicas"] or it["why_not"])), ", ".join(map(str, it["replicas_by_seed"])),
+                str(it["cards"] or "-"),
+                "-" if joules is None else f"{joules['low'] / 1e6:.2f} to {joules['high'] / 1e6:.2f}",
+                *(_shown(name, it) for name in metrics),
+            ])  # fmt: skip
+        lines += [*_table(rows), ""]
+        if advised is not None:
+            by_seed = ", ".join("-" if rate is None else f"{rate:.3g}" for rate in advised["valid_up_to_rps_by_seed"])
+            upto = f"valid up to {advised['valid_up_to_rps']:.3g} requests/s (by seed: {by_seed})"
+            lines += [f"Bold: advised, {upto}.", ""]
+    return lines
+
+
 def _gates(gates: list[dict[str, Any]]) -> list[str]:
     lines = ["| gate | value | must be | |", "| --- | ---: | --- | --- |"]
     for gate in gates:
@@ -93,6 +124,8 @@ def _source(summary: dict[str, Any]) -> str:
     by = f"helios-sim {made['helios_sim']}, Python {made['python']}, {versions}"
     if "groups" in summary:
         return f"Made by `python -m helios_sim +experiment={summary['experiment']}`, {by}."
+    if "capacity" in summary:
+        return f"Made by `{made['command']}`, class `{made['class']}`, {by}. {_intervals(summary['intervals'])}"
     return (
         f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
         f"`{made['class']}`, {by}. Ratios are to `{summary['baseline']}`. {_intervals(summary['intervals'])}"

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from helios_sim.config import (
+    CAPACITY,
     DESIGNS,
     FIDELITY,
     FIDELITY_LIVE,
@@ -119,6 +120,8 @@ def runner_of(config: Config) -> Callable[[Config, Path], int]:
         from helios_sim.validate.command import run_fidelity_live as run_it
     elif kind == DESIGNS:
         from helios_sim.study.sweep import run_sweep as run_it
+    elif kind == CAPACITY:
+        from helios_sim.study.capacity import run_capacity as run_it
     return run_it
 
 

@@ -40,7 +40,7 @@ DEFAULT = "+experiment=quickstart"
 PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files that it chooses from
 # What settings ask for.
 STUDY, DESIGNS, FIDELITY, FIDELITY_LIVE = "a study", "designs", "a comparison with a log", "a comparison with live runs"
-FIDELITY_SILICON = "a comparison with published measurements"
+FIDELITY_SILICON, CAPACITY = "a comparison with published measurements", "a capacity plan"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -147,13 +147,15 @@ def _searched(config_dir: str | Path | None) -> list[str]:
 
 
 def kind_of(settings: DictConfig | Config) -> str:
-    """What the settings ask for: a study, designs of one arm, or a comparison."""
+    """What the settings ask for: a study, designs of one arm, a capacity plan, or a comparison."""
     if settings.fidelity.silicon:
         return FIDELITY_SILICON
     if settings.fidelity.compare or settings.fidelity.folder is not None:
         return FIDELITY
     if settings.fidelity_live.loads:
         return FIDELITY_LIVE
+    if settings.capacity.cards:
+        return CAPACITY
     return DESIGNS if settings.sweep.parameters else STUDY
 
 

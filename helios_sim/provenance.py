@@ -84,6 +84,26 @@ class Provenance:
         )
 
 
+class Sourced:
+    """A result that says what it was computed from."""
+
+    __slots__ = ()
+    inputs: Mapping[str, Provenance]  # by name: profiles, exit traces, request traces
+    assumptions: tuple[Assumption, ...]  # besides those of the inputs
+
+    @property
+    def provenance_class(self) -> ProvenanceClass | None:
+        """The weakest of the inputs'; None without inputs."""
+        classes = [source.provenance_class for source in self.inputs.values()]
+        return weakest(classes) if classes else None
+
+    @property
+    def all_assumptions(self) -> tuple[Assumption, ...]:
+        """Assumptions of the result and of every input, each once."""
+        of_inputs = (a for source in self.inputs.values() for a in source.assumptions)
+        return tuple(dict.fromkeys((*self.assumptions, *of_inputs)))
+
+
 def command_given(module: str) -> str:
     """The command line as given to `python -m`. A notebook has arguments too, and they are not the module's."""
     program = Path(sys.argv[0])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 USAGE = "repro FOLDER"
 PROVENANCE, SUMMARY = "provenance.json", "summary.json"
-TABLES = ("requests.parquet", "decisions.parquet", "designs.parquet")
+TABLES = ("requests.parquet", "decisions.parquet", "designs.parquet", "fleets.parquet")
 NOT_COMPARED = ("provenance",)  # of summary.json: when, where and by which command
 SHOWN = 10  # differences
 

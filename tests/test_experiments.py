@@ -11,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
+from helios_sim.study.capacity import run_capacity
 from helios_sim.study.command import run_study
 
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
-# sweeps: test_sweep_experiments.py; comparisons with a log: test_fidelity_command.py
-STUDIES = [name for name in EXPERIMENTS if not name.startswith(("sweep_", "fidelity_"))]
+# sweeps: test_sweep_experiments.py; comparisons with a log: test_fidelity_command.py; below: capacity
+STUDIES = [name for name in EXPERIMENTS if not name.startswith(("sweep_", "fidelity_", "capacity"))]
 NEEDS_SHARED_DATA = {"speed_w1"}
 
 
@@ -56,6 +57,24 @@ def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> No
     for file in ("requests.parquet", "decisions.parquet", "provenance.json"):
         assert (tmp_path / file).stat().st_size > 0
     assert len(list((tmp_path / "figures").glob("*.png"))) >= 1 + len(settings.figures)
+
+
+@pytest.mark.slow
+def test_capacity_runs_small(tmp_path: Path, capsys) -> None:
+    register()
+    changes = ["+experiment=capacity", "capacity.seconds=1", "capacity.most_replicas=4", "seeds=[0]", "jobs=1"]
+    with initialize_config_dir(conf_folder(), version_base=None):
+        settings = compose("config", overrides=changes)
+    assert run_capacity(to_config(settings), tmp_path) == 0
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    (load,) = summary["capacity"]["loads"]
+    assert [(plan["card"], plan["policy"]) for plan in load["plans"]] == [
+        (card, arm) for card in settings.capacity.cards for arm in settings.arms
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in (*settings.capacity.cards, *settings.arms))
+    assert (tmp_path / "fleets.parquet").stat().st_size > 0
 
 
 def _points(sweep: DictConfig) -> int:

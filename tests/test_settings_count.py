@@ -264,6 +264,8 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "cost": {"fidelity.folder": "log"},
         "server.kernels": {"mode": "live"}, "profile_band": {"mode": "live"}, "trace": {"mode": "live"},
         "report.style": {"pictures": False},
+        "hardware": {"capacity.cards": ["l40s"]},
+        "server.replicas": {"capacity.cards": ["l40s"]}, "workload.n_requests": {"capacity.cards": ["l40s"]},
     }  # fmt: skip
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config

@@ -9,7 +9,7 @@ import numpy as np
 
 from helios_sim.exits.artificial import STATED
 from helios_sim.profile.runtimes import HOST_TIME
-from helios_sim.provenance import ProvenanceClass
+from helios_sim.provenance import ProvenanceClass, Sourced
 from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
 from helios_sim.request import NS_PER_S, Status
@@ -20,7 +20,23 @@ NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which
 
 def cautions(result: ExperimentResult) -> list[str]:
     """Warnings as sentences, the experiment's own first."""
-    found = list(result.warnings)
+    found = [*result.warnings, *of_inputs(result), *losses(result)]
+    arms_by_text: dict[str, list[str]] = {}
+    for arm in result.arms.values():
+        for text in _of_arm(arm, result.workload.offered_requests_per_s):
+            arms_by_text.setdefault(text, []).append(arm.name)
+    found += [f"{_named(arms, result)}: {text}" for text, arms in arms_by_text.items()]
+    if all(len(arm.replicates) == 1 for arm in result.arms.values()):
+        found.append(
+            "One seed: intervals hold within this run, and figures of the whole system, such as throughput, have none. "
+            "How much other seeds differ is not known: name several in seeds=[...], or seeds=auto."
+        )
+    return found
+
+
+def of_inputs(result: Sourced) -> list[str]:
+    """A sentence for each kind of input that was neither measured nor derived."""
+    found = []
     published, stated = _published(result), _stated(result)
     exits = [name for name in published if name != HOST_TIME]
     if exits:
@@ -32,17 +48,6 @@ def cautions(result: ExperimentResult) -> list[str]:
         found.append(f"{HOST_TIME} is {result.inputs[HOST_TIME].source}.")
     if stated:
         found.append(f"{', '.join(stated)} {_be(stated)} as the settings state: agreement restates them.")
-    found += losses(result)
-    arms_by_text: dict[str, list[str]] = {}
-    for arm in result.arms.values():
-        for text in _of_arm(arm, result.workload.offered_requests_per_s):
-            arms_by_text.setdefault(text, []).append(arm.name)
-    found += [f"{_named(arms, result)}: {text}" for text, arms in arms_by_text.items()]
-    if all(len(arm.replicates) == 1 for arm in result.arms.values()):
-        found.append(
-            "One seed: intervals hold within this run, and figures of the whole system, such as throughput, have none. "
-            "How much other seeds differ is not known: name several in seeds=[...], or seeds=auto."
-        )
     return found
 
 
@@ -64,13 +69,13 @@ def reservations(result: ExperimentResult) -> list[str]:
     return found
 
 
-def _published(result: ExperimentResult) -> list[str]:
+def _published(result: Sourced) -> list[str]:
     """Names of inputs that were taken from, or fitted to, a publication."""
     named = [n for n, s in result.inputs.items() if s.provenance_class is ProvenanceClass.PUBLISHED]
     return [name for name in named if name not in _stated(result)]
 
 
-def _stated(result: ExperimentResult) -> list[str]:
+def _stated(result: Sourced) -> list[str]:
     """Names of exits of which only what the settings state is known."""
     return [name for name, source in result.inputs.items() if source.command == STATED]
 

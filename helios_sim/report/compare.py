@@ -20,9 +20,9 @@ from helios_sim.report.intervals import (
     ratio_bounds,
     stretches,
 )
-from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue
+from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, Slo, meets
 from helios_sim.report.records import Records
-from helios_sim.request import NS_PER_S
+from helios_sim.request import NS_PER_S, Status
 
 Run = tuple[Records, Metrics]
 IntArray = NDArray[np.int64]
@@ -89,6 +89,18 @@ def intervals_of(runs: Sequence[Run], names: Collection[str] | None = None) -> d
             interval = _within_run(name, requests) or interval
         found[name] = interval
     return found
+
+
+def attainment_of(records: Records, slo: Slo) -> Interval:
+    """The interval, within one run, of the share of requests that meet every SLO, of completed and dropped ones."""
+    counted = records.completed | records.has_status(Status.DROPPED)
+    met = np.zeros(len(records), np.int64)
+    met[records.completed] = meets(records, slo)
+    found = _of_sums(met[counted], np.ones(int(counted.sum()), np.int64))
+    if found is None or found.without is None:
+        return Interval(None, None, Method.NONE, 1)
+    low, high = bounds(found.whole, found.without, share=True, in_order=True)
+    return _interval(low, high, Method.WITHIN_RUN, int(counted.sum()))
 
 
 def interval_of(name: str, values: Sequence[MetricValue]) -> Interval:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
+from helios_sim.provenance import Assumption, Provenance, Sourced
 from helios_sim.report.format import NOTHING, metric, metric_with_interval
 from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, Metrics, MetricValue
@@ -36,7 +36,7 @@ class Design:
 
 
 @dataclass(frozen=True, slots=True)
-class DesignsResult:
+class DesignsResult(Sourced):
     """One sweep: everything that its table, figures and page are made of."""
 
     experiment: str
@@ -77,16 +77,6 @@ class DesignsResult:
     @property
     def failed(self) -> tuple[Design, ...]:
         return tuple(design for design in self.designs if design.error is not None)
-
-    @property
-    def provenance_class(self) -> ProvenanceClass | None:
-        classes = [source.provenance_class for source in self.inputs.values()]
-        return weakest(classes) if classes else None
-
-    @property
-    def all_assumptions(self) -> tuple[Assumption, ...]:
-        of_inputs = (a for source in self.inputs.values() for a in source.assumptions)
-        return tuple(dict.fromkeys((*self.assumptions, *of_inputs)))
 
 
 def plain_value(name: str, value: MetricValue) -> float | None:
@@ -139,14 +129,7 @@ def designs_table(result: DesignsResult) -> pyarrow.Table:
     }
     columns |= {name: _column([row.parameters.get(name) for row in rows]) for name in result.parameters}
     columns["error"] = pa.array([row.error for row in rows], pa.string())
-    for name in DEFINITIONS:
-        values = [None if row.metrics is None else row.metrics.get(name) for row in rows]
-        if any(isinstance(value, Band) for value in values):
-            for end in ("low", "high"):
-                ends = [getattr(value, end) if isinstance(value, Band) else value for value in values]
-                columns[f"{name}_{end}"] = pa.array(ends, pa.float64())
-        else:
-            columns[name] = pa.array(values, pa.float64())
+    columns |= metric_columns([row.metrics for row in rows])
     for name in (*result.objectives, *result.shown_metrics):
         found = [row.intervals.get(name) for row in rows]
         if any(it is not None and it.low is not None and it.method is not Method.BAND for it in found):
@@ -154,6 +137,22 @@ def designs_table(result: DesignsResult) -> pyarrow.Table:
                 ends = [None if it is None else getattr(it, end) for it in found]
                 columns[f"{name}_interval_{end}"] = pa.array(ends, pa.float64())
     return pa.table(columns)
+
+
+def metric_columns(rows: Sequence[Metrics | None]) -> dict[str, pyarrow.Array]:
+    """A column for each metric, two for one that is a band."""
+    import pyarrow as pa
+
+    columns = {}
+    for name in DEFINITIONS:
+        values = [None if metrics is None else metrics.get(name) for metrics in rows]
+        if any(isinstance(value, Band) for value in values):
+            for end in ("low", "high"):
+                ends = [getattr(value, end) if isinstance(value, Band) else value for value in values]
+                columns[f"{name}_{end}"] = pa.array(ends, pa.float64())
+        else:
+            columns[name] = pa.array(values, pa.float64())
+    return columns
 
 
 def _column(values: Sequence[Shown]) -> pyarrow.Array:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.profile.spec import TimeBand
-from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, weakest
+from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourced
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
@@ -356,7 +356,7 @@ class Trust:
 
 
 @dataclass(frozen=True, slots=True)
-class ExperimentResult:
+class ExperimentResult(Sourced):
     """One study with all its arms."""
 
     experiment: str
@@ -415,18 +415,6 @@ class ExperimentResult:
     def seeds(self) -> int:
         """How many seeds each arm ran under."""
         return len(self.arms[self.baseline].replicates)
-
-    @property
-    def provenance_class(self) -> ProvenanceClass | None:
-        """The weakest of the inputs'; None without inputs."""
-        classes = [source.provenance_class for source in self.inputs.values()]
-        return weakest(classes) if classes else None
-
-    @property
-    def all_assumptions(self) -> tuple[Assumption, ...]:
-        """Assumptions of the run and of every input, each once."""
-        of_inputs = (a for source in self.inputs.values() for a in source.assumptions)
-        return tuple(dict.fromkeys((*self.assumptions, *of_inputs)))
 
 
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:

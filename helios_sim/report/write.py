@@ -1,4 +1,4 @@
-"""The output folder of a study or a sweep: `summary.json`, Parquet tables, figures and the page."""
+"""The output folder of a study, a sweep or a capacity plan: `summary.json`, Parquet tables, figures and the page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from helios_sim import files
 from helios_sim.files import json_value
 from helios_sim.report import FOR_PAGE
+from helios_sim.report.capacity import CapacityResult, summarise_plans, tried_table
 from helios_sim.report.cautions import reservations
 from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decisions_table
@@ -115,6 +116,44 @@ def write_designs(result: DesignsResult, folder: Path, style: str | None = FOR_P
     return summary
 
 
+def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR_PAGE) -> dict[str, Any]:
+    """Write fleets.parquet, provenance.json, summary.json and, unless `style` is None, report.html and figures/*.
+
+    Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
+    """
+    from helios_sim.report.figures.capacity import capacity_drawings
+    from helios_sim.report.figures.style import lay_out, write_figure
+    from helios_sim.report.page import render_capacity
+
+    summary = summarise_capacity(result)
+    files.write_parquet(folder / "fleets.parquet", tried_table(result))
+    files.write_json(folder / "provenance.json", summary["provenance"])
+    files.write_json(folder / "summary.json", summary)
+    if style is None:
+        return summary
+    drawings = capacity_drawings(result)
+    for drawing in drawings:
+        lay_out(drawing)
+    files.write_text(folder / "report.html", render_capacity(result, drawings))
+    for drawing in drawings:
+        write_figure(drawing, folder / "figures", style)
+    return summary
+
+
+def summarise_capacity(result: CapacityResult) -> dict[str, Any]:
+    """The structure of `summary.json`: the plans and what is advised. All fleets tried are in fleets.parquet."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": result.experiment,
+        "intervals": intervals_told(result.seeds, WITHOUT_OF_CAPACITY),
+        "capacity": summarise_plans(result),
+        "gates": [],
+        "verdict": list(result.verdict),
+        "warnings": list(result.warnings),
+        "provenance": _provenance(result),
+    }
+
+
 def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None) -> dict[str, Any]:
     """The structure of `summary.json`: JSON values only, undefined is null."""
     ratios = comparisons(result) if ratios is None else ratios
@@ -187,7 +226,7 @@ def summarise_designs(result: DesignsResult) -> dict[str, Any]:
     }
 
 
-def _provenance(result: ExperimentResult | DesignsResult) -> dict[str, Any]:
+def _provenance(result: ExperimentResult | DesignsResult | CapacityResult) -> dict[str, Any]:
     return {
         "class": json_value(result.provenance_class),
         "inputs": {name: json_value(source) for name, source in result.inputs.items()},
@@ -213,6 +252,12 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
     return entry
 
 
+# Of these the least and the most over the seeds are beside them.
+WITHOUT_OF_CAPACITY = (
+    "capacity.loads.*.plans.*.replicas", "capacity.loads.*.recommended.replicas",
+    "capacity.loads.*.recommended.valid_up_to_rps",
+    "capacity.loads.*.plans.*.metrics but those in capacity.loads.*.plans.*.intervals",
+)  # fmt: skip
 WITHOUT_OF_DESIGNS = ("metrics that are not in the intervals beside them",)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from helios_sim.errors import UserError
-from helios_sim.study.modes import LIVE, FidelityConfig
+from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
 from helios_sim.study.schema import AUTO, Config, FaultsConfig, LastingFaultConfig, LengthConfig
 from helios_sim.workload.faults import LOSING
 
@@ -24,6 +24,10 @@ def _is_compared(c: Config) -> bool:
 
 def _is_simulated(c: Config) -> bool:
     return not _is_live(c) and not _is_compared(c)
+
+
+def _is_capacity(c: Config) -> bool:
+    return bool(c.capacity.cards)
 
 
 _SERVED = "where requests are served, not beside a log of a real engine"
@@ -79,7 +83,10 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "questi
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
-    "trace": (lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs"),
+    "trace": (
+        lambda c: _is_simulated(c) and not c.sweep.parameters and not _is_capacity(c),
+        "in a simulation of arms, not for designs or a capacity plan",
+    ),
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
     "profile_band": (
@@ -96,6 +103,24 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "sweep.generation": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
     "sweep.address": (lambda c: c.sweep.backend == "ray", "only with sweep.backend=ray"),
     "sweep.workers": (lambda c: c.sweep.backend != "serial", "only with sweep.backend=processes or ray"),
+    "capacity": (_is_capacity, "only in a capacity plan: +experiment=capacity, or capacity.cards"),
+    "capacity.attainment": (
+        lambda c: _is_capacity(c) and c.capacity.by == BY_REQUESTS, "only in a capacity plan with capacity.by=requests",
+    ),
+    "capacity.seconds": (
+        lambda c: _is_capacity(c) and c.workload.arrivals.kind != "trace",
+        "only in a capacity plan with drawn arrivals: those of a trace last as long as they do",
+    ),
+    "capacity.beyond": (
+        lambda c: _is_capacity(c) and c.capacity.search == "bisection",
+        "only in a capacity plan with capacity.search=bisection",
+    ),
+    "hardware": (lambda c: not _is_capacity(c), "in a study; a capacity plan has capacity.cards=[...]"),
+    "server.replicas": (lambda c: not _is_capacity(c), "in a study; a capacity plan finds their number"),
+    "workload.n_requests": (
+        lambda c: not _is_capacity(c) or c.capacity.seconds is None or c.workload.arrivals.kind == "trace",
+        "in a capacity plan with capacity.seconds=null, or with the arrivals of a trace",
+    ),
     "server.batch_wait_iterations": (lambda c: c.server.batch_wait_tokens > 0, "only with server.batch_wait_tokens"),
     "server.batch_wait_tokens": (
         lambda c: c.server.batch_wait_iterations > 0, "only with server.batch_wait_iterations",

@@ -1,10 +1,12 @@
-"""What further kinds of a study can be set to: live serving, comparisons with a real run, and designs of one arm.
+"""What further kinds of a study can be set to: live serving, comparisons with a real run, designs of one arm, capacity.
 
 The classes hold only plain types because Hydra fills them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from helios_sim.errors import require, require_finite, require_one_of
 from helios_sim.vary.axis import AxisConfig
@@ -16,6 +18,10 @@ DTYPES = ("float32", "bfloat16")
 KERNELS = ("vllm", "trtllm")
 SCHEDULERS = ("plain", "vllm_v1", "vllm_v0", "sglang", "trtllm")
 METHODS = ("grid", "search")
+SEARCHES = ("bisection", "every")
+BY_REQUESTS = "requests"
+STATISTICS_OF_SLOS = ("mean", "p50", "p90", "p95", "p99")
+MOST_REPLICAS = 4096
 SAMPLERS = ("nsga2", "tpe")
 
 
@@ -146,3 +152,41 @@ class DesignsConfig:
         require(self.seed >= 0, "sweep.seed", self.seed, "at least 0")
         once = bool(self.objectives) and len(set(self.objectives)) == len(self.objectives)
         require(once, "sweep.objectives", self.objectives, "at least one metric, each once")
+
+
+@dataclass
+class CapacityConfig:
+    """A study with `cards` plans capacity: the fewest replicas of each card with which each arm keeps the SLOs.
+
+    What each SLO bounds is in `slo`, what cards cost in `cost`.
+    """
+
+    cards: list[str] = field(default_factory=list)  # as `hardware`: [l40s, 4xh100-80gb]; empty: an ordinary study
+    loads: list[float] = field(default_factory=lambda: [1.0])  # times the arrivals of the workload; each is planned for
+    # When the SLOs are kept. requests: by the share of requests that meet all of them (vLLM's goodput); mean, p50, p90,
+    # p95, p99: by this statistic of the times that each of them bounds, or of each its own: {ttft_s: p95, tpot_s: mean}
+    by: Any = BY_REQUESTS
+    attainment: float = 0.99  # by=requests: that share
+    seconds: float | None = 120.0  # of drawn arrivals, at every load; null: workload.n_requests, at every load
+    most_replicas: int = 64  # where these do not suffice, no number is given
+    search: str = "bisection"  # bisection; every: all numbers of replicas are run, which takes long
+    beyond: int = 2  # bisection: so many further numbers must keep the SLOs too (helios_sim/vary/least.py)
+
+    def __post_init__(self) -> None:
+        require_finite(self, "capacity.")
+        each = len(set(self.cards)) == len(self.cards) and all(card.strip() for card in self.cards)
+        require(each, "capacity.cards", self.cards, "names of cards, each once")
+        loads = self.loads
+        several = bool(loads) and len(set(loads)) == len(loads) and all(0 < load <= 1e6 for load in loads)
+        require(several, "capacity.loads", loads, "at least one number above 0, each once")
+        by = list(self.by.values()) if isinstance(self.by, Mapping) else [self.by]
+        known = STATISTICS_OF_SLOS if isinstance(self.by, Mapping) else (BY_REQUESTS, *STATISTICS_OF_SLOS)
+        for name in by or [""]:
+            require_one_of("capacity.by", name, known)
+        require(0 < self.attainment <= 1, "capacity.attainment", self.attainment, "a share above 0 and at most 1")
+        seconds = self.seconds
+        require(seconds is None or 0 < seconds <= 1e7, "capacity.seconds", seconds, "null or above 0, at most 1e7")
+        most, beyond = self.most_replicas, self.beyond
+        require(1 <= most <= MOST_REPLICAS, "capacity.most_replicas", most, f"from 1 to {MOST_REPLICAS}")
+        require_one_of("capacity.search", self.search, SEARCHES)
+        require(0 <= beyond <= MOST_REPLICAS, "capacity.beyond", beyond, f"from 0 to {MOST_REPLICAS}")

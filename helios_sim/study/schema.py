@@ -19,6 +19,7 @@ from helios_sim.study.modes import (
     KERNELS,
     MODES,
     SCHEDULERS,
+    CapacityConfig,
     DesignsConfig,
     FidelityConfig,
     LiveConfig,
@@ -31,7 +32,7 @@ from helios_sim.vary.axis import AxisConfig
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
     "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep", "fidelity",
-    "fidelity_live", "profile_band",
+    "fidelity_live", "profile_band", "capacity",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -428,6 +429,7 @@ class Config:
     trace: bool = False  # true: also trace.perfetto-trace, every iteration of each arm's first seed (ui.perfetto.dev)
     jobs: int | None = None  # processes; None: one per core, or none for short studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many of them
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
     live: LiveConfig = field(default_factory=LiveConfig)  # of mode=live
     fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
@@ -450,8 +452,10 @@ class Config:
 
     def _check_seeds(self) -> None:
         if self.seeds == AUTO:
-            others = bool(self.sweep.parameters or self.fidelity.compare or self.fidelity_live.loads)
-            allowed = "a list of seeds: auto is for studies of arms, not for designs or comparisons"
+            others = bool(
+                self.sweep.parameters or self.fidelity.compare or self.fidelity_live.loads or self.capacity.cards
+            )
+            allowed = "a list of seeds: auto is for studies of arms, not for designs, capacity or comparisons"
             require(not others, "seeds", self.seeds, allowed)
             return
         seeds = self.seeds if isinstance(self.seeds, list) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from helios_sim.vary.workers import Place, Workers
 
 USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives
 EVERY_S = 10.0  # between two lines on the state of things
+Figures = tuple[Metrics, Mapping[str, Interval]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +80,31 @@ def run_plan(
 
 def evaluate(jobs: Sequence[Job]) -> Outcome:
     """Means of the metrics over the jobs, which are one design under several seeds. Never raises an error of theirs."""
-    started_s = perf_counter()
-    intervals: Mapping[str, Interval] = {}
     names = {*jobs[0].config.sweep.objectives, *_shown(jobs[0].config)}
-    try:
+
+    def figures() -> Figures:
         if len(jobs) == 1:
-            records, metrics_of_run = _run(jobs[0])
-            intervals = intervals_of([(records, metrics_of_run)], names)
-            metrics: Mapping[str, MetricValue] | None = metrics_of_run
-        else:
-            runs = [_run(job)[1] for job in jobs]
-            metrics = mean_metrics(runs)
-            intervals = {n: interval_of(n, [run[n] for run in runs]) for n in sorted(names) if metrics[n] is not None}
-        error, lasting = None, True
+            records, metrics = figures_of(jobs[0])
+            return metrics, intervals_of([(records, metrics)], names)
+        runs = [figures_of(job)[1] for job in jobs]
+        means = mean_metrics(runs)
+        return means, {n: interval_of(n, [run[n] for run in runs]) for n in sorted(names) if means[n] is not None}
+
+    return outcome_of(figures)
+
+
+def outcome_of(figures: Callable[[], Figures]) -> Outcome:
+    """What these figures are, or why there are none. Never raises an error of theirs."""
+    started_s = perf_counter()
+    try:
+        metrics, intervals = figures()
     except UserError as mistake:  # of the user's code: it may have missed what is there the next time
-        metrics, error, lasting = None, str(mistake), not isinstance(mistake, OwnCodeError)
-    except Exception as defect:  # of ours: one design must not end the others
+        return Outcome(None, str(mistake), perf_counter() - started_s, lasting=not isinstance(mistake, OwnCodeError))
+    except Exception as defect:  # of ours: one run must not end the others
         place = traceback.extract_tb(defect.__traceback__)[-1]
-        metrics, lasting = None, False
         error = f"{type(defect).__name__}: {defect} ({place.filename}, line {place.lineno})"
-    return Outcome(metrics, error, perf_counter() - started_s, lasting, {} if metrics is None else intervals)
+        return Outcome(None, error, perf_counter() - started_s, lasting=False)
+    return Outcome(metrics, None, perf_counter() - started_s, intervals=intervals)
 
 
 class Evaluations:
@@ -188,7 +194,8 @@ def _shown(config: Config) -> Sequence[str]:
     return config.headline_metrics or USUAL_METRICS
 
 
-def _run(job: Job) -> tuple[Records, dict[str, MetricValue]]:
+def figures_of(job: Job) -> tuple[Records, dict[str, MetricValue]]:
+    """The requests of a run and its metrics, without pictures."""
     fleet = shared_fleet(job.config, job.seed)
     log = RecordLog()
     run = serve(job, fleet, log.add, pictures=False, block_sink=log.add_block)
@@ -306,7 +313,7 @@ def run_sweep(config: Config, folder: Path) -> int:
     """Runs, writes and prints. Returns 0. UserError before anything is written, or when every design failed."""
     plan = plan_sweep(config)
     total = plan.n_designs + len(plan.references)
-    lines = _Lines(total)
+    lines = StateLines(f"of at most {total} runs", "a design failed")
     with at_work_in(folder):
         with redirect_stdout(sys.stderr), progress(config.name, total, lines) as on_done:  # Ray prints what nodes do
             result = run_plan(plan, folder, provenance(config), on_done)
@@ -315,19 +322,19 @@ def run_sweep(config: Config, folder: Path) -> int:
     return end(lambda: _show(result), folder, summary)
 
 
-class _Lines:
+class StateLines:
     """A line for each failure, and one on the state of things now and then; none where a bar shows it."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._started_s = total, monotonic()
+    def __init__(self, of_all: str, failure: str) -> None:
+        self._of_all, self._failure, self._started_s = of_all, failure, monotonic()
         self._said_s = self._started_s
         self._done = self._kept = self._failed = 0
 
-    def __call__(self, task: Task[Sequence[Job]], outcome: Outcome, kept: bool) -> None:
+    def __call__(self, task: Task[Any], outcome: Outcome, kept: bool) -> None:
         self._done, self._kept = self._done + 1, self._kept + kept
         self._failed += outcome.error is not None
         if outcome.error is not None:
-            say(f"a design failed: {outcome.error}", sys.stderr)
+            say(f"{self._failure}: {outcome.error}", sys.stderr)
         if monotonic() - self._said_s > EVERY_S:
             self.state()
 
@@ -335,7 +342,7 @@ class _Lines:
         if self._done:
             counts = [f"{self._kept} kept from before" if self._kept else ""]
             counts += [f"{self._failed} failed" if self._failed else ""]
-            text = ", ".join([f"{self._done} of at most {self._total} runs", *filter(None, counts)])
+            text = ", ".join([f"{self._done} {self._of_all}", *filter(None, counts)])
             print(f"{text}, {monotonic() - self._started_s:.0f} s", file=sys.stderr, flush=True)
             self._said_s = monotonic()
 

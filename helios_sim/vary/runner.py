@@ -224,8 +224,11 @@ def _check_unchanged(task: Task[Any]) -> None:
 
 
 @contextmanager
-def progress(name: str, total: int, line: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
-    """What a runner calls when a task is done. `line` prints lines, where there is no terminal for a bar."""
+def progress(name: str, total: int | None, line: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
+    """What a runner calls when a task is done. `line` prints lines, where there is no terminal for a bar.
+
+    `total`: None where it is not known beforehand.
+    """
     if not sys.stderr.isatty():
         yield line
         return

@@ -21,10 +21,12 @@ from helios_sim.report.faults import COUNTED
 from helios_sim.report.metrics import OF_COST, OF_PREFIXES
 from helios_sim.report.records import DERIVED
 from helios_sim.shared_data import shared_data_folder
+from helios_sim.study.capacity import run_capacity
 from helios_sim.study.command import run_study
 from helios_sim.study.sweep import run_sweep
 
 REQUESTS = 60
+CAPACITY = ("capacity.seconds=4", "capacity.most_replicas=4", "seeds=[0]", "jobs=1", "pictures=false")
 MORE_REQUESTS = {  # of experiments with few or quick arms
     "faults": 200, "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120, "paper_latency": 120,
     "quickstart": 400, "scale": 400, "speed_w1": 200,
@@ -45,7 +47,8 @@ def experiment_names() -> list[str]:
 def small(name: str) -> DictConfig:
     """Few requests, one seed, the ends of every sweep, no pictures."""
     requests = MORE_REQUESTS.get(name, REQUESTS)
-    changes = [f"+experiment={name}", f"workload.n_requests={requests}", "seeds=[0]", "jobs=1", "pictures=false"]
+    changes = [f"workload.n_requests={requests}", "seeds=[0]", "jobs=1", "pictures=false"]
+    changes = [f"+experiment={name}", *(CAPACITY if name == "capacity" else changes)]
     if name.startswith("sweep_"):
         changes.append("sweep.backend=serial")
     register()
@@ -62,7 +65,8 @@ def small(name: str) -> DictConfig:
 
 
 def experiment_digests(name: str) -> dict[str, Any]:
-    settings, run = small(name), run_sweep if name.startswith("sweep_") else run_study
+    settings = small(name)
+    run = run_capacity if name == "capacity" else run_sweep if name.startswith("sweep_") else run_study
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -75,7 +79,7 @@ def experiment_digests(name: str) -> dict[str, Any]:
 def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Digests by arm of rows and figures, by point of a sweep, and of what is concluded."""
     arms = {name: {"figures": digest(_defined(arm["metrics"])), "compared": _without(arm, "metrics")}
-            for name, arm in summary["arms"].items()}  # fmt: skip
+            for name, arm in summary.get("arms", {}).items()}  # fmt: skip
     for row in tables.get("decisions", []):
         row["evidence"] = json.loads(row["evidence"])
     for table in ("requests", "decisions"):
@@ -90,6 +94,9 @@ def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[st
         found["points"] = {_settings(point["settings"]): digest(point) for point in summary["points"]}
     if "designs" in tables:
         found["designs"] = [digest(_defined(row)) for row in tables["designs"]]
+    if "fleets" in tables:
+        found["fleets"] = [digest(_defined(row)) for row in tables["fleets"]]
+        found["capacity"] = digest(summary["capacity"])
     found["concluded"] = digest({key: summary.get(key) for key in ("baseline", "gates", "verdict", "published")})
     return found
 

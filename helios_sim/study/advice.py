@@ -1,0 +1,248 @@
+"""The answer of a capacity plan: which fleet to take, what other cards and policies need, and what it hangs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from helios_sim.report import format as fmt
+from helios_sim.report.capacity import (
+    ATTAINMENT,
+    TIMES,
+    Advice,
+    CapacityResult,
+    FleetPlan,
+    Requirement,
+    Tried,
+    attainment_text,
+    load_in_words,
+    range_in_words,
+)
+from helios_sim.report.cautions import of_inputs
+from helios_sim.report.metrics import Slo
+from helios_sim.study.capacity_plan import CapacityPlan
+
+FULL_DEPTH = "full_depth"
+NEAR = 1.1  # times the planned load, below which a fleet has little room
+LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
+
+
+def advised_plan(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> FleetPlan | None:
+    """The cheapest fleet whose answers are good enough: by dollars where they are known, else by cards.
+
+    Among equals the one that changes fewer tokens, then the order of the cards and arms. None where there is none.
+    """
+    good = [it for it in plans if it.replicas is not None and _is_good(plan, it) and not _is_bound(plan, it)]
+    return min(good, key=_price, default=None)
+
+
+def _price(it: FleetPlan) -> tuple[float, ...]:
+    cards, agreement = float(it.cards or 0), None if it.at is None else it.at.metrics.get("agreement")
+    changed = 1 - agreement if isinstance(agreement, float) else 0.0
+    return (cards if it.usd_per_hour is None else it.usd_per_hour, cards, changed)
+
+
+def _is_good(plan: CapacityPlan, it: FleetPlan) -> bool:
+    agreement = None if it.at is None else it.at.metrics.get("agreement")
+    return not isinstance(agreement, float) or agreement >= 1 - plan.config.objective.max_disagreement
+
+
+def _is_bound(plan: CapacityPlan, it: FleetPlan) -> bool:
+    return any(option.is_bound for option in plan.options if option.arm == it.arm)
+
+
+def why_not(requirements: Sequence[Requirement], slo: Slo, at: Tried) -> str:
+    """What is missed with as many replicas as may be tried."""
+    missed = [it.metric for it in requirements if not it.kept(at.metrics)]
+    if ATTAINMENT in missed:  # and which of the SLOs are
+        times = [Requirement(f"{name}_p99", bound) for name in TIMES if (bound := getattr(slo, name)) is not None]
+        missed += [it.metric for it in times if not it.kept(at.metrics)]
+    said = [f"{fmt.label(name)} is {fmt.metric(name, at.metrics.get(name))}" for name in missed]
+    return f"with {at.replicas} replicas {' and '.join(said) or 'too many requests are dropped'}"
+
+
+def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Advice]) -> tuple[str, ...]:
+    """For each load the advised fleet, then the other cards and the other policies; then what was left out."""
+    found: list[str] = []
+    for load in plan.config.capacity.loads:
+        of_load = [it for it in plans if it.load == load]
+        advised = next((it for it in advice if it.plan.load == load), None)
+        if advised is None:
+            found.append(_none_fits(plan, of_load))
+        else:
+            found += [_take(advised), *_whole(plan, of_load, advised.plan), *_other_cards(plan, of_load, advised.plan)]
+        found += _policies(plan, of_load, advised)
+    if plan.without_exits is not None:
+        found.append(plan.without_exits)
+    cannot = dict.fromkeys(f"{it.arm} on {it.card} cannot run: {it.why_not}" for it in plans if it.at is None)
+    return (*found, *cannot)
+
+
+def _take(advice: Advice) -> str:
+    it, at = advice.plan, advice.plan.at
+    assert at is not None
+    said = [f"For {load_in_words(it.load, it.requests_per_s)} take {it.fleet} with {it.arm}{_by_seed(it)}"]
+    if it.usd_per_hour is not None:
+        tokens = at.metrics.get("usd_per_million_tokens")
+        per_token = f", USD {fmt.number(tokens)} per million output tokens" if isinstance(tokens, int | float) else ""
+        said.append(f"USD {it.usd_per_hour:,.2f} an hour{per_token}")
+    said.append(f"{attainment_text(at)} % of requests are inside all SLOs")
+    return f"{'; '.join(said)}. {_valid(advice)}"
+
+
+def _whole(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPlan) -> Iterator[str]:
+    """The cheapest fleet that changes no token, where the advised one changes some."""
+    whole = [it for it in plans if it.at is not None and it.at.metrics.get("agreement") == 1.0]
+    best = advised_plan(plan, whole)
+    if best is not None and chosen not in whole:
+        yield f"With every token as full depth gives it: {_in_short(best)}."
+
+
+def _in_short(it: FleetPlan) -> str:
+    price = "" if it.usd_per_hour is None else f" (USD {it.usd_per_hour:,.2f} an hour)"
+    return f"{it.fleet} with {it.arm}{_by_seed(it)}{price}"
+
+
+def _by_seed(it: FleetPlan) -> str:
+    if len(it.by_seed) < 2:
+        return ""
+    if all(number == it.replicas for number in it.by_seed):
+        return f" (under each of {len(it.by_seed)} seeds)"
+    return f" ({range_in_words(it.by_seed, 'more')} over single seeds)"
+
+
+def _valid(advice: Advice) -> str:
+    rate, by_seed = fmt.number(advice.valid_up_to_rps), advice.valid_by_seed
+    if advice.at_least:
+        return f"It serves at least {rate} requests/s within them; more was not tried."
+    over = ""
+    if len(by_seed) > 1:
+        same = all(it == advice.valid_up_to_rps for it in by_seed)
+        found = range_in_words(by_seed, "below the planned load")
+        over = f" (under each of {len(by_seed)} seeds)" if same else f" ({found} over single seeds)"
+    more = advice.valid_up_to_rps / advice.plan.requests_per_s - 1
+    return f"It serves up to {rate} requests/s within them{over}, {more * 100:.0f} % more than planned."
+
+
+def _other_cards(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPlan) -> Iterator[str]:
+    others = []
+    for card in dict.fromkeys(it.card for it in plans if it.card != chosen.card):
+        best = advised_plan(plan, [it for it in plans if it.card == card])
+        others.append((card, best))
+    if not others:
+        return
+    told = [f"no number of {card} that was tried" if best is None else _in_short(best) for card, best in others]
+    yield f"Other cards: {', '.join(told)}."
+    if chosen.usd_per_hour is None and chosen.cards:
+        limits = [
+            f"{_times(best.cards / chosen.cards)} {_one(card)}"
+            for card, best in others
+            if best is not None and best.cards is not None
+        ]
+        if limits:
+            yield (
+                "No prices were given (cost.usd_per_card_hour), so fewest cards were taken: the cheapest fleet as long "
+                f"as one {_one(chosen.card)} costs less than {' and than '.join(limits)}."
+            )
+
+
+def _times(factor: float) -> str:
+    return "one" if factor == 1 else f"{factor:.3g}"
+
+
+def _one(card: str) -> str:
+    """The name of one card of a group: h100-80gb of 4xh100-80gb."""
+    number, _, name = card.partition("x")
+    return name if number.isdigit() else card
+
+
+def _policies(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | None) -> Iterator[str]:
+    """What the other arms need on the advised card, or where there is none on each card."""
+    for card in [advice.plan.card] if advice is not None else []:
+        of_card = [it for it in plans if it.card == card and it.at is not None]
+        if len(of_card) < 2:
+            continue
+        least = f"{(1 - plan.config.objective.max_disagreement) * 100:.4g} %"
+        yield (
+            f"Policies on {card}, replicas and tokens equal to full depth's: {'; '.join(map(_needs, of_card))}. Fleets "
+            f"with less than {least} are not advised (objective.max_disagreement)."
+        )
+
+
+def _needs(it: FleetPlan) -> str:
+    assert it.at is not None
+    number = f"more than {it.at.replicas}" if it.replicas is None else str(it.replicas)
+    same = it.at.metrics.get("agreement")
+    return f"{it.arm} {number}" + (f", {fmt.in_unit(same, 'share')}" if isinstance(same, float) else "")
+
+
+def _none_fits(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> str:
+    """The best that was missed, card by card; a fleet whose answers differ too much is named too."""
+    tried = [it for it in plans if it.at is not None]
+    told = [
+        f"{it.arm} on {it.card}: {it.why_not}"
+        if it.replicas is None
+        else f"{it.arm} on {it.card}: enough with {it.fleet}, but too many tokens change"
+        for it in tried
+    ]
+    where = load_in_words(plans[0].load, plans[0].requests_per_s)
+    return f"No fleet of up to {plan.config.capacity.most_replicas} replicas serves {where}. {'; '.join(told)}."
+
+
+def reservations_of(result: CapacityResult) -> CapacityResult:
+    """The result with what its reader has to take care of."""
+    found = [*result.warnings, *of_inputs(result)]
+    if result.seeds == 1:
+        found.append(
+            "One seed: what other seeds would need is not known, and intervals hold within that run: name several in "
+            "seeds=[...]."
+        )
+    plans = [it for it in result.plans if it.at is not None and it.replicas is not None]
+    short = [it for it in plans if it.at is not None and _is_short(it.at)]
+    if short:
+        loads = ", ".join(dict.fromkeys(f"{it.load:g}x" for it in short))
+        found.append(
+            f"At {loads} arrivals last less than {LONG_ENOUGH} times as long as a request does: queues may not have "
+            "grown to what they come to. Plan with more seconds (capacity.seconds), or a longer trace."
+        )
+    outside = [it for it in plans if it.at is not None and (it.at.metrics.get("outside_grid_fraction") or 0) != 0]
+    if outside:
+        fleets = ", ".join(dict.fromkeys(f"{it.arm} on {it.card}" for it in outside))
+        found.append(f"{fleets}: some iterations were priced outside the profile's tables.")
+    for advice in result.advice:
+        if advice.valid_up_to_rps < NEAR * advice.plan.requests_per_s:
+            found.append(
+                f"At {advice.plan.load:g}x the advised fleet has little room: prices of a profile and forecasts of a "
+                "load are seldom within some per cent. One replica more is safer."
+            )
+    found += _out_of_order(result)
+    unknown = [card for card in result.cards if any(
+        it.card == card and it.at is not None and it.at.metrics.get("energy_j_per_char") is None
+        and it.at.metrics.get("requests_completed") for it in plans
+    )]  # fmt: skip
+    if unknown:
+        cards = ", ".join(unknown)
+        found.append(f"No energy of {cards}: the idle power is not known (a file of the card can state idle_w).")
+    return replace(result, warnings=tuple(dict.fromkeys(found)))
+
+
+def _is_short(at: Tried) -> bool:
+    span, e2e = at.metrics.get("span_s"), at.metrics.get("e2e_s_mean")
+    return isinstance(span, float) and isinstance(e2e, float) and span - e2e < LONG_ENOUGH * e2e
+
+
+def _out_of_order(result: CapacityResult) -> Iterator[str]:
+    """Where fewer replicas kept the SLOs, but others between them and the answer did not."""
+    for it in result.plans:
+        if it.replicas is None:
+            continue
+        fewer = [
+            tried.replicas for tried in result.tried
+            if tried.kept and (tried.load, tried.card, tried.arm) == (it.load, it.card, it.arm)
+            and tried.replicas < it.replicas
+        ]  # fmt: skip
+        if fewer:
+            yield (
+                f"{it.arm} on {it.card} at {it.load:g}x: {min(fewer)} replicas kept the SLOs and "
+                f"{it.replicas - 1} did not, so they are near their limit; the plan takes {it.replicas}."
+            )
