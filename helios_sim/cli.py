@@ -26,6 +26,7 @@ from helios_sim.config import (
     FIDELITY,
     FIDELITY_LIVE,
     FIDELITY_SILICON,
+    by_arm,
     check_choices,
     check_flags,
     given,
@@ -76,7 +77,7 @@ def run_command(command: list[str]) -> int:
     try:
         command = in_full(in_order(without_json(command)))
         check_flags(command)
-        command = whole_mixes(command)
+        command = whole_mixes(by_arm(command))
         logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
         register()
         GlobalHydra.instance().clear()

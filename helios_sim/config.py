@@ -95,19 +95,57 @@ def whole_mixes(command: Sequence[str], config_dir: str | Path | None = None) ->
     whole = {word: key for word, (key, _, value) in mixes.items() if value.lstrip().startswith("{")}
     if not whole:
         return list(command)
-    others = [word for word in command if _is_override(word) and word not in whole]
-    several = any(word in ("-m", "--multirun") for word in command)
-    kept = [word for word in others if not (several and "," in word)]  # values of a sweep name no tasks
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(conf_folder(), version_base=None):
-        settings = compose("config", [*kept, *_searched(next(reversed(config_dirs(command)), config_dir))])
+    settings = _composed(command, whole, config_dir)
     found = [f"+{word}" if word in whole else word for word in command]  # + lets it name tasks that are new
     for word, key in whole.items():
         value = OverridesParser.create().parse_override(word).value()
         names = OmegaConf.select(settings, key) or {}
         found += [f"~{key}.{name}" for name in names if isinstance(value, dict) and str(name) not in map(str, value)]
     return in_order(found)
+
+
+def by_arm(command: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """The command line, where words about arms that Hydra cannot read by name are words about all arms.
+
+    `arms.full_depth_opt-1.3b.model=X` becomes `arms={full_depth_opt-1.3b: {model: X}}`, which Hydra joins with what is
+    there; `~arms.NAME` sets the arm to null, which leaves it out. UserError where there is no such arm.
+    """
+    about = [word for word in command if _is_override(word) and _names_arm(word)]
+    if not about:
+        return list(command)
+    names = [str(name) for name in _composed(command, about, config_dir).arms]
+    return in_order([_of_arms(word, names) if word in about else word for word in command])
+
+
+def _names_arm(word: str) -> bool:
+    """Whether the word is about an arm with a name that Hydra's grammar takes for something else."""
+    key = word.partition("=")[0].lstrip("+~")
+    return key.startswith("arms.") and not re.fullmatch(r"arms(\.[A-Za-z_$][\w$-]*)+", key)
+
+
+def _of_arms(word: str, names: Sequence[str]) -> str:
+    key, _, value = word.partition("=")
+    path = key.lstrip("+~").removeprefix("arms.")
+    found = max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len, default=None)
+    if found is None or not re.fullmatch(r"[\w./$%*@?|+-]+", found):
+        fix = "a new one is +arms={NAME: {policy: ...}}"
+        raise UserError("arms", path, f"begins with the name of an arm: {', '.join(names) or 'there are none'}", fix)
+    parts = path.removeprefix(found).strip(".").split(".") if path != found else []
+    inner = "null" if word.startswith("~") else value
+    for part in reversed(parts):
+        inner = f"{{{part}: {inner}}}"
+    return f"{'+' if word.startswith('+') else ''}arms={{{found}: {inner}}}"
+
+
+def _composed(command: Sequence[str], left_out: Collection[str], config_dir: str | Path | None) -> DictConfig:
+    """The settings without these words, to see what an experiment names."""
+    others = [word for word in command if _is_override(word) and word not in left_out and not _names_arm(word)]
+    several = any(word in ("-m", "--multirun") for word in command)
+    kept = [word for word in others if not (several and "," in word)]  # values of a sweep name nothing
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_folder(), version_base=None):
+        return compose("config", [*kept, *_searched(next(reversed(config_dirs(command)), config_dir))])
 
 
 def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
@@ -124,7 +162,7 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
     check_flags([*command, *folder])
     register()
     try:
-        command = whole_mixes(command, config_dir)
+        command = whole_mixes(by_arm(command, config_dir), config_dir)
         with initialize_config_dir(conf_folder(), version_base=None):
             settings = compose("config", [*command, *_searched(config_dir)], return_hydra_config=True)
         choices = settings.hydra.runtime.choices

@@ -21,8 +21,9 @@ pytest.importorskip("numba")
 STUDIES = {
     "quickstart": ("+experiment=quickstart", "workload.n_requests=60", "pictures=false"),
     "drift": (
-        "+experiment=drift", "workload.n_requests=150", "sweeps=[]", "figures=[]", "seeds=[0]", "pictures=false",
-        "+exits.parameters.prompts_per_task=64",
+        "+experiment=drift", "workload.n_requests=100", "sweeps=[]", "figures=[]", "seeds=[0]", "pictures=false",
+        "+exits.parameters.prompts_per_task=64", "~arms.full_depth_opt-1.3b", "~arms.early_exit_opt-6.7b",
+        "~arms.static_cap_opt-1.3b", "~arms.static_cap_opt-6.7b", "~arms.helios_standby",
     ),
 }  # fmt: skip
 COMPILING = ("+experiment=quickstart", "workload.n_requests=2000", "pictures=false")

@@ -69,7 +69,11 @@ def test_what_is_said_and_written(command, tmp_path):
         assert any(line.split()[:1] == [arm] for line in lines)
     sentences = [line for line in lines if line.endswith(".")]
     assert len(sentences) == len(set(sentences))  # nothing is said twice
-    assert len(said.err.splitlines()) == len(said.summary["arms"])  # a line a job, no bar
+    # a line a job, no bar: each arm, and the pair at both ends of the profiles' band
+    assert [line.split(",")[0].split("] ")[1] for line in said.err.splitlines()] == [
+        "full_depth", "early_exit", "early_exit", "full_depth", "early_exit", "full_depth",
+    ]  # fmt: skip
+    assert said.err.count("times x 0.89") == said.err.count("times x 1.17") == 2
     assert said.err.startswith("[1/")
     assert "\x1b" not in said.err + said.out
     written = {path.name for path in folder.iterdir()}
@@ -238,7 +242,7 @@ def test_a_study_stopped_half_way_goes_on_where_it_was(helios, tmp_path, how):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert err.count("kept from before") == len(kept) == 2
-    assert finished(folder) == ["full_depth", "early_exit", "last"]
+    assert finished(folder) == ["full_depth", "early_exit", "last", *["last", "full_depth"] * 2]
     assert not (folder / "finished").exists()
 
     helios.monkeypatch.syspath_prepend(tmp_path)

@@ -161,3 +161,36 @@ def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
     several = command("-m", mix, "server.max_running_requests=8,16", "workload.n_requests=8", "pictures=false")
     assert several.status == 0
     assert set(several.summary["arms"]["helios"]["tasks"]) == {"gsm8k", "sharegpt"}
+
+
+DOTTED = ("workload.n_requests=5", "pictures=false", "profile_band=none")
+
+
+def test_arms_with_a_dot_in_their_name_are_set_and_left_out(command: CommandLine) -> None:
+    words = (
+        "arms.full_depth_opt-1.3b.model=opt-6.7b", "~arms.early_exit_opt-1.3b", "~arms.full_depth_opt-6.7b",
+        "+arms.full_depth_opt-1.3b.batch_limit=2",
+    )  # fmt: skip
+    done = command(*DOTTED, *words)
+    assert done.status == 0, done.err
+    assert list(done.summary["arms"]) == ["full_depth_opt-1.3b", "static_cap", "helios"]
+    assert done.summary["arms"]["full_depth_opt-1.3b"]["metrics"]["layers_per_token"] == 32.0
+    same = study_config("quickstart", *DOTTED, *words)
+    assert same.arms["full_depth_opt-1.3b"] == {"policy": "full_depth", "model": "opt-6.7b", "batch_limit": 2}
+    assert same.arms["early_exit_opt-1.3b"] is None
+
+
+@pytest.mark.parametrize(
+    "word", ["arms.full_depth_opt-1.2b.model=opt-6.7b", "~arms.nothing-1.3b", "+arms.a-1.3b.policy=helios"]
+)
+def test_an_arm_that_is_none_is_named_with_those_that_are(command: CommandLine, word: str) -> None:
+    done = command(*DOTTED, word)
+    assert done.status == 1
+    assert "begins with the name of an arm: full_depth_opt-1.3b, full_depth_opt-6.7b" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_baseline_cannot_be_left_out_without_another(command: CommandLine) -> None:
+    done = command(*DOTTED, "~arms.full_depth_opt-1.3b")
+    assert done.status == 1
+    assert "baseline" in done.err

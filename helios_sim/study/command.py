@@ -27,10 +27,10 @@ from helios_sim.study.assemble import assemble
 from helios_sim.study.inputs import inputs_of
 from helios_sim.study.jobs import Job, JobResult, run_job
 from helios_sim.study.modes import LIVE
-from helios_sim.study.runner import forget_jobs, job_lines, run_jobs
+from helios_sim.study.runner import forget_jobs, job_lines, journal_of, run_jobs
 from helios_sim.study.schema import Config
 from helios_sim.study.seeds import first_plan, settle
-from helios_sim.vary.runner import at_work_in, progress
+from helios_sim.vary.runner import Journal, at_work_in, progress
 
 LIBRARIES = ("numpy", "scipy", "simpy")
 
@@ -43,7 +43,8 @@ def run_study(config: Config, folder: Path) -> int:
 
         check_trace(plan)
     with at_work_in(folder):
-        settled = settle(plan, config, lambda jobs: _run_jobs(jobs, folder, config))
+        journal = journal_of(folder)
+        settled = settle(plan, config, lambda jobs: _run_jobs(jobs, journal, config))
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
         made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
@@ -58,10 +59,10 @@ def run_study(config: Config, folder: Path) -> int:
     return end(lambda: _show(result, ratios), folder, summary, result.gates)
 
 
-def _run_jobs(jobs: Sequence[Job], folder: Path, config: Config) -> dict[str, JobResult]:
+def _run_jobs(jobs: Sequence[Job], journal: Journal[JobResult], config: Config) -> dict[str, JobResult]:
     total = len({job.key for job in jobs})
     with progress(config.name, total, job_lines(total)) as on_done:
-        return run_jobs(jobs, folder, processes(config), on_done)
+        return run_jobs(jobs, journal, processes(config), on_done)
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:

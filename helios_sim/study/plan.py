@@ -90,6 +90,8 @@ def entries_of(config: Config) -> dict[str, Mapping[str, Any]]:
     """The arms by name, as settings have them, with the one that `policy` adds. UserError where an entry is no arm."""
     arms: dict[str, Mapping[str, Any]] = {}
     for name, entry in config.arms.items():
+        if entry is None:  # left out by the command line
+            continue
         if not isinstance(entry, Mapping):
             raise UserError(f"arms.{name}", entry, "a mapping with a policy and its settings", "write {policy: ...}")
         arms[str(name)] = entry

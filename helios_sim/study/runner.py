@@ -27,17 +27,22 @@ _In = TypeVar("_In")
 
 
 def run_jobs(
-    jobs: Sequence[Job], folder: Path, processes: int | None, on_done: OnDone[Job, JobResult]
+    jobs: Sequence[Job], journal: Journal[JobResult], processes: int | None, on_done: OnDone[Job, JobResult]
 ) -> dict[str, JobResult]:
-    """Results by job key. Jobs that `folder` already holds are read, not run; the order does not matter.
+    """Results by job key. Jobs that the journal already holds are read, not run; the order does not matter.
 
     `processes`: None for one a core, or none at all for a few jobs. Raises the first job's UserError; what was finished
-    before stays in the folder.
+    before stays in its folder.
     """
     tasks = [task_of((job,), {"arm": job.arm.name, "seed": job.seed}, job) for job in jobs]
     wanted = processes or ((os.cpu_count() or 1) if len({t.key for t in tasks}) >= JOBS_WORTH_A_POOL else 1)
     with closing(Workers(Place("processes", wanted, setting="jobs"))) as workers:
-        return run_tasks(_run, tasks, Journal(folder, _Columns()), workers, on_done)
+        return run_tasks(_run, tasks, journal, workers, on_done)
+
+
+def journal_of(folder: Path) -> Journal[JobResult]:
+    """The jobs that the folder holds."""
+    return Journal(folder, _Columns())
 
 
 def task_of(jobs: Sequence[Job], about: Mapping[str, Any], given: _In) -> Task[_In]:
@@ -67,7 +72,9 @@ def job_lines(total: int) -> OnDone[Job, JobResult]:
         done += 1
         how = "kept from before" if kept else f"{len(result.replicate.records)} requests in {result.wall_s:.1f} s"
         job = task.input
-        say(f"[{done}/{total}] {job.arm.name}, seed {job.seed}: {how}", sys.stderr)
+        factor = job.config.profile_time_factor
+        times = "" if factor == 1.0 else f", times x {factor:.3g}"
+        say(f"[{done}/{total}] {job.arm.name}, seed {job.seed}{times}: {how}", sys.stderr)
 
     return line
 

@@ -414,6 +414,7 @@ class Config:
     policy: dict[str, Any] | None = None  # one more arm: name and settings
     # By name: policy, its settings, and if wanted a description, overrides (of this configuration, by dotted path)
     # and a baseline of its own, for arms under other conditions than the study's.
+    # Null leaves one out.
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""  # an arm; "": the first
     subject: str | None = None  # the arm that the verdict is about; None: the last one

@@ -27,7 +27,7 @@ from helios_sim.request import NS_PER_S
 from helios_sim.study.build import build_profile
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import entries_of, jobs_of
-from helios_sim.study.runner import run_jobs
+from helios_sim.study.runner import journal_of, run_jobs
 from helios_sim.study.schema import Config
 from helios_sim.vary.runner import Task
 
@@ -139,7 +139,7 @@ def compared_cells(
     of them can be served in every pass.
     """
     full = _capacity_jobs(config, changes)
-    results = run_jobs(list(full.values()), folder, 1, _tell)
+    results = run_jobs(list(full.values()), journal_of(folder), 1, _tell)
     found = [Compared(cell) for cell in _cells(config, {arm: _capacity_per_s(results[full[arm].key]) for arm in full})]
     # everything once, then everything again: the noise that matters is that between moments as far apart as a profile
     # and what it predicts
@@ -292,11 +292,11 @@ def _pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> 
 def _with_pass(config: Config, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
     """Run one pass more, simulated also at the pace that the device had in the live run, where that is known."""
     jobs = _pair(config, so_far.cell, turn, changes)
-    results = run_jobs([jobs.simulated, jobs.live], folder, 1, _tell)
+    results = run_jobs([jobs.simulated, jobs.live], journal_of(folder), 1, _tell)
     live, paced = results[jobs.live.key], None
     if (notes := live.live) is not None and notes.pace is not None:
         job = jobs.paced(notes.pace, notes.prompt_pace)
-        paced = run_jobs([job], folder, 1, _tell)[job.key]
+        paced = run_jobs([job], journal_of(folder), 1, _tell)[job.key]
     return so_far.with_pass(Pass(results[jobs.simulated.key], live, paced))
 
 
