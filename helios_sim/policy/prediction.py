@@ -3,7 +3,7 @@
 Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
 they share iterations with decodes, and a request occupies its whole KV from the start (no preemption and no sharing is
 counted on). Where prefixes are cached, the share of prompts that was found lately is not computed: for every candidate,
-since another one finds as much when its cache is warm. What it takes to warm it is part of the way there (`transition`).
+since another one finds as much when its cache is warm; to warm it is part of the way there (`transition`).
 """
 
 from __future__ import annotations
