@@ -219,6 +219,8 @@ MISTAKES = [
     ("capacity.by=p42", ["capacity.by='p42'", "p95"]),
     ("capacity.by={ttft_s:p95}", ["capacity.by", "ttft_s, tpot_s"]),
     ("capacity.by=p95 capacity.attainment=0.9", ["capacity.attainment='0.9'", "does nothing here"]),
+    ("profile_band=none", ["does nothing here", "capacity plan"]),
+    ("trace=true", ["does nothing here", "capacity plan"]),
     ("capacity.most_replicas=0", ["capacity.most_replicas=0", "from 1"]),
     ("capacity.search=random", ["capacity.search='random'", "bisection"]),
     ("hardware=l40s", ["hardware='l40s'", "capacity.cards"]),

@@ -75,6 +75,10 @@ def _fault(kind: str) -> tuple[_Counts, str]:
     return lambda c: kind in c.workload.faults.strikes, f"only with {path}.at_s or {path}.rate_per_hour"
 
 
+_OF_ARMS: tuple[_Counts, str] = (
+    lambda c: _is_simulated(c) and not c.sweep.parameters and not _is_capacity(c),
+    "in a simulation of arms, not for designs or a capacity plan",
+)
 _OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
 # What counts beside published measurements, whose rows say everything else.
 OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "question", "hydra", "experiment")
@@ -83,15 +87,10 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "questi
 # By setting, or group of settings: where it counts, and how a message says that. Others always do.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
-    "trace": (
-        lambda c: _is_simulated(c) and not c.sweep.parameters and not _is_capacity(c),
-        "in a simulation of arms, not for designs or a capacity plan",
-    ),
+    "trace": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
-    "profile_band": (
-        lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms, not for designs",
-    ),
+    "profile_band": _OF_ARMS,
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
