@@ -2,8 +2,8 @@
 
 Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
 they share iterations with decodes, and a request occupies its whole KV from the start (no preemption and no sharing is
-counted on). Where prefixes are cached, the share of prompts that was found lately is not computed: for every candidate,
-since another one finds as much when its cache is warm; to warm it is part of the way there (`transition`).
+counted on). Where prefixes are cached, the share of prompts that was found lately is not computed. That holds for every
+candidate: another one finds as much when its cache is warm, and warming it is part of the way there (`transition`).
 """
 
 from __future__ import annotations
