@@ -15,8 +15,9 @@ from helios_sim.errors import UserError
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.study.modes import FidelityConfig, LinkConfig
 from helios_sim.validate.logs import read_log
-from helios_sim.validate.replay import Quantities, estimate, run_once
+from helios_sim.validate.replay import Quantities, Shared, estimate, run_once
 from helios_sim.validate.setup import set_up
+from helios_sim.workload.prefixes import SharedPrefixes
 from vllm_log import read_requests, write_log, write_requests
 
 EXPERIMENT = ("+experiment=fidelity_vllm", "fidelity.load_factors=[0.5,1.0]")
@@ -94,6 +95,20 @@ def test_what_is_queued_is_stamped_when_the_engine_looks(tmp_path: Path) -> None
     assert np.any(times.queued_ns > log.arrival_ns)
     assert np.all(times.queued_ns <= times.scheduled_ns)
     assert np.all(times.scheduled_ns < times.first_ns)
+
+
+def test_prompts_of_a_log_that_are_told_to_begin_alike_find_each_other(tmp_path: Path) -> None:
+    log = read_log(write_log(tmp_path / "log"))
+    setup = set_up(log, FidelityConfig())
+    alone = run_once(log, setup)
+    long = np.flatnonzero(log.prompt_tokens > 64)
+    rows = np.full(len(log), -1)
+    rows[long] = 0
+    together = run_once(log, setup, shared=Shared(SharedPrefixes.of([[(0, 64)]]), rows))
+    assert together.stats.prefix_cache_hits == 64 * (len(long) - 1)
+    assert alone.stats.prefix_cache_queries == 0
+    ttft_ns = [run.times.first_ns - run.times.queued_ns for run in (alone, together)]
+    assert ttft_ns[1].mean() < 0.95 * ttft_ns[0].mean()
 
 
 def test_terms_change_what_they_are_about(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.simulation import simulate
 from helios_sim.validate.logs import IntColumn, ServingLog, Times
 from helios_sim.validate.setup import Setup
+from helios_sim.workload.prefixes import SharedPrefixes
 
 TASK = "log"
 ROUNDS = 7
@@ -53,8 +54,21 @@ class Simulated:
     timeline: Timeline
 
 
-def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float = 1.0) -> Simulated:
-    """The log's requests on the setup's engine; arrivals `rate` times as fast. UserError where one cannot be served."""
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What prompts of a log have in common, which the log itself does not say."""
+
+    prefixes: SharedPrefixes
+    rows: IntColumn  # of each request: its row there, -1 for none
+
+
+def run_once(
+    log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float = 1.0, shared: Shared | None = None
+) -> Simulated:
+    """The log's requests on the setup's engine; arrivals `rate` times as fast. UserError where one cannot be served.
+
+    With `shared` prefixes are cached; without, only a preempted request finds its own blocks again.
+    """
     profile = setup.profile
     model, layers = profile.model.name, profile.model.n_layers
     trace = no_exits(profile.model)
@@ -73,6 +87,8 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         whole_prompts=setup.whole_prompts,
         prefix_caching=setup.prefix_caching,
         order=setup.order,
+        shares=shared is not None,
+        prefixes=None if shared is None else shared.prefixes,
     )
     starts: list[int] = []  # of iterations
     ends: list[int] = []
@@ -88,7 +104,7 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
         server.on_iteration = note
         return server
 
-    run = simulate(make_server, _blocks(log, rate), len(log), records.append, stepwise=True)
+    run = simulate(make_server, _blocks(log, rate, shared), len(log), records.append, stepwise=True)
     records.sort(key=lambda record: record.request_id)
     lost = [record for record in records if record.status is not Status.COMPLETED]
     if lost:
@@ -98,11 +114,11 @@ def run_once(log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float 
     return Simulated(stamped, times, run.stats, run.servers[0].timeline)
 
 
-def _blocks(log: ServingLog, rate: float) -> Iterator[RequestBlock]:
+def _blocks(log: ServingLog, rate: float, shared: Shared | None) -> Iterator[RequestBlock]:
     n = len(log)
-    none = np.zeros(n, np.int64)
+    none, rows = np.zeros(n, np.int64), np.full(n, -1, np.int64) if shared is None else shared.rows
     arrival_ns = all_to_ns(log.arrival_ns / rate, "arrivals", ns_per=1)
-    yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none, log.priority)
+    yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none, log.priority, rows)
 
 
 def _stamp(records: list[RequestRecord], starts: IntColumn, ends: IntColumn) -> tuple[Times, tuple[RequestRecord, ...]]:
