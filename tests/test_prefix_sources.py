@@ -84,6 +84,21 @@ def test_ids_that_are_none_are_refused(tmp_path: Path, ids) -> None:
         read_trace(trace_of(tmp_path, [{**ROWS[0], "hash_ids": ids}]), texts=True)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [(16, "about 4% of a usual prompt"), (1024, "request 1 of .* has 2 hash_ids for 1024 tokens"), (512, None)],
+)
+def test_ids_are_as_many_as_prompts_have_parts(tmp_path: Path, tokens: int, said: str | None) -> None:
+    trace = read_trace(trace_of(tmp_path, ROWS), texts=True)
+    workload = Workload(AllAtOnce(), TraceLengths(trace), TaskMix.single("text"), None, 1.0, id_tokens=tokens)
+    if said is None:
+        assert workload.prefixes is not None
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        _ = workload.prefixes
+    assert caught.value.key == "workload.lengths.id_tokens"
+
+
 def run(**settings):
     return simulate("own", "policy=full_depth", settings={**OWN, **settings})
 

@@ -308,6 +308,38 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
         device_of(str(path))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hbm_gb_per_s": 3.35}, "operations a byte"), ({"tflops": 0.989}, "operations a byte"),
+        ({"tflops": 989_000}, "operations a byte"), ({"hbm_gib": 81_559}, "at most 20 s"),
+        ({"fp8_tflops": 100}, "at least tflops"), ({"int8_tflops": 1.9}, "at least tflops"),
+        ({"load_gb_per_s": 5000}, "at most hbm_gb_per_s"), ({"link_gb_per_s": 9000}, "at most hbm_gb_per_s"),
+        ({"link_us": 1e-5}, "from 0.01"), ({"tdp_w": 0.7}, "from 10"), ({"name": "4xmine"}, "one card"),
+    ],
+)  # fmt: skip
+def test_a_figure_in_another_unit_is_refused(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    card = {"name": "mine", "hbm_gib": 80, "hbm_gb_per_s": 3350, "tflops": 989}
+    path = tmp_path / "card.yaml"
+    path.write_text(json.dumps(card))
+    assert device_of(str(path)).card.hbm_bytes == 80 * 2**30
+    path.write_text(json.dumps(card | change))
+    with pytest.raises(UserError, match=said):
+        device_of(str(path))
+
+
+def test_it_is_said_which_figures_of_a_link_are_the_file_s(tmp_path: Path) -> None:
+    path, card = tmp_path / "card.yaml", {"name": "mine", "hbm_gib": 80, "hbm_gb_per_s": 3350, "tflops": 989}
+    said = []
+    for more in ({}, {"link_us": 5}, {"link_gb_per_s": 100}, {"link_us": 5, "link_gb_per_s": 100}):
+        path.write_text(json.dumps(card | more))
+        said.append(device_of(str(path)).link.source.partition("; the other assumed"))
+    assert [first for first, *_ in said[1:]] == [
+        "link_us of card.yaml", "link_gb_per_s of card.yaml", "link_us and link_gb_per_s of card.yaml"
+    ]  # fmt: skip
+    assert [bool(rest) for _, rest, _ in said] == [False, True, True, False]
+
+
 def test_a_changed_config_or_card_is_another_input_of_a_study(tmp_path: Path, monkeypatch) -> None:
     """So that a resumed run starts anew: whatever the path begins with, and for a kind's own group of cards."""
     from helios_sim.study.inputs import made_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_a_unit_in_doubt_is_asked_for_with_its_reason(
     assert any("lengths only" in notice for notice in trace.notices)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"priority": 3}, "line 1, column priority=None"), ({"hash_ids": [1]}, "column hash_ids=None"),
+        ({"note": "x"}, None), ({"note": [1, {"a": 2}]}, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("between", ["", '{"arrival_s": 1, "prompt_tokens": 5, "output_tokens": 4, "note": 7}\n'])
+def test_what_only_later_lines_hold_is_read_or_named(
+    tmp_path: Path, between: str, more: dict, said: str | None
+) -> None:
+    """`between`: a cell of another type, so that no reader of tables infers its column."""
+    row = {"arrival_s": 1, "prompt_tokens": 5, "output_tokens": 4}
+    text = f"{json.dumps(row)}\n{between}{json.dumps(row | more)}\n"
+    path = written(tmp_path, "t.jsonl", text)
+    if said is None:
+        assert "t.jsonl: not read: note" in read_trace(path, texts=True).notices
+        return
+    with pytest.raises(UserError, match=said):
+        read_trace(path, texts=True)
+
+
 @pytest.mark.parametrize(("unit", "ns"), [("s", 10**9), ("ms", 10**6), ("us", 1000), ("ns", 1)])
 def test_a_setting_says_the_unit(tmp_path: Path, unit: str, ns: int) -> None:
     file = written(tmp_path, "t.jsonl", "".join(JSON.replace("0", str(i), 1) for i in range(9)))
@@ -174,7 +197,9 @@ def test_a_setting_says_the_unit(tmp_path: Path, unit: str, ns: int) -> None:
         (HEADER + "0,1,1\n", "ms", r"time_unit='ms': arrival_s is in s"),
         (DATED + "2024-05-10 00:00:00,1,1\n", "s", r"column TIMESTAMP='2024-05-10 00:00:00': numbers in s"),
         (HEADER + "0,1,1\n", "minutes", "time_unit='minutes': null or one of s, ms, us, ns"),
-        (DATED + "2024-05-10T00:00:00Z,1,1\n2024-05-10T00:00:01,1,1\n", None, "cannot be read"),
+        (DATED + "2024-05-10T00:00:00Z,1,1\n2024-05-10T00:00:01,1,1\n", None, "line 3.*with an offset"),
+        (DATED + "2024-05-10 00:00:00.1234567891,1,1\n", None, "line 2.*a date and time"),
+        ("timestamp,prompt_tokens,output_tokens\n1700000000,1,1\n1700000001000,1,1\n", None, "line 3.*first line's"),
         ("arrival_s,prompt_tokens,output_tokens,total_tokens\n0,5,5,10\n1,5,5,11\n", None, r"request 2, .*=11.*5 \+ 5"),
     ],
 )

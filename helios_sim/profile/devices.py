@@ -32,6 +32,8 @@ from helios_sim.untrusted import Fields, parse_yaml, read_text, reading
 DEGREES = (1, 2, 4, 8)  # cards of a group: for which all-reduces were measured
 _GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
+_FLOPS_PER_BYTE = (1.0, 5_000.0)  # of a card's memory: a CPU has some 5, a B300 some 300
+_READ_S = 20.0  # all of a device's memory once: 2 TB at 100 GB/s, as a host has
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
     "source", "fp8_tflops", "int8_tflops", "fp4_tflops",
@@ -125,7 +127,7 @@ def _own_card(path: Path, key: str) -> Device:
         hbm_bytes=round(fields.number("hbm_gib", 0.1, 1e6) * 2**30),
         hbm_bytes_per_s=fields.number("hbm_gb_per_s", 1, 1e6) * 1e9,
         flops_per_s=fields.number("tflops", 0.01, 1e6) * 1e12,
-        tdp_w=fields.maybe("tdp_w", 1, 1e5),
+        tdp_w=fields.maybe("tdp_w", 10, 1e5),
         idle_w=fields.maybe("idle_w", 0, 1e5),
         source=fields.text("source", default=f"{path.name}, as its author describes the card"),
         fp8_flops_per_s=_per_s(fields.maybe("fp8_tflops", 0.01, 1e6)),
@@ -133,13 +135,46 @@ def _own_card(path: Path, key: str) -> Device:
         fp4_flops_per_s=_per_s(fields.maybe("fp4_tflops", 0.01, 1e6)),
     )
     link = Link(
-        fields.number("link_us", 0, 1e6, PCIE_LINK.latency_s * 1e6) / 1e6,
+        fields.number("link_us", 0.01, 1e6, PCIE_LINK.latency_s * 1e6) / 1e6,
         fields.number("link_gb_per_s", 0.1, 1e5, PCIE_LINK.bytes_per_s / 1e9) * 1e9,
-        f"link_us and link_gb_per_s of {path.name}" if fields.has("link_gb_per_s") else PCIE_LINK.source,
+        _said_of_link(fields, path),
     )
-    load = fields.number("load_gb_per_s", 0.01, 1e5, 25.0) * 1e9
+    load = fields.number("load_gb_per_s", 0.01, 1e5, min(25.0, spec.hbm_bytes_per_s / 1e9)) * 1e9
     fields.refuse_rest(f"only {', '.join(_KEYS)} are read")
+    if group_of(spec.name)[0] != 1:
+        raise fields.wrong("name", spec.name, "a name of one card: several are hardware=4xFILE")
+    _check_units(fields, spec)
     return Device(spec, link, load)
+
+
+def _check_units(fields: Fields, card: HardwareSpec) -> None:
+    """UserError where figures of one card do not go together, as when one of them is in another unit."""
+    flops_per_byte = card.flops_per_s / card.hbm_bytes_per_s
+    if not _FLOPS_PER_BYTE[0] <= flops_per_byte <= _FLOPS_PER_BYTE[1]:
+        told = f"{card.flops_per_s / 1e12:g} TFLOP/s beside {card.hbm_bytes_per_s / 1e9:g} GB/s"
+        low, high = _FLOPS_PER_BYTE
+        allowed = f"from {low:g} to {high:g} operations a byte (an H100 has 295), not {flops_per_byte:.3g}"
+        raise fields.wrong("tflops", told, allowed)
+    if card.hbm_bytes / card.hbm_bytes_per_s > _READ_S:
+        told = f"{card.hbm_bytes / 2**30:g} GiB beside {card.hbm_bytes_per_s / 1e9:g} GB/s"
+        took = f"it takes {card.hbm_bytes / card.hbm_bytes_per_s:.3g} s (an H100 26 ms)"
+        raise fields.wrong("hbm_gib", told, f"memory that is read in at most {_READ_S:g} s; {took}")
+    for name in ("fp8_tflops", "int8_tflops", "fp4_tflops"):
+        if fields.has(name) and fields.value(name) * 1e12 < card.flops_per_s:
+            allowed = "at least tflops; left out where the card has no units for it"
+            raise fields.wrong(name, fields.value(name), allowed)
+    for name in ("load_gb_per_s", "link_gb_per_s"):
+        if fields.has(name) and fields.value(name) * 1e9 > card.hbm_bytes_per_s:
+            raise fields.wrong(name, fields.value(name), "at most hbm_gb_per_s")
+
+
+def _said_of_link(fields: Fields, path: Path) -> str:
+    """Where its two figures are from."""
+    given = [name for name in ("link_us", "link_gb_per_s") if fields.has(name)]
+    if not given:
+        return PCIE_LINK.source
+    told = f"{' and '.join(given)} of {path.name}"
+    return told if len(given) == 2 else f"{told}; the other {PCIE_LINK.source}"
 
 
 def _per_s(tera: float | None) -> float | None:

@@ -73,9 +73,11 @@ _SUFFIXES = {
     CellFormat.MICROSECONDS: ("us", "micros", "microseconds"),
     CellFormat.NANOSECONDS: ("ns", "nanos", "nanoseconds"),
 }  # fmt: skip
-_OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "session_id", "user", "user_id", "pd_ratio"}
+_OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "user", "user_id", "pd_ratio"}
 HASH_IDS = ("hash_ids", "block_hash_ids")
-_EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each")
+_EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
+    ("session_id", "conversation_id", "chat_id"), "what the turns of a session share is computed anew for each"
+)
 _EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
 MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
 
@@ -240,10 +242,10 @@ def _number(cell: Any) -> float | None:
 
 
 def _is_date(cell: str) -> bool:
-    """Python's own parser knows six digits of a second, Azure writes seven."""
-    text = re.sub(r"(\.\d{6})\d{1,3}", r"\1", cell.strip().strip('"'))
+    """Python's own parser knows six digits of a second, Azure writes seven, and the reader of tables nine."""
+    text = re.sub(r"(\.\d{6})\d{1,3}(?!\d)", r"\1", cell.strip().strip('"'))
     try:
         datetime.fromisoformat(text)
     except ValueError:
         return False
-    return len(text) > 5
+    return len(text) > 5 and re.search(r"\.\d{10}", text) is None

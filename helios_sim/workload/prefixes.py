@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 
 from helios_sim.core.layout import IntArray
-from helios_sim.errors import require_count
+from helios_sim.errors import UserError, require_count
 from helios_sim.workload.lengths import Length
 from helios_sim.workload.traces import RequestTrace
 
@@ -39,14 +39,31 @@ class SharedPrefixes:
 
     @classmethod
     def of_trace(cls, trace: RequestTrace, id_tokens: int, chars_per_token: float) -> SharedPrefixes | None:
-        """The ids of each row of a trace, each so many tokens of a prompt; None where it has none."""
+        """The ids of each row of a trace, each so many tokens of a prompt; None where it has none.
+
+        UserError where the ids of a prompt are more than its tokens hold, or most are about less than half of them.
+        """
         texts = trace.texts
         if texts is None:
             return None
         counts = np.diff(texts.starts)
+        _check_ids(trace, counts, id_tokens)
         place = np.arange(len(texts.ids)) - np.repeat(texts.starts[:-1], counts)
         ends = np.minimum((place + 1) * id_tokens, np.repeat(trace.prompt_tokens, counts))
         return cls(texts.starts, texts.ids, np.rint(ends * chars_per_token).astype(np.int64))
+
+
+def _check_ids(trace: RequestTrace, counts: IntArray, id_tokens: int) -> None:
+    key, fix = "workload.lengths.id_tokens", "set it to the tokens of each of the trace's hash_ids"
+    many = np.flatnonzero(counts > -(-trace.prompt_tokens // id_tokens))
+    if many.size:
+        row = int(many[0])
+        told = f"{counts[row]} hash_ids for {trace.prompt_tokens[row]} tokens"
+        raise UserError(key, id_tokens, f"request {row + 1} of {trace.source} by arrival has {told}", fix)
+    covered = float(np.median(counts * id_tokens / trace.prompt_tokens))
+    if covered < 0.5:
+        told = f"the ids of {trace.source} would be about {covered:.0%} of a usual prompt"
+        raise UserError(key, id_tokens, f"at least half of it: {told}", fix)
 
 
 @dataclass(frozen=True, slots=True)

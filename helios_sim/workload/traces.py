@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +49,7 @@ MOST_BYTES = 2048 * MIB  # of text
 _DROP = "correct or remove the line"
 _UNANSWERED = "leave out requests that got no answer; BurstGPT has files without them, BurstGPT_without_fails_*.csv"
 _FIX = "correct the file, or choose another one"
+_OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
 
 
@@ -168,7 +171,23 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
             "workload.trace", file.name, f"lengths in tokens; {texts[0]} holds texts, as in ShareGPT, and no lengths",
             "count them with the model's tokenizer and write a table with prompt_tokens and output_tokens",
         )  # fmt: skip
-    return list(row), row
+    return list(dict.fromkeys((*row, *_keys(file)))), row
+
+
+def _keys(file: _File) -> list[str]:
+    """The names in all lines of JSON; those of a line that is damaged are left to the reader of its values."""
+    import pyarrow as pa
+    import pyarrow.json
+
+    try:
+        return list(pa.json.read_json(pa.BufferReader(file.content)).schema.names)
+    except (pa.ArrowException, OSError):  # cells of one name that differ in type are no matter if nothing reads them
+        found: dict[str, None] = {}
+        for line in file.lines:
+            with suppress(ValueError, RecursionError):
+                row = parse_json(line) if line.strip() else {}
+                found |= dict.fromkeys(row if isinstance(row, dict) else ())
+        return list(found)
 
 
 def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) -> pa.Table:
@@ -305,7 +324,26 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], why: str)
                 place = f"{file.name}, line {line}, column {column.name}"
                 unanswered = column.role is Role.OUTPUT and str(cell) in ("0", "0.0")
                 raise UserError(place, shortened(cell), ALLOWED[column.format], _UNANSWERED if unanswered else _DROP)
+    for column in columns:
+        if column.role is Role.ARRIVAL:
+            _refuse_others(file, column)
     raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
+
+
+def _refuse_others(file: _File, column: TraceColumn) -> None:
+    """UserError for the first arrival that is written otherwise than the first of all, or lies far from it."""
+    first = None
+    for line, cells in _rows(file):
+        cell = str(cells[column.name]).strip('"')
+        first = cell if first is None else first
+        if column.format is CellFormat.DATE:
+            alike = bool(_OFFSET.search(cell)) == bool(_OFFSET.search(first))
+            allowed = "with an offset from UTC in every line, or in none"
+        else:
+            alike = abs(float(cell) - float(first)) * NS_PER[column.format] <= LATEST_NS
+            allowed = f"within {LATEST_NS / NS_PER[column.format]:.3g} {column.format} of the first line's, {first}"
+        if not alike:
+            raise UserError(f"{file.name}, line {line}, column {column.name}", shortened(cell), allowed, _DROP)
 
 
 def _rows(file: _File) -> Iterator[tuple[int, Mapping[str, Any]]]:
