@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helios_sim.api import study_config
-from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s
+from helios_sim.api import simulate, study_config
+from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, outlasts, served_per_s
 from helios_sim.report.compare import Ratio
 from helios_sim.report.figures.arms import timeline_drawings
 from helios_sim.report.intervals import Method, mean_bounds
@@ -105,12 +105,13 @@ def test_without_an_interval_several_seeds_neither_help_nor_hurt(result: Experim
     assert "(no interval over 2 seeds)" in said[0]
 
 
-def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResult) -> None:
+def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResult, monkeypatch) -> None:
+    monkeypatch.setattr("helios_sim.report.cautions.outlasts", lambda records: True)
     arms = {**result.arms, "static_cap_opt-1.3b": with_dropped(result.arms["static_cap_opt-1.3b"], 2, "no room")}
     lossy = replace(result, arms=arms, workload=replace(result.workload, offered_requests_per_s=1e6))
     said = " ".join(answer(lossy))
     assert "dropped, most often: no room" in said
-    assert "every arm is saturated" in said
+    assert "every arm is saturated, so their times grow" in said
     assert "fitted to published statistics" in said
 
 
@@ -156,6 +157,49 @@ def test_a_short_run_that_keeps_up_is_not_called_saturated() -> None:
     served = served_per_s(records)
     assert served is not None
     assert served >= NEAR_SATURATION * 4.0
+
+
+@pytest.mark.parametrize(("longest_s", "behind"), [([1, 9, 1, 1, 1, 1, 1, 8], False), ([1, 2, 3, 4, 5, 6, 7, 8], True)])
+def test_a_long_request_that_comes_last_is_no_sign_of_saturation(longest_s: list[int], behind: bool) -> None:
+    """One request a second: of the first half, one took longer than what came last, or each longer than before."""
+    records = Records.of(
+        replace(record, arrival_ns=n * 10**9, scheduled_ns=n * 10**9, first_token_ns=n * 10**9 + 1,
+                last_token_ns=(n + longest_s[n]) * 10**9, request_id=n)
+        for n, record in enumerate(completed(8))
+    )  # fmt: skip
+    assert outlasts(records) is behind
+
+
+def test_a_busy_server_whose_requests_do_not_wait_is_not_near_saturation(result: ExperimentResult) -> None:
+    arm = result.arms["helios"]
+    for queue_s, said in ((0.001, False), (0.2, True)):
+        metrics = {"busy_fraction": 1.0, "queue_s_mean": queue_s, "e2e_s_mean": 1.0}
+        runs = tuple(replace(run, metrics={**run.metrics, **metrics}) for run in arm.replicates)
+        texts = cautions(replace(result, arms={"helios": replace(arm, replicates=runs)}, baseline="helios"))
+        assert any("near saturation" in text for text in texts) is said
+
+
+def test_no_arm_is_the_best_over_a_few_requests_or_beside_its_twin() -> None:
+    few = simulate("quickstart", settings={"workload.n_requests": 3})
+    assert few.verdict[0].startswith("Too few requests")
+    assert not any("Best of" in sentence for sentence in few.verdict)
+    twins = simulate(
+        "own", "+arms.a.policy=full_depth", "+arms.b.policy=full_depth", "subject=b",
+        settings={"models": ["opt-1.3b"], "exits.source": "none", "workload.n_requests": 25},
+    )  # fmt: skip
+    (best,) = [sentence for sentence in twins.verdict if sentence.startswith("Best of")]
+    assert best.endswith(", as b, full_depth.")
+
+
+def test_lengths_are_those_of_what_was_answered() -> None:
+    dropped = simulate(
+        "own", "policy=full_depth",
+        settings={"models": ["opt-1.3b"], "exits.source": "none", "workload.n_requests": 9,
+                  "workload.lengths.prompt.minimum": 3000, "workload.lengths.prompt.maximum": 4000},
+    )  # fmt: skip
+    facts = dict(dropped.workload.facts)
+    assert facts["output tokens of the 0 completed"] == "none"
+    assert facts["prompt tokens"].startswith("mean 3000")
 
 
 def completed(n: int) -> list[Any]:

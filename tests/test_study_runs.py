@@ -98,7 +98,7 @@ def test_requests_that_never_fit_are_a_result_and_it_says_why(helios, tmp_path):
     said = helios(*write_study(tmp_path, text))
     assert said.status == 0
     assert "all 12 requests were dropped, most often: " in said.out
-    assert "; it has no times" in said.out
+    assert "; there are no times" in said.out
     metrics = said.summary["arms"]["early_exit"]["metrics"]
     assert (metrics["requests_dropped"], metrics["requests_completed"], metrics["e2e_s_mean"]) == (12, 0, None)
 

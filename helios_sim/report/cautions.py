@@ -16,6 +16,7 @@ from helios_sim.request import NS_PER_S, Status
 
 MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
+WAITING = 0.05  # of its time in the system that a request waits on average, from which a busy server is called full
 
 
 def cautions(result: ExperimentResult) -> list[str]:
@@ -58,7 +59,8 @@ def reservations(result: ExperimentResult) -> list[str]:
     saturated = [arm.name for arm in result.arms.values() if _saturation(arm, offered) is not None]
     if saturated:
         who = "every arm is" if len(saturated) == len(result.arms) > 1 else f"{', '.join(saturated)} {_be(saturated)}"
-        found.append(f"{who} saturated, so its times grow with the length of the run")
+        times = "their" if len(saturated) > 1 else "its"
+        found.append(f"{who} saturated, so {times} times grow with the length of the run")
     published, stated = _published(result), _stated(result)
     if published:
         found.append(f"{', '.join(published)} {_be(published)} fitted to published statistics")
@@ -122,7 +124,7 @@ def _lost(arm: ArmResult) -> list[str]:
         reasons.pop(None, None)
         text = f"{_of_all(dropped, requests)} dropped"
         text += f", most often: {reasons.most_common(1)[0][0]}" if reasons else ""
-        text += "; it has no times." if dropped == requests else "; all reasons are in requests.parquet."
+        text += "; there are no times." if dropped == requests else "; all reasons are in requests.parquet."
         found.append(text)
     if unfinished:
         found.append(f"{_of_all(unfinished, requests)} still in the system when the run was stopped.")
@@ -149,7 +151,7 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
             f"served {served:.3g} of {taken_per_s:.3g} requests/s that it took in: it is saturated, and its latencies "
             "grow with the length of the run."
         )
-    elif isinstance(busy, float) and busy >= NEAR_SATURATION:
+    elif isinstance(busy, float) and busy >= NEAR_SATURATION and _waits(arm):
         found.append(
             f"it is near saturation, busy {busy:.1%} of the time: how long requests wait depends much on the profile's "
             "error, and a run with profile_time_factor=1.01 says how much."
@@ -169,14 +171,33 @@ def kept_up_to_rps(result: ExperimentResult, arms: Iterable[str]) -> float | Non
     return min([offered, *(found[0] for found in saturations if found is not None)])
 
 
+def _waits(arm: ArmResult) -> bool:
+    """Whether requests wait: a server of few requests is busy too as long as one of them runs."""
+    queue_s, e2e_s = arm.metrics.get("queue_s_mean"), arm.metrics.get("e2e_s_mean")
+    return isinstance(queue_s, float) and isinstance(e2e_s, float) and queue_s >= WAITING * e2e_s
+
+
 def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, float] | None:
     """Requests/s that the arm served and that it took in, first seed, where it could not keep up; else None."""
     records = arm.replicates[0].records
     served = served_per_s(records)
     taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
-    if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s:
+    if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s or not outlasts(records):
         return None
     return served, taken_per_s
+
+
+def outlasts(records: Records) -> bool:
+    """Whether the last completion is later after the last arrival than any request of the first half took.
+
+    A short run ends late because one long request came last; one that is behind its arrivals ends later than that.
+    """
+    done = records.completed
+    arrival_ns, e2e_ns = records.arrival_ns[done], records.e2e_ns()
+    if len(e2e_ns) < 2:
+        return False
+    first = np.argsort(arrival_ns, kind="stable")[: len(e2e_ns) // 2]
+    return int((arrival_ns + e2e_ns).max() - arrival_ns.max()) > int(e2e_ns[first].max())
 
 
 def served_per_s(records: Records) -> float | None:

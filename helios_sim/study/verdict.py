@@ -37,12 +37,17 @@ def verdict(
     who is best. Brackets are 95 % intervals, over the seeds or within the only run.
 
     `comparable` are the arms under the subject's conditions: only among those is a best one named, and of them only
-    among those that completed what they were asked. `why_so_many`: of seeds=auto, why there are no more seeds.
+    among those that completed what they were asked, and enough of it. `why_so_many`: of seeds=auto, why there are no
+    more seeds.
     """
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
     metrics = result.arms[subject].metrics
-    comparable = [arm for arm in comparable if lost_share(result.arms[arm]) <= MOST_LOST]
+    comparable = [
+        arm
+        for arm in comparable
+        if lost_share(result.arms[arm]) <= MOST_LOST and completed(result.arms[arm]) >= FEWEST_REQUESTS
+    ]
     care = reservations(result)
     sentences.append(f"Read with care: {'; '.join(care)}." if care else "")
     sentences.append(_where_off(result, subject, name))
@@ -237,7 +242,10 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
     sentence = f"Best of the arms{where} in {DEFINITIONS[name].label}: {best} with {_figure(result, best, name)}"
     runs = [[(it.records, it.metrics) for it in result.arms[arm].replicates] for arm in (best, rival)]
     ratio = compare(*runs).get(name)
-    if ratio is not None and side_of(ratio) == 0:
+    if real[best] == real[rival]:
+        alike = [arm for arm in real if real[arm] == real[best] and arm != best]
+        sentence += f", as {', '.join(alike)}"
+    elif ratio is not None and side_of(ratio) == 0:
         sentence += f", not clearly ahead of {rival}"
     bounds = [arm for arm in values if result.arms[arm].is_bound]
     return f"{sentence}; the oracle reaches {_figure(result, bounds[0], name)}." if bounds else f"{sentence}."
@@ -301,9 +309,14 @@ def offered_requests_per_s(config: Config) -> float | None:
 def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], ...]:
     """Lengths and mix as they were served."""
     facts = []
-    for label, tokens in (("prompt tokens", records.prompt_tokens), ("output tokens", records.output_tokens)):
-        p50, p95, p99 = np.percentile(tokens, (50, 95, 99))
-        facts.append((label, f"mean {tokens.mean():.0f}, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"))
+    done = records.completed
+    answered = "" if done.all() else f" of the {int(done.sum()):,} completed"
+    for label, tokens in (
+        ("prompt tokens", records.prompt_tokens), (f"output tokens{answered}", records.output_tokens[done])
+    ):  # fmt: skip
+        p50, p95, p99 = np.percentile(tokens, (50, 95, 99)) if len(tokens) else (0, 0, 0)
+        told = f"mean {tokens.mean():.0f}, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}" if len(tokens) else "none"
+        facts.append((label, told))
     shares = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.tasks.items())
     facts.append(("task shares", shares))
     if config.workload.mix.after:
