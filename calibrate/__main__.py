@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,21 +20,24 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from helios_sim.config import check_flags, given, in_words, leave_no_trace
+from helios_sim.config import check_flags, given, in_words, leave_no_trace, typed
 from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.report.terminal import without_json
 from helios_sim.streams import open_streams
+from helios_sim.vary.settings import known_settings
+from helios_sim.words import look_at_files, readable
 
 
 def register() -> None:
+    look_at_files()
     ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
     ConfigStore.instance().store(name="campaign_schema", node=CampaignConfig)
 
@@ -43,13 +47,8 @@ def to_config(
     arguments: Sequence[str] = (),
     schema: type[CalibrateConfig | CampaignConfig] = CalibrateConfig,
 ) -> CalibrateConfig | CampaignConfig:
-    """The settings as the schema's dataclass. Raises UserError for a value of the wrong type or out of range."""
-    try:
-        config = OmegaConf.to_object(settings)
-    except OmegaConfBaseException as error:
-        raise in_words(error, arguments, schema) from error
-    assert isinstance(config, schema)
-    return config
+    """The settings as the schema's dataclass. UserError for a name, a type or a value that cannot be."""
+    return typed(settings, schema, arguments)
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
@@ -61,7 +60,13 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     flags = [a for a in arguments if a not in overrides]
     overrides = [a.removeprefix("+") if a.startswith("+task=") else a for a in overrides]
     chosen = given("model", overrides)
-    if chosen is not None and not chosen.startswith("{"):
+    if chosen is not None and "," in chosen and any(flag in ("-m", "--multirun") for flag in flags):
+        names = [SHORT_NAMES.get(each, each) for each in chosen.split(",")]
+        if not {*names} <= {*SHORT_NAMES.values()}:
+            allowed = f"with -m, several of {', '.join(SHORT_NAMES.values())}"
+            raise UserError("model", chosen, allowed, "calibrate others one at a time, each with its out=FOLDER")
+        overrides = [a for a in overrides if not a.startswith("model=")] + [f"model.name={','.join(names)}"]
+    elif chosen is not None and not chosen.startswith("{"):
         overrides = [a for a in overrides if not a.startswith("model=")]
         name = SHORT_NAMES.get(chosen, chosen)
         if name in SHORT_NAMES.values():
@@ -137,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in command:
             print(f"calibrate {helios_sim.__version__}")
             return 0
-        command = in_full(without_json(command))
+        command = readable(in_full(without_json(command)), known_settings(schema))
         check_flags(command, "calibrate")
         register()
         GlobalHydra.instance().clear()
@@ -181,7 +186,8 @@ def _how_to_resume(command: Sequence[str], folder: Path | None) -> str:
     if folder is None:
         return "nothing was measured yet"
     words = [word for word in command if not word.startswith(("out=", "hydra.run.dir="))]
-    return f"finished stages are kept; go on with: python -m calibrate {' '.join([*words, f'out={folder}'])}"
+    again = shlex.join(["python", "-m", "calibrate", *words, f"out={folder}"])
+    return f"finished stages are kept; go on with: {again}"
 
 
 def _fail(error: UserError, which: str = "") -> int:

@@ -105,6 +105,9 @@ def run_command(command: list[str]) -> int:
     finally:
         for folder in refused:
             leave_no_trace(folder)
+    if not started and any(word in ("-m", "--multirun") for word in command):
+        word = next((word for word in command if "glob(" in word), "-m")
+        return _fail(UserError("argument", word, "no value that is there, so there is no study", "name values: a,b"))
     return status
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -27,8 +28,10 @@ from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.effects import check_effect
 from helios_sim.study.schema import Config
-from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting
-from helios_sim.words import check_files, readable, unreadable
+from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting, wrong_type
+from helios_sim.words import look_at_files, readable, unreadable
+
+_Schema = TypeVar("_Schema")
 
 OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
@@ -45,6 +48,7 @@ BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before a
 
 
 def register() -> None:
+    look_at_files()
     ConfigStore.instance().store(name="config_schema", node=Config)
 
 
@@ -53,7 +57,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 
     `server.preset=X` adds a file of conf/engine, above what an experiment says.
 
-    UserError for words, or files in folders of settings, that would run code.
+    UserError for words that would run code.
     """
     found = []
     for argument in arguments:
@@ -65,7 +69,6 @@ def in_full(arguments: Sequence[str]) -> list[str]:
         elif equals and key == PRESET:
             argument = f"+{ENGINE}={value}"
         found.append(argument)
-    check_files(found)
     return readable(found, known_settings(Config))
 
 
@@ -158,7 +161,6 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
     flags = [word for word in command if word.startswith("-")]
     if flags:
         raise UserError("argument", flags[0], "only settings, key=value", "leave it out")
-    check_files(folder)
     check_flags([*command, *folder])
     register()
     try:
@@ -212,14 +214,23 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
+    return typed(settings, Config, arguments)
+
+
+def typed(settings: DictConfig, schema: type[_Schema], arguments: Sequence[str]) -> _Schema:
+    """The settings as the schema's dataclass. UserError for a name, a type or a value that cannot be."""
     try:
-        name = unknown_setting(Config, OmegaConf.to_container(settings))
+        name = unknown_setting(schema, OmegaConf.to_container(settings))
         if name is not None:
-            raise _wrong(name, OmegaConf.select(settings, name), "", arguments)
+            raise _wrong(name, OmegaConf.select(settings, name), "", arguments, schema)
+        wrong = wrong_type(schema, OmegaConf.to_container(settings, resolve=True))
+        if wrong is not None:
+            key, value, hint = wrong
+            raise UserError(key, value, f"must be {kind_in_words(hint)}", f"set {key} to such a value")
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
-        raise in_words(error, arguments) from error
-    assert isinstance(config, Config)
+        raise in_words(error, arguments, schema) from error
+    assert isinstance(config, schema)
     return config
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 
 from helios_sim.errors import UserError
+from helios_sim.help import conf_folder
 from helios_sim.untrusted import read_bytes
 
 HYDRAS = tuple(f.name for f in fields(HydraConf))
@@ -63,20 +65,29 @@ def unreadable(arguments: Iterable[str]) -> UserError | None:
     return None
 
 
-def check_files(arguments: Sequence[str]) -> None:
-    """UserError where a YAML file in one of the user's folders of settings could run code or fill the memory."""
-    apart = [value for flag, value in pairwise(arguments) if flag in ("--config-dir", "-cd", "--config-path", "-cp")]
-    joined = [word.partition("=")[2] for word in arguments if word.startswith(("--config-dir=", "--config-path="))]
-    listed = [word for word in arguments if word.lstrip("+").startswith("hydra.searchpath=")]
-    searched = [place for word in listed for place in re.findall(r"file://([^'\",\]]+)", word)]
-    for folder in map(Path, (*apart, *joined, *searched)):
-        if folder.is_dir():
-            for file in sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml")):
-                check_file(file)
+def look_at_files() -> None:
+    """From now on, look at every YAML file before Hydra loads it, but at ours.
+
+    UserError, where it is loaded, for one that could run code or fill the memory.
+    """
+    Plugins.instance()  # which loads the class of sources anew, so that an import would give another one
+    sources: Any = SourcesRegistry.instance().resolve("file")
+    load = sources.load_config
+    if getattr(load, "looks_first", False):
+        return
+
+    def checked(source: Any, config_path: str) -> Any:
+        folder, name = Path(source.path.removeprefix("file://")), source._normalize_file_name(config_path)
+        if folder.resolve() != Path(conf_folder()).resolve() and (folder / name).is_file():
+            check_file(folder / name)
+        return load(source, config_path)
+
+    setattr(checked, "looks_first", True)  # noqa: B010 - functions have no such attribute for a type checker
+    sources.load_config = checked
 
 
 def check_file(file: Path) -> None:
-    """As `check_files`; text that is no valid YAML is left to Hydra, which says so where it is used."""
+    """UserError for a file that could run code or fill the memory. What is no valid YAML is left to Hydra."""
     content = read_bytes(file, MOST_BYTES, _FIX)
     try:
         root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)

@@ -101,6 +101,12 @@ SETTINGS = [
     ("policy=custom policy.object=json:JSONEncoder", ["json:JSONEncoder", "start(situation)"]),
     ("arms.mine.policy=helios", ["arms.mine.policy='helios'", "'+arms.mine.policy=helios'"]),
     ("+arms.mine=3", ["arms.mine=3", "a mapping"]),
+    ("models=${seeds}", ["models=[0]", "each a text"]),
+    ("workload.mix.tasks=${slo}", ["workload.mix.tasks.ttft_s=None", "a number"]),
+    ("models=[[a]]", ["models=", "each a text"]),
+    ("+arms.m={policy:full_depth,overrides:{seeds:[3]}}", ["arms.m.overrides.seeds=[3]", "the same requests"]),
+    ("+arms.m={policy:full_depth,overrides:{mode:live}}", ["arms.m.overrides.mode='live'", "of the whole study"]),
+    ("+arms.m={policy:full_depth,overrides:{jobs:3}}", ["arms.m.overrides.jobs=3", "of the whole study"]),
     ("+arms.mine.model=opt-1.3b", ["arms.mine=", "names its policy"]),
     ("+arms.mine.policy=magic", ["arms.mine: policy='magic'", "helios"]),
     ("hydra.colour=red", ["hydra.colour='red'", "--cfg hydra"]),
@@ -131,6 +137,10 @@ EXPERIMENTS = {
     "a sweep over what does not exist": (
         STUDY + "sweeps: [{axes: [{name: b, settings: [server.batch], values: [1]}]}]\n",
         ["server.batch", "no such setting"],
+    ),
+    "a sweep over seeds": (
+        STUDY + "sweeps: [{axes: [{name: s, settings: [seeds], values: [[0], [1]]}]}]\n",
+        ["sweeps.axes.s.settings='seeds'", "the same for all"],
     ),
     "a sweep with a wrong value": (
         STUDY + "sweeps: [{axes: [{name: b, settings: [server.replicas], values: [1, two]}]}]\n",

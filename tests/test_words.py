@@ -194,3 +194,70 @@ def test_the_baseline_cannot_be_left_out_without_another(command: CommandLine) -
     done = command(*DOTTED, "~arms.full_depth_opt-1.3b")
     assert done.status == 1
     assert "baseline" in done.err
+
+
+def settings_of_others(folder: Path, text: str) -> Path:
+    """A folder with an experiment, and settings of another program that nothing asks for."""
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "outputs" / ".hydra").mkdir(parents=True)
+    (folder / "conf" / "outputs" / ".hydra" / "hydra.yaml").write_text("launcher: {_target_: a.B}\nx: ${oc.env:HOME}\n")
+    (folder / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
+    return folder / "conf"
+
+
+def test_only_files_that_are_loaded_are_looked_at(command: CommandLine, tmp_path: Path) -> None:
+    folder = settings_of_others(tmp_path, "defaults: [own]\nname: mine\n")
+    said = command(*SMALL, "+arms.a.policy=full_depth", "models=[opt-1.3b]", "exits.source=none", "--config-dir",
+                   str(folder), "+experiment=mine")  # fmt: skip
+    assert said.status == 0, said.err
+
+
+def test_several_studies_that_are_none_are_a_mistake(command: CommandLine) -> None:
+    said = command(*SMALL, "-m", "server.replicas=glob(*)")
+    assert said.status == 1
+    assert "server.replicas=glob(*)': no value that is there" in said.err
+
+
+@pytest.mark.parametrize("inner", ["", "defaults: [other]\n"])
+def test_what_is_loaded_runs_nothing(command: CommandLine, tmp_path: Path, inner: str) -> None:
+    evil = "hydra:\n  callbacks:\n    x:\n      _target_: pathlib.Path.touch\n      self: touched\n"
+    folder = settings_of_others(tmp_path, inner or evil)
+    (folder / "experiment" / "other.yaml").write_text("# @package _global_\n" + evil)
+    said = command(*SMALL, "--config-dir", str(folder), "+experiment=mine")
+    assert said.status == 1
+    assert "settings name no code to run" in said.err
+    assert f"{'other' if inner else 'mine'}.yaml" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["+hydra.callbacks.x._target_=os.getcwd"], "settings name no code to run"),
+        (["model.weights=${oc.env:HOME}"], "settings call no resolver"), (["+foo=1"], "foo=1: no such setting"),
+        (["--config-dir", "conf", "+campaign=mine"], "settings name no code to run"),
+        (["-m", "model=smollm2,/tmp/x"], "with -m, several of"),
+    ],
+)  # fmt: skip
+def test_calibrations_run_nothing_either(tmp_path: Path, capsys, monkeypatch, words: list[str], part: str) -> None:
+    from calibrate.__main__ import main
+
+    folder = settings_of_others(tmp_path, "")
+    (folder / "campaign").mkdir()
+    (folder / "campaign" / "mine.yaml").write_text(
+        "# @package _global_\nhydra: {callbacks: {x: {_target_: pathlib.Path.touch}}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["calibrate"])
+    chosen = [] if any("model" in word or "campaign" in word for word in words) else ["model=smollm2"]
+    assert main([*chosen, "budget_s=1", "device=cpu", *words]) == 1
+    assert part in capsys.readouterr().err
+
+
+def test_a_calibration_is_written_where_it_is_told_to(tmp_path: Path, capsys, monkeypatch) -> None:
+    from calibrate.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["calibrate"])
+    for name in NAMES[:8]:
+        assert main(["model=smollm2", "budget_s=1", "device=cpu", f"out={name}"]) == 1
+        assert "no stage is done in that time" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import DesignsConfig
-from helios_sim.study.plan import check_study, jobs_of, plan_study
+from helios_sim.study.plan import check_axes, check_study, jobs_of, plan_study
 from helios_sim.study.schema import Config
 from helios_sim.vary.axis import Axis, Choice, Range, axes_of, choose, grid
 from helios_sim.vary.workers import need
@@ -56,6 +56,7 @@ def plan_sweep(config: Config) -> SweepPlan:
             raise UserError(key, f"{len(getattr(config, key))} given", allowed, f"leave {key} or sweep.parameters out")
     _check_objectives(config)
     parameters = axes_of("sweep.parameters", config.sweep.parameters)
+    check_axes(parameters)
     for parameter in parameters:
         _check_names(parameter)
     arms = study.headline.jobs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from helios_sim.study.cost import costs_of
 from helios_sim.study.fleet import Fleet, in_json, of_kind, shared_fleet, what_counts
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import LIVE, SIMULATE
-from helios_sim.study.schema import Config, FaultsConfig, SweepConfig
-from helios_sim.vary.axis import axes_of, grid
+from helios_sim.study.schema import PRESENTATION, Config, FaultsConfig, SweepConfig
+from helios_sim.vary.axis import Axis, axes_of, grid
 from helios_sim.vary.settings import with_settings
 
 FIGURES = ("sweep", "load", "arms", "quality")
@@ -71,9 +71,28 @@ def plan_study(config: Config) -> StudyPlan:
     for name, entry in arms.items():
         if entry.get("baseline") is not None:
             _known_arm(f"arms.{name}.baseline", str(entry["baseline"]), arms)
+        _check_overrides(name, entry.get("overrides") or {})
     headline = _point(config, {}, {}, list(arms), baseline)
     points = [point for sweep in config.sweeps for point in _sweep(config, sweep, arms, baseline)]
     return StudyPlan(config, headline, tuple(points))
+
+
+def _check_overrides(arm: str, overrides: Mapping[str, Any]) -> None:
+    """UserError for what an arm cannot have of its own: seeds, or the requests differ; what is of the whole study."""
+    for path in overrides if isinstance(overrides, Mapping) else ():
+        if str(path).split(".")[0] in (*PRESENTATION, "mode", "live"):
+            allowed = "of the whole study: all arms have one, and the same requests"
+            fix = f"set {path} for the study, or leave it out"
+            raise UserError(f"arms.{arm}.overrides.{path}", overrides[path], allowed, fix)
+
+
+def check_axes(axes: Sequence[Axis]) -> None:
+    """UserError where an axis changes the requests by their seeds: what is compared would differ by chance."""
+    for axis in axes:
+        for path in axis.settings:
+            if path.split(".")[0] in ("seeds", "auto_seeds"):
+                allowed = "any setting but the seeds, which are the same for all that is compared"
+                raise UserError(f"{axis.key}.settings", path, allowed, "name several: seeds=[0,1,2]")
 
 
 def point_at(plan: StudyPlan, settings: Mapping[str, Any]) -> Point:
@@ -155,7 +174,9 @@ def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline
     own = baseline if sweep.baseline is None else _known_arm("sweeps.baseline", sweep.baseline, arms)
     if own not in names:
         names.insert(0, own)
-    choices = grid(axes_of("sweeps.axes", sweep.axes))
+    axes = axes_of("sweeps.axes", sweep.axes)
+    check_axes(axes)
+    choices = grid(axes)
     return [_point(config, choice.changes, choice.shown, names, own) for choice in choices]
 
 

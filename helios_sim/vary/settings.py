@@ -67,6 +67,37 @@ def unknown_setting(schema: Any, values: Any, path: str = "") -> str | None:
     return None
 
 
+def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The path of the first of these plain values that has another type than the schema says, the value and the type.
+
+    A setting that is copied from another one, ${other}, is not checked before.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or value == "???":  # which stands for a value that is still to be given
+        return None
+    below: Iterable[tuple[Any, Any, Any]] = ()
+    if origin in (typing.Union, types.UnionType):
+        fits = any(wrong_type(part, value) is None for part in parts)
+    elif origin is list:
+        fits, below = isinstance(value, list), ((i, parts[0], v) for i, v in enumerate(value or ()))
+    elif origin is dict:
+        fits = isinstance(value, Mapping)
+        below = ((key, parts[1], v) for key, v in value.items()) if fits else ()
+    elif is_dataclass(hint):
+        fits, hints = isinstance(value, Mapping), _hints(typing.cast(Any, hint))
+        below = ((key, hints[key], v) for key, v in value.items() if key in hints) if fits else ()
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = type(value) is (type(None) if hint is None else hint)
+    if not fits:
+        return path, value, hint
+    if origin is list:  # named as a whole
+        return next(((path, value, hint) for _, kind, v in below if wrong_type(kind, v) is not None), None)
+    inner = (wrong_type(kind, v, f"{path}.{key}" if path else str(key)) for key, kind, v in below)
+    return next(filter(None, inner), None)
+
+
 def kind_in_words(hint: Any) -> str:
     """A type as messages name it."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
