@@ -67,6 +67,18 @@ def test_the_advised_fleet_keeps_the_slos_up_to_the_load_that_is_named(planned: 
     assert f"up to {advice.valid_up_to_rps:.0f} requests/s" in planned.verdict[0]
 
 
+def test_where_the_profile_is_off_it_names_what_a_plan_with_such_times_finds(planned: CapacityResult) -> None:
+    (advice,) = planned.advice
+    assert advice.band is not None
+    assert advice.band.low < 1 < advice.band.high
+    for factor, number in advice.at_ends:
+        other = capacity(example(jobs=1, profile_time_factor=factor, profile_band="none"))
+        (found,) = (p for p in other.plans if (p.card, p.arm) == (advice.plan.card, advice.plan.arm))
+        assert found.replicas == number
+    assert advice.survives is all(number == advice.plan.replicas for _, number in advice.at_ends)
+    assert any("times as long as the profile says" in sentence for sentence in planned.verdict)
+
+
 def test_the_number_of_processes_does_not_change_a_bit(planned: CapacityResult) -> None:
     two = capacity(example(jobs=2))
     assert [plan.at for plan in two.plans] == [plan.at for plan in planned.plans]
@@ -104,7 +116,7 @@ def test_what_is_said_and_written(command, tmp_path) -> None:
     assert [(plan["card"], plan["policy"]) for plan in load["plans"]] == [
         (card, arm) for card in ("a100-40gb", "h100-80gb") for arm in ("full_depth", "static_cap")
     ]
-    table = pq.read_table(folder / "fleets.parquet").to_pylist()
+    table = [row for row in pq.read_table(folder / "fleets.parquet").to_pylist() if row["time_factor"] == 1]
     for plan in load["plans"]:
         rows = [row for row in table if (row["load"], row["card"], row["arm"]) == (1, plan["card"], plan["policy"])]
         (row,) = (row for row in rows if row["replicas"] == plan["replicas"])
@@ -114,6 +126,7 @@ def test_what_is_said_and_written(command, tmp_path) -> None:
         interval = plan["intervals"]["slo_attainment"]
         assert interval["low"] <= plan["metrics"]["slo_attainment"] <= interval["high"]
     recommended = load["recommended"]
+    assert said.summary["confidence"]["survives"] is recommended["survives"]
     assert recommended["usd_per_hour"] is None  # no price is assumed
     assert recommended["valid_up_to_rps"] >= load["requests_per_s"] == 120.0
     page = (folder / "report.html").read_text()

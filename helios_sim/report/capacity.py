@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from helios_sim.files import json_value
+from helios_sim.profile.spec import TimeBand
 from helios_sim.provenance import Assumption, Provenance, Sourced
 from helios_sim.report import format as fmt
 from helios_sim.report.cautions import MOST_LOST
@@ -79,6 +80,7 @@ class Tried:
     kept: bool
     kept_by_seed: tuple[bool, ...]
     error: str | None = None  # why a run failed; then there are no figures
+    time_factor: float = 1.0  # iterations take so many times as long as the profile says
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,13 @@ class Advice:
     valid_by_seed: tuple[float | None, ...]  # of each seed alone; None: below the planned load
     at_least: bool  # the largest load that was tried was no limit yet
     against_load: tuple[Tried, ...]
+    band: TimeBand | None = None  # how far the times of the profile may be off; None: not known, or not asked for
+    at_ends: tuple[tuple[float, int | None], ...] = ()  # (time factor, replicas needed) at both ends of the band
+
+    @property
+    def survives(self) -> bool | None:
+        """Whether as many are needed at both ends of the band; None where that was not run."""
+        return all(number == self.plan.replicas for _, number in self.at_ends) if self.at_ends else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +282,7 @@ def tried_table(result: CapacityResult) -> pyarrow.Table:
         "card": pa.array([row.card for row in rows], pa.string()),
         "arm": pa.array([row.arm for row in rows], pa.string()),
         "replicas": pa.array([row.replicas for row in rows], pa.int64()),
+        "time_factor": pa.array([row.time_factor for row in rows], pa.float64()),
         "kept": pa.array([row.kept for row in rows], pa.bool_()),
         "seeds_kept": pa.array([sum(row.kept_by_seed) for row in rows], pa.int64()),
         "limit_of": pa.array([advised.get(id(row)) for row in rows], pa.int64()),
@@ -329,4 +339,7 @@ def _advice(advice: Advice | None) -> dict[str, Any] | None:
         "valid_up_to_rps": advice.valid_up_to_rps,
         "valid_up_to_rps_by_seed": list(advice.valid_by_seed),
         "more_was_not_tried": advice.at_least,
+        "profile_band": json_value(advice.band),
+        "at_ends": [{"time_factor": factor, "replicas": number} for factor, number in advice.at_ends],
+        "survives": advice.survives,
     }

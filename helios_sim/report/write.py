@@ -150,8 +150,19 @@ def summarise_capacity(result: CapacityResult) -> dict[str, Any]:
         "gates": [],
         "verdict": list(result.verdict),
         "warnings": list(result.warnings),
+        "confidence": {
+            "inputs": {name: source.provenance_class.value for name, source in result.inputs.items()},
+            "read_with_care": list(result.warnings),
+            "survives": _all_survive(result),
+        },
         "provenance": _provenance(result),
     }
+
+
+def _all_survive(result: CapacityResult) -> bool | None:
+    """Whether every advised fleet is the same at both ends of the profiles' band; None where one was not run there."""
+    found = [advice.survives for advice in result.advice]
+    return None if None in found or not found else all(found)
 
 
 def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Adv
         if advised is None:
             found.append(_none_fits(plan, of_load))
         else:
-            found += [_take(advised), *_whole(plan, of_load, advised.plan), *_other_cards(plan, of_load, advised.plan)]
+            found += [_take(advised), *_where_off(advised)]
+            found += [*_whole(plan, of_load, advised.plan), *_other_cards(plan, of_load, advised.plan)]
         found += _policies(plan, of_load, advised)
     if plan.without_exits is not None:
         found.append(plan.without_exits)
@@ -88,6 +89,16 @@ def _take(advice: Advice) -> str:
         said.append(f"USD {it.usd_per_hour:,.2f} an hour{per_token}")
     said.append(f"{attainment_text(at)} % of requests are inside all SLOs")
     return f"{'; '.join(said)}. {_valid(advice)}"
+
+
+def _where_off(advice: Advice) -> Iterator[str]:
+    """How many are needed where the times of the profile are off."""
+    if advice.band is None or not advice.at_ends:
+        return
+    factors = " and ".join(f"{factor:.2f}" for factor, _ in advice.at_ends)
+    where = f"with iterations {factors} times as long as the profile says ({advice.band.source})"
+    numbers = " and ".join("more than were tried" if number is None else str(number) for _, number in advice.at_ends)
+    yield f"The same number is enough {where}." if advice.survives else f"That changes {where}: {numbers} replicas."
 
 
 def _whole(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPlan) -> Iterator[str]:
@@ -239,7 +250,7 @@ def _out_of_order(result: CapacityResult) -> Iterator[str]:
         fewer = [
             tried.replicas for tried in result.tried
             if tried.kept and (tried.load, tried.card, tried.arm) == (it.load, it.card, it.arm)
-            and tried.replicas < it.replicas
+            and tried.replicas < it.replicas and tried.time_factor == 1.0
         ]  # fmt: skip
         if fewer:
             yield (

@@ -17,7 +17,7 @@ from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.limits import FACTORS
 from helios_sim.study.modes import SIMULATE
 from helios_sim.study.plan import StudyPlan
-from helios_sim.study.schema import AUTO, NONE
+from helios_sim.study.schema import AUTO, NONE, Config
 
 # Requests of both arms and all seeds together up to which profile_band=auto runs them again: a second or two.
 MOST_REQUESTS = 50_000
@@ -43,7 +43,7 @@ def run_ends(
     if asked == NONE or plan.config.mode != SIMULATE:
         return Ends()
     jobs = list({job.key: job for jobs in pair for job in jobs}.values())
-    band = _given(jobs) if asked == AUTO else TimeBand(float(asked[0]), float(asked[1]), "profile_band")
+    band = band_of(plan.config, jobs)
     if band is None:
         return Ends(why_not="how far the profiles' times may be off is not known (profile_band=[LOW,HIGH] says it)")
     requests = sum(len(results[job.key].replicate.records) for job in jobs)
@@ -52,17 +52,20 @@ def run_ends(
         return Ends(band, why_not=f"{requests:,} requests are many ({how})")
     shares = [results[job.key].replicate.metrics.get("roofline_fraction") for job in jobs]
     share = max((s for s in shares if isinstance(s, int | float)), default=0.0)
-    low = min(1.0, max(band.low, share / FASTEST))
-    pairs = {factor: _scaled(pair, factor) for factor in (low, band.high)}
+    band = possible(band, share)
+    pairs = {factor: _scaled(pair, factor) for factor in (band.low, band.high)}
     try:
         run([job for ours, theirs in pairs.values() for job in (*ours, *theirs)])
     except UserError as error:
         return Ends(band, why_not=f"it cannot be run at the ends of the profile's band: {error}")
-    return Ends(replace(band, low=low), pairs)
+    return Ends(band, pairs)
 
 
-def _given(jobs: Sequence[Job]) -> TimeBand | None:
-    """The widest of the profiles that the jobs use; None where one of them has none."""
+def band_of(config: Config, jobs: Sequence[Job]) -> TimeBand | None:
+    """That of the settings, else the widest of the profiles that the jobs use; None where one of them has none."""
+    if config.profile_band != AUTO:
+        low, high = map(float, config.profile_band)
+        return TimeBand(low, high, "profile_band")
     found: dict[TimeBand | None, None] = {}
     for job in jobs:
         for kind in shared_fleet(job.config, job.seed).kinds:
@@ -74,11 +77,20 @@ def _given(jobs: Sequence[Job]) -> TimeBand | None:
     return TimeBand(min(band.low for band in bands), max(band.high for band in bands), sources)
 
 
+def possible(band: TimeBand, share: float) -> TimeBand:
+    """The band without times at which runs would use more than the card has; `share`: what they use of it now."""
+    return replace(band, low=min(1.0, max(band.low, share / FASTEST)))
+
+
 def _scaled(pair: Pair, factor: float) -> Pair:
     ours, theirs = (tuple(_at(job, factor) for job in jobs) for jobs in pair)
     return ours, theirs
 
 
 def _at(job: Job, factor: float) -> Job:
-    scaled = job.config.profile_time_factor * factor
-    return replace(job, config=replace(job.config, profile_time_factor=min(max(scaled, FACTORS[0]), FACTORS[1])))
+    return replace(job, config=replace(job.config, profile_time_factor=time_factor(job.config, factor)))
+
+
+def time_factor(config: Config, factor: float) -> float:
+    """The `profile_time_factor` with which iterations take so many times as long as with the one that is set."""
+    return min(max(config.profile_time_factor * factor, FACTORS[0]), FACTORS[1])

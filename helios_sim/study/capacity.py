@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from helios_sim.profile.resolve import TIMES_FROM
+from helios_sim.profile.spec import TimeBand
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.capacity import (
     ATTAINMENT,
@@ -33,20 +34,23 @@ from helios_sim.report.result import ServedWorkload
 from helios_sim.report.terminal import say
 from helios_sim.report.write import write_capacity
 from helios_sim.study.advice import advised_plan, reservations_of, verdict, why_not
+from helios_sim.study.band import band_of, possible
 from helios_sim.study.capacity_plan import CapacityPlan, plan_capacity
 from helios_sim.study.command import end, processes, provenance
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, notices_of
 from helios_sim.study.runner import task_of
-from helios_sim.study.schema import Config
+from helios_sim.study.schema import NONE, Config
 from helios_sim.study.sweep import Outcome, OutcomeLines, StateLines, figures_of, outcome_of
 from helios_sim.study.workload import statement
-from helios_sim.vary.least import Answers, Found, least, together
+from helios_sim.vary.least import Answers, Found, Search, least, together
 from helios_sim.vary.runner import Journal, OnDone, at_work_in, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
 STEP = 1.02  # from one load to the next, where the largest is looked for
 MOST_TIMES = 16.0  # the planned load, up to which it is looked for
+
+_Key = TypeVar("_Key")
 
 
 class _Case(NamedTuple):
@@ -55,6 +59,7 @@ class _Case(NamedTuple):
     option: int  # its place in the plan
     load: float
     replicas: int
+    time_factor: float = 1.0
 
 
 def capacity(config: Config) -> CapacityResult:
@@ -103,7 +108,7 @@ def run_plan(
                 for place in plan.possible
                 for load in plan.config.capacity.loads
             },
-            lambda asked: fleets.answers({key: [_Case(*key, n) for n in numbers] for key, numbers in asked.items()}),
+            lambda asked: fleets.answers({key: {n: _Case(*key, n) for n in ns} for key, ns in asked.items()}),
         )
         plans = tuple(
             _fleet_plan(plan, place, load, found.get((place, load)), fleets)
@@ -135,11 +140,11 @@ class _Fleets:
     on_done: OnDone[Job, Outcome]
     tried: dict[_Case, Tried] = field(default_factory=dict)
 
-    def answers(self, asked: Mapping[Any, Sequence[_Case]]) -> dict[Any, dict[int, Answers]]:
-        """For each search whether the fleets that it asks for keep the SLOs: in the mean, then under each seed."""
-        found = self.of([case for cases in asked.values() for case in cases])
+    def answers(self, asked: Mapping[_Key, Mapping[int, _Case]]) -> dict[_Key, dict[int, Answers]]:
+        """For each number of each search whether its fleet keeps the SLOs: in the mean, then under each seed."""
+        found = self.of([case for cases in asked.values() for case in cases.values()])
         return {
-            key: {case.replicas: (found[case].kept, *found[case].kept_by_seed) for case in cases}
+            key: {number: (found[case].kept, *found[case].kept_by_seed) for number, case in cases.items()}
             for key, cases in asked.items()
         }
 
@@ -148,8 +153,8 @@ class _Fleets:
         tasks = {}
         for case in new:
             option = self.plan.options[case.option]
-            about = {"card": option.card, "arm": option.arm, "load": case.load, "replicas": case.replicas}
-            jobs = self.plan.jobs(option, case.load, case.replicas)
+            about = {"card": option.card, "arm": option.arm, **case._asdict()}
+            jobs = self.plan.jobs(option, case.load, case.replicas, case.time_factor)
             tasks[case] = [task_of((job,), {**about, "seed": job.seed}, job) for job in jobs]
         outcomes = run_tasks(
             evaluate, [task for of_case in tasks.values() for task in of_case], self.journal, self.workers, self.on_done
@@ -163,7 +168,8 @@ class _Fleets:
         place = (case.load, self.plan.rate_at(case.load), option.card, option.arm, case.replicas)
         runs = [it.metrics for it in outcomes if it.metrics is not None]
         if error is not None:
-            return Tried(*place, {}, {}, kept=False, kept_by_seed=(False,) * len(outcomes), error=error)
+            seeds = (False,) * len(outcomes)
+            return Tried(*place, {}, {}, False, seeds, error=error, time_factor=case.time_factor)
         means = mean_metrics(runs)
         intervals = outcomes[0].intervals if len(runs) == 1 else {
             name: interval_of(name, [run[name] for run in runs])
@@ -172,7 +178,7 @@ class _Fleets:
         }
         kept = all_kept(self.plan.requirements, means)
         by_seed = tuple(all_kept(self.plan.requirements, run) for run in runs)
-        return Tried(*place, means, intervals, kept, by_seed)
+        return Tried(*place, means, intervals, kept, by_seed, time_factor=case.time_factor)
 
 
 def _fleet_plan(plan: CapacityPlan, place: int, load: float, found: Found | None, fleets: _Fleets) -> FleetPlan:
@@ -188,37 +194,53 @@ def _fleet_plan(plan: CapacityPlan, place: int, load: float, found: Found | None
 
 
 def _advice(plan: CapacityPlan, plans: Sequence[FleetPlan], fleets: _Fleets) -> tuple[Advice, ...]:
-    """The advised fleet of each load, and how far it goes: loads are STEP apart, and the search is one for numbers."""
+    """The advised fleet of each load, how far it goes, and what it would be where the profile is off.
+
+    Loads are STEP apart, so that the search for the largest is one for numbers.
+    """
     steps = math.ceil(math.log(MOST_TIMES) / math.log(STEP))
-    chosen: dict[int, FleetPlan] = {}
-    for load in plan.config.capacity.loads:
+    settings, chosen = plan.config.capacity, {}
+    for load in settings.loads:
         best = advised_plan(plan, [it for it in plans if it.load == load])
         if best is not None:
             chosen[plans.index(best)] = best
+    bands = {place: _band(plan, place % len(plan.options), it) for place, it in chosen.items()}
 
-    def case(place: int, number: int) -> _Case:
-        """Numbers go from the largest load down to the planned one, so that the later ones keep the SLOs."""
-        it = chosen[place]
+    def case(place: int, factor: float | None, number: int) -> _Case:
+        """`factor` None: loads, from the largest down to the planned one, so that the later ones keep the SLOs."""
+        it, option = chosen[place], place % len(plan.options)
         assert it.replicas is not None
-        return _Case(place % len(plan.options), it.load * STEP ** (steps + 1 - number), it.replicas)
+        if factor is None:
+            return _Case(option, it.load * STEP ** (steps + 1 - number), it.replicas)
+        return _Case(option, it.load, number, factor)
 
-    def answer(asked: Mapping[int, Sequence[int]]) -> dict[int, dict[int, Answers]]:
-        cases = {place: {number: case(place, number) for number in numbers} for place, numbers in asked.items()}
-        found = fleets.of([one for of_place in cases.values() for one in of_place.values()])
-        return {
-            place: {n: (found[one].kept, *found[one].kept_by_seed) for n, one in of_place.items()}
-            for place, of_place in cases.items()
-        }
-
-    beyond = plan.config.capacity.beyond
-    found = together({place: least(steps + 1, start=steps + 1, beyond=beyond) for place in chosen}, answer)
+    searches: dict[tuple[int, float | None], Search] = {}
+    for place, it in chosen.items():
+        searches[place, None] = least(steps + 1, start=steps + 1, beyond=settings.beyond)
+        band = bands[place]
+        for factor in (band.low, band.high) if band is not None else ():
+            searches[place, factor] = least(settings.most_replicas, start=it.replicas or 1, beyond=settings.beyond)
+    found = together(
+        searches, lambda asked: fleets.answers({key: {n: case(*key, n) for n in ns} for key, ns in asked.items()})
+    )
     advice = []
     for place, it in chosen.items():
-        rates = [None if n is None else plan.rate_at(case(place, n).load) for n in found[place].least]
+        loads, band = found[place, None], bands[place]
+        rates = [None if n is None else plan.rate_at(case(place, None, n).load) for n in loads.least]
         assert rates[0] is not None
-        met = sorted((fleets.tried[case(place, n)] for n in found[place].tried), key=lambda tried: tried.load)
-        advice.append(Advice(it, rates[0], tuple(rates[1:]), found[place].least[0] == 1, tuple(met)))
+        met = sorted((fleets.tried[case(place, None, n)] for n in loads.tried), key=lambda tried: tried.load)
+        ends = () if band is None else tuple((end, found[place, end].least[0]) for end in (band.low, band.high))
+        advice.append(Advice(it, rates[0], tuple(rates[1:]), loads.least[0] == 1, tuple(met), band, ends))
     return tuple(advice)
+
+
+def _band(plan: CapacityPlan, place: int, it: FleetPlan) -> TimeBand | None:
+    """How far the times of the option's profile may be off, as far as its card can be that quick."""
+    if plan.config.profile_band == NONE or it.at is None or it.replicas is None:
+        return None
+    band = band_of(plan.config, plan.jobs(plan.options[place], it.load, it.replicas))
+    share = it.at.metrics.get("roofline_fraction")
+    return band if band is None or not isinstance(share, int | float) else possible(band, share)
 
 
 def _result(

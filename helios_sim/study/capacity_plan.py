@@ -13,6 +13,7 @@ from helios_sim.policy.registry import parameters_of
 from helios_sim.profile.devices import group_of
 from helios_sim.profile.formats import named_format
 from helios_sim.report.capacity import ATTAINMENT, TIMES, Requirement
+from helios_sim.study.band import time_factor
 from helios_sim.study.cost import PRICE, costs_of
 from helios_sim.study.fleet import Fleet, shared_fleet
 from helios_sim.study.jobs import Job
@@ -62,9 +63,15 @@ class CapacityPlan:
     def requests(self, job: Job) -> int:
         return shared_fleet(job.config, job.seed).parts.workload.requests
 
-    def jobs(self, option: Option, load: float, replicas: int) -> Sequence[Job]:
-        """The option with so many replicas under a load, a job for each seed. UserError for what cannot be."""
-        return jobs_of(option.config, option.arm, {**at_load(self.config, load), "server.replicas": replicas})
+    def jobs(self, option: Option, load: float, replicas: int, factor: float = 1.0) -> Sequence[Job]:
+        """The option with so many replicas under a load, a job for each seed. UserError for what cannot be.
+
+        `factor`: iterations take so many times as long as the profiles say.
+        """
+        changes = {**at_load(self.config, load), "server.replicas": replicas}
+        if factor != 1.0:
+            changes["profile_time_factor"] = time_factor(self.config, factor)
+        return jobs_of(option.config, option.arm, changes)
 
 
 def plan_capacity(config: Config) -> CapacityPlan:

@@ -42,7 +42,9 @@ def replicas_figure(result: CapacityResult) -> Drawing:
     rows = -(-len(loads) // columns)
     figure, axes = new_figure(rows, columns, 0.7 + 3.4 * rows, sharey=True)
     for ax, load in zip(axes, loads, strict=False):
-        of_load = [it for it in result.tried if it.load == load and _share(it) is not None]
+        of_load = [
+            it for it in result.tried if it.load == load and it.time_factor == 1.0 and _share(it) is not None
+        ]
         for (card, arm), style in _styles(result).items():
             points = sorted(
                 (it for it in of_load if (it.card, it.arm) == (card, arm)), key=lambda it: it.replicas
