@@ -1,12 +1,12 @@
 """An offline bundle: everything that a host without network needs to run a campaign.
 
-`python -m calibrate.bundle out=DIR python=3.12 part_mib=60` makes DIR with
+`python -m calibrate.bundle out=DIR python=3.12 models=[smollm2-135m]` makes DIR with
 
 - `wheels/`: this project and the packages that the host lacks, for that Python version;
 - `models/`: files of the cache (weights, labelled texts), those above the size limit in parts;
 - `SHA256SUMS`: a line for every file;
 - `run.py`: verifies, joins and installs with Python's standard library alone, and runs what it is given:
-  `python3 run.py +campaign=h100 budget_s=540 out=OUT`.
+  `python3 run.py +campaign=card budget_s=540 out=OUT`.
 
 torch and its dependencies are taken from the host: they are large, and built for its driver.
 """
@@ -48,8 +48,8 @@ class BundleSettings:
 
     out: Path
     python: str = "3.12"
-    part_mib: int = 60
-    models: tuple[str, ...] = ("smollm2-135m",)
+    part_mib: int = 30  # so that a part and the rest of the bundle travel together where 64 MiB are carried at once
+    models: tuple[str, ...] = ()  # a campaign without a text model needs none
     more: tuple[str, ...] = ()  # further packages that the host lacks
     packages: tuple[str, ...] = PACKAGES
     sources: tuple[str, ...] = SOURCES
@@ -66,12 +66,12 @@ class BundleSettings:
             given[key] = value
         if not given.get("out"):
             raise UserError("out", None, "a folder for the bundle", "add out=DIR")
-        python, part = given.get("python", "3.12"), given.get("part_mib", "60")
+        python, part = given.get("python", "3.12"), given.get("part_mib", "30")
         if not re.fullmatch(r"3\.1[1-3]", python):
             raise UserError("python", python, "the host's version, 3.11 to 3.13", "set python=3.12, say")
         if not part.isdigit() or int(part) < 1:
-            raise UserError("part_mib", part, "a whole number of at least 1", "set part_mib=60, say")
-        models = _listed(given.get("models", "[smollm2-135m]"))
+            raise UserError("part_mib", part, "a whole number of at least 1", "set part_mib=30, say")
+        models = _listed(given.get("models", ""))
         unknown = [name for name in models if name not in KNOWN]
         if unknown:
             raise UserError("models", unknown, f"some of {', '.join(KNOWN)}", "correct the names")
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {len(sums(out))} files, {n_bytes / MIB:.0f} MiB")
-    print(f"    python3 {out / RUN} +campaign=h100 budget_s=540 out=OUT")
+    print(f"    python3 {out / RUN} +campaign=card budget_s=540 out=OUT")
     return 0
 
 

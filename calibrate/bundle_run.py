@@ -1,6 +1,6 @@
 """Runs a campaign from an offline bundle. Needs only Python's standard library.
 
-`python3 run.py [--only-install] +campaign=h100 budget_s=540 out=OUT`: checks every file against SHA256SUMS, joins
+`python3 run.py [--only-install] +campaign=card budget_s=540 out=OUT`: checks every file against SHA256SUMS, joins
 parts, installs the wheels beside this file without an index, and passes the other arguments to `calibrate`.
 """
 

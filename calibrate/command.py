@@ -23,7 +23,7 @@ from calibrate.measure.ceilings import Ceilings, median_ratio, over_floor
 from calibrate.progress import FILE as TRANSCRIPT, OnProgress, Progress, progress
 from calibrate.report.outputs import write_outputs
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, at_work, read_finished, run_stages
+from calibrate.stages import Finished, Stage, StageOutcome, StageStatus, Timed, at_work, read_finished, run_stages
 from calibrate.work import CEILINGS, stages_of
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -72,7 +72,7 @@ def _calibrated(config: CalibrateConfig, folder: Path, began_s: float) -> int:
     return _status(outcomes)
 
 
-def check_budget(budget_s: float | None, stages: Sequence[Stage]) -> None:
+def check_budget(budget_s: float | None, stages: Sequence[Timed]) -> None:
     """Raise UserError if not even the shortest stage fits into the budget."""
     shortest = min(stage.shortest_s for stage in stages)
     if budget_s is not None and budget_s < shortest:
@@ -151,13 +151,16 @@ def run_campaign(config: CampaignConfig, folder: Path, began_s: float | None = N
     ends, finished stages are kept, and the next call continues from them.
     """
     check_packages("measuring a model")
+    if config.dry_run:
+        _show_plan(config)
+        return 0
     with at_work(folder):
         return _campaigned(config, folder, time.monotonic() if began_s is None else began_s)
 
 
 def _campaigned(config: CampaignConfig, folder: Path, began_s: float) -> int:
     plan = CampaignPlan(config)
-    check_budget(config.budget_s, plan.stages)
+    check_budget(config.budget_s, plan.planned)
     archives = archives_in([*config.resume, *([str(folder)] if folder.is_dir() else [])])
     state = Path(tempfile.mkdtemp(prefix="helios-campaign-"))
     try:
@@ -167,7 +170,9 @@ def _campaigned(config: CampaignConfig, folder: Path, began_s: float) -> int:
         with progress({stage.name: stage.estimate_s for stage in plan.stages}) as watch:
             keeping = _keeping(plan, state, folder, watch)
             budget_s, over_s = _for_stages(config.budget_s)
-            outcomes = run_stages(plan.stages, state, budget_s, keeping, began=began_s, over_s=over_s)
+            outcomes = run_stages(
+                plan.stages, state, budget_s, keeping, began=began_s, over_s=over_s, by_worth=True
+            )
         _write_groups(plan, state, folder, {o.stage for o in outcomes if o.finished is not None})
         _check_useful(config.budget_s, folder, _finished(outcomes), outcomes)
         summary = _summary(plan, state, outcomes)
@@ -251,6 +256,22 @@ def _result(outcome: StageOutcome) -> Mapping[str, Any]:
         tables = over_floor(profile, Ceilings.from_json(details["ceilings"]))
         result["over_ceiling"] = {table: median_ratio(entries) for table, entries in tables.items()}
     return result
+
+
+def _show_plan(config: CampaignConfig) -> None:
+    """Print when each stage would begin, if each takes what it is allowed."""
+    plan = CampaignPlan(config)
+    whole_s = sum(planned.estimate_s for planned in plan.planned)
+    budget_s, _ = _for_stages(config.budget_s)
+    table = TextTable(f"plan of the campaign {config.campaign}")
+    for name in ("stage", "archive", "begins", "takes", "at least"):
+        table.column(name, number=name not in ("stage", "archive"))
+    for planned, begins_s, lasts_s in plan.timetable(whole_s if budget_s is None else budget_s):
+        times = ("", "not begun") if lasts_s is None else (f"{begins_s:.0f} s", f"{lasts_s:.0f} s")
+        table.row([planned.name, planned.group, *times, f"{planned.shortest_s:g} s"])
+    table.show()
+    left_s = "without a budget" if budget_s is None else f"{budget_s:.0f} s of the budget are for stages"
+    say(f"all stages together are estimated at {whole_s:.0f} s; {left_s}; nothing was measured")
 
 
 def _show_campaign(

@@ -49,6 +49,7 @@ class CalibrateConfig:
     max_batch_tokens: int | None = None  # most tokens of one iteration; null: 512 on a CPU, 8192 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
     quick: bool = False  # tiny shapes and few samples, to try the command; the numbers are not meaningful
+    energy: bool = True  # measure the energy of iterations, if the device counts it
     threshold: float = 0.9  # threshold for exits in the report; the trace can answer any other
     pairs: list[str] = field(default_factory=list)  # further trace folders for joint exits, besides the shipped ones
     out: str = ""  # output folder; the same folder again resumes
@@ -111,7 +112,7 @@ class CampaignConfig:
     memory_bytes: int | None = None  # that the engine may use; null: what the device has
     dtype: str = "bfloat16"  # float32, bfloat16
     models: list[str] = field(default_factory=list)  # shapes to profile, in order of worth
-    text_model: str = "smollm2-135m"  # a model with real weights: for adapters, exit traces, live serving
+    text_model: str | None = None  # one of them with weights of its own: for adapters, exit traces, live serving
     last_model: str | None = None  # a large shape, profiled last; its headline is simulated, never served
     # by model: folder, .gguf file, hub id, or random:NAME; else the cache's file by the model's name, else random:NAME
     weights: dict[str, str] = field(default_factory=dict)
@@ -125,6 +126,7 @@ class CampaignConfig:
     check_width: int = 256
     live: CampaignLiveConfig = field(default_factory=CampaignLiveConfig)
     budget_s: float | None = None  # seconds for everything together; null: no limit
+    dry_run: bool = False  # print the plan with its times, and measure nothing
     resume: list[str] = field(default_factory=list)  # archives of earlier calls, or folders with them; `out` counts too
     out: str = ""
     seed: int = 0
@@ -136,7 +138,8 @@ class CampaignConfig:
         require(self.budget_s is None or self.budget_s > 0, "budget_s", self.budget_s, "null or above 0")
         require(bool(self.models), "models", self.models, "at least one model")
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
-        unknown = sorted({*self.live.pair, self.text_model} - set(self.models))
+        text = [] if self.text_model is None else [self.text_model]
+        unknown = sorted({*self.live.pair, *text} - set(self.models))
         require(not unknown, "models", self.models, f"with {', '.join(unknown)}, which is to be served")
         require(len(self.live.pair) in (0, 2), "live.pair", self.live.pair, "two models or none")
         require(self.last_model not in self.models, "last_model", self.last_model, "a model that is not among models")

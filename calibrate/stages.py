@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from calibrate.progress import OnProgress, Transcript, now
 from helios_sim import files
@@ -143,12 +143,14 @@ def run_stages(
     clock: Callable[[], float] = time.monotonic,
     began: float | None = None,
     over_s: float = 0.0,
+    by_worth: bool = False,
 ) -> list[StageOutcome]:
     """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept, but
     for those that lacked time: they go on, and stay as they are where there is no time for that either.
 
-    The budget runs since `began` on the clock (None: now). A stage that still runs `over_s` after its end is stopped
-    and skipped, and a later call goes on with what it had written.
+    Where the budget does not suffice for all estimates, it is divided in proportion, or with `by_worth` given to the
+    stages of most worth in full. It runs since `began` on the clock (None: now). A stage that still runs `over_s` after
+    its end is stopped and skipped, and a later call goes on with what it had written.
 
     A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
     stage and those that need it. Raises UserError if the folder cannot be written to.
@@ -172,7 +174,7 @@ def run_stages(
             before = unfinished.get(stage.name)
             if before is not None:
                 _take_up(before, folder, stage)
-            allowance_s = _allowance(stage, waiting, left_s)
+            allowance_s = allowance(stage, waiting, left_s, by_worth)
             outcome = _one(stage, folder, found, allowance_s, left_s, transcript, clock, over_s)
             if outcome.status is StageStatus.SKIPPED and before is not None:
                 outcome = StageOutcome(stage.name, StageStatus.KEPT, before.short, before)
@@ -308,11 +310,27 @@ def _skipped(stage: Stage, why: str, transcript: Transcript) -> StageOutcome:
     return StageOutcome(stage.name, StageStatus.SKIPPED, why)
 
 
-def _allowance(stage: Stage, waiting: Sequence[Stage], left_s: float | None) -> float | None:
-    """The stage's share of the time left, in proportion to the estimates of all waiting stages."""
+class Timed(Protocol):
+    """A stage as far as its time goes."""
+
+    @property
+    def estimate_s(self) -> float: ...
+    @property
+    def shortest_s(self) -> float: ...
+
+
+def allowance(
+    stage: Timed, waiting: Sequence[Timed], left_s: float | None, by_worth: bool = False
+) -> float | None:
+    """The stage's seconds of those left: in proportion to the estimates of all waiting stages.
+
+    `by_worth`: where there is not enough for all of them, as many as were estimated.
+    """
     if left_s is None:
         return None
     total_s = sum(other.estimate_s for other in waiting)
+    if by_worth and left_s < total_s:
+        return max(stage.shortest_s, min(stage.estimate_s, left_s))
     return max(stage.shortest_s, left_s * stage.estimate_s / total_s) if total_s else left_s
 
 

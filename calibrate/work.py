@@ -22,6 +22,7 @@ from helios_sim.errors import UserError
 from helios_sim.provenance import command_given
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
+ENERGY = "energy"  # of a campaign: once for the device
 STAGES_OF = {
     "all": (CEILINGS, PROFILE, TRACES, ANSWERS),
     "latency": (CEILINGS, PROFILE),
@@ -114,7 +115,8 @@ def _profile(inputs: Inputs) -> Stage:
 
         try:
             profile = measure_profile(
-                subject, about, folder, MeasurePlan(stage.left_s, stage.most_s, samples, seed=config.seed),
+                subject, about, folder,
+                MeasurePlan(stage.left_s, stage.most_s, samples, seed=config.seed, energy=config.energy),
                 loaded_bytes=loaded_bytes, reload=None if inputs.checkpoint.is_random else inputs.reload_layer,
                 progress=progress,
             )  # fmt: skip
@@ -126,7 +128,7 @@ def _profile(inputs: Inputs) -> Stage:
 
     settings = {
         **inputs.identity(), "limits": asdict(inputs.limits()), "heads": inputs.heads_digest(),
-        "exits": list(inputs.exits), "quick": config.quick, "seed": config.seed,
+        "exits": list(inputs.exits), "quick": config.quick, "seed": config.seed, "energy": config.energy,
     }  # fmt: skip
     return _stage(inputs, PROFILE, run, 90, (CEILINGS,), settings)
 

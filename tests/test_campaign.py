@@ -28,9 +28,10 @@ FEW = (
     "live.loads=[0.8]",
 )  # fmt: skip
 STAGES = (
-    "ceilings", "profile-tiny-opt-1.3b", "profile-tiny-opt-6.7b", "profile-tiny-smollm2-135m", "adapters", "traces",
-    "live-tiny-opt-6.7b", "live-tiny-smollm2-135m", "headline-tiny-opt-6.7b", "headline-tiny-smollm2-135m",
-    "live-headline-tiny-opt-6.7b", "live-headline-tiny-smollm2-135m",
+    "ceilings", "profile-tiny-opt-1.3b", "live-steady-tiny-opt-1.3b", "live-loads-tiny-opt-1.3b",
+    "profile-tiny-smollm2-135m", "adapters", "traces",
+    "headline-tiny-smollm2-135m", "live-headline-tiny-smollm2-135m", "live-tiny-smollm2-135m",
+    "profile-tiny-opt-6.7b", "headline-tiny-opt-6.7b", "live-headline-tiny-opt-6.7b", "live-tiny-opt-6.7b", "energy",
 )  # fmt: skip
 
 
@@ -69,6 +70,9 @@ def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archi
         for arm in ("full_depth", "early_exit"):
             live, simulated = (metrics[f"{kind}_{arm}"]["layers_per_token"] for kind in ("live", "simulated"))
             assert live == simulated
+    (one,) = finished["live-steady-tiny-opt-1.3b"].result["steady"]  # no more users than run together
+    assert one["users"] == 1
+    assert one["live_s"] > 0 < one["simulate_s"]
     arms = finished["headline-tiny-smollm2-135m"].result["arms"]
     assert arms["simulated_helios_batched"]["throughput_requests_per_s"] > 0
     headline = finished["live-headline-tiny-opt-6.7b"].result
@@ -154,11 +158,11 @@ def test_whatever_ends_it_what_was_finished_is_there_and_is_taken_up(
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("+campaign=a100",), ["campaign='a100'", "h100, rehearsal"]),
+        (("+campaign=a100",), ["campaign='a100'", "card, rehearsal"]),
         ((*FEW, "budget_s=0.1"), ["budget_s=0.1", "allow"]),
         ((*FEW, "resume=[gone.tar.gz]"), ["resume='gone.tar.gz'"]),
         ((*FEW, "resume=[damaged.tar.gz]"), ["resume='damaged.tar.gz'", "damaged"]),
-        ((*FEW, "resume=[other.tar.gz]"), ["resume='other.tar.gz'", "the campaign h100"]),
+        ((*FEW, "resume=[other.tar.gz]"), ["resume='other.tar.gz'", "the campaign card"]),
         (("+campaign=rehearsal", "models=[tiny-opt-1.3b]"), ["models", "tiny-opt-6.7b"]),
         ((*FEW, "weights={tiny-opt-1.3b: 'tiny:gpt-5'}"), ["gpt-5", "known shape"]),
         ((*FEW, "weights={tiny-smollm2-135m: 'random:smollm2-135m'}"), ["text_model=", "weights of its own"]),
@@ -171,7 +175,7 @@ def test_a_mistake_is_one_message_and_leaves_nothing(arguments, parts, tmp_path,
     from calibrate.campaigns.archives import write_archive
 
     (tmp_path / "damaged.tar.gz").write_bytes(b"nothing")
-    write_archive(tmp_path / "other.tar.gz", "h100", tmp_path, [])
+    write_archive(tmp_path / "other.tar.gz", "card", tmp_path, [])
     said = calibrate(monkeypatch, capsys, tmp_path, *arguments, "out=out")
     assert said.status == 1
     (line,) = said.err.strip().splitlines()
@@ -225,19 +229,78 @@ def test_memory_that_runs_out_on_the_way_costs_that_stage_alone(last, monkeypatc
     assert outcome.why == "the device's memory does not suffice: CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
-def test_h100_is_the_rehearsal_s_plan_at_full_size(monkeypatch, capsys, tmp_path) -> None:
-    """Its settings are read and its stages planned, on whatever device is here: nothing is measured."""
+def planned(name: str, **more):
+    """The plan of a campaign's settings, of which nothing is measured."""
     import yaml
 
     from calibrate.campaigns.plan import CampaignPlan
     from calibrate.schema import CampaignConfig, CampaignLiveConfig
     from helios_sim.help import conf_folder
 
-    def stages(name: str) -> list[tuple[str, str]]:
-        settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text())
-        live = CampaignLiveConfig(**settings.pop("live"))
-        settings["weights"] = settings.get("weights") or {m: f"random:{m}" for m in settings["models"]}
-        plan = CampaignPlan(CampaignConfig(**{**settings, "device": "cpu"}, live=live))
-        return [(stage.name.replace("tiny-", ""), plan.groups[stage.name]) for stage in plan.stages]
+    settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text()) | more
+    return CampaignPlan(CampaignConfig(**{**settings, "live": CampaignLiveConfig(**settings["live"])}))
 
-    assert stages("h100") == stages("rehearsal")
+
+def test_a_card_s_campaign_is_the_rehearsal_s_at_full_size() -> None:
+    card, rehearsal = (
+        [(one.name.replace("tiny-", ""), one.group) for one in plan.planned]
+        for plan in (planned("card", text_model="smollm2-135m"), planned("rehearsal"))
+    )
+    assert card == rehearsal
+
+
+def test_a_card_s_campaign_needs_no_text_model() -> None:
+    weights = {model: f"random:{model}" for model in planned("card").config.models}
+    plan = planned("card", device="cpu", weights=weights, last_model=None)
+    assert [stage.name for stage in plan.stages] == [one.name for one in plan.planned]
+    assert not {"adapters", "traces"} & plan.groups.keys()
+
+
+CLAIM = ("ceilings", "profile-opt-6.7b", "live-steady-opt-6.7b", "live-loads-opt-6.7b")
+PAIR = ("profile-opt-1.3b", "headline-opt-6.7b", "live-headline-opt-6.7b", "live-opt-6.7b")
+CALL_S, PAGE_S, FILES = 540.0, 20.0, 8  # seconds of a call and of its last page, files that come back
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 1.5])
+def test_a_call_on_a_card_does_what_is_worth_most_within_its_time(slower: float, tmp_path) -> None:
+    """On a clock on which every stage takes as long as was estimated, or that many times as long."""
+    from calibrate.stages import Stage, run_stages
+
+    now_s, plan = [0.0], planned("card")
+    began_s: dict[str, float] = {}
+
+    def stage(one, number: int) -> Stage:
+        def run(given):
+            began_s[one.name] = now_s[0]
+            now_s[0] += min(slower * one.estimate_s, given.allowance_s)  # a stage keeps what it is allowed
+            return {}
+
+        return Stage(one.name, run, one.estimate_s, -number, one.shortest_s, one.needs)
+
+    stages = [stage(one, number) for number, one in enumerate(plan.planned)]
+    outcomes = run_stages(stages, tmp_path, CALL_S - PAGE_S, clock=lambda: now_s[0], by_worth=True)
+    done = [outcome.stage for outcome in outcomes if outcome.status == "done"]
+    assert now_s[0] <= CALL_S - PAGE_S
+    assert tuple(done[:8]) == CLAIM + PAIR
+    assert began_s["live-steady-opt-6.7b"] <= 105  # the claim does not wait for other models
+    if slower == 1.0:
+        assert [(one.name, at_s) for one, at_s, lasts_s in plan.timetable(CALL_S - PAGE_S) if lasts_s is not None] == [
+            (name, pytest.approx(at_s)) for name, at_s in began_s.items()
+        ]
+        later = run_stages(stages, tmp_path, CALL_S - PAGE_S, clock=lambda: now_s[0], began=now_s[0], by_worth=True)
+        assert [outcome.status for outcome in later] == ["kept"] * len(done) + ["done"] * (len(stages) - len(done))
+
+
+def test_what_a_campaign_writes_fits_into_what_comes_back() -> None:
+    for plan in (planned("card", text_model="smollm2-135m"), planned("rehearsal")):
+        archives = {*plan.groups.values(), "f-unfinished"}
+        assert len({*archives, "summary.json", "report.md", "transcript.jsonl"}) <= FILES
+    assert MAX_BYTES <= 16 << 20
+
+
+def test_a_dry_run_prints_the_plan_and_measures_nothing(tmp_path, monkeypatch, capsys) -> None:
+    said = calibrate(monkeypatch, capsys, tmp_path, "+campaign=card", "budget_s=540", "dry_run=true", "out=out")
+    assert said.status == 0, said.err
+    for words in ("live-steady-opt-6.7b", "105 s", "not begun", "520 s of the budget", "nothing was measured"):
+        assert words in said.out
+    assert not (tmp_path / "out").exists()

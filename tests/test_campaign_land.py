@@ -24,13 +24,16 @@ GAIN = {"throughput_requests_per_s": 1.5, "e2e_s_mean": 0.5, "energy_wh_per_requ
 CEILINGS = {"ceilings": {"read_bytes_per_s": 4.5e12, "flops_per_s": 7.9e14}}
 
 
-def campaign(folder: Path, iteration_s: float = 0.001, *, worthless: bool = False) -> Path:
+def campaign(
+    folder: Path, iteration_s: float = 0.001, *, worthless: bool = False, more: dict[str, dict] | None = None
+) -> Path:
     """The output of one with two profiles and a headline; its archives are those of a real one."""
     pair = ["opt-1.3b", "opt-6.7b"]
     results = {"ceilings": CEILINGS} | {f"profile-{model}": {"name": f"{model}@{CARD}"} for model in pair}
     gains = [{"mode": "simulate", "load": "one user", "over": "early_exit", **GAIN}]
     results["headline-opt-6.7b"] = {"models": pair, "gains": gains}
     results["live-headline-opt-6.7b"] = {"models": pair, "gains": [*gains, {**gains[0], "mode": "live"}]}
+    results |= more or {}
     state = folder / "state"
     for name, result in results.items():
         place = state / STAGES / name
@@ -44,9 +47,9 @@ def campaign(folder: Path, iteration_s: float = 0.001, *, worthless: bool = Fals
             write_profile(profile, place / "profile" / f"{model}@{CARD}")
     (state / STAGES / "ceilings" / "device.jsonl").write_text("[]\n")
     (state / STAGES / "headline-opt-6.7b" / "report.html").write_text("<p>a page</p>")
-    write_archive(folder / "out" / "all.tar.gz", "h100", state, list(results))
+    write_archive(folder / "out" / "all.tar.gz", "card", state, list(results))
     stages = {name: {"result": result, "finished_at": "2027-01-02T03:04"} for name, result in results.items()}
-    summary = {"campaign": "h100", "worthless": worthless, "stages": {**stages, "live-x": {"result": None}}}
+    summary = {"campaign": "card", "worthless": worthless, "stages": {**stages, "live-x": {"result": None}}}
     summary["provenance"] = {"configuration": {"live": {"pair": pair}}}
     (folder / "out" / "summary.json").write_text(json.dumps(summary))
     (folder / "out" / "report.md").write_text("the report\n")
@@ -59,7 +62,7 @@ def test_everything_lies_where_the_project_looks_for_it(tmp_path, repository) ->
     written = land(campaign(tmp_path), into)
     assert {path.relative_to(into).as_posix() for path in written} == {
         "helios_sim/data/profiles/opt-1.3b@h200", "helios_sim/data/profiles/opt-6.7b@h200",
-        "experiments/h100_campaign/h200", "conf/experiment/measured_h200.yaml", "experiments/h100_campaign/README.md",
+        "experiments/card_campaign/h200", "conf/experiment/measured_h200.yaml", "experiments/card_campaign/README.md",
     }  # fmt: skip
     assert {path.name for path in (into / PAGES / CARD).iterdir()} == {
         "summary.json", "report.md", "device.jsonl", "headline-opt-6.7b.html",
@@ -70,6 +73,13 @@ def test_everything_lies_where_the_project_looks_for_it(tmp_path, repository) ->
     assert "| opt-1.3b, opt-6.7b | live, one user | early_exit | 1.5 | 0.5 |  | 4 |" in part
     assert part.count("simulate, one user") == 1  # the headline that was also served live is not told twice
     assert "No card was at hand" not in text
+
+
+def test_idle_power_that_was_measured_last_is_in_the_profiles(tmp_path, repository) -> None:
+    into = checkout(tmp_path / "checkout", repository)
+    land(campaign(tmp_path, more={"energy": {"found": {"opt-1.3b": {"idle_w": 0.5}}}}), into)
+    for model in ("opt-1.3b", "opt-6.7b"):
+        assert read_profile(into / PROFILES / f"{model}@{CARD}").hardware.idle_w == 0.5
 
 
 def test_a_later_campaign_takes_the_place_of_the_same_card_and_the_rest_of_the_page_stays(tmp_path, repository) -> None:

@@ -15,7 +15,7 @@ from fake_device import VirtualClock, VirtualDevice
 from helios_sim.errors import UserError
 
 SIZES = {"buffer_bytes": 1 << 20, "matrix_rows": 32, "copy_bytes": 1 << 16}
-REHEARSAL = "experiments/h100_campaign/rehearsal"
+REHEARSAL = "experiments/card_campaign/rehearsal"
 
 
 def recorded(device, now_s=None) -> tuple[dict, str]:

@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from calibrate.measure.ceilings import Ceilings, measure_ceilings
 from calibrate.measure.device import Copy, DeviceFacts, Step, TimedDevice, measure_energy, why_absent
 from calibrate.measure.sampling import figure
+from calibrate.stages import SHORT, StageRun
+from calibrate.work import CEILINGS
 from helios_sim.errors import UserError
 from helios_sim.files import to_json
 from helios_sim.untrusted import parse_json, read_bytes, reading
+
+if TYPE_CHECKING:
+    from calibrate.inputs import Inputs
 
 REPEATS = 15
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -38,11 +43,16 @@ def measure_device(
     buffer_bytes: int | None = None,
     matrix_rows: int | None = None,
     copy_bytes: int | None = None,
+    power: bool = True,
 ) -> dict[str, Any]:
-    """The report as JSON values in seconds, bytes and watts. None for what the device lacks or does not tell."""
+    """The report as JSON values in seconds, bytes and watts. None for what the device lacks or does not tell.
+
+    `power`: measure it here, which takes half a minute on a card.
+    """
     ceilings = measure_ceilings(device, dtype, buffer_bytes=buffer_bytes, matrix_rows=matrix_rows)
     n_bytes = copy_bytes or COPY_BYTES[device.facts.kind]
-    power = measure_energy(device, _loads(device, dtype, ceilings), now_s, sleep)
+    joules = measure_energy(device, _loads(device, dtype, ceilings), now_s, sleep) if power else None
+    absent = why_absent(device) if power else "it is measured last, in a stage of its own"
     return {
         "facts": asdict(device.facts),
         "ceilings": ceilings.to_json(),
@@ -50,10 +60,39 @@ def measure_device(
         "copied_bytes": n_bytes,
         "launch": _launches(device) if device.asynchronous else None,
         "sync_s": _sync_s(device, now_s) if device.asynchronous else None,
-        "power": None if power is None else power.to_json(),
-        "power_absent": why_absent(device) if power is None else None,
+        "power": None if joules is None else joules.to_json(),
+        "power_absent": absent if joules is None else None,
         "disturbance": device.disturbance(),
     }
+
+
+def measure_card_energy(models: Sequence[Inputs], dtype: str, stage: StageRun) -> dict[str, Any]:
+    """Joules of the device's heaviest loads and of iterations of each model, each model loaded by itself.
+
+    What there is no time for is left out, and `short` says so.
+    """
+    from calibrate.measure.profile import energy_steps
+    from calibrate.measure.subject import Subject
+
+    device, short = models[0].device, ""
+    found: dict[str, Any] = {}
+    ceilings = Ceilings.from_json(stage.finished[CEILINGS].result["ceilings"])
+    for inputs in models:
+        name = inputs.config.model.name
+        if found and stage.left_s is not None and stage.spent_s() > stage.left_s:
+            short = f"no time was left for {name}"
+            break
+        steps = {} if found else _loads(device, dtype, ceilings)
+        try:
+            model, _ = inputs.loaded
+            subject = Subject(model, device, inputs.limits(), None, inputs.config.seed)
+            joules = measure_energy(device, {**steps, **energy_steps(subject)})
+        finally:
+            inputs.__dict__.pop("loaded", None)
+        if joules is None:
+            return {"found": {}, "absent": why_absent(device), SHORT: ""}
+        found[name] = joules.to_json()
+    return {"found": found, "absent": None, SHORT: short}
 
 
 def _copies(device: TimedDevice, n_bytes: int, kind: str) -> dict[str, float]:

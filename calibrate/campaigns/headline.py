@@ -33,6 +33,7 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import read_profile
@@ -78,11 +79,14 @@ class StudyExits:
     origin: str  # measured, published, assumed, made up
 
 
+NO_EXITS = StudyExits(ExitsConfig(source="none"), (MADE_UP,), 4.0, "none: full depth", "none")
+
+
 def exits_of(
     config: CampaignConfig, profiles: Mapping[str, Profile], finished: Mapping[str, Finished], folder: Path
 ) -> StudyExits:
     """The exits of models that serve together. Traces are written to `folder`. Raises UserError if none are known."""
-    if config.text_model in profiles:
+    if config.text_model is not None and config.text_model in profiles:
         return _measured(finished[TRACES], profiles[config.text_model])
     if config.live.exits:
         for model in profiles:
@@ -150,17 +154,19 @@ class Basis:
     within: float
 
 
-def basis(config: CampaignConfig, models: Sequence[str], stage: StageRun, weights: Mapping[str, str]) -> Basis:
+def basis(
+    config: CampaignConfig, models: Sequence[str], stage: StageRun, weights: Mapping[str, str], exits_known: bool = True
+) -> Basis:
     """The common settings of a campaign's studies: profiles, exits and workload.
 
-    `weights`: the weights of the models that are served live.
+    `weights`: the weights of the models that are served live. `exits_known`: false for studies of full depth alone.
     """
     scratch = stage.folder / SCRATCH
     profiles = {model: _placed(stage.finished[f"profile-{model}"], scratch / "profiles") for model in models}
     card = profiles[models[0]].hardware.name
-    exits = exits_of(config, profiles, stage.finished, scratch / "traces")
+    exits = exits_of(config, profiles, stage.finished, scratch / "traces") if exits_known else NO_EXITS
     live = LiveConfig(device=config.device, threads=config.threads, weights=dict(weights), seed=config.seed)
-    if config.text_model in models:
+    if config.text_model is not None and config.text_model in models and exits_known:
         live.heads = {config.text_model: str(stage.finished[ADAPTERS].part("heads"))}
         live.texts = str(_prompts(exits.tasks, scratch / "prompts"))
     else:
@@ -254,17 +260,72 @@ METRICS = (
 GAINS = ("throughput_requests_per_s", "e2e_s_mean", "energy_wh_per_request", "batch_mean")
 
 
-def served(config: CampaignConfig, models: Sequence[str], stage: StageRun) -> Mapping[str, Any]:
-    """Run every arm at every load, simulated and served live in two passes. Raises as `run_fidelity_live` does."""
-    made = basis(config, models, stage, {model: weights_of(config, model) for model in models})
-    largest, some = models[-1], arms(config, models)
+STEADY_USERS = (1, 8, 32)  # each with a request all the time
+
+
+def steady(config: CampaignConfig, model: str, stage: StageRun) -> Mapping[str, Any]:
+    """Serve the model at full depth to a constant number of users, live and simulated: the time of a token alone.
+
+    Raises NotEnoughTime if the least number of requests takes longer than there is time for.
+    """
+    made = basis(config, [model], stage, {model: weights_of(config, model)}, exits_known=False)
+    users = [n for n in STEADY_USERS if n <= config.live.max_running_requests]
+    about = made.config.profile_folder, model, made.config.hardware
+    seconds, requests = seconds_each(config, stage, len(users)), {}
+    entries: dict[str, Any] = {}
+    for n in users:
+        least = max(config.live.least_requests, n)
+        requests[n] = least if config.quick else requests_within(seconds, _request_s(config, n, *about), least)
+        for mode in (LIVE, SIMULATE):
+            overrides = {
+                "mode": mode, "workload.n_requests": requests[n], "workload.arrivals.kind": "closed_loop",
+                "workload.arrivals.users": n,
+            }  # fmt: skip
+            entries[f"{mode}_{n}"] = {"policy": FULL_DEPTH, "model": model, "overrides": overrides}
+    study = replace(
+        made.config,
+        name=f"steady_{model}",
+        title=f"{model} at full depth on {made.config.hardware}, live and simulated",
+        question="How far is the simulated time of a token from the served one, with nothing else changing?",
+        arms=entries,
+        baseline=f"{SIMULATE}_{users[0]}",
+        subject=f"{LIVE}_{users[0]}",
+        headline_metrics=list(METRICS),
+        pictures=True,
+        jobs=1,
+    )
+    _, summary = summary_of(run_study, study, stage.folder)
+    token_s = {name: summary["arms"][name]["metrics"]["tpot_s_mean"] for name in entries}
+    found = [
+        {"users": n, "requests": requests[n], **{f"{mode}_s": token_s[f"{mode}_{n}"] for mode in (LIVE, SIMULATE)}}
+        for n in users
+    ]
+    return {"models": [model], "exits": made.exits.said, "verdict": summary["verdict"], "steady": found}
+
+
+def _request_s(config: CampaignConfig, users: int, folder: str | None, model: str, card: str) -> float:
+    """About how many seconds a request takes of the device when `users` are served at once."""
+    profile = read_profile(Path(folder or "") / f"{model}@{card}")
+    length = config.live.prompt_tokens + config.live.output_tokens // 2
+    n, decode = profile.model.n_layers, np.array([[users]], dtype=np.int64)
+    step = Composition((n,), decode, decode * length, np.array([users]), host_sync_at_checks=False)
+    return float(profile.iteration_time_s(step)[0]) * config.live.output_tokens / users
+
+
+def served(
+    config: CampaignConfig, models: Sequence[str], some: Mapping[str, Any], stage: StageRun
+) -> Mapping[str, Any]:
+    """Run these arms at every load, simulated and served live in two passes. Raises as `run_fidelity_live` does."""
+    weights = {model: weights_of(config, model) for model in models}
+    made = basis(config, models, stage, weights, exits_known=any(arm["policy"] != FULL_DEPTH for arm in some.values()))
+    largest = models[-1]
     seconds = seconds_each(config, stage, len(some) * len(config.live.loads) * 2)
     study = replace(
         made.config,
         name=f"live_{largest}",
         title=f"Live and simulated: {', '.join(models)} on {made.config.hardware}",
         question=f"How far off is the simulation from the profile just measured? Exits: {made.exits.said}.",
-        arms=some,
+        arms=dict(some),
         fidelity_live=LiveFidelityConfig(list(config.live.loads), seconds, config.live.least_requests),
     )
     stage.tell(f"{len(some)} arms at {len(config.live.loads)} loads, {seconds:.1f} s each", None)

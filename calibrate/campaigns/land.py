@@ -5,7 +5,7 @@ all archives; FOLDER is a checkout of this project (default: the current folder)
 
 - `helios_sim/data/profiles/MODEL@CARD/`, every profile;
 - `conf/experiment/measured_CARD.yaml`, a study on these profiles: `python -m helios_sim +experiment=measured_CARD`;
-- `experiments/h100_campaign/CARD/`, the report, its figures, pages of its studies, and the device's recorded answers;
+- `experiments/card_campaign/CARD/`, the report, its figures, pages of its studies, and the device's recorded answers;
 - the part of that folder's page between its marks: a row for each card.
 
 Earlier results of the same card are replaced. A rehearsal is refused unless `trial=true`, since its figures are not
@@ -18,16 +18,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from calibrate.campaigns.archives import archives_in, campaign_of, read_archive
 from calibrate.stages import Finished, read_finished
-from calibrate.work import CEILINGS, PROFILE
+from calibrate.work import CEILINGS, ENERGY, PROFILE
 from helios_sim import files
 from helios_sim.errors import UserError
-from helios_sim.profile.store import read_profile
+from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.report.format import in_unit, markdown
 from helios_sim.untrusted import parse_json
 
@@ -59,9 +60,21 @@ def page(campaign: str, summary: Mapping[str, Any]) -> str:
         if name.startswith(("live-", "headline-")):
             parts += ["", f"## {name}", "", f"Models: {', '.join(result['models'])}. Exits: {result['exits']}.", ""]
             parts += [f"- {markdown(sentence)}" for sentence in result["verdict"]]
+        if "steady" in result:
+            parts += ["", *_steady(result["steady"])]
         if "arms" in result:
             parts += ["", *_headline(result)]
     return "\n".join(parts) + "\n"
+
+
+def _steady(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the time of a token, live and simulated."""
+    rows = [
+        [str(row["users"]), str(row["requests"]), f"{1e3 * row['live_s']:.3f}", f"{1e3 * row['simulate_s']:.3f}",
+         f"{row['simulate_s'] / row['live_s'] - 1:+.1%}"]
+        for row in found if row["live_s"] and row["simulate_s"]
+    ]  # fmt: skip
+    return table(["users", "requests", "TPOT live, ms", "simulated, ms", "simulated over live"], rows, 0)
 
 
 def _device(found: Mapping[str, Any]) -> list[str]:
@@ -167,7 +180,7 @@ def shown(value: Any) -> str:
 
 PROFILES = Path("helios_sim/data/profiles")
 EXPERIMENTS = Path("conf/experiment")
-PAGES = Path("experiments/h100_campaign")
+PAGES = Path("experiments/card_campaign")
 PAGE, REHEARSAL = "README.md", "rehearsal"
 FROM, TO = "<!-- cards: written by calibrate.campaigns.land -->", "<!-- end of cards -->"
 SUMMARY, REPORT, ANSWERS = "summary.json", "report.md", "device.jsonl"
@@ -195,6 +208,7 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
             raise UserError("OUT", str(out), "a campaign with a device report and a profile", "let it finish these")
         card = {read_profile(folder).hardware.name for folder in profiles}.pop()
         written = [_replaced(folder, into / PROFILES / folder.name) for folder in profiles]
+        _add_idle_power(written, finished.get(ENERGY))
         place = into / PAGES / card
         for source in (out / SUMMARY, out / REPORT, finished[CEILINGS].part(ANSWERS)):
             files.write_bytes(place / source.name, source.read_bytes())
@@ -207,6 +221,16 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
         written.append(_experiment(into, card, *pair))
     files.write_text(page, f"{before}{FROM}\n{cards(into / PAGES)}\n{TO}{after}")
     return [*written, page]
+
+
+def _add_idle_power(profiles: Sequence[Path], energy: Finished | None) -> None:
+    """Add to these profiles the idle power of their card, which was measured after them."""
+    measured = {} if energy is None else energy.result["found"]
+    if measured:
+        idle_w = float(next(iter(measured.values()))["idle_w"])
+        for folder in profiles:
+            profile = read_profile(folder)
+            write_profile(replace(profile, hardware=replace(profile.hardware, idle_w=idle_w)), folder)
 
 
 def cards(folder: Path) -> str:

@@ -1,34 +1,41 @@
-"""The stages of a campaign: their order of worth, what each needs, and the archive that it belongs to."""
+"""The stages of a campaign: their order of worth, how long each should take, and the archive that it belongs to."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
-from calibrate.campaigns.device import RecordingDevice, measure_device
-from calibrate.campaigns.headline import headline, live_headline, served, weights_of
+from calibrate.campaigns.device import RecordingDevice, measure_card_energy, measure_device
+from calibrate.campaigns.headline import FULL_DEPTH, arms, headline, live_headline, served, steady, weights_of
 from calibrate.inputs import Inputs, measured_by
 from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
-from calibrate.stages import CannotRun, Stage, StageRun
-from calibrate.work import ADAPTERS, CEILINGS, PROFILE, TRACES, Effort, Run, memory_named, stages_of
+from calibrate.stages import CannotRun, Stage, StageRun, allowance
+from calibrate.work import ADAPTERS, CEILINGS, ENERGY, PROFILE, TRACES, Effort, Run, memory_named, stages_of
 from helios_sim.errors import TooLittleMemory, UserError
 from helios_sim.live.checkpoint.known import KNOWN
 
-DEVICE, PROFILES, EXITS, LIVE, HEADLINE = "a-device", "b-profiles", "c-exits", "d-live", "e-headline"
+DEVICE, PROFILES, LIVE, HEADLINE = "a-device", "b-profiles", "d-live", "e-headline"  # archives
 TRANSCRIPT = "device.jsonl"
 
-# Guesses for a card like an H100, to be corrected after the first campaign on one.
+# Seconds of each kind of stage: guesses for a card like an H100, to be corrected after the first campaign on one.
+FIRST, FURTHER, EXITS, STEADY, LOADS, SIMULATED, SWITCHED, JOULES = (
+    "first profile", "profile", "exits", "steady", "loads", "simulated", "switched", "energy",
+)  # fmt: skip
 EFFORTS = {
-    DEVICE: Effort(20, 5),
-    PROFILES: Effort(60, 20),
-    EXITS: Effort(80, 25),
-    LIVE: Effort(90, 40),
-    HEADLINE: Effort(15, 5),
+    DEVICE: Effort(15, 5),
+    FIRST: Effort(90, 20),
+    FURTHER: Effort(60, 20),
+    EXITS: Effort(45, 25),
+    STEADY: Effort(45, 15),
+    LOADS: Effort(75, 40),
+    SIMULATED: Effort(15, 5),
+    SWITCHED: Effort(75, 30),
+    JOULES: Effort(60, 25),
 }
 REHEARSED = Effort(4, 0.5)
 QUICK_SIZES = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
@@ -38,17 +45,67 @@ def profile_stage(model: str) -> str:
     return f"{PROFILE}-{model}"
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One stage of the plan: its name, archive, time, and the stages that it needs.
+
+    `make` builds it, for which the device must be there.
+    """
+
+    name: str
+    group: str
+    effort: Effort
+    needs: tuple[str, ...]
+    make: Callable[[], Stage]
+
+    @property
+    def estimate_s(self) -> float:
+        return self.effort.estimate_s
+
+    @property
+    def shortest_s(self) -> float:
+        return self.effort.least_s
+
+
 class CampaignPlan:
-    """All stages of a campaign, and the archive group of each."""
+    """All stages of a campaign in order of worth, and the archive group of each."""
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
         last = [] if config.last_model is None else [config.last_model]
         self._inputs = {model: Inputs(self._calibration(model)) for model in (*config.models, *last)}
-        self.groups: dict[str, str] = {}
-        self.stages: list[Stage] = []
-        self._worth = 1000.0
+        self.planned: list[Planned] = []
         self._add_all()
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The archive of each stage."""
+        return {planned.name: planned.group for planned in self.planned}
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The stages. Raises UserError if the device or a checkpoint is missing."""
+        return [
+            replace(
+                made := planned.make(), name=planned.name, worth=1000.0 - number, estimate_s=planned.estimate_s,
+                least_s=planned.shortest_s, needs=planned.needs, run=_alone(made.run),
+            )
+            for number, planned in enumerate(self.planned)
+        ]  # fmt: skip
+
+    def timetable(self, budget_s: float) -> list[tuple[Planned, float, float | None]]:
+        """When each stage begins and for how many seconds, if each takes what it is allowed; None: it is not begun."""
+        found: list[tuple[Planned, float, float | None]] = []
+        at_s, waiting, begun = 0.0, list(self.planned), set[str]()
+        for planned in self.planned:
+            left_s, lasts_s = budget_s - at_s, None
+            if left_s >= planned.shortest_s and begun.issuperset(planned.needs):
+                lasts_s = allowance(planned, waiting, left_s, by_worth=True)
+                begun.add(planned.name)
+            waiting.remove(planned)
+            found.append((planned, at_s, lasts_s))
+            at_s += lasts_s or 0.0
+        return found
 
     def check(self) -> None:
         """Raise UserError for anything that would stop a stage: packages, device, shapes, weights.
@@ -57,12 +114,13 @@ class CampaignPlan:
         """
         from helios_sim.live.checkpoint.random_weights import RANDOM
 
-        config = self.config
-        if weights_of(config, config.text_model).startswith(RANDOM):
-            known = KNOWN.get(config.text_model)
-            fix = "name them in weights" if known is None else known.get_it
+        config, text = self.config, self.config.text_model
+        if text is not None and weights_of(config, text).startswith(RANDOM):
+            known = KNOWN.get(text)
+            fix = "name them in weights, or set text_model=null"
+            fix = fix if known is None else f"{known.get_it}, or set text_model=null"
             allowed = "weights of its own: exits trained and traced with random ones mean nothing"
-            raise UserError("text_model", config.text_model, allowed, fix)
+            raise UserError("text_model", text, allowed, fix)
         for inputs in self._inputs.values():
             with suppress(TooLittleMemory):
                 inputs.check()
@@ -72,46 +130,63 @@ class CampaignPlan:
         return self._inputs[self.config.models[0]].device.facts.name
 
     def _add_all(self) -> None:
-        config = self.config
-        self._add(DEVICE, self._ceilings())
-        for model in config.models:
-            self._add(PROFILES, self._profile(model))
-        for stage in self._exits():
-            self._add(EXITS, stage)
-        served_together = [*([config.live.pair] if config.live.pair else []), [config.text_model]]
-        for models in served_together:
-            self._add(LIVE, self._stage(f"live-{models[-1]}", partial(served, config, models), models))
-        for models in served_together:
-            self._add(HEADLINE, self._headline(models))
-        for models in served_together:
-            simulated = self._headline(models).name
-            run = partial(live_headline, config, models, simulated)
-            self._add(HEADLINE, self._stage(f"live-{simulated}", run, models, simulated), LIVE)
-        if config.last_model is not None:
-            self._add(PROFILES, self._profile(config.last_model))
-            self._add(HEADLINE, self._headline([config.last_model]))
+        """The claim first: one model's profile, and how far its simulation is from serving it. Then exits and gains."""
+        config, (first, *others) = self.config, self.config.models
+        pair, text, last = config.live.pair, config.text_model, config.last_model
+        self._add(CEILINGS, DEVICE, DEVICE, (), self._ceilings)
+        self._profiles([first], FIRST)
+        self._study(f"live-steady-{first}", LIVE, STEADY, [first], partial(steady, config, first), exits=False)
+        full_depth = {name: arm for name, arm in arms(config, [first]).items() if arm["policy"] == FULL_DEPTH}
+        run = partial(served, config, [first], full_depth)
+        self._study(f"live-loads-{first}", LIVE, LOADS, [first], run, exits=False)
+        if text is not None:
+            self._profiles([text])
+            self._add(ADAPTERS, PROFILES, EXITS, (), partial(self._exits, ADAPTERS))
+            self._add(TRACES, PROFILES, EXITS, (ADAPTERS,), partial(self._exits, TRACES))
+            self._served([text])
+        if pair:
+            self._profiles(pair)
+            self._served(pair)
+        second = [model for model in others if profile_stage(model) not in self.groups]
+        self._profiles(second[:1])
+        self._add(ENERGY, DEVICE, JOULES, (CEILINGS, profile_stage(first)), self._energy)
+        self._profiles(second[1:])
+        if last is not None:
+            self._profiles([last])
+            self._study(f"headline-{last}", HEADLINE, SIMULATED, [last], partial(headline, config, [last]))
 
-    def _add(self, group: str, stage: Stage, like: str | None = None) -> None:
-        """Add a stage of the next lower worth, with the effort of its group, or of group `like`."""
-        effort = REHEARSED if self.config.quick else EFFORTS[like or group]
-        self._worth -= 1
-        self.groups[stage.name] = group
-        self.stages.append(
-            replace(
-                stage, worth=self._worth, estimate_s=effort.estimate_s, least_s=effort.least_s, run=_alone(stage.run)
-            )
-        )
+    def _served(self, models: Sequence[str]) -> None:
+        """What HELIOS gains over these models, simulated and live, and all arms under load."""
+        config, largest = self.config, models[-1]
+        simulated = f"headline-{largest}"
+        self._study(simulated, HEADLINE, SIMULATED, models, partial(headline, config, models))
+        run = partial(live_headline, config, models, simulated)
+        self._study(f"live-{simulated}", HEADLINE, SWITCHED, models, run, simulated)
+        self._study(f"live-{largest}", LIVE, LOADS, models, partial(served, config, models, arms(config, models)))
 
-    def _headline(self, models: Sequence[str]) -> Stage:
-        return self._stage(f"headline-{models[-1]}", partial(headline, self.config, models), models)
+    def _profiles(self, models: Sequence[str], kind: str = FURTHER) -> None:
+        for model in models:
+            if profile_stage(model) not in self.groups:
+                self._add(profile_stage(model), PROFILES, kind, (CEILINGS,), partial(self._profile, model))
 
-    def _stage(self, name: str, run: Run, models: Sequence[str], *more: str) -> Stage:
-        """A stage that needs the models' profiles, the text model's traces if it is among them, and `more` stages."""
+    def _study(
+        self, name: str, group: str, kind: str, models: Sequence[str], run: Run, *more: str, exits: bool = True
+    ) -> None:
+        """Add a stage that needs the models' profiles, with `exits` the text model's traces, and `more` stages."""
+
         needs = tuple(profile_stage(model) for model in models)
-        needs += (ADAPTERS, TRACES) if self.config.text_model in models else ()
-        settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
-        settings |= measured_by()
-        return Stage(name, run, 0, 0, needs=(*needs, *more), settings=settings)
+        needs += (ADAPTERS, TRACES) if exits and self.config.text_model in models else ()
+
+        def make() -> Stage:
+            settings = {"live": asdict(self.config.live), "quick": self.config.quick, "seed": self.config.seed}
+            return Stage(name, run, 0, 0, settings={**settings, **measured_by()})
+
+        self._add(name, group, kind, (*needs, *more), make)
+
+    def _add(self, name: str, group: str, kind: str, needs: tuple[str, ...], make: Callable[[], Stage]) -> None:
+        """Add a stage of the next lower worth."""
+        effort = REHEARSED if self.config.quick else EFFORTS[kind]
+        self.planned.append(Planned(name, group, effort, needs, make))
 
     def _ceilings(self) -> Stage:
         config, inputs = self.config, self._inputs[self.config.models[0]]
@@ -120,12 +195,24 @@ class CampaignPlan:
             with (stage.folder / TRANSCRIPT).open("w", encoding="utf-8") as file:
                 device = RecordingDevice(inputs.device, file)
                 sizes = QUICK_SIZES if config.quick else {}
-                return measure_device(device, config.dtype, device.now_s, device.sleep, **sizes)
+                return measure_device(device, config.dtype, device.now_s, device.sleep, power=False, **sizes)
 
         facts = inputs.device.facts
         settings = {"device": facts.name, "dtype": config.dtype, "threads": config.threads, "quick": config.quick}
         settings |= measured_by()
         return Stage(CEILINGS, run, 0, 0, settings=settings)
+
+    def _energy(self) -> Stage:
+        """Joules of the device and of the first two models' iterations."""
+        config, models = self.config, self.config.models[:2]
+
+        def run(stage: StageRun) -> Mapping[str, Any]:
+            inputs = [self._inputs[model] for model in models if profile_stage(model) in stage.finished]
+            return measure_card_energy(inputs, config.dtype, stage)
+
+        facts = self._inputs[models[0]].device.facts
+        settings = {"device": facts.name, "models": models, "quick": config.quick, **measured_by()}
+        return Stage(ENERGY, run, 0, 0, settings=settings)
 
     def _profile(self, model: str) -> Stage:
         inputs = self._inputs[model]
@@ -135,13 +222,15 @@ class CampaignPlan:
             inputs.check()  # whether it fits
             return stage.run(given)
 
-        return replace(stage, name=profile_stage(model), run=_released(inputs, run))
+        return replace(stage, run=_released(inputs, run))
 
-    def _exits(self) -> list[Stage]:
-        """The stages that train and trace exit adapters of the text model, with its own weights."""
+    def _exits(self, name: str) -> Stage:
+        """The stage that trains or traces exit adapters of the text model, with its own weights."""
+        assert self.config.text_model is not None
         config = self._calibration(self.config.text_model)
         inputs = Inputs(replace(config, task="adapters", heads=None))
-        return [replace(stage, run=_released(inputs, stage.run)) for stage in stages_of(inputs)]
+        (stage,) = (stage for stage in stages_of(inputs) if stage.name == name)
+        return replace(stage, run=_released(inputs, stage.run))
 
     def _calibration(self, model: str) -> CalibrateConfig:
         """The settings of a calibration of one model."""
@@ -151,6 +240,7 @@ class CampaignPlan:
             memory_bytes=c.memory_bytes, dtype=c.dtype, tasks=c.tasks, train_tokens=c.train_tokens,
             trace_tokens=c.trace_tokens, adapter_width=c.adapter_width, check_width=c.check_width,
             max_batch=c.max_batch, max_context_tokens=c.max_context_tokens, quick=c.quick, seed=c.seed, out=c.out,
+            energy=False,
         )  # fmt: skip
 
 
