@@ -264,6 +264,19 @@ def test_a_plan_is_asked_for_by_its_experiment(command) -> None:
     assert "+experiment=capacity" in said.err
 
 
+def test_requests_that_are_the_same_under_every_seed_are_told(tmp_path) -> None:
+    rows = "".join(f"{n * 0.05:.2f},{100 + n % 7},{20 + n % 5}\n" for n in range(60))
+    (tmp_path / "rows.csv").write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n{rows}")
+    trace = str(tmp_path / "rows.csv")
+    settings = {
+        "workload.arrivals.kind": "trace", "workload.arrivals.trace": trace, "workload.lengths.kind": "trace",
+        "workload.lengths.trace": trace, "workload.n_requests": 60,
+    }  # fmt: skip
+    result = capacity(with_settings(example(jobs=1, seeds=[0], capacity={"cards": ["h100-80gb"]}), settings))
+    assert any("those of the trace under every seed" in warning for warning in result.warnings)
+    assert not any("One seed" in warning for warning in result.warnings)
+
+
 def test_lengths_of_a_trace_must_last_for_every_load() -> None:
     config = with_settings(example(), {"workload.lengths.kind": "trace", "workload.lengths.trace": "rows.csv"})
     with pytest.raises(UserError, match="resample"):

@@ -20,7 +20,7 @@ from helios_sim.report.capacity import (
 )
 from helios_sim.report.cautions import of_inputs
 from helios_sim.report.metrics import Slo
-from helios_sim.study.capacity_plan import CapacityPlan
+from helios_sim.study.capacity_plan import CapacityPlan, replays
 
 FULL_DEPTH = "full_depth"
 NEAR = 1.1  # times the planned load, below which a fleet has little room
@@ -82,7 +82,9 @@ def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Adv
 def _take(advice: Advice) -> str:
     it, at = advice.plan, advice.plan.at
     assert at is not None
-    said = [f"For {load_in_words(it.load, it.requests_per_s)} take {it.fleet} with {it.arm}{_by_seed(it)}"]
+    said = [f"For {load_in_words(it.load, it.requests_per_s)} take {it.fleet} with {it.arm}"]
+    if by_seed := _by_seed(it):
+        said[0] += f" ({by_seed})"
     if it.usd_per_hour is not None:
         tokens = at.metrics.get("usd_per_million_tokens")
         per_token = f", USD {fmt.number(tokens)} per million output tokens" if isinstance(tokens, int | float) else ""
@@ -110,16 +112,17 @@ def _whole(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPlan) ->
 
 
 def _in_short(it: FleetPlan) -> str:
-    price = "" if it.usd_per_hour is None else f" (USD {it.usd_per_hour:,.2f} an hour)"
-    return f"{it.fleet} with {it.arm}{_by_seed(it)}{price}"
+    price = "" if it.usd_per_hour is None else f"USD {it.usd_per_hour:,.2f} an hour"
+    beside = "; ".join(filter(None, (_by_seed(it), price)))
+    return f"{it.fleet} with {it.arm}" + (f" ({beside})" if beside else "")
 
 
 def _by_seed(it: FleetPlan) -> str:
     if len(it.by_seed) < 2:
         return ""
     if all(number == it.replicas for number in it.by_seed):
-        return f" (under each of {len(it.by_seed)} seeds)"
-    return f" ({range_in_words(it.by_seed, 'more')} over single seeds)"
+        return f"under each of {len(it.by_seed)} seeds"
+    return f"{range_in_words(it.by_seed, 'more')} over single seeds"
 
 
 def _valid(advice: Advice) -> str:
@@ -200,10 +203,10 @@ def _none_fits(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> str:
     return f"No fleet of up to {plan.config.capacity.most_replicas} replicas serves {where}. {'; '.join(told)}."
 
 
-def reservations_of(result: CapacityResult) -> CapacityResult:
+def reservations_of(plan: CapacityPlan, result: CapacityResult) -> CapacityResult:
     """The result with what its reader has to take care of."""
     found = [*result.warnings, *of_inputs(result)]
-    if result.seeds == 1:
+    if result.seeds == 1 and not replays(plan.config):
         found.append(
             "One seed: what other seeds would need is not known, and intervals hold within that run: name several in "
             "seeds=[...]."

@@ -279,4 +279,4 @@ def _result(
         warnings=tuple(notices),
         seeds=len(config.seeds),
     )
-    return reservations_of(result)
+    return reservations_of(plan, result)

@@ -280,13 +280,17 @@ def _conditions(config: Config, names: Sequence[str]) -> str:
     return f"{said}; replicas behind {config.server.router.replace('_', ' ')}."
 
 
-def _notices(config: Config) -> Iterator[str]:
+def replays(config: Config) -> bool:
+    """Whether the requests are the same under every seed, but for their texts."""
     workload = config.workload
-    same = workload.arrivals.kind == "trace" and workload.lengths.kind == "trace" and not workload.lengths.resample
-    if same and len(config.seeds) > 1:
+    return workload.arrivals.kind == "trace" and workload.lengths.kind == "trace" and not workload.lengths.resample
+
+
+def _notices(config: Config) -> Iterator[str]:
+    if replays(config):
         yield (
-            "Every seed replays the same arrivals and lengths, so seeds differ in texts and exits alone and their "
-            "intervals leave out what other days bring: workload.lengths.resample=true draws lengths anew."
+            "Arrivals and lengths are those of the trace under every seed, so intervals leave out what other days "
+            "bring: workload.lengths.resample=true and several seeds draw lengths anew."
         )
     if len(config.models) > 1:
         yield (
