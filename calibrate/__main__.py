@@ -30,6 +30,7 @@ from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
+from helios_sim.live.served import check_packages
 from helios_sim.report.terminal import without_json
 from helios_sim.streams import open_streams
 from helios_sim.vary.settings import known_settings
@@ -123,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def calibrate(settings: DictConfig) -> None:
         nonlocal status, folder
-        from calibrate.command import run_calibration, run_campaign
-
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         started.append(folder)
         try:
             config = to_config(settings, command, schema)
+            check_packages("a calibration")  # before what needs them is imported
+            from calibrate.command import run_calibration, run_campaign
+
             began_s = budget_began_s.pop() if budget_began_s else time.monotonic()  # of several, each has its own
             if isinstance(config, CampaignConfig):
                 status = max(status, run_campaign(config, folder, began_s))

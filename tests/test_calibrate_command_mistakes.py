@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import helios_sim
 from calibrate.__main__ import in_full
 from calibrate.schema import CalibrateConfig, CampaignConfig, CampaignLiveConfig
 from calibrate_line import calibrate as calibrate_line
@@ -86,6 +90,32 @@ def test_without_torch_it_says_how_to_get_it(tmp_path, monkeypatch, capsys) -> N
     assert "packages='torch'" in said.err
     assert "make live" in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+BLOCKED = "import sys; sys.modules['torch'] = None"
+BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [(None, "packages='torch': a calibration needs them installed"), (BROKEN, "cannot be loaded (OSError: libcudart")],
+)
+@pytest.mark.parametrize("words", [["model=smollm2"], ["+campaign=rehearsal"]])
+def test_a_torch_that_cannot_be_imported_is_one_message(
+    tmp_path: Path, torch: str | None, said: str, words: list[str]
+) -> None:
+    """In a process of its own, in which no module that needs torch has been imported before."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / ("sitecustomize.py" if torch is None else "torch.py")).write_text(torch or BLOCKED)
+    places = [str(tmp_path / "site"), str(Path(helios_sim.__file__).parents[1])]
+    ran = subprocess.run(
+        [sys.executable, "-m", "calibrate", *words, "budget_s=20", "out=out"], cwd=tmp_path, capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)}, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert said in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_known_weights_that_are_not_here_say_how_to_fetch_them(tmp_path, monkeypatch, capsys) -> None:

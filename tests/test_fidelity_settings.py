@@ -342,6 +342,69 @@ RESOLVED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("compiled", "graphs"),
+    [
+        (0, False), (2, False), (3, True), ('{"cudagraph_mode": "NONE"}', False), ('{"level": 3}', True),
+        ({"level": 0}, False), ({"level": 0, "cudagraph_mode": "FULL"}, True), (None, True),
+    ],
+)  # fmt: skip
+def test_a_level_of_compilation_says_whether_there_are_graphs(log: Path, compiled: object, graphs: bool) -> None:
+    setup = setup_of(log, {"compilation_config": compiled})
+    assert (setup.profile.runtime.graph_batch_sizes is not None) == graphs
+
+
+def test_a_compilation_that_cannot_be_read_is_named(log: Path) -> None:
+    assert any("compilation_config (fast" in notice for notice in setup_of(log, {"compilation_config": "fast"}).notices)
+
+
+def test_what_is_said_of_a_device_and_of_tables_and_not_read_is_named(log: Path) -> None:
+    with (log / "profile" / "meta.yaml").open("a") as file:
+        file.write("engine_effective: {block_size: 32, attention_backend: TRITON}\nclocks: locked\n")
+    hardware = {"device_name": "NVIDIA GeForce RTX 4090", "driver_version": "580", "power_limit_w": 300, "mig": False}
+    said = " ".join(setup_of(log, {"attention_backend": "FLASH_ATTN"}, hardware=hardware).notices)
+    assert "hardware: not read: power_limit_w (300)." in said
+    assert "measured with block_size 32, the run had 16" in said
+    assert "attention_backend is FLASH_ATTN" in said
+    assert "measured with attention_backend TRITON." in said
+    assert "profile/meta.yaml: not read: clocks (locked)." in said
+
+
+def test_tables_of_quantized_kernels_are_refused(log: Path) -> None:
+    with (log / "profile" / "meta.yaml").open("a") as file:
+        file.write("engine_effective: {quantization: fp8}\n")
+    with pytest.raises(UserError, match="tables of the run's weights"):
+        setup_of(log)
+
+
+def test_requests_without_an_answer_are_counted(log: Path) -> None:
+    for number, why in ((1, "abort"), (2, "abort"), (3, "stop"), (4, "error")):
+        change_request(log, number, finish_reason=why)
+    (said,) = [notice for notice in read_log(log).notices if "ended by" in notice]
+    assert "2 of 24 requests ended by abort, 1 of 24 requests ended by error" in said
+
+
+def test_a_request_of_another_model_is_named(log: Path) -> None:
+    change_request(log, 5, model="models/Qwen2.5-0.5B")
+    read_log(log)
+    change_request(log, 5, model="my-adapter")
+    with pytest.raises(UserError, match="request 5: model='my-adapter'"):
+        read_log(log)
+    change_meta(log, {"served_model_name": ["my-adapter", "other"]})
+    read_log(log)
+
+
+def test_times_in_milliseconds_are_refused(log: Path) -> None:
+    rows = read_requests(log)
+    stamps = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
+    write_requests(log, [
+        {key: value * 1000 if key in stamps else value for key, value in row.items() if key != "arrival_time"}
+        for row in rows
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="times in seconds"):
+        read_log(log)
+
+
 def test_an_engine_at_its_defaults_gives_no_notice(log: Path) -> None:
     kv_cache = {"num_gpu_blocks": 4000, "block_size": 16, "enable_prefix_caching": True, "num_kv_tokens": 64_000}
     setup = setup_of(log, DEFAULTS, resolved_config=RESOLVED, kv_cache=kv_cache)

@@ -107,6 +107,16 @@ def test_without_torch_it_says_how_to_get_it(command: CommandLine, study: Path, 
     assert "make live" in said.err
 
 
+def test_a_torch_that_cannot_be_loaded_is_one_message(command: CommandLine, study: Path, monkeypatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: ncclCommRegister")
+
+    monkeypatch.setattr(served, "import_module", broken)
+    said = command(*arguments(study, "mode=live"))
+    assert said.status == 1
+    assert "cannot be loaded (ImportError: undefined symbol: ncclCommRegister)" in said.err
+
+
 def test_weights_of_another_shape_are_refused(command: CommandLine, study: Path, tmp_path: Path) -> None:
     from tiny_models import write_tiny
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from calibrate.exits import traces  # noqa: E402
-from calibrate.exits.hidden import start_token, tokenized  # noqa: E402
+from calibrate.exits.hidden import start_token, states, tokenized  # noqa: E402
 from calibrate.exits.texts import Split, passages  # noqa: E402
 from calibrate.exits.traces import characters  # noqa: E402
+from calibrate.stages import CannotRun  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.exits.rule import Confidence  # noqa: E402
 from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
@@ -158,3 +160,10 @@ def test_a_text_starts_with_a_token_that_the_model_has() -> None:
     assert start_token(tokenizer, known + 1) == known
     with pytest.raises(UserError, match="begins or ends a text"):
         start_token(tokenizer, 1)
+
+
+def test_a_text_beyond_the_context_is_a_stage_that_cannot_run() -> None:
+    """The profile that was measured before it is delivered all the same."""
+    model = SimpleNamespace(architecture=SimpleNamespace(max_context_tokens=16))
+    with pytest.raises(CannotRun, match="has 17 tokens, and the model takes 16"):
+        states(model, 0, [np.zeros(17, np.int64)], (1,))

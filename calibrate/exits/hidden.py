@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from calibrate.drafts import kept
 from calibrate.exits.texts import TASKS, Split, domain_of, passages
+from calibrate.stages import CannotRun
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.live import served
@@ -96,7 +97,7 @@ def states(
     longest = max(map(len, texts))
     if longest > model.architecture.max_context_tokens:
         context = model.architecture.max_context_tokens
-        raise UserError("passage_chars", f"{longest} tokens", f"at most {context} tokens", "take shorter passages")
+        raise CannotRun(f"a passage of the labelled texts has {longest} tokens, and the model takes {context}")
     rows = np.full((len(texts), longest), start, dtype=np.int64)
     for row, tokens in zip(rows, texts, strict=True):
         row[1 : len(tokens)] = tokens[:-1]

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from helios_sim.errors import UserError, WeightsError
+from helios_sim.errors import UserError, WeightsError, lacking
 from helios_sim.exits.trace import BoundTrace, TokenSpan
+from helios_sim.interrupt import is_asked
 from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.model.architecture import VALUE_BYTES
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
-from helios_sim.untrusted import read_bytes, reading
+from helios_sim.untrusted import in_short, read_bytes, reading
 
 if TYPE_CHECKING:
     import torch
@@ -259,8 +261,16 @@ def _heads(name: str, checkpoint: Checkpoint, settings: OpenSettings, exits: tup
 
 
 def check_packages(why: str) -> None:
-    """Raise UserError if packages of the extra `live` are missing. `why`: what needs them. Imports none of them."""
+    """UserError if packages of the extra `live` are missing, or torch cannot be loaded. `why`: what needs them."""
     missing = [name for name in LIVE_PACKAGES if find_spec(name) is None]
     if missing:
         fix = "run `make live`, or pip install 'helios-llm-sim[live]'"
         raise UserError("packages", ", ".join(missing), f"{why} needs them installed", fix)
+    try:
+        import_module("torch")
+    except Exception as error:  # of its libraries, as where they are those of another driver
+        if is_asked() or lacking(error) is not None:
+            raise
+        allowed = f"it is installed and cannot be loaded ({in_short(error)})"
+        fix = "install the build for this machine: see https://pytorch.org/get-started"
+        raise UserError("packages", "torch", allowed, fix) from error

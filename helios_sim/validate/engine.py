@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helios_sim.errors import UserError
-from helios_sim.untrusted import shortened
+from helios_sim.untrusted import parse_json, shortened
 
 
 def _words(text: str) -> frozenset[str]:
@@ -189,9 +189,11 @@ _OTHER_NAMES = {
     "cache_config.cache_dtype": "kv_cache_dtype", "scheduler_config.policy": "scheduling_policy",
     "attention_config.backend": "attention_backend", "chunked_prefill_enabled": "enable_chunked_prefill",
     "cuda_graph_sizes": "cudagraph_capture_sizes", "seed_everything": "seed",
-    "compilation_config.use_cudagraph": "use_cudagraph",
+    "compilation_config.use_cudagraph": "use_cudagraph", "compilation_config.level": "compilation_level",
+    "engine_kwargs.O": "optimization_level",
 }  # fmt: skip
 # A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
+_PIECEWISE = 3  # the level of vLLM 0.8 to 0.10 at which CUDA graphs are captured
 _OBJECT, _FIELD = re.compile(r"[A-Z]\w*\(.*\)"), re.compile(r"(\w+)=(\d+(?:\.\d+)?)\b")
 _GRAPH_MODES = {
     "0": "none", "1": "piecewise", "2": "full", "[2, 0]": "full_decode_only", "[2, 1]": "full_and_piecewise",
@@ -302,6 +304,9 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
     section = place.rpartition(".")[2]
     for key, value in values.items():
         plain = key.replace("-", "_")
+        if plain == "compilation_config" and not isinstance(value, Mapping):
+            yield from _of_compilation(place, value)
+            continue
         if isinstance(value, Mapping) and (plain in _LEFT or plain == "offload_config" or plain in ("uva", "prefetch")):
             yield from _of_section(f"{place}.{plain}", value)
             continue
@@ -311,9 +316,29 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
         name = _OTHER_NAMES.get(f"{section}.{plain}", _OTHER_NAMES.get(plain, plain))
         if name == "use_cudagraph":
             name, value = "cudagraph_mode", None if value else "none"
+        if name == "compilation_level":
+            kept = "cudagraph_mode" in values or type(value) is not int or value >= _PIECEWISE
+            name, value = "cudagraph_mode", None if kept else "none"
         unlimited = name == "max_model_len" and value == -1
         if value is None or unlimited or (section in _LEFT and not {name} & (HONOURED | NAMED.keys() | REFUSED.keys())):
             continue
+        yield Said(name, place, value)
+
+
+def _of_compilation(place: str, value: Any) -> Iterator[Said]:
+    """A compilation_config that is a text of JSON, as on a command line, or a level, as until 0.10."""
+    name = "compilation_config"
+    if type(value) is int:
+        if value < _PIECEWISE:  # graphs are captured from this level on
+            yield Said("cudagraph_mode", f"{place}.{name}", "none")
+        return
+    try:
+        parsed = parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        parsed = value
+    if isinstance(parsed, Mapping):
+        yield from _of_section(f"{place}.{name}", parsed)
+    elif parsed is not None:
         yield Said(name, place, value)
 
 

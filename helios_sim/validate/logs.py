@@ -10,11 +10,13 @@ below; what is not, and could matter, is named in `ServingLog.notices`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,13 @@ _OF_NO_MATTER = {  # observations and labels, of which nothing is made
         "resolve_only", "status",
     },
 }  # fmt: skip
+_ENDED = ("stop", "length", "eos", "stop_sequence")  # of a request that was answered
+_OF_HARDWARE = {  # read, or of no matter
+    "device_name", "device_count", "device_total_memory_bytes", "driver_version", "cuda_version", "compute_capability",
+    "cpu", "cpu_model", "cpu_count", "host_memory_bytes", "hostname", "os", "kernel", "python", "torch_version",
+    "device_uuid", "pci_bus_id", "multi_processor_count",
+}  # fmt: skip
+_SLOWEST_S = 5.0  # of a token, on average: above, times are in another unit
 _READ_OF_META = {"model", "vllm_version", "engine_kwargs", "kv_cache", "hardware", "resolved_config"}
 _SERIES = ("t", "prompt_throughput", "running", "waiting")
 _AT_ONCE_S = 1e-3  # two stamps of one token may lie so far apart
@@ -145,7 +154,7 @@ def read_log(folder: Path) -> ServingLog:
         arrivals_from=arrivals_from,
         notices=(
             *engine.notices, *late, *_not_read("requests.jsonl", {key for row in rows for key in row}, _NUMBERS),
-            *_not_read("meta.json", meta, _READ_OF_META), *unread,
+            *_not_read("meta.json", meta, _READ_OF_META), *_of_hardware(meta), *_of_ends(rows), *unread,
         ),
     )  # fmt: skip
 
@@ -154,6 +163,20 @@ def _not_read(file: str, names: Iterable[str], read: Collection[str]) -> list[st
     left = sorted(name for name in names if name not in read and name not in _OF_NO_MATTER[file])
     more = f" and {len(left) - 12} more" if len(left) > 12 else ""
     return [f"{file}: not read: {', '.join(left[:12])}{more}."] if left else []
+
+
+def _of_hardware(meta: Mapping[str, Any]) -> list[str]:
+    """A sentence about what is said of the device and not read, such as a limit of its power or a part of it."""
+    said = (meta.get("hardware") or {}).items()
+    left = [f"{key} ({str(value)[:40]})" for key, value in said if value and key not in _OF_HARDWARE]
+    return [f"meta.json: hardware: not read: {', '.join(left[:12])}."] if left else []
+
+
+def _of_ends(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence about requests that ended otherwise than with an answer; they are simulated as far as they came."""
+    ends = Counter(str(row["finish_reason"]) for row in rows if row.get("finish_reason") not in (None, *_ENDED))
+    told = ", ".join(f"{count} of {len(rows)} requests ended by {why[:40]}" for why, count in ends.most_common(3))
+    return [f"requests.jsonl: {told}: they are simulated to be answered as long as they were."] if told else []
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -181,10 +204,28 @@ def _check_meta(meta: Mapping[str, Any], rows: list[dict[str, Any]], span_s: flo
     if number is not None and number != len(rows):
         allowed = f"{len(rows)}, the lines of requests.jsonl"
         raise UserError("meta.json: num_requests", shortened(number), allowed, "copy the whole log, or correct it")
+    _check_rows(meta, rows)
     began, ended = (_date(meta, key) for key in ("started_at", "finished_at"))
     if began is not None and ended is not None and (ended - began).total_seconds() + _LATE_S < span_s:
         told = f"{(ended - began).total_seconds():.0f} s after started_at"
         raise UserError("meta.json: finished_at", told, f"as long as the requests take, {span_s:.0f} s", _FIX)
+
+
+def _check_rows(meta: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    """UserError for a request of another model than the header's, and for times that cannot be in seconds."""
+    served = meta["engine_kwargs"].get("served_model_name") or []
+    names = {str(meta["model"]), *([served] if isinstance(served, str) else served if isinstance(served, list) else [])}
+    known = {str(name).rstrip("/").rpartition("/")[2].lower() for name in names}
+    for number, row in enumerate(rows, 1):
+        model = row.get("model")
+        if model is not None and str(model).rstrip("/").rpartition("/")[2].lower() not in known:
+            allowed = f"{meta['model']}, as meta.json says"
+            raise UserError(f"requests.jsonl, request {number}: model", shortened(model), allowed, _FIX)
+    paces = [(row["last_token_ts"] - row["first_token_ts"]) / (row["output_toks"] - 1) for row in rows
+             if row["output_toks"] > 1]  # fmt: skip
+    if paces and median(paces) > _SLOWEST_S:
+        told = f"{median(paces):.3g} s a token in half of the requests"
+        raise UserError("requests.jsonl", told, f"times in seconds: at most {_SLOWEST_S:g} s a token", _FIX)
 
 
 def _date(meta: Mapping[str, Any], key: str) -> datetime | None:

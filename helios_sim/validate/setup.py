@@ -37,6 +37,13 @@ _VARIANTS = {"bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp32": 4, "floa
 _MOST = 2**31 - 1
 _CLOSE = 0.05  # blocks that were logged and those of logged bytes may differ by so much
 _FIX = "correct the log, or take another one"
+# What tables and a run may differ in, with the engine's default; None: there is none, or it is not known.
+_OF_A_KERNEL = {"block_size": 16, "attention_backend": None, "quantization": None}
+_READ_OF_TABLES = {
+    "profiler_version", "vllm_version", "cuda_version", "gpu", "hardware", "profiled_at", "architecture", "model",
+    "architecture_sha256", "variant", "tp_degrees", "engine_effective", "attention_grid", "measurement_iterations",
+    "skew_profile", "skew_fit", *_OF_A_KERNEL,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +109,9 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
         ("arrivals", log.arrivals_from),
     )
     of_versions, of_types = _of_kernels(log, stated)
+    of_tables = _of_tables(log, stated)
     notices = (
-        *log.notices, *of_card, *of_versions, *of_types, *of_graphs, *of_order, *_of_prefixes(log, caching),
+        *log.notices, *of_card, *of_versions, *of_types, *of_tables, *of_graphs, *of_order, *_of_prefixes(log, caching),
     )  # fmt: skip
     return Setup(
         profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", whole, caching,
@@ -356,6 +364,26 @@ def _of_kernels(log: ServingLog, stated: Mapping[str, Any]) -> tuple[list[str], 
         told = f"Kernel times were measured in {variant}, the KV cache was in {kind}"
         notices.append(f"{told}: memory is that of the run, times are not.")
     return of_versions, notices
+
+
+def _of_tables(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
+    """Under which settings kernels were measured that the run did not have, and what is said of them and not read."""
+    engine = stated.get("engine_effective")
+    said = {**(engine if isinstance(engine, Mapping) else {}), **stated}
+    found = []
+    for key, usual in _OF_A_KERNEL.items():
+        measured, ran = said.get(key), log.engine.value(key, usual)
+        if measured in (None, False, "auto", "none") or str(measured).lower() == str(ran).lower():
+            continue
+        if ran not in (None, "auto"):
+            found.append(f"Kernel times were measured with {key} {shortened(measured)}, the run had {ran}.")
+        elif key == "quantization":
+            told = f"{shortened(measured)}, which the run did not have"
+            raise UserError("profile/meta.yaml: quantization", told, "tables of the run's weights", "copy those")
+        else:
+            found.append(f"Kernel times were measured with {key} {shortened(measured)}.")
+    left = [f"{key} ({str(v)[:40]})" for key, v in stated.items() if v and key not in _READ_OF_TABLES]
+    return [*found, *([f"profile/meta.yaml: not read: {', '.join(left[:12])}."] if left else [])]
 
 
 def _of_prefixes(log: ServingLog, caching: bool) -> list[str]:
