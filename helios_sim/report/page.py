@@ -193,7 +193,7 @@ def render_capacity(result: CapacityResult, drawings: Sequence[Drawing]) -> str:
     )  # fmt: skip
 
 
-_BESIDE = ("busy_fraction",)  # columns of a plan beside what decides
+_BESIDE = ("kv_utilisation_mean",)  # columns of a plan beside what decides
 
 
 def _plan_cards(result: CapacityResult) -> list[KeyNumber]:
