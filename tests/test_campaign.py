@@ -284,6 +284,7 @@ def test_a_call_on_a_card_does_what_is_worth_most_within_its_time(slower: float,
     assert tuple(done[:8]) == CLAIM + PAIR
     assert began_s["live-steady-opt-6.7b"] <= 105  # the claim does not wait for other models
     if slower == 1.0:
+        assert began_s["live-steady-opt-6.7b"] == 105  # each takes what was estimated, and no share of it
         assert [(one.name, at_s) for one, at_s, lasts_s in plan.timetable(CALL_S - PAGE_S) if lasts_s is not None] == [
             (name, pytest.approx(at_s)) for name, at_s in began_s.items()
         ]

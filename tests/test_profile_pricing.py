@@ -122,6 +122,17 @@ def test_device_and_host_overlap_within_a_group_and_the_slower_counts() -> None:
         assert time_s(profile, joined) == max(first + rest, 8 * launch_s + 0.25) + 3.0
 
 
+def test_where_only_decodes_are_captured_prompts_are_launched_layer_by_layer() -> None:
+    """The host may take longer to issue the operations of a prompt's layers than the device to compute them."""
+    host = dataclasses.replace(NO_HOST, launch_s_per_graph=1.0, prefill_launch_s_per_layer=300.0)
+    decode = composition((8,), [2], [20], 2)
+    assert time_s(simple_profile(host), decode) == time_s(simple_profile(), decode)
+    prompt = dataclasses.replace(decode, prefill=(PrefillChunk(8, 0, 8),))
+    assert time_s(simple_profile(host), prompt) == 8 * 300.0 + 1.0
+    quick = dataclasses.replace(host, prefill_launch_s_per_layer=1e-3)
+    assert time_s(simple_profile(quick), prompt) == time_s(simple_profile(), prompt)
+
+
 def test_a_check_after_which_nothing_runs_opens_no_new_group() -> None:
     profile = simple_profile(Runtime(0.0, 0.25, sync_s=0.125, host_overhead_s=0.0, graph_batch_sizes=None))
     c = composition((2, 8), [4, 0], [40, 0], 0, check_tokens=[4, 0])

@@ -131,33 +131,63 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
     around, inside = _by_batch(serving.host_s), _by_batch(host.overhead_s)
     syncs = _by_batch(host.sync_s)
     measured, none = Basis.MEASURED, Basis.DEFINITION
-    per_layer = none, "issuing a layer is inside its device time"
-    graphs, padding = (none, "no graphs"), (none, "no graphs, no padding")
-    if asynchronous:
-        per_layer = measured, f"{host.launch_s_per_layer * 1e6:.1f} us a layer eagerly; 0 inside a captured graph"
-        graphs, padding = (measured, "all layers as one graph"), (Basis.STATED, "vLLM's default capture sizes")
+    sources = [
+        CostSource(
+            "sync_s", measured, f"confidences to the host, survivors gathered, a step made for them; by batch {syncs}"
+        ),
+        CostSource(
+            "host_overhead_s", measured,
+            "from the end of an iteration to the next one's, less the forward pass, when the real server "
+            f"serves at full depth, by batch {around}; and inside the pass token ids and a step made from lists, "
+            f"tokens back into lists, by batch {inside}",
+        ),
+    ]  # fmt: skip
+    if not asynchronous:
+        return Runtime(
+            launch_s_per_layer=0.0, launch_s_per_graph=host.launch_s_per_graph, sync_s=host.host_sync_s,
+            host_overhead_s=serving.middle_host_s + host.middle_overhead_s, graph_batch_sizes=None,
+            sources=(
+                CostSource("launch_s_per_layer", none, "issuing a layer is inside its device time"),
+                CostSource("launch_s_per_graph", none, "no graphs"),
+                *sources,
+                CostSource("graph_batch_sizes", none, "no graphs, no padding"),
+            ),
+        )  # fmt: skip
+    by_batch = {
+        batch: time_s + host.overhead_s[batch] + host.step_s.get(batch, 0.0)
+        for batch, time_s in serving.host_s.items() if batch in host.overhead_s
+    }  # fmt: skip
+    base_s, request_s = line_through(by_batch)
+    made = _by_batch(host.step_s)
     return Runtime(
-        launch_s_per_layer=0.0,
-        launch_s_per_graph=host.launch_s_per_graph,
-        sync_s=host.host_sync_s,
-        host_overhead_s=serving.middle_host_s + host.middle_overhead_s,
-        graph_batch_sizes=sizes if asynchronous else None,
+        launch_s_per_layer=0.0, launch_s_per_graph=host.launch_s_per_graph, sync_s=host.host_sync_s,
+        host_overhead_s=base_s, host_s_per_request=request_s, graph_batch_sizes=sizes,
+        prefill_launch_s_per_layer=host.launch_s_per_layer,
         sources=(
-            CostSource("launch_s_per_layer", *per_layer),
-            CostSource("launch_s_per_graph", *graphs),
+            CostSource("launch_s_per_layer", none, "decodes are captured"),
+            CostSource("prefill_launch_s_per_layer", measured, "a layer's operations issued one by one"),
+            CostSource("launch_s_per_graph", measured, "all layers as one graph"),
+            *sources,
             CostSource(
-                "sync_s", measured,
-                f"confidences to the host, survivors gathered, a step made for them; by batch {syncs}",
+                "host_s_per_request", measured,
+                f"the slope of the line through these batches, the device's part of making a step included: {made}",
             ),
-            CostSource(
-                "host_overhead_s", measured,
-                "from the end of an iteration to the next one's, less the forward pass, when the real server "
-                f"serves at full depth, by batch {around}; and inside the pass token ids and a step made from lists, "
-                f"tokens back into lists, by batch {inside}",
-            ),
-            CostSource("graph_batch_sizes", *padding),
+            CostSource("graph_batch_sizes", Basis.STATED, "vLLM's default capture sizes"),
         ),
     )  # fmt: skip
+
+
+def line_through(times_s: Mapping[int, float]) -> tuple[float, float]:
+    """Seconds at batch 0 and for each request, neither below 0, with the least relative error at these batches."""
+    batches, seconds = np.array(list(times_s)), np.array(list(times_s.values()))
+    if len(batches) < 2:
+        return float(seconds[0]), 0.0
+    slope, base = np.polyfit(batches, seconds, 1, w=1.0 / np.maximum(seconds, 1e-9))
+    if slope <= 0:
+        return float(np.median(seconds)), 0.0
+    if base <= 0:
+        return 0.0, float(np.median(seconds / batches))
+    return float(base), float(slope)
 
 
 def _by_batch(times_s: Mapping[int, float]) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -63,6 +63,8 @@ class HostCosts:
     sync_s: dict[int, float]
     launch_s_per_layer: float  # eager
     launch_s_per_graph: float  # all layers captured as one graph
+    # of the device, to make a step within a captured graph (rotations, masks, rows); on a CPU it is in `overhead_s`
+    step_s: dict[int, float] = field(default_factory=dict)
 
     @property
     def middle_overhead_s(self) -> float:
@@ -78,7 +80,8 @@ class HostCosts:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> HostCosts:
-        by_batch = {k: {int(b): t for b, t in data[k].items()} for k in ("overhead_s", "overhead_iqr_s", "sync_s")}
+        keys = ("overhead_s", "overhead_iqr_s", "sync_s", "step_s")
+        by_batch = {k: {int(b): t for b, t in data.get(k, {}).items()} for k in keys}
         return cls(**{**data, **by_batch})
 
 
@@ -88,10 +91,11 @@ def measure_host(subject: Subject, repeats: int = REPEATS, batches: Sequence[int
     overheads = {batch: figure(_overheads_s(subject, batch, repeats)) for batch in chosen}
     syncs = {batch: figure(_syncs_s(subject, batch, repeats)).median_s for batch in overheads}
     per_layer, per_graph = _launches_s(subject)
+    made = {batch: _step_s(subject, batch, repeats) for batch in overheads} if subject.device.asynchronous else {}
     return HostCosts(
         {batch: f.median_s for batch, f in overheads.items()},
         {batch: f.iqr_s for batch, f in overheads.items()},
-        syncs, per_layer, per_graph,
+        syncs, per_layer, per_graph, made,
     )  # fmt: skip
 
 
@@ -103,15 +107,33 @@ def _lengths(subject: Subject, batch: int) -> list[int]:
 
 
 def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
-    """Seconds to make token ids and a decode step from lists, and a list from sampled ids."""
+    """Seconds to make token ids and a decode step from lists, and a list from sampled ids.
+
+    Where steps are captured, their numbers are staged in place of that, as in service.
+    """
     import torch
 
+    from helios_sim.live.exits import Row
+    from helios_sim.live.forward import GraphedDecodes
     from helios_sim.live.memory.kv import DecodeStep
 
     device, lengths = subject.device, _lengths(subject, batch)
     cache = subject.cache(batch, max(lengths))
     ids, slots, before = list(range(batch)), list(range(batch)), [n - 1 for n in lengths]
     found, layers = [], _layers(subject, batch)
+    if device.asynchronous:
+        graphs = GraphedDecodes(subject.model, cache, open_device(device.torch_device))
+        rows = [Row(i, n - 1, i, subject.n_layers) for i, n in enumerate(lengths)]
+        sampled = torch.tensor(ids, device=device.torch_device)
+        for _ in range(repeats + 1):
+            layers()
+            device.wait()
+            start_s = perf_counter()
+            graphs.stage(rows)
+            sampled.tolist()
+            device.wait()
+            found.append(perf_counter() - start_s)
+        return found[1:]
     for _ in range(repeats + 1):
         layers()
         device.wait()
@@ -122,6 +144,21 @@ def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
         device.wait()
         found.append(perf_counter() - start_s)
     return found[1:]
+
+
+def _step_s(subject: Subject, batch: int, repeats: int) -> float:
+    """Device seconds to make a decode step from numbers on the device, as a captured graph does."""
+    import torch
+
+    from helios_sim.live.memory.kv import DecodeStep
+
+    device, longest = subject.device, max(_lengths(subject, batch))
+    cache = subject.cache(batch, longest)
+    slots = torch.arange(batch, device=device.torch_device)
+    positions = torch.full((batch,), longest - 1, device=device.torch_device)
+    make = device.prepare(lambda: DecodeStep.on_device(cache, slots, positions, longest, 0))
+    device.laps_s([make])
+    return figure([device.laps_s([make])[0] for _ in range(repeats)]).median_s
 
 
 def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:

@@ -32,7 +32,7 @@ SCALARS = Kind.of(
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
-        "prefill_gap_s", "gap_s_per_request",
+        "prefill_gap_s", "gap_s_per_request", "prefill_launch_s_per_layer",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
         "layer_flops_per_s", "attention_flops_per_s",
     ),
@@ -155,13 +155,13 @@ def time_s(
             by_head_s = _by_rows_s(t.rows, CHECK, w.checked_tokens)
             device_s += by_head_s + _by_rows_s(t.rows, CLASSIFIER, w.classified_tokens)
             if it.syncs:
-                total_s += _group_s(x, device_s, layers, slowdown) + x.sync_s
+                total_s += _group_s(x, it, device_s, layers, slowdown) + x.sync_s
                 device_s, layers = 0.0, 0
     if it.sampled_tokens or layers:
-        total_s += _group_s(x, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
+        total_s += _group_s(x, it, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
     host_s = x.host_overhead_s + x.host_s_per_request * (decodes + it.chunks)
     if it.host_ahead:
-        total_s = max(total_s, _launch_s(x, layers) + host_s)
+        total_s = max(total_s, _launch_s(x, it, layers) + host_s)
     else:
         total_s += host_s
     gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
@@ -291,12 +291,13 @@ def _is_longer(chunk: Record, other: Record) -> bool:
     return chunk.context_tokens > other.context_tokens
 
 
-def _launch_s(x: Record, layers: int) -> float:
-    return layers * x.launch_s_per_layer + x.launch_s_per_graph
+def _launch_s(x: Record, it: Record, layers: int) -> float:
+    layer_s = x.prefill_launch_s_per_layer if it.chunks else x.launch_s_per_layer
+    return layers * max(layer_s, x.launch_s_per_layer) + x.launch_s_per_graph
 
 
-def _group_s(x: Record, device_s: float, layers: int, slowdown: float) -> float:
-    return max(device_s * slowdown, _launch_s(x, layers))
+def _group_s(x: Record, it: Record, device_s: float, layers: int, slowdown: float) -> float:
+    return max(device_s * slowdown, _launch_s(x, it, layers))
 
 
 def _by_rows_s(t: ByRows, table: int, rows: int) -> float:

@@ -82,11 +82,9 @@ class GraphedDecodes:
         The result is valid until a segment runs again.
         """
         n = len(rows)
-        size = next(size for size in self._sizes if size >= n)
+        size, in_row = self.stage(rows)
         longest = max(row.position for row in rows) + 1
         span = next(span for span in self._spans if span >= longest)
-        in_row = [row.slot for row in rows] == list(range(n))
-        self._stage(rows, size, in_row)
         before, after = self._states[size]
         if hidden is not None:
             before[:n].copy_(hidden)  # which may be `after`, and a capture would write to that
@@ -107,9 +105,14 @@ class GraphedDecodes:
         before, after = (torch.zeros(shape, dtype=self.model.dtype, device=self._cache.device) for _ in range(2))
         return before, after
 
-    def _stage(self, rows: Sequence[Row], size: int, in_row: bool) -> None:
-        """Copy token ids, slots and positions to the device at once."""
+    def stage(self, rows: Sequence[Row]) -> tuple[int, bool]:
+        """Copy token ids, slots and positions to the device at once.
+
+        Returns the size of the step that reads them, and whether the slots are 0, 1, ...
+        """
         n, last = len(rows), self._cache.max_tokens - 1
+        size = next(size for size in self._sizes if size >= n)
+        in_row = [row.slot for row in rows] == list(range(n))
         padding = range(n, size) if in_row else [0] * (size - n)
         numbers = [
             [row.token for row in rows] + [0] * (size - n),
@@ -121,6 +124,7 @@ class GraphedDecodes:
         staged.numpy()[:] = numbers
         self._numbers[size].copy_(staged, non_blocking=True)
         self._read = self._device.mark()
+        return size, in_row
 
     def _step(self, shape: _Shape) -> _Captured:
         of = slice(shape.start, shape.end)

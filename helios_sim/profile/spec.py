@@ -207,6 +207,7 @@ class Runtime:
     host_s_per_request: float = 0.0  # what each request of an iteration adds to `host_overhead_s`
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
     gap_s_per_request: float = 0.0  # and so much longer for each request of the iteration
+    prefill_launch_s_per_layer: float = 0.0  # eager launch of a layer with prefill, where only decodes are captured
 
     def __post_init__(self) -> None:
         require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
