@@ -17,7 +17,7 @@ from helios_sim.errors import UserError
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
 from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
-from tiny_models import FAMILIES, tiny_config, tiny_model
+from tiny_models import FAMILIES, tiny_config, tiny_model, write_tiny
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 # What older files say, and what other families know: transformers takes some of them from any config.
@@ -97,3 +97,20 @@ def test_no_key_is_ignored_that_changes_the_logits(family: str, tmp_path: Path) 
     assert wrong == []
     assert effective >= 3
     assert refused >= 3
+
+
+@pytest.mark.parametrize(
+    ("twice", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "type yarn"),
+        ({"rope_theta": 500.0}, "rope_theta 500"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type linear"),
+    ],
+)  # fmt: skip
+def test_a_rotation_that_is_said_twice_and_otherwise_is_refused(tmp_path: Path, twice: dict, said: str) -> None:
+    folder = write_tiny("llama", tmp_path / "tiny")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"rope_theta": values["rope_parameters"]["rope_theta"]}))
+    find_checkpoint(str(folder))
+    (folder / "config.json").write_text(json.dumps(values | twice))
+    with pytest.raises(UserError, match=f"{said}.*one rotation"):
+        find_checkpoint(str(folder))

@@ -175,6 +175,7 @@ def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
         ({"cross_attention_layers": [1]}, "cross attention"), ({"num_kv_shared_layers": 2}, "of other layers"),
         ({"attention_chunk_size": 64}, "chunks"), ({"use_bias": False}, "without biases"),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor of"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "the same as rope_type, linear"),
         ({"quantization_config": {"quant_method": "fp8"}, "compression_config": {"quant_method": "awq"}}, "one of the"),
     ],
 )  # fmt: skip
@@ -228,7 +229,9 @@ def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path) -> None:
     assert any("medusa_num_heads (4)" in warning for warning in result.warnings)
 
 
-@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+@pytest.mark.parametrize(
+    "name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json"]
+)
 def test_a_file_beside_the_config_may_say_how_weights_are_kept(name: str, tmp_path: Path) -> None:
     folder = Path(config_file(tmp_path / "model"))
     (folder / name).write_text('{"bits": 4}')

@@ -166,6 +166,8 @@ def _scaled_context(fields: Fields, kind: str, context: int) -> int:
         return context
     inner = fields.inner(name)
     scaling = str(inner.value("rope_type", inner.value("type", "default")))
+    if inner.value("type", scaling) != scaling:
+        raise inner.wrong("type", inner.value("type"), f"the same as rope_type, {scaling}")
     if scaling not in ("yarn", "linear", "dynamic"):
         return context
     if scaling == "yarn":
@@ -194,6 +196,9 @@ def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, An
         if is_there(path.parent / name):
             allowed = f"a config.json with a quantization_config beside {name}, which is not read"
             raise UserError("models", str(path.parent), allowed, "give the config of the unquantized model")
+    if path.name == "config.json" and is_there(path.parent / "adapter_config.json"):
+        allowed = "a folder without adapter_config.json: an adapter is not priced"
+        raise UserError("models", str(path.parent), allowed, "merge it into the weights, or give the base model")
     classes = whole.get("architectures")
     if isinstance(classes, list) and classes and not any(str(name).endswith(_GENERATE) for name in classes):
         allowed = "a class that generates text, such as LlamaForCausalLM"

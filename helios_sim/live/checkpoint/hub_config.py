@@ -59,6 +59,7 @@ def read_architecture(folder: Path) -> Architecture:
     for part in (values, values.get("text_config")):
         if isinstance(part, dict):
             _check_sizes(part, path)
+            _check_rope(part, path)
             refuse(str(path), {key: part.get(key, only) not in (only, {}, []) for key, only in _OF_ANY.items()})
     import transformers
 
@@ -76,6 +77,22 @@ def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
         for name in names:
             if fields.has(name):
                 fields.integer(name, 1, MOST[size])
+
+
+def _check_rope(values: Mapping[str, Any], path: Path) -> None:
+    """Raise WeightsError where a config says its rotation twice, and otherwise."""
+    said: dict[str, dict[str, Any]] = {"kind": {}, "theta": {}}
+    for name in ("rope_scaling", "rope_parameters"):
+        how = values.get(name)
+        if isinstance(how, Mapping) and not any(isinstance(part, Mapping) for part in how.values()):
+            said["kind"] |= {f"{name}.{key}": how[key] for key in ("rope_type", "type") if how.get(key) is not None}
+            said["theta"] |= {f"{name}.rope_theta": how["rope_theta"]} if how.get("rope_theta") is not None else {}
+    if values.get("rope_theta") is not None:
+        said["theta"]["rope_theta"] = values["rope_theta"]
+    for found in said.values():
+        if len({repr(float(v)) if isinstance(v, int | float) else repr(v) for v in found.values()}) > 1:
+            told = ", ".join(f"{key} {shortened(value)}" for key, value in found.items())
+            raise WeightsError(f"config {path}", told, "one rotation", "remove the other")
 
 
 def _refuse_quantized(folder: Path, values: Mapping[str, Any]) -> None:
