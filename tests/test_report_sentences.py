@@ -191,6 +191,15 @@ def test_no_arm_is_the_best_over_a_few_requests_or_beside_its_twin() -> None:
     assert best.endswith(", as b, full_depth.")
 
 
+def test_what_has_no_better_side_has_no_best_arm(result: ExperimentResult) -> None:
+    for name in ("switches", "batch_mean", "busy_fraction"):
+        plain = replace(result, headline_metrics=(name,))
+        ratios = {name: Ratio(1.5, 1.2, 1.8, Method.OVER_SEEDS, 2)}
+        said = verdict(plain, "helios", ratios, list(result.arms))
+        assert said[0].startswith("helios has 1.50 times the")
+        assert not any(text.startswith(("Best of", "Unbeaten")) for text in said)
+
+
 def test_lengths_are_those_of_what_was_answered() -> None:
     dropped = simulate(
         "own", "policy=full_depth",

@@ -117,7 +117,7 @@ def _answer(result: ExperimentResult, subject: str, name: str, ratio: Ratio, com
 class Stance(StrEnum):
     """What a ratio says of the subject beside its baseline."""
 
-    OPEN = "open"  # several seeds, and no interval
+    OPEN = "open"  # several seeds, and no interval; or a metric of which neither more nor less is better
     UNCLEAR = "unclear"
     EVEN = "even"
     BETTER = "better"
@@ -128,7 +128,7 @@ def stance_of(result: ExperimentResult, name: str, ratio: Ratio) -> Stance:
     """One seed shows what an arm did in its run, with or without an interval."""
     assert ratio.ratio is not None
     side = side_of(ratio)
-    if side is None and result.seeds > 1:
+    if (side is None and result.seeds > 1) or DEFINITIONS[name].better is Better.NEITHER:
         return Stance.OPEN
     if side == 0:
         return Stance.UNCLEAR
@@ -142,7 +142,8 @@ def survives(
 ) -> bool | None:
     """Whether the same is said of the subject at each end of the profiles' band; None where nothing is said."""
     few = _compared_requests(result, subject) < FEWEST_REQUESTS
-    if ratio is None or ratio.ratio is None or few or _lost(result, subject):
+    neither = DEFINITIONS[name].better is Better.NEITHER
+    if ratio is None or ratio.ratio is None or few or neither or _lost(result, subject):
         return None
     stance = stance_of(result, name, ratio)
     return all(end is not None and end.ratio is not None and stance_of(result, name, end) is stance for end in ends)
@@ -233,7 +234,7 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
         if isinstance(value, int | float) and arm in comparable
     }
     real = {arm: value for arm, value in values.items() if not result.arms[arm].is_bound}
-    if len(real) < 2:
+    if len(real) < 2 or DEFINITIONS[name].better is Better.NEITHER:
         return ""
     pick = min if DEFINITIONS[name].better is Better.LOWER else max
     best = pick(real, key=lambda arm: real[arm])
@@ -259,7 +260,7 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
         for arm, r in result.arms.items()
         if arm in comparable and not r.is_bound
     }
-    if name == "bits_per_char" or not rows:
+    if name == "bits_per_char" or DEFINITIONS[name].better is Better.NEITHER or not rows:
         return ""
     costs = np.array(list(rows.values()))
     front = [arm for arm, kept in zip(rows, on_front(costs), strict=True) if kept]
@@ -421,11 +422,13 @@ def _break_even_sentence(
     differing = [ratio for ratio in ratios if ratio != 1]
     if not differing:
         return f"In {label}, {subject} and {result.baseline} are equal at every rate tried."
-    better = (differing[0] < 1) == (metric in DEFINITIONS and DEFINITIONS[metric].better is Better.LOWER)
+    way = DEFINITIONS[metric].better if metric in DEFINITIONS else Better.NEITHER
+    better, worse = ("lower", "higher") if way is Better.NEITHER else ("better", "worse")
+    word = better if (differing[0] < 1) == (way is not Better.HIGHER) else worse
     where = "every rate tried" if len(differing) == len(points) else f"{len(differing)} of {len(points)} rates tried"
     sides = [side_of(p.vs_baseline[subject][metric]) for p in points if metric in p.vs_baseline.get(subject, {})]
     clear = f", clearly at {sum(side in (-1, 1) for side in sides)}" if any(side is not None for side in sides) else ""
-    return f"In {label}, {subject} is {'better' if better else 'worse'} than {result.baseline} at {where}{clear}."
+    return f"In {label}, {subject} is {word} than {result.baseline} at {where}{clear}."
 
 
 def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None) -> str:
