@@ -57,6 +57,7 @@ SETTINGS = [
     ("server.memory_utilisation=1.5", ["server.memory_utilisation=1.5", "at most 1"]),
     ("server.memory_utilisation=0.05", ["arms.full_depth_opt-1.3b", "server.memory_utilisation"]),
     ("exits.source=nowhere", ["exits.source='nowhere'", "published"]),
+    ("exits.threshold=0.5 exits.source=none", ["exits.threshold='0.5'", "does nothing here"]),
     ("exits.confidence=mood", ["exits.confidence='mood'", "max_probability"]),
     ("exits.threshold=0.5", ["threshold", "0.5", "0.9"]),
     ("+exits.parameters.magic=1", ["exits.parameters.magic=1", "unchanged"]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helios_sim.api import simulate, study_config
-from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, outlasts, served_per_s
+from helios_sim.report.cautions import NEAR_SATURATION, cautions, losses, lost_share, served_per_s, slows_down
 from helios_sim.report.compare import Ratio
 from helios_sim.report.figures.arms import timeline_drawings
 from helios_sim.report.intervals import Method, mean_bounds
@@ -106,7 +106,7 @@ def test_without_an_interval_several_seeds_neither_help_nor_hurt(result: Experim
 
 
 def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResult, monkeypatch) -> None:
-    monkeypatch.setattr("helios_sim.report.cautions.outlasts", lambda records: True)
+    monkeypatch.setattr("helios_sim.report.cautions.slows_down", lambda records: True)
     arms = {**result.arms, "static_cap_opt-1.3b": with_dropped(result.arms["static_cap_opt-1.3b"], 2, "no room")}
     lossy = replace(result, arms=arms, workload=replace(result.workload, offered_requests_per_s=1e6))
     said = " ".join(answer(lossy))
@@ -159,15 +159,30 @@ def test_a_short_run_that_keeps_up_is_not_called_saturated() -> None:
     assert served >= NEAR_SATURATION * 4.0
 
 
-@pytest.mark.parametrize(("longest_s", "behind"), [([1, 9, 1, 1, 1, 1, 1, 8], False), ([1, 2, 3, 4, 5, 6, 7, 8], True)])
-def test_a_long_request_that_comes_last_is_no_sign_of_saturation(longest_s: list[int], behind: bool) -> None:
-    """One request a second: of the first half, one took longer than what came last, or each longer than before."""
+@pytest.mark.parametrize("slower", [1.0, 1.05, 1.3])
+def test_a_run_that_serves_less_than_comes_is_saturated_where_it_slows_down(slower: float) -> None:
+    """One request a second, of which the last has thirty times as many tokens and takes as long for each."""
+    tokens, pace_s = [10] * 11 + [300], [0.1] * 6 + [0.1 * slower] * 6
     records = Records.of(
         replace(record, arrival_ns=n * 10**9, scheduled_ns=n * 10**9, first_token_ns=n * 10**9 + 1,
-                last_token_ns=(n + longest_s[n]) * 10**9, request_id=n)
-        for n, record in enumerate(completed(8))
+                last_token_ns=n * 10**9 + int(tokens[n] * pace_s[n] * 1e9), output_tokens=tokens[n], request_id=n)
+        for n, record in enumerate(completed(12))
     )  # fmt: skip
-    assert outlasts(records) is behind
+    served = served_per_s(records)
+    assert served is not None
+    assert served < NEAR_SATURATION * 1.0
+    assert slows_down(records) is (slower > 1.1)
+
+
+@pytest.mark.parametrize("word", ["workload.arrivals.kind=poisson", "workload.arrivals.kind=constant"])
+def test_a_lightly_loaded_server_is_neither_saturated_nor_near_it(word: str) -> None:
+    light = simulate(
+        "own", "policy=full_depth", word,
+        settings={"models": ["opt-1.3b"], "exits.source": "none", "workload.n_requests": 30, "profile_band": "none",
+                  "server.kv_cache_dtype": "fp8", "hardware": "l40s"},
+    )  # fmt: skip
+    assert light.arms["full_depth"].metrics["ttft_s_p50"] < 0.03
+    assert not any("satura" in text for text in (*light.verdict, *cautions(light)))
 
 
 def test_a_busy_server_whose_requests_do_not_wait_is_not_near_saturation(result: ExperimentResult) -> None:

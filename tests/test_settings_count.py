@@ -258,7 +258,7 @@ def test_it_changes_a_result_or_is_refused(traces: dict[str, str], name: str) ->
 def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: Path, name: str) -> None:
     config = _base("quickstart")
     elsewhere = {
-        "exits.parameters": {"exits.source": "none"}, "workload.lengths": {"workload.lengths.kind": "trace"},
+        "exits.": {"exits.source": "none"}, "workload.lengths": {"workload.lengths.kind": "trace"},
         "workload.arrivals.rate_per_s": arrivals("all_at_once"), "server.tensor_parallel": {"mode": "live"},
         "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
         "cost": {"fidelity.folder": "log"},

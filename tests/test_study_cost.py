@@ -60,7 +60,8 @@ def test_kinds_have_their_own_prices_and_the_summary_has_them(tmp_path: Path) ->
         (["cost.usd_per_card_hour=0"], "a number above 0"), (["cost.usd_per_card_hour=cheap"], "a number above 0"),
         (["cost.usd_per_card_hour={}"], "a number above 0"), (["cost.usd_per_card_hour={l40s: -1}"], "above 0"),
         (["cost.usd_per_card_hour={a100: 1}"], "of the run and of no other: l40s"),
-        (["cost.gco2e_per_kwh=-1"], "above 0"), (["cost.gco2e_per_kwh=380"], "the idle power is not known"),
+        (["cost.gco2e_per_kwh=-1"], "from 1"), (["cost.gco2e_per_kwh=0.38"], "not kilograms"),
+        (["cost.gco2e_per_kwh=380"], "the idle power is not known"),
     ],
 )  # fmt: skip
 def test_each_mistake_gets_one_message(words: list[str], said: str) -> None:

@@ -16,6 +16,8 @@ from helios_sim.request import NS_PER_S, Status
 
 MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
+SLOWER = 1.1  # times as long as at first, from which a run that serves less than comes is saturated
+FAR_BEHIND = 0.5  # completed over offered rate, below which it is in any case
 WAITING = 0.05  # of its time in the system that a request waits on average, from which a busy server is called full
 
 
@@ -182,22 +184,23 @@ def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, flo
     records = arm.replicates[0].records
     served = served_per_s(records)
     taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
-    if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s or not outlasts(records):
+    if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s:
         return None
-    return served, taken_per_s
+    return (served, taken_per_s) if served < FAR_BEHIND * taken_per_s or slows_down(records) else None
 
 
-def outlasts(records: Records) -> bool:
-    """Whether the last completion is later after the last arrival than any request of the first half took.
+def slows_down(records: Records) -> bool:
+    """Whether a token takes longer, waiting included, in the last third of the arrivals than in the first.
 
-    A short run ends late because one long request came last; one that is behind its arrivals ends later than that.
+    A short run serves less than comes because a long request came last; one that cannot keep up slows down.
     """
     done = records.completed
-    arrival_ns, e2e_ns = records.arrival_ns[done], records.e2e_ns()
-    if len(e2e_ns) < 2:
+    pace_s = records.e2e_ns() / np.maximum(records.output_tokens[done], 1)
+    third = len(pace_s) // 3
+    if not third:
         return False
-    first = np.argsort(arrival_ns, kind="stable")[: len(e2e_ns) // 2]
-    return int((arrival_ns + e2e_ns).max() - arrival_ns.max()) > int(e2e_ns[first].max())
+    order = np.argsort(records.arrival_ns[done], kind="stable")
+    return float(np.median(pace_s[order[-third:]])) >= SLOWER * float(np.median(pace_s[order[:third]]))
 
 
 def served_per_s(records: Records) -> float | None:

@@ -175,6 +175,10 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "exits.parameters": (
         lambda c: c.exits.source in ("published", "stated"), "only with exits.source=published or stated",
     ),
+    **{
+        f"exits.{name}": (lambda c: c.exits.source != "none", "only with exits: exits.source other than none")
+        for name in ("threshold", "confidence")
+    },
     "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),
 }  # fmt: skip
 

@@ -292,7 +292,8 @@ class CostConfig:
         numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 < p <= 1e6 for p in each)
         require(price is None or (bool(each) and numbers), "cost.usd_per_card_hour", price, allowed)
         carbon = self.gco2e_per_kwh
-        require(carbon is None or 0 < carbon <= 1e5, "cost.gco2e_per_kwh", carbon, "null or above 0, at most 100000")
+        allowed = "null or from 1 to 5000 grams (wind has some 10, coal some 1000), not kilograms"
+        require(carbon is None or 1 <= carbon <= 5000, "cost.gco2e_per_kwh", carbon, allowed)
 
 
 @dataclass
