@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import helios_sim
 from calibrate.exits.texts import TASKS
-from calibrate.schema import CalibrateConfig
+from calibrate.schema import POTENTIAL, CalibrateConfig
 from calibrate.stages import CODE
 from helios_sim.contents import code_of, digest_of
 from helios_sim.errors import TooLittleMemory, UserError, WeightsError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
+DEPTHS_OF_POTENTIAL = 8  # reading more takes as long as the model itself
 # What measures, and what is measured: the rest writes pages, or only passes on what was found.
 MEASURING = ("measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "work.py")
 MEASURED = ("core", "engine", "exits", "live", "policy", "profile", "serving", "study", "validate", "simulation.py")
@@ -173,6 +174,8 @@ class Inputs:
         if self.config.heads is not None:
             return Path(self.config.heads).expanduser()
         shipped = SHIPPED / self.config.model.name
+        if self.config.task == POTENTIAL:  # what the model itself can do
+            return None
         return shipped if (shipped / HEADER).is_file() and self.config.model.exits is None else None
 
     @cached_property
@@ -199,7 +202,7 @@ class Inputs:
             return tuple(self.config.model.exits)
         if self.heads_folder is not None:
             return tuple(depth for depth in read_header(self.heads_folder)["exits"] if depth < self.layers)
-        return even_exits(self.layers)
+        return even_exits(self.layers, DEPTHS_OF_POTENTIAL if self.config.task == POTENTIAL else EVEN_EXITS)
 
     def heads_sha256(self) -> str | None:
         """The sha256 of the heads' tensors, by their header; None for the model's own head."""
@@ -243,7 +246,7 @@ def measured_by() -> dict[str, str]:
     return {CODE: code_of(ours, *MEASURING) + code_of(theirs, *MEASURED), "torch": version("torch")}
 
 
-def even_exits(layers: int) -> tuple[int, ...]:
-    """At most EVEN_EXITS depths below `layers`, evenly spaced; none for a single layer."""
-    count = min(EVEN_EXITS, layers - 1)
+def even_exits(layers: int, most: int = EVEN_EXITS) -> tuple[int, ...]:
+    """At most so many depths below `layers`, evenly spaced; none for a single layer."""
+    count = min(most, layers - 1)
     return tuple(sorted({round(layers * (i + 1) / (count + 1)) for i in range(count)}))

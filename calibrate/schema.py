@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from helios_sim.errors import UserError, require_finite
 
-TASKS = ("all", "latency", "adapters", "traces", "report")
+TASKS = ("all", "latency", "adapters", "traces", "potential", "report")
+POTENTIAL = "potential"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -30,7 +31,8 @@ class ModelConfig:
 class CalibrateConfig:
     """A calibration of one model on one device: what to measure, in how much time, and where to put it."""
 
-    task: str = "all"  # all, latency (times, memory, loads, energy), adapters (train exits), traces, report
+    # all, latency (times, memory, loads, energy), adapters (train exits), traces, potential (does it exit?), report
+    task: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
     threads: int | None = None  # CPU threads; null: all that the process may use
@@ -39,7 +41,8 @@ class CalibrateConfig:
     budget_s: float | None = None  # seconds for everything together; null: no limit
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
     tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
-    trace_tokens: int = 55_000  # about how many tokens, of all tasks together
+    trace_tokens: int | None = None  # about how many, of all tasks together; null: 55,000, or 16,000 for its potential
+    card: str | None = None  # of task=potential: the card for which a speed-up is told; null: h100-80gb
     answers: int = 6  # answers of the model to trace for each task; 0: none
     train_tokens: int = 200_000  # for exit adapters, approximately
     adapter_width: int = 128  # width of an exit adapter's gated network
@@ -63,9 +66,10 @@ class CalibrateConfig:
         budget = self.budget_s
         require(budget is None or budget > 0, "budget_s", budget, "null or above 0")
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
-        for key, least in (("trace_tokens", 1), ("train_tokens", 1), ("answers", 0)):
+        for key, least in (("train_tokens", 1), ("answers", 0)):
             require(getattr(self, key) >= least, key, getattr(self, key), f"at least {least}")
         for key, least in (
+            ("trace_tokens", 1),
             ("adapter_width", 1),
             ("check_width", 1),
             ("threads", 1),
@@ -76,9 +80,26 @@ class CalibrateConfig:
         ):
             value = getattr(self, key)
             require(value is None or value >= least, key, value, f"null or at least {least}")
+        told = self.card is None or self.task in (POTENTIAL, "report")
+        require(told, "card", self.card, "left out: it counts for task=potential, and for report")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+    @property
+    def priced_for(self) -> str:
+        """The card of `task=potential`."""
+        return CARD if self.card is None else self.card
+
+    @property
+    def tokens_to_trace(self) -> int:
+        if self.trace_tokens is not None:
+            return self.trace_tokens
+        return TOKENS_OF_POTENTIAL if self.task == POTENTIAL else TOKENS
+
+
+TOKENS, TOKENS_OF_POTENTIAL = 55_000, 16_000
+CARD = "h100-80gb"
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:

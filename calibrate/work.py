@@ -16,18 +16,23 @@ from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs, measured_by
+from calibrate.schema import POTENTIAL
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
+from helios_sim.profile.resolve import profile_of
+from helios_sim.profile.shapes import Shape
 from helios_sim.provenance import command_given
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
 ENERGY = "energy"  # of a campaign: once for the device
+SPEC = "spec"  # of the model, in a stage's result
 STAGES_OF = {
     "all": (CEILINGS, PROFILE, TRACES, ANSWERS),
     "latency": (CEILINGS, PROFILE),
     "adapters": (ADAPTERS, TRACES),
     "traces": (TRACES, ANSWERS),
+    POTENTIAL: (POTENTIAL,),
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
 PROBE_CHARS = 1_500  # characters of each task from which the mean length of a token is estimated
@@ -53,13 +58,17 @@ EFFORTS = {
     ADAPTERS: Effort(1500, 120),
     TRACES: Effort(400, 30),
     ANSWERS: Effort(100, 30),
+    POTENTIAL: Effort(180, 20),
 }
 QUICK = Effort(2, 0.5)
 
 
 def stages_of(inputs: Inputs) -> list[Stage]:
     """The stages of the chosen task. Traces need the whole model, since exits are compared with full depth."""
-    makers = {CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRACES: _traces, ANSWERS: _answers}
+    makers = {
+        CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRACES: _traces, ANSWERS: _answers,
+        POTENTIAL: _potential,
+    }  # fmt: skip
     names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
     if not names:
         allowed = "exits are compared with full depth, so every layer must be loaded"
@@ -159,7 +168,7 @@ def _adapters(inputs: Inputs) -> Stage:
     return _stage(inputs, ADAPTERS, run, 95, (), settings)
 
 
-def _traces(inputs: Inputs) -> Stage:
+def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
     config = inputs.config
     trains = config.task == "adapters"
 
@@ -180,14 +189,23 @@ def _traces(inputs: Inputs) -> Stage:
         except TimeSpent as error:
             raise NotEnoughTime(str(error)) from error
         write_trace(trace, stage.folder / "trace")
-        wanted = config.trace_tokens * chars_per_token(inputs)
+        wanted = config.tokens_to_trace * chars_per_token(inputs)
         if not cut and sum(chars.values()) < 0.98 * wanted:
-            cut = f"{trace.n_tokens:,} tokens in place of about {config.trace_tokens:,}"
-        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out, SHORT: cut}
+            cut = f"{trace.n_tokens:,} tokens in place of about {config.tokens_to_trace:,}"
+        spec = asdict(inputs.spec(chars_per_token(inputs)))
+        return {"tokens": trace.n_tokens, "tasks": list(trace.tasks), "left_out": left_out, SPEC: spec, SHORT: cut}
 
-    settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.trace_tokens}
+    settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.tokens_to_trace}
     settings |= {} if trains else {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
-    return _stage(inputs, TRACES, run, 80, (ADAPTERS,) if trains else (), settings)
+    return _stage(inputs, name, run, 80, (ADAPTERS,) if trains else (), settings)
+
+
+def _potential(inputs: Inputs) -> Stage:
+    """A trace through the model's own head at evenly spaced depths, or at those that are named."""
+    from calibrate.exits.potential import full_queue
+
+    full_queue(profile_of(Shape(inputs.spec(1.0), inputs.config.model.name), inputs.config.priced_for))
+    return _traces(inputs, POTENTIAL)
 
 
 def _answers(inputs: Inputs) -> Stage:
@@ -306,7 +324,7 @@ def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dic
     from calibrate.exits.traces import HELDOUT_CHARS
 
     of_all = {task: HELDOUT_CHARS[task] for task in available.tasks}
-    wanted = inputs.config.trace_tokens * chars_per_token(inputs)
+    wanted = inputs.config.tokens_to_trace * chars_per_token(inputs)
     if stage.left_s is not None:
         wanted = min(wanted, _chars_per_s(inputs, available) * max(0.0, stage.left_s) * SAFETY)
         if stage.left_s <= 0:

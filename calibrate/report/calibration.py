@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.exits.potential import Potential, sentences
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.measure.profile import in_words
@@ -22,6 +23,7 @@ from calibrate.report.device import (
 )
 from calibrate.report.exits import exit_sections
 from calibrate.report.page import Highlight, Page, Section
+from calibrate.report.potential import potential_section
 from calibrate.schema import CalibrateConfig
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.composition import Composition
@@ -45,6 +47,8 @@ class Results:
     others: tuple[ExitTrace, ...]  # traces of other models on the same text
     heads: Mapping[str, Any] | None  # header of the exit heads that were used
     left_out: Mapping[str, str]  # tasks without texts
+    potential: Potential | None = None  # of the model's own exits on the chosen card
+    own_exits: ExitTrace | None = None  # of which that is told
 
 
 def make_page(
@@ -67,15 +71,19 @@ def make_page(
     if results.trace is not None:
         found, statistics = exit_sections(results.trace, results.others, config.threshold, results.heads)
         sections += found
-    sections.append(_use_section(use, results))
+    if results.potential is not None:
+        sections.append(potential_section(results.potential))
+    if results.profile is not None or results.trace is not None:
+        sections.append(_use_section(use, results))
     sections.append(_provenance_section(results))
-    inputs = [source.provenance for source in (results.profile, results.trace) if source is not None]
+    known = (results.profile, results.trace, results.own_exits)
+    inputs = [source.provenance for source in known if source is not None]
     where = "" if results.facts is None else f" on {results.facts['name']}"
     page = Page(
         title=f"{config.model.name}{where}",
         subtitle="What its layers, exit checks and loads cost there, and where its tokens could leave.",
         provenance_class=weakest([p.provenance_class for p in inputs]).value if inputs else None,
-        verdict=_verdict(results, statistics),
+        verdict=_verdict(config, results, statistics),
         cards=_cards(results, statistics),
         warnings=_warnings(config, results, statistics, skipped),
         sections=sections,
@@ -83,7 +91,7 @@ def make_page(
     return page, statistics
 
 
-def _verdict(results: Results, statistics: Sequence[ExitStatistics]) -> list[str]:
+def _verdict(config: CalibrateConfig, results: Results, statistics: Sequence[ExitStatistics]) -> list[str]:
     found = []
     if results.profile is not None:
         step_s, floor_s = _decode_step(results.profile)
@@ -104,6 +112,8 @@ def _verdict(results: Results, statistics: Sequence[ExitStatistics]) -> list[str
             )
         else:
             found.append("No threshold tried lets tokens leave early while 95 % of them stay what full depth gives.")
+    if results.potential is not None:
+        found += sentences(results.potential, config.model.name)
     return found or ["Nothing that can be simulated from is finished yet."]
 
 

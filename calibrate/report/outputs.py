@@ -14,20 +14,24 @@ from typing import Any
 import yaml
 
 import helios_sim
+from calibrate.exits.potential import potential
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.report.calibration import Results, make_page
 from calibrate.report.exits import exit_summary
 from calibrate.report.page import Page, render
-from calibrate.schema import CalibrateConfig
+from calibrate.schema import POTENTIAL, CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
-from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, TRACES
+from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, SPEC, TRACES
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import SHIPPED, load_trace, read_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
+from helios_sim.profile.resolve import profile_of
+from helios_sim.profile.shapes import Shape
+from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import command_given
 
@@ -67,6 +71,12 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
     if profile is not None and trace is not None:  # the mean over the whole traced text
         chars_per_token = float(trace.chars.sum() / trace.n_tokens)
         profile = replace(profile, model=replace(profile.model, chars_per_token=chars_per_token))
+    own, found = None, None
+    if POTENTIAL in finished:
+        stage = finished[POTENTIAL]
+        own = read_trace(stage.part("trace"))
+        spec = ModelSpec(**stage.result[SPEC])
+        found = potential(own, profile_of(Shape(spec, "the calibrated model"), config.priced_for))
     ceilings = finished[CEILINGS].result if CEILINGS in finished else None
     return Results(
         facts=None if ceilings is None else ceilings["facts"],
@@ -76,7 +86,9 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
         answers=answers,
         others=() if trace is None else _others(config, trace),
         heads=_heads(config, finished),
-        left_out=finished[TRACES].result["left_out"] if TRACES in finished else {},
+        left_out=next((finished[name].result["left_out"] for name in (TRACES, POTENTIAL) if name in finished), {}),
+        potential=found,
+        own_exits=own,
     )
 
 
@@ -182,6 +194,7 @@ def _summary(
         "ceilings": None if results.ceilings is None else results.ceilings.to_json(),
         **{name: details.get(name) for name in kept},
         "exits": exit_summary(statistics) or None,
+        **({} if results.potential is None else {"potential": results.potential.to_json()}),
         "paths": {**paths, "report": str(folder / "report.html")},
         "use": list(use),
         "provenance": provenance,

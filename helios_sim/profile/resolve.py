@@ -49,6 +49,11 @@ def find_profile(
     return _built(replace(shape, model=precision.applied(shape.model)), device_of(hardware), command, kernels)
 
 
+def profile_of(shape: Shape, hardware: str) -> Profile:
+    """The profile of a model of these sizes, from kernels or the card's data sheet. UserError as `find_profile`."""
+    return _built(shape, device_of(hardware), f"{shape.source} hardware={hardware}", VLLM)
+
+
 def in_precision(profile: Profile, precision: Precision) -> Profile:
     """The profile as it is, where it is in this precision. UserError where it is not: a measured one has no other."""
     if precision.applied(profile.model) != profile.model:
