@@ -49,6 +49,7 @@ class Results:
     left_out: Mapping[str, str]  # tasks without texts
     potential: Potential | None = None  # of the model's own exits on the chosen card
     own_exits: ExitTrace | None = None  # of which that is told
+    card: Profile | None = None  # by which it is priced
 
 
 def make_page(
@@ -76,7 +77,7 @@ def make_page(
     if results.profile is not None or results.trace is not None:
         sections.append(_use_section(use, results))
     sections.append(_provenance_section(results))
-    known = (results.profile, results.trace, results.own_exits)
+    known = (results.profile, results.trace, results.own_exits, results.card)
     inputs = [source.provenance for source in known if source is not None]
     where = "" if results.facts is None else f" on {results.facts['name']}"
     page = Page(
@@ -191,6 +192,8 @@ def _provenance_section(results: Results) -> Section:
         "profile": results.profile,
         "trace": results.trace,
         "answers": results.answers,
+        "own exits": results.own_exits,
+        "times on the card": results.card,
     }
     there = {name: source.provenance for name, source in sources.items() if source is not None}
     text = [f"{name}: {p.provenance_class.value}; {p.source}. Made by: {p.command}" for name, p in there.items()]

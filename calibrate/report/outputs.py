@@ -71,12 +71,13 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
     if profile is not None and trace is not None:  # the mean over the whole traced text
         chars_per_token = float(trace.chars.sum() / trace.n_tokens)
         profile = replace(profile, model=replace(profile.model, chars_per_token=chars_per_token))
-    own, found = None, None
+    own, card, found = None, None, None
     if POTENTIAL in finished:
         stage = finished[POTENTIAL]
         own = read_trace(stage.part("trace"))
         spec = ModelSpec(**stage.result[SPEC])
-        found = potential(own, profile_of(Shape(spec, "the calibrated model"), config.priced_for))
+        card = profile_of(Shape(spec, "the calibrated model"), config.priced_for)
+        found = potential(own, card)
     ceilings = finished[CEILINGS].result if CEILINGS in finished else None
     return Results(
         facts=None if ceilings is None else ceilings["facts"],
@@ -89,6 +90,7 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
         left_out=next((finished[name].result["left_out"] for name in (TRACES, POTENTIAL) if name in finished), {}),
         potential=found,
         own_exits=own,
+        card=card,
     )
 
 
@@ -169,6 +171,8 @@ def _summary(
         "configuration": asdict(config),
         "profile": None if profile is None else profile.provenance.provenance_class,
         "trace": None if results.trace is None else results.trace.provenance.provenance_class,
+        **({} if results.own_exits is None else {"own exits": results.own_exits.provenance.provenance_class}),
+        **({} if results.card is None else {"times on the card": results.card.provenance.provenance_class}),
     }
     kept = (
         "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads", "energy",
