@@ -32,6 +32,25 @@ _OF_HYDRA = ("now", "hydra")  # resolvers that name output folders
 _FIX = "correct the file, or take it out of that folder"
 
 
+def _with_asserts() -> None:
+    """Where `python -O` leaves out asserts: two of Hydra's parser step over a colon and a bracket, and must stay."""
+    from importlib.util import find_spec
+
+    from hydra.core.override_parser import overrides_visitor
+
+    spec = find_spec(overrides_visitor.__name__)
+    assert spec is not None
+    names: dict[str, Any] = {"__name__": overrides_visitor.__name__}
+    source = Path(str(spec.origin)).read_text(encoding="utf-8")
+    exec(compile(source, str(spec.origin), "exec", optimize=0), names)  # noqa: S102 - Hydra's own file
+    for name in ("visitDictKeyValuePair", "visitFunction"):
+        setattr(overrides_visitor.HydraOverrideVisitor, name, vars(names["HydraOverrideVisitor"])[name])
+
+
+if not __debug__:
+    _with_asserts()
+
+
 def readable(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
     """The words with quotes around texts that Hydra could not read, such as paths with = , ( [ ' # or umlauts.
 

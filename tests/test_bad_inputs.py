@@ -106,7 +106,6 @@ SETTINGS = [
     ("workload.mix.tasks=${slo}", ["workload.mix.tasks.ttft_s=None", "a number"]),
     ("models=[[a]]", ["models=", "each a text"]),
     ("+arms.m={policy:full_depth,overrides:{seeds:[3]}}", ["arms.m.overrides.seeds=[3]", "the same requests"]),
-    ("+arms.m={policy:full_depth,overrides:{mode:live}}", ["arms.m.overrides.mode='live'", "of the whole study"]),
     ("+arms.m={policy:full_depth,overrides:{jobs:3}}", ["arms.m.overrides.jobs=3", "of the whole study"]),
     ("+arms.mine.model=opt-1.3b", ["arms.mine=", "names its policy"]),
     ("+arms.mine.policy=magic", ["arms.mine: policy='magic'", "helios"]),

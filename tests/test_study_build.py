@@ -59,7 +59,7 @@ def measured(folder: Path, *, classifier: bool = True, bits: bool = True) -> Con
         runtime=RuntimeConfig(preset="profile"),
         exits=ExitsConfig(source=str(folder / "exits" / "{model}")),
         workload=WorkloadConfig(
-            n_requests=12,
+            n_requests=24,
             chars_per_token=None,
             arrivals=ArrivalsConfig("all_at_once"),
             lengths=LengthsConfig(prompt=LengthConfig(value=80), output=LengthConfig(value=40)),
@@ -146,7 +146,7 @@ def test_every_arm_says_what_the_text_cost_it_in_all_and_by_task(tmp_path: Path)
             share = by_task[("prose", "code")[task]].bits_per_char
             assert share == pytest.approx(records.bits_per_char(rows))
             bits += share * int(records.output_chars[rows].sum())
-        assert result.arms[name].metrics["bits_per_char"] == pytest.approx(bits / (12 * 40))
+        assert result.arms[name].metrics["bits_per_char"] == pytest.approx(bits / (24 * 40))
         assert 0.5 < result.arms[name].metrics["bits_per_char"] / (trace.bits[:, -1].mean() / 4) < 2
     speed, bits_of = (
         {name: result.arms[name].metrics[metric] for name in EXITS}

@@ -80,7 +80,7 @@ def plan_study(config: Config) -> StudyPlan:
 def _check_overrides(arm: str, overrides: Mapping[str, Any]) -> None:
     """UserError for what an arm cannot have of its own: seeds, or the requests differ; what is of the whole study."""
     for path in overrides if isinstance(overrides, Mapping) else ():
-        if str(path).split(".")[0] in (*PRESENTATION, "mode", "live"):
+        if str(path).split(".")[0] in PRESENTATION:
             allowed = "of the whole study: all arms have one, and the same requests"
             fix = f"set {path} for the study, or leave it out"
             raise UserError(f"arms.{arm}.overrides.{path}", overrides[path], allowed, fix)
