@@ -256,6 +256,13 @@ def test_a_card_s_campaign_needs_no_text_model() -> None:
     assert not {"adapters", "traces"} & plan.groups.keys()
 
 
+def test_energy_is_measured_once_for_the_card_and_late() -> None:
+    plan = planned("rehearsal")
+    assert not any(inputs.config.energy for inputs in plan._inputs.values())
+    names = [one.name for one in plan.planned]
+    assert names.index("energy") > names.index("live-tiny-opt-6.7b")
+
+
 CLAIM = ("ceilings", "profile-opt-6.7b", "live-steady-opt-6.7b", "live-loads-opt-6.7b")
 PAIR = ("profile-opt-1.3b", "headline-opt-6.7b", "live-headline-opt-6.7b", "live-opt-6.7b")
 CALL_S, PAGE_S, FILES = 540.0, 20.0, 8  # seconds of a call and of its last page, files that come back

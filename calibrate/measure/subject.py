@@ -105,17 +105,33 @@ class Subject:
 
     def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep:
         """A decode step for requests with these context lengths, including the new token."""
-        return self.decode_step_in(self.cache(len(kv_tokens), max(kv_tokens)), kv_tokens, 0)
+        return self.decode_step_in(self.decode_cache(kv_tokens), kv_tokens, 0)
+
+    def decode_cache(self, kv_tokens: Sequence[int]) -> KvCache:
+        """A cache for requests with these context lengths, as long as the longest.
+
+        On a card it is as long as what a captured step reads of each request in service, if the pool holds that.
+        """
+        from helios_sim.live.forward import spans
+
+        batch, tokens = len(kv_tokens), max(kv_tokens)
+        if self.device.asynchronous:
+            span = next((n for n in spans(self.limits.max_kv_tokens) if n >= tokens), tokens)
+            tokens = span if self.holds(batch, span) else tokens
+        return self.cache(batch, tokens)
 
     def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep:
         """A decode step in a given cache, from a slot on.
 
-        Several contexts get a mask even if they are equally long, since in service they hardly ever are.
+        Several contexts get a mask even if they are equally long, since in service they hardly ever are. So does a
+        single one on a card, where a captured step serves any length.
         """
         from helios_sim.live.memory.kv import DecodeStep
 
         slots = range(first_slot, first_slot + len(kv_tokens))
         span = max(kv_tokens) if len(kv_tokens) > 1 else None
+        if self.device.asynchronous:
+            span = cache.max_tokens
         return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens], span)
 
     def prompt_step(self, tokens: int, context_tokens: int) -> PromptStep:

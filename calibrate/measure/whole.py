@@ -103,7 +103,7 @@ def _steps(subject: Subject, it: Iteration) -> Sequence[Step]:
     from helios_sim.live.memory.kv import MixedStep
 
     model, batch = subject.model, len(it.kv_tokens)
-    cache = subject.cache(batch, max(it.kv_tokens)) if batch else None
+    cache = subject.decode_cache(it.kv_tokens) if batch else None
     extra = it.chunk[0] if it.chunk else 0
     ids = subject.tokens(batch + extra)
     steps: list[Step] = [lambda: model.embed(ids, ids % subject.architecture.max_context_tokens)]

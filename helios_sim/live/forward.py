@@ -25,6 +25,14 @@ LEAST_SPAN = 128  # tokens of context; larger spans are powers of two
 _IDS, _SLOTS, _POSITIONS = range(3)
 
 
+def spans(max_tokens: int) -> list[int]:
+    """The numbers of tokens of context that captured steps read in slots of `max_tokens`, ascending."""
+    found = [LEAST_SPAN]
+    while found[-1] < max_tokens:
+        found.append(2 * found[-1])
+    return [*found[:-1], max_tokens]
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What is fixed in a captured step."""
@@ -50,6 +58,7 @@ class GraphedDecodes:
         self._steps: dict[_Shape, _Captured] = {}
         sizes = tuple(size for size in SIZES if size < cache.slots)
         self._sizes = (*sizes, cache.slots)
+        self._spans = spans(cache.max_tokens)
         on = cache.device
         self._numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._sizes}
         self._states = {size: self._hidden_of(size) for size in self._sizes}
@@ -90,14 +99,6 @@ class GraphedDecodes:
             before[:n].copy_(hidden)  # which may be `after`, and a capture would write to that
         self._step(_Shape(start, end, size, span, in_row)).launch()
         return after[:n]
-
-    @property
-    def _spans(self) -> list[int]:
-        """The numbers of tokens of context that steps read."""
-        spans = [LEAST_SPAN]
-        while spans[-1] < self._cache.max_tokens:
-            spans.append(2 * spans[-1])
-        return [*spans[:-1], self._cache.max_tokens]
 
     def _hidden_of(self, size: int) -> tuple[Tensor, Tensor]:
         """Hidden states (size, d_model) before the layers, not read by a first segment, and after them."""

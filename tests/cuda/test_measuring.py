@@ -97,6 +97,19 @@ def test_host_costs_are_those_of_captured_steps() -> None:
     assert all(time_s > 0 for time_s in (*found.overhead_s.values(), *found.step_s.values()))
 
 
+def test_decodes_are_timed_over_the_span_that_serving_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, also a single one."""
+    cuda = StrictCuda()
+    monkeypatch.setattr(TimedCuda, "torch_device", property(lambda self: "cpu"))
+    with cuda.watched():
+        model = SegmentedModel.load(random_checkpoint("tiny:llama-2-7b", "cpu", 0))
+        subject = Subject(model, timed(cuda), TableLimits(4, 600, 16, 600, 16))
+        read = {kv: subject.decode_step([kv])._span for kv in (1, 128, 129, 300, 600)}
+        masks = subject.decode_step([128])._masks
+    assert read == {1: 128, 128: 128, 129: 256, 300: 512, 600: min(600, model.architecture.max_context_tokens)}
+    assert masks[0] is not None
+
+
 def test_a_chunk_of_a_prompt_needs_no_mask_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv, "_masks", None)
     plain = replace(ARCHITECTURE, sliding=(False,) * ARCHITECTURE.n_layers, window_tokens=None)
