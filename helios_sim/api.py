@@ -56,10 +56,17 @@ def study_config(experiment: str = "quickstart", *words: str, config_dir: str | 
 
     Raises UserError for a name, a key or a value that does not exist.
     """
+    for word in (experiment, *words):
+        if not isinstance(word, str):
+            raise UserError("word", word, "texts, as on the command line", "write 'key=value'")
     return compose_config(experiment, words, config_dir)
 
 
 def _settings_of(study: Config | str, words: tuple[str, ...], settings: Mapping[str, Any] | None, kind: str) -> Config:
+    if not isinstance(study, Config | str):
+        raise UserError("study", study, "the name of an experiment, or a Config of study_config()", "give one of them")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError("settings", settings, "a mapping such as {'server.replicas': 2}", "write it so")
     if isinstance(study, str):
         config = study_config(study, *words)
     elif words:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from command_line import CommandLine
@@ -107,9 +108,20 @@ def test_designs_are_run_by_a_call_of_their_own() -> None:
         (lambda: simulate("fidelity_vllm", "fidelity.folder=log"), "run it from the command line"),
         (lambda: simulate(Config(), "policy=helios"), "need an experiment's name"),
         (lambda: study_config("own", config_dir="nowhere"), "must be a folder that holds config groups"),
+        (lambda: simulate(None), "the name of an experiment"), (lambda: simulate("own", 3), "word=3"),
+        (lambda: simulate("own", settings=[("a", 1)]), "a mapping such as"),
     ],
 )
 def test_a_mistake_is_one_message(call, told: str) -> None:
     with pytest.raises(UserError) as raised:
         call()
     assert told in str(raised.value)
+
+
+def test_settings_may_be_of_numpy_and_pathlib(tmp_path: Path) -> None:
+    given = {"workload.n_requests": np.int64(3), "workload.arrivals.rate_per_s": np.float32(2.0), "seeds": (0, 1),
+             "slo": {"ttft_s": np.float64(1.0)}, "server.max_running_requests": np.arange(9)[7]}  # fmt: skip
+    plain = {"workload.n_requests": 3, "workload.arrivals.rate_per_s": 2.0, "seeds": [0, 1], "slo.ttft_s": 1.0,
+             "server.max_running_requests": 7}  # fmt: skip
+    assert with_settings(Config(), given) == with_settings(Config(), plain)
+    assert with_settings(Config(), {"profile_folder": tmp_path}).profile_folder == str(tmp_path)

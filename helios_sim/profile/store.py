@@ -54,6 +54,7 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
 
     Raises UserError when there is none, or when a file is damaged.
     """
+    name = str(name)  # a path, perhaps
     path = Path(name) if "/" in name else folder / name
     if not is_there(path / HEADER):
         names = ", ".join(known_profiles(folder)) or f"none in {folder}"

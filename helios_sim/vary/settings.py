@@ -13,7 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from helios_sim.errors import UserError
 
@@ -33,7 +36,7 @@ def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
     own: dict[_Names, Any] = {(): copy.copy(config)}  # groups that this copy does not share
     in_full = getattr(config, "in_full", dict)  # of words that stand for settings
     for path, value in in_full(changes).items():
-        _set(own, tuple(path.split(".")), value)
+        _set(own, tuple(path.split(".")), _plain(value))
     for group in reversed(own.values()):  # a group comes after the one that holds it
         if hasattr(group, "__post_init__"):
             group.__post_init__()
@@ -116,6 +119,17 @@ def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """A fix that names the one that was probably meant; empty where none is near."""
     matches = get_close_matches(name, list(names), n=1, cutoff=0.7)
     return f"you may have meant {prefix}{matches[0]}" if matches else ""
+
+
+def _plain(value: Any) -> Any:
+    """A value of a script in the types of settings: NumPy's numbers and arrays, paths and tuples as what they hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(below) for below in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
 
 
 def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:

@@ -110,6 +110,8 @@ def read_trace(
     """
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
+    if not isinstance(path, str | Path):
+        raise TraceFileError("workload.trace", path, "the path of a file", "name one")
     file = locate(path)
     return _read(file, limit, time_unit, stamp(file), texts)
 
