@@ -106,11 +106,30 @@ def test_a_gguf_file_is_priced_and_asks_less_of_memory(tmp_path: Path) -> None:
         ({"keys": {"embedding_length": (U32, 1024)}}, "hidden_size|weights in the layers"),
         ({"keys": {"attention.value_length": (U32, 32), "attention.key_length": (U32, 64)}}, "value_length"),
         ({"tensors": {"blk.0.ffn_gate_inp.weight": ((8, 896), F16)}}, "weights in the layers"),
+        ({"keys": {"vocab_size": (U32, 1000)}}, "151936, the rows"),
+        ({"tensors": {"output.weight": ((1000, 896), F16)}}, "as token_embd.weight"),
+        ({"keys": {"attention.causal": (7, False)}}, "what follows"), ({"keys": {"pooling_type": (U32, 1)}}, "embeds"),
+        ({"keys": {"attention.kv_lora_rank": (U32, 64)}}, "softmax attention"),
+        ({"keys": {"ssm.state_size": (U32, 16)}}, "softmax attention"),
+        ({"keys": {"attention.shared_kv_layers": (U32, 4)}}, "other layers"),
+        ({"keys": {"nextn_predict_layers": (U32, 1)}}, "drafts"),
     ],
 )  # fmt: skip
 def test_what_is_not_priced_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         shape_of(str(write(tmp_path / "own.gguf", **change)))
+
+
+def test_what_nothing_is_made_of_is_named(tmp_path: Path) -> None:
+    usual = {
+        "vocab_size": (U32, 151_936), "rope.freq_base": (6, 1e6), "rope.scaling.type": (TEXT, "yarn"),
+        "attention.layer_norm_rms_epsilon": (6, 1e-6), "attention.sliding_window": (U32, 0),
+    }  # fmt: skip
+    tensors = {"output_norm.weight": ((896,), F32), "blk.3.attn_q.bias": ((896,), F32)}
+    assert shape_of(str(write(tmp_path / "a.gguf", keys=usual, tensors=tensors))).not_read == ""
+    others = {"blk.3.attn_sinks.weight": ((14,), F32), "cls.weight": ((2, 896), F16)}
+    found = shape_of(str(write(tmp_path / "b.gguf", keys=usual | {"early_exit_layers": (U32, 4)}, tensors=others)))
+    assert found.not_read.endswith("not read: qwen2.early_exit_layers, blk.N.attn_sinks.weight, cls.weight")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model", b"GGUF\x03\0\0\0" + b"\xff" * 16])

@@ -5,6 +5,7 @@ No weight is read. The tensors' own shapes are the check: the matrices of the la
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,23 @@ _PLAIN = ("F32", "F16", "BF16")
 _PRICED = ("Q", "IQ")  # beginnings of the names of kinds whose bytes are counted
 _NOT_PRICED = ("Q1_0", "Q8_1", "Q8_K")  # experiments, and kinds of activations
 _LARGEST = 1 << 22
+# Keys of a family with the only value that is priced, and what another one asks for.
+_REFUSED = {
+    "attention.causal": (True, "attention to what follows"), "pooling_type": (0, "a model that embeds texts"),
+    "attention.shared_kv_layers": (0, "K and V of other layers"), "nextn_predict_layers": (0, "a layer that drafts"),
+    "leading_dense_block_count": (0, "a mixture of experts"),
+}
+_OF_OTHERS = re.compile(r"\.(ssm|wkv|kda|altup|laurel|shortconv)\b|_lora_rank$|\.expert_(feed|shared|used)|\.decoder_")
+_OF_NO_MATTER = re.compile(
+    r"^rope\.|_epsilon$|softcapping$|_scale$|^attention\.(sliding_window|key_length_swa|value_length_swa|clamp_kqv|max_alibi"
+    r"|layer_norm)|^use_parallel_residual$|^tensor_data_layout$|^vocab_size$|^rope_|^general\."
+)
+_NUMBER = re.compile(r"^blk\.\d+\.")
+_KNOWN_TENSORS = re.compile(
+    r"token_embd\.weight|output(_norm)?\.(weight|bias)|rope_(freqs|factors_long|factors_short)\.weight"
+    r"|blk\.\d+\.((attn|ffn)_norm(_2)?|attn_(q|k|v|qkv|output)|attn_[qk]_norm|ffn_(gate|up|down)"
+    r"|post_(attention|ffw|attn|ffn)_norm|attn_post_norm|ffn_post_norm|layer_output_norm|rope_freqs)\.(weight|bias)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,7 @@ class GgufModel:
     values: dict[str, Any]
     weights: WeightFormat | None
     source: str
+    not_read: str = ""  # keys and tensors of which nothing is made, in a sentence
 
     def check(self, path: Path, model: ModelSpec) -> None:
         """UserError where the layers' matrices are not as large as the model that was made of the keys."""
@@ -79,8 +98,41 @@ def read_gguf(path: Path) -> GgufModel:
     found["tie_word_embeddings"] = "output.weight" not in header.tensors
     found["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     found |= _windows(keys, found["num_hidden_layers"])
+    _check_vocabulary(path, header, keys, embedding)
+    _refuse_others(header, keys)
     weights, how = _weights(path, header)
-    return GgufModel(header, found, weights, f"the header of {path}, {how}")
+    return GgufModel(header, found, weights, f"the header of {path}, {how}", _not_read(path, header, keys))
+
+
+def _check_vocabulary(path: Path, header: GgufHeader, keys: Fields, embedding: StoredTensor) -> None:
+    """UserError where the words are of another number than the embedding has rows."""
+    words = keys.integer("vocab_size", 1, _LARGEST, embedding.shape[0])
+    if words != embedding.shape[0]:
+        raise keys.wrong("vocab_size", words, f"{embedding.shape[0]}, the rows of token_embd.weight")
+    head = header.tensors.get("output.weight")
+    if head is not None and head.shape != embedding.shape:
+        raise UserError(f"tensor output.weight of {path}", head.shape, f"{embedding.shape}, as token_embd.weight", _FIX)
+
+
+def _refuse_others(header: GgufHeader, keys: Fields) -> None:
+    """UserError for keys that ask for another model than one of dense layers that generates text."""
+    for name, (off, what) in _REFUSED.items():
+        if keys.value(name, off) != off:
+            raise keys.wrong(name, keys.value(name), f"{off!r}, or not there: {what} is not priced")
+    for name, value in header.metadata.items():
+        if _OF_OTHERS.search(str(name)) and value:
+            raise keys.wrong(str(name).partition(".")[2], value, "a dense model with softmax attention in all layers")
+
+
+def _not_read(path: Path, header: GgufHeader, keys: Fields) -> str:
+    """A sentence about the family's keys and the tensors of which nothing is made; "" where there are none."""
+    left = [name for name in keys.rest if not _OF_NO_MATTER.search(name.partition(".")[2])]
+    left += sorted({
+        _NUMBER.sub("blk.N.", name) for name, tensor in header.tensors.items()
+        if not _KNOWN_TENSORS.fullmatch(name) and not (name.startswith("blk.") and len(tensor.shape) > 1)
+    })  # fmt: skip
+    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
+    return f"{path}: not read: {', '.join(left[:12])}{more}" if left else ""
 
 
 def _windows(keys: Fields, layers: int) -> dict[str, Any]:

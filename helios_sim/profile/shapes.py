@@ -89,7 +89,7 @@ def _of_gguf(path: Path) -> Shape:
     found = read_gguf(path)
     shape = _of_values(path, found.values, found.weights, 2, found.source)
     found.check(path, shape.model)
-    return shape
+    return replace(shape, not_read=found.not_read)
 
 
 def _of_config(path: Path) -> Shape:
