@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -274,9 +275,28 @@ def test_numbers_that_python_alone_reads_are_named_with_their_line(cell: str, tm
         read_trace(tmp_path / "t.csv")
 
 
-def test_a_request_without_an_answer_is_named_as_that(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("Timestamp,Request tokens,Response tokens\n0,5,5\n1,7,0\n")
-    with pytest.raises(UserError, match=r"line 3, column Response tokens.*got no answer"):
+def test_requests_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Timestamp,Request tokens,Response tokens\n0,9,0\n2,5,6\n3,7,0\n4,8,1\n")
+    found = read_trace(tmp_path / "t.csv")
+    assert found.arrival_ns is not None
+    assert found.arrival_ns.tolist() == [0, 2_000_000_000]
+    assert (found.prompt_tokens.tolist(), found.output_tokens.tolist()) == ([5, 8], [6, 1])
+    assert "t.csv: 2 of 4 requests got an answer of 0 tokens and are left out" in found.notices
+    assert len(read_trace(tmp_path / "t.csv", limit=1)) == 1
+
+
+def test_their_texts_go_with_them(tmp_path: Path) -> None:
+    rows = [{"timestamp": 1000 * k, "input_length": 20, "output_length": k % 2, "hash_ids": [k, 7]} for k in range(4)]
+    (tmp_path / "t.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = read_trace(tmp_path / "t.jsonl", time_unit="ms", texts=True)
+    assert found.texts is not None
+    assert len(found) == len(found.texts.starts) - 1 == 2
+    assert found.texts.ids.tolist() == [0, 2, 1, 2]  # of 1, 7, 3, 7
+
+
+def test_a_trace_without_any_answer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Timestamp,Request tokens,Response tokens\n0,5,0\n1,7,0\n")
+    with pytest.raises(UserError, match=r"line 2, column Response tokens.*some request got an answer"):
         read_trace(tmp_path / "t.csv")
 
 

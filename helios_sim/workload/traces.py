@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2048 * MIB  # of text
 _DROP = "correct or remove the line"
-_UNANSWERED = "leave out requests that got no answer; BurstGPT has files without them, BurstGPT_without_fails_*.csv"
+_UNANSWERED = "take a trace in which some request got an answer"
 _FIX = "correct the file, or choose another one"
 _OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
@@ -128,6 +128,10 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
             listed = next((name for name in wanted if plain_name(name) in HASH_IDS), None)
             table = _table(file, columns, listed)
             numbers = {column.role: _numbers(table, column) for column in columns}
+            answered = numbers[Role.OUTPUT] != 0
+            left_out = int(np.count_nonzero(~answered)) if answered.any() else 0
+            if left_out:
+                numbers = {role: found[answered] for role, found in numbers.items()}
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
@@ -135,7 +139,12 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
         notices = not_read(file.name, [name for name in names if name != listed], columns)
+        if left_out:
+            told = f"{left_out} of {len(table)} requests got an answer of 0 tokens and are left out"
+            notices.append(f"{file.name}: {told}")
         ids = None if listed is None else table[listed].combine_chunks()
+        if ids is not None and left_out:
+            ids = ids.take(np.flatnonzero(answered))
         return _trace(file.name, values, limit, doubts.get(Role.ARRIVAL), notices, names, ids)
 
 
