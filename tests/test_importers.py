@@ -22,7 +22,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtimes import preset
 from helios_sim.profile.spec import Runtime
 from helios_sim.profile.store import read_profile, write_profile
-from helios_sim.provenance import ProvenanceClass
+from helios_sim.provenance import NOT_READ, ProvenanceClass
 from vllm_log import BATCHES, KVS, LAYER_US, REPETITIONS, attention_us, write_profile as write_tables
 
 MODEL = "Qwen/Qwen2.5-0.5B"
@@ -233,6 +233,45 @@ def test_rows_that_differ_in_what_is_not_read_are_refused(
     else:
         with pytest.raises(UserError, match=said):
             vidur(folder)
+
+
+def with_column(path: Path, name: str, value: object) -> None:
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},{name}", *(f"{row},{value}" for row in rows)]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value", "said"),
+    [
+        ("mlp", "dtype", "fp8", "bf16 or fp16"), ("attention", "precision", "int8", "bf16 or fp16"),
+        ("mlp", "device", "h100", "A100, which is asked for"), ("attention", "gpu_name", "L40S", "which is asked for"),
+        ("mlp", "use_gated_mlp", False, "True, as qwen2.5-0.5b has"), ("mlp", "dtype", "bfloat16", None),
+        ("mlp", "device", "a100", None), ("mlp", "use_gated_mlp", True, None), ("mlp", "clocks", 1410, None),
+    ],
+)  # fmt: skip
+def test_what_a_column_says_of_all_rows_is_compared_or_named(
+    tmp_path: Path, table: str, name: str, value: object, said: str | None
+) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    with_column(folder / f"{table}.csv", name, value)
+    if said is None:
+        named = {NOT_READ: "not read: mlp.csv: clocks (1410)"} if name == "clocks" else {}
+        assert vidur(folder).provenance.details == named
+        return
+    with pytest.raises(UserError, match=said):
+        vidur(folder)
+
+
+@pytest.mark.parametrize("scale", [1000.0, 0.001])
+def test_times_in_another_unit_are_refused(tmp_path: Path, scale: float) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    def scaled(rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            row |= {name: str(float(value) * scale) for name, value in row.items() if "time_stats" in name}
+
+    rewritten(folder / "mlp.csv", scaled)
+    with pytest.raises(UserError, match="times in ms: the card could do it in"):
+        vidur_profile(folder, published_model(MODEL), "A100", CARDS["a100-80gb"], BARE)
 
 
 @pytest.mark.parametrize("name", ["linear_attention.csv", "mamba.csv.gz"])

@@ -145,3 +145,11 @@ def along(points: FloatArray, values: FloatArray, at: FloatArray) -> FloatArray:
     inside = np.interp(at, points, values)
     slope = (values[-1] - values[-2]) / (points[-1] - points[-2])
     return np.asarray(np.where(at > points[-1], np.maximum(values[-1] + slope * (at - points[-1]), 0.0), inside))
+
+
+def constants(path: Path, read: Collection[str]) -> dict[str, Any]:
+    """The value of every column that is not read and is the same in all rows, but of measures beside the medians."""
+    with reading(str(path), "damaged", "a table of comma-separated values", "correct the file"):
+        table = csv.read_csv(pa.BufferReader(read_text(path, MOST_BYTES, "correct the file")))
+        left = [name for name in table.column_names if name not in read and not _SPREAD.search(name)]
+        return {name: table[name][0].as_py() for name in left if len(pc.unique(table[name])) == 1}

@@ -15,6 +15,7 @@ block_size), are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, card_spec
+from helios_sim.profile.catalog import (
+    Card,
+    Link,
+    activation_reserve_bytes,
+    assumed_tokens,
+    card_spec,
+    published_card,
+)
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.importers.layers import LOAD_BYTES_PER_S, all_reduces_s
 from helios_sim.profile.importers.reading import (
@@ -31,6 +39,7 @@ from helios_sim.profile.importers.reading import (
     MS,
     FloatArray,
     along,
+    constants,
     need_table,
     read_columns,
     refuse_other_tables,
@@ -40,7 +49,7 @@ from helios_sim.profile.importers.reading import (
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, RowsTable
-from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.provenance import NOT_READ, Assumption, Provenance, ProvenanceClass
 from helios_sim.untrusted import read_text
 
 _LAYER = {
@@ -48,6 +57,15 @@ _LAYER = {
     "mlp_up_proj": 1, "mlp_act": 1, "mlp_down_proj": 1, "add": 2,
 }  # fmt: skip
 _SHAPE = {"n_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model", "n_expanded_embd": "d_ff"}
+_READ = {
+    *(f"time_stats.{name}.median" for name in (*_LAYER, "emb")), *_SHAPE, "num_tokens", "vocab_size", "n_q_head",
+    "num_tensor_parallel_workers", "batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill", "n_embd",
+    *(f"time_stats.attn_{name}.median" for name in
+      ("input_reshape", "output_reshape", "prefill", "decode", "kv_cache_save")),
+}  # fmt: skip
+_OTHER_TYPES = re.compile(r"fp8|float8|e4m3|e5m2|int8|int4|fp4|fp32|float32|awq|gptq")
+_COMPARED = ("dtype", "precision", "device", "gpu", "gpu_name", "hardware")
+_SHARES = (1e-3, 5.0)  # of a card's limits that the largest product may reach: beyond, times are in another unit
 _ATTENTION_SHAPE = {"n_q_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model"}
 
 
@@ -60,6 +78,7 @@ def vidur_profile(
     refuse_other_tables([folder], ("mlp", "attention"), {})
     rows, layer_s, ops = _layer(need_table([folder], "mlp"), model, tensor_parallel)
     decode, prefill = _attention(need_table([folder], "attention"), model, tensor_parallel)
+    not_read = _of_constants(folder, model, card, hardware)
     kv_share = 2 * model.kv_width / (model.n_heads * model.head_dim + 2 * model.kv_width)
     head_s = _head_s(model, card, tensor_parallel, rows, ops["mlp_up_proj"])
     counts = rows.astype(np.int64)
@@ -88,6 +107,7 @@ def vidur_profile(
                 ),
                 *assumed_tokens(model),
             ),
+            details={NOT_READ: not_read} if not_read else {},
         ),
         layer_tables=(layer,),
         layer_class=(0,) * model.n_layers,
@@ -97,6 +117,31 @@ def vidur_profile(
         activation_reserve_bytes=activation_reserve_bytes(model),
         load_bytes_per_s=LOAD_BYTES_PER_S,
     )
+
+
+def _of_constants(folder: Path, model: ModelSpec, card: Card, hardware: str) -> str:
+    """A sentence about columns that say something of all rows and are not read; "" where there are none.
+
+    UserError where they say that the rows are of another card, of another precision, or of another MLP.
+    """
+    said = []
+    for table in ("mlp", "attention"):
+        path = need_table([folder], table)
+        for name, value in constants(path, _READ).items():
+            plain, text = name.lower(), str(value)
+            other = published_card(text) if plain in ("device", "gpu", "gpu_name", "hardware") else None
+            if other is not None and other != card:
+                raise UserError(f"{path}: {name}", text, f"{hardware}, which is asked for", "name the card measured")
+            if plain in ("dtype", "precision", "quantization") and _OTHER_TYPES.search(text.lower()):
+                allowed = "bf16 or fp16: operations of other types are not told apart"
+                raise UserError(f"{path}: {name}", text, allowed, "take the tables of bf16")
+            gated = {"true": True, "false": False}.get(text.lower()) if plain == "use_gated_mlp" else None
+            if gated not in (None, model.gated_mlp):
+                allowed = f"{model.gated_mlp}, as {model.name} has"
+                raise UserError(f"{path.name}: {name}", text, allowed, "choose the model measured")
+            if value not in (None, "", False) and gated is None and plain not in _COMPARED:
+                said.append(f"{path.name}: {name} ({text[:40]})")
+    return f"not read: {', '.join(said[:12])}" if said else ""
 
 
 def _layer(path: Path, model: ModelSpec, degree: int) -> tuple[FloatArray, FloatArray, dict[str, FloatArray]]:
@@ -183,4 +228,8 @@ def _head_s(model: ModelSpec, card: Card, degree: int, rows: FloatArray, up_s: F
         return np.maximum(moved / card.bytes_per_s, operations / card.flops_per_s)
 
     share = limit_s((2 if model.gated_mlp else 1) * model.d_ff) / up_s
+    if not _SHARES[0] <= share[-1] <= _SHARES[1]:
+        told = f"{up_s[-1]:.3g} s for {rows[-1]:.0f} tokens"
+        allowed = f"times in ms: the card could do it in {share[-1] * up_s[-1]:.3g} s"
+        raise UserError("mlp.csv: time_stats.mlp_up_proj.median", told, allowed, "scale the times, or name the card")
     return limit_s(model.vocab_size) / np.minimum(share, 1.0)
