@@ -99,6 +99,7 @@ class Workspace:
 class Pool:
     used_by: int = 0  # graphs
     workspaces: int = 0  # that were allocated in it
+    recording: bool = False  # a capture into it has begun and has not ended well
     tensors: list[StorageWeakRef] = field(default_factory=list)  # that were allocated in it
 
     @property
@@ -132,7 +133,9 @@ class Graph:
         known = cuda.pools.setdefault(pool, Pool(used_by=-1))
         if known.used_by == 0:
             raise RuntimeError('it->second->use_count > 0 INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp"')
-        known.used_by = max(known.used_by, 0) + 1
+        if known.recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        known.used_by, known.recording = max(known.used_by, 0) + 1, True
         cuda.generator.capturing = True
         self.pool, self.on, cuda.capturing = pool, stream, self
         cuda.captures += 1
@@ -142,6 +145,7 @@ class Graph:
         if self.error:
             raise RuntimeError(INVALID)
         self.cuda.generator.capturing = False
+        self.cuda.pools[self.pool].recording = False
         self.ended = True
 
     def note(self, function: Any, arguments: Any, given: Any) -> None:
@@ -180,6 +184,8 @@ class Graph:
 
     def __del__(self) -> None:
         self.reset()
+        if self.error:
+            self.cuda.dangling = True  # the allocator goes on asking it whether it captures
 
 
 class _Address:
@@ -281,6 +287,7 @@ class StrictCuda:
         self.capturing: Graph | None = None
         self.shared_capture_stream: Stream | None = None
         self.captures = self.replays = self.waits = 0
+        self.dangling = False
         self.fails: Callable[[int], bool] = lambda captures: False  # whether an allocation in this capture fails
         self.pinned_pools: list[Any] = []  # pools in which a workspace was allocated
         self.runtime = Runtime()

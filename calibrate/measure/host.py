@@ -290,7 +290,7 @@ def serve(subject: Subject, spec: ModelSpec, ceilings: Ceilings, batch: int, ans
         policy = FullDepthPolicy(FullDepthParameters())
         server = Server(env, number, watched, policy, situation, on_left)
         server.open()
-        engine.capture()
+        engine.capture(server.decisions[0].deployment)
         clock.sync()
         return server
 

@@ -50,6 +50,7 @@ class Card:
         self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
         self._needed = 0
         self._unneeded: list[Any] = []
+        self._failed: list[Any] = []
 
     @staticmethod
     @cache
@@ -74,8 +75,7 @@ class Card:
             with cuda.stream(own), cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local"):
                 step()
         except BaseException as error:
-            self._recover()
-            self._drop(graph)
+            self._recover(graph)
             short = next((said for one in _chain(error) if (said := oom_message(one)) is not None), None)
             if short is None:
                 raise
@@ -85,10 +85,17 @@ class Card:
         finalize(replay, self._drop, graph).atexit = False
         return replay
 
-    def _recover(self) -> None:
-        """After a capture that failed, the card's generator still believes to be in it: give it a fresh state."""
+    def _recover(self, graph: Any) -> None:
+        """After a capture that failed, parts of torch still believe to be in it.
+
+        The generator gets a fresh state. The pool may count as in use, so the next graph gets another one. The
+        allocator may ask the graph whether it still captures, so it is never destroyed.
+        """
         generator = self._cuda.default_generators[self._index]
         generator.graphsafe_set_state(generator.clone_state())
+        self._failed.append(graph)
+        self._needed -= 1
+        self._pool = self._cuda.graph_pool_handle()
 
     def _drop(self, graph: Any) -> None:
         self._unneeded.append(graph)

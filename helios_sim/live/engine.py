@@ -24,6 +24,7 @@ from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, PromptTexts
+from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
@@ -90,20 +91,24 @@ class LiveEngine:
             try_out(self.residents.running(name, end), end)
             self.work.reserve()
 
-    def capture(self) -> int:
-        """Capture the decode steps of all models before time starts. Returns how many.
+    def capture(self, deployment: Deployment | None = None) -> int:
+        """Capture decode steps before time starts. Returns how many.
 
-        Models that are not loaded are captured too, if each has a place of its own in memory, or else when they first
-        run. Raises OutOfMemory if memory does not suffice.
+        Those of this deployment, if the policy asks for no further decision, else of all models at all depths. Models
+        that are not loaded are captured too, if each has a place of its own in memory, or else when they first run.
+        Raises OutOfMemory if memory does not suffice.
         """
         if not self.device.captures:
             return 0
+        final = deployment is not None and not deployment.triggers
         captured = 0
         try:
             for name, data in self._models.items():
+                if deployment is not None and final and name != deployment.active.model:
+                    continue
                 with self.residents.laid_out(name) as model:
                     if model is not None:
-                        captured += self.work.capture(name, model, segments(data.exits))
+                        captured += self.work.capture(name, model, segments(data.exits, deployment if final else None))
         except MemoryError as error:
             raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
         return captured
@@ -299,9 +304,17 @@ class LiveEngine:
         )
 
 
-def segments(exits: SequenceOf[int]) -> list[tuple[int, int]]:
-    """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once."""
-    return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
+def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tuple[int, int]]:
+    """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once.
+
+    Without a deployment, those of any.
+    """
+    if deployment is None:
+        return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
+    layers = deployment.active.layers
+    if isinstance(deployment.exit_rule, PerToken) or deployment.observe_tokens is not None:
+        return list(pairwise((0, *exits[: exits.index(layers) + 1])))
+    return [(0, deployment.run_layers or layers)]
 
 
 def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:

@@ -82,7 +82,7 @@ class LiveRun:
         places = self.device_engine.work.places[deployment.active.model].requests
         requests = list(islice(self._requests(), min(WARM_REQUESTS, places)))
         try:
-            self.device_engine.capture()
+            self.device_engine.capture(deployment)
             warm_up(self.device_engine, deployment, requests, self._parts.situation.max_batch_tokens, live.warm_up)
         except OutOfMemory as short:
             raise TooLittleMemory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,11 +93,15 @@ def test_memory_of_graphs_returns_when_none_is_needed(cuda: StrictCuda) -> None:
 @pytest.mark.parametrize("asks", [lambda x: x.sum().item(), lambda x: x + torch.tensor([1.0]), lambda x: x.tolist()])
 def test_a_capture_that_fails_is_an_error_and_leaves_no_trace(cuda: StrictCuda, asks: Any) -> None:
     on, x, stream = device(cuda), torch.ones(1), cuda.current_stream()
+    kept = on.prepare(product()[0])  # whose pool is in use
     with pytest.raises(RuntimeError, match=f"{INVALID}|not permitted when stream is capturing"):
         on.prepare(lambda: asks(x))
     assert cuda.current_stream() is stream
     torch.randn(3)  # the generator has left the capture
     on.prepare(product()[0])()
+    kept()
+    gc.collect()
+    assert not cuda.dangling
 
 
 def test_the_measuring_device_times_nothing_that_cannot_be_captured(

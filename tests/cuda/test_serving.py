@@ -16,7 +16,7 @@ from helios_sim.live.engine import LiveEngine
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
 from helios_sim.serving.iteration import OutOfMemory
-from live_rig import LAYERS, Live, live_model, requests, serve_live
+from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
 from strict_cuda import VERSIONS, StrictCuda
 from test_live_exits import deployed, rule_of
@@ -125,6 +125,24 @@ def test_nothing_is_captured_while_time_runs(cuda: StrictCuda, models: dict[str,
     assert [record.status.value for record in live.records] == ["completed"] * count
     assert {depth for record in live.records for depth in live.depths(record.request_id)} >= {2, 4}
     assert cuda.captures == at_start[0] > 20
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_deployment_that_stays_captures_its_own_steps_alone(
+    cuda: StrictCuda, models: dict[str, LiveModel], per_token: bool
+) -> None:
+    name = "opt"
+    whole = replace(WHOLE, active=Placement(name, LAYERS))
+    deployment = replace(early(models[name], KvRule.PROPAGATE), active=Placement(name, LAYERS)) if per_token else whole
+    at_start = []
+
+    def act(env: Any, engine: LiveEngine, server: Any) -> None:
+        at_start.append(engine.capture(server.decisions[0].deployment))
+
+    on = CudaDevice(torch.device("cpu"), cuda)
+    serve_live(models, deployment, requests(LENGTHS), len(LENGTHS), slots=3, device=on, act=act, close=True)
+    sizes, above_exits = 3, 2 * (len(EXITS) - 1)  # batches of 1, 2 and 3; above an exit in row or gathered
+    assert cuda.captures == at_start[0] == sizes * (1 + (above_exits if per_token else 0))
 
 
 def test_memory_that_does_not_suffice_for_the_steps_is_known_before_time_starts(tiny: LiveModel) -> None:
