@@ -20,6 +20,7 @@ from calibrate.measure.sampling import Clock, Points, Sampler, TimingJob, Timing
 from calibrate.measure.subject import Subject, TableLimits
 from helios_sim.live.checkpoint.source import random_checkpoint
 from helios_sim.live.cuda import CudaDevice
+from helios_sim.live.forward import GraphedDecodes
 from helios_sim.live.memory import kv
 from helios_sim.live.model.decoder import SegmentedModel
 from strict_cuda import StrictCuda
@@ -69,13 +70,13 @@ def test_noise_is_drawn_once_and_repeated(kind: str, monkeypatch: pytest.MonkeyP
 def test_a_card_s_host_costs_grow_with_the_batch_and_prompts_are_issued_layer_by_layer() -> None:
     """As they are served: decodes are one launch, iterations with prompts are not captured."""
     inside = {1: 1e-4, 64: 2e-4, 256: 5e-4}
-    host = HostCosts(inside, inside, dict.fromkeys(inside, 1e-5), 9e-5, 2e-5, dict.fromkeys(inside, 4e-5))
+    host = HostCosts(inside, inside, dict.fromkeys(inside, 1e-5), 9e-5, 2e-5, dict.fromkeys(inside, 4e-4))
     around = {batch: 3e-4 + 1e-5 * batch for batch in inside}
     serving = ServingCosts(around, around, around, 16)
     subject = SimpleNamespace(device=SimpleNamespace(asynchronous=True), limits=SimpleNamespace(max_batch=256))
     runtime = _runtime(SimpleNamespace(subject=subject), SimpleNamespace(host=host, serving=serving))
     for batch in inside:
-        served_s = around[batch] + inside[batch] + 4e-5
+        served_s = around[batch] + inside[batch] + 4e-4
         assert runtime.host_overhead_s + batch * runtime.host_s_per_request == pytest.approx(served_s, rel=0.1)
     assert (runtime.launch_s_per_layer, runtime.prefill_launch_s_per_layer) == (0.0, 9e-5)
     assert HostCosts.from_json(json.loads(json.dumps(host.to_json()))) == host
@@ -84,8 +85,14 @@ def test_a_card_s_host_costs_grow_with_the_batch_and_prompts_are_issued_layer_by
 
 def test_host_costs_are_those_of_captured_steps() -> None:
     """Numbers are staged, and a step is made on the card, as in service."""
-    cuda = StrictCuda()
+    cuda, staged, stage = StrictCuda(), [], GraphedDecodes.stage
+
+    def noted(graphs: GraphedDecodes, rows: list) -> tuple[int, bool]:
+        staged.append(len(rows))
+        return stage(graphs, rows)
+
     with cuda.watched(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphedDecodes, "stage", noted)
         patch.setattr("calibrate.measure.host.open_device", lambda name: CudaDevice(torch.device("cpu"), cuda))
         model = SegmentedModel.load(random_checkpoint("tiny:llama-2-7b", "cpu", 0))
         on = timed(cuda)
@@ -93,7 +100,7 @@ def test_host_costs_are_those_of_captured_steps() -> None:
         subject = Subject(model, on, TableLimits(4, 64, 16, 32, 16))
         with torch.no_grad():
             found = measure_host(subject, 2, (1, 4))
-    assert set(found.step_s) == {1, 4}
+    assert set(found.step_s) == set(staged) == {1, 4}
     assert all(time_s > 0 for time_s in (*found.overhead_s.values(), *found.step_s.values()))
 
 
