@@ -169,7 +169,7 @@ def test_without_exits_full_depth_is_planned_and_what_is_missing_is_said(command
     plans = said.summary["capacity"]["loads"][0]["plans"]
     assert [plan["policy"] for plan in plans] == ["full_depth"]
     missing = [sentence for sentence in said.summary["verdict"] if "static_cap is not planned" in sentence]
-    assert "python -m calibrate model=meta-llama/Llama-3.1-8B-Instruct +task=traces" in missing[0]
+    assert "python -m calibrate model=meta-llama/Llama-3.1-8B-Instruct +task=potential" in missing[0]
     assert "idle power is not known" in said.out
 
 

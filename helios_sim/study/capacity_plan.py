@@ -231,9 +231,10 @@ def _without_exits(config: Config, left_out: Sequence[str], missing: Sequence[st
     of = f" of {names}" if len(missing) < len(config.models) else ""
     return (
         f"Early exits, caps and HELIOS: {what} not planned{of}, because exits.source={source} knows no exits of "
-        f"{names}, and without them neither gain nor quality is known. To get them: python -m calibrate "
-        f"model={missing[0]} +task=traces on a device that runs it, then exits.source=OUT/trace; a table of your own, "
-        "exits.source=mine.parquet; or exits.source=stated for a cap whose share of unchanged tokens you know."
+        f"{names}, and without them neither gain nor quality is known. Whether it exits at all: python -m calibrate "
+        f"model={missing[0]} +task=potential on a device that runs it. To plan with them: +task=traces in its place, "
+        "then exits.source=OUT/trace; a table of your own, exits.source=mine.parquet; or exits.source=stated for a cap "
+        "whose share of unchanged tokens you know."
     )
 
 
