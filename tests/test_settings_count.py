@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
     **lengths("output"),
     **turns(),
     "workload.system_prompts": Case({"gsm8k": 100}),
-    "workload.lengths.id_tokens": Case(64, {**TRACE, "workload.lengths.trace": "TEXTS", **SHARED}),
+    "workload.lengths.id_tokens": Case(96, {**TRACE, "workload.lengths.trace": "TEXTS", **SHARED}),
     "workload.lengths.trace": Case("OTHER", TRACE),
     "workload.lengths.resample": Case(True, TRACE),
     "workload.mix.tasks": Case({"gsm8k": 3.0}),
