@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import CommandLine
-from helios_sim.api import simulate
+from helios_sim.api import simulate, study_config
 from helios_sim.errors import UserError
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.roofline import FITTED_BANDS
@@ -19,7 +19,8 @@ from helios_sim.report.compare import Ratio
 from helios_sim.report.intervals import Method
 from helios_sim.report.result import ExperimentResult, comparisons
 from helios_sim.report.write import summarise_result
-from helios_sim.study.band import MOST_REQUESTS
+from helios_sim.study.band import MOST_REQUESTS, Ends, run_ends
+from helios_sim.study.plan import plan_study
 from helios_sim.study.verdict import survives
 
 SMALL = ("workload.n_requests=40", "subject=static_cap")
@@ -124,6 +125,14 @@ def test_it_is_refused_where_nothing_is_run_again(command: CommandLine) -> None:
     done = command("+experiment=sweep_helios", "profile_band=none")
     assert done.status == 1
     assert "profile_band" in done.err
+
+
+def test_what_a_device_serves_is_not_served_again() -> None:
+    config = study_config("quickstart", *SMALL, "+arms.live={policy: full_depth, model: opt-1.3b}")
+    config.arms["live"]["overrides"] = {"mode": "live"}
+    arms = plan_study(config).headline.jobs
+    for pair in ((arms["live"], arms["helios"]), (arms["helios"], arms["live"])):
+        assert run_ends(plan_study(config), pair, {}, pytest.fail) == Ends()
 
 
 def test_cores_change_nothing(command: CommandLine) -> None:

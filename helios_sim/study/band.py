@@ -40,7 +40,7 @@ def run_ends(
 ) -> Ends:
     """Run the pair at both ends; its results as they are must be there. UserError where the settings name no band."""
     asked = plan.config.profile_band
-    if asked == NONE or plan.config.mode != SIMULATE:
+    if asked == NONE or any(job.config.mode != SIMULATE for jobs in pair for job in jobs):
         return Ends()
     jobs = list({job.key: job for jobs in pair for job in jobs}.values())
     band = band_of(plan.config, jobs)
