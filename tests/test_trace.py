@@ -13,10 +13,11 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
 
 from command_line import CommandLine
 from helios_sim.api import study_config
+from helios_sim.errors import UserError
 from helios_sim.report.perfetto import Served, in_lanes
 from helios_sim.study.jobs import run_job
 from helios_sim.study.plan import StudyPlan, plan_study
-from helios_sim.study.traced import FILE, MOST_REQUESTS, trace_of
+from helios_sim.study.traced import FILE, MOST_REQUESTS, check_trace, trace_of
 
 Track = tuple[str, str]  # arm and name
 
@@ -148,6 +149,13 @@ def test_what_cannot_be_traced_is_refused(command: CommandLine, words: tuple[str
     assert done.status == 1
     assert said in done.err
     assert MOST_REQUESTS == 20_000
+
+
+def test_arms_of_a_device_are_not_traced() -> None:
+    config = study_config("quickstart", "workload.n_requests=5")
+    config.arms["helios"] = {"policy": "helios", "overrides": {"mode": "live"}}
+    with pytest.raises(UserError, match="helios is served by a device"):
+        check_trace(plan_study(config))
 
 
 def test_without_the_package_it_says_how_to_get_it(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from helios_sim.serving.decider import Decision
 from helios_sim.serving.server import Server
 from helios_sim.study.fleet import Fleet, shared_fleet
 from helios_sim.study.jobs import Job, serve
+from helios_sim.study.modes import SIMULATE
 from helios_sim.study.plan import StudyPlan
 from helios_sim.study.workload import task_names
 
@@ -20,7 +21,10 @@ FILE = "trace.perfetto-trace"
 def check_trace(plan: StudyPlan) -> None:
     """UserError where a trace cannot be written, before anything runs."""
     require_perfetto()
-    for jobs in plan.headline.jobs.values():
+    for name, jobs in plan.headline.jobs.items():
+        if jobs[0].config.mode != SIMULATE:
+            allowed = f"a trace of simulated arms: {name} is served by a device"
+            raise UserError("trace", True, allowed, "leave it out")
         requests = shared_fleet(jobs[0].config, jobs[0].seed).parts.workload.requests
         if requests > MOST_REQUESTS:
             allowed = f"a trace of at most {MOST_REQUESTS:,} requests, not of {requests:,}"
