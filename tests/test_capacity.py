@@ -79,6 +79,15 @@ def test_where_the_profile_is_off_it_names_what_a_plan_with_such_times_finds(pla
     assert any("times as long as the profile says" in sentence for sentence in planned.verdict)
 
 
+def test_the_band_is_a_setting_of_the_command_line(command, tmp_path) -> None:
+    words = ("+experiment=capacity", "capacity.cards=[h100-80gb]", "seeds=[0]", "pictures=false", "~arms.helios")
+    given = command(*words, "profile_band=[0.95,1.05]", into="given").summary
+    assert given["capacity"]["loads"][0]["recommended"]["profile_band"]["source"] == "profile_band"
+    assert [end["time_factor"] for end in given["capacity"]["loads"][0]["recommended"]["at_ends"]] == [0.95, 1.05]
+    left_out = command(*words, "profile_band=none", into="none").summary
+    assert left_out["capacity"]["loads"][0]["recommended"]["at_ends"] == []
+
+
 def test_the_number_of_processes_does_not_change_a_bit(planned: CapacityResult) -> None:
     two = capacity(example(jobs=2))
     assert [plan.at for plan in two.plans] == [plan.at for plan in planned.plans]
@@ -232,7 +241,6 @@ MISTAKES = [
     ("capacity.by=p42", ["capacity.by='p42'", "p95"]),
     ("capacity.by={ttft_s:p95}", ["capacity.by", "ttft_s, tpot_s"]),
     ("capacity.by=p95 capacity.attainment=0.9", ["capacity.attainment='0.9'", "does nothing here"]),
-    ("profile_band=none", ["does nothing here", "capacity plan"]),
     ("trace=true", ["does nothing here", "capacity plan"]),
     ("capacity.most_replicas=0", ["capacity.most_replicas=0", "from 1"]),
     ("capacity.search=random", ["capacity.search='random'", "bisection"]),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helios_sim import files
 from helios_sim.files import json_value
@@ -27,6 +27,9 @@ from helios_sim.report.result import (
     scope,
     shown_metrics,
 )
+
+if TYPE_CHECKING:
+    from helios_sim.report.figures.style import Drawing
 
 SCHEMA_VERSION = 1  # of summary.json
 # Figures of summary.json that have no interval, by where they stand; every other one says so itself or is a count.
@@ -71,7 +74,6 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, 
         timeline_drawings,
     )
     from helios_sim.report.figures.fidelity import fidelity_drawings
-    from helios_sim.report.figures.style import lay_out, write_figure
     from helios_sim.report.figures.sweep import sweep_drawings
     from helios_sim.report.page import render
 
@@ -84,11 +86,20 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, 
         *detail_drawings(result),
         *timeline_drawings(result),
     ]
+    _write_page(folder, lambda: render(result, ratios, drawings), drawings, style)
+
+
+def _write_page(
+    folder: Path, page: Callable[[], str], drawings: Sequence[Drawing], style: str, beside: str | None = None
+) -> None:
+    """report.html, and every drawing in figures/, but for the one that lies beside the page."""
+    from helios_sim.report.figures.style import lay_out, write_figure
+
     for drawing in drawings:
         lay_out(drawing)
-    files.write_text(folder / "report.html", render(result, ratios, drawings))
+    files.write_text(folder / "report.html", page())
     for drawing in drawings:
-        write_figure(drawing, folder / "figures", style)
+        write_figure(drawing, folder if drawing.name == beside else folder / "figures", style)
 
 
 def write_designs(result: DesignsResult, folder: Path, style: str | None = FOR_PAGE) -> dict[str, Any]:
@@ -96,23 +107,17 @@ def write_designs(result: DesignsResult, folder: Path, style: str | None = FOR_P
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.style import lay_out, write_figure
-    from helios_sim.report.figures.sweep import design_drawings
-    from helios_sim.report.page import render_designs
-
     summary = summarise_designs(result)
     files.write_parquet(folder / "designs.parquet", designs_table(result))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
     if style is None:
         return summary
+    from helios_sim.report.figures.sweep import design_drawings
+    from helios_sim.report.page import render_designs
+
     drawings = design_drawings(result)
-    for drawing in drawings:
-        lay_out(drawing)
-    files.write_text(folder / "report.html", render_designs(result, drawings))
-    for drawing in drawings:
-        place = folder if drawing.name == "pareto" else folder / "figures"
-        write_figure(drawing, place, style)
+    _write_page(folder, lambda: render_designs(result, drawings), drawings, style, beside="pareto")
     return summary
 
 
@@ -121,22 +126,17 @@ def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
-    from helios_sim.report.figures.capacity import capacity_drawings
-    from helios_sim.report.figures.style import lay_out, write_figure
-    from helios_sim.report.page import render_capacity
-
     summary = summarise_capacity(result)
     files.write_parquet(folder / "fleets.parquet", tried_table(result))
     files.write_json(folder / "provenance.json", summary["provenance"])
     files.write_json(folder / "summary.json", summary)
     if style is None:
         return summary
+    from helios_sim.report.figures.capacity import capacity_drawings
+    from helios_sim.report.page import render_capacity
+
     drawings = capacity_drawings(result)
-    for drawing in drawings:
-        lay_out(drawing)
-    files.write_text(folder / "report.html", render_capacity(result, drawings))
-    for drawing in drawings:
-        write_figure(drawing, folder / "figures", style)
+    _write_page(folder, lambda: render_capacity(result, drawings), drawings, style)
     return summary
 
 

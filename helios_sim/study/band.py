@@ -38,7 +38,7 @@ class Ends:
 def run_ends(
     plan: StudyPlan, pair: Pair, results: Mapping[str, JobResult], run: Callable[[Sequence[Job]], None]
 ) -> Ends:
-    """Run the pair at both ends; its results as they are must be there. UserError where the settings name no band."""
+    """Run the pair at both ends of the band, or say why not; its results as they are must be there."""
     asked = plan.config.profile_band
     if asked == NONE or any(job.config.mode != SIMULATE for jobs in pair for job in jobs):
         return Ends()

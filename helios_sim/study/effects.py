@@ -90,7 +90,9 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "trace": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
-    "profile_band": _OF_ARMS,
+    "profile_band": (
+        lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms or a capacity plan",
+    ),
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
