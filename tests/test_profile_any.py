@@ -230,6 +230,27 @@ def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("auto_map", {"AutoModelForCausalLM": "modeling_yarn.LlamaForCausalLM"}), ("cache_config", {"nbits": 4}),
+     ("architectures", ["MiniCPMForCausalLM"]), ("tie_embeddings", True), ("_num_layers_kept", 16),
+     ("output_gate", True), ("residual_scale_multiplier", 2.0), ("activation_sparsity", 0.9)],
+)  # fmt: skip
+def test_a_key_that_is_not_known_is_named(key: str, value: object, tmp_path: Path) -> None:
+    assert f"not read: {key} (" in shape_of(config_file(tmp_path / "m", **{key: value})).not_read
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("sliding_window_size", 1024, "4096, as sliding_window"), ("is_causal", False, "attention to what follows"),
+     ("quantization", {"bits": 4}, "as MLX does"), ("mlp_type", "gated", "a gated MLP")],
+)  # fmt: skip
+def test_a_key_that_asks_for_another_model_is_refused(key: str, value: object, said: str, tmp_path: Path) -> None:
+    sized = config_file(tmp_path / "m", model_type="mistral", sliding_window=4096, **{key: value})
+    with pytest.raises(UserError, match=said):
+        shape_of(sized)
+
+
+@pytest.mark.parametrize(
     "name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json"]
 )
 def test_a_file_beside_the_config_may_say_how_weights_are_kept(name: str, tmp_path: Path) -> None:

@@ -347,11 +347,45 @@ def test_a_config_says_how_the_weights_are_kept(how: dict[str, Any], said: str, 
         (compressed(num_bits=4) | {"format": "marlin-24"}, "sparse"),
         (compressed(num_bits=4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
         (compressed(num_bits=4) | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({"quant_method": "fp8", "ignored_layers": ["transformer.h.0.self_attention.dense"]}, "outside the layers"),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["transformer.h.0.attn.c_attn"]}, "outside the layers"),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["model"]}, "outside the layers"),
+        (compressed(num_bits=4) | {"ignore": ["Linear"]}, "outside the layers"),
+        (compressed(num_bits=4) | {"ignore": ["re:(lm_head|.*down.*)"]}, "outside the layers"),
+        (compressed(num_bits=4) | {"ignore": ["re:^(?!lm_head).*"]}, "outside the layers"),
+        (compressed(num_bits=4, scale_dtype="torch.float8_e4m3fn"), "scale_dtype of weights"),
+        (compressed(num_bits=4, second_scale=True), "second_scale of weights"),
+        (compressed({"num_bits": 8, "strategy": "group", "group_size": 128}, num_bits=8), "strategy of input"),
+        (compressed({"num_bits": 8, "offset": 3}, num_bits=8), "offset of input"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": LINEAR | {"format": "marlin-24"}}}, "sparse"),
+        ({"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}}, "strategy of kv"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4",
+          "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "4, as quant_algo says"),
     ],
 )  # fmt: skip
 def test_what_is_not_priced_is_refused_by_name(how: object, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         shape_of(config_file(tmp_path / "model", how))
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["lm_head", "re:.*lm_head", "model.embed_tokens", "llm.model.norm", "re:vision_tower.*", "multi_modal_projector",
+     "model.vision_tower.encoder.layers.3.mlp.fc1", "audio_projection_layer", "apm", "re:(lm_head|visual).*"],
+)  # fmt: skip
+def test_modules_outside_the_layers_may_stay_as_they_are(module: str, tmp_path: Path) -> None:
+    how = {"quant_method": "awq", "modules_to_not_convert": [module]}
+    shape = shape_of(config_file(tmp_path / "model", how))
+    assert shape.model.quantization is not None
+    assert shape.not_read == ""
+
+
+def test_an_index_of_each_input_counts(tmp_path: Path) -> None:
+    plain, ordered = (
+        shape_of(config_file(tmp_path / str(order), compressed(num_bits=4, strategy="channel", actorder=order))).model
+        for order in ("static", "group")
+    )
+    assert ordered.layer_bytes - plain.layer_bytes == 4 * sum(k for _, k in plain.matrices)
 
 
 @pytest.mark.parametrize(

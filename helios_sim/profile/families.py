@@ -67,16 +67,20 @@ def windows_of(window: int, every: int, layers: int) -> tuple[int, ...]:
 
 # Keys of a config.json, or patterns of them, of which no size, no weight and no time of a layer follows.
 OF_NO_MATTER = re.compile(
-    r"_.*|architectures|.*_token_ids?|.*dropout|.*_pdrop|layerdrop|.*_eps|.*epsilon|init_std|initializer_.*|.*rope.*|rotary_.*"
-    r"|partial_rotary_factor|alibi|.*softcapping|query_pre_attn_scalar|.*_multiplier|logits_scaling|hidden_act.*"
-    r"|activation.*|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_.*|id2label"
-    r"|label2id|num_labels|problem_type|summary_.*|tokenizer_class|auto_map|task_specific_params|finetuning_task|prefix"
+    r"_name_or_path|_commit_hash|_from_.*|_attn_implementation.*|_flash_attn.*|_sliding_window_pattern|_vocab_size"
+    r"|architectures|.*_token_ids?|.*dropout|.*_pdrop|layerdrop|.*_eps|.*epsilon|init_std|initializer_.*|.*rope.*"
+    r"|rotary_.*|partial_rotary_factor|alibi|.*softcapping|query_pre_attn_scalar|embedding_multiplier"
+    r"|attention_multiplier|residual_multiplier|logits_scaling|hidden_act|hidden_activation|activation_function"
+    r"|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_attentions|id2label"
+    r"|output_hidden_states|output_router_logits|output_scores|output_past|label2id|num_labels|problem_type|summary_.*"
+    r"|tokenizer_class|task_specific_params|finetuning_task|prefix"
     r"|chunk_size_feed_forward|reorder_and_upcast_attn|scale_attn_.*|pretraining_tp|gradient_checkpointing|unsloth_.*"
     r"|attn_implementation|use_flash_attn.*|use_parallel_residual|parallel_attn|parallel_residual|original_max_.*|n_ctx"
     r"|do_layer_norm_before|num_ln_in_parallel_attn|apply_residual_.*|temperature|top_[kp]|do_sample|max_length"
     r"|repetition_penalty|languages?|license|tags|seq_length|max_sequence_length|model_max_length|max_window_layers"
-    r"|use_sliding_window|sliding_window.*|is_decoder|tie_.*|transformers\.js_config|base_model.*|framework|tf_legacy_loss"
-    r"|bias_dropout_fusion|masked_softmax_fusion|attention_softmax_in_fp32|.*_in_fp32|norm_type|use_norm_bias|cache_.*"
+    r"|use_sliding_window|sliding_window|sliding_window_pattern|is_decoder|tie_encoder_decoder|transformers\.js_config"
+    r"|base_model_name_or_path|framework|tf_legacy_loss|bias_dropout_fusion|masked_softmax_fusion|cache_implementation"
+    r"|attention_softmax_in_fp32|scale_attention_softmax_in_fp32|residual_in_fp32|norm_type|use_norm_bias|multi_query"
 )
 # Keys that a config may have only without a value, or with one of these: others ask for what is not priced.
 REFUSED = {
@@ -84,5 +88,7 @@ REFUSED = {
     "use_bidirectional_attention": ((False,), "attention to what follows"),
     "attention_chunk_size": ((), "attention within chunks"), "num_kv_shared_layers": ((0,), "K and V of other layers"),
     **dict.fromkeys(("enable_bias", "use_bias", "layer_norm_elementwise_affine"), ((True,), "a layer without biases")),
+    "is_causal": ((True,), "attention to what follows"), "quantization": ((), "weights quantized as MLX does"),
+    "mlp_type": (("default",), "a gated MLP"),
     "pruned_heads": ((), "layers with fewer heads"), "block_configs": ((), "layers that differ"),
 }

@@ -121,8 +121,7 @@ def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, i
         _check_left_out(fields, name)
     found = readers[method](fields), _kv_bytes(fields)
     fields.ignore(_OF_NO_MATTER)
-    for name in fields.rest:  # of another quantization than the ones that are priced, perhaps
-        raise fields.wrong(name, fields.value(name), "not there: what it says is not priced")
+    _refuse_rest(fields)  # of another quantization than the ones that are priced, perhaps
     return found
 
 
@@ -137,7 +136,16 @@ _OF_NO_MATTER = (
     "quantization_status", "global_compression_ratio", "producer", "activation_scale_ub", "_load_in_4bit",
     "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_quant_storage",
     "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_threshold",
-    "scale_fmt", "format", "mse", "act_group_aware",
+    "scale_fmt", "format", "mse", "act_group_aware", "autoround_version", "amp", "enable_minmax_tuning",
+    "enable_quanted_input", "enable_norm_bias_tuning", "gradient_accumulate_steps", "iters", "lr", "minmax_lr",
+    "low_gpu_mem_usage", "nsamples", "seqlen", "provider",
+)
+_OF_OBSERVERS = ("observer", "observer_kwargs", "dynamic", "zp_dtype")  # how scales were found
+# Parts of a model that lie outside of the layers of its text model, and norms, which are never quantized.
+_OUTSIDE = re.compile(
+    r"lm_head|output|output_layer|embed_out|embed|embed_tokens|embed_in|embeddings?|wte|wpe|word_embeddings|score"
+    r"|.*norm\d?|ln_f|.*vision.*|visual|vit|vpm|resampler|apm|.*audio.*|.*projector|mlp1|aligner|connector|merger|tts"
+    r"|talker|token2wav|code2wav|img_processor|image_.*|router|mtp"
 )
 
 
@@ -147,7 +155,8 @@ def _check_left_out(fields: Fields, name: str) -> None:
     if not isinstance(left_out, list | tuple):
         raise fields.wrong(name, left_out, "a list of modules")
     for module in map(str, left_out):
-        if re.search(r"layers|self_attn|mlp|proj|^re:(?!.*(head|vision|embed))", module):
+        parts = [re.split(r"[^A-Za-z0-9_]+", choice) for choice in module.removeprefix("re:").split("|")]
+        if "(?" in module or not all(any(map(_OUTSIDE.fullmatch, words)) for words in parts):
             raise fields.wrong(name, module, "only modules outside the layers: these are all quantized, or none is")
 
 
@@ -161,7 +170,16 @@ def _kv_bytes(fields: Fields) -> int | None:
     kind = scheme.text("type", default="float"), scheme.integer("num_bits", 1, 16, 8)
     if kind != ("float", 8):
         raise fields.wrong("kv_cache_scheme", f"{kind[1]}-bit {kind[0]}", "8-bit floats: others are not priced")
+    scheme.ignore((*_OF_OBSERVERS, "symmetric"))
+    scheme.text("strategy", ("tensor",), "tensor")
+    _refuse_rest(scheme)
     return 1
+
+
+def _refuse_rest(fields: Fields) -> None:
+    """UserError for a key that holds something and that nothing is made of."""
+    for name in fields.rest:
+        raise fields.wrong(name, fields.value(name), "not there: what it says is not priced")
 
 
 def _fp8(fields: Fields) -> WeightFormat:
@@ -210,7 +228,11 @@ def _modelopt(fields: Fields) -> WeightFormat:
     form = FORMATS[{"FP8": "fp8", "NVFP4": "nvfp4"}[fields.text("quant_algo", ("FP8", "NVFP4"))]]
     if fields.has("group_size") and fields.integer("group_size", 0, _MOST_GROUP) not in (0, form.group):
         raise fields.wrong("group_size", fields.value("group_size"), f"{form.group}: others are not priced")
-    fields.ignore(["config_groups"])  # the same once more, by layers
+    groups = fields.inner("config_groups", {})  # the same once more, by layers
+    for name in groups.values:
+        weights = groups.inner(name).inner("weights", {})
+        if weights.integer("num_bits", 1, 16, form.bits) != form.bits:
+            raise weights.wrong("num_bits", weights.value("num_bits"), f"{form.bits}, as quant_algo says")
     return form
 
 
@@ -225,15 +247,17 @@ def _compressed(fields: Fields) -> WeightFormat:
         raise group.wrong("targets", group.texts("targets", 64), "[Linear]: layers are all quantized alike")
     if group.has("output_activations"):
         raise group.wrong("output_activations", "set", "none: quantized outputs are not priced")
+    _check_format(group)
     weights, inputs = group.inner("weights"), group.has("input_activations")
     kind, bits = weights.text("type", ("int", "float"), "int"), weights.integer("num_bits", 1, 16)
+    strategy = weights.text("strategy", ("tensor", "channel", "group", "block", "tensor_group"), "channel")
     if inputs:
-        of_inputs = group.inner("input_activations")
-        taken = of_inputs.text("type", ("int", "float"), "int"), of_inputs.integer("num_bits", 1, 16)
+        taken = _inputs(group.inner("input_activations"), strategy)
         if (kind, bits) == taken == ("float", 4):
             size = weights.integer("group_size", 1, _MOST_GROUP, 16)
             if size != 16:
                 raise weights.wrong("group_size", size, "16: 4-bit floats of other groups are not priced")
+            _end(group, weights, ("torch.float8_e4m3fn",))
             return FORMATS["nvfp4"]
         if taken != (kind, 8):
             raise group.wrong("input_activations", taken, f"none, or 8-bit {kind}")
@@ -241,15 +265,38 @@ def _compressed(fields: Fields) -> WeightFormat:
         told = f"{bits}-bit {kind} weights {'and inputs' if inputs else 'alone'}"
         raise group.wrong("weights", told, "8-bit weights and inputs, or 8-bit or 4-bit integers as weights alone")
     name, products = _COMPRESSED[kind, bits, inputs]
-    strategy = weights.text("strategy", ("tensor", "channel", "group", "block"), "channel")
-    if strategy == "block":
-        rows, columns = weights.integers("block_structure", 1, _MOST_GROUP, 2)
-        return WeightFormat(f"{name}-block", bits, products, group=columns, outputs=rows)
-    size = weights.integer("group_size", 1, _MOST_GROUP) if strategy == "group" else 0
+    if strategy == "tensor_group":
+        raise weights.wrong("strategy", strategy, "tensor, channel, group or block")
     zeros = 0 if weights.flag("symmetric", True) else bits
+    indexed = 4 if weights.value("actorder", None) in ("group", True) else 0  # each input's group is stored
+    rows, columns = weights.integers("block_structure", 1, _MOST_GROUP, 2) if strategy == "block" else (0, 0)
+    size = weights.integer("group_size", 1, _MOST_GROUP) if strategy == "group" else 0
+    _end(group, weights, ("torch.bfloat16", "torch.float16", "torch.float32"))
+    if strategy == "block":
+        return WeightFormat(f"{name}-block", bits, products, group=columns, outputs=rows)
     outputs = 0 if strategy == "tensor" else 1
     named = _with_group(name, size) if size else name
-    return WeightFormat(named, bits, products, group=size, outputs=outputs, zero_bits=zeros)
+    return WeightFormat(named, bits, products, group=size, outputs=outputs, zero_bits=zeros, input_bytes=indexed)
+
+
+def _inputs(inputs: Fields, of_weights: str) -> tuple[str, int]:
+    """The kind of a product's inputs and their bits. UserError for scales that no priced kernel has."""
+    found = inputs.text("type", ("int", "float"), "int"), inputs.integer("num_bits", 1, 16)
+    shared = ("group",) if of_weights == "block" else ("tensor_group", "group") if found[1] == 4 else ()
+    strategy = inputs.text("strategy", ("tensor", "token", *shared), "token")
+    if strategy in shared:
+        inputs.integer("group_size", 1, _MOST_GROUP, 16 if found[1] == 4 else 128)
+    inputs.ignore((*_OF_OBSERVERS, "symmetric", "actorder", "scale_dtype"))
+    _refuse_rest(inputs)
+    return found
+
+
+def _end(group: Fields, weights: Fields, scales: tuple[str, ...]) -> None:
+    """UserError for scales of another type, and for keys that nothing is made of."""
+    weights.text("scale_dtype", scales, scales[0])
+    weights.ignore((*_OF_OBSERVERS, "symmetric", "actorder", "group_size", "strategy"))
+    _refuse_rest(weights)
+    _refuse_rest(group)
 
 
 def _check_dense(fields: Fields) -> None:
@@ -259,11 +306,19 @@ def _check_dense(fields: Fields) -> None:
     structure = how.get("sparsity_structure") if isinstance(how, Mapping) else None
     if of not in ("dense", "", None) or structure not in (None, "", "0:0", "unstructured"):
         raise fields.wrong("sparsity_config", of, "dense: sparse weights are not priced")
+    _check_format(fields)
+
+
+def _check_format(fields: Fields) -> None:
     kind = str(fields.value("format", ""))
-    if "24" in kind or "sparse" in kind:
-        raise fields.wrong("format", kind, "one of dense weights: sparse ones are not priced")
+    if kind not in _DENSE:
+        raise fields.wrong("format", kind, f"{', '.join(_DENSE[1:])}: sparse weights and others are not priced")
 
 
+_DENSE = (
+    "", "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mixed-precision",
+)
 _COMPRESSED = {
     ("float", 8, True): ("fp8", FP8), ("float", 8, False): ("fp8-w8a16", WEIGHTS), ("int", 8, True): ("int8", INT8),
     ("int", 8, False): ("w8a16", WEIGHTS), ("int", 4, False): ("int4", WEIGHTS),

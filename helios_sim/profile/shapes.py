@@ -7,6 +7,7 @@ size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +30,13 @@ from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, is_there, read_json, shortened
 
 _FIX = "give the config.json of a dense decoder-only model"
+_UNQUANTIZED = "give the config of the unquantized model, with server.quantization where that is near enough"
 _MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 22}
 _LEAST_CONTEXT = 16  # tokens: below, no prompt was measured
 _QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # files beside a config.json
 _GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of the names of classes
+_GENERATES = re.compile(f"({'|'.join(_GENERATE)})$")
+_QUANTIZATIONS = ("quantization_config", "compression_config")
 _FOUR_TIMES = ("gpt2", "falcon")  # families whose MLP is four times as wide as the model where a config does not say
 _LOOKS_BACK = {"full_attention": False, "sliding_attention": True}  # kinds of layers: whether within a window
 
@@ -147,12 +151,17 @@ def _of_values(
         ),
     )  # fmt: skip
     windows = _windows(fields, kind, layers)
-    return Shape(model, source, windows, _not_read(path, fields))
+    fields.ignore([*_QUANTIZATIONS, *REFUSED])  # looked at before
+    return Shape(model, source, windows, _not_read(path, kind, fields))
 
 
-def _not_read(path: Path, fields: Fields) -> str:
+def _not_read(path: Path, kind: str, fields: Fields) -> str:
     """A sentence about the keys that hold something and that nothing is made of; "" where there are none."""
     left = [name for name in fields.rest if not OF_NO_MATTER.fullmatch(name)]
+    classes = fields.values.get("architectures")
+    own = kind.removesuffix("_text").replace("_", "")
+    if isinstance(classes, list) and any(_GENERATES.sub("", str(name)).lower() != own for name in classes):
+        left.insert(0, "architectures")
     shown = ", ".join(f"{name} ({str(fields.values[name])[:40]})" for name in left[:12])
     more = f" and {len(left) - 12} more" if len(left) > 12 else ""
     return f"{path}: not read: {shown}{more}" if left else ""
@@ -180,12 +189,11 @@ def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> 
 
     `values`: those of the text model within the `whole`.
     """
-    names = ("quantization_config", "compression_config")
-    found = {name: part[name] for part in (whole, values) for name in names if part.get(name)}
+    found = {name: part[name] for part in (whole, values) for name in _QUANTIZATIONS if part.get(name)}
     if len({repr(how) for how in found.values()}) > 1:
         raise UserError(f"quantization of {path}", " and ".join(found), "one of the two", "remove the other")
     for how in found.values():
-        form, kv_bytes = format_of_config(how, str(path), _FIX)
+        form, kv_bytes = format_of_config(how, str(path), _UNQUANTIZED)
         return form, 2 if kv_bytes is None else kv_bytes
     return None, 2
 
@@ -203,6 +211,9 @@ def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, An
     if isinstance(classes, list) and classes and not any(str(name).endswith(_GENERATE) for name in classes):
         allowed = "a class that generates text, such as LlamaForCausalLM"
         raise UserError(f"architectures of {path}", shortened(classes), allowed, _FIX)
+    if str(values.get("model_type")) in ("gpt2", "gpt_neox") and values.get("attention_bias") is False:
+        allowed = "true: a layer without biases is not priced"
+        raise UserError(f"attention_bias of {path}", False, allowed, _FIX)
     for name, (off, what) in REFUSED.items():
         if values.get(name) not in (None, *off) and values[name] not in ([], {}):
             allowed = f"not there: {what}, which is not priced"
@@ -262,6 +273,8 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
             raise fields.wrong("layer_types", "sliding_attention", f"full_attention in all layers, since {told}")
         return ()
     window = fields.integer("sliding_window", 1, _MOST["tokens"])
+    if fields.integer("sliding_window_size", 1, _MOST["tokens"], window) != window:
+        raise fields.wrong("sliding_window_size", fields.value("sliding_window_size"), f"{window}, as sliding_window")
     if kinds is not None:
         return tuple(window if _LOOKS_BACK[each] else 0 for each in kinds)
     if kind in WINDOW_IF_ASKED:
