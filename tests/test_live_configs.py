@@ -114,3 +114,18 @@ def test_a_rotation_that_is_said_twice_and_otherwise_is_refused(tmp_path: Path, 
     (folder / "config.json").write_text(json.dumps(values | twice))
     with pytest.raises(UserError, match=f"{said}.*one rotation"):
         find_checkpoint(str(folder))
+
+
+def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny("llama", tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"torch_dtype": "bfloat16", "unsloth_version": "1", "bos_token_id": 1}))
+    assert "not read" not in find_checkpoint(str(tmp_path)).source
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}, "architectures": ["XForCausalLM"]}
+    path.write_text(json.dumps(values | {"scale_emb": 12, "share_layers": True, "unused": None} | own))
+    source = find_checkpoint(str(tmp_path)).source
+    for said in ("scale_emb (12)", "share_layers (True)", "auto_map (", "architectures (['XForCausalLM'])"):
+        assert said in source
+        assert said in caplog.text
+    assert "unused" not in source

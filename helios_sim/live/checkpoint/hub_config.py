@@ -6,6 +6,7 @@ What a family's config may ask for and this project does not support is refused 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,58 @@ _SIZES = {  # names of each size in the configs of the families
 }  # fmt: skip
 # Keys that transformers takes from a config of any family, with the only value that is built.
 _OF_ANY = {"is_causal": True, "per_layer_config": None, "kv_sharing_modes": None, "transformers_weights": None}
+_GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _BESIDE = {  # files that change what the weights mean
     "quantize_config.json": "GPTQ weights are not read",
     "quant_config.json": "AWQ weights are not read",
     "hf_quant_config.json": "weights quantized by ModelOpt are not read",
     "adapter_config.json": "an adapter is not applied; merge it into the weights first",
 }
+
+
+# What the architecture is made of or refused by, here or in transformers' config of the family.
+_READ = {
+    "model_type", "text_config", "quantization_config", "compression_config", "rope_scaling", "rope_parameters",
+    "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "attention_bias", "mlp_bias",
+    "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "layer_types",
+    "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window", "max_window_layers",
+    "query_pre_attn_scalar", "hidden_act", "hidden_activation", "activation_function", "tie_word_embeddings",
+    "rms_norm_eps", "layer_norm_epsilon", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
+    "layer_norm_elementwise_affine", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
+    *_OF_ANY, *(name for names in _SIZES.values() for name in names),
+}  # fmt: skip
+# Of training, text and interfaces, of parts that are not loaded, and of the type in which values are kept.
+_OF_NO_MATTER = re.compile(
+    r"_name_or_path|_commit_hash|_attn_implementation.*|_flash_attn.*|architectures|.*_token_ids?|.*dropout|.*_pdrop"
+    r"|layerdrop|init_std|initializer_.*|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_attentions"
+    r"|output_hidden_states|output_past|id2label|label2id|num_labels|problem_type|summary_.*|tokenizer_class"
+    r"|task_specific_params|finetuning_task|prefix|chunk_size_feed_forward|reorder_and_upcast_attn|n_ctx|pretraining_tp"
+    r"|gradient_checkpointing|unsloth_.*|attn_implementation|use_flash_attn.*|cache_implementation|is_decoder"
+    r"|is_encoder_decoder|tie_encoder_decoder|temperature|top_[kp]|do_sample|max_length|repetition_penalty"
+    r"|transformers\.js_config|base_model_name_or_path|languages?|license|tags|vision_config|image_.*|boi_.*|eoi_.*"
+    r"|mm_tokens_per_image|is_llama_config|word_embed_proj_dim"
+)
+
+
+def not_read(folder: Path) -> str:
+    """A sentence about keys of config.json that hold something and that nothing is made of; "" where there are none.
+
+    A class of another name, and code of the checkpoint's own, are among them: neither is run.
+    """
+    path = folder / "config.json"
+    values = read_json(path, FETCH_AGAIN, error=WeightsError)
+    inner = values.get("text_config")
+    left: dict[str, Any] = {}
+    for part in (values, inner if isinstance(inner, dict) else {}):
+        fields = Fields(part, str(path), FETCH_AGAIN, WeightsError)
+        left |= {name: part[name] for name in fields.rest if name not in _READ and not _OF_NO_MATTER.fullmatch(name)}
+    classes = values.get("architectures")
+    own = str(values.get("model_type")).removesuffix("_text").replace("_", "")
+    if isinstance(classes, list) and any(_GENERATES.sub("", str(name)).lower() != own for name in classes):
+        left["architectures"] = classes
+    shown = ", ".join(f"{name} ({str(value)[:40]})" for name, value in list(left.items())[:12])
+    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
+    return f"{path}: not read: {shown}{more}" if left else ""
 
 
 def read_architecture(folder: Path) -> Architecture:

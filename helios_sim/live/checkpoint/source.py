@@ -22,6 +22,7 @@ from torch import Tensor
 from helios_sim.contents import Stamp, digest_of, sha256_of, stamp
 from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.gguf_file import GgufFile
+from helios_sim.live.checkpoint.hub_config import not_read
 from helios_sim.live.checkpoint.hub_folder import OF_MODELS, SafetensorsFolder
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
@@ -205,7 +206,18 @@ def _known(name: str, cache: Path) -> Checkpoint:
 @lru_cache(maxsize=4)
 def _opened(path: Path, stamps: Stamps, name: str, source: str, licence: str | None) -> Checkpoint:
     """Cached by its arguments, together with its tokenizer and its copy in host memory."""
-    return Checkpoint(name, source, licence, SafetensorsFolder(path) if path.is_dir() else GgufFile(path))
+    if not path.is_dir():
+        return Checkpoint(name, source, licence, GgufFile(path))
+    storage = SafetensorsFolder(path)
+    return Checkpoint(name, _said(source, path), licence, storage)
+
+
+def _said(source: str, folder: Path) -> str:
+    """The source with what is not read of the config, which is said on the terminal too."""
+    left = not_read(folder)
+    if left:
+        _log.warning("%s", left)
+    return f"{source} ({left})" if left else source
 
 
 def _stamps(path: Path) -> Stamps:
@@ -238,4 +250,5 @@ def _from_hub(hub_id: str) -> Checkpoint:
             "weights", hub_id, f"a model that can be fetched ({str(error).splitlines()[0] if str(error) else error!r})",
             "check network and disk, or give a local folder or .gguf file",
         ) from error  # fmt: skip
-    return Checkpoint(hub_id.split("/")[-1].lower(), f"huggingface.co/{hub_id}", None, SafetensorsFolder(folder))
+    storage = SafetensorsFolder(folder)
+    return Checkpoint(hub_id.split("/")[-1].lower(), _said(f"huggingface.co/{hub_id}", folder), None, storage)
