@@ -84,6 +84,14 @@ def test_ids_that_are_none_are_refused(tmp_path: Path, ids) -> None:
         read_trace(trace_of(tmp_path, [{**ROWS[0], "hash_ids": ids}]), texts=True)
 
 
+@pytest.mark.parametrize("ids", [None, "missing", [900, None], "x", [1.5], 7])
+def test_the_line_is_named_whose_hash_ids_are_none(ids: object, tmp_path: Path) -> None:
+    bad = {key: value for key, value in ROWS[0].items() if key != "hash_ids" or ids != "missing"}
+    bad |= {} if ids == "missing" else {"hash_ids": ids}
+    with pytest.raises(UserError, match="line 2, column hash_ids"):
+        read_trace(trace_of(tmp_path, [ROWS[1], bad]), texts=True)
+
+
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [(16, "about 4% of a usual prompt"), (1024, "request 1 of .* has 2 hash_ids for 1024 tokens"), (512, None)],

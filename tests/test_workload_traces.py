@@ -309,3 +309,45 @@ def test_importing_the_package_loads_no_table_library() -> None:
     code = f"import sys, helios_sim.workload; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "step", "said"),
+    [
+        ("timestamp_ms", 1_700_000_000, 1, "these are s since 1970"),
+        ("arrival_s", 1_700_000_000_000, 400, "these are ms since 1970"),
+        ("arrival_ns", 1_700_000_000_000, 400, "these are ms since 1970"),
+        ("arrival_ms", 1_700_000_000, 400, None),  # a clock that began 20 days before
+        ("arrival_us", 1_700_000_000_000_000, 400_000, None), ("arrival_s", 0, 500, None),
+    ],
+)  # fmt: skip
+def test_a_unit_in_a_name_is_compared_with_the_numbers(
+    name: str, first: int, step: int, said: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"{name},prompt_tokens,output_tokens\n" + "".join(f"{first + i * step},9,9\n" for i in range(9)))
+    if said is None:
+        assert read_trace(path).arrival_ns is not None
+    else:
+        with pytest.raises(UserError, match=said):
+            read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("arrival_s;prompt_tokens;output_tokens\n0;9;9\n", "separate the cells by commas"),
+        ("0.5,9,9\n1.5,9,9\n", "write a first line with the names"),
+        ("# of May\narrival_s,prompt_tokens,output_tokens\n0,9,9\n", "remove what stands before"),
+        ("arrival_s,prompt_size,token_size\n0,9,9\n", "rename a column"),
+    ],
+)
+def test_the_fix_says_what_is_wrong_with_a_header(text: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=fix):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_what_failed_is_said_to_be_replayed(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens,status\n0,9,9,ok\n1,9,9,failed\n")
+    assert any("a request that failed is replayed" in notice for notice in read_trace(tmp_path / "t.csv").notices)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.request import LONGEST, NS_PER_S
+from helios_sim.request import LATEST_NS, LONGEST, NS_PER_S
 
 
 class Role(StrEnum):
@@ -77,7 +77,12 @@ _OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "user", "user_id", "
 HASH_IDS = ("hash_ids", "block_hash_ids")
 _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
     ("session_id", "conversation_id", "chat_id"), "what the turns of a session share is computed anew for each"
-)
+) | dict.fromkeys(
+    ("status", "status_code", "success", "error", "error_message", "result"),
+    "a request that failed is replayed as if it had been answered",
+) | dict.fromkeys(
+    ("batch_size", "n", "best_of", "count", "num_requests"), "each row is one request with one answer"
+)  # fmt: skip
 _EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
 MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
 
@@ -132,11 +137,20 @@ def find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
         if len(mine) > 1:
             raise UserError(f"{source}, {role} column", mine, "there must be one", "remove or rename the others")
         if not mine and role in (Role.PROMPT, Role.OUTPUT):
-            raise UserError(
-                f"{source}, columns", list(names)[:30], f"the {role} column is called one of: {known_names(role)}",
-                "rename a column",
-            )  # fmt: skip
+            allowed = f"the {role} column is called one of: {known_names(role)}"
+            raise UserError(f"{source}, columns", list(names)[:30], allowed, _how_to_name(names))
     return found
+
+
+def _how_to_name(names: Sequence[str]) -> str:
+    """The fix where a file's names are not known: it may have none, or other separators."""
+    if all(_number(name) is not None for name in names):
+        return "write a first line with the names of the columns"
+    if names[0].startswith(("#", "//")):
+        return "remove what stands before the line with the names of the columns"
+    if len(names) == 1 and re.search(r"[;|]", names[0]):
+        return "separate the cells by commas or tabs"
+    return "rename a column"
 
 
 def not_read(source: str, names: Sequence[str], columns: Sequence[TraceColumn]) -> list[str]:
@@ -191,6 +205,26 @@ def _usual(column: TraceColumn, number: float, names: set[str]) -> TraceColumn:
     if "request_tokens" in names:  # BurstGPT
         return replace(column, stated=True)
     return replace(column, usual=False)
+
+
+def check_unit(source: str, column: TraceColumn, numbers: NDArray[np.float64]) -> None:
+    """UserError where a column is said to be in one unit, and its numbers are times since 1970 in another."""
+    if column.role is not Role.ARRIVAL or column.format not in NS_PER or not column.stated or len(numbers) < 2:
+        return
+    first, last = float(numbers.min()), float(numbers.max())
+    other = next((unit for unit in UNITS if _is_since_1970(first, unit) and _is_since_1970(last, unit)), None)
+    if other is None or other is column.format or _is_since_1970(first, column.format):
+        return
+    span_s = (last - first) * NS_PER[column.format] / NS_PER_S
+    at_once, for_ages = (len(numbers) - 1) > MOST_PER_S * span_s, first * NS_PER[column.format] > LATEST_NS
+    if at_once or for_ages:  # else a clock of another beginning, such as the machine's start
+        allowed = f"numbers in {column.format}, as its name or a setting says; these are {other} since 1970"
+        raise UserError(f"{source}, column {column.name}", first, allowed, "correct the name or the setting")
+
+
+def _is_since_1970(number: float, unit: CellFormat) -> bool:
+    """Whether it is a time between 2001 and 2096 in this unit."""
+    return 1e9 <= number * NS_PER[unit] / NS_PER_S <= 4e9
 
 
 def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:

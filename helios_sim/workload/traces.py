@@ -33,6 +33,7 @@ from helios_sim.workload.columns import (
     CellFormat,
     Role,
     TraceColumn,
+    check_unit,
     doubt,
     find_columns,
     is_good,
@@ -123,25 +124,30 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         file = _opened(path)
         names, first = _beginning(file)
         columns = tuple(with_unit(file.name, c, unit, first, names) for c in find_columns(file.name, names))
+        wanted = names if texts and file.separator is None else ()
+        listed = next((name for name in wanted if plain_name(name) in HASH_IDS), None)
         try:
-            wanted = names if texts and file.separator is None else ()
-            listed = next((name for name in wanted if plain_name(name) in HASH_IDS), None)
             table = _table(file, columns, listed)
             numbers = {column.role: _numbers(table, column) for column in columns}
             answered = numbers[Role.OUTPUT] != 0
             left_out = int(np.count_nonzero(~answered)) if answered.any() else 0
             if left_out:
                 numbers = {role: found[answered] for role, found in numbers.items()}
+            for column in columns:
+                check_unit(file.name, column, numbers[column.role])
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
-            _refuse(path, file, columns, str(why))
+            _refuse(path, file, columns, listed, str(why))
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
         notices = not_read(file.name, [name for name in names if name != listed], columns)
         if left_out:
             told = f"{left_out} of {len(table)} requests got an answer of 0 tokens and are left out"
             notices.append(f"{file.name}: {told}")
+        chunks = [] if listed is None else table[listed].chunks
+        if listed is not None and any(chunk.null_count or chunk.values.null_count for chunk in chunks):
+            _refuse_texts(file, listed)
         ids = None if listed is None else table[listed].combine_chunks()
         if ids is not None and left_out:
             ids = ids.take(np.flatnonzero(answered))
@@ -299,13 +305,20 @@ def _trace(
     for column in (arrival_ns, prompt, output, priority):
         if column is not None:
             column.flags.writeable = False  # shared by every workload that uses the trace
-    texts = None if listed is None else _texts(source, listed[:limit])
+    texts = None if listed is None else _texts(listed[:limit])
     return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices), priority, why, texts)
 
 
-def _texts(source: str, listed: pa.ListArray) -> PromptTexts:
-    if listed.null_count or listed.values.null_count:
-        raise UserError(f"{source}, column hash_ids", None, "a list of whole numbers in each line", _DROP)
+def _refuse_texts(file: _File, name: str) -> None:
+    """UserError that names the first line whose prompt's parts are not said as whole numbers."""
+    for line, cells in _rows(file):
+        ids = cells.get(name)
+        if not isinstance(ids, list) or not all(type(part) is int for part in ids):
+            place = f"{file.name}, line {line}, column {name}"
+            raise UserError(place, shortened(ids), "a list of whole numbers in every line, or no such column", _DROP)
+
+
+def _texts(listed: pa.ListArray) -> PromptTexts:
     starts = np.concatenate([[0], np.cumsum(np.from_dlpack(listed.value_lengths().cast("int64")))])
     values = listed.flatten()
     _, ids = np.unique(np.from_dlpack(values) if len(values) else np.zeros(0, np.int64), return_inverse=True)
@@ -326,7 +339,7 @@ def locate(path: str | Path) -> Path:
         )
 
 
-def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], why: str) -> NoReturn:
+def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], listed: str | None, why: str) -> NoReturn:
     """Raises the UserError that names file, line and column; without a line where none is bad by itself."""
     for line, cells in _rows(file):
         for column in columns:
@@ -338,6 +351,8 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], why: str)
     for column in columns:
         if column.role is Role.ARRIVAL:
             _refuse_others(file, column)
+    if listed is not None:
+        _refuse_texts(file, listed)
     raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
 
 
