@@ -16,12 +16,12 @@ from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError, require_count, require_positive
+from helios_sim.logs import PromptTexts
 from helios_sim.request import NS_PER_S, RequestBlock, token_counts
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, TraceArrivals
 from helios_sim.workload.lengths import Lengths, TraceLengths
 from helios_sim.workload.mix import Per, TaskMix
 from helios_sim.workload.prefixes import Sessions, SharedPrefixes
-from helios_sim.workload.traces import PromptTexts
 
 BLOCK_REQUESTS = 4096
 TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take it modulo their length

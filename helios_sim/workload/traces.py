@@ -1,8 +1,9 @@
-"""Recorded request traces: Azure, Mooncake, BurstGPT, Vidur, LLMServingSim, plain tables; plain or gzipped.
+"""Recorded request traces: Azure, Mooncake, BurstGPT, Vidur, LLMServingSim, plain tables, and logs of benchmark tools.
 
-A file is a table with a header, separated by commas or tabs, or JSON objects, one in each line or in one array. What
-its columns mean is in `columns`. pyarrow reads a file in one pass; only when something is wrong with it is it read
-again, line by line, to name the first bad line and column.
+Logs of tools are read by the readers of helios_sim/logs; everything else, plain or gzipped, is read here. Such a file
+is a table with a header, separated by commas or tabs, or JSON objects, one in each line or in one array. What its
+columns mean is in `columns`. pyarrow reads a file in one pass; only when something is wrong with it is it read again,
+line by line, to name the first bad line and column.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 
 from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError, require_count
+from helios_sim.logs import PromptTexts, RequestLog, read_tool
+from helios_sim.logs.document import Document
 from helios_sim.request import LATEST_NS, LONGEST, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
 from helios_sim.untrusted import MIB, in_short, parse_json, read_text, reading, shortened
@@ -52,14 +55,6 @@ _UNANSWERED = "take a trace in which some request got an answer"
 _FIX = "correct the file, or choose another one"
 _OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptTexts:
-    """The `hash_ids` of each prompt: equal ones are equal parts of texts, each of the same number of tokens."""
-
-    starts: NDArray[np.int64]  # (n + 1,) where the ids of each prompt begin
-    ids: NDArray[np.int64]  # from 0 on, numbered anew
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +116,11 @@ def read_trace(
 def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts: bool = False) -> RequestTrace:
     """Cached as long as the file is not written again."""
     with reading("workload.trace", str(path), "cannot be read", _FIX, TraceFileError):
-        file = _opened(path)
+        content = read_text(path, MOST_BYTES, _FIX, TraceFileError)
+        log = read_tool(Document(path, content))
+        if log is not None:
+            return _of_log(log, limit, unit)
+        file = _opened(path, content)
         names, first = _beginning(file)
         columns = tuple(with_unit(file.name, c, unit, first, names) for c in find_columns(file.name, names))
         wanted = names if texts and file.separator is None else ()
@@ -154,8 +153,24 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         return _trace(file.name, values, limit, doubts.get(Role.ARRIVAL), notices, names, ids)
 
 
-def _opened(path: Path) -> _File:
-    content = read_text(path, MOST_BYTES, _FIX, TraceFileError)
+def _of_log(log: RequestLog, limit: int | None, unit: str | None) -> RequestTrace:
+    """The requests that were answered, as a trace. UserError for a unit: a tool's files state their own."""
+    if unit is not None:
+        raise UserError("workload.arrivals.time_unit", unit, f"null: {log.format} states its times", "leave it null")
+    done = np.flatnonzero(log.completed)[:limit]
+    arrival_ns, why = None, f"{log.format} says nothing of when requests came"
+    if log.arrival_s is not None:
+        times = log.arrival_s[done]
+        arrival_ns = all_to_ns(times - times.min(), "arrivals")
+    prompt, output = log.prompt_tokens[done], log.output_tokens[done]
+    priority = None if log.priority is None else log.priority[done]
+    for column in (arrival_ns, prompt, output, priority):
+        if column is not None:
+            column.flags.writeable = False
+    return RequestTrace(log.source, arrival_ns, prompt, output, (*log.notices, *log.failures), priority, why)
+
+
+def _opened(path: Path, content: bytes) -> _File:
     begins = content[:4096].lstrip()[:1]
     if begins == b"[":
         rows = parse_json(content)

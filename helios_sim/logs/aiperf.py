@@ -1,0 +1,102 @@
+"""aiperf's `profile_export.jsonl` (--export-level records), as 0.13 writes it: a request in each line.
+
+`metadata` has its times (ns since 1970), `metrics` figures by name, each with its unit, and `error` is there where it
+failed. The layout is that of aiperf/common/models/record_models.py (MetricRecordInfo).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import accumulate
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.logs.document import Document
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.request import NS_PER_S
+from helios_sim.untrusted import Fields, shortened
+
+NAME = "aiperf records"
+_PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
+_SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
+_READ = {
+    "time_to_first_token", "request_latency", "inter_chunk_latency", "output_sequence_length", "input_sequence_length",
+    "usage_prompt_tokens", "usage_completion_tokens",
+}  # fmt: skip
+_EFFECTS = {
+    "usage_prompt_cache_read_tokens": "what of the prompt the prefix cache served is computed anew here",
+    "spec_decode_acceptance": "speculative decoding was on: several tokens an iteration, which the simulation lacks",
+    "image_latency": "prompts had images", "video_inference_time": "prompts had video",
+}  # fmt: skip
+
+
+def is_it(document: Document) -> bool:
+    return document.begins_with(b"{") and document.names("metadata", "request_start_ns", "benchmark_phase")
+
+
+def read(document: Document, part: int | None = None) -> RequestLog:
+    """UserError for a line that is no record of aiperf, or contradicts itself."""
+    document.chosen(part or 1, ["the file"], "runs")
+    rows, matter, turns = [], Counter[str](), 0
+    for place, value in document.numbered_objects():
+        record = Fields(value, place, FIX)
+        rows.append(_row(place, record))
+        metrics = value.get("metrics") or {}
+        matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
+        turns += bool(value["metadata"].get("turn_index"))
+    notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)
+    if turns:
+        notices.append(f"{document.name}: {turns} requests continue a conversation: what its turns share is computed "
+                       "anew for each.")  # fmt: skip
+    return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
+
+
+def _value_of(metrics: Any, name: str) -> Any:
+    one = metrics.get(name) if isinstance(metrics, dict) else None
+    return one.get("value") if isinstance(one, dict) else None
+
+
+def _row(place: str, record: Fields) -> Row:
+    about, metrics = record.inner("metadata"), record.inner("metrics", {})
+
+    def figure(name: str) -> Any:
+        return metrics.inner(name).value("value") if metrics.has(name) else None
+
+    def seconds(name: str) -> float | None:
+        """In the unit that stands beside the figure."""
+        if not metrics.has(name):
+            return None
+        unit = metrics.inner(name).text("unit", _PER_S)
+        return number(place, f"metrics.{name}", figure(name)) / _PER_S[unit]
+
+    def tokens(*names: str) -> int:
+        found = next((figure(name) for name in names if metrics.has(name)), 0)
+        return whole(place, f"metrics.{names[0]}", found)
+
+    start_ns, end_ns = (about.integer(name, 0, 1 << 62) for name in ("request_start_ns", "request_end_ns"))
+    if end_ns < start_ns:
+        raise UserError(f"{place}: request_end_ns", end_ns, f"no earlier than request_start_ns, {start_ns}", FIX)
+    arrival_s = start_ns / NS_PER_S
+    warm_up = about.text("benchmark_phase", ("warmup", "profiling")) == "warmup"
+    prompt = tokens("usage_prompt_tokens", "input_sequence_length", "error_isl")
+    output = tokens("usage_completion_tokens", "output_sequence_length")
+    error = record.value("error", None)
+    if error is not None or about.flag("was_cancelled", False):
+        fields = record.inner("error", {})
+        code, text = fields.value("code", None), fields.value("message", "cancelled by the client")
+        why = f"{code}: {text}" if code is not None else str(text)
+        return Row(place, arrival_s, prompt, output, failure=why.strip().splitlines()[-1][:200], warm_up=warm_up)
+    ttft_s, e2e_s = seconds("time_to_first_token"), seconds("request_latency")
+    took_s = (end_ns - start_ns) / NS_PER_S
+    if e2e_s is not None and e2e_s > 1.01 * took_s + _SLACK_S:
+        told = f"{e2e_s:.6g} s"
+        raise UserError(f"{place}: request_latency", told, f"at most the {took_s:.6g} s between its stamps", FIX)
+    times = None
+    if ttft_s is not None and metrics.has("inter_chunk_latency"):
+        gaps, unit = figure("inter_chunk_latency"), metrics.inner("inter_chunk_latency").text("unit", _PER_S)
+        if not isinstance(gaps, list):
+            raise UserError(f"{place}: inter_chunk_latency", shortened(gaps), "a list of times", FIX)
+        times = list(accumulate(
+            (number(place, "inter_chunk_latency", gap) / _PER_S[unit] for gap in gaps), initial=ttft_s
+        ))  # fmt: skip
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up)

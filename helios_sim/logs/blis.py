@@ -1,0 +1,142 @@
+"""TraceV2 of inference-sim (BLIS), as `blis observe` writes it: a table of requests and a YAML header beside it.
+
+The columns and the header are those of sim/workload/tracev2.go (trace versions 2 and 3). Times are in microseconds;
+a table of `blis run` or `blis replay` was simulated, which the header's `mode` says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+from helios_sim.errors import UserError
+from helios_sim.logs.document import Document
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read
+from helios_sim.request import LONGEST
+from helios_sim.untrusted import MIB, Fields, parse_yaml, read_text, reading, shortened
+
+NAME = "BLIS TraceV2"
+_NEEDED = (
+    "request_id", "streaming", "input_tokens", "output_tokens", "prefix_length", "server_input_tokens",
+    "arrival_time_us", "send_time_us", "first_chunk_time_us", "last_chunk_time_us", "status",
+)  # fmt: skip
+_OF_NO_MATTER = {
+    "client_id", "tenant_id", "slo_class", "round_index", "text_tokens", "reason_ratio", "model", "deadline_us",
+    "slo_target_us", "num_chunks", "finish_reason", "error_message", "x_request_id", "think_time_us", "vllm_priority",
+}  # fmt: skip
+_EFFECTS = {
+    "session_id": "what the turns of a session share is computed anew for each",
+    "prefix_group": "prefixes that groups share are computed anew for each request",
+    "image_tokens": "prompts had images, which are counted as text",
+    "audio_tokens": "prompts had audio, which is counted as text",
+    "video_tokens": "prompts had video, which is counted as text",
+    "adapter": "adapters of LoRA, which the simulation does not have",
+}
+_EMPTY = ("", "0")
+_LINE = "correct or remove the line"
+_OF_HEADER = ("trace_version", "time_unit", "mode", "warm_up_requests", "server", "created_at", "workload_seed",
+              "workload_spec", "network", "goodput_slo_targets", "session_context_growth")  # fmt: skip
+
+
+def is_it(document: Document) -> bool:
+    first = document.head.split(b"\n", 1)[0]
+    return b"arrival_time_us" in first and b"first_chunk_time_us" in first and b"," in first
+
+
+def read(document: Document, part: int | None = None) -> RequestLog:
+    """UserError for a line or a header that cannot be."""
+    document.chosen(part or 1, ["the file"], "runs")
+    header, where = _header(document.path)
+    table = csv.reader(io.StringIO(document.content.decode()))
+    names = next(table)
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise UserError(f"{document.name}, line 1", missing, "the columns of a TraceV2", FIX)
+    real = header is None or header.text("mode", ("real", "generated", "replayed")) == "real"
+    warm_up = 0 if header is None else header.integer("warm_up_requests", 0, LONGEST, 0)
+    rows: list[Row] = []
+    matter: Counter[str] = Counter()
+    priorities = "vllm_priority" in names
+    for cells in table:
+        place = f"{document.name}, line {table.line_num}"
+        if len(cells) != len(names):
+            raise UserError(place, f"{len(cells)} cells", f"{len(names)}, as the header has", _LINE)
+        row = dict(zip(names, cells, strict=True))
+        matter.update(name for name in _EFFECTS if row.get(name, "") not in _EMPTY)
+        rows.append(_row(place, row, real, len(rows) < warm_up, priorities))
+    notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)
+    others = [name for name in names if name not in (*_NEEDED, *_EFFECTS) and name not in _OF_NO_MATTER]
+    notices += not_read(document.name, others)
+    stated: dict[str, object] = {}
+    if header is None:
+        notices.append(f"{document.name}: no header (YAML) lies beside it: whether it was measured, and which requests "
+                       "are of the warm-up, is not known.")  # fmt: skip
+    else:
+        if not real:
+            notices.append(f"{where}: mode is {header.text('mode')}: its times were simulated by BLIS, not measured.")
+        server = header.inner("server", {})
+        stated = {name: server.value(name, None) for name in (
+            "model", "tensor_parallel", "max_num_seqs", "block_size", "gpu_memory_utilization", "max_model_len"
+        )}  # fmt: skip
+        header.ignore(_OF_HEADER)
+        notices += not_read(where, header.rest)
+    return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
+
+
+def _header(table: Path) -> tuple[Fields | None, str]:
+    """The header of a table: the file of its name, else the only YAML file in its folder that is one."""
+    same = [path for suffix in (".yaml", ".yml") if (path := table.with_suffix(suffix)).is_file()]
+    beside = same or [path for path in sorted(table.parent.glob("*.y*ml"))[:50] if b"trace_version" in _text(path)]
+    if not beside:
+        return None, ""
+    if len(beside) > 1:
+        told = ", ".join(path.name for path in beside)
+        raise UserError(f"{table.name}: header", told, "one YAML header beside it", "name it as the table")
+    path = beside[0]
+    with reading(path.name, "damaged", "a YAML mapping", FIX):
+        found = parse_yaml(_text(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    header = Fields(found, path.name, FIX)
+    header.integer("trace_version", 2, 3)
+    header.text("time_unit", ("us", "microseconds"))
+    return header, path.name
+
+
+def _text(path: Path) -> bytes:
+    return read_text(path, MIB, FIX)
+
+
+def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities: bool) -> Row:
+    def count(name: str) -> int:
+        text = row[name].strip()
+        if not text.isascii() or not text.isdecimal():
+            raise UserError(f"{place}: {name}", shortened(row[name]), "a whole number of at least 0", _LINE)
+        return int(text)
+
+    sent_us, first_us, last_us = (count(f"{name}_time_us") for name in ("send", "first_chunk", "last_chunk"))
+    planned_us = count("arrival_time_us")
+    arrival_s = (sent_us if sent_us else planned_us) / 1e6
+    # What is written is the prompt without the prefix that it shares; the server's count, where there is one, is whole.
+    prompt = count("server_input_tokens") or count("input_tokens") + count("prefix_length")
+    output, status = count("output_tokens"), row["status"]
+    if status not in ("ok", "error", "timeout", "incomplete"):
+        raise UserError(f"{place}: status", shortened(status), "ok, error, timeout or incomplete", _LINE)
+    priority = count("vllm_priority") if priorities else None
+    if status != "ok":
+        why = row.get("error_message", "").strip().splitlines()
+        known = bool(sent_us) or not real
+        return Row(place, arrival_s if known else None, prompt, output, failure=why[0][:200] if why else status,
+                   priority=priority, warm_up=warm_up)  # fmt: skip
+    if not sent_us and real:
+        raise UserError(f"{place}: send_time_us", 0, "a time in a request that was answered", _LINE)
+    streamed = row["streaming"].strip().lower() in ("true", "1", "t")
+    base_us = sent_us or planned_us
+    if first_us and not base_us <= first_us <= last_us:
+        told = f"send {base_us}, first chunk {first_us}, last chunk {last_us}"
+        raise UserError(place, told, "times in that order", _LINE)
+    ttft_s = (first_us - base_us) / 1e6 if streamed and first_us else None
+    e2e_s = (last_us - base_us) / 1e6 if last_us else None
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, priority=priority, warm_up=warm_up)

@@ -1,0 +1,109 @@
+"""A log as one reads it: its text once, its beginning to tell the tool by, and where each object stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.logs.record import FIX
+from helios_sim.untrusted import MIB, in_short, parse_json, parse_yaml, reading, shortened
+
+MOST_BYTES = 512 * MIB
+_HEAD = 1 << 16
+_LINE = "correct or remove the line"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file's text in UTF-8, unpacked."""
+
+    path: Path
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        """For messages about its lines."""
+        return self.path.name
+
+    @property
+    def source(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def head(self) -> bytes:
+        return self.content[:_HEAD].lstrip()
+
+    def begins_with(self, text: bytes) -> bool:
+        return self.head.startswith(text)
+
+    def names(self, *keys: str) -> bool:
+        """Whether all of these stand in its beginning as keys of JSON."""
+        return all(f'"{key}"'.encode() in self.head for key in keys)
+
+    def lines(self) -> list[tuple[int, str]]:
+        """The lines that are not empty, each with its number."""
+        return [(n, line) for n, line in enumerate(self.content.decode().splitlines(), 1) if line.strip()]
+
+    def objects(self) -> list[dict[str, Any]]:
+        """The JSON objects of a file that holds one, or one in each line. UserError where one is none."""
+        return [found for _, found in self.numbered_objects()]
+
+    def numbered_objects(self) -> list[tuple[str, dict[str, Any]]]:
+        """The same, each with the place where it stands."""
+        lines = self.lines()
+        if lines and not _is_json(lines[0][1]) and len(lines) > 1 and not lines[1][1].startswith("{"):
+            return [(self.name, self.mapping())]  # one object over several lines
+        found = []
+        for number, line in lines:
+            place = f"{self.name}, line {number}"
+            try:
+                value = parse_json(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(place, line.strip()[:80], f"a JSON object ({in_short(error)})", _LINE) from error
+            if not isinstance(value, dict):
+                raise UserError(place, shortened(value), "a JSON object", _LINE)
+            found.append((place, value))
+        return found
+
+    def array(self) -> list[Any]:
+        """The value of a file that holds one JSON array. UserError where it does not."""
+        with reading(self.name, "damaged", "one JSON array", FIX):
+            found = parse_json(self.content)
+            if not isinstance(found, list):
+                raise ValueError(f"it holds a {type(found).__name__}")
+            return found
+
+    def mapping(self) -> dict[str, Any]:
+        """The value of a file that holds one JSON object or one YAML mapping. UserError where it does not."""
+        is_json = self.begins_with(b"{")
+        with reading(self.name, "damaged", "one JSON object" if is_json else "one YAML mapping", FIX):
+            found = parse_json(self.content) if is_json else parse_yaml(self.content)
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}")
+            return found
+
+    def chosen(self, part: int | None, told: Sequence[str], what: str) -> int:
+        """The place of the part that is meant. UserError where there are several and none is named."""
+        if part is None:
+            if len(told) == 1:
+                return 0
+            listed = "; ".join(f"{n}: {text}" for n, text in enumerate(told[:8], 1))
+            raise UserError("from_log.part", None, f"which of the {len(told)} {what} of {self.name}: {listed}",
+                            "name one by its number")  # fmt: skip
+        if not 1 <= part <= len(told):
+            allowed = f"one of the {len(told)} {what} of {self.name}, from 1"
+            raise UserError("from_log.part", part, allowed, "correct it")
+        return part - 1
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""guidellm's report (`--output kind=json` or yaml), as 0.8 writes it: benchmarks, with requests by how they ended.
+
+Times of a request are in `info.timings` (s since 1970); tokens are those that the server counted, where it told them.
+The last token, not the end of the stream, ends a request here. Single tokens have no times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.logs.document import Document
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, whole
+from helios_sim.untrusted import Fields, shortened
+
+SCHEMA = 2  # of the report
+_ENDS = ("successful", "incomplete", "errored")
+_EFFECTS = {
+    "cached_tokens": "how much of prompts the prefix cache served, which is computed anew here",
+    "image_tokens": "prompts had images, which are counted as text",
+    "audio_tokens": "prompts had audio, which is counted as text",
+    "video_tokens": "prompts had video, which is counted as text",
+}
+
+
+def is_it(document: Document) -> bool:
+    if document.begins_with(b"{"):
+        return document.names("guidellm_version")
+    return document.path.name.removesuffix(".gz").endswith((".yaml", ".yml")) and document.begins_with(b"benchmarks:")
+
+
+def read(document: Document, part: int | None = None) -> RequestLog:
+    """`part`: which benchmark of a report that has several, such as a sweep of rates, from 1."""
+    report = Fields(document.mapping(), document.name, FIX)
+    metadata = report.inner("metadata")
+    metadata.integer("version", SCHEMA, SCHEMA)
+    benchmarks = report.value("benchmarks")
+    if not isinstance(benchmarks, list) or not benchmarks or not all(isinstance(b, dict) for b in benchmarks):
+        raise UserError(f"{document.name}: benchmarks", shortened(benchmarks), "a list of at least one benchmark", FIX)
+    place = document.chosen(part, [_told(b) for b in benchmarks], "benchmarks")
+    where = f"{document.name}: benchmark {place + 1}"
+    benchmark = Fields(benchmarks[place], where, FIX)
+    requests = benchmark.inner("requests")
+    rows: list[Row] = []
+    for end in _ENDS:
+        listed = requests.value(end, [])
+        if not isinstance(listed, list):
+            raise UserError(f"{where}: requests.{end}", shortened(listed), "a list of requests", FIX)
+        rows += [_row(f"{where}, {end} request {i}", one, end) for i, one in enumerate(listed, 1)]
+    _check_whole(where, benchmark, requests)
+    matter = dict.fromkeys(_EFFECTS, 0)
+    for one in (*requests.value("successful", []), *requests.value("incomplete", [])):
+        for name in matter:
+            matter[name] += bool((one.get("input_metrics") or {}).get(name))
+    notices = not_read(where, [name for name, count in matter.items() if count], _EFFECTS)
+    warm_up_s = benchmark.number("warmup_duration", -1e9, 1e9, 0.0)
+    if warm_up_s > 0:
+        notices.append(f"{where}: requests of its first {warm_up_s:.3g} s (warm-up) are not in the report, "
+                       "so the engine had more to do then.")  # fmt: skip
+    config = benchmark.inner("config", {})
+    backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
+    stated = {
+        "model": backend.value("model", None), "strategy": strategy.value("type_", None),
+        "in_flight_at_most": strategy.value("streams", strategy.value("max_concurrency", None)),
+        "started_s": benchmark.value("start_time", None),
+    }  # fmt: skip
+    kind = f"guidellm {metadata.text('guidellm_version')}"
+    return gathered(document.source, kind, rows, Begins.SENT, stated, notices)
+
+
+def _told(benchmark: Mapping[str, Any]) -> str:
+    config = benchmark.get("config") or {}
+    strategy = config.get("strategy") or {} if isinstance(config, dict) else {}
+    rate = strategy.get("rate", strategy.get("streams")) if isinstance(strategy, dict) else None
+    kind = strategy.get("type_") if isinstance(strategy, dict) else None
+    return f"{shortened(kind)} {shortened(rate)}"
+
+
+def _row(place: str, request: Any, end: str) -> Row:
+    if not isinstance(request, dict):
+        raise UserError(place, shortened(request), "a request", FIX)
+    fields = Fields(request, place, FIX)
+    info = fields.inner("info")
+    timings = info.inner("timings")
+
+    def time_s(name: str) -> float | None:
+        value = timings.value(name, None)
+        return None if value is None else number(place, f"timings.{name}", value)
+
+    start_s = time_s("request_start")
+    prompt, output = (whole(place, name, fields.value(name, 0)) for name in ("prompt_tokens", "output_tokens"))
+    if end != "successful":
+        why = str(info.value("error", None) or f"the run ended before it did ({info.value('status', end)})")
+        return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[-1] if why.strip() else end)
+    if start_s is None:
+        raise UserError(f"{place}: timings.request_start", None, "a time in a request that was answered", FIX)
+    first_s, last_s, end_s = (time_s(n) for n in ("first_token_iteration", "last_token_iteration", "request_end"))
+    ttft_s = None if first_s is None else first_s - start_s
+    e2e_s = None if (ended_s := end_s if last_s is None else last_s) is None else ended_s - start_s
+    told_ms = fields.value("time_to_first_token_ms", None)
+    if ttft_s is not None and told_ms is not None:
+        key = "time_to_first_token_ms"
+        if not close_to(number(place, key, told_ms), 1e3 * ttft_s, 0.01, 0.1):
+            raise UserError(f"{place}: {key}", told_ms, f"{1e3 * ttft_s:.6g}, as its timings say", FIX)
+    return Row(place, start_s, prompt, output, ttft_s, e2e_s)
+
+
+def _check_whole(where: str, benchmark: Fields, requests: Fields) -> None:
+    """UserError where the report lists a sample of its requests only."""
+    totals = benchmark.inner("metrics", {}).inner("request_totals", {})
+    for end in _ENDS:
+        served, listed = totals.value(end, None), len(requests.value(end, []))
+        if served is not None and whole(where, f"request_totals.{end}", served) != listed:
+            fix = "run guidellm without a limit of sampled requests (--metrics), or take another log"
+            raise UserError(f"{where}: requests.{end}", f"{listed} requests", f"all {served} of the run", fix)

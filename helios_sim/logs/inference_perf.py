@@ -1,0 +1,79 @@
+"""inference-perf's `per_request_lifecycle_metrics.json` (report.request_lifecycle.per_request: true), as 0.6 writes it.
+
+A JSON array of requests with start_time and end_time (s, one monotonic clock), info and error. The summaries beside it
+(summary_, stage_N_lifecycle_metrics.json) hold no requests and are refused with what to set.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.logs.document import Document
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.untrusted import Fields, shortened
+
+NAME = "inference-perf"
+FILE = "per_request_lifecycle_metrics.json"
+_EFFECTS = {
+    "cached_tokens": "what of the prompts the prefix cache served is computed anew here",
+    "lora_adapter": "adapters of LoRA, which the simulation does not have",
+    "image": "prompts had images, which are not counted", "video": "prompts had video, which is not counted",
+    "audio": "prompts had audio, which is not counted",
+}  # fmt: skip
+
+
+def is_it(document: Document) -> bool:
+    if document.begins_with(b"["):
+        return document.names("start_time", "end_time", "info", "request")
+    return document.begins_with(b"{") and document.names("load_summary", "successes")
+
+
+def of_folder(folder: Path) -> Path | None:
+    """The file of its requests in a folder of reports."""
+    return folder / FILE if (folder / FILE).is_file() else None
+
+
+def read(document: Document, part: int | None = None) -> RequestLog:
+    """UserError for a summary, and for a request that cannot be."""
+    document.chosen(part or 1, ["the file"], "runs")
+    if document.begins_with(b"{"):
+        fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
+        raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
+    rows, matter = [], dict.fromkeys(_EFFECTS, 0)
+    for i, value in enumerate(document.array(), 1):
+        place = f"{document.name}, request {i}"
+        if not isinstance(value, dict):
+            raise UserError(place, shortened(value), "a request", FIX)
+        rows.append(_row(place, Fields(value, place, FIX), matter))
+    notices = not_read(document.name, [name for name, count in matter.items() if count], _EFFECTS)
+    return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
+
+
+def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
+    start_s, end_s = (number(place, name, request.value(name)) for name in ("start_time", "end_time"))
+    if end_s < start_s:
+        raise UserError(f"{place}: end_time", end_s, f"no earlier than start_time, {start_s}", FIX)
+    info = request.inner("info", {})
+    sent, answer = info.inner("request_metrics", {}), info.inner("response_metrics", {})
+    usage: dict[str, Any] = dict(answer.inner("server_usage", {}).values)
+    prompt = whole(place, "prompt tokens", usage.get("prompt_tokens") or info.value("input_tokens", 0))
+    output = whole(place, "output tokens", usage.get("completion_tokens") or answer.value("output_tokens", 0))
+    for name in ("image", "video", "audio"):
+        matter[name] += sent.value(name, None) is not None
+    matter["lora_adapter"] += info.value("lora_adapter", None) is not None
+    matter["cached_tokens"] += bool((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+    if request.value("error", None) is not None:
+        error = request.inner("error")
+        why = f"{error.text('error_type', default='error')}: {error.text('error_msg', default='')}"
+        return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[0][:200])
+    stamps = answer.value("output_token_times", [])
+    if not isinstance(stamps, list):
+        raise UserError(f"{place}: output_token_times", shortened(stamps), "a list of times", FIX)
+    times = [number(place, "output_token_times", stamp) - start_s for stamp in stamps]
+    if times and (times[0] < 0 or times[-1] > end_s - start_s + 0.1):
+        told = f"{times[0]:.6g} to {times[-1]:.6g} s after start_time"
+        raise UserError(f"{place}: output_token_times", told, f"from 0 to {end_s - start_s:.6g} s, its end_time", FIX)
+    ttft_s, e2e_s = (times[0], times[-1]) if times else (None, end_s - start_s)
+    return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None)

@@ -1,0 +1,276 @@
+"""One form for the requests of every log: who came when, how much was read and written, and how long it took.
+
+A reader hands `Row`s to `gathered`, which checks them alike for all tools and says what the log does not have. What a
+log does not say stays unknown (None, or NaN for single requests); nothing is made up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.request import LONGEST
+from helios_sim.untrusted import shortened
+
+FloatColumn = NDArray[np.float64]
+IntColumn = NDArray[np.int64]
+OK = "ok"
+SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
+_LATEST_S = 4e9  # no clock of seconds shows more, until 2096
+_ROUNDED_S = 1e-3  # tools round single times to a millisecond
+FIX = "correct the log, or take another one"
+
+
+class Begins(StrEnum):
+    """The moment from which a log counts TTFT and E2E."""
+
+    SENT = "the client has sent the request"
+    RECEIVED = "the server has received the request"
+    QUEUED = "the engine's loop has taken in the request"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptTexts:
+    """The `hash_ids` of each prompt: equal ones are equal parts of texts, each of the same number of tokens."""
+
+    starts: IntColumn  # (n + 1,) where the ids of each prompt begin
+    ids: IntColumn  # from 0 on, numbered anew
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTimes:
+    """When each chunk of each answer came, since the request was sent; a chunk is a token unless the log says more."""
+
+    starts: IntColumn  # (n + 1,) where the times of each request begin
+    time_s: FloatColumn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestLog:
+    """The requests of a log by arrival, n >= 1; columns (n,). A whole column is None where the log has none of it."""
+
+    source: str  # the file or folder
+    format: str  # "guidellm 0.8.0"
+    begins: Begins
+    arrival_s: FloatColumn | None  # since the first
+    prompt_tokens: IntColumn
+    output_tokens: IntColumn  # 0 where nothing came
+    completed: NDArray[np.bool_]  # False: it failed, and has no times
+    status: tuple[str, ...]  # OK, or why it failed
+    ttft_s: FloatColumn | None = None  # NaN: not known of this request
+    e2e_s: FloatColumn | None = None  # to the last token
+    queue_s: FloatColumn | None = None  # from `begins` to the plan in which it first runs
+    token_times: TokenTimes | None = None
+    priority: IntColumn | None = None
+    task: tuple[str, ...] | None = None
+    texts: PromptTexts | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)  # what the log says of the run, by name
+    missing: tuple[str, ...] = ()  # what it does not say, in sentences
+    notices: tuple[str, ...] = ()  # what it says and nothing is made of, in sentences
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def failed(self) -> int:
+        return int(np.count_nonzero(~self.completed))
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A sentence about the requests that failed; none where all were answered."""
+        if not self.failed:
+            return ()
+        reasons = Counter(why[:60] for why, done in zip(self.status, self.completed, strict=True) if not done)
+        told = "; ".join(f"{count} x {why}" for why, count in reasons.most_common(3))
+        more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+        return (f"{self.source}: {self.failed} of {len(self)} requests failed and are left out: {told}{more}.",)
+
+    def tpot_s(self) -> FloatColumn | None:
+        """Seconds for each token after the first, (n,); NaN where it is not known. None: of no request."""
+        if self.ttft_s is None or self.e2e_s is None:
+            return None
+        further = np.where(self.output_tokens > 1, self.output_tokens - 1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = (self.e2e_s - self.ttft_s) / further
+        return np.where(further > 0, found, np.nan)
+
+
+@dataclass(slots=True)
+class Row:
+    """What a log says of one request; times in seconds, each since the request's own arrival but that itself."""
+
+    place: str  # "run.json, request 3", for messages
+    arrival_s: float | None
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    queue_s: float | None = None
+    token_s: Sequence[float] | None = None
+    failure: str | None = None  # why it got no answer; None: it got one
+    priority: int | None = None
+    task: str | None = None
+    warm_up: bool = False  # it was served, and the tool does not count its times
+
+
+def number(place: str, key: str, value: object, low: float = 0.0, high: float = _LATEST_S) -> float:
+    """The value as a finite number in the range. UserError naming the place and the key where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{place}: {key}", shortened(value), f"a number from {low:g} to {high:g}", FIX)
+    return float(value)
+
+
+def whole(place: str, key: str, value: object, low: int = 0, high: int = LONGEST) -> int:
+    """The value as a whole number in the range; 12.0 is one. UserError where it is none."""
+    found = number(place, key, value, low, high)
+    if found != int(found):
+        raise UserError(f"{place}: {key}", shortened(value), f"a whole number from {low} to {high}", FIX)
+    return int(found)
+
+
+def gathered(
+    source: str,
+    kind: str,
+    rows: Sequence[Row],
+    begins: Begins,
+    stated: Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
+) -> RequestLog:
+    """The log of these rows. UserError for a row that cannot be, and where no request was answered."""
+    if not rows:
+        raise UserError(source, "no requests", "a log of at least one", "take another log")
+    for row in rows:
+        _check(row)
+    found = sorted(rows, key=lambda row: (row.arrival_s is None, row.arrival_s or 0.0))
+    done = np.array([row.failure is None for row in found])
+    if not done.any():
+        why = Counter(str(row.failure)[:80] for row in found).most_common(1)[0][0]
+        raise UserError(source, f"{len(found)} requests, all failed", f"some that were answered ({why})", FIX)
+    answered = [row for row in found if row.failure is None]
+    arrivals = [row.arrival_s for row in answered]
+    arrival_s = None
+    if all(time is not None for time in arrivals):
+        times = np.array([np.nan if row.arrival_s is None else row.arrival_s for row in found])
+        arrival_s = times - np.nanmin(times)
+    log = RequestLog(
+        source=source,
+        format=kind,
+        begins=begins,
+        arrival_s=arrival_s,
+        prompt_tokens=np.array([row.prompt_tokens for row in found], np.int64),
+        output_tokens=np.array([row.output_tokens for row in found], np.int64),
+        completed=done,
+        status=tuple(OK if row.failure is None else row.failure for row in found),
+        ttft_s=_times(found, "ttft_s"),
+        e2e_s=_times(found, "e2e_s"),
+        queue_s=_times(found, "queue_s"),
+        token_times=_token_times(found),
+        priority=np.array([row.priority for row in found], np.int64) if _all(found, "priority") else None,
+        task=tuple(str(row.task) for row in found) if _all(found, "task") else None,
+        stated=dict(stated or {}),
+        notices=(*notices, *_of_warm_up(source, found)),
+    )
+    _check_pace(log, answered)
+    return _with_missing(log)
+
+
+def _all(rows: Sequence[Row], name: str) -> bool:
+    return all(getattr(row, name) is not None for row in rows)
+
+
+def _check(row: Row) -> None:
+    """UserError for what one request cannot have."""
+    if row.arrival_s is not None:
+        number(row.place, "arrival", row.arrival_s, -_LATEST_S)
+    if row.failure is not None:
+        return
+    if row.prompt_tokens < 1 or row.output_tokens < 1:
+        told = f"{row.prompt_tokens} prompt tokens, {row.output_tokens} output tokens"
+        raise UserError(row.place, told, "at least one of each in a request that was answered", FIX)
+    for name in ("ttft_s", "e2e_s", "queue_s"):
+        if getattr(row, name) is not None:
+            number(row.place, name.removesuffix("_s"), getattr(row, name), 0.0)
+    order = [(name, getattr(row, name)) for name in ("queue_s", "ttft_s", "e2e_s") if getattr(row, name) is not None]
+    for (before, early_s), (after, late_s) in pairwise(order):
+        if late_s < early_s - _ROUNDED_S:
+            told = f"{after} {late_s:.6g}, {before} {early_s:.6g}"
+            raise UserError(row.place, told, f"{before} no later than {after}", FIX)
+    if row.token_s is not None and any(b < a for a, b in pairwise(row.token_s)):
+        raise UserError(f"{row.place}: token times", "not in order", "each no earlier than the one before", FIX)
+
+
+def _times(rows: Sequence[Row], name: str) -> FloatColumn | None:
+    """A column of the requests that count; None where none of them has it."""
+    known = [row.failure is None and not row.warm_up and getattr(row, name) is not None for row in rows]
+    if not any(known):
+        return None
+    return np.array([getattr(row, name) if there else np.nan for row, there in zip(rows, known, strict=True)])
+
+
+def _token_times(rows: Sequence[Row]) -> TokenTimes | None:
+    known = [[] if row.failure is not None or row.token_s is None else list(row.token_s) for row in rows]
+    if not any(known):
+        return None
+    starts = np.concatenate([[0], np.cumsum([len(times) for times in known])]).astype(np.int64)
+    return TokenTimes(starts, np.array([time for times in known for time in times], np.float64))
+
+
+def _of_warm_up(source: str, rows: Sequence[Row]) -> list[str]:
+    count = sum(row.warm_up for row in rows)
+    return [f"{source}: {count} requests of the warm-up are replayed, and their times do not count."] if count else []
+
+
+def _check_pace(log: RequestLog, answered: Sequence[Row]) -> None:
+    """UserError where times cannot be in seconds."""
+    paces = [
+        (row.e2e_s - row.ttft_s) / (row.output_tokens - 1)
+        for row in answered
+        if row.output_tokens > 1 and row.e2e_s is not None and row.ttft_s is not None
+    ]
+    if paces and not QUICKEST_S <= (middle := median(paces)) <= SLOWEST_S:
+        told = f"{middle:.3g} s a token in half of the requests"
+        allowed = f"{QUICKEST_S:g} to {SLOWEST_S:g} s: its times are in another unit, or no tokens were streamed"
+        raise UserError(log.source, told, allowed, FIX)
+
+
+def _with_missing(log: RequestLog) -> RequestLog:
+    """The log with a sentence for everything that it does not say."""
+    known = {
+        "when requests came, so they cannot be replayed": log.arrival_s,
+        "times to first token": log.ttft_s,
+        "times to the last token": log.e2e_s,
+        "times of single tokens, so gaps between tokens have no measured side": log.token_times,
+    }
+    found = [f"{log.source} does not say: {what}." for what, column in known.items() if column is None]
+    for what, column in (("a time to first token", log.ttft_s), ("an end", log.e2e_s)):
+        gaps = 0 if column is None else int(np.count_nonzero(np.isnan(column) & log.completed))
+        if gaps:
+            found.append(f"{log.source}: {gaps} of {len(log)} requests have no {what.split(' ', 1)[1]} that counts.")
+    if log.arrival_s is not None and np.isnan(log.arrival_s).any():
+        found.append(f"{log.source}: {int(np.isnan(log.arrival_s).sum())} failed requests have no time of arrival.")
+    return replace(log, missing=tuple(found))
+
+
+def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence for what a log has and nothing is made of: names that matter with their `effects`, then the rest."""
+    told = [f"{source}: {name} is not read: {(effects or {})[name]}." for name in names if name in (effects or {})]
+    rest = [name for name in names if name not in (effects or {})]
+    if rest:
+        more = f" and {len(rest) - 12} more" if len(rest) > 12 else ""
+        told.append(f"{source}: not read: {', '.join(str(name)[:40] for name in rest[:12])}{more}.")
+    return told
+
+
+def close_to(a: float, b: float, share: float = 0.01, slack: float = 1e-6) -> bool:
+    """Whether two figures that should be the same are, up to rounding."""
+    return math.isclose(a, b, rel_tol=share, abs_tol=slack)

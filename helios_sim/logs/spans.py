@@ -1,0 +1,146 @@
+"""OpenTelemetry spans of generative AI as JSON lines: OTLP/JSON as the collector's file exporter writes it.
+
+Each line is a batch `{"resourceSpans": [...]}`. A span is a request where it counts tokens: gen_ai.usage.input_tokens
+and output_tokens (the semantic conventions), or prompt_tokens and completion_tokens (vLLM, and older conventions). vLLM
+adds gen_ai.latency.time_to_first_token, e2e and time_in_queue (s, from its arrival at the server).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.logs.document import Document
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, whole
+from helios_sim.request import NS_PER_S
+from helios_sim.untrusted import shortened
+
+NAME = "OpenTelemetry GenAI spans"
+_PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
+_OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+_TTFT, _E2E, _QUEUE = (f"gen_ai.latency.{name}" for name in ("time_to_first_token", "e2e", "time_in_queue"))
+_WRITES = ("chat", "text_completion", "generate_content", None)  # operations that write tokens
+_MODEL = ("gen_ai.request.model", "gen_ai.response.model")
+_ERROR = (2, "STATUS_CODE_ERROR")
+_EFFECTS = {
+    "gen_ai.usage.cache_read.input_tokens": "what of the prompts the prefix cache served is computed anew here",
+    "gen_ai.usage.cached_tokens": "what of the prompts the prefix cache served is computed anew here",
+    "gen_ai.request.n": "several answers to one prompt, which are counted as one",
+}
+
+
+def is_it(document: Document) -> bool:
+    return document.begins_with(b"{") and document.names("resourceSpans")
+
+
+def read(document: Document, part: int | None = None) -> RequestLog:
+    """UserError for a line that is no batch of spans, a span that cannot be, or where no span counts tokens."""
+    document.chosen(part or 1, ["the file"], "runs")
+    spans = [(place, span, _attributes(place, span)) for place, span in _spans(document)]
+    told = [(place, span, said) for place, span, said in spans if _first(said, _OUTPUT) is not None]
+    skipped = Counter(str(said.get("gen_ai.operation.name")) for _, _, said in told if not _writes(said))
+    told = [one for one in told if _writes(one[2])]
+    if not told:
+        allowed = f"spans that count tokens: {_PROMPT[0]} and {_OUTPUT[0]}"
+        raise UserError(document.name, f"{len(spans)} spans", allowed, "take spans of the server or of a client")
+    inner = _innermost(told)
+    outer = len(told) - len(inner)
+    notices = [f"{document.name}: {n} spans of {name} write no tokens and are left out." for name, n in skipped.items()]
+    others = len(spans) - len(told) - sum(skipped.values())
+    if others:
+        notices.append(f"{document.name}: {others} spans without tokens are not requests, and are left out.")
+    if outer:
+        notices.append(f"{document.name}: {outer} spans have another one of the same request inside, which counts.")
+    of_server = [_TTFT in said or _E2E in said for _, _, said in inner]
+    if any(of_server) and not all(of_server):
+        allowed = "all of a server (with gen_ai.latency.e2e), or all of clients"
+        told_how = f"{sum(of_server)} of {len(inner)} with gen_ai.latency"
+        raise UserError(document.name, told_how, allowed, "filter the spans by service.name")
+    rows = [_row(place, span, said) for place, span, said in inner]
+    matter = [name for name in _EFFECTS if any(said.get(name) not in (None, 0, 1) for _, _, said in inner)]
+    notices += not_read(document.name, matter, _EFFECTS)
+    models = Counter(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
+    if len(models) > 1:
+        notices.append(f"{document.name}: requests of {len(models)} models, {', '.join(list(models)[:4])}: all are "
+                       "taken to be of the one that is set.")  # fmt: skip
+    stated = {"model": next(iter(models), None)}
+    return gathered(document.source, NAME, rows, Begins.RECEIVED if any(of_server) else Begins.SENT, stated, notices)
+
+
+def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, batch in document.numbered_objects():
+        found = 0
+        for resource in _list(place, batch, "resourceSpans"):
+            for scope in _list(place, resource, "scopeSpans"):
+                for span in _list(place, scope, "spans"):
+                    found += 1
+                    yield f"{place}, span {found}", span
+
+
+def _list(place: str, value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = value.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{place}: {name}", shortened(found), "a list of objects, as in OTLP/JSON", FIX)
+    return found
+
+
+def _attributes(place: str, span: dict[str, Any]) -> dict[str, Any]:
+    """By key. OTLP/JSON writes whole numbers as texts."""
+    found = {}
+    for one in _list(place, span, "attributes"):
+        value = one.get("value")
+        if not isinstance(one.get("key"), str) or not isinstance(value, dict):
+            raise UserError(f"{place}: attributes", shortened(one), 'objects such as {"key": ..., "value": {...}}', FIX)
+        kind, plain = next(iter(value.items()), ("", None))
+        if kind == "intValue":
+            try:
+                plain = int(str(plain))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{place}: {one['key']}", shortened(plain), "a whole number", FIX) from error
+        found[one["key"]] = plain
+    return found
+
+
+def _first(said: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((said[name] for name in names if said.get(name) is not None), None)
+
+
+def _writes(said: dict[str, Any]) -> bool:
+    return said.get("gen_ai.operation.name") in _WRITES
+
+
+_Told = tuple[str, dict[str, Any], dict[str, Any]]
+
+
+def _innermost(told: list[_Told]) -> list[_Told]:
+    """Without the spans of a client or a gateway around the server's own of the same request."""
+    parents = {(span.get("traceId"), span.get("parentSpanId")) for _, span, _ in told if span.get("parentSpanId")}
+    return [one for one in told if (one[1].get("traceId"), one[1].get("spanId")) not in parents]
+
+
+def _row(place: str, span: dict[str, Any], said: dict[str, Any]) -> Row:
+    def stamp(name: str) -> int:
+        text = str(span.get(name, ""))
+        if not text.isascii() or not text.isdecimal():
+            raise UserError(f"{place}: {name}", shortened(span.get(name)), "nanoseconds since 1970", FIX)
+        return int(text)
+
+    def seconds(name: str) -> float | None:
+        return None if said.get(name) is None else number(place, name, said[name])
+
+    start_ns, end_ns = stamp("startTimeUnixNano"), stamp("endTimeUnixNano")
+    if end_ns < start_ns:
+        raise UserError(f"{place}: endTimeUnixNano", end_ns, f"no earlier than startTimeUnixNano, {start_ns}", FIX)
+    arrival_s, took_s = start_ns / NS_PER_S, (end_ns - start_ns) / NS_PER_S
+    prompt = whole(place, _PROMPT[0], _first(said, _PROMPT) or 0)
+    output = whole(place, _OUTPUT[0], _first(said, _OUTPUT) or 0)
+    status = span.get("status") or {}
+    if isinstance(status, dict) and status.get("code") in _ERROR:
+        why = str(status.get("message") or said.get("error.type") or "error")
+        return Row(place, arrival_s, prompt, output, failure=why[:200])
+    e2e_s = seconds(_E2E)
+    if e2e_s is not None and not close_to(e2e_s, took_s, 0.05, 0.25):
+        raise UserError(f"{place}: {_E2E}", e2e_s, f"about the {took_s:.6g} s that the span took", FIX)
+    return Row(place, arrival_s, prompt, output, seconds(_TTFT), took_s if e2e_s is None else e2e_s, seconds(_QUEUE))

@@ -1,0 +1,318 @@
+"""Readers of the logs of benchmark tools: a file of each tool as it writes it, and damaged ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import log_samples as samples
+from helios_sim.errors import UserError
+from helios_sim.logs import Begins, RequestLog, read_folder, read_tool
+from helios_sim.logs.tools import opened, tool_of
+from helios_sim.workload import read_trace
+
+
+def read(path: Path, part: int | None = None) -> RequestLog:
+    log = read_tool(opened(path), part)
+    assert log is not None
+    return log
+
+
+def as_json(folder: Path, value: Any, name: str = "log.json") -> Path:
+    (folder / name).write_text(json.dumps(value))
+    return folder / name
+
+
+def as_lines(folder: Path, values: list[Any], name: str = "log.jsonl") -> Path:
+    (folder / name).write_text("".join(f"{json.dumps(value)}\n" for value in values))
+    return folder / name
+
+
+def test_vllm_bench(tmp_path: Path) -> None:
+    log = read(as_json(tmp_path, samples.vllm_bench()))
+    assert log.begins is Begins.SENT
+    assert log.arrival_s == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert log.prompt_tokens.tolist() == [120, 50, 100, 110]
+    assert log.completed.tolist() == [True, False, True, True]
+    assert log.ttft_s == pytest.approx([0.06, np.nan, 0.05, 0.04], nan_ok=True)
+    assert log.e2e_s == pytest.approx([0.091, np.nan, 0.072, 0.06], nan_ok=True)
+    assert log.tpot_s() == pytest.approx([0.031 / 3, np.nan, 0.011, 0.02], nan_ok=True)
+    assert log.token_times is not None
+    assert np.diff(log.token_times.starts).tolist() == [4, 0, 3, 2]
+    assert log.stated["model"] == "meta-llama/Llama-3.1-8B"
+    assert log.failures == ("log.json: 1 of 4 requests failed and are left out: 1 x TimeoutError: no answer.",)
+    assert not log.notices
+
+
+def test_of_several_runs_in_a_file_one_is_named(tmp_path: Path) -> None:
+    """--append-result writes a run a line."""
+    path = as_lines(tmp_path, [samples.vllm_bench(), samples.vllm_bench() | {"request_rate": 20.0}], "runs.json")
+    with pytest.raises(UserError, match=r"from_log\.part.*2: meta-llama/Llama-3.1-8B at 20"):
+        read(path)
+    assert read(path, 2).stated["request_rate"] == 20.0
+    with pytest.raises(UserError, match="one of the 2 runs"):
+        read(path, 3)
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_guidellm(tmp_path: Path, form: str) -> None:
+    report = samples.guidellm()
+    path = tmp_path / f"benchmarks.{form}"
+    path.write_text(json.dumps(report) if form == "json" else yaml.dump(report))
+    log = read(path)
+    assert log.format == "guidellm 0.8.0"
+    assert len(log) == 5
+    assert log.failed == 1
+    assert "429" in log.failures[0]
+    (first, *_) = report["benchmarks"][0]["requests"]["successful"]
+    assert log.ttft_s is not None
+    assert np.nanmin(np.abs(1e3 * log.ttft_s - first["time_to_first_token_ms"])) < 1e-6
+    tpot = log.tpot_s()
+    assert tpot is not None
+    assert np.nanmin(np.abs(1e3 * tpot - first["inter_token_latency_ms"])) < 1e-6
+    assert log.output_tokens.tolist().count(4) == 4
+    assert log.token_times is None
+    assert any("times of single tokens" in sentence for sentence in log.missing)
+    assert log.arrival_s is not None
+    assert np.diff(log.arrival_s) == pytest.approx(0.1, abs=0.02)
+
+
+def test_aiperf(tmp_path: Path) -> None:
+    log = read(samples.SAMPLES / "aiperf-0.13.0.jsonl")
+    assert log.arrival_s == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert log.completed.tolist() == [True, True, False, True, True]
+    assert log.ttft_s == pytest.approx([np.nan, 0.0225, np.nan, 0.03, 0.0225], nan_ok=True)  # the first is a warm-up
+    assert log.e2e_s == pytest.approx([np.nan, 0.033, np.nan, 0.0405, 0.0309], nan_ok=True)
+    assert log.prompt_tokens.tolist() == [20, 21, 22, 23, 24]
+    assert "1 requests of the warm-up are replayed" in log.notices[0]
+    assert "429: too many requests" in log.failures[0]
+    seconds = samples.aiperf()
+    for record in seconds:
+        for name, figure in record["metrics"].items():
+            if figure["unit"] == "ms":
+                value = figure["value"]
+                many = isinstance(value, list)
+                record["metrics"][name] = {"value": [v / 1e3 for v in value] if many else value / 1e3, "unit": "sec"}
+    assert read(as_lines(tmp_path, seconds)).e2e_s == pytest.approx(log.e2e_s, nan_ok=True)
+
+
+def test_inference_perf(tmp_path: Path) -> None:
+    as_json(tmp_path, samples.inference_perf(), "per_request_lifecycle_metrics.json")
+    log = read_folder(tmp_path)
+    assert log.arrival_s == pytest.approx([0.0, 0.1, 0.2])
+    assert log.prompt_tokens.tolist() == [100, 90, 80]
+    assert log.ttft_s == pytest.approx([0.05, np.nan, 0.04], nan_ok=True)
+    assert log.e2e_s == pytest.approx([0.07, np.nan, 0.055], nan_ok=True)
+    assert "HTTP Error 503: overloaded" in log.failures[0]
+    summary = as_json(tmp_path, {"load_summary": {"count": 60}, "successes": {"count": 60}}, "stage.json")
+    with pytest.raises(UserError, match="per_request: true"):
+        read(summary)
+
+
+def test_blis(tmp_path: Path) -> None:
+    log = read(samples.write_blis(tmp_path))
+    assert log.arrival_s == pytest.approx([0.0, 0.11, 0.25])
+    assert log.prompt_tokens.tolist() == [101, 102, 102]  # the server's count; else the prompt with its prefix
+    assert log.ttft_s == pytest.approx([0.06, 0.05, np.nan], nan_ok=True)
+    assert log.e2e_s == pytest.approx([0.1, 0.08, np.nan], nan_ok=True)
+    assert log.stated["model"] == "meta-llama/Llama-3.1-8B"
+    assert any("prefix_group is not read: prefixes" in notice for notice in log.notices)
+    assert "HTTP timeout: slow" in log.failures[0]
+    (tmp_path / "trace.yaml").unlink()
+    assert any("no header" in notice for notice in read(tmp_path / "trace.csv").notices)
+    simulated = read(samples.write_blis(tmp_path, header={"mode": "generated", "warm_up_requests": 1}))
+    assert any("simulated by BLIS" in notice for notice in simulated.notices)
+    assert simulated.ttft_s == pytest.approx([np.nan, 0.05, np.nan], nan_ok=True)
+
+
+def test_spans(tmp_path: Path) -> None:
+    log = read(as_lines(tmp_path, samples.spans()))
+    assert log.begins is Begins.RECEIVED
+    assert log.prompt_tokens.tolist() == [100, 60, 80]  # by arrival, and without the client's span around the first
+    assert log.ttft_s == pytest.approx([0.05, 0.05, 0.04])
+    assert log.e2e_s == pytest.approx([0.2, 0.15, 0.1])
+    assert log.queue_s == pytest.approx([0.001] * 3)
+    assert any("1 spans have another one of the same request inside" in notice for notice in log.notices)
+    assert any("1 spans without tokens" in notice for notice in log.notices)
+    clients = samples.spans()[:1]
+    del clients[0]["resourceSpans"][0]["scopeSpans"][0]["spans"][1]
+    log = read(as_lines(tmp_path, clients))
+    assert log.begins is Begins.SENT
+    assert log.ttft_s is None
+    assert log.e2e_s == pytest.approx([0.3])
+
+
+def test_servegen_draws_what_its_distributions_say(tmp_path: Path) -> None:
+    folder = samples.write_servegen(tmp_path / "m-large")
+    log = read_folder(folder, (0.0, 600.0), seed=1)
+    assert len(log) == pytest.approx(1.33 * 600, rel=0.02)
+    assert set(log.prompt_tokens.tolist()) == {100, 200, 300}
+    assert np.mean(log.output_tokens) == pytest.approx(15, rel=0.05)
+    assert "drawn from distributions" in log.notices[0]
+    assert read_folder(folder, (0.0, 600.0), seed=1).prompt_tokens.tolist() == log.prompt_tokens.tolist()
+    with pytest.raises(UserError, match="span_s"):
+        read_folder(folder, None)
+    with pytest.raises(UserError, match="seconds in which its clients sent"):
+        read_folder(folder, (600.0, 1200.0))
+
+
+def test_scrapes_say_what_they_hold_and_what_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_folder(samples.write_scrapes(tmp_path / "pages"))
+    said = str(caught.value)
+    assert "3 scrapes in 20 s" in said
+    assert "100 requests finished, 5/s, with 200 prompt tokens and 50 output tokens" in said
+    assert "TTFT: p50 0 to 0.05 s, p90 0.05 to 0.1 s" in said
+    assert "when single requests came" in said
+    assert "rate_per_s=5 workload.lengths.prompt.mean=200" in said
+    stamped = tmp_path / "all.prom"
+    pages = [samples.PAGE.format(running=0, stop=s, length=0, prompt=s, output=s, few=s, more=s) for s in (1, 5)]
+    stamped.write_text("".join(
+        "".join(f"{line} {1_796_029_855_000 + 4000 * i}\n" if not line.startswith("#") else f"{line}\n"
+                for line in page.splitlines())
+        for i, page in enumerate(pages)
+    ))  # fmt: skip
+    with pytest.raises(UserError, match=r"2 scrapes in 4 s\. 4 requests finished, 1/s"):
+        tool_of(opened(stamped))
+
+
+Change = Callable[[Any], None]
+
+
+def damaged(tmp_path: Path, tool: str, change: Change) -> Path:
+    whole = {"vllm": samples.vllm_bench, "guidellm": samples.guidellm, "inference-perf": samples.inference_perf}
+    if tool in whole:
+        value: Any = whole[tool]()
+        change(value)
+        return as_json(tmp_path, value)
+    values: Any = {"aiperf": samples.aiperf, "spans": samples.spans}[tool]()
+    change(values)
+    return as_lines(tmp_path, values)
+
+
+def _span(values: Any) -> Any:
+    return values[1]["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+
+
+def _requests(report: Any) -> Any:
+    return report["benchmarks"][0]["requests"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "change", "named"),
+    [
+        ("vllm", lambda v: v["ttfts"].pop(), "a list of 4|a list of 3"),
+        ("vllm", lambda v: v["ttfts"].__setitem__(1, -0.1), "request 2: ttfts"),
+        ("vllm", lambda v: v["itls"][0].__setitem__(0, 30.0), "request 1: latencies"),
+        ("vllm", lambda v: v.update(itls=[[9.0] * 2, [9.0] * 3, [], [9.0]], latencies=[18.05, 27.06, 0, 9.04],
+                                    duration=99), "another unit"),
+        ("vllm", lambda v: v.update(completed=4), "completed"),
+        ("vllm", lambda v: v.update(total_output_tokens=90), "total_output_tokens"),
+        ("vllm", lambda v: v.update(duration=0.0005), None),
+        ("vllm", lambda v: v.update(start_times=[1e6, 2e6, 3e6, 4e6]), "duration"),
+        ("vllm", lambda v: [v.pop(name) for name in ("ttfts", "itls")], "--save-detailed"),
+        ("vllm", lambda v: v.update(errors=["x"] * 4, output_lens=[0] * 4, completed=0, failed=4,
+                                    total_input_tokens=0, total_output_tokens=0), "all failed"),
+        ("guidellm", lambda v: v["metadata"].update(version=3), "version of metadata"),
+        ("guidellm", lambda v: v.update(benchmarks=[]), "benchmarks"),
+        ("guidellm", lambda v: _requests(v)["successful"].pop(), "requests.successful"),
+        ("guidellm", lambda v: _requests(v)["successful"][1]["info"]["timings"].update(request_start=None),
+         "successful request 2: timings.request_start"),
+        ("guidellm", lambda v: _requests(v)["successful"][1].update(time_to_first_token_ms=9e3), "as its timings say"),
+        ("aiperf", lambda v: v[3]["metadata"].update(request_end_ns=0), "line 4: request_end_ns"),
+        ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="sec"), "line 2: request_latency"),
+        ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="weeks"), "unit of request_latency"),
+        ("aiperf", lambda v: v[1]["metrics"].pop("output_sequence_length"), "line 2"),
+        ("inference-perf", lambda v: v[1].update(end_time=1.0), "request 2: end_time"),
+        ("inference-perf", lambda v: v[0]["info"]["response_metrics"].update(output_token_times=[0.0]),
+         "request 1: output_token_times"),
+        ("spans", lambda v: _span(v).update(startTimeUnixNano="soon"), "line 2, span 1: startTimeUnixNano"),
+        ("spans", lambda v: _span(v)["attributes"][1]["value"].update(doubleValue=100.0), "gen_ai.latency.e2e"),
+        ("spans", lambda v: _span(v)["attributes"][3]["value"].update(intValue="many"), "gen_ai.usage.prompt_tokens"),
+    ],
+)  # fmt: skip
+def test_damage_is_named(tmp_path: Path, tool: str, change: Change, named: str | None) -> None:
+    path = damaged(tmp_path, tool, change)
+    if named is None:  # rounding of a short run is no contradiction
+        read(path)
+        return
+    with pytest.raises(UserError, match=named):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.json", '{"date": 1, "tokenizer_id": "x", "num_prompts": 4', "line 1"),
+        ("a.json", '{\n"date": 1,\n"tokenizer_id": "x", "num_prompts": NaN\n}', "NaN"),
+        ("a.jsonl", '{"metadata": {"request_start_ns": 1, "benchmark_phase": "profiling"}}\n{"metadata": ', "line 2"),
+        ("a.json", '[{"start_time": 1, "end_time": 2, "info": 3, "request": 4}', "damaged"),
+        ("a.yaml", "benchmarks:\n- config: {a: [\n", "damaged"),
+        ("a.jsonl", '{"helios_log": 2}\n', "helios_log of a.jsonl, line 1"),
+        ("a.prom", "# TYPE vllm:x counter\nvllm:x_total one two three\n", "line 2"),
+        ("a.prom", '# TYPE vllm:x counter\nvllm:x_total{engine="0"} 1\n', "line 2"),
+    ],
+)
+def test_broken_text_is_named(tmp_path: Path, name: str, text: str, named: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=named):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"row_1": {"output_tokens": "many"}}, "line 3: output_tokens"),
+        ({"row_0": {"status": "perhaps"}}, "line 2: status"),
+        ({"row_0": {"last_chunk_time_us": "5"}}, "line 2"),
+        ({"row_0": {"send_time_us": "0"}}, "line 2: send_time_us"),
+        ({"header": {"time_unit": "ms"}}, "time_unit"),
+        ({"header": {"trace_version": 9}}, "trace_version"),
+    ],
+)
+def test_damaged_blis(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        read(samples.write_blis(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("chunk-0-trace.csv", "0,1.3,8.6,Weibull,0.9\n", "chunk-0-trace.csv, line 1"),
+        ("chunk-0-trace.csv", "0,1.3,8.6,Pareto,0.9,1\n", "Gamma or Weibull"),
+        ("chunk-0-dataset.json", '{"0": {"input_tokens": "{1: 0.2}", "output_tokens": "{1: 1}"}}', "0.2, not 1"),
+        ("chunk-0-dataset.json", '{"0": {"input_tokens": "__import__(1)", "output_tokens": "{1: 1}"}}', "damaged"),
+    ],
+)
+def test_damaged_servegen(tmp_path: Path, file: str, text: str, named: str) -> None:
+    folder = samples.write_servegen(tmp_path / "clients")
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_folder(folder, (0.0, 600.0))
+
+
+def test_counters_that_fall_are_refused(tmp_path: Path) -> None:
+    folder = samples.write_scrapes(tmp_path)
+    last = sorted(folder.iterdir())[-1]
+    last.write_text(last.read_text().replace("vllm:prompt_tokens_total{engine=\"0\",model_name=\"m\"} 21000",
+                                             "vllm:prompt_tokens_total{engine=\"0\",model_name=\"m\"} 5"))  # fmt: skip
+    with pytest.raises(UserError, match=r"scrape 3.*falls from 13000 to 5"):
+        read_folder(folder)
+
+
+def test_a_log_of_a_tool_is_a_workload_for_every_experiment(tmp_path: Path) -> None:
+    path = as_json(tmp_path, samples.vllm_bench())
+    trace = read_trace(path)
+    assert trace.arrival_ns is not None
+    assert trace.arrival_ns.tolist() == [0, 200_000_000, 300_000_000]
+    assert trace.prompt_tokens.tolist() == [120, 100, 110]
+    assert any("1 of 4 requests failed" in notice for notice in trace.notices)
+    assert len(read_trace(path, limit=2)) == 2
+    with pytest.raises(UserError, match="time_unit"):
+        read_trace(path, time_unit="ms")
