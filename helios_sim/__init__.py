@@ -18,7 +18,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from helios_sim.api import simulate, simulate_designs, study_config
     from helios_sim.errors import UserError
-    from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
+    from helios_sim.exits.rule import (
+        Clairvoyant,
+        Confidence,
+        ExitRule,
+        FixedCap,
+        FullDepth,
+        PerToken,
+        SelfSpeculation,
+    )
     from helios_sim.exits.store import load_trace, read_trace
     from helios_sim.exits.trace import ExitTrace
     from helios_sim.policy.deployment import (
@@ -107,6 +115,7 @@ __all__ = [
     "QueueAbove",
     "RunningAbove",
     "RuntimeConfig",
+    "SelfSpeculation",
     "ServerConfig",
     "Situation",
     "SloConfig",
@@ -133,7 +142,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "api": "simulate simulate_designs study_config",
     "errors": "UserError",
-    "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken",
+    "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken SelfSpeculation",
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import arrive, release, take_arrivals
 from helios_sim.core.commit import commit
-from helios_sim.core.depths import lay_out
+from helios_sim.core.depths import lay_out, lay_out_pass
 from helios_sim.core.layout import (
     ADMITTING,
     ARRIVALS,
@@ -106,9 +106,21 @@ def advance(t: Tables, until_ns: int) -> int:
         lay_out(s, r, it, requests, lists, chunks, t.trace, owed, work)
         prices, scalars = t.prices, t.scalars[0]
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
-        it.floor_ns = whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
-        it.outside = outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
-        duration_ns = whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks))
+        draft, n_chunks, duration_ns = min(it.drafts, 1), it.chunks, 0
+        it.floor_ns = it.outside = it.draft_ns = 0
+        while True:  # once, or as often as drafts and the pass that verifies them ask for
+            if it.drafts:
+                it.chunks = 0 if draft else n_chunks
+                lay_out_pass(r, it, requests, lists, work, draft)
+            it.floor_ns += whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
+            it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
+            duration_ns = min(
+                duration_ns + whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks)), FOREVER_NS
+            )
+            if draft == 0:
+                break
+            it.draft_ns = duration_ns
+            draft = draft + 1 if draft < it.drafts else 0
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0
 
 

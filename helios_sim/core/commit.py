@@ -6,7 +6,7 @@ What became of each request's token stands in its record: put there from a trace
 from __future__ import annotations
 
 from helios_sim.core.arrive import leave
-from helios_sim.core.blocks import take_blocks
+from helios_sim.core.blocks import blocks_for, give_blocks, take_blocks
 from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
 from helios_sim.core.prefix import Prefix, leave_blocks
 from helios_sim.core.schedule import held_blocks, let_go
@@ -38,6 +38,8 @@ def commit(
         slide_windows(s, it, requests, lists, watch)
     _decoded(s, r, it, requests, lists, owed, c, end_ns)
     s.peak_blocks = max(s.peak_blocks, s.used_blocks)
+    if it.drafts:
+        keep_accepted(s, r, it, requests, lists, freed, c)
     _prefilled(s, r, it, requests, chunks, c, end_ns)
     if r.observe_tokens != NEVER:
         for i in range(decoded - it.decodes, decoded + it.finishing):
@@ -94,6 +96,43 @@ def _decoded(
             for band in range(bands):
                 owed[slot, band] = 0 if band <= request.token_exit else owed[slot, band] + 1
     _count_gaps(s, gaps, edges_ns, gap_ns, equal)
+
+
+def keep_accepted(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, freed: Table, c: Counts
+) -> None:  # fmt: skip
+    """Drafts that were accepted become tokens too, at the same moment as the first of their pass, which is counted.
+
+    K and V of the others are given up.
+    """
+    block_tokens, spare, zeros = r.block_tokens, 0, 0
+    s.draft_ns += it.draft_ns
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        accepted, layers = request.accepted, request.token_layers
+        drafts = min(it.drafts, request.remaining)  # one token of the pass is counted already
+        if drafts == 0:
+            continue
+        s.verifications += 1
+        s.drafted_tokens += drafts
+        s.tested_drafts += min(accepted + 1, drafts)
+        s.accepted_drafts += accepted
+        spare += blocks_for(request.context_tokens + drafts, block_tokens)
+        request.context_tokens += accepted
+        spare -= blocks_for(request.context_tokens, block_tokens)
+        request.agreed_tokens += accepted
+        request.layers_run += accepted * layers
+        c.depths[layers] += accepted
+        request.generated += accepted
+        request.remaining -= accepted
+        if accepted and request.remaining == 0:
+            it.done += 1
+        zeros += accepted
+    if zeros:
+        c.gaps[0] += zeros
+        s.gaps += zeros
+        s.shortest_gap_ns = 0
+    give_blocks(s, r, freed, spare, NEVER)
 
 
 def _count_token(r: Record, it: Record, request: Record, depths: Numbers) -> None:

@@ -2,6 +2,12 @@
 
 A trace says where a token would leave alone. The batching rule and the KV rule say where it leaves in this batch, and
 what the layers that it skipped still have to do for it.
+
+Where requests draft, an iteration has several passes (`lay_out_pass`). In each draft the requests that draft so many
+tokens run the layers up to the exit, all together, and the LM head. Then one pass verifies: the layers up to the exit
+run what was drafted last, whose K and V are not there yet, the others all drafts and the token before them, and prompts
+run beside them. A draft becomes a token as long as the exit gives what the whole model gives; after the first that does
+not, the whole model's own token takes its place, so that each pass yields one token more than drafts are accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ def lay_out(
 ) -> None:
     """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
     it.alike = 0
-    it.banded = r.per_token or r.clairvoyant or r.planned
+    it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0
     if r.observe_tokens != NEVER and not it.banded:
         for i in range(s.running):
             if is_observed(r, requests[lists.batch[i]]):
@@ -23,6 +29,7 @@ def lay_out(
     for band in range(bands):
         w = work[band]
         w.decode_tokens = w.kv_tokens = w.checked_tokens = w.classified_tokens = w.propagated_tokens = 0
+        w.verified_tokens = 0
     it.sampled_tokens = it.decodes
     it.syncs = r.per_token
     it.host_ahead = r.ahead
@@ -30,16 +37,55 @@ def lay_out(
     it.kv_least = it.kv_most = NEVER
     if r.spread:
         _spread(s, it, requests, lists)
-    if it.banded:
+    if it.drafts:
+        _drafted(r, it, requests, lists, x)
+    elif it.banded:
         _banded(s, r, it, requests, lists, x, owed, work)
     else:
         _uniform(s, r, it, requests, lists, x, work)
     _prompts(s, r, it, requests, chunks, x, work, bands)
 
 
+def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Table, draft: int) -> None:
+    """Fills `work` for one pass of an iteration that drafts: the draft of this number, from 1, or 0: what verifies."""
+    rows, kv_tokens, more = 0, 0, 0
+    it.drafting = draft > 0
+    it.kv_least = it.kv_most = NEVER
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        drafts = drafts_of(it, request)
+        if draft > drafts:
+            continue
+        context = request.context_tokens + (draft if draft else drafts + 1)
+        rows += 1
+        kv_tokens += context
+        more += drafts
+        if r.spread:
+            it.kv_least = context if it.kv_least == NEVER else min(it.kv_least, context)
+            it.kv_most = max(it.kv_most, context)
+    first, rest = work[0], work[1]
+    first.decode_tokens, first.kv_tokens = rows, kv_tokens
+    if draft:
+        it.sampled_tokens = rows
+        rest.decode_tokens = rest.kv_tokens = rest.verified_tokens = 0
+    else:
+        it.sampled_tokens = rows + more + it.finishing
+        rest.decode_tokens, rest.kv_tokens, rest.verified_tokens = rows, kv_tokens, more
+
+
+def drafts_of(it: Record, request: Record) -> int:
+    """How many tokens a request drafts in this iteration: a pass yields one more than it accepts."""
+    return min(it.drafts, request.remaining - 1)
+
+
 def next_row(request: Record) -> int:
     """The trace's row of a request's next token."""
-    at, length = request.trace_start + request.generated, request.trace_length
+    return _row_after(request, 0)
+
+
+def _row_after(request: Record, tokens: int) -> int:
+    """The trace's row of a request's token after so many of those that are not produced yet."""
+    at, length = request.trace_start + request.generated + tokens, request.trace_length
     if at >= length:  # a division takes as long as all else here, and most answers need none
         at = at - length if at < 2 * length else at % length
     return request.trace_first + at
@@ -81,6 +127,27 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
     w.kv_tokens = it.kv_tokens + it.decodes
     if r.watches_cap:
         w.classified_tokens = it.decodes
+
+
+def _drafted(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> None:
+    """Which drafts become tokens. All of them, and the one after them, are those of the whole model."""
+    agree, microbits, leaf = x.agree, x.microbits, r.rule_exit
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        drafts, accepted, row = drafts_of(it, request), 0, next_row(request)
+        of_all = microbits[row, leaf] if r.scores else 0
+        while accepted < drafts and agree[row, r.draft_exit]:
+            accepted += 1
+            row = _row_after(request, accepted)
+            if r.scores:
+                of_all += microbits[row, leaf]
+        request.accepted = accepted
+        request.observed = 0
+        request.token_exit = leaf
+        request.token_layers = x.exits[leaf]
+        request.token_breach = 0
+        request.token_agrees = 1
+        request.token_microbits = of_all
 
 
 def _banded(

@@ -103,6 +103,7 @@ REQUEST = Kind.of(
         "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",
         # the token of the iteration in progress, unless all tokens of the iteration are alike
         "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
+        "accepted",  # drafts that became tokens beside it; its microbits are of all of them
         # where its output tokens lie in the exit trace
         "trace_first", "trace_start", "trace_length",
         # progress
@@ -141,7 +142,10 @@ TOKENS = Kind.of(  # what one model makes of an arrival
 CHUNK = Kind.of("ChunkRow", ("slot", "tokens", "context_tokens", "layers"))
 WORK = Kind.of(  # of one band of layers in one iteration
     "WorkRow",
-    ("decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens"),
+    (
+        "decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens",
+        "verified_tokens",  # further rows of the requests that decode: they read the same K and V in the same pass
+    ),
 )
 SPAN = Kind.of("SpanRow", ("start", "end"))  # layers of a band
 ITERATION = Kind.of(
@@ -159,6 +163,10 @@ ITERATION = Kind.of(
         "host_ahead",  # the host prepares the next iteration meanwhile
         "loading",  # weights stream into the card meanwhile
         "done",  # requests whose last token this is
+        "drafts",  # tokens that a request drafts at most; 0: none drafts
+        "drafted",  # the same of all requests together
+        "drafting",  # priced as one step of drafting, which the host launches with the others of its pass
+        "draft_ns",  # of the iteration's time that of its drafting
         "due_blocks", "floor_ns", "outside",
         "budget", "blocked", "lingering",  # of the admission in progress
     ),
@@ -173,6 +181,7 @@ SUMS = (
     "busy_ns", "floor_ns", "iterations", "outside_grid_iterations", "decode_iterations", "decode_ns",
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
     "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
+    "verifications", "drafted_tokens", "tested_drafts", "accepted_drafts", "draft_ns",
 )  # fmt: skip
 STATE = Kind.of(
     "StateRow",
@@ -236,6 +245,9 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "per_token", "clairvoyant", "planned",
         "head_checks",  # a token that leaves is sampled by the check's own pass through the head
         "watches_cap", "lazy", "propagates", "repays", "owes",
+        "draft_tokens",  # that a request drafts in one iteration, to be verified in the same one; 0: none
+        "draft_batch",  # where more requests decode, none drafts
+        "draft_exit",  # where drafts leave
         "reads_trace",  # 0: every token is the same
         "scores",  # the trace has microbits
         "spread",  # a price depends on the shortest and the longest context of a batch

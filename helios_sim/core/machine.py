@@ -39,7 +39,8 @@ _PROCESSOR = "processor"  # among the digests: for which the code is
 _LOOP = "route.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
-    "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix",
+    "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
+    "lay_out_pass", "give_blocks",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 

@@ -3,7 +3,11 @@
 Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
 checks that the host must see, an iteration is one such group; each check ends one. The host's own overhead comes on
 top, unless it prepares the next iteration while this one runs (`iteration.host_ahead`, without such checks): then it is
-part of the host's side. A gap of the runtime is time in which neither works.
+part of the host's side. A gap of the runtime is time in which neither works. One step of drafting is launched with
+the others of its pass, so that the host's overhead and the gap come once a pass.
+
+Rows that verify drafts go through matrices as any other; their attention reads the K and V of their request once, with
+the first row, as kernels do whose tiles hold several queries. While it is bound by memory, it takes what one row takes.
 
 Tables are linear inside the measured grid. Beyond it rows, prompts and KV lengths go on with the last slope, and
 batches in proportion. Tables of several layer classes differ in size; they lie in arrays as large as the largest.
@@ -121,7 +125,8 @@ def time_s(
     device_s = _by_rows_s(t.rows, EMBEDDING, rows)
     for s in range(len(spans)):
         span, w = spans[s], work[s]
-        rows, reach, longest = w.decode_tokens, 0, NEVER  # chunks that run this band, and the longest of them
+        rows = w.decode_tokens + w.verified_tokens
+        reach, longest = 0, NEVER  # chunks that run this band, and the longest of them
         for p in range(it.chunks):
             chunk = chunks[p]
             if chunk.layers > span.start:
@@ -159,6 +164,8 @@ def time_s(
                 device_s, layers = 0.0, 0
     if it.sampled_tokens or layers:
         total_s += _group_s(x, it, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
+    if it.drafting:
+        return total_s * x.time_factor
     host_s = x.host_overhead_s + x.host_s_per_request * (decodes + it.chunks)
     if it.host_ahead:
         total_s = max(total_s, _launch_s(x, it, layers) + host_s)
@@ -215,7 +222,7 @@ def floor_s(
     of_layers, of_attention = 0, 0
     for s in range(len(spans)):
         span, w = spans[s], work[s]
-        layers, rows, moved = span.end - span.start, w.decode_tokens, w.propagated_tokens
+        layers, rows, moved = span.end - span.start, w.decode_tokens + w.verified_tokens, w.propagated_tokens
         for p in range(it.chunks):
             if chunks[p].layers >= span.end:
                 rows += chunks[p].tokens
@@ -264,7 +271,7 @@ def outside_grid(
     classes = class_layers.shape[0]
     for s in range(len(spans)):
         w = work[s]
-        rows = w.decode_tokens
+        rows = w.decode_tokens + w.verified_tokens
         for p in range(it.chunks):
             if chunks[p].layers > spans[s].start:
                 rows += chunks[p].tokens

@@ -19,6 +19,9 @@ Rules of other engines, each by its own flag:
 - `rules.wait_iterations` (TensorRT-LLM's batch_wait): while others decode, prompts wait for so many iterations, or
   until an iteration would have `rules.wait_tokens`.
 
+Where requests draft (`rules.draft_tokens`), a decode takes blocks for what it drafts too, and as many tokens of the
+budget; the blocks of drafts that come to nothing are given back when the iteration ends.
+
 One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
 them chunk by chunk, so that a decode can take one between two chunks of a prompt.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import cannot_run, depart, occupy
 from helios_sim.core.blocks import blocks_for, free_blocks, give_blocks, kept_blocks, take_back, take_blocks
+from helios_sim.core.depths import drafts_of
 from helios_sim.core.layout import (
     FLUSH,
     GO_ON,
@@ -74,6 +78,7 @@ def begin_schedule(
     Leaves in `it` what admission needs: the token budget, and whether anything may enter at all.
     """
     it.lingering = s.lingering
+    it.drafts = it.drafted = 0
     # A migration empties the batch; once it has, nothing of the old model starts any more.
     it.blocked = s.migrating and s.running == 0
     it.due_blocks = _blocks_due(s, r, it, requests, lists)
@@ -87,7 +92,7 @@ def begin_schedule(
         extend(s, r, requests, lists, prefix, owed)
         it.due_blocks = 0
     it.decodes = s.decoding
-    it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding
+    it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding - it.drafted
     it.chunks = it.finishing = 0
     for i in range(s.decoding, s.running):
         if it.budget <= 0:
@@ -208,7 +213,7 @@ def admit(
         request.started = 1
         _add_chunk(s, r, it, requests, chunks, prefix, owed, slot)
     if r.prefill_first and it.chunks:  # decodes wait
-        it.decodes = it.due_blocks = it.kv_tokens = 0
+        it.decodes = it.due_blocks = it.kv_tokens = it.drafts = it.drafted = 0
     for p in range(it.chunks):
         request = requests[chunks[p].slot]
         if request.scheduled_ns == NEVER:
@@ -329,6 +334,8 @@ def _give_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Pr
 
 def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
     """Blocks that the decodes need for the K and V of their next token. Sums up their contexts as well."""
+    if r.draft_tokens:
+        return blocks_to_draft(s, r, it, requests, lists)
     batch, due, kv_tokens = lists.batch, 0, 0
     block_tokens, mask = r.block_tokens, r.block_mask
     for i in range(s.decoding):
@@ -337,6 +344,23 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
         if (context & mask if mask >= 0 else context % block_tokens) == 0:
             due += 1
     it.kv_tokens = kv_tokens
+    return due
+
+
+def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
+    """The same with K and V of what they draft. Decides how much that is: the batch may be too large for it."""
+    batch, due, kv_tokens, most = lists.batch, 0, 0, 0
+    it.drafts = r.draft_tokens if s.decoding <= r.draft_batch else 0
+    it.drafted = 0
+    for i in range(s.decoding):
+        request = requests[batch[i]]
+        context, drafts = request.context_tokens, drafts_of(it, request)
+        kv_tokens += context
+        it.drafted += drafts
+        most = max(most, drafts)
+        due += blocks_for(context + 1 + drafts, r.block_tokens) - blocks_for(context, r.block_tokens)
+    it.kv_tokens = kv_tokens
+    it.drafts = most
     return due
 
 

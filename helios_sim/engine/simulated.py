@@ -11,9 +11,10 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import IntArray, Storage, Trace
+from helios_sim.core.layout import FOREVER_NS, IntArray, Storage, Trace
+from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Situation
@@ -67,6 +68,12 @@ class SimulatedEngine:
         key = d.active, d.run_layers, d.exit_rule, d.batching, d.kv_rule, d.plan is not None
         found = self._terms.get(key)
         if found is None:
+            if isinstance(d.exit_rule, SelfSpeculation) and situation.shares:
+                raise UserError(
+                    "server.enable_prefix_caching", True,
+                    "blocks that are shared are not lent to drafts here: false with self-speculation",
+                    "set server.enable_prefix_caching=false",
+                )  # fmt: skip
             found = self._terms[key] = _terms(self._models[d.active.model], d, storage)
         return found
 
@@ -160,6 +167,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is not KvRule.NONE))
     loaded_exit = trace.exits.index(loaded)
     bounds = trace.exits if planned else trace.exits[: loaded_exit + 1]
+    drafts = rule if isinstance(rule, SelfSpeculation) and not planned else None
+    if drafts is not None:
+        bounds = (drafts.exit_layers, loaded)
     rules = {
         "per_token": per_token and not planned,
         "clairvoyant": clairvoyant and not planned,
@@ -169,6 +179,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "propagates": propagates,
         "repays": per_token and not propagates and kv_rule is KvRule.RECOMPUTE,
         "owes": kv_rule is KvRule.RECOMPUTE,
+        "draft_tokens": 0 if drafts is None else drafts.draft_tokens,
+        "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
+        "draft_exit": 0 if drafts is None else trace.exits.index(drafts.exit_layers),
         "reads_trace": per_token or clairvoyant or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,
         "spread": profile.prices_spread,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken
+from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken, SelfSpeculation
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 
@@ -47,6 +47,8 @@ def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
     token that is not confident at the cap is a breach unless the whole model is loaded. PerToken: the first exit at
     which the token is confident, else the last one loaded, which is a breach unless it is the whole model.
     Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
+    SelfSpeculation: every token is the whole model's. Which drafts are accepted is exact, since a draft counts only
+    where all before it are the whole model's, which is the text that was recorded.
 
     UserError when `layers` is not an exit, or the trace cannot answer the rule's threshold or measure.
     """
@@ -73,6 +75,18 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
     match rule:
         case FullDepth():
             pass
+        case SelfSpeculation(exit_layers):
+            if not whole:
+                raise UserError(
+                    "layers", layers, f"self-speculation verifies with all {trace.n_layers} layers of {trace.model}",
+                    "load the whole model",
+                )  # fmt: skip
+            if exit_layers not in exits[:last]:
+                raise UserError(
+                    "exit_layers", exit_layers,
+                    f"{trace.model} has exits before its last layer at {', '.join(map(str, exits[:last])) or 'none'}",
+                    "choose one of these",
+                )  # fmt: skip
         case FixedCap(threshold, confidence):
             confident = trace.confident_at(threshold, confidence)
             if not whole:

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from helios_sim.errors import UserError
 
 MOST_THRESHOLD = 2.0
+MOST_DRAFTS = 64  # of one pass: beyond it a batch of them would take the token budget
 
 
 class Confidence(StrEnum):
@@ -181,4 +182,19 @@ class Clairvoyant:
     disagreement_budget: float = 0.0
 
 
-ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant
+@dataclass(frozen=True, slots=True)
+class SelfSpeculation:
+    """The layers up to `exit_layers` and the LM head draft `draft_tokens` tokens, one after the other; then one pass of
+    the whole model verifies them all (LayerSkip, arXiv 2404.16710).
+
+    A draft is kept as long as the whole model gives the same token, and its own next token comes on top, so that every
+    token is the whole model's. The verification goes on from the drafts' hidden states and K and V. Where more than
+    `largest_batch` requests decode none drafts, as drafts then cost more than they save; None: they always do.
+    """
+
+    exit_layers: int
+    draft_tokens: int
+    largest_batch: int | None = None
+
+
+ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation

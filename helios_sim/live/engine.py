@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
@@ -120,6 +120,9 @@ class LiveEngine:
         """
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
+        if isinstance(plan.exit_rule, SelfSpeculation):
+            allowed = "policies that do not draft: self-speculation is simulated, not served live"
+            raise UserError("policy", "self_speculation", allowed, "leave it out, or simulate it")
         reason = None
         try:
             model = self.residents.running(plan.model, plan.loaded_layers)

@@ -6,7 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from helios_sim.exits.rule import MOST_THRESHOLD, Clairvoyant, Confidence, FixedCap, FullDepth, PerToken
+from helios_sim.exits.rule import (
+    MOST_DRAFTS,
+    MOST_THRESHOLD,
+    Clairvoyant,
+    Confidence,
+    FixedCap,
+    FullDepth,
+    PerToken,
+    SelfSpeculation,
+)
 from helios_sim.policy.deployment import (
     AtTime,
     BatchingRule,
@@ -57,13 +66,27 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return None
         if type(value) is Clairvoyant:
             return None if _is_share(value.disagreement_budget) else "a disagreement_budget from 0 to 1"
+        if type(value) is SelfSpeculation:
+            return speculation(value)
         if type(value) not in (FixedCap, PerToken):
-            known = "FullDepth(), FixedCap(threshold), PerToken(threshold) or Clairvoyant()"
+            known = "FullDepth(), FixedCap(threshold), PerToken(threshold), Clairvoyant() or SelfSpeculation(...)"
             return f"{known}: the server knows no other exit rule"
         assert isinstance(value, FixedCap | PerToken)
         if not _is_share(value.threshold, MOST_THRESHOLD):
             return f"a threshold from 0 to {MOST_THRESHOLD:g}"
         return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
+
+    def speculation(value: SelfSpeculation) -> str | None:
+        exits = candidates[found.active.model].offline.exits
+        if found.active.layers != exits[-1] or found.run_layers not in (None, exits[-1]):
+            return f"SelfSpeculation only with all {exits[-1]} layers of {found.active.model}"
+        if not _is_whole(value.exit_layers) or value.exit_layers not in exits[:-1]:
+            return f"SelfSpeculation with exit_layers {_listed(exits[:-1]) or 'none'}"
+        if not _is_whole(value.draft_tokens, 0, MOST_DRAFTS):
+            return f"SelfSpeculation with draft_tokens from 0 to {MOST_DRAFTS}"
+        if value.largest_batch is not None and not _is_whole(value.largest_batch):
+            return "SelfSpeculation with largest_batch None or a whole number from 0"
+        return None
 
     def trigger(value: object) -> str | None:
         if type(value) not in _LEAST:

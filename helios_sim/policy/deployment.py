@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import ExitRule, PerToken
+from helios_sim.exits.rule import ExitRule, PerToken, SelfSpeculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,4 +173,11 @@ class Deployment:
                 self.kv_rule.value,
                 "per-token exits need propagate or recompute: tokens that go deeper read K and V of those that left",
                 "set kv_rule=KvRule.PROPAGATE",
+            )
+        if isinstance(self.exit_rule, SelfSpeculation) and self.observe_tokens is not None:
+            raise UserError(
+                "deployment.observe_tokens",
+                self.observe_tokens,
+                "no tokens are observed under self-speculation, which tells itself how many drafts were accepted",
+                "set observe_tokens=None",
             )

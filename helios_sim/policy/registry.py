@@ -18,6 +18,7 @@ from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters
 from helios_sim.policy.oracle import OracleParameters, OraclePolicy
+from helios_sim.policy.self_speculation import SelfSpeculationParameters, SelfSpeculationPolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Policy
 
@@ -25,6 +26,7 @@ PolicyParameters = (
     FullDepthParameters
     | EarlyExitParameters
     | StaticCapParameters
+    | SelfSpeculationParameters
     | HeliosParameters
     | OracleParameters
     | CustomParameters
@@ -44,6 +46,9 @@ POLICIES: Mapping[str, PolicyKind] = {
     "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy, "every token runs all layers"),
     "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy, "each token leaves at its first confident exit"),
     "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy, "a cap chosen once from offline exits"),
+    "self_speculation": PolicyKind(
+        SelfSpeculationParameters, SelfSpeculationPolicy, "the first layers draft tokens, all layers verify them"
+    ),
     "helios": PolicyKind(HeliosParameters, HeliosPolicy, "evaluation rounds, a cap, load or switch on breaches"),
     "helios_probe": PolicyKind(
         HeliosParameters,

@@ -171,6 +171,10 @@ class Telemetry:
     # where nothing is shared. vLLM's prefix_cache_hits over prefix_cache_queries, in a window.
     prefix_hit_share: float | None = None
     prefix_cached_tokens: int = 0  # whose K and V are cached and held by no request
+    # Drafts since the run began that full depth has looked at, up to the first of a pass that it refused, and those of
+    # them that it accepted.
+    tested_drafts: int = 0
+    accepted_drafts: int = 0
 
 
 class Policy(Protocol):

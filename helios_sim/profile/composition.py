@@ -45,6 +45,9 @@ class Composition:
     host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band
     host_ahead: bool = False  # the host prepares the next iteration meanwhile: its overhead runs beside the device
     loading: bool = False  # weights stream into the card meanwhile
+    # (K, S) further rows of the requests that decode, which verify drafts: they read the same K and V in the same pass
+    verified_tokens: IntArray | None = None
+    drafting: bool = False  # one step of drafting: the host's overhead comes with the pass that verifies
 
     @property
     def n_iterations(self) -> int:

@@ -116,7 +116,7 @@ class Pricing:
         return found
 
     def time_s(self, c: Composition) -> FloatArray:
-        if len(c.sampled_tokens) >= MANY and not c.prefill:
+        if len(c.sampled_tokens) >= MANY and not c.prefill and c.verified_tokens is None and not c.drafting:
             return self._many(c)
         return np.array(self._one_by_one(time_s, c))
 
@@ -157,7 +157,10 @@ def iterations(c: Composition) -> list[tuple[Record, Table]]:
             raise ValueError("a composition with prefill is one iteration")
         if any(chunk.layers not in c.bounds for chunk in c.prefill):
             raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
-    columns = (c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens)
+    columns = (
+        c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens,
+        c.verified_tokens,
+    )  # fmt: skip
     none = [[0] * len(c.bounds)] * len(c.sampled_tokens)
     counts = [none if column is None else column.tolist() for column in columns]
     least = None if c.decode_kv_least is None else c.decode_kv_least.tolist()
@@ -167,6 +170,7 @@ def iterations(c: Composition) -> list[tuple[Record, Table]]:
         it = ITERATION.row()
         it.chunks, it.sampled_tokens = len(c.prefill), sampled
         it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
+        it.drafting = int(c.drafting)
         it.kv_least = NEVER if least is None or most is None else least[k]
         it.kv_most = NEVER if least is None or most is None else most[k]
         found.append((it, [WORK.row(*band) for band in zip(*(column[k] for column in counts), strict=True)]))

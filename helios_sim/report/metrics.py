@@ -111,6 +111,9 @@ _OTHERS = (
     ("prefix_cache_hits", "Prefix hits", "", "higher", "prompt tokens found there, without what preempted ones refind"),
     ("prefix_cache_hit_rate", "Prefix hit rate", "share", "higher", "prefix hits / prefix queries"),
     ("prefill_tokens_saved", "Prefill saved", "", "higher", "tokens that were found and not computed, all together"),
+    ("accepted_per_pass", "Accepted/pass", "", "higher", "drafts that full depth accepts in one pass of a request"),
+    ("draft_acceptance", "Acceptance", "share", "higher", "accepted drafts / drafted tokens"),
+    ("drafting_fraction", "Drafting", "share", "neither", "time of drafting / time in which an iteration runs"),
     ("preemptions", "Preemptions", "", "lower", "requests put back because the KV pool was full"),
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
@@ -131,6 +134,7 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
+OF_DRAFTS = ("accepted_per_pass", "draft_acceptance", "drafting_fraction")  # with self-speculation
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 # Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
 COUNTS = (
@@ -273,6 +277,7 @@ def compute_metrics(
     metrics["roofline_fraction"] = _over(stats.floor_ns, stats.busy_ns)
     metrics["outside_grid_fraction"] = _over(stats.outside_grid_iterations, stats.iterations)
     metrics |= _of_prefixes(stats)
+    metrics |= _of_drafts(stats)
     metrics["preemptions"] = stats.preemptions
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
@@ -288,6 +293,16 @@ def _of_prefixes(stats: RunStats) -> dict[str, MetricValue]:
         return dict.fromkeys(OF_PREFIXES)
     queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
     return dict(zip(OF_PREFIXES, (_over(hits, queries), queries, hits, hits + stats.prefix_cache_refound), strict=True))
+
+
+def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
+    """Null where nothing was drafted."""
+    of = (
+        _over(stats.accepted_drafts, stats.verifications),
+        _over(stats.accepted_drafts, stats.drafted_tokens),
+        _over(stats.draft_ns, stats.busy_ns) if stats.drafted_tokens else None,
+    )
+    return dict(zip(OF_DRAFTS, of, strict=True))
 
 
 def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: int) -> dict[str, MetricValue]:

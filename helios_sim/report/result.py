@@ -19,7 +19,7 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourc
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, OF_PREFIXES, Metrics, MetricValue, Slo, mean_metrics
+from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats, Timeline
@@ -420,11 +420,11 @@ class ExperimentResult(Sourced):
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first.
 
-    Costs and the hit rate of prefix caching follow where they were asked for.
+    Costs, the hit rate of prefix caching and what became of drafts follow where they were asked for.
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    new = (name for name in (OF_PREFIXES[0], *OF_COST) if name not in names)
+    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_COST) if name not in names)
     return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 
 

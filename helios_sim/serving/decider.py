@@ -203,6 +203,8 @@ class Decider:
             latest=replica.recent.latest,
             prefix_hit_share=replica.recent.hit_share if replica.prefix.shares else None,
             prefix_cached_tokens=replica.prefix.free_tokens(int(replica.rules.block_tokens)),
+            tested_drafts=replica.stats.tested_drafts + int(s.tested_drafts),
+            accepted_drafts=replica.stats.accepted_drafts + int(s.accepted_drafts),
         )
 
     def _log(self, cause: Cause, deployment: Deployment) -> None:

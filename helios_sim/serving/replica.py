@@ -31,7 +31,7 @@ from helios_sim.core.layout import (
     Trace,
     Watch,
 )
-from helios_sim.exits.rule import PerToken
+from helios_sim.exits.rule import PerToken, SelfSpeculation
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import RecordBlock, Request, RequestRecord
@@ -180,7 +180,7 @@ class Replica:
         r, s, deployment, situation = self.rules, self.state, self.deployment, self.situation
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
-        per_token = isinstance(deployment.exit_rule, PerToken)
+        seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation)
         limit = situation.max_running_requests
         if deployment.batch_limit is not None:
             limit = min(limit, deployment.batch_limit)
@@ -204,8 +204,8 @@ class Replica:
             "whole_prompts": situation.whole_prompts,
             "shares": situation.shares,
             "refinds": situation.refinds,
-            # An exit check that the host must see is a barrier: nothing is planned across it.
-            "ahead": situation.schedule_ahead > 0 and not per_token,
+            # What the host must see first is a barrier: nothing is planned across an exit check or a verification.
+            "ahead": situation.schedule_ahead > 0 and not seen_first,
             "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,
             "planned": deployment.plan is not None,
             "n_layers": profile.model.n_layers,

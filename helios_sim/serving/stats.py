@@ -139,6 +139,11 @@ class RunStats:
     prefix_cache_queries: int = 0  # prompt tokens that were looked for, and those of them that were found
     prefix_cache_hits: int = 0
     prefix_cache_refound: int = 0  # tokens that preempted requests found again
+    verifications: int = 0  # passes of requests that verified drafts of their own
+    drafted_tokens: int = 0
+    tested_drafts: int = 0  # up to the first of a pass that was refused
+    accepted_drafts: int = 0
+    draft_ns: int = 0  # of iterations, what drafting took
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)

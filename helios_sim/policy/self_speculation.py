@@ -1,0 +1,111 @@
+"""One model that drafts with its first layers and verifies with all of them: LayerSkip, arXiv 2404.16710."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import MOST_DRAFTS, SelfSpeculation
+from helios_sim.policy.checks import check_positive, find_model
+from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule, Placement
+from helios_sim.policy.drafts import Drafting, best_drafting
+from helios_sim.policy.prediction import Load, expected_load, seen_load
+from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
+
+LONGEST_REST = 16  # reviews without drafts before one period listens again
+
+
+@dataclass(frozen=True, slots=True)
+class SelfSpeculationParameters:
+    draft_tokens: int = 4  # of one pass; with review_requests the most
+    exit_layer: int | None = None  # None: the one with the best predicted rate of one request
+    largest_batch: int | None = None  # where more requests decode none drafts; None: however many do
+    review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
+    model: str | None = None  # None: the only candidate
+    batch_limit: int | None = None  # None: the server's own limit
+
+    def __post_init__(self) -> None:
+        for name in ("exit_layer", "largest_batch", "review_requests", "batch_limit"):
+            check_positive(name, getattr(self, name))
+        if not 1 <= self.draft_tokens <= MOST_DRAFTS:
+            allowed = f"a whole number from 1 to {MOST_DRAFTS}"
+            raise UserError("policy.draft_tokens", self.draft_tokens, allowed, "set policy.draft_tokens=4")
+
+
+class SelfSpeculationPolicy:
+    """Lossless: every token is the whole model's.
+
+    With `review_requests` the number of drafts follows what was accepted since the last review, and the running
+    requests: the number that by the profile gives most tokens a second, which may be none. Without drafts nothing is
+    heard, so after a rest, which doubles each time up to `LONGEST_REST` reviews, one period listens with a single
+    draft, but only where drafts that are all accepted would pay.
+    """
+
+    def __init__(self, parameters: SelfSpeculationParameters) -> None:
+        self.parameters = parameters
+        self._tested = self._accepted = 0  # drafts at the last review
+        self._rest, self._next_rest = 0, 1
+
+    def start(self, situation: Situation) -> Deployment:
+        """Raises UserError if the model is not among the candidates, or the layer is none of its exits."""
+        p, self._situation = self.parameters, situation
+        self._model = find_model(situation, p.model)
+        candidate = situation.candidates[self._model]
+        exits = candidate.offline.exits
+        if len(exits) == 1:
+            raise UserError("policy.model", self._model, "a model with exits before its last layer", "give it exits")
+        self._acceptance = dict(zip(exits[:-1], (1.0 - candidate.offline.disagreement[:-1]).tolist(), strict=True))
+        load = expected_load(situation)
+        if p.exit_layer is None:
+            chosen = self._best(self._acceptance.items(), 1, load)
+            self._layers, why = chosen.exit_layers, "predicted to be best for one request"
+        elif p.exit_layer in self._acceptance:
+            self._layers, why = p.exit_layer, "as given"
+        else:
+            allowed = f"{candidate.profile.name} has exits at {', '.join(map(str, exits[:-1]))} before its last layer"
+            raise UserError("policy.exit_layer", p.exit_layer, allowed, "choose one of these")
+        share = self._acceptance[self._layers]
+        reason = f"{self._model} drafts {p.draft_tokens} tokens at layer {self._layers}, {why}"
+        return self._deployment(p.draft_tokens, f"{reason}; recorded agreement there {share:.3f}")
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        """The drafts until the next review; None where they stay."""
+        if not isinstance(cause, Completed):
+            return None
+        tested, accepted = telemetry.tested_drafts - self._tested, telemetry.accepted_drafts - self._accepted
+        self._tested, self._accepted = telemetry.tested_drafts, telemetry.accepted_drafts
+        if tested:
+            self._acceptance[self._layers] = accepted / tested
+        batch, load = max(1, telemetry.running_requests), seen_load(self._situation, telemetry, self._model)
+        drafts = self._best([(self._layers, self._acceptance[self._layers])], batch, load).drafts
+        if drafts:
+            self._next_rest = 1
+        elif self._drafts:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+        elif self._rest > 1 or not self._best([(self._layers, 1.0)], batch, load).drafts:
+            self._rest = max(1, self._rest - 1)
+        else:
+            drafts = 1
+        if drafts == self._drafts:
+            return None
+        known = f"acceptance {self._acceptance[self._layers]:.3f}, {batch} running"
+        return self._deployment(drafts, f"{drafts} drafts at layer {self._layers}: {known}")
+
+    def _best(self, exits: Iterable[tuple[int, float]], batch: int, load: Load) -> Drafting:
+        candidate: Candidate = self._situation.candidates[self._model]
+        context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
+        return best_drafting(candidate.profile, exits, self.parameters.draft_tokens, batch, context)
+
+    def _deployment(self, drafts: int, reason: str) -> Deployment:
+        p, self._drafts = self.parameters, drafts
+        layers = self._situation.candidates[self._model].profile.model.n_layers
+        return Deployment(
+            active=Placement(self._model, layers),
+            exit_rule=SelfSpeculation(self._layers, drafts, p.largest_batch),
+            kv_rule=KvRule.NONE,
+            batch_limit=p.batch_limit,
+            triggers=() if p.review_requests is None else (Completed(p.review_requests),),
+            reason=reason,
+            evidence={"exit_layer": self._layers, "draft_tokens": drafts, "acceptance": self._acceptance[self._layers]},
+        )
