@@ -151,6 +151,7 @@ def test_requests_of_lower_numbers_go_first(tmp_path: Path) -> None:
         ("gpu_memory_utilization", 90), ("kv_cache_memory_bytes", -1), ("num_gpu_blocks_override", 1),
         ("block_size", 0), ("enforce_eager", "yes"), ("cudagraph_capture_sizes", [0]),
         ("cudagraph_capture_sizes", 4), ("cudagraph_mode", "HALF"), ("max_model_len", 10),
+        ("load_format", "bitsandbytes"), ("load_format", "gguf"), ("device", "cpu"), ("max_num_scheduled_tokens", 64),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(log: Path, name: str, value: object) -> None:
@@ -167,7 +168,8 @@ def test_what_cannot_be_honoured_is_refused(log: Path, name: str, value: object)
         ("scheduler_config", "long_prefill_token_threshold", 100), ("cache_config", "cpu_offload_gb", 4),
         ("offload_config", "uva", {"cpu_offload_gb": 4}), ("scheduler_config", "policy", "sjf"),
         ("offload_config", "uva", "UVAOffloadConfig(cpu_offload_gb=4)"),
-        ("cache_config", "cache_dtype", "turboquant_4bit_nc"),
+        ("cache_config", "cache_dtype", "turboquant_4bit_nc"), ("load_config", "load_format", "bitsandbytes"),
+        ("device_config", "device", "tpu"), ("scheduler_config", "max_num_scheduled_tokens", 64),
     ],
 )  # fmt: skip
 def test_what_the_engine_resolved_is_refused_too(log: Path, section: str, name: str, value: object) -> None:
@@ -247,6 +249,11 @@ def test_what_each_request_found_in_the_cache_is_said(log: Path) -> None:
     change_request(log, 4, num_cached_tokens=1000)
     with pytest.raises(UserError, match=r"line 4.*no more cached than there are"):
         read_log(log)
+
+
+def test_requests_without_a_name_are_not_taken_for_one(log: Path) -> None:
+    write_requests(log, [{**row, "request_id": None} for row in read_requests(log)])
+    assert len(read_log(log)) == len(read_requests(log))
 
 
 def test_keys_of_requests_that_are_not_read_are_named(log: Path) -> None:
@@ -347,11 +354,37 @@ RESOLVED = {
     [
         (0, False), (2, False), (3, True), ('{"cudagraph_mode": "NONE"}', False), ('{"level": 3}', True),
         ({"level": 0}, False), ({"level": 0, "cudagraph_mode": "FULL"}, True), (None, True),
+        ({"mode": 0}, False), ({"mode": "NONE"}, False), ({"mode": "CompilationMode.VLLM_COMPILE"}, True),
+        ({"mode": 1, "cudagraph_mode": "FULL_AND_PIECEWISE"}, False), ({"mode": None}, True),
+        ({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, True),
     ],
 )  # fmt: skip
 def test_a_level_of_compilation_says_whether_there_are_graphs(log: Path, compiled: object, graphs: bool) -> None:
     setup = setup_of(log, {"compilation_config": compiled})
     assert (setup.profile.runtime.graph_batch_sizes is not None) == graphs
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"compilation_config": {"pass_config": {"fuse_attn_quant": True}}}, "pass_config ("),
+        ({"compilation_config": {"backend": "eager"}}, "backend (eager"),
+        ({"attention_config": {"flash_attn_version": 2}}, "flash_attn_version (2"),
+        ({"kernel_config": {"moe_backend": "triton"}}, "moe_backend (triton"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_a_section_that_is_left_is_named(log: Path, engine: dict, said: str) -> None:
+    assert any(said in notice for notice in setup_of(log, engine).notices)
+
+
+def test_fields_of_a_config_in_a_text_are_looked_at(log: Path) -> None:
+    resolved = {"scheduler_config": {"extra": "Throttle(max_waiting=4, rule='late', on=True, off=False, least=0)"}}
+    said = " ".join(setup_of(log, {}, resolved_config=resolved).notices)
+    assert "max_waiting (4" in said
+    assert "rule (late" in said
+    assert "on (True" in said
+    assert "off" not in said.replace("off (", "")
+    assert "least" not in said
 
 
 def test_a_compilation_that_cannot_be_read_is_named(log: Path) -> None:

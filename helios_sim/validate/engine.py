@@ -88,6 +88,14 @@ REFUSED = {
     "scheduler_delay_factor": Rule((0,), "no wait before a prompt is scheduled"),
     "preemption_mode": Rule(("recompute",), "preemption by recomputation, as vLLM v1 does"),
     "kv_sharing_fast_prefill": Rule(_NO, "prompts that run all layers"),
+    "load_format": Rule(
+        ("auto", "hf", "pt", "safetensors", "npcache", "dummy", "tensorizer", "runai_streamer", "mistral",
+         "runai_streamer_sharded", "sharded_state", "fastsafetensors", "instanttensor"),
+        "weights that are served as they were stored: what is quantized while it is loaded is not modelled",
+    ),
+    **dict.fromkeys(
+        ("device", "device_type"), Rule(("auto", "cuda", "cuda:0"), "a run on the card whose kernels were measured")
+    ),
     "hf_overrides": Rule((), "the model's own shape: another one would need tables of its own"),
     "runner": Rule(("auto", "generate"), "a model that generates text"),
     "runner_type": Rule(("auto", "generate"), "a model that generates text"),
@@ -111,7 +119,7 @@ NAMED = {
 }
 DOES_NOT_MATTER = {
     "it is done before the first request": (
-        "load_format download_dir safetensors_load_strategy model_loader_extra_config ignore_patterns config_format "
+        "download_dir safetensors_load_strategy model_loader_extra_config ignore_patterns config_format "
         "hf_config_path revision code_revision tokenizer_revision hf_token trust_remote_code use_tqdm_on_load "
         "pt_load_map_location max_parallel_loading_workers allow_deprecated_quantization enable_sleep_mode "
         "enable_ep_weight_filter skip_mm_profiling model_weights weights"
@@ -139,7 +147,7 @@ DOES_NOT_MATTER = {
         "data_parallel_hybrid_lb sd_worker_cls ray_runtime_env placement_group numa_bind numa_bind_nodes "
         "numa_bind_cpus assigned_physical_gpu_ids distributed_timeout_seconds cpu_distributed_timeout_seconds "
         "enable_fault_tolerance engine_recovery_timeout internal_fault_report_port external_fault_notify_port "
-        "gloo_comm_timeout shutdown_on_fault_tolerance_failure fault_tolerance_config device weight_transfer_config "
+        "gloo_comm_timeout shutdown_on_fault_tolerance_failure fault_tolerance_config weight_transfer_config "
         "fail_on_environ_validation"
     ),
     "it counts only beside what is refused": (
@@ -177,7 +185,7 @@ _WHOLE = ("quant_config", "lora_config", "speculative_config", "kv_transfer_conf
           "diffusion_config", "additional_config", "kv_events_config", "weight_transfer_config", "eplb_config",
           "profiler_config", "structured_outputs_config", "multimodal_config", "pooler_config")  # fmt: skip
 _LEFT = {
-    "load_config": "it is done before the first request", "device_config": "the tables were measured on the device",
+    "load_config": "it is done before the first request", "device_config": "all but the device is about processes",
     "observability_config": "it is about what is logged", "decoding_config": "it is about text",
     "reasoning_config": "it is about text", "prompt_adapter_config": "it counts only beside what is refused",
     "mamba_config": "it counts only beside what is refused", "ec_manager_config": "it is about encoders",
@@ -189,12 +197,21 @@ _OTHER_NAMES = {
     "cache_config.cache_dtype": "kv_cache_dtype", "scheduler_config.policy": "scheduling_policy",
     "attention_config.backend": "attention_backend", "chunked_prefill_enabled": "enable_chunked_prefill",
     "cuda_graph_sizes": "cudagraph_capture_sizes", "seed_everything": "seed",
-    "compilation_config.use_cudagraph": "use_cudagraph", "compilation_config.level": "compilation_level",
+    "compilation_config.use_cudagraph": "use_cudagraph",
     "engine_kwargs.O": "optimization_level",
 }  # fmt: skip
 # A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
-_PIECEWISE = 3  # the level of vLLM 0.8 to 0.10 at which CUDA graphs are captured
-_OBJECT, _FIELD = re.compile(r"[A-Z]\w*\(.*\)"), re.compile(r"(\w+)=(\d+(?:\.\d+)?)\b")
+_OBJECT, _FIELD = re.compile(r"[A-Z]\w*\(.*\)"), re.compile(r"(\w+)=(True|'[^']*'|-?\d+(?:\.\d+)?\b)")
+# Levels of compilation, called modes since 0.11. Below the last one no graph can be captured piece by piece.
+_MODES = {"none": 0, "stock_torch_compile": 1, "dynamo_trace_once": 2, "vllm_compile": 3}
+_PIECEWISE = 3
+# What a user may ask of a section that is left as it is, without a change of what is computed.
+_ASKED_OF_NO_MATTER = _words(
+    "cache_dir local_cache_dir debug_dump_path compile_sizes compile_cache_save_format traced_files "
+    "cudagraph_num_of_warmups cudagraph_copy_inputs bs_to_padded_graph_size max_capture_size full_cuda_graph "
+    "use_inductor splitting_ops mode level"
+)
+_USUAL = {"backend": ("inductor",), "custom_ops": ("none",), "moe_backend": ("auto",)}
 _GRAPH_MODES = {
     "0": "none", "1": "piecewise", "2": "full", "[2, 0]": "full_decode_only", "[2, 1]": "full_and_piecewise",
 }  # fmt: skip
@@ -251,6 +268,7 @@ class Engine:
             more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
             notices.append(f"meta.json: not known, so not modelled: {shown}{more}.")
         settings = {name: _in_force(all_said) for name, all_said in places.items() if name in HONOURED}
+        _check_budget(settings.get("max_num_batched_tokens"), places.get("max_num_scheduled_tokens", []))
         return cls(settings, tuple(notices))
 
     def has(self, name: str) -> bool:
@@ -302,7 +320,8 @@ def _said(meta: Mapping[str, Any]) -> Iterator[Said]:
 def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
     """The settings of one section by their names in EngineArgs; of one that is left as it is, those with a use."""
     section = place.rpartition(".")[2]
-    for key, value in values.items():
+    asked = place.startswith("engine_kwargs")
+    for key, value in (_with_graphs(values, asked) if section == "compilation_config" else values).items():
         plain = key.replace("-", "_")
         if plain == "compilation_config" and not isinstance(value, Mapping):
             yield from _of_compilation(place, value)
@@ -310,19 +329,50 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
         if isinstance(value, Mapping) and (plain in _LEFT or plain == "offload_config" or plain in ("uva", "prefetch")):
             yield from _of_section(f"{place}.{plain}", value)
             continue
-        if isinstance(value, str) and _OBJECT.fullmatch(value):  # of its fields, those that would be refused
-            yield from (Said(n, f"{place}.{plain}", float(v)) for n, v in _FIELD.findall(value) if n in REFUSED)
+        if isinstance(value, str) and _OBJECT.fullmatch(value):
+            yield from _of_section(f"{place}.{plain}", _fields_of(value))
             continue
         name = _OTHER_NAMES.get(f"{section}.{plain}", _OTHER_NAMES.get(plain, plain))
         if name == "use_cudagraph":
             name, value = "cudagraph_mode", None if value else "none"
-        if name == "compilation_level":
-            kept = "cudagraph_mode" in values or type(value) is not int or value >= _PIECEWISE
-            name, value = "cudagraph_mode", None if kept else "none"
         unlimited = name == "max_model_len" and value == -1
-        if value is None or unlimited or (section in _LEFT and not {name} & (HONOURED | NAMED.keys() | REFUSED.keys())):
+        if value is None or unlimited or not (_has_use(name) or _is_told(section, name, value, asked)):
             continue
         yield Said(name, place, value)
+
+
+def _has_use(name: str) -> bool:
+    return name in HONOURED or name in NAMED or name in REFUSED
+
+
+def _is_told(section: str, name: str, value: Any, asked: bool) -> bool:
+    """Whether a setting without a use is looked at: those of a section that is left only where a user asked."""
+    if section not in _LEFT:
+        return True
+    usual = _USUAL.get(name, ())
+    return asked and name not in _ASKED_OF_NO_MATTER and value not in usual and value != list(usual)
+
+
+def _fields_of(value: str) -> dict[str, Any]:
+    """The fields of a config as Python shows it that are numbers, texts or true."""
+    return {name: _plain(text) for name, text in _FIELD.findall(value)}
+
+
+def _plain(text: str) -> bool | str | float:
+    if text == "True" or text.startswith("'"):
+        return text == "True" or text[1:-1]
+    return float(text) if "." in text else int(text)
+
+
+def _with_graphs(values: Mapping[str, Any], asked: bool) -> dict[str, Any]:
+    """A compilation_config, whose mode (or level) may leave no graphs: vLLM then overrides what was asked of them."""
+    mode = values.get("mode", values.get("level", _PIECEWISE))
+    plain = str(mode).lower().removeprefix("compilationmode.")
+    level: int = mode if type(mode) is int else _MODES.get(plain, _PIECEWISE) if mode is not None else _PIECEWISE
+    found = {key: value for key, value in values.items() if key not in ("mode", "level")}
+    graphs = values.get("cudagraph_mode")
+    whole = graphs is not None and (not asked or "piecewise" not in graph_mode(graphs))
+    return found if level >= _PIECEWISE or whole else {**found, "cudagraph_mode": "none"}
 
 
 def _of_compilation(place: str, value: Any) -> Iterator[Said]:
@@ -340,6 +390,13 @@ def _of_compilation(place: str, value: Any) -> Iterator[Said]:
         yield from _of_section(f"{place}.{name}", parsed)
     elif parsed is not None:
         yield Said(name, place, value)
+
+
+def _check_budget(budget: Any, planned: list[Said]) -> None:
+    for said in planned:
+        if budget is not None and said.value != budget:
+            allowed = f"max_num_batched_tokens, {budget}: a smaller plan than the batch is not modelled"
+            raise UserError(f"meta.json: {said.place}.{said.name}", shortened(said.value), allowed, _FIX)
 
 
 def _is_off(value: Any, off: tuple[Any, ...]) -> bool:

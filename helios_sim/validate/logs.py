@@ -256,7 +256,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(where, line[:80], "a JSON object", "correct the line")
         _check_row(where, row)
-        name = str(row.get("request_id", number))
+        name = f"line {number}" if row.get("request_id") is None else str(row["request_id"])
         if name in seen:
             raise UserError(where, f"request_id {name[:80]}", f"another than in line {seen[name]}", "correct the line")
         seen[name] = number
