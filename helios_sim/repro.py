@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from helios_sim.cli import runner_of
 from helios_sim.config import saved_config
 from helios_sim.errors import UserError
+from helios_sim.opened import opened_now
 from helios_sim.report.format import visible
 from helios_sim.report.terminal import say
 from helios_sim.study.inputs import inputs_of
@@ -49,7 +50,9 @@ def repeat(folder: Path) -> int:
     if config.mode == LIVE or config.fidelity_live.loads:
         allowed = "a study that is simulated: what a device takes is never twice the same"
         raise UserError(str(folder), "live serving", allowed, "run its command again, and compare the two pages")
-    for line in _changed(before.get("made_of"), inputs_of(config)):
+    made_of = before.get("made_of")
+    opened = opened_now(map(str, made_of)) if isinstance(made_of, Mapping) else {}
+    for line in _changed(made_of, inputs_of(config) | opened):
         say(line)
     again = Path(tempfile.mkdtemp(prefix=f"{folder.resolve().name}-again-"))
     with redirect_stdout(StringIO()):

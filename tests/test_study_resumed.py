@@ -7,8 +7,12 @@ import json
 import os
 import pickle
 import random
+import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 
+import numpy as np
 import pytest
 
 from command_line import STUDY, CommandLine, write_study
@@ -27,6 +31,14 @@ class Mine(FullDepthPolicy):
         super().__init__(FullDepthParameters(batch_limit=LIMIT))
 """
 OWN = STUDY.replace("baseline:", "  mine: {policy: custom, object: 'my_policy:Mine'}\nbaseline:") + "seeds: [0, 1]\n"
+
+
+@pytest.fixture(autouse=True)
+def modules_of_its_own() -> Iterator[None]:
+    """What a test imports under the name of a user's module is gone after it."""
+    yield
+    for name in ("my_policy", "my_reader", "constants"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -70,6 +82,64 @@ def test_after_its_policy_file_was_edited_a_study_does_not_mix_both(command, sto
     assert kept(said) == 4  # of the arms that are not made of it
     metrics = command(*study, into="undisturbed").summary["arms"]["mine"]["metrics"]
     assert said.summary["arms"]["mine"]["metrics"] == metrics
+
+
+READS = """
+import json, pathlib, sqlite3
+import numpy as np
+from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
+
+HERE = pathlib.Path(__file__).parent
+AT_IMPORT = json.loads((HERE / "import.json").read_text())
+
+class Mine(FullDepthPolicy):
+    def __init__(self):
+        super().__init__(FullDepthParameters(batch_limit=int(np.load(HERE / "made.npy")[0])))
+
+    def start(self, situation):
+        (HERE / "notes.txt").write_text("mine")
+        self.notes = (HERE / "notes.txt").read_text()
+        self.known = sqlite3.connect(HERE / "start.db").execute("select n from known").fetchone()
+        return super().start(situation)
+"""
+
+
+@pytest.mark.parametrize("changed", ["import.json", "made.npy", "start.db", None])
+def test_files_that_a_policy_opens_itself_are_part_of_its_result(
+    command, stopped, tmp_path, monkeypatch, changed: str | None
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_reader", raising=False)
+    (tmp_path / "my_reader.py").write_text(READS)
+
+    def write(name: str, value: int) -> None:
+        if name == "import.json":
+            (tmp_path / name).write_text(f"[{value}]")
+        elif name == "made.npy":
+            np.save(tmp_path / name, np.array([value]))
+        else:
+            (tmp_path / name).unlink(missing_ok=True)
+            with closing(sqlite3.connect(tmp_path / name)) as known:
+                known.execute("create table known(n)")
+                known.execute("insert into known values(?)", (value,))
+                known.commit()
+
+    for name in ("import.json", "made.npy", "start.db"):
+        write(name, 1)
+    study = write_study(tmp_path, OWN.replace("my_policy", "my_reader"))
+    stopped(study, 5)
+    sys.modules.pop("my_reader")
+    if changed is not None:
+        write(changed, 64)
+    said = command(*study)
+    assert said.status == 0, said.err
+    assert kept(said) == (5 if changed is None else 4)
+    assert (changed is not None) == ("changed since: results in" in said.err)
+    if changed is not None:
+        assert f"{tmp_path / changed} changed since" in said.err
+    made_of = json.loads((tmp_path / "out" / "provenance.json").read_text())["made_of"]
+    opened = {name.rpartition("/")[2] for name in made_of if name.startswith("opened by a policy: ")}
+    assert opened == {"import.json", "made.npy", "start.db"}  # and not the notes that it wrote itself
 
 
 def test_a_profile_or_trace_rewritten_in_place_is_not_kept(command, stopped, tmp_path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from helios_sim.errors import OwnCodeError, UserError, lacking
 from helios_sim.interrupt import is_asked
+from helios_sim.opened import watched
 from helios_sim.policy.answers import fault_of
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
@@ -105,10 +106,12 @@ class _Checked:
 def _own_code(name: str, what: str) -> Iterator[None]:
     """What the user's code raises becomes an OwnCodeError that names it, with its file and line.
 
-    Signals, a machine that gives no more, and a message of this program pass as they are.
+    Signals, a machine that gives no more, and a message of this program pass as they are. Files that it reads are
+    noted: the result is made of them.
     """
     try:
-        yield
+        with watched(name):
+            yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from helios_sim import files
 from helios_sim.errors import UserError
+from helios_sim.opened import Watched, digest_now
 from helios_sim.report.format import visible
 from helios_sim.report.terminal import say
 from helios_sim.untrusted import parse_json
@@ -25,6 +26,7 @@ from helios_sim.vary.workers import Workers
 
 JOURNAL = "finished.jsonl"
 CHECKSUM = "sha256"  # of a journal's line, its last entry
+READ = "read"  # of a journal's line: digests by path of what the user's own code read
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -83,6 +85,11 @@ class Journal(Generic[_Out]):
         if self._folder is None or line is None:
             self._say_why_not(task)
             return None
+        changed = [path for path, digest in self.read_by(task).items() if digest_now(path) != digest]
+        if changed:
+            del self._lines[task.key]
+            self._say(_not_kept(sorted(changed), self._folder))
+            return None
         try:
             return self._store.load(self._folder, task.key, line)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -90,14 +97,26 @@ class Journal(Generic[_Out]):
             self._say(f"a result in {self._folder} is damaged: {_in_words(task)} is run anew")
             return None
 
-    def add(self, task: Task[Any], result: _Out) -> None:
-        """Keeps a result. UserError where the folder cannot be written to."""
+    def read_by(self, task: Task[Any]) -> Mapping[str, str]:
+        """Digests by path of what the user's own code read for the task's result."""
+        read = self._lines.get(task.key, {}).get(READ)
+        return {str(path): str(digest) for path, digest in read.items()} if isinstance(read, Mapping) else {}
+
+    @property
+    def read(self) -> dict[str, str]:
+        """The same of all tasks."""
+        found = [line[READ] for line in self._lines.values() if isinstance(line.get(READ), Mapping)]
+        return {path: digest for read in found for path, digest in read.items()}
+
+    def add(self, task: Task[Any], result: _Out, read: Mapping[str, str] | None = None) -> None:
+        """Keeps a result, with what was `read` for it. UserError where the folder cannot be written to."""
         if self._folder is None:
             return
         said = self._store.save(self._folder, task.key, result)
         if said is None or task.key in self._lines:
             return
         own = {"settings": task.settings, "made_of": dict(task.made_of)} if task.settings else {}
+        own |= {READ: dict(read)} if read else {}
         self._lines[task.key] = line = {"key": task.key, **task.about, **said, **own}
         with _writing(self._folder / JOURNAL) as path, path.open("a", encoding="utf-8") as journal:
             journal.write(_with_checksum(line) + "\n")
@@ -130,12 +149,16 @@ class Journal(Generic[_Out]):
         before = self._made_of.get(task.settings)
         changed = [] if before is None else task.changed(before)
         if changed:
-            self._say(f"{', '.join(changed)} changed since: results in {self._folder} are not kept, but run anew")
+            self._say(_not_kept(changed, self._folder))
 
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             say(f"helios_sim: {text}", sys.stderr)
+
+
+def _not_kept(changed: list[str], folder: Path | None) -> str:
+    return f"{', '.join(changed)} changed since: results in {folder} are not kept, but run anew"
 
 
 def _with_checksum(line: Mapping[str, Any]) -> str:
@@ -201,23 +224,30 @@ def run_tasks(
     """
     named = {task.key: task for task in tasks}
     results: dict[str, _Out] = {}
+    read: dict[str, str] = {}
     for key, task in named.items():
         kept = journal.get(task)
         if kept is not None:
             results[key] = kept
+            read |= journal.read_by(task)
             on_done(task, kept, True)
-    with closing(workers(function, {k: task.input for k, task in named.items() if k not in results})) as finished:
-        for key, result in finished:
+    given = {k: task.input for k, task in named.items() if k not in results}
+    with closing(workers(Watched(function), given)) as finished:
+        for key, (result, opened) in finished:
             results[key] = result
-            _check_unchanged(named[key])
-            journal.add(named[key], result)
+            changed = [path for path, digest in opened.items() if read.setdefault(path, digest) != digest]
+            _check_unchanged(named[key], changed)
+            journal.add(named[key], result, opened)
             on_done(named[key], result, False)
     return results
 
 
-def _check_unchanged(task: Task[Any]) -> None:
-    """UserError where a file has changed since the task was planned: results of both would be mixed."""
-    changed = task.changed(task.made_now())
+def _check_unchanged(task: Task[Any], reread: list[str]) -> None:
+    """UserError where a file has changed since the task was planned, or another task read it otherwise.
+
+    Results of both would be mixed.
+    """
+    changed = [*task.changed(task.made_now()), *sorted(reread)]
     if changed:
         allowed = "must stay as it is while it is used; what is finished is kept"
         raise UserError(", ".join(changed), "changed meanwhile", allowed, "start again in the same hydra.run.dir")
