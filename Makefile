@@ -9,9 +9,18 @@ PINNED := PIP_USE_PEP517=1 $(PIP) --require-hashes --no-deps --no-build-isolatio
 SELF := $(PIP) --no-deps --no-build-isolation -e .
 PINS := pyproject.toml $(wildcard requirements/*.txt)
 AUDIT := $(VENV)/audit
+# Others' clients do not go together, and are no part of what is pinned: each lies in an environment of its own.
+CLIENTS := guidellm aiperf inference-perf genai-bench
+CLIENT_client-guidellm := guidellm==0.8.*
+CLIENT_client-aiperf := aiperf==0.13.*
+CLIENT_client-inference-perf := inference-perf==0.7.*
+CLIENT_client-genai-bench := genai-bench==0.0.5
+PYTHON_client-inference-perf := python3.12
+client = $(VENV)-clients/$(1:client-%=%)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast check bench faults sweep live models audit sbom pins clean
+.PHONY: $(addprefix client-,$(CLIENTS))
+.PHONY: help run test test-fast check bench faults sweep live serve clients models audit sbom pins clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,8 +35,12 @@ $(STAMPS)/core: $(PINS) | $(BIN)/python
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/test: $(STAMPS)/core
-	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/test.txt
-	@touch $@ $(STAMPS)/sweep
+	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt -r requirements/test.txt
+	@touch $@ $(STAMPS)/sweep $(STAMPS)/serve
+
+$(STAMPS)/serve: $(STAMPS)/core
+	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt
+	@touch $@
 
 $(STAMPS)/sweep: $(STAMPS)/core
 	$(PINNED) -r requirements/sweep.txt
@@ -73,6 +86,14 @@ faults: $(STAMPS)/live $(STAMPS)/test  ## damaged files, kills of commands, inje
 sweep: $(STAMPS)/sweep  ## add Optuna and Ray to the same .venv
 
 live: $(STAMPS)/live  ## add torch and transformers to the same .venv
+
+serve: $(STAMPS)/serve  ## add FastAPI, uvicorn and what else python -m helios_sim.serve needs
+
+clients: $(addprefix client-,$(CLIENTS))  ## benchmark clients for a server, each in an environment of its own (8 GB)
+
+$(addprefix client-,$(CLIENTS)):
+	$(or $(PYTHON_$@),$(PYTHON)) -m venv $(VENV)-clients/$(@:client-%=%)
+	$(call client,$@) -m pip install --quiet --disable-pip-version-check '$(CLIENT_$@)'
 
 audit: $(STAMPS)/audit  ## look up known vulnerabilities of every pinned version; fails where it cannot ask PyPI
 	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(filter-out %/torch.txt,$(wildcard requirements/*.txt)))

@@ -35,7 +35,7 @@ _Schema = TypeVar("_Schema")
 
 OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
-    "cluster.tasks", "live.weights.", "live.heads.",
+    "cluster.tasks", "live.weights.", "live.heads.", "serve.tokenizers.",
 )  # fmt: skip
 MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
 PRINT_ALL = "--cfg job prints all settings"
@@ -47,12 +47,12 @@ FIDELITY_SILICON, CAPACITY = "a comparison with published measurements", "a capa
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
-def register() -> None:
+def register(schema: type[Config] = Config) -> None:
     look_at_files()
-    ConfigStore.instance().store(name="config_schema", node=Config)
+    ConfigStore.instance().store(name="config_schema", node=schema)
 
 
-def in_full(arguments: Sequence[str]) -> list[str]:
+def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str]:
     """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves.
 
     `server.preset=X` adds a file of conf/engine, above what an experiment says.
@@ -69,7 +69,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
         elif equals and key == PRESET:
             argument = f"+{ENGINE}={value}"
         found.append(argument)
-    return readable(found, known_settings(Config))
+    return readable(found, known_settings(schema))
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
@@ -151,18 +151,24 @@ def _composed(command: Sequence[str], left_out: Collection[str], config_dir: str
         return compose("config", [*kept, *_searched(next(reversed(config_dirs(command)), config_dir))])
 
 
-def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+def compose_config(
+    experiment: str,
+    words: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+    schema: type[Config] = Config,
+) -> Config:
     """The settings of an experiment and further words of the command line, without running Hydra's own main.
 
-    Raises UserError for a name, a key or a value that does not exist.
+    `schema`: of a command with further settings of its own. Raises UserError for a name, a key or a value that does
+    not exist.
     """
     folder = [] if config_dir is None else ["--config-dir", str(config_dir)]
-    command = in_full(in_order([f"+experiment={experiment}", *words]))
+    command = in_full(in_order([f"+experiment={experiment}", *words]), schema)
     flags = [word for word in command if word.startswith("-")]
     if flags:
         raise UserError("argument", flags[0], "only settings, key=value", "leave it out")
     check_flags([*command, *folder])
-    register()
+    register(schema)
     try:
         command = whole_mixes(by_arm(command, config_dir), config_dir)
         with initialize_config_dir(conf_folder(), version_base=None):
@@ -171,9 +177,9 @@ def compose_config(experiment: str, words: Sequence[str] = (), config_dir: str |
         with open_dict(settings):
             del settings["hydra"]
         check_choices(settings, choices, command)
-        config = to_config(settings, command)
+        config = typed(settings, schema, command)
     except (HydraException, OmegaConfBaseException) as error:
-        raise in_words(error, command) from error
+        raise in_words(error, command, schema) from error
     except yaml.YAMLError as error:
         raise UserError(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
@@ -232,6 +238,11 @@ def typed(settings: DictConfig, schema: type[_Schema], arguments: Sequence[str])
         raise in_words(error, arguments, schema) from error
     assert isinstance(config, schema)
     return config
+
+
+def settings_page(config: Config) -> str:
+    """All settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def saved_config(settings: object, where: str) -> Config:

@@ -22,8 +22,8 @@ PROJECT = FOLDER.parent / "pyproject.toml"
 # one dependency without a wheel (antlr4-python3-runtime, by setuptools), `audit` tools that lie in an environment of
 # their own; the others are extras of the project.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "build": (), "core": (), "sweep": ("core",), "trace": ("core", "sweep"), "test": ("core", "sweep", "trace"),
-    "live": ("core",), "audit": (),
+    "build": (), "core": (), "sweep": ("core",), "trace": ("core", "sweep"), "serve": ("core", "sweep", "trace"),
+    "test": ("core", "sweep", "trace", "serve"), "live": ("core",), "audit": (),
 }  # fmt: skip
 BUILT_WITH = ("editables", "setuptools")
 OF_TORCH = re.compile(r"torch|triton|cuda-.*|nvidia-(?!ml-py).*")
@@ -56,7 +56,9 @@ def main() -> int:
         "audit": "\n".join(settings["project"]["optional-dependencies"]["audit"]),
     }
     before = [] if "--upgrade" in sys.argv else kept((*LAYERS, "torch"))
-    whole = entries(compiled(str(PROJECT), "-", "--all-extras", *before, given=alone["build"]))
+    # Not the extra `clients`: those do not go together, and each is installed into an environment of its own.
+    extras = [word for layer in LAYERS if layer not in ("build", "core") for word in ("--extra", layer)]
+    whole = entries(compiled(str(PROJECT), "-", *extras, *before, given=alone["build"]))
     exact = "\n".join(re.split(r"[ \\]", block)[0] for block in whole.values())
     pins = FOLDER / "whole.tmp"
     pins.write_text(exact)

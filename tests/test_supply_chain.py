@@ -13,7 +13,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "requirements"
-UNDER = {"sweep": ("core",), "trace": ("core", "sweep"), "test": ("core", "sweep", "trace"), "live": ("core",)}
+UNDER = {
+    "sweep": ("core",), "trace": ("core", "sweep"), "serve": ("core", "sweep", "trace"),
+    "test": ("core", "sweep", "trace", "serve"), "live": ("core",),
+}  # fmt: skip
 NAMED = sorted(set(re.findall(r"`(tests/\w+\.py::\w+)`", (ROOT / "SECURITY.md").read_text())))
 
 
@@ -31,7 +34,7 @@ def version(entry: str) -> str:
     return re.split(r"[ ;\\\n]", entry.split("==")[1])[0]
 
 
-@pytest.mark.parametrize("layer", ["build", "core", "sweep", "trace", "test", "live", "audit"])
+@pytest.mark.parametrize("layer", ["build", "core", "sweep", "trace", "serve", "test", "live", "audit"])
 def test_every_pin_has_its_digests(layer: str) -> None:
     found = pins(layer)
     assert found
@@ -57,7 +60,8 @@ def test_all_that_is_needed_is_pinned() -> None:
     project, wanted = settings["project"], {"core": settings["project"]["dependencies"]}
     wanted |= {layer: [*project["dependencies"], *more] for layer, more in project["optional-dependencies"].items()}
     wanted["build"] = settings["build-system"]["requires"]
-    del wanted["audit"]  # has an environment of its own
+    for layer in ("audit", "clients"):  # have environments of their own
+        del wanted[layer]
     tools = {normal(Requirement(text).name) for text in project["optional-dependencies"]["audit"]}
     assert tools <= set(pins("audit"))
     for layer, packages in wanted.items():
@@ -81,7 +85,10 @@ def test_every_installation_checks_digests() -> None:
     words = {line.split(" := ")[0]: line for line in lines if " := " in line}
     assert "--require-hashes" in words["PINNED"]
     without = [line.strip() for line in lines if line.startswith("\t") and re.search(r"\$\(PIP\)|pip install", line)]
-    assert [line for line in without if "--require-hashes" not in line] == ["$(PIP) -c requirements/torch.txt torch"]
+    assert [line for line in without if "--require-hashes" not in line] == [
+        "$(PIP) -c requirements/torch.txt torch",
+        "$(call client,$@) -m pip install --quiet --disable-pip-version-check '$(CLIENT_$@)'",
+    ]
 
 
 def test_actions_are_pinned_by_commit() -> None:

@@ -83,6 +83,9 @@ class SimulatedEngine:
     def hold(self, layers: Mapping[str, int]) -> None:
         """Memory is counted by the server; nothing lies in it here."""
 
+    def free(self) -> None:
+        """Nothing lies in memory here."""
+
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         duration_ns = max(1, to_ns(self._models[model].profile.load_time_s(n_bytes), "load"))
         now_ns = int(self._env.now)

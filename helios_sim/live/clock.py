@@ -34,10 +34,14 @@ _LARGEST = 1 << 61
 
 
 class WallClock(simpy.rt.RealtimeEnvironment):
-    """A SimPy environment on `time.monotonic`. Call `sync()` once everything is loaded and warm: time starts there."""
+    """A SimPy environment on `time.monotonic`. Call `sync()` once everything is loaded and warm: time starts there.
 
-    def __init__(self) -> None:
-        super().__init__(initial_time=0, factor=1 / NS_PER_S, strict=False)
+    `speedup`: its time runs so many times as fast as the wall clock's.
+    """
+
+    def __init__(self, speedup: float = 1.0) -> None:
+        super().__init__(initial_time=0, factor=1 / (NS_PER_S * speedup), strict=False)
+        self._speedup = speedup
         self._calls: SimpleQueue[tuple[int, Call]] = SimpleQueue()
         self._stopped_s: float | None = None  # the time at which it was stopped, while it is
         self._doors = 0  # callers that may still call: until then an empty schedule does not end the run
@@ -46,7 +50,7 @@ class WallClock(simpy.rt.RealtimeEnvironment):
     def wall_ns(self) -> int:
         """The time on the clock now. `now` is the time of the running event, which is never later."""
         stopped_s = self._stopped_s  # read once: another thread may ask
-        return to_ns((monotonic() if stopped_s is None else stopped_s) - self.real_start)
+        return to_ns(((monotonic() if stopped_s is None else stopped_s) - self.real_start) * self._speedup)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -103,7 +107,7 @@ class WallClock(simpy.rt.RealtimeEnvironment):
 
     def _seconds_left(self) -> float | None:
         due_ns = self.peek()
-        return None if due_ns == Infinity else self.real_start + due_ns / NS_PER_S - monotonic()
+        return None if due_ns == Infinity else self.real_start + due_ns / NS_PER_S / self._speedup - monotonic()
 
     def _drain(self) -> None:
         while True:
@@ -122,7 +126,7 @@ class WallClock(simpy.rt.RealtimeEnvironment):
 class CancelTarget(Protocol):
     """A replica's server."""
 
-    def cancel(self, request_id: int) -> None: ...
+    def cancel(self, request_id: int, reason: str) -> None: ...
 
 
 class DispatchTarget(Protocol):
@@ -145,24 +149,24 @@ class Door:
     def __init__(self, clock: WallClock, system: DispatchTarget, tasks: int = 1) -> None:
         self._clock, self._system, self._tasks = clock, system, tasks
         self._lock, self._closed = threading.Lock(), False
-        self._sent: set[int] = set()
+        self._last_sent = -1
         clock.open_door()
 
     def send(self, request: Request) -> None:
         """Dispatch a request that arrives now.
 
-        Raises UserError for a malformed request, for a number that was sent before, and after `close`; queue.Full if
-        the server is too far behind.
+        Raises UserError for a malformed request, for a number that is not above all that were sent before, and after
+        `close`; queue.Full if the server is too far behind.
         """
         self._check(request)
         with self._lock:
             self._require_open()
-            if request.request_id in self._sent:
-                raise UserError("request_id", request.request_id, "a number that was not sent before", "count on")
+            if request.request_id <= self._last_sent:
+                raise UserError("request_id", request.request_id, "a number above all that were sent", "count on")
             self._clock.call(lambda: self._system.dispatch(replace(request, arrival_ns=int(self._clock.now))))
-            self._sent.add(request.request_id)
+            self._last_sent = request.request_id
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, reason: str = "cancelled") -> None:
         """Abort the request between two iterations, wherever it is. Does nothing if it has left already.
 
         Raises UserError after `close`.
@@ -170,18 +174,21 @@ class Door:
 
         def everywhere() -> None:
             for server in self._system.servers:
-                server.cancel(request_id)
+                server.cancel(request_id, reason)
 
         with self._lock:
             self._require_open()
-            self._clock.call(everywhere)
+            self._clock.call(everywhere, always=True)
 
-    def close(self) -> None:
-        """End the calls. Only the first call counts."""
+    def close(self, now: bool = False) -> None:
+        """End the calls. Only the first call counts. The run ends when all requests have left, and no alarm is due.
+
+        `now`: it ends between two events, and requests that are still there leave as unfinished.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._clock.call(self._clock.close_door, always=True)
+                self._clock.call(_end if now else self._clock.close_door, always=True)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -205,6 +212,10 @@ class Door:
 
     def __exit__(self, *of_error: Any) -> None:
         self.close()
+
+
+def _end() -> None:
+    raise EmptySchedule
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, oom_message, open_device
-from helios_sim.live.exits import Chunk, ObservedToken, Row, Tally
+from helios_sim.live.exits import Choice, Chunk, ObservedToken, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.memory.residents import Residents
@@ -80,6 +80,18 @@ class LiveEngine:
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         return self._models[model].lengths(request, answered_chars)
 
+    def prompt(self, model: str, request: Request, n_tokens: int, answered: str = "") -> list[int]:
+        """The ids that the model reads, `n_tokens` of them: the prompt and what other models have answered so far."""
+        return self._models[model].prompt_ids(request, self._texts, n_tokens, answered)
+
+    def choice(self, answer: Answer) -> Choice | None:
+        """How the next token is chosen from the logits; None: the likeliest."""
+        return None
+
+    def ends(self, answer: Answer) -> bool:
+        """Whether its latest token ends the answer, however long it was planned."""
+        return False
+
     def places(self, model: str) -> Places | None:
         return self.work.places[model]
 
@@ -90,6 +102,13 @@ class LiveEngine:
             name, end = next(iter(layers.items()))
             try_out(self.residents.running(name, end), end)
             self.work.reserve()
+        elif layers and not self.work.is_reserved:  # after `free`
+            self.work.reserve()
+
+    def free(self) -> None:
+        self.work.keep_only(set(), self.answers)
+        self.work.close()
+        self.residents.free()
 
     def capture(self, deployment: Deployment | None = None) -> int:
         """Capture decode steps before time starts. Returns how many.
@@ -139,7 +158,7 @@ class LiveEngine:
             self.work.keep_only(set(), self.answers)
             raise OutOfMemory(reason, max(now_ns + 1, self._env.wall_ns))
         self._note(plan, answers, rows, chunks)
-        return self._outcome(plan, rows, chunks, tally, now_ns)
+        return self._outcome(plan, answers, rows, chunks, tally, now_ns)
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         """Load the held layers that are not resident yet. Of a model that is complete, nothing is loaded."""
@@ -200,9 +219,9 @@ class LiveEngine:
         """A served text in the tokens of another model."""
         served = self.answers[request.request_id]
         answered = served.before + self._models[served.model].decode(served.tokens)
-        prompt_tokens, _ = data.lengths(request)
+        prompt_tokens, _ = self.tokenize(model, request)
         ids = data.encode(answered) or data.encode(" ")
-        return Answer(request, model, data.prompt_ids(request, self._texts, prompt_tokens), len(ids), tokens=ids)
+        return Answer(request, model, self.prompt(model, request, prompt_tokens), len(ids), tokens=ids)
 
     def _members(self, plan: Plan) -> list[Answer]:
         """The batch's answers, each with a slot. Requests that left the batch lose their slots."""
@@ -218,12 +237,12 @@ class LiveEngine:
         return answers
 
     def _answer(self, member: Member) -> Answer:
-        request, data = member.request, self._models[member.model]
+        request = member.request
         known = self.answers.get(request.request_id)
         if known is not None and known.model == member.model and len(known.tokens) == member.generated:
             return known
         before = "" if known is None else known.before + self._models[known.model].decode(known.tokens)
-        prompt = data.prompt_ids(request, self._texts, member.prompt_tokens, before)
+        prompt = self.prompt(member.model, request, member.prompt_tokens, before)
         answer = Answer(request, member.model, prompt, member.output_tokens, before)
         self.answers[request.request_id] = answer
         return answer
@@ -237,7 +256,7 @@ class LiveEngine:
             slot, at = self.work.slots.of(answer.request.request_id), answer.cached
             rows.append(Row(
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
-                asks=per_token and seen is None, seen=seen, owed=answer.owed,
+                asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
             ))  # fmt: skip
         return rows
 
@@ -252,7 +271,9 @@ class LiveEngine:
             row = None
             if part.finishes:
                 seen = ObservedToken() if observed else None
-                row = Row(slot, start + len(ids) - 1, ids[-1], layers, decodes=False, seen=seen)
+                row = Row(
+                    slot, start + len(ids) - 1, ids[-1], layers, decodes=False, seen=seen, choice=self.choice(answer)
+                )
             chunks.append(Chunk(slot, ids, start, layers, row))
         return chunks
 
@@ -295,16 +316,32 @@ class LiveEngine:
             self.faults.request_failed(answer.request.request_id, reason)
 
     def _outcome(
-        self, plan: Plan, rows: SequenceOf[Row], chunks: SequenceOf[Chunk], tally: Tally, now_ns: int
+        self,
+        plan: Plan,
+        answers: SequenceOf[Answer],
+        rows: SequenceOf[Row],
+        chunks: SequenceOf[Chunk],
+        tally: Tally,
+        now_ns: int,
     ) -> Outcome:
-        first = [chunk.row for chunk in chunks if chunk.row is not None]
+        first = [
+            (answers[part.index], chunk.row)
+            for part, chunk in zip(plan.prefill, chunks, strict=True)
+            if chunk.row is not None
+        ]
         return Outcome(
             end_ns=max(now_ns + 1, self._env.wall_ns),
             profile=self._models[plan.model].profile,
             composition=tally.composition(plan, chunks),
-            decoded=[Token(row.layers, row.breach) for row in rows],
-            prefilled=[Token(row.layers, row.breach) for row in first],
+            decoded=[self._token(answer, row) for answer, row in zip(answers, rows, strict=False)],
+            prefilled=[self._token(answer, row) for answer, row in first],
         )
+
+    def _token(self, answer: Answer, row: Row) -> Token:
+        last = self.ends(answer)
+        if last:
+            answer.planned_tokens = len(answer.tokens)
+        return Token(row.layers, row.breach, last)
 
 
 def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tuple[int, int]]:

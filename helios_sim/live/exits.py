@@ -41,6 +41,10 @@ class ObservedToken:
     confidence: list[float] = field(default_factory=list)
 
 
+Choice = Callable[[Tensor], int]
+"""Chooses a token from its logits (V,) on the device."""
+
+
 @dataclass(slots=True)
 class Row:
     """A token that yields the next one: of a request that decodes, or the last one of a prompt that finishes."""
@@ -55,6 +59,7 @@ class Row:
     owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
     sure: bool = False  # was confident at some exit
     recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
+    choice: Choice | None = None  # of the next token; None: the likeliest
     chosen: int | None = None  # the next token
     layers: int = 0  # depth at which it exited; 0 before that
     breach: bool = False
@@ -131,9 +136,14 @@ class HeadOutput:
     `finite`: whether the logits were numbers; if not, token and confidence mean nothing.
     """
 
-    tokens: list[int]
+    tokens: list[int]  # the likeliest
     confidence: list[float] | None
     finite: list[bool]
+    logits: Tensor  # (n, V), on the device
+
+    def token(self, row: int, choose: Choice | None) -> int:
+        """The row's next token. A choice of its own takes a transfer to the host of its own."""
+        return self.tokens[row] if choose is None or not self.finite[row] else choose(self.logits[row])
 
 
 class ExitReader:
@@ -150,36 +160,37 @@ class ExitReader:
         `measure`: the confidence to return as well (None: none). That of a check on the hidden state comes from the
         check rather than from the head, in the same transfer.
         """
-        tokens, confidence, best = self.on_device(model, depth, hidden, measure)
+        tokens, confidence, best, logits = self.on_device(model, depth, hidden, measure)
         columns = [tokens.double(), best.double()] if confidence is None else [
             tokens.double(), best.double(), confidence.double()
         ]  # fmt: skip
         rows = torch.stack(columns).tolist()
         finite = [value - value == 0.0 for value in rows[1]]
-        return HeadOutput([int(t) for t in rows[0]], None if confidence is None else rows[2], finite)
+        return HeadOutput([int(t) for t in rows[0]], None if confidence is None else rows[2], finite, logits)
 
     @torch.inference_mode()
     def tokens(self, model: SegmentedModel, adapted: Tensor) -> HeadOutput:
         """Tokens of states (n, d) that are already adapted, from any depths, with one transfer to the host."""
-        best = model.logits(adapted).max(-1)
+        logits = model.logits(adapted)
+        best = logits.max(-1)
         rows = torch.stack((best.indices.double(), best.values.double())).tolist()
-        return HeadOutput([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]])
+        return HeadOutput([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]], logits)
 
     def on_device(
         self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Tokens (n,), confidence (n,) if requested, and the largest logit (n,), all on the device."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Tokens (n,), confidence (n,) if requested, the largest logit (n,) and all logits (n, V), on the device."""
         index = self._index.get(depth)
         logits = model.logits(self.adapted(model, depth, hidden))
         if measure is None or not measure.by_head:
             best = logits.max(-1)
-            return best.indices, None if measure is None else self.check(depth, hidden, measure), best.values
+            return best.indices, None if measure is None else self.check(depth, hidden, measure), best.values, logits
         logits = logits.float()
         temperature = 1.0 if index is None else self.heads.temperature[index]
         if temperature != 1.0:
             logits = logits / temperature
         seen = HeadView(logits)
-        return seen.best.indices, MEASURES[measure].of(seen), seen.best.values
+        return seen.best.indices, MEASURES[measure].of(seen), seen.best.values, logits
 
     def adapted(self, model: SegmentedModel, depth: int, hidden: Tensor) -> Tensor:
         """Adapt hidden states (n, d) after `depth` layers for the model's own norm and LM head."""
@@ -284,13 +295,13 @@ class ExitDecider:
         tally.add("check_tokens", band, len(through) - len(sampled))
         if not self._by_head:
             tally.add("classifier_tokens", band, len(watched))
-        for i, token, sure_here, finite in zip(through, said.tokens, confidence, said.finite, strict=True):
+        for place, (i, sure_here) in enumerate(zip(through, confidence, strict=True)):
             row = rows[i]
             if row.seen is not None:
-                row.seen.choices.append(token)
+                row.seen.choices.append(said.tokens[place])
                 row.seen.confidence.append(sure_here)
             if i in stops or i in leaving:
-                row.chosen, row.layers, row.finite = token, end, finite
+                row.chosen, row.layers, row.finite = said.token(place, row.choice), end, said.finite[place]
                 row.breach = i in watched and self._measure is not None and not (
                     row.sure or _confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
@@ -301,8 +312,8 @@ class ExitDecider:
             return
         found = self._exits.tokens(self._model, torch.cat([adapted for _, adapted in self._waiting]))
         rows = [row for left, _ in self._waiting for row in left]
-        for row, token, finite in zip(rows, found.tokens, found.finite, strict=True):
-            row.chosen, row.finite = token, finite
+        for place, row in enumerate(rows):
+            row.chosen, row.finite = found.token(place, row.choice), found.finite[place]
         self._waiting.clear()
 
     def _exit_later(self, end: int, rows: Sequence[Row], going: list[int], states: Tensor, tally: Tally) -> None:

@@ -47,7 +47,7 @@ class DecisionRow:
 
 
 def decision_rows(arm: ArmResult) -> list[DecisionRow]:
-    return [_row(arm.name, decision) for decision in arm.decisions]
+    return [decision_row(arm.name, decision) for decision in arm.decisions]
 
 
 def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
@@ -64,7 +64,7 @@ def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
     return pa.table(data)
 
 
-def _row(arm: str, decision: Decision) -> DecisionRow:
+def decision_row(arm: str, decision: Decision) -> DecisionRow:
     deployment: Deployment = decision.deployment
     return DecisionRow(
         arm=arm,

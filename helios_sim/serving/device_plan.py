@@ -51,6 +51,8 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
         request.token_layers, request.token_breach = token.layers, int(token.breach)
         request.token_agrees, request.token_microbits = 1, 0
         request.observed = int(limit is not None and request.generated < limit)
+        if token.last:
+            request.remaining, request.output_tokens = 1, request.generated + 1
 
 
 def _member(replica: Replica, row: Record) -> Member:

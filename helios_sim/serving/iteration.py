@@ -69,6 +69,7 @@ class Token(NamedTuple):
 
     layers: int  # that it ran
     breach: bool = False  # it left at the cap without confidence
+    last: bool = False  # it ends the answer, which may have been planned longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,10 @@ class Engine(Protocol):
 
         What is named first, when a run begins, is there at once.
         """
+        ...
+
+    def free(self) -> None:
+        """All weights and all K and V leave memory, until `hold` says what is to be there. Nothing may be running."""
         ...
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
@@ -202,6 +207,9 @@ class Around:
 
     def hold(self, layers: Mapping[str, int]) -> None:
         self._inner.hold(layers)
+
+    def free(self) -> None:
+        self._inner.free()
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         self._inner.start_transfer(n_bytes, model, on_done)

@@ -7,7 +7,7 @@ schedules and commits each of them around the real execution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import simpy
@@ -37,6 +37,19 @@ from helios_sim.serving.transition import Transitions
 from helios_sim.serving.turns import Turns
 
 
+class Produced(NamedTuple):
+    """One output token of one request."""
+
+    request_id: int
+    number: int  # among the tokens of its answer, from 0
+    layers: int  # that it ran
+    breach: bool  # it left at the cap without confidence
+
+
+OnTokens = Callable[["Server", Sequence[Produced]], None]
+"""The tokens of an iteration that ends now, before it is committed: its requests are still in their slots."""
+
+
 class Scheduled(NamedTuple):
     """What an iteration runs."""
 
@@ -61,6 +74,7 @@ class Server:
         self._turns = Turns(env, number)
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
+        self.on_tokens: OnTokens | None = None  # stepwise only
         self._opened = False
         self.has_begun = False  # its first turn is over
         self.injector: Injector | None = None  # of faults that strike it
@@ -195,6 +209,8 @@ class Server:
                 if s.left or s.seen:  # a router counts who has left; all else can wait
                     hand_over(replica)
                 yield self._turns.at(int(s.end_ns))
+                if self.on_tokens is not None:
+                    self.on_tokens(self, self._produced())
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
             elif stop == layout.EXECUTE:
                 given_up_ns = self._execute()
@@ -264,6 +280,18 @@ class Server:
         it.outside = int(profile.outside_grid(outcome.composition)[0])
         s.end_ns = outcome.end_ns
         return None
+
+    def _produced(self) -> list[Produced]:
+        """The tokens of the iteration in progress, in the order of its batch."""
+        replica, it, found = self._replica, self._replica.iteration, []
+        slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)]]
+        slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
+        for slot in slots:
+            request = replica.requests[slot]
+            layers, breach = (it.token_layers, 0) if it.alike else (request.token_layers, request.token_breach)
+            number = int(request.earlier_tokens + request.generated)
+            found.append(Produced(int(request.request_id), number, int(layers), bool(breach)))
+        return found
 
     def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:
         """Requests that arrive until then join the line: before the policy looks at it, or while a probe runs."""
@@ -438,6 +466,24 @@ class Server:
     def placement(self) -> Placement:
         """The model that serves, and its layers that are loaded."""
         return self._replica.deployment.active
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Layers in memory or on the way, by model."""
+        return dict(self._transitions.residency.layers)
+
+    @property
+    def loads(self) -> str | None:
+        """The model whose weights are on the way, or wait for room."""
+        return self._transitions.loads
+
+    def free_weights(self) -> None:
+        """All weights leave memory. Nothing may be in the system, or on the way."""
+        self._engine.free()
+
+    def load_weights(self, on_done: Callable[[], None]) -> None:
+        """What `free_weights` has freed is loaded again."""
+        self._transitions.load_again(on_done)
 
     @property
     def scheduled(self) -> Scheduled:

@@ -209,6 +209,21 @@ class Transitions:
         replica.engine.start_transfer(n_bytes, model, done)
         self.wake()
 
+    def load_again(self, on_done: Callable[[], None]) -> None:
+        """Loads all that is resident anew, one model after the other, after `engine.free`."""
+        waiting = list(self.residency.layers)
+        self._replica.engine.hold(self.residency.layers)
+
+        def load_next() -> None:
+            if not waiting:
+                self._replica.enforce()  # an engine may have found less room for requests
+                on_done()
+                return
+            model = waiting.pop(0)
+            self.transfer(self.residency.weight_bytes({model: self.residency.layers[model]}), model, load_next)
+
+        load_next()
+
     def give_up(self, reason: str, again: bool) -> tuple[str, Deployment] | None:
         """The weights under way will not come: what is in force stays, without the limits of a round.
 

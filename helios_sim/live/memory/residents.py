@@ -192,6 +192,8 @@ class Residents:
         first = not self._stores
         if first:
             self._read()
+        if not self._slab.total_bytes:
+            self._take_memory()
         for name in list(self._there):
             self._drop(name, layers.get(name, 0))
         if first:
@@ -271,16 +273,24 @@ class Residents:
     def close(self) -> None:
         """Stop loading, and free the memory for weights."""
         self.stop()
+        self.free()
+        self._stores.clear()
+
+    def free(self) -> None:
+        """Free the memory for weights, which are kept in host memory; `hold` takes it again. Nothing may be loading."""
         for resident in self._there.values():
             resident.model.drop_layers(0)
-        for of in (self._there, self._made, self._stores, self._homes):
+        for of in (self._there, self._made, self._homes):
             of.clear()
         self._slab, self._freed = Slab(0, self._device.torch_device), None
+        self._device.release()
 
     def _read(self) -> None:
-        on = self._device.torch_device
         for name, live in self._models.items():
             self._stores[name] = host_store(name, live.checkpoint, live.dtype, self._device)
+
+    def _take_memory(self) -> None:
+        on = self._device.torch_device
         blocks = {(name, block): n for name, store in self._stores.items() for block, n in store.sizes.items()}
         n_bytes = sum(blocks.values()) if self._weight_bytes is None else self._weight_bytes
         self._device.release()

@@ -113,6 +113,10 @@ class Workspace:
         if hasattr(self, "cache"):
             del self.cache
 
+    @property
+    def is_reserved(self) -> bool:
+        return self._block is not None
+
     def reserve(self) -> None:
         """Allocate the block for all wanted slots, or for as many as there is free memory for.
 

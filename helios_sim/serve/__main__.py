@@ -1,0 +1,82 @@
+"""`python -m helios_sim.serve`: help and version by itself; everything else is loaded when a server is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from helios_sim.streams import open_streams
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+DEFAULT = "serve"  # the experiment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: it was stopped; 1: a mistake in the settings, in one message, or a failure."""
+    command = sys.argv[1:] if arguments is None else list(arguments)
+    open_streams()
+    import helios_sim
+    from helios_sim.errors import UserError, lacking
+    from helios_sim.help import help_text, is_asked
+
+    if is_asked(command):
+        print(help_text("serve", command))
+        return 0
+    if "--version" in command:
+        print(f"helios_sim {helios_sim.__version__}")
+        return 0
+    try:
+        return _serve(command)
+    except UserError as error:
+        print(f"helios_sim.serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("helios_sim.serve: stopped", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (message := lacking(error)) is None:
+            raise
+        print(f"helios_sim.serve: {message}", file=sys.stderr)
+        return 1
+
+
+def _serve(command: list[str]) -> int:
+    from helios_sim.config import compose_config, given, settings_page
+    from helios_sim.errors import UserError
+    from helios_sim.help import config_dirs
+    from helios_sim.serve.settings import ServedConfig
+
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        fix = "run `make serve`, or pip install 'helios-llm-sim[serve]'"
+        raise UserError("packages", ", ".join(missing), "serving needs them installed", fix)
+    shows, words = _without_flags(command)
+    experiment = given("experiment", words) or DEFAULT
+    words = [word for word in words if word.lstrip("+").partition("=")[0] != "experiment"]
+    config = compose_config(experiment, words, next(reversed(config_dirs(command)), None), ServedConfig)
+    assert isinstance(config, ServedConfig)
+    if shows:
+        print(settings_page(config), end="")
+        return 0
+    from helios_sim.serve.command import serve
+
+    return serve(config)
+
+
+def _without_flags(command: list[str]) -> tuple[bool, list[str]]:
+    """Whether `--cfg job` is among them, and the settings."""
+    words, shows, rest = [], False, iter(command)
+    for word in rest:
+        if word in ("--cfg", "-c"):
+            shows = next(rest, "") == "job"
+        elif word in ("--config-dir", "-cd"):
+            next(rest, "")
+        elif not word.startswith(("--config-dir=", "--cfg=")):
+            words.append(word)
+        shows = shows or word == "--cfg=job"
+    return shows, words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Energy since the server began: from the device's own counter, or, of a simulated card, its upper estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from helios_sim.live.energy import ABSENT, Counter, open_counter
+from helios_sim.profile.spec import HardwareSpec
+from helios_sim.request import NS_PER_S
+from helios_sim.serving.server import Server
+
+
+class Energy(Protocol):
+    told: str  # where it comes from, or why there is none
+
+    def joules(self, now_ns: int) -> float | None:
+        """Since the server began; None: it is not known."""
+        ...
+
+
+class Counted:
+    """`counter`: of the device; None where it has none."""
+
+    def __init__(self, counter: Counter | None, absent: str) -> None:
+        self._counter = counter
+        self._began = None if counter is None else counter.energy_j()
+        self.told = absent if counter is None or self._began is None else counter.source
+
+    def joules(self, now_ns: int) -> float | None:
+        now = None if self._counter is None else self._counter.energy_j()
+        return None if now is None or self._began is None else now - self._began
+
+
+class Modelled:
+    """The board's limit while iterations run, idle power otherwise: the upper end of a study's band."""
+
+    def __init__(self, card: HardwareSpec, servers: Sequence[Server]) -> None:
+        self._card, self._servers = card, servers
+        known = card.idle_w is not None and card.tdp_w is not None
+        self.told = "upper estimate: board limit while iterations run, else idle power" if known else "power not known"
+
+    def joules(self, now_ns: int) -> float | None:
+        idle_w, tdp_w = self._card.idle_w, self._card.tdp_w
+        if idle_w is None or tdp_w is None:
+            return None
+        busy_ns = sum(server.stats.busy_ns for server in self._servers)
+        return (idle_w * now_ns * len(self._servers) + (tdp_w - idle_w) * busy_ns) / NS_PER_S
+
+
+def counted(device: str) -> Counted:
+    return Counted(open_counter(device), ABSENT[device.partition(":")[0]])

@@ -1,0 +1,206 @@
+"""Requests that are open, on the front's side: each is a stream of tokens that the engine sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import Any
+
+from helios_sim.request import RequestRecord, Status
+from helios_sim.serve.asked import Ask
+from helios_sim.serve.front.metrics import Metrics
+from helios_sim.serve.front.problems import Gone, Problem
+from helios_sim.serve.messages import (
+    Cancel,
+    Decided,
+    Ended,
+    FromEngine,
+    Left,
+    Look,
+    Ready,
+    Refused,
+    State,
+    Switched,
+    ToEngine,
+    Token,
+    Tokens,
+)
+
+_KEPT_DECISIONS = 200
+_FRESH_S = 0.05  # a state as old as this is not asked for anew
+_WAIT_S = 30.0  # for the engine to tell its state: an iteration may take long
+
+
+class Stream:
+    """The tokens of one request. Items: (token, model, replica), then the record, or a problem."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask, self.began_s = ask, monotonic()
+        self.record: RequestRecord | None = None
+        self._items: deque[tuple[Token, str, int] | RequestRecord | BaseException] = deque()
+        self._more = asyncio.Event()
+        self.closed = False
+
+    def put(self, item: tuple[Token, str, int] | RequestRecord | BaseException) -> None:
+        self._items.append(item)
+        self._more.set()
+
+    async def get(self) -> tuple[Token, str, int] | None:
+        """The next token; None: there is none any more. Raises what ended it otherwise."""
+        while not self._items:
+            self._more.clear()
+            await self._more.wait()
+        item = self._items.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        if isinstance(item, RequestRecord):
+            self.record = item
+            return None
+        return item
+
+
+class Hub:
+    """`send` hands a message to the engine. Everything here runs in the event loop's thread."""
+
+    def __init__(self, send: Callable[[ToEngine], None], metrics: Metrics) -> None:
+        self._send, self.metrics = send, metrics
+        self._open: dict[int, Stream] = {}
+        self._numbers = 0
+        self.ready: Ready | None = None
+        self.ended: Ended | None = None
+        self.state: State | None = None
+        self._state_s = float("-inf")
+        self._looking: asyncio.Future[State] | None = None
+        self.decisions: deque[Mapping[str, Any]] = deque(maxlen=_KEPT_DECISIONS)
+        self._listeners: set[Callable[[str, Mapping[str, Any]], None]] = set()
+        self.closing = False
+
+    @property
+    def open(self) -> int:
+        """Requests that the engine has and that have not left."""
+        return len(self._open)
+
+    @property
+    def model(self) -> str | None:
+        """What the first replica serves, as last told."""
+        return None if self.state is None else self.state.replicas[0].model
+
+    def next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers - 1
+
+    def ask(self, ask: Ask) -> Stream:
+        """Sends a request."""
+        if self.ended is not None:
+            raise Problem(503, "The engine has ended", None, "engine_ended")
+        stream = self._open[ask.request_id] = Stream(ask)
+        self._send(ask)
+        return stream
+
+    def cancel(self, stream: Stream, reason: str) -> None:
+        """The request leaves the engine with its next iteration. Does nothing if it has left, or was let go."""
+        if not stream.closed and stream.ask.request_id in self._open:
+            self._send(Cancel(stream.ask.request_id, reason))
+        stream.closed = True
+
+    def close(self) -> None:
+        """No listener is told anything any more."""
+        self.closing = True
+
+    def disturb(self, error: BaseException) -> None:
+        """Every open request ends with this."""
+        for stream in self._open.values():
+            stream.put(error)
+
+    async def look(self) -> State:
+        """The engine's state, a moment old at most."""
+        if self.state is not None and monotonic() - self._state_s < _FRESH_S:
+            return self.state
+        if self.ended is not None or self.ready is None:
+            raise Problem(503, "The engine does not serve", None, "engine_not_ready", 1)
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_future()
+            self._send(Look())
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._looking), _WAIT_S)
+        except TimeoutError:
+            raise Problem(503, "The engine does not tell its state", None, "engine_busy", 1) from None
+
+    @property
+    def listeners(self) -> int:
+        return len(self._listeners)
+
+    def send(self, message: ToEngine) -> None:
+        self._send(message)
+
+    def listen(self, listener: Callable[[str, Mapping[str, Any]], None]) -> Callable[[], None]:
+        """The listener is told of decisions and of requests that have left. Returns what ends that."""
+        self._listeners.add(listener)
+        return lambda: self._listeners.discard(listener)
+
+    # --- What the engine says ---------------------------------------------------------------------------------------
+
+    def receive(self, message: FromEngine) -> None:
+        if isinstance(message, Tokens):
+            self._tokens(message)
+        elif isinstance(message, Left):
+            self._left(message.record)
+        elif isinstance(message, Refused):
+            stream = self._open.pop(message.request_id, None)
+            if stream is not None:
+                stream.put(Problem(503, message.reason, "model", "model_not_loaded", 5))
+        elif isinstance(message, Decided):
+            self.decisions.append(message.row)
+            self._tell("decision", message.row)
+        elif isinstance(message, Switched):
+            self.metrics.note_switch(message)
+            self._tell("switch", message._asdict())
+        elif isinstance(message, State):
+            self._note_state(message)
+        elif isinstance(message, Ready):
+            self.ready = message
+            self._send(Look())
+        elif isinstance(message, Ended):
+            self.ended = message
+            self.disturb(Problem(503, "The engine has ended", None, "engine_ended"))
+            self._open.clear()
+
+    def _tokens(self, message: Tokens) -> None:
+        self.metrics.note_iteration(message)
+        for token in message.tokens:
+            stream = self._open.get(token.request_id)
+            if stream is not None and not stream.closed:
+                stream.put((token, message.model, message.replica))
+
+    def _left(self, record: RequestRecord) -> None:
+        stream = self._open.pop(record.request_id, None)
+        self.metrics.note_record(record)
+        if self._listeners:
+            self._tell("left", {
+                "request_id": record.request_id, "model": record.model, "status": record.status.value,
+                "reason": record.drop_reason, "prompt_tokens": record.prompt_tokens,
+                "output_tokens": record.output_tokens,
+            })  # fmt: skip
+        if stream is None:
+            return
+        if record.status is Status.COMPLETED:
+            stream.put(record)
+        elif record.status is Status.UNFINISHED:
+            stream.put(Problem(503, "The server has stopped before the answer was complete", None, "server_stopped"))
+        elif stream.closed:
+            stream.put(Gone(record.drop_reason or ""))
+        else:
+            stream.put(Problem(400, f"The request cannot be served: {record.drop_reason}", None, "request_dropped"))
+
+    def _note_state(self, state: State) -> None:
+        self.metrics.note_state(state, self.state)
+        self.state, self._state_s = state, monotonic()
+        if self._looking is not None and not self._looking.done():
+            self._looking.set_result(state)
+        self._looking = None
+
+    def _tell(self, kind: str, what: Mapping[str, Any]) -> None:
+        for listener in tuple(self._listeners):
+            listener(kind, what)

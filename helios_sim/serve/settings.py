@@ -1,0 +1,92 @@
+"""Settings of `python -m helios_sim.serve`: those of a study, and `serve.*`, how it is reached and what it allows."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field, fields
+
+from helios_sim.errors import UserError, require, require_finite
+from helios_sim.study.jobs import Job
+from helios_sim.study.modes import SIMULATE
+from helios_sim.study.plan import entries_of, jobs_of
+from helios_sim.study.schema import Config
+
+KEY_VARIABLE = "HELIOS_API_KEY"
+
+
+@dataclass
+class ServeConfig:
+    host: str = "127.0.0.1"  # an address that others can reach demands an API key
+    port: int = 8000  # 0: any that is free
+    api_key_file: str | None = None  # a file with one key on each line; null: the variable HELIOS_API_KEY, if it is set
+    tokenizers: dict[str, str] = field(default_factory=dict)  # mode=simulate: by model, a folder with tokenizer.json
+    name: str = "helios"  # the model that clients name for "whatever the policy has loaded"
+    # Which of the experiment's arms serves; null: that of policy=, else the subject, else the last
+    arm: str | None = None
+    speedup: float = 1.0  # mode=simulate: simulated time runs so many times as fast as the wall clock
+    temperature: float = 0.0  # of requests that name none; 0: the likeliest token, which exits were calibrated on
+    max_model_len: int = 2048  # tokens of a request, prompt and answer together; vLLM's name
+    max_tokens: int | None = None  # most that a request may ask for; null: as many as max_model_len leaves
+    max_queue: int = 1024  # requests beyond those that can run at once; further ones get 429
+    streams_per_client: int = 1024  # requests that a client (a key, or else an address) may have open at once
+    max_body_bytes: int = 4 << 20
+    body_timeout_s: float = 20.0  # for head and body of a request to arrive
+    request_timeout_s: float = 600.0  # from a request's arrival to its last token
+    drain_s: float = 60.0  # how long SIGTERM waits for answers before it aborts them
+
+    def __post_init__(self) -> None:
+        require_finite(self, "serve.")
+        require(0 <= self.port <= 65535, "serve.port", self.port, "from 0 to 65535")
+        require(bool(self.name.strip()), "serve.name", self.name, "a name")
+        require(0 < self.speedup <= 1e6, "serve.speedup", self.speedup, "above 0 and at most 1e6")
+        require(0 <= self.temperature <= 2, "serve.temperature", self.temperature, "from 0 to 2")
+        require(2 <= self.max_model_len < 2**31, "serve.max_model_len", self.max_model_len, "from 2 to 2^31 - 1")
+        most = self.max_tokens
+        require(most is None or most >= 1, "serve.max_tokens", most, "null, or at least 1")
+        require(self.max_queue >= 0, "serve.max_queue", self.max_queue, "at least 0")
+        for key in ("streams_per_client", "max_body_bytes"):
+            require(getattr(self, key) >= 1, f"serve.{key}", getattr(self, key), "at least 1")
+        for key in ("body_timeout_s", "request_timeout_s", "drain_s"):
+            require(getattr(self, key) > 0, f"serve.{key}", getattr(self, key), "above 0")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass
+class ServedConfig(Config):
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def study(self) -> Config:
+        """The settings without `serve`."""
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
+
+
+def served_job(config: Config, serve: ServeConfig) -> Job:
+    """The arm that serves, with its own overrides. UserError where it cannot be served."""
+    arms = entries_of(config)
+    name = serve.arm or (list(arms)[-1] if config.policy is not None else config.subject or list(arms)[-1])
+    if name not in arms:
+        raise UserError("serve.arm", name, f"one of {', '.join(arms)}", "name an arm of the experiment")
+    if config.seeds == "auto":
+        raise UserError("seeds", "auto", "a list with one seed when serving", "set seeds=[0]")
+    job = jobs_of(config, name)[0]
+    server, faults = job.config.server, job.config.workload.faults.strikes
+    for key, value, holds, why in (
+        ("server.enable_prefix_caching", True, not server.enable_prefix_caching,
+         "what clients' prompts have in common is not looked for"),
+        ("policy", job.arm.policy.name, job.arm.policy.name != "oracle", "what no policy can know is not known here"),
+        ("workload.faults", list(faults), not faults, "faults strike at times of a run, and a server has no end"),
+        ("serve.speedup", serve.speedup, serve.speedup == 1 or job.config.mode == SIMULATE,
+         "a device is as fast as it is; this counts when mode=simulate"),
+    ):  # fmt: skip
+        if not holds:
+            raise UserError(key, value, f"left out when serving: {why}", "leave it out")
+    return job

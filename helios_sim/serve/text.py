@@ -1,0 +1,224 @@
+"""Text and token ids of each candidate, without torch: tokenizers, chat templates, and text that grows token by token.
+
+A real tokenizer is read from its folder (`tokenizer.json`, as `save_pretrained` writes it). A simulated model without
+one is given a small vocabulary that this file makes, so that a server answers anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from helios_sim.errors import UserError
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.untrusted import in_short
+
+PASSAGE = (
+    "The river ran high in March, and the keeper of the bridge wrote down each cart that crossed it. In the morning he "
+    "opened the door of his small house, looked at the water, and wrote the number of the day on a new page. Some days "
+    "there was nothing to write. On others a man came with a horse and a load of wood, or a woman with milk and bread "
+    "for the town, and he asked them where they were going and put it in the book. At night he read the page again by "
+    "the light of a lamp. When the wind was strong he could hear the bell of the harbour, and he thought of the ships "
+    "that were out at sea. In the spring the children of the village came to see the birds, and he told them which "
+    "tree had been there before the road was made. They wanted to know why he wrote everything down. Because, he said, "
+    "a thing that is written can be found again, and a thing that is found again can be understood. "
+)
+REPLACEMENT = "\ufffd"  # what stands for a part of a character
+_CONTEXT = 6  # tokens of the prompt that the first tokens of an answer are read with
+_WORDS = Path(__file__).with_name("words.txt")
+
+
+class Reader(Protocol):
+    """The tokenizer of one model."""
+
+    name: str  # where it comes from
+    vocab_size: int
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """`special`: with what the tokenizer puts before and after a text, such as a token that begins it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation, up to where the assistant speaks. UserError where the template refuses it."""
+        ...
+
+
+class HubReader:
+    """A tokenizer's folder: tokenizer.json, and chat_template.jinja where it has a template."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.name = str(folder)
+        self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        settings = folder / "tokenizer_config.json"
+        self._settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        template = folder / "chat_template.jinja"
+        own = template.read_text(encoding="utf-8") if template.is_file() else self._settings.get("chat_template")
+        self._template = _compiled(own) if isinstance(own, str) else None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if self._template is None:
+            return plain_chat(messages)
+        tokens = {name: _as_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        try:
+            text: str = self._template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except Exception as error:  # of a template, which is code of the model's makers
+            allowed = f"what the chat template of {self.name} takes ({in_short(error)})"
+            raise UserError("messages", "a conversation", allowed, "let user and assistant take turns") from error
+        return text
+
+
+class BuiltInReader:
+    """Words and bytes: every text can be written and is read back as it was. An English word is one token."""
+
+    name = "built-in vocabulary"
+
+    def __init__(self) -> None:
+        words = dict.fromkeys([*_WORDS.read_text(encoding="utf-8").split(), *re.findall(r"\w+", PASSAGE)])
+        pieces = [" " + word for word in words] + [word for word in words if len(word) > 1] + ["\n\n", ", ", ". "]
+        self._pieces: list[bytes] = [bytes([n]) for n in range(256)] + [piece.encode() for piece in pieces]
+        self._ids = {piece: n for n, piece in enumerate(self._pieces)}
+        self.vocab_size = len(self._pieces)
+        self._parts = re.compile(rb"\n\n| ?[A-Za-z]+|, |\. |.", re.DOTALL)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        found: list[int] = []
+        for part in self._parts.findall(text.encode()):
+            known = self._ids.get(part)
+            found += [known] if known is not None else list(part)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self._pieces[n] for n in ids).decode(errors="replace")
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return plain_chat(messages)
+
+
+def _compiled(template: str) -> Any:
+    """In a sandbox, since it is code of the model's makers."""
+    from jinja2 import ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
+    made.globals["raise_exception"] = _refuse
+    return made.from_string(template)
+
+
+def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
+    """For a model without a template."""
+    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
+
+
+def open_reader(folder: str | None) -> Reader:
+    """The tokenizer in a folder; None: the built-in vocabulary. UserError where it cannot be read."""
+    if folder is None:
+        return BuiltInReader()
+    try:
+        return HubReader(Path(folder))
+    except Exception as error:  # of a library in another language
+        allowed = f"a folder with tokenizer.json that can be read ({in_short(error)})"
+        raise UserError("serve.tokenizers", folder, allowed, "save the tokenizer anew (save_pretrained)") from error
+
+
+def known_folder(model: str, named: Mapping[str, str]) -> str | None:
+    """Where a simulated model's tokenizer lies: as `named`, beside its config, or in the cache; None: nowhere."""
+    if model in named:
+        return str(Path(named[model]).expanduser())
+    beside = Path(model).expanduser()
+    places = [beside if beside.is_dir() else beside.parent] if beside.exists() else []
+    if model in KNOWN:
+        places.append(cache_folder() / "tokenizers" / KNOWN[model].sha256)
+    return next((str(place) for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+class Growing:
+    """The text of an answer, token by token. A character whose bytes are spread over tokens comes with its last one."""
+
+    def __init__(self, reader: Reader, prompt: Sequence[int]) -> None:
+        self._reader, self._ids = reader, list(prompt[-_CONTEXT:])
+        self._known = 0, len(self._ids)  # from where the latest ids are read, and up to where their text is known
+        self._before = reader.decode(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that is new; "" while a character is not complete."""
+        self._ids.append(token)
+        text = self._reader.decode(self._ids[self._known[0] :])
+        if len(text) <= len(self._before) or text.endswith(REPLACEMENT):
+            return ""
+        return self._accept(text)
+
+    def rest(self) -> str:
+        """At the end: what is left of a character that was never completed."""
+        text = self._reader.decode(self._ids[self._known[0] :])
+        return text[len(self._before) :]
+
+    def _accept(self, text: str) -> str:
+        new, start = text[len(self._before) :], self._known[1]
+        self._known = start, len(self._ids)
+        self._before = self._reader.decode(self._ids[start:])
+        return new
+
+
+class Script:
+    """What a simulated model says: a passage over and over, one token after the other, each of them some text."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._ids = reader.encode(PASSAGE)
+
+    def token(self, request_id: int, number: int) -> int:
+        return self._ids[(7 * request_id + number) % len(self._ids)]
+
+
+class Stops:
+    """Ends a text before the first of some strings, and holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = tuple(stops), ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """The text that is sure, and whether a stop was found."""
+        if not self._stops:
+            return text, False
+        whole = self._held + text
+        found = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return whole[: min(found)], True
+        keep = max(_overlap(whole, stop) for stop in self._stops)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep], False
+
+    def rest(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that the stop begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _as_text(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,117 @@
+"""How a server begins and ends: mistakes in its settings, keys, signals, and what becomes of open requests."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+import httpx
+
+from served import Served, serving
+
+OWN = ("+experiment=own", "policy.model=opt-1.3b")
+KEY = "k" * 20
+
+
+def _long(served: Served, tokens: int, headers: dict[str, str]) -> list[str]:
+    """Lines of a stream, read in a thread."""
+    lines: list[str] = []
+    body = {"prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+
+    def read() -> None:
+        with httpx.stream("POST", f"{served.address}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+            lines.extend(line for line in answer.iter_lines() if line)
+
+    threading.Thread(target=read).start()
+    return lines
+
+
+def _wait_for(lines: list[str], count: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(lines) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_answers_what_is_open_and_a_second_one_aborts(tmp_path: Path) -> None:
+    """One server for keys and for both: a key is needed for everything that tells something."""
+    key = {"authorization": f"Bearer {KEY}"}
+    with serving(tmp_path, *OWN, "serve.host=0.0.0.0", env={"HELIOS_API_KEY": KEY}) as served:
+        served.address = served.address.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
+            for path in ("/metrics", "/helios/state", "/v1/models", "/helios/events"):
+                assert served.get(path, headers=headers).status_code == 401, path
+            refused = served.post("/v1/completions", {"prompt": "x"}, headers=headers)
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert served.get("/v1/models", headers=key).status_code == 200
+        assert served.get("/").status_code == 200
+        short, long = _long(served, 60, key), _long(served, 1900, key)
+        _wait_for(long, 3)
+        _wait_for(short, 3)
+        served.process.send_signal(signal.SIGTERM)
+        _wait_for(short, 61)
+        assert short[-1] == "data: [DONE]"
+        assert not any('"error"' in line for line in short)
+        refused = served.post("/v1/completions", {"prompt": "x"}, headers=key)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert served.get("/health").status_code == 503
+        served.process.send_signal(signal.SIGTERM)
+        _wait_for(long, len(long))
+        assert served.process.wait(20) == 0
+        deadline = time.monotonic() + 5
+        while long[-1] != "data: [DONE]" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert json.loads(long[-2].removeprefix("data: "))["error"]["code"] == "server_stopped"
+        assert "2 requests came in, 2 left" in served.said.read_text()
+        assert KEY not in served.said.read_text()
+
+
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    (("serve.host=0.0.0.0",), "serve.api_key_file"),
+    (("serve.port=99999",), "serve.port"),
+    (("serve.prot=1",), "serve.port"),
+    (("mode=live", "serve.speedup=2", "exits.source=none"), "serve.speedup"),
+    (("server.enable_prefix_caching=true",), "server.enable_prefix_caching"),
+    (("serve.arm=none_such",), "serve.arm"),
+    (("+serve.tokenizers={other: here}",), "serve.tokenizers.other"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), MISTAKES[:1] + MISTAKES[3:4])
+def test_a_mistake_is_one_message(words: tuple[str, ...], named: str) -> None:
+    _check_mistake(words, named)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "named"), MISTAKES[1:3] + MISTAKES[4:])
+def test_every_mistake_is_one_message(words: tuple[str, ...], named: str) -> None:
+    _check_mistake(words, named)
+
+
+def _check_mistake(words: tuple[str, ...], named: str) -> None:
+    command: list[Any] = [sys.executable, "-m", "helios_sim.serve", "serve.port=0", *OWN, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert named in line
+    assert "Fix: " in line
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from helios_sim.serve.__main__ import main; main(['--help']); "
+        "print([m for m in ('fastapi', 'numpy', 'hydra', 'torch', 'uvicorn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert "/v1/chat/completions" in done.stdout
