@@ -26,6 +26,7 @@ from helios_sim.config import (
     FIDELITY,
     FIDELITY_LIVE,
     FIDELITY_SILICON,
+    FROM_LOG,
     by_arm,
     check_choices,
     check_flags,
@@ -122,6 +123,8 @@ def runner_of(config: Config) -> Callable[[Config, Path], int]:
         from helios_sim.validate.command import run_fidelity_silicon as run_it
     elif kind == FIDELITY_LIVE:
         from helios_sim.validate.command import run_fidelity_live as run_it
+    elif kind == FROM_LOG:
+        from helios_sim.validate.from_log import run_from_log as run_it
     elif kind == DESIGNS:
         from helios_sim.study.sweep import run_sweep as run_it
     elif kind == CAPACITY:

@@ -44,6 +44,7 @@ PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files t
 # What settings ask for.
 STUDY, DESIGNS, FIDELITY, FIDELITY_LIVE = "a study", "designs", "a comparison with a log", "a comparison with live runs"
 FIDELITY_SILICON, CAPACITY = "a comparison with published measurements", "a capacity plan"
+FROM_LOG = "a study of a log"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -66,6 +67,8 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
             argument = f"models=[{SHORT_NAMES.get(value, value)}]"
         elif equals and key == "device":
             argument = f"live.device={value}"
+        elif equals and key == "log":
+            argument = f"from_log.log={value}"
         elif equals and key == PRESET:
             argument = f"+{ENGINE}={value}"
         found.append(argument)
@@ -198,6 +201,8 @@ def kind_of(settings: DictConfig | Config) -> str:
         return FIDELITY_SILICON
     if settings.fidelity.compare or settings.fidelity.folder is not None:
         return FIDELITY
+    if settings.from_log.replay or settings.from_log.log is not None:
+        return FROM_LOG
     if settings.fidelity_live.loads:
         return FIDELITY_LIVE
     if settings.capacity.cards:

@@ -23,7 +23,7 @@ from helios_sim.vary.columns import to_bytes
 from helios_sim.vary.settings import known_settings, with_settings
 
 pytestmark = pytest.mark.slow
-GROUPS = ("live", "fidelity", "fidelity_live", "sweep")  # each counts as a whole only in a study of its kind
+GROUPS = ("live", "fidelity", "fidelity_live", "from_log", "sweep")  # each as a whole, in a study of its kind
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ CASES: dict[str, Case] = {
     "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
     "runtime.preset": Case("eager"),
     **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},
-    **{f"runtime.{name}": Case(0.001) for name in ("host_s_per_request", "gap_s", "gap_s_per_request")},
+    **{
+        f"runtime.{name}": Case(0.001) for name in ("host_s_per_request", "gap_s", "gap_s_per_request", "prefill_gap_s")
+    },
     "runtime.launch_s_per_graph": Case(0.001),
     "exits.source": Case("none"),
     "exits.threshold": Case(0.7, experiment="real_models"),
@@ -267,6 +269,9 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "hardware": {"capacity.cards": ["l40s"]},
         "server.replicas": {"capacity.cards": ["l40s"]}, "workload.n_requests": {"capacity.cards": ["l40s"]},
     }  # fmt: skip
+    of_a_log = ("workload.arrivals", "workload.lengths", "workload.sessions", "workload.system_prompts")
+    if name in of_a_log:
+        config = with_settings(config, {"from_log.log": "log.json"})
     for prefix, settings in elsewhere.items():
         config = with_settings(config, settings) if name.startswith(prefix) else config
     if name in ("workload.lengths.trace", "workload.lengths.resample"):

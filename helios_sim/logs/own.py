@@ -13,6 +13,7 @@ from typing import Any
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
 from helios_sim.logs.record import FIX, OK, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.request import LONGEST
 from helios_sim.untrusted import Fields, shortened
 
 NAME, KEY, VERSION = "helios-sim observe", "helios_log", 1
@@ -64,6 +65,8 @@ def _row(place: str, fields: Fields) -> Row:
         raise UserError(f"{place}: task", shortened(task), "a text", FIX)
     ttft_s, e2e_s = (fields.maybe(name, 0.0, 1e9) for name in ("ttft_s", "e2e_s"))
     times = fields.numbers("token_times_s", 0.0, 1e9) if fields.has("token_times_s") else None
+    given = fields.value("priority", None)
+    priority = None if given is None else whole(place, "priority", given, -LONGEST)
     if status != OK:
-        return Row(place, arrival_s, prompt, output, failure=status, task=task)
-    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, task=task)
+        return Row(place, arrival_s, prompt, output, failure=status, task=task, priority=priority)
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, task=task, priority=priority)

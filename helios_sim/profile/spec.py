@@ -239,6 +239,7 @@ class RuntimeConfig:
     host_s_per_request: float | None = None
     gap_s: float | None = None
     gap_s_per_request: float | None = None
+    prefill_gap_s: float | None = None
 
     def costs(self) -> dict[str, float]:
         """The costs that are set, by name."""

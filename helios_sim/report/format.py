@@ -90,6 +90,11 @@ def compared(value: float | None, form: str = "") -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else number(value, 4 if abs(value) >= 1 else 3)
 
 
+def between(band: tuple[float, float] | None) -> str:
+    """An interval of a difference."""
+    return NO_INTERVAL if band is None else f"[{band[0]:+.1%}, {band[1]:+.1%}]"
+
+
 def gate_value(value: float | None, bound: str) -> str:
     """The value of a gate: in percent where its bound is, with one digit more than elsewhere."""
     if value is None:

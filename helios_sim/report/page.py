@@ -94,6 +94,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         compared=_compared(result),
         repeated=result.fidelity is not None and result.fidelity.repeated,
         paced=result.fidelity is not None and result.fidelity.paced,
+        banded=result.fidelity is not None and any(row.band for _, rows in result.fidelity.parts for row in rows),
         published=[_published(p) for p in result.published],
         gates=[_gate(gate) for gate in result.gates],
         decisions=decisions,
@@ -300,6 +301,7 @@ def _compared(result: ExperimentResult) -> list[dict[str, Any]]:
                     "difference": fmt.compared(row.difference, "+.2%"),
                     "at_pace": fmt.compared(row.paced_difference, "+.2%"),
                     "noise": fmt.compared(row.noise, ".2%"),
+                    "band": fmt.between(row.band),
                 }
                 for row in rows
             ],

@@ -212,6 +212,7 @@ class ComparedRow:
     simulated: float | None
     paced: float | None = None  # simulated at the pace that the device had meanwhile, where that is known
     runs: tuple[float, ...] = ()  # each measurement, where there are several
+    band: tuple[float, float] | None = None  # 95 % interval of the difference; None: not known
 
     @property
     def name(self) -> str:

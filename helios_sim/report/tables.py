@@ -65,15 +65,17 @@ def compared_table(title: str, rows: Sequence[ComparedRow]) -> TextTable:
     """Measured and simulated figures with their difference; where known also at the device's pace, and noise."""
     noisy = any(row.noise is not None for row in rows)
     paced = any(row.paced is not None for row in rows)
+    banded = any(row.band is not None for row in rows)
     table = TextTable(title)
-    headings = ["figure", "measured", "simulated", "unit", "difference"]
+    headings = ["figure", "measured", "simulated", "unit", "difference", *(["95 %"] if banded else [])]
     for heading in (*headings, *(["at its pace"] if paced else []), *(["noise"] if noisy else [])):
         table.column(heading, number=heading not in ("figure", "unit"))
     for row in rows:
         at_pace = [fmt.compared(row.paced_difference, "+.2%")] if paced else []
         noise = [fmt.compared(row.noise, ".2%")] if noisy else []
         both = fmt.compared(row.measured), fmt.compared(row.simulated)
-        table.row([row.name, *both, row.unit, fmt.compared(row.difference, "+.2%"), *at_pace, *noise])
+        band = [fmt.between(row.band)] if banded else []
+        table.row([row.name, *both, row.unit, fmt.compared(row.difference, "+.2%"), *band, *at_pace, *noise])
     return table
 
 

@@ -301,7 +301,7 @@ def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
         "parts": {
             part: [
                 {
-                    **json_value(row),
+                    **{key: value for key, value in json_value(row).items() if key != "band" or value is not None},
                     "difference": json_value(row.difference),
                     "noise": json_value(row.noise),
                     "paced_difference": json_value(row.paced_difference),

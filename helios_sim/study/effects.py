@@ -26,6 +26,10 @@ def _is_simulated(c: Config) -> bool:
     return not _is_live(c) and not _is_compared(c)
 
 
+def _is_from_log(c: Config) -> bool:
+    return c.from_log.replay or c.from_log.log is not None
+
+
 def _is_capacity(c: Config) -> bool:
     return bool(c.capacity.cards)
 
@@ -96,6 +100,11 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
+    "from_log": (_is_from_log, "only in +experiment=from_log, or with log=FILE"),
+    **{
+        f"workload.{name}": (lambda c: not _is_from_log(c), "where requests are drawn; those of a log are replayed")
+        for name in ("arrivals", "lengths", "sessions", "system_prompts")
+    },
     "fidelity_live": (lambda c: bool(c.fidelity_live.loads), "only with fidelity_live.loads"),
     "sweep": (lambda c: bool(c.sweep.parameters), "only with sweep.parameters: +experiment=sweep_helios has some"),
     "sweep.sampler": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),

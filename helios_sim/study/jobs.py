@@ -23,7 +23,7 @@ from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
-from helios_sim.request import RequestRecord
+from helios_sim.request import RequestRecord, to_ns
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.faults import with_faults
 from helios_sim.serving.iteration import Engine
@@ -145,12 +145,13 @@ def serve(
     stepwise: bool = False,
     block_sink: BlockSink | None = None,
     on_server: Callable[[Server], None] | None = None,
+    warm_up_s: float = 0.0,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
     the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes them. `on_server`: told of
-    each server before it begins.
+    each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -163,7 +164,7 @@ def serve(
 
         if live is not None:
             return live.begin(server_of)
-        server = server_of(SimulatedEngine(env, parts.models))
+        server = server_of(SimulatedEngine(env, parts.models, to_ns(warm_up_s, "warm-up")))
         if not pictures or number:  # pictures show the first replica
             server.keep_few_samples()
         if on_server is not None:

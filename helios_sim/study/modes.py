@@ -125,6 +125,40 @@ class FidelityConfig:
 
 
 @dataclass
+class FromLogConfig:
+    """A study of a log of real serving, if one is given: replayed, fitted to its first part, asked on its arrivals.
+
+    Every format that helios_sim/logs or a workload's trace reads is taken, and the folder of a vLLM run.
+    """
+
+    replay: bool = False  # a log in place of the workload; a log alone means the same
+    log: str | None = None  # file or folder; `log=...` for short
+    part: int | None = None  # of a file with several runs (rates of a sweep), from 1
+    span_s: list[float] | None = None  # of ServeGen's clients: the seconds to draw requests for, [begin, end]
+    kernels: bool = True  # where the folder of a vLLM run has the kernel times of its card, those price the replay
+    engine_of_log: bool = True  # what the log states of the engine counts in place of server.*
+    kv_blocks: int | None = None  # of the engine; null: as logged, else what the card's memory has room for
+    estimate: bool = True  # host time and prices, from the requests of the first part
+    share: float = 0.5  # of the requests, by arrival, that are the first part
+    models: list[str] = field(default_factory=list)  # other models that are asked on the same arrivals, at full depth
+    cards: list[str] = field(default_factory=list)  # other cards, as `hardware`, for the log's model
+
+    def __post_init__(self) -> None:
+        require_finite(self, "from_log.")
+        require(0 < self.share < 1, "from_log.share", self.share, "above 0 and below 1")
+        for key in ("part", "kv_blocks"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"from_log.{key}", value, "null or at least 1")
+        span = self.span_s
+        pair = span is None or (len(span) == 2 and 0 <= span[0] < span[1])
+        require(pair, "from_log.span_s", span, "null, or two numbers of seconds, the second above the first")
+        for key in ("models", "cards"):
+            names = getattr(self, key)
+            each = len(set(names)) == len(names) and all(name.strip() for name in names)
+            require(each, f"from_log.{key}", names, "names, each once")
+
+
+@dataclass
 class DesignsConfig:
     """A study with `parameters` is a sweep: designs of one arm, the other arms beside them as they are."""
 

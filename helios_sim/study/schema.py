@@ -22,6 +22,7 @@ from helios_sim.study.modes import (
     CapacityConfig,
     DesignsConfig,
     FidelityConfig,
+    FromLogConfig,
     LiveConfig,
     LiveFidelityConfig,
 )
@@ -32,7 +33,7 @@ from helios_sim.vary.axis import AxisConfig
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
     "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep", "fidelity",
-    "fidelity_live", "profile_band", "capacity",
+    "fidelity_live", "profile_band", "capacity", "from_log",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -433,6 +434,7 @@ class Config:
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many of them
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
+    from_log: FromLogConfig = field(default_factory=FromLogConfig)  # with a log: replayed, and asked
     live: LiveConfig = field(default_factory=LiveConfig)  # of mode=live
     fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
 

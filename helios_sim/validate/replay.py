@@ -13,7 +13,7 @@ The last two answer to the same figure, so only one of them departs from its def
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,7 +110,7 @@ def run_once(
     if lost:
         fix = "set fidelity.kv_blocks or fidelity.memory_bytes"
         raise UserError("requests.jsonl", f"request {lost[0].request_id}", f"served: {lost[0].drop_reason}", fix)
-    times, stamped = _stamp(records, np.array(starts, np.int64), np.array(ends, np.int64))
+    times, stamped = stamp_times(records, np.array(starts, np.int64), np.array(ends, np.int64))
     return Simulated(stamped, times, run.stats, run.servers[0].timeline)
 
 
@@ -121,7 +121,9 @@ def _blocks(log: ServingLog, rate: float, shared: Shared | None) -> Iterator[Req
     yield RequestBlock(np.arange(n), arrival_ns, log.prompt_tokens, log.output_tokens, none, none, log.priority, rows)
 
 
-def _stamp(records: list[RequestRecord], starts: IntColumn, ends: IntColumn) -> tuple[Times, tuple[RequestRecord, ...]]:
+def stamp_times(
+    records: Sequence[RequestRecord], starts: IntColumn, ends: IntColumn
+) -> tuple[Times, tuple[RequestRecord, ...]]:
     """vLLM's stamps. Its loop takes in new requests between iterations only: that is when one is queued. It is
     scheduled when the plan is made, which is one iteration before it runs unless the engine was idle."""
     turns = np.unique(np.concatenate([starts, ends]))

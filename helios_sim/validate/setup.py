@@ -119,6 +119,22 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
     )  # fmt: skip
 
 
+def engine_settings(log: ServingLog) -> dict[str, Any]:
+    """The engine's settings as a study has them, by path. UserError where the simulation cannot follow one."""
+    if log.version is not None and log.version < V1_SINCE:
+        allowed = "0.8 or later: earlier ones schedule otherwise (engine v0)"
+        raise UserError("meta.json: vllm_version", log.meta["vllm_version"], allowed, "take another log")
+    budget = _limit(log, "max_num_batched_tokens")
+    if _whole_prompts(log, budget):
+        allowed = "true: prompts that are not chunked are replayed by +experiment=fidelity_vllm alone"
+        raise UserError("meta.json: enable_chunked_prefill", False, allowed, "take that experiment")
+    return {
+        "server.max_running_requests": _limit(log, "max_num_seqs"), "server.max_batch_tokens": budget,
+        "server.block_tokens": _block_tokens(log), "server.schedule_ahead": _ahead(log, FidelityConfig())[0],
+        "server.scheduler": "vllm_v1", "server.order": _order(log)[0],
+    }  # fmt: skip
+
+
 def _model(log: ServingLog, config: FidelityConfig) -> ModelSpec:
     name = config.model or str(log.meta["model"])
     # Its requests are counted in its own tokens.
