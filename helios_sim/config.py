@@ -9,9 +9,11 @@ import contextlib
 import io
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -215,6 +217,12 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
     from helios_sim.policy.telemetry import Goal
     from helios_sim.profile.runtimes import PRESETS
 
+    known = known_settings(Config)
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if value.strip() == "{}" and (name == "arms" or any(other.startswith(f"{name}.") for other in known)):
+            allowed = "settings of a group: an empty one is merged with what is there, and does nothing"
+            raise UserError(name, value, allowed, f"name them, such as {name}.KEY=null, or leave it out")
     for group, key, options in (("objective", "goal", tuple(Goal)), ("runtime", "preset", tuple(PRESETS))):
         if given(group, arguments) is None:
             continue
@@ -317,6 +325,11 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError("argument", override, "settings are written key=value", see)
+        name, _, value = override.partition("=")
+        group = name.lstrip("+~").split("@")[0]
+        if value.strip().startswith("[") and (Path(conf_folder()) / group).is_dir():
+            options = ", ".join(sorted(file.stem for file in (Path(conf_folder()) / group).glob("*.yaml")))
+            raise UserError(group, value, f"one of {options}: settings of two would be mixed", "choose one")
     folder = parsed.config_dir
     if folder is not None and not Path(folder).is_dir():
         raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
@@ -336,6 +349,8 @@ def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
 def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """A key that does not exist, or a value that it cannot have."""
     known = known_settings(schema)
+    if key in known and (inner := _wrong_inside(key, value, cause, known[key])) is not None:
+        return inner
     if key in known and "is not in struct" not in cause:
         return UserError(key, value, f"must be {kind_in_words(known[key])}", f"set {key} to such a value")
     group = key.split(".")[0]
@@ -352,6 +367,31 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         same = [name for name in known if name.split(".")[-1] == last]
         fix = f"you may have meant {same[0]}; {PRINT_ALL}" if same else PRINT_ALL
     return UserError(key, value, "no such setting", fix)
+
+
+def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError | None:
+    """The same, where it is a setting of a group within the value; None: it is the value itself."""
+    groups = {group.__name__: group for group in _groups_in(hint)}
+    if (found := re.search(r"Key '([^']+)' not in '(\w+)'", cause)) and found[2] in groups:
+        names = [f.name for f in fields(groups[found[2]])]
+        near = get_close_matches(found[1], names, 1)
+        fix = f"you may have meant {near[0]}" if near else "correct the name or leave it out"
+        return UserError(key, value, f"{found[1]} is none of its settings: {', '.join(names)}", fix)
+    if (found := re.search(r"full_key: (\w+)\s+reference_type=(\w+)", cause)) and found[2] in groups:
+        wanted = get_type_hints(groups[found[2]]).get(found[1])
+        if wanted is not None:
+            return UserError(key, value, f"{found[1]} in it must be {kind_in_words(wanted)}", f"correct {found[1]}")
+    return None
+
+
+def _groups_in(hint: Any) -> Iterator[Any]:
+    """The groups of settings within a type."""
+    if is_dataclass(hint):
+        yield hint
+        for inner in get_type_hints(hint).values():
+            yield from _groups_in(inner)
+    for part in get_args(hint):
+        yield from _groups_in(part)
 
 
 def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> UserError:

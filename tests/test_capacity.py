@@ -207,6 +207,16 @@ def test_levels_that_no_number_keeps_are_told() -> None:
     assert "TPOT p99 is" in result.verdict[0]
 
 
+@pytest.mark.parametrize(
+    ("by", "least"), [("requests", 100), ("p90", 10), ({"ttft_s": "mean", "tpot_s": "p95"}, 20), ("mean", None)]
+)
+def test_an_answer_from_few_requests_is_said_to_be_one(by: object, least: int | None) -> None:
+    result = capacity(example(jobs=1, seeds=[0], capacity={"by": by, "cards": ["a100-40gb"], "seconds": 0.05}))
+    few = [said for said in result.warnings if said.startswith("Few requests")]
+    assert len(few) == (least is not None)
+    assert least is None or f"says nothing of fewer than {least}." in few[0]
+
+
 @pytest.mark.parametrize("by", ["p95", "mean", {"ttft_s": "p95", "tpot_s": "mean"}])
 def test_statistics_of_times_can_be_what_is_kept(by: object) -> None:
     result = capacity(example(jobs=1, seeds=[0], capacity={"by": by, "cards": ["a100-40gb"]}))

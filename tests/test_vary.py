@@ -139,3 +139,10 @@ def test_one_setting_takes_a_list_as_it_is_and_several_take_an_entry_each() -> N
     )
     assert one.changes(one.values[0]) == {"models": ["a", "b"]}
     assert [both.changes(value) for value in both.values] == [{"x": 1, "y": 2}, {"x": 3, "y": 3}]
+
+
+def test_an_arm_with_dots_in_its_name_is_set_by_path() -> None:
+    config = Config(name="a", arms={"full_opt-1.3b": {"policy": "full_depth"}, "full_opt-1": {"policy": "x"}})
+    changed = with_settings(config, {"arms.full_opt-1.3b.batch_limit": 2, "arms.full_opt-1.policy": "y"})
+    assert changed.arms == {"full_opt-1.3b": {"policy": "full_depth", "batch_limit": 2}, "full_opt-1": {"policy": "y"}}
+    assert config.arms["full_opt-1.3b"] == {"policy": "full_depth"}

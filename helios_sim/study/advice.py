@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 
 from helios_sim.report import format as fmt
 from helios_sim.report.capacity import (
@@ -17,6 +18,7 @@ from helios_sim.report.capacity import (
     attainment_text,
     load_in_words,
     range_in_words,
+    rule,
 )
 from helios_sim.report.cautions import of_inputs
 from helios_sim.report.metrics import Slo
@@ -24,6 +26,7 @@ from helios_sim.study.capacity_plan import CapacityPlan, replays
 
 FULL_DEPTH = "full_depth"
 NEAR = 1.1  # times the planned load, below which a fleet has little room
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
 
 
@@ -219,6 +222,13 @@ def reservations_of(plan: CapacityPlan, result: CapacityResult) -> CapacityResul
             f"At {loads} arrivals last less than {LONG_ENOUGH} times as long as a request does: queues may not have "
             "grown to what they come to. Plan with more seconds (capacity.seconds), or a longer trace."
         )
+    least = max((_least_requests(requirement) for requirement in result.requirements), default=1)
+    if few := {f"{it.load:g}x": n for it in plans if it.at is not None and (n := _requests(it.at)) < least}:
+        told = " and ".join(f"{n:.0f} at {load}" for load, n in few.items())
+        found.append(
+            f"Few requests ({told}): what is asked for, {rule(result.requirements, result.slo)}, says nothing of "
+            f"fewer than {least}. Plan with more seconds (capacity.seconds), or a longer trace."
+        )
     outside = [it for it in plans if it.at is not None and (it.at.metrics.get("outside_grid_fraction") or 0) != 0]
     if outside:
         fleets = ", ".join(dict.fromkeys(f"{it.arm} on {it.card}" for it in outside))
@@ -238,6 +248,18 @@ def reservations_of(plan: CapacityPlan, result: CapacityResult) -> CapacityResul
         cards = ", ".join(unknown)
         found.append(f"No energy of {cards}: the idle power is not known (a file of the card can state idle_w).")
     return replace(result, warnings=tuple(dict.fromkeys(found)))
+
+
+def _requests(at: Tried) -> float:
+    counts = (at.metrics.get(f"requests_{status}") for status in ("completed", "dropped", "unfinished"))
+    return sum(float(count) for count in counts if isinstance(count, int | float))
+
+
+def _least_requests(requirement: Requirement) -> int:
+    """Of fewer requests one alone decides: a hundred for 99 % of them, or for the time of 99 %."""
+    statistic = requirement.metric.rpartition("_")[2]
+    share = requirement.bound if requirement.metric == ATTAINMENT else QUANTILES.get(statistic, 0.0)
+    return ceil(1 / max(1 - share, 1e-3) - 1e-6)
 
 
 def _is_short(at: Tried) -> bool:

@@ -176,8 +176,19 @@ def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline
         names.insert(0, own)
     axes = axes_of("sweeps.axes", sweep.axes)
     check_axes(axes)
-    choices = grid(axes)
-    return [_point(config, choice.changes, choice.shown, names, own) for choice in choices]
+    points = [_point(config, choice.changes, choice.shown, names, own) for choice in grid(axes)]
+    _check_apart(points)
+    return points
+
+
+def _check_apart(points: Sequence[Point]) -> None:
+    """UserError where two points of a sweep are the same runs: what differs counts for none of its arms."""
+    seen: dict[tuple[str, ...], Point] = {}
+    for point in points:
+        first = seen.setdefault(tuple(job.settings_key for jobs in point.jobs.values() for job in jobs), point)
+        if first is not point:
+            allowed = f"other runs than {dict(first.settings)}: what differs counts for none of {', '.join(point.jobs)}"
+            raise UserError("sweeps.axes", dict(point.settings), allowed, "leave it out, or name other arms")
 
 
 def _point(

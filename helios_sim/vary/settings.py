@@ -36,12 +36,23 @@ def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
     own: dict[_Names, Any] = {(): copy.copy(config)}  # groups that this copy does not share
     in_full = getattr(config, "in_full", dict)  # of words that stand for settings
     for path, value in in_full(changes).items():
-        _set(own, tuple(path.split(".")), _plain(value))
+        _set(own, _names_in(config, path), _plain(value))
     for group in reversed(own.values()):  # a group comes after the one that holds it
         if hasattr(group, "__post_init__"):
             group.__post_init__()
     found: _Config = own[()]
     return found
+
+
+def _names_in(config: Any, path: str) -> _Names:
+    """The names in a dotted path. An entry of a mapping may have dots in its own name, as arms of a model's name do."""
+    place, left, names = config, path, []
+    while left:
+        keys = [str(key) for key in place if f"{left}.".startswith(f"{key}.")] if isinstance(place, dict) else []
+        name = max(keys, key=len, default=left.partition(".")[0])
+        names.append(name)
+        place, left = _there(place, name), left[len(name) + 1 :]
+    return tuple(names)
 
 
 def known_settings(schema: type) -> dict[str, Any]:
