@@ -6,7 +6,7 @@ import pytest
 
 from faults import bad, campaign, exit_traces, measured_tables, own_models, profiles, serving_logs, workload_traces
 
-COUNT = 60  # `python -m faults.LOADER 1000` in this folder tries more
+COUNT = 30  # `python -m faults.LOADER 1000` in this folder tries more
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 
 from faults import Mutant, bad, campaign, campaign_archives, gguf_files, head_folders, hub_folders
 
-COUNT = 60  # `python -m faults.LOADER 1000` in this folder tries more
+COUNT = 30  # `python -m faults.LOADER 1000` in this folder tries more
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from the code that made it, and every parameter can be swept.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -316,15 +317,12 @@ def _task_shift(n_tasks: int, task_spread: float) -> Floats:
 
 def _cut(below: float, shift: Floats) -> float:
     """Hardness that this share of tokens stays below, over all tasks."""
-    from scipy.optimize import brentq
     from scipy.special import ndtr
 
-    return round(float(brentq(lambda cut: ndtr(cut - shift).mean() - below, -40, 40, xtol=1e-12)), _DIGITS)
+    return _root(lambda cut: float(ndtr(cut - shift).mean()) - below, -40, 40)
 
 
 def _solve(excess: Callable[[float], float], name: str, value: float, bracket: tuple[float, float]) -> float:
-    from scipy.optimize import brentq
-
     low, high = (excess(end) + value for end in bracket)
     if not min(low, high) <= value <= max(low, high):
         raise UserError(
@@ -333,4 +331,14 @@ def _solve(excess: Callable[[float], float], name: str, value: float, bracket: t
             f"with these exit shares, from {min(low, high):.3f} to {max(low, high):.3f}",
             "choose one in this range",
         )
-    return round(float(brentq(excess, *bracket, xtol=1e-12)), _DIGITS)
+    return _root(excess, *bracket) if low < high else _root(lambda x: -excess(x), *bracket)
+
+
+def _root(increasing: Callable[[float], float], low: float, high: float) -> float:
+    """Where the function passes 0, to `_DIGITS`: bisection over steps of 1e-12.
+
+    scipy.optimize has finer ways, but importing it takes longer than all that is solved here.
+    """
+    step = 1e-12
+    steps = range(round(low / step), round(high / step))
+    return round(steps[bisect(steps, 0.0, key=lambda at: increasing(at * step))] * step, _DIGITS)
