@@ -151,7 +151,10 @@ def test_details_are_open_in_print(folder: Path) -> None:
 
 def test_page_needs_no_network_and_shows_every_part(folder: Path) -> None:
     page = (folder / "report.html").read_text()
-    assert not re.search(r"<script|<link|<img|@import|url\((?!#)", page)
+    tags = re.findall(r"<script[^>]*>", page)
+    of_data = '<script type="application/json" data-figure='
+    assert {re.sub('"[^"]*"$', "", tag[:-1]) for tag in tags} == {"<script", of_data}
+    assert not re.search(r"<link|<img|@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
     linked = re.findall(r'(?:src|href)="([^"#][^"]*)"', page)
     assert linked == []
     for heading in ("Read with care", "Arms", "Beside the published figures", "Gates", "Figures", "Decision log",

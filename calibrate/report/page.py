@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helios_sim import __version__
-from helios_sim.report.format import visible
 
 if TYPE_CHECKING:
     from helios_sim.report.figures.style import Drawing
@@ -65,29 +64,12 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as self-contained HTML: no script, no network, figures inline."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
-    from markupsafe import Markup
+    """The page as self-contained HTML: no network; figures, and the script that lets them answer, inline."""
+    from helios_sim.report.page import page_environment, page_figure
 
-    from helios_sim.report.figures.style import to_svg
-
-    loader = ChoiceLoader([PackageLoader("calibrate"), PackageLoader("helios_sim.report")])
-    environment = Environment(
-        loader=loader,
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    css = loader.get_source(environment, "report.css")[0]
-    context: Mapping[str, object] = {
-        "page": page,
-        "css": Markup(css),  # noqa: S704 - a file of the package
-        "version": __version__,
-        "svg": lambda drawing: Markup(to_svg(drawing)),  # noqa: S704 - matplotlib's output, which escapes texts
-    }
-    return environment.get_template("calibration.html.j2").render(context)
+    figures = {drawing.name: page_figure(drawing) for drawing in page.drawings}
+    template = page_environment("calibrate").get_template("calibration.html.j2")
+    return template.render(page=page, version=__version__, figures=figures)
 
 
 def palette(count: int) -> list[tuple[float, ...]]:

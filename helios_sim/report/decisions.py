@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from helios_sim.serving.decider import Decision
 
 
+SHOWN_DECISIONS = 200  # per arm on a page; all are in the Parquet file
 _NUMBERS: dict[str, type] = {"time_s": np.float64, "replica": np.int64, "layers": np.int64}
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionRow:
-    """One decision: time, cause, new deployment, reason and evidence."""
+    """One decision: time, cause, new deployment, reason and evidence. `anchor` is its place on the page."""
 
+    anchor: str
     arm: str
     time_s: float
     replica: int
@@ -47,7 +50,8 @@ class DecisionRow:
 
 
 def decision_rows(arm: ArmResult) -> list[DecisionRow]:
-    return [decision_row(arm.name, decision) for decision in arm.decisions]
+    of_arm = hashlib.sha256(arm.name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return [decision_row(arm.name, decision, f"decision-{of_arm}-{n}") for n, decision in enumerate(arm.decisions, 1)]
 
 
 def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
@@ -64,9 +68,10 @@ def decisions_table(arms: Mapping[str, ArmResult]) -> pyarrow.Table:
     return pa.table(data)
 
 
-def decision_row(arm: str, decision: Decision) -> DecisionRow:
+def decision_row(arm: str, decision: Decision, anchor: str = "") -> DecisionRow:
     deployment: Deployment = decision.deployment
     return DecisionRow(
+        anchor=anchor,
         arm=arm,
         time_s=decision.time_ns / NS_PER_S,
         replica=decision.replica,

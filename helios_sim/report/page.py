@@ -21,10 +21,11 @@ from helios_sim.report.capacity import (
 )
 from helios_sim.report.cautions import cautions
 from helios_sim.report.compare import Ratio
-from helios_sim.report.decisions import decision_rows
+from helios_sim.report.decisions import SHOWN_DECISIONS, decision_rows
 from helios_sim.report.designs import Design, DesignsResult, design_label, metric_cells, thinned, value_text
 from helios_sim.report.faults import COUNTED, fault_rows, fault_sentences, shown_beside
-from helios_sim.report.figures.style import Drawing, arm_styles, to_svg
+from helios_sim.report.figures.pointer import described
+from helios_sim.report.figures.style import Drawing, arm_styles, lay_out, to_svg
 from helios_sim.report.intervals import Method
 from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, OF_COST, MetricValue
 from helios_sim.report.result import (
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-SHOWN_DECISIONS = 200  # per arm; all are in the Parquet file
 MOST_ON_PAGE = 200  # designs of a front; all are in the Parquet file
 _MOST_CARDS = 4
 
@@ -56,10 +56,11 @@ class KeyNumber:
 
 
 def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
-    """The page of a study as text: no script, no network, figures inline."""
+    """The page of a study as text: no network, figures and the script that lets them answer inline."""
     warnings = cautions(result)
     assumptions = result.all_assumptions
-    decisions = [log for arm in result.arms.values() if (log := _decision_log(arm))]
+    timelines = {drawing.of_arm: drawing.name for drawing in drawings if drawing.zooms}
+    decisions = [log for arm in result.arms.values() if (log := _decision_log(arm, timelines.get(arm.name)))]
     parts = {
         "answer": ("Answer", True),
         "warnings": ("Read with care", warnings),
@@ -67,7 +68,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         "faults": ("Faults", any(arm.faults is not None for arm in result.arms.values())),
         "waits": ("Who waits", any(arm.waits for arm in result.arms.values())),
         "fidelity": ("Measured beside simulated", result.fidelity),
-        "published": ("Published", result.published),
+        "beside-published": ("Published", result.published),
         "gates": ("Gates", result.gates),
         "figures": ("Figures", drawings),
         "decisions": ("Decisions", decisions),
@@ -242,21 +243,47 @@ def _plan_row(result: CapacityResult, plan: FleetPlan, names: Sequence[str]) -> 
     }
 
 
-def page_environment() -> tuple[Environment, Markup]:
-    """The templates (an undefined name is an error) and the style sheet of self-contained pages."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+@dataclass(frozen=True, slots=True)
+class PageFigure:
+    """A figure as a page shows it; `facts` are for the script."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+    facts: dict[str, Any]
+
+
+def page_figure(drawing: Drawing) -> PageFigure:
     from markupsafe import Markup
 
-    loader = PackageLoader("helios_sim.report")
+    lay_out(drawing)
+    facts = described(drawing)
+    svg = Markup(to_svg(drawing))  # noqa: S704 - matplotlib's output, which escapes texts
+    return PageFigure(drawing.name, drawing.title, drawing.caption, svg, facts)
+
+
+def page_environment(*packages: str) -> Environment:
+    """The templates of these packages and ours, with the style sheet and the script of self-contained pages.
+
+    An undefined name is an error.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+
     environment = Environment(
-        loader=loader,
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "helios_sim.report")]),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         finalize=lambda value: fmt.visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment, Markup(loader.get_source(environment, "report.css")[0])  # noqa: S704 - a file of the package
+    assert environment.loader is not None
+    for name, file in (("css", "report.css"), ("charts", "charts.js")):
+        source = environment.loader.get_source(environment, file)[0]
+        environment.globals[name] = Markup(source)  # noqa: S704 - a file of the package
+    return environment
 
 
 def _render(
@@ -267,19 +294,11 @@ def _render(
     **values: object,
 ) -> str:
     """A template with what both kinds of pages show; `parts` are (heading, whether there is anything) by anchor."""
-    from markupsafe import Markup
-
-    environment, css = page_environment()
-    svgs = [Markup(to_svg(drawing)) for drawing in drawings]  # noqa: S704 - matplotlib's output, which escapes texts
-    return environment.get_template(template).render(
+    return page_environment().get_template(template).render(
         result=result,
         version=__version__,
-        css=css,
         contents=[(key, text) for key, (text, there) in parts.items() if there],
-        figures=[
-            {"name": d.name, "title": d.title, "caption": d.caption, "svg": svg}
-            for d, svg in zip(drawings, svgs, strict=True)
-        ],
+        figures=[page_figure(drawing) for drawing in drawings],
         run_json=to_json(json_value(result.provenance), indent=2),
         **values,
     )
@@ -460,14 +479,15 @@ def _bounds(low: float | None, high: float | None) -> str:
     return fmt.NO_INTERVAL if low is None or high is None else f"[{fmt.number(low)}, {fmt.number(high)}]"
 
 
-def _decision_log(arm: ArmResult) -> dict[str, Any] | None:
-    """The decisions of an arm for the page; None where there is only the first one."""
+def _decision_log(arm: ArmResult, timeline: str | None) -> dict[str, Any] | None:
+    """The decisions of an arm for the page, beside the figure of its timeline; None where there is only the first."""
     if len(arm.decisions) < 2:
         return None
     rows = decision_rows(arm)
     shown = rows[:SHOWN_DECISIONS]
     return {
         "arm": arm.name,
+        "timeline": timeline,
         "total": len(rows),
         "rows": shown,
         "any_standby": any(row.standby for row in shown),

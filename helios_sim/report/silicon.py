@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from helios_sim import files
 from helios_sim.files import json_value
 from helios_sim.report import FOR_PAGE
-from helios_sim.report.page import page_environment
+from helios_sim.report.page import page_environment, page_figure
 from helios_sim.report.result import Gate
 from helios_sim.report.terminal import TextTable, say
 
@@ -122,18 +122,13 @@ def write_silicon(result: SiliconResult, folder: Path, style: str | None = FOR_P
 
 
 def _write_pictures(result: SiliconResult, folder: Path, style: str) -> None:
-    from markupsafe import Markup
-
     from helios_sim.report.figures.silicon import silicon_drawing
-    from helios_sim.report.figures.style import lay_out, to_svg, write_figure
+    from helios_sim.report.figures.style import write_figure
 
     drawing = silicon_drawing(result.rows)
-    lay_out(drawing)
-    environment, css = page_environment()
-    page = environment.get_template("silicon.html.j2").render(
+    page = page_environment().get_template("silicon.html.j2").render(
         result=result,
-        css=css,
-        figure={"it": drawing, "svg": Markup(to_svg(drawing))},  # noqa: S704 - matplotlib's output, which escapes texts
+        figures=[page_figure(drawing)],
         groups=[cells(group, result.others) for group in result.groups],
         together=[cells(group, result.others) for group in result.together],
     )

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from helios_sim.report import format as fmt
 from helios_sim.report.breakdown import ReplicaFigures
+from helios_sim.report.decisions import SHOWN_DECISIONS, decision_rows
 from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     INK,
@@ -20,6 +21,7 @@ from helios_sim.report.figures.style import (
     PAPER,
     ArmStyle,
     Drawing,
+    Series,
     annotate,
     arm_styles,
     handles_of,
@@ -83,9 +85,10 @@ def forest_figure(result: ExperimentResult, ratios: Comparisons, styles: dict[st
             color = styles[arm].color
             if value.low is not None and value.high is not None:
                 ax.plot(
-                    [value.low, value.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt"
-                )
-            ax.plot([value.ratio], [row], "o", color=color, markersize=7)
+                    [value.low, value.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt",
+                    label=f"_{arm}",
+                )  # fmt: skip
+            ax.plot([value.ratio], [row], "o", color=color, markersize=7, label=arm)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
             annotate(ax, f"{value.ratio:.2f}×", (value.ratio, row), (0, 8), ha="center", color=INK, bbox=box)
         hint = fmt.direction(name)
@@ -239,7 +242,8 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
             interval = known.get(metric)
             if interval is not None and interval.low is not None and interval.high is not None:
                 ends, other = [interval.low, interval.high], [y if place == 0 else x] * 2
-                ax.plot(*((ends, other) if place == 0 else (other, ends)), color=style.color, linewidth=3, alpha=0.3)
+                along, up = (ends, other) if place == 0 else (other, ends)
+                ax.plot(along, up, color=style.color, linewidth=3, alpha=0.3, label=f"_{arm}")
         ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
     ax.margins(x=0.08, y=0.1)
     ax.set_xlabel(_axis(spec.x))
@@ -363,16 +367,29 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
     figure, axes = new_figure(3, 1, 6.2, sharex=True, gridspec_kw={"height_ratios": [1, 1.2, 1]})
     depth, memory, load = axes
 
+    series = []
     for place, name in enumerate(names):
         here = np.array([model == name for model in models])
         color = MODEL_COLORS[place % len(MODEL_COLORS)]
-        depth.fill_between(time_s, 0, np.where(here, layers, 0), step="post", color=color, alpha=0.75, linewidth=0)
+        depth.fill_between(
+            time_s, 0, np.where(here, layers, 0), step="post", color=color, alpha=0.75, linewidth=0, label=f"_{name}"
+        )
+        series.append(Series(depth, name, color, time_s, np.where(here, layers, np.nan)))
+    marked = [row for row in decision_rows(arm)[:SHOWN_DECISIONS] if row.replica == 0 and row.time_s <= time_s[-1]]
+    marks = None
+    if len(arm.decisions) > 1 and marked:
+        at_s = [row.time_s for row in marked]
+        marks = depth.scatter(at_s, [max(layers) * 1.1] * len(marked), s=26, marker="v", color=INK, linewidth=0)
     keys = [Patch(color=MODEL_COLORS[i % len(MODEL_COLORS)], alpha=0.75) for i in range(len(names))]
     moments_ns = _transitions_ns(arm)
-    change = [Line2D([], [], color=MUTED, linewidth=0.8, linestyle=":")] if moments_ns else []
+    moments = {}
+    if marks is not None:
+        moments["decision"] = Line2D([], [], color=INK, marker="v", linestyle="none", markeredgewidth=0)
+    if moments_ns:
+        moments["new placement"] = Line2D([], [], color=MUTED, linewidth=0.8, linestyle=":")
     depth.legend(
-        [*keys, *change],
-        [*names, *["new placement"][: len(change)]],
+        [*keys, *moments.values()],
+        [*names, *moments],
         loc="lower left",
         bbox_to_anchor=(0.18, 1.01),
         ncols=5,
@@ -381,7 +398,7 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
     )
     depth.set_title("Model and layers")
     depth.set_ylabel("layers run")
-    depth.set_ylim(0, max(layers) * 1.12)
+    depth.set_ylim(0, max(layers) * 1.18)
     depth.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     weights_gb, kv_gb = np.array(weight_bytes) / 1e9, np.array(kv_bytes) / 1e9
@@ -405,6 +422,10 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
         linewidth=0,
         label="KV cache in use",
     )
+    series += [
+        Series(memory, "weights and activations", BASELINE_COLOR, time_s, weights_gb),
+        Series(memory, "with the KV cache in use", "#0fa08a", time_s, weights_gb + kv_gb),
+    ]
     if arm.capacity_bytes is not None:
         memory.axhline(arm.capacity_bytes / 1e9, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         annotate(memory, "card", (1, arm.capacity_bytes / 1e9), (-4, -11), across=True, ha="right", color=INK)
@@ -429,12 +450,18 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
             ends_ns = (fault.time_ns / NS_PER_S, fault.until_ns / NS_PER_S)
             if ends_ns[0] <= time_s[-1]:
                 ax.axvspan(*ends_ns, color=FAULT_COLOR, alpha=0.25, linewidth=0.8)
-    caption = "Dotted lines: a changed placement came into force. " if moments_ns else ""
+    caption = "Triangles: decisions, which the log below explains. " if marks is not None else ""
+    caption += "Dotted lines: a changed placement came into force. " if moments_ns else ""
     some = f" (the first {_MOST_FAULTS} are shown)" if len(arm.timeline_faults) > _MOST_FAULTS else ""
     caption += f"Red: a fault strikes, for as long as it lasts{some}. " if arm.timeline_faults else ""
     caption += "Samples of the first seed; metrics do not use them."
     which = f", the first of {len(arm.replicas)} replicas" if len(arm.replicas) > 1 else ""
-    return Drawing(f"timeline_{file}", f"What {arm.name} did{which}", caption, figure)
+    words = (f"{row.time_s:.3f} s, {row.cause}. {row.model}, {row.layers} layers: {row.reason}" for row in marked)
+    return Drawing(
+        f"timeline_{file}", f"What {arm.name} did{which}", caption, figure, zooms=True, of_arm=arm.name,
+        series=tuple(series), marks=marks,
+        mark_rows=tuple((row.anchor, text) for row, text in zip(marked, words, strict=True)),
+    )  # fmt: skip
 
 
 def _transitions_ns(arm: ArmResult) -> Sequence[int]:

@@ -21,12 +21,14 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from helios_sim import files
 from helios_sim.report import FOR_PAPER, format as fmt
@@ -88,14 +90,34 @@ class ArmStyle:
     marker: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """Values over x that hold until the next, for a page's pointer: of what is drawn as an area. NaN: nothing there."""
+
+    axes: Axes
+    label: str
+    color: str
+    x: NDArray[Any]
+    y: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Drawing:
-    """A figure with its file name (no suffix), title and a sentence on how to read it."""
+    """A figure with its file name (no suffix), title and a sentence on how to read it; the rest is for a page.
+
+    `zooms`: all its axes share an x of time. `of_arm`: the arm whose timeline this is. `marks`: one for each of
+    `mark_rows` (anchor on the page, words).
+    """
 
     name: str
     title: str
     caption: str
     figure: SubFigure
+    zooms: bool = False
+    of_arm: str | None = None
+    series: tuple[Series, ...] = ()
+    marks: PathCollection | None = None
+    mark_rows: tuple[tuple[str, str], ...] = ()
 
     @property
     def whole(self) -> Figure:
@@ -183,36 +205,36 @@ def _exported() -> Iterator[None]:
 def _show_plainly(whole: Figure) -> None:
     """Make every text one in which what cannot be seen stands by its code."""
     for axis in (axis for ax in whole.findobj(Axes) for axis in (ax.xaxis, ax.yaxis)):
-        axis.set_major_formatter(_ShownTicks(axis.get_major_formatter()))
+        axis.set_major_formatter(ShownTicks(axis.get_major_formatter()))
     for text in whole.findobj(Text):
         text.set_text(_shown(text.get_text()))
 
 
-class _ShownTicks(Formatter):
+class ShownTicks(Formatter):
     """Labels of ticks by another formatter, as a figure may show them."""
 
     def __init__(self, inner: Formatter) -> None:
-        self._inner = inner
+        self.inner = inner
 
     def set_axis(self, axis: Any) -> None:
         super().set_axis(axis)
-        self._inner.set_axis(axis)
+        self.inner.set_axis(axis)
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return self._of_names(self._inner(x, pos))
+        return self._of_names(self.inner(x, pos))
 
     def format_ticks(self, values: Any) -> list[str]:
-        return [self._of_names(text) for text in self._inner.format_ticks(values)]
+        return [self._of_names(text) for text in self.inner.format_ticks(values)]
 
     def _of_names(self, text: str) -> str:
         """Powers of ten are set as formulas by matplotlib itself; what a figure names is not."""
-        return _shown(text) if isinstance(self._inner, FixedFormatter | FuncFormatter) else text
+        return _shown(text) if isinstance(self.inner, FixedFormatter | FuncFormatter) else text
 
     def get_offset(self) -> str:
-        return self._inner.get_offset()
+        return self.inner.get_offset()
 
     def set_locs(self, locs: Any) -> None:
-        self._inner.set_locs(locs)
+        self.inner.set_locs(locs)
 
 
 def _shown(text: str) -> str:
@@ -260,6 +282,7 @@ def to_svg(drawing: Drawing) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # hundredths of a point
     svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
     svg = re.sub(
         r"<svg [^>]*>",
@@ -311,10 +334,12 @@ def use_log_seconds(ax: Axes, *, y: bool = False) -> None:
     (ax.set_yscale if y else ax.set_xscale)("log")
     low, high = ax.get_ylim() if y else ax.get_xlim()
     axis.set_major_locator(_few_ticks(np.log10(high / low)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " "))
-    )
+    axis.set_major_formatter(FuncFormatter(seconds_of_tick))
     axis.set_minor_formatter(NullFormatter())
+
+
+def seconds_of_tick(value: float, _: int | None = None) -> str:
+    return fmt.seconds(value).replace(".00 ", " ").replace(".0 ", " ")
 
 
 def _few_ticks(decades: float) -> Locator:

@@ -83,7 +83,7 @@ def sweep_figure(
             text = arm if split is None else f"{arm}, {_in_words(str(spec.split_by), split)}"
             ax.plot(x, y, color=style.color, linestyle=line, marker=style.marker, label=text)
             if (high > low).any():
-                ax.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
+                ax.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0, label=f"_{text}")
     if any(isinstance(x, str) for x in ticks):
         ax.set_xticks(list(ticks.values()), [str(x) for x in ticks])
     elif spec.log_x:
