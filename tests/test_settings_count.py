@@ -265,6 +265,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "server.quantization": {"mode": "live"}, "server.kv_cache_dtype": {"mode": "live"},
         "cost": {"fidelity.folder": "log"},
         "server.kernels": {"mode": "live"}, "profile_band": {"mode": "live"}, "trace": {"mode": "live"},
+            "next_best": {"mode": "live"},
         "report.style": {"pictures": False},
         "hardware": {"capacity.cards": ["l40s"]},
         "server.replicas": {"capacity.cards": ["l40s"]}, "workload.n_requests": {"capacity.cards": ["l40s"]},

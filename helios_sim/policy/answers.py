@@ -118,6 +118,14 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         exits = [depth for depth in candidates[found.active.model].offline.exits if depth <= found.active.layers]
         return None if _is_whole(value) and value in exits else f"None or {_listed(exits)}"
 
+    def next_best(value: object) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, Deployment) or value.next_best is not None:
+            return "None, or a Deployment that has none of its own"
+        fault = fault_of(value, situation)
+        return None if fault is None else f"a Deployment with {fault[0]} {fault[2]}"
+
     checks: dict[str, Callable[[Any], str | None]] = {
         "active": placement,
         "exit_rule": rule,
@@ -132,6 +140,7 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         "probe": probe,
         "instant": lambda value: None if value is False else "False: loads take time",
         "plan": lambda value: None if value is None else "None: a plan is for the oracle",
+        "next_best": next_best,
         "triggers": _each(trigger, "triggers"),
         "reason": lambda value: None if isinstance(value, str) else "a text",
         "evidence": _evidence,

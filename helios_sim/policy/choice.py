@@ -33,6 +33,7 @@ class Moment:
 class Choice:
     option: Option
     evidence: dict[str, Any]
+    next_best: Option | None  # by cost, of the others
 
 
 class Chooser:
@@ -108,7 +109,8 @@ class Chooser:
             "above_quality_floor": [model for model in models if model not in within],
             "history": self.assessor.history.rows(moment.completed_requests),
         }
-        return Choice(options[costs.index(min(costs))], evidence)
+        chosen = options[costs.index(min(costs))]
+        return Choice(chosen, evidence, _cheapest_but(chosen, options, costs))
 
     def after_breach(self, moment: Moment, remaining_requests: int) -> Choice | None:
         """Load the active model's remaining layers or switch to another's partial load; None if neither can be."""
@@ -131,7 +133,8 @@ class Chooser:
         chosen = answer(self._parameters.on_breach, load, switches, lambda option: cost_of[option.placement])
         if chosen is None:
             return None
-        return Choice(chosen, {"requests_until_next_round": remaining_requests, **self._evidence(options, costs)})
+        evidence = {"requests_until_next_round": remaining_requests, **self._evidence(options, costs)}
+        return Choice(chosen, evidence, _cheapest_but(chosen, options, costs))
 
     def standby(self, active: Placement) -> tuple[Placement, ...]:
         """Other shortlisted candidates to keep resident, in rank order, as long as one request still fits."""
@@ -190,3 +193,8 @@ class Chooser:
             "cost_until_next_round": dict(zip(names, costs, strict=True)),
             "options": {name: option.to_json() for name, option in zip(names, options, strict=True)},
         }
+
+
+def _cheapest_but(chosen: Option, options: Sequence[Option], costs: Sequence[float]) -> Option | None:
+    others = [(cost, n) for n, (option, cost) in enumerate(zip(options, costs, strict=True)) if option is not chosen]
+    return options[min(others)[1]] if others else None

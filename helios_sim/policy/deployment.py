@@ -165,6 +165,8 @@ class Deployment:
     triggers: tuple[Trigger, ...] = ()
     reason: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)  # for the decision log, JSON values
+    # What would have been decided without this option, where several were weighed: a report serves it beside this one.
+    next_best: Deployment | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.exit_rule, PerToken) and self.kv_rule is KvRule.NONE:

@@ -28,6 +28,7 @@ from helios_sim.policy.deployment import (
     Trigger,
 )
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters, Raised, RoundConstants
+from helios_sim.policy.options import Option
 from helios_sim.policy.prediction import expected_load, seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
 from helios_sim.request import NS_PER_S
@@ -122,6 +123,7 @@ class HeliosPolicy:
                     triggers=(Probed(),),
                     reason=reason + f"{', '.join(models)} score the latest {prompts} answers",
                     evidence={"history": history},
+                    next_best=None,
                 )
             case Evaluation.SERVE:
                 # The incumbent first, since part of it is there; the best predicted last, since it may stay.
@@ -134,6 +136,7 @@ class HeliosPolicy:
                     triggers=(Drained(),),
                     reason=reason + f"{now.active.model} drains before {', '.join(self._left)} are evaluated",
                     evidence={"history": history},
+                    next_best=None,
                 )
 
     def _evaluate_next(self) -> Deployment:
@@ -161,7 +164,7 @@ class HeliosPolicy:
         placement = choice.option.placement
         where = "whole" if self._chooser.is_whole(placement) else f"cut at layer {placement.layers}"
         reason = f"{placement.model}, {where}, has the least predicted cost of the next {requests} requests"
-        return self._serve(placement, requests, reason, choice.evidence)
+        return self._serve(placement, requests, reason, choice.evidence, choice.next_best)
 
     def _answer_breach(self, cause: BreachLimit, moment: Moment, telemetry: Telemetry) -> Deployment | None:
         p, now = self.parameters, self._deployment.active
@@ -184,22 +187,39 @@ class HeliosPolicy:
             f"without confidence: {action}"
         )
         evidence = {"breaches_in_window": telemetry.breaches_in_window, **choice.evidence}
-        decided = self._serve(placement, remaining, reason, evidence)
-        if self._chooser.is_whole(placement) and p.raised is Raised.EARLY_EXIT:
-            rule = PerToken(p.threshold, p.confidence)
-            return replace(decided, exit_rule=rule, kv_rule=p.raised_kv_rule)
+        decided = self._serve(placement, remaining, reason, evidence, choice.next_best)
+        if p.raised is Raised.EARLY_EXIT:
+            other = None if decided.next_best is None else self._leaving_early(decided.next_best)
+            return replace(self._leaving_early(decided), next_best=other)
         return decided
+
+    def _leaving_early(self, decided: Deployment) -> Deployment:
+        """With per-token exits where it serves the whole model."""
+        p = self.parameters
+        if not self._chooser.is_whole(decided.active):
+            return decided
+        return replace(decided, exit_rule=PerToken(p.threshold, p.confidence), kv_rule=p.raised_kv_rule)
 
     @property
     def _constants(self) -> RoundConstants:
         return self.parameters.at_batch(self._batch)
 
-    def _serve(self, placement: Placement, requests: int, reason: str, evidence: Mapping[str, Any]) -> Deployment:
+    def _serve(
+        self,
+        placement: Placement,
+        requests: int,
+        reason: str,
+        evidence: Mapping[str, Any],
+        next_best: Option | None = None,
+    ) -> Deployment:
         """Serves until `requests` more are completed; below full depth the breach counter watches."""
         triggers: tuple[Trigger, ...] = (Completed(requests),)
         if not self._chooser.is_whole(placement):
             triggers = (BreachLimit(self._constants.window_tokens, self._constants.limit), *triggers)
-        return self._deployment_of(placement, triggers, reason, evidence)
+        decided = self._deployment_of(placement, triggers, reason, evidence)
+        if next_best is None:
+            return decided
+        return replace(decided, next_best=self._serve(next_best.placement, requests, "next best", {}))
 
     def _deployment_of(
         self, active: Placement, triggers: tuple[Trigger, ...], reason: str, evidence: Mapping[str, Any]

@@ -33,6 +33,8 @@ from helios_sim.report.result import (
     Comparisons,
     ExperimentResult,
     Gate,
+    Instead,
+    Over,
     headline_metrics,
     scope_in_words,
 )
@@ -486,13 +488,31 @@ def _decision_log(arm: ArmResult, timeline: str | None) -> dict[str, Any] | None
     rows = decision_rows(arm)
     shown = rows[:SHOWN_DECISIONS]
     return {
+        "beside": [_instead(arm.instead.get(place)) for place in range(len(shown))],
         "arm": arm.name,
         "timeline": timeline,
         "total": len(rows),
+        "any_beside": bool(arm.instead),
         "rows": shown,
         "any_standby": any(row.standby for row in shown),
         "any_replica": any(row.replica for row in shown),
     }
+
+
+def _instead(found: Instead | None) -> dict[str, str] | None:
+    """The next best option in words, and what both gave until the next decision."""
+    if found is None:
+        return None
+    return {
+        "option": f"{found.option.model}, {found.option.layers} layers",
+        "given": f"in {fmt.seconds(found.window_s)}: {_given(found.other)}",
+        "chosen": f"decided: {_given(found.chosen)}",
+    }
+
+
+def _given(over: Over) -> str:
+    e2e = "" if over.e2e_s_mean is None else f", E2E {fmt.seconds(over.e2e_s_mean)}"
+    return f"{over.completed:,} done{e2e}, {over.unfinished:,} left"
 
 
 def _design_row(design: Design, names: tuple[str, ...]) -> dict[str, Any]:

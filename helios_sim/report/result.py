@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
+from helios_sim.policy.deployment import Placement
 from helios_sim.profile.spec import TimeBand
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourced
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
@@ -52,6 +53,25 @@ class Replicate:
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """What became of requests in a window of time."""
+
+    completed: int
+    e2e_s_mean: float | None  # of those
+    unfinished: int  # had come and were not done at its end
+
+
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """A decision beside the next best option, over the time until the next decision."""
+
+    option: Placement  # the other
+    window_s: float
+    chosen: Over
+    other: Over
+
+
+@dataclass(frozen=True, slots=True)
 class ExitDepths:
     """Output tokens of a model by the layer after which they left."""
 
@@ -78,6 +98,7 @@ class ArmResult:
     waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
     faults: FaultFigures | None = None  # None: none were to strike
     timeline_faults: Sequence[Struck] = ()  # that struck the timeline's replica
+    instead: Mapping[int, Instead] = field(default_factory=dict)  # by place in `decisions`
     intervals: Mapping[str, Interval] = field(init=False, compare=False)  # of `metrics`, those that are defined
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from helios_sim.report.result import (
     scope,
     shown_metrics,
 )
+from helios_sim.request import NS_PER_S
 
 if TYPE_CHECKING:
     from helios_sim.report.figures.style import Drawing
@@ -174,7 +175,7 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         "baseline": result.baseline,
         "intervals": intervals_told(result.seeds, WITHOUT),
         "arms": {
-            name: {**_arm(arm, ratios.get(name, {})), "tasks": json_value(result.by_task(name))}
+            name: {**_arm(arm, ratios.get(name, {})), "tasks": json_value(result.by_task(name)), **_next_best(arm)}
             for name, arm in result.arms.items()
         },
         "gates": [json_value(gate) for gate in result.gates],
@@ -192,6 +193,15 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
         shown = shown_metrics(result.headline_metrics, result.figures)
         summary["points"] = [_point(point, shown) for point in result.points]
     return summary
+
+
+def _next_best(arm: ArmResult) -> dict[str, Any]:
+    """Decisions beside the option that came next; nothing where none was run."""
+    if not arm.instead:
+        return {}
+    times = {place: arm.decisions[place].time_ns / NS_PER_S for place in arm.instead}
+    rows = [{"time_s": times[place], **json_value(found)} for place, found in arm.instead.items()]
+    return {"next_best": rows}
 
 
 def _confidence(result: ExperimentResult) -> dict[str, Any]:

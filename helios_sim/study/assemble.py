@@ -54,7 +54,10 @@ def assemble(settled: Settled, provenance: Mapping[str, Any]) -> ExperimentResul
     config = plan.config
     compared, without = _Compared(results), plan.without_faults
     arms = {
-        name: _arm(name, jobs, results, config, compared.metrics(without[name]) if name in without else None)
+        name: replace(
+            _arm(name, jobs, results, config, compared.metrics(without[name]) if name in without else None),
+            instead=settled.instead.get(name, {}),
+        )
         for name, jobs in plan.headline.jobs.items()
     }
     baseline = plan.headline.baseline

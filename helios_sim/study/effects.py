@@ -92,6 +92,7 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "questi
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "trace": _OF_ARMS,
+    "next_best": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
     "profile_band": (

@@ -15,6 +15,7 @@ import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
+from helios_sim.policy.telemetry import Policy
 from helios_sim.profile.precision import served_as
 from helios_sim.profile.runtimes import FIT, HOST_TIME
 from helios_sim.profile.spec import Basis, RuntimeConfig
@@ -146,17 +147,21 @@ def serve(
     block_sink: BlockSink | None = None,
     on_server: Callable[[Server], None] | None = None,
     warm_up_s: float = 0.0,
+    policy_of: Callable[[int, Policy], Policy] | None = None,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
     the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes them. `on_server`: told of
     each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes.
+    each server before it begins. `policy_of`: what takes the place of a replica's policy.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
         kind = fleet.kind_of(number)
         parts, policy = kind.parts, (kind.policy or job.arm.policy).make()
+        if policy_of is not None:
+            policy = policy_of(number, policy)
 
         def server_of(engine: Engine) -> Server:
             used = engine if fleet.faults is None else with_faults(engine, env)

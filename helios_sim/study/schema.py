@@ -33,7 +33,7 @@ from helios_sim.vary.axis import AxisConfig
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
     "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep", "fidelity",
-    "fidelity_live", "profile_band", "capacity", "from_log",
+    "fidelity_live", "profile_band", "next_best", "capacity", "from_log",
 )  # fmt: skip
 
 LATEST_FAULT_S = 1e9
@@ -355,7 +355,7 @@ class GateConfig:
     high: float | None = None
 
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE, ALL = "auto", "none", "all"
 
 
 @dataclass
@@ -404,6 +404,9 @@ class Config:
     # ends. auto: of the band that the profiles know, where that takes seconds; [0.9,1.2]: times of iterations over the
     # profiles'; none: not again.
     profile_band: Any = "auto"
+    # What the next best option would have given, at each decision of the log: the run again with it, until the next
+    # decision. auto: where that takes a second or two, the subject's first; all; none.
+    next_best: str = "auto"
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -445,6 +448,7 @@ class Config:
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
         self._check_seeds()
         self._check_band()
+        self._check_next_best()
         require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "null or at least 1")
         require(self.profile_time_factor > 0, "profile_time_factor", self.profile_time_factor, "above 0")
         prompts = self.profile_prompt_time_factor
@@ -466,6 +470,9 @@ class Config:
         allowed = "a list such as [0,1,2] of different whole numbers from 0 to 2^63 - 1, or auto"
         whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
         require(bool(seeds) and whole and len(set(seeds)) == len(seeds), "seeds", self.seeds, allowed)
+
+    def _check_next_best(self) -> None:
+        require(self.next_best in (AUTO, ALL, NONE), "next_best", self.next_best, "auto, all or none")
 
     def _check_band(self) -> None:
         if self.profile_band in (AUTO, NONE):

@@ -16,8 +16,9 @@ from helios_sim.report.cautions import MOST_LOST
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Method
 from helios_sim.report.metrics import mean_metrics
-from helios_sim.report.result import USUAL_METRICS, Replicate
+from helios_sim.report.result import USUAL_METRICS, Instead, Replicate
 from helios_sim.study.band import Ends, Pair, run_ends
+from helios_sim.study.instead import run_instead
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import StudyPlan, check_study, plan_study
 from helios_sim.study.schema import AUTO, Config
@@ -35,6 +36,7 @@ class Settled:
     results: Mapping[str, JobResult]
     why: str | None = None  # why there are no more seeds; None: they were given
     ends: Ends = field(default_factory=Ends)
+    instead: Mapping[str, Mapping[int, Instead]] = field(default_factory=dict)  # by arm and place in its log
 
 
 def first_plan(config: Config) -> StudyPlan:
@@ -64,7 +66,9 @@ def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
                 break
         why = f"{len(plan.config.seeds)} seeds: {why or 'auto_seeds.at_most allows no more'}."
     done(plan.jobs)
-    return Settled(plan, results, why, run_ends(plan, _pair(plan), results, done))
+    ends = run_ends(plan, _pair(plan), results, done)
+    first = {name: jobs[0] for name, jobs in plan.headline.jobs.items()}
+    return Settled(plan, results, why, ends, run_instead(first, results, _subject(plan)))
 
 
 def looks(config: Config) -> list[int]:
@@ -81,9 +85,12 @@ def _under(config: Config, seeds: int) -> Config:
 
 def _pair(plan: StudyPlan) -> Pair:
     """The jobs of the subject and of its baseline."""
-    arms = plan.headline.jobs
-    subject = plan.config.subject or list(arms)[-1]
+    arms, subject = plan.headline.jobs, _subject(plan)
     return arms[subject], arms[arms[subject][0].arm.baseline or plan.headline.baseline]
+
+
+def _subject(plan: StudyPlan) -> str:
+    return plan.config.subject or list(plan.headline.jobs)[-1]
 
 
 def _reason(config: Config, pair: Sequence[Sequence[Replicate]]) -> str | None:

@@ -1,0 +1,139 @@
+"""What the next best option would have given: the run again with it at a decision, over the time until the next one.
+
+Everything up to the decision is the same to the last bit. From there on the branch serves with the other option and
+its policy is not asked again; what both gave is compared from this decision until the replica's next one. A policy says
+what else it weighed (`Deployment.next_best`); for one that never does, the other option is to go on as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from helios_sim.policy.deployment import Cause, Deployment, Faulted, LoadFailed
+from helios_sim.policy.telemetry import Policy, Situation, Telemetry
+from helios_sim.report.decisions import SHOWN_DECISIONS
+from helios_sim.report.records import RecordLog, Records
+from helios_sim.report.result import Instead, Over
+from helios_sim.request import NS_PER_S
+from helios_sim.serving.decider import Decision
+from helios_sim.study.fleet import shared_fleet
+from helios_sim.study.jobs import Job, JobResult, serve
+from helios_sim.study.modes import SIMULATE
+from helios_sim.study.schema import AUTO, NONE
+
+MOST_REQUESTS = 30_000  # of all branches of a study together up to which next_best=auto runs them: a second or two
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """The option that is served in place of the `place`-th decision in the log, until the replica's next decision."""
+
+    place: int
+    decision: Decision
+    option: Deployment
+    until_ns: int
+
+
+def run_instead(
+    arms: Mapping[str, Job], results: Mapping[str, JobResult], subject: str
+) -> dict[str, dict[int, Instead]]:
+    """By arm and place in its log. The subject's come first; `auto` ends when they become too many."""
+    found: dict[str, dict[int, Instead]] = {}
+    left = MOST_REQUESTS
+    for name in sorted(arms, key=lambda arm: arm != subject):
+        job, result = arms[name], results[arms[name].key]
+        asked, found[name] = job.config.next_best, {}
+        if asked == NONE or job.config.mode != SIMULATE or job.arm.policy.kind.is_bound:
+            continue
+        records = result.replicate.records
+        for branch in branches(result):
+            left -= len(records)
+            if asked == AUTO and left < 0:
+                break
+            found[name][branch.place] = _instead(branch, records, _served(job, branch))
+    return found
+
+
+def branches(result: JobResult) -> Iterator[Branch]:
+    """Of the decisions that a page shows, those beside which there was another option."""
+    log = result.decisions
+    ends_ns = _ends_ns(result.replicate.records)
+    weighs = any(decision.deployment.next_best is not None for decision in log)
+    before: dict[int, Deployment] = {}
+    for place, decision in enumerate(log[:SHOWN_DECISIONS]):
+        if isinstance(decision.cause, Faulted | LoadFailed):
+            continue
+        last, before[decision.replica] = before.get(decision.replica), decision.deployment
+        option = decision.deployment.next_best
+        if option is None and not weighs and last is not None and last.active != decision.deployment.active:
+            option = replace(last, reason="as before", evidence={})
+        later = (d.time_ns for d in log[place + 1 :] if d.replica == decision.replica and d.time_ns > decision.time_ns)
+        until_ns = next(later, ends_ns)
+        if option is not None and until_ns > decision.time_ns:
+            yield Branch(place, decision, option, until_ns)
+
+
+class _Branching:
+    """A policy that takes the other option at one decision, and decides nothing after it."""
+
+    def __init__(self, policy: Policy, branch: Branch) -> None:
+        self._policy, self._branch, self._taken = policy, branch, False
+
+    def start(self, situation: Situation) -> Deployment:
+        return self._other(self._policy.start(situation), 0)
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        if self._taken:
+            return None
+        decided = self._policy.decide(cause, telemetry)
+        return None if decided is None else self._other(decided, telemetry.now_ns)
+
+    def _other(self, decided: Deployment, now_ns: int) -> Deployment:
+        at = self._branch.decision
+        same = (decided.active, decided.reason) == (at.deployment.active, at.deployment.reason)
+        self._taken = now_ns == at.time_ns and same
+        return replace(self._branch.option, triggers=(), next_best=None) if self._taken else decided
+
+
+def _served(job: Job, branch: Branch) -> Records:
+    """All requests of the run with the other option."""
+    log = RecordLog()
+
+    def policy_of(number: int, policy: Policy) -> Policy:
+        return _Branching(policy, branch) if number == branch.decision.replica else policy
+
+    fleet = shared_fleet(job.config, job.seed)
+    serve(job, fleet, log.add, pictures=False, block_sink=log.add_block, policy_of=policy_of)
+    return log.records()
+
+
+def _instead(branch: Branch, records: Records, other: Records) -> Instead:
+    window_ns = (branch.decision.time_ns, branch.until_ns)
+    return Instead(
+        option=branch.option.active,
+        window_s=(window_ns[1] - window_ns[0]) / NS_PER_S,
+        chosen=over(records, *window_ns),
+        other=over(other, *window_ns),
+    )
+
+
+def over(records: Records, from_ns: int, until_ns: int) -> Over:
+    """What was completed in (from, until], and how many requests were there and not done at its end."""
+    done_ns, done = records.last_token_ns.values, records.completed
+    here = done & (done_ns > from_ns) & (done_ns <= until_ns)
+    gone = (done & (done_ns <= until_ns)) | ~done  # what was dropped has left nobody waiting
+    e2e_s = (done_ns - records.arrival_ns)[here] / NS_PER_S
+    return Over(
+        completed=int(here.sum()),
+        e2e_s_mean=float(np.mean(e2e_s)) if len(e2e_s) else None,
+        unfinished=int(((records.arrival_ns <= until_ns) & ~gone).sum()),
+    )
+
+
+def _ends_ns(records: Records) -> int:
+    ends_ns = records.ends_ns()
+    return 0 if ends_ns is None else ends_ns[1]
+
