@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +28,8 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served"), *SETTINGS) as one:
+    folder = tmp_path_factory.mktemp("served")
+    with serving(folder, *SETTINGS, f"serve.records={folder / 'records.jsonl'}") as one:
         yield one
 
 
@@ -230,6 +234,31 @@ def test_metrics_have_the_names_of_vllm_and_count(served: Served) -> None:
         assert now[name + label] == 0
 
 
+def test_records_have_times_of_each_answer_and_no_text(served: Served) -> None:
+    body = {"prompt": "a secret of mine", "max_tokens": 4, "ignore_eos": True}
+    served.post(TEXT, body, headers={"x-request-id": "this one"})
+    served.settled()
+    records = served.said.with_name("records.jsonl")
+    _until(lambda: "this one" in records.read_text())
+    assert "secret" not in records.read_text()
+    (record,) = [one for one in map(json.loads, records.read_text().splitlines()) if one["request"] == "this one"]
+    assert (record["output_tokens"], len(record["gaps_s"]), record["reason"]) == (4, 3, "length")
+    assert record["e2e_s"] == pytest.approx(record["ttft_s"] + sum(record["gaps_s"]))
+    engine = record["engine"]
+    assert (engine["first_token_ns"] - engine["arrival_ns"]) / 1e9 <= record["ttft_s"]
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(served: Served) -> None:
+    served.post(TEXT, {"prompt": "x", "max_tokens": 3, "ignore_eos": True})
+    served.settled()
+    declared = {line.split()[2] for line in served.get("/metrics").text.splitlines() if line.startswith("# TYPE")}
+    dashboard = json.loads(Path(__file__).parents[1].joinpath("helios_sim/serve/grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {re.sub(r"_(bucket|sum|count)$", "", name) for text in asked for name in re.findall(r"\w+:\w+", text)}
+    assert len(names) > 15
+    assert names <= declared
+
+
 def test_it_sleeps_and_wakes(served: Served) -> None:
     assert served.post("/sleep?level=1", None).status_code == 200
     assert served.get("/is_sleeping").json() == {"is_sleeping": True}
@@ -244,7 +273,7 @@ def test_the_page_stands_by_itself(served: Served) -> None:
     page = served.get("/")
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "http" not in page.text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in page.text.replace("http://www.w3.org/2000/svg", "")
 
 
 def test_no_prompt_is_in_the_log(served: Served) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
+from browser import CHROMIUM, browser
 from live_study import write_live_study
 from served import Served, contents, serving
 
@@ -79,6 +81,33 @@ def test_a_helios_policy_switches_under_a_running_client(served: Served) -> None
     decisions = served.settled()["decisions"]
     assert len(decisions) >= 3
     assert all(decision["reason"] for decision in decisions)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_the_page_shows_depths_and_decisions_as_they_fall(served: Served, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.open(f"{served.address}/")
+        page.wait("document.getElementById('link').textContent === 'live'")
+        page.wait("document.querySelectorAll('#decisions tr').length >= 3")
+        before = page.ask("document.querySelectorAll('#decisions tr').length")
+        for number in range(80):
+            body = {"prompt": ["The river", "def area("][number % 2], "max_tokens": 6, "ignore_eos": True}
+            assert served.post(TEXT, body).status_code == 200
+            if page.ask("document.querySelectorAll('#decisions tr').length") > before:
+                break
+        assert page.ask("document.querySelectorAll('#decisions tr').length") > before
+        page.ask("document.getElementById('tokens').value = 12; document.getElementById('send').click()")
+        assert "layers a token" in page.wait("document.getElementById('told').textContent")
+        spans = "[...document.querySelectorAll('#answer span')]"
+        assert page.ask(f"{spans}.length") > 0
+        assert page.ask(f"{spans}.every((span) => span.style.background && span.title.startsWith('left at layer'))")
+        assert "answered" in page.ask("document.getElementById('books').textContent")
+        for width in (400, 1300):
+            page.open(f"{served.address}/", width, dark=width == 400)
+            page.wait("document.getElementById('link').textContent === 'live'")
+            assert page.ask("document.documentElement.scrollWidth") <= width
+        assert len(page.printed()) > 1000
+        assert page.errors == []
 
 
 def test_a_candidate_that_is_not_loaded_is_said_to_be(served: Served) -> None:

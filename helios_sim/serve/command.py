@@ -21,6 +21,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.report.terminal import say
+from helios_sim.serve.front.kept import Kept
 from helios_sim.serve.front.limits import keys_of
 from helios_sim.serve.front.process import FrontSettings, run_front
 from helios_sim.serve.messages import Abort, Drain, End, Ended, FromEngine, Ready
@@ -36,6 +37,8 @@ def serve(config: ServedConfig) -> int:
     """Serves until it is stopped. 0: it was; 1: the engine or the front has failed. UserError before that."""
     settings = config.serve
     keys = keys_of(settings)
+    if settings.records is not None:
+        Kept(settings.records)  # refused here, before anything is loaded
     with listening(settings) as sock, TemporaryDirectory(prefix="helios-serve-") as scratch:
         link = Link()
         service = Service(config.study(), settings, link.emit)

@@ -32,6 +32,7 @@ class ServeConfig:
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 20.0  # for head and body of a request to arrive
     request_timeout_s: float = 600.0  # from a request's arrival to its last token
+    records: str | None = None  # a file that gets a line of JSON for each answer: times and tokens, no text
     drain_s: float = 60.0  # how long SIGTERM waits for answers before it aborts them
 
     def __post_init__(self) -> None:

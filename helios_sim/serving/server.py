@@ -284,13 +284,14 @@ class Server:
     def _produced(self) -> list[Produced]:
         """The tokens of the iteration in progress, in the order of its batch."""
         replica, it, found = self._replica, self._replica.iteration, []
-        slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)]]
-        slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
-        for slot in slots:
+        slots = [(int(slot), int(it.drafts)) for slot in replica.lists.batch[: int(it.decodes)]]
+        slots += [(int(replica.chunks[p].slot), 0) for p in range(int(it.finishing))]
+        for slot, drafts in slots:
             request = replica.requests[slot]
             layers, breach = (it.token_layers, 0) if it.alike else (request.token_layers, request.token_breach)
-            number = int(request.earlier_tokens + request.generated)
-            found.append(Produced(int(request.request_id), number, int(layers), bool(breach)))
+            first, more = int(request.earlier_tokens + request.generated), int(request.accepted) if drafts else 0
+            for number in range(first, first + 1 + more):
+                found.append(Produced(int(request.request_id), number, int(layers), bool(breach)))
         return found
 
     def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:

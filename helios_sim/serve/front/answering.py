@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from helios_sim.serve.front.hub import Hub, Stream
@@ -39,10 +39,11 @@ class Answering:
 
     def __init__(
         self, hub: Hub, stream: Stream, wanted: Wanted, readers: dict[str, Reader], scripts: dict[str, Script],
-        began_s: float,
+        began_s: float, name: str,
     ) -> None:  # fmt: skip
         self._hub, self._stream, self._wanted, self._readers, self._scripts = hub, stream, wanted, readers, scripts
-        self._began_s, self._last_s = began_s, began_s
+        self._began_s, self._last_s, self._name = began_s, began_s, name
+        self._gaps_s: list[float] = []
         self._first_s: float | None = None
         self._stops = Stops(wanted.stop)
         self._growing: Growing | None = None
@@ -97,6 +98,7 @@ class Answering:
             metrics.note_first(self._model, self._replica, now_s - self._began_s)
         else:
             metrics.note_gap(self._model, self._replica, now_s - self._last_s)
+            self._gaps_s.append(now_s - self._last_s)
         self._last_s = now_s
         self.tokens += 1
         number = token.token
@@ -112,9 +114,13 @@ class Answering:
 
     def _finish(self, model: str, reason: str) -> None:
         first_s = self._last_s if self._first_s is None else self._first_s
-        self._hub.metrics.note_answered(
-            model, self._replica, reason, first_s - self._began_s, self._last_s - self._began_s, self.tokens
-        )
+        ttft_s, e2e_s = first_s - self._began_s, self._last_s - self._began_s
+        self._hub.metrics.note_answered(model, self._replica, reason, ttft_s, e2e_s, self.tokens)
+        self._hub.note_answer(self._stream, {
+            "request": self._name, "ended_unix_s": time(), "model": model, "reason": reason,
+            "prompt_tokens": self.prompt_tokens, "output_tokens": self.tokens, "ttft_s": ttft_s, "e2e_s": e2e_s,
+            "gaps_s": self._gaps_s,
+        })  # fmt: skip
 
     @property
     def usage(self) -> dict[str, int]:

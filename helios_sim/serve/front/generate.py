@@ -148,7 +148,8 @@ class Generator:
                 streams += [self._hub.ask(ask) for ask in asks]
                 watcher = asyncio.create_task(_watch(receive, streams))
                 answers = [
-                    Answering(self._hub, stream, wanted, self._readers, self._scripts, began_s) for stream in streams
+                    Answering(self._hub, stream, wanted, self._readers, self._scripts, began_s, request_id)
+                    for stream in streams
                 ]
                 kind = "chatcmpl" if wanted.chat else "cmpl"
                 writer = Writer(wanted, f"{kind}-{request_id}", int(time()), self._readers)

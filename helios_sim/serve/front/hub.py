@@ -39,6 +39,7 @@ class Stream:
     def __init__(self, ask: Ask) -> None:
         self.ask, self.began_s = ask, monotonic()
         self.record: RequestRecord | None = None
+        self.seen: Mapping[str, Any] | None = None  # of the complete answer, as the front has seen it
         self._items: deque[tuple[Token, str, int] | RequestRecord | BaseException] = deque()
         self._more = asyncio.Event()
         self.closed = False
@@ -56,7 +57,6 @@ class Stream:
         if isinstance(item, BaseException):
             raise item
         if isinstance(item, RequestRecord):
-            self.record = item
             return None
         return item
 
@@ -76,6 +76,7 @@ class Hub:
         self.decisions: deque[Mapping[str, Any]] = deque(maxlen=_KEPT_DECISIONS)
         self._listeners: set[Callable[[str, Mapping[str, Any]], None]] = set()
         self.closing = False
+        self.on_answer: Callable[[Mapping[str, Any], RequestRecord], None] | None = None
 
     @property
     def open(self) -> int:
@@ -98,6 +99,15 @@ class Hub:
         stream = self._open[ask.request_id] = Stream(ask)
         self._send(ask)
         return stream
+
+    def note_answer(self, stream: Stream, seen: Mapping[str, Any]) -> None:
+        """An answer is complete, as the front has seen it; what the engine has seen of it may come later."""
+        stream.seen = seen
+        self._keep(stream)
+
+    def _keep(self, stream: Stream) -> None:
+        if self.on_answer is not None and stream.seen is not None and stream.record is not None:
+            self.on_answer(stream.seen, stream.record)
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """The request leaves the engine with its next iteration. Does nothing if it has left, or was let go."""
@@ -185,6 +195,8 @@ class Hub:
             })  # fmt: skip
         if stream is None:
             return
+        stream.record = record
+        self._keep(stream)
         if record.status is Status.COMPLETED:
             stream.put(record)
         elif record.status is Status.UNFINISHED:

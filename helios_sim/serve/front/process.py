@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from helios_sim.serve.front.app import make_app
 from helios_sim.serve.front.generate import Generator
 from helios_sim.serve.front.hub import Hub
+from helios_sim.serve.front.kept import Kept
 from helios_sim.serve.front.limits import Gate
 from helios_sim.serve.front.metrics import Metrics
 from helios_sim.serve.front.problems import Problem
@@ -61,6 +62,8 @@ class Front:
         metrics = Metrics(settings.layers, serve.max_model_len, serve.speedup)
         self._gate = Gate(serve, settings.keys)
         self.hub = Hub(self._send, metrics)
+        if serve.records is not None:
+            self.hub.on_answer = Kept(serve.records).note
         self.generator = Generator(self.hub, self._gate, serve, readers, simulates, settings.by_priority)
         named = {model: reader.name for model, reader in readers.items()}
         app = make_app(self.hub, self.generator, self._gate, readers, {**settings.about, "tokenizers": named})

@@ -1,0 +1,38 @@
+"""A file with a line of JSON for each answer: when it came and went, as front and engine have seen it. No text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import UserError
+from helios_sim.request import RequestRecord
+
+_OF_ENGINE = (
+    "request_id", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "layers_run",
+    "early_tokens", "breach_tokens", "preemptions",
+)  # fmt: skip
+
+
+class Kept:
+    """Appends to the file. Gaps in `gaps_s` are those between tokens; times of the front are in s of the wall clock,
+    those of the engine in ns of its own.
+    """
+
+    def __init__(self, path: str) -> None:
+        """UserError where it cannot be written."""
+        try:
+            file = Path(path).expanduser().open("a", encoding="utf-8")
+        except OSError as error:
+            allowed = f"a file that can be written ({error.strerror})"
+            raise UserError("serve.records", path, allowed, "name one in a folder that is there") from error
+        assert isinstance(file, TextIOWrapper)
+        self._file = file
+
+    def note(self, seen: Mapping[str, Any], record: RequestRecord) -> None:
+        engine = {name: getattr(record, name) for name in _OF_ENGINE}
+        self._file.write(json.dumps({**seen, "engine": engine}) + "\n")
+        self._file.flush()
