@@ -25,6 +25,7 @@ from helios_sim.request import NS_PER_S
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.modes import FidelityConfig
 from helios_sim.study.schema import Config
+from helios_sim.study.workload import OF_THE_MODEL
 from helios_sim.untrusted import is_there
 from helios_sim.validate.logs import ServingLog, read_log
 from helios_sim.validate.setup import engine_settings, set_up
@@ -171,6 +172,7 @@ def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tupl
         write_text(trace, _as_lines(log, changes["models"][0]))
     most, there = config.workload.n_requests, int(np.count_nonzero(log.completed))
     changes |= {
+        "workload.chars_per_token": OF_THE_MODEL,
         "workload.n_requests": None if most is None or most >= there else most,
         "workload.statement": f"The requests of {log.source}: arrivals and lengths as logged.",
         "workload.arrivals.kind": "trace", "workload.arrivals.trace": str(trace), "workload.arrivals.rate_per_s": None,

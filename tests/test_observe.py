@@ -1,0 +1,188 @@
+"""`python -m helios_sim.observe` against a server of the tests: what it sends, times, counts and writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helios_sim.logs import read_tool
+from helios_sim.logs.tools import opened
+from helios_sim.observe.__main__ import main
+from sse_server import MODEL, endpoint
+
+FEW = ("workload.n_requests=12", "workload.arrivals.rate_per_s=60", "workload.lengths.output.maximum=8")
+
+
+@dataclass
+class Said:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@dataclass
+class Observer:
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *words: str) -> Said:
+        status = main(list(words))
+        captured = self.capsys.readouterr()
+        return Said(status, captured.out, captured.err)
+
+
+@pytest.fixture
+def observe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Observer:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return Observer(capsys)
+
+
+def lines(path: str = "log.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_an_open_loop_writes_a_log_that_is_read_again(observe: Observer) -> None:
+    with endpoint(ttft_s=0.03, gap_s=0.004) as server:
+        said = observe(f"url={server.url}/v1", *FEW)
+    assert said.status == 0, said.err
+    header, *requests = lines()
+    assert header["model"] == MODEL
+    assert header["loop"] == "open"
+    assert len(requests) == 12 == said.summary["answered"]
+    drift = [line["arrival_s"] - line["planned_s"] for line in requests]
+    assert min(drift) >= 0
+    assert said.summary["send_drift_s"]["max"] == pytest.approx(max(drift))
+    assert said.summary["send_drift_s"]["p50"] < 0.02
+    for line in requests:
+        assert line["output_tokens"] == line["asked_tokens"] == len(line["token_times_s"])
+        assert line["ttft_s"] >= 0.03
+        assert line["e2e_s"] == line["token_times_s"][-1]
+        assert line["finish_reason"] == "length"
+    by_index = sorted(requests, key=lambda line: line["index"])
+    sent = sorted(server.bodies, key=lambda body: len(body["prompt"]))
+    assert sorted(line["prompt_tokens"] for line in by_index) == [len(body["prompt"]) for body in sent]
+    assert all(body["ignore_eos"] and body["stream_options"] == {"include_usage": True} for body in server.bodies)
+    log = read_tool(opened(Path("log.jsonl")))
+    assert log is not None
+    assert log.format == "helios-sim observe"
+    assert not log.missing
+    assert not log.notices
+    assert log.task is not None
+    tpot = log.tpot_s()
+    assert tpot is not None
+    assert 0.004 <= np.nanmedian(tpot) < 0.02
+    text = " ".join(said.out.split())
+    assert "sent late by" in text
+    assert "+experiment=from_log log=log.jsonl" in text
+    assert max(len(line) for line in said.out.splitlines()[:8]) <= 80
+
+
+def test_a_closed_loop_keeps_so_many_in_flight(observe: Observer) -> None:
+    with endpoint(ttft_s=0.01) as server:
+        said = observe(
+            f"url={server.url}", "workload.n_requests=10", "workload.arrivals.kind=closed_loop",
+            "workload.arrivals.users=3", "workload.lengths.output.maximum=5", "api=chat", "out=chat.jsonl",
+        )  # fmt: skip
+    assert said.status == 0, said.err
+    assert server.most_running == 3
+    header, *requests = lines("chat.jsonl")
+    assert header["users"] == 3
+    assert len(requests) == 10
+    assert all("planned_s" not in line for line in requests)
+    assert said.summary["send_drift_s"] is None
+    assert all(body["messages"][0]["role"] == "user" for body in server.bodies)
+    log = read_tool(opened(Path("chat.jsonl")))
+    assert log is not None
+    assert log.stated["in_flight_at_most"] == 3
+
+
+def test_no_error_is_lost(observe: Observer) -> None:
+    broken = {1: "refuse", 3: "cut", 5: "silent", 7: "slow"}
+    with endpoint(broken=broken) as server:
+        said = observe(
+            f"url={server.url}", "workload.n_requests=10", "workload.arrivals.rate_per_s=50",
+            "workload.lengths.output.minimum=4", "workload.lengths.output.maximum=6", "observe.timeout_s=1",
+        )  # fmt: skip
+    assert said.status == 2
+    assert said.summary["answered"] == 6
+    assert said.summary["failed"] == {
+        "HTTP 429: too many requests": 1, "the connection ended in the middle of an answer": 1, "no token came": 1,
+        "no answer within 1 s": 1,
+    }  # fmt: skip
+    assert all("ttft_s" not in line for line in lines()[1:] if line["status"] != "ok")
+    log = read_tool(opened(Path("log.jsonl")))
+    assert log is not None
+    assert log.failed == 4
+    for reason in said.summary["failed"]:
+        assert reason in said.out
+
+
+def test_a_server_that_tells_no_usage_is_counted_by_chunks(observe: Observer) -> None:
+    with endpoint(usage=False, merged=True) as server:
+        said = observe(f"url={server.url}", "workload.n_requests=4", "workload.arrivals.rate_per_s=50",
+                       "workload.lengths.output.minimum=4", "workload.lengths.output.maximum=4")  # fmt: skip
+    assert said.status == 0
+    assert [line["output_tokens"] for line in lines()[1:]] == [2] * 4
+    assert "The server told no usage" in said.out
+
+
+def test_a_log_is_driven_again(observe: Observer, tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,20,3\n0.05,30,4\n0.1,10,2\n")
+    told = ("kind=trace", "trace=trace.csv")
+    words = [f"workload.{part}.{name}" for part in ("arrivals", "lengths") for name in told]
+    with endpoint() as server:
+        said = observe(f"url={server.url}", *words, "workload.n_requests=null", "observe.ignore_eos=false")
+    assert said.status == 0, said.err
+    assert [len(body["prompt"]) for body in server.bodies] == [20, 30, 10]
+    assert [body["max_tokens"] for body in server.bodies] == [3, 4, 2]
+    assert "ignore_eos" not in server.bodies[0]
+
+
+def test_a_key_goes_with_every_request(observe: Observer, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\nother\n")
+    with endpoint() as server:
+        assert observe(f"url={server.url}", *FEW, "observe.api_key_file=key", "workload.n_requests=2").status == 0
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert "secret" not in Path("log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "url=None"),
+        (("url=ftp://host",), "url='ftp://host'"),
+        (("url=http://127.0.0.1:1",), "a server that lists its models"),
+        (("url=SERVER", "model=gpt-9"), "one that the server lists: tiny"),
+        (("url=SERVER", "out=there.jsonl"), "logs are not overwritten"),
+        (("url=SERVER", "out=no/such/folder.jsonl"), "a file that can be written"),
+        (("url=SERVER", "hardware=h100-80gb"), "hardware='h100-80gb': does nothing here"),
+        (("url=SERVER", "workload.sessions.users=2", "workload.sessions.turns.value=2"), "workload.sessions.users"),
+        (("url=SERVER", "api=chat", "observe.prompts=ids"), "observe.prompts"),
+        (("url=SERVER", "observe.timeout_s=0"), "observe.timeout_s"),
+        (("url=SERVER", "observe.timeouts=1"), "no such setting"),
+        (("url=SERVER", "seeds=[0,1]"), "one seed"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(observe: Observer, tmp_path: Path, words: tuple[str, ...], named: str) -> None:
+    (tmp_path / "there.jsonl").write_text("")
+    with endpoint() as server:
+        said = observe(*(word.replace("SERVER", server.url) for word in words))
+        assert not server.bodies
+    assert said.status == 1
+    assert named in said.err
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_help(observe: Observer) -> None:
+    said = observe("--help")
+    assert said.status == 0
+    assert "python -m helios_sim.observe url=ADDRESS" in said.out
