@@ -42,6 +42,7 @@ SETTINGS = [
     ("objective=[energy,quality]", ["objective='[energy,quality]'", "settings of two would be mixed"]),
     ("policy=[helios,none]", ["policy='[helios,none]'", "settings of two would be mixed"]),
     ("slo={}", ["slo='{}'", "an empty one is merged", "does nothing"]), ("arms={}", ["arms='{}'", "does nothing"]),
+    ("figures=[{kind:sweep,x:rate}]", ["figures.x='rate'", "there is no sweep"]),
     ("sweeps=[{arm:[helios]}]", ["arm is none of its settings: axes, arms", "you may have meant arms"]),
     ("sweeps=[{axes:[{key:a}]}]", ["key is none of its settings: name, settings, values"]),
     ("sweeps=[{axes:[{values:3}]}]", ["values in it must be a list"]),

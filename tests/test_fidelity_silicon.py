@@ -18,7 +18,7 @@ from helios_sim.profile.runtimes import PRESETS
 from helios_sim.study.build import build_profile
 from helios_sim.study.jobs import Job
 from helios_sim.study.presets import preset_names, preset_of, preset_settings
-from helios_sim.validate.silicon import SHIPPED, Prediction, Row, job_of, predict, read_rows, settings_of
+from helios_sim.validate.silicon import SHIPPED, Prediction, Row, job_of, not_read, predict, read_rows, settings_of
 from helios_sim.validate.silicon_gates import OTHERS, name_of, result_of
 from helios_sim.vary.settings import with_settings
 
@@ -206,3 +206,11 @@ def test_a_study_with_fitted_host_times_says_so(command: CommandLine) -> None:
         assert said.status == 0, said.err
         assert said.summary["provenance"]["class"] == found
         assert ("the engine's host time is fitted to published" in said.out) == (preset is not None)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", ROW)
+    assert not_read(path) == []
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},spec,ep", *(f"{row},eagle,4" for row in rows)]) + "\n")
+    assert not_read(path) == ["rows.csv: not read: spec, ep"]

@@ -130,6 +130,15 @@ def test_what_nothing_is_made_of_is_named(tmp_path: Path) -> None:
     others = {"blk.3.attn_sinks.weight": ((14,), F32), "cls.weight": ((2, 896), F16)}
     found = shape_of(str(write(tmp_path / "b.gguf", keys=usual | {"early_exit_layers": (U32, 4)}, tensors=others)))
     assert found.not_read.endswith("not read: qwen2.early_exit_layers, blk.N.attn_sinks.weight, cls.weight")
+    for key in ("activation_sparsity_scale", "attention.gate_scale", "mlp_scale"):
+        sparse = write(tmp_path / "c.gguf", keys=usual | {key: (6, 0.5)}, tensors=tensors)
+        assert shape_of(str(sparse)).not_read.endswith(f"not read: qwen2.{key}")
+
+
+def test_heads_of_layers_with_a_window_are_as_wide_as_the_others(tmp_path: Path) -> None:
+    assert shape_of(str(write(tmp_path / "a.gguf", keys={"attention.key_length_swa": (U32, 64)}))).not_read == ""
+    with pytest.raises(UserError, match=r"key_length_swa.*=32: 64, as the heads"):
+        shape_of(str(write(tmp_path / "b.gguf", keys={"attention.key_length_swa": (U32, 32)})))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model", b"GGUF\x03\0\0\0" + b"\xff" * 16])

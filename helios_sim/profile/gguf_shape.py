@@ -40,8 +40,9 @@ _REFUSED = {
 }
 _OF_OTHERS = re.compile(r"\.(ssm|wkv|kda|altup|laurel|shortconv)\b|_lora_rank$|\.expert_(feed|shared|used)|\.decoder_")
 _OF_NO_MATTER = re.compile(
-    r"^rope\.|_epsilon$|softcapping$|_scale$|^attention\.(sliding_window|key_length_swa|value_length_swa|clamp_kqv|max_alibi"
-    r"|layer_norm)|^use_parallel_residual$|^tensor_data_layout$|^vocab_size$|^rope_|^general\."
+    r"^rope\.|_epsilon$|softcapping$|^(logit|residual|embedding)_scale$|^attention\.(sliding_window|clamp_kqv|max_alibi"
+    r"|layer_norm|scale$|output_scale$|temperature_(scale|length)$)|^use_parallel_residual$|^tensor_data_layout$"
+    r"|^vocab_size$|^rope_|^general\."
 )
 _NUMBER = re.compile(r"^blk\.\d+\.")
 _KNOWN_TENSORS = re.compile(
@@ -95,6 +96,10 @@ def read_gguf(path: Path) -> GgufModel:
             raise keys.wrong("attention.value_length", keys.value("attention.value_length"), allowed)
     elif FAMILIES[name] in ("qwen3", "gemma", "gemma2", "gemma3_text"):  # whose configs must say it
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    width = found.get("head_dim", found["hidden_size"] // found["num_attention_heads"])
+    for of_windows in ("attention.key_length_swa", "attention.value_length_swa"):
+        if keys.integer(of_windows, 1, _LARGEST, width) != width:
+            raise keys.wrong(of_windows, keys.value(of_windows), f"{width}, as the heads of other layers")
     found["tie_word_embeddings"] = "output.weight" not in header.tensors
     found["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     found |= _windows(keys, found["num_hidden_layers"])

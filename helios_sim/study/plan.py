@@ -271,6 +271,9 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
     for figure in config.figures:
         require_one_of("figures.kind", figure.kind, FIGURES)
         if figure.kind != "quality":
+            if figure.kind != "arms" and not axes:
+                fix = "leave the figure out (figures=[] leaves all out), or add a sweep"
+                raise UserError("figures.x", figure.x, "an axis of a sweep, and there is no sweep", fix)
             require_one_of("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
         require_one_of("figures.metric", figure.metric, DEFINITIONS)
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):

@@ -22,7 +22,7 @@ from helios_sim.validate.live import TimeLeft, compared_cells, measured_profiles
 from helios_sim.validate.logs import ServingLog, read_log
 from helios_sim.validate.replay import Quantities, estimate, estimated_from, run_once
 from helios_sim.validate.setup import Setup, set_up
-from helios_sim.validate.silicon import SHIPPED, jobs_of, predictions, read_rows, with_front
+from helios_sim.validate.silicon import SHIPPED, jobs_of, not_read, predictions, read_rows, with_front
 from helios_sim.validate.silicon_gates import result_of
 from helios_sim.vary.runner import at_work_in
 from helios_sim.vary.settings import with_settings
@@ -75,6 +75,7 @@ def run_fidelity_silicon(config: Config, folder: Path) -> int:
         found, failed = predictions(jobs, folder, config.jobs)
         both = [(row, with_front(row, found[row.id]) if row.id in found else None) for row in rows]
         result = result_of(both, why_not | failed, config, provenance(config), config.fidelity.rows is None)
+        result = replace(result, notes=(*result.notes, *not_read(path)))
         summary = write_silicon(result, folder, config.figures_as)
     return end(lambda: print_silicon(result), folder, summary, result.gates)
 

@@ -105,6 +105,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def not_read(path: Path) -> list[str]:
+    """A sentence about columns of which nothing is made; none where there are none."""
+    text = read_text(path, 64 * MIB, f"set {_ROW} to a file of rows").decode("utf-8", errors="replace")
+    known = {f.name for f in fields(Row)}
+    left = [name for name in next(csv.reader(StringIO(text, newline=""))) if name.strip() and name not in known]
+    return [f"{path.name}: not read: {', '.join(left[:12])}"] if left else []
+
+
 def _row(path: Path, number: int, values: Mapping[str, Any]) -> Row:
     def wrong(column: str, allowed: str) -> UserError:
         return UserError(f"{path}: row {number}: {column}", shortened(values.get(column)), allowed, _FIX)

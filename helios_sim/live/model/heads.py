@@ -47,6 +47,7 @@ SHIPPED = Path(__file__).parents[2] / "data" / "exit_heads"
 ADAPTER = ("scale", "linear", "bias", "gate", "up", "down")
 CHECK = ("check_in", "check_bias", "check_out", "check_offset")
 BELONGS_TO = ("family", "n_layers", "d_model", "vocab_size")  # what the header says of the model
+_TOLD = ("training", "calibration", "curves")  # how the heads were made, for people
 _MOST_BYTES = 1 << 30
 _LARGEST_WEIGHT = 1e6
 _FIX = "train the heads anew with `python -m calibrate +task=adapters`, or fetch the files again"
@@ -201,6 +202,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     header["exits"] = tuple(header["exits"])
     header["temperature"] = fields.numbers("temperature", 1e-3, 1e3, len(exits) + 1)
     header["risk_scale"] = fields.numbers("risk_scale", 0, 1e6, len(exits))
+    fields.ignore(["format", *_TOLD])
+    fields.refuse_rest("no such key is known")
     return header
 
 
