@@ -45,18 +45,21 @@ def test_live_and_simulated_serve_the_same_requests(command: CommandLine, study:
 
 POLICIES = (
     "full_depth", "early_exit", "early_exit_lazy", "static_cap", "helios", "helios_probe", "load_only", "switch_only",
-    "transfer_only",
+    "transfer_only", "self_speculation",
 )  # fmt: skip
 SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.window_tokens=12", "policy.limit=3")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str) -> None:
-    more = ("policy.model=tiny",) if policy in ("full_depth", "early_exit", "early_exit_lazy", "static_cap") else SOON
+    of_one_model = ("full_depth", "early_exit", "early_exit_lazy", "static_cap", "self_speculation")
+    more = ("policy.model=tiny",) if policy in of_one_model else SOON
     said = command(*arguments(study, "mode=live", "models=[tiny,other]", f"policy={policy}", *more, "~arms"))
     assert said.status == 0, said.err
     (arm,) = said.summary["arms"].values()
     assert arm["metrics"]["requests_completed"] == 12
+    if policy == "self_speculation":
+        assert 0 <= arm["metrics"]["draft_acceptance"] <= 1
     if policy == "helios":
         assert arm["metrics"]["switches"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from helios_sim.policy.registry import make_policy
 from helios_sim.report.metrics import OF_DRAFTS, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.serving.iteration import Plan
-from helios_sim.serving.server import Server
+from helios_sim.serving.server import Produced, Server
 from helios_sim.workload import AllAtOnce, Exponential, Workload, generate
 from policy_example import layered_profile, offline, seen, situation
 from priced import priced_profile
@@ -288,6 +289,27 @@ def test_prompts_are_computed_beside_the_verification() -> None:
     (found,) = chunks
     assert found[:2] == (1, round(draft_s * 1e9))
     assert found[2] == pytest.approx(1e9 * (times.total_s + of_prompt_s), rel=1e-6)
+
+
+def test_every_token_of_a_pass_is_told_as_it_ends() -> None:
+    """To whoever streams answers: each once, in order, with how many of the same pass follow it."""
+    told: dict[int, list[int]] = {}
+    follow = []
+
+    def note(server: Server, produced: Sequence[Produced]) -> None:
+        for one in produced:
+            told.setdefault(one.request_id, []).append(one.number)
+            follow.append(one.after)
+
+    def watch(server: Server) -> None:
+        server.on_tokens = note
+
+    work = workload(6, 5, Exponential(20), AllAtOnce())
+    traces = {"flat": agreeing(0.8)}
+    served = serve(work, speculating(4), {"flat": PRICED}, traces, max_running_requests=3, stepwise=True, watch=watch)
+    assert told == {r.request_id: list(range(r.output_tokens)) for r in served.records}
+    assert set(follow) == {0, 1, 2, 3, 4}
+    assert sum(n > 0 for n in follow) == served.run.stats.accepted_drafts
 
 
 # --- the policy

@@ -109,15 +109,13 @@ def keep_accepted(
     s.draft_ns += it.draft_ns
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
-        accepted, layers = request.accepted, request.token_layers
-        drafts = min(it.drafts, request.remaining)  # one token of the pass is counted already
-        if drafts == 0:
-            continue
-        s.verifications += 1
-        s.drafted_tokens += drafts
-        s.tested_drafts += min(accepted + 1, drafts)
-        s.accepted_drafts += accepted
-        spare += blocks_for(request.context_tokens + drafts, block_tokens)
+        drafted, accepted, layers = request.drafted, request.accepted, request.token_layers
+        spare += blocks_for(request.context_tokens + request.drafts, block_tokens)
+        if drafted:
+            s.verifications += 1
+            s.drafted_tokens += drafted
+            s.tested_drafts += min(accepted + 1, drafted)
+            s.accepted_drafts += accepted
         request.context_tokens += accepted
         spare -= blocks_for(request.context_tokens, block_tokens)
         request.agreed_tokens += accepted

@@ -53,7 +53,7 @@ def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Tab
     it.kv_least = it.kv_most = NEVER
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
-        drafts = drafts_of(it, request)
+        drafts = request.drafts
         if draft > drafts:
             continue
         context = request.context_tokens + (draft if draft else drafts + 1)
@@ -71,11 +71,6 @@ def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Tab
     else:
         it.sampled_tokens = rows + more + it.finishing
         rest.decode_tokens, rest.kv_tokens, rest.verified_tokens = rows, kv_tokens, more
-
-
-def drafts_of(it: Record, request: Record) -> int:
-    """How many tokens a request drafts in this iteration: a pass yields one more than it accepts."""
-    return min(it.drafts, request.remaining - 1)
 
 
 def next_row(request: Record) -> int:
@@ -134,14 +129,14 @@ def _drafted(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> 
     agree, microbits, leaf = x.agree, x.microbits, r.rule_exit
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
-        drafts, accepted, row = drafts_of(it, request), 0, next_row(request)
+        drafts, accepted, row = request.drafts, 0, next_row(request)
         of_all = microbits[row, leaf] if r.scores else 0
         while accepted < drafts and agree[row, r.draft_exit]:
             accepted += 1
             row = _row_after(request, accepted)
             if r.scores:
                 of_all += microbits[row, leaf]
-        request.accepted = accepted
+        request.drafted, request.accepted = drafts, accepted
         request.observed = 0
         request.token_exit = leaf
         request.token_layers = x.exits[leaf]

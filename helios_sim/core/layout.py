@@ -103,7 +103,8 @@ REQUEST = Kind.of(
         "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",
         # the token of the iteration in progress, unless all tokens of the iteration are alike
         "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
-        "accepted",  # drafts that became tokens beside it; its microbits are of all of them
+        "drafts",  # tokens that it may draft in this iteration, for which it has blocks
+        "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
         # where its output tokens lie in the exit trace
         "trace_first", "trace_start", "trace_length",
         # progress

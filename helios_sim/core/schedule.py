@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import cannot_run, depart, occupy
 from helios_sim.core.blocks import blocks_for, free_blocks, give_blocks, kept_blocks, take_back, take_blocks
-from helios_sim.core.depths import drafts_of
 from helios_sim.core.layout import (
     FLUSH,
     GO_ON,
@@ -349,18 +348,18 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
 
 def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
     """The same with K and V of what they draft. Decides how much that is: the batch may be too large for it."""
-    batch, due, kv_tokens, most = lists.batch, 0, 0, 0
-    it.drafts = r.draft_tokens if s.decoding <= r.draft_batch else 0
-    it.drafted = 0
+    batch, due, kv_tokens = lists.batch, 0, 0
+    drafts = r.draft_tokens if s.decoding <= r.draft_batch else 0
+    it.drafts = it.drafted = 0
     for i in range(s.decoding):
         request = requests[batch[i]]
-        context, drafts = request.context_tokens, drafts_of(it, request)
+        context = request.context_tokens
+        request.drafts = min(drafts, request.remaining - 1)  # a pass yields one token more than it accepts
         kv_tokens += context
-        it.drafted += drafts
-        most = max(most, drafts)
-        due += blocks_for(context + 1 + drafts, r.block_tokens) - blocks_for(context, r.block_tokens)
+        it.drafted += request.drafts
+        it.drafts = max(it.drafts, request.drafts)
+        due += blocks_for(context + 1 + request.drafts, r.block_tokens) - blocks_for(context, r.block_tokens)
     it.kv_tokens = kv_tokens
-    it.drafts = most
     return due
 
 

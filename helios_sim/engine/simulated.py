@@ -11,7 +11,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import FOREVER_NS, IntArray, Storage, Trace
+from helios_sim.core.layout import IntArray, Storage, Trace
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
 from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
@@ -182,8 +182,6 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "propagates": propagates,
         "repays": per_token and not propagates and kv_rule is KvRule.RECOMPUTE,
         "owes": kv_rule is KvRule.RECOMPUTE,
-        "draft_tokens": 0 if drafts is None else drafts.draft_tokens,
-        "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
         "draft_exit": 0 if drafts is None else trace.exits.index(drafts.exit_layers),
         "reads_trace": per_token or clairvoyant or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,

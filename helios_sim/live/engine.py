@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, PromptTexts
+from helios_sim.live.speculation import Drafts, Speculation
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
@@ -139,14 +141,13 @@ class LiveEngine:
         """
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
-        if isinstance(plan.exit_rule, SelfSpeculation):
-            allowed = "policies that do not draft: self-speculation is simulated, not served live"
-            raise UserError("policy", "self_speculation", allowed, "leave it out, or simulate it")
         reason = None
         try:
             model = self.residents.running(plan.model, plan.loaded_layers)
             self.work.use(plan.model, model, plan.loaded_layers)
             answers = self._members(plan)
+            if plan.drafts:
+                return self._speculate(plan, model, answers, now_ns)
             rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
             tally = self._forward(plan, model, rows, chunks)
         except (MemoryError, RuntimeError) as error:
@@ -291,11 +292,61 @@ class LiveEngine:
         self.forward_ns += self._env.wall_ns - began_ns
         return tally
 
+    def _speculate(self, plan: Plan, model: SegmentedModel, answers: list[Answer], now_ns: int) -> Outcome:
+        """Let requests draft, verify what they drafted, and add what was accepted to the answers."""
+        assert isinstance(plan.exit_rule, SelfSpeculation)
+        decoding = list(zip(answers[: plan.decoding], plan.members, strict=False))
+        decoding.sort(key=lambda each: self._slot(each[0]))
+        requests = []
+        for answer, member in decoding:
+            at, choice = answer.cached, self.choice(answer)
+            most = 0 if choice is not None else min(plan.drafts, member.output_tokens - member.generated - 1)
+            requests.append(Drafts(self._slot(answer), at, answer.ids(at, at + 1)[0], most, choice))
+        chunks = self._chunks(plan, answers)
+        run = Speculation(model, self.residents.exits(plan.model), self.work.cache, plan.exit_rule.exit_layers)
+        began_ns = self._env.wall_ns
+        drafted = run.draft(requests)
+        draft_ns = self._env.wall_ns - began_ns
+        composition = run.verify(requests, chunks)
+        self.forward_ns += self._env.wall_ns - began_ns
+        tokens = {}
+        for (answer, member), drafts in zip(decoding, requests, strict=True):
+            kept = self._accepted(plan, answer, member, drafts) + 1
+            for n, (chosen, finite) in enumerate(zip(drafts.chosen[:kept], drafts.finite, strict=False)):
+                row = Row(drafts.slot, 0, 0, 0, chosen=chosen, layers=plan.loaded_layers, finite=finite)
+                answer.cached += 1
+                self._add(answer, row)
+                token = self._token(answer, row)._replace(drafted=drafts.most, accepted=n)
+                if token.last or not finite:
+                    break
+            tokens[answer.request.request_id] = token
+        self._note_prompts(plan, answers, chunks)
+        first = [(answers[p.index], c.row) for p, c in zip(plan.prefill, chunks, strict=True) if c.row is not None]
+        return Outcome(
+            end_ns=max(now_ns + 1, self._env.wall_ns),
+            profile=self._models[plan.model].profile,
+            composition=replace(composition, loading=plan.loading),
+            decoded=[tokens[member.request.request_id] for member in plan.members[: plan.decoding]],
+            prefilled=[self._token(answer, row) for answer, row in first],
+            drafted=[replace(step, loading=plan.loading) for step in drafted],
+            draft_ns=draft_ns,
+        )
+
+    def _slot(self, answer: Answer) -> int:
+        return self.work.slots.of(answer.request.request_id)
+
+    def _accepted(self, plan: Plan, answer: Answer, member: Member, drafts: Drafts) -> int:
+        """How many of its drafts become tokens."""
+        return drafts.agreed()
+
     def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
         """Add the iteration's tokens to the answers."""
         for answer, row in zip(answers, rows, strict=False):
             answer.cached += 1
             self._add(answer, row)
+        self._note_prompts(plan, answers, chunks)
+
+    def _note_prompts(self, plan: Plan, answers: SequenceOf[Answer], chunks: SequenceOf[Chunk]) -> None:
         for part, chunk in zip(plan.prefill, chunks, strict=True):
             answer = answers[part.index]
             answer.cached += len(chunk.tokens)
@@ -396,6 +447,16 @@ class ReplayingEngine(LiveEngine):
             if chunk.row is not None:
                 chunk.row.recorded = self._confident(plan, answers[part.index], plan.members[part.index])
         return chunks
+
+    def _accepted(self, plan: Plan, answer: Answer, member: Member, drafts: Drafts) -> int:
+        assert isinstance(plan.exit_rule, SelfSpeculation)
+        trace, span = self._models[plan.model].trace.trace, member.span
+        agree, accepted = trace.agree[:, trace.exits.index(plan.exit_rule.exit_layers)], 0
+        while accepted < drafts.most:
+            if not agree[span.first + (span.start + len(answer.tokens) + accepted) % span.length]:
+                break
+            accepted += 1
+        return accepted
 
     def _confident(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
         """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""

@@ -253,11 +253,12 @@ class Service:
             return Token(one.request_id, one.number, None, one.layers, one.breach, last, last and not self._full(asked),
                          None)  # fmt: skip
         answer = self._live.answers[one.request_id]
-        ended = self._live.ends(answer)
+        ended = one.after == 0 and self._live.ends(answer)
         logprob = asked.logprobs[-1] if asked.logprobs else None
         return Token(
-            one.request_id, one.number, answer.tokens[-1], one.layers, one.breach, last or ended, ended, logprob
-        )
+            one.request_id, one.number, answer.tokens[-1 - one.after], one.layers, one.breach, last or ended, ended,
+            logprob,
+        )  # fmt: skip
 
     @staticmethod
     def _full(asked: Asked) -> bool:

@@ -33,6 +33,7 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
         service_plan=deployment.plan,
         host_ahead=bool(replica.rules.ahead),
         loading=loading,
+        drafts=int(it.drafts),
     )
 
 
@@ -50,9 +51,11 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
         request = replica.requests[slot]
         request.token_layers, request.token_breach = token.layers, int(token.breach)
         request.token_agrees, request.token_microbits = 1, 0
+        request.drafted, request.accepted = token.drafted, token.accepted
         request.observed = int(limit is not None and request.generated < limit)
         if token.last:
-            request.remaining, request.output_tokens = 1, request.generated + 1
+            request.remaining = 1 + token.accepted
+            request.output_tokens = request.generated + request.remaining
 
 
 def _member(replica: Replica, row: Record) -> Member:

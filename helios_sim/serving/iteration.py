@@ -62,6 +62,7 @@ class Plan:
     service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
     host_ahead: bool  # the host plans the next iteration while this one runs
     loading: bool  # weights stream in meanwhile
+    drafts: int = 0  # tokens that a request drafts at most, to be verified at once; 0: none drafts
 
 
 class Token(NamedTuple):
@@ -70,6 +71,8 @@ class Token(NamedTuple):
     layers: int  # that it ran
     breach: bool = False  # it left at the cap without confidence
     last: bool = False  # it ends the answer, which may have been planned longer
+    drafted: int = 0  # tokens that its request drafted before it
+    accepted: int = 0  # those of them that became tokens too
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class Outcome:
     composition: Composition  # what ran
     decoded: Sequence[Token]  # of the members that decode
     prefilled: Sequence[Token]  # of the parts that finish, in their order
+    drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
+    draft_ns: int = 0  # that they took
 
 
 @dataclass(frozen=True, slots=True)

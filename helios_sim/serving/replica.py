@@ -186,6 +186,7 @@ class Replica:
             limit = min(limit, deployment.batch_limit)
         if places is not None:
             limit = min(limit, places.requests)
+        drafts = deployment.exit_rule if isinstance(deployment.exit_rule, SelfSpeculation) else None
         for name, value in {
             "order": line.ORDERS[situation.order],
             "block_tokens": situation.memory.block_tokens,
@@ -208,6 +209,8 @@ class Replica:
             "ahead": situation.schedule_ahead > 0 and not seen_first,
             "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,
             "planned": deployment.plan is not None,
+            "draft_tokens": 0 if drafts is None or deployment.plan is not None else drafts.draft_tokens,
+            "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
             "n_layers": profile.model.n_layers,
         }.items():
             setattr(r, name, int(value))

@@ -44,6 +44,7 @@ class Produced(NamedTuple):
     number: int  # among the tokens of its answer, from 0
     layers: int  # that it ran
     breach: bool  # it left at the cap without confidence
+    after: int = 0  # tokens of its request that the same pass produced after it
 
 
 OnTokens = Callable[["Server", Sequence[Produced]], None]
@@ -276,7 +277,9 @@ class Server:
             return error.end_ns
         note_outcome(replica, outcome.decoded, outcome.prefilled)
         profile, it = outcome.profile, replica.iteration
-        it.floor_ns = int(whole_ns(profile.iteration_floor_s(outcome.composition))[0])
+        parts = (*outcome.drafted, outcome.composition)
+        it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for part in parts)
+        it.draft_ns = outcome.draft_ns
         it.outside = int(profile.outside_grid(outcome.composition)[0])
         s.end_ns = outcome.end_ns
         return None
@@ -284,14 +287,18 @@ class Server:
     def _produced(self) -> list[Produced]:
         """The tokens of the iteration in progress, in the order of its batch."""
         replica, it, found = self._replica, self._replica.iteration, []
-        slots = [(int(slot), int(it.drafts)) for slot in replica.lists.batch[: int(it.decodes)]]
-        slots += [(int(replica.chunks[p].slot), 0) for p in range(int(it.finishing))]
-        for slot, drafts in slots:
+        decodes = int(it.decodes)
+        slots = [int(slot) for slot in replica.lists.batch[:decodes]]
+        slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
+        for place, slot in enumerate(slots):
             request = replica.requests[slot]
             layers, breach = (it.token_layers, 0) if it.alike else (request.token_layers, request.token_breach)
-            first, more = int(request.earlier_tokens + request.generated), int(request.accepted) if drafts else 0
-            for number in range(first, first + 1 + more):
-                found.append(Produced(int(request.request_id), number, int(layers), bool(breach)))
+            number = int(request.earlier_tokens + request.generated)
+            after = int(request.accepted) if it.drafts and place < decodes else 0
+            found += [
+                Produced(int(request.request_id), number + n, int(layers), bool(breach), after - n)
+                for n in range(after + 1)
+            ]
         return found
 
     def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:

@@ -10,7 +10,7 @@ import simpy
 
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.rule import FixedCap, PerToken, SelfSpeculation, require_live
+from helios_sim.exits.rule import FixedCap, PerToken, require_live
 from helios_sim.policy.deployment import Deployment
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
@@ -236,9 +236,6 @@ def check_study(plan: StudyPlan) -> None:
 def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
     """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
     rule = first.exit_rule
-    if live and isinstance(rule, SelfSpeculation):
-        allowed = "policies that do not draft: self-speculation is simulated, not served live"
-        raise UserError("policy", "self_speculation", allowed, "leave it out, or set mode=simulate")
     if isinstance(rule, FixedCap | PerToken):
         if live:
             require_live(rule.confidence)

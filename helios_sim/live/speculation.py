@@ -1,0 +1,127 @@
+"""Self-speculation on the device: requests draft at an exit, and one pass of the whole model verifies.
+
+The layers up to the exit run one token of every request that drafts, and the exit's head says the next one. The hidden
+states of these tokens are kept, and their K and V are in the cache, so that the verification runs the first layers for
+the last draft alone, and the others for all of them at once, with prompts beside them. What comes of a draft that the
+whole model contradicts is overwritten by later tokens of its request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helios_sim.live.exits import Choice, Chunk, ExitReader
+from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
+from helios_sim.live.model.decoder import Attend, SegmentedModel
+from helios_sim.profile.composition import Composition, PrefillChunk
+
+
+@dataclass(slots=True)
+class Drafts:
+    """What one request drafts in an iteration, and what the whole model says to it."""
+
+    slot: int
+    cached: int  # tokens in the KV cache
+    token: int  # its latest, which is not in the cache
+    most: int  # tokens that it drafts
+    choice: Choice | None = None  # of its next token, where it drafts none; None: the likeliest
+    tokens: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # (1, d_model) after the exit's layer, of each token put in
+    chosen: list[int] = field(default_factory=list)  # by the whole model, after `token` and after each draft
+    finite: list[bool] = field(default_factory=list)
+
+    @property
+    def latest(self) -> int:
+        return self.tokens[-1] if self.tokens else self.token
+
+    @property
+    def position(self) -> int:
+        """Of the token that is put in next."""
+        return self.cached + len(self.tokens)
+
+    def agreed(self) -> int:
+        """How many of the drafts are what the whole model chose, up to the first that is not."""
+        pairs = zip(self.tokens, self.chosen, strict=False)
+        return next((n for n, (draft, chosen) in enumerate(pairs) if draft != chosen), len(self.tokens))
+
+
+class Speculation:
+    """Runs iterations in which requests draft after `exit_layers` layers."""
+
+    def __init__(self, model: SegmentedModel, exits: ExitReader, cache: KvCache, exit_layers: int) -> None:
+        self._model, self._exits, self._cache, self._exit = model, exits, cache, exit_layers
+
+    @torch.inference_mode()
+    def draft(self, requests: Sequence[Drafts]) -> list[Composition]:
+        """Let every request draft as many tokens as it is to. Returns what each step ran."""
+        ran = []
+        while taking := [one for one in requests if len(one.tokens) < one.most]:
+            ran.append(self._composition([one.position + 1 for one in taking], 0, len(taking), (), drafting=True))
+            states = self._first_layers(taking, [])
+            said = self._exits.read(self._model, self._exit, states, None)
+            for one, state, token in zip(taking, states.split(1), said.tokens, strict=True):
+                one.states.append(state)
+                one.tokens.append(token)
+        return ran
+
+    @torch.inference_mode()
+    def verify(self, requests: Sequence[Drafts], chunks: Sequence[Chunk]) -> Composition:
+        """Run the whole model for all drafts and these chunks of prompts. The rows of prompts get their token too."""
+        model, n = self._model, len(requests)
+        prompts = [PromptStep(self._cache, c.slot, len(c.tokens), c.context) for c in chunks]
+        hidden = self._first_layers(requests, list(zip(chunks, prompts, strict=True)))
+        joined = [state for i, one in enumerate(requests) for state in (*one.states, hidden[i : i + 1])]
+        rows = [one.most + 1 for one in requests]
+        steps = [PromptStep(self._cache, one.slot, k, one.cached) for one, k in zip(requests, rows, strict=True)]
+        sizes = [*rows, *(len(c.tokens) for c in chunks)]
+        states = torch.cat([*joined, hidden[n:]])
+        states = model.run(states, self._exit, model.n_loaded, _together([*steps, *prompts], sizes))
+        ends = np.cumsum(sizes)
+        finishing = [(c.row, int(end) - 1) for c, end in zip(chunks, ends[n:], strict=True) if c.row is not None]
+        at = [*range(sum(rows)), *(place for _, place in finishing)]
+        said = self._exits.read(model, model.n_loaded, states if len(at) == len(states) else states[at], None)
+        place = 0
+        for one, k in zip(requests, rows, strict=True):
+            one.chosen = [said.token(place + n, one.choice) for n in range(k)]
+            one.finite = said.finite[place : place + k]
+            place += k
+        for at_head, (row, _) in enumerate(finishing, place):
+            row.chosen, row.layers, row.finite = said.token(at_head, row.choice), model.n_loaded, said.finite[at_head]
+        contexts = [one.cached + one.most + 1 for one in requests]
+        prefill = tuple(PrefillChunk(len(c.tokens), c.context, c.layers) for c in chunks)
+        return self._composition(contexts, sum(rows) - n, len(at), prefill, drafting=False)
+
+    def _first_layers(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
+        """The latest token of each request, and these chunks, after the exit's layer."""
+        step = DecodeStep(self._cache, [one.slot for one in requests], [one.position for one in requests])
+        ids = [one.latest for one in requests] + [token for chunk, _ in pieces for token in chunk.tokens]
+        positions = torch.cat([step.positions, *(prompt.positions for _, prompt in pieces)])
+        hidden = self._model.embed(torch.tensor(ids, device=self._cache.device), positions)
+        sizes = [len(requests), *(len(chunk.tokens) for chunk, _ in pieces)]
+        return self._model.run(hidden, 0, self._exit, _together([step, *(prompt for _, prompt in pieces)], sizes))
+
+    def _composition(
+        self, contexts: Sequence[int], verified: int, sampled: int, prefill: tuple[PrefillChunk, ...], drafting: bool
+    ) -> Composition:
+        n, kv = len(contexts), sum(contexts)
+        return Composition(
+            bounds=(self._exit, self._model.n_loaded),
+            decode_tokens=np.array([[n, 0 if drafting else n]], np.int64),
+            decode_kv_tokens=np.array([[kv, 0 if drafting else kv]], np.int64),
+            sampled_tokens=np.array([sampled], np.int64),
+            decode_kv_least=np.array([min(contexts)], np.int64),
+            decode_kv_most=np.array([max(contexts)], np.int64),
+            prefill=prefill,
+            host_sync_at_checks=False,
+            verified_tokens=np.array([[0, verified]], np.int64),
+            drafting=drafting,
+        )
+
+
+def _together(steps: list[Attend], rows: list[int]) -> Attend:
+    return steps[0] if len(steps) == 1 else MixedStep(steps, rows)
