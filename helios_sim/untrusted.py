@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
@@ -28,6 +29,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 80  # characters of a value in a message
 _REQUIRED: Any = object()
 _Part = TypeVar("_Part")
+_OF_YAML_ALONE = re.compile(r"[-+]?(0[0-9]+|0[xob].*|.*[_:].*)")
 _PACKED = 100  # text that unpacks to more than this many times its size is no measurement
 _MOST_PARQUET_BYTES = 256 * MIB
 
@@ -135,6 +137,16 @@ def _unique_loader() -> Any:
                     known.add(key.value)
             return super().construct_mapping(node, deep)
 
+    def number(loader: Any, node: yaml.ScalarNode) -> int | float:
+        """YAML 1.1 takes 0700 for 448 and 11:40 for 700, and leaves out what stands between digits as _."""
+        if _OF_YAML_ALONE.fullmatch(node.value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number")
+        read = loader.construct_yaml_int if node.tag.endswith("int") else loader.construct_yaml_float
+        plain: int | float = read(node)
+        return plain
+
+    for kind in ("int", "float"):
+        Unique.add_constructor(f"tag:yaml.org,2002:{kind}", number)
     return Unique
 
 

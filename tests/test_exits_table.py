@@ -197,6 +197,15 @@ def test_columns_that_contradict_each_other_are_refused(tmp_path: Path, change: 
         read_table(written(tmp_path, columns() | alike | change), "m", Told(None, True))
 
 
+def test_rows_of_two_models_are_no_trace(tmp_path: Path) -> None:
+    one = pa.table({**columns(), "model": ["a"] * 60})
+    pq.write_table(one, tmp_path / "one.parquet")
+    assert read_table(tmp_path / "one.parquet", "m", Told(human_text=True))[1] == ["model"]
+    pq.write_table(one.set_column(one.num_columns - 1, "model", pa.array(["a", "b"] * 30)), tmp_path / "two.parquet")
+    with pytest.raises(UserError, match="one model in all rows"):
+        read_table(tmp_path / "two.parquet", "m", Told(human_text=True))
+
+
 def test_a_study_says_which_columns_are_not_read(tmp_path: Path) -> None:
     found = columns() | {"surprise": [1.0] * 60, "agree_06": [True] * 60}
     found = {name: values for name, values in found.items() if not name.startswith("log_prob")}

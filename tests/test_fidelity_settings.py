@@ -403,6 +403,13 @@ def test_what_is_said_of_a_device_and_of_tables_and_not_read_is_named(log: Path)
     assert "profile/meta.yaml: not read: clocks (locked)." in said
 
 
+def test_a_version_that_yaml_takes_for_a_number_is_refused(log: Path) -> None:
+    with (log / "profile" / "meta.yaml").open("a") as file:
+        file.write("vllm_version: 0.10\n")
+    with pytest.raises(UserError, match=r"vllm_version=0\.1: a text in quotes"):
+        setup_of(log)
+
+
 def test_tables_of_quantized_kernels_are_refused(log: Path) -> None:
     with (log / "profile" / "meta.yaml").open("a") as file:
         file.write("engine_effective: {quantization: fp8}\n")

@@ -337,7 +337,8 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
     [
         ({"hbm_gb_per_s": 3.35}, "operations a byte"), ({"tflops": 0.989}, "operations a byte"),
         ({"tflops": 989_000}, "operations a byte"), ({"hbm_gib": 81_559}, "at most 20 s"),
-        ({"fp8_tflops": 100}, "at least tflops"), ({"int8_tflops": 1.9}, "at least tflops"),
+        ({"fp8_tflops": 100}, "at least tflops"), ({"fp8_tflops": 90_000}, "at most 16 times"),
+        ({"int8_tflops": 1.9}, "at least tflops"),
         ({"load_gb_per_s": 5000}, "at most hbm_gb_per_s"), ({"link_gb_per_s": 9000}, "at most hbm_gb_per_s"),
         ({"link_us": 1e-5}, "from 0.01"), ({"tdp_w": 0.7}, "from 10"), ({"name": "4xmine"}, "one card"),
     ],

@@ -42,6 +42,19 @@ def test_json_and_yaml_are_read() -> None:
         parse_yaml("b: 1\nx: {a: 1, b: 2, a: 3}\n")
 
 
+@pytest.mark.parametrize("number", ["0700", "11:40", "7_00", "0x1F", "1_0.5", "1:30.5", "0b11"])
+def test_numbers_that_yaml_alone_reads_are_refused(number: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=f"{number} is no plain number"):
+        parse_yaml(f"hbm_gb_per_s: {number}\n")
+
+
+def test_plain_numbers_of_yaml() -> None:
+    text = "[0, 7, -7, 0.7, 700.0, 1e3, 1.0e+3, .5, 2026-01-02, '0700', 1.2.3]"
+    assert parse_yaml(text)[:5] == [0, 7, -7, 0.7, 700.0]
+    assert parse_yaml(text)[6:8] == [1000.0, 0.5]
+    assert parse_yaml(text)[9:] == ["0700", "1.2.3"]
+
+
 def doubled(path: Path, key: str) -> None:
     """Write the object with the key a second time, with another value."""
     text = path.read_text()

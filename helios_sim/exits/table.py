@@ -70,6 +70,7 @@ def read_table(path: Path, model: str, told: Told | None = None) -> tuple[ExitTr
     else:
         _check_order(path, found)
     ignored = [name for name in _names(path, content) if name not in kinds]
+    _check_one_model(path, content, ignored)
     return _trace(path, model, found, told, ignored), ignored
 
 
@@ -117,6 +118,19 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
         if name not in kinds:
             raise UserError(str(path), ", ".join(schema.names[:12]), f"a column {name} is missing", _FIX)
     return kinds
+
+
+def _check_one_model(path: Path, content: bytes, ignored: list[str]) -> None:
+    """UserError where the rows are of several models, whose tokens would be mixed in one trace."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ignored:
+        if name.lower() in ("model", "model_name"):
+            found = pq.read_table(pa.BufferReader(content), columns=[name])[name].unique().to_pylist()
+            if len(found) > 1:
+                allowed = "one model in all rows: a trace is of one"
+                raise UserError(f"{path}: {name}", found[:5], allowed, "keep the rows of one of them in each file")
 
 
 def _depth(name: str) -> tuple[str, int]:

@@ -33,6 +33,7 @@ DEGREES = (1, 2, 4, 8)  # cards of a group: for which all-reduces were measured
 _GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
 _FLOPS_PER_BYTE = (1.0, 5_000.0)  # of a card's memory: a CPU has some 5, a B300 some 300
+_MOST_TIMES = 16.0  # as many operations in fewer bits
 _READ_S = 20.0  # all of a device's memory once: 2 TB at 100 GB/s, as a host has
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
@@ -162,6 +163,9 @@ def _check_units(fields: Fields, card: HardwareSpec) -> None:
     for name in ("fp8_tflops", "int8_tflops", "fp4_tflops"):
         if fields.has(name) and fields.value(name) * 1e12 < card.flops_per_s:
             allowed = "at least tflops; left out where the card has no units for it"
+            raise fields.wrong(name, fields.value(name), allowed)
+        if fields.has(name) and fields.value(name) * 1e12 > _MOST_TIMES * card.flops_per_s:
+            allowed = f"at most {_MOST_TIMES:g} times tflops (a B300 has 7 times as much in fp4)"
             raise fields.wrong(name, fields.value(name), allowed)
     for name in ("load_gb_per_s", "link_gb_per_s"):
         if fields.has(name) and fields.value(name) * 1e9 > card.hbm_bytes_per_s:

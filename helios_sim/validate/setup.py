@@ -365,6 +365,9 @@ def _order(log: ServingLog) -> tuple[str, list[str]]:
 def _of_kernels(log: ServingLog, stated: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Where the kernels were measured of another version, and with other types, than the engine ran."""
     versions = log.meta.get("vllm_version"), stated.get("vllm_version")
+    if not isinstance(versions[1], str | None):
+        allowed = 'a text in quotes, such as "0.10.0": YAML reads 0.10 as 0.1'
+        raise UserError("profile/meta.yaml: vllm_version", versions[1], allowed, "put it in quotes")
     other = None not in versions and str(versions[0]) != str(versions[1])
     of_versions = [f"Kernel times are of vLLM {versions[1]}, the run is of {versions[0]}."] if other else []
     notices = []
