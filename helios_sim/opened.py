@@ -64,6 +64,14 @@ def digest_now(path: str) -> str | None:
     return None
 
 
+def named(read: Mapping[str, str]) -> dict[str, str]:
+    """Files that were read, as they stand among what a study was made of: those below this folder by the way there."""
+    here = Path.cwd()
+    paths = {path: Path(path) for path in read}
+    shown = {path: p.relative_to(here) if p.is_relative_to(here) else p for path, p in paths.items()}
+    return {f"{OPENED}{shown[path]}": digest for path, digest in read.items()}
+
+
 def opened_now(names: Iterable[str]) -> dict[str, str]:
     """Those of the names that stand for a file that a policy opened, with what it holds now."""
     paths = [name.removeprefix(OPENED) for name in names if name.startswith(OPENED)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import helios_sim
 from helios_sim import files
-from helios_sim.opened import OPENED
+from helios_sim.opened import named
 from helios_sim.profile.resolve import TIMES_FROM
 from helios_sim.provenance import command_given, commit
 from helios_sim.report.faults import fault_sentences
@@ -49,7 +49,7 @@ def run_study(config: Config, folder: Path) -> int:
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
         made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
-        made["made_of"] = inputs_of(config) | {OPENED + path: digest for path, digest in journal.read.items()}
+        made["made_of"] = inputs_of(config) | named(journal.read)
         result = assemble(settled, made)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.figures_as)
