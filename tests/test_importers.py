@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from helios_sim.core.price import unequal_share
 from helios_sim.errors import UserError
 from helios_sim.profile.build import main
-from helios_sim.profile.catalog import CARDS, PCIE_LINK, Link, published_card, published_model
+from helios_sim.profile.catalog import CARDS, MODELS, PCIE_LINK, Link, published_card, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
 from helios_sim.profile.importers.layers import Terms, layer_profile
@@ -275,6 +276,31 @@ def test_times_in_another_unit_are_refused(tmp_path: Path, scale: float) -> None
         vidur_profile(folder, published_model(MODEL), "A100", CARDS["a100-80gb"], BARE)
 
 
+@pytest.mark.parametrize(("words", "said"), [(50_257, "151936, as qwen2.5-0.5b has"), (152_064, None)])
+def test_the_words_of_a_table_are_those_of_the_model(tmp_path: Path, words: int, said: str | None) -> None:
+    folder = write_vidur(tmp_path / "vidur")
+    rewritten(folder / "mlp.csv", lambda rows: [row.update({"vocab_size": str(words)}) for row in rows])
+    if said is None:
+        assert vidur(folder).provenance.details == {}
+    else:
+        with pytest.raises(UserError, match=said):
+            vidur(folder)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_times_of_attention_in_another_unit_are_refused(tmp_path: Path, scale: float) -> None:
+    def scaled(rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            name = "time_stats.attn_decode.median"
+            row["kv_cache_size"] = str(1000 * int(row["kv_cache_size"]))
+            row[name] = str(float(row[name]) * scale) if row[name] else ""
+
+    folder = write_vidur(tmp_path / "vidur")
+    rewritten(folder / "attention.csv", scaled)
+    with pytest.raises(UserError, match=r"attention\.csv.*times in ms: the card could do it in"):
+        vidur(folder)
+
+
 @pytest.mark.parametrize("name", ["linear_attention.csv", "mamba.csv.gz"])
 def test_a_table_that_is_not_read_is_refused(tables: Path, tmp_path: Path, name: str) -> None:
     for folder, build in ((tables, imported), (write_vidur(tmp_path / "vidur"), vidur)):
@@ -336,6 +362,12 @@ def test_contexts_are_those_of_the_model_named(name: str, context: int) -> None:
 )  # fmt: skip
 def test_models_by_the_names_of_logs(name: str, known: str) -> None:
     assert published_model(name).name == known
+
+
+def test_models_with_a_shipped_profile_are_published_ones() -> None:
+    for name, model in MODELS.items():
+        found = published_model(f"someone/{name}")
+        assert asdict(found) == asdict(model) | {"chars_per_token": found.chars_per_token}
 
 
 def test_weights_of_published_models() -> None:

@@ -225,6 +225,8 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
     """The shape of a model by its name on Hugging Face. UserError where it is not known."""
     shape = SHAPES.get(name) or SHAPES.get(plain_model(name))
     if shape is None:
+        if (shipped := MODELS.get(plain_model(name))) is not None:
+            return replace(shipped, name=name.rsplit("/", 1)[-1].lower())
         if _EXPERTS.search(name.lower()):
             raise UserError(key, name, "a dense model: mixtures of experts are not modelled", "choose a dense model")
         near = get_close_matches(plain_model(name), SHAPES, 3, 0.5)

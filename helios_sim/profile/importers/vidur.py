@@ -58,14 +58,17 @@ _LAYER = {
 }  # fmt: skip
 _SHAPE = {"n_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model", "n_expanded_embd": "d_ff"}
 _READ = {
-    *(f"time_stats.{name}.median" for name in (*_LAYER, "emb")), *_SHAPE, "num_tokens", "vocab_size", "n_q_head",
+    *(f"time_stats.{name}.median" for name in (*_LAYER, "emb")), *_SHAPE, "num_tokens", "n_q_head",
     "num_tensor_parallel_workers", "batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill", "n_embd",
     *(f"time_stats.attn_{name}.median" for name in
       ("input_reshape", "output_reshape", "prefill", "decode", "kv_cache_save")),
 }  # fmt: skip
 _OTHER_TYPES = re.compile(r"fp8|float8|e4m3|e5m2|int8|int4|fp4|fp32|float32|awq|gptq")
-_COMPARED = ("dtype", "precision", "device", "gpu", "gpu_name", "hardware")
+_COMPARED = ("dtype", "precision", "device", "gpu", "gpu_name", "hardware", "vocab_size")
+_PADDED = 1.1  # times the words of a model that a table may have
 _SHARES = (1e-3, 5.0)  # of a card's limits that the largest product may reach: beyond, times are in another unit
+_OF_ATTENTION = (2e-3, 50.0)  # the same of the largest decode: kernels of other shapes may stand for the model's
+_LAUNCHED_S = 20e-6  # no kernel is seen to take much less
 _ATTENTION_SHAPE = {"n_q_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model"}
 
 
@@ -78,6 +81,7 @@ def vidur_profile(
     refuse_other_tables([folder], ("mlp", "attention"), {})
     rows, layer_s, ops = _layer(need_table([folder], "mlp"), model, tensor_parallel)
     decode, prefill = _attention(need_table([folder], "attention"), model, tensor_parallel)
+    _check_units(decode, model, card, tensor_parallel)
     not_read = _of_constants(folder, model, card, hardware)
     kv_share = 2 * model.kv_width / (model.n_heads * model.head_dim + 2 * model.kv_width)
     head_s = _head_s(model, card, tensor_parallel, rows, ops["mlp_up_proj"])
@@ -139,6 +143,10 @@ def _of_constants(folder: Path, model: ModelSpec, card: Card, hardware: str) -> 
             if gated not in (None, model.gated_mlp):
                 allowed = f"{model.gated_mlp}, as {model.name} has"
                 raise UserError(f"{path.name}: {name}", text, allowed, "choose the model measured")
+            words = float(text) if plain == "vocab_size" and text.isdigit() else model.vocab_size
+            if not model.vocab_size <= words <= _PADDED * model.vocab_size:
+                allowed = f"{model.vocab_size}, as {model.name} has, or somewhat more where it is padded"
+                raise UserError(f"{path.name}: {name}", text, allowed, "choose the model measured")
             if value not in (None, "", False) and gated is None and plain not in _COMPARED:
                 said.append(f"{path.name}: {name} ({text[:40]})")
     return f"not read: {', '.join(said[:12])}" if said else ""
@@ -184,6 +192,16 @@ def _attention(path: Path, model: ModelSpec, degree: int) -> tuple[GridTable, Gr
     return decode, _grid(path, chunk, kv, total, single)
 
 
+def _check_units(decode: GridTable, model: ModelSpec, card: Card, degree: int) -> None:
+    """UserError where the largest decode takes far more or less than its KV cache takes to be read once."""
+    batch, kv, time_s = int(decode.first[-1]), int(decode.second[-1]), float(decode.time_s[-1, -1])
+    floor_s = batch * kv * model.kv_bytes_per_token_layer / degree / card.bytes_per_s
+    if not _OF_ATTENTION[0] * time_s <= max(floor_s, _LAUNCHED_S) or floor_s > _OF_ATTENTION[1] * time_s:
+        told = f"{time_s:.3g} s for {batch} decodes of {kv} tokens"
+        allowed = f"times in ms: the card could do it in {floor_s:.3g} s"
+        raise UserError("attention.csv: time_stats.attn_decode.median", told, allowed, "scale the times")
+
+
 def _grid(path: Path, first: IntArray, second: IntArray, time_s: FloatArray, own: NDArray[np.bool_]) -> GridTable:
     firsts, seconds = np.unique(first[own]), np.unique(second[own])
     if len(firsts) < 2 or len(seconds) < 2:
@@ -218,6 +236,8 @@ def _check_operations(path: Path, known: Iterable[str]) -> bool:
         if name.startswith("time_stats.") and name.rpartition(".")[0] not in operations:
             allowed = f"operations {', '.join(known)}: the time of another one would be left out"
             raise UserError(f"{path}: {name}", "unknown", allowed, "add its time to one of these")
+        if name.startswith("time_stats.") and (median := f"{name.rpartition('.')[0]}.median") not in found:
+            raise UserError(f"{path}: {median}", None, "the median of each operation: medians are used", "add it")
     return set(known) <= set(found)
 
 
