@@ -168,7 +168,7 @@ def whole(folder: Path) -> None:
         (whole, (), "log=None: a file or folder"),
         (whole, ("log=gone.json",), "log='gone.json'"),
         (whole, ("log=log.jsonl",), "hardware=None: which card served log.jsonl"),
-        (whole, ("log=log.jsonl", "hardware=a100-40gb", "workload.arrivals.rate_per_s=3"), "does nothing here"),
+        (whole, ("log=log.jsonl", "hardware=a100-40gb", "workload.arrivals.rate_scale=2"), "does nothing here"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.part=2"), "from_log.part"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.kv_blocks=99999999"), "from_log.kv_blocks"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "models=[opt-1.3b,opt-6.7b]"), "models"),

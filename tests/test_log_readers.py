@@ -50,6 +50,14 @@ def test_vllm_bench(tmp_path: Path) -> None:
     assert not log.notices
 
 
+def test_an_answer_of_no_tokens_counts_as_failed(tmp_path: Path) -> None:
+    report = samples.guidellm()
+    _requests(report)["successful"][0]["output_tokens"] = 0
+    log = read(as_json(tmp_path, report))
+    assert log.failed == 2
+    assert "1 x an answer of 0 tokens" in log.failures[0]
+
+
 def test_of_several_runs_in_a_file_one_is_named(tmp_path: Path) -> None:
     """--append-result writes a run a line."""
     path = as_lines(tmp_path, [samples.vllm_bench(), samples.vllm_bench() | {"request_rate": 20.0}], "runs.json")
@@ -228,7 +236,8 @@ def _requests(report: Any) -> Any:
         ("aiperf", lambda v: v[3]["metadata"].update(request_end_ns=0), "line 4: request_end_ns"),
         ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="sec"), "line 2: request_latency"),
         ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="weeks"), "unit of request_latency"),
-        ("aiperf", lambda v: v[1]["metrics"].pop("output_sequence_length"), "line 2"),
+        ("aiperf", lambda v: v[1]["metrics"].pop("output_sequence_length"), "line 2: output_sequence_length"),
+        ("guidellm", lambda v: _requests(v)["successful"][0].update(prompt_tokens=None), "request 1: prompt_tokens"),
         ("inference-perf", lambda v: v[1].update(end_time=1.0), "request 2: end_time"),
         ("inference-perf", lambda v: v[0]["info"]["response_metrics"].update(output_token_times=[0.0]),
          "request 1: output_token_times"),

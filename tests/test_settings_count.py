@@ -270,7 +270,7 @@ def test_where_it_does_not_count_it_is_refused(command: CommandLine, tmp_path: P
         "hardware": {"capacity.cards": ["l40s"]},
         "server.replicas": {"capacity.cards": ["l40s"]}, "workload.n_requests": {"capacity.cards": ["l40s"]},
     }  # fmt: skip
-    of_a_log = ("workload.arrivals", "workload.lengths", "workload.sessions", "workload.system_prompts")
+    of_a_log = ("workload.arrivals.kind", "workload.lengths.kind", "workload.sessions", "workload.system_prompts")
     if name in of_a_log:
         config = with_settings(config, {"from_log.log": "log.json"})
     for prefix, settings in elsewhere.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, not_read, number, whole
 from helios_sim.request import NS_PER_S
 from helios_sim.untrusted import Fields, shortened
 
@@ -70,18 +70,19 @@ def _row(place: str, record: Fields) -> Row:
         return number(place, f"metrics.{name}", figure(name)) / _PER_S[unit]
 
     def tokens(*names: str) -> int:
-        found = next((figure(name) for name in names if metrics.has(name)), 0)
-        return whole(place, f"metrics.{names[0]}", found)
+        found = next((figure(name) for name in names if metrics.has(name)), None)
+        return whole(place, names[0], found or 0) if failed else counted(place, names[-1], found)
 
     start_ns, end_ns = (about.integer(name, 0, 1 << 62) for name in ("request_start_ns", "request_end_ns"))
     if end_ns < start_ns:
         raise UserError(f"{place}: request_end_ns", end_ns, f"no earlier than request_start_ns, {start_ns}", FIX)
     arrival_s = start_ns / NS_PER_S
     warm_up = about.text("benchmark_phase", ("warmup", "profiling")) == "warmup"
-    prompt = tokens("usage_prompt_tokens", "input_sequence_length", "error_isl")
-    output = tokens("usage_completion_tokens", "output_sequence_length")
     error = record.value("error", None)
-    if error is not None or about.flag("was_cancelled", False):
+    failed = error is not None or about.flag("was_cancelled", False)
+    prompt = tokens("usage_prompt_tokens", "error_isl", "input_sequence_length")
+    output = tokens("usage_completion_tokens", "output_sequence_length")
+    if failed:
         fields = record.inner("error", {})
         code, text = fields.value("code", None), fields.value("message", "cancelled by the client")
         why = f"{code}: {text}" if code is not None else str(text)

@@ -11,7 +11,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, counted, gathered, not_read, number, whole
 from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
@@ -89,10 +89,12 @@ def _row(place: str, request: Any, end: str) -> Row:
         return None if value is None else number(place, f"timings.{name}", value)
 
     start_s = time_s("request_start")
-    prompt, output = (whole(place, name, fields.value(name, 0)) for name in ("prompt_tokens", "output_tokens"))
+    lengths = [fields.value(name, None) for name in ("prompt_tokens", "output_tokens")]
     if end != "successful":
         why = str(info.value("error", None) or f"the run ended before it did ({info.value('status', end)})")
+        prompt, output = (whole(place, "tokens", length or 0) for length in lengths)
         return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[-1] if why.strip() else end)
+    prompt, output = (counted(place, n, v) for n, v in zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
     if start_s is None:
         raise UserError(f"{place}: timings.request_start", None, "a time in a request that was answered", FIX)
     first_s, last_s, end_s = (time_s(n) for n in ("first_token_iteration", "last_token_iteration", "request_end"))

@@ -41,6 +41,20 @@ def _arrivals(*kinds: str) -> tuple[_Counts, str]:
     return lambda c: c.workload.arrivals.kind in kinds, f"only with workload.arrivals.kind={' or '.join(kinds)}"
 
 
+_DRAWN: tuple[_Counts, str] = (
+    lambda c: not _is_from_log(c), "where requests are drawn; those of a log are replayed",
+)  # fmt: skip
+_LENGTHS_OF_TRACE: tuple[_Counts, str] = (
+    lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace",
+)  # fmt: skip
+
+
+def _of_trace(given: tuple[_Counts, str]) -> tuple[_Counts, str]:
+    """The same, but not where a log is the trace."""
+    counts, where = given
+    return lambda c: counts(c) and not _is_from_log(c), f"{where}, and not with log=FILE"
+
+
 def _drift(*kinds: str) -> tuple[_Counts, str]:
     return lambda c: c.workload.mix.drift in kinds, f"only with workload.mix.drift={' or '.join(kinds)}"
 
@@ -102,10 +116,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
     "from_log": (_is_from_log, "only in +experiment=from_log, or with log=FILE"),
-    **{
-        f"workload.{name}": (lambda c: not _is_from_log(c), "where requests are drawn; those of a log are replayed")
-        for name in ("arrivals", "lengths", "sessions", "system_prompts")
-    },
+    **{f"workload.{name}": _DRAWN for name in ("arrivals.kind", "lengths.kind", "sessions", "system_prompts")},
     "fidelity_live": (lambda c: bool(c.fidelity_live.loads), "only with fidelity_live.loads"),
     "sweep": (lambda c: bool(c.sweep.parameters), "only with sweep.parameters: +experiment=sweep_helios has some"),
     "sweep.sampler": (lambda c: c.sweep.method == "search", "only with sweep.method=search"),
@@ -146,13 +157,13 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "workload.arrivals.rate_per_s": _arrivals("poisson", "gamma", "constant"),
     "workload.arrivals.cv": _arrivals("gamma"),
     "workload.arrivals.users": _arrivals("closed_loop"),
-    "workload.arrivals.trace": _arrivals("trace"),
-    "workload.arrivals.rate_scale": _arrivals("trace"),
+    "workload.arrivals.trace": _of_trace(_arrivals("trace")),
+    "workload.arrivals.rate_scale": _of_trace(_arrivals("trace")),
     "workload.arrivals.time_unit": _arrivals("trace"),
     **_lengths("prompt"),
     **_lengths("output"),
     **_lengths("turns"),
-    "workload.lengths.trace": (lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace"),
+    "workload.lengths.trace": _of_trace(_LENGTHS_OF_TRACE),
     "workload.lengths.id_tokens": (
         lambda c: c.workload.lengths.kind == "trace" and c.server.enable_prefix_caching,
         "only with workload.lengths.kind=trace and server.enable_prefix_caching=true",
@@ -160,9 +171,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "workload.sessions.max_tokens": (
         lambda c: c.workload.sessions.users is not None, "only with workload.sessions.users",
     ),
-    "workload.lengths.resample": (
-        lambda c: c.workload.lengths.kind == "trace", "only with workload.lengths.kind=trace",
-    ),
+    "workload.lengths.resample": _of_trace(_LENGTHS_OF_TRACE),
     "workload.mix.drift": (
         lambda c: bool(c.workload.mix.after) or c.workload.mix.drift not in DRIFTS, "only with workload.mix.after",
     ),

@@ -115,7 +115,7 @@ def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) 
     def watch(server: object) -> None:
         setattr(server, "on_iteration", note)  # noqa: B010 - a server, of whatever kind
 
-    serve(job, fleet, records.append, pictures=False, stepwise=True, warm_up_s=warm_up_s,
+    serve(job, fleet, records.append, pictures=False, stepwise=stamped, warm_up_s=warm_up_s,
           on_server=watch if stamped else None)  # fmt: skip
     records.sort(key=lambda record: record.request_id)
     lost = [record for record in records if record.status is not Status.COMPLETED]
@@ -143,7 +143,7 @@ def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) 
 class _Figure:
     """A mean that is fitted: which requests, and of which time."""
 
-    name: str  # TPOT, service, TTFT
+    name: str  # TPOT, service, TTFT, E2E
     rows: NDArray[np.bool_]
     measured: float
     close: float = CLOSE
@@ -156,6 +156,8 @@ def figures_of(log: RequestLog, n: int) -> list[_Figure]:
     tpot_s = log.tpot_s()
     if tpot_s is not None:
         found += _thirds("TPOT", tpot_s, early & ~np.isnan(tpot_s), busy)
+    elif log.e2e_s is not None:  # nothing was streamed
+        found += _thirds("E2E", log.e2e_s, early & ~np.isnan(log.e2e_s), log.output_tokens)
     if log.ttft_s is not None:
         several = early.copy()
         several[int(np.argmin(log.arrival_s)) if log.arrival_s is not None else 0] = n == 1  # it warms up
@@ -208,7 +210,7 @@ def estimate(
     base = build_profile(config, config.models[0]).runtime
     least = _LEAST.copy()
     least[0] *= any(getattr(base, name) > 0 for name in _HOST)
-    of_decodes, of_prompts = (any(f.name in names for f in found) for names in (("TPOT",), ("service", "TTFT")))
+    of_decodes, of_prompts = (any(f.name in names for f in found) for names in (("TPOT", "E2E"), ("service", "TTFT")))
     free = np.array([of_decodes, of_prompts, of_decodes, of_prompts])
 
     def quantities(point: FloatArray) -> Quantities:
@@ -309,7 +311,7 @@ def _next(
 def _miss(found: list[_Figure], log: RequestLog, run: Replayed) -> FloatArray:
     """How far each figure is off, as a part of what was measured."""
     times: Mapping[str, FloatArray] = {
-        "TPOT": run.tpot_s(log.output_tokens), "service": run.service_s, "TTFT": run.ttft_s
+        "TPOT": run.tpot_s(log.output_tokens), "service": run.service_s, "TTFT": run.ttft_s, "E2E": run.e2e_s,
     }  # fmt: skip
     return np.array([float(times[f.name][f.rows].mean()) / f.measured - 1.0 for f in found])
 

@@ -71,7 +71,7 @@ def open_log(config: Config) -> Opened:
         if found is not None:
             return Opened(found, _stated_engine(found), found.stated.get("model"))
     require(wanted.part is None, "from_log.part", wanted.part, "null: a table of requests is one run")
-    return Opened(_of_table(read_trace(path, texts=True)), {}, table=path)
+    return Opened(_of_table(read_trace(path, time_unit=config.workload.arrivals.time_unit, texts=True)), {}, table=path)
 
 
 def _found(text: str) -> Path:
