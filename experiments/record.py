@@ -50,6 +50,9 @@ def record(output: Path) -> Path:
             *_bullets([f"{k}: {v}" for k, v in summary["fidelity"]["terms"].items()]),
             "",
         ]
+    if any("band" in row for rows in _parts(summary).values() for row in rows):
+        lines += ["## Measured beside simulated", "", *_predicted(_parts(summary)), ""]
+        lines += ["Estimated:", "", *_bullets([f"{k}: {v}" for k, v in summary["fidelity"]["terms"].items()]), ""]
     if summary.get("sweep"):
         lines += ["## Designs that no other beats", "", *_front(summary), ""]
     return _written(folder, output, lines)
@@ -124,7 +127,7 @@ def _source(summary: dict[str, Any]) -> str:
     by = f"helios-sim {made['helios_sim']}, Python {made['python']}, {versions}"
     if "groups" in summary:
         return f"Made by `python -m helios_sim +experiment={summary['experiment']}`, {by}."
-    if "capacity" in summary:
+    if "capacity" in summary or any("band" in row for rows in _parts(summary).values() for row in rows):
         return f"Made by `{made['command']}`, class `{made['class']}`, {by}. {_intervals(summary['intervals'])}"
     return (
         f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
@@ -200,6 +203,20 @@ def _compared(parts: dict[str, Any]) -> list[str]:
             shares = ["-" if row[k] is None else f"{row[k]:+.1%}" for k in ("difference", "paced_difference")]
             noise = "-" if row["noise"] is None else f"{row['noise']:.1%}"
             rows.append([markdown(part) if key is wanted[0] else "", name, *values, *shares, noise])
+    return _table(rows)
+
+
+def _predicted(parts: dict[str, Any]) -> list[str]:
+    """Of a log: each figure of each part with its difference and the interval of that."""
+    rows = [["", "figure", "measured", "simulated", "difference", "95 %"]]
+    for part, of_part in parts.items():
+        for place, row in enumerate(of_part):
+            low, high = row.get("band") or (None, None)
+            band = "[–]" if low is None else f"[{low:+.1%}, {high:+.1%}]"
+            both = (row["measured"], row["simulated"])
+            shown = [f"{value:,.0f} ms" if value >= 100 else f"{value:.4g} ms" for value in both]
+            name = f"{row['group']} {row['statistic']}"
+            rows.append(["" if place else markdown(part), name, *shown, f"{row['difference']:+.1%}", band])
     return _table(rows)
 
 

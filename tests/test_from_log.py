@@ -142,6 +142,14 @@ def test_quantities_that_made_a_log_are_found_again(tmp_path: Path) -> None:
     assert plain.e2e_s[second].mean() < 0.8 * made.e2e_s[second].mean()
 
 
+def test_what_is_at_its_limit_is_named() -> None:
+    assert Quantities().at_limits() == ()
+    assert Quantities(host=-1.0).at_limits() == ()  # an engine without any host time is one
+    assert Quantities(host=50.0, decode_factor=4.0, prompt_factor=0.25).at_limits() == (
+        "host time", "price of decodes", "price of prompts",
+    )  # fmt: skip
+
+
 def scrapes(folder: Path) -> None:
     samples.write_scrapes(folder / "pages")
 

@@ -79,6 +79,19 @@ class Quantities:
             ("warm-up of the first iteration", f"{self.warm_up_s * 1e3:.1f} ms"),
         )
 
+    def at_limits(self) -> tuple[str, ...]:
+        """The quantities that are as large, or as small, as they may be."""
+        most = {name: share * unit for (name, unit), share in zip(PRIOR.items(), _MOST, strict=True)}
+        least = {name: share * unit for (name, unit), share in zip(PRIOR.items(), _LEAST, strict=True)}
+        found = {"host": self.host, "prefill_gap_s": self.prefill_gap_s, "decode_factor": self.decode_factor - 1.0,
+                 "prompt_factor": self.prompt_factor - 1.0}  # fmt: skip
+        named = dict(zip(found, (name for name, _ in self.told()), strict=False))
+        return tuple(
+            named[name]
+            for name, value in found.items()
+            if value >= 0.999 * most[name] or ("factor" in name and value <= 0.999 * least[name])
+        )
+
     def assumptions(self, n: int) -> tuple[Assumption, ...]:
         why = f"estimated from the first {n} requests of the log"
         names = ("host", "prefill_gap_s", "decode_factor", "prompt_factor", "warm_up_s")
@@ -120,7 +133,10 @@ def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) 
     records.sort(key=lambda record: record.request_id)
     lost = [record for record in records if record.status is not Status.COMPLETED]
     if lost or len(records) != len(log):
-        told = f"request {lost[0].request_id + 1} of the log" if lost else f"{len(log) - len(records)} requests"
+        told = f"{len(log) - len(records)} requests"
+        if lost:
+            i = lost[0].request_id
+            told = f"request {i + 1} of the log ({log.prompt_tokens[i]:,} and {log.output_tokens[i]:,} tokens)"
         why = f": {lost[0].drop_reason}" if lost else ""
         fix = "check model and hardware, or set from_log.kv_blocks and server.max_batch_tokens"
         raise UserError("log", told, f"requests that this engine can serve{why}", fix)

@@ -167,6 +167,13 @@ def _told(
     fidelity = _compared(log, run, quantities, n)
     warnings = [*opened.log.failures, *opened.log.missing, *_of_loop(opened.log), *opened.log.notices, *opened.notices]
     warnings += [*told, *_of_blocks(opened)]
+    if quantities is not None and any(name.startswith(("on_", "with_")) for name in result.arms):
+        warnings.append(
+            "Other cards and models have the host time and gap that were estimated here; prices and memory are theirs."
+        )
+    if quantities is not None and (limits := quantities.at_limits()):
+        why = "This profile is not of the log's engine, or its machine had other work: the answer is worth nothing."
+        warnings.insert(0, f"At their limits: {', '.join(limits)}. {why}")
     first = _verdict(fidelity, log, quantities, n)
     return replace(
         result,
