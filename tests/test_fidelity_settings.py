@@ -282,8 +282,9 @@ def test_kernels_quicker_than_the_card_are_refused(command: CommandLine, log: Pa
         place = header.split(",").index("time_us") if "time_us" in header.split(",") else None
         if place is not None:
             cells = [row.split(",") for row in rows]
-            for row in cells:
-                row[place] = str(float(row[place]) / 1000)
+            for row in cells:  # but at the most rows, where the unit of a table is compared with the card
+                kept = row[1] == {"dense": "512", "per_sequence": "64"}.get(table.stem)
+                row[place] = str(float(row[place]) / (1 if kept else 1000))
             table.write_text("\n".join([header, *map(",".join, cells)]) + "\n")
     words = ("fidelity.load_factors=[1.0]", "fidelity.hardware=a100-80gb", "fidelity.estimate=false")
     said = command("+experiment=fidelity_vllm", f"fidelity.folder={log}", "pictures=false", *words)

@@ -276,6 +276,44 @@ def test_times_in_another_unit_are_refused(tmp_path: Path, scale: float) -> None
         vidur_profile(folder, published_model(MODEL), "A100", CARDS["a100-80gb"], BARE)
 
 
+def changed_times(path: Path, factor: float) -> None:
+    header, *rows = path.read_text().splitlines()
+    cells = [row.rpartition(",") for row in rows]
+    path.write_text("\n".join([header, *(f"{a},{float(time) * factor}" for a, _, time in cells)]) + "\n")
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.parametrize("table", ["dense", "per_sequence"])
+def test_times_by_layer_in_another_unit_are_refused(tmp_path: Path, table: str, factor: float) -> None:
+    write_tables(tmp_path / "tables", MODEL, "RTX4090")
+    changed_times(tmp_path / "tables" / f"{table}.csv", factor)
+    with pytest.raises(UserError, match=rf"{table}\.csv.*times in us: the card could do it in"):
+        imported(tmp_path / "tables")
+
+
+def test_a_layer_of_the_head_is_not_counted_in_every_layer(tmp_path: Path) -> None:
+    write_tables(tmp_path / "tables", MODEL, "RTX4090")
+    path = tmp_path / "tables" / "dense.csv"
+    text = path.read_text()
+    path.write_text(f"{text}lm_head,1,500\nlm_head,64,500\n")
+    with pytest.raises(UserError, match=r"lm_head.*in per_sequence\.csv alone"):
+        imported(tmp_path / "tables")
+    path.write_text(text)
+    other = tmp_path / "tables" / "per_sequence.csv"
+    other.write_text(f"{other.read_text()}draft,1,5\ndraft,64,5\n")
+    assert "counted once an iteration: draft" in " ".join(imported(tmp_path / "tables").provenance.scaled)
+
+
+def test_what_tables_by_layer_hold_and_nothing_is_made_of_is_named(tmp_path: Path) -> None:
+    write_tables(tmp_path / "tables", MODEL, "RTX4090")
+    assert imported(tmp_path / "tables").provenance.details == {}
+    with_column(tmp_path / "tables" / "dense.csv", "dtype", "fp8")
+    with (tmp_path / "tables" / "meta.yaml").open("a") as file:
+        file.write("clocks: locked\n")
+    said = {NOT_READ: "not read: dense.csv: dtype (fp8), meta.yaml: clocks (locked)"}
+    assert imported(tmp_path / "tables").provenance.details == said
+
+
 @pytest.mark.parametrize(("words", "said"), [(50_257, "151936, as qwen2.5-0.5b has"), (152_064, None)])
 def test_the_words_of_a_table_are_those_of_the_model(tmp_path: Path, words: int, said: str | None) -> None:
     folder = write_vidur(tmp_path / "vidur")
@@ -317,6 +355,8 @@ def test_a_table_that_is_not_read_is_refused(tables: Path, tmp_path: Path, name:
         (f"model: {MODEL}", {"model": "Qwen/Qwen2.5-7B"}, "of the shape of Qwen/Qwen2.5-0.5B"),
         (f"model: {MODEL}", {"model": "Qwen/Qwen2.5-0.5B-Instruct"}, None),
         ("tp_degrees: [2, 4]", {}, "tensor_parallel=1: one of those in meta.yaml"),
+        ("variant: fp8", {}, "meta.yaml: variant='fp8': bf16 or fp16"),
+        ("engine_effective: {quantization: awq}", {}, "meta.yaml: quantization='awq'"),
         ("engine_effective: {tensor_parallel_size: 2}", {}, "tables in tp1/"),
         ("a: &a [x, x]\nb: [*a, *a", {}, "a YAML mapping"),
         ("[" * 5000, {}, "a YAML mapping"),

@@ -25,7 +25,7 @@ from helios_sim.profile.catalog import (
 )
 from helios_sim.profile.importers.aiconfigurator import kernel_profile
 from helios_sim.profile.importers.layers import layer_profile, read_meta
-from helios_sim.profile.importers.vidur import vidur_profile
+from helios_sim.profile.importers.vidur import OTHER_TYPES, vidur_profile
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.runtimes import preset
 from helios_sim.profile.store import PROFILES_FOLDER, write_profile
@@ -90,6 +90,14 @@ def _check_meta(options: dict[str, str], meta: dict[str, Any]) -> None:
     if told and measured and published_card(str(measured)) not in (None, published_card(told)):
         allowed = f"{measured}, on which these tables were measured as meta.yaml says"
         raise UserError("hardware", told, allowed, "leave it out, or correct meta.yaml")
+    card = published_card(str(meta.get("gpu")))
+    if measured and card is not None and published_card(str(measured)) not in (None, card):
+        told = f"gpu {meta['gpu']}, hardware {measured}"
+        raise UserError("meta.yaml", told, "one card", "correct it")
+    engine = meta.get("engine_effective")
+    for key, value in {**(engine if isinstance(engine, dict) else {}), **meta}.items():
+        if key in ("variant", "quantization", "dtype", "kv_cache_dtype") and OTHER_TYPES.search(str(value).lower()):
+            raise UserError(f"meta.yaml: {key}", value, "bf16 or fp16: a profile is of these", "take those tables")
     told, measured = options.get("model"), meta.get("model")
     if told and measured and str(measured) != told:
         shapes = [asdict(replace(published_model(str(n)), name="any", max_context_tokens=1)) for n in (told, measured)]

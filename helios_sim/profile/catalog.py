@@ -18,6 +18,7 @@ from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.provenance import Assumption
 
 MIB = 2**20
+UNLIMITED = 1e18  # operations or bytes a second: more than any card has
 
 # family, layers, d_model, heads, KV heads, head width, MLP width, vocabulary, tied embeddings, context
 _Shape = tuple[str, int, int, int, int, int, int, int, bool, int]

@@ -11,6 +11,7 @@ from helios_sim.profile.catalog import (
     CARDS,
     GIB,
     PCIE_LINK,
+    UNLIMITED,
     Card,
     Link,
     activation_reserve_bytes,
@@ -18,7 +19,7 @@ from helios_sim.profile.catalog import (
     published_model,
     same_shape,
 )
-from helios_sim.profile.importers.layers import Terms, layer_profile, read_meta
+from helios_sim.profile.importers.layers import READ_OF_META, Terms, layer_profile, read_meta, unread_columns
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import Basis, CostSource, ModelSpec, Runtime
 from helios_sim.provenance import Assumption
@@ -27,7 +28,6 @@ from helios_sim.untrusted import shortened
 from helios_sim.validate.engine import graph_mode
 from helios_sim.validate.logs import ServingLog
 
-UNLIMITED = 1e18  # operations or bytes a second: more than any card has
 ENGINE_BYTES = 2**30  # of each card, beside weights, activations and KV: context, workspaces, captured graphs
 ASYNC_SINCE = (0, 14)  # vLLM's first version that schedules asynchronously unless told not to
 V1_SINCE = (0, 8)  # the first version whose default engine is v1
@@ -39,11 +39,6 @@ _CLOSE = 0.05  # blocks that were logged and those of logged bytes may differ by
 _FIX = "correct the log, or take another one"
 # What tables and a run may differ in, with the engine's default; None: there is none, or it is not known.
 _OF_A_KERNEL = {"block_size": 16, "attention_backend": None, "quantization": None}
-_READ_OF_TABLES = {
-    "profiler_version", "vllm_version", "cuda_version", "gpu", "hardware", "profiled_at", "architecture", "model",
-    "architecture_sha256", "variant", "tp_degrees", "engine_effective", "attention_grid", "measurement_iterations",
-    "skew_profile", "skew_fit", *_OF_A_KERNEL,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +105,8 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
     )
     of_versions, of_types = _of_kernels(log, stated)
     of_tables = _of_tables(log, stated)
+    if columns := unread_columns(tables, degree):
+        of_tables.append(f"profile: not read: {', '.join(columns[:12])}.")
     notices = (
         *log.notices, *of_card, *of_versions, *of_types, *of_tables, *of_graphs, *of_order, *_of_prefixes(log, caching),
     )  # fmt: skip
@@ -401,7 +398,7 @@ def _of_tables(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
             raise UserError("profile/meta.yaml: quantization", told, "tables of the run's weights", "copy those")
         else:
             found.append(f"Kernel times were measured with {key} {shortened(measured)}.")
-    left = [f"{key} ({str(v)[:40]})" for key, v in stated.items() if v and key not in _READ_OF_TABLES]
+    left = [f"{key} ({str(v)[:40]})" for key, v in stated.items() if v and key not in READ_OF_META]
     return [*found, *([f"profile/meta.yaml: not read: {', '.join(left[:12])}."] if left else [])]
 
 

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.profile.catalog import Card, Link, activation_reserve_bytes, assumed_tokens, card_spec
+from helios_sim.profile.catalog import UNLIMITED, Card, Link, activation_reserve_bytes, assumed_tokens, card_spec
 from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
 from helios_sim.profile.importers.reading import (
     FloatArray,
     along,
+    constants,
     find_table,
     need_table,
     refuse_other_tables,
@@ -38,7 +39,7 @@ from helios_sim.profile.importers.reading import (
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import ModelSpec, Runtime
 from helios_sim.profile.tables import LayerTables, RowsTable
-from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.provenance import NOT_READ, Assumption, Provenance, ProvenanceClass
 from helios_sim.untrusted import parse_yaml, read_text, reading
 
 NEEDED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -50,6 +51,19 @@ OTHERS = {
     "moe": "a dense model: experts are not modelled",
     "linear_attention": "a model with softmax attention in all layers: linear attention is not modelled",
 }
+OF_A_SEQUENCE = ("lm_head", "sampler")
+READ_OF_META = {
+    "profiler_version", "vllm_version", "cuda_version", "gpu", "hardware", "profiled_at", "architecture", "model",
+    "architecture_sha256", "variant", "tp_degrees", "engine_effective", "attention_grid", "measurement_iterations",
+    "skew_profile", "skew_fit", "block_size", "attention_backend", "quantization",
+}  # fmt: skip
+_COLUMNS = {  # by table: those that are read, or follow from these
+    "dense": ("layer", "tokens", "time_us"), "per_sequence": ("layer", "sequences", "time_us"),
+    "attention": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"),
+    "skew": ("regime", "ratio", "alpha", "n", "nb", "pc", "kp", "kvs", "kv_big", "kv_mean", "skew", "t_mean_us",
+             "t_skew_us", "t_max_us"),
+}  # fmt: skip
+_SHARES = (5e-3, 5.0)  # of a card's limits that a product may reach: beyond, times are in another unit
 LOAD_BYTES_PER_S = 25e9  # pinned host memory to a card on PCIe 4.0 x16, 0.8 of 31.5 GB/s
 
 
@@ -96,6 +110,13 @@ def layer_profile(
     head = times_by(need_table(folders, "per_sequence"), "layer", "sequences")
     if "lm_head" not in head:
         raise UserError(f"per_sequence.csv in {folder}", ", ".join(head), "layer lm_head among them", "measure it")
+    for name in OF_A_SEQUENCE:
+        if name in dense:
+            allowed = "in per_sequence.csv alone: what dense.csv has is counted in every layer"
+            raise UserError(f"dense.csv in {folder}", name, allowed, "move its rows")
+    up = 2 * model.d_ff if model.gated_mlp else model.d_ff
+    _check_unit("dense.csv: gate_up_proj", *dense["gate_up_proj"], up, model, card, tensor_parallel)
+    _check_unit("per_sequence.csv: lm_head", *head["lm_head"], model.vocab_size, model, card, tensor_parallel)
     attention = AttentionGrid(need_table(folders, "attention"))
 
     rows = dense["qkv_proj"][0]
@@ -122,7 +143,10 @@ def layer_profile(
         model=model,
         hardware=card_spec(hardware, card, tensor_parallel),
         runtime=runtime,
-        provenance=_provenance(folder, model, hardware, tensor_parallel, link, layer, repetitions, others),
+        provenance=_provenance(
+            folder, model, hardware, tensor_parallel, link, layer, repetitions, others,
+            [name for name in head if name not in OF_A_SEQUENCE],
+        ),
         layer_tables=(layer,),
         layer_class=(0,) * model.n_layers,
         head=_rows(sequences, _sum(head, dict.fromkeys(head, 1), sequences)),
@@ -131,6 +155,29 @@ def layer_profile(
         activation_reserve_bytes=activation_reserve_bytes(model),
         load_bytes_per_s=LOAD_BYTES_PER_S,
     )
+
+
+def _check_unit(
+    what: str, rows: FloatArray, time_s: FloatArray, width: int, model: ModelSpec, card: Card, degree: int
+) -> None:
+    """UserError where a product of `width` outputs takes far more or less than the card's limits let it."""
+    if card.bytes_per_s >= UNLIMITED:  # a card that is not known
+        return
+    moved = model.weight_bytes_per_value * (width * model.d_model + rows[-1] * (width + model.d_model)) / degree
+    floor_s = max(moved / card.bytes_per_s, 2 * rows[-1] * width * model.d_model / degree / card.flops_per_s)
+    if not _SHARES[0] * time_s[-1] <= floor_s <= _SHARES[1] * time_s[-1]:
+        told = f"{time_s[-1]:.3g} s for {rows[-1]:.0f} rows"
+        raise UserError(what, told, f"times in us: the card could do it in {floor_s:.3g} s", "scale the times")
+
+
+def unread_columns(folder: Path, tensor_parallel: int) -> list[str]:
+    """Columns of the tables that say something of all rows and of which nothing is made, with their values."""
+    left = []
+    for table, columns in _COLUMNS.items():
+        path = find_table((folder / f"tp{tensor_parallel}", folder), table)
+        found = {} if path is None else constants(path, columns)
+        left += [f"{table}.csv: {name} ({str(v)[:40]})" for name, v in found.items() if v not in (None, "", False)]
+    return left
 
 
 def _check_degree(folder: Path, degree: int) -> None:
@@ -174,9 +221,11 @@ def _stated_repetitions(folder: Path) -> int | None:
 
 def _provenance(
     folder: Path, model: ModelSpec, hardware: str, tensor_parallel: int, link: Link, layer: LayerTables,
-    repetitions: int | None, others: list[str],
+    repetitions: int | None, others: list[str], of_sequences: list[str],
 ) -> Provenance:  # fmt: skip
     meta = read_meta(folder)
+    left = unread_columns(folder, tensor_parallel)
+    left += [f"meta.yaml: {name} ({str(value)[:40]})" for name, value in meta.items() if name not in READ_OF_META]
     scaled = [
         "a layer is the sum of its kernels, launched eagerly where measured; an engine fuses some of the small ones",
         "points missing from the attention grid: on the line through their neighbours",
@@ -184,6 +233,8 @@ def _provenance(
     ]
     if others:
         scaled.append(f"layers without a known place were counted once: {', '.join(others)}")
+    if of_sequences:
+        scaled.append(f"of per_sequence.csv, counted once an iteration: {', '.join(of_sequences)}")
     if layer.unequal_kv is not None:
         scaled.append(f"times of unequal KV lengths: sums over {repetitions} repetitions, divided by that number")
     assumptions = [
@@ -209,4 +260,5 @@ def _provenance(
         ),
         scaled=tuple(scaled),
         assumptions=tuple(assumptions),
+        details={NOT_READ: f"not read: {', '.join(left[:12])}"} if left else {},
     )

@@ -63,7 +63,7 @@ _READ = {
     *(f"time_stats.attn_{name}.median" for name in
       ("input_reshape", "output_reshape", "prefill", "decode", "kv_cache_save")),
 }  # fmt: skip
-_OTHER_TYPES = re.compile(r"fp8|float8|e4m3|e5m2|int8|int4|fp4|fp32|float32|awq|gptq")
+OTHER_TYPES = re.compile(r"fp8|float8|e4m3|e5m2|int8|int4|fp4|fp32|float32|awq|gptq")
 _COMPARED = ("dtype", "precision", "device", "gpu", "gpu_name", "hardware", "vocab_size")
 _PADDED = 1.1  # times the words of a model that a table may have
 _SHARES = (1e-3, 5.0)  # of a card's limits that the largest product may reach: beyond, times are in another unit
@@ -136,7 +136,7 @@ def _of_constants(folder: Path, model: ModelSpec, card: Card, hardware: str) -> 
             other = published_card(text) if plain in ("device", "gpu", "gpu_name", "hardware") else None
             if other is not None and other != card:
                 raise UserError(f"{path}: {name}", text, f"{hardware}, which is asked for", "name the card measured")
-            if plain in ("dtype", "precision", "quantization") and _OTHER_TYPES.search(text.lower()):
+            if plain in ("dtype", "precision", "quantization") and OTHER_TYPES.search(text.lower()):
                 allowed = "bf16 or fp16: operations of other types are not told apart"
                 raise UserError(f"{path}: {name}", text, allowed, "take the tables of bf16")
             gated = {"true": True, "false": False}.get(text.lower()) if plain == "use_gated_mlp" else None
