@@ -171,7 +171,7 @@ EXPERIMENTS = {
         ["gates='batch_mean'", "a bound"],
     ),
     "a published figure of an unknown arm": (STUDY + "published: [{arm: best}]\n", ["published.arm='best'"]),
-    "a figure over no sweep": (STUDY + "figures: [{x: rate}]\n", ["figures.x='rate'", "none: there are none here"]),
+    "a figure over no sweep": (STUDY + "figures: [{x: rate}]\n", ["figures.x='rate'", "there is no sweep"]),
     "an override that does not exist": (
         STUDY.replace("{policy: early_exit}", "{policy: early_exit, overrides: {server.batch: 3}}"),
         ["server.batch", "no such setting"],
