@@ -41,8 +41,9 @@ def write(path: Path, lines: list[dict], **about: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_vllm_run_says_everything(command: CommandLine, tmp_path: Path) -> None:
-    folder = write_log(tmp_path / "run", requests=40, output=30)
+    folder = write_log(tmp_path / "run", requests=40, output=20)
     said = command(*SMALL, f"log={folder}")
     assert said.status == 0, said.err
     parts = said.summary["fidelity"]["parts"]
@@ -60,13 +61,14 @@ def test_the_folder_of_a_vllm_run_says_everything(command: CommandLine, tmp_path
     assert max(map(len, table)) <= 80
 
 
+@pytest.mark.slow
 def test_nothing_estimated_is_what_the_comparison_of_a_vllm_log_gives(command: CommandLine, tmp_path: Path) -> None:
-    folder = write_log(tmp_path / "run", requests=40, output=30)
-    ours = command(*SMALL, f"log={folder}", "from_log.estimate=false").summary["fidelity"]["parts"]["all 40 requests"]
+    folder = write_log(tmp_path / "run", requests=24, output=20)
+    ours = command(*SMALL, f"log={folder}", "from_log.estimate=false").summary["fidelity"]["parts"]["all 24 requests"]
     theirs = command(
         "+experiment=fidelity_vllm", f"fidelity.folder={folder}", "fidelity.estimate=false", "fidelity.load_factors=[]",
         "pictures=false", into="theirs",
-    ).summary["fidelity"]["parts"]["all 40 requests"]  # fmt: skip
+    ).summary["fidelity"]["parts"]["all 24 requests"]  # fmt: skip
     named = {(row["group"], row["statistic"].replace("median", "p50")): row for row in theirs}
     for row in ours:
         other = named[row["group"], row["statistic"]]
@@ -74,6 +76,7 @@ def test_nothing_estimated_is_what_the_comparison_of_a_vllm_log_gives(command: C
         assert row["simulated"] == pytest.approx(other["simulated"])
 
 
+@pytest.mark.slow
 def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tmp_path: Path) -> None:
     log = write(tmp_path / "log.jsonl", requests(), model="facebook/opt-1.3b", users=4)
     said = command(
@@ -88,6 +91,9 @@ def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tm
     assert metrics["with_opt-6.7b"]["tpot_s_mean"] > metrics[AS_LOGGED]["tpot_s_mean"]
     assert metrics["early_exit_opt-1.3b"]["layers_per_token"] < 24
     assert metrics[AS_LOGGED]["requests_completed"] == 39
+    about = said.summary["provenance"]["log"]
+    assert about["failed"] == {"HTTP 429: too many requests": 1}
+    assert about["times_begin_when"] == "the client has sent the request"
     text = " ".join(said.out.split())
     assert "1 of 40 requests failed and are left out: 1 x HTTP 429: too many requests." in text
     assert "at most 4 requests were in flight" in text
@@ -113,6 +119,7 @@ def test_a_table_without_times_is_asked_and_not_compared(command: CommandLine, t
     assert said.summary["arms"]["on_h100-80gb"]["metrics"]["requests_completed"] == 20
 
 
+@pytest.mark.slow
 def test_quantities_that_made_a_log_are_found_again(tmp_path: Path) -> None:
     """A log written by the simulation itself tells what it was made with, and the second half follows."""
     rng = np.random.default_rng(2)
@@ -196,6 +203,14 @@ def test_mistakes_are_named_and_leave_nothing(
     assert named in said.err, said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_to_fit_are_replayed_alone(command: CommandLine, tmp_path: Path) -> None:
+    write(tmp_path / "log.jsonl", requests(9), model="facebook/opt-1.3b")
+    said = command(*SMALL, "log=log.jsonl", "hardware=a100-40gb")
+    assert said.status == 0, said.err
+    assert said.summary["fidelity"]["terms"] == {}
+    assert "with nothing estimated" in said.summary["verdict"][0]
 
 
 def test_log_alone_makes_a_study_of_a_log(command: CommandLine, tmp_path: Path) -> None:

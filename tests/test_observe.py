@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,19 @@ def test_no_error_is_lost(observe: Observer) -> None:
     assert log.failed == 4
     for reason in said.summary["failed"]:
         assert reason in said.out
+
+
+def test_what_has_ended_is_kept_when_it_is_stopped(observe: Observer) -> None:
+    stop = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    with endpoint() as server:
+        stop.start()
+        said = observe(f"url={server.url}", "workload.n_requests=200", "workload.arrivals.rate_per_s=40",
+                       "workload.lengths.output.maximum=4")  # fmt: skip
+    assert said.status == 2
+    assert said.summary["stopped"]
+    assert 0 < said.summary["sent"] < 200
+    assert len(lines()) == 1 + said.summary["sent"]
+    assert "of 200 requests have ended and are in the log" in said.out
 
 
 def test_a_server_that_tells_no_usage_is_counted_by_chunks(observe: Observer) -> None:

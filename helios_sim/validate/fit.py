@@ -213,15 +213,13 @@ def _in_flight(log: RequestLog) -> NDArray[np.int64]:
 def estimate(
     log: RequestLog, config: Config, arm: str, n: int, note: Callable[[str], None] = lambda text: None
 ) -> Quantities:
-    """Fit the first n requests, or the first MOST of them where there are more. Nothing without any times.
+    """Fit the first n requests, or the first MOST of them where there are more, to the `figures_of` them.
 
     Those that come after them are served too, as far as they can matter.
     """
     n = min(n, MOST)
     log, config = _beginning(log, config, n)
     found = figures_of(log, n)
-    if not found:
-        return Quantities()
     close = np.array([figure.close for figure in found])
     base = build_profile(config, config.models[0]).runtime
     least = _LEAST.copy()

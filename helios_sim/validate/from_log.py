@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -39,7 +40,7 @@ from helios_sim.study.plan import check_study, jobs_of, plan_study
 from helios_sim.study.runner import forget_jobs, job_lines, journal_of, run_jobs
 from helios_sim.study.schema import AUTO, NONE, Config
 from helios_sim.study.seeds import first_plan, settle
-from helios_sim.validate.fit import Quantities, Replayed, estimate, replayed
+from helios_sim.validate.fit import Quantities, Replayed, estimate, figures_of, replayed
 from helios_sim.validate.opened import PROFILES, TRACE, Opened, answered, open_log, prepared
 from helios_sim.vary.runner import at_work_in, progress
 from helios_sim.vary.settings import with_settings
@@ -70,7 +71,7 @@ def run_from_log(config: Config, folder: Path) -> int:
         total = len({job.key for job in plan.jobs})
         with progress(study.name, total, job_lines(total)) as on_done:
             settled = settle(plan, study, lambda jobs: run_jobs(jobs, journal, processes(study), on_done))
-        made = provenance(study) | {"seeds": list(settled.plan.config.seeds)}
+        made = provenance(study) | {"seeds": list(settled.plan.config.seeds), "log": _about(opened)}
         result = _told(assemble(settled, made), opened, log, quantities, run, n, told)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, study.figures_as)
@@ -87,6 +88,17 @@ def _nothing_of_a_mistake(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder / PROFILES, ignore_errors=True)
         (folder / TRACE).unlink(missing_ok=True)
         raise
+
+
+def _about(opened: Opened) -> dict[str, Any]:
+    """The log for programs: what it is, what failed, what it does not say and what of it is not read."""
+    log = opened.log
+    failed = Counter(why for why, done in zip(log.status, log.completed, strict=True) if not done)
+    return {
+        "source": log.source, "format": log.format, "times_begin_when": log.begins.value, "requests": len(log),
+        "failed": dict(failed), "missing": list(log.missing), "notices": [*log.notices, *opened.notices],
+        "stated": {name: value for name, value in log.stated.items() if value is not None},
+    }  # fmt: skip
 
 
 def _check_kind(config: Config) -> None:
@@ -109,8 +121,7 @@ def _fitted(log: RequestLog, config: Config, n: int) -> tuple[Quantities | None,
     requests = shared_fleet(job.config, job.seed).parts.workload.requests
     if requests != len(log):
         raise UserError("log", f"{requests} requests in the trace", f"the {len(log)} of the log", "report this")
-    timed = log.ttft_s is not None or log.e2e_s is not None
-    if not config.from_log.estimate or not timed:
+    if not config.from_log.estimate or not figures_of(log, n):
         return None, replayed(log, plain, AS_LOGGED)
     found = estimate(log, plain, AS_LOGGED, n, _note)
     base = build_profile(plain, plain.models[0]).runtime
