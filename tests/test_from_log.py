@@ -96,7 +96,7 @@ def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tm
     assert about["times_begin_when"] == "the client has sent the request"
     text = " ".join(said.out.split())
     assert "1 of 40 requests failed and are left out: 1 x HTTP 429: too many requests." in text
-    assert "at most 4 requests were in flight" in text
+    assert "its client kept at most 4 requests in flight" in text
     assert "log.jsonl does not say: times of single tokens" in text
     (test, *_) = said.summary["fidelity"]["parts"].values()
     off = {f"{row['group']} {row['statistic']}": row["difference"] for row in test}

@@ -50,9 +50,10 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         rows += [_row(f"{where}, {end} request {i}", one, end) for i, one in enumerate(listed, 1)]
     _check_whole(where, benchmark, requests)
     matter = dict.fromkeys(_EFFECTS, 0)
-    for one in (*requests.value("successful", []), *requests.value("incomplete", [])):
+    for i, one in enumerate(requests.value("successful", []), 1):
+        read_of_prompt = Fields(one, f"{where}, successful request {i}", FIX).inner("input_metrics", {})
         for name in matter:
-            matter[name] += bool((one.get("input_metrics") or {}).get(name))
+            matter[name] += read_of_prompt.has(name)
     notices = not_read(where, [name for name, count in matter.items() if count], _EFFECTS)
     warm_up_s = benchmark.number("warmup_duration", -1e9, 1e9, 0.0)
     if warm_up_s > 0:
@@ -62,7 +63,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
     stated = {
         "model": backend.value("model", None), "strategy": strategy.value("type_", None),
-        "in_flight_at_most": strategy.value("streams", strategy.value("max_concurrency", None)),
+        "in_flight_at_most": strategy.value("streams", None),
         "started_s": benchmark.value("start_time", None),
     }  # fmt: skip
     kind = f"guidellm {metadata.text('guidellm_version')}"

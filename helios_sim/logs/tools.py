@@ -11,7 +11,7 @@ from helios_sim.errors import UserError
 from helios_sim.logs import aiperf, blis, guidellm, inference_perf, own, scrapes, servegen, spans, vllm_bench
 from helios_sim.logs.document import MOST_BYTES, Document
 from helios_sim.logs.record import FIX, RequestLog
-from helios_sim.untrusted import read_text
+from helios_sim.untrusted import read_text, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ TOOLS = (
     _tool("observe", own), _tool("vllm bench", vllm_bench), _tool("guidellm", guidellm), _tool("aiperf", aiperf),
     _tool("inference-perf", inference_perf), _tool("BLIS TraceV2", blis), _tool("OpenTelemetry spans", spans),
 )  # fmt: skip
+_NAMES = ("benchmarks.json", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
 FORMATS = (*(tool.name for tool in TOOLS), "ServeGen", "LLMServingSim", "Azure", "Mooncake", "BurstGPT", "tables")
 
 
@@ -44,8 +45,9 @@ def tool_of(document: Document) -> Tool | None:
 
 def read_tool(document: Document, part: int | None = None) -> RequestLog | None:
     """The requests of a file that one of the tools wrote; None where none did. `part`: of several runs, from 1."""
-    tool = tool_of(document)
-    return None if tool is None else tool.read(document, part)
+    with reading(document.name, "damaged", "a whole log of one of the tools", FIX):
+        tool = tool_of(document)
+        return None if tool is None else tool.read(document, part)
 
 
 def opened(path: Path) -> Document:
@@ -58,17 +60,17 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None = None, seed: i
 
     UserError for scrapes of metrics, and for a folder of nothing that is known.
     """
-    requests = inference_perf.of_folder(folder)
-    if requests is not None:
-        return inference_perf.read(opened(requests))
-    if servegen.of_folder(folder):
-        return servegen.read_folder(folder, span_s, seed)
-    pages = scrapes.of_folder(folder)
-    if pages:
-        raise scrapes.no_requests(scrapes.read(pages))
-    names = ("benchmarks.json", "profile_export.jsonl", "log.jsonl")  # as guidellm, aiperf and observe name theirs
-    for name in names:
-        if (folder / name).is_file() and (log := read_tool(opened(folder / name))) is not None:
-            return log
-    allowed = f"a folder with {inference_perf.FILE}, {', '.join(names)}, chunk-N-trace.csv, scrapes, or meta.json"
+    with reading(str(folder), "damaged", "the folder of a log", FIX):
+        requests = inference_perf.of_folder(folder)
+        if requests is not None:
+            return inference_perf.read(opened(requests))
+        if servegen.of_folder(folder):
+            return servegen.read_folder(folder, span_s, seed)
+        pages = scrapes.of_folder(folder)
+        if pages:
+            raise scrapes.no_requests(scrapes.read(pages))
+        for name in _NAMES:
+            if (folder / name).is_file() and (log := read_tool(opened(folder / name))) is not None:
+                return log
+    allowed = f"a folder with {inference_perf.FILE}, {', '.join(_NAMES)}, chunk-N-trace.csv, scrapes, or meta.json"
     raise UserError("log", str(folder), allowed, "name the log's file itself")

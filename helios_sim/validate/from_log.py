@@ -69,7 +69,7 @@ def run_from_log(config: Config, folder: Path) -> int:
         plan = first_plan(study)
         journal = journal_of(folder)
         total = len({job.key for job in plan.jobs})
-        with progress(study.name, total, job_lines(total)) as on_done:
+        with _of_the_log(log, quantities), progress(study.name, total, job_lines(total)) as on_done:
             settled = settle(plan, study, lambda jobs: run_jobs(jobs, journal, processes(study), on_done))
         made = provenance(study) | {"seeds": list(settled.plan.config.seeds), "log": _about(opened)}
         result = _told(assemble(settled, made), opened, log, quantities, run, n, told)
@@ -88,6 +88,20 @@ def _nothing_of_a_mistake(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder / PROFILES, ignore_errors=True)
         (folder / TRACE).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _of_the_log(log: RequestLog, quantities: Quantities | None) -> Iterator[None]:
+    """Says so where it is the log that is quicker than the card can be, and not a profile."""
+    try:
+        yield
+    except UserError as error:
+        if quantities is None or not (error.key.startswith(f"{AS_LOGGED}, seed") and error.key.endswith(": profile")):
+            raise
+        told = f"{log.source} on {error.value}"
+        allowed = f"a log of this model on this card: {error.allowed}"
+        fix = "name the card and the model that served it, and server.quantization if its weights were quantized"
+        raise UserError("hardware", told, allowed, fix) from error
 
 
 def _about(opened: Opened) -> dict[str, Any]:
@@ -197,11 +211,11 @@ def _told(
 
 def _of_loop(log: RequestLog) -> list[str]:
     most = log.stated.get("in_flight_at_most")
-    if not most:
+    if not isinstance(most, int) or most >= len(log):
         return []
     return [
-        f"{log.source}: at most {most} requests were in flight, each sent when another was answered. They are replayed "
-        "at the times at which they were sent, so a slower engine does not slow its clients here."
+        f"{log.source}: its client kept at most {most} requests in flight. They are replayed at the times at which "
+        "they were sent, so a slower engine does not slow its client here."
     ]
 
 
