@@ -58,8 +58,13 @@ def _run(command: list[str]) -> int:
             print("Reading programs, settings and inputs ...", file=sys.stderr)
         from helios_sim.cli import repeat_study, run_command  # Hydra and what it needs, which neither of these does
 
-        gc.set_threshold(100_000, 20, 20)  # to look often through all that was imported takes a tenth of a run
+        collect_rarely()
         return repeat_study(command[1:]) if command[:1] == ["repro"] else run_command(command)
+
+
+def collect_rarely() -> None:
+    """To look often through all that was imported for cycles takes a tenth of a run."""
+    gc.set_threshold(100_000, 20, 20)
 
 
 if __name__ == "__main__":

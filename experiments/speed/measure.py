@@ -17,6 +17,7 @@ from time import perf_counter, process_time
 import numpy as np
 from hydra import compose, initialize_config_dir
 
+from helios_sim.__main__ import collect_rarely
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.request import RequestRecord
@@ -27,6 +28,7 @@ from helios_sim.study.plan import plan_study
 
 
 def jobs(experiment: str, overrides: list[str]) -> list[Job]:
+    collect_rarely()  # as the command does
     register()
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", overrides=[f"+experiment={experiment}", *overrides])
