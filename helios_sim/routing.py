@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from helios_sim.core import route
 from helios_sim.core.layout import NEVER, IntArray
-from helios_sim.core.route import choose
+from helios_sim.core.route import AWAY, choose
 from helios_sim.request import Request, RequestBlock
 from helios_sim.workload.faults import Outages
 
-DOWN = 1 << 40  # requests that a replica that is down seems to have to a router by load
+DOWN = AWAY  # requests that a replica that is down seems to have to a router by load
 _DRAWS = 4096  # pairs at a time
 
 Choice = Callable[[Request], int]

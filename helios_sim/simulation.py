@@ -20,6 +20,7 @@ from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
 from helios_sim.routing import DOWN, Routing, stand_in
+from helios_sim.serving.autoscale import Autoscaler, Scaled, Scaling
 from helios_sim.serving.faults import Injector
 from helios_sim.serving.front import Front
 from helios_sim.serving.replica import OnLeft
@@ -49,6 +50,7 @@ class Run:
     end_ns: int
     presence_ns: tuple[int, ...]  # of each replica: requests in it, integrated over time
     faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
+    scaled: Scaled | None = None  # None: all replicas were always on
 
 
 class LittlesLawViolated(RuntimeError):
@@ -123,10 +125,11 @@ class System:
         for server in self.servers:
             server.open(machine)
 
-    def front(self, blocks: Iterator[RequestBlock], machine: Machine | None) -> None:
+    def front(self, blocks: Iterator[RequestBlock], machine: Machine | None, scaler: Autoscaler | None = None) -> None:
         """Requests are dispatched as they arrive; between two arrivals nothing acts on a replica from outside."""
         self._in_order = []
-        front, departures = Front(self.env, self.servers, self._routing, machine), FLUSH_REQUESTS // len(self.servers)
+        front = Front(self.env, self.servers, self._routing, machine, scaler)
+        departures = FLUSH_REQUESTS // len(self.servers)
         for server in self.servers:
             server.open(machine, front=front, departures=max(departures, _LEAST_DEPARTURES))
         self.env.process(front.run(blocks))
@@ -165,6 +168,29 @@ class System:
         """The replica is down until then; None: it is up again."""
         self._back_ns[replica] = back_ns
         self._requests_in[replica] += DOWN if back_ns is not None else -DOWN
+
+    def requests_in(self, replica: int) -> int:
+        """Requests in a replica now, where requests are dispatched, whether or not it is down."""
+        return self._requests_in[replica] - (DOWN if self._back_ns[replica] is not None else 0)
+
+    def requests_served(self, replica: int) -> int:
+        """The same by the books of its server."""
+        return self.servers[replica].requests_in_system
+
+    def follow(self, scaler: Autoscaler) -> None:
+        """Requests go to the replicas that the autoscaler lets serve."""
+        for number in range(len(self.servers)):
+            if (self._back_ns[number] is None) != scaler.serves(number):
+                self.note_down(number, None if scaler.serves(number) else FOREVER_NS)
+
+    def scale(self, scaler: Autoscaler) -> Generator[Event, None, None]:
+        """The process of an autoscaler beside requests that are dispatched: until the last of them has come."""
+        while True:
+            yield self.env.timeout(scaler.next_ns - int(self.env.now))
+            if not self._arrivals_to_come:
+                return
+            scaler.look(int(self.env.now))
+            self.follow(scaler)
 
     def more_comes(self) -> bool:
         """Whether requests are still to arrive that wait for no answer, or somebody outside may send some."""
@@ -289,6 +315,7 @@ def simulate(
     stepwise: bool = False,
     block_sink: BlockSink | None = None,
     faults: FaultPlan | None = None,
+    scaling: Scaling | None = None,
 ) -> Run:
     """Serves all requests and returns when the last one has left.
 
@@ -298,7 +325,7 @@ def simulate(
     `compiled`: whether the loop runs as machine code; None: if that is worth it. `stepwise`: every turn of a server is
     an event of its own, as where something outside may act at any time. Neither changes a result.
 
-    `faults` strike servers whose engines were made `with_faults`.
+    `faults` strike servers whose engines were made `with_faults`. `scaling`: replicas come and go with load.
 
     `sink` gets each record in the order in which requests leave; `block_sink`, where it is given, many at once wherever
     compiled code holds them as columns. With `users` the loop is closed. Raises
@@ -315,15 +342,23 @@ def simulate(
     if faults is not None:
         injector = Injector(env, faults, system.servers, system.send_again, system.note_down, system.more_comes)
         env.process(injector.run())
-    if not stepwise and fixed:
+    fronted = not stepwise and users is None and faults is None
+    scaler = None
+    if scaling is not None:
+        scaler = Autoscaler(scaling, replicas, system.requests_served if fronted else system.requests_in)
+    if not stepwise and fixed and scaler is None:
         system.feed(blocks, machine, users, faults)
-    elif not stepwise and users is None and faults is None:
-        system.front(blocks, machine)
+    elif fronted:
+        system.front(blocks, machine, scaler)
     else:
         rows = (request for block in blocks for request in block.rows())
         system.open(machine)
         if users is None:
+            if scaler is not None:
+                system.follow(scaler)
             env.process(system.open_loop(rows))
+            if scaler is not None:
+                env.process(system.scale(scaler))
         else:
             system.close_loop(rows, users)
     if outside is not None:
@@ -342,4 +377,5 @@ def simulate(
         stats.merge(server.stats)
     presence_ns = tuple(server.books[0] for server in system.servers)
     arrived = sum(server.books[2] for server in system.servers) - system.sent_again
-    return Run(system.servers, stats, arrived, end_ns, presence_ns, struck)
+    scaled = None if scaler is None else scaler.finish(end_ns)
+    return Run(system.servers, stats, arrived, end_ns, presence_ns, struck, scaled)

@@ -61,6 +61,15 @@ def turns() -> dict[str, Case]:
     }
 
 
+def autoscale() -> dict[str, Case]:
+    beside = {
+        "server.replicas": 3, "autoscale.least": 1, "autoscale.requests_per_replica": 2.0, "autoscale.start_s": 1.0,
+        "autoscale.every_s": 1.0, "autoscale.down_after_s": 2.0,
+    }  # fmt: skip
+    other = {"least": 2, "requests_per_replica": 5.0, "start_s": 3.0, "every_s": 0.5, "down_after_s": 9.0}
+    return {f"autoscale.{name}": Case(value, beside) for name, value in other.items()}
+
+
 def lengths(of: str) -> dict[str, Case]:
     path = f"workload.lengths.{of}"
     fixed = {f"{path}.kind": "fixed", f"{path}.value": 50}
@@ -161,6 +170,7 @@ CASES: dict[str, Case] = {
     "server.order": Case("shortest_prompt", BUSY | {"server.max_running_requests": 2}),
     "server.router": Case("least_loaded", {"server.replicas": 3}),
     "cluster.kinds": Case({"a": {"count": 2}}),
+    **autoscale(),
     "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
     "runtime.preset": Case("eager"),
     **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},

@@ -215,8 +215,8 @@ STATE = Kind.of(
         # admission and what a change waits for
         "starts_left", "completed", "completed_before", "pending", "draining", "migrating", "loading",
         "room_blocks", "awaits_answers", "awaits_completion",
-        # the books
-        "in_system", "changed_ns", "presence_ns", "sojourn_ns", "arrivals", "departures",
+        # the books; `away`: what a router counts besides, where it is to send nothing here
+        "in_system", "away", "changed_ns", "presence_ns", "sojourn_ns", "arrivals", "departures",
         # what is to be handed over
         "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",
         "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",

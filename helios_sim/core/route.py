@@ -23,7 +23,9 @@ ROUND_ROBIN, LEAST_LOADED, POWER_OF_TWO, BY_TASK, PREFIX_AWARE = range(5)
     CLOCK,  # something else is on the clock before the next arrival
     SUBMIT,  # the next request goes to a replica that does not run ahead
     ROOM,  # the next request goes to a replica whose tables are full
-) = range(5)
+    LOOK,  # it is `look_ns`: whoever looks at the load, and sends replicas away or calls them back, is to do it now
+) = range(6)
+AWAY = 1 << 40  # requests that a replica seems to have to which none are sent
 
 FRONT = Kind.of(
     "FrontRow",
@@ -34,6 +36,7 @@ FRONT = Kind.of(
         "clock_ns",  # now
         "event_ns",  # the next on the clock
         "until_ns",  # after the last request; NEVER: that is all
+        "look_ns",  # FOREVER_NS: nobody looks
         "first", "end",  # the replicas that may be brought up
         "chosen",
     ),
@@ -58,6 +61,7 @@ def route(
     stops: Numbers,
 ) -> int:
     """Routes requests (n,) one after the other, and brings the replicas up to each arrival and at last to `until_ns`.
+    In place of one that is away the next gets them that is not.
 
     Of R replicas: `ahead` says which ones run ahead of the clock, `due_ns` up to when nothing happens in them, `inside`
     how many requests they have, `stops` why they have stopped. `pairs` (n, 2) and `homes` (tasks, R) are the routers'.
@@ -67,14 +71,15 @@ def route(
         last = f.next == f.known
         if last and f.until_ns == NEVER:
             return DONE
-        up_to_ns = f.until_ns if last else arrivals_ns[f.next]
+        looks = not last and f.look_ns <= arrivals_ns[f.next]
+        up_to_ns = f.until_ns if last else f.look_ns if looks else arrivals_ns[f.next]
         stopped = False
         for i in range(f.first, f.end):
             if ahead[i] and due_ns[i] < up_to_ns:
                 t = tables_of(replicas, i)
                 stop = advance(t, up_to_ns)
                 s = t.states[0]
-                inside[i], stops[i] = s.in_system, stop
+                inside[i], stops[i] = s.in_system + s.away, stop
                 if stop == HORIZON or (stop == IDLE and s.routed):
                     due_ns[i] = s.end_ns if s.phase == RUNNING else up_to_ns - 1
                 else:
@@ -85,10 +90,14 @@ def route(
             return DONE
         if up_to_ns > f.clock_ns and f.event_ns <= up_to_ns:
             return CLOCK
+        if looks:
+            return LOOK
         if f.router == PREFIX_AWARE:
             i = by_prefix(replicas, f.next, inside)
         else:
             i = choose(f.router, f.routed_before + f.next, tasks[f.next], pairs, f.next, homes, inside)
+        while inside[i] >= AWAY:
+            i = (i + 1) % len(inside)
         f.chosen = i
         if not ahead[i]:
             return SUBMIT
@@ -101,7 +110,7 @@ def route(
         t.tokens[row] = t.coming_tokens[f.next]
         s.known += 1
         _join(s, t, up_to_ns)
-        inside[i] = s.in_system
+        inside[i] = s.in_system + s.away
         if s.phase == WAITING and s.wake_ns != NEVER:
             due_ns[i] = s.wake_ns
         f.next += 1

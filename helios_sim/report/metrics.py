@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Status
+from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import GapHistogram, RunStats
 from helios_sim.workload.faults import FaultKind, Struck
 
@@ -82,7 +83,7 @@ _OTHERS = (
         "lower",
         "energy over the span / completed requests; a band if simulated",
     ),
-    ("usd_per_hour", "USD/hour", "USD", "lower", "price of all cards, by cost.usd_per_card_hour"),
+    ("usd_per_hour", "USD/hour", "USD", "lower", "price of all cards that are on, by cost.usd_per_card_hour"),
     (
         "usd_per_million_tokens",
         "USD/M tokens",
@@ -97,6 +98,11 @@ _OTHERS = (
         "lower",
         "energy over the span x cost.gco2e_per_kwh / millions of output tokens; a band if simulated",
     ),
+    (
+        "replicas_on_mean", "Replicas on", "", "lower",
+        "replicas that start, serve or drain, averaged over the span; all of them without autoscale",
+    ),
+    ("replica_starts", "Starts", "", "neither", "replicas that the autoscaler started; none where all are always on"),
     ("switches", "Switches", "", "neither", "changes of the active model"),
     ("loads", "Loads", "", "neither", "transfers of weights to the device"),
     ("switch_time_s", "Switch time", "s", "lower", "from a decision to change the placement until it is in force"),
@@ -207,7 +213,7 @@ class Cards:
     """All replicas on cards of one kind together."""
 
     power: Power | None  # of one card; None: not known
-    replicas: int
+    replicas: float  # on average, where they come and go
     busy_ns: int
     floor_ns: int
 
@@ -225,14 +231,23 @@ def compute_metrics(
     transitions: Mapping[int, Sequence[int]] | None = None,
     faults: Sequence[Struck] | None = None,
     costs: Costs | None = None,
+    scaled: Scaled | None = None,
 ) -> dict[str, MetricValue]:
     """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike.
 
     `stats` is merged over the replicas. `power` is of the card where there is one replica; `cards` are given where
-    there are several. `transitions` are each replica's, in ns; None: those of `stats`, of all replicas.
+    there are several, all of one kind where they are `scaled`. `transitions` are each replica's, in ns; None: those of
+    `stats`, of all replicas.
     """
     cards = [Cards(power, 1, stats.busy_ns, stats.floor_ns)] if cards is None else cards
-    replicas = sum(of_kind.replicas for of_kind in cards)
+    replicas: float = sum(of_kind.replicas for of_kind in cards)
+    costs, ends = costs or Costs(), records.ends_ns()
+    if scaled is not None and ends is not None and ends[0] < ends[1]:
+        on = scaled.mean(*ends)
+        cards = [replace(of_kind, replicas=on) for of_kind in cards]
+        if costs.usd_per_hour is not None:
+            costs = replace(costs, usd_per_hour=costs.usd_per_hour * on / replicas)
+        replicas = on
     slo = slo or Slo()
     done = records.completed
     span_ns = records.span_ns()
@@ -265,7 +280,9 @@ def compute_metrics(
     metrics["bits_per_char"] = records.bits_per_char(done)
     energy_j = None if span_s is None else energy_band_j(cards, span_s)
     metrics |= energy_metrics(energy_j, n_done, chars)
-    metrics |= _cost_metrics(costs or Costs(), span_s, energy_j, tokens)
+    metrics |= _cost_metrics(costs, span_s, energy_j, tokens)
+    metrics["replicas_on_mean"] = replicas
+    metrics["replica_starts"] = None if scaled is None else scaled.starts
     metrics["switches"] = stats.switches
     metrics["loads"] = stats.loads
     metrics["switch_time_s"] = stats.switch_time_ns / NS_PER_S
@@ -305,7 +322,7 @@ def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
     return dict(zip(OF_DRAFTS, of, strict=True))
 
 
-def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: int) -> dict[str, MetricValue]:
+def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: float) -> dict[str, MetricValue]:
     names = ("availability", "requests_retried", "requests_lost", "wasted_tokens")
     if faults is None:
         return dict.fromkeys(names)

@@ -23,6 +23,7 @@ from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, Metrics, MetricValue, Slo, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S
+from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.workload.faults import Struck
 
@@ -98,6 +99,7 @@ class ArmResult:
     waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
     faults: FaultFigures | None = None  # None: none were to strike
     timeline_faults: Sequence[Struck] = ()  # that struck the timeline's replica
+    scaled: Scaled | None = None  # of the first replicate; None: all replicas were always on
     instead: Mapping[int, Instead] = field(default_factory=dict)  # by place in `decisions`
     intervals: Mapping[str, Interval] = field(init=False, compare=False)  # of `metrics`, those that are defined
 

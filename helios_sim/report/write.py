@@ -72,6 +72,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, 
         arms_drawings,
         detail_drawings,
         replica_drawings,
+        scaling_drawings,
         timeline_drawings,
     )
     from helios_sim.report.figures.fidelity import fidelity_drawings
@@ -84,6 +85,7 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, 
         *arms_drawings(result),
         *sweep_drawings(result),
         *replica_drawings(result),
+        *scaling_drawings(result),
         *detail_drawings(result),
         *timeline_drawings(result),
     ]

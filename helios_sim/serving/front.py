@@ -17,7 +17,7 @@ from helios_sim.core import layout
 from helios_sim.core.addresses import Replicas
 from helios_sim.core.layout import FOREVER_NS, NEVER, IntArray, Record, Storage, Table, Tables, raw
 from helios_sim.core.machine import Machine
-from helios_sim.core.route import CLOCK, DONE, FRONT, PREFIX_AWARE, ROOM, STOPPED, SUBMIT, route
+from helios_sim.core.route import AWAY, CLOCK, DONE, FRONT, LOOK, PREFIX_AWARE, ROOM, STOPPED, SUBMIT, route
 from helios_sim.request import Request, RequestBlock
 from helios_sim.routing import Routing
 from helios_sim.serving.inbox import COLUMNS, arrival_rows, raw_requests
@@ -39,6 +39,15 @@ class Routed(Protocol):
     def close_arrivals(self) -> None: ...
 
 
+class Looker(Protocol):
+    """Looks at the requests in each replica from time to time, and says which ones get requests."""
+
+    @property
+    def next_ns(self) -> int: ...
+    def look(self, now_ns: int) -> None: ...
+    def serves(self, number: int) -> bool: ...
+
+
 class Loop:
     """`core.route` over R replicas, compiled or interpreted."""
 
@@ -49,7 +58,7 @@ class Loop:
         self._route: Callable[..., int] = route if machine is None else machine.loop()
         self._nothing = storage.numbers(0), storage.numbers(0), storage.numbers(0, 2), storage.numbers(0, 0)
         self._one = storage.record(FRONT)
-        self._one.until_ns = NEVER
+        self._one.until_ns, self._one.look_ns = NEVER, FOREVER_NS
         self._all = storage.array(np.ones(replicas, np.int64))
         self.due_ns, self.inside = storage.numbers(replicas), storage.numbers(replicas)
         self.stops = storage.numbers(replicas)
@@ -75,13 +84,20 @@ class Front:
     """Sends each request to a replica when it arrives, by the requests, or the prefixes, that each one has then."""
 
     def __init__(
-        self, env: simpy.Environment, servers: Sequence[Routed], routing: Routing, machine: Machine | None
+        self,
+        env: simpy.Environment,
+        servers: Sequence[Routed],
+        routing: Routing,
+        machine: Machine | None,
+        looker: Looker | None = None,
     ) -> None:
         self.loop = Loop(len(servers), machine)
         self._env, self._servers = env, servers
         storage = self.loop.storage
         self._front = storage.record(FRONT)
         self._front.router, self._front.end, self._front.until_ns = routing.number, len(servers), NEVER
+        self._front.look_ns = FOREVER_NS
+        self._looker = looker
         self._pairs = routing.pairs(len(servers))
         self._homes = storage.array(routing.homes_table())
         self._ahead = storage.numbers(len(servers))
@@ -96,7 +112,7 @@ class Front:
         if self.closed:
             return FOREVER_NS
         f = self._front
-        return int(self._raw[int(f.next), 1]) if f.next < f.known else 0
+        return min(int(self._raw[int(f.next), 1]), int(f.look_ns)) if f.next < f.known else 0
 
     def frontier_ns(self, number: int) -> int | None:
         """Up to when a parked replica has been brought; None: it is not parked."""
@@ -107,12 +123,13 @@ class Front:
         event = self._parked[number] = self._env.event()
         s = self._servers[number].state
         self.loop.due_ns[number] = s.end_ns if s.phase == layout.RUNNING else NEVER
-        self.loop.inside[number], self._ahead[number] = s.in_system, 1
+        self.loop.inside[number], self._ahead[number] = s.in_system + s.away, 1
         return event
 
     def run(self, blocks: Iterator[RequestBlock]) -> Generator[Event, None, None]:
         """The process of arrivals."""
         f = self._front
+        self._note_away()
         for block in blocks:
             for first in range(0, len(block), _ROUTED_AT_ONCE):
                 self._expect(raw_requests(block)[first : first + _ROUTED_AT_ONCE])
@@ -130,9 +147,12 @@ class Front:
         f, env = self._front, self._env
         while True:
             f.clock_ns, f.event_ns = int(env.now), min(env.peek(), FOREVER_NS)
+            if self._looker is not None:
+                f.look_ns = self._looker.next_ns
             for number, parked in enumerate(self._parked):
                 if parked is None:
-                    self.loop.inside[number] = self._servers[number].requests_in_system
+                    server = self._servers[number]
+                    self.loop.inside[number] = server.requests_in_system + int(server.state.away)
                     if f.router == PREFIX_AWARE:  # which looks into its tables
                         self._put(number)
             why = self.loop.route(f, self._routed, self._ahead)
@@ -146,10 +166,22 @@ class Front:
                 request = Request(*self._raw[int(f.next)].tolist())
                 self._servers[int(f.chosen)].submit(request)
                 f.next += 1
+            elif why == LOOK and not wait_ns:
+                assert self._looker is not None
+                self._looker.look(int(env.now))
+                self._note_away()
             else:
-                assert why in (STOPPED, CLOCK, SUBMIT)
+                assert why in (STOPPED, CLOCK, SUBMIT, LOOK)
                 self._wake()
                 yield env.timeout(wait_ns)
+
+    def _note_away(self) -> None:
+        if self._looker is None:
+            return
+        for number, server in enumerate(self._servers):
+            s, away = server.state, 0 if self._looker.serves(number) else AWAY
+            self.loop.inside[number] += away - int(s.away)
+            s.away = away
 
     def _expect(self, requests: IntArray) -> None:
         """These are the next requests (n, 9)."""

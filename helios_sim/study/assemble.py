@@ -187,6 +187,7 @@ def _arm(
         is_bound=jobs[0].arm.policy.kind.is_bound,
         waits=_waits(jobs, [results[job.key].replicate.records for job in jobs]),
         faults=fault_figures(faults, without_faults) if faults else None,
+        scaled=first.scaled,
         timeline_faults=[fault for fault in first.faults or () if fault.hit and not fault.replica],
     )
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from helios_sim.errors import UserError
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
-from helios_sim.study.schema import AUTO, Config, FaultsConfig, LastingFaultConfig, LengthConfig
+from helios_sim.study.schema import AUTO, AutoscaleConfig, Config, FaultsConfig, LastingFaultConfig, LengthConfig
 from helios_sim.workload.faults import LOSING
 
 DRIFTS = ("step", "linear", "periodic")
@@ -106,6 +106,14 @@ OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "questi
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "trace": _OF_ARMS,
+    "autoscale": (
+        lambda c: _is_simulated(c) and not _is_capacity(c) and not c.cluster.kinds and c.server.replicas > 1,
+        "only in a simulation of equal replicas: server.replicas=2 or more, which is the most there are",
+    ),
+    **{
+        f"autoscale.{f.name}": (lambda c: c.autoscale.least is not None, "only with autoscale.least")
+        for f in fields(AutoscaleConfig) if f.name != "least"
+    },
     "next_best": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),

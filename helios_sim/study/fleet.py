@@ -21,7 +21,9 @@ from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.profile.spec import HardwareSpec
+from helios_sim.request import to_ns
 from helios_sim.routing import Router, Routing
+from helios_sim.serving.autoscale import Scaling
 from helios_sim.study.build import Parts, build, confidence, objective_of, policy_of, threshold
 from helios_sim.study.inputs import made_of
 from helios_sim.study.limits import check_host_costs, check_size
@@ -29,6 +31,7 @@ from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
 from helios_sim.study.workload import build_faults, choose, expected_load, task_names
 from helios_sim.workload.faults import FaultPlan
 
+WHERE_REPLICAS_GO = (Router.ROUND_ROBIN, Router.LEAST_LOADED, Router.POWER_OF_TWO)
 ALIKE = ""  # the only kind's name where all replicas are alike
 OF_ONE_SERVER = (
     "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
@@ -60,6 +63,7 @@ class Fleet:
     kinds: tuple[Kind, ...]
     routing: Routing
     faults: FaultPlan | None = None  # None: none are to strike
+    scaling: Scaling | None = None  # None: all replicas are always on
 
     @property
     def parts(self) -> Parts:
@@ -100,6 +104,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         raise UserError("server.router", "prefix_aware", allowed, "set server.enable_prefix_caching=true")
     plans = _plans(config)
     faults = build_faults(config.workload.faults, plans[-1].numbers.stop, seed)
+    scaling = _scaling(config, faults)
     check_size(config, plans[-1].numbers.stop)
     check_host_costs(config)
     if router is not Router.BY_TASK:
@@ -110,7 +115,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         alike: list[Kind] = []
         for plan in plans:
             alike.append(_kind(plan, seed, None, share, alike))
-        return Fleet(tuple(alike), Routing(router, seed), faults)
+        return Fleet(tuple(alike), Routing(router, seed), faults, scaling)
     tasks = task_names(config.workload.mix)
     kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
     homes = tuple(
@@ -122,6 +127,36 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         own = tuple(task for task, share in zip(tasks, shares, strict=True) if share)
         kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop, kinds))
     return Fleet(tuple(kinds), Routing(router, seed, homes), faults)
+
+
+def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:
+    """UserError where replicas cannot come and go."""
+    it, most = config.autoscale, config.server.replicas
+    if it.least is None:
+        return None
+    assert it.requests_per_replica is not None
+    assert it.start_s is not None
+    if it.least > most:
+        raise UserError("autoscale.least", it.least, f"at most server.replicas={most}", "raise server.replicas")
+    if faults is not None:
+        allowed = "none: no replica that may be off is struck by faults"
+        raise UserError("autoscale.least", it.least, allowed, "leave workload.faults out, or autoscale")
+    if config.server.enable_prefix_caching:
+        allowed = "none: a replica that was off would have to forget its prefixes, which is not modelled"
+        raise UserError("autoscale.least", it.least, allowed, "leave server.enable_prefix_caching out, or autoscale")
+    if config.server.router not in WHERE_REPLICAS_GO:
+        allowed = f"{' or '.join(WHERE_REPLICAS_GO)} where replicas come and go"
+        raise UserError("server.router", config.server.router, allowed, "choose one of these, or leave autoscale out")
+    if config.workload.arrivals.kind == "closed_loop":
+        allowed = "arrivals that do not wait for answers: fewer replicas would make fewer requests"
+        raise UserError("autoscale.least", it.least, allowed, "set workload.arrivals.kind=poisson, or leave it out")
+    return Scaling(
+        least=it.least,
+        requests_per_replica=it.requests_per_replica,
+        every_ns=to_ns(it.every_s, "autoscale.every_s"),
+        down_after_ns=to_ns(it.down_after_s, "autoscale.down_after_s"),
+        start_ns=to_ns(it.start_s, "autoscale.start_s"),
+    )
 
 
 def _plans(config: Config) -> list[_Plan]:

@@ -25,6 +25,7 @@ from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_me
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
 from helios_sim.request import RequestRecord, to_ns
+from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.faults import with_faults
 from helios_sim.serving.iteration import Engine
@@ -96,6 +97,7 @@ class JobResult:
     live: LiveNotes | None = None  # of a run on a device
     decisions_left_out: int = 0
     faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
+    scaled: Scaled | None = None  # None: all replicas were always on
 
 
 def run_job(job: Job) -> JobResult:
@@ -133,6 +135,7 @@ def run_job(job: Job) -> JobResult:
         live=notes,
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
         faults=run.faults,
+        scaled=run.scaled,
     )
 
 
@@ -190,6 +193,7 @@ def serve(
         stepwise=stepwise,
         block_sink=block_sink,
         faults=fleet.faults,
+        scaling=fleet.scaling,
     )
 
 
@@ -212,7 +216,7 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     slo = Slo(**asdict(job.config.slo))
     metrics = compute_metrics(
         records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults,
-        costs=costs_of(job.config, fleet),
+        costs=costs_of(job.config, fleet), scaled=run.scaled,
     )  # fmt: skip
     if job.config.mode == SIMULATE:
         require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")

@@ -238,6 +238,31 @@ class ClusterConfig:
 
 
 @dataclass
+class AutoscaleConfig:
+    """Replicas that come and go with load, from `least` to `server.replicas` (serving/autoscale.py)."""
+
+    least: int | None = None  # null: all replicas are always on
+    requests_per_replica: float | None = None  # requests in the system for which there is to be one replica
+    # How long a replica takes until it serves: no default, since it depends on engine, model and disk; vLLM prints its
+    # parts when it starts (weights, compilation, graphs).
+    start_s: float | None = None
+    every_s: float = 15.0  # between two looks; that of Kubernetes' HorizontalPodAutoscaler, as the next one
+    down_after_s: float = 300.0  # no more were wanted for so long before replicas go
+
+    def __post_init__(self) -> None:
+        if self.least is None:
+            return
+        require(1 <= self.least < 2**31, "autoscale.least", self.least, "from 1 to server.replicas")
+        per, allowed = self.requests_per_replica, "a number above 0: requests in the system for each replica"
+        require(per is not None and 0 < per < 2**31, "autoscale.requests_per_replica", per, allowed)
+        allowed = "seconds from 0 to 86400: how long a replica takes until it serves, as the engine prints it"
+        require(self.start_s is not None and 0 <= self.start_s <= 86400, "autoscale.start_s", self.start_s, allowed)
+        for key, least in (("every_s", 1e-3), ("down_after_s", 0.0)):
+            value = getattr(self, key)
+            require(least <= value <= 86400, f"autoscale.{key}", value, f"seconds from {least:g} to 86400")
+
+
+@dataclass
 class ExitsConfig:
     source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
@@ -411,6 +436,7 @@ class Config:
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     exits: ExitsConfig = field(default_factory=ExitsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

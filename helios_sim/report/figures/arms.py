@@ -340,6 +340,30 @@ def replica_drawings(result: ExperimentResult) -> list[Drawing]:
     return [Drawing("replicas", "Replicas", caption, figure)]
 
 
+def scaling_drawings(result: ExperimentResult) -> list[Drawing]:
+    """One figure of how many replicas were on, a line for each arm whose replicas come and go."""
+    styles = arm_styles(list(result.arms), result.baseline)
+    scaled = [(arm, arm.scaled) for arm in result.arms.values() if arm.scaled is not None]
+    if not scaled:
+        return []
+    with look():
+        figure, (ax,) = new_figure(1, 1, 3.4)
+        for arm, its in scaled:
+            ends = arm.replicates[0].records.ends_ns()
+            end_ns = its.counts[-1][0] if ends is None else max(ends[1], its.counts[-1][0])
+            times_s = [time_ns / NS_PER_S for time_ns, _, _ in its.counts] + [end_ns / NS_PER_S]
+            on = [on for _, _, on in its.counts]
+            color, line = styles[arm.name].color, styles[arm.name].linestyle
+            ax.step(times_s, [*on, on[-1]], where="post", color=color, linestyle=line, linewidth=1.6, label=arm.name)
+        ax.set_xlabel("time (s)")
+        ax.set_ylabel("replicas that are on")
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        legend_above(figure, handles_of(ax), columns=3)
+    caption = "On: it starts, serves, or finishes what it has. First seed."
+    return [Drawing("replicas_on", "Replicas over time", caption, figure, zooms=True)]
+
+
 def timeline_drawings(result: ExperimentResult) -> list[Drawing]:
     """Timelines of the arms that change their placement, else of the last arm that has one."""
     with_samples = [a for a in result.arms.values() if a.timeline is not None and len(a.timeline.rows) > 1]
