@@ -17,7 +17,7 @@ from helios_sim.study.command import run_study
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
 # sweeps: test_sweep_experiments.py; of a log: test_fidelity_command.py and test_from_log.py; below: capacity
 STUDIES = [name for name in EXPERIMENTS if not name.startswith(("sweep_", "fidelity_", "capacity", "from_log"))]
-NEEDS_SHARED_DATA = {"prefix_caching", "speed_w1"}
+NEEDS_SHARED_DATA = {"autoscale", "prefix_caching", "speed_w1"}
 
 
 def small(name: str) -> DictConfig:

@@ -35,7 +35,7 @@ SLOW = {"ablation", "paper_opt"}
 # Left out: these need a log of a real engine or a model on a device, have rows for arms, or a search whose draws depend
 # on a package.
 LEFT_OUT = {"fidelity_vllm", "fidelity_live", "fidelity_silicon", "from_log", "sweep_helios"}
-NEEDS_SHARED_DATA = {"prefix_caching", "speed_w1"}
+NEEDS_SHARED_DATA = {"autoscale", "prefix_caching", "speed_w1"}
 
 
 def experiment_names() -> list[str]:
