@@ -30,7 +30,7 @@ from helios_sim.request import LONGEST, NS_PER_S, Request, to_ns
 
 Call = Callable[[], None]
 MOST_CALLS = 100_000  # that may wait for the environment
-_LARGEST = 1 << 61
+_LARGEST = 1 << 62  # of numbers that a workload draws
 
 
 class WallClock(simpy.rt.RealtimeEnvironment):

@@ -6,11 +6,12 @@ and its own limits, which stand here beside it until it has left.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import Request
+from helios_sim.serving.replica import SERVED_TEXTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Sampling:
 class Ask:
     """A request of a client, as the front hands it to the engine. It can be pickled."""
 
-    request_id: int
+    request_id: int  # counted on from request to request
     prompts: Mapping[str, tuple[int, ...]]  # the prompt's ids, by candidate: each has a tokenizer of its own
     chars: int  # of the prompt
     max_tokens: int
@@ -44,14 +45,24 @@ class Asked:
 
     ask: Ask
     n_tokens: int  # that the answer has at most; simulated: exactly
-    place: TokenSpan | None = None  # simulated: where its exits begin in the trace of the first model
     produced: int = 0  # tokens so far, of all models
     logprobs: list[tuple[float, int, float]] = field(default_factory=list)  # of each token, and the likeliest's
 
 
 class Book(dict[int, Asked]):
-    """By request number, of all requests in the system."""
+    """By request number, of all requests in the system, and of the latest that left: a probe may score their texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left: deque[int] = deque()
 
     def of(self, request: Request) -> Asked | None:
         """None for a request that no client sent: those that warm up the engine."""
         return self.get(request.request_id)
+
+    def note_left(self, request_id: int) -> None:
+        """The request has left the system."""
+        if request_id in self:
+            self._left.append(request_id)
+        while len(self._left) > SERVED_TEXTS:
+            self.pop(self._left.popleft(), None)

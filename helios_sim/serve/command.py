@@ -23,7 +23,7 @@ from helios_sim.errors import UserError
 from helios_sim.report.terminal import say
 from helios_sim.serve.front.kept import Kept
 from helios_sim.serve.front.limits import keys_of
-from helios_sim.serve.front.process import FrontSettings, run_front
+from helios_sim.serve.front.process import MOST_WAITING, FrontSettings, run_front
 from helios_sim.serve.messages import Abort, Drain, End, Ended, FromEngine, Ready
 from helios_sim.serve.service import Service
 from helios_sim.serve.settings import ServeConfig, ServedConfig
@@ -75,6 +75,7 @@ def listening(settings: ServeConfig) -> Iterator[socket.socket]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((settings.host, settings.port))
+            sock.listen(MOST_WAITING)  # who comes before the front is there waits for it
         except (OSError, OverflowError) as error:
             fix = "choose another, or 0 for any that is free"
             raise UserError("serve.port", settings.port, f"a port that is free here ({error})", fix) from error

@@ -78,6 +78,7 @@ class Refused(NamedTuple):
 
     request_id: int
     reason: str
+    not_loaded: bool  # the model that it names; otherwise there are too many, or the server ends
 
 
 class Decided(NamedTuple):

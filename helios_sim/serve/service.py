@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import Full
 from typing import TYPE_CHECKING
 
 import simpy
@@ -124,12 +125,12 @@ class Service:
         )  # fmt: skip
 
     def tell(self, message: ToEngine) -> None:
-        """From any thread, once `Ready` was emitted. What comes after `End` is lost."""
+        """From one other thread, once `Ready` was emitted. What comes after `End` is lost."""
         door = self._door
         assert door is not None
         try:
             if isinstance(message, Ask):
-                self.clock.call(lambda: self._take(message))
+                self._take(message, door)
             elif isinstance(message, Cancel):
                 door.cancel(message.request_id, message.reason)
             elif isinstance(message, End):
@@ -140,9 +141,27 @@ class Service:
                 self.clock.call(self._sleep, always=True)
             elif isinstance(message, Wake):
                 self.clock.call(self._wake, always=True)
-        except UserError as closed:
+        except (UserError, Full) as refused:
             if isinstance(message, Ask):
-                self._emit(Refused(message.request_id, str(closed)))
+                self.book.pop(message.request_id, None)
+                self._emit(Refused(message.request_id, str(refused), not_loaded=False))
+
+    def _take(self, ask: Ask, door: Door) -> None:
+        """Sends the request in. Which model is loaded may have changed when it arrives, which is no harm."""
+        loaded = self._servers[0].placement.model
+        if ask.model is not None and all(server.placement.model != ask.model for server in self._servers):
+            told = f"{ask.model} is not loaded now: the policy serves {loaded}"
+            self._emit(Refused(ask.request_id, told, not_loaded=True))
+            return
+        asked, like = self._answers.next(ask, loaded)
+        if self._live is not None:
+            asked = Asked(ask, ask.max_tokens)
+        self.book[ask.request_id] = asked
+        per_token = self._models[loaded].profile.model.chars_per_token
+        door.send(Request(
+            ask.request_id, 0, max(1, ask.chars), max(1, round(asked.n_tokens * per_token)), like.task, like.text_start,
+            ask.priority,
+        ))  # fmt: skip
 
     # --- In the engine's thread -------------------------------------------------------------------------------------
 
@@ -217,23 +236,6 @@ class Service:
     def _most_running(self) -> int:
         return sum(kind.parts.situation.max_running_requests * len(kind.numbers) for kind in self._fleet.kinds)
 
-    def _take(self, ask: Ask) -> None:
-        assert self._system is not None
-        loaded = self._servers[0].placement.model
-        if ask.model is not None and all(server.placement.model != ask.model for server in self._servers):
-            self._emit(Refused(ask.request_id, f"{ask.model} is not loaded now: the policy serves {loaded}"))
-            return
-        asked, like = self._answers.next(ask, loaded)
-        if self._live is not None:
-            asked = Asked(ask, ask.max_tokens)
-        self.book[ask.request_id] = asked
-        per_token = self._models[loaded].profile.model.chars_per_token
-        request = Request(
-            ask.request_id, int(self.clock.now), max(1, ask.chars), max(1, round(asked.n_tokens * per_token)),
-            like.task, like.text_start, ask.priority,
-        )  # fmt: skip
-        self._system.dispatch(request)
-
     def _on_tokens(self, server: Server, produced: Sequence[Produced]) -> None:
         found, model = [], server.placement.model
         for one in produced:
@@ -266,7 +268,7 @@ class Service:
         return asked.n_tokens >= asked.ask.max_tokens
 
     def _on_record(self, record: RequestRecord) -> None:
-        self.book.pop(record.request_id, None)
+        self.book.note_left(record.request_id)
         self._emit(Left(record))
         self._tell_decisions()
 

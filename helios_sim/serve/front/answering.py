@@ -15,6 +15,7 @@ from time import monotonic, time
 from typing import Any
 
 from helios_sim.serve.front.hub import Hub, Stream
+from helios_sim.serve.front.metrics import LEFT
 from helios_sim.serve.front.problems import Problem
 from helios_sim.serve.front.reading import Wanted
 from helios_sim.serve.messages import Token
@@ -78,7 +79,7 @@ class Answering:
         finally:
             if whole:  # it leaves the engine by itself
                 self._stream.closed = True
-            self._hub.cancel(self._stream, "stop" if waits.reason else "the client left")
+            self._hub.cancel(self._stream, "stop" if waits.reason else LEFT)
 
     def _follow(self, model: str) -> None:
         """The text goes on in this model's tokens."""

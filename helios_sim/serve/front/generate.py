@@ -19,6 +19,7 @@ from helios_sim.serve.front.answering import DONE, Answering, Piece, Writer, err
 from helios_sim.serve.front.books import Books
 from helios_sim.serve.front.hub import Hub, Stream
 from helios_sim.serve.front.limits import Gate
+from helios_sim.serve.front.metrics import LEFT
 from helios_sim.serve.front.problems import Gone, Problem, wrong
 from helios_sim.serve.front.reading import Wanted, parsed, read_chat, read_completion
 from helios_sim.serve.settings import ServeConfig
@@ -162,7 +163,7 @@ class Generator:
                 if watcher is not None:
                     watcher.cancel()
                 for stream in streams:
-                    self._hub.cancel(stream, "the client left")
+                    self._hub.cancel(stream, LEFT)
 
     def _check_room(self, prompts: int) -> None:
         if self.closed is not None:
@@ -228,7 +229,7 @@ class Generator:
             most = min(context - longest, limit or context)
         temperature = self._serve.temperature if wanted.temperature is None else wanted.temperature
         return Ask(
-            self._hub.next_number(), ids, chars, most, min(wanted.min_tokens, most), wanted.ignore_eos, model,
+            -1, ids, chars, most, min(wanted.min_tokens, most), wanted.ignore_eos, model,
             Sampling(temperature, wanted.top_p, wanted.seed, wanted.logprobs), wanted.priority,
         )  # fmt: skip
 

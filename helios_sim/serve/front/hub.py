@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -88,12 +89,10 @@ class Hub:
         """What the first replica serves, as last told."""
         return None if self.state is None else self.state.replicas[0].model
 
-    def next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers - 1
-
     def ask(self, ask: Ask) -> Stream:
-        """Sends a request."""
+        """Sends a request, with the next number."""
+        ask = replace(ask, request_id=self._numbers)
+        self._numbers += 1
         if self.ended is not None:
             raise Problem(503, "The engine has ended", None, "engine_ended")
         stream = self._open[ask.request_id] = Stream(ask)
@@ -160,7 +159,8 @@ class Hub:
         elif isinstance(message, Refused):
             stream = self._open.pop(message.request_id, None)
             if stream is not None:
-                stream.put(Problem(503, message.reason, "model", "model_not_loaded", 5))
+                param, code = ("model", "model_not_loaded") if message.not_loaded else (None, "engine_overloaded")
+                stream.put(Problem(503, message.reason, param, code, 5))
         elif isinstance(message, Decided):
             self.decisions.append(message.row)
             self._tell("decision", message.row)

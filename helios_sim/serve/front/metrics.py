@@ -21,6 +21,7 @@ _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0
 _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
               960.0, 1920.0, 7680.0)  # fmt: skip
+LEFT = "the client left"  # why such a request was cancelled
 _LABELS = ("model_name", "engine")
 _LATEST = 4096  # requests of which the page shows times
 _TOKENS_OVER_S = 5.0
@@ -68,10 +69,9 @@ class Metrics:
         self._loaded = gauge("helios:loaded_layers", "Layers in memory, by model.")
         self._breaches = counter("helios:breaches", "Tokens that left at the cap without confidence.")
         self._switches = counter("helios:switches", "Changes of model.", ("from", "to", "engine"))
-        self._load_s = counter("helios:load_seconds", "Time in which weights were on the way.", ("engine",))
+        self._load_s = gauge("helios:load_seconds", "Time so far in which weights were on the way.", ("engine",))
         self._late = gauge("helios:clock_late_seconds", "How far the engine is behind the wall clock.", ())
         self._energy = counter("helios:energy_joules", "Energy since the server began.", ())
-        self._energy_known = False
         self._depths = {
             model: Histogram(
                 "helios:exit_layer", "Layers that a token ran.", ("engine",), registry=None,
@@ -108,6 +108,8 @@ class Metrics:
         labels = record.model, str(record.replica)
         if record.scheduled_ns is not None:
             self._prompt_tokens.labels(*labels).inc(record.prompt_tokens)
+        if record.drop_reason == LEFT:
+            self._success.labels(*labels, "abort").inc()
         if record.status is not Status.COMPLETED or record.first_token_ns is None:
             return
         assert record.scheduled_ns is not None and record.last_token_ns is not None  # noqa: PT018
@@ -133,7 +135,7 @@ class Metrics:
             self._preemptions.labels(*labels).inc(now.preemptions - (then.preemptions if then else 0))
             self._queries.labels(*labels).inc(now.prefix_queries - (then.prefix_queries if then else 0))
             self._hits.labels(*labels).inc(now.prefix_hits - (then.prefix_hits if then else 0))
-            self._load_s.labels(labels[1]).inc(max(0.0, now.load_s - (then.load_s if then else 0)))
+            self._load_s.labels(labels[1]).set(now.load_s)
         self._late.set(state.late_s)
         if state.energy_j is not None:
             known_j = before.energy_j if before is not None and before.energy_j is not None else 0.0

@@ -29,7 +29,7 @@ from helios_sim.serve.text import open_reader
 
 _HEAD_S = 20.0  # for the head of a request to arrive
 _LOOK_S = 0.5  # between looks at the engine while there is something to see
-_MOST_WAITING = 2048  # connections that wait to be accepted
+MOST_WAITING = 2048  # connections that wait to be accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Front:
         app = make_app(self.hub, self.generator, self._gate, readers, {**settings.about, "tokenizers": named})
         self._server = _Server(uvicorn.Config(
             app, http=_Impatient, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
-            timeout_keep_alive=30, backlog=_MOST_WAITING, h11_max_incomplete_event_size=1 << 16, loop="asyncio",
+            timeout_keep_alive=30, backlog=MOST_WAITING, h11_max_incomplete_event_size=1 << 16, loop="asyncio",
             timeout_graceful_shutdown=5,
         ))  # fmt: skip
         self._stopping: asyncio.Task[None] | None = None
