@@ -100,7 +100,8 @@ def test_a_stop_ends_the_text_before_it(served: Served) -> None:
         assert reason == "stop"
         assert middle not in found
         assert found
-    served.settled()  # what was still to come is cancelled
+    before = served.state()["books"]["cancelled"]
+    assert served.settled()["books"]["cancelled"] == before  # they are complete, though some of a text was left
 
 
 def test_models_are_the_candidates_and_whatever_is_loaded(served: Served) -> None:
@@ -203,6 +204,7 @@ def test_other_pages_and_other_hosts_are_not_answered(served: Served) -> None:
     assert served.post(TEXT, None, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert served.get("/nowhere").json()["error"]["code"] == "not_found"
     assert served.get(TEXT).status_code == 405
+    assert served.post("/sleep?level=x", None).json()["error"]["param"] == "level"
     assert "access-control-allow-origin" not in served.get("/v1/models").headers
 
 
@@ -280,6 +282,29 @@ def test_no_prompt_is_in_the_log(served: Served) -> None:
     served.post(TEXT, {"prompt": "a secret of mine", "n": 3})
     served.post(TEXT, {"prompt": "a secret of mine", "max_tokens": 2})
     assert "secret" not in served.said.read_text()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_vllm_s_own_benchmark_sends_and_reads(served: Served, chat: bool) -> None:
+    """As vllm/benchmarks/lib/endpoint_request_func.py has it; vLLM is too large to be installed for a test."""
+    body: dict[str, Any] = {
+        "model": "opt-1.3b", "repetition_penalty": 1.0, "logprobs": None, "temperature": 0.0, "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    if chat:
+        content = [{"type": "text", "text": "The river ran high"}]
+        body |= {"messages": [{"role": "user", "content": content}], "max_completion_tokens": 7}
+    else:
+        body |= {"prompt": "The river ran high", "max_tokens": 7}
+    texts, output_tokens = [], 0
+    for data in served.chunks(CHAT if chat else TEXT, body):
+        if choices := data.get("choices"):
+            texts.append(choices[0]["delta"].get("content") if chat else choices[0].get("text"))
+        elif usage := data.get("usage"):
+            output_tokens = usage.get("completion_tokens")
+    # it takes each chunk for a token: the first one's time is TTFT, the gaps of the others are ITL
+    assert len(texts) == output_tokens == 7
+    assert all(texts)
 
 
 def test_openai_s_own_client(served: Served) -> None:

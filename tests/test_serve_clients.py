@@ -48,8 +48,8 @@ def test_a_client_finishes_and_agrees_with_the_server(name: str, mode: str, tmp_
     own = tmp_path / name
     own.mkdir()
     records = tmp_path / "records.jsonl"
-    words = ("model=smollm2", f"mode={mode}", "live.threads=1", "serve.max_model_len=512", f"serve.records={records}")
-    with serving(tmp_path, *words) as served:
+    words = ("model=smollm2", f"mode={mode}", "serve.max_model_len=512", f"serve.records={records}")
+    with serving(tmp_path, *words, *(["live.threads=1"] if mode == "live" else [])) as served:
         failed, times = clients.CLIENTS[name](CLIENTS, served.address, tokenizer, own)
         served.settled()
         ours = [one for one in clients.records_of(tmp_path, 0) if one["output_tokens"] == clients.TOKENS]

@@ -88,7 +88,7 @@ def test_the_page_shows_depths_and_decisions_as_they_fall(served: Served, tmp_pa
     with browser(tmp_path) as page:
         page.open(f"{served.address}/")
         page.wait("document.getElementById('link').textContent === 'live'")
-        page.wait("document.querySelectorAll('#decisions tr').length >= 3")
+        page.wait("document.querySelectorAll('#decisions tr').length >= 1")
         before = page.ask("document.querySelectorAll('#decisions tr').length")
         for number in range(80):
             body = {"prompt": ["The river", "def area("][number % 2], "max_tokens": 6, "ignore_eos": True}

@@ -83,6 +83,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("server.enable_prefix_caching=true",), "server.enable_prefix_caching"),
     (("serve.arm=none_such",), "serve.arm"),
     (("+serve.tokenizers={other: here}",), "serve.tokenizers.other"),
+    (("+serve.tokenizers={opt-1.3b: here}",), "serve.tokenizers"),
+    (("trace=true",), "trace"),
+    (("seeds=[0,1]",), "seeds"),
 ]
 
 

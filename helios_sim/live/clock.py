@@ -127,6 +127,7 @@ class CancelTarget(Protocol):
     """A replica's server."""
 
     def cancel(self, request_id: int, reason: str) -> None: ...
+    def end_answer(self, request_id: int) -> None: ...
 
 
 class DispatchTarget(Protocol):
@@ -175,6 +176,20 @@ class Door:
         def everywhere() -> None:
             for server in self._system.servers:
                 server.cancel(request_id, reason)
+
+        with self._lock:
+            self._require_open()
+            self._clock.call(everywhere, always=True)
+
+    def end_answer(self, request_id: int) -> None:
+        """Let the request complete with its next token. Does nothing if it has left already.
+
+        Raises UserError after `close`.
+        """
+
+        def everywhere() -> None:
+            for server in self._system.servers:
+                server.end_answer(request_id)
 
         with self._lock:
             self._require_open()

@@ -45,13 +45,14 @@ def _serve(command: list[str]) -> int:
     from helios_sim.config import compose_config, given, settings_page
     from helios_sim.errors import UserError
     from helios_sim.help import config_dirs
-    from helios_sim.serve.settings import ServedConfig
+    from helios_sim.serve.settings import ServedConfig, check_words
 
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         fix = "run `make serve`, or pip install 'helios-llm-sim[serve]'"
         raise UserError("packages", ", ".join(missing), "serving needs them installed", fix)
     shows, words = _without_flags(command)
+    check_words(words)
     experiment = given("experiment", words) or DEFAULT
     words = [word for word in words if word.lstrip("+").partition("=")[0] != "experiment"]
     config = compose_config(experiment, words, next(reversed(config_dirs(command)), None), ServedConfig)

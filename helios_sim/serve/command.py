@@ -27,7 +27,7 @@ from helios_sim.serve.front.process import MOST_WAITING, FrontSettings, run_fron
 from helios_sim.serve.messages import Abort, Drain, End, Ended, FromEngine, Ready
 from helios_sim.serve.service import Service
 from helios_sim.serve.settings import ServeConfig, ServedConfig
-from helios_sim.serve.text import known_folder
+from helios_sim.serve.text import known_folder, open_reader
 
 _JOIN_S = 15.0  # for the front to end once it has been told to
 _MOST_AT_ONCE = 512  # messages in one write
@@ -184,6 +184,8 @@ def _tokenizers(service: Service, settings: ServeConfig, scratch: Path) -> Mappi
             allowed = f"one of {', '.join(service.models)}"
             raise UserError(f"serve.tokenizers.{name}", settings.tokenizers[name], allowed, "name a candidate")
     if service.config.mode != "live":
+        for folder in settings.tokenizers.values():
+            open_reader(folder)  # refused here, before there is another process
         return {model: known_folder(model, settings.tokenizers) for model in service.models}
     return service.save_tokenizers(scratch)
 

@@ -16,6 +16,12 @@ class Cancel(NamedTuple):
     reason: str
 
 
+class EndAnswer(NamedTuple):
+    """A stop was found in the text: the request completes with its next token."""
+
+    request_id: int
+
+
 class Look(NamedTuple):
     """Asks for a `State`."""
 
@@ -32,7 +38,7 @@ class End(NamedTuple):
     """The run ends now; requests that are still there leave as unfinished."""
 
 
-ToEngine = Ask | Cancel | Look | Sleep | Wake | End
+ToEngine = Ask | Cancel | EndAnswer | Look | Sleep | Wake | End
 
 # --- From the engine's process to the front
 

@@ -27,6 +27,7 @@ from helios_sim.serve.messages import (
     Cancel,
     Decided,
     End,
+    EndAnswer,
     Ended,
     FromEngine,
     Left,
@@ -133,6 +134,9 @@ class Service:
                 self._take(message, door)
             elif isinstance(message, Cancel):
                 door.cancel(message.request_id, message.reason)
+            elif isinstance(message, EndAnswer):
+                if message.request_id in self.book:
+                    door.end_answer(message.request_id)
             elif isinstance(message, End):
                 door.close(now=True)
             elif isinstance(message, Look):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from helios_sim.errors import UserError, require, require_finite
@@ -12,6 +13,14 @@ from helios_sim.study.plan import entries_of, jobs_of
 from helios_sim.study.schema import Config
 
 KEY_VARIABLE = "HELIOS_API_KEY"
+
+
+# Settings of a study of which a server makes nothing.
+OF_STUDIES = (
+    "sweeps", "figures", "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep",
+    "fidelity", "fidelity_live", "profile_band", "capacity", "baseline", "slo", "cost", "auto_seeds", "live.texts",
+    "live.score", "live.run", "live.pace_every_s",
+)  # fmt: skip
 
 
 @dataclass
@@ -70,6 +79,14 @@ class ServedConfig(Config):
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
 
 
+def check_words(words: Sequence[str]) -> None:
+    """UserError for a word of the command line that sets what a server makes nothing of."""
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if any(key == name or key.startswith(f"{name}.") for name in OF_STUDIES):
+            raise UserError(key, value, "does nothing when serving: it is about studies", "leave it out")
+
+
 def served_job(config: Config, serve: ServeConfig) -> Job:
     """The arm that serves, with its own overrides. UserError where it cannot be served."""
     arms = entries_of(config)
@@ -84,6 +101,9 @@ def served_job(config: Config, serve: ServeConfig) -> Job:
         ("server.enable_prefix_caching", True, not server.enable_prefix_caching,
          "what clients' prompts have in common is not looked for"),
         ("policy", job.arm.policy.name, job.arm.policy.name != "oracle", "what no policy can know is not known here"),
+        ("seeds", list(job.config.seeds), len(job.config.seeds) == 1, "there is one run"),
+        ("serve.tokenizers", dict(serve.tokenizers), not serve.tokenizers or job.config.mode == SIMULATE,
+         "a real model has its own"),
         ("workload.faults", list(faults), not faults, "faults strike at times of a run, and a server has no end"),
         ("serve.speedup", serve.speedup, serve.speedup == 1 or job.config.mode == SIMULATE,
          "a device is as fast as it is; this counts when mode=simulate"),

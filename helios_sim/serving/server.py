@@ -76,6 +76,7 @@ class Server:
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self.on_tokens: OnTokens | None = None  # stepwise only
+        self._ending: set[int] = set()  # requests whose next token is their last
         self._opened = False
         self.has_begun = False  # its first turn is over
         self.injector: Injector | None = None  # of faults that strike it
@@ -295,6 +296,9 @@ class Server:
             layers, breach = (it.token_layers, 0) if it.alike else (request.token_layers, request.token_breach)
             number = int(request.earlier_tokens + request.generated)
             after = int(request.accepted) if it.drafts and place < decodes else 0
+            if int(request.request_id) in self._ending:
+                self._ending.discard(int(request.request_id))
+                after, request.remaining, request.output_tokens = 0, 1, request.generated + 1
             found += [
                 Produced(int(request.request_id), number + n, int(layers), bool(breach), after - n)
                 for n in range(after + 1)
@@ -398,8 +402,16 @@ class Server:
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> None:
         """The request leaves at the end of the iteration in progress, dropped for this reason."""
+        self._ending.discard(request_id)
         self._aborts.ask(request_id, reason)
         self._turns.wake()
+
+    def end_answer(self, request_id: int) -> None:
+        """The request completes with its next token, however long its answer was planned. It must not have left.
+
+        This works where `on_tokens` is set.
+        """
+        self._ending.add(request_id)
 
     def request_failed(self, request_id: int, reason: str) -> None:
         """What the device computed for this request is no answer."""

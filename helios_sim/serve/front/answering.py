@@ -79,7 +79,9 @@ class Answering:
         finally:
             if whole:  # it leaves the engine by itself
                 self._stream.closed = True
-            self._hub.cancel(self._stream, "stop" if waits.reason else LEFT)
+            if waits.reason:
+                self._hub.end_answer(self._stream)
+            self._hub.cancel(self._stream, LEFT)
 
     def _follow(self, model: str) -> None:
         """The text goes on in this model's tokens."""

@@ -11,6 +11,7 @@ from time import time
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -81,6 +82,8 @@ def make_app(
     app.add_exception_handler(Problem, lambda _, problem: _response(problem))
     app.add_exception_handler(Gone, lambda *_: Response(status_code=499))
     app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(RequestValidationError, _not_valid)
+    app.add_exception_handler(Exception, lambda *_: _response(Problem(500, "The server failed; its log says why")))
     _add_openai(app, generator, readers, about, hub)
     _add_engine(app, hub, generator)
     _add_ours(app, hub, generator, about)
@@ -287,6 +290,13 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 def _response(problem: Problem) -> Response:
     return JSONResponse(problem.body, problem.status, dict(problem.headers))
+
+
+async def _not_valid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    wrong_one = error.errors()[0]
+    name = str(wrong_one["loc"][-1])
+    return _response(wrong(name, f"{name}: {wrong_one['msg']}"))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

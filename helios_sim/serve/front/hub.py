@@ -16,6 +16,7 @@ from helios_sim.serve.front.problems import Gone, Problem
 from helios_sim.serve.messages import (
     Cancel,
     Decided,
+    EndAnswer,
     Ended,
     FromEngine,
     Left,
@@ -107,6 +108,12 @@ class Hub:
     def _keep(self, stream: Stream) -> None:
         if self.on_answer is not None and stream.seen is not None and stream.record is not None:
             self.on_answer(stream.seen, stream.record)
+
+    def end_answer(self, stream: Stream) -> None:
+        """The answer is complete before its planned end: the request completes with its next token."""
+        if not stream.closed and stream.ask.request_id in self._open:
+            self._send(EndAnswer(stream.ask.request_id))
+        stream.closed = True
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """The request leaves the engine with its next iteration. Does nothing if it has left, or was let go."""
