@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
+import httpx
 
 from served import Served, contents, serving
 
@@ -189,6 +190,22 @@ def _until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_first_token_does_not_wait_for_the_network(served: Served) -> None:
+    """Nagle's algorithm would hold it back until the client has acknowledged the head: 40 ms on a kept connection."""
+    body = {"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    waits = []
+    with httpx.Client(timeout=60) as client:
+        for _ in range(10):
+            with client.stream("POST", served.address + TEXT, json=body) as answer:
+                began = time.perf_counter()
+                lines = answer.iter_lines()
+                next(lines)
+                waits.append(time.perf_counter() - began)
+                assert list(lines)
+            time.sleep(0.02)
+    assert sum(wait > 0.035 for wait in waits) < 3, waits
 
 
 def test_limits_say_when_to_come_again(served: Served) -> None:
