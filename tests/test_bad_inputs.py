@@ -89,6 +89,8 @@ SETTINGS = [
     ("policy=early_exit policy.model=opt-1.3b policy.threshold=0.5", ["threshold", "0.5", "0.9"]),
     ("workload.mix.drift=sudden", ["workload.mix.drift='sudden'", "step, linear, periodic"]),
     ("slo.ttft_s=-1", ["slo.ttft_s=-1", "Fix"]),
+    ("slo.ttft_s=500", ["slo.ttft_s=500", "at most 90", "milliseconds"]),
+    ("slo.tpot_s=50", ["slo.tpot_s=50", "at most 5"]),
     ("seeds=[1,1]", ["seeds=[1, 1]", "different"]),
     ("jobs=0", ["jobs=0", "at least 1"]),
     ("profile_time_factor=0", ["profile_time_factor=0", "above 0"]),

@@ -291,6 +291,10 @@ class ObjectiveConfig:
             require(bound is None or bound > 0, f"objective.{key}", bound, "null or above 0")
 
 
+# Nobody waits longer: a number above it was meant in milliseconds.
+MOST_SLO_S = {"ttft_s": 90.0, "tpot_s": 5.0, "e2e_s": 86400.0}
+
+
 @dataclass
 class SloConfig:
     """Service levels of one request: first token, time per further token, last token. Null: not asked for."""
@@ -300,9 +304,10 @@ class SloConfig:
     e2e_s: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("ttft_s", "tpot_s", "e2e_s"):
+        for key, most in MOST_SLO_S.items():
             value = getattr(self, key)
-            require(value is None or value > 0, f"slo.{key}", value, "null or above 0")
+            allowed = f"null, or seconds above 0 and at most {most:g}; milliseconds are thousandths of them"
+            require(value is None or 0 < value <= most, f"slo.{key}", value, allowed)
 
 
 @dataclass
