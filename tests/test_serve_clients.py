@@ -55,4 +55,8 @@ def test_a_client_finishes_and_agrees_with_the_server(name: str, mode: str, tmp_
         ours = [one for one in clients.records_of(tmp_path, 0) if one["output_tokens"] == clients.TOKENS]
     found = clients.compared(failed, times, ours[-len(times) :])
     assert (found["failed"], found["requests"]) == (0, clients.REQUESTS)
-    assert found["near"], found
+    gap_ms = abs(found["itl_ms"] - found["server_itl_ms"])
+    assert gap_ms <= clients.NEAR_MS + clients.NEAR * found["server_itl_ms"], found
+    # A client that waits for a processor sees the first token later than it was sent.
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert found["near"] or (busy and found["ttft_ms"] > found["server_ttft_ms"]), found
