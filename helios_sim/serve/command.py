@@ -58,9 +58,11 @@ def serve(config: ServedConfig) -> int:
             finally:
                 link.finish()
     ended = link.ended
-    if ended is not None and ended.error is None:
-        say(f"helios_sim.serve: stopped; {ended.books[0]} requests came in, {ended.books[1]} left", sys.stderr)
-    return 0 if link.was_told_to_stop and ended is not None and ended.error is None else 1
+    if ended is None or ended.error is not None:
+        return 1
+    why = "stopped" if link.was_told_to_stop else f"the front process has ended by itself, status {link.front_status}"
+    say(f"helios_sim.serve: {why}; {ended.books[0]} requests came in, {ended.books[1]} left", sys.stderr)
+    return 0 if link.was_told_to_stop else 1
 
 
 @contextlib.contextmanager
@@ -97,6 +99,11 @@ class Link:
     @property
     def was_told_to_stop(self) -> bool:
         return self._stops > 0
+
+    @property
+    def front_status(self) -> int | None:
+        """With which it has ended: of a signal, less than 0."""
+        return self._front.exitcode
 
     def emit(self, message: FromEngine) -> None:
         """From the engine."""
