@@ -18,11 +18,12 @@ pytestmark = pytest.mark.slow
 STUDY = """# @package _global_
 name: tiny
 models: [opt-1.3b]
-workload: {n_requests: 1500, lengths: {output: {p50: 12, p95: 30, maximum: 40}}}
+workload: {n_requests: 600, lengths: {output: {p50: 12, p95: 30, maximum: 40}}}
 arms: {full_depth: {policy: full_depth}, early_exit: {policy: early_exit}}
 baseline: full_depth
 seeds: [0, 1, 2, 3, 4, 5]
 jobs: 2
+profile_band: none
 """
 
 
