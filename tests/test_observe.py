@@ -13,23 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import Said
 from helios_sim.logs import read_tool
 from helios_sim.logs.tools import opened
 from helios_sim.observe.__main__ import main
 from sse_server import MODEL, endpoint
 
 FEW = ("workload.n_requests=12", "workload.arrivals.rate_per_s=60", "workload.lengths.output.maximum=8")
-
-
-@dataclass
-class Said:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
 
 
 @dataclass

@@ -35,3 +35,30 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, repository) -> Non
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     subprocess.run([sys.executable, "-c", closing], cwd=tmp_path, env=environment, check=True, timeout=60)
     assert (tmp_path / "file").read_text() == ""
+
+PROGRAMS = (
+    "helios_sim", "helios_sim.serve", "helios_sim.observe", "helios_sim.profile", "helios_sim.exits.import",
+    "calibrate",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_reader_that_leaves_before_the_help_is_told_is_no_error(program: str, repository) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", program, "--help"], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.stderr is not None
+    said = command.stderr.read()
+    assert (command.wait(timeout=60), said) == (0, "")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_tells_its_help(program: str, repository) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--help"], cwd=repository, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m {program}" in done.stdout

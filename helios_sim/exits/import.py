@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from helios_sim.entry import run
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits import table
 from helios_sim.exits.store import write_trace
@@ -29,14 +30,14 @@ Keys
 
 def main(arguments: Sequence[str]) -> int:
     """0: written; 1: one message says what is wrong."""
+    return run("helios_sim", _run, arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & {*arguments}:
         print(HELP)
         return 0
-    try:
-        return _imported(Path(arguments[0]), _settings(arguments[1:]))
-    except UserError as error:
-        print(f"helios_sim: {error}", file=sys.stderr)
-        return 1
+    return _imported(Path(arguments[0]), _settings(arguments[1:]))
 
 
 def _settings(words: Sequence[str]) -> dict[str, str]:

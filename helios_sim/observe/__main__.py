@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from helios_sim.streams import open_streams
+from helios_sim.entry import answers, run
 
 DEFAULT = "own"  # the experiment whose workload is sent
 SHORT = ("url", "out", "model", "api")  # words of `observe`, without it
@@ -13,31 +13,11 @@ SHORT = ("url", "out", "model", "api")  # words of `observe`, without it
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all requests were answered; 1: a mistake in the settings; 2: some failed, or it was stopped."""
-    command = sys.argv[1:] if arguments is None else list(arguments)
-    open_streams()
-    import helios_sim
-    from helios_sim.errors import UserError, lacking
-    from helios_sim.help import help_text, is_asked
+    return run("helios_sim.observe", _run, arguments)
 
-    if is_asked(command):
-        print(help_text("observe", command))
-        return 0
-    if "--version" in command:
-        print(f"helios_sim {helios_sim.__version__}")
-        return 0
-    try:
-        return _observe(command)
-    except UserError as error:
-        print(f"helios_sim.observe: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("helios_sim.observe: stopped", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if (message := lacking(error)) is None:
-            raise
-        print(f"helios_sim.observe: {message}", file=sys.stderr)
-        return 1
+
+def _run(command: list[str]) -> int:
+    return 0 if answers("observe", command) else _observe(command)
 
 
 def _observe(command: list[str]) -> int:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from helios_sim import files
+from helios_sim.entry import run
 from helios_sim.errors import UserError
 from helios_sim.profile import build
 from helios_sim.profile.catalog import CARDS, HARDWARE, MODELS, SHAPES, card_key
@@ -44,20 +44,14 @@ PICTURE = "out"
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit status."""
-    try:
-        status = _run(arguments)
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run("helios_sim.profile", _run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
     command, *rest = arguments or [""]
+    if command in ("--help", "-h", "help"):
+        print(__doc__)
+        return 0
     if command == "build":
         return build.main(rest)
     if command == "list" and not rest:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from helios_sim.streams import open_streams
+from helios_sim.entry import answers, run
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 DEFAULT = "serve"  # the experiment
@@ -14,31 +14,11 @@ DEFAULT = "serve"  # the experiment
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: it was stopped; 1: a mistake in the settings, in one message, or a failure."""
-    command = sys.argv[1:] if arguments is None else list(arguments)
-    open_streams()
-    import helios_sim
-    from helios_sim.errors import UserError, lacking
-    from helios_sim.help import help_text, is_asked
+    return run("helios_sim.serve", _run, arguments)
 
-    if is_asked(command):
-        print(help_text("serve", command))
-        return 0
-    if "--version" in command:
-        print(f"helios_sim {helios_sim.__version__}")
-        return 0
-    try:
-        return _serve(command)
-    except UserError as error:
-        print(f"helios_sim.serve: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("helios_sim.serve: stopped", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if (message := lacking(error)) is None:
-            raise
-        print(f"helios_sim.serve: {message}", file=sys.stderr)
-        return 1
+
+def _run(command: list[str]) -> int:
+    return 0 if answers("serve", command) else _serve(command)
 
 
 def _serve(command: list[str]) -> int:

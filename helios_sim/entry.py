@@ -1,0 +1,59 @@
+"""How a command of this project begins and ends: a status, and one message for whatever stopped it.
+
+Nothing heavy is imported here: help and the version are answered before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+
+from helios_sim.streams import open_streams
+
+
+def run(name: str, work: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
+    """The status of `work` with the words of the command line; 1 after a mistake of the user, or when stopped.
+
+    A reader that leaves early, as `head` does, is no error.
+    """
+    open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without umlauts shows a ? and is no error
+    try:
+        status = work(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        from helios_sim.interrupt import leave_by_status
+
+        leave_by_status()
+        print(f"{name}: stopped", file=sys.stderr)
+        return 1
+    except Exception as error:
+        from helios_sim.errors import UserError, lacking
+
+        message = str(error) if isinstance(error, UserError) else lacking(error)
+        if message is None:
+            raise
+        print(f"{name}: {message}", file=sys.stderr)
+        return 1
+
+
+def answers(page: str, command: Sequence[str]) -> bool:
+    """Whether the command asks for its help or for the version, which are printed then."""
+    from helios_sim.help import help_text, is_asked
+
+    if is_asked(command):
+        print(help_text(page, command))
+        return True
+    if "--version" in command:
+        package = sys.modules["helios_sim"]  # this module is in it; to name it here would name all that it imports
+        print(f"helios_sim {package.__version__}")
+        return True
+    return False
