@@ -51,20 +51,34 @@ def done(arrival_s: float, end_s: float) -> RequestRecord:
     return record(0, arrival_s, end_s, end_s, 1)
 
 
+def served(job: Job, branch: instead.Branch) -> Records:
+    found = instead._served(job, branch)
+    assert found is not None
+    return found
+
+
 def test_the_same_option_gives_the_same(job: Job, ran: JobResult) -> None:
     """A branch differs from the run by the other option alone."""
     found = list(branches(ran))
     assert found
     for branch in found[:3]:
         same = replace(branch, option=branch.decision.deployment)
-        told = instead._instead(same, ran.replicate.records, instead._served(job, same))
+        told = instead._instead(same, ran.replicate.records, served(job, same))
         assert told.chosen == told.other
         assert told.window_s == (branch.until_ns - branch.decision.time_ns) / S
 
 
+def test_a_decision_that_does_not_come_again_is_left_out(job: Job, ran: JobResult) -> None:
+    """As of a policy that draws: a branch that was never taken would look like an option that changes nothing."""
+    branch = next(branches(ran))
+    never = replace(branch, decision=replace(branch.decision, time_ns=branch.decision.time_ns + 1))
+    assert instead._served(job, never) is None
+    assert instead._served(job, branch) is not None
+
+
 def test_nothing_is_changed_before_the_decision(job: Job, ran: JobResult) -> None:
     branch = list(branches(ran))[-1]
-    records, other = ran.replicate.records, instead._served(job, branch)
+    records, other = ran.replicate.records, served(job, branch)
     at_ns = branch.decision.time_ns
     ours, theirs = (np.sort(it.last_token_ns.values[it.last_token_ns.values <= at_ns]) for it in (records, other))
     assert len(ours)

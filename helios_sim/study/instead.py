@@ -53,7 +53,9 @@ def run_instead(
             left -= len(records)
             if asked == AUTO and left < 0:
                 break
-            found[name][branch.place] = _instead(branch, records, _served(job, branch))
+            other = _served(job, branch)
+            if other is not None:
+                found[name][branch.place] = _instead(branch, records, other)
     return found
 
 
@@ -80,13 +82,13 @@ class _Branching:
     """A policy that takes the other option at one decision, and decides nothing after it."""
 
     def __init__(self, policy: Policy, branch: Branch) -> None:
-        self._policy, self._branch, self._taken = policy, branch, False
+        self._policy, self._branch, self.taken = policy, branch, False
 
     def start(self, situation: Situation) -> Deployment:
         return self._other(self._policy.start(situation), 0)
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        if self._taken:
+        if self.taken:
             return None
         decided = self._policy.decide(cause, telemetry)
         return None if decided is None else self._other(decided, telemetry.now_ns)
@@ -94,20 +96,24 @@ class _Branching:
     def _other(self, decided: Deployment, now_ns: int) -> Deployment:
         at = self._branch.decision
         same = (decided.active, decided.reason) == (at.deployment.active, at.deployment.reason)
-        self._taken = now_ns == at.time_ns and same
-        return replace(self._branch.option, triggers=(), next_best=None) if self._taken else decided
+        self.taken = now_ns == at.time_ns and same
+        return replace(self._branch.option, triggers=(), next_best=None) if self.taken else decided
 
 
-def _served(job: Job, branch: Branch) -> Records:
-    """All requests of the run with the other option."""
+def _served(job: Job, branch: Branch) -> Records | None:
+    """All requests of the run with the other option. None: a policy that does not repeat itself never came to it."""
     log = RecordLog()
+    branching: list[_Branching] = []
 
     def policy_of(number: int, policy: Policy) -> Policy:
-        return _Branching(policy, branch) if number == branch.decision.replica else policy
+        if number != branch.decision.replica:
+            return policy
+        branching.append(_Branching(policy, branch))
+        return branching[-1]
 
     fleet = shared_fleet(job.config, job.seed)
     serve(job, fleet, log.add, pictures=False, block_sink=log.add_block, policy_of=policy_of)
-    return log.records()
+    return log.records() if any(policy.taken for policy in branching) else None
 
 
 def _instead(branch: Branch, records: Records, other: Records) -> Instead:
