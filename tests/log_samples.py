@@ -167,16 +167,34 @@ vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1",model_name="m"}} {m
 vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf",model_name="m"}} {more}
 vllm:time_to_first_token_seconds_count{{engine="0",model_name="m"}} {more}
 vllm:time_to_first_token_seconds_sum{{engine="0",model_name="m"}} 3.5
+# TYPE vllm:request_prompt_tokens histogram
+vllm:request_prompt_tokens_bucket{{engine="0",le="100.0",model_name="m"}} 7.0
+vllm:request_prompt_tokens_bucket{{engine="0",le="200.0",model_name="m"}} {half}
+vllm:request_prompt_tokens_bucket{{engine="0",le="500.0",model_name="m"}} {more}
+vllm:request_prompt_tokens_bucket{{engine="0",le="+Inf",model_name="m"}} {more}
+vllm:request_prompt_tokens_count{{engine="0",model_name="m"}} {more}
+vllm:request_prompt_tokens_sum{{engine="0",model_name="m"}} {prompt}
+# TYPE vllm:request_generation_tokens histogram
+vllm:request_generation_tokens_bucket{{engine="0",le="20.0",model_name="m"}} {few}
+vllm:request_generation_tokens_bucket{{engine="0",le="100.0",model_name="m"}} {more}
+vllm:request_generation_tokens_bucket{{engine="0",le="+Inf",model_name="m"}} {more}
+vllm:request_generation_tokens_count{{engine="0",model_name="m"}} {more}
+vllm:request_generation_tokens_sum{{engine="0",model_name="m"}} {output}
 # TYPE python_info gauge
 python_info{{implementation="CPython"}} 1.0
 """
 
 
-def write_scrapes(folder: Path) -> Path:
-    """Three scrapes ten seconds apart, 100 requests in them."""
+def write_scrapes(folder: Path, times: int = 1) -> Path:
+    """Three scrapes ten seconds apart, 100 requests in them, or so many times as many.
+
+    60 % of the answers have at most 20 tokens, half of the prompts 101 to 200, the others up to 500.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i, (running, done) in enumerate(((0, 0), (5, 60), (2, 100))):
+        running, done = times * running, times * done
         values = {"running": running, "stop": 10 + done // 2, "length": 5 + done - done // 2, "more": 15 + done,
-                  "prompt": 1000 + 200 * done, "output": 500 + 50 * done, "few": 3 + int(0.6 * done)}  # fmt: skip
+                  "prompt": 1000 + 200 * done, "output": 500 + 30 * done, "few": 3 + int(0.6 * done),
+                  "half": 7 + done // 2}  # fmt: skip
         (folder / f"metrics_{1_796_029_855 + 10 * i}.prom").write_text(PAGE.format(**values))
     return folder

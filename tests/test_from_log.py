@@ -157,10 +157,6 @@ def test_what_is_at_its_limit_is_named() -> None:
     )  # fmt: skip
 
 
-def scrapes(folder: Path) -> None:
-    samples.write_scrapes(folder / "pages")
-
-
 def lengths_only(folder: Path) -> None:
     (folder / "lengths.csv").write_text("prompt_tokens,output_tokens\n" + "10,5\n" * 20)
 
@@ -177,6 +173,18 @@ def whole(folder: Path) -> None:
     write(folder / "log.jsonl", requests(), model="facebook/opt-1.3b")
 
 
+@pytest.mark.slow
+def test_scrapes_of_metrics_are_replayed_and_their_buckets_compared(command: CommandLine, tmp_path: Path) -> None:
+    samples.write_scrapes(tmp_path / "pages")
+    said = command(*SMALL, "log=pages", "model=opt-1.3b", "hardware=a100-40gb")
+    assert said.status == 0, said.err
+    (compared,) = (line for line in said.summary["verdict"] if "simulated percentiles lie in the buckets" in line)
+    assert "TTFT p50 0.0" in compared
+    assert "(0 to 0.05)" in compared
+    assert "102 requests are drawn with seed 0" in " ".join(said.summary["provenance"]["log"]["notices"])
+    assert len((tmp_path / "out" / "replayed.jsonl").read_text().splitlines()) == 1 + 102
+
+
 @pytest.mark.parametrize(
     ("prepare", "words", "named"),
     [
@@ -188,7 +196,6 @@ def whole(folder: Path) -> None:
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.kv_blocks=99999999"), "from_log.kv_blocks"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "models=[opt-1.3b,opt-6.7b]"), "models"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "server.max_batch_tokens=64", "from_log.kv_blocks=20"), "log="),
-        (scrapes, ("log=pages", "model=opt-1.3b", "hardware=a100-40gb"), "a page of metrics cannot tell"),
         (lengths_only, ("log=lengths.csv", "model=opt-1.3b", "hardware=a100-40gb"), "times at which requests came"),
         (few, ("log=few.jsonl", "model=opt-1.3b", "hardware=a100-40gb"), "at least 8"),
         (nothing, ("log=empty", "model=opt-1.3b", "hardware=a100-40gb"), "name the log's file itself"),

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import assume, given, strategies as st
 
 import log_samples as samples
 from helios_sim.errors import UserError
 from helios_sim.logs import Begins, RequestLog, read_folder, read_tool
-from helios_sim.logs.tools import opened, tool_of
+from helios_sim.logs.scrapes import Scrapes, drawn_lengths
+from helios_sim.logs.tools import opened
 from helios_sim.workload import read_trace
 
 
@@ -170,24 +172,71 @@ def test_servegen_draws_what_its_distributions_say(tmp_path: Path) -> None:
         read_folder(folder, (600.0, 1200.0))
 
 
-def test_scrapes_say_what_they_hold_and_what_not(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        read_folder(samples.write_scrapes(tmp_path / "pages"))
-    said = str(caught.value)
+def test_requests_drawn_from_scrapes_have_their_sums_and_histograms(tmp_path: Path) -> None:
+    log = read_folder(samples.write_scrapes(tmp_path / "pages", times=100), seed=3)
+    assert log.arrival_s is not None
+    assert len(log) == 10_000 + 200  # those that finished, and those in flight at the end
+    assert log.arrival_s[6_499] < 10.0 < log.arrival_s[6_500] + 0.1  # 6,000 finished and 500 were in flight then
+    assert np.histogram(log.prompt_tokens, [1, 101, 201, 501])[0].tolist() == [0, 5_100, 5_100]
+    assert np.histogram(log.output_tokens, [1, 21, 101])[0].tolist() == [6_120, 4_080]
+    assert log.prompt_tokens.mean() == pytest.approx(200, abs=0.5)
+    assert log.output_tokens.mean() == pytest.approx(30, abs=0.5)
+    assert log.ttft_s is None
+    assert log.percentiles["TTFT"] == [(0.5, (0.0, 0.05)), (0.9, (0.05, 0.1)), (0.99, (0.05, 0.1))]
+    assert log.stated["model"] == "m"
+    said = " ".join((*log.notices, *log.missing))
     assert "3 scrapes in 20 s" in said
-    assert "100 requests finished, 5/s, with 200 prompt tokens and 50 output tokens" in said
+    assert "10000 requests finished, 500/s, with 200 prompt tokens and 30 output tokens" in said
     assert "TTFT: p50 0 to 0.05 s, p90 0.05 to 0.1 s" in said
-    assert "when single requests came" in said
-    assert "rate_per_s=5 workload.lengths.prompt.mean=200" in said
+    assert "10200 requests are drawn with seed 3" in said
+    assert "when single requests came between two scrapes" in said
+    again, other = (read_folder(tmp_path / "pages", seed=seed) for seed in (3, 4))
+    assert again.prompt_tokens.tolist() == log.prompt_tokens.tolist()
+    assert other.prompt_tokens.tolist() != log.prompt_tokens.tolist()
+
+
+def test_scrapes_in_one_file_with_times(tmp_path: Path) -> None:
     stamped = tmp_path / "all.prom"
-    pages = [samples.PAGE.format(running=0, stop=s, length=0, prompt=s, output=s, few=s, more=s) for s in (1, 5)]
+    values = {"running": 0, "length": 0, "half": 7}
+    pages = [
+        samples.PAGE.format(**values, stop=s, prompt=300 * s, output=15 * s, few=s, more=7 + s) for s in (1, 5)
+    ]
     stamped.write_text("".join(
         "".join(f"{line} {1_796_029_855_000 + 4000 * i}\n" if not line.startswith("#") else f"{line}\n"
                 for line in page.splitlines())
         for i, page in enumerate(pages)
     ))  # fmt: skip
-    with pytest.raises(UserError, match=r"2 scrapes in 4 s\. 4 requests finished, 1/s"):
-        tool_of(opened(stamped))
+    log = read_tool(opened(stamped))
+    assert log is not None
+    assert len(log) == 4
+    assert any("2 scrapes in 4 s" in notice for notice in log.notices)
+    assert abs(log.prompt_tokens.sum() - 1200) <= 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 60)), min_size=1, max_size=8),
+    st.floats(0, 1), st.integers(1, 500), st.integers(0, 9),
+)  # fmt: skip
+def test_drawn_lengths_keep_each_bucket_and_the_mean(
+    buckets: list[tuple[int, int]], where: float, n: int, seed: int
+) -> None:
+    assume(sum(count for _, count in buckets))
+    edges = np.cumsum([width for width, _ in buckets]).astype(float)
+    counts = np.array([count for _, count in buckets], float)
+    low = np.concatenate([[0.0], edges[:-1]]) + 1
+    least, most = (float((counts * bound).sum() / counts.sum()) for bound in (low, edges))
+    mean = least + where * (most - least)
+    name = "vllm:request_prompt_tokens"
+    values = {f"{name}_sum": np.array([0.0, mean * counts.sum()]), f"{name}_count": np.array([0.0, counts.sum()])}
+    page = Scrapes("page", np.array([0.0, 1.0]), values, {name: (edges, np.stack([0 * edges, counts.cumsum()]))},
+                   (), 0, ())  # fmt: skip
+    found = drawn_lengths(page, name, n, np.random.default_rng(seed))
+    assert found.shape == (n,)
+    shares = np.array([((found >= a) & (found <= b)).sum() for a, b in zip(low, edges, strict=True)])
+    assert shares.sum() == n
+    assert np.abs(shares - counts / counts.sum() * n).max() < 1.0
+    can_be = [float((shares * bound).sum() / n) for bound in (low, edges)]  # so many requests in these buckets
+    assert abs(found.mean() - np.clip(mean, *can_be)) <= 0.5
 
 
 Change = Callable[[Any], None]
@@ -304,6 +353,25 @@ def test_damaged_servegen(tmp_path: Path, file: str, text: str, named: str) -> N
     (folder / file).write_text(text)
     with pytest.raises(UserError, match=named):
         read_folder(folder, (0.0, 600.0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("vllm:request_prompt_tokens", "vllm:of_another_version", "the histogram vllm:request_prompt_tokens"),
+        ("vllm:request_success_total", "vllm:of_another_version", "vllm:request_success_total in at least 2"),
+        ('_generation_tokens_sum{engine="0",model_name="m"} 3500', '_generation_tokens_sum{engine="0"} 350000',
+         "a mean of 3495 tokens"),
+        ('num_requests_running{engine="0",model_name="m"}', 'num_requests_running{engine="0",model_name="b"}',
+         "the pages of one model"),
+    ],
+)  # fmt: skip
+def test_scrapes_that_cannot_be_drawn_from(tmp_path: Path, old: str, new: str, named: str) -> None:
+    folder = samples.write_scrapes(tmp_path / "pages")
+    for page in folder.iterdir():
+        page.write_text(page.read_text().replace(old, new))
+    with pytest.raises(UserError, match=named):
+        read_folder(folder)
 
 
 def test_counters_that_fall_are_refused(tmp_path: Path) -> None:

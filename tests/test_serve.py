@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("fastapi")
 import httpx
 
+from helios_sim.logs import read_folder
 from served import Served, contents, serving
 
 CHAT = "/v1/chat/completions"
@@ -251,6 +252,22 @@ def test_metrics_have_the_names_of_vllm_and_count(served: Served) -> None:
     for name in ("vllm:num_requests_waiting", "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total",
                  "vllm:prefix_cache_hits_total"):  # fmt: skip
         assert now[name + label] == 0
+
+
+def test_its_pages_of_metrics_are_a_log_of_its_requests(served: Served, tmp_path: Path) -> None:
+    """Two scrapes, and between them three requests: as many are drawn, as long together as they were."""
+    names = (tmp_path / "metrics_1796029855.prom", tmp_path / "metrics_1796029865.prom")
+    body = {"prompt": [3, 4, 5, 6, 7], "max_tokens": 9, "ignore_eos": True}
+    assert served.post(TEXT, body).status_code == 200  # a name has no sample before its first request
+    for name, requests in zip(names, (0, 3), strict=True):
+        assert all(served.post(TEXT, body).status_code == 200 for _ in range(requests))
+        served.settled()
+        name.write_text(served.get("/metrics").text)
+    log = read_folder(tmp_path)
+    assert log.prompt_tokens.tolist() == [5, 5, 5]
+    assert log.output_tokens.sum() == 27
+    assert all(5 < length <= 10 for length in log.output_tokens)  # its bucket
+    assert {"TTFT", "TPOT", "E2E"} <= set(log.percentiles)
 
 
 def test_records_have_times_of_each_answer_and_no_text(served: Served) -> None:

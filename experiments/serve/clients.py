@@ -1,9 +1,10 @@
 """The field's clients against both engines: python experiments/serve/clients.py
 
-`--clients FOLDER` holds an environment for each client, as `make clients` makes them (.venv-clients). A profile
-of this machine is measured just before (`--calibrate_s`), and the same requests go to mode=live and to mode=simulate
-with that profile. For each client: how many of its requests failed, and how far its times are from the server's own
-records of the same requests.
+`--clients FOLDER` holds an environment for each client, as `make clients` makes them (.venv-clients). For each client:
+how many of its requests failed, how far its times are from the server's own records of the same requests, and how far
+mode=simulate is from mode=live. A profile of this machine is measured just before (`--calibrate_s`), and the live
+engine serves before and after the simulated one: what its two turns differ by is the machine's own noise. The engine
+has a core for itself, as it had when it was measured; the front process and the client share the others.
 """
 
 from __future__ import annotations
@@ -18,23 +19,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).parent
-TOKENS, PROMPT, REQUESTS, AT_ONCE = 24, 64, 16, 2
+TOKENS, PROMPT, REQUESTS, AT_ONCE = 24, 64, 32, 2
 NEAR_MS, NEAR = 2.0, 0.02
+TURNS = ("live", "simulate", "live again")
 Times = list[tuple[float, float]]  # TTFT and mean time between tokens of each request, in ms
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """The core of the engine, and those of everything else. A machine with one has it for both."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    return {first}, set(others) or {first}
+
+
+CORES = cores()
+
+
+def stay_on(process: int, allowed: set[int]) -> None:
+    """Keep all threads of a process on these cores."""
+    for thread in os.listdir(f"/proc/{process}/task"):
+        os.sched_setaffinity(int(thread), allowed)
+
+
+def children(process: int) -> list[int]:
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for one in lists for child in one.read_text().split()]
 
 
 def serve(words: Sequence[str], folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     said = folder / "said.txt"
     command = [sys.executable, "-m", "helios_sim.serve", "serve.port=0", *words]
     command.append(f"serve.records={folder}/records.jsonl")
+    engine, others = CORES
     with said.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
+    stay_on(process.pid, engine)
     while not (found := re.search(r"http://[\d.]+:\d+", said.read_text())):
         assert process.poll() is None, said.read_text()
         time.sleep(0.1)
@@ -42,6 +68,9 @@ def serve(words: Sequence[str], folder: Path) -> tuple[subprocess.Popen[bytes], 
 
     while httpx.get(f"{found[0]}/health", timeout=120).status_code != 200:
         time.sleep(0.1)
+    stay_on(process.pid, engine)
+    for child in children(process.pid):  # the front
+        stay_on(child, others)
     return process, found[0]
 
 
@@ -122,11 +151,11 @@ def _token_times(record: dict[str, Any]) -> list[float]:
 
 def genai_bench(at: Path, address: str, tokenizer: Path, folder: Path) -> tuple[int, Times]:
     run([
-        at / "genai-bench/bin/genai-bench", "benchmark", "--api-backend", "openai", "--api-base", address, "--api-key",
+        at / "genai-bench/bin/genai-bench", "benchmark", "--api-backend", "vllm", "--api-base", address, "--api-key",
         "none", "--task", "text-to-text", "--api-model-name", "helios", "--model", "helios", "--model-tokenizer",
         tokenizer, "--traffic-scenario", f"D({PROMPT},{TOKENS})", "--num-concurrency", AT_ONCE, "--max-time-per-run",
-        "1", "--max-requests-per-run", REQUESTS, "--experiment-base-dir", folder / "out", "--experiment-folder-name",
-        "run", "--additional-request-params", '{"ignore_eos": true}',
+        "1", "--max-requests-per-run", REQUESTS, "--experiment-base-dir", folder / "out",
+        "--experiment-folder-name", "run",
     ], folder)  # fmt: skip
     (path,) = (folder / "out/run").glob("D*_text-to-text_*.json")
     found = json.loads(path.read_text())
@@ -136,16 +165,23 @@ def genai_bench(at: Path, address: str, tokenizer: Path, folder: Path) -> tuple[
     return failed, [(one["ttft"] * 1e3, one["tpot"] * 1e3) for one in good]
 
 
-def openai(at: Path, address: str, tokenizer: Path, folder: Path) -> tuple[int, Times]:
+def openai(at: Path, address: str, tokenizer: Path, folder: Path, at_once: int = 1) -> tuple[int, Times]:
+    with ThreadPoolExecutor(at_once) as threads:
+        parts = list(threads.map(lambda number: _one_by_one(address, number, REQUESTS // at_once), range(at_once)))
+    return sum(failed for failed, _ in parts), [times for _, found in parts for times in found]
+
+
+def _one_by_one(address: str, stream_number: int, requests: int) -> tuple[int, Times]:
     from openai import OpenAI
 
     client, found, failed = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0), [], 0
     client.models.list()  # the connection is there
-    for number in range(REQUESTS):
+    for number in range(requests):
+        text = f"{stream_number}, {number}: " + "word " * PROMPT
         began, times = time.perf_counter(), []
         stream = client.chat.completions.create(
-            model="helios", messages=[{"role": "user", "content": f"{number}: " + "word " * PROMPT}],
-            max_tokens=TOKENS, stream=True, extra_body={"ignore_eos": True},
+            model="helios", messages=[{"role": "user", "content": text}], max_tokens=TOKENS, stream=True,
+            extra_body={"ignore_eos": True},
         )  # fmt: skip
         for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
@@ -165,45 +201,33 @@ def for_clients(tokenizer: Path, into: Path) -> Path:
 
 
 CLIENTS: dict[str, Callable[[Path, str, Path, Path], tuple[int, Times]]] = {
-    "guidellm": guidellm, "aiperf": aiperf, "inference-perf": inference_perf, "genai-bench": genai_bench,
-    "openai": openai,
+    "openai": openai, "openai, 2 at once": partial(openai, at_once=2), "guidellm": guidellm, "aiperf": aiperf,
+    "inference-perf": inference_perf, "genai-bench": genai_bench,
 }  # fmt: skip
 
 
-def records_of(folder: Path, since: int) -> list[dict[str, Any]]:
-    lines = (folder / "records.jsonl").read_text().splitlines()[since:]
-    return [json.loads(line) for line in lines]
-
-
-def against(mode: str, words: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def against(mode: str, words: Sequence[str], arguments: argparse.Namespace, client: str) -> dict[str, Any]:
+    """What a client saw of a server in this mode, beside what the server has of the same requests."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "records.jsonl").touch()
         process, address = serve([f"mode={mode}", *words], folder)
         try:
-            for name, client in CLIENTS.items():
-                if name in arguments.without:
-                    continue
-                own = folder / name
-                own.mkdir()
-                since, began = len(records_of(folder, 0)), time.monotonic()
-                try:
-                    failed, times = client(arguments.clients, address, arguments.tokenizer, own)
-                except Exception as error:
-                    said = own / "client.txt"
-                    told = said.read_text()[-1500:] if said.exists() else ""
-                    print(f"{mode} {name}: {error!r}\n{told}", file=sys.stderr)
-                    found[name] = {"error": repr(error)}
-                    continue
-                time.sleep(0.5)
-                ours = [one for one in records_of(folder, since) if one["output_tokens"] == TOKENS][-len(times) :]
-                found[name] = compared(failed, times, ours) | {"seconds": time.monotonic() - began}
-                print(mode, name, found[name], file=sys.stderr)
+            began = time.monotonic()
+            failed, times = CLIENTS[client](arguments.clients, address, arguments.tokenizer, folder)
+            time.sleep(0.5)
+            lines = (folder / "records.jsonl").read_text().splitlines()
+            ours = [one for one in map(json.loads, lines) if one["output_tokens"] == TOKENS][-len(times) :]
+            found = compared(failed, times, ours) | {"seconds": time.monotonic() - began}
+        except Exception as error:
+            said = folder / "client.txt"
+            told = said.read_text()[-1500:] if said.exists() else ""
+            print(f"{mode} {client}: {error!r}\n{told}", file=sys.stderr)
+            found = {"error": repr(error)}
         finally:
             process.terminate()
             process.wait(60)
-        found["said"] = (folder / "said.txt").read_text().strip().splitlines()[-1]
+        print(mode, client, found, file=sys.stderr)
     return found
 
 
@@ -225,10 +249,12 @@ def compared(failed: int, times: Times, ours: Sequence[dict[str, Any]]) -> dict[
 
 
 def profiled(seconds: float, folder: Path) -> list[str]:
-    """The words that name a profile of this machine, measured now."""
+    """The words that name a profile of this machine, measured now. Its pace changes within minutes."""
     words = ["model=smollm2", "device=cpu", "threads=1", f"budget_s={seconds:g}", f"out={folder}", "+task=latency",
              "max_batch=8", "max_batch_tokens=256", "max_context_tokens=512"]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "calibrate", *words], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "calibrate", *words], stdout=subprocess.DEVNULL)
+    stay_on(process.pid, CORES[0])
+    assert process.wait() == 0
     (profile,) = (folder / "profile").glob("*@*")
     return [f"profile_folder={folder / 'profile'}", f"hardware={profile.name.partition('@')[2]}"]
 
@@ -238,10 +264,8 @@ def table(found: dict[str, Any]) -> str:
         "| engine | client | requests | failed | TTFT client / server, ms | between tokens client / server, ms | "
         "within 2 ms + 2 % |", "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for mode in ("simulate", "live"):
+    for mode in TURNS:
         for name, one in found[mode].items():
-            if name == "said":
-                continue
             if "error" in one:
                 lines.append(f"| {mode} | {name} | | | {one['error']} | | |")
                 continue
@@ -250,18 +274,20 @@ def table(found: dict[str, Any]) -> str:
                 f"{one['server_ttft_ms']:.1f} | {one['itl_ms']:.2f} / {one['server_itl_ms']:.2f} | "
                 f"{'yes' if one['near'] else 'no'} |"
             )
-    lines += [
-        "", "| client | TTFT live / simulated, ms | | TPOT live / simulated, ms | |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for name in found["live"]:
-        pair = [found[mode].get(name) for mode in ("live", "simulate")]
-        if name == "said" or any(one is None or "error" in one for one in pair):
+    heads = ["client"]
+    for name in ("TTFT", "TPOT"):
+        heads += [f"{name} live, live again / simulated, ms", "simulated against live", "live again against live"]
+    lines += ["", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for client in CLIENTS:
+        turns = [found[turn].get(client, {"error": ""}) for turn in TURNS]
+        if any("error" in one for one in turns):
             continue
-        cells = [f"| {name} |"]
+        cells = [client]
         for key in ("engine_ttft_ms", "engine_tpot_ms"):
-            live, simulated = (one[key] for one in pair)
-            cells.append(f"{live:.1f} / {simulated:.1f} | {simulated / live - 1:+.1%} |")
-        lines.append(" ".join(cells))
+            live, simulated, again = (one[key] for one in turns)
+            cells += [f"{live:.1f}, {again:.1f} / {simulated:.1f}", f"{simulated / ((live + again) / 2) - 1:+.1%}",
+                      f"{again / live - 1:+.1%}"]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{found['about']}\n"
 
 
@@ -269,7 +295,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=Path, default=Path(".venv-clients"))
     parser.add_argument("--tokenizer", type=Path, help="of SmolLM2; left out: the one that the cache holds")
-    parser.add_argument("--calibrate_s", type=float, default=100.0, help="0: the shipped profile")
+    parser.add_argument("--calibrate_s", type=float, default=50.0, help="for each client; 0: the shipped profile")
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--write", action="store_true", help="keep the result beside this script")
     arguments = parser.parse_args()
@@ -280,17 +306,21 @@ def main() -> int:
     loads = [os.getloadavg()[0]]
     with TemporaryDirectory() as scratch:
         arguments.tokenizer = for_clients((arguments.tokenizer or known).resolve(), Path(scratch) / "tokenizer")
-        words = ["model=smollm2", "serve.max_model_len=512"]
-        words += profiled(arguments.calibrate_s, Path(scratch) / "calibrated") if arguments.calibrate_s else []
-        found: dict[str, Any] = {}
-        for mode in ("live", "simulate"):
-            threads = ["live.threads=1"] if mode == "live" else []  # the other core is left to the front and the client
-            found[mode] = against(mode, [*words, *threads], arguments)
+        found: dict[str, Any] = {turn: {} for turn in TURNS}
+        for client in (name for name in CLIENTS if name not in arguments.without):
+            words = ["model=smollm2", "serve.max_model_len=512"]
+            with TemporaryDirectory() as calibrated:
+                words += profiled(arguments.calibrate_s, Path(calibrated)) if arguments.calibrate_s else []
+                for turn in TURNS:
+                    mode = turn.split()[0]
+                    threads = ["live.threads=1"] if mode == "live" else []
+                    found[turn][client] = against(mode, [*words, *threads], arguments, client)
             loads.append(os.getloadavg()[0])
     found["about"] = (
         f"{REQUESTS} requests of {PROMPT} prompt tokens (as each client counts them) and {TOKENS} of the answer, "
-        f"{AT_ONCE} at once (inference-perf: one a second; openai: one after the other). Medians. Load average of the "
-        f"machine with {os.cpu_count()} cores before, between and after: {', '.join(f'{one:.1f}' for one in loads)}."
+        f"{AT_ONCE} at once (inference-perf: one a second; openai: one after the other, or 2 at once). Medians. "
+        f"Load average of the machine with {os.cpu_count()} cores before, and after each client: "
+        f"{', '.join(f'{load:.1f}' for load in loads)}."
     )  # fmt: skip
     if arguments.write:
         (HERE / "clients.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -77,6 +77,8 @@ class RequestLog:
     stated: Mapping[str, Any] = field(default_factory=dict)  # what the log says of the run, by name
     missing: tuple[str, ...] = ()  # what it does not say, in sentences
     notices: tuple[str, ...] = ()  # what it says and nothing is made of, in sentences
+    # by name, where only a histogram is there: share of the requests, and between which seconds that percentile lies
+    percentiles: Mapping[str, Sequence[tuple[float, tuple[float, float]]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)

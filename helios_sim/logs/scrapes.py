@@ -1,6 +1,7 @@
 """Scrapes of a server's `/metrics` page over time: Prometheus text with times, or a file for each scrape.
 
-Such pages hold sums and histograms, not requests: `told` says what they give, and what no histogram can.
+Such pages hold sums and histograms, not requests. `drawn` makes requests that have the same sums and histograms, and
+says what was drawn and what no page can tell.
 """
 
 from __future__ import annotations
@@ -15,32 +16,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.logs.record import FIX
+from helios_sim.logs.record import FIX, OK, Begins, IntColumn, RequestLog
 from helios_sim.untrusted import MIB, read_text, shortened
 
 NAME = "scrapes of /metrics"
 SUFFIXES = (".prom", ".txt", ".metrics")
-_MOST_FILES = 20_000
+_MOST_FILES, _MOST_REQUESTS = 20_000, 5_000_000
 _LINE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+(\S+))?$")
 _LABEL = re.compile(r'([A-Za-z_]\w*)="((?:[^"\\]|\\.)*)"')
 _OF_NAME = (re.compile(r"(?<!\d)(\d{10})(?:\.(\d+))?(?!\d)"), re.compile(r"(?<!\d)(\d{13})(?!\d)"))
 # By what they count: vLLM's names, since 0.8 and before.
 _FINISHED, _PROMPT, _OUTPUT = "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 _PREEMPTED = "vllm:num_preemptions_total"
+_CACHED = "vllm:prefix_cache_hits_total"
+_LENGTHS = {"prompt": "vllm:request_prompt_tokens", "output": "vllm:request_generation_tokens"}
+_IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_BEYOND = 4  # lengths above the last edge are drawn up to so many times it
+_STEPS = 60  # of a bisection
 _HISTOGRAMS = {
     "TTFT": ("vllm:time_to_first_token_seconds",),
-    "time per output token": ("vllm:request_time_per_output_token_seconds", "vllm:inter_token_latency_seconds",
+    "TPOT": ("vllm:request_time_per_output_token_seconds", "vllm:inter_token_latency_seconds",
                               "vllm:time_per_output_token_seconds"),
     "E2E": ("vllm:e2e_request_latency_seconds",),
     "time in the queue": ("vllm:request_queue_time_seconds",),
 }  # fmt: skip
-_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
-           "vllm:gpu_cache_usage_perc")  # fmt: skip
+_GAUGES = (*_IN_FLIGHT, "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _FIX_LINE = "correct or remove the line"
-CANNOT = (
-    "when single requests came", "the lengths of a request together, prompt with output",
-    "TTFT, TPOT and E2E of a request together", "a percentile closer than its bucket", "requests that failed",
-)  # fmt: skip
+_CANNOT = ("when single requests came between two scrapes", "which prompt had which answer",
+           "times of single requests")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Scrapes:
     values: Mapping[str, NDArray[np.float64]]  # counters and gauges by name, (k,) each; NaN: not in that scrape
     buckets: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # bounds (b,), cumulative counts (k, b)
     models: tuple[str, ...]
+    engines: int  # labels of that name: replicas whose sums these are
     notices: tuple[str, ...]
 
 
@@ -77,6 +81,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
     samples: dict[float, dict[str, float]] = {}
     bounds: dict[float, dict[str, dict[float, float]]] = {}
     models: dict[str, None] = {}
+    engines: set[str] = set()
     by_write = 0
     for path in paths:
         own = None
@@ -101,6 +106,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
                 fix = "save each scrape to a file of its own, such as metrics_$(date +%s).prom in one folder"
                 raise UserError(place, line[:80], "a time after the value: one page alone shows no change", fix)
             models |= dict.fromkeys([labels["model_name"]] if "model_name" in labels else [])
+            engines |= {labels["engine"]} if "engine" in labels else set()
             amount = _float(place, value)
             if name.endswith("_bucket"):
                 of = bounds.setdefault(time_s, {}).setdefault(name.removesuffix("_bucket"), {})
@@ -115,8 +121,9 @@ def read(paths: Sequence[Path]) -> Scrapes:
     told_by = f"{source}: no time in the names of {by_write} files: when they were written counts."
     notices = [told_by] if by_write else []
     if len(models) > 1:
-        notices.append(f"{source}: sums over {len(models)} models: {', '.join(list(models)[:4])}.")
-    return _scrapes(source, samples, bounds, tuple(models), notices)
+        allowed = "the pages of one model: a sum over several is of no engine that could be simulated"
+        raise UserError(source, ", ".join(list(models)[:4]), allowed, "keep the samples of one model_name")
+    return _scrapes(source, samples, bounds, (tuple(models), len(engines)), notices)
 
 
 def _time_of(path: Path) -> float | None:
@@ -144,7 +151,7 @@ def _scrapes(
     source: str,
     samples: Mapping[float, Mapping[str, float]],
     bounds: Mapping[float, Mapping[str, Mapping[float, float]]],
-    models: tuple[str, ...],
+    of: tuple[tuple[str, ...], int],
     notices: list[str],
 ) -> Scrapes:
     times = sorted(samples)
@@ -162,7 +169,7 @@ def _scrapes(
         edges = sorted({edge for at in bounds.values() for edge in at.get(name, {})})
         counts = np.array([[bounds.get(t, {}).get(name, {}).get(edge, np.nan) for edge in edges] for t in times])
         buckets[name] = np.array(edges), counts
-    return Scrapes(source, np.array(times) - times[0], values, buckets, models, tuple(notices))
+    return Scrapes(source, np.array(times) - times[0], values, buckets, *of, tuple(notices))
 
 
 def grown(scrapes: Scrapes, name: str) -> float | None:
@@ -212,15 +219,97 @@ def told(scrapes: Scrapes) -> list[str]:
     return said
 
 
-def no_requests(scrapes: Scrapes) -> UserError:
-    """Why nothing can be replayed from it, what it gives, and how to go on."""
-    span_s, done = float(scrapes.time_s[-1]), grown(scrapes, _FINISHED) or 0.0
-    fix = "log requests with any client, or python -m helios_sim.observe"
-    if done:
-        means = {name: (grown(scrapes, name) or 0.0) / done for name in (_PROMPT, _OUTPUT)}
-        fix += (
-            f"; or draw them: +experiment=own workload.arrivals.rate_per_s={done / span_s:.3g} "
-            f"workload.lengths.prompt.mean={means[_PROMPT]:.4g} workload.lengths.output.mean={means[_OUTPUT]:.4g}"
-        )
-    allowed = f"requests to replay, and a page of metrics cannot tell {', '.join(CANNOT[:-1])} or {CANNOT[-1]}"
-    return UserError("log", " ".join([*told(scrapes), *scrapes.notices]), allowed, fix)
+def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
+    """Requests with the pages' sums and histograms: as many in each interval, and with the same lengths.
+
+    Given their number, the arrivals of a Poisson process lie in an interval as independent uniform times: so they are
+    drawn. Lengths keep the count of each bucket and the mean. UserError where the pages lack one of these.
+    """
+    rng = np.random.default_rng(seed)
+    time_s, come = _arrivals(scrapes)
+    n = int(come.sum())
+    if not 1 <= n <= _MOST_REQUESTS:
+        raise UserError(scrapes.source, f"{n} requests that came", f"1 to {_MOST_REQUESTS}", "scrape while it serves")
+    arrival_s = np.sort(np.repeat(time_s[:-1], come) + rng.random(n) * np.repeat(np.diff(time_s), come))
+    lengths = {what: drawn_lengths(scrapes, name, n, rng) for what, name in _LENGTHS.items()}
+    times = {what: next((name for name in names if name in scrapes.buckets), "") for what, names in _HISTOGRAMS.items()}
+    known = {what: [(q, at) for q in (0.5, 0.9, 0.99) if (at := between(scrapes, name, q))]
+             for what, name in times.items()}  # fmt: skip
+    return RequestLog(
+        source=scrapes.source, format=NAME, begins=Begins.RECEIVED, arrival_s=arrival_s - arrival_s[0],
+        prompt_tokens=lengths["prompt"], output_tokens=lengths["output"], completed=np.ones(n, np.bool_),
+        status=(OK,) * n, stated={"model": scrapes.models[0] if scrapes.models else None},
+        missing=(f"{scrapes.source} does not say: {', '.join(_CANNOT[:-1])}, or {_CANNOT[-1]}.",),
+        notices=(*told(scrapes), *scrapes.notices, *_of_drawing(scrapes, n, seed)),
+        percentiles={what: found for what, found in known.items() if found},
+    )  # fmt: skip
+
+
+def _arrivals(scrapes: Scrapes) -> tuple[NDArray[np.float64], IntColumn]:
+    """Edges of the intervals, (k,) in seconds, and how many requests came in each, (k - 1,)."""
+    finished = scrapes.values.get(_FINISHED)
+    if finished is None or np.count_nonzero(~np.isnan(finished)) < 2:
+        raise UserError(scrapes.source, None, f"{_FINISHED} in at least 2 scrapes", "scrape the whole page")
+    seen = ~np.isnan(finished)
+    there = finished[seen]
+    for name in _IN_FLIGHT:
+        there = there + np.nan_to_num(scrapes.values.get(name, np.zeros_like(finished))[seen])
+    # the gauges are read a moment before or after the counter, so that a request can seem to be gone
+    up_to = np.maximum.accumulate(np.round(there - there[0]).astype(np.int64))
+    return scrapes.time_s[seen], np.diff(up_to)
+
+
+def drawn_lengths(scrapes: Scrapes, name: str, n: int, rng: np.random.Generator) -> IntColumn:
+    """Lengths of n requests, (n,): each bucket has its share to one request, and the mean is that of the page.
+
+    The mean is kept to half a token where so many requests in these buckets can have it at all.
+    """
+    if name not in scrapes.buckets:
+        raise UserError(scrapes.source, None, f"the histogram {name}", "scrape the whole page")
+    edges, counts = scrapes.buckets[name]
+    whole = counts[~np.isnan(counts).any(axis=1)]
+    shares = np.diff(whole[-1] - whole[0], prepend=0.0) if len(whole) else np.zeros(len(edges))
+    if not (shares >= 0).all() or shares.sum() <= 0:
+        raise UserError(f"{scrapes.source}: {name}", "no requests, or fewer in a wider bucket",
+                        "a histogram that grew between its first scrape and its last", FIX)  # fmt: skip
+    finite = edges[np.isfinite(edges)]
+    top = _BEYOND * finite[-1] if len(finite) else 1.0
+    high = np.where(np.isfinite(edges), edges, top)
+    low = np.concatenate([[0.0], high[:-1]])
+    exact = shares / shares.sum() * n
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: n - quota.sum()]] += 1
+    bucket, u = np.repeat(np.arange(len(edges)), quota), rng.random(n)
+
+    def at(power: float) -> IntColumn:
+        found = np.floor(low[bucket] + 1 + (high[bucket] - low[bucket] - 1e-9) * u**power)
+        lengths: IntColumn = np.clip(found, low[bucket] + 1, np.maximum(high[bucket], 1)).astype(np.int64)
+        return lengths
+
+    total, count = grown(scrapes, f"{name}_sum"), grown(scrapes, f"{name}_count")
+    if not total or not count:
+        return rng.permutation(at(1.0))
+    mean = total / count
+    least, most = (float(shares @ bound / shares.sum()) for bound in (low + 1, high))
+    if not least - 0.5 <= mean <= most + 0.5:
+        allowed = f"from {least:.4g} to {most:.4g}, by its buckets"
+        raise UserError(f"{scrapes.source}: {name}_sum", f"a mean of {mean:.4g} tokens", allowed, FIX)
+    short, long = -30.0, 30.0  # of the power, as its logarithm: the mean falls with it
+    for _ in range(_STEPS):
+        middle = (short + long) / 2
+        short, long = (middle, long) if at(np.exp(middle)).mean() > mean else (short, middle)
+    nearest = min((at(np.exp(power)) for power in (short, long)), key=lambda lengths: abs(lengths.mean() - mean))
+    return rng.permutation(nearest)
+
+
+def _of_drawing(scrapes: Scrapes, n: int, seed: int) -> list[str]:
+    said = [
+        f"{scrapes.source}: {n} requests are drawn with seed {seed}: as many between two scrapes as came then, at "
+        "uniform times, with the lengths of its histograms, prompt and output independent; none is a real request."
+    ]
+    cached = grown(scrapes, _CACHED)
+    if cached:
+        said.append(f"{scrapes.source}: {cached:g} prompt tokens came from the prefix cache; here all are computed.")
+    if scrapes.engines > 1:
+        said.append(f"{scrapes.source}: the sum over {scrapes.engines} engines: server.replicas={scrapes.engines}.")
+    return said

@@ -199,7 +199,7 @@ def _told(
     if quantities is not None and (limits := quantities.at_limits()):
         why = "This profile is not of the log's engine, or its machine had other work: the answer is worth nothing."
         warnings.insert(0, f"At their limits: {', '.join(limits)}. {why}")
-    first = _verdict(fidelity, log, quantities, n)
+    first = _verdict(fidelity, log, run, quantities, n)
     return replace(
         result,
         fidelity=fidelity,
@@ -304,9 +304,13 @@ def _bands(measured: FloatArray, simulated: FloatArray) -> list[tuple[float, flo
     return found
 
 
-def _verdict(fidelity: Fidelity | None, log: RequestLog, quantities: Quantities | None, n: int) -> list[str]:
+def _verdict(
+    fidelity: Fidelity | None, log: RequestLog, run: Replayed, quantities: Quantities | None, n: int
+) -> list[str]:
     if fidelity is None:
-        return [f"{log.source} has no times: nothing was estimated or compared; the answer hangs on the profile alone."]
+        return _of_percentiles(log, run) or [
+            f"{log.source} has no times: nothing was estimated or compared; the answer hangs on the profile alone."
+        ]
     part, rows = fidelity.parts[0]
     off = {row.name: row.difference for row in rows if row.difference is not None}
     shown = {name: [off[key] for s in ("p50", "p90", "p99") if (key := f"{name} {s}") in off] for name in TIMES}
@@ -314,6 +318,24 @@ def _verdict(fidelity: Fidelity | None, log: RequestLog, quantities: Quantities 
     how = f"after a fit to the first {n} requests" if quantities else "with nothing estimated"
     worst = max(off.items(), key=lambda pair: abs(pair[1]))
     return [f"Of {part} {how}: {told} (p50 / p90 / p99); at worst {worst[1]:+.1%} ({worst[0]})."]
+
+
+def _of_percentiles(log: RequestLog, run: Replayed) -> list[str]:
+    """How the replay compares with percentiles of which the log knows the buckets; none where it knows none."""
+    simulated = {"TTFT": run.ttft_s, "TPOT": run.tpot_s(log.output_tokens), "E2E": run.e2e_s}
+    told, inside, total = [], 0, 0
+    for name in (name for name in TIMES if name in log.percentiles):
+        times = simulated[name][~np.isnan(simulated[name])]
+        parts = []
+        for share, (low_s, high_s) in log.percentiles[name]:
+            found_s = float(np.quantile(times, share))
+            inside, total = inside + (low_s <= found_s <= high_s), total + 1
+            parts.append(f"p{100 * share:g} {found_s:.3g} ({low_s:g} to {high_s:g})")
+        told.append(f"{name} {', '.join(parts)}")
+    if not told:
+        return []
+    lead = f"With nothing estimated {inside} of {total} simulated percentiles lie in the buckets of {log.source}"
+    return [f"{lead}, in seconds: {'; '.join(told)}."]
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:

@@ -67,7 +67,7 @@ def open_log(config: Config) -> Opened:
         log = read_folder(path, span, seed)
         return Opened(log, {}, log.stated.get("model"))
     if path.stat().st_size <= MOST_BYTES:
-        found = read_tool(tools.opened(path), wanted.part)
+        found = read_tool(tools.opened(path), wanted.part, seed)
         if found is not None:
             return Opened(found, _stated_engine(found), found.stated.get("model"))
     require(wanted.part is None, "from_log.part", wanted.part, "null: a table of requests is one run")
