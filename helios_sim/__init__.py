@@ -42,14 +42,16 @@ if TYPE_CHECKING:
         KvRule,
         LoadFailed,
         Placement,
+        PowerAbove,
         Probe,
         Probed,
         QueueAbove,
         RunningAbove,
+        SloBelow,
         Started,
         Trigger,
     )
-    from helios_sim.policy.telemetry import LatestRequests, Policy, Situation, Telemetry
+    from helios_sim.policy.telemetry import Energy, LatestRequests, Policy, Situation, Telemetry
     from helios_sim.profile.composition import Composition
     from helios_sim.profile.profile import Profile
     from helios_sim.profile.spec import RuntimeConfig
@@ -90,6 +92,7 @@ __all__ = [
     "DesignsConfig",
     "DesignsResult",
     "Drained",
+    "Energy",
     "ExitRule",
     "ExitTrace",
     "ExitsConfig",
@@ -109,6 +112,7 @@ __all__ = [
     "PerToken",
     "Placement",
     "Policy",
+    "PowerAbove",
     "Probe",
     "Probed",
     "Profile",
@@ -118,6 +122,7 @@ __all__ = [
     "SelfSpeculation",
     "ServerConfig",
     "Situation",
+    "SloBelow",
     "SloConfig",
     "Started",
     "SweepConfig",
@@ -147,9 +152,9 @@ _NAMES_BY_MODULE = {
     "exits.trace": "ExitTrace",
     "policy.deployment": (
         "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvAbove KvRule LoadFailed "
-        "Placement Probe Probed QueueAbove RunningAbove Started Trigger"
+        "Placement PowerAbove Probe Probed QueueAbove RunningAbove SloBelow Started Trigger"
     ),
-    "policy.telemetry": "LatestRequests Policy Situation Telemetry",
+    "policy.telemetry": "Energy LatestRequests Policy Situation Telemetry",
     "profile.composition": "Composition",
     "profile.profile": "Profile",
     "profile.spec": "RuntimeConfig",

@@ -101,6 +101,19 @@ class RequestBlock:
             yield Request(*row)
 
 
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Service level objectives: bounds that a good request meets; None: no bound."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    @property
+    def any(self) -> bool:
+        return any(bound is not None for bound in (self.ttft_s, self.tpot_s, self.e2e_s))
+
+
 class Status(StrEnum):
     COMPLETED = "completed"
     DROPPED = "dropped"

@@ -10,7 +10,7 @@ from helios_sim.exits.rule import FixedCap
 from helios_sim.policy.deployment import BreachLimit, Completed, Deployment, Placement, Started
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 from helios_sim.report.compare import compare
-from helios_sim.report.metrics import Power, Slo, compute_metrics
+from helios_sim.report.metrics import Power, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
@@ -27,7 +27,7 @@ from helios_sim.report.result import (
     SweepFigure,
     SweepPoint,
 )
-from helios_sim.request import NS_PER_S, RequestRecord, Status
+from helios_sim.request import NS_PER_S, RequestRecord, Slo, Status
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.stats import RunStats, Timeline
 

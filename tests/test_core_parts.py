@@ -124,10 +124,11 @@ def test_what_waits_and_has_started_is_no_arrival(ref: int, expected: bool) -> N
     requests, line = STORAGE.rows(REQUEST, 1), Line(*(STORAGE.numbers(2) for _ in Line._fields))
     requests[0].started, line.ref[0] = 1, ref
     watch = layout.Watch(
-        STORAGE.filled(layout.TRIGGER, [[layout.DRAINED, 0, 0, 0]]), STORAGE.filled(layout.WINDOW, []),
+        STORAGE.filled(layout.TRIGGER, [[layout.DRAINED, 0, 0, 0, 0]]), STORAGE.filled(layout.WINDOW, []),
         STORAGE.numbers(0, 0),
     )  # fmt: skip
-    assert (triggers.first_fired(state, requests, line, watch, 0) == 0) == expected
+    marks = STORAGE.rows(layout.MARK, 1)
+    assert (triggers.first_fired(state, record(RULES), requests, line, watch, marks, 0) == 0) == expected
 
 
 def test_a_preempted_request_starts_no_second_time() -> None:

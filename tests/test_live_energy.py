@@ -199,3 +199,46 @@ def test_a_live_run_without_a_counter_says_so_and_estimates_nothing(
         assert arm["metrics"]["energy_j_per_char"] is None
     assert "energy" not in said.summary["provenance"]["inputs"]
     assert f"Energy is not known: {ABSENT['cpu']}." in (tmp_path / "out" / "report.html").read_text()
+
+
+POLICY = """
+from helios_sim import Completed, Deployment, FullDepth, KvRule, Placement, PowerAbove
+
+class Watches:
+    def start(self, situation):
+        self.model, candidate = next(iter(situation.candidates.items()))
+        self.deep = candidate.offline.exits[-1]
+        return self.full("begin")
+
+    def decide(self, cause, telemetry):
+        if isinstance(cause, PowerAbove):
+            return self.full(f"{telemetry.energy.joules > 0}: drew more than {cause.watts} W", ())
+        return None
+
+    def full(self, reason, triggers=(PowerAbove(1.0, 0.1), Completed(1))):
+        return Deployment(Placement(self.model, self.deep), FullDepth(), kv_rule=KvRule.NONE, reason=reason,
+                          triggers=triggers)
+"""
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_policy_sees_the_power_of_a_device_that_has_a_counter(
+    capsys, monkeypatch, tmp_path: Path, study: tuple[str, ...], counted: bool
+) -> None:
+    """The counter rises by 1000 J whenever it is read, every tenth of a second: more than a watt."""
+    counter = Readings(*(1000.0 * n for n in range(1, 9999)))
+    monkeypatch.setattr(energy, "LEAST_S", 0.0)
+    monkeypatch.setattr("helios_sim.study.live.open_counter", lambda device: counter)
+    monkeypatch.setattr("helios_sim.study.build.may_be_counted", lambda device: counted)
+    (tmp_path / "watches.py").write_text(POLICY)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = CommandLine(capsys, monkeypatch, tmp_path)(
+        *study, "mode=live", "policy=custom", "policy.object=watches:Watches", "workload.n_requests=40"
+    )
+    if not counted:
+        assert said.status == 1
+        assert "PowerAbove only where power is known" in said.err
+        return
+    assert said.status == 0, said.err
+    assert "True: drew more than 1.0 W" in (tmp_path / "out" / "report.html").read_text()

@@ -22,16 +22,19 @@ from helios_sim import (
     KvRule,
     PerToken,
     Placement,
+    PowerAbove,
     Probe,
     Probed,
     QueueAbove,
+    SloBelow,
     UserError,
 )
 from helios_sim.policy.answers import fault_of
 from helios_sim.policy.custom import CustomParameters, load_custom
+from helios_sim.request import Slo
 from policy_example import situation
 
-SITUATION = situation()
+SITUATION = replace(situation(), slo=Slo(ttft_s=1.0), power_w=(60.0, 400.0))
 FULL = Deployment(Placement("small", 4), FullDepth(), kv_rule=KvRule.NONE)
 
 
@@ -96,13 +99,17 @@ def nested(value: Any) -> list[tuple[str, Deployment]]:
         ("triggers", replace(FULL, triggers=(BreachLimit(value, 3),))),
         ("triggers", replace(FULL, triggers=(Completed(3), QueueAbove(value)))),
         ("triggers", replace(FULL, triggers=(AtTime(value),))),
+        ("triggers", replace(FULL, triggers=(SloBelow(value),))),
+        ("triggers", replace(FULL, triggers=(SloBelow(0.9, value),))),
+        ("triggers", replace(FULL, triggers=(PowerAbove(value),))),
+        ("triggers", replace(FULL, triggers=(PowerAbove(100.0, value),))),
         ("evidence", replace(FULL, evidence={"a": value})),
     ]
 
 
 @pytest.mark.parametrize("place", range(len(nested(None))))
 def test_so_is_what_the_fields_hold(place: int) -> None:
-    """14 places and 17 values: 238 deployments, of which a few are right."""
+    """18 places and 17 values: 306 deployments, of which a few are right."""
     right = 0
     for value in JUNK:
         name, deployment = nested(value)[place]
@@ -116,6 +123,8 @@ triggers = st.lists(
     st.one_of(
         st.builds(Completed, st.integers(1, 9)), st.builds(AtTime, st.integers(0, 10**12)),
         st.builds(QueueAbove, st.integers(0, 9)), st.builds(BreachLimit, st.integers(1, 99), st.integers(0, 99)),
+        st.builds(SloBelow, st.floats(0, 1), st.integers(1, 99)),
+        st.builds(PowerAbove, st.floats(60, 399), st.floats(0.1, 50)),
     ),
     max_size=3,
 ).map(tuple)  # fmt: skip

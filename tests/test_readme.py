@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import helios_sim.__main__ as command_line
@@ -33,6 +34,31 @@ def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, 
     assert 6 <= layers < 24
     page = (tmp_path / "out" / "report.html").read_text()
     assert "run: cut at layer 6" in page
+
+
+def test_the_policy_that_keeps_levels_is_asked_because_of_both(tmp_path: Path, monkeypatch, capsys) -> None:
+    (code,) = re.findall(r"```python\n# my_levels.py\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 32
+    (tmp_path / "my_levels.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def causes(*words: str) -> str:
+        out = tmp_path / words[0].partition("=")[2]
+        monkeypatch.setattr(
+            "sys.argv",
+            ["helios_sim", "policy=custom", "policy.object=my_levels:KeepLevels", "subject=custom",
+             "pictures=false", "slo.tpot_s=0.0042", f"hydra.run.dir={out}",
+             *(f"+policy.settings.{word}" for word in words)],
+        )  # fmt: skip
+        status = command_line.main()
+        streams = capsys.readouterr()
+        assert status == 0, streams.err
+        rows = pq.read_table(out / "decisions.parquet").to_pylist()
+        return "; ".join(f"{row['cause']}: {row['reason']}" for row in rows if row["arm"] == "custom")
+
+    assert re.search(r"power above .*: \d+% inside the SLOs, \d+ W: cut at layer 6", causes("watts=100", "share=0"))
+    assert re.search(r"slo below .*: \d+% inside the SLOs, \d+ W: cut at layer 6", causes("watts=399", "share=1"))
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))))

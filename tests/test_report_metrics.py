@@ -17,13 +17,12 @@ from helios_sim.report.metrics import (
     Cards,
     MetricValue,
     Power,
-    Slo,
     compute_metrics,
     energy_band_j,
     mean_metrics,
 )
 from helios_sim.report.records import Records
-from helios_sim.request import NS_PER_S, RequestRecord, Status
+from helios_sim.request import NS_PER_S, RequestRecord, Slo, Status
 from helios_sim.serving.stats import RunStats
 
 

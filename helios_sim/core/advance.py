@@ -74,7 +74,7 @@ def advance(t: Tables, until_ns: int) -> int:
                 continue
             s.idle = 0
             s.acted_ns = s.now_ns
-            if not s.asked and turn_is_due(s, r, requests, lists, line, watch):
+            if not s.asked and turn_is_due(s, r, requests, lists, line, watch, c.marks):
                 return ASK
             s.asked = 0
             if s.pending:

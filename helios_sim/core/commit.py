@@ -8,9 +8,10 @@ from __future__ import annotations
 from helios_sim.core.arrive import leave
 from helios_sim.core.blocks import blocks_for, give_blocks, take_blocks
 from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
+from helios_sim.core.power import note_drawn
 from helios_sim.core.prefix import Prefix, leave_blocks
 from helios_sim.core.schedule import held_blocks, let_go
-from helios_sim.core.triggers import slide_windows
+from helios_sim.core.triggers import slide_completed, slide_windows
 
 
 def commit(
@@ -32,6 +33,9 @@ def commit(
     """The iteration that began at `now_ns` has ended at `end_ns`."""
     end_ns, decoded = s.end_ns, s.decoding
     _account(s, it, end_ns - s.now_ns)
+    if not r.live:  # what a device draws is read from its counter
+        busy_ns = end_ns - s.now_ns
+        note_drawn(s, c.marks, s.now_ns, end_ns, busy_ns + min(it.floor_ns, busy_ns))
     take_blocks(s, r, freed, it.due_blocks)
     it.done = 0
     if len(watch.windows):
@@ -45,7 +49,7 @@ def commit(
         for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
     if it.done:
-        _complete(s, r, requests, lists, line, arrivals, tokens, freed, prefix, owed, end_ns)
+        _complete(s, r, requests, lists, line, arrivals, tokens, freed, prefix, owed, watch, end_ns)
     if s.sampled_ns == NEVER or end_ns - s.sampled_ns >= s.sample_interval_ns:
         sample = c.samples[s.samples]
         sample.time_ns = end_ns
@@ -213,6 +217,7 @@ def _complete(
     freed: Table,
     prefix: Prefix,
     owed: Numbers,
+    watch: Watch,
     end_ns: int,
 ) -> None:
     """Requests with no token left to produce leave; the others close up first, so that places are free by then.
@@ -232,6 +237,8 @@ def _complete(
     for i in range(n - kept):
         slot = lists.leaving[i]
         request = requests[slot]
+        if len(watch.windows):
+            slide_completed(r, request, watch)
         if r.ahead and r.vllm_v1:
             lists.lingering_key[s.lingering] = request.order_key
             lists.lingering_seq[s.lingering] = request.seq

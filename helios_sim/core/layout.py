@@ -47,7 +47,7 @@ COMPLETED, CONTEXT_EXCEEDED, POOL_EXCEEDED, PLACES_EXCEEDED = range(4)
 # Order of the waiting line.
 FCFS, PRIORITY, SHORTEST_PROMPT = range(3)
 # Kinds of trigger.
-BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED, RUNNING_ABOVE, KV_ABOVE = range(8)
+BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE = range(9)
 MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
 
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
@@ -172,8 +172,11 @@ ITERATION = Kind.of(
         "budget", "blocked", "lingering",  # of the admission in progress
     ),
 )  # fmt: skip
-TRIGGER = Kind.of("TriggerRow", ("kind", "argument", "spent", "window"))
-WINDOW = Kind.of("WindowRow", ("tokens", "limit", "filled", "next", "breaches"))
+TRIGGER = Kind.of("TriggerRow", ("kind", "argument", "spent", "window", "span_ns"))
+WINDOW = Kind.of(  # a ring of tokens that may be breaches, or of completed requests that may have missed the SLOs
+    "WindowRow", ("length", "limit", "filled", "next", "breaches", "of_requests")
+)
+MARK = Kind.of("MarkRow", ("time_ns", "drawn_ns"))  # what had been drawn by then (`power`)
 SEEN = Kind.of("SeenRow", ("slot", "tokens", "time_ns"))  # an observation that is due
 SAMPLE = Kind.of("SampleRow", ("time_ns", "running", "waiting", "used_blocks"))  # of the timeline
 FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER: none
@@ -220,6 +223,7 @@ STATE = Kind.of(
         # what is to be handed over
         "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",
         "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",
+        "drawn_ns", "marks",  # what has been drawn in all, and how many marks were made of it (`power`)
         "placed_decode_ns", "placed_decode_batch_ns",  # since the placement last changed
         *SUMS,
     ),
@@ -254,6 +258,8 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "spread",  # a price depends on the shortest and the longest context of a batch
         "rule_exit",  # the deepest of the rule
         "loaded_exit", "n_layers",  # of the whole model
+        "idle_mw", "drawn_mw",  # of the card (`power`); 0 where they are not known
+        "ttft_ns", "tpot_ns", "e2e_ns",  # the SLOs; NEVER: no such bound
         "bands",
     ),
 )  # fmt: skip
@@ -293,7 +299,7 @@ class Trace(NamedTuple):
 class Watch(NamedTuple):
     triggers: Table
     windows: Table
-    flags: Numbers  # (windows, tokens) rings
+    flags: Numbers  # (windows, length) rings
 
 
 class Counts(NamedTuple):
@@ -302,6 +308,7 @@ class Counts(NamedTuple):
     depths: Numbers  # (layers + 1,) tokens by the layers that they ran
     gaps: Numbers  # of the histogram of gaps between tokens
     gap_edges_ns: Numbers
+    marks: Table  # a ring
 
 
 class Tables(NamedTuple):

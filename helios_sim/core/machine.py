@@ -32,7 +32,8 @@ from helios_sim.core.layout import CHUNK, ITERATION, WORK, Storage, Tables, raw
 _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
 _MODULES = (
-    "advance", "arrive", "blocks", "commit", "depths", "line", "prefix", "price", "schedule", "triggers", "route",
+    "advance", "arrive", "blocks", "commit", "depths", "line", "power", "prefix", "price", "schedule", "triggers",
+    "route",
 )  # fmt: skip
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
@@ -40,7 +41,7 @@ _LOOP = "route.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
-    "lay_out_pass", "give_blocks",
+    "lay_out_pass", "give_blocks", "drawn_since",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 

@@ -12,6 +12,7 @@ from helios_sim.core.layout import (
     KV_ABOVE,
     MILLIONTHS,
     NEVER,
+    POWER_ABOVE,
     PROBED,
     QUEUE_ABOVE,
     RUNNING_ABOVE,
@@ -21,9 +22,12 @@ from helios_sim.core.layout import (
     Table,
     Watch,
 )
+from helios_sim.core.power import is_above
 
 
-def turn_is_due(s: Record, r: Record, requests: Table, lists: Lists, line: Line, watch: Watch) -> bool:
+def turn_is_due(
+    s: Record, r: Record, requests: Table, lists: Lists, line: Line, watch: Watch, marks: Table
+) -> bool:  # fmt: skip
     """Whether the server has more to do now than to schedule: ask its policy, or go on with a change or a probe."""
     if s.turn_wanted or (s.awaits_completion and s.completed > 0):
         return True
@@ -31,26 +35,28 @@ def turn_is_due(s: Record, r: Record, requests: Table, lists: Lists, line: Line,
         if s.room_blocks != NEVER and blocks_to_finish(s, r, requests, lists, line) <= s.room_blocks:
             return True
         return s.awaits_answers != 0 and not in_flight(s, requests, line)
-    return first_fired(s, requests, line, watch, 0) != NEVER
+    return first_fired(s, r, requests, line, watch, marks, 0) != NEVER
 
 
-def first_fired(s: Record, requests: Table, line: Line, watch: Watch, start: int) -> int:
+def first_fired(s: Record, r: Record, requests: Table, line: Line, watch: Watch, marks: Table, start: int) -> int:
     """The place of the first trigger from `start` on that asks the policy now; NEVER: none does."""
     for k in range(start, len(watch.triggers)):
-        if _has_fired(s, requests, line, watch, watch.triggers[k]):
+        if _has_fired(s, r, requests, line, watch, marks, watch.triggers[k]):
             return k
     return NEVER
 
 
-def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Record) -> bool:
+def _has_fired(
+    s: Record, r: Record, requests: Table, line: Line, watch: Watch, marks: Table, trigger: Record
+) -> bool:  # fmt: skip
     kind, argument = trigger.kind, trigger.argument
     if kind == BREACHES:
         window = watch.windows[trigger.window]
-        return window.filled == window.tokens and window.breaches > window.limit
+        return window.filled == window.length and window.breaches > window.limit
     if kind == COMPLETIONS:
         return s.completed - s.completed_before >= argument
-    if kind in (QUEUE_ABOVE, RUNNING_ABOVE, KV_ABOVE):  # fires again only after it has fallen
-        if not _is_above(s, kind, argument):
+    if kind in (QUEUE_ABOVE, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE):  # fires again only after it has fallen
+        if not _is_above(s, r, marks, trigger):
             trigger.spent = 0
             return False
         return trigger.spent == 0
@@ -63,7 +69,10 @@ def _has_fired(s: Record, requests: Table, line: Line, watch: Watch, trigger: Re
     return kind == PROBED and argument != 0  # set when the probe has scored every candidate
 
 
-def _is_above(s: Record, kind: int, argument: int) -> bool:
+def _is_above(s: Record, r: Record, marks: Table, trigger: Record) -> bool:
+    kind, argument = trigger.kind, trigger.argument
+    if kind == POWER_ABOVE:
+        return is_above(s, r, marks, argument, trigger.span_ns)
     if kind == QUEUE_ABOVE:
         return s.waiting > argument
     if kind == RUNNING_ABOVE:
@@ -94,20 +103,45 @@ def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: W
     Observed tokens are left out, because they ran deeper than the cap.
     """
     for k in range(len(watch.windows)):
-        window = watch.windows[k]
+        if watch.windows[k].of_requests:
+            continue
         for i in range(it.decodes):
             request = requests[lists.batch[i]]
-            breach = 0 if it.alike else request.token_breach
-            if not it.alike and request.observed:
-                continue
-            at = window.next
-            if window.filled == window.tokens:
-                window.breaches -= int(watch.flags[k, at])
-            else:
-                window.filled += 1
-            watch.flags[k, at] = breach != 0
-            window.breaches += breach
-            window.next = 0 if at + 1 == window.tokens else at + 1
+            if it.alike:
+                _enter(watch, k, 0)
+            elif not request.observed:
+                _enter(watch, k, request.token_breach)
+
+
+def slide_completed(r: Record, request: Record, watch: Watch) -> None:
+    """A request that completes enters the windows of SLO attainment."""
+    for k in range(len(watch.windows)):
+        if watch.windows[k].of_requests:
+            _enter(watch, k, 0 if meets_slo(r, request) else 1)
+
+
+def meets_slo(r: Record, request: Record) -> bool:
+    """Whether a completed request met every SLO; one token has no time per further token."""
+    first_ns, last_ns, arrival_ns = request.first_token_ns, request.last_token_ns, request.arrival_ns
+    if r.ttft_ns != NEVER and first_ns - arrival_ns > r.ttft_ns:
+        return False
+    if r.e2e_ns != NEVER and last_ns - arrival_ns > r.e2e_ns:
+        return False
+    further = request.generated + request.earlier_tokens - 1
+    return r.tpot_ns == NEVER or last_ns - first_ns <= r.tpot_ns * further
+
+
+def _enter(watch: Watch, k: int, breach: int) -> None:
+    """The oldest entry of the window leaves its ring where that is full."""
+    window = watch.windows[k]
+    at = window.next
+    if window.filled == window.length:
+        window.breaches -= int(watch.flags[k, at])
+    else:
+        window.filled += 1
+    watch.flags[k, at] = breach != 0
+    window.breaches += breach
+    window.next = 0 if at + 1 == window.length else at + 1
 
 
 def in_flight(s: Record, requests: Table, line: Line) -> bool:

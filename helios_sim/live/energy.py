@@ -134,6 +134,11 @@ def open_counter(device: str) -> Counter | None:
     return NvmlCard.of(nvml, torch.cuda.get_device_properties(index), index)
 
 
+def may_be_counted(device: str) -> bool:
+    """Whether the device has a counter, as far as that is known without opening the device itself."""
+    return Rapl().energy_j() is not None if device == "cpu" else open_nvml() is not None
+
+
 class Meter:
     """Joules from `start` to `stop`. It reads the counter now and then in between, so that no wrap-around is missed."""
 
@@ -183,6 +188,13 @@ class Meter:
             return None
         began_j, ended_j = self._began[1], self._ended[1]
         return None if began_j is None or ended_j is None else ended_j - began_j - self._left_out_j
+
+    def so_far_j(self) -> float | None:
+        """The joules since `start`, and after `stop` those of `energy_j`. None before, or where they are not known."""
+        if self._began is None or self._began[1] is None:
+            return None
+        now_j = self._reading()[1] if self._ended is None else self._ended[1]
+        return None if now_j is None else now_j - self._began[1] - self._left_out_j
 
     @property
     def why(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from helios_sim.exits.rule import (
     MOST_DRAFTS,
@@ -27,10 +27,12 @@ from helios_sim.policy.deployment import (
     KvAbove,
     KvRule,
     Placement,
+    PowerAbove,
     Probe,
     Probed,
     QueueAbove,
     RunningAbove,
+    SloBelow,
 )
 from helios_sim.policy.telemetry import Situation
 
@@ -42,10 +44,13 @@ _LEAST = {  # of the numbers of a trigger
     QueueAbove: {"requests": 0},
     RunningAbove: {"requests": 0},
     KvAbove: {},
+    SloBelow: {"requests": 1},
+    PowerAbove: {},
     Drained: {},
     Probed: {},
 }
-_MOST_WINDOW = 1_000_000  # tokens, each of which is kept
+_MOST_WINDOW = 1_000_000  # tokens or requests, each of which is kept
+_WINDOWS_S = 0.1, 50.0  # over which power is averaged
 
 
 def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str] | None:
@@ -92,13 +97,28 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         if type(value) not in _LEAST:
             return f"triggers of {_listed(kind.__name__ for kind in _LEAST)}"
         for name, least in _LEAST[type(value)].items():
-            most = _MOST_WINDOW if name == "window_tokens" else MOST
+            kept = name == "window_tokens" or isinstance(value, SloBelow)
+            most = _MOST_WINDOW if kept else MOST
             if not _is_whole(getattr(value, name), least, most):
                 return f"{name}, a whole number from {least}"
-        if isinstance(value, KvAbove) and not _is_share(value.share):
+        if isinstance(value, KvAbove | SloBelow) and not _is_share(value.share):
             return "share, a number from 0 to 1"
+        if isinstance(value, SloBelow) and not situation.slo.any:
+            return "SloBelow only where the study has SLOs: slo.ttft_s, slo.tpot_s or slo.e2e_s"
+        if isinstance(value, PowerAbove):
+            return power(value)
         if isinstance(value, Probed) and found.probe is None:
             return "Probed() only beside a probe"
+        return None
+
+    def power(value: PowerAbove) -> str | None:
+        if situation.power_w is None:
+            return "PowerAbove only where power is known: a card with idle_w and tdp_w, live a device with a counter"
+        low_w, high_w = situation.power_w
+        if not _is_number(value.watts) or not low_w <= value.watts < high_w:
+            return f"watts, a number from {low_w:g} (idle) to less than {high_w:g} (the board's limit)"
+        if not _is_number(value.window_s) or not _WINDOWS_S[0] <= value.window_s <= _WINDOWS_S[1]:
+            return f"window_s, a number from {_WINDOWS_S[0]:g} to {_WINDOWS_S[1]:g}"
         return None
 
     def probe(value: object) -> str | None:
@@ -158,7 +178,11 @@ def _is_whole(value: object, least: int = 0, most: int = MOST) -> bool:
 
 
 def _is_share(value: object, most: float = 1.0) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+    return _is_number(value) and 0 <= value <= most
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole_or_none(least: int) -> Callable[[object], str | None]:

@@ -92,7 +92,33 @@ class KvAbove:
     share: float
 
 
-Trigger = BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove | RunningAbove | KvAbove
+@dataclass(frozen=True, slots=True)
+class SloBelow:
+    """Fewer than this share of the last `requests` completed requests met every SLO of the study, 0 to 1.
+
+    They count since the deployment came into force, and it is tested once there are so many. Firing begins anew, and so
+    does a new deployment that changes the placement. Refused where the study has no `slo`.
+    """
+
+    share: float  # to a millionth
+    requests: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PowerAbove:
+    """Over the last `window_s` seconds the replica's card, or group of cards, drew more than so many watts on average.
+
+    Tested and fired as QueueAbove, once a window is over. A simulated card draws the middle of its band: see
+    `Energy`. Refused where its power is not known, and with watts that it cannot reach.
+    """
+
+    watts: float  # to a milliwatt
+    window_s: float = 10.0  # from 0.1 to 50
+
+
+Trigger = (
+    BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove | RunningAbove | KvAbove | SloBelow | PowerAbove
+)
 Cause = Trigger | Started | LoadFailed | Faulted
 
 

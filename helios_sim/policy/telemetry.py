@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from helios_sim.exits.replay import OfflineExits
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.profile.profile import MemoryBudget, Profile
-from helios_sim.request import NS_PER_S, Request
+from helios_sim.request import NS_PER_S, Request, Slo
 from helios_sim.workload.prefixes import SharedPrefixes
+
+NO_SLO = Slo()
 
 
 class Goal(StrEnum):
@@ -92,6 +94,10 @@ class Situation:
     prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
     shares: bool = False  # KV blocks of equal beginnings of prompts are shared
     prefixes: SharedPrefixes | None = None  # what prompts begin with
+    slo: Slo = NO_SLO  # of the study; its bounds are None where it has none
+    # Watts of the replica's card, or group: idle and at the board's limit. None where they are not known; of a live run
+    # where its device has no energy counter, else from 0 to 100 kW.
+    power_w: tuple[float, float] | None = None
 
     @property
     def refinds(self) -> bool:
@@ -121,6 +127,7 @@ class LatestRequests:
     """
 
     moments_ns: tuple[tuple[int, int, int, int, int], ...] = ()  # arrival, scheduled, first and last token; tokens
+    slo: Slo = NO_SLO
 
     def __len__(self) -> int:
         return len(self.moments_ns)
@@ -147,8 +154,38 @@ class LatestRequests:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.where(gaps > 0, self._seconds(3, 2) / gaps, np.nan))
 
+    @property
+    def slo_attainment(self) -> float | None:
+        """The share of them that met every SLO of the study; None without SLOs, or before one has completed."""
+        if not self.slo.any or not self.moments_ns:
+            return None
+        good = np.ones(len(self), np.bool_)
+        for times_s, bound_s in (
+            (self.ttft_s, self.slo.ttft_s), (self.tpot_s, self.slo.tpot_s), (self.e2e_s, self.slo.e2e_s)
+        ):  # fmt: skip
+            if bound_s is not None:
+                good &= np.isnan(times_s) | (times_s <= bound_s)
+        return float(np.mean(good))
+
     def _seconds(self, end: int, start: int) -> NDArray[np.float64]:
         return np.array([row[end] - row[start] for row in self.moments_ns], np.int64) / NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """What the replica's card, or group of cards, has drawn: on a device by its counter, which counts all that it does.
+
+    A simulated card has no measured source: this is the middle of the band that a report shows. Above idle power it
+    draws half of the rest up to the board's limit while an iteration runs, and the other half for the time that the
+    same work takes at the card's ceilings.
+    """
+
+    joules: float  # since the run began
+    watts: float  # on average over the last 10 s, or since the run began
+
+
+def _not_known() -> Energy | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +212,17 @@ class Telemetry:
     # them that it accepted.
     tested_drafts: int = 0
     accepted_drafts: int = 0
+    read_energy: Callable[[], Energy | None] = _not_known  # asks a device's counter, which takes its time
+
+    @property
+    def slo_attainment(self) -> float | None:
+        """Of the latest completed requests (up to 256), the share that met every SLO; None where there are no SLOs."""
+        return self.latest.slo_attainment
+
+    @property
+    def energy(self) -> Energy | None:
+        """None where the card's power is not known, or the device has no counter."""
+        return self.read_energy()
 
 
 class Policy(Protocol):

@@ -13,9 +13,10 @@ from helios_sim.report import format as fmt
 from helios_sim.report.cautions import MOST_LOST
 from helios_sim.report.designs import metric_columns
 from helios_sim.report.intervals import Interval
-from helios_sim.report.metrics import DEFINITIONS, STATISTICS, Band, Better, Metrics, Slo
+from helios_sim.report.metrics import DEFINITIONS, STATISTICS, Band, Better, Metrics
 from helios_sim.report.result import ServedWorkload, scope_in_words
 from helios_sim.report.terminal import TextTable, say
+from helios_sim.request import Slo
 
 if TYPE_CHECKING:
     import pyarrow

@@ -20,9 +20,9 @@ from helios_sim.report.intervals import (
     ratio_bounds,
     stretches,
 )
-from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, Slo, meets
+from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, meets
 from helios_sim.report.records import Records
-from helios_sim.request import NS_PER_S, Status
+from helios_sim.request import NS_PER_S, Slo, Status
 
 Run = tuple[Records, Metrics]
 IntArray = NDArray[np.int64]

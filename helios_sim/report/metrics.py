@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.report.records import Records
-from helios_sim.request import NS_PER_S, Status
+from helios_sim.request import NS_PER_S, Slo, Status
 from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import GapHistogram, RunStats
 from helios_sim.workload.faults import FaultKind, Struck
@@ -177,19 +177,6 @@ class Band:
 
 MetricValue = float | int | Band | None
 Metrics = Mapping[str, MetricValue]
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Service level objectives: bounds that a good request meets; None: no bound."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-    @property
-    def any(self) -> bool:
-        return any(bound is not None for bound in (self.ttft_s, self.tpot_s, self.e2e_s))
 
 
 @dataclass(frozen=True, slots=True)

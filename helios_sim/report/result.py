@@ -20,9 +20,9 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourc
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, Metrics, MetricValue, Slo, mean_metrics
+from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import Records
-from helios_sim.request import NS_PER_S
+from helios_sim.request import NS_PER_S, Slo
 from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.workload.faults import Struck

@@ -228,7 +228,10 @@ class Service:
         self._system = system
         self._door = Door(self.clock, system, len(self._fleet.parts.workload.mix.tasks))
         card = self._fleet.kinds[0].card
-        self._energy = Modelled(card, self._servers) if self._live is None else counted(self.config.live.device)
+        device = None if self._live is None else self.config.live.device
+        self._energy = energy = Modelled(card, self._servers) if device is None else counted(device)
+        for server in self._servers:
+            server.joules = lambda: energy.joules(int(self.clock.now))
         gc.collect()
         gc.freeze()
         self.clock.sync()

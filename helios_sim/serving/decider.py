@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from helios_sim.core import layout
 from helios_sim.core.layout import NEVER, TRIGGER, WINDOW, Watch
+from helios_sim.core.power import drawn_since
 from helios_sim.core.triggers import first_fired, next_alarm_ns, watches_queue
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import (
@@ -22,16 +24,20 @@ from helios_sim.policy.deployment import (
     KvAbove,
     LoadFailed,
     Placement,
+    PowerAbove,
     Probed,
     QueueAbove,
     RunningAbove,
+    SloBelow,
     Started,
     Trigger,
 )
-from helios_sim.policy.telemetry import Policy, Telemetry
+from helios_sim.policy.telemetry import Energy, Policy, Telemetry
+from helios_sim.request import NS_PER_S
 from helios_sim.serving.replica import Replica
 
 MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
+POWER_WINDOW_NS = 10 * NS_PER_S  # over which telemetry averages power
 DECISIONS_AT_ONE_TIME = 1000  # more than any policy needs; beyond it the policy contradicts its own triggers
 
 
@@ -69,29 +75,32 @@ class Decider:
     def arm(self) -> None:
         """A deployment came into force: its triggers start to watch.
 
-        A breach window goes on where the same limit watches the same placement.
+        A window goes on where the same limit watches the same placement.
         """
         deployment = self._replica.deployment
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
-        limits = [t for t in deployment.triggers if isinstance(t, BreachLimit)]
+        limits = [t for t in deployment.triggers if isinstance(t, BreachLimit | SloBelow)]
         before, flags = self.watch.windows, self._flags
-        known = [t for t in self._triggers if isinstance(t, BreachLimit)] if deployment.active == self._watched else []
-        self._flags = np.zeros((len(limits), max((t.window_tokens for t in limits), default=0)), np.bool_)
+        same = deployment.active == self._watched
+        known = [t for t in self._triggers if isinstance(t, BreachLimit | SloBelow)] if same else []
+        sizes = [_window(limit)[0] for limit in limits]
+        self._flags = np.zeros((len(limits), max(sizes, default=0)), np.bool_)
         windows = []
         for k, limit in enumerate(limits):
-            row = [limit.window_tokens, limit.limit, 0, 0, 0]
+            size, most = _window(limit)
+            row = [size, most, 0, 0, 0, int(isinstance(limit, SloBelow))]
             if limit in known:
                 old = known.index(limit)
                 row = [int(getattr(before[old], name)) for name in WINDOW.dtype.names or ()]
-                self._flags[k, : limit.window_tokens] = flags[old, : limit.window_tokens]
+                self._flags[k, :size] = flags[old, :size]
             windows.append(row)
         spent = [int(row.spent) for row in self.watch.triggers] if self._stays else [0] * len(deployment.triggers)
         rows = [
-            [*_numbers(trigger), spent[k], limits.index(trigger) if isinstance(trigger, BreachLimit) else 0]
+            [*_numbers(trigger), spent[k], limits.index(trigger) if trigger in limits else 0, _span_ns(trigger)]
             for k, trigger in enumerate(deployment.triggers)
         ]
         if self._failed is not None and self._ask_ns > self._replica.now_ns:
-            rows.append([layout.AT_TIME, self._ask_ns, 0, 0])
+            rows.append([layout.AT_TIME, self._ask_ns, 0, 0, 0])
         self._stays = False
         self._triggers, self._watched = deployment.triggers, deployment.active
         self.watch = self._watch(rows, windows)
@@ -142,7 +151,7 @@ class Decider:
     def _spend(self, k: int) -> None:
         """The policy has been asked because of this trigger."""
         trigger, row = self._triggers[k], self.watch.triggers[k]
-        if isinstance(trigger, BreachLimit):
+        if isinstance(trigger, BreachLimit | SloBelow):
             window = self.watch.windows[int(row.window)]
             window.filled = window.next = window.breaches = 0
         elif isinstance(trigger, Completed):
@@ -151,7 +160,12 @@ class Decider:
             row.spent = 1
 
     def _fired(self, start: int) -> int:
-        return int(first_fired(self._replica.state, self._replica.requests, self._replica.line, self.watch, start))
+        replica = self._replica
+        return int(
+            first_fired(
+                replica.state, replica.rules, replica.requests, replica.line, self.watch, replica.counts.marks, start
+            )
+        )
 
     def note_failed_load(self, model: str, reason: str, deployment: Deployment) -> None:
         """The log tells what stays in force, and the policy is asked as soon as it is."""
@@ -184,9 +198,23 @@ class Decider:
     def watches_queue(self) -> bool:
         return bool(watches_queue(self.watch))
 
+    @property
+    def watches_power(self) -> bool:
+        return any(isinstance(trigger, PowerAbove) for trigger in self._triggers)
+
+    def energy(self) -> Energy | None:
+        """What the replica's card has drawn by now; None: it is not known."""
+        replica, s, r = self._replica, self._replica.state, self._replica.rules
+        if not replica.read_counter():
+            return None
+        now_ns, unit_w, idle_w = int(s.now_ns), int(r.drawn_mw) / 1000, int(r.idle_mw) / 1000
+        joules = idle_w * now_ns / NS_PER_S + unit_w * int(s.drawn_ns) / NS_PER_S
+        since_ns = max(0, now_ns - POWER_WINDOW_NS)
+        drawn_ns = int(drawn_since(s, replica.counts.marks, since_ns))
+        return Energy(joules, idle_w + unit_w * drawn_ns / (now_ns - since_ns) if now_ns else idle_w)
+
     def _telemetry(self, cause: Cause) -> Telemetry:
         replica, s = self._replica, self._replica.state
-        at = int(self.watch.triggers[self._triggers.index(cause)].window) if isinstance(cause, BreachLimit) else 0
         decode_ns, decode_batch_ns = int(s.placed_decode_ns), int(s.placed_decode_batch_ns)
         return Telemetry(
             now_ns=replica.now_ns,
@@ -197,7 +225,7 @@ class Decider:
             prompt_tokens_mean=replica.recent.prompt_tokens_mean,
             output_tokens_mean=replica.recent.output_tokens_mean,
             arrival_rate_per_s=replica.recent.arrival_rate_per_s,
-            breaches_in_window=int(self.watch.windows[at].breaches) if len(self.watch.windows) else 0,
+            breaches_in_window=self._breaches(cause),
             observations=tuple(replica.observations),
             kv_used_share=replica.used_blocks / max(1, int(s.total_blocks)),
             latest=replica.recent.latest,
@@ -205,7 +233,24 @@ class Decider:
             prefix_cached_tokens=replica.prefix.free_tokens(int(replica.rules.block_tokens)),
             tested_drafts=replica.stats.tested_drafts + int(s.tested_drafts),
             accepted_drafts=replica.stats.accepted_drafts + int(s.accepted_drafts),
+            read_energy=self._read_energy(),
         )
+
+    def _breaches(self, cause: Cause) -> int:
+        """In the window of the trigger that fired, or of the first breach limit."""
+        limits = [trigger for trigger in self._triggers if isinstance(trigger, BreachLimit)]
+        if not limits:
+            return 0
+        limit = cause if isinstance(cause, BreachLimit) else limits[0]
+        row = self.watch.triggers[self._triggers.index(limit)]
+        return int(self.watch.windows[int(row.window)].breaches)
+
+    def _read_energy(self) -> Callable[[], Energy | None]:
+        """A device is asked only by a policy that wants to know; in a simulation it is what was drawn by now."""
+        if not self._replica.foresees:
+            return self.energy
+        found = self.energy()
+        return lambda: found
 
     def _log(self, cause: Cause, deployment: Deployment) -> None:
         now_ns = self._replica.now_ns
@@ -222,10 +267,23 @@ class Decider:
             )
 
 
+def _window(limit: BreachLimit | SloBelow) -> tuple[int, int]:
+    """How many tokens or requests a window holds, and above how many breaches or misses among them it fires."""
+    match limit:
+        case BreachLimit(tokens, most):
+            return tokens, most
+        case SloBelow(share, requests):
+            return requests, requests * (layout.MILLIONTHS - round(share * layout.MILLIONTHS)) // layout.MILLIONTHS
+
+
+def _span_ns(trigger: Trigger) -> int:
+    return round(trigger.window_s * NS_PER_S) if isinstance(trigger, PowerAbove) else 0
+
+
 def _numbers(trigger: Trigger) -> tuple[int, int]:
     """A trigger's kind and argument in the loop's records."""
     match trigger:
-        case BreachLimit():
+        case BreachLimit() | SloBelow():
             return layout.BREACHES, 0
         case Completed(requests):
             return layout.COMPLETIONS, requests
@@ -239,5 +297,7 @@ def _numbers(trigger: Trigger) -> tuple[int, int]:
             return layout.RUNNING_ABOVE, requests
         case KvAbove(share):
             return layout.KV_ABOVE, round(share * layout.MILLIONTHS)
+        case PowerAbove(watts):
+            return layout.POWER_ABOVE, round(watts * 1000)
         case Probed():
             return layout.PROBED, 0

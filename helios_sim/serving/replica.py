@@ -15,6 +15,7 @@ from helios_sim.core.layout import (
     FOREVER_NS,
     FREED,
     ITERATION,
+    MARK,
     NEVER,
     REQUEST,
     RULES,
@@ -31,15 +32,19 @@ from helios_sim.core.layout import (
     Trace,
     Watch,
 )
+from helios_sim.core.power import MARKS, note_drawn
 from helios_sim.exits.rule import PerToken, SelfSpeculation
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
-from helios_sim.request import RecordBlock, Request, RequestRecord
+from helios_sim.request import NS_PER_S, RecordBlock, Request, RequestRecord, Slo, to_ns
 from helios_sim.serving.inbox import COLUMNS, Inbox
 from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
 from helios_sim.serving.prefix import PrefixCache
 from helios_sim.serving.stats import SAMPLES, Recent, RunStats, Timeline, bucket_edges_ns
 
+COUNTER_EVERY_NS = NS_PER_S // 10  # between two looks at a device's energy counter, which take their time
+COUNTED_MW = 100_000  # a counter's joules are kept as nanoseconds of so much power
+MOST_MW = 50_000_000  # of a group of cards above idle, halved
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
 OnLeft = Callable[[RequestRecord, int], None]
 """A request has left, at that time in ns."""
@@ -65,7 +70,7 @@ class Replica:
         self.models = tuple(situation.candidates)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens, prefix_caching=int(situation.shares))
         self.timeline = Timeline()
-        self.recent = Recent()
+        self.recent = Recent(situation.slo)
         self.observations: list[Observation] = []  # new since the policy was last asked
         self.served: deque[Request] = deque(maxlen=SERVED_TEXTS)
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
@@ -76,6 +81,8 @@ class Replica:
         self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
         self._deployment: Deployment
         self._closed_loop, self._departures = closed_loop, departures
+        self.joules: Callable[[], float | None] | None = None  # of a device's counter
+        self._counter_ns = 0  # when it was read last
         self.counted_arrivals = 0  # those that the sliding means know
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
@@ -109,6 +116,7 @@ class Replica:
             depths=storage.array(self.depths),
             gaps=storage.array(self.stats.itl.counts),
             gap_edges_ns=storage.array(bucket_edges_ns()),
+            marks=storage.rows(MARK, MARKS),
         )
         s = self.state
         s.wake_ns = s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
@@ -212,6 +220,8 @@ class Replica:
             "draft_tokens": 0 if drafts is None or deployment.plan is not None else drafts.draft_tokens,
             "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
             "n_layers": profile.model.n_layers,
+            **_power(situation, self.foresees),
+            **_levels(situation.slo),
         }.items():
             setattr(r, name, int(value))
         if self.foresees:
@@ -222,6 +232,21 @@ class Replica:
                 setattr(r, name, int(value))
             if self.inbox.follow(s, deployment.plan, lambda model: situation.candidates[model].offline.exits):
                 self._plan_running()
+
+    def read_counter(self, every_ns: int = 0) -> bool:
+        """Notes what a device's counter says, unless it did so within `every_ns`. Whether what is drawn is known."""
+        if self.foresees:
+            return self.situation.power_w is not None
+        s, now_ns = self.state, max(int(self.state.end_ns), self.now_ns)
+        if self.joules is None or now_ns - self._counter_ns < every_ns:
+            return self.joules is not None
+        joules = self.joules()
+        if joules is None:
+            return False
+        drawn_ns = max(0, round(joules * NS_PER_S * 1000 / COUNTED_MW) - int(s.drawn_ns))
+        note_drawn(s, self.counts.marks, self._counter_ns, now_ns, drawn_ns)
+        self._counter_ns = now_ns
+        return True
 
     def _plan_running(self) -> None:
         """Requests that hold a slot follow the service plan as their rows do."""
@@ -388,6 +413,19 @@ class Replica:
             tokens, span = self.engine.tokenize(model, Request(*row))
             found.append((tokens, span.n_tokens, span.first, span.start, span.length))
         return np.array(found, np.int64).reshape(-1, 5)
+
+
+def _power(situation: Situation, foresees: bool) -> dict[str, int]:
+    """Of the replica's card, as the loop counts what it draws (`core.power`)."""
+    if not foresees or situation.power_w is None:
+        return {"idle_mw": 0, "drawn_mw": 0 if foresees else COUNTED_MW}
+    idle_w, limit_w = situation.power_w
+    return {"idle_mw": round(idle_w * 1000), "drawn_mw": min(round((limit_w - idle_w) * 500), MOST_MW)}
+
+
+def _levels(slo: Slo) -> dict[str, int]:
+    bounds = {"ttft_ns": slo.ttft_s, "tpot_ns": slo.tpot_s, "e2e_ns": slo.e2e_s}
+    return {name: NEVER if bound is None else to_ns(bound, "slo") for name, bound in bounds.items()}
 
 
 def _mask(block_tokens: int) -> int:

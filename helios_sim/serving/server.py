@@ -17,6 +17,7 @@ from helios_sim.core import layout
 from helios_sim.core.arrive import release, take_arrivals
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables
 from helios_sim.core.machine import Machine
+from helios_sim.core.power import note_drawn
 from helios_sim.core.route import cached_share
 from helios_sim.core.schedule import running_limit
 from helios_sim.errors import UserError
@@ -31,7 +32,7 @@ from helios_sim.serving.front import Front, Loop
 from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
-from helios_sim.serving.replica import OnLeft, Replica
+from helios_sim.serving.replica import COUNTER_EVERY_NS, OnLeft, Replica
 from helios_sim.serving.stats import RunStats, Timeline
 from helios_sim.serving.transition import Transitions
 from helios_sim.serving.turns import Turns
@@ -76,6 +77,7 @@ class Server:
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self.on_tokens: OnTokens | None = None  # stepwise only
+        self.joules: Callable[[], float | None] | None = None  # of the device since time began, by its counter
         self._ending: set[int] = set()  # requests whose next token is their last
         self._opened = False
         self.has_begun = False  # its first turn is over
@@ -108,6 +110,7 @@ class Server:
             self._env, self._number, self._engine, self._situation, self._on_left, self._loop.storage,
             users is not None, departures,
         )  # fmt: skip
+        replica.joules = self._joules
         if machine is not None:
             replica.on_block = on_block
         if not self._pictures:
@@ -171,7 +174,10 @@ class Server:
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
                 yield from self._wait(probe_end_ns)
-                replica.stats.busy_ns += probe_end_ns - int(s.now_ns)
+                probe_ns = probe_end_ns - int(s.now_ns)
+                replica.stats.busy_ns += probe_ns
+                if replica.foresees:
+                    note_drawn(s, replica.counts.marks, int(s.now_ns), probe_end_ns, probe_ns)
                 continue
             self._transitions.follow_plan()
             yield from self._serve()
@@ -283,7 +289,12 @@ class Server:
         it.draft_ns = outcome.draft_ns
         it.outside = int(profile.outside_grid(outcome.composition)[0])
         s.end_ns = outcome.end_ns
+        if self._decider.watches_power:
+            replica.read_counter(COUNTER_EVERY_NS)
         return None
+
+    def _joules(self) -> float | None:
+        return None if self.joules is None else self.joules()
 
     def _produced(self) -> list[Produced]:
         """The tokens of the iteration in progress, in the order of its batch."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from helios_sim.policy.telemetry import LatestRequests
-from helios_sim.request import NS_PER_S
+from helios_sim.request import NS_PER_S, Slo
 
 _LONGEST_NS = 10**15  # 11.6 days; anything longer falls into one last bucket
 
@@ -180,7 +180,8 @@ RECENT = 256  # arrivals and completed requests that sliding means look back on
 class Recent:
     """Latest completed requests and arrivals of a replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, slo: Slo) -> None:
+        self._slo = slo
         self._prompt_tokens: deque[int] = deque(maxlen=RECENT)
         self._output_tokens: deque[int] = deque(maxlen=RECENT)
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
@@ -198,7 +199,7 @@ class Recent:
 
     @property
     def latest(self) -> LatestRequests:
-        return LatestRequests(tuple(self._moments_ns))
+        return LatestRequests(tuple(self._moments_ns), self._slo)
 
     def arrived(self, now_ns: int) -> None:
         self._arrivals_ns.append(now_ns)

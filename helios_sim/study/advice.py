@@ -21,7 +21,7 @@ from helios_sim.report.capacity import (
     rule,
 )
 from helios_sim.report.cautions import of_inputs
-from helios_sim.report.metrics import Slo
+from helios_sim.request import Slo
 from helios_sim.study.capacity_plan import CapacityPlan, replays
 
 FULL_DEPTH = "full_depth"

@@ -13,7 +13,7 @@ from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_leng
 from helios_sim.report.cautions import kept_up_to_rps
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import Metrics, MetricValue, Slo, mean_metrics
+from helios_sim.report.metrics import Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
@@ -34,6 +34,7 @@ from helios_sim.report.result import (
     headline_metrics,
     shown_metrics,
 )
+from helios_sim.request import Slo
 from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.build import Arm, confidence, threshold
 from helios_sim.study.fleet import shared_fleet

@@ -17,6 +17,7 @@ from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.live.energy import may_be_counted
 from helios_sim.policy.registry import PolicyConfig, parameters_of, policy_config
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.formats import named_format
@@ -24,10 +25,12 @@ from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import find_profile, in_precision
 from helios_sim.profile.runtimes import preset
-from helios_sim.profile.spec import Runtime
+from helios_sim.profile.spec import HardwareSpec, Runtime
 from helios_sim.profile.store import load_profile
 from helios_sim.provenance import ProvenanceClass
+from helios_sim.request import Slo
 from helios_sim.study.limits import check_times
+from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
 from helios_sim.study.workload import Foresight, build_workload, choose, expected_load
 from helios_sim.workload import (
@@ -38,6 +41,7 @@ PROFILE_RUNTIME = "profile"  # a preset's name: host costs as the profile has th
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
+MOST_COUNTED_W = 1e5  # by a device's counter
 OF_THE_ARM = ("policy", "description", "baseline", "overrides")  # of an entry; the rest are the policy's parameters
 
 
@@ -89,6 +93,8 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         wait_tokens=config.server.batch_wait_tokens,
         shares=shares,
         prefixes=workload.prefixes if shares else None,
+        slo=Slo(**vars(config.slo)),
+        power_w=_power_w(config, card),
     )
     if config.server.order == "priority" and not workload.has_priorities:
         raise UserError(
@@ -97,6 +103,13 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         )  # fmt: skip
     check_times(workload, models, situation)
     return Parts(workload, models, situation)
+
+
+def _power_w(config: Config, card: HardwareSpec) -> tuple[float, float] | None:
+    """Idle, and at the board's limit, of a replica's card; live all that a counter can tell. None: not known."""
+    if config.mode == LIVE:
+        return (0.0, MOST_COUNTED_W) if may_be_counted(config.live.device) else None
+    return None if card.idle_w is None or card.tdp_w is None else (card.idle_w, card.tdp_w)
 
 
 def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objective:

@@ -29,10 +29,11 @@ from helios_sim.report.capacity import (
     rule,
 )
 from helios_sim.report.compare import attainment_of, interval_of, intervals_of
-from helios_sim.report.metrics import Slo, mean_metrics
+from helios_sim.report.metrics import mean_metrics
 from helios_sim.report.result import ServedWorkload
 from helios_sim.report.terminal import say
 from helios_sim.report.write import write_capacity
+from helios_sim.request import Slo
 from helios_sim.study.advice import advised_plan, reservations_of, verdict, why_not
 from helios_sim.study.band import band_of, possible
 from helios_sim.study.capacity_plan import CapacityPlan, plan_capacity

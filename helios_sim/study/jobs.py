@@ -21,10 +21,10 @@ from helios_sim.profile.runtimes import FIT, HOST_TIME
 from helios_sim.profile.spec import Basis, RuntimeConfig
 from helios_sim.provenance import NOT_READ, Assumption, Provenance, ProvenanceClass
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
-from helios_sim.report.metrics import Cards, MetricValue, Power, Slo, compute_metrics
+from helios_sim.report.metrics import Cards, MetricValue, Power, compute_metrics
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.report.result import ExitDepths, Replicate
-from helios_sim.request import RequestRecord, to_ns
+from helios_sim.request import RequestRecord, Slo, to_ns
 from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.decider import Decision
 from helios_sim.serving.faults import with_faults

@@ -77,6 +77,7 @@ class LiveRun:
 
         server = make_server(self.engine)
         self.device_engine.faults = server
+        server.joules = self.meter.so_far_j
         server.open()
         deployment, live = server.decisions[0].deployment, self._config.live
         places = self.device_engine.work.places[deployment.active.model].requests
