@@ -190,6 +190,8 @@ class System:
             if not self._arrivals_to_come:
                 return
             scaler.look(int(self.env.now))
+            for number in scaler.gone():
+                self.servers[number].forget_prefixes()
             self.follow(scaler)
 
     def more_comes(self) -> bool:

@@ -121,6 +121,45 @@ def test_what_always_holds(least: int, per: float, start_s: float, every_s: floa
         assert any(since <= record.arrival_ns and record.last_token_ns <= until for since, until in spans)
 
 
+def test_a_fleet_may_begin_with_more_than_the_least() -> None:
+    """And they stay for as long as fewer have not been wanted for the whole window."""
+    scaler = Autoscaler(replace(RULE, first=3), 4, lambda number: 1)
+    serves = {}
+    while scaler.next_ns <= 120 * NS_PER_S:
+        now_ns = scaler.next_ns
+        scaler.look(now_ns)
+        serves[now_ns // NS_PER_S] = sum(scaler.serves(number) for number in range(4))
+    assert [serves[at] for at in (15, 45, 60, 75, 120)] == [3, 3, 3, 1, 1]
+
+
+SHARED = (
+    "server.enable_prefix_caching=true", "+workload.system_prompts={sharegpt: 300}", "workload.mix.tasks={sharegpt: 1}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", ["plain", "vllm_v1"])
+def test_a_replica_that_went_off_has_forgotten_its_prefixes_in_every_way_to_run(scheduler: str) -> None:
+    """A burst, a pause, and so on: those that come again find nothing, so they hit less than replicas that stay."""
+    ahead = ("server.schedule_ahead=1",) if scheduler == "vllm_v1" else ()
+    words = (*AUTO, *SHARED, *ahead, f"server.scheduler={scheduler}", "autoscale.down_after_s=0.5",
+             "workload.arrivals.kind=gamma", "workload.arrivals.cv=6", "workload.arrivals.rate_per_s=8")  # fmt: skip
+    (records, run), *others = (ran(*words, **how) for how in ({}, {"compiled": False}, {"stepwise": True}))
+    assert run.scaled is not None
+    assert run.scaled.starts > 9
+    for other, its in others:
+        assert other == records
+        assert its.scaled == run.scaled
+        assert its.stats == run.stats
+    served = [record for record in records if record.scheduled_ns is not None]
+    first = {}
+    for record in sorted(served, key=lambda r: (r.scheduled_ns, r.cached_tokens)):  # of one batch the first
+        for since, until in run.scaled.on_ns[record.replica]:
+            if since <= record.arrival_ns <= until:
+                first.setdefault((record.replica, since), record)
+    assert len(first) > 9
+    assert all(record.cached_tokens == 0 for record in first.values())
+
+
 def test_where_the_least_is_all_nothing_changes() -> None:
     words = ("server.replicas=3", "autoscale.requests_per_replica=1", "autoscale.start_s=1")
     records, run = ran(*words, "autoscale.least=3")
@@ -153,7 +192,8 @@ def test_cards_are_paid_for_while_they_are_on() -> None:
         (("server.replicas=4", "autoscale.least=1", "autoscale.requests_per_replica=5"), "autoscale.start_s=None"),
         ((*AUTO, "autoscale.least=5"), "at most server.replicas=4"),
         ((*AUTO, "autoscale.every_s=0"), "autoscale.every_s"),
-        ((*AUTO, "server.enable_prefix_caching=true"), "forget its prefixes"),
+        ((*AUTO, "autoscale.first=5"), "from autoscale.least=1 to server.replicas=4"),
+        ((*AUTO, "server.enable_prefix_caching=true", "server.router=prefix_aware"), "where replicas come and go"),
         ((*AUTO, "workload.faults.replica_dies.rate_per_hour=3"), "struck by faults"),
         ((*AUTO, "workload.arrivals.kind=closed_loop", "workload.arrivals.users=5"), "do not wait for answers"),
         (("autoscale.least=1", *AUTO[2:], "server.replicas=1"), "server.replicas=2 or more"),

@@ -66,7 +66,7 @@ def autoscale() -> dict[str, Case]:
         "server.replicas": 3, "autoscale.least": 1, "autoscale.requests_per_replica": 2.0, "autoscale.start_s": 1.0,
         "autoscale.every_s": 1.0, "autoscale.down_after_s": 2.0,
     }  # fmt: skip
-    other = {"least": 2, "requests_per_replica": 5.0, "start_s": 3.0, "every_s": 0.5, "down_after_s": 9.0}
+    other = {"least": 2, "requests_per_replica": 5.0, "start_s": 3.0, "every_s": 0.5, "down_after_s": 9.0, "first": 3}
     return {f"autoscale.{name}": Case(value, beside) for name, value in other.items()}
 
 

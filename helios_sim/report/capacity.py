@@ -27,8 +27,9 @@ TIMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 TOLD = (
     ATTAINMENT, *(f"{name}_{statistic}" for name in TIMES for statistic in STATISTICS), "agreement", "bits_per_char",
     "busy_fraction", "kv_utilisation_mean", "throughput_tokens_per_s", "usd_per_hour", "usd_per_million_tokens",
-    "gco2e_per_million_tokens",
+    "gco2e_per_million_tokens", "prefix_cache_hit_rate",
 )  # fmt: skip
+ON = "replicas_on_mean"  # of fleets that are autoscaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +98,28 @@ class FleetPlan:
     by_seed: tuple[int | None, ...] = ()  # the same of each seed alone
     at: Tried | None = None  # with so many replicas; where none were found, with the most that were tried
     why_not: str | None = None  # why it cannot run, or what is missed with as many as may be tried
+    scaled: bool = False  # replicas come and go, at most so many
+    of: str | None = None  # the arm of the same with all replicas always on, where it is planned too
 
     @property
     def cards(self) -> int | None:
         return None if self.replicas is None else self.replicas * self.cards_per_replica
 
     @property
+    def cards_on(self) -> float | None:
+        """Cards that are on, on average: all where none come and go."""
+        on = self.at.metrics.get(ON) if self.scaled and self.at is not None else None
+        if self.cards is None or not isinstance(on, int | float):
+            return self.cards
+        return float(on) * self.cards_per_replica
+
+    @property
     def fleet(self) -> str:
-        """3 x h100-80gb; 2 x 4xh100-80gb (8 cards)."""
-        several = f" ({self.cards} cards)" if self.cards_per_replica > 1 else ""
-        return f"{self.replicas} x {self.card}{several}"
+        """3 x h100-80gb; 2 x 4xh100-80gb (8 cards); up to 5 x l40s (2.4 on average)."""
+        several = f"{self.cards} cards" if self.cards_per_replica > 1 else ""
+        on = f"{fmt.number(self.cards_on)} on average" if self.scaled and self.cards_on is not None else ""
+        beside = ", ".join(filter(None, (several, on)))
+        return f"{'up to ' if self.scaled else ''}{self.replicas} x {self.card}" + (f" ({beside})" if beside else "")
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -167,6 +180,10 @@ class CapacityResult(Sourced):
         return tuple(dict.fromkeys(plan.card for plan in self.plans))
 
     @property
+    def scaled(self) -> bool:
+        return any(plan.scaled for plan in self.plans)
+
+    @property
     def priced(self) -> bool:
         return any(plan.usd_per_hour is not None for plan in self.plans)
 
@@ -209,7 +226,7 @@ def print_capacity(result: CapacityResult, file: TextIO | None = None) -> None:
     say(
         f"*: advised. repl.: the fewest replicas with {result.rule}. MJ/M{', USD/M' if result.priced else ''}: for a "
         "million output tokens. same: output tokens equal to full depth's. SLOs kept: requests inside all, [95 % "
-        f"{scope_in_words(result.seeds)}].{dollars}",
+        f"{scope_in_words(result.seeds)}].{dollars}{' on: cards that are on, on average.' if result.scaled else ''}",
         file,
     )
 
@@ -218,7 +235,8 @@ def plan_table(result: CapacityResult, load: float) -> TextTable:
     """The plans for one load: a row for each card, and below it one for each arm."""
     plans = [plan for plan in result.plans if plan.load == load]
     table = TextTable(f"{result.title}: {load_in_words(load, plans[0].requests_per_s)}")
-    for header in ("fleet", "repl.", "cards", *(("USD/h", "USD/M") if result.priced else ()), "MJ/M", "same %"):
+    beside = (*(("on",) if result.scaled else ()), *(("USD/h", "USD/M") if result.priced else ()))
+    for header in ("fleet", "repl.", "cards", *beside, "MJ/M", "same %"):
         table.column(header, number=header != "fleet")
     table.column("SLOs kept, %")
     advised = result.advised(load)
@@ -226,14 +244,14 @@ def plan_table(result: CapacityResult, load: float) -> TextTable:
         table.row([card, *[""] * (len(table.headers) - 1)], dim=True)
         for plan in (plan for plan in plans if plan.card == card):
             mark = "*" if advised is not None and plan is advised.plan else " "
-            table.row([f"{mark} {plan.arm}", *_cells(plan, result.priced)])
+            table.row([f"{mark} {plan.arm}", *_cells(plan, result.priced, result.scaled)])
     return table
 
 
-def _cells(plan: FleetPlan, priced: bool) -> list[str]:
+def _cells(plan: FleetPlan, priced: bool, scaled: bool) -> list[str]:
     nothing, at = fmt.NOTHING, plan.at
     if at is None:
-        return [nothing] * (7 if priced else 5)
+        return [nothing] * ((7 if priced else 5) + scaled)
     found = plan.replicas is not None
     dollars = [at.metrics.get(name) if found else None for name in ("usd_per_hour", "usd_per_million_tokens")]
     shown = [f"{value:,.2f}" if isinstance(value, int | float) else nothing for value in dollars]
@@ -241,11 +259,17 @@ def _cells(plan: FleetPlan, priced: bool) -> list[str]:
     return [
         str(plan.replicas) if found else f">{at.replicas}",
         str(plan.cards) if found else nothing,
+        *((on_text(plan),) if scaled else ()),
         *(shown if priced else ()),
         energy_text(energy),
         per_cent(same) if isinstance(same, float) else nothing,
         attainment_text(at),
     ]
+
+
+def on_text(plan: FleetPlan) -> str:
+    """Cards that are on, on average."""
+    return fmt.NOTHING if plan.cards_on is None else fmt.number(plan.cards_on)
 
 
 def energy_text(energy: Band | float | None) -> str:
@@ -311,7 +335,8 @@ def summarise_plans(result: CapacityResult) -> dict[str, Any]:
 
 def _plan(plan: FleetPlan) -> dict[str, Any]:
     at = plan.at
-    metrics = {} if at is None else {name: at.metrics[name] for name in TOLD if at.metrics.get(name) is not None}
+    names = (*TOLD, ON) if plan.scaled else TOLD
+    metrics = {} if at is None else {name: at.metrics[name] for name in names if at.metrics.get(name) is not None}
     return {
         "card": plan.card,
         "policy": plan.arm,
@@ -323,7 +348,7 @@ def _plan(plan: FleetPlan) -> dict[str, Any]:
         "of_replicas": None if at is None else at.replicas,
         "metrics": json_value(metrics),
         "intervals": {} if at is None else json_value({k: v for k, v in at.intervals.items() if k in metrics}),
-    }
+    } | ({"autoscaled": True} if plan.scaled else {})
 
 
 def _advice(advice: Advice | None) -> dict[str, Any] | None:
@@ -343,4 +368,4 @@ def _advice(advice: Advice | None) -> dict[str, Any] | None:
         "profile_band": json_value(advice.band),
         "at_ends": [{"time_factor": factor, "replicas": number} for factor, number in advice.at_ends],
         "survives": advice.survives,
-    }
+    } | ({"autoscaled": True, "cards_on_mean": plan.cards_on} if plan.scaled else {})

@@ -17,6 +17,7 @@ from helios_sim.report.capacity import (
     energy_text,
     joules_per_million_tokens,
     load_in_words,
+    on_text,
     range_in_words,
 )
 from helios_sim.report.cautions import cautions
@@ -234,6 +235,7 @@ def _plan_row(result: CapacityResult, plan: FleetPlan, names: Sequence[str]) -> 
         "replicas": str(plan.replicas) if found else f"> {at.replicas}",
         "by_seed": _over_seeds(plan) if len(plan.by_seed) > 1 else "",
         "cards": fmt.NOTHING if plan.cards is None else str(plan.cards),
+        "on": f"{on_text(plan)} on average" if plan.scaled and found else "",
         "usd": [f"{value:,.2f}" if isinstance(value, int | float) else fmt.NOTHING for value in usd],
         "energy": energy_text(energy),
         "cells": [

@@ -5,7 +5,7 @@ from `least` to all there are. More are started at once: a replica that drains s
 it serves. Fewer are kept only after it has wanted no more than so many for `down_after_ns` (its stabilisation window):
 then those with the fewest requests drain. They get none anew, and are off when a look finds them empty. Requests stay
 where the router sent them; what waits when a replica starts is not shared out anew. Whoever pays for cards pays from
-the start of a replica until it is off.
+the start of a replica until it is off. A replica that is off has forgotten its prefixes.
 
 https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/ (algorithm, sync period 15 s, stabilisation
 window 300 s).
@@ -28,6 +28,7 @@ class Scaling:
     every_ns: int
     down_after_ns: int
     start_ns: int
+    first: int | None = None  # that serve at the beginning; None: `least`
 
     def wanted(self, requests: int, most: int) -> int:
         """Replicas for so many requests in the system."""
@@ -63,13 +64,16 @@ class Autoscaler:
     def __init__(self, scaling: Scaling, replicas: int, requests_in: Callable[[int], int]) -> None:
         """`requests_in`: how many requests are in a replica now."""
         self._scaling, self._requests_in = scaling, requests_in
-        self._states = [_State.UP if number < scaling.least else _State.OFF for number in range(replicas)]
+        first = scaling.least if scaling.first is None else scaling.first
+        self._states = [_State.UP if number < first else _State.OFF for number in range(replicas)]
         self._since_ns = [0] * replicas
         self._ready_ns: dict[int, int] = {}  # of those that start
         self._on_ns: list[list[tuple[int, int]]] = [[] for _ in range(replicas)]
         self._counts: list[tuple[int, int, int]] = []
         self._starts = 0
-        self._recent: deque[tuple[int, int]] = deque()  # time and replicas wanted then, of the stabilisation window
+        self._gone: list[int] = []  # since it was last asked
+        # time and replicas wanted then, of the stabilisation window
+        self._recent: deque[tuple[int, int]] = deque([(0, first)])
         self._look_ns = scaling.every_ns
         self._count(0)
 
@@ -81,6 +85,11 @@ class Autoscaler:
     def serves(self, number: int) -> bool:
         """Whether a router may send requests there."""
         return self._states[number] is _State.UP
+
+    def gone(self) -> list[int]:
+        """The replicas that went off since this was last asked."""
+        found, self._gone = self._gone, []
+        return found
 
     def look(self, now_ns: int) -> None:
         for number in [number for number, ready_ns in self._ready_ns.items() if ready_ns == now_ns]:
@@ -104,6 +113,7 @@ class Autoscaler:
         for number in self._in(_State.DRAINING):
             if not requests[number]:
                 self._states[number] = _State.OFF
+                self._gone.append(number)
                 self._on_ns[number].append((self._since_ns[number], now_ns))
         wanted = self._scaling.wanted(sum(requests), len(requests))
         self._recent.append((now_ns, wanted))

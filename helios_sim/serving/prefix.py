@@ -59,7 +59,7 @@ class PrefixCache:
         if not self.shares:
             return
         if model != self._model:
-            self._forget_all()
+            self.forget()
             self._model = model
             if model not in self._segments and self._texts is not None:
                 ends = self._profiles[model].model.tokens_of_many(self._texts.end_chars)
@@ -111,10 +111,11 @@ class PrefixCache:
             for block in ring:
                 prefix.make_known(self.tables, block, int(self._blocks[block, prefix.HASH]))
 
-    def _forget_all(self) -> None:
+    def forget(self) -> None:
+        """Nothing is cached any more. No request may hold a block."""
         s = self._state
         if s.used_blocks:
-            raise RuntimeError(f"the model changes while {s.used_blocks} KV blocks are held")
+            raise RuntimeError(f"the prefix cache is emptied while {s.used_blocks} KV blocks are held")
         self._blocks[: int(s.made_blocks) + 1] = 0
         self._blocks[: int(s.made_blocks) + 1, prefix.HASH] = NEVER
         self._buckets[:] = 0

@@ -326,6 +326,12 @@ class Replica:
         """Requests that are done give back what they still hold."""
         schedule.release_lingering(self.state, self.rules, self.lists, self.freed, self.prefix.tables)
 
+    def forget_prefixes(self) -> None:
+        """K and V that are cached are gone; no request may hold any."""
+        if self.prefix.shares:
+            self.release_lingering()
+            self.prefix.forget()
+
     def resize_pool(self, total_blocks: int) -> None:
         if total_blocks < self.state.used_blocks:
             raise RuntimeError(f"KV pool of {total_blocks} blocks while {self.state.used_blocks} are used")

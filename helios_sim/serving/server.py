@@ -384,6 +384,10 @@ class Server:
         """No further request comes."""
         self._replica.state.routed = 0
 
+    def forget_prefixes(self) -> None:
+        """The replica goes off: nothing is in it, and nothing is cached any more."""
+        self._replica.forget_prefixes()
+
     def submit(self, request: Request, from_replica: int | None = None) -> None:
         """A request arrives now. It is dropped at once if it can never run as deployed.
 

@@ -31,18 +31,19 @@ LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
 
 
 def advised_plan(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> FleetPlan | None:
-    """The cheapest fleet whose answers are good enough: by dollars where they are known, else by cards.
+    """The cheapest fleet whose answers are good enough: by dollars where they are known, else by cards that are on.
 
-    Among equals the one that changes fewer tokens, then the order of the cards and arms. None where there is none.
+    Among equals the one that changes fewer tokens, then the one of fewer cards at most, then the order of the cards and
+    arms. None where there is none.
     """
     good = [it for it in plans if it.replicas is not None and _is_good(plan, it) and not _is_bound(plan, it)]
     return min(good, key=_price, default=None)
 
 
 def _price(it: FleetPlan) -> tuple[float, ...]:
-    cards, agreement = float(it.cards or 0), None if it.at is None else it.at.metrics.get("agreement")
+    cards, agreement = float(it.cards_on or 0), None if it.at is None else it.at.metrics.get("agreement")
     changed = 1 - agreement if isinstance(agreement, float) else 0.0
-    return (cards if it.usd_per_hour is None else it.usd_per_hour, cards, changed)
+    return (cards if it.usd_per_hour is None else it.usd_per_hour, cards, changed, float(it.cards or 0))
 
 
 def _is_good(plan: CapacityPlan, it: FleetPlan) -> bool:
@@ -76,6 +77,8 @@ def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Adv
             found += [_take(advised), *_where_off(advised)]
             found += [*_whole(plan, of_load, advised.plan), *_other_cards(plan, of_load, advised.plan)]
         found += _policies(plan, of_load, advised)
+        found += _scaled(plan, of_load, advised)
+        found += _cached(advised)
     if plan.without_exits is not None:
         found.append(plan.without_exits)
     cannot = dict.fromkeys(f"{it.arm} on {it.card} cannot run: {it.why_not}" for it in plans if it.at is None)
@@ -150,11 +153,11 @@ def _other_cards(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPl
         return
     told = [f"no number of {card} that was tried" if best is None else _in_short(best) for card, best in others]
     yield f"Other cards: {', '.join(told)}."
-    if chosen.usd_per_hour is None and chosen.cards:
+    if chosen.usd_per_hour is None and chosen.cards_on:
         limits = [
-            f"{_times(best.cards / chosen.cards)} {_one(card)}"
+            f"{_times(best.cards_on / chosen.cards_on)} {_one(card)}"
             for card, best in others
-            if best is not None and best.cards is not None
+            if best is not None and best.cards_on is not None
         ]
         if limits:
             yield (
@@ -191,6 +194,38 @@ def _needs(it: FleetPlan) -> str:
     number = f"more than {it.at.replicas}" if it.replicas is None else str(it.replicas)
     same = it.at.metrics.get("agreement")
     return f"{it.arm} {number}" + (f", {fmt.in_unit(same, 'share')}" if isinstance(same, float) else "")
+
+
+def _scaled(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | None) -> Iterator[str]:
+    """What replicas that come and go save beside as many as the same policy needs when all are always on."""
+    for it in plans:
+        if it.of is None or it.at is None or (advice is not None and it.card != advice.plan.card):
+            continue
+        fixed = next((other for other in plans if (other.card, other.arm) == (it.card, it.of)), None)
+        which = f"{it.of} on {it.card}" if advice is None else it.of
+        if it.replicas is None:
+            yield (
+                f"Autoscaled, {which} does not keep the service levels: {it.why_not}. More replicas that are always on "
+                "(autoscale.least) or fewer requests for each (autoscale.requests_per_replica) start them earlier."
+            )
+        elif fixed is not None and fixed.cards and it.cards_on is not None:
+            less = 1 - it.cards_on / fixed.cards
+            change = f"{abs(less) * 100:.0f} % {'less' if less > 0 else 'more'} card time than"
+            beside = f"{change if round(less, 2) else 'as much card time as'} {fixed.fleet} that are always on"
+            yield f"Autoscaled, {which} takes {it.fleet}: {beside}."
+        elif it.cards_on is not None:
+            yield f"Autoscaled, {which} takes {it.fleet}."
+
+
+def _cached(advice: Advice | None) -> Iterator[str]:
+    at = None if advice is None else advice.plan.at
+    share = None if at is None else at.metrics.get("prefix_cache_hit_rate")
+    if at is not None and isinstance(share, int | float):
+        known = fmt.metric_with_interval("prefix_cache_hit_rate", share, at.intervals.get("prefix_cache_hit_rate"))
+        yield (
+            f"Of its prompts' tokens {known} were cached, which the plan counts on: server.enable_prefix_caching=false "
+            "plans without."
+        )
 
 
 def _none_fits(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> str:

@@ -19,6 +19,7 @@ from helios_sim.profile.spec import TimeBand
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.capacity import (
     ATTAINMENT,
+    ON,
     TOLD,
     Advice,
     CapacityResult,
@@ -126,7 +127,8 @@ def evaluate(job: Job) -> Outcome:
     def figures() -> tuple[Any, Any]:
         records, metrics = figures_of(job)
         slo = Slo(**vars(job.config.slo))
-        return metrics, {**intervals_of([(records, metrics)], TOLD), ATTAINMENT: attainment_of(records, slo)}
+        names = TOLD if job.config.autoscale.least is None else (*TOLD, ON)
+        return metrics, {**intervals_of([(records, metrics)], names), ATTAINMENT: attainment_of(records, slo)}
 
     return outcome_of(figures)
 
@@ -174,7 +176,7 @@ class _Fleets:
         means = mean_metrics(runs)
         intervals = outcomes[0].intervals if len(runs) == 1 else {
             name: interval_of(name, [run[name] for run in runs])
-            for name in TOLD
+            for name in ((*TOLD, ON) if option.least is not None else TOLD)
             if means[name] is not None
         }
         kept = all_kept(self.plan.requirements, means)
@@ -185,13 +187,14 @@ class _Fleets:
 def _fleet_plan(plan: CapacityPlan, place: int, load: float, found: Found | None, fleets: _Fleets) -> FleetPlan:
     option = plan.options[place]
     about = (load, plan.rate_at(load), option.card, option.cards_per_replica, option.arm)
+    scaled = option.least is not None
     if found is None:
-        return FleetPlan(*about, None, why_not=option.why_not)
+        return FleetPlan(*about, None, why_not=option.why_not, scaled=scaled, of=option.of)
     replicas, *by_seed = found.least
     at = fleets.tried[_Case(place, load, max(found.tried) if replicas is None else replicas)]
     slo = Slo(**vars(plan.config.slo))
     reason = None if replicas is not None else at.error or why_not(plan.requirements, slo, at)
-    return FleetPlan(*about, replicas, tuple(by_seed), at, reason)
+    return FleetPlan(*about, replicas, tuple(by_seed), at, reason, scaled, option.of)
 
 
 def _advice(plan: CapacityPlan, plans: Sequence[FleetPlan], fleets: _Fleets) -> tuple[Advice, ...]:

@@ -39,6 +39,8 @@ class Option:
     arm: str
     config: Config  # with this arm and this card alone
     is_bound: bool = False  # knows what will come, as no policy that one could deploy
+    least: int | None = None  # replicas that are always on, where the others come and go; None: all are
+    of: str | None = None  # the arm of the same with all replicas always on, where it is planned too
     why_not: str | None = None  # why it cannot run at all
 
 
@@ -69,6 +71,8 @@ class CapacityPlan:
         `factor`: iterations take so many times as long as the profiles say.
         """
         changes = {**at_load(self.config, load), "server.replicas": replicas}
+        if option.least is not None:
+            changes |= {"autoscale.least": min(option.least, replicas), "autoscale.first": replicas}
         if factor != 1.0:
             changes["profile_time_factor"] = time_factor(self.config, factor)
         return jobs_of(option.config, option.arm, changes)
@@ -85,7 +89,7 @@ def plan_capacity(config: Config) -> CapacityPlan:
     errors: list[UserError] = []
     fleets: dict[str, Fleet] = {}
     for card in config.capacity.cards:
-        for arm, changes, entry in arms:
+        for (arm, changes, entry), least, of in _always_on_or_not(config, arms):
             own = with_settings(config, {**changes, "hardware": card, **at_load(config, config.capacity.loads[0])})
             own = replace(own, arms={arm: entry}, policy=None)
             with _of_cards():
@@ -95,10 +99,15 @@ def plan_capacity(config: Config) -> CapacityPlan:
             costs_of(replace(own, cost=replace(own.cost, usd_per_card_hour=None)), fleet)  # carbon needs known power
             fleets.setdefault(card, fleet)
             name = fleet.kinds[0].card.name
-            option = Option(name, group_of(name)[0], arm, own, job.arm.policy.kind.is_bound)
+            option = Option(name, group_of(name)[0], arm, own, job.arm.policy.kind.is_bound, least, of)
             try:
                 check_study(plan_study(replace(own, cost=replace(own.cost, usd_per_card_hour=None))))
+                if least is not None:
+                    most = {"server.replicas": least, "autoscale.least": least}
+                    shared_fleet(jobs_of(own, arm, most)[0].config, job.seed)
             except UserError as error:
+                if of is not None and options[-1].why_not is None:  # the same runs with all replicas always on
+                    raise
                 errors.append(error)
                 option = replace(option, why_not=str(error))
             options.append(option)
@@ -171,6 +180,10 @@ def _check_kind(config: Config) -> None:
     if config.cluster.kinds:
         allowed = "a capacity plan is of equal replicas"
         raise UserError("cluster.kinds", "given", allowed, "name all cards in capacity.cards, each is planned alone")
+    least, most = config.autoscale.least, config.capacity.most_replicas
+    if least is not None and least > most:
+        allowed = f"at most capacity.most_replicas={most}"
+        raise UserError("autoscale.least", least, allowed, "raise capacity.most_replicas")
     workload = config.workload
     if workload.arrivals.kind not in (*DRAWN, "trace"):
         allowed = f"arrivals that do not wait for answers: {', '.join(DRAWN)} or trace"
@@ -183,6 +196,25 @@ def _check_kind(config: Config) -> None:
 
 
 _Arm = tuple[str, dict[str, Any], Mapping[str, Any]]  # name, changes of the study's settings, entry
+
+
+def _always_on_or_not(config: Config, arms: Sequence[_Arm]) -> Iterator[tuple[_Arm, int | None, str | None]]:
+    """Each arm; with `autoscale`, once with all replicas always on and once with replicas that come and go.
+
+    With each the least number of those that are always on, and the arm of the first kind that it goes with. An arm that
+    says itself how its replicas come and go is planned so alone.
+    """
+    least = config.autoscale.least
+    always_on = {} if least is None else {"autoscale.least": None}
+    for name, changes, entry in arms:
+        overrides = dict(entry.get("overrides") or {})
+        own = overrides.pop("autoscale.least", None)
+        if own is not None:
+            yield (name, {**changes, **always_on}, {**entry, "overrides": overrides}), int(own), None
+            continue
+        yield (name, {**changes, **always_on}, entry), None, None
+        if least is not None:
+            yield (f"{name}_autoscaled", {**changes, **always_on}, entry), least, name
 
 
 def _arms(config: Config) -> tuple[list[_Arm], str | None]:
@@ -278,7 +310,14 @@ def _conditions(config: Config, names: Sequence[str]) -> str:
     server = replace(config.server, tensor_parallel=1, replicas=1)
     cards = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
     said = conditions(replace(config, hardware=cards, server=server)).rstrip(".")
-    return f"{said}; replicas behind {config.server.router.replace('_', ' ')}."
+    cached = "; equal beginnings of prompts are cached" if config.server.enable_prefix_caching else ""
+    it, scaled = config.autoscale, ""
+    if it.least is not None:
+        scaled = (
+            f"; autoscaled: at least {it.least}, one for each {it.requests_per_replica:g} requests in the system, "
+            f"{it.start_s:g} s to start"
+        )
+    return f"{said}; replicas behind {config.server.router.replace('_', ' ')}{cached}{scaled}."
 
 
 def replays(config: Config) -> bool:
@@ -292,6 +331,11 @@ def _notices(config: Config) -> Iterator[str]:
         yield (
             "Arrivals and lengths are those of the trace under every seed, so intervals leave out what other days "
             "bring: workload.lengths.resample=true and several seeds draw lengths anew."
+        )
+    if config.autoscale.least is not None and config.workload.arrivals.kind != "trace":
+        yield (
+            "Arrivals at one rate leave an autoscaler little to save: what it saves shows where load moves, with "
+            "workload.arrivals.kind=trace."
         )
     if len(config.models) > 1:
         yield (

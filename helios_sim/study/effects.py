@@ -107,13 +107,17 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "trace": _OF_ARMS,
     "autoscale": (
-        lambda c: _is_simulated(c) and not _is_capacity(c) and not c.cluster.kinds and c.server.replicas > 1,
+        lambda c: _is_simulated(c) and not c.cluster.kinds and (c.server.replicas > 1 or _is_capacity(c)),
         "only in a simulation of equal replicas: server.replicas=2 or more, which is the most there are",
     ),
     **{
         f"autoscale.{f.name}": (lambda c: c.autoscale.least is not None, "only with autoscale.least")
         for f in fields(AutoscaleConfig) if f.name != "least"
     },
+    "autoscale.first": (
+        lambda c: c.autoscale.least is not None and not _is_capacity(c),
+        "only with autoscale.least; a capacity plan begins with all replicas",
+    ),
     "next_best": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),

@@ -141,9 +141,9 @@ def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:
     if faults is not None:
         allowed = "none: no replica that may be off is struck by faults"
         raise UserError("autoscale.least", it.least, allowed, "leave workload.faults out, or autoscale")
-    if config.server.enable_prefix_caching:
-        allowed = "none: a replica that was off would have to forget its prefixes, which is not modelled"
-        raise UserError("autoscale.least", it.least, allowed, "leave server.enable_prefix_caching out, or autoscale")
+    if it.first is not None and not it.least <= it.first <= most:
+        allowed = f"from autoscale.least={it.least} to server.replicas={most}"
+        raise UserError("autoscale.first", it.first, allowed, "choose a number between")
     if config.server.router not in WHERE_REPLICAS_GO:
         allowed = f"{' or '.join(WHERE_REPLICAS_GO)} where replicas come and go"
         raise UserError("server.router", config.server.router, allowed, "choose one of these, or leave autoscale out")
@@ -156,6 +156,7 @@ def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:
         every_ns=to_ns(it.every_s, "autoscale.every_s"),
         down_after_ns=to_ns(it.down_after_s, "autoscale.down_after_s"),
         start_ns=to_ns(it.start_s, "autoscale.start_s"),
+        first=it.first,
     )
 
 

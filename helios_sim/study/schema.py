@@ -248,11 +248,14 @@ class AutoscaleConfig:
     start_s: float | None = None
     every_s: float = 15.0  # between two looks; that of Kubernetes' HorizontalPodAutoscaler, as the next one
     down_after_s: float = 300.0  # no more were wanted for so long before replicas go
+    first: int | None = None  # replicas that serve at the beginning; null: `least`, and in a capacity plan all of them
 
     def __post_init__(self) -> None:
         if self.least is None:
             return
         require(1 <= self.least < 2**31, "autoscale.least", self.least, "from 1 to server.replicas")
+        first, allowed = self.first, "null, or a number from autoscale.least to server.replicas"
+        require(first is None or 1 <= first < 2**31, "autoscale.first", first, allowed)
         per, allowed = self.requests_per_replica, "a number above 0: requests in the system for each replica"
         require(per is not None and 0 < per < 2**31, "autoscale.requests_per_replica", per, allowed)
         allowed = "seconds from 0 to 86400: how long a replica takes until it serves, as the engine prints it"
