@@ -140,6 +140,7 @@ class OfflineExits:
     chars_per_token: float
     bits_per_char: NDArray[np.float64] | None  # (E,) on human text only
     confidence: Confidence = Confidence.MAX_PROBABILITY  # by which tokens are confident here
+    certified_caps: tuple[bool, ...] | None = None  # (E,) cuts that keep what was promised; None: nothing was
 
 
 def offline_exits(

@@ -67,7 +67,10 @@ class Assessor:
     def _cap(self, model: str, most: float | None) -> CapChoice:
         offline, objective = self.situation.candidates[model].offline, self.situation.objective
         bits = self.history.shares(model).bits_per_char
-        allowed = None if bits is None or most is None else tuple((bits <= most).tolist())
+        allowed = offline.certified_caps
+        if bits is not None and most is not None:
+            good = (bits <= most).tolist()
+            allowed = tuple(good if allowed is None else (a and b for a, b in zip(allowed, good, strict=True)))
         choice = choose_cap(offline.exits, self.history.evidence(model), objective.max_disagreement, allowed)
         if self._cap_layers is None:
             return choice

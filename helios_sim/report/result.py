@@ -369,6 +369,28 @@ class AtEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptPromise:
+    """What an arm's exits were promised to change at most, and what they changed on prompts that were set apart."""
+
+    arm: str
+    max_disagreement: float  # a share of tokens
+    probability: float  # with which it is promised
+    prompts: int  # of each model, by which it was tested
+    threshold: float | None  # that was chosen; None: no token may leave early
+    held_out: float | None  # share of tokens that differ, of the requests served; None: there was none
+    held_out_interval: tuple[float, float] | None
+
+    @property
+    def kept(self) -> bool | None:
+        """False where even the lower end is above the promise; None where the noise leaves it open, or nothing ran."""
+        if self.held_out is None:
+            return None
+        if self.held_out <= self.max_disagreement:
+            return True
+        return False if self.held_out_interval and self.held_out_interval[0] > self.max_disagreement else None
+
+
+@dataclass(frozen=True, slots=True)
 class Trust:
     """What the subject's answer in the headline metric hangs on, besides the inputs."""
 
@@ -377,6 +399,7 @@ class Trust:
     survives: bool | None = None  # whether the same is said at both ends; None: nothing is, or it was not run there
     why_not: str | None = None  # why it was not run there, though it was to be
     valid_up_to_rps: float | None = None  # arrivals up to which the subject and its baseline kept up here
+    promises: tuple[KeptPromise, ...] = ()  # of arms whose exits keep one (exits.guarantee)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,7 @@ def _confidence(result: ExperimentResult) -> dict[str, Any]:
         "survives": trust.survives,
         "not_run_at_ends": trust.why_not,
         "valid_up_to_rps": trust.valid_up_to_rps,
+        **({"promises": [{**json_value(p), "kept": p.kept} for p in trust.promises]} if trust.promises else {}),
     }
 
 

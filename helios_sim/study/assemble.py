@@ -40,6 +40,7 @@ from helios_sim.study.build import Arm, confidence, threshold
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import Point, StudyPlan, point_at
+from helios_sim.study.promise import kept_promises
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.seeds import Settled
 from helios_sim.study.verdict import conditions, offered_requests_per_s, survives, verdict, workload_facts
@@ -129,6 +130,7 @@ def _trust(
         survives=stands if at_ends else None,
         why_not=ends.why_not,
         valid_up_to_rps=kept_up_to_rps(result, (subject, over)),
+        promises=kept_promises(settled.plan.headline.jobs, result.arms),
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import no_exits, stated_exits
+from helios_sim.exits.guarantee import NO_TOKEN, Certified, Promise, certify, split
 from helios_sim.exits.published import THRESHOLD
-from helios_sim.exits.replay import offline_exits
+from helios_sim.exits.replay import OfflineExits, offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
@@ -52,6 +53,7 @@ class Parts:
     workload: Workload
     models: Mapping[str, ModelData]
     situation: Situation
+    recorded: Mapping[str, ExitTrace]  # by model, what policies know beforehand: all that is served, or a part apart
 
 
 def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Parts:
@@ -62,11 +64,11 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
     shares = config.server.enable_prefix_caching
     workload = build_workload(config.workload, shares=shares)
     profiles = {name: build_profile(config, name) for name in config.models}
-    models, candidates = {}, {}
+    models, candidates, recorded = {}, {}, {}
     for name, profile in profiles.items():
-        trace = exit_trace(config, name, profile)
+        recorded[name], trace = recorded_and_served(config, name, profile)
         # of texts like those to be served, whatever else was recorded
-        offline = offline_exits(trace, threshold(config), confidence(config), tasks or workload.mix.tasks)
+        offline = known_offline(config, recorded[name], tasks or workload.mix.tasks)
         if trace.provenance.provenance_class is ProvenanceClass.MEASURED:
             profile = _with_tokens_of(offline.chars_per_token, profile)
         models[name] = ModelData(profile, trace.bind(workload.mix.tasks))
@@ -102,7 +104,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
             "set workload.mix.priorities, or take a trace in its own order that has a column priority",
         )  # fmt: skip
     check_times(workload, models, situation)
-    return Parts(workload, models, situation)
+    return Parts(workload, models, situation, recorded)
 
 
 def _power_w(config: Config, card: HardwareSpec) -> tuple[float, float] | None:
@@ -160,7 +162,53 @@ def build_runtime(config: Config, of_profile: Runtime) -> Runtime:
 
 
 def threshold(config: Config) -> float:
+    """The one that is given, the published one, or the lowest that keeps what is promised with every model."""
+    if config.exits.guarantee.max_disagreement is not None:
+        return max(certified.threshold for certified in promised(config).values())
     return THRESHOLD if config.exits.threshold is None else config.exits.threshold
+
+
+def known_offline(config: Config, recorded: ExitTrace, tasks: Collection[str]) -> OfflineExits:
+    """What policies know of a model's exits beforehand."""
+    found = offline_exits(recorded, threshold(config), confidence(config), tasks)
+    if config.exits.guarantee.max_disagreement is None:
+        return found
+    return replace(found, certified_caps=promised(config)[recorded.model].caps)
+
+
+def recorded_and_served(config: Config, model: str, profile: Profile) -> tuple[ExitTrace, ExitTrace]:
+    """The exits that settings may be chosen by, and those of requests: the same unless something is promised."""
+    trace, guarantee = exit_trace(config, model, profile), config.exits.guarantee
+    if guarantee.max_disagreement is None:
+        return trace, trace
+    return split(trace, guarantee.calibration_share, guarantee.seed)
+
+
+_promised: dict[str, Mapping[str, Certified]] = {}
+
+
+def promised(config: Config) -> Mapping[str, Certified]:
+    """By model, what keeps the promise of `exits.guarantee`: for the mix of tasks and for that to which it drifts.
+
+    UserError where published exits, which have one threshold, do not keep it there.
+    """
+    mix, guarantee = config.workload.mix, config.exits.guarantee
+    key = repr((config.models, config.exits, mix.tasks, mix.after, config.profile_folder, config.hardware))
+    if key not in _promised:
+        assert guarantee.max_disagreement is not None
+        each = Promise(guarantee.max_disagreement, guarantee.failure / len(config.models))
+        mixes = [shares for shares in (mix.tasks, mix.after) if shares]
+        found = {}
+        for model in config.models:
+            recorded, _ = recorded_and_served(config, model, build_profile(config, model))
+            found[model] = certify(recorded, confidence(config), each, mixes or [{}])
+            if found[model].threshold == NO_TOKEN and recorded.published_threshold is not None:
+                only = f"{recorded.published_threshold:g}, the only one that is published"
+                allowed = f"what {model} keeps at its threshold {only}"
+                raise UserError("exits.guarantee.max_disagreement", each.max_disagreement, allowed,
+                                "raise it, or take a measured trace (exits.source)")  # fmt: skip
+        _promised[key] = found
+    return _promised[key]
 
 
 def confidence(config: Config) -> Confidence:

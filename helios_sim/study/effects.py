@@ -7,7 +7,15 @@ from dataclasses import fields
 
 from helios_sim.errors import UserError
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
-from helios_sim.study.schema import AUTO, AutoscaleConfig, Config, FaultsConfig, LastingFaultConfig, LengthConfig
+from helios_sim.study.schema import (
+    AUTO,
+    AutoscaleConfig,
+    Config,
+    FaultsConfig,
+    GuaranteeConfig,
+    LastingFaultConfig,
+    LengthConfig,
+)
 from helios_sim.workload.faults import LOSING
 
 DRIFTS = ("step", "linear", "periodic")
@@ -118,6 +126,12 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
         lambda c: c.autoscale.least is not None and not _is_capacity(c),
         "only with autoscale.least; a capacity plan begins with all replicas",
     ),
+    **{
+        f"exits.guarantee.{f.name}": (
+            lambda c: c.exits.guarantee.max_disagreement is not None, "only with exits.guarantee.max_disagreement"
+        )
+        for f in fields(GuaranteeConfig) if f.name != "max_disagreement"
+    },
     "next_best": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),

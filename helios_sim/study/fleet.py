@@ -16,7 +16,7 @@ import numpy as np
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
-from helios_sim.exits.replay import OfflineExits, offline_exits
+from helios_sim.exits.replay import OfflineExits
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Candidate
@@ -24,7 +24,7 @@ from helios_sim.profile.spec import HardwareSpec
 from helios_sim.request import to_ns
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.autoscale import Scaling
-from helios_sim.study.build import Parts, build, confidence, objective_of, policy_of, threshold
+from helios_sim.study.build import Parts, build, known_offline, objective_of, policy_of, threshold
 from helios_sim.study.inputs import made_of
 from helios_sim.study.limits import check_host_costs, check_size
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
@@ -309,7 +309,7 @@ def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
         for name, data in kind.parts.models.items():
             place = (kind.name, name, at)
             if place not in kept.offline:
-                kept.offline[place] = offline_exits(data.trace.trace, at, confidence(config), kind.tasks)
+                kept.offline[place] = known_offline(config, kind.parts.recorded[name], kind.tasks)
             candidates[name] = Candidate(data.profile, kept.offline[place])
         situation = replace(kind.parts.situation, objective=objective_of(config, candidates), candidates=candidates)
     return replace(kind, parts=replace(kind.parts, situation=situation))

@@ -266,13 +266,37 @@ class AutoscaleConfig:
 
 
 @dataclass
+class GuaranteeConfig:
+    """A promise that thresholds and caps keep, in place of a threshold that is given (exits/guarantee.py)."""
+
+    max_disagreement: float | None = None  # of tokens, at most; null: nothing is promised
+    failure: float = 0.05  # the probability with which the promise may be broken
+    calibration_share: float = 0.5  # of each task's prompts, which settings are chosen by; the others are served
+    seed: int = 0  # of which these are
+
+    def __post_init__(self) -> None:
+        key = "exits.guarantee"
+        most = self.max_disagreement
+        require(most is None or 0 < most < 1, f"{key}.max_disagreement", most, "null or between 0 and 1")
+        for name in ("failure", "calibration_share"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{key}.{name}", value, "between 0 and 1")
+        require(0 <= self.seed < 2**63, f"{key}.seed", self.seed, "from 0 to 2^63 - 1")
+
+
+@dataclass
 class ExitsConfig:
     source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
     confidence: str = "max_probability"  # or margin, entropy, classifier, hidden_similarity: see exits/rule.py
     parameters: dict[str, Any] = field(default_factory=dict)  # of published or stated exits; see exits/published.py
+    guarantee: GuaranteeConfig = field(default_factory=GuaranteeConfig)
 
     def __post_init__(self) -> None:
+        promised = isinstance(self.guarantee, GuaranteeConfig) and self.guarantee.max_disagreement is not None
+        if promised and self.threshold is not None:
+            allowed = "null with exits.guarantee.max_disagreement, which chooses it"
+            raise UserError("exits.threshold", self.threshold, allowed, "add exits.threshold=null")
         fits = self.threshold is None or 0 <= self.threshold <= 1
         require(fits, "exits.threshold", self.threshold, "null or from 0 to 1: confidences are shares, not per cent")
 

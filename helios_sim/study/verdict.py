@@ -18,6 +18,7 @@ from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.report.records import Records
 from helios_sim.report.result import ExperimentResult, LoadFigure, SweepPoint, headline_metrics, scope_in_words
 from helios_sim.study.build import PROFILE_RUNTIME
+from helios_sim.study.promise import told
 from helios_sim.study.schema import Config, FaultConfig, LastingFaultConfig
 
 FEWEST_REQUESTS = 20  # that an arm completed, all seeds together, from which a comparison says something
@@ -53,6 +54,7 @@ def verdict(
     sentences.append(_where_off(result, subject, name))
     sentences.append(why_so_many or "")
     sentences.append(_quality(result, subject))
+    sentences += told(result.trust.promises)
     if metrics.get("switches") or metrics.get("loads") or metrics.get("evaluation_time_s"):
         sentences.append(_changes(result, subject))
     sentences.append(_best(result, name, comparable))
