@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from simpy.core import EmptySchedule
 
+from helios_sim.live import clock as clock_module
 from helios_sim.live.clock import WallClock
 
 MS = 1_000_000
@@ -136,3 +139,27 @@ def test_an_open_door_is_waited_on_and_a_call_wakes() -> None:
 def test_without_a_door_an_empty_schedule_ends() -> None:
     with pytest.raises(EmptySchedule):
         WallClock().step()
+
+
+def test_a_signal_that_ends_no_wait_is_handled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes between Python's look at signals and the wait itself: SIGTERM would stop no idle server."""
+    monkeypatch.setattr(clock_module, "_WAIT_S", 0.02)
+    clock, handled = WallClock(), []
+
+    def on_signal(number: int, frame: object) -> None:
+        handled.append(number)
+        clock.call(clock.close_door)
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    waits = (0.1, _thread.interrupt_main, [signal.SIGUSR1]), (10, clock.call, [clock.close_door])
+    timers = [threading.Timer(*wait) for wait in waits]
+    try:
+        clock.open_door()
+        for timer in timers:
+            timer.start()
+        run_until_empty(clock)
+        assert handled == [signal.SIGUSR1]
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGUSR1, before)

@@ -15,7 +15,10 @@ import pytest
 pytest.importorskip("fastapi")
 import httpx
 
+from helios_sim.errors import UserError
 from helios_sim.serve.__main__ import main
+from helios_sim.serve.front.limits import keys_of
+from helios_sim.serve.settings import ServeConfig
 from served import Served, serving
 
 OWN = ("+experiment=own", "policy.model=opt-1.3b")
@@ -86,6 +89,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("+serve.tokenizers={opt-1.3b: here}",), "serve.tokenizers"),
     (("trace=true",), "trace"),
     (("seeds=[0,1]",), "seeds"),
+    (("serve.name=opt-1.3b",), "serve.name"),
+    (("--cfg", "all"), "--cfg"),
 ]
 
 
@@ -95,6 +100,26 @@ def test_a_mistake_is_one_message(words: tuple[str, ...], named: str, capsys: py
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert named in line
     assert "Fix: " in line
+
+
+def test_keys_that_no_header_can_carry_are_refused(tmp_path: Path) -> None:
+    """They would lock everyone out. A byte order mark before the first is no part of it."""
+    file = tmp_path / "keys.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"\r\n\r\n")
+    assert keys_of(ServeConfig(api_key_file=str(file))) == (KEY.encode(),)
+    for key in ("cl\u00e9-" * 5, "two words and more", "k" * 8 + "\t" + "k" * 8):
+        file.write_text(f"{KEY}\n{key}\n", encoding="utf-8")
+        with pytest.raises(UserError, match="ASCII") as refused:
+            keys_of(ServeConfig(api_key_file=str(file)))
+        assert key not in str(refused.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_disk_ends_the_records_and_nothing_else(tmp_path: Path) -> None:
+    with serving(tmp_path, *OWN, "serve.records=/dev/full") as served:
+        for _ in range(2):
+            assert served.post("/v1/completions", {"prompt": "x", "max_tokens": 2}).status_code == 200
+    assert served.said.read_text().count("serve.records: no further lines") == 1
 
 
 def test_help_loads_nothing_heavy() -> None:

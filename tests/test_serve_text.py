@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +80,31 @@ def folder_with(tmp_path: Path, template: str) -> str:
 def test_a_chat_template_is_rendered_with_the_tokenizer_s_tokens(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
     assert open_reader(folder_with(tmp_path, template)).chat(MESSAGES) == "<s>[user] Hello\n[assistant]"
+
+
+def test_a_long_text_is_read_while_other_threads_go_on(tmp_path: Path) -> None:
+    """Otherwise one long prompt would stop the streams of all clients for seconds."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate("ab")}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reader, ended, ticks = open_reader(str(tmp_path)), threading.Event(), []
+    thread = threading.Thread(target=lambda: [ticks.append(0) for _ in iter(lambda: ended.wait(0.001), True)])
+    assert reader.encode("ab") == [0, 1]
+    thread.start()
+    _wait_for_tick(ticks)
+    before = len(ticks)
+    assert len(reader.encode("ab" * 400_000)) == 800_000
+    meanwhile = len(ticks) - before
+    ended.set()
+    thread.join()
+    assert meanwhile > 3
+
+
+def _wait_for_tick(ticks: list[int]) -> None:
+    while not ticks:
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize(

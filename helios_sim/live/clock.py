@@ -30,6 +30,8 @@ from helios_sim.request import LONGEST, NS_PER_S, Request, to_ns
 
 Call = Callable[[], None]
 MOST_CALLS = 100_000  # that may wait for the environment
+# Longest wait at once. A signal that comes just before a wait does not end it, and its handler runs after it.
+_WAIT_S = 0.25
 _LARGEST = 1 << 62  # of numbers that a workload draws
 
 
@@ -97,7 +99,8 @@ class WallClock(simpy.rt.RealtimeEnvironment):
                 continue
             with suppress(Empty):
                 # the event may have fallen due since the last check
-                self._accept(self._calls.get(timeout=None if left_s is None else max(0.0, left_s)))
+                wait_s = _WAIT_S if left_s is None else min(max(0.0, left_s), _WAIT_S)
+                self._accept(self._calls.get(timeout=wait_s))
         self._drain()  # calls made before the event was due come first, later ones after it
         simpy.Environment.step(self)
 

@@ -38,7 +38,10 @@ class Reader(Protocol):
     vocab_size: int
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """`special`: with what the tokenizer puts before and after a text, such as a token that begins it."""
+        """`special`: with what the tokenizer puts before and after a text, such as a token that begins it.
+
+        Other threads go on meanwhile.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,7 +69,9 @@ class HubReader:
         self._template = _compiled(own) if isinstance(own, str) else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        # as a batch of one: a single text would be read without letting go of the interpreter, and other streams wait
+        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return list(found.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)

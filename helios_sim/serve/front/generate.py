@@ -28,7 +28,7 @@ from helios_sim.serve.text import Reader, Script
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-_LONG_CHARS = 20_000  # read as tokens beside the event loop
+_LONG_CHARS = 2_000  # read as tokens beside the event loop, a few ms for the odd text
 _MOST_ID = 128
 _SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
@@ -105,13 +105,16 @@ class Generator:
     async def body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         """The whole body. Problem where it is too large or comes too slowly, Gone where it never ends."""
         most, parts, length = self._serve.max_body_bytes, [], 0
-        declared = headers.get("content-length", "0")
+        declared, coding = headers.get("content-length", "0"), headers.get("content-encoding", "identity")
         too_large = Problem(413, f"The body is larger than {most} bytes", None, "body_too_large")
         if not declared.isdigit() or int(declared) > most:
             raise too_large
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Problem(415, "The body must be of type application/json", None, "unsupported_media_type")
+        if coding.strip().lower() not in ("", "identity"):
+            told = f"A body with Content-Encoding {coding[:50]} is not read: send it as it is"
+            raise Problem(415, told, None, "unsupported_media_type")
         try:
             async with asyncio.timeout(self._serve.body_timeout_s):
                 while True:
@@ -146,6 +149,8 @@ class Generator:
             watcher: asyncio.Task[None] | None = None
             try:
                 asks = await self._asks(wanted)
+                if self.closed is not None:  # since then: a long prompt takes a while to read
+                    raise self.closed
                 streams += [self._hub.ask(ask) for ask in asks]
                 watcher = asyncio.create_task(_watch(receive, streams))
                 answers = [

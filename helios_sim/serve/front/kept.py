@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
@@ -30,9 +31,17 @@ class Kept:
             allowed = f"a file that can be written ({error.strerror})"
             raise UserError("serve.records", path, allowed, "name one in a folder that is there") from error
         assert isinstance(file, TextIOWrapper)
-        self._file = file
+        self._file: TextIOWrapper | None = file
 
     def note(self, seen: Mapping[str, Any], record: RequestRecord) -> None:
+        """Where it cannot be written any more, as on a full disk, that is said once, and requests are answered on."""
+        if self._file is None:
+            return
         engine = {name: getattr(record, name) for name in _OF_ENGINE}
-        self._file.write(json.dumps({**seen, "engine": engine}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({**seen, "engine": engine}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            said = f"serve.records: no further lines are written to {self._file.name} ({error.strerror})"
+            print(f"helios_sim.serve: {said}", file=sys.stderr, flush=True)
+            self._file = None
