@@ -27,7 +27,10 @@ class Served:
     said: Path
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
-        return httpx.post(self.address + path, json=body, timeout=60, **more)
+        if body is not None:  # in ASCII, which says what is no text, too
+            headers = {"content-type": "application/json", **more.pop("headers", {})}
+            more |= {"content": json.dumps(body), "headers": headers}
+        return httpx.post(self.address + path, timeout=60, **more)
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return httpx.get(self.address + path, timeout=60, **more)

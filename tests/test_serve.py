@@ -141,6 +141,25 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format"),
     (CHAT, {"messages": HI, "prompt": "x"}, 400, "prompt"),
+    (TEXT, {"prompt": "x", "stop": 0}, 400, "stop"),
+    (TEXT, {"prompt": "x", "stop": ["\ud800"]}, 400, "stop"),
+    (CHAT, {"messages": [{**HI[0], "name": 5}]}, 400, "messages[0].name"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]}, 400,
+     "messages[0].content.cache_control"),
+    (CHAT, {"messages": HI, "reasoning_effort": "low"}, 400, "reasoning_effort"),
+]  # fmt: skip
+REFUSED_AS_TOKENS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("/tokenize", {"prompt": "\ud800"}, 400, "prompt"),
+    ("/tokenize", {"prompt": "x", "model": "\ud800"}, 404, "model"),
+    ("/tokenize", {"prompt": "x", "messages": HI}, 400, "prompt"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"prompt": "x", "made_up": 1}, 400, "made_up"),
+    ("/tokenize", {"prompt": "x", "return_token_strs": True}, 400, "return_token_strs"),
+    ("/tokenize", {"prompt": "x", "add_special_tokens": "no"}, 400, "add_special_tokens"),
+    ("/tokenize", {"messages": HI, "add_generation_prompt": False}, 400, "add_generation_prompt"),
+    ("/detokenize", {"tokens": "x"}, 400, "tokens"),
+    ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),
+    ("/detokenize", {"tokens": [1], "skip_special_tokens": False}, 400, "skip_special_tokens"),
 ]
 
 
@@ -152,21 +171,28 @@ def test_what_is_not_supported_is_refused_by_name(served: Served) -> None:
         assert (answer.status_code, error["param"]) == (status, param), (body, error)
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"]
-    for content, status in ((b"{", 400), (b"[1]", 400), (b'{"prompt": NaN}', 400), (b"[" * 9999, 400),
+    for content, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b'{"prompt": NaN}', 400), (b"[" * 9999, 400),
                             (b"x" * 30000, 413),
                             (b'{"prompt": "\\ud800"}', 400)):  # fmt: skip
         answer = served.post(TEXT, None, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status, content[:20]
         assert answer.json()["error"]["message"]
     books = served.state()["books"]
-    assert books["refused"] - before["refused"] == len(REFUSED) + 6
-    assert books["received"] - before["received"] == len(REFUSED) + 6
+    assert books["refused"] - before["refused"] == len(REFUSED) + 7
+    assert books["received"] - before["received"] == len(REFUSED) + 7
+
+
+def test_what_is_not_tokenized_is_refused_by_name(served: Served) -> None:
+    for path, body, status, param in REFUSED_AS_TOKENS:
+        answer = served.post(path, body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), (body, answer.text)
 
 
 def test_values_that_change_nothing_are_taken(served: Served) -> None:
     neutral = {
         "n": 1, "presence_penalty": 0.0, "logit_bias": None, "top_k": -1, "user": "me", "response_format":
-        {"type": "text"}, "repetition_penalty": 1.0, "seed": 4, "stop": None, "logprobs": False, "tools": None,
+        {"type": "text"}, "reasoning_effort": "none", "prompt_cache_retention": "24h", "repetition_penalty": 1.0,
+        "seed": 4, "stop": None, "logprobs": False, "tools": None,
     }  # fmt: skip
     assert served.post(CHAT, {"messages": HI, "max_tokens": 1, **neutral}).status_code == 200
 
@@ -221,8 +247,14 @@ def test_other_pages_and_other_hosts_are_not_answered(served: Served) -> None:
         assert served.post(TEXT, {"prompt": "x"}, headers=headers).status_code == 403
     assert served.post(TEXT, None, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert served.get("/nowhere").json()["error"]["code"] == "not_found"
-    assert served.get(TEXT).status_code == 405
-    assert served.post("/sleep?level=x", None).json()["error"]["param"] == "level"
+    wrong_method = served.get(TEXT)
+    assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
+    assert wrong_method.json()["error"]["code"] == "method_not_allowed"
+    as_gzip = {"content-type": "application/json", "content-encoding": "gzip"}
+    packed = served.post(TEXT, None, content=b"x", headers=as_gzip)
+    assert (packed.status_code, "gzip" in packed.text) == (415, True)
+    for path, param in (("/sleep?level=x", "level"), ("/sleep?mode=abort", "mode"), ("/wake_up?tags=weights", "tags")):
+        assert served.post(path, None).json()["error"]["param"] == param
     assert "access-control-allow-origin" not in served.get("/v1/models").headers
 
 

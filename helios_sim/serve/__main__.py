@@ -46,16 +46,21 @@ def _serve(command: list[str]) -> int:
 
 
 def _without_flags(command: list[str]) -> tuple[bool, list[str]]:
-    """Whether `--cfg job` is among them, and the settings."""
+    """Whether `--cfg job` is among them, and the settings. UserError for another part of them to show."""
+    from helios_sim.errors import UserError
+
     words, shows, rest = [], False, iter(command)
     for word in rest:
-        if word in ("--cfg", "-c"):
-            shows = next(rest, "") == "job"
+        if word in ("--cfg", "-c") or word.startswith("--cfg="):
+            _, given, part = word.partition("=")
+            part = part if given else next(rest, "")
+            if part != "job":
+                raise UserError("--cfg", part, "job, which prints all settings", "--cfg job")
+            shows = True
         elif word in ("--config-dir", "-cd"):
             next(rest, "")
-        elif not word.startswith(("--config-dir=", "--cfg=")):
+        elif not word.startswith("--config-dir="):
             words.append(word)
-        shows = shows or word == "--cfg=job"
     return shows, words
 
 

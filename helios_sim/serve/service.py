@@ -72,6 +72,9 @@ class Service:
         self.config = self.job.config
         self._fleet = shared_fleet(self.config, self.job.seed)
         self._models = self._fleet.models
+        if serve.name in self._models:
+            allowed = "no candidate's name: by this one clients ask for whichever is loaded"
+            raise UserError("serve.name", serve.name, allowed, "leave it out, or take another")
         self.clock = WallClock(serve.speedup)
         self.book = Book()
         self._answers = Answers(self._fleet.parts.workload, self.job.seed, self._models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
 from time import time
@@ -24,7 +24,7 @@ from helios_sim.serve.front.generate import Generator
 from helios_sim.serve.front.hub import Hub
 from helios_sim.serve.front.limits import Gate
 from helios_sim.serve.front.problems import Gone, Problem, wrong
-from helios_sim.serve.front.reading import parsed, read_chat
+from helios_sim.serve.front.reading import parsed, read_to_detokenize, read_to_tokenize
 from helios_sim.serve.messages import Sleep, Wake
 from helios_sim.serve.text import Reader
 
@@ -112,41 +112,26 @@ def _add_openai(
     async def read(request: Request) -> dict[str, Any]:
         return parsed(await generator.body({k.lower(): v for k, v in request.headers.items()}, request.receive))
 
-    def reader_of(body: Mapping[str, Any]) -> Reader:
-        name = body.get("model")
-        if name is not None and not isinstance(name, str):
-            raise wrong("model", "model must be a string")
+    def reader_of(name: str | None) -> Reader:
         return readers[generator.candidate(name) or hub.model or next(iter(readers))]
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Any:
-        body = await read(request)
-        reader = reader_of(body)
-        if "messages" in body:
-            try:
-                text = reader.chat(read_chat({"messages": body["messages"]}).messages)
-            except UserError as error:
-                raise wrong("messages", f"The chat template refuses these messages: {error.allowed}") from None
-        else:
-            given = body.get("prompt")
-            if not isinstance(given, str):
-                raise wrong("prompt", "prompt must be a text")
-            text = given
-        special = body.get("add_special_tokens", "messages" not in body)
+        asked = read_to_tokenize(await read(request))
+        reader = reader_of(asked.model)
         try:
-            ids = await asyncio.to_thread(reader.encode, text, bool(special))
-        except UnicodeEncodeError:
-            raise wrong("prompt", "prompt has half of a surrogate pair, which is no character") from None
+            text = reader.chat(asked.messages) if asked.prompt is None else asked.prompt
+        except UserError as error:
+            raise wrong("messages", f"The chat template refuses these messages: {error.allowed}") from None
+        ids = await asyncio.to_thread(reader.encode, text, asked.special)
         context = None if hub.ready is None else hub.ready.context_tokens
         return {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": None}
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Any:
-        body = await read(request)
-        reader, ids = reader_of(body), body.get("tokens")
-        if not isinstance(ids, list) or not all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < reader.vocab_size for n in ids
-        ):
+        model, ids = read_to_detokenize(await read(request))
+        reader = reader_of(model)
+        if max(ids, default=0) >= reader.vocab_size:
             raise wrong("tokens", f"tokens must be a list of token ids from 0 to {reader.vocab_size - 1}")
         return {"prompt": await asyncio.to_thread(reader.decode, ids)}
 
@@ -170,8 +155,9 @@ def _add_engine(app: FastAPI, hub: Hub, generator: Generator) -> None:
         return Response(hub.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/sleep")
-    async def sleep(level: int = 1) -> Response:
+    async def sleep(request: Request, level: int = 1) -> Response:
         """No request comes in any more; when those that run are done, weights and KV leave memory."""
+        _check_query(request, ("level",))
         if level not in (1, 2):
             raise wrong("level", "level must be 1 or 2; both free weights and K and V")
         if generator.closed not in (None, sleeping):
@@ -180,12 +166,14 @@ def _add_engine(app: FastAPI, hub: Hub, generator: Generator) -> None:
         hub.send(Sleep())
         while not (await hub.look()).asleep:
             await asyncio.sleep(0.06)
-            if generator.closed is not sleeping:  # it was woken meanwhile
-                break
+            if generator.closed is not sleeping:
+                raise generator.closed or Problem(409, "It was woken before it slept", None, "woken")
         return Response()
 
     @app.post("/wake_up")
-    async def wake_up() -> Response:
+    async def wake_up(request: Request) -> Response:
+        """Weights and KV come together: there are no tags to name parts of them by."""
+        _check_query(request, ())
         if generator.closed is not sleeping:
             return Response()
         hub.send(Wake())
@@ -284,12 +272,19 @@ async def _fresh(hub: Hub) -> None:
         pass
 
 
+def _check_query(request: Request, known: Sequence[str]) -> None:
+    for name in request.query_params:
+        if name not in known:
+            raise wrong(name, f"Unrecognized query parameter: {name[:100]}", "unrecognized_argument")
+
+
 def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def _response(problem: Problem) -> Response:
-    return JSONResponse(problem.body, problem.status, dict(problem.headers))
+    body = json.dumps(problem.body)  # in ASCII: it may name what is no text
+    return Response(body, problem.status, dict(problem.headers), "application/json")
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
@@ -302,6 +297,9 @@ async def _not_valid(request: Request, error: Exception) -> Response:
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return JSONResponse(Problem(error.status_code, told, None, "not_found").body, error.status_code)
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    response = _response(Problem(error.status_code, told, None, code))
+    response.headers.update(error.headers or {})
+    return response
 
 

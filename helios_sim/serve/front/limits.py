@@ -23,7 +23,7 @@ def keys_of(serve: ServeConfig) -> tuple[bytes, ...]:
     if serve.api_key_file is not None:
         fix = "name a file with one key on each line, that you may read"
         try:
-            with Path(serve.api_key_file).expanduser().open(encoding="utf-8") as file:
+            with Path(serve.api_key_file).expanduser().open(encoding="utf-8-sig") as file:
                 text = file.read(_MOST_BYTES)
         except (OSError, ValueError) as error:
             raise UserError("serve.api_key_file", serve.api_key_file, f"a file of keys ({error})", fix) from error
@@ -33,9 +33,10 @@ def keys_of(serve: ServeConfig) -> tuple[bytes, ...]:
     else:
         found = [os.environ[KEY_VARIABLE].strip()] if os.environ.get(KEY_VARIABLE, "").strip() else []
     where = KEY_VARIABLE if serve.api_key_file is None else "serve.api_key_file"
-    if any(len(key) < _LEAST_KEY for key in found):
+    if any(len(key) < _LEAST_KEY or not (key.isascii() and key.isprintable()) or " " in key for key in found):
         fix = "make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        raise UserError(where, "(not shown)", f"keys of at least {_LEAST_KEY} characters", fix)
+        allowed = f"keys of at least {_LEAST_KEY} characters of ASCII without a space, as a header carries them"
+        raise UserError(where, "(not shown)", allowed, fix)
     if not found and not serve.is_local:
         allowed = "127.0.0.1 unless there is an API key: others could use this server"
         fix = f"set serve.api_key_file=FILE, or the variable {KEY_VARIABLE}"

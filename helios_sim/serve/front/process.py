@@ -157,6 +157,9 @@ class _Impatient(H11Protocol):
             self._head.cancel()
         super().connection_lost(exc)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: whoever asks for a web socket is answered without, and no client can fill the log."""
+
     def _await_head(self) -> None:
         if self._head is None:
             self._head = self.loop.call_later(_HEAD_S, self._give_up)

@@ -22,13 +22,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "chat_template_kwargs": ({},),
     "chat_template": (), "documents": ([],), "prompt_logprobs": (), "allowed_token_ids": (), "bad_words": ([],),
     "truncate_prompt_tokens": (), "logits_processors": ([],), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "reasoning_effort": (), "audio": (),
+    "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "reasoning_effort": ("none",), "audio": (),
     "prediction": (), "verbosity": ("medium",), "web_search_options": (), "kv_transfer_params": (),
     "logits_processor": (), "vllm_xargs": ({},), "include_reasoning": (True,), "cache_salt": (),
-    "mm_processor_kwargs": (),
+    "mm_processor_kwargs": (), "return_token_strs": (False,),
 }  # fmt: skip
 # Names that a client may give and that change no answer.
-LABELS = ("user", "safety_identifier", "prompt_cache_key", "request_id")
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
 COMMON = (
     "model", "stream", "stream_options", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "seed",
     "stop", "logprobs", "priority", "return_depths", "add_special_tokens", *LABELS,
@@ -64,6 +64,8 @@ class Wanted:
 
 def parsed(body: bytes) -> dict[str, Any]:
     """The body as a mapping."""
+    if not body:
+        raise Problem(400, "The body is empty: it must be a JSON object", None, "invalid_json")
     try:
         found = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -96,6 +98,38 @@ def read_chat(body: Mapping[str, Any]) -> Wanted:
         body, chat=True, prompts=(), messages=_messages(body.get("messages")), logprobs=asked, top_logprobs=top or 0,
         max_tokens=most[0] or most[1], special=False,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ToTokenize:
+    """The body of /tokenize."""
+
+    model: str | None
+    prompt: str | None  # None: `messages` are there
+    messages: Sequence[Mapping[str, str]]
+    special: bool  # with the tokens that the tokenizer puts around a text
+
+
+def read_to_tokenize(body: Mapping[str, Any]) -> ToTokenize:
+    _check_names(body, ("model", "prompt", "messages", "add_special_tokens"))
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if (prompt is None) == (messages is None):
+        raise wrong("prompt", "give prompt or messages, and not both")
+    if prompt is not None and not isinstance(prompt, str):
+        raise wrong("prompt", "prompt must be a text")
+    return ToTokenize(
+        _text(body, "model"), None if prompt is None else _sound(prompt, "prompt"),
+        () if messages is None else _messages(messages), _flag(body, "add_special_tokens", prompt is not None),
+    )  # fmt: skip
+
+
+def read_to_detokenize(body: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+    """The model, and token ids, which its vocabulary may not have."""
+    _check_names(body, ("model", "tokens"))
+    ids = body.get("tokens")
+    if not isinstance(ids, list) or not all(map(_is_id, ids)):
+        raise wrong("tokens", "tokens must be a list of token ids")
+    return _text(body, "model"), ids
 
 
 def _wanted(body: Mapping[str, Any], *, special: bool, max_tokens: int | None, **known: Any) -> Wanted:
@@ -179,13 +213,13 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float) -> fl
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value or []
+    found = [value] if isinstance(value, str) else [] if value is None else value
     lengths = [len(stop) if isinstance(stop, str) else 0 for stop in found] if isinstance(found, list) else [0]
     if not all(0 < length <= LONGEST_STOP for length in lengths):
         raise wrong("stop", f"stop must be a string or a list of strings, of 1 to {LONGEST_STOP} characters each")
     if len(found) > MOST_STOPS:
         raise wrong("stop", f"stop may have {MOST_STOPS} strings at most")
-    return tuple(found)
+    return tuple(_sound(stop, "stop") for stop in found)
 
 
 def _prompts(value: Any) -> Sequence[str | Sequence[int]]:
@@ -223,7 +257,13 @@ def _message(one: Any, where: str) -> Mapping[str, str]:
         if name not in ("role", "content", "name") and value not in (None, [], ""):
             raise not_supported(f"{where}.{name}", "role, content and name of a message")
     role = "system" if role == "developer" else str(role)
-    return {"role": role, "content": _sound(_content(one.get("content"), where), f"{where}.content")}
+    message = {"role": role, "content": _sound(_content(one.get("content"), where), f"{where}.content")}
+    name = one.get("name")
+    if name is None:
+        return message
+    if not isinstance(name, str):
+        raise wrong(f"{where}.name", f"{where}.name must be a string")
+    return message | {"name": _sound(name, f"{where}.name")}  # a chat template may write it
 
 
 def _content(content: Any, where: str) -> str:
@@ -240,6 +280,9 @@ def _content(content: Any, where: str) -> str:
                         "unsupported_parameter")  # fmt: skip
         if not isinstance(part.get("text"), str):
             raise wrong(f"{where}.content", f"{where}.content has a part whose text is no string")
+        for name, value in part.items():
+            if name not in ("type", "text") and value not in (None, []):
+                raise not_supported(f"{where}.content.{name}", "type and text of a part")
         texts.append(part["text"])
     return "".join(texts)
 
