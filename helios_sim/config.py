@@ -346,6 +346,9 @@ def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
         shutil.rmtree(place)
 
 
+_NOT_MODELLED = re.compile(r"(pipeline|expert|context|sequence)_parallel")
+
+
 def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """A key that does not exist, or a value that it cannot have."""
     known = known_settings(schema)
@@ -361,6 +364,9 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         return UserError(key, value, allowed, f"write '+{key}={value}'")
     if group == "hydra":
         return UserError(key, value, "no such setting of Hydra", "--cfg hydra prints all of them")
+    if (parallel := _NOT_MODELLED.search(key)) is not None:
+        allowed = f"left out: {parallel[1]} parallelism is not modelled; a group of cards splits every matrix"
+        return UserError(key, value, allowed, "set hardware=4xh100, or server.replicas for copies of the model")
     fix = closest(key, list(known))
     if not fix:  # the right name in the wrong place
         last = key.split(".")[-1]

@@ -122,6 +122,9 @@ def test_energy_is_a_band_between_idle_and_tdp_and_unknown_without_idle() -> Non
     assert p.energy_j_high == pytest.approx(100.0 * busy_s)
     assert p.energy_j_low == pytest.approx(40.0 * busy_s, rel=1e-3)  # such a small model uses next to nothing
     assert p.energy_rank_j == pytest.approx(70.0 * busy_s, rel=1e-3)
+    card = replace(known.profile.hardware, least_busy_w=55.0, most_busy_w=95.0)
+    p = of_small(load, situation(replace(known, profile=replace(known.profile, hardware=card))))
+    assert (p.energy_j_low, p.energy_j_high) == pytest.approx((55.0 * busy_s, 95.0 * busy_s))
 
 
 def test_prompts_beyond_the_token_budget_run_in_chunks() -> None:

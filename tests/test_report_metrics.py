@@ -200,6 +200,8 @@ def test_energy_is_a_band_between_idle_and_the_board_limit() -> None:
     smaller = Cards(Power(idle_w=10, tdp_w=20), 2, 4 * NS_PER_S, NS_PER_S)
     assert energy_band_j([cards, smaller], 10.0) == Band(1200 + 200 + 10, 2600 + 200 + 40)
     assert energy_band_j([cards, replace(smaller, power=None)], 10.0) is None
+    measured = replace(cards, power=Power(50, 400, (120, 380)))
+    assert energy_band_j([measured], 10.0) == Band(50 * 4 + 120 * 6, 50 * 4 + 380 * 6)
     energy = compute_metrics(TWO, stats, power=Power(50, 400))["energy_wh_per_request"]
     assert isinstance(energy, Band)
     assert 50 * 3.5 / 7200 <= energy.low < energy.high <= 400 * 3.5 / 7200 * 2

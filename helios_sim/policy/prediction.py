@@ -312,9 +312,6 @@ def _wait_s(load: Load, most_per_s: float, slots: int, horizon_requests: int) ->
 
 
 def _energy_j(profile: Profile, busy_s: float, floor_s: float) -> tuple[float | None, float | None]:
-    """Joules of a request's busy time: from idle power plus utilisation x (TDP - idle) up to TDP throughout."""
-    idle_w, tdp_w = profile.hardware.idle_w, profile.hardware.tdp_w
-    if idle_w is None or tdp_w is None:
-        return None, None
-    utilisation = min(1.0, floor_s / busy_s)
-    return busy_s * (idle_w + utilisation * (tdp_w - idle_w)), busy_s * tdp_w
+    """Joules of a request's busy time, at least and at most."""
+    watts = profile.hardware.busy_w(min(1.0, floor_s / busy_s))
+    return (None, None) if watts is None else (busy_s * watts[0], busy_s * watts[1])

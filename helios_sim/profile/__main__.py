@@ -112,7 +112,8 @@ def listed() -> None:
     formats = "; ".join(f"{form.text} ({each:.3f} bytes a weight)" for form, each in bytes_of.items())
     _say(f"weights besides bf16, by server.quantization: {formats}")
     _say("K and V in fp8: server.kv_cache_dtype=fp8, on cards with units for fp8.")
-    _say(f"{', '.join(HARDWARE)}: with their idle power, which energy needs.")
+    known = [*HARDWARE, *(name for name, card in CARDS.items() if card.idle_w is not None)]
+    _say(f"{', '.join(known)}: with their idle power, which energy needs.")
     _say("A group that runs a model together: 4xh100. A card of your own: the path of a card.yaml (README).")
     print()
     print(f"{'model':<18} {'parameters':>10} {'layers':>6} {'context':>9} {'K and V of a token':>20}")

@@ -155,6 +155,8 @@ class Card:
     fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
     int8_flops_per_s: float | None = None  # dense; None: vLLM has no int8 products for it, as on Blackwell
     fp4_flops_per_s: float | None = None  # dense; None: no units for it
+    idle_w: float | None = None  # None: no source is known
+    busy_w: tuple[float, float] | None = None  # between which power kernels run, where it was measured
 
 
 NVLINK_5 = Link(10e-6, 900e9, "assumed latency of 10 us; NVLink 5: 900 GB/s a direction, NVIDIA B200 data sheet")
@@ -214,6 +216,10 @@ for _name, (_fp8, _int8, _fp4) in _NARROW.items():
     CARDS[_name] = replace(
         CARDS[_name], fp8_flops_per_s=_per_s(_fp8), int8_flops_per_s=_per_s(_int8), fp4_flops_per_s=_per_s(_fp4)
     )
+# What kernels of a B200 draw that take 0.1 ms and more: 5 % of those of decodes less than the first, 5 % of those of
+# prompts more than the second (experiments/kernels/power.py). Idle: nvidia-smi of seven cards that held nothing, 139 to
+# 144 W; cards that hold a model idle at 192 to 196 W (NVIDIA/TensorRT-LLM issue 10278).
+CARDS["b200"] = replace(CARDS["b200"], idle_w=139.0, busy_w=(349.0, 979.0))
 _OTHER_NAMES = {
     "a6000": "rtxa6000", "a5000": "rtxa5000", "a100": "a100-80gb", "a10080gb": "a100-80gb",
     "a10040gb": "a100-40gb", "a100pcie": "a100pcie80gb",
@@ -292,17 +298,24 @@ def card_key(name: str) -> str | None:
 
 def card_spec(name: str, card: Card, number: int = 1) -> HardwareSpec:
     """A card as a device, or a tensor-parallel group as one: memory, bandwidth, operations and power are sums."""
+    least_w, most_w = card.busy_w or (None, None)
+
+    def of_all(one: float | None) -> float | None:
+        return None if one is None else number * one
+
     return HardwareSpec(
         name=name if number == 1 else f"{number}x{name}",
         hbm_bytes=number * card.total_bytes,
         hbm_bytes_per_s=number * card.bytes_per_s,
         flops_per_s=number * card.flops_per_s,
-        tdp_w=None if card.tdp_w is None else number * card.tdp_w,
-        idle_w=None,
+        tdp_w=of_all(card.tdp_w),
+        idle_w=of_all(card.idle_w),
         source=card.source,
-        fp8_flops_per_s=None if card.fp8_flops_per_s is None else number * card.fp8_flops_per_s,
-        int8_flops_per_s=None if card.int8_flops_per_s is None else number * card.int8_flops_per_s,
-        fp4_flops_per_s=None if card.fp4_flops_per_s is None else number * card.fp4_flops_per_s,
+        fp8_flops_per_s=of_all(card.fp8_flops_per_s),
+        int8_flops_per_s=of_all(card.int8_flops_per_s),
+        fp4_flops_per_s=of_all(card.fp4_flops_per_s),
+        least_busy_w=of_all(least_w),
+        most_busy_w=of_all(most_w),
     )
 
 

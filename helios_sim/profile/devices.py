@@ -61,7 +61,9 @@ class Device:
         if self.cards == 1:
             return self.card
         n, card = self.cards, self.card
-        of_all = ("tdp_w", "idle_w", "fp8_flops_per_s", "int8_flops_per_s", "fp4_flops_per_s")
+        of_all = (
+            "tdp_w", "idle_w", "least_busy_w", "most_busy_w", "fp8_flops_per_s", "int8_flops_per_s", "fp4_flops_per_s",
+        )  # fmt: skip
         sums = {key: None if (one := getattr(card, key)) is None else n * one for key in of_all}
         return replace(
             card, name=self.name, hbm_bytes=n * card.hbm_bytes, hbm_bytes_per_s=n * card.hbm_bytes_per_s,
@@ -88,6 +90,9 @@ def card_file(card: str) -> Path | None:
 def device_of(name: str, key: str = "hardware") -> Device:
     """The device that a setting names. UserError for one that is not known, or a file that is damaged."""
     degree, card = group_of(name)
+    if (inner := group_of(card.strip("() ")))[0] != 1:
+        fix = f"set hardware={inner[0]}x{inner[1]} server.replicas={degree}"
+        raise UserError(key, name, "one group of cards, such as 4xh100; replicas of groups are server.replicas", fix)
     if degree not in DEGREES:
         allowed = f"a group of {', '.join(map(str, DEGREES[1:]))} cards: for these all-reduces were measured"
         raise UserError(key, name, allowed, "choose one of these sizes; replicas of groups are server.replicas")

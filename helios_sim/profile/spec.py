@@ -24,7 +24,7 @@ _OF_A_MODEL: _Ranges = {
 _OF_A_CARD: _Ranges = {
     "hbm_bytes": (1, 1 << 60), "hbm_bytes_per_s": (1, math.inf), "flops_per_s": (1, math.inf), "tdp_w": (1e-3, 1e6),
     "idle_w": (0, 1e6), "fp8_flops_per_s": (1, math.inf), "int8_flops_per_s": (1, math.inf),
-    "fp4_flops_per_s": (1, math.inf),
+    "fp4_flops_per_s": (1, math.inf), "least_busy_w": (0, 1e6), "most_busy_w": (0, 1e6),
 }  # fmt: skip
 
 
@@ -150,12 +150,26 @@ class HardwareSpec:
     fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
     int8_flops_per_s: float | None = None  # dense; None: no units for it, or none that vLLM has kernels for
     fp4_flops_per_s: float | None = None  # dense; None: no units for it
+    # Between which power kernels run, where it was measured; None: between idle power and the limit, by the roofline
+    least_busy_w: float | None = None
+    most_busy_w: float | None = None
 
     def __post_init__(self) -> None:
         require_name("hardware.name", self.name)
         require_within("hardware", self, _OF_A_CARD)
         if self.tdp_w is not None and self.idle_w is not None and self.idle_w > self.tdp_w:
             raise UserError("hardware.idle_w", self.idle_w, f"at most tdp_w, {self.tdp_w}", "correct one of them")
+
+    def busy_w(self, share: float) -> tuple[float, float] | None:
+        """Watts while iterations run that reach this share of the roofline, at least and at most; None: not known.
+
+        Where no kernel's power was measured, at least idle power and that share of what is above it, at most the limit.
+        """
+        if self.least_busy_w is not None and self.most_busy_w is not None:
+            return self.least_busy_w, self.most_busy_w
+        if self.idle_w is None or self.tdp_w is None:
+            return None
+        return self.idle_w + share * (self.tdp_w - self.idle_w), self.tdp_w
 
 
 class Basis(StrEnum):

@@ -75,8 +75,8 @@ class TracedArm:
     iterations: Sequence[Iteration]
     requests: Sequence[Served]
     instants: Sequence[Instant]
-    # Watts that a replica draws at a utilisation of 0 and of 1; None where the card's are not known.
-    power_w: Mapping[int, tuple[float, float]]
+    # Watts that a replica draws idle, and while it runs at a utilisation of 0 and of 1; none where they are not known.
+    power_w: Mapping[int, tuple[float, float, float]]
 
 
 def require_perfetto() -> None:
@@ -125,9 +125,9 @@ def _write_iterations(writer: _Writer, track: int, iterations: Sequence[Iteratio
 
 
 def _write_counters(
-    writer: _Writer, process: int, of: str, iterations: Sequence[Iteration], power_w: tuple[float, float] | None
+    writer: _Writer, process: int, of: str, iterations: Sequence[Iteration], power_w: tuple[float, float, float] | None
 ) -> None:
-    """State while each iteration runs. Power is the lower end of the band: idle, and the rest by utilisation."""
+    """State while each iteration runs. Power is the lower end of the band, by utilisation."""
     names = {"running": "requests", "waiting": "requests", "kv_blocks": "blocks", "layers": "layers"}
     tracks = {name: writer.track(process, f"{of}{name}", unit) for name, unit in names.items()}
     before: dict[str, int] = {}
@@ -138,10 +138,10 @@ def _write_counters(
                 writer.count(track, it.start_ns, value)
                 before[name] = value
     if power_w is not None and iterations:
-        idle_w, most_w = power_w
+        idle_w, least_w, most_w = power_w
         track = writer.track(process, f"{of}power at least", "W")
         for it, following in zip(iterations, [*iterations[1:], None], strict=True):
-            writer.count(track, it.start_ns, idle_w + it.utilisation * (most_w - idle_w))
+            writer.count(track, it.start_ns, least_w + it.utilisation * (most_w - least_w))
             if following is None or following.start_ns > it.end_ns:
                 writer.count(track, it.end_ns, idle_w)
 

@@ -33,7 +33,7 @@ class Counted:
 
 
 class Modelled:
-    """The board's limit while iterations run, idle power otherwise: the upper end of a study's band."""
+    """The most that kernels or the board draw while iterations run, idle power otherwise: the upper end of a band."""
 
     def __init__(self, card: HardwareSpec, servers: Sequence[Server]) -> None:
         self._card, self._servers = card, servers
@@ -41,11 +41,11 @@ class Modelled:
         self.told = "upper estimate: board limit while iterations run, else idle power" if known else "power not known"
 
     def joules(self, now_ns: int) -> float | None:
-        idle_w, tdp_w = self._card.idle_w, self._card.tdp_w
-        if idle_w is None or tdp_w is None:
+        idle_w, busy_w = self._card.idle_w, self._card.busy_w(1.0)
+        if idle_w is None or busy_w is None:
             return None
         busy_ns = sum(server.stats.busy_ns for server in self._servers)
-        return (idle_w * now_ns * len(self._servers) + (tdp_w - idle_w) * busy_ns) / NS_PER_S
+        return (idle_w * now_ns * len(self._servers) + (busy_w[1] - idle_w) * busy_ns) / NS_PER_S
 
 
 def counted(device: str) -> Counted:

@@ -18,7 +18,7 @@ from helios_sim.errors import UserError
 from helios_sim.policy.telemetry import Policy
 from helios_sim.profile.precision import served_as
 from helios_sim.profile.runtimes import FIT, HOST_TIME
-from helios_sim.profile.spec import Basis, RuntimeConfig
+from helios_sim.profile.spec import Basis, HardwareSpec, RuntimeConfig
 from helios_sim.provenance import NOT_READ, Assumption, Provenance, ProvenanceClass
 from helios_sim.report.breakdown import ReplicaFigures, replica_figures
 from helios_sim.report.metrics import Cards, MetricValue, Power, compute_metrics
@@ -208,8 +208,7 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     """The metrics that the job's settings ask for. UserError where iterations are quicker than the card can be."""
     cards = []
     for kind in fleet.kinds:
-        idle_w, tdp_w = kind.card.idle_w, kind.card.tdp_w
-        power = None if idle_w is None or tdp_w is None else Power(idle_w, tdp_w)
+        power = _power(kind.card)
         stats = [run.servers[number].stats for number in kind.numbers]
         cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
@@ -221,6 +220,13 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     if job.config.mode == SIMULATE:
         require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")
     return metrics
+
+
+def _power(card: HardwareSpec) -> Power | None:
+    if card.idle_w is None or card.tdp_w is None:
+        return None
+    measured = card.least_busy_w is not None
+    return Power(card.idle_w, card.tdp_w, card.busy_w(1.0) if measured else None)
 
 
 def require_possible(metrics: Mapping[str, MetricValue], card: str, fix: str) -> None:

@@ -95,10 +95,10 @@ def _instant(decision: Decision) -> Instant:
     )
 
 
-def _power_w(fleet: Fleet) -> dict[int, tuple[float, float]]:
-    known: dict[int, tuple[float, float]] = {}
+def _power_w(fleet: Fleet) -> dict[int, tuple[float, float, float]]:
+    known: dict[int, tuple[float, float, float]] = {}
     for kind in fleet.kinds:
-        idle_w, tdp_w = kind.card.idle_w, kind.card.tdp_w
-        if idle_w is not None and tdp_w is not None:
-            known |= dict.fromkeys(kind.numbers, (idle_w, tdp_w))
+        idle_w, least, most = kind.card.idle_w, kind.card.busy_w(0.0), kind.card.busy_w(1.0)
+        if idle_w is not None and least is not None and most is not None:
+            known |= dict.fromkeys(kind.numbers, (idle_w, least[0], most[0]))
     return known
