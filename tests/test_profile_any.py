@@ -17,8 +17,9 @@ from helios_sim.profile.catalog import CARDS, HARDWARE, SHAPES, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of, ring_s, shard, whole_model
 from helios_sim.profile.families import FAMILIES
-from helios_sim.profile.importers.aiconfigurator import LayerTimes, clocked_slower, device_profile
+from helios_sim.profile.importers.aiconfigurator import LayerTimes, device_profile
 from helios_sim.profile.importers.between import filled
+from helios_sim.profile.importers.clock import OF_A100
 from helios_sim.profile.importers.kernel_tables import SHIPPED, SHIPPED_SOURCES, AllReduceTimes
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.roofline import Gemm, embedding_elementwise, layer_elementwise, layer_gemms
@@ -623,20 +624,39 @@ def test_a_card_of_the_same_chip_with_less_power_is_slower_where_operations_bind
     model = published_model("llama-2-7b")
     times = {card: LayerTimes(model, device_of(card), SHIPPED_SOURCES[card]) for card in ("a100-80gb", "a100pcie80gb")}
     on_sxm, on_pcie = (sum(each.gemm_s(gemm) for gemm in layer_gemms(model)) for each in times.values())
-    by_power = (400 / 300) ** 0.456
-    measured = times["a100-80gb"].measured_card
-    assert clocked_slower(device_of("a100pcie40gb").card, measured) == pytest.approx(1 / 0.807, rel=2e-3)
     rows = times["a100-80gb"].rows
-    ratio = on_pcie / on_sxm
-    assert ratio[(rows >= 256) & (rows <= 768)] == pytest.approx(by_power, rel=1e-6)
-    assert (ratio[rows > 768] > 1.12).all()  # the largest are priced at what the card can do at most
-    assert (ratio < by_power + 1e-9).all()
-    assert (ratio[rows <= 64] < 2.039 / 1.935 + 0.01).all()
+    by_clock = ((400 - OF_A100.still_w) / (300 - OF_A100.still_w)) ** (1 / 3)
     assert times["a100-80gb"].slower == 1.0
+    assert times["a100pcie80gb"].slower == pytest.approx(by_clock)
+    ratio = on_pcie / on_sxm
+    assert ratio[rows >= 512] == pytest.approx(by_clock, rel=2e-2)
+    assert (ratio < by_clock + 0.02).all()
+    assert (ratio[rows <= 64] < 2.039 / 1.935 + 0.01).all()
     pair = LayerTimes(model, device_of("2xa100pcie80gb"), SHIPPED_SOURCES["a100pcie80gb"])
     assert not pair.same_links  # all-reduces were measured between cards with direct links
     moved = 2 * pair.rows * model.d_model
     assert pair.all_reduces_s() == pytest.approx(2 * ring_s(pair.device.link, 2, moved.astype(float)))
+
+
+def test_the_clock_under_a_power_limit_gives_the_rates_that_it_was_made_from() -> None:
+    operations = np.array([2.0 * 8192**3])
+    for card, rate in (("a100-80gb", 264.5e12), ("a100pcie40gb", 213.5e12)):
+        on = device_of(card).card
+        assert operations / OF_A100.slowed(on, operations / 294e12, operations) == pytest.approx(rate, rel=1e-9)
+        assert OF_A100.slowed(on, 4 * operations / 294e12, operations) == 4 * operations / 294e12  # units that wait
+    assert 50 < OF_A100.still_w < 100  # an A100 that does nothing, its memory awake
+
+
+def test_a_card_whose_kernels_power_was_measured_has_energy(tmp_path: Path) -> None:
+    words = ("own", "models=[llama-3.1-8b]", "hardware=2xb200", "exits.source=none", "policy=full_depth")
+    profile = build(study_config(*words), 0).models["llama-3.1-8b"].profile
+    write_profile(profile, tmp_path / profile.name)
+    for card in (profile.hardware, load_profile(profile.name, tmp_path).hardware):
+        assert card.idle_w is not None
+        assert card.tdp_w is not None
+        assert card.busy_w(0.1) == card.busy_w(1.0) == (2 * 349.0, 2 * 979.0)
+        assert card.idle_w < 2 * 349.0 < 2 * 979.0 < card.tdp_w
+    assert device_of("h200").card.busy_w(0.5) is None
 
 
 def test_gaps_of_a_table_are_filled_along_its_axes() -> None:

@@ -278,7 +278,7 @@ def test_a_card_without_units_for_fp8_makes_such_weights_bf16() -> None:
         assert any("no units for fp8" in said for said in find_profile("llama-3.1-8b-fp8", card).provenance.scaled)
         plain, fp8 = (find_profile("llama-3.1-8b", card, precision=p) for p in (PLAIN, Precision("fp8")))
         assert decodes_s(fp8, (1,))[0] < 0.8 * decodes_s(plain, (1,))[0]
-        assert prompt_s(fp8, 4096) > 0.97 * prompt_s(plain, 4096)
+        assert prompt_s(fp8, 4096) > 0.95 * prompt_s(plain, 4096)
     assert products_on(model, device_of("l40s").card) == FP8
 
 

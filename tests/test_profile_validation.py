@@ -52,7 +52,7 @@ def test_layers_that_vidur_measured_are_within_3_percent_of_decodes_and_5_of_pro
     assert abs(median(tables, "layer without attention, 1 to 128 tokens") - 1) <= 0.03
     assert abs(median(tables, "the four products, 129 to 4096 tokens") - 1) <= 0.05
     assert abs(median(tables, "layer without attention, with their small kernels, 129 to 4096 tokens") - 1) <= 0.05
-    assert abs(median(tables, "layer without attention, 129 to 4096 tokens") - 1) < 0.08
+    assert abs(median(tables, "layer without attention, 129 to 4096 tokens") - 1) <= 0.05
     assert abs(median(tables, "the same, if theirs also works above the diagonal") - 1) <= 0.05
 
 

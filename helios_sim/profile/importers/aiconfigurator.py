@@ -57,18 +57,6 @@ from helios_sim.profile.tables import FloatArray, GridTable, LayerTables, RowsTa
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
 TIME_BAND = TimeBand(0.89, 1.17, "90 % of 188 published runs lie within: experiments/fidelity_silicon")
-# An A100 on PCIe, which may draw 250 W, does 213.5 TFLOPS in large products of random numbers where one on SXM, with
-# 400 W, does 264.5 (github zzc0721/torch-performance-test-data, issue 108 and database.md): 0.807 is 250/400 to this.
-CLOCK_BY_POWER = 0.456
-
-
-def clocked_slower(card: HardwareSpec, measured: HardwareSpec) -> float:
-    """How many times as long operations take on a card with the same units that may draw less power; at least 1."""
-    if card.tdp_w is None or measured.tdp_w is None or card.flops_per_s != measured.flops_per_s:
-        return 1.0
-    return float(max(1.0, (measured.tdp_w / card.tdp_w) ** CLOCK_BY_POWER))
-
-
 BETWEEN = (
     "sizes that were not measured: how many times the roofline and its fixed part a kernel takes, interpolated",
     "times made non-decreasing in rows, batch and length by taking slower measurements at smaller sizes down",
@@ -102,8 +90,8 @@ class LayerTimes:
         """In a group, times are those of one card with its shard of the model `whole`."""
         self.model = model = shard(whole, device.cards)
         self.device, self.card, self.measured_card, self.source = device, device.card, source.card, source
-        # Where operations bind, how many times as long a card of the same chip takes that may draw less power.
-        self.slower = clocked_slower(device.card, source.card) if source.shipped else 1.0
+        # How many times as long a card of the same chip takes that may draw less power, where operations bind.
+        self.slower = 1.0 if source.power is None else source.power.slower_than_measured(device.card)
         here, there = device.link, published_card(source.card.name)
         self.same_links = not source.shipped or there is None or there.link == here or here != PCIE_LINK
         self.gemms: GemmTimes = gemm_times(source)
@@ -204,7 +192,9 @@ class LayerTimes:
         time_s = of.time_s(gemm, weights) + (here_s - there_s) / of.best_bandwidth
         if of is self.of_layers:
             time_s = time_s - self.inputs_s
-        if self.slower != 1.0:
+        if self.source.power is not None and of.kind == BF16:
+            time_s = self.source.power.slowed(self.card, time_s, of.rows * float(2 * gemm.n * gemm.k))
+        elif self.slower != 1.0:
             time_s = np.where(of.operations_bind(gemm, self.card, weights), time_s * self.slower, time_s)
         time_s = rising(np.maximum(time_s, here_s / self._reached(of.from_memory)))
         return time_s[self.keep] if np.array_equal(of.rows, self.gemms.rows) else np.interp(self.rows, of.rows, time_s)
@@ -320,10 +310,16 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
             f"memory-bound part of matrix products and decode attention: measured at {there.hbm_bytes_per_s / 1e9:.0f} "
             f"GB/s, moved to {card.hbm_bytes_per_s / 1e9:.0f} GB/s"
         )
+    if source.power is not None:
+        limit_w = source.power.measured_w if card.tdp_w is None else card.tdp_w
+        scaled.append(
+            f"products in bf16: timed with weights of zeros, slowed to the clock that {limit_w:.0f} W leave to real "
+            "numbers, by measurements of A100s with 250 and 400 W"
+        )
     if times.slower != 1.0:
         scaled.append(
-            f"what operations bind: measured with {there.tdp_w:.0f} W, {times.slower:.3f} times as long with "
-            f"{card.tdp_w:.0f} W, by measurements of A100s with 250 and 400 W"
+            f"attention, and products with integer weights where operations bind: measured with {there.tdp_w:.0f} W, "
+            f"{times.slower:.3f} times as long with {limit_w:.0f} W"
         )
     if times.batch_scale != 1:
         scaled.append(f"decode attention of batch b: {times.table_kv_heads} KV heads at batch {times.batch_scale:g} b")
@@ -395,6 +391,7 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
                 "idle_w", card.idle_w, "nvidia-smi readings of cards that held nothing: a lower bound",
                 "hardware.idle_w",
             ),
+            *_power_assumed(card),
             Assumption(
                 "chars_per_token", model.chars_per_token, "English text; no tokenizer at hand",
                 "model.chars_per_token",
@@ -406,6 +403,14 @@ def _provenance(times: LayerTimes, runtime: Runtime, command: str, windows: tupl
             *assumed_of(model),
         ),
     )  # fmt: skip
+
+
+def _power_assumed(card: HardwareSpec) -> tuple[Assumption, ...]:
+    if card.least_busy_w is None:
+        return ()
+    band = f"{card.least_busy_w:.0f} to {card.most_busy_w:.0f} W"
+    why = "measured of attention under vLLM 0.22, taken for all kernels: experiments/kernels"
+    return (Assumption("busy_w", band, why, "rebuild"),)
 
 
 def _kinds(times: LayerTimes) -> str:

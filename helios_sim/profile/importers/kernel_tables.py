@@ -25,6 +25,7 @@ from helios_sim.profile.catalog import CARDS, HARDWARE, PCIE_LINK, card_spec
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.devices import Device
 from helios_sim.profile.formats import FP4, FP8, INT8, WEIGHTS
+from helios_sim.profile.importers.clock import OF_A100, Power
 from helios_sim.profile.importers.reading import MS, times
 from helios_sim.profile.roofline import Gemm
 from helios_sim.profile.spec import HardwareSpec
@@ -81,6 +82,7 @@ class KernelSource:
     shipped: bool = False  # its tables are in the package
     integers: bool = False  # they have products with integer weights
     engine: str = "vLLM"
+    power: Power | None = None  # of its chip; None: not known
 
     def path(self, kind: str, name: str) -> Path:
         if self.shipped:
@@ -100,7 +102,7 @@ def _shipped(folder: str, vllm: str, card: str, head_dims: tuple[int, ...] = (64
     return KernelSource(folder, vllm, head_dims, card_spec(card, CARDS[card]), shipped=True)
 
 
-_SXM_A100 = replace(_shipped("a100_sxm", "0.14.0", "a100-80gb", (128,)), integers=True)
+_SXM_A100 = replace(_shipped("a100_sxm", "0.14.0", "a100-80gb", (128,)), integers=True, power=OF_A100)
 SHIPPED_SOURCES = {  # by the card's key in the catalogue
     "a100-40gb": _SXM_A100, "a100-80gb": _SXM_A100, "a100pcie40gb": _SXM_A100, "a100pcie80gb": _SXM_A100,
     "h100": _shipped("h100_sxm", "0.24.0", "h100"),

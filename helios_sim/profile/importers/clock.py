@@ -1,0 +1,56 @@
+"""How far a card's power limit lowers its clock while it multiplies.
+
+Kernel tables are timed with weights that hold nothing: vLLM's layers are made but never filled (collector/vllm/
+collect_gemm.py of github ai-dynamo/aiconfigurator: "TODO, to evaluate random weights impact"). Zeros switch few
+transistors, so the card keeps its full clock, while numbers of a real model draw more power than it may have. The
+product of two matrices of 8,192 x 8,192 on an A100 with 400 W does 294 TFLOPS in the tables, 295 with zeros and 257
+with random numbers (thonking.ai, "Strangely, Matrix Multiplications on GPUs Run Faster When Given Predictable Data");
+264.5 with random numbers where others measured it (database.md of github zzc0721/torch-performance-test-data), and
+213.5 on one with 250 W (issue 108 there).
+
+Power is taken to be a part that stays, and one that rises with the share of the peak that a product would reach and
+with the cube of the clock, since voltage follows the clock. The rates at 400 and 250 W determine the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from helios_sim.profile.spec import HardwareSpec
+from helios_sim.profile.tables import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What a chip draws: `still_w + busy_w * share * clock**3`, both shares of the most that it can do."""
+
+    still_w: float
+    busy_w: float  # at the full clock, if all units multiplied all the time
+    measured_w: float  # the limit of the card that the tables are of
+
+    def slowed(self, card: HardwareSpec, time_s: FloatArray, operations: FloatArray) -> FloatArray:
+        """Seconds with a real model's numbers on this card, of products that take `time_s` at the full clock."""
+        share = operations / (time_s * card.flops_per_s)
+        found: Any = time_s * np.maximum(1.0, np.cbrt(self.busy_w * share / (self._limit_w(card) - self.still_w)))
+        return np.asarray(found)
+
+    def slower_than_measured(self, card: HardwareSpec) -> float:
+        """How many times as long a kernel takes that the tables timed with real numbers, where power binds on both."""
+        ratio = (self.measured_w - self.still_w) / (self._limit_w(card) - self.still_w)
+        return float(max(1.0, np.cbrt(ratio)))
+
+    def _limit_w(self, card: HardwareSpec) -> float:
+        return self.measured_w if card.tdp_w is None else card.tdp_w
+
+
+def _power(peak: float, full: float, limits: tuple[tuple[float, float], tuple[float, float]]) -> Power:
+    """From the TFLOPS of one product: the peak, at the full clock, and with random numbers at two limits in W."""
+    (high_w, high), (low_w, low) = limits
+    busy_w = (high_w - low_w) / ((high / full) ** 3 - (low / full) ** 3) * peak / full
+    return Power(high_w - busy_w * full / peak * (high / full) ** 3, busy_w, high_w)
+
+
+OF_A100 = _power(peak=312.0, full=294.0, limits=((400.0, 264.5), (250.0, 213.5)))
