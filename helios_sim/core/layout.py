@@ -272,6 +272,7 @@ class Lists(NamedTuple):
     free: Numbers
     left: Numbers  # requests that left and are not handed over yet
     leaving: Numbers  # of the commit in progress
+    needy: Numbers  # that decode and have filled their last block, as the scheduler last saw them
     lingering_key: Numbers  # requests that are done but keep their place until the next iteration is planned
     lingering_seq: Numbers
     lingering_blocks: Numbers  # how many they hold; where blocks are shared, their seats

@@ -207,7 +207,8 @@ def _take_many(s: Record, c: Prefix, seat: int, first: int, end: int) -> None:
         table[seat, i] = block
     block = blocks[0, NEWER]
     for i in range(first + empty, end):
-        _forget(c, block)
+        if blocks[block, HASH] != NEVER:  # a call takes as long as all else here
+            _forget(c, block)
         blocks[block, HOLDERS] = 1
         table[seat, i] = block
         block = blocks[block, NEWER]
@@ -236,21 +237,19 @@ def blocks_due(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix) -
     return due
 
 
-def extend(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix, owed: Numbers) -> None:
-    """Decodes that have filled their last block get another one."""
-    batch, block_tokens, mask = lists.batch, r.block_tokens, r.block_mask
-    for i in range(s.decoding):
-        slot = batch[i]
+def extend(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix, owed: Numbers, needy: int) -> None:
+    """So many decodes have filled their last block: they get another one, but for those that have got it already."""
+    slots, seats, block_tokens = lists.needy, c.seats, r.block_tokens
+    for i in range(needy):
+        slot = slots[i]
         request = requests[slot]
-        context = request.context_tokens
-        if (context & mask if mask >= 0 else context % block_tokens) != 0:
-            continue
-        seat, held = request.seat, c.seats[request.seat, HELD]
+        context, seat = request.context_tokens, request.seat
+        held = seats[seat, HELD]
         if context == held * block_tokens:
             if request.stream != NEVER and settle(r, c, request, owed, slot, context, request.generated - 1, False):
                 s.made_known += 1
             c.table[seat, held] = take(s, c)
-            c.seats[seat, HELD] = held + 1
+            seats[seat, HELD] = held + 1
 
 
 def settle(

@@ -88,7 +88,7 @@ def begin_schedule(
         it.blocked = 1
         it.due_blocks = _blocks_due(s, r, it, requests, lists)
     if r.shares and it.due_blocks:  # before anything enters, since to take a free block may forget what it holds
-        extend(s, r, requests, lists, prefix, owed)
+        extend(s, r, requests, lists, prefix, owed, it.due_blocks)
         it.due_blocks = 0
     it.decodes = s.decoding
     it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding - it.drafted
@@ -332,15 +332,17 @@ def _give_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Pr
 
 
 def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
-    """Blocks that the decodes need for the K and V of their next token. Sums up their contexts as well."""
+    """Blocks that the decodes need for the K and V of their next token; lists who needs one, and sums up contexts."""
     if r.draft_tokens:
         return blocks_to_draft(s, r, it, requests, lists)
-    batch, due, kv_tokens = lists.batch, 0, 0
+    batch, needy, due, kv_tokens = lists.batch, lists.needy, 0, 0
     block_tokens, mask = r.block_tokens, r.block_mask
     for i in range(s.decoding):
-        context = requests[batch[i]].context_tokens
+        slot = batch[i]
+        context = requests[slot].context_tokens
         kv_tokens += context
         if (context & mask if mask >= 0 else context % block_tokens) == 0:
+            needy[due] = slot
             due += 1
     it.kv_tokens = kv_tokens
     return due
