@@ -154,11 +154,14 @@ def test_all_ways_to_run_fire_at_the_same_moments(way: dict[str, bool]) -> None:
 
 
 @WAYS
-def test_energy_is_the_middle_of_the_band_that_a_report_shows(way: dict[str, bool]) -> None:
+@pytest.mark.parametrize("busy_w", [None, (120.0, 300.0)])
+def test_energy_is_the_middle_of_the_band_that_a_report_shows(
+    way: dict[str, bool], busy_w: tuple[float, float] | None
+) -> None:
     end_ns = 3 * NS_PER_S
     policy = asking(AtTime(end_ns))
     profiles = on_a_card()
-    others = {"power_w": (IDLE_W, LIMIT_W)}
+    others = {"power_w": (IDLE_W, LIMIT_W), "busy_w": busy_w}
     served = serve(workload(60, arrivals=Constant(30.0)), policy, profiles, others=others, **way)
     if not policy.asked:  # the run is over before
         policy = asking(Completed(60))
@@ -167,6 +170,8 @@ def test_energy_is_the_middle_of_the_band_that_a_report_shows(way: dict[str, boo
     stats = served.run.stats
     above_w = LIMIT_W - IDLE_W
     low, high = stats.floor_ns / NS_PER_S * above_w, stats.busy_ns / NS_PER_S * above_w
+    if busy_w is not None:
+        low, high = (stats.busy_ns / NS_PER_S * (watts - IDLE_W) for watts in busy_w)
     assert seen.energy.joules == pytest.approx(IDLE_W * seen.now_ns / NS_PER_S + (low + high) / 2)
     assert seen.energy.watts == pytest.approx(seen.energy.joules / (seen.now_ns / NS_PER_S))  # less than 10 s
 

@@ -35,7 +35,8 @@ def commit(
     _account(s, it, end_ns - s.now_ns)
     if not r.live:  # what a device draws is read from its counter
         busy_ns = end_ns - s.now_ns
-        note_drawn(s, c.marks, s.now_ns, end_ns, busy_ns + min(it.floor_ns, busy_ns))
+        by_work_ns = busy_ns if r.draws_evenly else min(it.floor_ns, busy_ns)
+        note_drawn(s, c.marks, s.now_ns, end_ns, busy_ns + by_work_ns)
     take_blocks(s, r, freed, it.due_blocks)
     it.done = 0
     if len(watch.windows):

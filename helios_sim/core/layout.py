@@ -259,6 +259,7 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "rule_exit",  # the deepest of the rule
         "loaded_exit", "n_layers",  # of the whole model
         "idle_mw", "drawn_mw",  # of the card (`power`); 0 where they are not known
+        "draws_evenly",  # as long as an iteration runs, whatever it does
         "ttft_ns", "tpot_ns", "e2e_ns",  # the SLOs; NEVER: no such bound
         "bands",
     ),

@@ -2,7 +2,8 @@
 
 Above its idle power a simulated card draws half of what is left up to the board's limit while an iteration runs, and
 the other half for as long as the same work would take at the card's ceilings: the middle of the band that a report
-shows. `drawn_ns` is that time in all, each half counted, and `rules.drawn_mw` the power of one half. Of a device with a
+shows. `drawn_ns` is that time in all, each half counted, and `rules.drawn_mw` the power of one half. Where the power
+of kernels was measured, both halves are drawn while an iteration runs (`rules.draws_evenly`). Of a device with a
 counter `drawn_ns` is what the counter rose by, in units of `rules.drawn_mw`.
 """
 

@@ -98,6 +98,7 @@ class Situation:
     # Watts of the replica's card, or group: idle and at the board's limit. None where they are not known; of a live run
     # where its device has no energy counter, else from 0 to 100 kW.
     power_w: tuple[float, float] | None = None
+    busy_w: tuple[float, float] | None = None  # between which its kernels run, where that was measured
 
     @property
     def refinds(self) -> bool:

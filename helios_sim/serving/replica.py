@@ -425,8 +425,11 @@ def _power(situation: Situation, foresees: bool) -> dict[str, int]:
     """Of the replica's card, as the loop counts what it draws (`core.power`)."""
     if not foresees or situation.power_w is None:
         return {"idle_mw": 0, "drawn_mw": 0 if foresees else COUNTED_MW}
-    idle_w, limit_w = situation.power_w
-    return {"idle_mw": round(idle_w * 1000), "drawn_mw": min(round((limit_w - idle_w) * 500), MOST_MW)}
+    idle_w, drawn_w = situation.power_w
+    if situation.busy_w is not None:
+        drawn_w = sum(situation.busy_w) / 2
+    drawn_mw = min(round((drawn_w - idle_w) * 500), MOST_MW)
+    return {"idle_mw": round(idle_w * 1000), "drawn_mw": drawn_mw, "draws_evenly": situation.busy_w is not None}
 
 
 def _levels(slo: Slo) -> dict[str, int]:

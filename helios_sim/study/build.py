@@ -97,6 +97,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
         prefixes=workload.prefixes if shares else None,
         slo=Slo(**vars(config.slo)),
         power_w=_power_w(config, card),
+        busy_w=None if config.mode == LIVE or card.least_busy_w is None else card.busy_w(1.0),
     )
     if config.server.order == "priority" and not workload.has_priorities:
         raise UserError(

@@ -193,7 +193,7 @@ class LayerTimes:
         if of is self.of_layers:
             time_s = time_s - self.inputs_s
         if self.source.power is not None and of.kind == BF16:
-            time_s = self.source.power.slowed(self.card, time_s, of.rows * float(2 * gemm.n * gemm.k))
+            time_s = self.source.power.slowed(self.card, time_s, of.rows.astype(np.float64) * (2 * gemm.n * gemm.k))
         elif self.slower != 1.0:
             time_s = np.where(of.operations_bind(gemm, self.card, weights), time_s * self.slower, time_s)
         time_s = rising(np.maximum(time_s, here_s / self._reached(of.from_memory)))
