@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from command_line import Said
 from helios_sim.logs import read_tool
 from helios_sim.logs.tools import opened
 from helios_sim.observe.__main__ import main
+from helios_sim.observe.run import Observed
 from sse_server import MODEL, endpoint
 
 FEW = ("workload.n_requests=12", "workload.arrivals.rate_per_s=60", "workload.lengths.output.maximum=8")
@@ -119,10 +121,20 @@ def test_no_error_is_lost(observe: Observer) -> None:
         assert reason in said.out
 
 
+def test_failures_that_differ_in_numbers_alone_are_counted_together() -> None:
+    lines = [{"status": f"HTTP 400: knows the token ids 0 to 99, and not {n}"} for n in (100, 101)] + [{"status": "ok"}]
+    assert Observed(3, lines).failures() == {"HTTP 400: knows the token ids 0 to 99, and not 100": 2}
+
+
 def test_what_has_ended_is_kept_when_it_is_stopped(observe: Observer) -> None:
-    stop = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    def stop() -> None:
+        """Once some have ended, however slow this machine is."""
+        while len(server.bodies) < 10 or Path("log.jsonl").read_text().count("\n") < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with endpoint() as server:
-        stop.start()
+        threading.Thread(target=stop, daemon=True).start()
         said = observe(f"url={server.url}", "workload.n_requests=200", "workload.arrivals.rate_per_s=40",
                        "workload.lengths.output.maximum=4")  # fmt: skip
     assert said.status == 2

@@ -76,6 +76,9 @@ def test_prompts_may_be_texts_ids_or_lists_of_them(served: Served) -> None:
         assert answer["usage"] == {
             "prompt_tokens": tokens, "completion_tokens": 2 * prompts, "total_tokens": tokens + 2 * prompts,
         }  # fmt: skip
+    of_opt = served.post(TEXT, {"prompt": [2, 50000, 50271], "max_tokens": 2})  # the tokenizer is not here
+    assert of_opt.json()["usage"]["prompt_tokens"] == 3
+    assert served.post(TEXT, {"prompt": [50272]}).json()["error"]["param"] == "prompt"
     both = served.chunks(TEXT, {"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True})
     assert sorted(chunk["choices"][0]["index"] for chunk in both) == [0, 0, 0, 1, 1, 1]
 
@@ -108,6 +111,8 @@ def test_a_stop_ends_the_text_before_it(served: Served) -> None:
 
 def test_models_are_the_candidates_and_whatever_is_loaded(served: Served) -> None:
     assert [model["id"] for model in served.get("/v1/models").json()["data"]] == ["helios", "opt-1.3b"]
+    assert served.get("/v1/models/opt-1.3b").json()["id"] == "opt-1.3b"
+    assert served.get("/v1/models/gpt-4").json()["error"]["code"] == "model_not_found"
     for name in ("helios", "opt-1.3b", None):
         answer = served.post(TEXT, {"model": name, "prompt": "x", "max_tokens": 1})
         assert answer.json()["model"] == "opt-1.3b"
@@ -331,6 +336,7 @@ def test_it_sleeps_and_wakes(served: Served) -> None:
     assert served.post("/sleep?level=1", None).status_code == 200
     assert served.get("/is_sleeping").json() == {"is_sleeping": True}
     assert served.post(TEXT, {"prompt": "x"}).json()["error"]["code"] == "asleep"
+    assert served.state()["replicas"][0]["resident"] == {}
     assert served.get("/health").status_code == 200
     assert served.post("/wake_up", None).status_code == 200
     assert served.get("/is_sleeping").json() == {"is_sleeping": False}

@@ -34,6 +34,13 @@ def test_text_that_grows_token_by_token_is_the_whole_text(text: str, prompt: str
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 
 
+def test_ids_of_a_tokenizer_that_is_not_here_are_a_token_each() -> None:
+    reader = BuiltInReader(50_000)
+    text = reader.decode([49_999, 104, 20_000])
+    assert text == "\ufffdh\ufffd"
+    assert len(reader.encode(text)) == 3  # for a second candidate, too
+
+
 def test_what_is_left_of_a_character_comes_at_the_end() -> None:
     growing = Growing(BUILT_IN, [])
     assert [growing.add(token) for token in "\u00e9".encode()[:1]] == [""]

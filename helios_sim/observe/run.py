@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -71,12 +72,18 @@ class Observed:
     def drift_s(self) -> list[float]:
         return [line["arrival_s"] - line["planned_s"] for line in self.lines if "planned_s" in line]
 
+    def failures(self) -> dict[str, int]:
+        """How many requests failed, by the first reason of each kind: the same one but for its numbers."""
+        kinds: dict[str, tuple[str, int]] = {}
+        for line in self.lines:
+            if (reason := line["status"]) != OK:
+                first, count = kinds.get(kind := re.sub(r"\d+", "0", reason), (reason, 0))
+                kinds[kind] = first, count + 1
+        return dict(kinds.values())
+
     def summary(self) -> dict[str, Any]:
         """Figures for programs."""
-        failed: dict[str, int] = {}
-        for line in self.lines:
-            if line["status"] != OK:
-                failed[line["status"]] = failed.get(line["status"], 0) + 1
+        failed = self.failures()
         tpot = [
             (line["e2e_s"] - line["ttft_s"]) / (line["output_tokens"] - 1)
             for line in self.lines
@@ -119,7 +126,7 @@ def observe(config: ObservedConfig) -> int:
             f"{'at their times' if users is None else f'by {users} users'} ...", sys.stderr)  # fmt: skip
         seen = asyncio.run(_run(client, settings, model, planned, users, config.seeds[0], file))
     summary = seen.summary() | {"log": str(out), "model": model}
-    _show(seen, summary, out, users)
+    _show(seen, summary, out, settings)
     return 0 if not summary["failed"] and not seen.stopped else 2
 
 
@@ -273,7 +280,7 @@ def _line(request: Planned, answer: Answer, began: float, is_open: bool, seen: O
     return line
 
 
-def _show(seen: Observed, summary: dict[str, Any], out: Path, users: int | None) -> None:
+def _show(seen: Observed, summary: dict[str, Any], out: Path, settings: ObserveConfig) -> None:
     table = TextTable(f"{summary['answered']} of {summary['sent']} requests answered by {summary['model']}")
     table.column("time", number=False)
     for name in ("p50", "p90", "p99", "max"):
@@ -285,6 +292,9 @@ def _show(seen: Observed, summary: dict[str, Any], out: Path, users: int | None)
     table.show()
     for reason, count in summary["failed"].items():
         say(f"failed: {count} x {reason}")
+    if any("token id" in reason for reason in summary["failed"]):
+        say(f"Prompts are token ids from observe.lowest_id={settings.lowest_id} to observe.highest_id="
+            f"{settings.highest_id}: lower them, or set observe.prompts=words.")  # fmt: skip
     if seen.stopped:
         say(f"stopped: {summary['sent']} of {summary['planned']} requests have ended and are in the log")
     if not seen.counted:
@@ -294,6 +304,7 @@ def _show(seen: Observed, summary: dict[str, Any], out: Path, users: int | None)
         say(f"Requests went up to {fmt.seconds(drift['max'])} later than planned: this client was the bottleneck, or "
             "the network. The log has the times at which they went.")  # fmt: skip
     say(f"log: {out}")
-    say(f"next: python -m helios_sim +experiment=from_log log={out} model=NAME hardware=CARD")
+    if summary["answered"]:
+        say(f"next: python -m helios_sim +experiment=from_log log={out} model=NAME hardware=CARD")
     if JSON_ASKED.get() or not sys.stdout.isatty():
         print(json.dumps(summary))

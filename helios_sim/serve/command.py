@@ -46,8 +46,8 @@ def serve(config: ServedConfig) -> int:
         host, port = sock.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         front = FrontSettings(
-            settings, keys, tokenizers, service.layers, service.config.mode,
-            service.config.server.order == "priority", _about(service, settings),
+            settings, keys, tokenizers, service.layers, service.vocabularies,
+            service.config.mode, service.config.server.order == "priority", _about(service, settings),
         )  # fmt: skip
         link.start(front, sock, service)
         say(f"{address}: {', '.join(service.models)} by {service.job.arm.name}, mode={service.config.mode}; the page "

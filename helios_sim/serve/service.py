@@ -98,6 +98,11 @@ class Service:
         """Of each candidate, all that it has."""
         return {name: data.profile.model.n_layers for name, data in self._models.items()}
 
+    @property
+    def vocabularies(self) -> dict[str, int]:
+        """Tokens that each candidate knows."""
+        return {name: data.profile.model.vocab_size for name, data in self._models.items()}
+
     def save_tokenizers(self, folder: Path) -> dict[str, str]:
         """mode=live: writes each candidate's tokenizer into a folder of its own, for a process without torch."""
         found = {}
@@ -335,9 +340,10 @@ class Service:
 
     def _replica(self, server: Server) -> ReplicaState:
         s, stats, at = server.state, server.stats, server.placement
+        resident = {} if self._asleep else server.resident
         return ReplicaState(
             server.number, at.model, at.layers, self._models[at.model].profile.model.n_layers, int(s.run_layers),
-            server.resident, server.loads, int(s.running), int(s.waiting), int(s.used_blocks), int(s.total_blocks),
+            resident, server.loads, int(s.running), int(s.waiting), int(s.used_blocks), int(s.total_blocks),
             stats.preemptions, stats.switches, stats.loads, stats.load_ns / NS_PER_S, stats.prefix_cache_queries,
             stats.prefix_cache_hits,
         )  # fmt: skip

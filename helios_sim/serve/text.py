@@ -90,17 +90,22 @@ class HubReader:
 
 
 class BuiltInReader:
-    """Words and bytes: every text can be written and is read back as it was. An English word is one token."""
+    """Words and bytes: every text can be written and is read back as it was. An English word is one token.
+
+    `vocab_size`: of the model, if it is larger. Clients with the model's own tokenizer send ids of it in prompts: each
+    counts as one token, and its text, which is not known here, is the replacement character.
+    """
 
     name = "built-in vocabulary"
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int = 0) -> None:
         words = dict.fromkeys([*_WORDS.read_text(encoding="utf-8").split(), *re.findall(r"\w+", PASSAGE)])
         pieces = [" " + word for word in words] + [word for word in words if len(word) > 1] + ["\n\n", ", ", ". "]
+        pieces.append(REPLACEMENT)
         self._pieces: list[bytes] = [bytes([n]) for n in range(256)] + [piece.encode() for piece in pieces]
         self._ids = {piece: n for n, piece in enumerate(self._pieces)}
-        self.vocab_size = len(self._pieces)
-        self._parts = re.compile(rb"\n\n| ?[A-Za-z]+|, |\. |.", re.DOTALL)
+        self.vocab_size = max(len(self._pieces), vocab_size)
+        self._parts = re.compile(rb"\n\n|\xef\xbf\xbd| ?[A-Za-z]+|, |\. |.", re.DOTALL)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         found: list[int] = []
@@ -110,7 +115,8 @@ class BuiltInReader:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(self._pieces[n] for n in ids).decode(errors="replace")
+        known = len(self._pieces)
+        return b"".join(self._pieces[n if n < known else -1] for n in ids).decode(errors="replace")
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         return plain_chat(messages)
@@ -131,10 +137,13 @@ def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
 
 
-def open_reader(folder: str | None) -> Reader:
-    """The tokenizer in a folder; None: the built-in vocabulary. UserError where it cannot be read."""
+def open_reader(folder: str | None, vocab_size: int = 0) -> Reader:
+    """The tokenizer in a folder; None: the built-in vocabulary, for a model with so large a one of its own.
+
+    UserError where it cannot be read.
+    """
     if folder is None:
-        return BuiltInReader()
+        return BuiltInReader(vocab_size)
     try:
         return HubReader(Path(folder))
     except Exception as error:  # of a library in another language

@@ -109,6 +109,11 @@ def _add_openai(
             ],
         }  # fmt: skip
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        generator.candidate(name)  # refused where there is none
+        return next(one for one in (await models())["data"] if one["id"] == name)
+
     async def read(request: Request) -> dict[str, Any]:
         return parsed(await generator.body({k.lower(): v for k, v in request.headers.items()}, request.receive))
 

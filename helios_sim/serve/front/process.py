@@ -40,6 +40,7 @@ class FrontSettings:
     keys: tuple[bytes, ...]
     tokenizers: Mapping[str, str | None]  # by candidate, its folder; None: the built-in vocabulary
     layers: Mapping[str, int]  # of each candidate
+    vocabularies: Mapping[str, int]  # tokens that each candidate knows
     mode: str
     by_priority: bool
     about: Mapping[str, Any]  # for the page
@@ -57,7 +58,8 @@ class Front:
     def __init__(self, pipe: Connection, sock: socket.socket, settings: FrontSettings) -> None:
         self._pipe, self._sock, self._settings = pipe, sock, settings
         serve = settings.serve
-        readers = {model: open_reader(folder) for model, folder in settings.tokenizers.items()}
+        sizes = settings.vocabularies
+        readers = {model: open_reader(folder, sizes[model]) for model, folder in settings.tokenizers.items()}
         simulates = settings.mode != "live"
         metrics = Metrics(settings.layers, serve.max_model_len, serve.speedup)
         self._gate = Gate(serve, settings.keys)
