@@ -70,8 +70,14 @@ def _remove(scratch: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    write_parts(path, [content])
+
+
+def write_parts(path: Path, parts: Iterable[Any]) -> None:
+    """A file of bytes, or of what memory holds as bytes, one after the other."""
     with replacing(path) as file:
-        file.write(content)
+        for part in parts:
+            file.write(part)
 
 
 def write_together(folder: Path, parts: Mapping[str, bytes | None], header: str, described: bytes) -> None:

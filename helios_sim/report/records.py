@@ -85,7 +85,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Columns of RequestRecord, each of shape (n,), in order of request id: about 100 bytes a request."""
+    """Columns of RequestRecord, each of shape (n,), in order of request id: about 90 bytes a request."""
 
     request_id: IntColumn
     replica: IntColumn
@@ -236,6 +236,7 @@ class RecordLog:
         self._waiting: list[RequestRecord] = []
         self._columns: dict[str, NDArray[Any]] = {name: np.zeros(0, _KINDS[name]) for name in _NAMES}
         self._present: dict[str, NDArray[np.bool_]] = {name: np.zeros(0, np.bool_) for name in _MAYBE}
+        self._missing = {*_MAYBE}  # of which no number has come yet: they have no columns
         self._codes: dict[str, dict[str | None, int]] = {name: {} for name in LABELS}
         self._rows = 0  # of the columns that are filled
 
@@ -252,8 +253,7 @@ class RecordLog:
         for name, values in block.numbers.items():
             self._columns[name][rows] = _narrow(values, _KINDS[name])
         for name, (values, present) in block.maybe.items():
-            self._columns[name][rows] = np.where(present, values, 0)
-            self._present[name][rows] = present
+            self._put_maybe(name, rows, values, present)
         for name, (codes, names) in block.labels.items():
             own = self._codes[name]
             seen, first = np.unique(codes, return_index=True)
@@ -269,6 +269,10 @@ class RecordLog:
         order = np.argsort(self._columns["request_id"][: self._rows], kind="stable")
         found: dict[str, Any] = {}
         for name in _NAMES:  # one after the other, so that only one column exists twice at any time
+            if name in self._missing:
+                none = np.broadcast_to(np.int64(0), len(order)), np.broadcast_to(np.bool_(False), len(order))
+                found[name] = Maybe(*none)
+                continue
             column = self._columns.pop(name)[order]
             if name in _MAYBE:
                 found[name] = Maybe(column, self._present.pop(name)[order])
@@ -288,17 +292,29 @@ class RecordLog:
                 codes = self._codes[name]
                 column: NDArray[Any] = np.array([codes.setdefault(value, len(codes)) for value in values], np.int16)
             elif name in _MAYBE:
-                column, self._present[name][rows] = _maybe(values)
+                self._put_maybe(name, rows, *_maybe(values))
+                continue
             else:
                 column = np.array(values, _KINDS[name])  # raises where one does not fit
             self._columns[name][rows] = column
         self._rows = rows.stop
         self._waiting.clear()
 
+    def _put_maybe(self, name: str, rows: slice, values: NDArray[np.int64], present: NDArray[np.bool_]) -> None:
+        if name in self._missing:
+            if not present.any():
+                return
+            self._missing.remove(name)
+            for column in (self._columns[name], self._present[name]):
+                column.resize(len(self._columns["request_id"]), refcheck=False)
+        self._columns[name][rows] = np.where(present, values, 0)
+        self._present[name][rows] = present
+
     def _make_room(self, rows: int) -> None:
         if rows > len(self._columns["request_id"]):
-            for column in (*self._columns.values(), *self._present.values()):
-                column.resize(rows + rows // 8, refcheck=False)  # no view of it exists outside
+            for columns in (self._columns, self._present):
+                for name in columns.keys() - self._missing:
+                    columns[name].resize(rows + rows // 8, refcheck=False)  # no view of it exists outside
 
 
 def _maybe(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ from helios_sim.files import json_value
 from helios_sim.report.terminal import say
 from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job
-from helios_sim.vary.columns import from_bytes, to_bytes
+from helios_sim.vary.columns import from_bytes, in_parts
 from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
@@ -83,7 +83,7 @@ class _Columns:
     """A file of columns for each result; the journal's line is for people and other programs."""
 
     def save(self, folder: Path, key: str, result: JobResult) -> Mapping[str, Any]:
-        files.write_bytes(folder / FINISHED / f"{key}.columns", to_bytes(result))
+        files.write_parts(folder / FINISHED / f"{key}.columns", in_parts(result))
         return {"wall_s": round(result.wall_s, 3), "metrics": json_value(result.replicate.metrics)}
 
     def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> JobResult | None:

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -29,11 +29,21 @@ _SEQUENCES: tuple[tuple[Any, Callable[[list[Any]], Any]], ...] = (
 
 def to_bytes(value: Any) -> bytes:
     """A line with the checksum of the rest, a line of JSON, then the arrays' contents one after the other."""
+    return b"".join(in_parts(value))
+
+
+def in_parts(value: Any) -> Iterator[Any]:
+    """The same piece by piece, without a second copy of what is in the arrays."""
     arrays: list[NDArray[Any]] = []
     text = json.dumps(to_plain(value, arrays), separators=(",", ":"))
     head = json.dumps([[array.dtype.str, array.shape] for array in arrays])
-    rest = b"".join([f"{head}\n{text}\n".encode(), *(array.tobytes() for array in arrays)])
-    return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+    about = f"{head}\n{text}\n".encode()
+    checksum: Any = hashlib.sha256(about)
+    for array in arrays:
+        checksum.update(np.ascontiguousarray(array))
+    yield checksum.hexdigest().encode() + b"\n"
+    yield about
+    yield from map(np.ascontiguousarray, arrays)
 
 
 def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
@@ -61,7 +71,7 @@ def to_plain(value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
     if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.ndarray) and arrays is not None:
-        arrays.append(np.ascontiguousarray(value))
+        arrays.append(value)
         return len(arrays) - 1
     if isinstance(value, Mapping):
         return [[to_plain(key, arrays), to_plain(item, arrays)] for key, item in value.items()]
