@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from helios_sim.core.layout import BoolArray
 from helios_sim.errors import UserError
@@ -119,6 +117,9 @@ KERNELS = {"vllm": SHIPPED_SOURCES, "trtllm": TRTLLM_SOURCES}  # by `server.kern
 
 
 def read_kernels(source: KernelSource, kind: str, name: str, keep: Keep | None = None, **equal: Any) -> dict[str, Any]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     path = source.path(kind, name)
     if not path.is_file():
         fix = f"set {VARIABLE} to the folder that holds kernels/aiconfigurator (github ai-dynamo/aiconfigurator)"

@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import csv
 
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.tables import MOST_S, MOST_TOKENS
 from helios_sim.untrusted import MIB, read_text, reading, shortened
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FloatArray = NDArray[np.float64]
 US = 1e-6
@@ -72,6 +72,9 @@ def read_columns(
     UserError for a column or a value that is not there. With `may_differ`, also where the rows differ in a column that
     is neither read nor one of these.
     """
+    import pyarrow as pa
+    from pyarrow import csv
+
     content = read_text(path, MOST_BYTES, _FIX)
     with reading(str(path), "damaged", "a table of comma-separated values", _FIX):
         if not content.strip():
@@ -90,7 +93,7 @@ def read_columns(
         found = {}
         for name in numbers:
             with reading(f"{path}: {name}", "damaged", "a column of numbers", "correct the value"):
-                found[name] = pc.cast(table[name], pa.float64()).to_numpy()
+                found[name] = table[name].cast(pa.float64()).to_numpy()
         for name in words:
             found[name] = np.array([str(value) for value in table[name].to_pylist()], dtype=object)
         return found
@@ -100,7 +103,7 @@ def _refuse_unread(path: Path, table: pa.Table, read: Collection[str]) -> None:
     for name in table.column_names:
         if name in read or _SPREAD.search(name):
             continue
-        values = pc.unique(table[name]).slice(0, 5).to_pylist()
+        values = table[name].unique().slice(0, 5).to_pylist()
         if len(values) > 1:
             allowed = "the same in every row: rows that differ in it are not told apart"
             raise UserError(f"{path}: {name}", values, allowed, "keep the rows of one of them, or leave the column out")
@@ -149,7 +152,10 @@ def along(points: FloatArray, values: FloatArray, at: FloatArray) -> FloatArray:
 
 def constants(path: Path, read: Collection[str]) -> dict[str, Any]:
     """The value of every column that is not read and is the same in all rows, but of measures beside the medians."""
+    import pyarrow as pa
+    from pyarrow import csv
+
     with reading(str(path), "damaged", "a table of comma-separated values", "correct the file"):
         table = csv.read_csv(pa.BufferReader(read_text(path, MOST_BYTES, "correct the file")))
         left = [name for name in table.column_names if name not in read and not _SPREAD.search(name)]
-        return {name: table[name][0].as_py() for name in left if len(pc.unique(table[name])) == 1}
+        return {name: table[name][0].as_py() for name in left if len(table[name].unique()) == 1}
