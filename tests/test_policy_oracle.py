@@ -252,6 +252,9 @@ def test_times_follow_prompt_and_context() -> None:
         def iteration_floor_s(self, c) -> NDArray[np.float64]:
             return np.zeros(c.n_iterations)
 
+        def iteration_both_s(self, c) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            return self.iteration_time_s(c), self.iteration_floor_s(c)
+
     here = situation(candidate, outlook=Known())
     here = replace(here, candidates={"small": Candidate(Counting(), candidate.offline)})
     times = token_times(here, "small", Known().requests()[:1])

@@ -7,7 +7,7 @@ the others from it, all of the types that the code was compiled for.
 from __future__ import annotations
 
 from importlib import import_module
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import is_
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from helios_sim.core.layout import IntArray, Tables
 from helios_sim.core.native import arrays_of
 
 _DIMENSIONS = 5  # most that an array has
+_GROUPS = 1024  # of arrays, whose addresses are remembered
 
 
 class Compiled(Protocol):
@@ -38,6 +39,8 @@ class Replicas:
         self._machine = machine
         self._tables: list[Tables | None] = [None] * n
         self._addresses: IntArray | None = None
+        self._places: list[int] = []  # of the first array of each field of the tables
+        self._of_groups: dict[int, tuple[Any, IntArray]] = {}  # by id, groups that were put before, and their rows
 
     @property
     def raw(self) -> Any:
@@ -51,17 +54,30 @@ class Replicas:
             return
         if self._addresses is None:
             self._machine.require_types(tables)
-            n = sum(1 for _ in arrays_of(tables))
-            self._addresses = np.zeros((len(self._tables), n, 1 + _DIMENSIONS), np.int64)
+            sizes = [sum(1 for _ in arrays_of(field)) for field in tables]
+            self._places = [0, *accumulate(sizes)]
+            self._addresses = np.zeros((len(self._tables), self._places[-1], 1 + _DIMENSIONS), np.int64)
         self._tables[number] = tables
-        rows, place = self._addresses[number], 0
-        for before, field in zip(repeat(None) if known is None else known, tables, strict=False):
-            for array in arrays_of(field):
-                if field is not before:
-                    self._machine.require_type(place, array)
-                    rows[place, 0] = array.ctypes.data
-                    rows[place, 1 : 1 + array.ndim] = array.shape
-                place += 1
+        rows = self._addresses[number]
+        for before, field, place in zip(repeat(None) if known is None else known, tables, self._places, strict=False):
+            if field is before:
+                continue
+            if not isinstance(field, tuple):
+                rows[place] = self._row(place, field)
+                continue
+            known_group = self._of_groups.get(id(field))  # most are put again and again, as models take turns
+            if known_group is None or known_group[0] is not field:
+                if len(self._of_groups) == _GROUPS:
+                    self._of_groups.clear()
+                found = np.array([self._row(place + n, array) for n, array in enumerate(arrays_of(field))])
+                known_group = self._of_groups[id(field)] = field, found
+            rows[place : place + len(known_group[1])] = known_group[1]
+
+    def _row(self, place: int, array: NDArray[Any]) -> list[int]:
+        """Where an array lies, and its shape."""
+        assert self._machine is not None
+        self._machine.require_type(place, array)
+        return [array.ctypes.data, *array.shape, *[0] * (_DIMENSIONS - array.ndim)]
 
 
 def register(tables: Tables) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,13 +53,19 @@ MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kind:
     """A kind of record: its fields, as a NumPy type, as a Python class, and as a view of a NumPy record."""
 
+    name: str
     dtype: np.dtype[Any]
-    row: type[Any]
     view: type[View]
+
+    @cached_property
+    def row(self) -> type[Any]:
+        """Made when it is first used, since compiled code does without."""
+        kinds = [(name, float if self.dtype[name] == np.float64 else int) for name in self.dtype.names or ()]
+        return make_dataclass(self.name, [(name, kind, kind()) for name, kind in kinds], slots=True)
 
     @classmethod
     def of(cls, name: str, fields: Sequence[str], floats: Sequence[str] = ()) -> Kind:
@@ -67,10 +73,9 @@ class Kind:
         if taken:  # NumPy's records would answer with their own attribute
             raise ValueError(f"{name}: {taken} are attributes of NumPy's records")
         dtype = np.dtype((np.record, [*((f, np.int64) for f in fields), *((f, np.float64) for f in floats)]))
-        defaults = [*((f, int, 0) for f in fields), *((f, float, 0.0) for f in floats)]
         numbers = {field: _number_at(place) for place, field in enumerate(fields)}
         view = type(f"{name}View", (View,), {"__slots__": (), **numbers})
-        return cls(dtype, make_dataclass(name, defaults, slots=True), view)
+        return cls(name, dtype, view)
 
 
 class View:
@@ -81,6 +86,13 @@ class View:
     def __init__(self, raw: Record) -> None:
         self.raw = raw  # a table of one row: Numba takes an array more quickly than a record
         self._numbers = memoryview(raw.view(np.int64))
+
+    def take_last(self, n: int) -> list[int]:
+        """The last n numbers, which are 0 from now on."""
+        last, zeros = self._numbers[-n:], np.zeros(n, np.int64)
+        found = last.tolist()
+        last[:] = memoryview(zeros)  # type: ignore[arg-type]
+        return found
 
 
 def _number_at(place: int) -> property:
@@ -225,7 +237,7 @@ STATE = Kind.of(
         "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",
         "drawn_ns", "marks",  # what has been drawn in all, and how many marks were made of it (`power`)
         "placed_decode_ns", "placed_decode_batch_ns",  # since the placement last changed
-        *SUMS,
+        *SUMS,  # the last: `take_sums`
     ),
 )  # fmt: skip
 RULES = Kind.of(  # what holds as long as a deployment is in force; exits by their place among the trace's
@@ -362,6 +374,10 @@ class Storage:
         """One record, all zeros, for plain Python; the loop takes `raw` of it."""
         return kind.view(self.rows(kind, 1)) if self.compiled else kind.row()
 
+    def views(self, kind: Kind, table: Table) -> Sequence[Record]:
+        """The records of a table for plain Python."""
+        return [kind.view(table[n : n + 1]) for n in range(len(table))] if self.compiled else table
+
     def filled(self, kind: Kind, rows: Iterable[Sequence[float]]) -> Table:
         """A table of records, each with its fields in the kind's order."""
         if not self.compiled:
@@ -381,7 +397,8 @@ class Storage:
         """Two tables one after the other; records are not copied where they are objects."""
         if not self.compiled:
             return first + second
-        return np.concatenate([first, second])
+        numbers = np.concatenate([first.view(np.int64), second.view(np.int64)])  # quicker than of records
+        return numbers.view(kind.dtype)
 
     def grown(self, kind: Kind, table: Table, n: int) -> Table:
         """The same records and further ones, n in all."""
@@ -409,14 +426,30 @@ class Storage:
         return type(arrays)(*read)
 
 
+def take_sums(state: Record) -> list[int]:
+    """The state's `SUMS`, which start from 0 again."""
+    if isinstance(state, View):
+        return state.take_last(len(SUMS))
+    found = [getattr(state, name) for name in SUMS]
+    for name in SUMS:
+        setattr(state, name, 0)
+    return found
+
+
 def tuples(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> list[Sequence[int]]:
     """These fields of these rows, two or more fields that are whole numbers, as plain numbers."""
     if isinstance(table, np.ndarray):
-        numbers = table.view(np.int64).reshape(len(table), -1)[rows]
-        found: list[Sequence[int]] = numbers[:, _columns(table.dtype, tuple(fields))].tolist()
+        found: list[Sequence[int]] = numbers_of(table, rows, fields).tolist()
         return found
     read = attrgetter(*fields)
     return [read(row) for row in (table[rows] if isinstance(rows, slice) else (table[row] for row in rows))]
+
+
+def numbers_of(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> IntArray:
+    """The same as an array, (rows, fields)."""
+    if isinstance(table, np.ndarray):
+        return table.view(np.int64).reshape(len(table), -1)[rows][:, _columns(table.dtype, tuple(fields))]
+    return np.array(tuples(table, rows, fields), np.int64)
 
 
 @lru_cache(maxsize=32)

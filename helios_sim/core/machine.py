@@ -1,9 +1,8 @@
 """Machine code of the serving loop: the same functions, compiled where a run is long enough to pay for it.
 
-Compiling takes seconds, so the code is kept on disk: that of the loop as object code (`native`), the rest by Numba. The
-folder's name depends on the text of all compiled files and on Numba's version. A folder that is damaged, or was made
-for another kind of processor, is made anew; one that cannot be written is done without. What is compiled and what is
-not never changes a result.
+Compiling takes seconds, so the code is kept on disk, as object code (`native`). The folder's name depends on the text
+of all compiled files and on Numba's version. A folder that is damaged, or was made for another kind of processor, is
+made anew; one that cannot be written is done without. What is compiled and what is not never changes a result.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import getmembers, isfunction
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.core import addresses, native
-from helios_sim.core.layout import CHUNK, ITERATION, WORK, Storage, Tables, raw
+from helios_sim.core.layout import CHUNK, WORK, Storage, Tables
 
 _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
@@ -37,7 +36,7 @@ _MODULES = (
 )  # fmt: skip
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
-_LOOP = "route.o"
+_LOOP, _PRICES = "route.o", "price_many.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
@@ -53,16 +52,22 @@ class Machine:
     """
 
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
-        self._folder, self._own, self._common = folder, own, common
-        self._loop: native.Native | None = None
+        self._folder, self._own, self._common = folder if own is None else None, own, common
+        self._loop = self._kept(_LOOP)
+        self._prices: native.Native | None = None  # until they are asked for
         self._types: list[tuple[Any, int]] | None = None
         self._tables: Tables | None = None
-        if folder is not None and own is None:
-            self._loop = native.Native((folder / _LOOP).read_bytes())
+
+    def _kept(self, name: str) -> native.Native | None:
+        return None if self._folder is None else native.Native((self._folder / name).read_bytes())
 
     def loop(self) -> Callable[..., int]:
         """`route` for one caller, who has said for which tables (`require_types`) before its first call."""
-        return _Lazy(self)
+        return _Lazy(self.compile_loop)
+
+    def prices(self) -> Callable[..., int]:
+        """`price_many` for one caller."""
+        return _Lazy(self._compile_prices)
 
     def compile_loop(self, args: Sequence[Any]) -> native.Native:
         """Compile `route` for arrays like those of `args`, and for the types of the replicas' tables."""
@@ -70,25 +75,41 @@ class Machine:
             from helios_sim.core.route import route
 
             assert self._tables is not None
-            with _quickly_compiled():
-                function = _compiled(route, None)
-                addresses.register(self._tables)
-                code = native.compiled(function, args)
-                self._loop = native.Native(code)
-                if self._own is not None:
-                    with suppress(OSError):
-                        (self._own / _LOOP).write_bytes(code)
-                        (self._own / _TYPES).write_text(_text(self._types))
-                    self._keep(self._tables)
+            addresses.register(self._tables)
+            self._loop = self._compile(_LOOP, route, args)
+            if self._own is not None:
+                self._keep(self._tables)
         return self._loop
+
+    def _compile_prices(self, args: Sequence[Any]) -> native.Native:
+        if self._prices is None:
+            self._prices = self._kept(_PRICES)
+        if self._prices is None:
+            from helios_sim.core.price import price_many
+
+            self._prices = self._compile(_PRICES, price_many, args)
+        return self._prices
+
+    def _compile(self, name: str, function: Callable[..., int], args: Sequence[Any]) -> native.Native:
+        import numba
+        from numba.extending import register_jitable
+
+        _register_all(register_jitable)
+        with _quickly_compiled():
+            # Nothing here allocates arrays, so none has its references counted.
+            jit: Any = numba.njit
+            code = native.compiled(jit(error_model="numpy", _nrt=False)(function), args)
+        if self._own is not None:
+            with suppress(OSError):
+                (self._own / name).write_bytes(code)
+        return native.Native(code)
 
     def require_types(self, tables: Tables) -> None:
         """The compiled code trusts the types of the arrays whose addresses it gets: they are those it was made for."""
         types = [(array.dtype, array.ndim) for array in native.arrays_of(tables)]
         if self._types is None:
             self._types, self._tables = types, tables
-            kept = self._folder if self._loop is not None else None
-            if kept is not None and (kept / _TYPES).read_text() != _text(types):
+            if self._folder is not None and (self._folder / _TYPES).read_text() != _text(types):
                 self._loop = self._folder = None
         if types != self._types:
             raise TypeError(f"tables of another kind than the compiled loop reads: {types}, not {self._types}")
@@ -99,44 +120,34 @@ class Machine:
         if (array.dtype, array.ndim) != self._types[place] or not array.flags.c_contiguous:
             raise TypeError(f"an array of another kind than the compiled loop reads: {array.dtype}, {array.ndim} axes")
 
-    @cached_property
-    def times_s(self) -> Callable[..., None]:
-        from helios_sim.core.price import times_s
-
-        compiled: Callable[..., None] = _compiled(times_s, self._folder)
-        return compiled
-
     def _keep(self, of: Tables) -> None:
-        """Let what this process has compiled become the common folder, whole or not at all.
-
-        The functions besides the loop are compiled for the types of these tables.
-        """
+        """Let what this process has compiled become the common folder, whole or not at all."""
+        self._compile_prices((
+            of.prices, of.scalars, of.iterations, of.uniform, of.uniform_layers, _STORAGE.rows(WORK, 1),
+            _STORAGE.rows(CHUNK, 1), _STORAGE.numbers(0, 9), _STORAGE.numbers(3), np.zeros((0, 3)),
+        ))  # fmt: skip
         own, common = self._own, self._common
         self._own = None
         assert own is not None
         assert common is not None
-        tables, scalars, spans, class_layers = of.prices, of.scalars, of.uniform, of.uniform_layers
-        it, chunks, work = raw(_STORAGE.record(ITERATION)), _STORAGE.rows(CHUNK, 1), _STORAGE.rows(WORK, 1)
-        counts = np.zeros((0, 8), np.int64)
-        self.times_s(tables, scalars, it, spans, class_layers, work, chunks, counts, np.zeros(0))
         with suppress(OSError):
-            files = [path for path in sorted(own.rglob("*")) if path.is_file()]
-            listed = {str(path.relative_to(own)): _digest(path) for path in files}
+            (own / _TYPES).write_text(_text(self._types))
+            listed = {path.name: _digest(path) for path in sorted(own.iterdir())}
             (own / _LISTED).write_text(json.dumps({_PROCESSOR: native.processor(), **listed}))
             own.rename(common)  # fails where another process was quicker
         shutil.rmtree(own, ignore_errors=True)
 
 
 class _Lazy:
-    """`route` for one caller, loaded or compiled with the first call."""
+    """A function for one caller, loaded or compiled with the first call."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, make: Callable[[Sequence[Any]], native.Native]) -> None:
+        self._make = make
         self._call: native.Call | None = None
 
     def __call__(self, *args: Any) -> int:
         if self._call is None:
-            self._call = native.Call(self._machine.compile_loop(args))
+            self._call = native.Call(self._make(args))
         return self._call(*args)
 
 
@@ -204,7 +215,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether every file is as it was written. A flipped bit in machine code would crash the interpreter."""
     try:
         digests: dict[str, str] = json.loads((folder / _LISTED).read_text())
-        if digests.pop(_PROCESSOR) != native.processor() or _LOOP not in digests:
+        if digests.pop(_PROCESSOR) != native.processor() or not {_LOOP, _PRICES} <= digests.keys():
             return False
         return all(_digest(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -213,18 +224,6 @@ def _is_whole(folder: Path) -> bool:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _compiled(function: Callable[..., Any], folder: Path | None) -> Any:
-    """The function as machine code, which is kept in the folder."""
-    import numba
-    from numba.extending import register_jitable
-
-    _register_all(register_jitable)
-    with _cached_in(numba.config, folder):
-        # Nothing here allocates arrays, so none has its references counted.
-        jit: Any = numba.njit
-        return jit(cache=folder is not None, error_model="numpy", _nrt=False)(function)
 
 
 @contextmanager
@@ -265,14 +264,3 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
                     error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False,
                     forceinline=name not in _CALLED,
                 )(function)  # fmt: skip
-
-
-@contextmanager
-def _cached_in(config: Any, folder: Path | None) -> Iterator[None]:
-    before = config.CACHE_DIR
-    if folder is not None:
-        config.CACHE_DIR = str(folder)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before

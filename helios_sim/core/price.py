@@ -26,6 +26,7 @@ DENSE, PADDED_DENSE, KV_PROJECTION, OF_CLASS = range(4)
 # Axes of a class's term for decodes beside a chunk, and of its term for unequal lengths.
 CHUNK_AXIS, CONTEXT_AXIS, BATCH_AXIS, KV_AXIS = range(4)
 LENGTH_AXIS = 1
+TIME, FLOOR, OUTSIDE = range(3)  # what is asked for of many iterations
 
 SCALARS = Kind.of(
     "ScalarsRow",
@@ -176,7 +177,7 @@ def time_s(
     return (total_s + gap_s) * x.time_factor
 
 
-def times_s(
+def price_many(
     t: PriceTables,
     scalar_table: Table,
     iterations: Table,
@@ -185,26 +186,35 @@ def times_s(
     work: Table,
     chunks: Table,
     counts: Numbers,
-    seconds: Numbers,
-) -> None:
-    """`time_s` of many iterations without prompts, into `seconds` (K,).
+    asked: Numbers,
+    found: Numbers,
+) -> int:
+    """What is asked for of K iterations, into `found` (K, 3): `time_s`, `floor_s` and `outside_grid`. Returns K.
 
-    `counts` (K, 3 + 5 S): sampled rows, least and most KV tokens, then the fields of `work` for each of S bands.
-    `scalar_table` and `iterations` have one row each.
+    `asked` (3,): whether each of these is. `counts` (K, 3 + 6 S): sampled rows, least and most KV tokens, then the
+    fields of `work` for each of S bands. `scalar_table` and `iterations` have one row each; the chunks of `iterations`
+    are in every one of the K.
     """
     x, it = scalar_table[0], iterations[0]
-    for k in range(len(seconds)):
+    for k in range(counts.shape[0]):
         it.sampled_tokens = counts[k, 0]
         it.kv_least = counts[k, 1]
         it.kv_most = counts[k, 2]
         for s in range(len(spans)):
-            w, at = work[s], 3 + 5 * s
+            w, at = work[s], 3 + 6 * s
             w.decode_tokens = counts[k, at]
             w.kv_tokens = counts[k, at + 1]
             w.checked_tokens = counts[k, at + 2]
             w.classified_tokens = counts[k, at + 3]
             w.propagated_tokens = counts[k, at + 4]
-        seconds[k] = time_s(t, x, it, spans, class_layers, work, chunks)
+            w.verified_tokens = counts[k, at + 5]
+        if asked[TIME]:
+            found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks)
+        if asked[FLOOR]:
+            found[k, FLOOR] = floor_s(t, x, it, spans, class_layers, work, chunks)
+        if asked[OUTSIDE]:
+            found[k, OUTSIDE] = outside_grid(t, x, it, spans, class_layers, work, chunks)
+    return counts.shape[0]
 
 
 def floor_s(

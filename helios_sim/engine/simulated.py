@@ -113,7 +113,7 @@ class SimulatedEngine:
         trace = self._models[model].trace.trace
         rows = span.indices()[:n_tokens]
         if isinstance(exit_rule, FixedCap | PerToken):
-            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)[rows]
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence, rows)
         else:
             confident = trace.agree[rows]
         return Observation(

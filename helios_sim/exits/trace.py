@@ -107,14 +107,16 @@ class ExitTrace:
         """Characters of each task's text, shape (len(tasks),)."""
         return np.diff(self.char_start[self.task_first])
 
-    def confident_at(self, threshold: float, confidence: Confidence) -> NDArray[np.bool_]:
-        """True where the confidence reaches the threshold, (T, E); compared in float32.
+    def confident_at(
+        self, threshold: float, confidence: Confidence, rows: slice | NDArray[Any] = slice(None)
+    ) -> NDArray[np.bool_]:
+        """True where the confidence reaches the threshold, (T, E) or those rows of it; compared in float32.
 
         UserError when this trace has no such record: another measure, or a published trace and another threshold.
         """
         asked = f"{confidence.value} {threshold:g}"
         if self.confident is None:
-            return self.recorded(confidence) >= np.float32(threshold)
+            return self.recorded(confidence)[rows] >= np.float32(threshold)
         if (threshold, confidence) != (self.published_threshold, self.published_confidence):
             measure = self.published_confidence.value if self.published_confidence else "?"
             raise UserError(
@@ -124,7 +126,7 @@ class ExitTrace:
                 f"answers only {measure} {self.published_threshold:g}",
                 f"use threshold {self.published_threshold:g} with {measure}, or a measured trace",
             )
-        return self.confident
+        return self.confident[rows]
 
     def recorded(self, confidence: Confidence) -> NDArray[np.float32]:
         """The recorded values (T, E) of a measure. UserError where the trace does not hold it."""

@@ -42,12 +42,15 @@ class Assessor:
 
     def bits_floor(self) -> float | None:
         """Bits per character that are good enough by what is known now; None: any are."""
-        return bits_floor(self.situation.objective, {name: self._bits(name) for name in self.situation.candidates})
+        objective = self.situation.objective
+        if objective.max_bits_per_char is None and objective.max_bits_ratio is None:
+            return None
+        return bits_floor(objective, {name: self._bits(name) for name in self.situation.candidates})
 
     def meets_quality_floor(self, model: str) -> bool:
         """Whether full depth is within the floor in bits per character; true where that is not known."""
-        most, bits = self.bits_floor(), self._bits(model)
-        return most is None or bits is None or bits <= most
+        most = self.bits_floor()
+        return most is None or (bits := self._bits(model)) is None or bits <= most
 
     def _bits(self, model: str, layers: int | None = None) -> float | None:
         """Bits per character by the history table at an exit, full depth by default; None where not known."""
@@ -151,7 +154,7 @@ class Assessor:
             cap = self.cap(model)
             option = self.option(Placement(model, cap.layers), load, horizon_requests, cap=cap)
             whole = Placement(model, candidate.profile.model.n_layers)
-            if option is None or (whole_must_fit and self.option(whole, load, horizon_requests) is None):
+            if option is None or (whole_must_fit and not self.fits(whole, (), load)):
                 self._refused.append(f"{model} leaves no room for one request")
                 continue
             self.history.note(model, option.prediction, completed_requests)

@@ -33,8 +33,14 @@ class CapChoice:
 
 
 def sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own."""
-    return np.asarray(np.add.accumulate(np.concatenate([np.asarray(first)[None], terms]), axis=0)[-1])
+    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own.
+
+    `first` is added to the first of the terms in its place.
+    """
+    if not len(terms):
+        return np.asarray(first, np.float64)
+    terms[0] += first
+    return np.asarray(np.add.accumulate(terms, axis=0)[-1])
 
 
 def share_and_bound(sources: Sequence[Evidence]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.policy.assess import Assessor
@@ -93,11 +93,10 @@ class Chooser:
             models.sort(key=lambda model: model != active)
         self._caps = {model: self.assessor.cap(model) for model in models}
         within = [model for model in models if self.assessor.meets_quality_floor(model)]
-        options = [
-            replace(option, cap=self._caps[model])
-            for model in within or models
-            if (option := self._option(Placement(model, self._caps[model].layers), moment)) is not None
-        ]
+        caps = [self._caps[model] for model in within or models]
+        placements = [Placement(model, cap.layers) for model, cap in zip(within or models, caps, strict=True)]
+        found = [self._option(placement, moment, cap=cap) for placement, cap in zip(placements, caps, strict=True)]
+        options = [option for option in found if option is not None]
         # Requests may have become so long that none of mean length fits: then the best ranked goes on.
         options = self.assessor.quick_enough(options) or self.shortlist[:1]
         for option in options:
@@ -163,19 +162,23 @@ class Chooser:
         limit = self._parameters.limit / self._parameters.window_tokens
         return self.assessor.breach_share(Placement(model, self._caps[model].layers)) <= limit
 
-    def _option(self, placement: Placement, moment: Moment, leave_early: KvRule | None = None) -> Option | None:
+    def _option(
+        self, placement: Placement, moment: Moment, leave_early: KvRule | None = None, cap: CapChoice | None = None
+    ) -> Option | None:
         """Going to `placement` from what is in force; None if it does not fit."""
         horizon = self._parameters.at_batch(moment.batch).round_requests
         step = NO_TRANSITION
         if moment.in_force is not None:
             at, standby = moment.in_force.active, moment.in_force.standby
-            here = self.assessor.option(at, moment.load, horizon, standby=standby)
-            decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
+            decode_iteration_s = 0.0
+            if placement.model != at.model and moment.running_requests:  # which may have to be waited for
+                here = self.assessor.option(at, moment.load, horizon, standby=standby)
+                decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
             now = Underway(at, standby, moment.running_requests, decode_iteration_s, moment.cached_tokens)
             step = transition(self._situation, now, placement, moment.load, self._parameters.in_flight, horizon)
         standby = self.standby(placement)
         return self.assessor.option(
-            placement, moment.load, horizon, transition=step, standby=standby, leave_early=leave_early
+            placement, moment.load, horizon, cap=cap, transition=step, standby=standby, leave_early=leave_early
         )
 
     def _costs(self, options: Sequence[Option], moment: Moment, requests: int) -> list[float]:

@@ -216,13 +216,16 @@ class HeliosPolicy:
         triggers: tuple[Trigger, ...] = (Completed(requests),)
         if not self._chooser.is_whole(placement):
             triggers = (BreachLimit(self._constants.window_tokens, self._constants.limit), *triggers)
-        decided = self._deployment_of(placement, triggers, reason, evidence)
-        if next_best is None:
-            return decided
-        return replace(decided, next_best=self._serve(next_best.placement, requests, "next best", {}))
+        other = None if next_best is None else self._serve(next_best.placement, requests, "next best", {})
+        return self._deployment_of(placement, triggers, reason, evidence, other)
 
     def _deployment_of(
-        self, active: Placement, triggers: tuple[Trigger, ...], reason: str, evidence: Mapping[str, Any]
+        self,
+        active: Placement,
+        triggers: tuple[Trigger, ...],
+        reason: str,
+        evidence: Mapping[str, Any],
+        next_best: Deployment | None = None,
     ) -> Deployment:
         p = self.parameters
         return Deployment(
@@ -235,6 +238,7 @@ class HeliosPolicy:
             triggers=triggers,
             reason=reason,
             evidence=evidence,
+            next_best=next_best,
         )
 
 

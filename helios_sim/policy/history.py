@@ -132,8 +132,8 @@ class HistoryTable:
             at_request=completed_requests,
             tokens=n_tokens,
             chars=observation.chars,
-            differs=np.count_nonzero(~observation.agrees, axis=0),
-            confident=np.count_nonzero(observation.confident, axis=0),
+            differs=n_tokens - np.add.reduce(observation.agrees, axis=0, dtype=np.int64),
+            confident=np.add.reduce(observation.confident, axis=0, dtype=np.int64),
             first=np.bincount(reached.argmax(axis=1), minlength=n_exits),
             bits=None if observation.bits is None else observation.bits.sum(axis=0, dtype=np.float64),
         )

@@ -81,6 +81,7 @@ def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> 
 
 
 LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
+_NONE = np.zeros((1, 1), np.int64)  # tokens that decode
 STRATA = 64  # rows per batch when tokens leave at different exits
 
 
@@ -118,20 +119,26 @@ def decode_time_s(
     With tokens that leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly
     over (0, 1): unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
     """
-    time_s = profile.iteration_time_s(_decodes(depths, batch, context_tokens))
-    return np.asarray(np.maximum(time_s, LEAST_S).reshape(len(batch), -1).mean(axis=1))
+    time_s = np.maximum(profile.iteration_time_s(_decodes(depths, batch, context_tokens)), LEAST_S)
+    return _mean_of_each(time_s, len(batch))
 
 
 def decode_floor_s(
     profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
 ) -> NDArray[np.float64]:
     """(K,) its roofline floor."""
-    floor_s = profile.iteration_floor_s(_decodes(depths, batch, context_tokens))
-    return np.asarray(floor_s.reshape(len(batch), -1).mean(axis=1))
+    return _mean_of_each(profile.iteration_floor_s(_decodes(depths, batch, context_tokens)), len(batch))
+
+
+def _mean_of_each(values: NDArray[np.float64], batches: int) -> NDArray[np.float64]:
+    return values if len(values) == batches else np.asarray(values.reshape(batches, -1).mean(axis=1))
 
 
 def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
     """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
+    if depths == fixed_depth(depths.layers):
+        rows = batch[:, None]
+        return Composition(depths.bounds, rows, np.rint(rows * context_tokens).astype(np.int64), batch)
     strata = 1 if len(depths.bounds) == 1 else STRATA
     u = (np.arange(strata) + 0.5) / strata
     rows = np.floor(batch[:, None, None] * np.asarray(depths.reach) + u[None, :, None]).astype(np.int64)
@@ -162,15 +169,11 @@ def prefill_time_s(
     for context in range(cached_tokens, prompt_tokens, max_batch_tokens):
         tokens = min(max_batch_tokens, prompt_tokens - context)
         finishes = context + tokens == prompt_tokens
-        composition = Composition(
-            bounds=(layers,),
-            decode_tokens=np.zeros((1, 1), dtype=np.int64),
-            decode_kv_tokens=np.zeros((1, 1), dtype=np.int64),
-            sampled_tokens=np.array([int(finishes)]),
-            prefill=(PrefillChunk(tokens, context, layers),),
-        )
-        time_s += max(float(profile.iteration_time_s(composition)[0]), LEAST_S)
-        floor_s += float(profile.iteration_floor_s(composition)[0])
+        chunk = PrefillChunk(tokens, context, layers)
+        composition = Composition((layers,), _NONE, _NONE, np.array([int(finishes)]), prefill=(chunk,))
+        its_time_s, its_floor_s = profile.iteration_both_s(composition)
+        time_s += max(float(its_time_s[0]), LEAST_S)
+        floor_s += float(its_floor_s[0])
     return time_s, floor_s
 
 
@@ -239,10 +242,10 @@ def predict(
 
     at, batch = len(batches) - 1, float(most)  # a full queue
     if load.arrival_rate_per_s is not None:
-        sustains = np.flatnonzero(rate >= load.arrival_rate_per_s)
-        if len(sustains):
-            at = int(sustains[0])
-            batch = load.arrival_rate_per_s * float(batches[at] / rate[at])
+        sustains = rate >= load.arrival_rate_per_s
+        first = int(sustains.argmax())
+        if sustains[first]:
+            at, batch = first, load.arrival_rate_per_s * float(batches[first] / rate[first])
     running = float(batches[at])
     delivered, most_per_s = float(rate[at]), float(rate.max())
     if load.users is not None:

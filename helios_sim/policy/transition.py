@@ -70,7 +70,7 @@ def transition(
     if to.model == now.active.model and to.layers <= now.active.layers:
         return found
     cache_s = _cache_s(situation, now, to, load, requests)
-    return replace(found, cache_s=cache_s, lost_s=found.lost_s + cache_s)
+    return found if not cache_s else replace(found, cache_s=cache_s, lost_s=found.lost_s + cache_s)
 
 
 def _cache_s(situation: Situation, now: Underway, to: Placement, load: Load, requests: int | None) -> float:

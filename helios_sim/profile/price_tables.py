@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,25 +25,24 @@ from helios_sim.core.layout import (
     raw,
 )
 from helios_sim.core.price import (
+    FLOOR,
+    OUTSIDE,
     SCALARS,
+    TIME,
     ByRows,
     DecodeAttention,
     MixedAttention,
     PrefillAttention,
     PriceTables,
     UnequalLengths,
-    floor_s,
-    outside_grid,
-    time_s,
-    times_s,
+    price_many,
 )
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.formats import FP4, FP8, INT8
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
-_INTERPRETED, _COMPILED = Storage(compiled=False), Storage(compiled=True)
-MANY = 16  # iterations from which on they are priced together
+_ROOMS = 256  # that are kept of each model and its bands
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +91,8 @@ class Pricing:
         self._scalars = _scalar_values(model, hardware, runtime, factors, padded_kv)
         self._layer_class, self._n_classes = tuple(layer_class), len(classes)
         self._spans: dict[tuple[int, ...], Spans] = {}
-        self._laid_out: dict[tuple[Storage, tuple[int, ...]], tuple[Any, ...]] = {}
+        self._laid_out: dict[tuple[bool, tuple[int, ...]], _LaidOut] = {}
+        self._lock = Lock()  # of what is laid out
 
     def spans(self, bounds: tuple[int, ...]) -> Spans:
         found = self._spans.get(bounds)
@@ -104,89 +105,112 @@ class Pricing:
         names = SCALARS.dtype.names or ()
         return storage.filled(SCALARS, [[self._scalars[name] for name in names]])
 
-    def _read(self, storage: Storage, bounds: tuple[int, ...]) -> tuple[Any, ...]:
-        """Tables, the table of scalars, spans and their layers, as the loop reads them."""
-        found = self._laid_out.get((storage, bounds))
-        if found is None:
-            spans = self.spans(bounds)
-            found = self._laid_out[storage, bounds] = (
-                storage.group(self.tables), self.scalars(storage), spans.table(storage),
-                storage.array(spans.class_layers),
-            )  # fmt: skip
-        return found
-
     def time_s(self, c: Composition) -> FloatArray:
-        if len(c.sampled_tokens) >= MANY and not c.prefill and c.verified_tokens is None and not c.drafting:
-            return self._many(c)
-        return np.array(self._one_by_one(time_s, c))
-
-    def _one_by_one(self, function: Callable[..., Any], c: Composition) -> list[Any]:
-        tables, scalars, spans, class_layers = self._read(_INTERPRETED, c.bounds)
-        return [function(tables, scalars[0], it, spans, class_layers, work, c.prefill) for it, work in iterations(c)]
-
-    def _many(self, c: Composition) -> FloatArray:
-        """Many iterations without prompts. Interpreted, equal ones are priced once."""
-        code = machine.loaded()
-        storage = _INTERPRETED if code is None else _COMPILED
-        counts, back = _counts(c), None
-        if code is None:
-            counts, back = np.unique(counts, axis=0, return_inverse=True)
-        it = storage.record(ITERATION)
-        it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
-        seconds: FloatArray = np.zeros(len(counts))
-        price = times_s if code is None else code.times_s
-        tables, scalars, spans, class_layers = self._read(storage, c.bounds)
-        price(
-            tables, scalars, raw(it), spans, class_layers, storage.rows(WORK, len(c.bounds)), storage.rows(CHUNK, 1),
-            storage.array(np.ascontiguousarray(counts)), storage.array(seconds),
-        )  # fmt: skip
-        return seconds if back is None else seconds[back.ravel()]
+        return self._priced(c, TIME)[:, TIME]
 
     def floor_s(self, c: Composition) -> FloatArray:
-        return np.array(self._one_by_one(floor_s, c))
+        return self._priced(c, FLOOR)[:, FLOOR]
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
         """(K,) true where a table had to be extrapolated."""
-        return np.array(self._one_by_one(outside_grid, c))
+        return np.asarray(self._priced(c, OUTSIDE)[:, OUTSIDE], np.bool_)
+
+    def both_s(self, c: Composition) -> tuple[FloatArray, FloatArray]:
+        """`time_s` and `floor_s`."""
+        found = self._priced(c, TIME, FLOOR)
+        return found[:, TIME], found[:, FLOOR]
+
+    def _priced(self, c: Composition, *asked: int) -> FloatArray:
+        """(K, 3) what is asked for. Interpreted, equal iterations are priced once."""
+        if c.prefill:
+            if len(c.sampled_tokens) != 1:
+                raise ValueError("a composition with prefill is one iteration")
+            if any(chunk.layers not in c.bounds for chunk in c.prefill):
+                raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+        code, back = machine.loaded(), None
+        with self._lock:
+            at = self._laid_out.get((code is not None, c.bounds)) or self._lay_out(code, c.bounds)
+            if code is None and len(c.sampled_tokens) > 1:
+                whole = at.room(len(c.sampled_tokens)).counts
+                _count(c, whole)
+                counts, back = np.unique(whole, axis=0, return_inverse=True)
+                room = at.room(len(counts))
+                room.counts[:] = counts
+            else:
+                room = at.room(len(c.sampled_tokens))
+                _count(c, room.counts)
+            it, chunks = at.iteration, at.chunk
+            if len(c.prefill) > 1:
+                chunks = at.storage.filled(CHUNK, [(0, p.tokens, p.context_tokens, p.layers) for p in c.prefill])
+            for p in c.prefill[:1]:
+                first = at.first_chunk
+                first.tokens, first.context_tokens, first.layers = p.tokens, p.context_tokens, p.layers
+            it.chunks, it.drafting = len(c.prefill), int(c.drafting)
+            it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
+            for what in (TIME, FLOOR, OUTSIDE):
+                at.asked[what] = what in asked
+            at.price(*at.tables, chunks, *room.read)
+            found = room.found.copy()
+        return found if back is None else found[back.ravel()]
+
+    def _lay_out(self, code: machine.Machine | None, bounds: tuple[int, ...]) -> _LaidOut:
+        storage, spans = Storage(compiled=code is not None), self.spans(bounds)
+        iteration, chunk = storage.record(ITERATION), storage.rows(CHUNK, 1)
+        tables = (
+            storage.group(self.tables), self.scalars(storage), raw(iteration), spans.table(storage),
+            storage.array(spans.class_layers), storage.rows(WORK, len(bounds)),
+        )  # fmt: skip
+        price = price_many if code is None else code.prices()
+        found = _LaidOut(
+            price, storage, tables, iteration, chunk, storage.views(CHUNK, chunk)[0], np.zeros(3, np.int64)
+        )
+        self._laid_out[code is not None, bounds] = found
+        return found
 
 
-def iterations(c: Composition) -> list[tuple[Record, Table]]:
-    """A composition's iterations as records: the counts of each, and its work by band."""
-    if c.prefill:
-        if len(c.sampled_tokens) != 1:
-            raise ValueError("a composition with prefill is one iteration")
-        if any(chunk.layers not in c.bounds for chunk in c.prefill):
-            raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+class _Room(NamedTuple):
+    """For what K iterations hold, and what they cost."""
+
+    counts: IntArray
+    found: FloatArray
+    read: tuple[Any, ...]  # as `price_many` takes both
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LaidOut:
+    """What `price_many` reads of a model whose layers are cut into these bands, and room to work in."""
+
+    price: Callable[..., int]
+    storage: Storage
+    tables: tuple[Any, ...]
+    iteration: Record
+    chunk: Table
+    first_chunk: Record
+    asked: IntArray
+    rooms: dict[int, _Room] = field(default_factory=dict)  # by K: the loop's code wants to be told of new arrays
+
+    def room(self, n: int) -> _Room:
+        found = self.rooms.get(n)
+        if found is None:
+            counts, prices = np.zeros((n, 3 + 6 * len(self.tables[3])), np.int64), np.zeros((n, 3))
+            found = _Room(counts, prices, tuple(map(self.storage.array, (counts, self.asked, prices))))
+            if len(self.rooms) < _ROOMS:
+                self.rooms[n] = found
+        return found
+
+
+def _count(c: Composition, counts: IntArray) -> None:
+    """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
+    counts[:, 0] = c.sampled_tokens
+    counts[:, 1:3] = NEVER
+    if c.decode_kv_least is not None and c.decode_kv_most is not None:
+        counts[:, 1], counts[:, 2] = c.decode_kv_least, c.decode_kv_most
     columns = (
         c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens,
         c.verified_tokens,
     )  # fmt: skip
-    none = [[0] * len(c.bounds)] * len(c.sampled_tokens)
-    counts = [none if column is None else column.tolist() for column in columns]
-    least = None if c.decode_kv_least is None else c.decode_kv_least.tolist()
-    most = None if c.decode_kv_most is None else c.decode_kv_most.tolist()
-    found = []
-    for k, sampled in enumerate(c.sampled_tokens.tolist()):
-        it = ITERATION.row()
-        it.chunks, it.sampled_tokens = len(c.prefill), sampled
-        it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
-        it.drafting = int(c.drafting)
-        it.kv_least = NEVER if least is None or most is None else least[k]
-        it.kv_most = NEVER if least is None or most is None else most[k]
-        found.append((it, [WORK.row(*band) for band in zip(*(column[k] for column in counts), strict=True)]))
-    return found
-
-
-def _counts(c: Composition) -> IntArray:
-    """(K, 3 + 5 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
-    k = len(c.sampled_tokens)
-    none, unknown = np.zeros((k, len(c.bounds)), np.int64), np.full(k, NEVER, np.int64)
-    columns = (c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens)
-    bands = np.stack([none if column is None else column for column in columns], axis=2).reshape(k, -1)
-    spread = c.decode_kv_least is not None and c.decode_kv_most is not None
-    least = c.decode_kv_least if spread and c.decode_kv_least is not None else unknown
-    most = c.decode_kv_most if spread and c.decode_kv_most is not None else unknown
-    return np.column_stack([c.sampled_tokens, least, most, bands]).astype(np.int64)
+    for place, column in enumerate(columns, 3):
+        counts[:, place::6] = 0 if column is None else column
 
 
 def _price_tables(

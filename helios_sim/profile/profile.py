@@ -56,6 +56,7 @@ class Profile:
     anchors: Anchors | None = None  # how fast the device was when this was measured; None: not known
     time_band: TimeBand | None = None  # how far whole iterations may be off; None: not known
     _pricing: Pricing = field(init=False, repr=False)
+    _weight_bytes: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # by layers
 
     def __post_init__(self) -> None:
         self._check_all()
@@ -90,7 +91,10 @@ class Profile:
 
     def weight_bytes(self, layers: int) -> int:
         """Bytes of the model loaded up to `layers`, embedding and LM head included."""
-        return self.model.weight_bytes(layers)
+        found = self._weight_bytes.get(layers)
+        if found is None:
+            found = self._weight_bytes[layers] = self.model.weight_bytes(layers)
+        return found
 
     def kv_bytes_per_token(self, layers: int) -> int:
         """K and V of one token in `layers` layers."""
@@ -119,9 +123,13 @@ class Profile:
         Raises ValueError when bounds do not ascend within the model or a prefill depth is not one of them, UserError
         when a classifier checks and its cost is not known.
         """
-        if c.classifier_tokens is not None:
-            self.check_table(Confidence.CLASSIFIER)
+        self._check_classifier(c)
         return self._pricing.time_s(c)
+
+    def iteration_both_s(self, c: Composition) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`iteration_time_s` and `iteration_floor_s`, at once."""
+        self._check_classifier(c)
+        return self._pricing.both_s(c)
 
     def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
         """(K,) seconds that no kernel on this card can beat; over `iteration_time_s` it is the utilisation."""
@@ -139,6 +147,10 @@ class Profile:
     def scaled(self, time_factor: float) -> Profile:
         """Iterations take `time_factor` times as long; loads do not change. For studies of profile error."""
         return replace(self, time_factor=self.time_factor * time_factor)
+
+    def _check_classifier(self, c: Composition) -> None:
+        if c.classifier_tokens is not None:
+            self.check_table(Confidence.CLASSIFIER)
 
     def _check_all(self) -> None:
         for i, tables in enumerate(self.layer_tables):

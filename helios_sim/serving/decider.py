@@ -65,6 +65,7 @@ class Decider:
         self._triggers: tuple[Trigger, ...] = ()
         self._watched: Placement | None = None  # by the breach windows
         self._flags: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._seen: Watch  # `watch` for plain Python
         self.watch = self._watch([], [])
 
     def start(self) -> Deployment:
@@ -80,7 +81,7 @@ class Decider:
         deployment = self._replica.deployment
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
         limits = [t for t in deployment.triggers if isinstance(t, BreachLimit | SloBelow)]
-        before, flags = self.watch.windows, self._flags
+        before, flags = self._seen.windows, self._flags
         same = deployment.active == self._watched
         known = [t for t in self._triggers if isinstance(t, BreachLimit | SloBelow)] if same else []
         sizes = [_window(limit)[0] for limit in limits]
@@ -94,7 +95,7 @@ class Decider:
                 row = [int(getattr(before[old], name)) for name in WINDOW.dtype.names or ()]
                 self._flags[k, :size] = flags[old, :size]
             windows.append(row)
-        spent = [int(row.spent) for row in self.watch.triggers] if self._stays else [0] * len(deployment.triggers)
+        spent = [int(row.spent) for row in self._seen.triggers] if self._stays else [0] * len(deployment.triggers)
         rows = [
             [*_numbers(trigger), spent[k], limits.index(trigger) if trigger in limits else 0, _span_ns(trigger)]
             for k, trigger in enumerate(deployment.triggers)
@@ -108,12 +109,14 @@ class Decider:
 
     def _watch(self, triggers: list[list[int]], windows: list[list[int]]) -> Watch:
         storage = self._replica.storage
-        return Watch(storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows), storage.array(self._flags))
+        watch = Watch(storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows), storage.array(self._flags))
+        self._seen = Watch(storage.views(TRIGGER, watch.triggers), storage.views(WINDOW, watch.windows), watch.flags)
+        return watch
 
     def note_probe(self) -> None:
         """A probe's trigger may fire when every candidate is scored."""
         done = self._replica.deployment.probe is not None and not self.probe_left
-        for row in self.watch.triggers:
+        for row in self._seen.triggers:
             if row.kind == layout.PROBED:
                 row.argument = int(done)
 
@@ -136,7 +139,7 @@ class Decider:
         k = NEVER
         while (k := self._fired(k + 1)) != NEVER:
             if k == len(self._triggers):  # the time to tell of a failed load, which is done
-                self.watch.triggers[k].spent = 1
+                self._seen.triggers[k].spent = 1
                 continue
             trigger = self._triggers[k]
             deployment = self._policy.decide(trigger, self._telemetry(trigger))
@@ -150,9 +153,9 @@ class Decider:
 
     def _spend(self, k: int) -> None:
         """The policy has been asked because of this trigger."""
-        trigger, row = self._triggers[k], self.watch.triggers[k]
+        trigger, row = self._triggers[k], self._seen.triggers[k]
         if isinstance(trigger, BreachLimit | SloBelow):
-            window = self.watch.windows[int(row.window)]
+            window = self._seen.windows[int(row.window)]
             window.filled = window.next = window.breaches = 0
         elif isinstance(trigger, Completed):
             self._replica.state.completed_before = self._replica.state.completed
@@ -163,7 +166,7 @@ class Decider:
         replica = self._replica
         return int(
             first_fired(
-                replica.state, replica.rules, replica.requests, replica.line, self.watch, replica.counts.marks, start
+                replica.state, replica.rules, replica.requests, replica.line, self._seen, replica.counts.marks, start
             )
         )
 
@@ -185,18 +188,18 @@ class Decider:
 
     @property
     def next_time_ns(self) -> int | None:
-        alarm_ns = int(next_alarm_ns(self._replica.state, self.watch))
+        alarm_ns = int(next_alarm_ns(self._replica.state, self._seen))
         return None if alarm_ns == layout.FOREVER_NS else alarm_ns
 
     @property
     def rests(self) -> bool:
         """Whether no trigger of the policy waits for a time."""
-        now_ns, rows = self._replica.now_ns, self.watch.triggers[: len(self._triggers)]
+        now_ns, rows = self._replica.now_ns, self._seen.triggers[: len(self._triggers)]
         return not any(row.kind == layout.AT_TIME and row.argument > now_ns for row in rows)
 
     @property
     def watches_queue(self) -> bool:
-        return bool(watches_queue(self.watch))
+        return bool(watches_queue(self._seen))
 
     @property
     def watches_power(self) -> bool:
@@ -242,8 +245,8 @@ class Decider:
         if not limits:
             return 0
         limit = cause if isinstance(cause, BreachLimit) else limits[0]
-        row = self.watch.triggers[self._triggers.index(limit)]
-        return int(self.watch.windows[int(row.window)].breaches)
+        row = self._seen.triggers[self._triggers.index(limit)]
+        return int(self._seen.windows[int(row.window)].breaches)
 
     def _read_energy(self) -> Callable[[], Energy | None]:
         """A device is asked only by a policy that wants to know; in a simulation it is what was drawn by now."""

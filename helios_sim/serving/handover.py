@@ -5,14 +5,14 @@ Requests also leave for reasons that the loop does not know: aborted, or unfinis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
 
 from helios_sim.core import arrive, layout, line, schedule
-from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, tuples
+from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, take_sums, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
@@ -49,14 +49,12 @@ def hand_over(replica: Replica) -> None:
     """What has happened since the last time becomes part of the books: sums, records, observations, samples."""
     s, stats = replica.state, replica.stats
     if s.iterations or s.preemptions:
-        for name in SUMS:
-            value = int(getattr(s, name))
+        for name, value in zip(SUMS, take_sums(s), strict=True):
             if value:
-                setattr(stats, name, getattr(stats, name) + value)
-                setattr(s, name, 0)
-    if replica.depths.any():
-        stats.count_by_depth(replica.deployment.active.model, replica.depths)
-        replica.depths[:] = 0
+                setattr(stats, name, getattr(stats, name) + int(value))
+        if replica.depths.any():
+            stats.count_by_depth(replica.deployment.active.model, replica.depths)
+            replica.depths[:] = 0
     if s.gaps:
         stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
         s.gaps = s.gaps_ns = s.longest_gap_ns = 0
@@ -73,6 +71,8 @@ def hand_over(replica: Replica) -> None:
 
 def _samples(replica: Replica) -> None:
     s, model, layers = replica.state, replica.deployment.active.model, replica.run_layers
+    if not s.samples:
+        return
     for time_ns, running, waiting, used_blocks in tuples(
         replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ()
     ):
@@ -89,8 +89,8 @@ def _arrivals(replica: Replica) -> None:
     if arrived == replica.counted_arrivals:
         return
     first = max(replica.counted_arrivals, arrived - RECENT) - first_row
-    for arrival_ns, _ in tuples(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id")):
-        replica.recent.arrived(arrival_ns)
+    latest = tuples(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id"))
+    replica.recent.arrived(arrival_ns for arrival_ns, _ in latest)
     replica.counted_arrivals = arrived
     waiting = [ref for ref in replica.line.ref[: int(s.waiting)].tolist() if ref >= 0]
     replica.inbox.forget_before(s, min(waiting, default=arrived))
@@ -124,17 +124,11 @@ def _records(replica: Replica) -> None:
     rows = tuples(replica.requests, slots, _LEFT_FIELDS)
     replica.set_free(slots)
     completed = [row for row in rows if not row[_WHY]]
-    _note_recent(replica, map(_OF_RECENT, completed[-RECENT:]))
-    replica.served.extend(Request(*row[: len(_TEXT)]) for row in completed[-SERVED_TEXTS:])
+    replica.recent.completed(list(map(_OF_RECENT, completed[-RECENT:])))
+    replica.served.extend(row[: len(_TEXT)] for row in completed[-SERVED_TEXTS:])
     for row in rows:
         why = row[_WHY]
         _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
-
-
-def _note_recent(replica: Replica, rows: Iterable[Sequence[int]]) -> None:
-    for prompt, generated, earlier, arrival_ns, scheduled_ns, first_token_ns, last_token_ns, hit_tokens in rows:
-        moments_ns = arrival_ns, scheduled_ns, first_token_ns, last_token_ns
-        replica.recent.completed(prompt, generated + earlier, moments_ns, hit_tokens)
 
 
 def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
@@ -143,9 +137,8 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
     why, models = table["why"], replica.models
     output_tokens = table["generated"] + table["earlier_tokens"]
     completed = np.flatnonzero(why == 0)
-    _note_recent(replica, table[completed[-RECENT:]][list(_RECENT_FIELDS)].tolist())
-    latest = table[completed[-SERVED_TEXTS:]][list(_TEXT)]
-    replica.served.extend(Request(*row) for row in latest.tolist())
+    replica.recent.completed(table[completed[-RECENT:]][list(_RECENT_FIELDS)].tolist())
+    replica.served.extend(table[completed[-SERVED_TEXTS:]][list(_TEXT)].tolist())
     reasons: dict[str | None, int] = {None: 0}
     reason = np.zeros(len(table), np.int64)
     for row in np.flatnonzero(why):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Kind, Record, Storage, Table, tuples
+from helios_sim.core.layout import ARRIVAL, NEVER, TOKENS, IntArray, Kind, Record, Storage, Table, numbers_of
 from helios_sim.policy.deployment import ServicePlan
 from helios_sim.request import Request, RequestBlock
 
@@ -59,11 +59,13 @@ class Inbox:
         """The tokens of all known requests, as that model reads them."""
         known = int(state.known - state.first_row)
         table, filled = self._tokens.get(model, (None, 0))
+        if table is not None and filled >= known and len(table) >= len(self.rows):
+            return table
         if table is None or len(table) < len(self.rows):
             room = len(self.rows)
             table = self._storage.rows(TOKENS, room) if table is None else self._storage.grown(TOKENS, table, room)
         if filled < known:
-            raw = np.array(tuples(self.rows, slice(filled, known), COLUMNS), np.int64)
+            raw = numbers_of(self.rows, slice(filled, known), COLUMNS)
             columns = self._tokens_of(self._models[model], raw).T
             new = self._storage.of_columns(TOKENS, list(columns))
             table[filled:known] = new

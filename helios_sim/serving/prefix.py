@@ -75,7 +75,9 @@ class PrefixCache:
 
     def free_tokens(self, block_tokens: int) -> int:
         """Tokens whose K and V are cached and held by no request."""
-        blocks = self._blocks[1 : int(self._state.made_blocks) + 1] if self.shares else self._blocks[:0]
+        if not self.shares:
+            return 0
+        blocks = self._blocks[1 : int(self._state.made_blocks) + 1]
         cached = (blocks[:, prefix.HASH] != NEVER) & (blocks[:, prefix.HOLDERS] == 0)
         return block_tokens * int(cached.sum())
 

@@ -7,6 +7,7 @@ both interleave layer by layer; the device time is the same.
 
 from __future__ import annotations
 
+from helios_sim.request import Request
 from helios_sim.serving.decider import Decider
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.transition import Transitions
@@ -46,7 +47,7 @@ class Prober:
             model, self._streamed = self._streamed, None
             if model not in self._decider.probe_left:
                 return None  # of a probe that was given up
-            requests = list(replica.served)[-probe.prompts :]
+            requests = [Request(*row) for row in list(replica.served)[-probe.prompts :]]
             duration_ns, observations = replica.engine.probe(model, requests, replica.deployment.exit_rule)
             self._decider.probe_left.remove(model)
             self._decider.note_probe()

@@ -72,7 +72,7 @@ class Replica:
         self.timeline = Timeline()
         self.recent = Recent(situation.slo)
         self.observations: list[Observation] = []  # new since the policy was last asked
-        self.served: deque[Request] = deque(maxlen=SERVED_TEXTS)
+        self.served: deque[Sequence[int]] = deque(maxlen=SERVED_TEXTS)  # what `Request` is made of
         self.weight_bytes = 0  # resident or on the way, with the activation reserve
         self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
@@ -86,6 +86,8 @@ class Replica:
         self.counted_arrivals = 0  # those that the sliding means know
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
+        self._enforced: Deployment | None = None
+        self._rules_now: dict[str, int] = {}
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -185,7 +187,10 @@ class Replica:
 
     def enforce(self) -> None:
         """Writes the rules of the deployment in force."""
-        r, s, deployment, situation = self.rules, self.state, self.deployment, self.situation
+        r, s, deployment, situation = self.rules, self.state, self._deployment, self.situation
+        if self.foresees and deployment is self._enforced:
+            return
+        self._enforced = deployment
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
         seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation)
@@ -195,7 +200,7 @@ class Replica:
         if places is not None:
             limit = min(limit, places.requests)
         drafts = deployment.exit_rule if isinstance(deployment.exit_rule, SelfSpeculation) else None
-        for name, value in {
+        values = {
             "order": line.ORDERS[situation.order],
             "block_tokens": situation.memory.block_tokens,
             "block_mask": _mask(situation.memory.block_tokens),
@@ -222,16 +227,20 @@ class Replica:
             "n_layers": profile.model.n_layers,
             **_power(situation, self.foresees),
             **_levels(situation.slo),
-        }.items():
-            setattr(r, name, int(value))
+        }
         if self.foresees:
             self.terms = terms = cast(Foresees, self.engine).terms(deployment, situation, self.storage)
             if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
                 self._owed[:] = 0
-            for name, value in terms.rules.items():
+            values |= terms.rules
+        for name, value in values.items():
+            if self._rules_now.get(name) != value:
                 setattr(r, name, int(value))
-            if self.inbox.follow(s, deployment.plan, lambda model: situation.candidates[model].offline.exits):
-                self._plan_running()
+        self._rules_now = values
+        if self.foresees and self.inbox.follow(
+            s, deployment.plan, lambda model: situation.candidates[model].offline.exits
+        ):
+            self._plan_running()
 
     def read_counter(self, every_ns: int = 0) -> bool:
         """Notes what a device's counter says, unless it did so within `every_ns`. Whether what is drawn is known."""
@@ -261,10 +270,12 @@ class Replica:
         tokens, (coming, coming_tokens) = self.inbox.tokens(self.state, model), self.inbox.coming(model)
         priced: tuple[Any, ...] = (None,) * 8
         if terms is not None:
-            of = terms, self.inbox.planned
-            if self._trace is None or self._trace_of[0] is not of[0] or self._trace_of[1] is not of[1]:
-                self._trace, self._trace_of = terms.trace._replace(planned=self.storage.array(of[1])), of
-            priced = self._trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded
+            of, trace = (terms, self.inbox.planned), terms.trace
+            if self._deployment.plan is not None:
+                if self._trace is None or self._trace_of[0] is not of[0] or self._trace_of[1] is not of[1]:
+                    self._trace, self._trace_of = trace._replace(planned=self.storage.array(of[1])), of
+                trace = self._trace
+            priced = trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded
         return Tables(
             *self.raw_records, self.requests, self.lists, self.line, self.inbox.rows, tokens, coming, coming_tokens,
             self.chunks, self.freed, self.prefix.tables, self.owed, self.counts, watch, *priced,

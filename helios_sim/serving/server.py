@@ -145,11 +145,11 @@ class Server:
                 interrupted = True
 
     def _take_turns(self) -> Generator[Event, Any, None]:
-        replica, s = self._replica, self._replica.state
+        replica, s, decided = self._replica, self._replica.state, None
         while True:
             s.now_ns = s.acted_ns = replica.now_ns
             s.turn_wanted = 0
-            if self._started:
+            if self._started and decided is None:  # after a decision nothing has happened yet
                 yield from self._take_arrivals(replica.now_ns)
                 hand_over(replica)
             if self._aborts.carry_out():
@@ -157,6 +157,7 @@ class Server:
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
                 replica.release_lingering()
             self._transitions.advance()
+            decided = None
             if not self._transitions.pending:  # one change at a time
                 decided = self._decider.decide()
                 if decided is not None:
@@ -170,9 +171,9 @@ class Server:
                     self._transitions.tell_loop()
                     continue
             self._started = self.has_begun = True
-            self._transitions.tell_loop()
             probe_end_ns = self._prober.advance()
             if probe_end_ns is not None:
+                self._transitions.tell_loop()
                 yield from self._wait(probe_end_ns)
                 probe_ns = probe_end_ns - int(s.now_ns)
                 replica.stats.busy_ns += probe_ns
@@ -330,6 +331,9 @@ class Server:
     def _join_line(self, until_ns: int) -> bool:
         """Requests that are known and arrive until then join the line, as far as slots are free. False: read on."""
         replica, s = self._replica, self._replica.state
+        comes = s.arrived < s.known and not replica.rules.closed_loop
+        if comes and replica.inbox.rows[s.arrived - s.first_row].arrival_ns > until_ns:
+            return True
         replica.ready()
         tables = (
             s, replica.rules, replica.requests, replica.lists, replica.line, replica.inbox.rows,
@@ -473,6 +477,7 @@ class Server:
         self._pictures = False
         if self._opened:
             self._replica.timeline.keep_few()
+            self._replica.meet_timeline()
 
     @property
     def frontier_ns(self) -> int:

@@ -6,8 +6,10 @@ Integrals are whole numbers, so they add up to the same bits in any order.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -188,21 +190,24 @@ class Recent:
         self._moments_ns: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT)
         self._hit_tokens: deque[int] = deque(maxlen=RECENT)
 
-    def completed(
-        self, prompt_tokens: int, output_tokens: int, moments_ns: tuple[int, int, int, int], hit_tokens: int = 0
-    ) -> None:
-        """`moments_ns`: arrival, scheduled, first and last token; `hit_tokens` of its prompt were cached."""
-        self._prompt_tokens.append(prompt_tokens)
-        self._hit_tokens.append(hit_tokens)
-        self._output_tokens.append(output_tokens)
-        self._moments_ns.append((*moments_ns, output_tokens))
+    def completed(self, rows: Sequence[Sequence[int]]) -> None:
+        """Of each request its prompt tokens, those generated last and earlier, when it arrived, was scheduled and had
+        its first and last token, and how many tokens of its prompt were cached."""
+        if not rows:
+            return
+        prompts, generated, earlier, *moments_ns, hits = zip(*rows, strict=True)
+        outputs = tuple(map(add, generated, earlier))
+        self._prompt_tokens.extend(prompts)
+        self._hit_tokens.extend(hits)
+        self._output_tokens.extend(outputs)
+        self._moments_ns.extend(zip(*moments_ns, outputs, strict=True))
 
     @property
     def latest(self) -> LatestRequests:
         return LatestRequests(tuple(self._moments_ns), self._slo)
 
-    def arrived(self, now_ns: int) -> None:
-        self._arrivals_ns.append(now_ns)
+    def arrived(self, times_ns: Iterable[int]) -> None:
+        self._arrivals_ns.extend(times_ns)
 
     @property
     def prompt_tokens_mean(self) -> float | None:

@@ -7,7 +7,7 @@ them), and a raise of the cap preempts the newest requests, which have to be com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from helios_sim.core.layout import NEVER
@@ -24,6 +24,7 @@ class Residency:
     def __init__(self, profiles: Mapping[str, Profile], memory: MemoryBudget) -> None:
         self._profiles = profiles
         self._memory = memory
+        self._pool_bytes: dict[tuple[tuple[str, int], ...], int] = {}  # by what is resident
         self.layers: dict[str, int] = {}
 
     @staticmethod
@@ -53,17 +54,18 @@ class Residency:
         return sum(self._profiles[model].weight_bytes(n) for model, n in layers.items())
 
     def pool_bytes(self, layers: Mapping[str, int]) -> int:
-        return self._memory.pool_bytes(self._residents(layers))
+        key = tuple(layers.items())
+        found = self._pool_bytes.get(key)
+        if found is None:
+            found = self._memory.pool_bytes((self._profiles[model], n) for model, n in key)
+            self._pool_bytes[key] = found
+        return found
 
     def pool_blocks(self, layers: Mapping[str, int], active: Placement) -> int:
-        active_profile = self._profiles[active.model]
-        return self._memory.pool_blocks(self._residents(layers), (active_profile, active.layers))
+        return max(0, self.pool_bytes(layers) // self.block_bytes(active))
 
     def block_bytes(self, active: Placement) -> int:
         return self._memory.block_tokens * self._profiles[active.model].kv_bytes_per_token(active.layers)
-
-    def _residents(self, layers: Mapping[str, int]) -> Iterable[tuple[Profile, int]]:
-        return [(self._profiles[model], n) for model, n in layers.items()]
 
 
 @dataclass(slots=True)
