@@ -109,8 +109,13 @@ def test_while_it_starts(tmp_path, repository, how, after_s) -> None:
         assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("backend", ["processes", "ray"])
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [
+        *(("processes", how) for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)), ("ray", signal.SIGKILL),
+        *(pytest.param("ray", how, marks=pytest.mark.exhaustive) for how in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)  # fmt: skip
 def test_a_sweep(tmp_path, repository, backend, how) -> None:
     if backend == "ray":
         pytest.importorskip("ray")
