@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
+from helios_sim import study_config
 from helios_sim.config import register, to_config
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import stated_exits
+from helios_sim.exits.replay import replay
+from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.help import conf_folder
 from helios_sim.profile.resolve import find_profile
+from helios_sim.study.build import build
 from helios_sim.study.command import run_study
 
 
@@ -85,6 +90,27 @@ def test_stated_exits_leave_the_stated_shares_unchanged() -> None:
     assert trace.exits == (16, 28, 48)
     assert trace.agree.mean(0).tolist() == [0.9, 0.95, 1.0]
     assert not (trace.agree[:, 0] & ~trace.agree[:, 1]).any()
+
+
+def test_stated_exits_are_confident_of_tokens_that_stay_unchanged() -> None:
+    model = find_profile("codellama-34b", "2xa100-40gb").model
+    trace = stated_exits(model, [16, 28], [0.9, 0.95], confident=[0.7, 0.8])
+    sure = trace.confident_at(0.9, Confidence.MAX_PROBABILITY)
+    assert sure.mean(0).tolist() == [0.7, 0.8, 1.0]
+    assert (trace.agree | ~sure).all()
+    leaves = replay(trace, PerToken(0.9), 48)
+    assert np.bincount(leaves.exit_index).tolist() == [700, 100, 200]
+    for wrong in ([0.7], [0.8, 0.7], [0.7, 0.96], "all"):
+        with pytest.raises(UserError, match=r"exits\.parameters\.confident"):
+            stated_exits(model, [16, 28], [0.9, 0.95], confident=wrong)
+
+
+def test_each_model_has_its_own_stated_exits() -> None:
+    parts = build(study_config("large"), 0)
+    exits = {name: data.trace.trace.exits for name, data in parts.models.items()}
+    assert exits == {"codellama-34b": (16, 28, 48), "llama-2-70b": (20, 27, 80)}
+    with pytest.raises(UserError, match="a group for each model"):
+        build(study_config("large", "~exits.parameters.codellama-34b", "sweeps=[]", "figures=[]"), 0)
 
 
 @pytest.mark.parametrize(

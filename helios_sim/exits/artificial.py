@@ -79,13 +79,16 @@ def no_exits(model: TokenisedModel) -> NoExits:
     )
 
 
-def stated_exits(model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], seed: int = 0) -> NoExits:
-    """The trace of a model of which only the share of tokens is known that each exit leaves unchanged.
+def stated_exits(
+    model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], confident: Sequence[float] | None = None,
+    seed: int = 0,
+) -> NoExits:  # fmt: skip
+    """The trace of a model of which only shares of tokens are known.
 
     `layers`: depths of the exits before the last layer, ascending; `unchanged`: for each the share of tokens that it
-    predicts as the last layer does. A token that an exit leaves unchanged is left so by deeper ones. No token is
-    confident before the last layer, since no confidences are known: such exits serve fixed caps. UserError where they
-    do not fit together.
+    predicts as the last layer does; `confident`: the share that is confident there, all of them unchanged. What holds
+    of a token at an exit holds at deeper ones. None: no token is confident before the last layer, as no confidences
+    are known, and the exits serve fixed caps. UserError where they do not fit together.
     """
     lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
     for key, values in lists.items():
@@ -96,24 +99,40 @@ def stated_exits(model: TokenisedModel, layers: Sequence[int], unchanged: Sequen
     if any(not low < n < model.n_layers for low, n in zip((0, *depths), depths, strict=False)):
         allowed = f"whole numbers from 1 to {model.n_layers - 1}, ascending: layers of {model.name} before its last"
         raise UserError("exits.parameters.layers", list(layers), allowed, "correct them")
-    if len(unchanged) != len(depths) or any(
-        isinstance(share, bool) or not isinstance(share, int | float) or not low <= share <= 1
-        for low, share in zip((0.0, *unchanged), unchanged, strict=False)
-    ):
-        allowed = f"{len(depths)} shares from 0 to 1, one for each of layers {depths}, none below the one before"
-        raise UserError("exits.parameters.unchanged", list(unchanged), allowed, "correct them")
+    _check_shares("unchanged", unchanged, depths)
+    if confident is not None:
+        _check_shares("confident", confident, depths)
+        if any(sure > same for sure, same in zip(confident, unchanged, strict=True)):
+            allowed = f"none above the share that is unchanged there, {list(unchanged)}"
+            raise UserError("exits.parameters.confident", list(confident), allowed, "correct them")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError("exits.parameters.seed", seed, "a whole number from 0", "correct it")
     rank = (np.random.default_rng(seed).permutation(_TOKENS) + 0.5) / _TOKENS
     said = ", ".join(f"{share:g} at layer {n}" for n, share in zip(depths, unchanged, strict=True))
+    if confident is not None:
+        sure_at = (f"{share:g} at layer {n}" for n, share in zip(depths, confident, strict=True))
+        said += f"; confident {', '.join(sure_at)}"
+    sure = rank[:, None] < np.array([*(confident or [0.0] * len(depths)), 1.0])
     none = no_exits(model)
     return replace(
         none,
         exits=(*depths, model.n_layers),
         agree=rank[:, None] < np.array([*unchanged, 1.0]),
         provenance=Provenance(ProvenanceClass.PUBLISHED, f"stated: tokens unchanged {said}", STATED),
-        confidences={Confidence.MAX_PROBABILITY: np.repeat([[0.0] * len(depths) + [1.0]], _TOKENS, 0).astype("f4")},
+        confidences={Confidence.MAX_PROBABILITY: sure.astype(np.float32)},
     )
+
+
+def _check_shares(key: str, shares: Any, depths: Sequence[int]) -> None:
+    """UserError unless there is one for each depth, from 0 to 1 and none below the one before."""
+    fits = isinstance(shares, list | tuple) and len(shares) == len(depths) and not any(
+        isinstance(share, bool) or not isinstance(share, int | float) or not low <= share <= 1
+        for low, share in zip((0.0, *shares), shares, strict=False)
+    )  # fmt: skip
+    if not fits:
+        allowed = f"{len(depths)} shares from 0 to 1, one for each of layers {list(depths)}, none below the one before"
+        value = list(shares) if isinstance(shares, list | tuple) else shares
+        raise UserError(f"exits.parameters.{key}", value, allowed, "correct them")
 
 
 def synthetic_trace(

@@ -21,6 +21,7 @@ from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.energy import may_be_counted
 from helios_sim.policy.registry import PolicyConfig, parameters_of, policy_config
 from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
+from helios_sim.profile.catalog import published_model
 from helios_sim.profile.formats import named_format
 from helios_sim.profile.pace import at_pace
 from helios_sim.profile.profile import MemoryBudget, Profile
@@ -221,7 +222,7 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     if exits.source == "none":
         return no_exits(profile.model)
     if exits.source == "stated":
-        return stated_exits(profile.model, **_stated(exits.parameters))
+        return stated_exits(profile.model, **_stated(exits.parameters, config.models, model))
     recorded = named_format(model)[0] if exits.source == "published" else model  # published ones are of bf16
     trace = load_trace(recorded, exits.source.replace("{model}", model), **exits.parameters)
     if trace.n_layers != profile.model.n_layers:
@@ -231,12 +232,19 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
     return trace
 
 
-def _stated(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of stated exits. UserError for others, or where one is missing."""
-    known = ("layers", "unchanged", "seed")
+def _stated(parameters: Mapping[str, Any], models: Collection[str], model: str) -> dict[str, Any]:
+    """The parameters of a model's stated exits: its own group, or those of all. UserError for others."""
+    known = ("layers", "unchanged", "confident", "seed")
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        if not set(parameters) >= set(models):
+            allowed = f"a group for each model, {', '.join(models)}, or parameters of all models"
+            raise UserError("exits.parameters", sorted(parameters), allowed, "add the groups that are missing")
+        for name in set(parameters) - set(models):  # other arms may serve them
+            published_model(name, "exits.parameters")
+        parameters = parameters[model]
     for name in parameters:
         if name not in known:
-            allowed = f"with exits.source=stated one of {', '.join(known)}"
+            allowed = f"with exits.source=stated one of {', '.join(known)}, or a group of these for each model"
             raise UserError(f"exits.parameters.{name}", parameters[name], allowed, "leave it out")
     return {"layers": (), "unchanged": (), **parameters}
 
