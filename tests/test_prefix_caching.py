@@ -154,10 +154,10 @@ def check(server) -> None:
     assert (holders == held[1:]).all()
     assert (holders >= 0).all()
     assert s.used_blocks == (holders > 0).sum()
-    queue, block = [], int(c.blocks[0, prefix.NEWER])
-    while block:
-        queue.append(block)
-        block = int(blocks[block, prefix.NEWER])
+    places = np.arange(int(s.queue_first), int(s.queue_end))
+    assert len(places) <= len(c.queue)
+    numbers = c.queue[places & (len(c.queue) - 1)]
+    queue = numbers[blocks[numbers, prefix.PLACE] == places].tolist()
     assert len(queue) == len(set(queue)) == s.queued_blocks
     assert (holders[np.array(queue, int) - 1] == 0).all()
     assert s.used_blocks + s.queued_blocks <= s.total_blocks

@@ -223,7 +223,7 @@ STATE = Kind.of(
         # KV blocks
         "used_blocks", "total_blocks", "peak_blocks", "freed_first", "freed_end",
         # those that are shared (`prefix`)
-        "free_seats", "queued_blocks", "made_blocks", "spare_block",
+        "free_seats", "queued_blocks", "queue_first", "queue_end", "made_blocks", "spare_block",
         "widest_request",  # most blocks of a request that has asked for some
         "made_known",  # how often blocks became known that another request may look for
         "blocked_seq", "blocked_free", "blocked_known",  # who lacked blocks last, and what was there then

@@ -24,8 +24,10 @@ A text is known by segments, not by tokens: whose text it is, and which place in
 the segments of its row, which other requests share, and goes on in a stream of its own (that of a
 session where it has one), in which its answer follows. `Prefix` holds:
 
-- `blocks` (blocks + 1, 8): of each block its hash (NEVER: none), layers, holders, neighbours in the queue of free
-  blocks, and neighbours among those of its bucket. Number 0 is no block: it is the end of both rings.
+- `blocks` (blocks + 1, 8): of each block its hash (NEVER: none), layers, holders, place in the queue of free blocks
+  (or the next spare block), and neighbours among those of its bucket. Number 0 is no block.
+- `queue` (a power of two,): free blocks by their places, `queue_first` to `queue_end`, counted since the run began.
+  A block that was taken from the middle leaves its number behind, which is passed over: its place is another one.
 - `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
 - `table` (seats + 1, most blocks of a request): the blocks of each request that runs or lingers; in the last row those
   that `find` has found. `seats` (seats, 3): how many they are, how many of them have a hash, and a list of free seats.
@@ -39,7 +41,7 @@ from typing import NamedTuple
 
 from helios_sim.core.layout import NEVER, Lists, Numbers, Record, Table
 
-HASH, LAYERS, HOLDERS, OLDER, NEWER, BEFORE, AFTER = range(7)
+HASH, LAYERS, HOLDERS, PLACE, BEFORE, AFTER = range(6)
 HELD, KNOWN, FREE = range(3)
 TEXT, END = range(2)
 _BITS = 0x7FFF_FFFF_FFFF_FFFF  # of a hash: the sign stays free, so plain numbers and 64-bit ones give the same
@@ -48,6 +50,7 @@ _FACTOR, _OF_TEXT = 0x1E35_A7BD_9E37_79B9, 0x2545_F491_4F6C_DD1D
 
 class Prefix(NamedTuple):
     blocks: Numbers
+    queue: Numbers
     buckets: Numbers
     table: Numbers
     seats: Numbers
@@ -162,7 +165,8 @@ def hold(s: Record, c: Prefix, request: Record, found: int, blocks: int) -> None
     for i in range(found):
         block = c.table[len(c.table) - 1, i]
         if c.blocks[block, HOLDERS] == 0:
-            _leave_queue(s, c, block)
+            c.blocks[block, PLACE] = NEVER
+            s.queued_blocks -= 1
             s.used_blocks += 1
         c.blocks[block, HOLDERS] += 1
         c.table[seat, i] = block
@@ -176,11 +180,21 @@ def take(s: Record, c: Prefix) -> int:
     if s.total_blocks - s.used_blocks > s.queued_blocks:
         block = _take_empty(s, c)
     else:
-        block = c.blocks[0, NEWER]
-        _leave_queue(s, c, block)
-        _forget(c, block)
+        block = _longest_free(s, c)
     s.used_blocks += 1
     c.blocks[block, HOLDERS] = 1
+    return block
+
+
+def _longest_free(s: Record, c: Prefix) -> int:
+    """The first block of the queue, which leaves it and is forgotten."""
+    block = c.queue[s.queue_first & (len(c.queue) - 1)]
+    while c.blocks[block, PLACE] != s.queue_first:
+        s.queue_first += 1
+        block = c.queue[s.queue_first & (len(c.queue) - 1)]
+    s.queue_first += 1
+    s.queued_blocks -= 1
+    _forget(c, block)
     return block
 
 
@@ -188,7 +202,7 @@ def _take_empty(s: Record, c: Prefix) -> int:
     """A free block that holds nothing and is not in the queue."""
     block = s.spare_block
     if block != 0:
-        s.spare_block = c.blocks[block, NEWER]
+        s.spare_block = c.blocks[block, PLACE]
     else:
         s.made_blocks += 1
         block = s.made_blocks
@@ -205,24 +219,26 @@ def _take_many(s: Record, c: Prefix, seat: int, first: int, end: int) -> None:
         block = _take_empty(s, c)
         blocks[block, HOLDERS] = 1
         table[seat, i] = block
-    block = blocks[0, NEWER]
+    queue, mask, place = c.queue, len(c.queue) - 1, s.queue_first
     for i in range(first + empty, end):
+        block = queue[place & mask]
+        while blocks[block, PLACE] != place:
+            place += 1
+            block = queue[place & mask]
+        place += 1
         if blocks[block, HASH] != NEVER:  # a call takes as long as all else here
             _forget(c, block)
         blocks[block, HOLDERS] = 1
         table[seat, i] = block
-        block = blocks[block, NEWER]
-    blocks[0, NEWER], blocks[block, OLDER] = block, 0
+    s.queue_first = place
     s.queued_blocks -= end - first - empty
 
 
 def shrink(s: Record, c: Prefix, total_blocks: int) -> None:
     """So many blocks from now on: the first of the queue go. At least those that are held must remain."""
     while s.used_blocks + s.queued_blocks > total_blocks:
-        block = c.blocks[0, NEWER]
-        _leave_queue(s, c, block)
-        _forget(c, block)
-        c.blocks[block, NEWER] = s.spare_block
+        block = _longest_free(s, c)
+        c.blocks[block, PLACE] = s.spare_block
         s.spare_block = block
     s.total_blocks = total_blocks
 
@@ -322,28 +338,36 @@ def leave_blocks(
 
 def release(s: Record, c: Prefix, seat: int) -> None:
     """The blocks of a seat lose a holder; those without one become free, the last ones first."""
-    blocks, table, freed = c.blocks, c.table, 0
-    latest = blocks[0, OLDER]
-    for i in range(c.seats[seat, HELD] - 1, -1, -1):
+    blocks, table, queue, mask, held = c.blocks, c.table, c.queue, len(c.queue) - 1, c.seats[seat, HELD]
+    if s.queue_end - s.queue_first + held > len(queue):
+        _close_up(s, c)
+    place = s.queue_end
+    for i in range(held - 1, -1, -1):
         block = table[seat, i]
         holders = blocks[block, HOLDERS] - 1
         blocks[block, HOLDERS] = holders
         if holders == 0:
-            blocks[block, OLDER], blocks[latest, NEWER] = latest, block
-            latest = block
-            freed += 1
-    blocks[latest, NEWER], blocks[0, OLDER] = 0, latest
+            queue[place & mask] = block
+            blocks[block, PLACE] = place
+            place += 1
+    freed = place - s.queue_end
+    s.queue_end = place
     s.queued_blocks += freed
     s.used_blocks -= freed
     c.seats[s.free_seats, FREE] = seat
     s.free_seats += 1
 
 
-def _leave_queue(s: Record, c: Prefix, block: int) -> None:
-    older, newer = c.blocks[block, OLDER], c.blocks[block, NEWER]
-    c.blocks[older, NEWER] = newer
-    c.blocks[newer, OLDER] = older
-    s.queued_blocks -= 1
+def _close_up(s: Record, c: Prefix) -> None:
+    """The numbers that blocks have left behind go; the queue has room for all blocks twice."""
+    queue, mask, end = c.queue, len(c.queue) - 1, s.queue_first
+    for place in range(s.queue_first, s.queue_end):
+        block = queue[place & mask]
+        if c.blocks[block, PLACE] == place:
+            queue[end & mask] = block
+            c.blocks[block, PLACE] = end
+            end += 1
+    s.queue_end = end
 
 
 def make_known(c: Prefix, block: int, value: int) -> None:

@@ -36,12 +36,13 @@ class PrefixCache:
         self._seats = seats if shares else 0
         self._blocks: IntArray = np.zeros((1, _FIELDS), np.int64)
         self._blocks[0, prefix.HASH] = NEVER
+        self._queue: IntArray = np.zeros(2, np.int64)
         self._buckets: IntArray = np.zeros(1, np.int64)
         nothing: IntArray = np.zeros(0, np.int64)
         of_seats: IntArray = np.zeros((self._seats, 3), np.int64)
         of_seats[:, prefix.FREE] = np.arange(self._seats)[::-1]
         self._tables = Prefix(
-            self._blocks, self._buckets, np.zeros((self._seats + 1, 0), np.int64), of_seats,
+            self._blocks, self._queue, self._buckets, np.zeros((self._seats + 1, 0), np.int64), of_seats,
             nothing if texts is None or not shares else texts.starts, np.zeros((0, 2), np.int64), nothing,
         )  # fmt: skip
         state.free_seats = self._seats
@@ -51,7 +52,7 @@ class PrefixCache:
 
     def _show(self, **changed: IntArray) -> None:
         """What the loop sees from now on."""
-        self._tables = self._tables._replace(blocks=self._blocks, buckets=self._buckets, **changed)
+        self._tables = self._tables._replace(blocks=self._blocks, queue=self._queue, buckets=self._buckets, **changed)
         self.tables = self._storage.group(self._tables)
 
     def follow(self, model: str, exits: Sequence[int], layers: int) -> None:
@@ -96,6 +97,10 @@ class PrefixCache:
             more = np.zeros((max(wanted - len(self._blocks), len(self._blocks)), _FIELDS), np.int64)
             self._blocks = np.concatenate([self._blocks, more])
             old, self._buckets = self._buckets, np.zeros(1 << len(self._blocks).bit_length(), np.int64)
+            places = np.arange(int(s.queue_first), int(s.queue_end))
+            queue: IntArray = np.zeros(2 << len(self._blocks).bit_length(), np.int64)
+            queue[places & (len(queue) - 1)] = self._queue[places & (len(self._queue) - 1)]
+            self._queue = queue
             self._show()
             self._spread(old)
         if known.shape[1] < widest:
@@ -122,3 +127,4 @@ class PrefixCache:
         self._blocks[: int(s.made_blocks) + 1, prefix.HASH] = NEVER
         self._buckets[:] = 0
         s.queued_blocks = s.made_blocks = s.spare_block = 0
+        s.queue_first = s.queue_end
