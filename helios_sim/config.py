@@ -30,6 +30,7 @@ from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.effects import check_effect
 from helios_sim.study.schema import Config
+from helios_sim.untrusted import shortened
 from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting, wrong_type
 from helios_sim.words import look_at_files, readable, unreadable
 
@@ -47,6 +48,24 @@ PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files t
 STUDY, DESIGNS, FIDELITY, FIDELITY_LIVE = "a study", "designs", "a comparison with a log", "a comparison with live runs"
 FIDELITY_SILICON, CAPACITY = "a comparison with published measurements", "a capacity plan"
 FROM_LOG = "a study of a log"
+# What vLLM and the clients that measure it call settings, and their names here.
+ELSEWHERE = {
+    **dict.fromkeys(("max_num_seqs", "max_batch_size"), "server.max_running_requests"),
+    **dict.fromkeys(("max_num_batched_tokens", "chunked_prefill_size"), "server.max_batch_tokens"),
+    **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static"), "server.memory_utilisation"),
+    **dict.fromkeys(("tensor_parallel_size", "tp", "tp_size"), "server.tensor_parallel"),
+    **dict.fromkeys(("data_parallel_size", "dp", "dp_size"), "server.replicas"),
+    **dict.fromkeys(("block_size", "page_size"), "server.block_tokens"), "enforce_eager": "runtime.preset=eager",
+    **dict.fromkeys(("async_scheduling", "overlap_schedule"), "server.schedule_ahead"),
+    "scheduling_policy": "server.order", "enable_prefix_caching": "server.enable_prefix_caching",
+    **dict.fromkeys(("rate", "request_rate", "qps", "rps", "arrival_rate"), "workload.arrivals.rate_per_s"),
+    **dict.fromkeys(("concurrency", "max_concurrency", "streams"), "workload.arrivals.users"),
+    "burstiness": "workload.arrivals.cv",
+    **dict.fromkeys(("num_prompts", "num_requests", "request_count", "max_requests"), "workload.n_requests"),
+    **dict.fromkeys(("input_len", "random_input_len", "isl", "prompt_tokens"), "workload.lengths.prompt"),
+    **dict.fromkeys(("output_len", "random_output_len", "osl", "output_tokens"), "workload.lengths.output"),
+    **dict.fromkeys(("gpu", "card", "accelerator"), "hardware"), "seed": "seeds",
+}  # fmt: skip
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -184,7 +203,7 @@ def compose_config(
         check_choices(settings, choices, command)
         config = typed(settings, schema, command)
     except (HydraException, OmegaConfBaseException) as error:
-        raise in_words(error, command, schema) from error
+        raise in_words(error, [*command, *folder], schema) from error
     except yaml.YAMLError as error:
         raise UserError(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
@@ -274,11 +293,19 @@ def saved_config(settings: object, where: str) -> Config:
 def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
     """An error of Hydra or OmegaConf as one message; `arguments` are the command line's."""
     text = str(error)
+    if (found := re.match(r"In '([^']+)': ", text)) and (wrong := _wrong_in_file(found[1], text, arguments, schema)):
+        return wrong
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
                           text, re.DOTALL):  # fmt: skip
         group, option, options = PRESET if found[1] == ENGINE else found[1], found[2], found[3].split()
-        fix = closest(option, options, f"{group}=") or "choose one of these, or name your folder by --config-dir"
+        near = _nearest_versions(option, options) if group == PRESET else closest(option, options, f"{group}=")
+        fix = near or "choose one of these, or name your folder by --config-dir"
+        for place in config_dirs(arguments):
+            if (Path(place) / found[1] / f"{found[2]}.yml").is_file():
+                fix = f"let its name end in .yaml: {Path(place) / found[1] / found[2]}.yml is not looked at"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
+    if found := re.search(r"Multiple values for \w+\..*?(\w+: [\w.-]+)'", text):
+        return UserError("defaults", found[1], "there is one already", f"write override /{found[1]} in the file")
     if found := re.search(r"Could not override '([^']+)'", text):
         return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
@@ -301,6 +328,64 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return wrong_word
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return UserError("settings", " ".join(arguments), first.rstrip("."), f"correct it; {PRINT_ALL}")
+
+
+def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type) -> UserError | None:
+    """What is wrong in a user's file of this name below --config-dir; None where that cannot be told from the file."""
+    paths = [Path(place) / f"{name}.yaml" for place in config_dirs(arguments)]
+    path = next((path for path in paths if path.is_file()), None)
+    if name != "config" and (found := re.search(r"Could not find '[^']*?(\w+)/([\w.-]+)'", text)):
+        fix = f"write override /{found[1]}: {found[2]}, for a group of this program"
+        return UserError(f"{name}: defaults", f"{found[1]}: {found[2]}", "no such file beside it", fix)
+    if path is None:
+        return None
+    content = path.read_text(encoding="utf-8", errors="replace")
+    if name.startswith("experiment/") and not re.match(r"(\s*#.*\n)*\s*#\s*@package _global_", content):
+        told = shortened(content.partition("\n")[0])
+        allowed = "# @package _global_ in its first line: without it Hydra takes the settings for others"
+        return UserError(str(path), told, allowed, "write that line, without a byte order mark before it")
+    with contextlib.suppress(OmegaConfBaseException, yaml.YAMLError, ValueError):
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(values, dict):
+            return UserError(str(path), shortened(values), "settings, KEY: VALUE", "correct the file")
+        values.pop("defaults", None)
+        if (odd := _odd_name(values)) is not None:
+            return UserError(f"{name}: {odd[0]}", odd[1], "a name, which is a text", f'put it in quotes: "{odd[1]}"')
+        key = found[1] if (found := re.search(r"full_key: (\S+)", text)) else ""
+        unknown, wrong = unknown_setting(schema, values), wrong_type(schema, values)
+        if wrong is not None and wrong[0].endswith(key) and not str(wrong[1]).startswith("${"):
+            allowed = f"must be {kind_in_words(wrong[2])}"
+            return UserError(f"{name}: {wrong[0]}", shortened(wrong[1]), allowed, "correct the file")
+        if unknown is not None and unknown.endswith(key):
+            value = OmegaConf.select(OmegaConf.create(values), unknown)
+            return _wrong(unknown, value, "", arguments, schema).about(f"{name}: {unknown}")
+    return None
+
+
+def _odd_name(values: Any, path: str = "") -> tuple[str, Any] | None:
+    """The place of the first key that is no text, and the key."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if not isinstance(key, str):
+                return path or "settings", key
+            if (found := _odd_name(value, f"{path}.{key}" if path else key)) is not None:
+                return found
+    return None
+
+
+def _nearest_versions(option: str, options: Sequence[str]) -> str:
+    """A fix that names the versions of the same engine around the one that is not known; "" where that is none."""
+    engine, _, version = option.rpartition("-")
+    wanted = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    there = {
+        name: [int(part) for part in name.rpartition("-")[2].split(".")] for name in options
+        if name.startswith(f"{engine}-")
+    }  # fmt: skip
+    if not wanted or not there:
+        return closest(option, options, f"{PRESET}=")
+    below = max((v for v in there.values() if v <= wanted), default=None)
+    above = min((v for v in there.values() if v >= wanted), default=None)
+    return f"the nearest: {' and '.join(name for name, v in there.items() if v in (below, above))}"
 
 
 def given(key: str, arguments: Sequence[str]) -> str | None:
@@ -359,6 +444,9 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
     group = key.split(".")[0]
     if group == "policy" and schema is Config:
         return _wrong_policy_key(key, value, arguments)
+    key, value = _of_one_arm(key, value)
+    if key.startswith("arms.") and (of_arm := _wrong_arm_key(key, value, arguments)) is not None:
+        return of_arm
     if key in known or key.startswith(OPEN):
         allowed = "a new name in a mapping is added with +"
         return UserError(key, value, allowed, f"write '+{key}={value}'")
@@ -367,11 +455,11 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
     if (parallel := _NOT_MODELLED.search(key)) is not None:
         allowed = f"left out: {parallel[1]} parallelism is not modelled; a group of cards splits every matrix"
         return UserError(key, value, allowed, "set hardware=4xh100, or server.replicas for copies of the model")
-    fix = closest(key, list(known))
-    if not fix:  # the right name in the wrong place
-        last = key.split(".")[-1]
-        same = [name for name in known if name.split(".")[-1] == last]
-        fix = f"you may have meant {same[0]}; {PRINT_ALL}" if same else PRINT_ALL
+    last = key.split(".")[-1].replace("-", "_")
+    named = ELSEWHERE.get(last, "")
+    same = next((name for name in known if name.split(".")[-1] == last), None)  # the right name in the wrong place
+    meant = named if named.split("=")[0] in known else same
+    fix = f"you may have meant {meant}; {PRINT_ALL}" if meant else closest(key, list(known)) or PRINT_ALL
     return UserError(key, value, "no such setting", fix)
 
 
@@ -409,6 +497,36 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
     names = [f"policy.{name}" for name in _settings_in(file) if name not in ("name", "arm")]
     allowed = f"{policy} knows {', '.join(name.removeprefix('policy.') for name in names)}"
     return UserError(key, value, allowed, closest(key, names) or "correct the name or leave it out")
+
+
+def _of_one_arm(key: str, value: object) -> tuple[str, object]:
+    """`arms.NAME.KEY` and its value, where `by_arm` wrote arms={NAME: {KEY: value}} for it."""
+    if key == "arms" and isinstance(value, str):
+        with contextlib.suppress(HydraException, RecursionError):
+            value = OverridesParser.create().parse_override(f"arms={value}").value()
+    while key.startswith("arms") and isinstance(value, dict) and len(value) == 1 and key.count(".") < 8:
+        (name, value), = value.items()
+        key = f"{key}.{name}"
+    return key, value
+
+
+def _wrong_arm_key(key: str, value: object, arguments: Sequence[str]) -> UserError | None:
+    """The same, where an arm of this name is there and its policy has no such setting; None: it is a new name."""
+    from helios_sim.policy.registry import parameters_of
+    from helios_sim.study.build import OF_THE_ARM
+
+    policy, setting = "", ""
+    with contextlib.suppress(HydraException, OmegaConfBaseException, UserError, yaml.YAMLError):
+        about = [word for word in arguments if _is_override(word) and re.match(r"[+~]*arms[.=]", word)]
+        arms = _composed(arguments, about, None).arms
+        arm = max((str(name) for name in arms if key.startswith(f"arms.{name}.") and arms[name]), key=len, default=None)
+        if arm is not None:
+            policy, setting = str(arms[arm].get("policy")), key.removeprefix(f"arms.{arm}.").partition(".")[0]
+            known = (*OF_THE_ARM, *parameters_of(policy))
+    if not policy or setting in known:
+        return None
+    allowed = f"{policy} knows {', '.join(name for name in known if name != 'policy')}"
+    return UserError(key, value, allowed, closest(setting, known) or "correct the name or leave it out")
 
 
 def _settings_in(file: Path) -> list[str]:

@@ -29,6 +29,7 @@ MOST_VALUES = 100_000  # of a YAML file, anchors written out
 TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "live.weights.", "live.heads.")  # settings that are texts, or begin so
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _OF_HYDRA = ("now", "hydra")  # resolvers that name output folders
+_OCTAL_OR_CLOCK = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")
 _FIX = "correct the file, or take it out of that folder"
 
 
@@ -142,6 +143,10 @@ class _Looked:
             return sum(self._entry(key, value, path) for key, value in node.value)
         if isinstance(node, yaml.SequenceNode):
             return sum(self.size(item, path) for item in node.value)
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith((":int", ":float"))
+        if plain and _OCTAL_OR_CLOCK.fullmatch(node.value):
+            allowed = "a plain number, or a text in quotes: YAML takes 010 for 8 and 1:30 for 90"
+            raise UserError(f"{self._file}: {path}", node.value, allowed, "write it out")
         self._check(path, node.value)
         return 0
 

@@ -47,6 +47,8 @@ def load_custom(parameters: CustomParameters) -> Policy:
             if error.name not in parents:
                 raise  # the user's module exists and misses something itself
             fix = "run from the folder that holds it, or add that folder to PYTHONPATH"
+            if module_name.endswith(".py"):
+                fix = f"name the module, not its file: {module_name.removesuffix('.py')}:{name}"
             raise _error(parameters.object, f"there is no module {error.name}", fix) from None
     if not hasattr(module, name):
         public = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))) or "nothing"

@@ -105,6 +105,13 @@ _OF_ARMS: tuple[_Counts, str] = (
     lambda c: _is_simulated(c) and not c.sweep.parameters and not _is_capacity(c),
     "in a simulation of arms, not for designs or a capacity plan",
 )
+# Lists and mappings that ask for a kind of study by holding something.
+ASKING = {
+    "sweep.parameters": "parameters, such as {limit: {settings: [arms.helios.limit], values: [40, 80]}}: without any "
+    "there are no designs",
+    "capacity.cards": "cards, such as [l40s,2xh100-80gb]: without any there is no capacity plan",
+    "fidelity_live.loads": "loads, such as [0.5,0.9]: without any nothing is served and compared",
+}
 _OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
 # What counts beside published measurements, whose rows say everything else.
 OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "question", "hydra", "experiment")
@@ -241,6 +248,8 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
         if config.fidelity.silicon and parts[0] not in OF_SILICON:
             allowed = "does nothing here: each row says it; fidelity.rows=FILE takes other rows"
             raise UserError(name, value, allowed, "leave it out")
+        if name in ASKING and value.strip() in ("[]", "{}"):
+            raise UserError(name, value, ASKING[name], "name some, or leave it out")
         for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
             counts, where = COUNTS.get(above, (None, ""))
             if counts is not None and not counts(config):

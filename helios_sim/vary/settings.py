@@ -106,8 +106,11 @@ def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | 
         fits = type(value) is (type(None) if hint is None else hint)
     if not fits:
         return path, value, hint
-    if origin is list:  # named as a whole
-        return next(((path, value, hint) for _, kind, v in below if wrong_type(kind, v) is not None), None)
+    if origin is list:  # named as a whole, but for a setting of one of several groups
+        wrong = (wrong_type(kind, v, f"{path}.{i}") for i, kind, v in below)
+        found = next(filter(None, wrong), None)
+        of_one = found is not None and is_dataclass(parts[0]) and found[0].count(".") > path.count(".") + 1
+        return found if found is None or of_one else (path, value, hint)
     inner = (wrong_type(kind, v, f"{path}.{key}" if path else str(key)) for key, kind, v in below)
     return next(filter(None, inner), None)
 
