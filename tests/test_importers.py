@@ -6,8 +6,11 @@ import csv
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helios_sim.core.price import unequal_share
@@ -16,6 +19,7 @@ from helios_sim.profile.build import main
 from helios_sim.profile.catalog import CARDS, MODELS, PCIE_LINK, Link, published_card, published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.importers.attention import AttentionGrid, repetitions_of, unequal_table
+from helios_sim.profile.importers.kernel_tables import SHIPPED_SOURCES, read_kernels
 from helios_sim.profile.importers.layers import Terms, layer_profile
 from helios_sim.profile.importers.vidur import vidur_profile
 from helios_sim.profile.price_tables import unequal_lengths
@@ -424,3 +428,21 @@ def test_weights_of_published_models() -> None:
 def test_cards_by_the_names_of_logs(name: str) -> None:
     assert published_card(name) is not None
     assert published_card("an abacus") is None
+
+
+def test_rows_of_measured_kernels_that_differ_in_what_is_not_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(**more: list[Any]) -> None:
+        table = {"gemm_dtype": ["bfloat16", "bfloat16", "fp8"], "m": [1, 2, 1], "n": [64] * 3, "k": [64] * 3,
+                 "latency": [0.1, 0.2, 0.3]}  # fmt: skip
+        pq.write_table(pa.table(table | more), tmp_path / "gemm.parquet")
+
+    source = SHIPPED_SOURCES["l40s"]
+    monkeypatch.setattr(type(source), "path", lambda *_: tmp_path / "gemm.parquet")
+    written(kernel_source=["cutlass", "cutlass", "triton"])
+    assert len(read_kernels(source, "gemm", "gemm", gemm_dtype="bfloat16")["latency"]) == 2
+    written(kernel_source=["cutlass", "triton", "triton"])
+    with pytest.raises(UserError, match="kernel_source='cutlass and triton among the 2 rows that are used'"):
+        read_kernels(source, "gemm", "gemm", gemm_dtype="bfloat16")
+    assert len(read_kernels(source, "gemm", "gemm", lambda c: c["m"] == 1, gemm_dtype="bfloat16")["latency"]) == 1

@@ -123,9 +123,11 @@ def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path, caplog: pytest.Lo
     path.write_text(json.dumps(values | {"torch_dtype": "bfloat16", "unsloth_version": "1", "bos_token_id": 1}))
     assert "not read" not in find_checkpoint(str(tmp_path)).source
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}, "architectures": ["XForCausalLM"]}
-    path.write_text(json.dumps(values | {"scale_emb": 12, "share_layers": True, "unused": None} | own))
+    own |= {"scale_emb": 12, "share_layers": True, "unused": None, "use_gate": False}
+    own |= {"rope_parameters": {**values["rope_parameters"], "warp": 2}}
+    path.write_text(json.dumps(values | own))
     source = find_checkpoint(str(tmp_path)).source
-    for said in ("scale_emb (12)", "share_layers (True)", "auto_map (", "architectures (['XForCausalLM'])"):
+    for said in ("scale_emb (12)", "share_layers (True)", "auto_map (", "architectures (['XForCausalLM'])",
+                 "use_gate (False)", "unused (None)", "rope_parameters.warp (2)"):  # fmt: skip
         assert said in source
         assert said in caplog.text
-    assert "unused" not in source

@@ -675,3 +675,33 @@ def test_gaps_of_a_table_are_filled_along_its_axes() -> None:
     found = filled(points, holes, np.full(plane.shape, -1))
     assert found[:, 2] == pytest.approx(plane[:, 1])
     assert np.isnan(filled(points, holes, along, edges=False)[:, 2]).all()
+
+
+def test_what_is_off_or_inside_of_a_rotation_and_not_known_is_named(tmp_path: Path) -> None:
+    plain = {"mlp_bias": False, "num_beams": 1, "typical_p": 1.0, "bad_words_ids": None, "min_length": 0,
+             "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}  # fmt: skip
+    assert shape_of(config_file(tmp_path / "plain", **plain)).not_read == ""
+    others = {"use_gate": False, "gate_of": None, "rope_scaling": {"rope_type": "ntk", "alpha": 1000.0},
+              "rope_parameters": {"full_attention": {"rope_theta": 1e4, "warp": False}},
+              "quantization_config": {"quant_method": "gptq", "bits": 4, "rotation": None}}  # fmt: skip
+    said = shape_of(config_file(tmp_path / "others", **others)).not_read
+    for name in ("use_gate (False)", "gate_of (None)", "rope_scaling.alpha (1000.0)", "rope_scaling.rope_type (ntk)",
+                 "rope_parameters.full_attention.warp (False)", "quantization_config.rotation (off)"):  # fmt: skip
+        assert name in said
+    outer = {"text_config": dict(LLAMA), "vision_config": {"hidden_size": 8}, "image_token_id": 5, "share_kv": 2}
+    assert shape_of(config_file(tmp_path / "sees", **outer)).not_read.endswith("not read: share_kv (2)")
+
+
+def test_local_and_global_layers_by_letters(tmp_path: Path) -> None:
+    given = {"model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": "LLG", "num_hidden_layers": 5}
+    assert shape_of(config_file(tmp_path / "m", **given)).windows == (64, 64, 0, 64, 0)  # the last is always global
+    with pytest.raises(UserError, match="sliding_window_pattern"):
+        shape_of(config_file(tmp_path / "n", **given | {"sliding_window_pattern": "LLX"}))
+
+
+def test_what_is_valid_and_not_priced_is_not_called_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_type.*'glm4'.*Fix: take a model of one of these families"):
+        shape_of(config_file(tmp_path / "glm", model_type="glm4"))
+    left_out = {"text_config": {"model_type": "llama", "vocab_size": 32_064}}
+    with pytest.raises(UserError, match=r"hidden_size.*Fix: add it: where it is missing, transformers takes"):
+        shape_of(config_file(tmp_path / "llava", **left_out))

@@ -12,7 +12,7 @@ import pytest
 
 from faults.gguf_files import joined
 from helios_sim.errors import UserError
-from helios_sim.profile.gguf_header import KINDS, stored_bytes
+from helios_sim.profile.gguf_header import KINDS, foreign_keys, stored_bytes
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.shapes import shape_of
 
@@ -130,6 +130,8 @@ def test_what_nothing_is_made_of_is_named(tmp_path: Path) -> None:
     others = {"blk.3.attn_sinks.weight": ((14,), F32), "cls.weight": ((2, 896), F16)}
     found = shape_of(str(write(tmp_path / "b.gguf", keys=usual | {"early_exit_layers": (U32, 4)}, tensors=others)))
     assert found.not_read.endswith("not read: qwen2.early_exit_layers, blk.N.attn_sinks.weight, cls.weight")
+    off = write(tmp_path / "d.gguf", keys=usual | {"use_gate": (7, False), "expert_used_count": (U32, 0)})
+    assert shape_of(str(off)).not_read.endswith("not read: qwen2.use_gate")
     for key in ("activation_sparsity_scale", "attention.gate_scale", "mlp_scale"):
         sparse = write(tmp_path / "c.gguf", keys=usual | {key: (6, 0.5)}, tensors=tensors)
         assert shape_of(str(sparse)).not_read.endswith(f"not read: qwen2.{key}")
@@ -153,3 +155,10 @@ def test_kinds_are_those_of_the_package_gguf() -> None:
     constants = pytest.importorskip("gguf.constants")
     sizes = {int(kind): (kind.name, *size) for kind, size in constants.GGML_QUANT_SIZES.items()}
     assert sizes == KINDS
+
+
+def test_keys_of_another_prefix_are_named() -> None:
+    keys = ("general.name", "tokenizer.ggml.model", "quantize.imatrix.file", "split.count", "qwen2.block_count")
+    assert foreign_keys(dict.fromkeys(keys), "qwen2") == []
+    others = ("mistral.attention.sliding_window", "clip.has_vision_encoder", "xet.hash")
+    assert foreign_keys(dict.fromkeys((*keys, *others)), "qwen2") == list(others)

@@ -285,7 +285,7 @@ def test_a_card_without_units_for_fp8_makes_such_weights_bf16() -> None:
 @pytest.mark.parametrize(
     ("name", "plain", "form"),
     [
-        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct", "awq"), ("qwen3-8b-fp8", "qwen3-8b", "fp8"),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct", "awq"), ("qwen3-8b-fp8", "qwen3-8b", "fp8-block"),
         ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2.5-7B-Instruct", "gptq-int8"),
         ("RedHatAI/Meta-Llama-3.1-70B-Instruct-FP8-dynamic", "RedHatAI/Meta-Llama-3.1-70B-Instruct", "fp8"),
         ("neuralmagic/Meta-Llama-3.1-8B-Instruct-quantized.w4a16", "neuralmagic/Meta-Llama-3.1-8B-Instruct", "int4"),

@@ -105,7 +105,7 @@ def _known_card(name: str, key: str) -> Device:
     if found is None:
         near = get_close_matches(name.lower(), (*HARDWARE, *CARDS), 1, 0.6)
         meant = f"did you mean {near[0]}? Or " if near else ""
-        fix = f"{meant}describe it in a file: hardware=card.yaml (see README)"
+        fix = f"{meant}describe it in a file: {key}=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
         raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
     of_card = card_key(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -65,23 +64,6 @@ def windows_of(window: int, every: int, layers: int) -> tuple[int, ...]:
     return tuple(0 if every > 1 and (layer + 1) % every == 0 else window for layer in range(layers))
 
 
-# Keys of a config.json, or patterns of them, of which no size, no weight and no time of a layer follows.
-OF_NO_MATTER = re.compile(
-    r"_name_or_path|_commit_hash|_from_.*|_attn_implementation.*|_flash_attn.*|_sliding_window_pattern|_vocab_size"
-    r"|architectures|.*_token_ids?|.*dropout|.*_pdrop|layerdrop|.*_eps|.*epsilon|init_std|initializer_.*|.*rope.*"
-    r"|rotary_.*|partial_rotary_factor|alibi|.*softcapping|query_pre_attn_scalar|embedding_multiplier"
-    r"|attention_multiplier|residual_multiplier|logits_scaling|hidden_act|hidden_activation|activation_function"
-    r"|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_attentions|id2label"
-    r"|output_hidden_states|output_router_logits|output_scores|output_past|label2id|num_labels|problem_type|summary_.*"
-    r"|tokenizer_class|task_specific_params|finetuning_task|prefix"
-    r"|chunk_size_feed_forward|reorder_and_upcast_attn|scale_attn_.*|pretraining_tp|gradient_checkpointing|unsloth_.*"
-    r"|attn_implementation|use_flash_attn.*|use_parallel_residual|parallel_attn|parallel_residual|original_max_.*|n_ctx"
-    r"|do_layer_norm_before|num_ln_in_parallel_attn|apply_residual_.*|temperature|top_[kp]|do_sample|max_length"
-    r"|repetition_penalty|languages?|license|tags|seq_length|max_sequence_length|model_max_length|max_window_layers"
-    r"|use_sliding_window|sliding_window|sliding_window_pattern|is_decoder|tie_encoder_decoder|transformers\.js_config"
-    r"|base_model_name_or_path|framework|tf_legacy_loss|bias_dropout_fusion|masked_softmax_fusion|cache_implementation"
-    r"|attention_softmax_in_fp32|scale_attention_softmax_in_fp32|residual_in_fp32|norm_type|use_norm_bias|multi_query"
-)
 # Keys that a config may have only without a value, or with one of these: others ask for what is not priced.
 REFUSED = {
     "add_cross_attention": ((False,), "cross attention"), "cross_attention_layers": ((), "cross attention"),

@@ -91,20 +91,23 @@ _ENDINGS = (  # of names on Hugging Face
     (r"-(nv)?fp4$", FORMATS["nvfp4"]), (r"-bnb-4bit$", FORMATS["bitsandbytes"]),
 )  # fmt: skip
 
+_BY_BLOCKS = re.compile(r"(^|/)qwen3[\w.-]*-fp8$", re.IGNORECASE)  # names under which Qwen publishes scales by blocks
+
 
 def named_format(name: str) -> tuple[str, WeightFormat | None]:
     """A model's name without the ending that says how it is quantized, and that; None: the name has no such ending."""
     for pattern, form in _ENDINGS:
         plain = re.sub(pattern, "", name, flags=re.IGNORECASE)
         if plain != name and plain:
-            return plain, form
+            return plain, FORMATS["fp8-block"] if _BY_BLOCKS.search(name) else form
     return name, None
 
 
-def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, int | None]:
+def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, int | None, list[str]]:
     """What a config's quantization_config says, and bytes of a value of K and V, None where it does not say.
 
-    UserError that names what is not priced: other methods, layers that differ, other bits.
+    Last the names of what is false or null there and not known. UserError that names what is not priced: other methods,
+    layers that differ, other bits.
     """
     key = f"quantization_config of {where}"
     if not isinstance(how, Mapping):
@@ -122,7 +125,7 @@ def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, i
     found = readers[method](fields), _kv_bytes(fields)
     fields.ignore(_OF_NO_MATTER)
     _refuse_rest(fields)  # of another quantization than the ones that are priced, perhaps
-    return found
+    return *found, [name for name in fields.off if name.rpartition(".")[2] not in _OFF_BY_DEFAULT]
 
 
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules", "exclude_modules")
@@ -139,6 +142,13 @@ _OF_NO_MATTER = (
     "scale_fmt", "format", "mse", "act_group_aware", "autoround_version", "amp", "enable_minmax_tuning",
     "enable_quanted_input", "enable_norm_bias_tuning", "gradient_accumulate_steps", "iters", "lr", "minmax_lr",
     "low_gpu_mem_usage", "nsamples", "seqlen", "provider",
+)
+# What is null, false, 0 or empty where it is not said.
+_OFF_BY_DEFAULT = (
+    "kv_cache_scheme", "kv_cache_quant_algo", "input_activations", "output_activations", "transform_config", "lm_head",
+    "dynamic", "weight_block_size", "sparsity_config", "load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant",
+    "block_structure", "actorder", "group_size", "observer_kwargs", "scale_dtype", "zp_dtype", "zero_point", "ignore",
+    "llm_int8_skip_modules", "modules_to_not_convert", "config_groups", "targets", "format",
 )
 _OF_OBSERVERS = ("observer", "observer_kwargs", "dynamic", "zp_dtype")  # how scales were found
 # Parts of a model that lie outside of the layers of its text model, and norms, which are never quantized.

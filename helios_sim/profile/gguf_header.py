@@ -8,6 +8,7 @@ Format: ggml-org/ggml, docs/gguf.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,6 +68,14 @@ class StoredTensor:
 class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+
+
+_PREFIXES = ("general", "tokenizer", "quantize", "split", "GGUF")
+
+
+def foreign_keys(metadata: Mapping[str, Any], family: str) -> list[str]:
+    """Names of keys of another family, or of programs that are not known, which llama.cpp passes over."""
+    return [str(name) for name in metadata if str(name).partition(".")[0] not in (*_PREFIXES, family)]
 
 
 def stored_bytes(n_values: int, kind: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.profile.formats import WEIGHTS, WeightFormat
-from helios_sim.profile.gguf_header import KINDS, GgufHeader, StoredTensor, read_header
+from helios_sim.profile.gguf_header import KINDS, GgufHeader, StoredTensor, foreign_keys, read_header
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, is_there
 
@@ -130,8 +130,10 @@ def _refuse_others(header: GgufHeader, keys: Fields) -> None:
 
 
 def _not_read(path: Path, header: GgufHeader, keys: Fields) -> str:
-    """A sentence about the family's keys and the tensors of which nothing is made; "" where there are none."""
-    left = [name for name in keys.rest if not _OF_NO_MATTER.search(name.partition(".")[2])]
+    """A sentence about the keys and the tensors of which nothing is made; "" where there are none."""
+    off = [name for name in keys.off if not _OF_OTHERS.search(name) and "expert_" not in name]
+    left = [name for name in (*keys.rest, *off) if not _OF_NO_MATTER.search(name.partition(".")[2])]
+    left += foreign_keys(header.metadata, str(header.metadata["general.architecture"]))
     left += sorted({
         _NUMBER.sub("blk.N.", name) for name, tensor in header.tensors.items()
         if not _KNOWN_TENSORS.fullmatch(name) and not (name.startswith("blk.") and len(tensor.shape) > 1)

@@ -15,18 +15,11 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, chars_per_token, plain_model, published_model, published_windows
-from helios_sim.profile.families import (
-    FAMILIES,
-    OF_NO_MATTER,
-    REFUSED,
-    WINDOW_IF_ASKED,
-    Family,
-    other_values,
-    windows_of,
-)
+from helios_sim.profile.families import FAMILIES, REFUSED, WINDOW_IF_ASKED, Family, other_values, windows_of
 from helios_sim.profile.formats import WeightFormat, format_of_config, named_format
 from helios_sim.profile.gguf_shape import read_gguf
 from helios_sim.profile.spec import ModelSpec
+from helios_sim.profile.unread import OF_NO_MATTER, OFF_BY_DEFAULT, rest_of_outer, rest_of_rope, told_of_rest
 from helios_sim.untrusted import Fields, is_there, read_json, shortened
 
 _FIX = "give the config.json of a dense decoder-only model"
@@ -101,10 +94,12 @@ def _of_config(path: Path) -> Shape:
     inner = whole.get("text_config")
     has_more = isinstance(inner, dict)
     values = {**inner, _TIED: inner.get(_TIED, whole.get(_TIED))} if isinstance(inner, dict) else whole
-    form, kv_bytes = _format(path, whole, values)
+    form, kv_bytes, left = _format(path, whole, values)
     _refuse_others(path, whole, values, form is None)
     source = f"{path}, its text model alone, without what reads images or sound" if has_more else str(path)
-    return _of_values(path, values, form, kv_bytes, source)
+    shape = _of_values(path, values, form, kv_bytes, source)
+    left |= rest_of_outer(whole, values) if has_more else {}
+    return replace(shape, not_read="; ".join(filter(None, (shape.not_read, told_of_rest(path, left)))))
 
 
 def _of_values(
@@ -114,11 +109,13 @@ def _of_values(
     kind = str(values.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
-        raise UserError(f"model_type of {path}", kind, f"one of {', '.join(FAMILIES)}", _FIX)
+        fix = "take a model of one of these families: others are not priced"
+        raise UserError(f"model_type of {path}", kind, f"one of {', '.join(FAMILIES)}", fix)
     fields = Fields(values, str(path), _FIX)
     for name in family.needs:
         if name not in values:
-            raise fields.wrong(name, None, f"a value: models of {kind} differ in it")
+            fix = "add it: where it is missing, transformers takes the default of the family's own class"
+            raise UserError(f"{name} of {path}", None, f"a value: models of {kind} differ in it", fix)
     sizes = _Sizes(fields)
     d_model = sizes.one("hidden_size", "n_embd", most="width")
     heads = sizes.one("num_attention_heads", "n_head", most="heads")
@@ -156,15 +153,19 @@ def _of_values(
 
 
 def _not_read(path: Path, kind: str, fields: Fields) -> str:
-    """A sentence about the keys that hold something and that nothing is made of; "" where there are none."""
-    left = [name for name in fields.rest if not OF_NO_MATTER.fullmatch(name)]
+    """A sentence about the keys that nothing is made of, first those that hold something; "" where there are none."""
+    left: dict[str, Any] = {}
     classes = fields.values.get("architectures")
     own = kind.removesuffix("_text").replace("_", "")
     if isinstance(classes, list) and any(_GENERATES.sub("", str(name)).lower() != own for name in classes):
-        left.insert(0, "architectures")
-    shown = ", ".join(f"{name} ({str(fields.values[name])[:40]})" for name in left[:12])
-    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
-    return f"{path}: not read: {shown}{more}" if left else ""
+        left["architectures"] = classes
+    left |= {name: fields.values[name] for name in fields.rest if not OF_NO_MATTER.fullmatch(name)}
+    left |= rest_of_rope(fields.values)
+    left |= {
+        name: fields.values[name] for name in fields.off
+        if name in fields.values and not OF_NO_MATTER.fullmatch(name) and not OFF_BY_DEFAULT.fullmatch(name)
+    }  # fmt: skip
+    return told_of_rest(path, left)
 
 
 def _scaled_context(fields: Fields, kind: str, context: int) -> int:
@@ -184,18 +185,21 @@ def _scaled_context(fields: Fields, kind: str, context: int) -> int:
     return round(context * inner.number("factor", 1, _MOST["tokens"] / context))
 
 
-def _format(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[WeightFormat | None, int]:
-    """How the weights are kept, None for bf16, and bytes of a value of K and V. UserError for what is not priced.
+def _format(
+    path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[WeightFormat | None, int, dict[str, Any]]:
+    """How the weights are kept, None for bf16, bytes of a value of K and V, and what is not read of all that.
 
-    `values`: those of the text model within the `whole`.
+    `values`: those of the text model within the `whole`. UserError for what is not priced.
     """
     found = {name: part[name] for part in (whole, values) for name in _QUANTIZATIONS if part.get(name)}
     if len({repr(how) for how in found.values()}) > 1:
         raise UserError(f"quantization of {path}", " and ".join(found), "one of the two", "remove the other")
     for how in found.values():
-        form, kv_bytes = format_of_config(how, str(path), _UNQUANTIZED)
-        return form, 2 if kv_bytes is None else kv_bytes
-    return None, 2
+        form, kv_bytes, off = format_of_config(how, str(path), _UNQUANTIZED)
+        left: dict[str, Any] = dict.fromkeys((f"{next(iter(found))}.{name}" for name in off), "off")
+        return form, 2 if kv_bytes is None else kv_bytes, left
+    return None, 2, {}
 
 
 def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any], says_nothing: bool) -> None:
@@ -244,7 +248,9 @@ class _Sizes:
     def one(self, *names: str, most: str) -> int:
         found = self.maybe(*names, most=most)
         if found is None:
-            raise self.fields.wrong(names[0], None, f"a size: one of {', '.join(names)} must be there")
+            wrong = self.fields.wrong(names[0], None, f"a size: one of {', '.join(names)} must be there")
+            fix = "add it: where it is missing, transformers takes the default of the family's own class"
+            raise UserError(wrong.key, None, wrong.allowed, fix)
         return found
 
 
@@ -280,6 +286,10 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
     if kind in WINDOW_IF_ASKED:
         first = fields.integer("max_window_layers", 0, _MOST["layers"])
         return tuple(0 if layer < first else window for layer in range(layers))
+    pattern: Any = fields.value("sliding_window_pattern", FAMILIES[kind].every)
+    if isinstance(pattern, str) and re.fullmatch("[LG]{1,64}", pattern):  # EXAONE: local and global, in turns
+        looks = tuple(0 if pattern[layer % len(pattern)] == "G" else window for layer in range(layers))
+        return (*looks[:-1], 0)  # of which the last layer is always global
     every = fields.integer("sliding_window_pattern", 1, 1 << 10, FAMILIES[kind].every)
     return windows_of(window, every, layers)
 

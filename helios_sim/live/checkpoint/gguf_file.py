@@ -20,7 +20,7 @@ from helios_sim.live.checkpoint.hub_config import OTHER_MODEL, wrong_family
 from helios_sim.live.checkpoint.naming import gguf_pieces
 from helios_sim.live.model.architecture import MOST, Architecture, Rope, Shape
 from helios_sim.live.model.weights import StoredPiece, stored_names
-from helios_sim.profile.gguf_header import FETCH_AGAIN, LongArray, StoredTensor, read_header
+from helios_sim.profile.gguf_header import FETCH_AGAIN, LongArray, StoredTensor, foreign_keys, read_header
 from helios_sim.untrusted import Fields, reading
 
 _FAMILIES = ("llama", "qwen2", "gemma3")
@@ -58,6 +58,12 @@ class GgufFile:
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
+
+    @property
+    def not_read(self) -> str:
+        """A sentence about keys of other families and programs, of which nothing is made; "" where there are none."""
+        found = foreign_keys(self.metadata, self.architecture.family)
+        return f"{self.path}: not read: {', '.join(found[:12])}" if found else ""
 
     def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
         return gguf_pieces(self.architecture.family, part, layer)

@@ -13,6 +13,7 @@ from typing import Any
 
 from helios_sim.errors import WeightsError
 from helios_sim.live.model.architecture import FAMILIES, MOST, Architecture, Rope
+from helios_sim.profile.unread import OFF_BY_DEFAULT, rest_of_rope, told_of_rest
 from helios_sim.untrusted import Fields, read_json, reading, shortened
 
 # model_type of config.json -> family. "gemma3" is the multimodal model; its text part is used.
@@ -68,7 +69,7 @@ _OF_NO_MATTER = re.compile(
 
 
 def not_read(folder: Path) -> str:
-    """A sentence about keys of config.json that hold something and that nothing is made of; "" where there are none.
+    """A sentence about keys of config.json that nothing is made of; "" where there are none.
 
     A class of another name, and code of the checkpoint's own, are among them: neither is run.
     """
@@ -78,14 +79,15 @@ def not_read(folder: Path) -> str:
     left: dict[str, Any] = {}
     for part in (values, inner if isinstance(inner, dict) else {}):
         fields = Fields(part, str(path), FETCH_AGAIN, WeightsError)
-        left |= {name: part[name] for name in fields.rest if name not in _READ and not _OF_NO_MATTER.fullmatch(name)}
+        unknown = [name for name in fields.rest if name not in _READ]
+        unknown += [name for name in fields.off if name not in _READ and not OFF_BY_DEFAULT.fullmatch(name)]
+        left |= {name: part[name] for name in unknown if not _OF_NO_MATTER.fullmatch(name)}
+        left |= rest_of_rope(part)
     classes = values.get("architectures")
     own = str(values.get("model_type")).removesuffix("_text").replace("_", "")
     if isinstance(classes, list) and any(_GENERATES.sub("", str(name)).lower() != own for name in classes):
         left["architectures"] = classes
-    shown = ", ".join(f"{name} ({str(value)[:40]})" for name, value in list(left.items())[:12])
-    more = f" and {len(left) - 12} more" if len(left) > 12 else ""
-    return f"{path}: not read: {shown}{more}" if left else ""
+    return told_of_rest(path, left)
 
 
 def read_architecture(folder: Path) -> Architecture:

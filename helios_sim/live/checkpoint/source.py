@@ -207,14 +207,14 @@ def _known(name: str, cache: Path) -> Checkpoint:
 def _opened(path: Path, stamps: Stamps, name: str, source: str, licence: str | None) -> Checkpoint:
     """Cached by its arguments, together with its tokenizer and its copy in host memory."""
     if not path.is_dir():
-        return Checkpoint(name, source, licence, GgufFile(path))
+        file = GgufFile(path)
+        return Checkpoint(name, _said(source, file.not_read), licence, file)
     storage = SafetensorsFolder(path)
-    return Checkpoint(name, _said(source, path), licence, storage)
+    return Checkpoint(name, _said(source, not_read(path)), licence, storage)
 
 
-def _said(source: str, folder: Path) -> str:
-    """The source with what is not read of the config, which is said on the terminal too."""
-    left = not_read(folder)
+def _said(source: str, left: str) -> str:
+    """The source with what is not read of its config or header, which is said on the terminal too."""
     if left:
         _log.warning("%s", left)
     return f"{source} ({left})" if left else source
@@ -251,4 +251,4 @@ def _from_hub(hub_id: str) -> Checkpoint:
             "check network and disk, or give a local folder or .gguf file",
         ) from error  # fmt: skip
     storage = SafetensorsFolder(folder)
-    return Checkpoint(hub_id.split("/")[-1].lower(), _said(f"huggingface.co/{hub_id}", folder), None, storage)
+    return Checkpoint(hub_id.split("/")[-1].lower(), _said(f"huggingface.co/{hub_id}", not_read(folder)), None, storage)

@@ -35,6 +35,9 @@ BF16_BYTES = 2
 LEAST_S = 1e-9
 UNCACHED_BYTES = 512e6  # four times the largest cache of the cards measured
 KV_DTYPES = {2: "bfloat16", 1: "fp8"}  # of K and V in the tables, by bytes of a value
+_AXES = (  # of a table, by which its rows are told apart
+    "m", "n", "k", "batch_size", "isl", "step", "num_heads", "num_key_value_heads", "message_size", "latency",
+)
 Keep = Callable[[Mapping[str, Any]], Any]
 """The columns of a table, by name -> which of its rows are read, as booleans."""
 
@@ -138,7 +141,17 @@ def read_kernels(source: KernelSource, kind: str, name: str, keep: Keep | None =
         if keep is not None:
             kept = keep(columns)
             columns = {c: values[kept] for c, values in columns.items()}
+        _check_alike(path, columns, [c for c in table.column_names if c not in (*_AXES, *equal)])
         return columns | {"latency": columns["latency"].astype(np.float64)}
+
+
+def _check_alike(path: Path, columns: Mapping[str, Any], others: list[str]) -> None:
+    """UserError where the rows that are used differ in a column that nothing is made of."""
+    for name in others:
+        values = columns[name]
+        if len(values) and (other := values != values[0]).any():
+            told = f"{values[0]} and {values[other][0]} among the {len(values)} rows that are used"
+            raise UserError(f"{path}: {name}", told, "one value: they were measured under one condition", "drop others")
 
 
 def on_axes(columns: dict[str, Any], axes: tuple[str, ...]) -> tuple[list[IntArray], FloatArray]:
