@@ -150,6 +150,9 @@ def _unique_loader() -> Any:
     return Unique
 
 
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, ())
+
+
 class Fields:
     """The values of a file's header by name, each taken with its type and range, and each noted as read."""
 
@@ -159,6 +162,7 @@ class Fields:
         """`prefix`: precedes the names in the file and in messages."""
         self._values, self._where, self._fix, self._error, self._prefix = values, where, fix, error, prefix
         self._read: set[str] = set()
+        self._inner: list[tuple[str, Fields]] = []
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -249,7 +253,9 @@ class Fields:
         found = self.value(name, default)
         if not isinstance(found, Mapping):
             raise self.wrong(name, found, "a mapping of names to values")
-        return Fields(found, f"{name} in {self._where}", self._fix, self._error)
+        inner = Fields(found, f"{name} in {self._where}", self._fix, self._error)
+        self._inner.append((name, inner))
+        return inner
 
     def filled(self, kind: type[_Part], **given: Any) -> _Part:
         """A dataclass whose fields are values here by name and type, but for those `given`. No other may be here."""
@@ -278,8 +284,20 @@ class Fields:
     @property
     def rest(self) -> list[str]:
         """Keys with the prefix that were neither read nor ignored, and that hold something."""
-        named = (name for name in self._values if str(name).startswith(self._prefix) and name not in self._read)
-        return [name for name in named if self._values[name] not in (None, False, 0, "", [], {}, ())]
+        return [name for name in self._unread if self._values[name] not in _NOTHING]
+
+    @property
+    def off(self) -> list[str]:
+        """The same keys where they are false, null, 0 or empty, which counts where the default is something else.
+
+        Those within mappings that were taken by `inner` are among them, as OUTER.KEY.
+        """
+        own = [name for name in self._unread if self._values[name] in _NOTHING]
+        return own + [f"{name}.{below}" for name, inner in self._inner for below in inner.off]
+
+    @property
+    def _unread(self) -> list[str]:
+        return [name for name in self._values if str(name).startswith(self._prefix) and name not in self._read]
 
     def refuse_rest(self, why: str) -> None:
         """Raise an error for the first key with the prefix that was neither read nor ignored."""
@@ -308,12 +326,29 @@ def is_there(path: Path, is_so: Callable[[Path], bool] = Path.is_file) -> bool:
     return False
 
 
+_GZIP = b"\x1f\x8b"
+_OTHER_KINDS = {  # beginnings of files that are whole, and no text
+    b"PAR1": ("a Parquet file", "write its table as CSV or JSON lines"),
+    b"ARROW1": ("an Arrow file", "write its table as CSV or JSON lines"),
+    b"PK\x03\x04": ("a ZIP archive, as .zip and .xlsx are", "unpack it, or save the sheet as CSV in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("an .xls file", "save the sheet as CSV in UTF-8"),
+    b"BZh": ("packed by bzip2", "unpack it"), b"\xfd7zXZ": ("packed by xz", "unpack it"),
+    b"(\xb5/\xfd": ("packed by zstd", "unpack it"), _GZIP: ("packed by gzip", "let its name end in .gz"),
+    b"\xff\xfe": ("text in UTF-16", "save it in UTF-8"), b"\xfe\xff": ("text in UTF-16", "save it in UTF-8"),
+    b"SQLite format 3": ("an SQLite database", "write its table as CSV"),
+    b"\x93NUMPY": ("an array of NumPy", "write it as CSV"), b"\x89HDF": ("an HDF5 file", "write its table as CSV"),
+}  # fmt: skip
+
+
 def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = UserError) -> bytes:
     """The content of a text file in UTF-8, without its byte order mark; `.gz` is unpacked.
 
     Raises `error` where it is larger than `most_bytes`, or unpacks to a hundred times its size and more than 64 MiB.
     """
     content = read_bytes(path, most_bytes, fix, error)
+    for begins, (what, instead) in _OTHER_KINDS.items():
+        if content.startswith(begins) and (begins != _GZIP or path.suffix != ".gz"):
+            raise error(str(path), what, "text in UTF-8, plain or in a .gz file", instead)
     if path.suffix == ".gz":
         limit = min(most_bytes, max(_PACKED * len(content), 64 * MIB))
         packed = io.BytesIO(content)
@@ -372,6 +407,8 @@ def _column(path: Path, name: str, kind: str, column: Any, fix: str) -> NDArray[
         }.get(kind, is_number)
         if not fits:
             raise ValueError("another type")
+        if wanted is None and column.null_count:
+            raise ValueError("cells are empty")
         if wanted is None:
             return np.array([str(value) for value in column.to_pylist()], dtype=object)
         if kind == "maybe" and column.null_count:

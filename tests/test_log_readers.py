@@ -276,7 +276,7 @@ def _requests(report: Any) -> Any:
         ("vllm", lambda v: [v.pop(name) for name in ("ttfts", "itls")], "--save-detailed"),
         ("vllm", lambda v: v.update(errors=["x"] * 4, output_lens=[0] * 4, completed=0, failed=4,
                                     total_input_tokens=0, total_output_tokens=0), "all failed"),
-        ("guidellm", lambda v: v["metadata"].update(version=3), "version of metadata"),
+        ("guidellm", lambda v: v["metadata"].update(version=3), "metadata.version"),
         ("guidellm", lambda v: v.update(benchmarks=[]), "benchmarks"),
         ("guidellm", lambda v: _requests(v)["successful"].pop(), "requests.successful"),
         ("guidellm", lambda v: _requests(v)["successful"][1]["info"]["timings"].update(request_start=None),
@@ -393,3 +393,71 @@ def test_a_log_of_a_tool_is_a_workload_for_every_experiment(tmp_path: Path) -> N
     assert len(read_trace(path, limit=2)) == 2
     with pytest.raises(UserError, match="time_unit"):
         read_trace(path, time_unit="ms")
+
+
+def test_what_no_reader_knows_is_named(tmp_path: Path) -> None:
+    records = samples.aiperf()
+    for record in records:
+        record["metadata"]["lane"] = 4
+        record["metrics"]["prefix_hits"] = {"value": 0.5, "unit": "ratio"}
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert any("metadata.lane, metrics.prefix_hits" in said for said in read(tmp_path / "a.jsonl").notices)
+
+    report = samples.guidellm()
+    report["benchmarks"][0]["cooldown_duration"] = 3.0
+    for i, one in enumerate(report["benchmarks"][0]["requests"]["successful"]):
+        one["info"] |= {"turn_index": i, "retries": 2}
+    said = " ".join(read(as_json(tmp_path, report)).notices)
+    for text in ("not read: info.retries", "3 requests continue a conversation", "last 3 s (cool-down)"):
+        assert text in said
+
+    requests = samples.inference_perf()
+    requests[0]["info"]["extra_info"] = {"prefix": "x"}
+    assert any("info.extra_info" in said for said in read(as_json(tmp_path, requests)).notices)
+
+    batches = samples.spans()
+    for batch in batches:
+        for span in batch["resourceSpans"][0]["scopeSpans"][0]["spans"]:
+            span["attributes"] += [{"key": "gen_ai.conversation.id", "value": {"stringValue": "c"}},
+                                   {"key": "batch.of", "value": {"intValue": "4"}}]  # fmt: skip
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(batch)}\n" for batch in batches))
+    said = " ".join(read(tmp_path / "s.jsonl").notices)
+    assert "not read: batch.of" in said
+    assert "gen_ai.conversation.id is not read: what the turns" in said
+
+    table = samples.write_blis(tmp_path / "blis", header={"server": {"type": "vllm", "kv_dtype": "fp8", "lora": None}})
+    assert any("server.kv_dtype, server.lora" in said for said in read(table).notices)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"backend": "sglang", "sharegpt_output_len": None, "random_input_len": 8, "ttfts": []}, "SGLang"),
+        ({"elapsed_time": 1.0, "num_requests": 5, "tokens_per_second": 9.0}, "vllm bench throughput"),
+        ({"avg_latency": 1.0, "latencies": [1.0], "percentiles": {}}, "vllm bench latency"),
+        ({"service_kind": "openai", "experiments": []}, "GenAI-Perf"),
+        ([{"number_input_tokens": 5, "inter_token_latency_s": 0.1}], "LLMPerf"),
+        ({"data": [{"traceID": "a", "spans": [{"operationName": "b"}]}]}, "Jaeger"),
+        ({"aiperf_version": "0.13", "request_latency": {}}, "profile_export.jsonl"),
+        ({"metadata": {}, "payload": {}, "responses": []}, "profile_export.jsonl"),
+        ([{"resourceSpans": []}], "one batch in each line"),
+        ({"benchmarks": [{"type_": "a", "run_id": "b"}]}, "guidellm before"),
+    ],
+)
+def test_files_of_other_tools_are_told_apart(tmp_path: Path, content: object, what: str) -> None:
+    for indent in (None, 2):
+        (tmp_path / "run.json").write_text(json.dumps(content, indent=indent))
+        with pytest.raises(UserError, match=what):
+            read(tmp_path / "run.json")
+
+
+def test_versions_and_folders_that_cannot_be_told(tmp_path: Path) -> None:
+    report = samples.guidellm()
+    report["metadata"]["version"] = 1
+    with pytest.raises(UserError, match=r"metadata\.version=1: 2, as guidellm 0\.8 writes it"):
+        read(as_json(tmp_path, report))
+    (tmp_path / "two").mkdir()
+    for name in ("benchmarks.json", "log.jsonl"):
+        (tmp_path / "two" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"not of benchmarks\.json, log\.jsonl"):
+        read_folder(tmp_path / "two")

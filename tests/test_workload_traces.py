@@ -351,3 +351,39 @@ def test_the_fix_says_what_is_wrong_with_a_header(text: str, fix: str, tmp_path:
 def test_what_failed_is_said_to_be_replayed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens,status\n0,9,9,ok\n1,9,9,failed\n")
     assert any("a request that failed is replayed" in notice for notice in read_trace(tmp_path / "t.csv").notices)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"PAR1abcPAR1", "a Parquet file"), (b"PK\x03\x04abc", "a ZIP archive"), (b"BZh91AY", "packed by bzip2"),
+        (b"\xfd7zXZ\x00", "packed by xz"), (b"(\xb5/\xfdabc", "packed by zstd"), (b"\x1f\x8babc", "packed by gzip"),
+        ("arrival_s,prompt_tokens\n".encode("utf-16"), "text in UTF-16"),
+    ],
+)  # fmt: skip
+def test_whole_files_of_another_kind_are_not_called_damaged(content: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"{what}.*text in UTF-8"):
+        read_trace(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("text", ["INFO 05-01 10:00:00 server started", "Timestamp,User Count,Requests/s"])
+def test_what_is_no_table_of_requests_has_no_column_to_rename(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"{text}\n1,2,3\n")
+    with pytest.raises(UserError, match="take a file with a row for each request"):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_dates_that_are_too_coarse(tmp_path: Path) -> None:
+    def trace(*cells: str) -> RequestTrace:
+        rows = "".join(f'"{cell}",5,6\n' for cell in cells)
+        (tmp_path / "t.csv").write_text(f"timestamp,prompt_tokens,output_tokens\n{rows}")
+        return read_trace(tmp_path / "t.csv")
+
+    assert trace("2024-05-01 10:00:30", "2024-05-01 10:00:30", "2024-05-01 10:01:00").notices == ()
+    (said,) = trace("2024-05-01 10:00", "2024-05-01 10:00", "2024-05-01 10:01").notices
+    assert said.endswith("timestamp is in whole minutes: requests of one minute come at once")
+    with pytest.raises(UserError, match="all requests of a day would come at once"):
+        trace("2024-05-01", "2024-05-01", "2024-05-02")
+    with pytest.raises(UserError, match=r"line 2, column timestamp='2024-05-01 10:00:00,123'"):
+        trace("2024-05-01 10:00:00,123", "2024-05-01 10:00:01,123")

@@ -6,28 +6,38 @@ failed. The layout is that of aiperf/common/models/record_models.py (MetricRecor
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import accumulate
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, not_read, note_others, number, whole
 from helios_sim.request import NS_PER_S
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "aiperf records"
 _PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
 _SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
-_READ = {
-    "time_to_first_token", "request_latency", "inter_chunk_latency", "output_sequence_length", "input_sequence_length",
-    "usage_prompt_tokens", "usage_completion_tokens",
-}  # fmt: skip
 _EFFECTS = {
     "usage_prompt_cache_read_tokens": "what of the prompt the prefix cache served is computed anew here",
     "spec_decode_acceptance": "speculative decoding was on: several tokens an iteration, which the simulation lacks",
     "image_latency": "prompts had images", "video_inference_time": "prompts had video",
 }  # fmt: skip
+_OF_RECORD = re.compile(rf"metadata|metrics|error|trace_data|{'|'.join(_EFFECTS)}")
+_OF_METADATA = re.compile(
+    r"session_num|x_(request|correlation)_id|conversation_id|turn_index|request_(start|ack|end)_ns|worker_id"
+    r"|record_processor_id|benchmark_phase|was_cancelled|cancellation_time_ns|credit_issued_ns|context_overflow_skip"
+    r"|agent_depth|source_id|endpoint_url"
+)
+_OF_METRICS = re.compile(  # figures that are read, follow from these, or say how the client did
+    r"time_to_(first|second)(_output)?_token|request_latency|inter_(chunk|token)_latency|stream_\w*latency"
+    r"|decode_duration|(in|out)put_sequence_length|output_token_count|reasoning_token_count|error_isl|osl_mismatch\w*"
+    r"|\w*_throughput(_per_user)?|usage_(prompt|completion|total|reasoning)_tokens|\w+_diff_pct|http_req_\w+"
+    r"|(min|max)_\w+_timestamp|(\w+_)?request_count|good_request_fraction|replay_\w+|accuracy\w*|thinking_efficiency"
+    rf"|{'|'.join(_EFFECTS)}"
+)
 
 
 def is_it(document: Document) -> bool:
@@ -37,14 +47,17 @@ def is_it(document: Document) -> bool:
 def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
-    rows, matter, turns = [], Counter[str](), 0
+    rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
         rows.append(_row(place, record))
         metrics = value.get("metrics") or {}
         matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
-    notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)
+        note_others(left, value, _OF_RECORD)
+        note_others(left, value["metadata"], _OF_METADATA, "metadata.")
+        note_others(left, metrics, _OF_METRICS, "metrics.")
+    notices = not_read(document.name, [*(name for name in _EFFECTS if matter[name]), *left], _EFFECTS)
     if turns:
         notices.append(f"{document.name}: {turns} requests continue a conversation: what its turns share is computed "
                        "anew for each.")  # fmt: skip

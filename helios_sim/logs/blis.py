@@ -81,7 +81,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             "model", "tensor_parallel", "max_num_seqs", "block_size", "gpu_memory_utilization", "max_model_len"
         )}  # fmt: skip
         header.ignore(_OF_HEADER)
-        notices += not_read(where, header.rest)
+        server.ignore(("type", "url", "version"))
+        left = [f"server.{name}" for name in (*server.rest, *server.off)]
+        notices += not_read(where, [*header.rest, *(name for name in header.off if "." not in name), *left])
     return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
 
 
@@ -100,7 +102,9 @@ def _header(table: Path) -> tuple[Fields | None, str]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     header = Fields(found, path.name, FIX)
-    header.integer("trace_version", 2, 3)
+    if (version := header.integer("trace_version", 0, 1 << 16)) not in (2, 3):
+        allowed = "2 or 3: others are not read"
+        raise UserError(f"{path.name}: trace_version", version, allowed, "write it with BLIS 0.7, or take another log")
     header.text("time_unit", ("us", "microseconds"))
     return header, path.name
 

@@ -6,12 +6,25 @@ The last token, not the end of the stream, ends a request here. Single tokens ha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, counted, gathered, not_read, number, whole
+from helios_sim.logs.record import (
+    FIX,
+    Begins,
+    RequestLog,
+    Row,
+    close_to,
+    counted,
+    gathered,
+    not_read,
+    note_others,
+    number,
+    whole,
+)
 from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
@@ -22,6 +35,18 @@ _EFFECTS = {
     "audio_tokens": "prompts had audio, which is counted as text",
     "video_tokens": "prompts had video, which is counted as text",
 }
+_OF_REQUEST = re.compile(
+    r"type_|request_(id|args|start_time|end_time|latency|dispatch_delay|scheduled_latency)|response_(id|metrics)|output"
+    r"|reasoning_output|info|(in|out)put_metrics|(prompt|output|total|cached)_tokens|turn_\w+_delay|\w+_ms"
+    r"|(output_)?tokens_per_(second|iteration)|iter_tokens_per_iteration"
+)
+_OF_INFO = re.compile(
+    r"request_id|conversation_id|history_len|turn_index|preceding_nodes|node_id|agent_id|parent_node_ids|status|error"
+    r"|scheduler_(node_id|process_id|start_time)|timings|settings|traceback|started_at|completed_at"
+)
+_OF_INPUT = re.compile(
+    rf"\w+_(words|characters|count|pixels|bytes|frames|seconds|samples)|total_tokens|text_tokens|{'|'.join(_EFFECTS)}"
+)
 
 
 def is_it(document: Document) -> bool:
@@ -34,7 +59,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """`part`: which benchmark of a report that has several, such as a sweep of rates, from 1."""
     report = Fields(document.mapping(), document.name, FIX)
     metadata = report.inner("metadata")
-    metadata.integer("version", SCHEMA, SCHEMA)
+    if metadata.integer("version", 0, 1 << 16) != SCHEMA:
+        told, fix = f"{SCHEMA}, as guidellm 0.8 writes it", "run that version, or take another log"
+        raise UserError(f"{document.name}: metadata.version", metadata.value("version"), told, fix)
     benchmarks = report.value("benchmarks")
     if not isinstance(benchmarks, list) or not benchmarks or not all(isinstance(b, dict) for b in benchmarks):
         raise UserError(f"{document.name}: benchmarks", shortened(benchmarks), "a list of at least one benchmark", FIX)
@@ -49,16 +76,25 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             raise UserError(f"{where}: requests.{end}", shortened(listed), "a list of requests", FIX)
         rows += [_row(f"{where}, {end} request {i}", one, end) for i, one in enumerate(listed, 1)]
     _check_whole(where, benchmark, requests)
-    matter = dict.fromkeys(_EFFECTS, 0)
+    matter, left, turns = dict.fromkeys(_EFFECTS, 0), dict[str, None](), 0
     for i, one in enumerate(requests.value("successful", []), 1):
         read_of_prompt = Fields(one, f"{where}, successful request {i}", FIX).inner("input_metrics", {})
         for name in matter:
             matter[name] += read_of_prompt.has(name)
-    notices = not_read(where, [name for name, count in matter.items() if count], _EFFECTS)
-    warm_up_s = benchmark.number("warmup_duration", -1e9, 1e9, 0.0)
-    if warm_up_s > 0:
-        notices.append(f"{where}: requests of its first {warm_up_s:.3g} s (warm-up) are not in the report, "
-                       "so the engine had more to do then.")  # fmt: skip
+        matter["cached_tokens"] += bool(one.get("cached_tokens"))
+        turns += bool(one["info"].get("turn_index") or one["info"].get("history_len"))
+        note_others(left, one, _OF_REQUEST)
+        note_others(left, one["info"], _OF_INFO, "info.")
+        note_others(left, read_of_prompt.values, _OF_INPUT, "input_metrics.")
+    notices = not_read(where, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
+    if turns:
+        notices.append(f"{where}: {turns} requests continue a conversation: what its turns share is computed anew for "
+                       "each.")  # fmt: skip
+    for name, end, phase in (("warmup_duration", "first", "warm-up"), ("cooldown_duration", "last", "cool-down")):
+        duration_s = benchmark.number(name, -1e9, 1e9, 0.0)
+        if duration_s > 0:
+            notices.append(f"{where}: requests of its {end} {duration_s:.3g} s ({phase}) are not in the report, "
+                           "so the engine had more to do then.")  # fmt: skip
     config = benchmark.inner("config", {})
     backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
     stated = {

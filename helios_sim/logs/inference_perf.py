@@ -6,12 +6,13 @@ A JSON array of requests with start_time and end_time (s, one monotonic clock), 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, note_others, number, whole
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "inference-perf"
@@ -22,6 +23,13 @@ _EFFECTS = {
     "image": "prompts had images, which are not counted", "video": "prompts had video, which is not counted",
     "audio": "prompts had audio, which is not counted",
 }  # fmt: skip
+
+
+_OF_REQUEST = re.compile(r"start_time|end_time|scheduled_time|request|response|info|error|stage_id|request_id")
+_OF_INFO = re.compile(r"(request|response)_metrics|lora_adapter|labels|input_tokens")
+_OF_ANSWER = re.compile(r"output_tokens|server_usage|response_chunks|chunk_times|output_token_times")
+_OF_USAGE = re.compile(r"(prompt|completion|total)_tokens(_details)?")
+_OF_PROMPT = re.compile(r"text|image|video|audio")
 
 
 def is_it(document: Document) -> bool:
@@ -41,14 +49,25 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if document.begins_with(b"{"):
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
-    rows, matter = [], dict.fromkeys(_EFFECTS, 0)
+    rows, matter, left = [], dict.fromkeys(_EFFECTS, 0), dict[str, None]()
     for i, value in enumerate(document.array(), 1):
         place = f"{document.name}, request {i}"
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
         rows.append(_row(place, Fields(value, place, FIX), matter))
-    notices = not_read(document.name, [name for name, count in matter.items() if count], _EFFECTS)
+        _note(left, value)
+    notices = not_read(document.name, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
+
+
+def _note(left: dict[str, None], request: dict[str, Any]) -> None:
+    info = request.get("info") or {}
+    answer = info.get("response_metrics") or {}
+    note_others(left, request, _OF_REQUEST)
+    note_others(left, info, _OF_INFO, "info.")
+    note_others(left, info.get("request_metrics"), _OF_PROMPT, "request_metrics.")
+    note_others(left, answer, _OF_ANSWER, "response_metrics.")
+    note_others(left, answer.get("server_usage"), _OF_USAGE, "server_usage.")
 
 
 def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:

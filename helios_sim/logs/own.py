@@ -48,9 +48,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         fields = Fields(value, place, FIX)
         rows.append(_row(place, fields))
         fields.ignore(_OF_A_LINE)
-        left |= dict.fromkeys(fields.rest)
+        left |= dict.fromkeys((*fields.rest, *fields.off))
         cached += bool(value.get("cached_tokens"))
-    notices = not_read(document.name, [*head.rest, *left])
+    notices = not_read(document.name, [*head.rest, *head.off, *left])
     notices += not_read(document.name, ["cached_tokens"] if cached else [], _CACHED)
     users = about.get("users")
     stated = {"model": about.get("model"), "in_flight_at_most": users, "url": about.get("url")}

@@ -7,6 +7,7 @@ log does not say stays unknown (None, or NaN for single requests); nothing is ma
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -280,6 +281,15 @@ def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | Non
         more = f" and {len(rest) - 12} more" if len(rest) > 12 else ""
         told.append(f"{source}: not read: {', '.join(str(name)[:40] for name in rest[:12])}{more}.")
     return told
+
+
+def note_others(left: dict[str, None], values: object, known: re.Pattern[str], path: str = "") -> None:
+    """Add the names of a mapping's entries that hold something and are not known to those that are `left`."""
+    if isinstance(values, Mapping):
+        left |= dict.fromkeys(
+            f"{path}{name}" for name, value in values.items()
+            if value not in (None, "", [], {}) and not known.fullmatch(str(name))
+        )  # fmt: skip
 
 
 def close_to(a: float, b: float, share: float = 0.01, slack: float = 1e-6) -> bool:

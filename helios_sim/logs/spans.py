@@ -7,6 +7,7 @@ adds gen_ai.latency.time_to_first_token, e2e and time_in_queue (s, from its arri
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +28,21 @@ _ERROR = (2, "STATUS_CODE_ERROR")
 _EFFECTS = {
     "gen_ai.usage.cache_read.input_tokens": "what of the prompts the prefix cache served is computed anew here",
     "gen_ai.usage.cached_tokens": "what of the prompts the prefix cache served is computed anew here",
-    "gen_ai.request.n": "several answers to one prompt, which are counted as one",
-}
+    **dict.fromkeys(("gen_ai.request.n", "gen_ai.request.choice.count", "n"),
+                    "several answers to one prompt, which are counted as one"),
+    **dict.fromkeys(("gen_ai.conversation.id", "session.id"),
+                    "what the turns of a session share is computed anew for each"),
+}  # fmt: skip
+# Attributes that are read, that say how a request was sampled, traced or sent, or that hold its texts.
+_KNOWN = re.compile(
+    r"gen_ai\.usage\.(input|output|prompt|completion|total|reasoning\.output)_?tokens|llm\.usage\.total_tokens"
+    r"|gen_ai\.latency\..*|gen_ai\.(operation\.name|system|provider\.name|output\.type|token\.type|agent\..*)"
+    r"|gen_ai\.request\.(id|model|max_tokens|temperature|top_[pk]|seed|stop_sequences|(frequency|presence)_penalty"
+    r"|streaming|encoding_formats)|gen_ai\.response\.(id|model|finish_reasons)|gen_ai\.(prompt|completion)\..*"
+    r"|gen_ai\.(input|output)\.messages|gen_ai\.(system_instructions|tool\..*)|(llm|openinference|traceloop)\..*"
+    r"|(http|url|net|network|server|client|user_agent|peer|otel|telemetry|code|thread|process|host|k8s|service|rpc)\..*"
+    r"|(error|exception)\..*|openai\..*|input\.(value|mime_type)|output\.(value|mime_type)"
+)
 
 
 def is_it(document: Document) -> bool:
@@ -60,7 +74,11 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         raise UserError(document.name, told_how, allowed, "filter the spans by service.name")
     rows = [_row(place, span, said) for place, span, said in inner]
     matter = [name for name in _EFFECTS if any(said.get(name) not in (None, 0, 1) for _, _, said in inner)]
-    notices += not_read(document.name, matter, _EFFECTS)
+    left = dict.fromkeys(
+        name for _, _, said in inner for name, value in said.items()
+        if value is not None and name not in _EFFECTS and not _KNOWN.fullmatch(name)
+    )  # fmt: skip
+    notices += not_read(document.name, [*matter, *left], _EFFECTS)
     models = Counter(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
     if len(models) > 1:
         notices.append(f"{document.name}: requests of {len(models)} models, {', '.join(list(models)[:4])}: all are "

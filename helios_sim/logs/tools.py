@@ -36,11 +36,32 @@ TOOLS = (
     Tool(scrapes.NAME, lambda document: scrapes.is_text(document.head), _scraped),
 )  # fmt: skip
 _NAMES = ("benchmarks.json", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
+_OBSERVE = "drive the server with python -m helios_sim.observe, or vllm bench serve --save-result --save-detailed"
+_OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of tools that are known and not read
+    (("sharegpt_output_len", "random_input_len"), "a report of SGLang's bench_serving, without arrivals", _OBSERVE),
+    (("elapsed_time", "num_requests", "tokens_per_second"), "a summary of vllm bench throughput", _OBSERVE),
+    (("avg_latency", "percentiles"), "a summary of vllm bench latency", _OBSERVE),
+    (("service_kind", "experiments"), "GenAI-Perf's profile", "run aiperf, which took its place"),
+    (("number_input_tokens", "inter_token_latency_s"), "LLMPerf's requests, without arrivals", _OBSERVE),
+    (("traceID", "operationName"), "a trace of Jaeger", "let the OpenTelemetry collector write OTLP/JSON to a file"),
+    (("resourceSpans",), "an array of batches of spans", "write one batch in each line"),
+    (("aiperf_version", "request_latency"), "AIPerf's summary", "take profile_export.jsonl (--export-level records)"),
+    (("metadata", "payload", "responses"), "AIPerf's raw export", "take profile_export.jsonl beside it"),
+    (("type_", "run_id", "benchmarks"), "a report of guidellm before 0.3", "run a newer guidellm"),
+)
 FORMATS = (*(tool.name for tool in TOOLS), "ServeGen", "LLMServingSim", "Azure", "Mooncake", "BurstGPT", "tables")
 
 
 def tool_of(document: Document) -> Tool | None:
-    """The tool by the beginning of the text; None: a table of requests, or nothing that is known."""
+    """The tool by the beginning of the text; None: a table of requests, or nothing that is known.
+
+    UserError for a file of another tool, which is not read.
+    """
+    for names, what, fix in _OTHERS:
+        if document.names(*names) and not any(tool.is_it(document) for tool in TOOLS[:3]):
+            if names == ("resourceSpans",) and document.begins_with(b"{"):
+                continue
+            raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)
     return next((tool for tool in TOOLS if tool.is_it(document)), None)
 
 
@@ -73,8 +94,11 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None = None, seed: i
         pages = scrapes.of_folder(folder)
         if pages:
             return scrapes.drawn(scrapes.read(pages), seed)
-        for name in _NAMES:
-            if (folder / name).is_file() and (log := read_tool(opened(folder / name))) is not None:
+        there = [name for name in _NAMES if (folder / name).is_file()]
+        if len(there) > 1:
+            raise UserError("log", str(folder), f"a folder of one log, not of {', '.join(there)}", "name the file")
+        for name in there:
+            if (log := read_tool(opened(folder / name))) is not None:
                 return log
     allowed = f"a folder with {inference_perf.FILE}, {', '.join(_NAMES)}, chunk-N-trace.csv, scrapes, or meta.json"
     raise UserError("log", str(folder), allowed, "name the log's file itself")

@@ -61,8 +61,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             raise UserError(f"{where}: {name}", told, f"a list of {count}, as ttfts has", FIX)
     rows = [_row(where, lists, i) for i in range(count)]
     _check_totals(where, fields, rows)
-    fields.ignore([*_OF_NO_MATTER, *(name for name in run if _is_statistic(name))])
-    left = [name for name in fields.rest if name in _EFFECTS or not str(name).startswith(_PARTS_OF)]
+    fields.ignore([*_OF_NO_MATTER, "duration", *(name for name in run if _is_statistic(name))])
+    left = [name for name in (*fields.rest, *fields.off) if name in _EFFECTS or not str(name).startswith(_PARTS_OF)]
     notices = not_read(where, left, _EFFECTS)
     answered = [row for row in rows if row.failure is None]
     uneven = sum(len(row.token_s or ()) != row.output_tokens for row in answered)

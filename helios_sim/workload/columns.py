@@ -150,6 +150,8 @@ def _how_to_name(names: Sequence[str]) -> str:
         return "remove what stands before the line with the names of the columns"
     if len(names) == 1 and re.search(r"[;|]", names[0]):
         return "separate the cells by commas or tabs"
+    if sum(bool(re.search(r"tok|len|prompt|input|output|size", plain_name(name))) for name in names) < 2:
+        return "take a file with a row for each request, or the log of a tool that is read (README)"
     return "rename a column"
 
 
@@ -222,6 +224,21 @@ def check_unit(source: str, column: TraceColumn, numbers: NDArray[np.float64]) -
         raise UserError(f"{source}, column {column.name}", first, allowed, "correct the name or the setting")
 
 
+def check_dates(source: str, column: TraceColumn, numbers: NDArray[Any]) -> str | None:
+    """A sentence where dates are in whole minutes, so that requests of one minute come at once; None: they are not.
+
+    UserError for dates without a time of day.
+    """
+    if column.format is not CellFormat.DATE or len(numbers) < 2 or len(np.unique(numbers)) == len(numbers):
+        return None
+    if not (numbers % (86_400 * NS_PER_S)).any():
+        allowed = "dates with a time of day: all requests of a day would come at once"
+        raise UserError(f"{source}, column {column.name}", "days alone", allowed, "take a trace with times")
+    if (numbers % (60 * NS_PER_S)).any():
+        return None
+    return f"{source}: {column.name} is in whole minutes: requests of one minute come at once"
+
+
 def _is_since_1970(number: float, unit: CellFormat) -> bool:
     """Whether it is a time between 2001 and 2096 in this unit."""
     return 1e9 <= number * NS_PER[unit] / NS_PER_S <= 4e9
@@ -282,4 +299,4 @@ def _is_date(cell: str) -> bool:
         datetime.fromisoformat(text)
     except ValueError:
         return False
-    return len(text) > 5 and re.search(r"\.\d{10}", text) is None
+    return re.search(r"\d[T ]\d", text) is not None and re.search(r"\.\d{10}|,", text) is None

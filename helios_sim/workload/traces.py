@@ -36,6 +36,7 @@ from helios_sim.workload.columns import (
     CellFormat,
     Role,
     TraceColumn,
+    check_dates,
     check_unit,
     doubt,
     find_columns,
@@ -134,13 +135,14 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
                 numbers = {role: found[answered] for role, found in numbers.items()}
             for column in columns:
                 check_unit(file.name, column, numbers[column.role])
+            coarse = [said for c in columns if (said := check_dates(file.name, c, numbers[c.role])) is not None]
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
             _refuse(path, file, columns, listed, str(why))
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
-        notices = not_read(file.name, [name for name in names if name != listed], columns)
+        notices = not_read(file.name, [name for name in names if name != listed], columns) + coarse
         if left_out:
             told = f"{left_out} of {len(table)} requests got an answer of 0 tokens and are left out"
             notices.append(f"{file.name}: {told}")
@@ -194,7 +196,8 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
         row = parse_json(line)
     except ValueError as error:
         allowed = f"its first line is no JSON object ({in_short(error)})"
-        raise TraceFileError("workload.trace", file.name, allowed, "write one object in each line") from error
+        fix = "write one object for each request, in a line of its own, or take the log of a tool that is read (README)"
+        raise TraceFileError("workload.trace", file.name, allowed, fix) from error
     if not isinstance(row, dict):
         raise UserError(f"{file.name}, line 1", shortened(row), "must be a JSON object", _DROP)
     texts = [name for name in _TEXTS if isinstance(row.get(name), str | list)]
