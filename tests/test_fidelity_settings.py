@@ -381,11 +381,11 @@ def test_what_is_asked_of_a_section_that_is_left_is_named(log: Path, engine: dic
 def test_fields_of_a_config_in_a_text_are_looked_at(log: Path) -> None:
     resolved = {"scheduler_config": {"extra": "Throttle(max_waiting=4, rule='late', on=True, off=False, least=0)"}}
     said = " ".join(setup_of(log, {}, resolved_config=resolved).notices)
-    assert "max_waiting (4" in said
-    assert "rule (late" in said
-    assert "on (True" in said
-    assert "off" not in said.replace("off (", "")
-    assert "least" not in said
+    known, _, off = said.partition("off, and not known what else is the default: ")
+    for text in ("max_waiting (4", "rule (late", "on (True"):
+        assert text in known
+    for text in ("off (False", "least (0"):
+        assert text in off
 
 
 def test_a_compilation_that_cannot_be_read_is_named(log: Path) -> None:
@@ -573,3 +573,40 @@ def test_a_workload_that_differs_in_one_row_is_named(log: Path) -> None:
     (log / "workload.csv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"workload\.csv, row 7.*input_toks"):
         read_log(log)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("compilation_config", {"mode": 3, "pass_config": {"eliminate_noops": True, "fuse_attn_quant": True}},
+         "pass_config ("),
+        ("compilation_config", {"mode": 3, "custom_ops": ["all"]}, "custom_ops (['all']"),
+        ("attention_config", {"flash_attn_version": 3}, "flash_attn_version (3"),
+        ("kernel_config", {"linear_backend": "cutlass"}, "linear_backend (cutlass"),
+        ("new_config", None, "new_config (None"), ("model_config", {"enable_warp": False}, "enable_warp (False"),
+    ],
+)  # fmt: skip
+def test_what_the_engine_resolved_by_itself_is_named_where_it_counts(
+    log: Path, section: str, values: object, said: str
+) -> None:
+    assert any(said in notice for notice in setup_of(log, resolved_config={section: values}).notices)
+
+
+def test_what_the_engine_resolves_as_usual_is_not_named(log: Path) -> None:
+    usual = {"mode": 3, "backend": "inductor", "custom_ops": ["none"], "compile_ranges_split_points": [2048],
+             "pass_config": {"fuse_norm_quant": False, "eliminate_noops": True}, "local_cache_dir": None,
+             "dynamic_shapes_config": {"type": "backed", "evaluate_guards": False}}  # fmt: skip
+    notices = setup_of(log, resolved_config={"compilation_config": usual}).notices
+    assert not any("not known" in notice for notice in notices)
+
+
+def test_settings_that_are_off_and_not_known_are_named(log: Path) -> None:
+    said = " ".join(setup_of(log, {"enable_warp": False, "warp_level": None, "warp": True}).notices)
+    assert "not modelled: warp (True in engine_kwargs)." in said
+    assert "the default: enable_warp (False in engine_kwargs), warp_level (None in engine_kwargs)." in said
+
+
+def test_a_section_in_a_text_is_compared_too(log: Path) -> None:
+    assert setup_of(log, {"max_model_len": "auto"}).profile.model.max_context_tokens == 32_768
+    with pytest.raises(UserError, match=r"tensor_parallel_size='1 in engine_kwargs, 2 in resolved_config"):
+        setup_of(log, resolved_config={"parallel_config": "ParallelConfig(tensor_parallel_size=2, rank=0)"})

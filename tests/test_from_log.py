@@ -14,11 +14,13 @@ from command_line import CommandLine
 from helios_sim.config import compose_config
 from helios_sim.logs import own
 from helios_sim.study.build import build_profile
+from helios_sim.study.inputs import inputs_of
+from helios_sim.study.schema import Config
 from helios_sim.validate.fit import Quantities, estimate, replayed
 from helios_sim.validate.from_log import AS_LOGGED
 from helios_sim.validate.opened import answered, open_log, prepared
 from helios_sim.vary.settings import with_settings
-from vllm_log import write_log
+from vllm_log import change_meta, write_log
 
 SMALL = ("+experiment=from_log", "pictures=false")
 
@@ -227,3 +229,36 @@ def test_log_alone_makes_a_study_of_a_log(command: CommandLine, tmp_path: Path) 
     assert said.status == 0, said.err
     assert AS_LOGGED in said.summary["arms"]
     assert json.dumps(said.summary["fidelity"]["terms"]) == "{}"
+
+
+def test_what_the_log_states_of_its_engine_counts_without_its_kernels(tmp_path: Path) -> None:
+    """Of a vLLM run whose times are priced by another card's kernels, and of the header of BLIS."""
+    folder = write_log(tmp_path / "run", requests=24, tensor_parallel=2, blocks=900)
+    engine = {"kv_cache_dtype": "fp8", "enforce_eager": True, "gpu_memory_utilization": 0.8, "dtype": "float32"}
+    change_meta(folder, engine)
+
+    def prepared_on(hardware: str, log: Path) -> tuple[Config, str]:
+        config = compose_config("from_log", [f"log={log}", f"hardware={hardware}", "model=Qwen/Qwen2.5-0.5B"])
+        changed, told = prepared(open_log(config), config, tmp_path)
+        return changed, " ".join((*open_log(config).notices, *told))
+
+    changed, told = prepared_on("l40s", folder)
+    assert (changed.server.tensor_parallel, changed.server.kv_cache_dtype) == (2, "fp8")
+    assert changed.runtime.preset == "eager"
+    assert open_log(compose_config("from_log", [f"log={folder}", "hardware=l40s"])).kv_blocks == 899
+    for said in ("server.tensor_parallel is 2, as the log states", "was in float32", "Prefix caching was on"):
+        assert said in told
+    changed, told = prepared_on("2xl40s", write_log(tmp_path / "alone"))
+    assert changed.server.tensor_parallel == 1
+    assert "hardware=2xl40s, and the log states tensor parallelism of 1" in told
+    table = samples.write_blis(tmp_path / "blis", header={"server": {"model": "m", "tensor_parallel": 4}})
+    assert prepared_on("l40s", table)[0].server.tensor_parallel == 4
+
+
+def test_the_log_is_among_what_a_study_was_made_of(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", requests(), model="facebook/opt-1.3b")
+    before = inputs_of(compose_config("from_log", [f"log={log}"]))[f"log {log}"]
+    write(log, requests(30))
+    assert inputs_of(compose_config("from_log", [f"log={log}"]))[f"log {log}"] != before
+    folder = write_log(tmp_path / "run")
+    assert f"log folder {folder}" in inputs_of(compose_config("fidelity_vllm", [f"fidelity.folder={folder}"]))

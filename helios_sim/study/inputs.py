@@ -23,6 +23,7 @@ from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.profile.gguf_header import read_header
 from helios_sim.profile.resolve import files_of, kept_profile
+from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
 from helios_sim.untrusted import is_there
@@ -40,7 +41,13 @@ def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str
 def inputs_of(config: Config) -> dict[str, str]:
     """The same of a whole study: the policies of all its arms are among them."""
     arms = [arm for arm in (*config.arms.values(), config.policy) if isinstance(arm, Mapping)]
-    return _made_of(config, [str(arm["object"]) for arm in arms if arm.get("object")])
+    found = _made_of(config, [str(arm["object"]) for arm in arms if arm.get("object")])
+    named = {"log": config.from_log.log, "log folder": config.fidelity.folder, "rows": config.fidelity.rows}
+    for name, text in named.items():
+        for path in () if text is None else (Path(text).expanduser(), shared_data_folder() / text):
+            if is_there(path, Path.exists):
+                found.setdefault(f"{name} {text}", digest_of(path))
+    return found
 
 
 def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:

@@ -200,18 +200,32 @@ _OTHER_NAMES = {
     "compilation_config.use_cudagraph": "use_cudagraph",
     "engine_kwargs.O": "optimization_level",
 }  # fmt: skip
+# Those whose kernels may be others than the tables': what the engine resolved there is told as what was asked.
+_OF_KERNELS = ("compilation_config", "kernel_config", "attention_config")
 # A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
-_OBJECT, _FIELD = re.compile(r"[A-Z]\w*\(.*\)"), re.compile(r"(\w+)=(True|'[^']*'|-?\d+(?:\.\d+)?\b)")
+_OBJECT = re.compile(r"[A-Z]\w*\(.*\)")
+_FIELD = re.compile(r"(\w+)=(True|False|None|'[^']*'|-?\d+(?:\.\d+)?\b)")
 # Levels of compilation, called modes since 0.11. Below the last one no graph can be captured piece by piece.
 _MODES = {"none": 0, "stock_torch_compile": 1, "dynamo_trace_once": 2, "vllm_compile": 3}
 _PIECEWISE = 3
-# What a user may ask of a section that is left as it is, without a change of what is computed.
+# What may stand in a section that is left as it is, without a change of what is computed.
 _ASKED_OF_NO_MATTER = _words(
     "cache_dir local_cache_dir debug_dump_path compile_sizes compile_cache_save_format traced_files "
     "cudagraph_num_of_warmups cudagraph_copy_inputs bs_to_padded_graph_size max_capture_size full_cuda_graph "
     "use_inductor splitting_ops mode level"
 )
-_USUAL = {"backend": ("inductor",), "custom_ops": ("none",), "moe_backend": ("auto",)}
+_RESOLVED_OF_NO_MATTER = _words(
+    "compile_mm_encoder cudagraph_mm_encoder encoder_cudagraph_token_budgets compile_ranges_split_points "
+    "encoder_cudagraph_max_vision_items_per_batch encoder_cudagraph_max_frames_per_batch compile_ranges_endpoints "
+    "inductor_compile_config inductor_passes cudagraph_specialize_lora use_inductor_graph_partition "
+    "dynamic_shapes_config fast_moe_cold_start static_all_moe_layers enabled_custom_ops disabled_custom_ops "
+    "compilation_time static_forward_context evaluate_guards ir_enable_torch_wrap ir_op_priority type "
+    "enable_flashinfer_autotune disable_flashinfer_prefill eliminate_noops assume_32_bit_indexing"
+)
+_USUAL = {
+    "backend": ("inductor",), "custom_ops": ("none",), "moe_backend": ("auto",), "linear_backend": ("auto",),
+    "flash_attn_max_num_splits_for_cuda_graph": (32,),
+}  # fmt: skip
 _GRAPH_MODES = {
     "0": "none", "1": "piecewise", "2": "full", "[2, 0]": "full_decode_only", "[2, 1]": "full_and_piecewise",
 }  # fmt: skip
@@ -222,7 +236,7 @@ _FIX = "take another log"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One setting as one place of the log has it; never null."""
+    """One setting as one place of the log has it; null only where its name is not known."""
 
     name: str
     place: str  # engine_kwargs, kv_cache, resolved_config.SECTION
@@ -251,6 +265,7 @@ class Engine:
             places.setdefault(said.name, []).append(said)
         notices: list[str] = []
         unknown: list[Said] = []
+        off: list[Said] = []
         for name, all_said in places.items():
             if name == "model":
                 _check_model(meta, all_said)
@@ -262,11 +277,11 @@ class Engine:
                 on = [said for said in all_said if not _is_off(said.value, NAMED[name].off)]
                 notices += [f"meta.json: {name} is {on[0]}: {NAMED[name].why}."] if on else []
             elif name not in _KNOWN:
-                unknown += [said for said in all_said[:1] if not _is_off(said.value, ())]
-        if unknown:
-            shown = ", ".join(f"{said.name} ({said})" for said in unknown[:12])
-            more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
-            notices.append(f"meta.json: not known, so not modelled: {shown}{more}.")
+                on = [said for said in all_said if not _is_off(said.value, ())]
+                unknown += on[:1]
+                off += [] if on else all_said[:1]
+        notices += [f"meta.json: not known, so not modelled: {_shown(unknown)}."] if unknown else []
+        notices += [f"meta.json: off, and not known what else is the default: {_shown(off)}."] if off else []
         settings = {name: _in_force(all_said) for name, all_said in places.items() if name in HONOURED}
         _check_budget(settings.get("max_num_batched_tokens"), places.get("max_num_scheduled_tokens", []))
         return cls(settings, tuple(notices))
@@ -303,6 +318,11 @@ class Engine:
         return str(self.value(name, default)).lower().removeprefix("torch.")
 
 
+def _shown(several: list[Said]) -> str:
+    more = f" and {len(several) - 12} more" if len(several) > 12 else ""
+    return ", ".join(f"{said.name} ({said})" for said in several[:12]) + more
+
+
 def _key(name: str) -> str:
     return f"meta.json: engine_kwargs.{name}"
 
@@ -311,9 +331,11 @@ def _said(meta: Mapping[str, Any]) -> Iterator[Said]:
     yield from _of_section("engine_kwargs", meta["engine_kwargs"])
     yield from _of_section("kv_cache", meta.get("kv_cache") or {})
     for section, values in (meta.get("resolved_config") or {}).items():
+        if isinstance(values, str) and _OBJECT.fullmatch(values) and section not in _WHOLE:
+            values = _fields_of(values)
         if isinstance(values, Mapping) and section not in _WHOLE:
             yield from _of_section(f"resolved_config.{section}", values)
-        elif values is not None and section not in _LEFT:
+        elif section not in _LEFT and (values is not None or _is_unknown(section)):
             yield Said(section, "resolved_config", values)
 
 
@@ -335,8 +357,9 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
         name = _OTHER_NAMES.get(f"{section}.{plain}", _OTHER_NAMES.get(plain, plain))
         if name == "use_cudagraph":
             name, value = "cudagraph_mode", None if value else "none"
-        unlimited = name == "max_model_len" and value == -1
-        if value is None or unlimited or not (_has_use(name) or _is_told(section, name, value, asked)):
+        unlimited = name == "max_model_len" and value in (-1, "auto")
+        told = _is_told(place, name, value, asked) and (value is not None or _is_unknown(name))
+        if unlimited or not (told or (value is not None and _has_use(name))):
             continue
         yield Said(name, place, value)
 
@@ -345,22 +368,39 @@ def _has_use(name: str) -> bool:
     return name in HONOURED or name in NAMED or name in REFUSED
 
 
-def _is_told(section: str, name: str, value: Any, asked: bool) -> bool:
-    """Whether a setting without a use is looked at: those of a section that is left only where a user asked."""
-    if section not in _LEFT:
+def _is_unknown(name: str) -> bool:
+    return not _has_use(name) and name not in _KNOWN and name not in ("model", *_WHOLE)
+
+
+def _is_told(place: str, name: str, value: Any, asked: bool) -> bool:
+    """Whether a setting without a use is looked at.
+
+    Of a section that is left, those for which a user asked, and those of other kernels than the usual ones.
+    """
+    left = next((part for part in place.split(".") if part in _LEFT), None)
+    if left is None:
         return True
     usual = _USUAL.get(name, ())
-    return asked and name not in _ASKED_OF_NO_MATTER and value not in usual and value != list(usual)
+    if name in _ASKED_OF_NO_MATTER or value in usual or value == list(usual):
+        return False
+    if asked:
+        return value is not None
+    if isinstance(value, Mapping):
+        return any(_is_told(place, inner, each, asked) for inner, each in value.items())
+    return left in _OF_KERNELS and name not in _RESOLVED_OF_NO_MATTER and not _is_off(value, ())
 
 
 def _fields_of(value: str) -> dict[str, Any]:
-    """The fields of a config as Python shows it that are numbers, texts or true."""
+    """The fields of a config as Python shows it that are numbers, texts, true, false or null."""
     return {name: _plain(text) for name, text in _FIELD.findall(value)}
 
 
-def _plain(text: str) -> bool | str | float:
-    if text == "True" or text.startswith("'"):
-        return text == "True" or text[1:-1]
+_CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def _plain(text: str) -> bool | str | float | None:
+    if text in _CONSTANTS or text.startswith("'"):
+        return _CONSTANTS[text] if text in _CONSTANTS else text[1:-1]
     return float(text) if "." in text else int(text)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs import RequestLog
+from helios_sim.profile.devices import group_of
 from helios_sim.report.result import (
     ComparedRow,
     Comparisons,
@@ -33,7 +34,7 @@ from helios_sim.report.terminal import say
 from helios_sim.report.write import write_result
 from helios_sim.study.assemble import assemble
 from helios_sim.study.build import build_profile
-from helios_sim.study.command import end, processes, provenance
+from helios_sim.study.command import end, processes, provenance, with_read
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.modes import LIVE
 from helios_sim.study.plan import check_study, jobs_of, plan_study
@@ -71,7 +72,7 @@ def run_from_log(config: Config, folder: Path) -> int:
         total = len({job.key for job in plan.jobs})
         with _of_the_log(log, quantities), progress(study.name, total, job_lines(total)) as on_done:
             settled = settle(plan, study, lambda jobs: run_jobs(jobs, journal, processes(study), on_done))
-        made = provenance(study) | {"seeds": list(settled.plan.config.seeds), "log": _about(opened)}
+        made = with_read(provenance(study), journal) | {"seeds": list(settled.plan.config.seeds), "log": _about(opened)}
         result = _told(assemble(settled, made), opened, log, quantities, run, n, told)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, study.figures_as)
@@ -164,6 +165,8 @@ def asked(changed: Config, given: Config, quantities: Quantities | None) -> Conf
         elsewhere["runtime.preset"] = given.runtime.preset  # of the engine: that of the profile is of its card
     for card in config.from_log.cards:
         own = {"hardware": card, **elsewhere}
+        if changed.server.tensor_parallel > 1 and group_of(card)[0] > 1:
+            own["server.tensor_parallel"] = 1
         if changed.profile_folder != given.profile_folder:  # a name that only the log's own tables have
             own["models"] = [_name_of(changed, given)]
         arms[f"on_{card}"] = {"policy": "full_depth", "overrides": own}

@@ -19,6 +19,7 @@ from helios_sim.logs import Begins, RequestLog, own, read_folder, read_tool, too
 from helios_sim.logs.document import MOST_BYTES
 from helios_sim.logs.record import OK
 from helios_sim.profile.catalog import same_shape
+from helios_sim.profile.devices import group_of
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.store import write_profile
 from helios_sim.request import NS_PER_S
@@ -28,7 +29,7 @@ from helios_sim.study.schema import Config
 from helios_sim.study.workload import OF_THE_MODEL
 from helios_sim.untrusted import is_there
 from helios_sim.validate.logs import ServingLog, read_log
-from helios_sim.validate.setup import engine_settings, set_up
+from helios_sim.validate.setup import engine_on_other_kernels, engine_settings, set_up
 from helios_sim.vary.settings import with_settings
 from helios_sim.workload import RequestTrace, read_trace
 from helios_sim.workload.traces import locate
@@ -88,7 +89,8 @@ def _found(text: str) -> Path:
 def _stated_engine(log: RequestLog) -> dict[str, Any]:
     """What a tool's header says of the server."""
     names = {"max_num_seqs": "server.max_running_requests", "block_size": "server.block_tokens",
-             "gpu_memory_utilization": "server.memory_utilisation"}  # fmt: skip
+             "gpu_memory_utilization": "server.memory_utilisation",
+             "tensor_parallel": "server.tensor_parallel"}  # fmt: skip
     return {path: log.stated[name] for name, path in names.items() if log.stated.get(name)}
 
 
@@ -145,7 +147,11 @@ def _of_vllm(serving: ServingLog, config: Config) -> Opened:
                 log, {**settings, "runtime.preset": "profile"}, model, name, setup.profile, setup.kv_blocks,
                 facts["KV blocks"], notices=setup.notices,
             )  # fmt: skip
-    return Opened(log, settings, model, hardware)
+    further, blocks, notices = engine_on_other_kernels(serving)
+    told = "" if blocks is None else "logged, less the engine's own one"
+    return Opened(
+        log, {**settings, **further}, model, hardware, kv_blocks=blocks, blocks_from=told, notices=tuple(notices)
+    )
 
 
 def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tuple[str, ...]]:
@@ -159,11 +165,15 @@ def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tupl
                         "take another log, or draw arrivals: +experiment=own workload.lengths.trace=FILE")  # fmt: skip
     changes, notices = _of_models(opened, config)
     if wanted.engine_of_log:
-        for path, value in opened.settings.items():
+        settings = dict(opened.settings)
+        cards = group_of(changes["hardware"])[0]
+        if cards > 1 and (stated := settings.pop("server.tensor_parallel", cards)) != cards:
+            notices.append(f"hardware={changes['hardware']}, and the log states tensor parallelism of {stated}.")
+        for path, value in settings.items():
             now = _at(config, path)
-            if now != value and path != "runtime.preset":
+            if now != value and (path != "runtime.preset" or value == "eager"):
                 notices.append(f"{path} is {value}, as the log states; the settings have {now}.")
-        changes |= opened.settings
+        changes |= settings
     if opened.profile is not None:
         write_profile(opened.profile, folder / PROFILES / opened.profile.name)
         changes |= {"profile_folder": str(folder / PROFILES), "runtime.preset": "profile"}

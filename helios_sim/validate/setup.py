@@ -132,6 +132,28 @@ def engine_settings(log: ServingLog) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def engine_on_other_kernels(log: ServingLog) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Further settings where the log's own kernel times do not price it, its KV blocks, and what is not followed."""
+    engine = log.engine
+    found: dict[str, Any] = {"server.tensor_parallel": engine.whole("tensor_parallel_size", 1, 1024, 1)}
+    notices = list(_of_prefixes(log, engine.flag("enable_prefix_caching", True)))
+    value_bytes = _value_bytes(log)
+    if _kv_bytes(log, value_bytes) == 1:
+        found["server.kv_cache_dtype"] = "fp8"
+    if engine.has("gpu_memory_utilization"):
+        found["server.memory_utilisation"] = engine.share("gpu_memory_utilization", UTILISATION)
+    if value_bytes == 4:
+        notices.append("The run was in float32: memory and times are those of bf16 here.")
+    graphs, of_graphs = _graphs(log)
+    if graphs is None:
+        found["runtime.preset"] = "eager"
+    elif engine.has("cudagraph_capture_sizes") or engine.has("max_cudagraph_capture_size"):
+        told = f"The run captured graphs up to {graphs[-1]} requests: those of runtime.preset are used."
+        notices.append(told)
+    blocks = _counted(log)
+    return found, None if blocks is None else blocks[0] - 1, [*notices, *of_graphs]
+
+
 def _model(log: ServingLog, config: FidelityConfig) -> ModelSpec:
     name = config.model or str(log.meta["model"])
     # Its requests are counted in its own tokens.
