@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capacity_example import CAPACITY
 from command_line import STUDY, CommandLine, write_study
 from helios_sim.api import study_config
 from helios_sim.study import runner
 from helios_sim.study.jobs import JobResult, run_job
 from helios_sim.study.plan import plan_study
 from helios_sim.vary.columns import from_bytes, to_bytes
+from sweep_example import SWEEP
 
 POLICY = """
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
@@ -105,6 +107,17 @@ class Mine(FullDepthPolicy):
 """
 
 
+NOTES = """
+import pathlib
+from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
+
+class Mine(FullDepthPolicy):
+    def __init__(self):
+        limit = int((pathlib.Path(__file__).parent / "limit.txt").read_text())
+        super().__init__(FullDepthParameters(batch_limit=limit))
+"""
+
+
 @pytest.mark.parametrize("changed", ["import.json", "made.npy", "start.db", None])
 def test_files_that_a_policy_opens_itself_are_part_of_its_result(
     command, stopped, tmp_path, monkeypatch, changed: str | None
@@ -141,6 +154,24 @@ def test_files_that_a_policy_opens_itself_are_part_of_its_result(
     made_of = json.loads((tmp_path / "out" / "provenance.json").read_text())["made_of"]
     opened = {Path(name.partition(": ")[2]).name for name in made_of if name.startswith("opened by a policy: ")}
     assert opened == {"import.json", "made.npy", "start.db"}  # and not the notes that it wrote itself
+
+
+@pytest.mark.parametrize("kind", ["designs", "capacity"])
+def test_designs_and_capacity_plans_name_them_too(command, tmp_path, monkeypatch, kind: str) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_notes", raising=False)
+    (tmp_path / "limit.txt").write_text("4")
+    (tmp_path / "my_notes.py").write_text(NOTES)
+    own = "\n  mine: {policy: custom, object: my_notes:Mine}\n"
+    if kind == "designs":
+        text = SWEEP.replace("\n  helios: {policy: helios}\n", own).partition("    limit:")[0]
+    else:
+        text = CAPACITY.replace("\n  static_cap: {policy: static_cap}\n", own).replace(", h100-80gb", "")
+        text = text.replace("seeds: [0, 1]", "seeds: [0]\njobs: 1\nprofile_band: none")
+    said = command(*write_study(tmp_path, text), "pictures=false")
+    assert said.status == 0, said.err
+    made_of = json.loads((tmp_path / "out" / "provenance.json").read_text())["made_of"]
+    assert {Path(name.partition(": ")[2]).name for name in made_of if name.startswith("opened by")} == {"limit.txt"}
 
 
 def test_a_profile_or_trace_rewritten_in_place_is_not_kept(command, stopped, tmp_path) -> None:

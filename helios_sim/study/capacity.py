@@ -38,7 +38,7 @@ from helios_sim.request import Slo
 from helios_sim.study.advice import advised_plan, reservations_of, verdict, why_not
 from helios_sim.study.band import band_of, possible
 from helios_sim.study.capacity_plan import CapacityPlan, plan_capacity
-from helios_sim.study.command import end, processes, provenance
+from helios_sim.study.command import end, processes, provenance, with_read
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, notices_of
 from helios_sim.study.runner import task_of
@@ -99,7 +99,8 @@ def run_plan(
     job = plan.jobs(plan.options[plan.possible[0]], plan.config.capacity.loads[0], 1)[0]
     make_ready(job, plan.requests(job) * len(plan.possible) * 10 * len(plan.config.seeds))
     with closing(Workers(Place("processes", processes(plan.config), setting="jobs"))) as workers:
-        fleets = _Fleets(plan, Journal(folder, OutcomeLines()), workers, on_done)
+        journal = Journal(folder, OutcomeLines())
+        fleets = _Fleets(plan, journal, workers, on_done)
         found = together(
             {
                 (place, load): least(
@@ -118,7 +119,7 @@ def run_plan(
             for place in range(len(plan.options))
         )
         advice = _advice(plan, plans, fleets)
-    return _result(plan, plans, advice, tuple(fleets.tried.values()), made)
+    return _result(plan, plans, advice, tuple(fleets.tried.values()), with_read(made, journal))
 
 
 def evaluate(job: Job) -> Outcome:

@@ -48,8 +48,7 @@ def run_study(config: Config, folder: Path) -> int:
         settled = settle(plan, config, lambda jobs: _run_jobs(jobs, journal, config))
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
-        made = provenance(config) | {"seeds": list(settled.plan.config.seeds)}
-        made["made_of"] = inputs_of(config) | named(journal.read)
+        made = with_read(provenance(config), journal) | {"seeds": list(settled.plan.config.seeds)}
         result = assemble(settled, made)
         ratios = comparisons(result)
         summary = write_result(result, folder, ratios, config.figures_as)
@@ -96,6 +95,11 @@ def provenance(config: Config) -> dict[str, object]:
         "seeds": config.seeds,
         "configuration": asdict(config),
     }
+
+
+def with_read(made: Mapping[str, Any], journal: Journal[Any]) -> dict[str, Any]:
+    """What made the run, with the files that the user's own code opened for what the journal holds."""
+    return {**made, "made_of": {**made.get("made_of", {}), **named(journal.read)}} if journal.read else dict(made)
 
 
 def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:

@@ -24,7 +24,7 @@ from helios_sim.report.result import ServedWorkload
 from helios_sim.report.tables import print_designs
 from helios_sim.report.terminal import say
 from helios_sim.report.write import write_designs
-from helios_sim.study.command import end, provenance
+from helios_sim.study.command import end, provenance, with_read
 from helios_sim.study.designs import SweepPlan, plan_sweep, search
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, assumptions_of, inputs_of, make_ready, measure, notices_of, serve
@@ -63,7 +63,8 @@ def run_plan(
     """Runs what the folder's journal does not hold. UserError when a library is missing, or every design failed."""
     settings = plan.config.sweep
     with closing(Workers(Place(settings.backend, settings.workers, settings.address))) as workers:
-        evaluations = Evaluations(plan, Journal(folder, OutcomeLines()), workers, on_done)
+        journal = Journal(folder, OutcomeLines())
+        evaluations = Evaluations(plan, journal, workers, on_done)
         job, runs = next(iter(plan.references.values()))[0], plan.n_designs * len(plan.config.seeds)
         make_ready(job, runs * shared_fleet(job.config, job.seed).parts.workload.requests)
         if plan.designs is None:
@@ -75,7 +76,7 @@ def run_plan(
     if all(design.error is not None for design in designs):
         first = str(designs[0].error).removesuffix(".")
         raise UserError("sweep", f"{len(designs)} designs", f"all failed, the first: {first}", "mend that")
-    return _result(plan, designs, references, provenance)
+    return _result(plan, designs, references, with_read(provenance, journal))
 
 
 def evaluate(jobs: Sequence[Job]) -> Outcome:

@@ -218,7 +218,8 @@ def _evaluation(result: ExperimentResult, subject: str) -> str:
     if not sum(times):
         return "no time"
     if len(of) < len(times) or sum(times) > sum(of):
-        return _figure(result, subject, "evaluation_time_s")
+        told = _figure(result, subject, "evaluation_time_s")
+        return told if len(of) < len(times) else f"{told} (more than until its last answer: it went on after that)"
     low, high = ratio_bounds(np.array(times), np.array(of))
     interval = f"[{100 * low:.1f}, {min(100 * high, 100.0):.1f}]" if np.isfinite(high) else NO_INTERVAL
     return f"{100 * sum(times) / sum(of):.1f} % {interval} of the time"
