@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from helios_sim.errors import UserError, require_finite
+from helios_sim.profile.devices import device_of
 
 TASKS = ("all", "latency", "adapters", "traces", "potential", "report")
 POTENTIAL = "potential"
@@ -82,6 +83,8 @@ class CalibrateConfig:
             require(value is None or value >= least, key, value, f"null or at least {least}")
         told = self.card is None or self.task in (POTENTIAL, "report")
         require(told, "card", self.card, "left out: it counts for task=potential, and for report")
+        if self.card is not None:
+            device_of(self.card, "card")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")

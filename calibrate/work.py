@@ -204,7 +204,10 @@ def _potential(inputs: Inputs) -> Stage:
     """A trace through the model's own head at evenly spaced depths, or at those that are named."""
     from calibrate.exits.potential import full_queue
 
-    full_queue(profile_of(Shape(inputs.spec(1.0), inputs.config.model.name), inputs.config.priced_for))
+    try:
+        full_queue(profile_of(Shape(inputs.spec(1.0), inputs.config.model.name), inputs.config.priced_for))
+    except UserError as error:
+        raise (error.about("card") if error.key == "hardware" else error) from error
     return _traces(inputs, POTENTIAL)
 
 

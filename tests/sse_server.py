@@ -22,6 +22,8 @@ class Endpoint:
     usage: bool = True  # whether it tells its own counts
     broken: Mapping[int, str] = field(default_factory=dict)  # by number of the request: refuse, cut, silent, slow
     merged: bool = False  # two tokens in one chunk
+    longest: int = 1 << 20  # answers end by themselves after so many tokens
+    key: str | None = None  # without it nothing is listed
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     port: int = 0
@@ -42,6 +44,9 @@ class Endpoint:
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 if method == "GET":
                     models = {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 4096}]}
+                    if self.key not in (None, headers.get("authorization", "").removeprefix("Bearer ")):
+                        _answer(writer, 401, {"error": "Unauthorized"})
+                        continue
                     _answer(writer, 200, models if path == "/v1/models" else {"status": "ok"})
                 else:
                     self.headers.append(headers)
@@ -68,6 +73,7 @@ class Endpoint:
 
     async def _stream(self, asked: dict[str, Any], chat: bool, writer: asyncio.StreamWriter, how: str) -> None:
         tokens = int(asked.get("max_tokens") or asked.get("max_completion_tokens") or 4)
+        tokens = min(tokens, self.longest)
         prompt = asked["messages"] if chat else asked["prompt"]
         read = len(prompt) if isinstance(prompt, list) and not chat else len(json.dumps(prompt).split())
         usage = {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}

@@ -61,6 +61,7 @@ MISTAKES = [
     ("model=TINY out=/proc/none", ["out='/proc/none'", "cannot be made"]),
     ("model=TINY colour=red", ["colour='red'", "no such setting"]),
     ("model=TINY budget=5", ["budget='5'", "budget_s"]),
+    ("model=TINY +task=potential card=nope", ["card='nope'", "a card of the catalogue", "card=card.yaml"]),
     ("model=TINY quickly", ["argument='quickly'", "key=value", "python -m calibrate --help"]),
     ("--faster", ["--faster", "Fix"]),
 ]

@@ -216,3 +216,26 @@ def test_a_study_says_which_columns_are_not_read(tmp_path: Path) -> None:
         settings={"exits.source": str(tmp_path / "mine.parquet"), "models": ["opt-1.3b"], "workload.n_requests": 4},
     )  # fmt: skip
     assert "mine.parquet: not read: surprise, agree_06" in result.warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt\tagree_6\tconfidence_6\n0\t1\t0.5\n", "comma-separated"),
+        ("prompt;agree_6;confidence_6\n0;1;0.5\n", "comma-separated"),
+        ("prompt,agree_6,confidence_6\n", "no rows"),
+        ("prompt,task,agree_6,confidence_6\n0,a,1,0.5\n0,,1,0.5\n", "row 3: task"),
+        ("prompt,model_id,agree_6,confidence_6\n0,a,1,0.5\n0,b,1,0.5\n", "one model in all rows"),
+    ],
+)
+def test_what_is_no_whole_table_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_table(tmp_path / "t.csv", "m", Told(chars_per_token=4.0))
+
+
+def test_empty_cells_of_a_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    table = {"prompt": [0, 1], "task": ["a", None], "agree_6": [1, 1], "confidence_6": [0.5, 0.6]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"task.*cells are empty"):
+        read_table(tmp_path / "t.parquet", "m", Told(chars_per_token=4.0))

@@ -153,6 +153,13 @@ def test_a_server_that_tells_no_usage_is_counted_by_chunks(observe: Observer) ->
     assert "The server told no usage" in said.out
 
 
+def test_answers_that_end_before_they_should_are_counted(observe: Observer) -> None:
+    with endpoint(longest=3) as server:
+        said = observe(f"url={server.url}", "workload.n_requests=4", "workload.arrivals.rate_per_s=50",
+                       "workload.lengths.output.minimum=4", "workload.lengths.output.maximum=4")  # fmt: skip
+    assert "4 answers are shorter than was asked: the load was lighter than the workload says" in said.out
+
+
 def test_a_log_is_driven_again(observe: Observer, tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,20,3\n0.05,30,4\n0.1,10,2\n")
     told = ("kind=trace", "trace=trace.csv")
@@ -171,6 +178,10 @@ def test_a_key_goes_with_every_request(observe: Observer, tmp_path: Path) -> Non
         assert observe(f"url={server.url}", *FEW, "observe.api_key_file=key", "workload.n_requests=2").status == 0
     assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
     assert "secret" not in Path("log.jsonl").read_text()
+    with endpoint(key="secret") as server:
+        said = observe(f"url={server.url}", *FEW, "observe.out=other.jsonl")
+    assert "Unauthorized" in said.err
+    assert "give its key: the variable OPENAI_API_KEY, or observe.api_key_file" in said.err
 
 
 @pytest.mark.parametrize(

@@ -177,14 +177,14 @@ def test_what_is_not_supported_is_refused_by_name(served: Served) -> None:
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"]
     for content, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b'{"prompt": NaN}', 400), (b"[" * 9999, 400),
-                            (b"x" * 30000, 413),
+                            (b"x" * 30000, 413), (b'{"prompt": "a", "prompt": "b"}', 400),
                             (b'{"prompt": "\\ud800"}', 400)):  # fmt: skip
         answer = served.post(TEXT, None, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status, content[:20]
         assert answer.json()["error"]["message"]
     books = served.state()["books"]
-    assert books["refused"] - before["refused"] == len(REFUSED) + 7
-    assert books["received"] - before["received"] == len(REFUSED) + 7
+    assert books["refused"] - before["refused"] == len(REFUSED) + 8
+    assert books["received"] - before["received"] == len(REFUSED) + 8
 
 
 def test_what_is_not_tokenized_is_refused_by_name(served: Served) -> None:

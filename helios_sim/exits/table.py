@@ -81,6 +81,10 @@ def _as_parquet(path: Path) -> bytes:
     from pyarrow import csv
 
     text = read_text(path, _MOST_BYTES, _FIX)
+    header = text.partition(b"\n")[0]
+    if b"," not in header and (b"\t" in header or b";" in header or header[:1] in (b"{", b"[")):
+        told = header[:60].decode(errors="replace").strip()
+        raise UserError(str(path), told, "comma-separated values with a header", "write it as CSV or Parquet")
     with reading(str(path), "damaged", "comma-separated values with a header", _FIX):
         return files.parquet(csv.read_csv(pa.BufferReader(text)))
 
@@ -100,8 +104,11 @@ def _names(path: Path, content: bytes) -> list[str]:
 def _kinds(path: Path, content: bytes) -> dict[str, str]:
     """The columns to read, each with its kind as `read_parquet` names them."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     schema = _schema(path, content)
+    if not pq.read_metadata(pa.BufferReader(content)).num_rows:
+        raise UserError(str(path), "no rows", "a row for each token", _FIX)
     is_long = "layer" in schema.names
     kinds: dict[str, str] = {}
     for name in schema.names:
@@ -126,7 +133,7 @@ def _check_one_model(path: Path, content: bytes, ignored: list[str]) -> None:
     import pyarrow.parquet as pq
 
     for name in ignored:
-        if name.lower() in ("model", "model_name"):
+        if name.lower() in ("model", "model_name", "model_id"):
             found = pq.read_table(pa.BufferReader(content), columns=[name])[name].unique().to_pylist()
             if len(found) > 1:
                 allowed = "one model in all rows: a trace is of one"
@@ -170,8 +177,10 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignor
     if not exits or len(exits) > MOST_EXITS:
         raise UserError(str(path), ", ".join(found), f"agree_D and a confidence for 1 to {MOST_EXITS} depths D", _FIX)
     n = len(found["prompt"])
-    if not n:
-        raise UserError(str(path), "no rows", "a row for each token", _FIX)
+    for name in ("task", "prompt"):
+        empty = np.flatnonzero(found[name].astype(str) == "") if name in found else np.zeros(0, np.int64)
+        if len(empty):
+            raise UserError(f"{path}: row {int(empty[0]) + 2}: {name}", "", "a name in every row, or no column", _FIX)
     task = found.get("task", np.full(n, ANY_TASK, dtype=object))
     names, number = np.unique(task.astype(str), return_inverse=True)
     order = np.argsort(number, kind="stable")

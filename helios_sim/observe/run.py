@@ -168,8 +168,10 @@ async def _model(client: Client, settings: ObserveConfig) -> str:
         names = [str(one["id"]) for one in listed["data"]]
     except (AnswerError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
         told = str(error) or type(error).__name__
-        allowed = f"a server that lists its models ({told})"
-        raise UserError("url", settings.url, allowed, "start it, or correct the address") from error
+        allowed, fix = f"a server that lists its models ({told})", "start it, or correct the address"
+        if told.startswith(("HTTP 401", "HTTP 403")):
+            fix = f"give its key: the variable {KEY_VARIABLE}, or observe.api_key_file"
+        raise UserError("url", settings.url, allowed, fix) from error
     if settings.model is None:
         if not names:
             raise UserError("model", None, "a model: the server lists none", "set model=NAME")
@@ -297,6 +299,10 @@ def _show(seen: Observed, summary: dict[str, Any], out: Path, settings: ObserveC
             f"{settings.highest_id}: lower them, or set observe.prompts=words.")  # fmt: skip
     if seen.stopped:
         say(f"stopped: {summary['sent']} of {summary['planned']} requests have ended and are in the log")
+    short = sum(line["status"] == OK and line["output_tokens"] < line["asked_tokens"] for line in seen.lines)
+    if short and seen.counted:
+        say(f"{short} answers are shorter than was asked: the load was lighter than the workload says. The log has the "
+            "lengths that came.")  # fmt: skip
     if not seen.counted:
         say("The server told no usage: output tokens are counted by chunks, prompt tokens are those that were sent.")
     drift = summary["send_drift_s"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.serve.front.problems import Problem, not_supported, wrong
+from helios_sim.untrusted import parse_json
 
 # Parameters of OpenAI's API and of vLLM that are taken at these values alone, where they change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -67,7 +68,7 @@ def parsed(body: bytes) -> dict[str, Any]:
     if not body:
         raise Problem(400, "The body is empty: it must be a JSON object", None, "invalid_json")
     try:
-        found = json.loads(body, parse_constant=_no_number)
+        found = parse_json(body)
     except (ValueError, RecursionError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Problem(400, f"The body is no JSON that can be read: {said}", None, "invalid_json") from None
@@ -294,10 +295,6 @@ def _sound(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise wrong(where, f"{where} has half of a surrogate pair, which is no character") from None
     return text
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 Read = Callable[[Mapping[str, Any]], Wanted]
