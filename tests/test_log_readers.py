@@ -112,6 +112,26 @@ def test_aiperf(tmp_path: Path) -> None:
     assert read(as_lines(tmp_path, seconds)).e2e_s == pytest.approx(log.e2e_s, nan_ok=True)
 
 
+def test_inference_perf_after_retries_and_long_prompts(tmp_path: Path) -> None:
+    """0.7: the attempt that was answered began so much later; what the prompt hides comes after 64 KiB."""
+    plain = samples.inference_perf()
+    retried = samples.inference_perf()
+    retried[0]["request"] = "x" * 100_000
+    retried[0]["start_time"] -= 2.0
+    retried[0]["info"] |= {"retries_attempted": 1, "retries_recovered": True, "retry_wasted_sec": 2.0}
+    before, now = (read(as_json(tmp_path, rows, f"{n}.json")) for n, rows in enumerate((plain, retried)))
+    assert before.ttft_s is not None
+    assert now.ttft_s == pytest.approx(before.ttft_s, nan_ok=True)
+    assert now.arrival_s == pytest.approx(before.arrival_s)
+    assert any("sent again" in notice for notice in now.notices)
+
+
+def test_the_header_of_a_trace_is_no_log(tmp_path: Path) -> None:
+    samples.write_blis(tmp_path)
+    with pytest.raises(UserError, match=r"trace\.csv"):
+        read_tool(opened(tmp_path / "trace.yaml"))
+
+
 def test_inference_perf(tmp_path: Path) -> None:
     as_json(tmp_path, samples.inference_perf(), "per_request_lifecycle_metrics.json")
     log = read_folder(tmp_path)

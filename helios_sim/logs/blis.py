@@ -41,6 +41,9 @@ _OF_HEADER = ("trace_version", "time_unit", "mode", "warm_up_requests", "server"
 
 
 def is_it(document: Document) -> bool:
+    if document.path.suffix in (".yaml", ".yml") and b"trace_version:" in document.head:
+        fix = "name the table beside it, such as trace.csv"
+        raise UserError("log", document.path.name, f"the requests of a {NAME}, of which this is the header", fix)
     first = document.head.split(b"\n", 1)[0]
     return b"arrival_time_us" in first and b"first_chunk_time_us" in first and b"," in first
 

@@ -1,4 +1,4 @@
-"""inference-perf's `per_request_lifecycle_metrics.json` (report.request_lifecycle.per_request: true), as 0.6 writes it.
+"""inference-perf's `per_request_lifecycle_metrics.json` (report.request_lifecycle.per_request: true), of 0.6 and 0.7.
 
 A JSON array of requests with start_time and end_time (s, one monotonic clock), info and error. The summaries beside it
 (summary_, stage_N_lifecycle_metrics.json) hold no requests and are refused with what to set.
@@ -22,6 +22,7 @@ _EFFECTS = {
     "lora_adapter": "adapters of LoRA, which the simulation does not have",
     "image": "prompts had images, which are not counted", "video": "prompts had video, which is not counted",
     "audio": "prompts had audio, which is not counted",
+    "retries_attempted": "requests that were sent again count from when the attempt that was answered was sent",
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ _OF_PROMPT = re.compile(r"text|image|video|audio")
 
 def is_it(document: Document) -> bool:
     if document.begins_with(b"["):
-        return document.names("start_time", "end_time", "info", "request")
+        return document.names("start_time", "end_time")  # a long prompt may stand before the rest
     return document.begins_with(b"{") and document.names("load_summary", "successes")
 
 
@@ -75,6 +76,10 @@ def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
     if end_s < start_s:
         raise UserError(f"{place}: end_time", end_s, f"no earlier than start_time, {start_s}", FIX)
     info = request.inner("info", {})
+    wasted = info.value("retry_wasted_sec", None)  # until then, attempts failed before the engine had the request
+    if wasted is not None and request.value("error", None) is None:
+        start_s += number(place, "info.retry_wasted_sec", wasted, 0.0, end_s - start_s)
+    matter["retries_attempted"] += wasted is not None
     sent, answer = info.inner("request_metrics", {}), info.inner("response_metrics", {})
     usage: dict[str, Any] = dict(answer.inner("server_usage", {}).values)
     prompt = whole(place, "prompt tokens", usage.get("prompt_tokens") or info.value("input_tokens", 0))

@@ -63,7 +63,8 @@ def is_text(head: bytes) -> bool:
     first = next((line for line in head.splitlines() if line.strip()), b"")
     if first.startswith((b"# HELP ", b"# TYPE ")):
         return True
-    return bool(_LINE.match(first.decode(errors="replace"))) and b":" in first.split(b"{")[0]
+    found = _LINE.match(first.decode(errors="replace"))
+    return found is not None and ":" in found[1].rstrip(":")  # one at the end is a key of YAML
 
 
 def of_folder(folder: Path) -> list[Path]:
