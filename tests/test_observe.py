@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from command_line import Said
 from helios_sim.logs import read_tool
 from helios_sim.logs.tools import opened
 from helios_sim.observe.__main__ import main
+from helios_sim.observe.client import Answer, Client
 from helios_sim.observe.run import Observed
 from sse_server import MODEL, endpoint
 
@@ -119,6 +122,42 @@ def test_no_error_is_lost(observe: Observer) -> None:
     assert log.failed == 4
     for reason in said.summary["failed"]:
         assert reason in said.out
+
+
+CHUNK = 'data: {"choices": [{"text": "a"}]}'
+ODD_BODIES = {
+    "<html>busy</html>": "no stream of events: <html>busy</html>",
+    '{"error": {"message": "no"}}': 'no stream of events: {"error"',
+    "": "the stream ended before it was done",
+    "data: hello\n\ndata: [DONE]\n\n": "an event that is no JSON: hello",
+    'data: {"choices": {"a": 1}}\n\n': "an event of another form",
+    'data: {"choices": [], "usage": [1]}\n\n': "an event of another form",
+    f'{CHUNK}\n\ndata: {{"usage": {{"prompt_tokens": "7"}}}}\n\ndata: [DONE]\n\n': "usage.prompt_tokens is no",
+    f'{CHUNK}\n\ndata: {{"usage": {{"completion_tokens": -2}}}}\n\ndata: [DONE]\n\n': "usage.completion_tokens is no",
+    f"{CHUNK}\n\ndata: [DONE]\n": None,  # without the line that ends an event
+    f": ping\r\n\r\nevent: x\r\n{CHUNK}\r\n\r\ndata:[DONE]\r\n\r\n": None,
+}
+
+
+def test_odd_answers_are_told_as_what_they_are() -> None:
+    async def ask_all() -> list[Answer]:
+        bodies = iter(ODD_BODIES)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + next(bodies).encode())
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            address = urlsplit(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            client = Client(address, None, 5.0)
+            return [await client.ask("/v1/completions", {}) for _ in ODD_BODIES]
+
+    for (body, told), answer in zip(ODD_BODIES.items(), asyncio.run(ask_all()), strict=True):
+        assert (answer.error or "").startswith(told or ""), body
+        assert (answer.error is None) == (told is None), body
+        assert isinstance(answer.output_tokens, int | None)
 
 
 def test_failures_that_differ_in_numbers_alone_are_counted_together() -> None:

@@ -82,7 +82,7 @@ class Client:
             async for event, at in _events(body):
                 done = done or event == "[DONE]"
                 if event != "[DONE]":
-                    _take(json.loads(event), at, answer)
+                    _take(_parsed(event), at, answer)
             if not done:
                 raise AnswerError("the stream ended before it was done")
             if not answer.token_at:
@@ -122,7 +122,11 @@ class Client:
 
 async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while True:
-        size = int((await reader.readuntil(b"\r\n")).split(b";")[0], 16)
+        line = await reader.readuntil(b"\r\n")
+        try:
+            size = int(line.split(b";")[0], 16)
+        except ValueError as error:
+            raise AnswerError(f"a chunk without its length: {line[:40]!r}") from error
         if size == 0:
             return
         left = size
@@ -148,8 +152,8 @@ async def _plain(reader: asyncio.StreamReader, length: int | None) -> AsyncItera
 
 
 async def _events(body: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]]:
-    """The data of each event of a stream, and when its last byte came."""
-    rest = b""
+    """The data of each event of a stream, and when its last byte came. AnswerError for a body that is no stream."""
+    rest, at, found = b"", 0.0, False
     async for part in body:
         at = time.perf_counter()
         rest = (rest + part).replace(b"\r\n", b"\n")
@@ -157,9 +161,25 @@ async def _events(body: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]
         if len(rest) > _MOST_BODY:
             raise AnswerError(f"an event of more than {_MOST_BODY} bytes")
         for event in whole:
-            lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
-            if lines:
-                yield b"\n".join(lines).decode(), at
+            if data := _data(event):
+                found = True
+                yield data, at
+    if data := _data(rest):  # the last one, without the line that ends it
+        yield data, at
+    elif rest.strip() and not found:
+        raise AnswerError(f"no stream of events: {' '.join(rest.decode(errors='replace').split())[:80]}")
+
+
+def _data(event: bytes) -> str:
+    """What an event carries; "": nothing, as a comment does."""
+    return b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")).decode()
+
+
+def _parsed(event: str) -> Any:
+    try:
+        return json.loads(event)
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(f"an event that is no JSON: {event[:80]}") from error
 
 
 def _take(event: Any, at: float, answer: Answer) -> None:
@@ -170,15 +190,27 @@ def _take(event: Any, at: float, answer: Answer) -> None:
         error = event["error"]
         text = str(error.get("message", error) if isinstance(error, dict) else error)
         raise AnswerError(f"error in the stream: {text[:200]}")
-    usage = event.get("usage") or {}
-    answer.prompt_tokens = usage.get("prompt_tokens", answer.prompt_tokens)
-    answer.output_tokens = usage.get("completion_tokens", answer.output_tokens)
-    answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", answer.cached_tokens)
-    for choice in event.get("choices") or []:
+    usage, choices = event.get("usage") or {}, event.get("choices") or []
+    if not isinstance(usage, dict) or not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+        raise AnswerError(f"an event of another form: {str(event)[:80]}")
+    answer.prompt_tokens = _count(usage, "prompt_tokens", answer.prompt_tokens)
+    answer.output_tokens = _count(usage, "completion_tokens", answer.output_tokens)
+    answer.cached_tokens = _count(usage.get("prompt_tokens_details") or {}, "cached_tokens", answer.cached_tokens)
+    for choice in choices:
         delta = choice.get("delta") or {}
         if choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning"):
             answer.token_at.append(at)
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+
+
+def _count(usage: Mapping[str, Any], name: str, before: int | None) -> int | None:
+    """So many tokens; `before`, where it says nothing. AnswerError for what is no number of them."""
+    value = usage.get(name)
+    if value is None:
+        return before
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise AnswerError(f"usage.{name} is no number of tokens: {str(value)[:40]}")
+    return value
 
 
 def _told(status: int, content: bytes) -> str:
@@ -190,4 +222,4 @@ def _told(status: int, content: bytes) -> str:
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass
-    return f"HTTP {status}: {' '.join(text.split())[:200]}"
+    return f"HTTP {status}: {' '.join(text.split())[:200]}".removesuffix(": ")
