@@ -178,6 +178,8 @@ CASES: dict[str, Case] = {
         f"runtime.{name}": Case(0.001) for name in ("host_s_per_request", "gap_s", "gap_s_per_request", "prefill_gap_s")
     },
     "runtime.launch_s_per_graph": Case(0.001),
+    "runtime.load_fixed_s": Case(0.5),
+    "runtime.load_gb_per_s": Case(1.0),
     "exits.source": Case("none"),
     "exits.threshold": Case(0.7, experiment="real_models"),
     "exits.confidence": Case("margin", experiment="real_models"),

@@ -101,8 +101,17 @@ class Profile:
         return layers * self.model.kv_bytes_per_token_layer
 
     def load_time_s(self, n_bytes: int) -> float:
-        """Seconds to copy weights from pinned host memory, the channel otherwise free."""
-        return n_bytes / self.load_bytes_per_s
+        """Seconds to load weights from host memory, the channel otherwise free."""
+        return self.runtime.load_fixed_s + n_bytes / self.load_bytes_per_s
+
+    def with_load_rate(self, bytes_per_s: float) -> Profile:
+        """The same with another rate of loads, which take their share of the card's bandwidth in proportion."""
+        share = (1.0 - 1.0 / self.load_slowdown) * bytes_per_s / self.load_bytes_per_s
+        if not share < 1.0:
+            allowed = f"less than the memory of {self.hardware.name} can take in beside serving"
+            raise UserError("runtime.load_gb_per_s", bytes_per_s / 1e9, allowed, "correct it")
+        known = self.provenance.without(["load_bytes_per_s", "load_slowdown"])
+        return replace(self, load_bytes_per_s=bytes_per_s, load_slowdown=1.0 / (1.0 - share), provenance=known)
 
     def check_table(self, confidence: Confidence) -> RowsTable:
         """The table of an exit check's cost under this measure. UserError where it was not measured."""

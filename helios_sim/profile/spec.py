@@ -222,6 +222,7 @@ class Runtime:
     prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
     gap_s_per_request: float = 0.0  # and so much longer for each request of the iteration
     prefill_launch_s_per_layer: float = 0.0  # eager launch of a layer with prefill, where only decodes are captured
+    load_fixed_s: float = 0.0  # a load takes so much more than its bytes: memory mapped, graphs captured
 
     def __post_init__(self) -> None:
         require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
@@ -254,10 +255,12 @@ class RuntimeConfig:
     gap_s: float | None = None
     gap_s_per_request: float | None = None
     prefill_gap_s: float | None = None
+    load_fixed_s: float | None = None
+    load_gb_per_s: float | None = None  # weights from host memory, all cards together; null: the profile's
 
     def costs(self) -> dict[str, float]:
         """The costs that are set, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("preset", "load_gb_per_s")}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -148,6 +148,8 @@ def build_profile(config: Config, model: str) -> Profile:
         profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder))
         profile = in_precision(profile, config.precision)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
+    if config.runtime.load_gb_per_s is not None:
+        profile = profile.with_load_rate(config.runtime.load_gb_per_s * 1e9)
     return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
 

@@ -42,7 +42,12 @@ def check_size(config: Config, replicas: int) -> None:
 
 def check_host_costs(config: Config) -> None:
     """UserError for costs of the host and factors at which times would no longer fit."""
-    for name in ("launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request"):
+    rate = config.runtime.load_gb_per_s
+    if rate is not None and not 1e-3 <= rate <= 1e5:
+        raise UserError("runtime.load_gb_per_s", rate, "from 0.001 to 100000 GB a second", "correct it")
+    for name in (
+        "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "load_fixed_s",
+    ):  # fmt: skip
         value = getattr(config.runtime, name)
         if value is not None and not 0 <= value <= HOST_COSTS_S:
             raise UserError(f"runtime.{name}", value, f"from 0 to {HOST_COSTS_S:g} seconds", "correct it")
