@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
@@ -237,6 +238,29 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
 }  # fmt: skip
 
 
+def _evaluates(*how: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a policy with these settings evaluates candidates in one of these ways."""
+    return lambda own: own.get("evaluation", "probe" if "probe" in own["name"] else "serve") in how
+
+
+# The same of what a policy can be set to, by its own settings and its name.
+OF_POLICIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "raised_kv_rule": (lambda own: own.get("raised", "full_depth") == "early_exit", "only with raised=early_exit"),
+    "evaluated_tokens": (_evaluates("serve"), "only with evaluation=serve"),
+    "prompts_per_candidate": (_evaluates("serve", "probe"), "only with evaluation=serve or probe"),
+    "half_life_requests": (_evaluates("serve", "probe"), "only with evaluation=serve or probe"),
+}
+
+
+def _of_policy(config: Config, parts: Sequence[str]) -> Mapping[str, Any] | None:
+    """The settings of the policy that a setting of it belongs to, with its name; None where it belongs to none."""
+    if len(parts) == 2 and parts[0] == "policy" and isinstance(config.policy, Mapping):
+        return config.policy
+    if len(parts) == 3 and parts[0] == "arms" and isinstance(own := config.arms.get(parts[1]), Mapping):
+        return {**own, "name": own.get("policy", "")}
+    return None
+
+
 def check_effect(config: Config, words: Sequence[str]) -> None:
     """UserError for a word of the command line that sets what does not count under the study's other settings."""
     for word in words:
@@ -250,6 +274,10 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
             raise UserError(name, value, allowed, "leave it out")
         if name in ASKING and value.strip() in ("[]", "{}"):
             raise UserError(name, value, ASKING[name], "name some, or leave it out")
+        counts_for, where = OF_POLICIES.get(parts[-1], (None, ""))
+        own = _of_policy(config, parts) if counts_for is not None else None
+        if own is not None and counts_for is not None and not counts_for(own):
+            raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
         for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
             counts, where = COUNTS.get(above, (None, ""))
             if counts is not None and not counts(config):
