@@ -128,20 +128,20 @@ def replica_figures(
     `records` are of the run, `stats` of the replica. `presence_ns`: requests in the replica, integrated over time.
     """
     span_ns = records.span_ns()
-    own = records.part(records.completed & (records.replica == replica))
-    e2e_ns = own.e2e_ns()
-    tokens = int(own.output_tokens.sum())
+    own = records.completed & (records.replica == replica)
+    e2e_ns = records.last_token_ns.values[own] - records.arrival_ns[own]
+    tokens = int(records.output_tokens[own].sum())
     return ReplicaFigures(
         replica=replica,
         kind=kind,
         card=card,
         models=models,
-        requests_completed=len(own),
+        requests_completed=len(e2e_ns),
         requests_in_it_mean=None if span_ns is None else presence_ns / span_ns,
         busy_fraction=None if span_ns is None else stats.busy_ns / span_ns,
         throughput_tokens_per_s=None if span_ns is None else tokens * NS_PER_S / span_ns,
-        e2e_s_mean=float(e2e_ns.mean()) / NS_PER_S if len(own) else None,
-        e2e_s_p99=float(np.percentile(e2e_ns, 99)) / NS_PER_S if len(own) else None,
+        e2e_s_mean=float(e2e_ns.mean()) / NS_PER_S if len(e2e_ns) else None,
+        e2e_s_p99=float(np.percentile(e2e_ns, 99)) / NS_PER_S if len(e2e_ns) else None,
         switches=stats.switches,
         loads=stats.loads,
         hbm_peak_bytes=stats.hbm_peak_bytes,

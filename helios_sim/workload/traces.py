@@ -266,9 +266,10 @@ def _numbers(table: pa.Table, column: TraceColumn) -> NDArray[Any]:
     data = table[column.name]
     if data.null_count:
         raise _NotReadable(f"{column.name} has empty cells")
-    if column.format is CellFormat.DATE:
-        data = data.cast("int64")
-    return np.from_dlpack(data.combine_chunks()) if len(data) else np.zeros(0)
+    if not len(data):
+        return np.zeros(0)
+    cells = data.combine_chunks()
+    return np.from_dlpack(cells.view("int64") if column.format is CellFormat.DATE else cells)
 
 
 def _values(numbers: NDArray[Any], column: TraceColumn) -> NDArray[np.int64]:
