@@ -244,7 +244,9 @@ def _check_order(path: Path, found: Mapping[str, Array]) -> None:
         at = int(bad[0])
         told = f"{number[at + 1]} after {number[at]}, in one prompt"
         place = f"{path}: row {int(order[at + 1]) + 2}: token"
-        raise UserError(place, told, "tokens in reading order", "sort the rows, or leave the column out")
+        again = bool(number[at + 1] == number[at])
+        fix = "remove the rows that are there twice" if again else "sort the rows, or leave the column out"
+        raise UserError(place, told, "tokens in reading order, each once", fix)
 
 
 def _check_shares(path: Path, exits: tuple[int, ...], order: Array, found: Mapping[str, Array | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,7 +136,8 @@ def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) 
     changed = with_settings(config, changes) if changes else config
     overrides = _entry(changed, arm).get("overrides")
     if overrides:
-        changed = with_settings(config, {**overrides, **changes})
+        with in_arm(arm, config):
+            changed = with_settings(config, {**overrides, **changes})
     found = arm_of(arm, _entry(changed, arm), changed)
     rule: dict[str, Any] = {}
     for key, of_study in (("threshold", threshold(changed)), ("confidence", confidence(changed).value)):
@@ -214,7 +216,8 @@ def check_study(plan: StudyPlan) -> None:
     for job in {id(job.config): job for job in plan.jobs}.values():
         name = in_json(what_counts(job.config))
         if name not in built:
-            built[name] = shared_fleet(job.config, job.seed)
+            with in_arm(job.arm.name, job.config) if job.arm.overrides else nullcontext():
+                built[name] = shared_fleet(job.config, job.seed)
             costs_of(job.config, built[name])
             if job.config.mode == LIVE:
                 from helios_sim.study.live import check_live
