@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -111,9 +112,13 @@ def test_the_same_result_gives_the_same_bytes(folder: Path, ratios: Comparisons,
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_papers_get_vector_figures_on_white(result: ExperimentResult, ratios: Comparisons, tmp_path: Path) -> None:
+def test_papers_get_vector_figures_on_white(
+    result: ExperimentResult, ratios: Comparisons, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     for name in ("one", "two"):
         write_result(result, tmp_path / name, ratios, FOR_PAPER)
+    assert not caplog.records  # on the fonts that are put into a PDF
     figures = tmp_path / "one" / "figures"
     names = sorted(path.stem for path in figures.glob("*.png"))
     assert names

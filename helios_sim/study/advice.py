@@ -27,6 +27,7 @@ from helios_sim.study.capacity_plan import CapacityPlan, replays
 FULL_DEPTH = "full_depth"
 NEAR = 1.1  # times the planned load, below which a fleet has little room
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+SOME = 0.001  # of prompt tokens that are cached, from which the plan counts on them
 LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
 
 
@@ -220,7 +221,7 @@ def _scaled(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | Non
 def _cached(advice: Advice | None) -> Iterator[str]:
     at = None if advice is None else advice.plan.at
     share = None if at is None else at.metrics.get("prefix_cache_hit_rate")
-    if at is not None and isinstance(share, int | float):
+    if at is not None and isinstance(share, int | float) and share >= SOME:
         known = fmt.metric_with_interval("prefix_cache_hit_rate", share, at.intervals.get("prefix_cache_hit_rate"))
         yield (
             f"Of its prompts' tokens {known} were cached, which the plan counts on: server.enable_prefix_caching=false "

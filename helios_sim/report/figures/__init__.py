@@ -2,4 +2,6 @@
 
 import logging
 
-logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # a first run makes a cache, which is no news
+# What is no news: a first run makes a cache of fonts, and a PDF gets those of their glyphs that it uses.
+for name in ("matplotlib.font_manager", "fontTools"):
+    logging.getLogger(name).setLevel(logging.WARNING)
