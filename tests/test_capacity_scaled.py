@@ -170,9 +170,11 @@ def test_autoscaling_goes_with_prefix_caching() -> None:
 def test_a_replica_that_dies_takes_one_more() -> None:
     config = example(jobs=1, seeds=[0], capacity={"cards": [CARD]})
     dies = {"workload.faults.replica_dies.at_s": [1.0], "workload.faults.replica_dies.replicas": [0]}
-    plain, struck = (
-        {plan.arm: plan.replicas for plan in capacity(with_settings(config, settings)).plans} for settings in ({}, dies)
-    )
+    results = [capacity(with_settings(config, settings)) for settings in ({}, dies)]
+    plain, struck = ({plan.arm: plan.replicas for plan in result.plans} for result in results)
+    assert any("faults that are set (replica dies)" in said for said in results[1].verdict)
+    assert "faults: replica dies." in results[1].conditions
+    assert not any("faults" in said for said in results[0].verdict)
     assert all(struck[arm] is not None and struck[arm] > number for arm, number in plain.items())
 
 

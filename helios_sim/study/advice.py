@@ -80,6 +80,7 @@ def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Adv
         found += _policies(plan, of_load, advised)
         found += _scaled(plan, of_load, advised)
         found += _cached(advised)
+        found += _struck(plan, advised)
     if plan.without_exits is not None:
         found.append(plan.without_exits)
     cannot = dict.fromkeys(f"{it.arm} on {it.card} cannot run: {it.why_not}" for it in plans if it.at is None)
@@ -226,6 +227,18 @@ def _cached(advice: Advice | None) -> Iterator[str]:
         yield (
             f"Of its prompts' tokens {known} were cached, which the plan counts on: server.enable_prefix_caching=false "
             "plans without."
+        )
+
+
+def _struck(plan: CapacityPlan, advice: Advice | None) -> Iterator[str]:
+    """What the faults did that every fleet of the plan meets."""
+    kinds = ", ".join(kind.replace("_", " ") for kind in plan.config.workload.faults.strikes)
+    if kinds and advice is not None and advice.plan.at is not None:
+        metrics = advice.plan.at.metrics
+        again, lost = (fmt.metric(name, metrics.get(name)) for name in ("requests_retried", "requests_lost"))
+        yield (
+            f"Every fleet meets the faults that are set ({kinds}): in the advised one {again} requests were sent again "
+            f"and {lost} were lost. Without workload.faults it is planned without."
         )
 
 

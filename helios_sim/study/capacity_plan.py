@@ -311,13 +311,15 @@ def _conditions(config: Config, names: Sequence[str]) -> str:
     cards = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
     said = conditions(replace(config, hardware=cards, server=server)).rstrip(".")
     cached = "; equal beginnings of prompts are cached" if config.server.enable_prefix_caching else ""
+    strikes = ", ".join(kind.replace("_", " ") for kind in config.workload.faults.strikes)
+    struck = f"; faults: {strikes}" if strikes else ""
     it, scaled = config.autoscale, ""
     if it.least is not None:
         scaled = (
             f"; autoscaled: at least {it.least}, one for each {it.requests_per_replica:g} requests in the system, "
             f"{it.start_s:g} s to start"
         )
-    return f"{said}; replicas behind {config.server.router.replace('_', ' ')}{cached}{scaled}."
+    return f"{said}; replicas behind {config.server.router.replace('_', ' ')}{cached}{scaled}{struck}."
 
 
 def replays(config: Config) -> bool:
