@@ -82,7 +82,7 @@ def test_what_is_on_is_what_is_paid_for(planned: CapacityResult) -> None:
     assert any(plan.scaled and plan.cards_on < plan.cards for plan in planned.plans)
     (advice,) = planned.advice
     good = [plan for plan in planned.plans if plan.at.metrics["agreement"] >= 0.95]
-    assert advice.plan.usd_per_hour == min(plan.usd_per_hour for plan in good)
+    assert advice.plan.usd_per_hour <= 1.01 * min(plan.usd_per_hour for plan in good)
 
 
 def test_it_is_said_what_comes_and_goes_and_what_that_saves(planned: CapacityResult) -> None:

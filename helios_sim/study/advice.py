@@ -27,6 +27,7 @@ from helios_sim.study.capacity_plan import CapacityPlan, replays
 FULL_DEPTH = "full_depth"
 NEAR = 1.1  # times the planned load, below which a fleet has little room
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+WORTH = 0.99  # of its cards, above which a fleet that is autoscaled saves nothing worth it
 SOME = 0.001  # of prompt tokens that are cached, from which the plan counts on them
 LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
 
@@ -34,8 +35,8 @@ LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
 def advised_plan(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> FleetPlan | None:
     """The cheapest fleet whose answers are good enough: by dollars where they are known, else by cards that are on.
 
-    Among equals the one that changes fewer tokens, then the one of fewer cards at most, then the order of the cards and
-    arms. None where there is none.
+    Among equals the one that changes fewer tokens, then the one whose replicas are always on, then the order of the
+    cards and arms. None where there is none.
     """
     good = [it for it in plans if it.replicas is not None and _is_good(plan, it) and not _is_bound(plan, it)]
     return min(good, key=_price, default=None)
@@ -44,7 +45,10 @@ def advised_plan(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> FleetPlan | 
 def _price(it: FleetPlan) -> tuple[float, ...]:
     cards, agreement = float(it.cards_on or 0), None if it.at is None else it.at.metrics.get("agreement")
     changed = 1 - agreement if isinstance(agreement, float) else 0.0
-    return (cards if it.usd_per_hour is None else it.usd_per_hour, cards, changed, float(it.cards or 0))
+    price = cards if it.usd_per_hour is None else it.usd_per_hour
+    if it.cards and cards > WORTH * it.cards:
+        price, cards = price * it.cards / cards, float(it.cards)
+    return (price, cards, changed, float(it.scaled))
 
 
 def _is_good(plan: CapacityPlan, it: FleetPlan) -> bool:
