@@ -27,7 +27,7 @@ import helios_sim
 from calibrate.schema import CalibrateConfig, CampaignConfig
 from helios_sim.config import check_flags, given, in_words, leave_no_trace, typed
 from helios_sim.errors import UserError, lacking
-from helios_sim.help import conf_folder
+from helios_sim.help import conf_folder, help_text, is_asked
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.live.served import check_packages
@@ -143,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "--version" in command:
             print(f"calibrate {helios_sim.__version__}")
+            return 0
+        if is_asked(command):
+            print(help_text("calibrate", command))
             return 0
         command = readable(in_full(without_json(command)), known_settings(schema))
         check_flags(command, "calibrate")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,9 +39,39 @@ def help_text(program: str, command: Sequence[str]) -> str:
     text: str = page["template"].replace("$APP_CONFIG_GROUPS", _groups(folders))
     for part in ("header", "footer"):
         text = text.replace(f"${{hydra.help.{part}}}", page[part])
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in text.splitlines()
-    )
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+    lines = text.splitlines() if width == WIDTH else _joined(text.splitlines())
+    return "\n".join(part for line in lines for part in _wrapped(line, width))
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """A line of its own for each paragraph that was broken for a wide terminal."""
+    found: list[str] = []
+    for line in lines:
+        goes_on = line[:1].isalnum() and re.match(r"[\w.]+: ", line) is None
+        if goes_on and found and found[-1][:1].isalnum() and len(found[-1]) > WIDTH - 30:
+            found[-1] += f" {line}"
+        else:
+            found.append(line)
+    return found
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """The line in lines of at most so many characters; what an example says of itself comes below it, not beside."""
+    if len(line) <= width:
+        return [line]
+    example = re.fullmatch(r"( *)(\S.*?) {2,}(\S.*)", line)
+    parts = [line] if example is None else [example[1] + example[2], f"{example[1]}    {example[3]}"]
+    if example is None and line.startswith(" " * (width // 2)):  # a note alone, below its example
+        parts = [f"      {line.strip()}"]
+    found = []
+    for part in parts:
+        indent = " " * (len(part) - len(part.lstrip()))
+        further = f"{indent}  " if indent or re.match(r"[\w.]+: ", part) else ""
+        found += textwrap.wrap(
+            part, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+        )
+    return found
 
 
 def _groups(folders: Sequence[Path]) -> str:

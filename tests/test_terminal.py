@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,18 @@ def test_a_terminal_gets_json_only_where_it_was_asked_for(
 def test_a_pipe_gets_it_last(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     end(lambda: None, tmp_path, {"metric": 1.5})
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"metric": 1.5}
+
+
+@pytest.mark.parametrize("program", ["calibrate", "helios_sim", "observe", "serve"])
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_help_fits_the_terminal_and_loses_no_word(
+    program: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helios_sim import help as pages
+
+    whole = pages.help_text(program, [])
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 40)))
+    shown = pages.help_text(program, [])
+    assert max(len(line) for line in shown.splitlines()) <= max(columns, max(map(len, shown.split())) + 8)
+    assert shown.split() == whole.split()
