@@ -147,6 +147,9 @@ def _unique_loader() -> Any:
 
     for kind in ("int", "float"):
         Unique.add_constructor(f"tag:yaml.org,2002:{kind}", number)
+    # A number to everyone else, as in settings, where YAML 1.1 wants a point and a sign: 1e3, 3.35e3.
+    plain = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Unique.add_implicit_resolver("tag:yaml.org,2002:float", plain, list("-+0123456789"))
     return Unique
 
 

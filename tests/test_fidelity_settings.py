@@ -215,6 +215,7 @@ def test_a_setting_that_does_not_count_is_refused(log: Path) -> None:
         ({"kv_cache_dtype": "fp8_e4m3"}, "the KV cache was in fp8_e4m3"),
         ({"attention_backend": "FLASHINFER"}, "attention_backend is FLASHINFER in engine_kwargs"),
         ({"attention_config": {"backend": "FLASHINFER"}}, "attention_backend is FLASHINFER"),
+        ({"stream_interval": 10}, "stream_interval is 10 in engine_kwargs: tokens that are sent several"),
         ({"model_impl": "transformers"}, "model_impl is transformers"),
         ({"logits_processors": ["a.B"]}, "logits_processors is"),
         ({"scheduling_policy": "priority"}, "scheduling_policy is priority, but requests.jsonl has no priority"),

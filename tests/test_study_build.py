@@ -39,6 +39,7 @@ from helios_sim.study.seeds import Settled
 from helios_sim.workload import generate
 from priced import priced_profile
 
+NO_EXIT = "no model has an exit before its last layer, so all tokens run all layers here"
 EXITS = {"small": (2, 4), "large": (4, 8)}
 
 
@@ -259,3 +260,11 @@ def test_a_run_waits_for_the_fixed_part_of_each_load() -> None:
     )
     assert slow["loads"] == quick["loads"] == 2
     assert slow["load_time_s"] - quick["load_time_s"] == pytest.approx(1.0, rel=0.1)
+
+
+def test_early_exits_that_find_no_exit_are_told() -> None:
+    words = ("models=[opt-1.3b]", "exits.source=none", "workload.n_requests=3", "profile_band=none")
+    arms = ("+arms.early={policy: early_exit}", "+arms.full={policy: full_depth}", "policy=none")
+    config = study_config("own", *words, *arms)
+    found = {name: run_job(jobs[0]).notices for name, jobs in plan_study(config).headline.jobs.items()}
+    assert found == {"early": (f"arms.early: {NO_EXIT}",), "full": ()}

@@ -42,6 +42,11 @@ def test_json_and_yaml_are_read() -> None:
         parse_yaml("b: 1\nx: {a: 1, b: 2, a: 3}\n")
 
 
+@pytest.mark.parametrize("number", ["1e3", "3.35e3", "-5E-2", "2.e+1"])
+def test_numbers_with_an_exponent_are_numbers(number: str) -> None:
+    assert parse_yaml(f"rate: {number}\nname: a{number}\n") == {"rate": float(number), "name": f"a{number}"}
+
+
 @pytest.mark.parametrize("number", ["0700", "11:40", "7_00", "0x1F", "1_0.5", "1:30.5", "0b11"])
 def test_numbers_that_yaml_alone_reads_are_refused(number: str) -> None:
     with pytest.raises(yaml.YAMLError, match=f"{number} is no plain number"):

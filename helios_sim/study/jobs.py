@@ -130,7 +130,7 @@ def run_job(job: Job) -> JobResult:
         capacity_bytes=fleet.kinds[0].card.hbm_bytes,
         inputs=inputs_of(fleet) | ({} if live is None else live.inputs()),
         assumptions=assumptions_of(config, fleet),
-        notices=notices_of(fleet, job.config) + (() if live is None else live.notices()),
+        notices=notices_of(fleet, job.config) + _without_exits(job, fleet) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
         live=notes,
         decisions_left_out=sum(server.decisions_left_out for server in run.servers),
@@ -278,6 +278,14 @@ def notices_of(fleet: Fleet, config: Config) -> tuple[str, ...]:
         )
     notices += [source.details[NOT_READ] for source in inputs_of(fleet).values() if NOT_READ in source.details]
     return tuple(dict.fromkeys(notices))
+
+
+def _without_exits(job: Job, fleet: Fleet) -> tuple[str, ...]:
+    """That early exits of an arm find none."""
+    early = job.arm.policy.name in ("early_exit", "early_exit_lazy") and fleet.kinds[0].policy is None
+    if not early or any(len(data.trace.trace.exits) > 1 for data in fleet.models.values()):
+        return ()
+    return (f"arms.{job.arm.name}: no model has an exit before its last layer, so all tokens run all layers here",)
 
 
 def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:

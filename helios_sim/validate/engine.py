@@ -115,6 +115,7 @@ NAMED = {
     "additional_config": Rule((), "settings of a platform: what they do is not modelled"),
     "override_attention_dtype": Rule(("auto",), "attention in a type of its own: the tables must be of the same one"),
     "performance_mode": Rule(("balanced",), "captured sizes and kernels of this mode: those of the default are used"),
+    "stream_interval": Rule(_ONE, "tokens that are sent several at once: here each is told when it is computed"),
     "async_engine": Rule((True,), "an engine that blocks: gaps between iterations are those that are estimated"),
 }
 DOES_NOT_MATTER = {
@@ -130,7 +131,7 @@ DOES_NOT_MATTER = {
         "logprobs_mode guided_decoding_backend guided_decoding_disable_fallback "
         "guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties "
         "structured_outputs_config reasoning_parser reasoning_parser_plugin allowed_local_media_path "
-        "allowed_media_domains io_processor_plugin pooler_config override_pooler_config stream_interval tokens_only "
+        "allowed_media_domains io_processor_plugin pooler_config override_pooler_config tokens_only "
         "spec_target_max_model_len seed"
     ),
     "it is about what is logged": (
