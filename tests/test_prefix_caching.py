@@ -167,8 +167,8 @@ def check(server) -> None:
         while block:
             known.add(block)
             assert blocks[block, prefix.HASH] & (len(c.buckets) - 1) == bucket
-            assert blocks[blocks[block, prefix.AFTER], prefix.BEFORE] == block
-            block = int(blocks[block, prefix.AFTER])
+            assert c.rings[c.rings[block, prefix.AFTER], prefix.BEFORE] == block
+            block = int(c.rings[block, prefix.AFTER])
             block = 0 if block == first else block
     assert known == set((np.flatnonzero(blocks[1:, prefix.HASH] >= 0) + 1).tolist())
 

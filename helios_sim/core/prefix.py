@@ -24,8 +24,8 @@ A text is known by segments, not by tokens: whose text it is, and which place in
 the segments of its row, which other requests share, and goes on in a stream of its own (that of a
 session where it has one), in which its answer follows. `Prefix` holds:
 
-- `blocks` (blocks + 1, 8): of each block its hash (NEVER: none), layers, holders, place in the queue of free blocks
-  (or the next spare block), and neighbours among those of its bucket. Number 0 is no block.
+- `blocks` (blocks + 1, 4): of each block its hash (NEVER: none), layers, holders, and place in the queue of free blocks
+  (or the next spare block). Number 0 is no block. `rings` (blocks + 1, 2): its neighbours among those of its bucket.
 - `queue` (a power of two,): free blocks by their places, `queue_first` to `queue_end`, counted since the run began.
   A block that was taken from the middle leaves its number behind, which is passed over: its place is another one.
 - `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
@@ -41,7 +41,8 @@ from typing import NamedTuple
 
 from helios_sim.core.layout import NEVER, Lists, Numbers, Record, Table
 
-HASH, LAYERS, HOLDERS, PLACE, BEFORE, AFTER = range(6)
+HASH, LAYERS, HOLDERS, PLACE = range(4)
+BEFORE, AFTER = range(2)
 HELD, KNOWN, FREE = range(3)
 TEXT, END = range(2)
 _BITS = 0x7FFF_FFFF_FFFF_FFFF  # of a hash: the sign stays free, so plain numbers and 64-bit ones give the same
@@ -50,6 +51,7 @@ _FACTOR, _OF_TEXT = 0x1E35_A7BD_9E37_79B9, 0x2545_F491_4F6C_DD1D
 
 class Prefix(NamedTuple):
     blocks: Numbers
+    rings: Numbers
     queue: Numbers
     buckets: Numbers
     table: Numbers
@@ -133,7 +135,7 @@ def _look_up(c: Prefix, value: int, layers: int) -> int:
     while block != 0:
         if blocks[block, HASH] == value and blocks[block, LAYERS] >= layers:
             return block
-        block = blocks[block, AFTER]
+        block = c.rings[block, AFTER]
         if block == first:
             break
     return 0
@@ -372,29 +374,29 @@ def _close_up(s: Record, c: Prefix) -> None:
 
 def make_known(c: Prefix, block: int, value: int) -> None:
     """A block becomes known, after those of its bucket that are."""
-    blocks = c.blocks
-    blocks[block, HASH] = value
+    rings = c.rings
+    c.blocks[block, HASH] = value
     bucket = value & (len(c.buckets) - 1)
     first = c.buckets[bucket]
     if first == 0:
-        c.buckets[bucket] = blocks[block, BEFORE] = blocks[block, AFTER] = block
+        c.buckets[bucket] = rings[block, BEFORE] = rings[block, AFTER] = block
         return
-    last = blocks[first, BEFORE]
-    blocks[block, BEFORE], blocks[block, AFTER] = last, first
-    blocks[last, AFTER] = blocks[first, BEFORE] = block
+    last = rings[first, BEFORE]
+    rings[block, BEFORE], rings[block, AFTER] = last, first
+    rings[last, AFTER] = rings[first, BEFORE] = block
 
 
 def _forget(c: Prefix, block: int) -> None:
     """Nobody finds what the block held."""
-    blocks, value = c.blocks, c.blocks[block, HASH]
+    rings, value = c.rings, c.blocks[block, HASH]
     if value == NEVER:
         return
-    blocks[block, HASH] = NEVER
-    after, bucket = blocks[block, AFTER], value & (len(c.buckets) - 1)
+    c.blocks[block, HASH] = NEVER
+    after, bucket = rings[block, AFTER], value & (len(c.buckets) - 1)
     if after == block:
         c.buckets[bucket] = 0
         return
-    before = blocks[block, BEFORE]
-    blocks[before, AFTER], blocks[after, BEFORE] = after, before
+    before = rings[block, BEFORE]
+    rings[before, AFTER], rings[after, BEFORE] = after, before
     if c.buckets[bucket] == block:
         c.buckets[bucket] = after

@@ -15,7 +15,7 @@ from helios_sim.core.prefix import Prefix
 from helios_sim.profile.profile import Profile
 from helios_sim.workload.prefixes import SharedPrefixes
 
-_FIELDS = 8  # of a block, one of them unused: a power of two is quicker
+_FIELDS = 4  # of a block
 
 
 class PrefixCache:
@@ -36,13 +36,14 @@ class PrefixCache:
         self._seats = seats if shares else 0
         self._blocks: IntArray = np.zeros((1, _FIELDS), np.int64)
         self._blocks[0, prefix.HASH] = NEVER
+        self._rings: IntArray = np.zeros((1, 2), np.int64)
         self._queue: IntArray = np.zeros(2, np.int64)
         self._buckets: IntArray = np.zeros(1, np.int64)
         nothing: IntArray = np.zeros(0, np.int64)
         of_seats: IntArray = np.zeros((self._seats, 3), np.int64)
         of_seats[:, prefix.FREE] = np.arange(self._seats)[::-1]
         self._tables = Prefix(
-            self._blocks, self._queue, self._buckets, np.zeros((self._seats + 1, 0), np.int64), of_seats,
+            self._blocks, self._rings, self._queue, self._buckets, np.zeros((self._seats + 1, 0), np.int64), of_seats,
             nothing if texts is None or not shares else texts.starts, np.zeros((0, 2), np.int64), nothing,
         )  # fmt: skip
         state.free_seats = self._seats
@@ -52,7 +53,9 @@ class PrefixCache:
 
     def _show(self, **changed: IntArray) -> None:
         """What the loop sees from now on."""
-        self._tables = self._tables._replace(blocks=self._blocks, queue=self._queue, buckets=self._buckets, **changed)
+        self._tables = self._tables._replace(
+            blocks=self._blocks, rings=self._rings, queue=self._queue, buckets=self._buckets, **changed
+        )  # fmt: skip
         self.tables = self._storage.group(self._tables)
 
     def follow(self, model: str, exits: Sequence[int], layers: int) -> None:
@@ -96,6 +99,7 @@ class PrefixCache:
         if len(self._blocks) < wanted:
             more = np.zeros((max(wanted - len(self._blocks), len(self._blocks)), _FIELDS), np.int64)
             self._blocks = np.concatenate([self._blocks, more])
+            self._rings = np.concatenate([self._rings, np.zeros((len(more), 2), np.int64)])
             old, self._buckets = self._buckets, np.zeros(1 << len(self._blocks).bit_length(), np.int64)
             places = np.arange(int(s.queue_first), int(s.queue_end))
             queue: IntArray = np.zeros(2 << len(self._blocks).bit_length(), np.int64)
@@ -111,10 +115,10 @@ class PrefixCache:
     def _spread(self, old: IntArray) -> None:
         """What is known goes from these buckets into the present ones, in its order."""
         for first in old[old > 0].tolist():
-            ring, block = [first], int(self._blocks[first, prefix.AFTER])
+            ring, block = [first], int(self._rings[first, prefix.AFTER])
             while block != first:
                 ring.append(block)
-                block = int(self._blocks[block, prefix.AFTER])
+                block = int(self._rings[block, prefix.AFTER])
             for block in ring:
                 prefix.make_known(self.tables, block, int(self._blocks[block, prefix.HASH]))
 
