@@ -36,7 +36,7 @@ _STEPS = 60  # of a bisection
 _HISTOGRAMS = {
     "TTFT": ("vllm:time_to_first_token_seconds",),
     "TPOT": ("vllm:request_time_per_output_token_seconds", "vllm:inter_token_latency_seconds",
-                              "vllm:time_per_output_token_seconds"),
+             "vllm:time_per_output_token_seconds"),
     "E2E": ("vllm:e2e_request_latency_seconds",),
     "time in the queue": ("vllm:request_queue_time_seconds",),
 }  # fmt: skip

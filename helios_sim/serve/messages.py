@@ -51,7 +51,6 @@ class Abort(NamedTuple):
     """Open requests end with an error, and the front ends."""
 
 
-
 class Token(NamedTuple):
     request_id: int
     number: int  # in its answer, from 0

@@ -38,7 +38,7 @@ _BY_PAGE = {
 }  # fmt: skip
 
 
-class Answers:
+class AnswerEndpoint:
     """The endpoint of completions, or of chats, as ASGI."""
 
     def __init__(self, generator: Generator, chat: bool) -> None:
@@ -76,8 +76,8 @@ def make_app(
 ) -> FastAPI:
     """`about`: what is served, for the page: mode, policy, names and layers of the candidates."""
     app = FastAPI(title="helios-sim", version=helios_sim.__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.router.routes.append(Route(ANSWERS[0], Answers(generator, chat=False), methods=["POST"]))
-    app.router.routes.append(Route(ANSWERS[1], Answers(generator, chat=True), methods=["POST"]))
+    app.router.routes.append(Route(ANSWERS[0], AnswerEndpoint(generator, chat=False), methods=["POST"]))
+    app.router.routes.append(Route(ANSWERS[1], AnswerEndpoint(generator, chat=True), methods=["POST"]))
     app.add_middleware(Guard, gate=gate)
     app.add_exception_handler(Problem, lambda _, problem: _response(problem))
     app.add_exception_handler(Gone, lambda *_: Response(status_code=499))

@@ -53,10 +53,6 @@ class Gate:
         self._most_of_client = serve.streams_per_client
         self._of_client: Counter[str] = Counter()
 
-    @property
-    def needs_key(self) -> bool:
-        return bool(self._keys)
-
     def check_host(self, headers: Mapping[str, str]) -> None:
         """A page of another origin must not use a server on this machine: neither by its name nor by another's."""
         host = _name(headers.get("host", ""))

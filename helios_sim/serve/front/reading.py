@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,8 +295,3 @@ def _sound(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise wrong(where, f"{where} has half of a surrogate pair, which is no character") from None
     return text
-
-
-Read = Callable[[Mapping[str, Any]], Wanted]
-
-
