@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_what_is_not_tokenized_is_refused_by_name(served: Served) -> None:
     for path, body, status, param in REFUSED_AS_TOKENS:
         answer = served.post(path, body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), (body, answer.text)
+
+
+def test_a_client_that_writes_its_whole_body_first_reads_why_it_is_refused(served: Served) -> None:
+    """To close the connection while it writes would take the answer from it; what it writes is thrown away."""
+    client = HTTPConnection(served.address.removeprefix("http://"), timeout=30)
+    good, close = b'{"prompt": "x", "max_tokens": 1}', {"connection": "close"}
+    for body, more, status in (
+        (b"x" * 3_000_000, {}, 413), (good, {}, 200), (b"x" * 3_000_000, close, 413), (b"x" * 3_000_000, close, 413),
+        (b"x" * 3_000_000, close | {"origin": "http://evil.example"}, 403), (good, close, 200),
+    ):  # fmt: skip
+        client.request("POST", TEXT, body, {"content-type": "application/json", **more})
+        answer = client.getresponse()
+        assert (answer.status, bool(answer.read())) == (status, True)
+    client.close()
 
 
 def test_values_that_change_nothing_are_taken(served: Served) -> None:

@@ -30,6 +30,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _LONG_CHARS = 2_000  # read as tokens beside the event loop, a few ms for the odd text
 _MOST_ID = 128
+_MOST_DISCARDED = 64 << 20  # bytes of a body that is refused
 _SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -56,6 +57,7 @@ class Generator:
         request_id = headers.get("x-request-id", "")[:_MOST_ID] or uuid4().hex
         own = [(b"x-request-id", request_id.encode("latin-1", "replace"))]
         begun = False
+        unread = "expect" not in headers  # the body, or a part of it, that the client sends whatever it is told
 
         async def start(status: int, more: Sequence[tuple[bytes, bytes]]) -> None:
             nonlocal begun
@@ -66,11 +68,11 @@ class Generator:
             if begun:
                 await send({"type": "http.response.body", "body": error_event(problem)})
                 return
+            if unread and problem.status != 408:
+                await self._discard(receive)
             body = json.dumps(problem.body).encode()
             named = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
             length = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            if problem.status == 413:
-                length.append((b"connection", b"close"))
             await start(problem.status, [*length, *named])
             await send({"type": "http.response.body", "body": body})
 
@@ -78,6 +80,7 @@ class Generator:
             self._gate.check_host(headers)
             client = self._gate.check_key(headers) or client
             body = await self.body(headers, receive)
+            unread = False
             wanted = (read_chat if chat else read_completion)(parsed(body))
             async with asyncio.timeout(self._serve.request_timeout_s):
                 await self._serve_one(wanted, client, request_id, began_s, receive, start, send)
@@ -130,6 +133,16 @@ class Generator:
         except TimeoutError:
             told = f"The body did not arrive within {self._serve.body_timeout_s:g} s"
             raise Problem(408, told, None, "body_timeout") from None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads the rest of a body for nothing, up to a limit: many clients write all of it before they read, and get
+        no answer at all from a connection that is closed meanwhile.
+        """
+        left = _MOST_DISCARDED
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._serve.body_timeout_s):
+                while left > 0 and (message := await receive()).get("more_body"):
+                    left -= len(message["body"])
 
     async def _serve_one(
         self,
