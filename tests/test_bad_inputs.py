@@ -23,6 +23,7 @@ SETTINGS = [
     ("workload.n_request=5", ["workload.n_request='5'", "no such setting", "workload.n_requests"]),
     ("n_requests=5", ["n_requests='5'", "workload.n_requests"]),
     ("server.max_num_seqs=64", ["you may have meant server.max_running_requests"]),
+    ("server.priority=true", ["you may have meant server.order"]),
     ("workload.arrivals.rate=5", ["you may have meant workload.arrivals.rate_per_s"]),
     ("server.preset=vllm-0.9", ["server.preset='vllm-0.9'", "the nearest: vllm-0.10 and vllm-0.8"]),
     ("sweep.parameters={}", ["sweep.parameters='{}'", "without any there are no designs"]),
