@@ -158,7 +158,7 @@ def test_a_preset_is_a_word_of_the_command_line(name: str) -> None:
 
 
 def test_an_unknown_preset_is_one_message() -> None:
-    with pytest.raises(UserError, match=r"server\.preset='vllm-0.13'.*you may have meant server\.preset=vllm-0.1"):
+    with pytest.raises(UserError, match=r"server\.preset='vllm-0.13'.*Fix: the nearest: vllm-0.12 and vllm-0.19"):
         study_config("own", "server.preset=vllm-0.13")
 
 

@@ -269,7 +269,7 @@ class Breakdown:
     def runs_at(self, pace: float) -> None:
         self.engine.pace = pace
         if self._replica.foresees:
-            self._replica.enforce()
+            self._replica.reprice()
 
     def _settled(self, lost: Lost) -> Lost:
         self._server.catch_up()  # users of a closed loop, whose requests were dropped, send the next ones

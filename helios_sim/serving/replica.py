@@ -185,8 +185,13 @@ class Replica:
         self.state.run_layers = self.run_layers
         self.enforce()
 
+    def reprice(self) -> None:
+        """Writes the rules of the deployment in force, at the prices that iterations have from now on."""
+        self._enforced = None
+        self.enforce()
+
     def enforce(self) -> None:
-        """Writes the rules of the deployment in force."""
+        """Writes the rules of the deployment in force, where it is another than before."""
         r, s, deployment, situation = self.rules, self.state, self._deployment, self.situation
         if self.foresees and deployment is self._enforced:
             return
