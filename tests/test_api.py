@@ -17,6 +17,7 @@ from helios_sim.vary.settings import known_settings, with_settings
 SMALL = ("workload.n_requests=30", "server.max_running_requests=8")
 
 
+@pytest.mark.slow
 def test_a_study_by_name_gives_what_the_command_line_gives(command: CommandLine) -> None:
     words = (*SMALL, "policy=helios_probe", "seeds=[3]")
     told = command(*words, "pictures=false").summary["arms"]
@@ -37,6 +38,7 @@ def test_settings_are_set_on_top_by_path() -> None:
 PRESET = {"server.preset": "vllm-0.24", "server.max_running_requests": 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -88,6 +90,7 @@ def test_designs_are_run_by_a_call_of_their_own() -> None:
     assert [design.parameters for design in found.designs] == [{"limit": 40}, {"limit": 80}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "told"),
     [

@@ -86,6 +86,7 @@ def the_job(*words: str) -> Job:
     return job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["least_loaded", "round_robin", "power_of_two"])
 def test_every_way_to_run_gives_the_same(router: str) -> None:
     words = (*AUTO, f"server.router={router}")
@@ -98,6 +99,7 @@ def test_every_way_to_run_gives_the_same(router: str) -> None:
         assert its.stats == run.stats
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 4), st.floats(0.5, 20), st.sampled_from([0.0, 0.3, 5.0]), st.sampled_from([0.1, 1.0]),
@@ -169,6 +171,7 @@ def test_where_the_least_is_all_nothing_changes() -> None:
     assert without.scaled is None
 
 
+@pytest.mark.slow
 def test_cards_are_paid_for_while_they_are_on() -> None:
     price = "cost.usd_per_card_hour=2"
     auto = simulate("own", *WORDS, *AUTO, price).arms["full_depth"].metrics

@@ -257,6 +257,7 @@ def test_a_wrong_setting(helios, tmp_path, arguments, parts):
     refused(helios(*arguments.split()), tmp_path, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "parts"), EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_a_wrong_experiment(helios, tmp_path, text, parts):
     refused(helios(*write_study(tmp_path, text)), tmp_path, parts, kept={"conf"})
@@ -296,6 +297,7 @@ def test_a_folder_that_holds_something_is_left_alone(helios, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_several_studies_each_say_which_one_was_wrong(helios, tmp_path):
     said = helios("-m", "hardware=tpu,abacus")
     assert said.status == 1
@@ -306,11 +308,13 @@ def test_several_studies_each_say_which_one_was_wrong(helios, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_defect_of_ours_is_no_message_but_a_traceback(helios):
     with pytest.raises(AssertionError, match="a job ran"):
         helios()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("workload.n_request=5",), ("--fast",), ("hardware=tpu",)])
 def test_the_program_itself_ends_with_one_line_and_status_1(tmp_path, arguments):
     environment = os.environ | {"PYTHONPATH": str(Path(helios_sim.__file__).parents[1])}

@@ -95,6 +95,7 @@ def test_token_counts_of_w1_are_the_files_own(measure: dict[str, Any]) -> None:
     assert [record.arrival_ns for record in records] == file.arrival_ns.tolist()
 
 
+@pytest.mark.slow
 def test_the_same_run_has_the_same_digest_and_another_has_not(measure: dict[str, Any]) -> None:
     digests = []
     for requests in (30, 30, 31):

@@ -46,6 +46,7 @@ def test_a_thousand_designs(benchmark: BenchmarkFixture, tmp_path: Path) -> None
     assert benchmark.stats["max"] < 900
 
 
+@pytest.mark.slow
 def test_what_is_timed_are_designs_of_the_quickstart() -> None:
     plan = thousand(each=2)
     assert [plan.n_designs, plan.arm, plan.config.workload.n_requests] == [8, "helios", 300]

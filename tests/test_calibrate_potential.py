@@ -82,6 +82,7 @@ def test_exits_that_are_never_right_are_worth_nothing() -> None:
         assert it.leave == it.changed
 
 
+@pytest.mark.slow
 def test_what_may_change_changes_and_no_more_on_text_that_was_not_fitted() -> None:
     found = potential(drawn(40_000), PROFILE)
     for it in found.exits:
@@ -93,6 +94,7 @@ def test_what_may_change_changes_and_no_more_on_text_that_was_not_fitted() -> No
     assert list(found.mean_layers) == sorted(found.mean_layers, reverse=True)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=60),
     st.sampled_from([0.0, 0.01, 0.05, 0.3]),

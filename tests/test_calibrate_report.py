@@ -117,6 +117,7 @@ def page() -> str:
     return render(shown)
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(page: str) -> None:
     assert page.count("<svg") == 6  # histograms, thresholds, unchanged, two reliabilities, pairs
     assert "<script src" not in page

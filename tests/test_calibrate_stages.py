@@ -156,6 +156,7 @@ LACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lack", LACKS.values(), ids=LACKS)
 def test_what_the_machine_lacks_loses_no_sample(lack: Exception, tmp_path: Path) -> None:
     pytest.importorskip("torch")
@@ -304,6 +305,7 @@ run_stages([Stage("quick", quick, 1, 2), Stage("endless", endless, 1, 1, setting
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind_later", "samples"), [("a", "sample sample "), ("b", "sample ")])
 def test_killed_outright_it_loses_nothing_finished_and_leaves_nothing_half_written(
     tmp_path, repository, kind_later, samples

@@ -17,6 +17,7 @@ def claims(repository: Path) -> dict[str, Any]:
     return runpy.run_path(str(repository / "experiments" / "claims" / "measure.py"))
 
 
+@pytest.mark.slow
 def test_the_recorded_page_is_what_the_script_makes(claims: dict[str, Any], repository: Path) -> None:
     rows = claims["rows"]()
     assert (repository / "experiments/claims/results.md").read_text(encoding="utf-8") == claims["page"](rows)

@@ -22,6 +22,7 @@ def unpacked(repository, tmp_path_factory) -> Path:
     return folder / "installed"
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_checkout_is_in_the_wheel(repository, unpacked):
     def settings(conf: Path) -> dict[str, str]:
         return {str(path.relative_to(conf)): path.read_text() for path in conf.rglob("*.yaml")}

@@ -85,6 +85,7 @@ def test_what_is_served_live_is_made_of_torch_too(monkeypatch: pytest.MonkeyPatc
     assert "torch" not in made_of(replace(live, mode="simulate"))
 
 
+@pytest.mark.slow
 def test_a_calibration_goes_by_the_contents_of_its_weights(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from calibrate.inputs import Inputs

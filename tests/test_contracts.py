@@ -35,6 +35,7 @@ def test_importing_the_core_loads_neither_torch_nor_plotting_nor_tables(package:
     assert loaded_by(f"import helios_sim.{package}", repository) == set()
 
 
+@pytest.mark.slow
 def test_no_module_of_the_simulator_loads_torch(repository: Path) -> None:
     names = [
         ".".join(path.relative_to(repository).with_suffix("").parts)

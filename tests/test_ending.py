@@ -32,6 +32,7 @@ def test_the_summary_comes_last_and_gates_decide_the_status(capsys, gates: list[
     assert lines[1:-2] == said[: len(gates)]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_changes_nothing() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", MUCH_TO_SAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE,

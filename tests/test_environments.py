@@ -230,6 +230,7 @@ def test_a_damaged_cache_gives_the_same_bits(cache, usual, repository) -> None:
     check_all(DAMAGES, ("drift",), cache, usual, repository)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_some_environments_give_the_same_bits(name, cache, usual, repository) -> None:
     check(name, tuple(STUDIES), cache, usual, repository)

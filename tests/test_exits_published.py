@@ -61,6 +61,7 @@ def test_shares_of_exits(pair: tuple[ExitTrace, ExitTrace]) -> None:
         assert shares.tolist() == pytest.approx(list(EXIT_SHARES[trace.model].values()), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_joint_exits(pair: tuple[ExitTrace, ExitTrace]) -> None:
     joint = joint_exits(pair[0], RULE, pair[1], RULE)
     fitted = fit(FRESH)
@@ -133,6 +134,7 @@ def test_assumptions_about_agreement_leave_the_exits_alone(pair: tuple[ExitTrace
     assert np.array_equal(pair[1].agree, other[1].agree)
 
 
+@pytest.mark.slow
 def test_task_spread_moves_tasks_and_keeps_the_shares() -> None:
     parameters = replace(FRESH, task_spread=0.5)
     pair = published_pair(parameters)

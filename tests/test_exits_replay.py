@@ -67,6 +67,7 @@ def test_replay_equals_the_rules_one_token_at_a_time(trace: ExitTrace, rule: Exi
     assert np.array_equal(result.agree, trace.agree[:, : len(result.exits)])
 
 
+@pytest.mark.slow
 @given(any_trace(), st.floats(0, 1), st.sampled_from(EXITS))
 def test_clairvoyant_saves_the_most_layers_that_its_budget_allows(trace: ExitTrace, budget: float, layers: int) -> None:
     free, spent = (replay(trace, Clairvoyant(b), layers) for b in (0.0, budget))
@@ -130,6 +131,7 @@ def test_a_replay_is_made_once_for_a_trace() -> None:
     assert replay(trace, PerToken(0.5), 8) is not replay(synthetic_trace(), PerToken(0.5), 8)
 
 
+@pytest.mark.slow
 @given(any_trace(), st.sampled_from([None, ("a",), ("b", "a")]))
 def test_offline_sums_equal_what_replay_gives(trace: ExitTrace, tasks: tuple[str, ...] | None) -> None:
     offline = offline_exits(trace, 0.5, Confidence.MAX_PROBABILITY, tasks)

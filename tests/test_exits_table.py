@@ -152,6 +152,7 @@ def test_log_probabilities_need_to_know_who_wrote_the_text(tmp_path: Path) -> No
         load_trace("m", str(written(tmp_path, columns())))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_trace_that_a_study_reads(command: CommandLine) -> None:
     table = written(command.folder, columns() | {"word": ["x"] * 60}, "opt-1.3b.parquet")
     ran = subprocess.run([*COMMAND, str(table), "human_text=false"], capture_output=True, text=True, check=False)

@@ -66,6 +66,7 @@ def test_the_whole_command(command: CommandLine, tmp_path: Path, name: str, opti
         assert (tmp_path / "out" / "figures" / f"{figure}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_without_pictures_there_are_only_data(command: CommandLine, tmp_path: Path) -> None:
     folder = write_log(tmp_path / "log", requests=40, output=30)
     command("+experiment=fidelity_vllm", f"fidelity.folder={folder}", "pictures=false")
@@ -215,6 +216,7 @@ def test_parameters_give_what_is_missing(tmp_path: Path) -> None:
     assert unnamed.kv_blocks > 10_000
 
 
+@pytest.mark.slow
 def test_a_mistake_leaves_nothing_behind(command: CommandLine, tmp_path: Path) -> None:
     said = command(*EXPERIMENT, "fidelity.folder=nowhere")
     assert said.status == 1

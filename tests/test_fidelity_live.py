@@ -233,6 +233,7 @@ def test_finished_runs_are_kept_when_it_is_stopped(
     assert len(set(ran)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "part"),
     [

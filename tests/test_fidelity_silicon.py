@@ -43,6 +43,7 @@ def job(row: Row = ROW) -> Job:
     return job_of(row, study_config("fidelity_silicon"))
 
 
+@pytest.mark.slow
 def test_the_shipped_rows_are_read_and_each_has_a_study() -> None:
     rows = read_rows(SHIPPED)
     assert len(rows) == 387
@@ -110,6 +111,7 @@ def test_what_a_harness_sets_is_in_the_study() -> None:
     assert settings_of(ROW)["workload.lengths.output.value"] == ROW.osl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
@@ -145,6 +147,7 @@ def test_the_band_of_profiles_is_what_the_recorded_rows_say() -> None:
     assert f"lie from {TIME_BAND.low:.2f} to {TIME_BAND.high:.2f}." in recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_is_a_word_of_the_command_line(name: str) -> None:
     """It sets what its file says, above the experiment; what is given beside it counts."""
@@ -162,6 +165,7 @@ def test_an_unknown_preset_is_one_message() -> None:
         study_config("own", "server.preset=vllm-0.13")
 
 
+@pytest.mark.slow
 def test_the_command_predicts_rows_of_a_file(command: CommandLine, tmp_path: Path) -> None:
     found = predict(job())
     exact = replace(ROW, ttft_ms=found.ttft_ms + 12.8, tpot_ms=found.tpot_ms)
@@ -197,6 +201,7 @@ def test_rows_belong_to_their_experiment(command: CommandLine) -> None:
     assert "only" in said.err
 
 
+@pytest.mark.slow
 def test_a_study_with_fitted_host_times_says_so(command: CommandLine) -> None:
     """They are fitted to published runs, so the study's class is no better than that."""
     words = ("+experiment=own", "models=[qwen2.5-7b]", "hardware=h100", "exits.source=none", "policy=full_depth")

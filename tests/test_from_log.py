@@ -187,6 +187,7 @@ def test_scrapes_of_metrics_are_replayed_and_their_buckets_compared(command: Com
     assert len((tmp_path / "out" / "replayed.jsonl").read_text().splitlines()) == 1 + 102
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prepare", "words", "named"),
     [
@@ -222,6 +223,7 @@ def test_too_few_to_fit_are_replayed_alone(command: CommandLine, tmp_path: Path)
     assert "with nothing estimated" in said.summary["verdict"][0]
 
 
+@pytest.mark.slow
 def test_log_alone_makes_a_study_of_a_log(command: CommandLine, tmp_path: Path) -> None:
     whole(tmp_path)
     said = command("+experiment=own", "log=log.jsonl", "model=opt-1.3b", "hardware=a100-40gb", "pictures=false",

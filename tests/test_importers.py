@@ -351,6 +351,7 @@ def test_a_table_that_is_not_read_is_refused(tables: Path, tmp_path: Path, name:
             build(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [

@@ -119,6 +119,7 @@ def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
     assert [r.scheduled_ns for r in served.by_request()] == [0, 5 * MS, 5 * MS]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(requests=st.integers(2, 20), blocks=st.integers(3, 40), seed=st.integers(0, 1000))
 def test_requests_start_in_the_order_of_their_arrival(requests, blocks, seed) -> None:
@@ -129,6 +130,7 @@ def test_requests_start_in_the_order_of_their_arrival(requests, blocks, seed) ->
     assert first == sorted(first)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(requests=st.integers(2, 20), budget=st.integers(4, 40), limit=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_the_token_budget_and_the_batch_limit_hold(requests, budget, limit, seed) -> None:

@@ -223,6 +223,7 @@ def test_a_key_goes_with_every_request(observe: Observer, tmp_path: Path) -> Non
     assert "give its key: the variable OPENAI_API_KEY, or observe.api_key_file" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -56,6 +56,7 @@ class Bytes:
 PAIR = {"codellama-34b": Bytes(48, 22_016), "llama-2-70b": Bytes(80, 28_672)}
 
 
+@pytest.mark.slow
 def test_large_pair_follows_from_bytes(tmp_path: Path) -> None:
     register()
     with initialize_config_dir(conf_folder(), version_base=None):

@@ -122,6 +122,7 @@ def test_two_sources_are_strata_of_one_sum() -> None:
     assert bound[0] == pytest.approx(0.1 + 1.6449 * spread / 9000, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_bound_covers_skewed_shares_at_least_as_often_as_the_bootstrap_over_prompts() -> None:
     """Half of the prompts or more show nothing. A bound that covered always would be too wide to be of use."""
     rng, runs, prompts = np.random.default_rng(0), 400, 60

@@ -80,6 +80,7 @@ def test_no_policy_within_the_floor_is_faster(models, epsilon) -> None:
     assert plan.time_s.sum() <= best_s + 1e-9
 
 
+@pytest.mark.slow
 @given(models=tables(), epsilon=st.sampled_from(EPSILONS))
 def test_the_budget_is_overspent_by_less_than_one_request(models, epsilon) -> None:
     plan = plan_of(("a", "b"), models, (0, 1, 2), epsilon)

@@ -105,6 +105,7 @@ def test_hits_on_the_mooncake_trace_equal_the_reference_to_the_block(total: int 
     assert run.run.stats.prefix_cache_queries == sum(n for segments in prompts for _, n in segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [None, 30_000])
 def test_blocks_of_sixteen_tokens_lie_within_its_ids(total: int | None) -> None:
     prompts, answers = (part[:300] for part in mooncake())
@@ -117,6 +118,7 @@ def test_blocks_of_sixteen_tokens_lie_within_its_ids(total: int | None) -> None:
 texts = st.lists(st.sampled_from([(0, 8), (1, 8), (2, 12), (3, 4), (4, 40)]), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @SLOW
 @given(prompts=st.lists(texts, min_size=1, max_size=25), block=st.sampled_from([1, 2, 4]), total=st.integers(60, 400),
        answers=st.lists(st.integers(1, 9), min_size=25, max_size=25))  # fmt: skip
@@ -176,6 +178,7 @@ def check(server) -> None:
 TEXTS = SharedPrefixes.of([[(0, 20)], [(0, 9), (1, 11)], [(2, 33)], [(0, 64)]])
 
 
+@pytest.mark.slow
 @SLOW
 @given(case=drawn_by(choose_case), sessions=st.integers(0, 4), by_prefix=st.booleans())
 def test_invariants_and_the_same_bits_in_all_ways_to_run(case, sessions, by_prefix) -> None:

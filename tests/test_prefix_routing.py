@@ -80,6 +80,7 @@ cases = {
 }
 
 
+@pytest.mark.slow
 @SLOW
 @given(**cases)
 def test_each_request_goes_where_the_reference_sends_it(rows, gaps, lengths, replicas) -> None:

@@ -121,6 +121,7 @@ def test_the_report_says_what_was_found_and_nothing_where_it_is_off() -> None:
     assert on["ttft_s_mean"] <= off["ttft_s_mean"]
 
 
+@pytest.mark.slow
 def test_sessions_hit_and_a_workload_without_common_beginnings_is_noted() -> None:
     sessions = {"workload.sessions.users": 3, "workload.sessions.turns.value": 3, "workload.sessions.max_tokens": 2000}
     on = {"server.enable_prefix_caching": True}
@@ -137,6 +138,7 @@ def test_mistakes_get_one_message() -> None:
         run(**{"workload.sessions.users": 3})
 
 
+@pytest.mark.slow
 def test_all_turns_of_a_session_go_to_one_replica_and_find_more_there() -> None:
     """Three users on two replicas in turn: round robin sends every second turn elsewhere."""
     sessions = {

@@ -366,6 +366,7 @@ def test_it_is_said_which_figures_of_a_link_are_the_file_s(tmp_path: Path) -> No
     assert [bool(rest) for _, rest, _ in said] == [False, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_changed_config_or_card_is_another_input_of_a_study(tmp_path: Path, monkeypatch) -> None:
     """So that a resumed run starts anew: whatever the path begins with, and for a kind's own group of cards."""
     from helios_sim.study.inputs import made_of
@@ -397,6 +398,7 @@ def test_a_changed_config_or_card_is_another_input_of_a_study(tmp_path: Path, mo
     assert "profile facebook/opt-1.3b@a100-40gb" in alias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ü" * 190, "a" * 5000, "a" * 5000 + ".json", "a\0", "\0.json"])
 def test_a_name_that_no_path_can_have_is_one_message(name: str) -> None:
     from helios_sim.study.inputs import made_of
@@ -521,6 +523,7 @@ def test_no_price_is_quicker_than_memory_where_a_kernel_was_timed_in_a_cache() -
     assert 2 * n[best] * k[best] / one_row_s <= 0.9 * peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hardware", ["h100", "4xh100", "l40s", "8xb200", "mi300x", "2xrtx4090", "2xa100-40gb"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-27b", "falcon-40b", "opt-66b"])
 def test_prices_are_above_their_floors(model: str, hardware: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -553,6 +556,7 @@ def test_a_profile_in_the_folder_comes_first() -> None:
     assert "data sheet" in str(find_profile("opt-13b", "a10").provenance.details["times_from"])
 
 
+@pytest.mark.slow
 def test_a_study_takes_groups_by_either_setting() -> None:
     words = ["own", "models=[llama-3.1-8b]", "exits.source=none", "workload.n_requests=20"]
     first = build(study_config(*words, "hardware=4xh100"), 0).models["llama-3.1-8b"].profile
@@ -580,6 +584,7 @@ def test_the_command(arguments: list[str], status: int, said: str, capsys: pytes
     assert said in shown.out + shown.err
 
 
+@pytest.mark.slow
 def test_a_check_is_drawn_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "prices.png"
     assert main(["check", "llama-2-70b", "2xa100-40gb", f"out={path}"]) == 0  # which does not fit

@@ -184,6 +184,7 @@ def test_a_group_keeps_scales_with_its_parts() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hardware", ["h100", "h200", "b200", "l40s", "rtxpro6000", "4xh100", "l4", "rtx4090", "mi300x"]
 )
@@ -206,6 +207,7 @@ def test_fp8_decodes_quicker_than_bf16_and_stays_above_its_floor(
         assert checked(profile) == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     "hardware", ["b200", "rtx5090", "a100-80gb", "a100-40gb", "h100", "l40s", "a30", "rtx3090", "rtx4090", "2xa10"]
@@ -246,6 +248,7 @@ def test_every_model_has_prices_above_its_floors(name: str) -> None:
     assert priced > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hardware", "name"),
     [
@@ -407,6 +410,7 @@ def test_each_mistake_gets_one_message(
         find_profile(model, hardware, precision=Precision(quantization, kv_cache_dtype))
 
 
+@pytest.mark.slow
 def test_a_study_asks_by_setting_by_name_and_by_kind(tmp_path: Path) -> None:
     words = ["own", "hardware=h100", "exits.source=none", "workload.n_requests=20"]
     asked = study_config(*words, "models=[llama-3.1-8b]", "server.quantization=fp8", "server.kv_cache_dtype=fp8")
@@ -424,6 +428,7 @@ def test_a_study_asks_by_setting_by_name_and_by_kind(tmp_path: Path) -> None:
     assert not [name for name in made_of(study_config(*words, "server.quantization=fp8")) if name.startswith("profile")]
 
 
+@pytest.mark.slow
 def test_a_folder_of_profiles_has_the_precision_that_it_has(tmp_path: Path) -> None:
     profile = find_profile("llama-3.1-8b-awq", "h100", precision=Precision(None, "fp8"))
     write_profile(profile, tmp_path / profile.name)

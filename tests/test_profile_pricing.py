@@ -305,6 +305,7 @@ def alone(c: Composition, k: int) -> Composition:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(data=st.data(), launch_s=st.sampled_from([0.0, 37e-6, 300e-6]), padded=st.booleans(), padded_kv=st.booleans())
 def test_a_leap_costs_the_same_bits_as_its_iterations(

@@ -23,6 +23,7 @@ def median(tables: str, row: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_the_committed_tables_are_what_the_script_computes(tables: str, repository: Path) -> None:
     assert (repository / "experiments/profile_validation/tables.md").read_text(encoding="utf-8") == tables
 

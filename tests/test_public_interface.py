@@ -45,6 +45,7 @@ def test_a_policy_needs_no_study(repository: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
 
 
+@pytest.mark.slow
 def test_inside_names_come_from_their_own_modules(repository: Path) -> None:
     """Through the package itself a lower layer could import a higher one, and no contract would see it; it does see
     modules.

@@ -210,6 +210,7 @@ def test_aiconfigurator_s_kernel_tables(shared_data: Path, hardware: str) -> Non
                 assert decode.time_s(batch, step + 1) >= rising[i, j] * (1 - 1e-9)
 
 
+@pytest.mark.slow
 def test_vllm_s_layer_tables(shared_data: Path) -> None:
     folder = shared_data / LOG / "profile"
     model = published_model("meta-llama/Llama-3.1-8B")
@@ -269,6 +270,7 @@ def test_vllm_s_decodes_of_unequal_lengths(shared_data: Path) -> None:
     assert compared > 20
 
 
+@pytest.mark.slow
 def test_vidur_s_tables(shared_data: Path, tmp_path: Path) -> None:
     """The attention of another model under the name of this one: the numbers are read, not judged."""
     mlp = pd.read_csv(shared_data / "kernels/vidur/a100/llama2-7b_mlp.csv")

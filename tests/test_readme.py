@@ -14,6 +14,7 @@ import helios_sim.__main__ as command_line
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, capsys) -> None:
     (code,) = re.findall(r"```python\n# my_policy.py\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 32

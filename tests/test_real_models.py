@@ -103,6 +103,7 @@ def test_the_coder_is_best_on_code_and_not_on_prose() -> None:
     assert max(MODELS, key=lambda model: bits(model, "news")) == "qwen2.5-coder-0.5b"
 
 
+@pytest.mark.slow
 def test_a_run_of_it_loads_no_torch() -> None:
     code = (
         "import sys; from helios_sim.study.build import build; from helios_sim.study.schema import *; "

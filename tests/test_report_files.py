@@ -46,6 +46,7 @@ def folder(result: ExperimentResult, ratios: Comparisons, tmp_path_factory: pyte
     return path
 
 
+@pytest.mark.slow
 def test_summary_has_the_promised_shape(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["schema_version"] == 1
@@ -112,6 +113,7 @@ def test_the_same_result_gives_the_same_bytes(folder: Path, ratios: Comparisons,
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_papers_get_vector_figures_on_white(
     result: ExperimentResult, ratios: Comparisons, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,6 +138,7 @@ def test_papers_get_vector_figures_on_white(
     assert b"/Type3" not in pdf  # which publishers refuse
 
 
+@pytest.mark.slow
 def test_vector_figures_leave_the_page_as_it_is(
     result: ExperimentResult, ratios: Comparisons, folder: Path, tmp_path: Path
 ) -> None:

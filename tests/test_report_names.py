@@ -66,6 +66,7 @@ def result() -> ExperimentResult:
     return example_result((1,), points=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PAYLOADS)
 def test_pages_show_names_as_text(result: ExperimentResult, text: str) -> None:
     evil = named(result, text)
@@ -76,6 +77,7 @@ def test_pages_show_names_as_text(result: ExperimentResult, text: str) -> None:
     page.encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PAYLOADS)
 def test_figures_show_names_as_text(text: str) -> None:
     figure, (ax,) = new_figure(1, 1, 2.0)
@@ -109,6 +111,7 @@ def test_powers_of_ten_are_set_as_such() -> None:
     assert "math" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PAYLOADS)
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
 def test_terminals_get_no_code_from_names(result: ExperimentResult, text: str, encoding: str) -> None:
@@ -125,6 +128,7 @@ def test_terminals_get_no_code_from_names(result: ExperimentResult, text: str, e
     assert not ACTING.search(out.getvalue().decode(encoding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [text for text in PAYLOADS if text in PATHS])
 def test_files_stay_in_their_folder(result: ExperimentResult, text: str, tmp_path: Path) -> None:
     evil = named(result, text)
@@ -151,6 +155,7 @@ def test_markdown_leaves_usual_sentences_as_they_are() -> None:
     assert code_span("a`b") == "``a`b``"
 
 
+@pytest.mark.slow
 def test_a_run_with_such_names_ends_well_on_a_terminal_without_unicode(tmp_path: Path) -> None:
     words = ["+experiment=own", "models=[opt-1.3b]", "policy=full_depth", "exits.source=none", "workload.n_requests=5"]
     title = r"title='[/] $\frac{a}{b$ ü ×'"

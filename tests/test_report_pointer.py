@@ -45,6 +45,7 @@ def facts_of(page: str) -> dict[str, dict[str, Any]]:
     return {html.unescape(name): json.loads(text) for name, text in found}
 
 
+@pytest.mark.slow
 def test_every_figure_has_facts_and_every_element_they_name_is_there_once(page: str) -> None:
     facts = facts_of(page)
     assert list(facts) == re.findall(r'<figure id="([^"]+)"', page)

@@ -236,6 +236,7 @@ def test_a_table_has_the_seconds_that_metrics_are_made_of() -> None:
     )
 
 
+@pytest.mark.slow
 def test_requests_come_as_a_data_frame(monkeypatch) -> None:
     from importlib.util import find_spec
 

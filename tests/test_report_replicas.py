@@ -71,6 +71,7 @@ def test_one_replica_is_its_own_run(tmp_path: Path) -> None:
     assert (only.kind, only.card) == ("", "box")
 
 
+@pytest.mark.slow
 def test_a_cluster_is_shown_on_the_page_and_in_the_summary(command, tmp_path: Path) -> None:
     said = command(*write_study(tmp_path, CLUSTER))
     assert said.status == 0, said.err
@@ -84,6 +85,7 @@ def test_a_cluster_is_shown_on_the_page_and_in_the_summary(command, tmp_path: Pa
     assert (tmp_path / "out" / "figures" / "replicas.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_single_card_has_no_word_of_replicas(command, tmp_path: Path) -> None:
     said = command(*write_study(tmp_path))
     assert said.status == 0, said.err

@@ -53,6 +53,7 @@ def answer(result: ExperimentResult, subject: str = "helios") -> tuple[str, ...]
     return verdict(result, subject, comparisons(result)[subject], list(result.arms))
 
 
+@pytest.mark.slow
 def test_an_arm_that_dropped_requests_neither_helps_nor_hurts(result: ExperimentResult) -> None:
     assert "helps" in answer(result)[0] or "hurts" in answer(result)[0] or "No" in answer(result)[0]
     lossy = replace(result, arms={**result.arms, "helios": with_dropped(result.arms["helios"], 14)})
@@ -63,6 +64,7 @@ def test_an_arm_that_dropped_requests_neither_helps_nor_hurts(result: Experiment
     assert not any("helps" in sentence or "hurts" in sentence for sentence in answer(lossy))
 
 
+@pytest.mark.slow
 def test_the_best_arm_is_one_that_did_its_work(result: ExperimentResult) -> None:
     (best,) = [sentence for sentence in answer(result) if sentence.startswith("Best of")]
     name = best.split(": ")[1].split(" with")[0]
@@ -70,6 +72,7 @@ def test_the_best_arm_is_one_that_did_its_work(result: ExperimentResult) -> None
     assert not any(f": {name} with" in sentence for sentence in answer(lossy))
 
 
+@pytest.mark.slow
 def test_few_requests_give_no_verdict(result: ExperimentResult) -> None:
     first = {name: replace(arm, replicates=(first_of(arm, 17),)) for name, arm in result.arms.items()}
     said = answer(replace(result, arms=first, headline_metrics=("ttft_s_mean",)))
@@ -82,6 +85,7 @@ def first_of(arm: ArmResult, n: int) -> Replicate:
     return replace(arm.replicates[0], records=arm.replicates[0].records.part(slice(n)))
 
 
+@pytest.mark.slow
 def test_one_seed_claims_no_more_than_its_run(result: ExperimentResult) -> None:
     arms = {name: replace(arm, replicates=arm.replicates[:1]) for name, arm in result.arms.items()}
     one = replace(result, arms=arms, headline_metrics=("e2e_s_mean",))
@@ -98,6 +102,7 @@ def test_one_seed_claims_no_more_than_its_run(result: ExperimentResult) -> None:
     assert "one seed" not in " ".join(answer(several))
 
 
+@pytest.mark.slow
 def test_without_an_interval_several_seeds_neither_help_nor_hurt(result: ExperimentResult) -> None:
     ratios = {"e2e_s_mean": Ratio(0.5, None, None, Method.NONE, 2)}
     said = verdict(replace(result, headline_metrics=("e2e_s_mean",)), "helios", ratios, list(result.arms))
@@ -105,6 +110,7 @@ def test_without_an_interval_several_seeds_neither_help_nor_hurt(result: Experim
     assert "(no interval over 2 seeds)" in said[0]
 
 
+@pytest.mark.slow
 def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResult, monkeypatch) -> None:
     monkeypatch.setattr("helios_sim.report.cautions.slows_down", lambda records: True)
     arms = {**result.arms, "static_cap_opt-1.3b": with_dropped(result.arms["static_cap_opt-1.3b"], 2, "no room")}
@@ -115,6 +121,7 @@ def test_what_the_answer_hangs_on_is_part_of_the_verdict(result: ExperimentResul
     assert "fitted to published statistics" in said
 
 
+@pytest.mark.slow
 def test_losses_are_said_with_their_share_and_reason(result: ExperimentResult) -> None:
     arm = with_dropped(result.arms["helios"], 100, "context of opt-6.7b exceeded")
     lossy = replace(result, arms={"helios": arm}, baseline="helios")
@@ -126,6 +133,7 @@ def test_losses_are_said_with_their_share_and_reason(result: ExperimentResult) -
     assert said in cautions(lossy)
 
 
+@pytest.mark.slow
 def test_time_of_evaluation_never_exceeds_the_time(result: ExperimentResult) -> None:
     arm = result.arms["helios"]
     span = arm.metrics["span_s"]
@@ -139,6 +147,7 @@ def test_time_of_evaluation_never_exceeds_the_time(result: ExperimentResult) -> 
         assert "147.1%" not in told
 
 
+@pytest.mark.slow
 def test_the_subject_has_a_card_however_many_arms_there_are(result: ExperimentResult) -> None:
     arms = {**{f"arm_{n}": replace(result.arms["helios"], name=f"arm_{n}") for n in range(6)}, **result.arms}
     many = replace(result, arms=arms, subject="helios", published=())
@@ -185,6 +194,7 @@ def test_a_lightly_loaded_server_is_neither_saturated_nor_near_it(word: str) -> 
     assert not any("satura" in text for text in (*light.verdict, *cautions(light)))
 
 
+@pytest.mark.slow
 def test_a_busy_server_whose_requests_do_not_wait_is_not_near_saturation(result: ExperimentResult) -> None:
     arm = result.arms["helios"]
     for queue_s, said in ((0.001, False), (0.2, True)):
@@ -194,6 +204,7 @@ def test_a_busy_server_whose_requests_do_not_wait_is_not_near_saturation(result:
         assert any("near saturation" in text for text in texts) is said
 
 
+@pytest.mark.slow
 def test_no_arm_is_the_best_over_a_few_requests_or_beside_its_twin() -> None:
     few = simulate("quickstart", settings={"workload.n_requests": 3})
     assert few.verdict[0].startswith("Too few requests")
@@ -206,6 +217,7 @@ def test_no_arm_is_the_best_over_a_few_requests_or_beside_its_twin() -> None:
     assert best.endswith(", as b, full_depth.")
 
 
+@pytest.mark.slow
 def test_what_has_no_better_side_has_no_best_arm(result: ExperimentResult) -> None:
     for name in ("switches", "batch_mean", "busy_fraction"):
         plain = replace(result, headline_metrics=(name,))
@@ -232,6 +244,7 @@ def completed(n: int) -> list[Any]:
     return [record for record in some_records(10 * n) if record.status is Status.COMPLETED][:n]
 
 
+@pytest.mark.slow
 def test_new_placements_are_spoken_of_only_where_there_are_some(result: ExperimentResult) -> None:
     arm = replace(result.arms["helios"], timeline_transitions_ns=())
     (still,) = timeline_drawings(replace(result, arms={"helios": arm}))
@@ -242,6 +255,7 @@ def test_new_placements_are_spoken_of_only_where_there_are_some(result: Experime
     assert "changed placement" in drawing.caption
 
 
+@pytest.mark.slow
 def test_a_files_sentence_is_kept_only_for_its_own_workload() -> None:
     own = study_config("quickstart").workload
     assert "the paper's five task types" in statement(own)

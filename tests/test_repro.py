@@ -36,6 +36,7 @@ def rewritten(folder: Path, name: str, before: str, after: str) -> None:
     (folder / name).write_text(text.replace(before, after))
 
 
+@pytest.mark.slow
 def test_the_same_here_from_the_folder_alone(command: CommandLine) -> None:
     study(command, "seeds=[0,1]")
     made = json.loads((command.folder / "out/provenance.json").read_text())
@@ -45,6 +46,7 @@ def test_the_same_here_from_the_folder_alone(command: CommandLine) -> None:
     assert (said.status, said.out) == (0, "the same to the last bit: from a colleague\n")
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_results_and_both_are_kept(command: CommandLine) -> None:
     study(command)
     rewritten(command.folder / "out", "provenance.json", '"n_requests": 12', '"n_requests": 11')
@@ -56,6 +58,7 @@ def test_other_settings_are_other_results_and_both_are_kept(command: CommandLine
     assert (Path(last.rpartition(", ")[2]) / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_one_number_that_differs_is_named(command: CommandLine) -> None:
     study(command)
     summary = json.loads((command.folder / "out/summary.json").read_text())
@@ -66,6 +69,7 @@ def test_one_number_that_differs_is_named(command: CommandLine) -> None:
     assert "summary.json: arms.early_exit.metrics.throughput_tokens_per_s: 1.0 before, " in said.out.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_an_input_that_changed_is_said_first(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(command.folder)
     policy = command.folder / "mine.py"
@@ -77,6 +81,7 @@ def test_an_input_that_changed_is_said_first(command: CommandLine, monkeypatch: 
     assert said.out.splitlines()[0] == "policy file mine.py: another one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "change", "message"),
     [

@@ -154,6 +154,7 @@ def test_littles_law_holds_at_every_replica_and_in_total(arrivals, replicas, rou
     assert sum(served.run.presence_ns) == sum(r.last_token_ns - r.arrival_ns for r in served.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [Router.ROUND_ROBIN, Router.LEAST_LOADED, Router.POWER_OF_TWO])
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_the_same_seed_gives_the_same_bits_ahead_of_the_clock_and_step_by_step(arrivals, router: Router) -> None:
@@ -176,6 +177,7 @@ def test_a_closed_loop_keeps_its_users_busy_across_replicas() -> None:
     assert len(served.records) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [Router.ROUND_ROBIN, Router.LEAST_LOADED])
 def test_records_come_in_the_order_in_which_requests_leave_whatever_runs_ahead(router: Router, monkeypatch) -> None:
     """Replicas hand their records over at different times, and far apart; what is merged is merged often here."""

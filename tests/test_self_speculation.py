@@ -54,6 +54,7 @@ def metrics_of(served: Served) -> dict[str, object]:
 # --- closed forms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "drafts"), [(0.0, 3), (0.3, 1), (0.8, 3), (0.8, 7), (1.0, 3)])
 def test_a_pass_yields_so_many_tokens(share: float, drafts: int) -> None:
     """(1 - a^(K+1)) / (1 - a) of drafts that agree independently of each other."""
@@ -138,6 +139,7 @@ class Reference:
             a.rows, a.context = a.rows[taken + 1 :], a.context + taken + 1
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     drafts=st.integers(1, 6),
@@ -184,6 +186,7 @@ def rows_of(work: Workload, trace: ExitTrace) -> list[list[int]]:
 # --- what always holds
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     drafts=st.integers(0, 9),

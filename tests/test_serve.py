@@ -169,6 +169,7 @@ REFUSED_AS_TOKENS: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_not_supported_is_refused_by_name(served: Served) -> None:
     before = served.state()["books"]
     for path, body, status, param in REFUSED:
@@ -394,6 +395,7 @@ def test_what_vllm_s_own_benchmark_sends_and_reads(served: Served, chat: bool) -
     assert all(texts)
 
 
+@pytest.mark.slow
 def test_openai_s_own_client(served: Served) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0)

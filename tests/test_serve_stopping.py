@@ -45,6 +45,7 @@ def _wait_for(lines: list[str], count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_is_open_and_a_second_one_aborts(tmp_path: Path) -> None:
     """One server for keys and for both: a key is needed for everything that tells something."""
     key = {"authorization": f"Bearer {KEY}"}

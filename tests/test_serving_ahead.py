@@ -50,6 +50,7 @@ def test_host_overhead_is_hidden_behind_the_device() -> None:
     assert spans["launched", 0] == spans["launched", 1] == 5 * 1_400_000
 
 
+@pytest.mark.slow
 def test_device_time_hides_it_entirely() -> None:
     profile = flat_profile(0.001)
     head = replace(profile.head, time_s=profile.head.time_s + 0.003)

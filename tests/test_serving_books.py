@@ -31,6 +31,7 @@ def never(**other) -> Deployment:
 ARRIVALS = [AllAtOnce(), Constant(100.0), ClosedLoop(1), ClosedLoop(3), ClosedLoop(50)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 @pytest.mark.parametrize("router", Router)

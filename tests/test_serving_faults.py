@@ -160,6 +160,7 @@ class Stubborn:
 NO_LOAD_COMES_THROUGH = FaultPlan((FaultSpec(FaultKind.LOAD_FAILS, rate_per_hour=3600 * 5000.0),), 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triggers", [(), (AtTime(30 * MS),), (QueueAbove(0),), (Completed(1), AtTime(5 * MS))])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_policy_that_loads_again_and_again_lets_requests_be_served(triggers, replicas: int) -> None:

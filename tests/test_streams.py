@@ -16,6 +16,7 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "2", "012"])
 @pytest.mark.parametrize("words", [("helios_sim", "--version"), ("helios_sim", "--hlep")])
 def test_closed_streams(closed: str, words: tuple[str, ...], repository) -> None:
@@ -42,6 +43,7 @@ PROGRAMS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_reader_that_leaves_before_the_help_is_told_is_no_error(program: str, repository) -> None:
     command = subprocess.Popen(
@@ -55,6 +57,7 @@ def test_a_reader_that_leaves_before_the_help_is_told_is_no_error(program: str, 
     assert (command.wait(timeout=60), said) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_tells_its_help(program: str, repository) -> None:
     done = subprocess.run(

@@ -32,6 +32,7 @@ def study() -> ExperimentResult:
     return simulate("quickstart", *SMALL)
 
 
+@pytest.mark.slow
 def test_each_end_is_the_study_at_that_factor(study: ExperimentResult) -> None:
     band = study.trust.band
     assert band is not None
@@ -55,6 +56,7 @@ def test_what_holds_is_said_and_written(study: ExperimentResult) -> None:
     assert confidence["valid_up_to_rps"] == 4.0
 
 
+@pytest.mark.slow
 def test_a_given_band_takes_the_profiles_place_and_multiplies_their_factor() -> None:
     words = ("profile_band=[0.8,1.5]", "profile_time_factor=1.1")
     found = simulate("quickstart", *SMALL, *words).trust
@@ -78,6 +80,7 @@ def test_it_survives_where_the_same_would_be_said(
     assert survives(study, "static_cap", METRIC, None, given) is None
 
 
+@pytest.mark.slow
 def test_a_subject_without_a_rival_is_told_with_its_figures() -> None:
     found = simulate("quickstart", SMALL[0], "subject=full_depth_opt-1.3b")
     assert found.trust.survives is None
@@ -88,6 +91,7 @@ def test_a_subject_without_a_rival_is_told_with_its_figures() -> None:
     assert any(said.startswith("With iterations 0.89 and 1.17 times") and "E2E mean" in said for said in found.verdict)
 
 
+@pytest.mark.slow
 def test_no_end_is_quicker_than_the_card() -> None:
     words = (SMALL[0], "subject=full_depth_opt-6.7b", "baseline=full_depth_opt-6.7b")
     share: Any = simulate("quickstart", *words).arms["full_depth_opt-6.7b"].metrics["roofline_fraction"]
@@ -96,6 +100,7 @@ def test_no_end_is_quicker_than_the_card() -> None:
     assert not any("correct the profile" in said for said in found.verdict)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_known_it_says_so(tmp_path: Path) -> None:
     for name in ("opt-1.3b@a100-40gb", "opt-6.7b@a100-40gb"):
         write_profile(replace(load_profile(name), time_band=None), tmp_path / name)
@@ -106,6 +111,7 @@ def test_where_nothing_is_known_it_says_so(tmp_path: Path) -> None:
     assert simulate("quickstart", *words, "profile_band=[0.9,1.1]").trust.survives is True
 
 
+@pytest.mark.slow
 def test_many_requests_are_run_again_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("helios_sim.study.band.MOST_REQUESTS", 79)
     found = simulate("quickstart", *SMALL)
@@ -135,6 +141,7 @@ def test_what_a_device_serves_is_not_served_again() -> None:
         assert run_ends(plan_study(config), pair, {}, pytest.fail) == Ends()
 
 
+@pytest.mark.slow
 def test_cores_change_nothing(command: CommandLine) -> None:
     one, two = (command("+experiment=quickstart", *SMALL, "pictures=false", f"jobs={n}", into=str(n)) for n in (1, 2))
     assert one.summary["confidence"] == two.summary["confidence"]

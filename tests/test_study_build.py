@@ -227,6 +227,7 @@ def test_kinds_of_replicas_get_the_same_requests(tmp_path: Path) -> None:
     assert [kind.parts.workload.chars_per_token for kind in fleet.kinds] == [4.0, 4.0]
 
 
+@pytest.mark.slow
 def test_what_a_trace_holds_and_is_not_read_is_said_on_the_terminal(tmp_path: Path, capsys) -> None:
     run_study(traced(tmp_path), tmp_path / "out")
     assert "t.jsonl: column hash_ids is not read: prefixes" in capsys.readouterr().out.replace("\n", " ")

@@ -40,6 +40,7 @@ def test_without_a_price_nothing_is_counted() -> None:
     assert not set(headline_metrics(result)) & set(OF_COST)
 
 
+@pytest.mark.slow
 def test_kinds_have_their_own_prices_and_the_summary_has_them(tmp_path: Path) -> None:
     kinds = "+cluster.kinds={a: {count: 3}, b: {hardware: 2xh100-80gb}}"
     words = [*OWN, "hardware=a100-40gb", kinds, "pictures=false"]

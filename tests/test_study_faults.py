@@ -27,6 +27,7 @@ def quickstart(**changes: object) -> Config:
     return with_settings(replace(config, arms=wanted, figures=[], sweeps=[], seeds=[0]), changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -92,6 +93,7 @@ def test_faults_move_no_request() -> None:
             assert (getattr(one, column) == getattr(other, column)).all(), column
 
 
+@pytest.mark.slow
 def test_the_plan_is_of_the_seed_alone() -> None:
     changes = {"workload.faults.slow_card.rate_per_hour": 100.0, "workload.arrivals.rate_per_s": 7.0}
     plans = [build_fleet(quickstart(**c), 3).faults for c in (changes, changes | {"objective.goal": "energy"})]

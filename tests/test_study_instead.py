@@ -57,6 +57,7 @@ def served(job: Job, branch: instead.Branch) -> Records:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_option_gives_the_same(job: Job, ran: JobResult) -> None:
     """A branch differs from the run by the other option alone."""
     found = list(branches(ran))
@@ -86,6 +87,7 @@ def test_nothing_is_changed_before_the_decision(job: Job, ran: JobResult) -> Non
     assert not np.array_equal(np.sort(records.last_token_ns.values), np.sort(other.last_token_ns.values))
 
 
+@pytest.mark.slow
 def test_each_choice_of_helios_stands_beside_its_second(study: ExperimentResult) -> None:
     arm = study.arms["helios"]
     chosen = [n for n, decision in enumerate(arm.decisions) if decision.deployment.next_best is not None]
@@ -102,6 +104,7 @@ def test_each_choice_of_helios_stands_beside_its_second(study: ExperimentResult)
     assert [row["window_s"] for row in told] == [it.window_s for it in arm.instead.values()]
 
 
+@pytest.mark.slow
 def test_the_page_shows_it(study: ExperimentResult, tmp_path: Path) -> None:
     write_result(study, tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -124,6 +127,7 @@ class Mine:
 """
 
 
+@pytest.mark.slow
 def test_a_policy_that_names_no_second_choice_stands_beside_going_on_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

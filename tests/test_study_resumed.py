@@ -68,6 +68,7 @@ def kept(said) -> int:
     return said.err.count("kept from before")
 
 
+@pytest.mark.slow
 def test_after_its_policy_file_was_edited_a_study_does_not_mix_both(command, stopped, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_policy", "constants"):
@@ -118,6 +119,7 @@ class Mine(FullDepthPolicy):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["import.json", "made.npy", "start.db", None])
 def test_files_that_a_policy_opens_itself_are_part_of_its_result(
     command, stopped, tmp_path, monkeypatch, changed: str | None
@@ -174,6 +176,7 @@ def test_designs_and_capacity_plans_name_them_too(command, tmp_path, monkeypatch
     assert {Path(name.partition(": ")[2]).name for name in made_of if name.startswith("opened by")} == {"limit.txt"}
 
 
+@pytest.mark.slow
 def test_a_profile_or_trace_rewritten_in_place_is_not_kept(command, stopped, tmp_path) -> None:
     from helios_sim.profile.store import PROFILES_FOLDER
 
@@ -202,6 +205,7 @@ def test_a_profile_or_trace_rewritten_in_place_is_not_kept(command, stopped, tmp
     assert kept(said) == 0
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_and_run_anew(command, stopped, tmp_path) -> None:
     study = (*write_study(tmp_path), "seeds=[0,1]")
     whole = command(*study, into="whole").summary["arms"]
@@ -227,6 +231,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+@pytest.mark.slow
 def test_nothing_on_disk_is_unpickled(command, stopped, tmp_path) -> None:
     study = (*write_study(tmp_path), "seeds=[0,1]")
     stopped(study, 2)
@@ -239,6 +244,7 @@ def test_nothing_on_disk_is_unpickled(command, stopped, tmp_path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_two_writers_in_one_folder_are_one_message(command, tmp_path) -> None:
     study = write_study(tmp_path)
     (tmp_path / "out").mkdir()

@@ -57,6 +57,7 @@ def without_the_clock(summary):
     return {key: value for key, value in summary.items() if key != "provenance"}
 
 
+@pytest.mark.slow
 def test_what_is_said_and_written(command, tmp_path):
     said = command(*write_study(tmp_path))
     folder = tmp_path / "out"
@@ -83,6 +84,7 @@ def test_what_is_said_and_written(command, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_failed_gate_is_status_2_and_the_files_are_there(helios, tmp_path):
     text = STUDY + "gates: [{arm: early_exit, metric: layers_per_token, high: 1}]\n"
     said = helios(*write_study(tmp_path, text))
@@ -93,6 +95,7 @@ def test_a_failed_gate_is_status_2_and_the_files_are_there(helios, tmp_path):
     assert (tmp_path / "out" / "requests.parquet").is_file()
 
 
+@pytest.mark.slow
 def test_requests_that_never_fit_are_a_result_and_it_says_why(helios, tmp_path):
     text = STUDY.replace("lengths: {", "lengths: {prompt: {kind: fixed, value: 5000}, ")
     said = helios(*write_study(tmp_path, text))
@@ -103,6 +106,7 @@ def test_requests_that_never_fit_are_a_result_and_it_says_why(helios, tmp_path):
     assert (metrics["requests_dropped"], metrics["requests_completed"], metrics["e2e_s_mean"]) == (12, 0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["helios", "switch_only", "early_exit_lazy", "static_cap", "oracle"])
 def test_a_policy_adds_an_arm(helios, tmp_path, policy):
     said = helios(*write_study(tmp_path), f"policy={policy}")
@@ -110,6 +114,7 @@ def test_a_policy_adds_an_arm(helios, tmp_path, policy):
     assert list(said.summary["arms"]) == ["full_depth", "early_exit", policy]
 
 
+@pytest.mark.slow
 def test_settings_of_the_added_policy_reach_it(helios, tmp_path):
     text = STUDY.replace("models: [opt-1.3b]", "models: [opt-1.3b, opt-6.7b]").replace(
         "{policy: full_depth}", "{policy: full_depth, model: opt-6.7b}"
@@ -121,6 +126,7 @@ def test_settings_of_the_added_policy_reach_it(helios, tmp_path):
     assert metrics["batch_mean"] == 1
 
 
+@pytest.mark.slow
 def test_several_studies_in_one_command(helios, tmp_path):
     said = helios(*write_study(tmp_path), "-m", "server.max_running_requests=1,2", "workload.n_requests=12")
     assert said.status == 0, said.err
@@ -130,6 +136,7 @@ def test_several_studies_in_one_command(helios, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "1", "multirun.yaml"}
 
 
+@pytest.mark.slow
 def test_objective_and_runtime_are_chosen_by_name(helios, tmp_path):
     said = helios(*write_study(tmp_path), "objective=energy", "runtime=eager", "hardware=h100-80gb")
     configuration = said.summary["provenance"]["configuration"]
@@ -301,6 +308,7 @@ def test_a_study_from_python_is_checked_before_it_runs():
         run(replace(config, gates=[GateConfig(arm="full_depth", metric="speed", low=1.0)]))
 
 
+@pytest.mark.slow
 def test_what_the_reader_of_a_trace_changed_is_said_in_the_report(command, tmp_path):
     (tmp_path / "unsorted.csv").write_text("arrival_s,prompt_tokens,output_tokens\n2,20,5\n1,20,5\n3,20,5\n")
     trace = [

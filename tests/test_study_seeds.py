@@ -24,12 +24,14 @@ def test_seeds_double_up_to_the_most(first: int, at_most: int, expected: list[in
     assert looks(Config(auto_seeds=AutoSeedsConfig(first=first, at_most=at_most))) == expected
 
 
+@pytest.mark.slow
 def test_a_narrow_interval_is_enough() -> None:
     result = simulate("quickstart", *STUDY, "auto_seeds.relative_width=1.5")
     assert all(len(arm.replicates) == 2 for arm in result.arms.values())
     assert any(said.startswith("2 seeds: the subject's interval is ") for said in result.verdict)
 
 
+@pytest.mark.slow
 def test_a_difference_that_stands_ends_it() -> None:
     result = simulate("quickstart", *STUDY, "auto_seeds.relative_width=1e-6")
     assert len(result.arms["helios"].replicates) in (4, 8)
@@ -37,6 +39,7 @@ def test_a_difference_that_stands_ends_it() -> None:
     assert result.verdict[0].startswith("static_cap helps")
 
 
+@pytest.mark.slow
 def test_the_most_end_it() -> None:
     words = (*STUDY[:2], "auto_seeds.first=2", "auto_seeds.at_most=3", "auto_seeds.relative_width=1e-6")
     result = simulate("quickstart", *words)
@@ -46,12 +49,14 @@ def test_the_most_end_it() -> None:
     assert again.verdict == tuple(said for said in result.verdict if not said.startswith("3 seeds"))
 
 
+@pytest.mark.slow
 def test_lost_requests_are_not_mended_by_seeds() -> None:
     result = simulate("quickstart", *STUDY, "workload.lengths.prompt={kind: fixed, value: 5000}")
     assert all(len(arm.replicates) == 2 for arm in result.arms.values())
     assert any("requests were lost, and more do not mend that" in said for said in result.verdict)
 
 
+@pytest.mark.slow
 def test_a_subject_that_is_its_own_baseline_goes_by_its_figure() -> None:
     words = (*STUDY[:4], "subject=full_depth_opt-1.3b", "auto_seeds.relative_width=5")
     result = simulate("quickstart", *words)
@@ -59,6 +64,7 @@ def test_a_subject_that_is_its_own_baseline_goes_by_its_figure() -> None:
     assert result.arms["full_depth_opt-1.3b"].intervals["e2e_s_mean"].method is Method.OVER_SEEDS
 
 
+@pytest.mark.slow
 def test_cores_and_kills_change_nothing(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = ("auto_seeds.at_most=4", "auto_seeds.relative_width=1e-6")
     words = ("+experiment=quickstart", *STUDY, *narrow, "pictures=false")

@@ -54,6 +54,7 @@ def test_a_package_has_one_version_in_all_files() -> None:
     assert "hash" not in (FOLDER / "torch.txt").read_text()
 
 
+@pytest.mark.slow
 def test_all_that_is_needed_is_pinned() -> None:
     """Nothing is resolved at installation, so each file has all that its packages need on this machine."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -97,6 +98,7 @@ def test_actions_are_pinned_by_commit() -> None:
     assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action)] == []
 
 
+@pytest.mark.slow
 def test_nothing_unpickles() -> None:
     """No module of the packages imports what unpickles, or asks NumPy or torch to."""
     wrong = []

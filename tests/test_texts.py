@@ -65,6 +65,7 @@ def test_an_archive_that_changed_on_the_index_is_not_kept(tmp_path: Path, monkey
     assert list((tmp_path / "texts").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CACHED, reason="the text packages are not in the cache (python -m calibrate fetches them)")
 def test_every_task_has_text_in_every_split() -> None:
     for task in texts.TASKS:

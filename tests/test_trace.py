@@ -72,6 +72,7 @@ def read(plan: StudyPlan, tmp_path_factory: pytest.TempPathFactory) -> Read:
     return Read(path)
 
 
+@pytest.mark.slow
 def test_there_is_a_slice_for_every_iteration(plan: StudyPlan, read: Read) -> None:
     for arm, jobs in plan.headline.jobs.items():
         done = run_job(jobs[0])
@@ -111,6 +112,7 @@ def test_counters_hold_what_the_scheduler_saw(plan: StudyPlan, read: Read) -> No
         assert times_ns == sorted(times_ns)
 
 
+@pytest.mark.slow
 def test_replicas_and_faults_have_tracks_of_their_own(tmp_path: Path) -> None:
     words = ("server.replicas=2", "workload.n_requests=40", "workload.faults.replica_dies.at_s=[1.0]")
     path = tmp_path / FILE
@@ -119,6 +121,7 @@ def test_replicas_and_faults_have_tracks_of_their_own(tmp_path: Path) -> None:
     assert {"replica 0 iterations", "replica 1 iterations", "replica 0 slot 0", "replica 1 slot 0"} <= names
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_beside_the_rest(command: CommandLine) -> None:
     plain = command("+experiment=quickstart", "workload.n_requests=20", "pictures=false", into="plain")
     traced = command("+experiment=quickstart", "workload.n_requests=20", "pictures=false", "trace=true", into="traced")

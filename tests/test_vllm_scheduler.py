@@ -63,6 +63,7 @@ def test_ahead_of_the_clock_and_step_by_step_give_the_same_bits(workload, blocks
     assert asdict(running_ahead.run.stats) == asdict(stepping.run.stats)
 
 
+@pytest.mark.slow
 @SLOW
 @given(workload=workloads, blocks=st.sampled_from([4, 9, 40]), ahead=st.sampled_from([0, 1]))
 def test_every_request_leaves_once_and_memory_returns(workload, blocks, ahead) -> None:
@@ -93,6 +94,7 @@ def test_a_place_is_free_one_iteration_after_its_request_is_done(vllm_v1: bool, 
     assert served[2].scheduled_ns == first_done + waits * ITERATION_NS
 
 
+@pytest.mark.slow
 @SLOW
 @given(workload=workloads, blocks=st.sampled_from([9, 40, 1000]), ahead=st.sampled_from([0, 1]))
 def test_whole_prompts_are_computed_at_once_in_any_way_to_run(workload, blocks, ahead) -> None:

@@ -16,6 +16,7 @@ SMALL = ("policy=none", "workload.n_requests=5", "pictures=false")
 NAMES = ["a=b", "a,b", "a(b", "a[b", "a{b", "it's", "a#b", "aüb", 'a"b', "a\\b", "ends\\", "two words", "a:b", "~a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_with_any_sign_is_that_path(command: CommandLine, tmp_path: Path, name: str) -> None:
     said = command(*write_study(tmp_path), f"hydra.run.dir={tmp_path}/{name}")
@@ -25,6 +26,7 @@ def test_a_path_with_any_sign_is_that_path(command: CommandLine, tmp_path: Path,
     assert f"exits.source={f'{tmp_path}/{name}'!r}" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "part"),
     [
@@ -74,6 +76,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -111,6 +114,7 @@ def test_a_file_of_settings_that_is_no_text_is_named(command: CommandLine, tmp_p
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--hydra-help",), ("--cfg", "job"), ("--info",), ("--help",), ("--version",)])
 def test_a_reader_who_leaves_is_no_error(repository: Path, flags: tuple[str, ...]) -> None:
     read, write = os.pipe()
@@ -133,6 +137,7 @@ class Number(Nothing):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Nothing", "Number"])
 def test_a_policy_that_answers_with_something_else(command, tmp_path, monkeypatch, name) -> None:
     monkeypatch.syspath_prepend(tmp_path)
@@ -143,6 +148,7 @@ def test_a_policy_that_answers_with_something_else(command, tmp_path, monkeypatc
     assert "Traceback" not in said.err
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_have_folders_of_their_own(command: CommandLine, tmp_path: Path) -> None:
     words = [*SMALL, "hydra.run.dir=outputs/${name}/${now:%Y-%m-%d_%H-%M-%S-%f}"]
     assert words[-1].split("=", 1)[1] in (Path(__file__).parents[1] / "conf" / "config.yaml").read_text()
@@ -150,6 +156,7 @@ def test_two_runs_at_once_have_folders_of_their_own(command: CommandLine, tmp_pa
     assert len(folders) == 3
 
 
+@pytest.mark.slow
 def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
     mix = "workload.mix.tasks={gsm8k: 0.25, sharegpt: 0.75}"
     said = command(mix, "workload.n_requests=20", "pictures=false")
@@ -166,6 +173,7 @@ def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
 DOTTED = ("workload.n_requests=5", "pictures=false", "profile_band=none")
 
 
+@pytest.mark.slow
 def test_arms_with_a_dot_in_their_name_are_set_and_left_out(command: CommandLine) -> None:
     words = (
         "arms.full_depth_opt-1.3b.model=opt-6.7b", "~arms.early_exit_opt-1.3b", "~arms.full_depth_opt-6.7b",
@@ -253,6 +261,7 @@ def test_calibrations_run_nothing_either(tmp_path: Path, capsys, monkeypatch, wo
     assert part in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_calibration_is_written_where_it_is_told_to(tmp_path: Path, capsys, monkeypatch) -> None:
     from calibrate.__main__ import main
 

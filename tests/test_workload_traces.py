@@ -208,6 +208,7 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, text: str, unit: str
         read_trace(written(tmp_path, "t.csv", text), time_unit=unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -93,6 +93,7 @@ def test_the_other_cases_of_serving(first: int, way: str) -> None:
     check_cases(first, way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed",
     [
@@ -107,6 +108,7 @@ def test_all_ways_to_run_agree(seed: int) -> None:
     assert found["compiled"] == found["step_by_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", profile_names())
 def test_some_prices(name: str) -> None:
     check_prices(name, 0)
