@@ -142,10 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if "--version" in command:
-            print(f"calibrate {helios_sim.__version__}")
+            print(f"calibrate {helios_sim.__version__}", flush=True)
             return 0
         if is_asked(command):
-            print(help_text("calibrate", command))
+            print(help_text("calibrate", command), flush=True)
             return 0
         command = readable(in_full(without_json(command)), known_settings(schema))
         check_flags(command, "calibrate")

@@ -335,11 +335,11 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
     """What is wrong in a user's file of this name below --config-dir; None where that cannot be told from the file."""
     paths = [Path(place) / f"{name}.yaml" for place in config_dirs(arguments)]
     path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
     if name != "config" and (found := re.search(r"Could not find '[^']*?(\w+)/([\w.-]+)'", text)):
         fix = f"write override /{found[1]}: {found[2]}, for a group of this program"
         return UserError(f"{name}: defaults", f"{found[1]}: {found[2]}", "no such file beside it", fix)
-    if path is None:
-        return None
     content = path.read_text(encoding="utf-8", errors="replace")
     if name.startswith("experiment/") and not re.match(r"(\s*#.*\n)*\s*#\s*@package _global_", content):
         told = shortened(content.partition("\n")[0])

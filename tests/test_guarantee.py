@@ -164,6 +164,12 @@ def test_mistakes(command: CommandLine, words: tuple[str, ...], named: str) -> N
     assert named in said.err
 
 
+def test_a_task_that_was_not_recorded_is_named(command: CommandLine) -> None:
+    said = command("+experiment=guarantee", "+workload.mix.tasks.poetry=1")
+    assert said.status == 1
+    assert "workload.mix.tasks='poetry'" in said.err
+
+
 def test_published_exits_have_one_threshold(command: CommandLine) -> None:
     said = command("+experiment=quickstart", "exits.guarantee.max_disagreement=0.001")
     assert said.status == 1

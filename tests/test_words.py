@@ -31,7 +31,7 @@ def test_a_path_with_any_sign_is_that_path(command: CommandLine, tmp_path: Path,
     ("word", "part"),
     [
         ("+server.tensor_parallel=4", "Fix: write server.tensor_parallel=4"),
-        ("+server.pipeline_parallel=4", "server.pipeline_parallel=4: no such setting"),
+        ("+server.pipeline_parallel=4", "server.pipeline_parallel=4: left out: pipeline parallelism is not modelled"),
         ("+foo=1", "foo=1: no such setting"),
         ("+workload.foo.bar=1", "workload.foo="),
         ("+hydra.foo=1", "hydra.foo='1': no such setting of Hydra"),

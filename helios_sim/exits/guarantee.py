@@ -75,7 +75,8 @@ def certify(
     """What keeps the promise for each of the mixes of tasks, by the prompts of this trace.
 
     Thresholds and caps are two families that are each tested in a fixed order, so that each may fail with half of the
-    probability. A trace with one published threshold can be asked about that one alone.
+    probability. A trace with one published threshold can be asked about that one alone. UserError for a task of a mix
+    that the trace does not have.
     """
     prompts, starts, tokens = _prompts(trace)
     weights = [_weights(trace, mix, starts) for mix in mixes]
@@ -105,8 +106,12 @@ def _prompts(trace: ExitTrace) -> tuple[NDArray[np.intp], NDArray[np.intp], NDAr
 
 
 def _weights(trace: ExitTrace, mix: Mapping[str, float], starts: NDArray[np.intp]) -> NDArray[np.float64]:
-    """(P,) a task's share in the mix over its share of the mix's prompts, so that their mean is the mix's."""
-    if trace.tasks == (ANY_TASK,):
+    """(P,) a task's share in the mix over its share of the mix's prompts, so that their mean is the mix's.
+
+    UserError for a task that the trace does not have.
+    """
+    trace.bind(tuple(mix))
+    if trace.tasks == (ANY_TASK,) or not mix:
         return np.ones(len(starts))
     task = trace.task[starts]
     wanted = np.array([mix.get(name, 0.0) for name in trace.tasks], np.float64)
