@@ -96,6 +96,8 @@ def test_the_page_shows_depths_and_decisions_as_they_fall(served: Served, tmp_pa
             if page.ask("document.querySelectorAll('#decisions tr').length") > before:
                 break
         assert page.ask("document.querySelectorAll('#decisions tr').length") > before
+        rows = "[...document.querySelectorAll('#decisions tr')].map((row) => row.textContent)"
+        assert page.ask(f"new Set({rows}).size === {rows}.length")
         page.ask("document.getElementById('tokens').value = 12; document.getElementById('send').click()")
         assert "layers a token" in page.wait("document.getElementById('told').textContent")
         spans = "[...document.querySelectorAll('#answer span')]"
