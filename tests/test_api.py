@@ -25,6 +25,7 @@ def test_a_study_by_name_gives_what_the_command_line_gives(command: CommandLine)
     assert found == told
 
 
+@pytest.mark.slow
 def test_settings_are_set_on_top_by_path() -> None:
     config = study_config("own", *SMALL)
     arms = {"one": {"policy": "full_depth", "model": "opt-1.3b"}}
@@ -55,6 +56,7 @@ def test_words_of_the_command_line_are_taken_among_settings(settings: dict, word
     assert config == study_config("own")
 
 
+@pytest.mark.slow
 def test_every_key_of_the_command_line_is_taken_or_refused_by_name() -> None:
     """Each setting as it is changes nothing; what is no setting is named, with the fix."""
     config = study_config("own")
@@ -79,6 +81,7 @@ def test_a_folder_of_own_experiments_is_found(tmp_path: Path) -> None:
     assert (config.name, config.hardware) == ("mine", "h100-80gb")
 
 
+@pytest.mark.slow
 def test_designs_are_run_by_a_call_of_their_own() -> None:
     settings = {
         "sweep.parameters": {"limit": AxisConfig(settings=["arms.helios.limit"], values=[40, 80])},

@@ -162,6 +162,7 @@ def test_a_replica_that_went_off_has_forgotten_its_prefixes_in_every_way_to_run(
     assert all(record.cached_tokens == 0 for record in first.values())
 
 
+@pytest.mark.slow
 def test_where_the_least_is_all_nothing_changes() -> None:
     words = ("server.replicas=3", "autoscale.requests_per_replica=1", "autoscale.start_s=1")
     records, run = ran(*words, "autoscale.least=3")
@@ -188,6 +189,7 @@ def test_cards_are_paid_for_while_they_are_on() -> None:
     assert low["auto"] < low["fixed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "part"),
     [

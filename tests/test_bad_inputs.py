@@ -263,6 +263,7 @@ def test_a_wrong_experiment(helios, tmp_path, text, parts):
     refused(helios(*write_study(tmp_path, text)), tmp_path, parts, kept={"conf"})
 
 
+@pytest.mark.slow
 def test_a_damaged_trace_of_requests(helios, tmp_path):
     (tmp_path / "requests.csv").write_text("arrived,prompt\n1,two\n")
     said = helios("workload.arrivals.kind=trace", "workload.arrivals.trace=requests.csv")

@@ -28,6 +28,7 @@ def test_importing_the_package_loads_nothing_heavy(repository: Path) -> None:
     assert loaded_by("import helios_sim", repository) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["policy.telemetry", "serving.stats", "report.result", "report.metrics"])
 def test_importing_the_core_loads_neither_torch_nor_plotting_nor_tables(package: str, repository: Path) -> None:
     if not (repository / "helios_sim" / f"{package.replace('.', '/')}.py").exists():
@@ -46,6 +47,7 @@ def test_no_module_of_the_simulator_loads_torch(repository: Path) -> None:
     assert loaded_by(statement, repository).isdisjoint({"torch", "transformers"})
 
 
+@pytest.mark.slow
 def test_every_module_says_what_it_knows(repository: Path) -> None:
     silent = [str(path) for path in modules(repository) if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []

@@ -26,6 +26,7 @@ MS = 1_000_000
 # --- the waiting line
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(st.one_of(st.tuples(st.integers(-3, 3), st.booleans()), st.none()), max_size=80))
 def test_the_waiting_line_is_a_sorted_list(moves: list[tuple[int, bool] | None]) -> None:

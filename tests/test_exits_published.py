@@ -147,6 +147,7 @@ def test_task_spread_moves_tasks_and_keeps_the_shares() -> None:
         assert np.all(np.diff(by_task) < -0.03)
 
 
+@pytest.mark.slow
 def test_the_same_parameters_give_the_same_bits() -> None:
     parameters = PublishedParameters(prompts_per_task=3, seed=4)
     pair = published_pair(parameters)

@@ -55,6 +55,7 @@ def one_token(trace: ExitTrace, t: int, rule: ExitRule, layers: int) -> tuple[in
     return layers, layers < trace.n_layers
 
 
+@pytest.mark.slow
 @given(any_trace(), st.sampled_from(RULES), st.sampled_from(EXITS))
 def test_replay_equals_the_rules_one_token_at_a_time(trace: ExitTrace, rule: ExitRule, layers: int) -> None:
     result = replay(trace, rule, layers)

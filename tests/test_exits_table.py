@@ -208,6 +208,7 @@ def test_rows_of_two_models_are_no_trace(tmp_path: Path) -> None:
         read_table(tmp_path / "two.parquet", "m", Told(human_text=True))
 
 
+@pytest.mark.slow
 def test_a_study_says_which_columns_are_not_read(tmp_path: Path) -> None:
     found = columns() | {"surprise": [1.0] * 60, "agree_06": [True] * 60}
     found = {name: values for name, values in found.items() if not name.startswith("log_prob")}

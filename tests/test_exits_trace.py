@@ -45,6 +45,7 @@ def test_locate_finds_the_tokens_that_begin_in_the_answer(chars: list[int], text
     assert 0 <= span.start < span.length
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.integers(20, 3_000), st.integers(0, 1), st.integers(0, 50))
 def test_models_with_other_tokenizers_read_the_same_text(start: int, chars: int, task: int, seed: int) -> None:
     spans = []

@@ -185,6 +185,7 @@ def test_the_command_predicts_rows_of_a_file(command: CommandLine, tmp_path: Pat
     assert (tmp_path / "again" / "figures" / "silicon.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["server.max_batch_tokens=64", "hardware=h100", "fidelity.kv_blocks=9", "runtime=eager", "policy=helios"]
 )
@@ -195,6 +196,7 @@ def test_what_does_nothing_is_refused(command: CommandLine, word: str) -> None:
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_rows_belong_to_their_experiment(command: CommandLine) -> None:
     said = command("fidelity.rows=rows.csv")
     assert said.status == 1

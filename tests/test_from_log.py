@@ -110,6 +110,7 @@ def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tm
     assert log.is_file()
 
 
+@pytest.mark.slow
 def test_a_table_without_times_is_asked_and_not_compared(command: CommandLine, tmp_path: Path) -> None:
     rows = "".join(f"2023-11-16 18:15:{20 + i // 4:02d}.{i % 4}800000,{100 + i},{20 + i}\n" for i in range(40))
     (tmp_path / "azure.csv").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
@@ -215,6 +216,7 @@ def test_mistakes_are_named_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_too_few_to_fit_are_replayed_alone(command: CommandLine, tmp_path: Path) -> None:
     write(tmp_path / "log.jsonl", requests(9), model="facebook/opt-1.3b")
     said = command(*SMALL, "log=log.jsonl", "hardware=a100-40gb")

@@ -233,6 +233,7 @@ def test_scrapes_in_one_file_with_times(tmp_path: Path) -> None:
     assert abs(log.prompt_tokens.sum() - 1200) <= 2
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.integers(0, 60)), min_size=1, max_size=8),
     st.floats(0, 1), st.integers(1, 500), st.integers(0, 9),

@@ -165,6 +165,7 @@ def test_failures_that_differ_in_numbers_alone_are_counted_together() -> None:
     assert Observed(3, lines).failures() == {"HTTP 400: knows the token ids 0 to 99, and not 100": 2}
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_kept_when_it_is_stopped(observe: Observer) -> None:
     def stop() -> None:
         """Once some have ended, however slow this machine is."""
@@ -199,6 +200,7 @@ def test_answers_that_end_before_they_should_are_counted(observe: Observer) -> N
     assert "4 answers are shorter than was asked: the load was lighter than the workload says" in said.out
 
 
+@pytest.mark.slow
 def test_a_log_is_driven_again(observe: Observer, tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,20,3\n0.05,30,4\n0.1,10,2\n")
     told = ("kind=trace", "trace=trace.csv")

@@ -92,6 +92,7 @@ def test_a_check_without_the_head_gives_no_token(check_s: float | None, confiden
     assert early.run.end_ns == prompts_ns + decoded * token_ns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standby", ["none", "caps"])
 @pytest.mark.parametrize("arrivals", [ClosedLoop(1), AllAtOnce(), Poisson(30.0)])
 def test_helios_without_choices_is_full_depth(standby, arrivals) -> None:

@@ -145,6 +145,7 @@ right = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(right)
 def test_whatever_the_server_can_carry_out_passes(deployment: Deployment) -> None:

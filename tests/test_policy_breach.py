@@ -111,6 +111,7 @@ def test_a_lower_cap_keeps_what_is_cached() -> None:
     assert transition(CHUNKED, now, Placement("small", 2), FOUND).lost_s == 0.0
 
 
+@pytest.mark.slow
 @given(running=st.integers(0, 8), layers=st.sampled_from([2, 4, 8]), model=st.sampled_from(["small", "large"]))
 def test_a_transition_never_loses_less_than_nothing(running: int, layers: int, model: str) -> None:
     if (model, layers) in (("small", 8), ("large", 4)):

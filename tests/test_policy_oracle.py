@@ -68,6 +68,7 @@ def outcomes(table: TokenTimes, request: int) -> list[tuple[float, int, int]]:
     ]
 
 
+@pytest.mark.slow
 @given(models=tables(), epsilon=st.sampled_from(EPSILONS))
 def test_no_policy_within_the_floor_is_faster(models, epsilon) -> None:
     plan = plan_of(("a", "b"), models, (0, 1, 2), epsilon)
@@ -87,6 +88,7 @@ def test_the_budget_is_overspent_by_less_than_one_request(models, epsilon) -> No
     assert plan.slack.sum() < max(int(t.tokens.max()) for t in models)
 
 
+@pytest.mark.slow
 @given(models=tables(), epsilon=st.sampled_from(EPSILONS))
 def test_the_plan_says_what_it_counts(models, epsilon) -> None:
     ids = (7, 3, 5)
@@ -126,6 +128,7 @@ def test_a_model_whose_context_is_too_short_is_passed_over() -> None:
     assert plan_of(("a", "b"), [quick, slow], (0,), 0.0).model(0) == "b"
 
 
+@pytest.mark.slow
 @given(
     times=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=8, max_size=8),
     bits=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=8),

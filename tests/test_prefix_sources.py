@@ -111,6 +111,7 @@ def run(**settings):
     return simulate("own", "policy=full_depth", settings={**OWN, **settings})
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_found_and_nothing_where_it_is_off() -> None:
     shared = {"workload.system_prompts": {"gsm8k": 200}}
     on, off = (run(**{"server.enable_prefix_caching": on, **shared}).arms["full_depth"].metrics for on in (True, False))
@@ -131,6 +132,7 @@ def test_sessions_hit_and_a_workload_without_common_beginnings_is_noted() -> Non
     assert any("no two prompts begin alike" in warning for warning in alone.warnings)
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_message() -> None:
     with pytest.raises(UserError, match="tasks of the mix"):
         run(**{"workload.system_prompts": {"nothing": 5}})

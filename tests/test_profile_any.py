@@ -217,6 +217,7 @@ def test_the_context_is_that_of_the_scaled_rope(rope: object, kind: str, context
         assert found.model.max_context_tokens == context
 
 
+@pytest.mark.slow
 def test_keys_that_nothing_is_made_of_are_said(tmp_path: Path) -> None:
     plain = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "bos_token_id": 1, "rope_theta": 1e4,
              "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False}  # fmt: skip
@@ -261,6 +262,7 @@ def test_a_file_beside_the_config_may_say_how_weights_are_kept(name: str, tmp_pa
         shape_of(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "hardware"),
     [

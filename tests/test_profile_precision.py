@@ -447,6 +447,7 @@ def test_a_folder_of_profiles_has_the_precision_that_it_has(tmp_path: Path) -> N
         build_profile(study_config(*words, "server.kv_cache_dtype=bfloat16"), profile.model.name)
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_checks_precisions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "qwen2.5-7b", "l40s", "quantization=int4"]) == 0
     assert "weights in int4, K and V in bf16" in capsys.readouterr().out
@@ -458,6 +459,7 @@ def test_the_command_shows_and_checks_precisions(capsys: pytest.CaptureFixture[s
         assert main(["show", "qwen2.5-7b", "l40s", *words]) == 1
 
 
+@pytest.mark.slow
 def test_nvfp4_is_multiplied_on_blackwell_and_made_bf16_elsewhere() -> None:
     names = ("b200", "rtxpro6000", "4xb200")
     for hardware in names:

@@ -130,6 +130,7 @@ def test_the_recorded_command_rebuilds_the_shipped_files(name: str, tmp_path: Pa
         assert (tmp_path / name / file).read_bytes() == (PROFILES_FOLDER / name / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 def test_every_known_shape_can_be_built(tmp_path: Path) -> None:
     assert build(["model=all", "hardware=h100-80gb", f"folder={tmp_path}"]) == 0

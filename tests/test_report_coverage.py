@@ -45,6 +45,7 @@ def covered(low: FloatArray, high: FloatArray, truth: float | FloatArray) -> flo
     return float(np.mean((low <= truth) & (truth <= high)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 8, 16])
 @pytest.mark.parametrize("seed_sd", [0.0, 0.05, 0.15, 0.3])
 def test_intervals_over_seeds_hold_the_effect_over_all_seeds(seeds: int, seed_sd: float) -> None:

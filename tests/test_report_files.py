@@ -195,6 +195,7 @@ def test_table_fits_120_columns_off_a_terminal(result: ExperimentResult, ratios:
     assert re.search(r"helios +\S+ +1\.4\d× \[", text)
 
 
+@pytest.mark.slow
 def test_one_arm_and_nothing_else_is_enough(tmp_path: Path) -> None:
     full = example_result((1,), points=False)
     arm = replace(full.arms["helios"], timeline=None, decisions=(), exit_depths=())

@@ -17,6 +17,7 @@ def filled(gaps: list[int]) -> GapHistogram:
     return histogram
 
 
+@pytest.mark.slow
 @given(GAPS, st.sampled_from([0, 1, 50, 90, 95, 99, 100]))
 def test_percentile_is_the_nearest_rank_to_a_thousandth(gaps: list[int], q: float) -> None:
     exact = sorted(gaps)[max(1, int(np.ceil(q / 100 * len(gaps)))) - 1]

@@ -212,6 +212,7 @@ def test_mean_over_seeds_is_undefined_where_one_seed_is() -> None:
     assert mean_metrics(runs) == {"a": 2.0, "b": None, "c": Band(2, 3)}
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 5), st.floats(0, 50), st.integers(1, 500)), min_size=1))
 def test_percentiles_are_ordered_and_within_range(rows: list[tuple[float, float, float, int]]) -> None:
     records = Records.of([record(i, a, a + f, a + f + d, n) for i, (a, f, d, n) in enumerate(rows)])

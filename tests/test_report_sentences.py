@@ -183,6 +183,7 @@ def test_a_run_that_serves_less_than_comes_is_saturated_where_it_slows_down(slow
     assert slows_down(records) is (slower > 1.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["workload.arrivals.kind=poisson", "workload.arrivals.kind=constant"])
 def test_a_lightly_loaded_server_is_neither_saturated_nor_near_it(word: str) -> None:
     light = simulate(

@@ -42,6 +42,7 @@ def test_every_request_is_in_one_group(records: Records) -> None:
     assert waits([records], [("none", [np.zeros(len(records), np.bool_)])]) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "put_off"), [("priority", "priority 2"), ("shortest_prompt", "prompts of ")]
 )
@@ -61,6 +62,7 @@ def test_who_is_put_off_waits_longest_and_the_report_says_so(order: str, put_off
     assert [it["group"] for it in entry] == [it.group for it in groups]
 
 
+@pytest.mark.slow
 def test_in_order_of_arrival_there_is_no_such_section() -> None:
     result = simulate("own", *BUSY)
     assert result.arms["full_depth"].waits == ()

@@ -63,6 +63,7 @@ def outcome(served: Served) -> list[object]:
 ARRIVALS = [Poisson(60.0), Constant(1000.0), AllAtOnce(), ClosedLoop(7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 @pytest.mark.parametrize("router", [Router.POWER_OF_TWO, Router.LEAST_LOADED, Router.BY_TASK])
 def test_with_one_replica_every_router_is_round_robin(arrivals, router: Router) -> None:

@@ -262,6 +262,7 @@ def test_limits_say_when_to_come_again(served: Served) -> None:
     assert int(many.headers["retry-after"]) >= 1
 
 
+@pytest.mark.slow
 def test_other_pages_and_other_hosts_are_not_answered(served: Served) -> None:
     for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
         assert served.get("/helios/state", headers=headers).status_code == 403

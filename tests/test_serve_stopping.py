@@ -95,6 +95,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "named"), MISTAKES, ids=lambda value: value if isinstance(value, str) else None)
 def test_a_mistake_is_one_message(words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve.port=0", *OWN, *words]) == 1

@@ -54,6 +54,7 @@ def test_each_simulated_token_is_some_text() -> None:
     assert "".join(texts)[:60] in PASSAGE * 2
 
 
+@pytest.mark.slow
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_a_stop_is_found_wherever_tokens_cut_it(text: str, stops: Sequence[str]) -> None:

@@ -225,6 +225,7 @@ def test_a_transfer_that_stalls_takes_so_much_longer() -> None:
     assert 49 * MS <= ends[1] - ends[0] <= 60 * MS  # it comes into force when an iteration ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "others"), [
     ("helios", {}), ("helios", {"on_breach": "switch_only"}), ("helios", {"on_breach": "load_only"}),
     ("helios", {"evaluation": "off", "standby": "whole"}), ("helios_probe", {}),
@@ -287,6 +288,7 @@ def test_the_mean_gap_is_that_of_the_rate() -> None:
     assert found[-1].time_ns / 2000 / 1e9 == pytest.approx(1.0, rel=0.06)  # of two replicas
 
 
+@pytest.mark.slow
 def test_every_policy_meets_the_same_faults() -> None:
     faults = FaultPlan((FaultSpec(FaultKind.SLOW_CARD, (30 * MS,), 36_000.0, lasts_ns=MS, factor=2.0),), 3, 9)
     met = []

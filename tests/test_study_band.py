@@ -121,12 +121,14 @@ def test_many_requests_are_run_again_when_asked(monkeypatch: pytest.MonkeyPatch)
     assert MOST_REQUESTS > 79
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["[0.9]", "[1.1,1.2]", "[0.9,0.95]", "always", "[a,b]", "0.9", "[0.001,1]"])
 def test_bands_that_are_none_are_refused(value: str) -> None:
     with pytest.raises(UserError, match="two factors around 1"):
         simulate("quickstart", *SMALL, f"profile_band={value}")
 
 
+@pytest.mark.slow
 def test_it_is_refused_where_nothing_is_run_again(command: CommandLine) -> None:
     done = command("+experiment=sweep_helios", "profile_band=none")
     assert done.status == 1

@@ -134,6 +134,7 @@ def test_floors_in_bits_need_traces_that_have_them(tmp_path: Path) -> None:
             build(replace(blind, objective=ObjectiveConfig(**changed)), 0)
 
 
+@pytest.mark.slow
 def test_every_arm_says_what_the_text_cost_it_in_all_and_by_task(tmp_path: Path) -> None:
     arms = {name: {"policy": "full_depth", "model": name} for name in EXITS}
     result = run(replace(measured(tmp_path), arms=arms))

@@ -18,6 +18,7 @@ from helios_sim.study.fleet import build_fleet
 OWN = ["own", "models=[opt-1.3b]", "exits.source=none", "policy=full_depth", "workload.n_requests=40"]
 
 
+@pytest.mark.slow
 def test_dollars_and_grams_by_hand() -> None:
     """Two replicas of two cards: 4 x 2.5 USD an hour over the span, and the band of energy times 380 g a kWh."""
     cards = ["hardware=2xa100-40gb", "server.replicas=2"]
@@ -34,6 +35,7 @@ def test_dollars_and_grams_by_hand() -> None:
     assert headline_metrics(result)[-3:] == OF_COST
 
 
+@pytest.mark.slow
 def test_without_a_price_nothing_is_counted() -> None:
     result = run(study_config(*OWN, "hardware=l40s"))
     assert not any(result.arms["full_depth"].metrics[name] for name in OF_COST)
@@ -55,6 +57,7 @@ def test_kinds_have_their_own_prices_and_the_summary_has_them(tmp_path: Path) ->
         costs_of(fewer, build_fleet(fewer, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -266,6 +266,7 @@ def result() -> JobResult:
     return run_job(plan_study(config).jobs[-1])
 
 
+@pytest.mark.slow
 def test_a_result_reads_back_as_it_was(result: JobResult) -> None:
     content = to_bytes(result)
     again = from_bytes(JobResult, content)

@@ -85,6 +85,7 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "provenance"}
 
 
+@pytest.mark.slow
 def test_it_is_for_studies_of_arms() -> None:
     with pytest.raises(UserError, match="auto is for studies of arms"):
         study_config("sweep_helios", "seeds=auto")

@@ -45,6 +45,7 @@ def from_nothing(job: Job) -> dict:
     return measure(job, fleet, log.records(), run)
 
 
+@pytest.mark.slow
 def test_what_designs_share_changes_no_bit() -> None:
     """A design's metrics are those of the same job run from nothing, in whatever order designs come."""
     plan = plan_sweep(replace(example(), seeds=[0, 1]))
@@ -54,6 +55,7 @@ def test_what_designs_share_changes_no_bit() -> None:
             assert evaluate([job]).metrics == from_nothing(job)
 
 
+@pytest.mark.slow
 def test_a_threshold_reaches_what_is_known_of_exits_too(tmp_path) -> None:
     from helios_sim.exits.artificial import synthetic_trace
     from helios_sim.exits.store import write_trace

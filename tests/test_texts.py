@@ -35,6 +35,7 @@ def test_tagged_words_become_text_as_printed() -> None:
     assert detokenised(tagged) == '"You own this (old) place"? She said, no;\nand/or left.\n'
 
 
+@pytest.mark.slow
 def test_passages_of_code_come_whole_from_held_out_files() -> None:
     held = documents("code", Split.HELDOUT)
     assert not {d.name for d in held} & {d.name for d in documents("code", Split.TRAIN)}

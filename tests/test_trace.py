@@ -131,6 +131,7 @@ def test_the_command_writes_it_beside_the_rest(command: CommandLine) -> None:
     assert plain.summary["arms"] == traced.summary["arms"]
 
 
+@pytest.mark.slow
 def test_names_cannot_break_out(tmp_path: Path) -> None:
     config = study_config("quickstart", "workload.n_requests=5")
     config.arms = {"a\x1b[31m": {"policy": "full_depth", "model": "opt-1.3b"}}
@@ -140,6 +141,7 @@ def test_names_cannot_break_out(tmp_path: Path) -> None:
     assert not any("\x1b" in part for track in Read(path).slices for part in track)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -154,6 +156,7 @@ def test_what_cannot_be_traced_is_refused(command: CommandLine, words: tuple[str
     assert MOST_REQUESTS == 20_000
 
 
+@pytest.mark.slow
 def test_arms_of_a_device_are_not_traced() -> None:
     config = study_config("quickstart", "workload.n_requests=5")
     config.arms["helios"] = {"policy": "helios", "overrides": {"mode": "live"}}

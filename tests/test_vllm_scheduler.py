@@ -172,6 +172,7 @@ def test_a_pool_that_does_not_remember_keeps_nothing() -> None:
     assert give_blocks(state, rules, freed, 2, 1) == NEVER
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(["take", "give", "back"]), st.integers(1, 5)), max_size=60))
 def test_freed_blocks_are_those_of_a_plain_list(moves: list[tuple[str, int]]) -> None:

@@ -65,6 +65,7 @@ def test_what_cannot_be_is_one_message(command: CommandLine, word: str, part: st
     assert "Traceback" not in said.err
 
 
+@pytest.mark.slow
 def test_times_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="all requests might take"):
         simulate("quickstart", "policy=none", "workload.n_requests=1000000", "runtime.sync_s=3600")
@@ -188,6 +189,7 @@ def test_arms_with_a_dot_in_their_name_are_set_and_left_out(command: CommandLine
     assert same.arms["early_exit_opt-1.3b"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["arms.full_depth_opt-1.2b.model=opt-6.7b", "~arms.nothing-1.3b", "+arms.a-1.3b.policy=helios"]
 )
@@ -198,6 +200,7 @@ def test_an_arm_that_is_none_is_named_with_those_that_are(command: CommandLine, 
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_the_baseline_cannot_be_left_out_without_another(command: CommandLine) -> None:
     done = command(*DOTTED, "~arms.full_depth_opt-1.3b")
     assert done.status == 1
@@ -213,6 +216,7 @@ def settings_of_others(folder: Path, text: str) -> Path:
     return folder / "conf"
 
 
+@pytest.mark.slow
 def test_only_files_that_are_loaded_are_looked_at(command: CommandLine, tmp_path: Path) -> None:
     folder = settings_of_others(tmp_path, "defaults: [own]\nname: mine\n")
     said = command(*SMALL, "+arms.a.policy=full_depth", "models=[opt-1.3b]", "exits.source=none", "--config-dir",
@@ -226,6 +230,7 @@ def test_several_studies_that_are_none_are_a_mistake(command: CommandLine) -> No
     assert "server.replicas=glob(*)': no value that is there" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["", "defaults: [other]\n"])
 def test_what_is_loaded_runs_nothing(command: CommandLine, tmp_path: Path, inner: str) -> None:
     evil = "hydra:\n  callbacks:\n    x:\n      _target_: pathlib.Path.touch\n      self: touched\n"

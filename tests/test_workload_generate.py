@@ -98,6 +98,7 @@ def same(a: RequestBlock, b: RequestBlock, names: list[str] = COLUMNS) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     arrivals=any_arrivals,
@@ -164,6 +165,7 @@ def test_more_requests_begin_with_the_same_requests() -> None:
     assert all(np.array_equal(getattr(few, name), getattr(many, name)[:100]) for name in COLUMNS)
 
 
+@pytest.mark.slow
 @given(slow=rates, factor=st.floats(0.01, 100.0), cv=st.floats(0.2, 5.0))
 def test_a_rate_scales_the_same_gaps(slow: float, factor: float, cv: float) -> None:
     at_rate = joined(Workload(Gamma(slow, cv), LENGTHS, ONE_TASK, 200), 9).arrival_ns
