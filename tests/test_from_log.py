@@ -12,12 +12,12 @@ import pytest
 import log_samples as samples
 from command_line import CommandLine
 from helios_sim.config import compose_config
-from helios_sim.logs import own
+from helios_sim.logs import own, read_folder
 from helios_sim.study.build import build_profile
 from helios_sim.study.inputs import inputs_of
 from helios_sim.study.schema import Config
-from helios_sim.validate.fit import Quantities, estimate, replayed
-from helios_sim.validate.from_log import AS_LOGGED
+from helios_sim.validate.fit import Quantities, Replayed, estimate, replayed
+from helios_sim.validate.from_log import AS_LOGGED, _of_percentiles
 from helios_sim.validate.opened import answered, open_log, prepared
 from helios_sim.vary.settings import with_settings
 from vllm_log import change_meta, write_log
@@ -189,6 +189,16 @@ def test_scrapes_of_metrics_are_replayed_and_their_buckets_compared(command: Com
 
 
 @pytest.mark.slow
+def test_a_percentile_lies_in_its_bucket_or_outside(tmp_path: Path) -> None:
+    log = read_folder(samples.write_scrapes(tmp_path / "pages"))  # p50 up to 50 ms, p90 and p99 from 50 to 100 ms
+    n = len(log)
+    for ttft_s, inside in ((0.03, 1), (0.07, 2), (0.2, 0)):
+        run = Replayed(np.full(n, ttft_s), np.full(n, ttft_s + 1), np.full(n, ttft_s), 0)
+        (said,) = _of_percentiles(log, run)
+        assert f"{inside} of 3 simulated percentiles lie in the buckets of pages" in said
+    assert _of_percentiles(replace(log, percentiles={}), run) == []
+
+
 @pytest.mark.parametrize(
     ("prepare", "words", "named"),
     [

@@ -13,7 +13,9 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.assess import Assessor
 from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.report.result import KeptPromise
 from helios_sim.study.build import build
+from helios_sim.study.promise import told
 
 HEAD = Confidence.MAX_PROBABILITY
 MADE = Provenance(ProvenanceClass.DERIVED, "drawn for a test", "test")
@@ -132,6 +134,33 @@ def test_policies_know_the_prompts_apart_and_requests_are_the_others() -> None:
     assert candidate.offline.prompt_tokens.sum() == recorded.n_tokens
     assert candidate.offline.certified_caps == (False, False, False, True)
     assert Assessor(parts.situation, half_life_requests=1.0).cap("smollm2-135m").layers == 30
+
+
+def test_the_cap_rule_cuts_nowhere_but_where_the_promise_is_kept() -> None:
+    """The objective would allow any cut."""
+    situation = build(study_config("guarantee", *WORDS, "objective.max_disagreement=1"), 0).situation
+    assert Assessor(situation, half_life_requests=1.0).cap("smollm2-135m").layers == 30
+    bold = build(study_config("guarantee", *WORDS, "objective.max_disagreement=1",
+                              "exits.guarantee.max_disagreement=0.6"), 0).situation  # fmt: skip
+    certified = bold.candidates["smollm2-135m"].offline.certified_caps
+    assert certified == (False, False, True, True)
+    assert Assessor(bold, half_life_requests=1.0).cap("smollm2-135m").layers == 24
+
+
+def promise(held: float | None, bounds: tuple[float, float] | None) -> KeptPromise:
+    return KeptPromise("cap", 0.2, 0.95, 50, 0.9, held, bounds)
+
+
+def test_a_promise_is_broken_only_where_the_noise_does_not_explain_it() -> None:
+    assert promise(0.1, (0.05, 0.3)).kept is True
+    assert promise(0.3, (0.25, 0.35)).kept is False
+    assert promise(0.3, (0.15, 0.45)).kept is None
+    assert promise(0.3, None).kept is None
+    assert promise(None, None).kept is None
+    (said,) = told([promise(0.3, (0.25, 0.35))])
+    assert said.endswith("On the others cap 30 % [25.0, 35.0]: broken by cap.")
+    (said,) = told([promise(0.3, (0.15, 0.45))])
+    assert said.endswith("open for cap.")
 
 
 @pytest.mark.slow
