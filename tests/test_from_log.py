@@ -184,6 +184,7 @@ def test_scrapes_of_metrics_are_replayed_and_their_buckets_compared(command: Com
     (compared,) = (line for line in said.summary["verdict"] if "simulated percentiles lie in the buckets" in line)
     assert "TTFT p50 0.0" in compared
     assert "(0 to 0.05)" in compared
+    assert "pages does not say what its engine's limits were: server.max_batch_tokens=8192" in said.out
     assert "102 requests are drawn with seed 0" in " ".join(said.summary["provenance"]["log"]["notices"])
     assert len((tmp_path / "out" / "replayed.jsonl").read_text().splitlines()) == 1 + 102
 

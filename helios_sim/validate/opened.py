@@ -36,6 +36,7 @@ from helios_sim.workload.traces import locate
 
 OF_THE_LOG = "of_the_log"  # as model or hardware: the one that the log states
 TRACE, PROFILES = "replayed.jsonl", "profiles"  # in the output folder
+LIMITS = ("server.max_batch_tokens", "server.max_running_requests")  # which times hang on
 _HALF_A_BLOCK = 0.5
 
 
@@ -174,6 +175,10 @@ def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tupl
             if now != value and (path != "runtime.preset" or value == "eager"):
                 notices.append(f"{path} is {value}, as the log states; the settings have {now}.")
         changes |= settings
+    unknown = [path for path in LIMITS if path not in changes]
+    if unknown:
+        counted = " and ".join(f"{path}={_at(config, path)}" for path in unknown)
+        notices.append(f"{log.source} does not say what its engine's limits were: {counted}, as the settings say.")
     if opened.profile is not None:
         write_profile(opened.profile, folder / PROFILES / opened.profile.name)
         changes |= {"profile_folder": str(folder / PROFILES), "runtime.preset": "profile"}
