@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +17,9 @@ from helios_sim.report.perfetto import Served, in_lanes
 from helios_sim.study.jobs import run_job
 from helios_sim.study.plan import StudyPlan, plan_study
 from helios_sim.study.traced import FILE, MOST_REQUESTS, check_trace, trace_of
+from trace_processor import MISSING, opened as trace_processor
 
-Track = tuple[str, str]  # arm and name
+Track = tuple[str, str]  # arm, and the names of the track and of the groups that it lies in
 
 
 class Read:
@@ -28,23 +28,19 @@ class Read:
     def __init__(self, path: Path) -> None:
         trace = Trace()
         trace.ParseFromString(path.read_bytes())
-        names: dict[int, tuple[int, str]] = {}
+        paths: dict[int, tuple[str, ...]] = {}
         self.slices: dict[Track, list[tuple[int, int, str]]] = defaultdict(list)
         self.counts: dict[Track, list[tuple[int, float]]] = defaultdict(list)
         self.instants: dict[Track, list[tuple[int, str]]] = defaultdict(list)
-        processes: dict[int, str] = {}
         begun: dict[int, tuple[int, str]] = {}
         for packet in trace.packet:
             if packet.HasField("track_descriptor"):
                 found = packet.track_descriptor
-                if found.HasField("process"):
-                    processes[found.uuid] = found.process.process_name
-                else:
-                    names[found.uuid] = (found.parent_uuid, found.name)
+                paths[found.uuid] = (*paths[found.parent_uuid], found.name) if found.uuid else ()
                 continue
             event, at_ns = packet.track_event, packet.timestamp
-            parent, name = names[event.track_uuid]
-            track = (processes[parent], name)
+            arm, *names = paths[event.track_uuid]
+            track = (arm, ", ".join(names))
             if event.type == TrackEvent.TYPE_SLICE_BEGIN:
                 assert event.track_uuid not in begun, "one slice of a track at a time"
                 begun[event.track_uuid] = (at_ns, event.name)
@@ -91,7 +87,7 @@ def test_requests_and_decisions_are_those_of_the_study(plan: StudyPlan, read: Re
         assert read.instants[arm, "decisions"] == decided
         slots = [slices for (of, name), slices in read.slices.items() if of == arm and "slot" in name]
         served = [slice for slices in slots for slice in slices]
-        prefills = {int(name.split()[1]): times for *times, name in served if "prefill" in name}
+        prefills = {int(name.split()[0]): times for *times, name in served if "prefill" in name}
         records = done.replicate.records
         assert prefills == {
             int(k): [int(start_ns), int(end_ns)]
@@ -103,12 +99,12 @@ def test_requests_and_decisions_are_those_of_the_study(plan: StudyPlan, read: Re
 
 def test_counters_hold_what_the_scheduler_saw(plan: StudyPlan, read: Read) -> None:
     for arm, jobs in plan.headline.jobs.items():
-        running = [value for _, value in read.counts[arm, "running"]]
+        running = [value for _, value in read.counts[arm, "requests running"]]
         assert max(running) <= jobs[0].config.server.max_running_requests
         assert min(running) >= 1
         watts = [value for _, value in read.counts[arm, "power at least"]]
         assert 0 < min(watts) < max(watts) <= 400
-        times_ns = [at_ns for at_ns, _ in read.counts[arm, "kv_blocks"]]
+        times_ns = [at_ns for at_ns, _ in read.counts[arm, "KV blocks in use"]]
         assert times_ns == sorted(times_ns)
 
 
@@ -118,7 +114,7 @@ def test_replicas_and_faults_have_tracks_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / FILE
     path.write_bytes(trace_of(plan_study(study_config("quickstart", *words))))
     names = {name for _, name in Read(path).slices}
-    assert {"replica 0 iterations", "replica 1 iterations", "replica 0 slot 0", "replica 1 slot 0"} <= names
+    assert {f"replica {k}, {name}" for k in (0, 1) for name in ("iterations", "requests, slot 0")} <= names
 
 
 @pytest.mark.slow
@@ -185,15 +181,29 @@ def test_no_two_requests_share_a_slot_at_a_time(spans: list[tuple[int, int]]) ->
     assert len(by_lane) == most
 
 
-@pytest.mark.skipif(shutil.which("trace_processor_shell") is None, reason="needs trace_processor_shell on PATH")
-def test_trace_processor_reads_it(plan: StudyPlan, tmp_path: Path) -> None:
-    from perfetto.trace_processor import TraceProcessor, TraceProcessorConfig
-
-    path = tmp_path / FILE
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_trace_processor_reads_the_whole_quickstart(tmp_path: Path) -> None:
+    """Every slice, instant and counter that was written is found by SQL, without a complaint of the import."""
+    plan, path = plan_study(study_config("quickstart")), tmp_path / FILE
     path.write_bytes(trace_of(plan))
-    config = TraceProcessorConfig(bin_path=shutil.which("trace_processor_shell"))
-    with TraceProcessor(trace=str(path), config=config) as processor:
-        of = "slice join track on slice.track_id = track.id where track.name = 'iterations'"
-        query = f"select count(*) as n from {of}"  # noqa: S608 - no input
-        found = next(iter(processor.query(query))).n
-    assert found == sum(run_job(jobs[0]).replicate.stats.iterations for jobs in plan.headline.jobs.values())
+    read = Read(path)
+    of = "join (select t.*, p.name as arm from track t join track p on t.parent_id = p.id) t on track_id = t.id"
+    with trace_processor(path.read_bytes(), tmp_path / 'browser') as processor:
+        assert processor.one("select count(*) as n from stats") > 100
+        assert processor.rows("select * from stats where severity in ('error', 'data_loss') and value != 0") == []
+
+        def counts(table: str, kind: str) -> dict[Track, int]:
+            sql = f"select arm, t.name as track, count(*) as n from {table} {of} where {kind} group by 1, 2"  # noqa: S608
+            return {(row["arm"], row["track"]): row["n"] for row in processor.rows(sql)}
+
+        slices = counts("slice", "dur > 0")
+        for arm, jobs in plan.headline.jobs.items():
+            assert slices[arm, "iterations"] == run_job(jobs[0]).replicate.stats.iterations
+        in_groups = {(arm, name): len(found) for (arm, name), found in read.slices.items() if "slot" not in name}
+        assert {track: n for track, n in slices.items() if "slot" not in track[1]} == in_groups
+        total = sum(len(found) for found in (*read.slices.values(), *read.instants.values()))
+        assert processor.one("select count(*) as n from slice") == total
+        assert counts("slice", "t.name = 'decisions'") == {track: len(found) for track, found in read.instants.items()}
+        assert counts("counter", "true") == {track: len(found) for track, found in read.counts.items()}
+        assert processor.one("select count(*) as n from slice where depth > 0 or dur < 0") == 0

@@ -1,7 +1,9 @@
 """A run as a trace for Perfetto (ui.perfetto.dev): iterations, requests, decisions and counters on one time axis.
 
-Each arm is a process. Under it, for each replica: a track with a slice for every iteration, one with decisions as
-instants, counters, and a track for every slot that requests take one after the other. Format: TrackEvents of
+Each arm is a group of tracks. It holds, for each replica: a track with decisions as
+instants, one with a slice for every iteration, counters, and a group with a track for every slot that requests take one
+after the other. Several replicas have a group each. Arms are no processes of the format: the page of Perfetto sorts
+processes by their number of slices, and what is in them by name. Format: TrackEvents of
 https://perfetto.dev/docs/reference/synthetic-track-event, written by the `perfetto` package.
 """
 
@@ -20,6 +22,13 @@ from helios_sim.errors import UserError
 from helios_sim.report.format import visible
 
 SEQUENCE = 1  # of the packets, all of which one writer writes
+ROOT = 0  # the track that has all others
+# A field of an iteration -> the name of its counter and the unit.
+COUNTERS = {
+    "running": ("requests running", "requests"), "waiting": ("requests waiting", "requests"),
+    "kv_blocks": ("KV blocks in use", "blocks"), "layers": ("layers loaded", "layers"),
+}  # fmt: skip
+POWER = "power at least"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +101,28 @@ def encode(arms: Sequence[TracedArm]) -> bytes:
     out = io.BytesIO()
     protos = import_module("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
     writer = _Writer(builder.StreamingTraceProtoBuilder(out), protos)
-    for number, arm in enumerate(arms, 1):
-        _write_arm(writer, number, arm)
+    for arm in arms:
+        _write_arm(writer, arm)
     return out.getvalue()
 
 
-def _write_arm(writer: _Writer, number: int, arm: TracedArm) -> None:
-    process = writer.process(number, visible(arm.name))
+def _write_arm(writer: _Writer, arm: TracedArm) -> None:
+    group = writer.track(ROOT, visible(arm.name))
     replicas = sorted({it.replica for part in (arm.iterations, arm.requests, arm.instants) for it in part})
     for replica in replicas:
-        of = f"replica {replica} " if len(replicas) > 1 else ""
+        parent = writer.track(group, f"replica {replica}") if len(replicas) > 1 else group
         iterations = [it for it in arm.iterations if it.replica == replica]
-        _write_iterations(writer, writer.track(process, f"{of}iterations"), iterations)
-        decisions = writer.track(process, f"{of}decisions")
+        decisions = writer.track(parent, "decisions")
         for instant in arm.instants:
             if instant.replica == replica:
                 writer.instant(decisions, instant.time_ns, visible(instant.name), instant.details)
-        _write_counters(writer, process, of, iterations, arm.power_w.get(replica))
+        _write_iterations(writer, writer.track(parent, "iterations"), iterations)
+        _write_counters(writer, parent, iterations, arm.power_w.get(replica))
+        requests = writer.track(parent, "requests")
         lanes: dict[int, int] = {}
         for lane, request in in_lanes([it for it in arm.requests if it.replica == replica]):
             if lane not in lanes:
-                lanes[lane] = writer.track(process, f"{of}slot {lane}")
+                lanes[lane] = writer.track(requests, f"slot {lane}")
             _write_request(writer, lanes[lane], request)
 
 
@@ -125,21 +135,20 @@ def _write_iterations(writer: _Writer, track: int, iterations: Sequence[Iteratio
 
 
 def _write_counters(
-    writer: _Writer, process: int, of: str, iterations: Sequence[Iteration], power_w: tuple[float, float, float] | None
+    writer: _Writer, parent: int, iterations: Sequence[Iteration], power_w: tuple[float, float, float] | None
 ) -> None:
     """State while each iteration runs. Power is the lower end of the band, by utilisation."""
-    names = {"running": "requests", "waiting": "requests", "kv_blocks": "blocks", "layers": "layers"}
-    tracks = {name: writer.track(process, f"{of}{name}", unit) for name, unit in names.items()}
+    tracks = {field: writer.track(parent, name, unit) for field, (name, unit) in COUNTERS.items()}
     before: dict[str, int] = {}
     for it in iterations:
-        for name, track in tracks.items():
-            value = getattr(it, name)
-            if before.get(name) != value:
+        for field, track in tracks.items():
+            value = getattr(it, field)
+            if before.get(field) != value:
                 writer.count(track, it.start_ns, value)
-                before[name] = value
+                before[field] = value
     if power_w is not None and iterations:
         idle_w, least_w, most_w = power_w
-        track = writer.track(process, f"{of}power at least", "W")
+        track = writer.track(parent, POWER, "W")
         for it, following in zip(iterations, [*iterations[1:], None], strict=True):
             writer.count(track, it.start_ns, least_w + it.utilisation * (most_w - least_w))
             if following is None or following.start_ns > it.end_ns:
@@ -153,9 +162,9 @@ def _write_request(writer: _Writer, track: int, request: Served) -> None:
         "output_tokens": request.output_tokens, "preemptions": request.preemptions,
     }  # fmt: skip
     first_ns = request.left_ns if request.first_token_ns is None else request.first_token_ns
-    writer.slice(track, request.scheduled_ns, first_ns, f"prefill {request.request_id}", about)
+    writer.slice(track, request.scheduled_ns, first_ns, f"{request.request_id} prefill", about)
     if request.left_ns > first_ns:
-        writer.slice(track, first_ns, request.left_ns, f"decode {request.request_id}", about)
+        writer.slice(track, first_ns, request.left_ns, f"{request.request_id} decode", about)
 
 
 def in_lanes(requests: Sequence[Served]) -> Iterator[tuple[int, Served]]:
@@ -175,32 +184,27 @@ class _Writer:
     """Writes tracks and events, each with what the format asks for."""
 
     def __init__(self, builder: Any, protos: Any) -> None:
-        self._builder, self._types = builder, protos.TrackEvent
-        self._first_only = protos.TrackDescriptor.ChildTracksOrdering.EXPLICIT
-        self._cleared = protos.TracePacket.SequenceFlags.SEQ_INCREMENTAL_STATE_CLEARED
-        self._numbers, self._ranks = count(1), count()
-
-    def process(self, number: int, name: str) -> int:
-        packet, uuid = self._builder.create_packet(), next(self._numbers)
-        packet.timestamp = 0
-        track = packet.track_descriptor
-        track.uuid, track.process.pid, track.process.process_name = uuid, number, name
-        track.child_ordering = self._first_only
-        if number == 1:
-            packet.sequence_flags = self._cleared
+        self._builder, self._types, self._orders = builder, protos.TrackEvent, protos.TrackDescriptor
+        self._numbers, self._ranks = count(ROOT), count()
+        packet = self._track("")
+        packet.sequence_flags = protos.TracePacket.SequenceFlags.SEQ_INCREMENTAL_STATE_CLEARED
         self._write(packet)
-        return uuid
 
     def track(self, parent: int, name: str, unit: str | None = None) -> int:
-        packet, uuid = self._builder.create_packet(), next(self._numbers)
-        packet.timestamp = 0
+        packet = self._track(name)
         track = packet.track_descriptor
-        track.uuid, track.parent_uuid, track.name = uuid, parent, name
-        track.sibling_order_rank = next(self._ranks)
+        track.parent_uuid, track.sibling_order_rank = parent, next(self._ranks)
         if unit is not None:
             track.counter.unit_name = unit
         self._write(packet)
-        return uuid
+        return int(track.uuid)
+
+    def _track(self, name: str) -> Any:
+        packet = self._builder.create_packet()
+        packet.timestamp = 0
+        track = packet.track_descriptor
+        track.uuid, track.name, track.child_ordering = next(self._numbers), name, self._orders.EXPLICIT
+        return packet
 
     def slice(self, track: int, start_ns: int, end_ns: int, name: str, about: Mapping[str, Any]) -> None:
         packet = self._event(track, start_ns, self._types.TYPE_SLICE_BEGIN)
