@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hydra
 import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -25,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
 from calibrate.schema import CalibrateConfig, CampaignConfig
-from helios_sim.config import check_flags, given, in_words, leave_no_trace, typed
+from helios_sim.config import check_flags, given, in_words, leave_no_trace, register, typed
 from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder, help_text, is_asked
 from helios_sim.interrupt import leave_by_status, remembered
@@ -34,13 +33,7 @@ from helios_sim.live.served import check_packages
 from helios_sim.report.terminal import without_json
 from helios_sim.streams import open_streams
 from helios_sim.vary.settings import known_settings
-from helios_sim.words import look_at_files, readable
-
-
-def register() -> None:
-    look_at_files()
-    ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
-    ConfigStore.instance().store(name="campaign_schema", node=CampaignConfig)
+from helios_sim.words import readable
 
 
 def to_config(
@@ -149,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         command = readable(in_full(without_json(command)), known_settings(schema))
         check_flags(command, "calibrate")
-        register()
+        register("calibrate_schema", CalibrateConfig)
+        register("campaign_schema", CampaignConfig)
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
         name = "campaign" if of_many else "calibrate"

@@ -76,11 +76,11 @@ def run_command(command: list[str]) -> int:
             refused.append(folder)
 
     try:
+        register()
         command = in_full(in_order(without_json(command)))
         check_flags(command)
         command = whole_mixes(by_arm(command))
         logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
-        register()
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
         with _composed_once(command):

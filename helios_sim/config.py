@@ -69,10 +69,15 @@ ELSEWHERE = {
 }  # fmt: skip
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
+_registered: dict[str, type] = {}
 
-def register(schema: type[Config] = Config) -> None:
+
+def register(name: str = "config_schema", schema: type = Config) -> None:
+    """Gives Hydra the schema that conf/ calls `name`. A schema is read once, which takes some 0.05 s."""
     look_at_files()
-    ConfigStore.instance().store(name="config_schema", node=schema)
+    if _registered.get(name) is not schema:
+        ConfigStore.instance().store(name=name, node=schema)
+        _registered[name] = schema
 
 
 def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str]:
@@ -166,11 +171,10 @@ def _of_arms(word: str, names: Sequence[str]) -> str:
 
 
 def _composed(command: Sequence[str], left_out: Collection[str], config_dir: str | Path | None) -> DictConfig:
-    """The settings without these words, to see what an experiment names."""
+    """The settings without these words, to see what an experiment names. Their schema is the one registered last."""
     others = [word for word in command if _is_override(word) and word not in left_out and not _names_arm(word)]
     several = any(word in ("-m", "--multirun") for word in command)
     kept = [word for word in others if not (several and "," in word)]  # values of a sweep name nothing
-    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_folder(), version_base=None):
         return compose("config", [*kept, *_searched(next(reversed(config_dirs(command)), config_dir))])
@@ -193,7 +197,7 @@ def compose_config(
     if flags:
         raise UserError("argument", flags[0], "only settings, key=value", "leave it out")
     check_flags([*command, *folder])
-    register(schema)
+    register(schema=schema)
     try:
         command = whole_mixes(by_arm(command, config_dir), config_dir)
         with initialize_config_dir(conf_folder(), version_base=None):

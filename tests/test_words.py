@@ -11,6 +11,8 @@ import pytest
 
 from command_line import CommandLine, write_study
 from helios_sim import UserError, simulate, study_config
+from helios_sim.config import compose_config
+from helios_sim.serve.settings import ServedConfig
 
 SMALL = ("policy=none", "workload.n_requests=5", "pictures=false")
 NAMES = ["a=b", "a,b", "a(b", "a[b", "a{b", "it's", "a#b", "aüb", 'a"b', "a\\b", "ends\\", "two words", "a:b", "~a"]
@@ -169,6 +171,15 @@ def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
     several = command("-m", mix, "server.max_running_requests=8,16", "workload.n_requests=8", "pictures=false")
     assert several.status == 0
     assert set(several.summary["arms"]["helios"]["tasks"]) == {"gsm8k", "sharegpt"}
+
+
+@pytest.mark.parametrize("word", ["workload.mix.tasks={gsm8k: 1}", "arms.full_depth_opt-1.3b.batch_limit=2"])
+def test_commands_with_settings_of_their_own_take_whole_mixes_and_arms_with_a_dot(word: str) -> None:
+    config = compose_config("quickstart", [word.replace("arms", "+arms"), "serve.port=8123"], schema=ServedConfig)
+    assert config.serve.port == 8123
+    assert config.workload.mix.tasks == {"gsm8k": 1} or config.arms["full_depth_opt-1.3b"]["batch_limit"] == 2
+    with pytest.raises(UserError, match="serve"):
+        compose_config("quickstart", ["serve.port=8123"])
 
 
 DOTTED = ("workload.n_requests=5", "pictures=false", "profile_band=none")
