@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 COMMAND = (
     "+experiment=own", "models=[opt-1.3b,opt-6.7b]", "policy=none", "+arms.probe={policy: helios_probe}",
     f"workload.n_requests={WORTH_COMPILING}", "seeds=[0,1]", "workload.arrivals.rate_per_s=12",
-    "profile_band=none", "next_best=none",
+    "profile_band=none", "next_best=none", "pictures=false",
 )  # fmt: skip
 
 
