@@ -114,13 +114,14 @@ def test_the_same_result_gives_the_same_bytes(folder: Path, ratios: Comparisons,
 
 
 @pytest.mark.slow
-def test_papers_get_vector_figures_on_white(
-    result: ExperimentResult, ratios: Comparisons, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_papers_get_vector_figures_on_white_beside_the_same_page(
+    result: ExperimentResult, ratios: Comparisons, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     for name in ("one", "two"):
         write_result(result, tmp_path / name, ratios, FOR_PAPER)
     assert not caplog.records  # on the fonts that are put into a PDF
+    assert (tmp_path / "one" / "report.html").read_bytes() == (folder / "report.html").read_bytes()
     figures = tmp_path / "one" / "figures"
     names = sorted(path.stem for path in figures.glob("*.png"))
     assert names
@@ -137,13 +138,6 @@ def test_papers_get_vector_figures_on_white(
     assert b"FontFile2" in pdf
     assert b"/Type3" not in pdf  # which publishers refuse
 
-
-@pytest.mark.slow
-def test_vector_figures_leave_the_page_as_it_is(
-    result: ExperimentResult, ratios: Comparisons, folder: Path, tmp_path: Path
-) -> None:
-    write_result(result, tmp_path, ratios, FOR_PAPER)
-    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
 
 
 def test_without_a_style_there_is_no_picture(result: ExperimentResult, ratios: Comparisons, tmp_path: Path) -> None:
