@@ -141,7 +141,10 @@ def sharing(blocks: Iterator[RequestBlock], rows: int, sessions: int) -> Iterato
 
 
 def check(server) -> None:
-    """Every block is held, queued or empty; what is known is found in its bucket; and seats hold what they count."""
+    """Every block is held, queued or empty; what is known is found in its bucket; and seats hold what they count.
+
+    Blocks have numbers while they are known, or were until their iteration was given up while two requests held them.
+    """
     replica = server._replica if server._opened else None
     if replica is None or not replica.prefix.shares:
         return
@@ -149,19 +152,27 @@ def check(server) -> None:
     made = int(s.made_blocks)
     blocks = c.blocks[: made + 1]
     holders = blocks[1:, prefix.HOLDERS]
-    held = np.zeros(made + 1, np.int64)
+    held, unknown = np.zeros(made + 1, np.int64), 0
     free = set(c.seats[: int(s.free_seats), prefix.FREE].tolist())
     for seat in set(range(len(c.seats))) - free:
-        held[c.table[seat, : c.seats[seat, prefix.HELD]]] += 1
+        held[c.table[seat, : c.seats[seat, prefix.KNOWN]]] += 1
+        unknown += c.seats[seat, prefix.HELD] - c.seats[seat, prefix.KNOWN]
     assert (holders == held[1:]).all()
     assert (holders >= 0).all()
-    assert s.used_blocks == (holders > 0).sum()
+    assert s.used_blocks == (holders > 0).sum() + unknown
     places = np.arange(int(s.queue_first), int(s.queue_end))
     assert len(places) <= len(c.queue)
-    numbers = c.queue[places & (len(c.queue) - 1)]
+    entries = c.queue[places & (len(c.queue) - 1)]
+    numbers, places = entries[entries > 0], places[entries > 0]
     queue = numbers[blocks[numbers, prefix.PLACE] == places].tolist()
-    assert len(queue) == len(set(queue)) == s.queued_blocks
+    assert len(queue) == len(set(queue)) == s.queued_blocks + entries[entries < 0].sum()
     assert (holders[np.array(queue, int) - 1] == 0).all()
+    assert (blocks[np.array(queue, int), prefix.HASH] >= 0).all()
+    spare, block = [], int(s.spare_block)
+    while block:
+        spare.append(block)
+        block = int(c.rings[block, prefix.AFTER])
+    assert set(spare) == set(range(1, made + 1)) - set(queue) - set(np.flatnonzero(held).tolist())
     assert s.used_blocks + s.queued_blocks <= s.total_blocks
     known = set()
     for bucket, first in enumerate(c.buckets.tolist()):

@@ -32,6 +32,7 @@ EXITS = (
 )  # fmt: skip
 EARLY_EXIT = (*EXITS, "+arms.early_exit={policy: early_exit, model: opt-6.7b}", "~arms.full_depth")
 HELIOS = (*EXITS, "+arms.helios={policy: helios}", "~arms.full_depth")
+FOUR_CARDS, SHARING = ("server.tensor_parallel=4",), ("server.enable_prefix_caching=true",)
 PRIORITY = ("server.order=priority", "+workload.mix.priorities={conversation: 1}")
 MEASURED = (
     "models=[smollm2-135m]", "hardware=epyc-2core", "arms.full_depth.model=smollm2-135m", "runtime.preset=profile",
@@ -79,6 +80,9 @@ CASES = (
     Case("loop: w1, four replicas", False, ("server.replicas=4",)),
     Case("loop: w1, server.scheduler=vllm_v1", False, ("server.scheduler=vllm_v1",)),
     Case("loop: w1, server.schedule_ahead=1", False, ("server.schedule_ahead=1",)),
+    Case("loop: w1, server.tensor_parallel=4", False, FOUR_CARDS),
+    Case("loop: w1, server.enable_prefix_caching=true", False, SHARING),
+    Case("loop: w1, both", False, (*FOUR_CARDS, *SHARING)),
     Case("loop: w1, server.order=priority", False, PRIORITY),
     Case("loop: w1 on a measured profile with terms (smollm2-135m)", False, MEASURED),
     Case("loop: 64 replicas of 1,000 requests, least loaded", False, MANY, "scale"),

@@ -244,7 +244,7 @@ def _complete(
             lists.lingering_key[s.lingering] = request.order_key
             lists.lingering_seq[s.lingering] = request.seq
             if r.shares:
-                lists.lingering_blocks[s.lingering] = leave_blocks(r, prefix, request, owed, slot, False)
+                lists.lingering_blocks[s.lingering] = leave_blocks(s, r, prefix, request, owed, slot, False)
             else:
                 lists.lingering_blocks[s.lingering] = held_blocks(r, request)
             s.lingering += 1

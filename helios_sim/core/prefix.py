@@ -13,6 +13,9 @@ The rules are those of vllm/v1/core/{kv_cache_manager,block_pool,kv_cache_utils,
   time at which it became free, the last block of a request first (`release`; `free_blocks`, `free`). A new block is one
   that never held anything, else the first of the queue, which is forgotten then (`take`; `get_new_blocks`).
 
+A block has a number only while it is known. Of the others, which nobody looks for, a request and the queue count how
+many they are: it makes no difference which of them is taken.
+
 What vLLM has no word for is depth. A block holds K and V up to the layer to which all of its tokens were computed, and
 a request finds only blocks that reach as deep as its own tokens would run: what a cap computed serves the same cap and
 lower ones, and a raise of the cap computes it again. Where a lower cap comes into force memory is cut anew, and deeper
@@ -24,13 +27,16 @@ A text is known by segments, not by tokens: whose text it is, and which place in
 the segments of its row, which other requests share, and goes on in a stream of its own (that of a
 session where it has one), in which its answer follows. `Prefix` holds:
 
-- `blocks` (blocks + 1, 4): of each block its hash (NEVER: none), layers, holders, and place in the queue of free blocks
-  (or the next spare block). Number 0 is no block. `rings` (blocks + 1, 2): its neighbours among those of its bucket.
-- `queue` (a power of two,): free blocks by their places, `queue_first` to `queue_end`, counted since the run began.
-  A block that was taken from the middle leaves its number behind, which is passed over: its place is another one.
+- `blocks` (numbers + 1, 4): of each block its hash (NEVER: none), layers, holders, and place in the queue of free
+  blocks (NEVER: it is not there). Number 0 is no block. `rings` (numbers + 1, 2): its neighbours among those of its
+  bucket; of a number without a block the next such number, from `spare_block` on.
+- `queue` (a power of two,): free blocks by their places, `queue_first` to `queue_end`, counted since the run began: the
+  number of one, or -n for n without numbers. A block that was taken from the middle leaves its number behind, which is
+  passed over: its place is another one.
 - `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
-- `table` (seats + 1, most blocks of a request): the blocks of each request that runs or lingers; in the last row those
-  that `find` has found. `seats` (seats, 3): how many they are, how many of them have a hash, and a list of free seats.
+- `table` (seats + 1, most blocks of a request): the known blocks of each request that runs or lingers, which are its
+  first ones; in the last row those that `find` has found. `seats` (seats, 3): how many blocks a request holds, how many
+  of them are known, and a list of free seats.
 - `starts` (rows + 1,): where the shared segments of each row begin. `segments` (segments, 2): the text of each, and
   where it ends, in tokens of the active model. `exits`: the depths of the active model's exits.
 """
@@ -106,7 +112,12 @@ def _segments(c: Prefix, shared: int) -> tuple[int, int]:
 def has_room(s: Record, c: Prefix, blocks: int, widest: int) -> bool:
     """Whether the tables are large enough for so many blocks more, and for a request that may get so many in all."""
     s.widest_request = max(s.widest_request, widest)
-    return min(s.total_blocks, s.made_blocks + blocks) < len(c.blocks) and widest <= c.table.shape[1]
+    return most_known(s, blocks) < len(c.blocks) and widest <= c.table.shape[1]
+
+
+def most_known(s: Record, blocks: int) -> int:
+    """How many blocks may be known at once, at most, before more than so many further ones are taken."""
+    return min(s.total_blocks, s.used_blocks + s.queue_end - s.queue_first + blocks)
 
 
 def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int, noted: bool) -> int:
@@ -172,76 +183,62 @@ def hold(s: Record, c: Prefix, request: Record, found: int, blocks: int) -> None
             s.used_blocks += 1
         c.blocks[block, HOLDERS] += 1
         c.table[seat, i] = block
-    _take_many(s, c, seat, found, blocks)
+    take(s, c, blocks - found)
     c.seats[seat, HELD] = blocks
     c.seats[seat, KNOWN] = found
 
 
-def take(s: Record, c: Prefix) -> int:
-    """A block that holds nothing any more, of those that are free; the scheduler has looked whether there are any."""
-    if s.total_blocks - s.used_blocks > s.queued_blocks:
-        block = _take_empty(s, c)
-    else:
-        block = _longest_free(s, c)
-    s.used_blocks += 1
-    c.blocks[block, HOLDERS] = 1
-    return block
+def take(s: Record, c: Prefix, blocks: int) -> None:
+    """So many of the free blocks, those that hold nothing first; the scheduler has looked whether there are so many."""
+    empty = s.total_blocks - s.used_blocks - s.queued_blocks
+    s.used_blocks += blocks
+    if blocks > empty:
+        _drop(s, c, blocks - empty)
 
 
-def _longest_free(s: Record, c: Prefix) -> int:
-    """The first block of the queue, which leaves it and is forgotten."""
-    block = c.queue[s.queue_first & (len(c.queue) - 1)]
-    while c.blocks[block, PLACE] != s.queue_first:
-        s.queue_first += 1
-        block = c.queue[s.queue_first & (len(c.queue) - 1)]
-    s.queue_first += 1
-    s.queued_blocks -= 1
-    _forget(c, block)
-    return block
+def _drop(s: Record, c: Prefix, blocks: int) -> None:
+    """So many blocks leave the queue, the longest free first, and are forgotten."""
+    queue, mask, place = c.queue, len(c.queue) - 1, s.queue_first
+    s.queued_blocks -= blocks
+    while blocks > 0:
+        block = queue[place & mask]
+        if block < -blocks:
+            queue[place & mask] = block + blocks
+            break
+        if block < 0:
+            blocks += block
+        elif c.blocks[block, PLACE] == place:
+            blocks -= 1
+            _forget(c, block)
+            _give_back(s, c, block)
+        place += 1
+    s.queue_first = place
 
 
-def _take_empty(s: Record, c: Prefix) -> int:
-    """A free block that holds nothing and is not in the queue."""
+def _new_number(s: Record, c: Prefix) -> int:
+    """For a block that becomes known, of one request."""
     block = s.spare_block
     if block != 0:
-        s.spare_block = c.blocks[block, PLACE]
+        s.spare_block = c.rings[block, AFTER]
     else:
         s.made_blocks += 1
         block = s.made_blocks
-        c.blocks[block, HASH] = NEVER
+    c.blocks[block, HOLDERS] = 1
+    c.blocks[block, PLACE] = NEVER
     return block
 
 
-def _take_many(s: Record, c: Prefix, seat: int, first: int, end: int) -> None:
-    """The blocks of a seat from `first` to `end`, each as `take` would give it."""
-    blocks, table = c.blocks, c.table
-    empty = min(s.total_blocks - s.used_blocks - s.queued_blocks, end - first)
-    s.used_blocks += end - first
-    for i in range(first, first + empty):
-        block = _take_empty(s, c)
-        blocks[block, HOLDERS] = 1
-        table[seat, i] = block
-    queue, mask, place = c.queue, len(c.queue) - 1, s.queue_first
-    for i in range(first + empty, end):
-        block = queue[place & mask]
-        while blocks[block, PLACE] != place:
-            place += 1
-            block = queue[place & mask]
-        place += 1
-        if blocks[block, HASH] != NEVER:  # a call takes as long as all else here
-            _forget(c, block)
-        blocks[block, HOLDERS] = 1
-        table[seat, i] = block
-    s.queue_first = place
-    s.queued_blocks -= end - first - empty
+def _give_back(s: Record, c: Prefix, block: int) -> None:
+    """The number of a block that is not known any more."""
+    c.blocks[block, HOLDERS] = 0
+    c.blocks[block, PLACE] = NEVER
+    c.rings[block, AFTER] = s.spare_block
+    s.spare_block = block
 
 
 def shrink(s: Record, c: Prefix, total_blocks: int) -> None:
     """So many blocks from now on: the first of the queue go. At least those that are held must remain."""
-    while s.used_blocks + s.queued_blocks > total_blocks:
-        block = _longest_free(s, c)
-        c.blocks[block, PLACE] = s.spare_block
-        s.spare_block = block
+    _drop(s, c, max(s.used_blocks + s.queued_blocks - total_blocks, 0))
     s.total_blocks = total_blocks
 
 
@@ -257,22 +254,31 @@ def blocks_due(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix) -
 
 def extend(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix, owed: Numbers, needy: int) -> None:
     """So many decodes have filled their last block: they get another one, but for those that have got it already."""
-    slots, seats, block_tokens = lists.needy, c.seats, r.block_tokens
+    slots, seats, block_tokens, taken = lists.needy, c.seats, r.block_tokens, 0
     for i in range(needy):
         slot = slots[i]
         request = requests[slot]
         context, seat = request.context_tokens, request.seat
         held = seats[seat, HELD]
         if context == held * block_tokens:
-            if request.stream != NEVER and settle(r, c, request, owed, slot, context, request.generated - 1, False):
+            if request.stream != NEVER and settle(s, r, c, request, owed, slot, context, request.generated - 1, False):
                 s.made_known += 1
-            c.table[seat, held] = take(s, c)
             seats[seat, HELD] = held + 1
+            taken += 1
+    take(s, c, taken)
 
 
 def settle(
-    r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, tokens: int, generated: int, private: bool
-) -> bool:  # fmt: skip
+    s: Record,
+    r: Record,
+    c: Prefix,
+    request: Record,
+    owed: Numbers,
+    slot: int,
+    tokens: int,
+    generated: int,
+    private: bool,
+) -> bool:
     """The blocks that the first so many tokens of a request fill become known. False: there is none that is not yet.
 
     `generated`: the answer tokens it had when the last of these was computed. Blocks of a text of its own only where
@@ -291,7 +297,8 @@ def settle(
         value = c.blocks[c.table[seat, n - 1], HASH]
     while n < full:
         value, segment = chain(r, c, shared, own, value, n, segment)
-        block, layers = c.table[seat, n], reaches
+        block, layers = _new_number(s, c), reaches
+        c.table[seat, n] = block
         n += 1
         if r.owes and n * r.block_tokens > request.prompt_tokens:
             layers = min(layers, _paid_layers(r, c, owed, slot, tokens - n * r.block_tokens))
@@ -317,17 +324,23 @@ def _paid_layers(r: Record, c: Prefix, owed: Numbers, slot: int, later: int) -> 
 
 
 def leave_blocks(
-    r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, may_return: bool
+    s: Record, r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, may_return: bool
 ) -> int:  # fmt: skip
     """A request leaves the batch: what it has filled becomes known, if anyone may look for it.
 
     Returns its seat, to be given to `release`.
     """
-    settle(r, c, request, owed, slot, request.context_tokens, request.generated - 1, may_return)
+    settle(s, r, c, request, owed, slot, request.context_tokens, request.generated - 1, may_return)
     seat = request.seat
     while c.seats[seat, KNOWN] * r.block_tokens > request.context_tokens:  # of an iteration that was given up
         c.seats[seat, KNOWN] -= 1
-        _forget(c, c.table[seat, c.seats[seat, KNOWN]])
+        block = c.table[seat, c.seats[seat, KNOWN]]
+        _forget(c, block)
+        if c.blocks[block, HOLDERS] == 1:
+            _give_back(s, c, block)
+        else:  # its other holders release it
+            c.blocks[block, HOLDERS] -= 1
+            c.seats[seat, HELD] -= 1
     if r.owes:  # layers that it owed when a block was filled may have been caught up with
         for n in range(request.prompt_tokens // r.block_tokens, c.seats[seat, KNOWN]):
             later = request.context_tokens - (n + 1) * r.block_tokens
@@ -340,36 +353,58 @@ def leave_blocks(
 
 def release(s: Record, c: Prefix, seat: int) -> None:
     """The blocks of a seat lose a holder; those without one become free, the last ones first."""
-    blocks, table, queue, mask, held = c.blocks, c.table, c.queue, len(c.queue) - 1, c.seats[seat, HELD]
-    if s.queue_end - s.queue_first + held > len(queue):
+    blocks, table, known = c.blocks, c.table, c.seats[seat, KNOWN]
+    if s.queue_end - s.queue_first + known + 1 > len(c.queue):
         _close_up(s, c)
-    place = s.queue_end
-    for i in range(held - 1, -1, -1):
+    freed = c.seats[seat, HELD] - known
+    _append_unknown(s, c, freed)
+    for i in range(known - 1, -1, -1):
         block = table[seat, i]
-        holders = blocks[block, HOLDERS] - 1
-        blocks[block, HOLDERS] = holders
-        if holders == 0:
-            queue[place & mask] = block
-            blocks[block, PLACE] = place
-            place += 1
-    freed = place - s.queue_end
-    s.queue_end = place
+        blocks[block, HOLDERS] -= 1
+        if blocks[block, HOLDERS] > 0:
+            continue
+        if blocks[block, HASH] == NEVER:
+            _give_back(s, c, block)
+            _append_unknown(s, c, 1)
+        else:
+            _append(s, c, block)
+        freed += 1
     s.queued_blocks += freed
     s.used_blocks -= freed
     c.seats[s.free_seats, FREE] = seat
     s.free_seats += 1
 
 
+def _append(s: Record, c: Prefix, block: int) -> None:
+    """A known block is the last of the queue."""
+    c.queue[s.queue_end & (len(c.queue) - 1)] = block
+    c.blocks[block, PLACE] = s.queue_end
+    s.queue_end += 1
+
+
+def _append_unknown(s: Record, c: Prefix, blocks: int) -> None:
+    """So many that are not known are the last of the queue."""
+    last = (s.queue_end - 1) & (len(c.queue) - 1)
+    if s.queue_end > s.queue_first and c.queue[last] < 0:
+        c.queue[last] -= blocks
+    elif blocks > 0:
+        c.queue[s.queue_end & (len(c.queue) - 1)] = -blocks
+        s.queue_end += 1
+
+
 def _close_up(s: Record, c: Prefix) -> None:
-    """The numbers that blocks have left behind go; the queue has room for all blocks twice."""
-    queue, mask, end = c.queue, len(c.queue) - 1, s.queue_first
-    for place in range(s.queue_first, s.queue_end):
+    """The numbers that blocks have left behind go.
+
+    The queue has room for all numbers twice: there may be some without numbers between two of them.
+    """
+    queue, mask, end = c.queue, len(c.queue) - 1, s.queue_end
+    s.queue_end = s.queue_first
+    for place in range(s.queue_first, end):
         block = queue[place & mask]
-        if c.blocks[block, PLACE] == place:
-            queue[end & mask] = block
-            c.blocks[block, PLACE] = end
-            end += 1
-    s.queue_end = end
+        if block < 0:
+            _append_unknown(s, c, -block)
+        elif c.blocks[block, PLACE] == place:
+            _append(s, c, block)
 
 
 def make_known(c: Prefix, block: int, value: int) -> None:

@@ -313,7 +313,7 @@ def let_go(
     """All blocks of a running request become free. Returns the entry that remembers them for the owner, or NEVER."""
     if not r.shares:
         return give_blocks(s, r, freed, held_blocks(r, request), owner)
-    release(s, prefix, leave_blocks(r, prefix, request, owed, slot, request.remaining > 0))
+    release(s, prefix, leave_blocks(s, r, prefix, request, owed, slot, request.remaining > 0))
     return NEVER
 
 
@@ -408,5 +408,5 @@ def _add_chunk(
     if tokens == request.prefill_left:
         it.finishing += 1
     filled, generated = request.context_tokens + tokens, request.generated
-    if r.shares and settle(r, prefix, request, owed, slot, filled, generated, False):
+    if r.shares and settle(s, r, prefix, request, owed, slot, filled, generated, False):
         s.made_known += 1

@@ -95,7 +95,7 @@ class PrefixCache:
             return
         s, known = self._state, self._tables.table
         widest = int(s.widest_request)
-        wanted = min(int(s.total_blocks), int(s.made_blocks) + self._seats + widest) + 1
+        wanted = int(prefix.most_known(s, self._seats + widest)) + 1
         if len(self._blocks) < wanted:
             more = np.zeros((max(wanted - len(self._blocks), len(self._blocks)), _FIELDS), np.int64)
             self._blocks = np.concatenate([self._blocks, more])
