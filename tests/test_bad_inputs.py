@@ -122,7 +122,7 @@ SETTINGS = [
     ("policy=custom policy.object=nowhere:Policy", ["policy.object='nowhere:Policy'", "no module nowhere"]),
     ("policy=custom policy.object=mine.py:P", ["policy.object='mine.py:P'", "name the module, not its file: mine:P"]),
     ("policy=custom policy.object=json", ["policy.object='json'", "module:Name"]),
-    ("policy=custom policy.object=json:Nothing", ["policy.object='json:Nothing'", "correct the name"]),
+    ("policy=custom policy.object=json:Nothing", ["policy.object='json:Nothing'", "a module of Python's own"]),
     ("policy=custom policy.object=json:JSONEncoder", ["json:JSONEncoder", "start(situation)"]),
     ("arms.mine.policy=helios", ["arms.mine.policy='helios'", "'+arms.mine.policy=helios'"]),
     ("+arms.mine=3", ["arms.mine=3", "a mapping"]),

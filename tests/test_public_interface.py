@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 import subprocess
 import sys
 from importlib import import_module
@@ -30,6 +31,18 @@ def test_types_and_names_agree() -> None:
 @pytest.mark.parametrize("name", sorted(declared()))
 def test_each_name_is_the_one_declared(name: str) -> None:
     assert getattr(helios_sim, name) is getattr(import_module(declared()[name]), name)
+
+
+def test_files_of_the_current_folder_do_not_stand_for_pythons_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, here = str(Path(random.__file__).parent), str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [here, "set", own, f"{own}/lib-dynload", f"{own}/site-packages"])
+    helios_sim._python_first()
+    assert sys.path == ["set", own, f"{own}/lib-dynload", here, f"{own}/site-packages"]
+    helios_sim._python_first()
+    assert sys.path.index(here) == 3
 
 
 def test_other_names_are_refused() -> None:

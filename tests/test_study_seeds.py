@@ -91,3 +91,14 @@ def test_it_is_for_studies_of_arms() -> None:
         study_config("sweep_helios", "seeds=auto")
     with pytest.raises(UserError, match="auto is for studies of arms"):
         replace(study_config("sweep_grid"), seeds="auto")
+
+
+def test_a_users_own_policy_runs_first(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an answer that cannot be carried out is told before the other arms have run."""
+    text = "class P:\n    def start(self, situation): return 3\n    def decide(self, cause, telemetry): return None\n"
+    (command.folder / "late_fault.py").write_text(text)
+    monkeypatch.syspath_prepend(command.folder)
+    said = command("workload.n_requests=5", "pictures=false", "policy=custom", "policy.object=late_fault:P")
+    assert said.status == 1
+    assert "custom, seed 0: policy.object='late_fault:P': start() returned 3" in said.err
+    assert len(said.err.splitlines()) == 1

@@ -212,6 +212,7 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, text: str, unit: str
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("arrays.jsonl", "[0.1, 5, 6]\n[0.2, 5, 6]\n", "its lines are arrays such as .0.1, 5, 6."),
         ("sg.json", '[{"id": "x", "conversations": [{"from": "human", "value": "hi"}]}]', "as in ShareGPT"),
         ("p.jsonl", '{"prompt": "Tell me", "response": "No"}\n', "prompt holds texts"),
         ("bomb.csv.gz", HEADER.encode() + b"0" * (200 << 20), "at most 64 MiB of text in a packed file"),

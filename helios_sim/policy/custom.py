@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -52,7 +53,9 @@ def load_custom(parameters: CustomParameters) -> Policy:
             raise _error(parameters.object, f"there is no module {error.name}", fix) from None
     if not hasattr(module, name):
         public = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))) or "nothing"
-        raise _error(parameters.object, f"module {module_name} has {public}", "correct the name")
+        of_python = module_name.split(".")[0] in sys.stdlib_module_names
+        fix = f"rename your file: {module_name} is a module of Python's own" if of_python else "correct the name"
+        raise _error(parameters.object, f"module {module_name} has {public}", fix)
     made = getattr(module, name)
     if isinstance(made, type) or callable(made):
         try:

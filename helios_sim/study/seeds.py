@@ -20,7 +20,7 @@ from helios_sim.report.result import USUAL_METRICS, Instead, Replicate
 from helios_sim.study.band import Ends, Pair, run_ends
 from helios_sim.study.instead import run_instead
 from helios_sim.study.jobs import Job, JobResult
-from helios_sim.study.plan import StudyPlan, check_study, plan_study
+from helios_sim.study.plan import CUSTOM, StudyPlan, check_study, plan_study
 from helios_sim.study.schema import AUTO, Config
 
 DECIDED = 0.999  # level of an interval from which the sign of a difference is taken to stand
@@ -53,7 +53,8 @@ def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
     def done(jobs: Sequence[Job]) -> None:
         missing = {job.key: job for job in jobs if job.key not in results}
         if missing:
-            results.update(run(list(missing.values())))
+            # a user's own policy first: what is wrong with it is found before others have run
+            results.update(run(sorted(missing.values(), key=lambda job: job.arm.policy.name != CUSTOM)))
 
     why = None
     if config.seeds == AUTO:

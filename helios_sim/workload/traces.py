@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 2048 * MIB  # of text
 _DROP = "correct or remove the line"
 _UNANSWERED = "take a trace in which some request got an answer"
+_OBJECTS = "write one JSON object for each request, with prompt_tokens, output_tokens and arrival_s"
 _FIX = "correct the file, or choose another one"
 _OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
@@ -175,13 +176,27 @@ def _of_log(log: RequestLog, limit: int | None, unit: str | None) -> RequestTrac
 def _opened(path: Path, content: bytes) -> _File:
     begins = content[:4096].lstrip()[:1]
     if begins == b"[":
-        rows = parse_json(content)
+        rows = _array(path, content)
         lines = [json.dumps(row) for row in rows]
         return _File(path.name, "\n".join(lines).encode() + b"\n", None)
     if begins == b"{" or path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return _File(path.name, content, None)
     header = content[: content.find(b"\n")] if b"\n" in content else content
     return _File(path.name, content, "\t" if b"\t" in header and b"," not in header else ",")
+
+
+def _array(path: Path, content: bytes) -> list[Any]:
+    """The value of one JSON array. UserError where each line is an array."""
+    try:
+        return list(parse_json(content))
+    except ValueError:
+        try:
+            first = shortened(parse_json(content.lstrip().partition(b"\n")[0]))
+        except (ValueError, RecursionError):  # of one array that is damaged, the first line is no value
+            first = None
+        if first is None:
+            raise
+        raise TraceFileError("workload.trace", path.name, f"its lines are arrays such as {first}", _OBJECTS) from None
 
 
 def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
