@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -65,7 +65,7 @@ ELSEWHERE = {
     **dict.fromkeys(("num_prompts", "num_requests", "request_count", "max_requests"), "workload.n_requests"),
     **dict.fromkeys(("input_len", "random_input_len", "isl", "prompt_tokens"), "workload.lengths.prompt"),
     **dict.fromkeys(("output_len", "random_output_len", "osl", "output_tokens"), "workload.lengths.output"),
-    **dict.fromkeys(("gpu", "card", "accelerator"), "hardware"), "seed": "seeds",
+    **dict.fromkeys(("gpu", "card", "accelerator"), "hardware"), "seed": "seeds", "model": "models",
 }  # fmt: skip
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
@@ -360,7 +360,10 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
         unknown, wrong = unknown_setting(schema, values), wrong_type(schema, values)
         if wrong is not None and wrong[0].endswith(key) and not str(wrong[1]).startswith("${"):
             allowed = f"must be {kind_in_words(wrong[2])}"
-            return UserError(f"{name}: {wrong[0]}", shortened(wrong[1]), allowed, "correct the file")
+            fix = "correct the file"
+            if isinstance(wrong[1], str) and (Path(conf_folder()) / wrong[0] / f"{wrong[1]}.yaml").is_file():
+                fix = f"write override /{wrong[0]}: {wrong[1]} among the defaults at the beginning of the file"
+            return UserError(f"{name}: {wrong[0]}", shortened(wrong[1]), allowed, fix)
         if unknown is not None and unknown.endswith(key):
             value = OmegaConf.select(OmegaConf.create(values), unknown)
             return _wrong(unknown, value, "", arguments, schema).about(f"{name}: {unknown}")
@@ -460,12 +463,38 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
     if (parallel := _NOT_MODELLED.search(key)) is not None:
         allowed = f"left out: {parallel[1]} parallelism is not modelled; a group of cards splits every matrix"
         return UserError(key, value, allowed, "set hardware=4xh100, or server.replicas for copies of the model")
-    last = key.split(".")[-1].replace("-", "_")
+    if key == PRESET:
+        return UserError(key, value, "a word of the command line", f"write - /{ENGINE}: {value} among the defaults")
+    if group == "serve" and group not in known:
+        return UserError(key, value, "no such setting", "settings serve.* are those of python -m helios_sim.serve")
+    parent, _, last = key.rpartition(".")
+    last = last.replace("-", "_")
+    own, of_one = _names_in(schema, parent)
+    while of_one and not own:  # a key with dots, in a file
+        parent = parent.rpartition(".")[0]
+        own, of_one = _names_in(schema, parent)
     named = ELSEWHERE.get(last, "")
     same = next((name for name in known if name.split(".")[-1] == last), None)  # the right name in the wrong place
-    meant = named if named.split("=")[0] in known else same
-    fix = f"you may have meant {meant}; {PRINT_ALL}" if meant else closest(key, list(known)) or PRINT_ALL
-    return UserError(key, value, "no such setting", fix)
+    if named.split("=")[0] in known and not of_one:
+        return UserError(key, value, "no such setting", f"you may have meant {named}; {PRINT_ALL}")
+    if near := get_close_matches(last, own, 1):
+        return UserError(key, value, "no such setting", f"you may have meant {parent}.{near[0]}")
+    if same and not of_one:
+        return UserError(key, value, "no such setting", f"you may have meant {same}; {PRINT_ALL}")
+    if 0 < len(own) < 30:
+        return UserError(key, value, "no such setting", f"{parent} has {', '.join(own)}")
+    return UserError(key, value, "no such setting", closest(key, list(known)) or PRINT_ALL)
+
+
+def _names_in(schema: Any, path: str) -> tuple[list[str], bool]:
+    """The settings of the group at this path, none where it is no group; and whether it is in one of several alike."""
+    of_one = False
+    for part in path.split(".") if path else ():
+        if get_origin(schema) in (list, dict):
+            schema, of_one = get_args(schema)[-1], True
+        else:
+            schema = get_type_hints(schema).get(part) if is_dataclass(schema) else None
+    return [f.name for f in fields(schema)] if path and is_dataclass(schema) else [], of_one
 
 
 def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError | None:

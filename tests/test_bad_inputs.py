@@ -216,6 +216,19 @@ EXPERIMENTS = {
         STUDY + "sweeps: [{axes: [{name: b, settings: jobs, values: [1]}]}]\n",
         ["sweeps.0.axes.0.settings='jobs'", "a list"],
     ),
+    "a group of files as a text": (STUDY + "policy: helios\n", ["policy='helios'", "override /policy: helios among"]),
+    "the name of the command line": (
+        STUDY.replace("models: [opt-1.3b]", "model: opt-1.3b"), ["model='opt-1.3b'", "you may have meant models;"],
+    ),
+    "a setting of no axis": (STUDY + "sweeps: [{axes: [{start: 1}]}]\n", ["axes.0 has name, settings"]),
+    "a setting that a group does not have": (
+        STUDY.replace("p95: 30", "std: 3"), ["workload.lengths.output has kind, value, mean, sigma"],
+    ),
+    "overrides in a list": (
+        STUDY.replace("{policy: early_exit}", "{policy: early_exit, overrides: [jobs=4]}"), ["overrides=['jobs=4']"],
+    ),
+    "a sweep of nothing": (STUDY + "sweeps: [{arms: [early_exit]}]\n", ["sweeps.axes=[]", "nothing varies"]),
+    "a preset in a file": (STUDY + "server: {preset: vllm-0.19}\n", ["write - /engine: vllm-0.19"]),
     "a number of eight digits": (STUDY + "jobs: 012\n", ["jobs='012'", "YAML takes 010 for 8"]),
     "a number of a clock": (STUDY + "jobs: 1:30\n", ["jobs='1:30'", "1:30 for 90"]),
     "exits that were not published": (

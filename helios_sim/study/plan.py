@@ -78,9 +78,12 @@ def plan_study(config: Config) -> StudyPlan:
     return StudyPlan(config, headline, tuple(points))
 
 
-def _check_overrides(arm: str, overrides: Mapping[str, Any]) -> None:
+def _check_overrides(arm: str, overrides: Any) -> None:
     """UserError for what an arm cannot have of its own: seeds, or the requests differ; what is of the whole study."""
-    for path in overrides if isinstance(overrides, Mapping) else ():
+    if not isinstance(overrides, Mapping):
+        allowed = "settings by path, such as {server.max_running_requests: 64}"
+        raise UserError(f"arms.{arm}.overrides", overrides, allowed, "write a mapping")
+    for path in overrides:
         if str(path).split(".")[0] in PRESENTATION:
             allowed = "of the whole study: all arms have one, and the same requests"
             fix = f"set {path} for the study, or leave it out"
@@ -176,6 +179,8 @@ def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline
     own = baseline if sweep.baseline is None else _known_arm("sweeps.baseline", sweep.baseline, arms)
     if own not in names:
         names.insert(0, own)
+    if not sweep.axes:
+        raise UserError("sweeps.axes", [], "at least one: without an axis nothing varies", "name one, or leave it out")
     axes = axes_of("sweeps.axes", sweep.axes)
     check_axes(axes)
     points = [_point(config, choice.changes, choice.shown, names, own) for choice in grid(axes)]
