@@ -78,10 +78,11 @@ HASH_IDS = ("hash_ids", "block_hash_ids")
 _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
     ("session_id", "conversation_id", "chat_id"), "what the turns of a session share is computed anew for each"
 ) | dict.fromkeys(
-    ("status", "status_code", "success", "error", "error_message", "result"),
+    ("status", "status_code", "http_status", "response_code", "success", "error", "error_message", "result"),
     "a request that failed is replayed as if it had been answered",
 ) | dict.fromkeys(
-    ("batch_size", "n", "best_of", "count", "num_requests"), "each row is one request with one answer"
+    ("batch_size", "n", "best_of", "count", "num_requests", "request_count", "num_model_requests"),
+    "each row is one request with one answer",
 )  # fmt: skip
 _EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
 MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
@@ -148,7 +149,7 @@ def _how_to_name(names: Sequence[str]) -> str:
         return "write a first line with the names of the columns"
     if names[0].startswith(("#", "//")):
         return "remove what stands before the line with the names of the columns"
-    if len(names) == 1 and re.search(r"[;|]", names[0]):
+    if len(names) == 1 and any(column_of(name) is not None for name in re.split(r"[;|]", names[0])):
         return "separate the cells by commas or tabs"
     if sum(bool(re.search(r"tok|len|prompt|input|output|size", plain_name(name))) for name in names) < 2:
         return "take a file with a row for each request, or the log of a tool that is read (README)"

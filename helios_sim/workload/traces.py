@@ -38,6 +38,7 @@ from helios_sim.workload.columns import (
     TraceColumn,
     check_dates,
     check_unit,
+    column_of,
     doubt,
     find_columns,
     is_good,
@@ -53,10 +54,12 @@ if TYPE_CHECKING:
 MOST_BYTES = 2048 * MIB  # of text
 _DROP = "correct or remove the line"
 _UNANSWERED = "take a trace in which some request got an answer"
-_OBJECTS = "write one JSON object for each request, with prompt_tokens, output_tokens and arrival_s"
+_OBJECTS = (
+    "write a table as CSV, or a JSON object in each line, with prompt_tokens, output_tokens and arrival_s of a request"
+)
 _FIX = "correct the file, or choose another one"
 _OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
-_TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction")
+_TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction", "text_input", "text", "question")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +184,8 @@ def _opened(path: Path, content: bytes) -> _File:
         return _File(path.name, "\n".join(lines).encode() + b"\n", None)
     if begins == b"{" or path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return _File(path.name, content, None)
+    if path.name.removesuffix(".gz").endswith((".yaml", ".yml")):
+        raise TraceFileError("workload.trace", path.name, "YAML that none of the tools wrote", _OBJECTS)
     header = content[: content.find(b"\n")] if b"\n" in content else content
     return _File(path.name, content, "\t" if b"\t" in header and b"," not in header else ",")
 
@@ -216,7 +221,10 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
     if not isinstance(row, dict):
         raise UserError(f"{file.name}, line 1", shortened(row), "must be a JSON object", _DROP)
     texts = [name for name in _TEXTS if isinstance(row.get(name), str | list)]
-    if texts and not any(isinstance(value, int | float) for value in row.values()):
+    columns = [name for name, value in row.items() if column_of(name) is not None and isinstance(value, list | dict)]
+    if columns:
+        raise TraceFileError("workload.trace", file.name, f"one object that holds all of {columns[0]}", _OBJECTS)
+    if texts and not any((column := column_of(name)) and column.role is Role.PROMPT for name in row):
         raise TraceFileError(
             "workload.trace", file.name, f"lengths in tokens; {texts[0]} holds texts, as in ShareGPT, and no lengths",
             "count them with the model's tokenizer and write a table with prompt_tokens and output_tokens",
