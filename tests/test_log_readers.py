@@ -305,6 +305,8 @@ def _requests(report: Any) -> Any:
         ("guidellm", lambda v: _requests(v)["successful"][1].update(time_to_first_token_ms=9e3), "as its timings say"),
         ("aiperf", lambda v: v[3]["metadata"].update(request_end_ns=0), "line 4: request_end_ns"),
         ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="sec"), "line 2: request_latency"),
+        ("aiperf", lambda v: v[1]["metadata"].update(request_end_ns=v[1]["metadata"]["request_start_ns"] + 9 * 10**9),
+         "line 2: request_latency='0.033 s': near 9 s"),
         ("aiperf", lambda v: v[1]["metrics"]["request_latency"].update(unit="weeks"), "unit of request_latency"),
         ("aiperf", lambda v: v[1]["metrics"].pop("output_sequence_length"), "line 2: output_sequence_length"),
         ("guidellm", lambda v: _requests(v)["successful"][0].update(prompt_tokens=None), "request 1: prompt_tokens"),
@@ -463,6 +465,8 @@ def test_what_no_reader_knows_is_named(tmp_path: Path) -> None:
         ({"metadata": {}, "payload": {}, "responses": []}, "profile_export.jsonl"),
         ([{"resourceSpans": []}], "one batch in each line"),
         ({"benchmarks": [{"type_": "a", "run_id": "b"}]}, "guidellm before"),
+        ({"aggregated_metrics": {}, "individual_request_metrics": []}, "genai-bench"),
+        ([samples.vllm_bench()], "an array of objects of vllm bench"),
     ],
 )
 def test_files_of_other_tools_are_told_apart(tmp_path: Path, content: object, what: str) -> None:

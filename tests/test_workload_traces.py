@@ -215,6 +215,7 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, text: str, unit: str
         ("arrays.jsonl", "[0.1, 5, 6]\n[0.2, 5, 6]\n", "its lines are arrays such as .0.1, 5, 6."),
         ("t.json", '{"prompt_tokens": {"0": 5}, "output_len": {"0": 6}}', "one object that holds all of prompt_tokens"),
         ("texts.jsonl", '{"timestamp": 0, "text_input": "Hi", "output_length": 5}', "text_input holds texts"),
+        ("usage.csv", "start,total_input_tokens,total_output_tokens\n1,2,3\n", "a row for each request"),
         ("t.yml", "- {arrival_s: 0}\n- {arrival_s: 1}\n", "YAML that none of the tools wrote"),
         ("server.log", "slot print_timing: id 0 | task 0 |\n", "take a file with a row for each request"),
         ("sg.json", '[{"id": "x", "conversations": [{"from": "human", "value": "hi"}]}]', "as in ShareGPT"),

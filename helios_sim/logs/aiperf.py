@@ -105,6 +105,8 @@ def _row(place: str, record: Fields) -> Row:
     if e2e_s is not None and e2e_s > 1.01 * took_s + _SLACK_S:
         told = f"{e2e_s:.6g} s"
         raise UserError(f"{place}: request_latency", told, f"at most the {took_s:.6g} s between its stamps", FIX)
+    if e2e_s is not None and 10 * e2e_s < took_s - _SLACK_S:
+        raise UserError(f"{place}: request_latency", f"{e2e_s:.6g} s", f"near {took_s:.6g} s, as its stamps say", FIX)
     times = None
     if ttft_s is not None and metrics.has("inter_chunk_latency"):
         gaps, unit = figure("inter_chunk_latency"), metrics.inner("inter_chunk_latency").text("unit", _PER_S)

@@ -42,6 +42,7 @@ _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of t
     (("elapsed_time", "num_requests", "tokens_per_second"), "a summary of vllm bench throughput", _OBSERVE),
     (("avg_latency", "percentiles"), "a summary of vllm bench latency", _OBSERVE),
     (("service_kind", "experiments"), "GenAI-Perf's profile", "run aiperf, which took its place"),
+    (("aggregated_metrics", "individual_request_metrics"), "genai-bench's requests, without arrivals", _OBSERVE),
     (("number_input_tokens", "inter_token_latency_s"), "LLMPerf's requests, without arrivals", _OBSERVE),
     (("traceID", "operationName"), "a trace of Jaeger", "let the OpenTelemetry collector write OTLP/JSON to a file"),
     (("resourceSpans",), "an array of batches of spans", "write one batch in each line"),
@@ -62,7 +63,14 @@ def tool_of(document: Document) -> Tool | None:
             if names == ("resourceSpans",) and document.begins_with(b"{"):
                 continue
             raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)
-    return next((tool for tool in TOOLS if tool.is_it(document)), None)
+    found = next((tool for tool in TOOLS if tool.is_it(document)), None)
+    if found is None and document.begins_with(b"["):
+        inside = Document(document.path, document.head[1:].lstrip())
+        within = next((tool for tool in TOOLS if tool.is_it(inside)), None)
+        if within is not None:
+            fix = f"write each in a line of its own: jq -c '.[]' {document.name} > log.jsonl"
+            raise UserError(document.name, f"an array of objects of {within.name}", "its objects one by one", fix)
+    return found
 
 
 def read_tool(document: Document, part: int | None = None, seed: int = 0) -> RequestLog | None:

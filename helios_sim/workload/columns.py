@@ -151,7 +151,9 @@ def _how_to_name(names: Sequence[str]) -> str:
         return "remove what stands before the line with the names of the columns"
     if len(names) == 1 and any(column_of(name) is not None for name in re.split(r"[;|]", names[0])):
         return "separate the cells by commas or tabs"
-    if sum(bool(re.search(r"tok|len|prompt|input|output|size", plain_name(name))) for name in names) < 2:
+    of_many = re.compile(r"(total|sum|mean|avg|average|p\d+)_|.*_total$")
+    single = [plain_name(name) for name in names if not of_many.match(plain_name(name))]
+    if sum(bool(re.search(r"tok|len|prompt|input|output|size", name)) for name in single) < 2:
         return "take a file with a row for each request, or the log of a tool that is read (README)"
     return "rename a column"
 
