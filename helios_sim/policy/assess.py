@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.policy.cap import CapChoice, choose_cap
@@ -10,7 +11,16 @@ from helios_sim.policy.checks import check_cap
 from helios_sim.policy.deployment import KvRule, Placement
 from helios_sim.policy.history import HistoryTable
 from helios_sim.policy.options import Option, bits_floor, cost_until_next_round, quick_enough
-from helios_sim.policy.prediction import Load, Prediction, batch_capacity, fixed_depth, per_token_depths, predict
+from helios_sim.policy.prediction import (
+    Depths,
+    Load,
+    Paced,
+    Prediction,
+    batch_capacity,
+    fixed_depth,
+    per_token_depths,
+    predict,
+)
 from helios_sim.policy.telemetry import Situation
 from helios_sim.policy.transition import NO_TRANSITION, Transition
 
@@ -35,7 +45,7 @@ class Assessor:
         self._refused: list[str] = []  # of the latest ranking
         self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # with what is behind it
         self._load: Load | None = None  # of the predictions below
-        self._predicted: dict[tuple[Placement, tuple[Placement, ...], KvRule | None, int], Prediction | None] = {}
+        self._predicted: dict[Any, Prediction | None] = {}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
                 check_cap(candidate, cap_layers)
@@ -89,9 +99,13 @@ class Assessor:
         transition: Transition = NO_TRANSITION,
         standby: Iterable[Placement] = (),
         leave_early: KvRule | None = None,
+        drafts: Paced | None = None,
     ) -> Option | None:
-        """None when the placement leaves no room for one request. `leave_early`: tokens do, under that KV rule."""
-        prediction = self._predict(placement, load, horizon_requests, tuple(standby), leave_early)
+        """None when the placement leaves no room for one request. `leave_early`: tokens do, under that KV rule.
+
+        `drafts`: the whole model verifies what its first layers draft.
+        """
+        prediction = self._predict(placement, load, horizon_requests, tuple(standby), leave_early, drafts)
         if prediction is None:
             return None
         # Tokens that leave early on their own are taken to cost what they cost at full depth: they were confident.
@@ -105,14 +119,15 @@ class Assessor:
         horizon_requests: int,
         standby: tuple[Placement, ...],
         early: KvRule | None,
+        drafts: Paced | None,
     ) -> Prediction | None:
         """Each once under one load: a choice compares what is there with every option."""
         if load != self._load:
             self._load = load
             self._predicted.clear()
-        key = placement, standby, early, horizon_requests
+        key = placement, standby, early, horizon_requests, drafts
         if key not in self._predicted:
-            depths = fixed_depth(placement.layers)
+            depths: Depths | Paced = fixed_depth(placement.layers) if drafts is None else drafts
             if early is not None:
                 offline = self.situation.candidates[placement.model].offline
                 depths = per_token_depths(offline, propagated=early is KvRule.PROPAGATE)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from helios_sim.policy.prediction import LEAST_S, decode_time_s, fixed_depth
+from helios_sim.policy.prediction import LEAST_S, decode_floor_s, decode_time_s, fixed_depth
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 
@@ -43,21 +44,71 @@ def pass_time(profile: Profile, exit_layers: int, drafts: int, batch: int, conte
     if drafts == 0:
         at_full_depth = decode_time_s(profile, fixed_depth(n_layers), np.array([batch]), context_tokens + 1)
         return PassTime(0.0, float(at_full_depth[0]))
+    *draft_s, verify_s = (
+        max(float(profile.iteration_time_s(each)[0]), LEAST_S)
+        for each in _steps(profile, exit_layers, drafts, np.array([batch]), context_tokens)
+    )
+    return PassTime(sum(draft_s), verify_s)
 
-    def time_s(rows: tuple[int, int], context: int, more: int, drafting: bool) -> float:
-        composition = Composition(
+
+def _steps(
+    profile: Profile, exit_layers: int, drafts: int, batch: NDArray[np.int64], context_tokens: int
+) -> Iterator[Composition]:
+    """The iterations of one pass at each batch size (K,): every draft, then the verification."""
+    n_layers, none = profile.model.n_layers, np.zeros_like(batch)
+
+    def step(deep: NDArray[np.int64], context: int, more: NDArray[np.int64], drafting: bool) -> Composition:
+        rows = np.stack([batch, deep], axis=1)
+        return Composition(
             bounds=(exit_layers, n_layers),
-            decode_tokens=np.array([rows], np.int64),
-            decode_kv_tokens=np.array([rows], np.int64) * context,
-            verified_tokens=np.array([[0, more]], np.int64),
-            sampled_tokens=np.array([batch + more], np.int64),
+            decode_tokens=rows,
+            decode_kv_tokens=rows * context,
+            verified_tokens=np.stack([none, more], axis=1),
+            sampled_tokens=batch + more,
             host_sync_at_checks=False,
             drafting=drafting,
         )
-        return max(float(profile.iteration_time_s(composition)[0]), LEAST_S)
 
-    draft_s = sum(time_s((batch, 0), context_tokens + k, 0, True) for k in range(1, drafts + 1))
-    return PassTime(draft_s, time_s((batch, batch), context_tokens + drafts + 1, batch * drafts, False))
+    for k in range(1, drafts + 1):
+        yield step(none, context_tokens + k, none, True)
+    yield step(batch, context_tokens + drafts + 1, batch * drafts, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Self-speculation as `predict` takes it: a decode iteration is the share of a pass that falls to one token."""
+
+    exit_layers: int
+    draft_tokens: int  # 1 or more
+    acceptance: float  # share of drafts that full depth confirms
+    layers: int  # all of the model's
+    largest_batch: int  # where more requests decode, none drafts
+
+    def decode_time_s(self, profile: Profile, batch: NDArray[np.int64], context_tokens: float) -> NDArray[np.float64]:
+        """(K,) seconds a token at each batch size."""
+        steps = _steps(profile, self.exit_layers, self.draft_tokens, batch, round(context_tokens))
+        total_s = sum((np.maximum(profile.iteration_time_s(each), LEAST_S) for each in steps), np.zeros(len(batch)))
+        plain_s = decode_time_s(profile, fixed_depth(self.layers), batch, context_tokens)
+        return np.where(batch > self.largest_batch, plain_s, total_s / self._tokens)
+
+    def decode_floor_s(self, profile: Profile, batch: NDArray[np.int64], context_tokens: float) -> NDArray[np.float64]:
+        """(K,) its roofline floor."""
+        steps = _steps(profile, self.exit_layers, self.draft_tokens, batch, round(context_tokens))
+        total_s = sum((profile.iteration_floor_s(each) for each in steps), np.zeros(len(batch)))
+        plain_s = decode_floor_s(profile, fixed_depth(self.layers), batch, context_tokens)
+        return np.where(batch > self.largest_batch, plain_s, total_s / self._tokens)
+
+    @property
+    def _tokens(self) -> float:
+        return tokens_per_pass(self.acceptance, self.draft_tokens)
+
+
+def as_long_as_they_pay(profile: Profile, drafts: Drafts, most: int, context_tokens: int) -> Drafts:
+    """The same, up to the largest batch of 1 to `most` requests at which they are faster than decoding."""
+    batch = np.arange(1, most + 1, dtype=np.int64)
+    plain_s = decode_time_s(profile, fixed_depth(drafts.layers), batch, context_tokens)
+    pays = replace(drafts, largest_batch=most).decode_time_s(profile, batch, context_tokens) < plain_s
+    return replace(drafts, largest_batch=int(batch[pays][-1]) if pays.any() else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,21 @@ class Depths:
         return self.bounds[-1]
 
 
+class Paced(Protocol):
+    """Another way to decode, of which each token takes a known time on average: `drafts.Drafts`."""
+
+    @property
+    def layers(self) -> int: ...
+
+    def decode_time_s(
+        self, profile: Profile, batch: NDArray[np.int64], context_tokens: float
+    ) -> NDArray[np.float64]: ...
+
+    def decode_floor_s(
+        self, profile: Profile, batch: NDArray[np.int64], context_tokens: float
+    ) -> NDArray[np.float64]: ...
+
+
 def fixed_depth(layers: int) -> Depths:
     """All tokens run `layers`: full depth or a fixed cap, whose confidence comes with the token's own logits."""
     return Depths((layers,), (1.0,))
@@ -112,21 +127,25 @@ def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
 
 
 def decode_time_s(
-    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+    profile: Profile, depths: Depths | Paced, batch: NDArray[np.int64], context_tokens: float
 ) -> NDArray[np.float64]:
     """(K,) mean seconds of a decode iteration at each batch size.
 
     With tokens that leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly
     over (0, 1): unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
     """
+    if not isinstance(depths, Depths):
+        return depths.decode_time_s(profile, batch, context_tokens)
     time_s = np.maximum(profile.iteration_time_s(_decodes(depths, batch, context_tokens)), LEAST_S)
     return _mean_of_each(time_s, len(batch))
 
 
 def decode_floor_s(
-    profile: Profile, depths: Depths, batch: NDArray[np.int64], context_tokens: float
+    profile: Profile, depths: Depths | Paced, batch: NDArray[np.int64], context_tokens: float
 ) -> NDArray[np.float64]:
     """(K,) its roofline floor."""
+    if not isinstance(depths, Depths):
+        return depths.decode_floor_s(profile, batch, context_tokens)
     return _mean_of_each(profile.iteration_floor_s(_decodes(depths, batch, context_tokens)), len(batch))
 
 
@@ -177,6 +196,19 @@ def prefill_time_s(
     return time_s, floor_s
 
 
+def probe_time_s(candidate: Candidate, load: Load) -> float:
+    """Seconds in which the whole model scores one text of mean length, every token at every exit."""
+    exits, rows = candidate.offline.exits, round(load.output_tokens(candidate))
+    checked = np.full((1, len(exits)), rows, np.int64)
+    checked[0, -1] = 0  # the last exit is sampled from
+    none = np.zeros((1, len(exits)), np.int64)
+    chunk = PrefillChunk(round(load.prompt_tokens(candidate)) + rows, 0, exits[-1])
+    composition = Composition(
+        exits, none, none, np.array([rows]), check_tokens=checked, prefill=(chunk,), host_sync_at_checks=False
+    )
+    return max(float(candidate.profile.iteration_time_s(composition)[0]), LEAST_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Of one placement under one load. "Busy" is the time of a request's share of iterations."""
@@ -211,7 +243,7 @@ class Prediction:
 def predict(
     situation: Situation,
     placement: Placement,
-    depths: Depths,
+    depths: Depths | Paced,
     load: Load,
     *,
     standby: Iterable[Placement] = (),
