@@ -13,7 +13,15 @@ from helios_sim.exits.rule import Confidence, FixedCap, FullDepth, PerToken
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import Cause, Completed, Deployment, InFlight, KvRule, Placement
 from helios_sim.policy.registry import make_policy
-from helios_sim.policy.telemetry import ExpectedLoad, Observation, Policy, Situation, Telemetry
+from helios_sim.policy.telemetry import (
+    ExpectedLoad,
+    Goal,
+    Objective,
+    Observation,
+    Policy,
+    Situation,
+    Telemetry,
+)
 from live_rig import LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
 from slow_exits import SlowModel
@@ -132,6 +140,18 @@ def test_helios_probe_scores_what_was_served(two: dict[str, LiveModel]) -> None:
     check_completed(live)
     assert {o.model for o in policy.observations} == {"llama", "qwen2"}
     check_observations(two, live, policy.observations, served=False)
+
+
+def test_helios_next_hears_full_depth_of_its_own_answers(two: dict[str, LiveModel]) -> None:
+    """The same code as simulated: a cap, probes of what was served, and an exit barred or not by what they say."""
+    settings = {"threshold": THRESHOLD, "review_requests": 2, "probe_share": 0.9, "draft_tokens": 0}
+    policy = Overheard(make_policy("helios_next", settings))
+    live = serve(two, policy, objective=Objective(Goal.THROUGHPUT, 0.99))
+    check_completed(live)
+    check_text(live)
+    assert policy.observations
+    check_observations(two, live, policy.observations, served=False)
+    assert {"Completed", "Probed"} <= {type(cause).__name__ for cause in policy.causes}
 
 
 @pytest.mark.parametrize("in_flight", list(InFlight))

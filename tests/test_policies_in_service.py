@@ -182,7 +182,8 @@ HELIOS = {
 
 @st.composite
 def real_policies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    name = draw(st.sampled_from(["full_depth", "early_exit", "early_exit", "static_cap", "helios", "helios_probe"]))
+    some = ["full_depth", "early_exit", "early_exit", "static_cap", "helios", "helios_probe", "helios_next"]
+    name = draw(st.sampled_from(some))
     config: dict[str, Any] = {"batch_limit": 1}
     model = draw(st.sampled_from(["a", "b"]))
     if name == "full_depth":
@@ -194,6 +195,9 @@ def real_policies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         return name, config | {"model": model, "threshold": threshold, "batching": batching, "kv_rule": kv_rule}
     if name == "static_cap":
         return name, config | {"threshold": 0.7, "model": model, "cap_layers": draw(st.sampled_from([None, 2]))}
+    if name == "helios_next":
+        drafts, share = draw(st.sampled_from([0, 3])), draw(st.sampled_from([0.0, 0.5]))
+        return name, config | {"threshold": 0.7, "review_requests": 2, "draft_tokens": drafts, "probe_share": share}
     config |= HELIOS | {
         "on_breach": draw(st.sampled_from(["cheaper", "load_only", "switch_only", "transfer_only"])),
         "standby": draw(st.sampled_from(["none", "caps", "whole"])),

@@ -17,7 +17,7 @@ from helios_sim.policy.registry import POLICIES, make_policy, parameters_of, pol
 from policy_example import situation, small
 
 NEEDED = {"early_exit": {"threshold": 0.8}, "static_cap": {"threshold": 0.8}, "helios": {"threshold": 0.8}}
-NEEDED["helios_probe"] = NEEDED["helios"]
+NEEDED["helios_probe"] = NEEDED["helios_next"] = NEEDED["helios"]
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("custom", "oracle")])

@@ -38,10 +38,24 @@ VALUES: dict[str, dict[str, Any]] = {
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,
     "helios_probe": {key: value for key, value in OF_HELIOS.items() if key != "evaluation"},
+    "helios_next": {
+        **OF_ALL, "failure": 0.9, "probe_share": 0.2, "review_requests": 20, "horizon_requests": 1,
+        "least_gain": 0.9, "draft_tokens": 2, "half_life_requests": 20.0, "in_flight": "migrate",
+    },
 }  # fmt: skip
 REFUSED = {
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
     ("helios_probe", "evaluated_tokens"),
+}  # fmt: skip
+# Probes that are often enough to hear and to change something within few requests.
+NEXT = ("objective.max_disagreement=0.3", "policy.probe_share=0.1", "policy.review_requests=10")
+_AT_THE_LIMIT = ("objective.max_disagreement=0.04", "policy.probe_share=0.3", "policy.review_requests=4")
+NEXT_AT = {
+    "draft_tokens": ("quickstart", ("objective.max_disagreement=0.02",)),
+    "failure": ("quickstart", _AT_THE_LIMIT),
+    "least_gain": (
+        "real_models", ("policy.probe_share=0.1", "policy.review_requests=10", "policy.half_life_requests=20"),
+    ),
 }  # fmt: skip
 MEASURED = ("threshold", "confidence")  # published exits have one of each
 ELSEWHERE = {("oracle", "epoch_requests")}  # where models share the requests: test_policy_oracle
@@ -61,6 +75,8 @@ class Study:
 
 
 def study(policy: str, setting: str) -> Study:
+    if policy == "helios_next":
+        return Study(policy, *NEXT_AT.get(setting, ("real_models", NEXT)))
     if policy.startswith("helios") and setting == "cap_layers":
         return Study(policy, "real_models", ("models=[smollm2-135m]",))
     if policy.startswith("helios"):

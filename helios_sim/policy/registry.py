@@ -16,6 +16,7 @@ from helios_sim.policy.custom import CustomParameters, load_custom
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.helios import HeliosPolicy
+from helios_sim.policy.helios_next import HeliosNextParameters, HeliosNextPolicy
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters
 from helios_sim.policy.oracle import OracleParameters, OraclePolicy
 from helios_sim.policy.self_speculation import SelfSpeculationParameters, SelfSpeculationPolicy
@@ -28,6 +29,7 @@ PolicyParameters = (
     | StaticCapParameters
     | SelfSpeculationParameters
     | HeliosParameters
+    | HeliosNextParameters
     | OracleParameters
     | CustomParameters
 )
@@ -55,6 +57,11 @@ POLICIES: Mapping[str, PolicyKind] = {
         HeliosPolicy,
         "as helios, but candidates score served text in one pass",
         fixed={"evaluation": Evaluation.PROBE},
+    ),
+    "helios_next": PolicyKind(
+        HeliosNextParameters,
+        HeliosNextPolicy,
+        "ours: a cap that a test of changed tokens defends, drafts above it, probes and changes that pay",
     ),
     "oracle": PolicyKind(
         OracleParameters, OraclePolicy, "a bound: knows every exit, pays for no change", is_bound=True
