@@ -450,7 +450,7 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
     if key in known and "is not in struct" not in cause:
         return UserError(key, value, f"must be {kind_in_words(known[key])}", f"set {key} to such a value")
     group = key.split(".")[0]
-    if group == "policy" and schema is Config:
+    if group == "policy" and schema is Config and not key.startswith("policy.settings."):
         return _wrong_policy_key(key, value, arguments)
     key, value = _of_one_arm(key, value)
     if key.startswith("arms.") and (of_arm := _wrong_arm_key(key, value, arguments)) is not None:

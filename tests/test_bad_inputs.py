@@ -119,6 +119,7 @@ SETTINGS = [
     ("+policy.limit=3", ["policy.limit='3'", "need a policy"]),
     ("policy=custom", ["policy.object=None", "set policy.object"]),
     ("policy=custom policy.path=mine.P", ["policy.path='mine.P'", "custom knows object, settings"]),
+    ("policy=custom policy.settings.patience=5", ["policy.settings.patience='5'", "'+policy.settings.patience=5'"]),
     ("policy=custom policy.object=nowhere:Policy", ["policy.object='nowhere:Policy'", "no module nowhere"]),
     ("policy=custom policy.object=mine.py:P", ["policy.object='mine.py:P'", "name the module, not its file: mine:P"]),
     ("policy=custom policy.object=json", ["policy.object='json'", "module:Name"]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -168,6 +170,20 @@ def test_decide_returns_one_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy.start(SITUATION) is FULL
     with pytest.raises(UserError, match=r"decide\(\) returned .* exit_rule=a Own, which must be FullDepth"):
         policy.decide(None, None)
+
+
+def test_numbers_of_numpy_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    active = replace(FULL.active, layers=np.int64(FULL.active.layers))
+    with pytest.raises(UserError, match=r"Fix: correct active, with int\(\) or float\(\) around what NumPy gives"):
+        wrapped(monkeypatch, start=replace(FULL, active=active)).start(SITUATION)
+
+
+def test_what_is_drawn_follows_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(seed: int) -> tuple[float, float]:
+        wrapped(monkeypatch, start=FULL).start(replace(SITUATION, seed=seed))
+        return random.random(), float(np.random.rand())  # noqa: NPY002 - as policies do
+
+    assert drawn(3) == drawn(3) != drawn(4)
 
 
 POLICY = """

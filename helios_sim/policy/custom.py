@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from helios_sim.errors import OwnCodeError, UserError, lacking
 from helios_sim.interrupt import is_asked
@@ -20,6 +23,7 @@ from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
 
 _SHOWN, _MOST_SAID = 80, 300  # characters of what was returned, and of what an error says
+_MOST_NAMES = 20  # of a module, in a message
 _NOT_THEIRS = (str(Path(__file__).parents[1]), "<", importlib.__file__ or "")  # beginnings of files' names
 
 
@@ -52,7 +56,9 @@ def load_custom(parameters: CustomParameters) -> Policy:
                 fix = f"name the module, not its file: {module_name.removesuffix('.py')}:{name}"
             raise _error(parameters.object, f"there is no module {error.name}", fix) from None
     if not hasattr(module, name):
-        public = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))) or "nothing"
+        names = [key for key in vars(module) if not key.startswith("_")]
+        own = [key for key in names if getattr(vars(module)[key], "__module__", module_name) == module_name]
+        public = ", ".join(sorted(own or names)[:_MOST_NAMES]) or "nothing"
         of_python = module_name.split(".")[0] in sys.stdlib_module_names
         fix = f"rename your file: {module_name} is a module of Python's own" if of_python else "correct the name"
         raise _error(parameters.object, f"module {module_name} has {public}", fix)
@@ -85,6 +91,8 @@ class _Checked:
 
     def start(self, situation: Situation) -> Deployment:
         self._situation = situation
+        random.seed(situation.seed)  # of whatever the policy draws without a generator of its own
+        np.random.seed(situation.seed % 2**32)  # noqa: NPY002 - this one
         with _own_code(self._name, "start()"):
             found = self._policy.start(situation)
         return self._checked("start", found)
@@ -103,7 +111,9 @@ class _Checked:
         if fault is not None:
             field_name, value, wanted = fault
             allowed = f"{method}() returned a Deployment with {field_name}={_short(value)}, which must be {wanted}"
-            raise _error(self._name, allowed, f"correct {field_name}")
+            of_numpy = "np." in _short(value)
+            fix = f"correct {field_name}{', with int() or float() around what NumPy gives' if of_numpy else ''}"
+            raise _error(self._name, allowed, fix)
         return found
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from helios_sim.engine.simulated import ModelData
@@ -78,7 +79,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
     workload = build_workload(config.workload, served.chars_per_token, shares)
     card = next(iter(profiles.values())).hardware
     situation = Situation(
-        candidates=candidates,
+        candidates=MappingProxyType(candidates),  # shared by arms and seeds: a policy that takes some out keeps its own
         memory=MemoryBudget(card.hbm_bytes, config.server.memory_utilisation, config.server.block_tokens),
         objective=objective_of(config, candidates),
         max_running_requests=config.server.max_running_requests,
