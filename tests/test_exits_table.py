@@ -75,7 +75,8 @@ def test_each_layout_and_format_gives_what_was_written(tmp_path: Path, name: str
     wide, told = columns(), Told(human_text=True)
     trace, ignored = read_table(written(tmp_path, wide | {"word": ["x"] * 60}, name), "m", told)
     assert ignored == ["word"]
-    order = sorted(range(60), key=lambda i: wide["task"][i])  # by task, in reading order
+    text = [(wide["task"][i], wide["prompt"][i]) for i in range(60)]
+    order = sorted(range(60), key=lambda i: (text[i][0], text.index(text[i])))  # by task and prompt, in reading order
     assert trace.tasks == ("code", "news")
     assert trace.chars.tolist() == [wide["chars"][i] for i in order]
     for e, depth in enumerate(EXITS):
@@ -210,15 +211,15 @@ def test_rows_of_two_models_are_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_study_says_which_columns_are_not_read(tmp_path: Path) -> None:
-    found = columns() | {"surprise": [1.0] * 60, "agree_06": [True] * 60}
+    found = columns() | {"surprise": [1.0] * 60, "agrees_6": [True] * 60}
     found = {name: values for name, values in found.items() if not name.startswith("log_prob")}
     trace = read_table(written(tmp_path, found), "opt-1.3b")[0]
-    assert trace.provenance.details[NOT_READ] == "mine.parquet: not read: surprise, agree_06"
+    assert trace.provenance.details[NOT_READ] == "mine.parquet: not read: surprise, agrees_6"
     result = simulate(
         "own", "policy=full_depth", "workload.mix.tasks={news: 1, code: 1}",
         settings={"exits.source": str(tmp_path / "mine.parquet"), "models": ["opt-1.3b"], "workload.n_requests": 4},
     )  # fmt: skip
-    assert "mine.parquet: not read: surprise, agree_06" in result.warnings
+    assert "mine.parquet: not read: surprise, agrees_6" in result.warnings
 
 
 @pytest.mark.parametrize(
@@ -242,3 +243,18 @@ def test_empty_cells_of_a_name_in_parquet_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"task.*cells are empty"):
         read_table(tmp_path / "t.parquet", "m", Told(chars_per_token=4.0))
+
+
+def test_rows_of_a_batch_go_back_to_their_prompts(tmp_path: Path) -> None:
+    """A batch that is written step by step has rows of its prompts in turns."""
+    rows = "".join(f"{i % 2},{i},1,0.5\n" for i in range(6))
+    (tmp_path / "t.csv").write_text("prompt,chars,agree_6,confidence_6\n" + rows)
+    trace, _ = read_table(tmp_path / "t.csv", "m")
+    assert trace.prompt.tolist() == [0, 0, 0, 1, 1, 1]
+    assert trace.chars.tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_a_depth_of_0_is_no_depth(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("prompt,chars,agree_0,agree_6,confidence_0,confidence_6\n0,1,1,1,0.5,0.6\n")
+    with pytest.raises(UserError, match=r"agree_0.*depths from 1"):
+        read_table(tmp_path / "t.csv", "m")

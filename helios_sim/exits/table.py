@@ -1,6 +1,6 @@
 """An exit trace from a table of one's own, in CSV or Parquet.
 
-One row a token, in reading order, with a column for each exit depth D:
+One row a token, those of a prompt in reading order, with a column for each exit depth D:
 
 - agree_D: 1 or true where the exit predicts the token that the whole model predicts; for every exit but the deepest,
   which is the whole model, where it may be left out.
@@ -121,6 +121,8 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
             kinds[name] = "whole" if kind is not None and pa.types.is_integer(kind) else "text"
         elif name in ("chars", "token") or (is_long and name in _LONG):
             kinds[name] = "whole"
+        elif not is_long and re.fullmatch(rf"({'|'.join(_PER_EXIT)})_\d+", name):
+            raise UserError(f"{path}: {name}", name, "depths from 1, 01 is none: so many layers have run", "rename it")
     for name in ("prompt", *(_LONG if is_long else ())):
         if name not in kinds:
             raise UserError(str(path), ", ".join(schema.names[:12]), f"a column {name} is missing", _FIX)
@@ -183,7 +185,9 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignor
             raise UserError(f"{path}: row {int(empty[0]) + 2}: {name}", "", "a name in every row, or no column", _FIX)
     task = found.get("task", np.full(n, ANY_TASK, dtype=object))
     names, number = np.unique(task.astype(str), return_inverse=True)
-    order = np.argsort(number, kind="stable")
+    of_prompt = np.char.add(np.char.add(names[number], "\n"), found["prompt"].astype(str))
+    _, first, prompts = np.unique(of_prompt, return_index=True, return_inverse=True)
+    order = np.lexsort((first[prompts.ravel()], number))  # rows of a prompt together, as they stand
     filled: list[str] = []
 
     def column(name: str, at_the_end: float | None) -> Array | None:
@@ -209,14 +213,13 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignor
     _check_shares(path, exits, order, by_name | {"log_prob": column("log_prob", None)})
     if not recorded:
         raise UserError(str(path), ", ".join(found), f"one of {', '.join(f'{name}_D' for name in BY_COLUMN)}", _FIX)
-    prompts = np.unique(np.char.add(np.char.add(names[number], "\n"), found["prompt"].astype(str)), return_inverse=True)
     source = told.source or f"{path.name}, a table of tokens and exits"
     return ExitTrace(
         model=model,
         exits=exits,
         tasks=tuple(map(str, names)),
         task=number[order].astype(np.int32),
-        prompt=prompts[1].ravel()[order].astype(np.int32),
+        prompt=prompts.ravel()[order].astype(np.int32),
         chars=_chars(path, found, told, n)[order],
         agree=agree.astype(np.bool_),
         provenance=Provenance(
