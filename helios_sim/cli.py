@@ -30,6 +30,7 @@ from helios_sim.config import (
     by_arm,
     check_choices,
     check_flags,
+    check_own_file,
     given,
     in_full,
     in_order,
@@ -67,6 +68,7 @@ def run_command(command: list[str]) -> int:
             check_choices(settings, run.runtime.choices, command)
             config = to_config(settings, command)
             check_effect(config, run.overrides.task)
+            check_own_file(config, run.runtime.choices.get("experiment"), command)
             status = max(status, runner_of(config)(config, folder))
         except (UserError, OmegaConfBaseException) as error:
             stop_if_asked()

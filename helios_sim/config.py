@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
-from helios_sim.study.effects import check_effect
+from helios_sim.study.effects import check_effect, check_written
 from helios_sim.study.schema import Config
 from helios_sim.untrusted import shortened
 from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting, wrong_type
@@ -214,6 +214,7 @@ def compose_config(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
         ) from error
     check_effect(config, command)
+    check_own_file(config, choices.get("experiment"), [*command, *folder])
     return config
 
 
@@ -254,6 +255,17 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
         if chosen in options and value != chosen:
             allowed = f"{group}.{key} is set to {value} by the experiment or the command line"
             raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
+
+
+def check_own_file(config: Config, experiment: str | None, arguments: Sequence[str]) -> None:
+    """UserError for what the user's own file of this experiment sets in vain."""
+    for place in config_dirs(arguments):
+        file = Path(place) / "experiment" / f"{str(experiment).removesuffix('.yaml')}.yaml"
+        if file.is_file():
+            written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            changed = [word.partition("=")[0].lstrip("+~") for word in arguments if _is_override(word)]
+            assert isinstance(written, dict)
+            check_written(config, {str(key): value for key, value in written.items()}, changed, file.name)
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
@@ -308,6 +320,14 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         for place in config_dirs(arguments):
             if (Path(place) / found[1] / f"{found[2]}.yml").is_file():
                 fix = f"let its name end in .yaml: {Path(place) / found[1] / found[2]}.yml is not looked at"
+            if (Path(place) / f"{found[2]}.yaml").is_file():
+                fix = f"put {Path(place) / found[2]}.yaml into a folder {found[1]} there"
+        if group.startswith("experiment"):
+            group, path = "experiment", Path(given("experiment", arguments) or option)
+            option = str(path)
+            if path.with_suffix(".yaml").is_file():
+                folder = path.parent.parent if path.parent.name == "experiment" else "FOLDER"
+                fix = f"files are named so: --config-dir {folder} +experiment={path.stem}, from {folder}/experiment"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
     if found := re.search(r"Multiple values for \w+\..*?(\w+: [\w.-]+)'", text):
         return UserError("defaults", found[1], "there is one already", f"write override /{found[1]} in the file")
@@ -415,6 +435,15 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     except SystemExit:
         reason = said.getvalue().strip().splitlines()[-1].split("error: ")[-1]
         raise UserError("command line", " ".join(arguments), reason, see) from None
+    for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
+        if value is not None:
+            allowed = "a study begins with the settings of this program"
+            fix = "put yours into FOLDER/experiment/NAME.yaml: --config-dir FOLDER +experiment=NAME"
+            raise UserError(flag, value, allowed, fix)
+    experiments = [word for word in parsed.overrides if word.lstrip("+").startswith("experiment=")]
+    if len(experiments) > 1:
+        fix = "choose one, or run both: -m +experiment=a,b"
+        raise UserError("experiment", " ".join(experiments), "one", fix)
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError("argument", override, "settings are written key=value", see)

@@ -149,7 +149,9 @@ SETTINGS = [
     ("--fast", ["--fast", "--help"]),
     ("--cfg", ["--cfg", "expected one argument"]),
     ("--config-dir nowhere", ["--config-dir='nowhere'", "a folder"]),
-    ("--config-name other", ["other", "Fix"]),
+    ("--config-name other", ["--config-name='other'", "+experiment=NAME"]),
+    ("+experiment=own +experiment=drift", ["one", "-m +experiment=a,b"]),
+    ("+experiment=conf/experiment/mine.yaml", ["experiment='conf/experiment/mine.yaml'", "Fix"]),
     ("--cfg job -m", ["--cfg job -m", "Only one of"]),
     ("~jobs", ["jobs", "Fix"]),
 ]  # fmt: skip
@@ -230,6 +232,23 @@ EXPERIMENTS = {
     ),
     "a sweep of nothing": (STUDY + "sweeps: [{arms: [early_exit]}]\n", ["sweeps.axes=[]", "nothing varies"]),
     "a preset in a file": (STUDY + "server: {preset: vllm-0.19}\n", ["write - /engine: vllm-0.19"]),
+    "what counts for other arrivals": (
+        STUDY.replace("n_requests: 12", "arrivals: {users: 4}"),
+        ["mine.yaml: workload.arrivals.users=4", "does nothing here", "closed_loop"],
+    ),
+    "an autoscaler that is not on": (
+        STUDY + "autoscale: {start_s: 5}\nserver: {replicas: 2}\n", ["autoscale.start_s=5", "with autoscale.least"],
+    ),
+    "a drift that never comes": (
+        STUDY.replace("n_requests: 12", "mix: {after: {gsm8k: 1}, drift: step, at: 50}"), ["mix.at=50.0", "never"],
+    ),
+    "a number in place of a list": (
+        STUDY.replace("n_requests: 12", "faults: {load_fails: {at_s: 1.0}}"), ["load_fails.at_s=1.0", "a list"],
+    ),
+    "a figure of no point": (
+        STUDY + "sweeps: [{axes: [{name: b, settings: [server.block_tokens], values: [8, 16]}]}]\n"
+        "figures: [{x: b, where: {b: 7}}]\n", ["figures.where.b=7", "[8, 16]"],
+    ),
     "a number of eight digits": (STUDY + "jobs: 012\n", ["jobs='012'", "YAML takes 010 for 8"]),
     "a number of a clock": (STUDY + "jobs: 1:30\n", ["jobs='1:30'", "1:30 for 90"]),
     "exits that were not published": (

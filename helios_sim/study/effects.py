@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -282,3 +282,33 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
             counts, where = COUNTS.get(above, (None, ""))
             if counts is not None and not counts(config):
                 raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
+
+
+OF_FILES = ("workload", "autoscale")  # groups of which experiments of the user's own are looked at too
+
+
+def check_written(config: Config, written: Mapping[str, Any], changed: Collection[str], place: str) -> None:
+    """UserError for a setting in a user's experiment file that does not count under the study's other settings.
+
+    `written`: what the file says. `changed`: paths of settings that words of the command line change. What these, arms
+    or axes change may be the reason for which it does not count, so their groups are left out.
+    """
+    of_arms = [path for arm in config.arms.values() if isinstance(arm, Mapping) for path in arm.get("overrides") or ()]
+    of_axes = [path for sweep in config.sweeps for axis in sweep.axes for path in axis.settings]
+    of_designs = [path for axis in config.sweep.parameters.values() for path in axis.settings]
+    groups = {tuple(str(path).split(".")[:2]) for path in (*changed, *of_arms, *of_axes, *of_designs)}
+    usual = asdict(Config())
+    for path, (counts, where) in COUNTS.items():
+        parts = path.split(".")
+        value = _at(written, parts)
+        if parts[0] not in OF_FILES or value in (None, {}, []) or value == _at(usual, parts) or counts(config):
+            continue
+        if not any(tuple(parts[: len(group)]) == group for group in groups):
+            allowed = f"does nothing here: it counts {where}"
+            raise UserError(f"{place}: {path}", value, allowed, "leave it out, or set that too")
+
+
+def _at(settings: Any, parts: Sequence[str]) -> Any:
+    for name in parts:
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings

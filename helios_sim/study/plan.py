@@ -283,6 +283,10 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
         require_one_of("figures.metric", figure.metric, DEFINITIONS)
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
             require_one_of("figures.where and split_by", key, axes)
+        for key, value in figure.where.items():
+            there = list(dict.fromkeys(point.settings[key] for point in points if key in point.settings))
+            if value not in there:
+                raise UserError(f"figures.where.{key}", value, f"a point of the axis: {there}", "name one of them")
         for arm in figure.arms or ():
             require_one_of("figures.arms", arm, arms)
 

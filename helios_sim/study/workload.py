@@ -266,6 +266,9 @@ def _mix(c: MixConfig) -> TaskMix:
 def _drift(c: MixConfig) -> Drift | None:
     def position(name: str) -> float:
         value: float | None = getattr(c, name)
+        if value is not None and value > 1 and name in ("at", "start") and c.per == "requests":
+            allowed = "from 0 to 1, a share of the requests: what comes later comes never"
+            raise UserError(f"workload.mix.{name}", value, allowed, "correct it, or set workload.mix.per=seconds")
         return _given(f"workload.mix.{name}", value, f"{c.drift} drift")
 
     match c.drift:

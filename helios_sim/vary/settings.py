@@ -93,7 +93,8 @@ def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | 
     if origin in (typing.Union, types.UnionType):
         fits = any(wrong_type(part, value) is None for part in parts)
     elif origin is list:
-        fits, below = isinstance(value, list), ((i, parts[0], v) for i, v in enumerate(value or ()))
+        fits = isinstance(value, list)
+        below = ((i, parts[0], v) for i, v in enumerate(value)) if fits else ()
     elif origin is dict:
         fits = isinstance(value, Mapping)
         below = ((key, parts[1], v) for key, v in value.items()) if fits else ()
