@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Probe,
         Probed,
         QueueAbove,
+        Regrouping,
         RunningAbove,
         SloBelow,
         Started,
@@ -119,6 +120,7 @@ __all__ = [
     "Probed",
     "Profile",
     "QueueAbove",
+    "Regrouping",
     "RunningAbove",
     "RuntimeConfig",
     "SelfSpeculation",
@@ -174,7 +176,7 @@ _NAMES_BY_MODULE = {
     "exits.trace": "ExitTrace",
     "policy.deployment": (
         "AtTime BatchingRule BreachLimit Cause Completed Deployment Drained InFlight KvAbove KvRule LoadFailed "
-        "Placement PowerAbove Probe Probed QueueAbove RunningAbove SloBelow Started Trigger"
+        "Placement PowerAbove Probe Probed QueueAbove Regrouping RunningAbove SloBelow Started Trigger"
     ),
     "policy.telemetry": "Energy LatestRequests Policy Situation Telemetry",
     "profile.composition": "Composition",

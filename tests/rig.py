@@ -53,7 +53,8 @@ class Scripted:
 
 def kv_rules(rule: ExitRule) -> list[KvRule]:
     """Those that a deployment with this exit rule may have."""
-    return [KvRule.PROPAGATE, KvRule.RECOMPUTE] if isinstance(rule, PerToken) else list(KvRule)
+    both = [KvRule.PROPAGATE, KvRule.RECOMPUTE]
+    return both if isinstance(rule, PerToken) else [*both, KvRule.NONE]
 
 
 def full_depth(model: str = "flat", layers: int = 4, batch_limit: int | None = None) -> Deployment:

@@ -184,7 +184,7 @@ RULES: list[tuple[ExitRule, int, int | None]] = [
 @st.composite
 def deployments(draw: st.DrawFn) -> Deployment:
     rule, layers, run_layers = draw(st.sampled_from(RULES))
-    batching = draw(st.sampled_from(BatchingRule))
+    batching = draw(st.sampled_from([BatchingRule.EACH_TOKEN, BatchingRule.LAZY]))
     observe = draw(st.sampled_from([None, 1, 5])) if batching is BatchingRule.EACH_TOKEN else None
     return Deployment(
         Placement("a", layers), rule, batching=batching, kv_rule=draw(st.sampled_from(kv_rules(rule))),

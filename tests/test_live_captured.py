@@ -75,7 +75,7 @@ def test_full_depth(tiny: LiveModel, slots: int) -> None:
 
 
 @pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])
-@pytest.mark.parametrize("batching", list(BatchingRule))
+@pytest.mark.parametrize("batching", [BatchingRule.EACH_TOKEN, BatchingRule.LAZY])
 def test_per_token_exits(tiny: LiveModel, kv_rule: KvRule, batching: BatchingRule) -> None:
     deployment = deployed(rule_of(tiny, Confidence.MAX_PROBABILITY), kv_rule, batching)
     plain, captured, device = both({"tiny": tiny}, deployment, slots=5)

@@ -136,7 +136,7 @@ right = st.builds(
     placements,
     st.one_of(st.just(FullDepth()), st.builds(FixedCap, st.floats(0, 1)), st.builds(PerToken, st.floats(0, 2))),
     standby=st.lists(placements, max_size=1).map(tuple),
-    batching=st.sampled_from(BatchingRule),
+    batching=st.sampled_from([BatchingRule.EACH_TOKEN, BatchingRule.LAZY]),
     kv_rule=st.sampled_from([KvRule.PROPAGATE, KvRule.RECOMPUTE]),
     batch_limit=st.none() | st.integers(1, 99),
     in_flight=st.sampled_from(InFlight),

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 POLICIES = Path(conf_folder(), "policy")
 OF_ALL = {"threshold": 0.6, "confidence": "margin", "batch_limit": 2}  # in a study with measured exits
 OF_ONE_MODEL = {**OF_ALL, "model": "gemma3-270m"}
+OF_SPLITS = {"flush_requests": 1, "flush_s": 1e-6, "review_requests": 10}
 OF_HELIOS = {
     "threshold": 0.6, "confidence": "margin", "constants": "batch_scaled", "on_breach": "load_only", "standby": "caps",
     "raised": "early_exit", "in_flight": "migrate", "shortlist": 1, "prompts_per_candidate": 2, "evaluated_tokens": 5,
@@ -28,8 +29,9 @@ OF_HELIOS = {
 }  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     "full_depth": {"model": "gemma3-270m", "batch_limit": 2},
-    "early_exit": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute"},
+    "early_exit": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "early_exit_lazy": {**OF_ONE_MODEL, "batching": "each_token", "kv_rule": "recompute"},
+    "early_exit_rebatch": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "static_cap": {**OF_ONE_MODEL, "cap_layers": 24},
     "self_speculation": {
         "draft_tokens": 2, "exit_layer": 24, "largest_batch": 1, "review_requests": 10, "batch_limit": 2,
@@ -45,7 +47,8 @@ VALUES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 REFUSED = {
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
-    ("helios_probe", "evaluated_tokens"),
+    ("helios_probe", "evaluated_tokens"), *(("early_exit", setting) for setting in OF_SPLITS),
+    ("early_exit_rebatch", "batching"),
 }  # fmt: skip
 # Probes that are often enough to hear and to change something within few requests.
 NEXT = ("objective.max_disagreement=0.3", "policy.probe_share=0.1", "policy.review_requests=10")

@@ -179,6 +179,7 @@ CASES: dict[str, Case] = {
     },
     "runtime.launch_s_per_graph": Case(0.001),
     "runtime.load_fixed_s": Case(0.5),
+    "runtime.regroup_s": Case(0.001, {"arms.early_exit_opt-1.3b.batching": "rebatch"}),
     "runtime.load_gb_per_s": Case(1.0),
     "exits.source": Case("none"),
     "exits.threshold": Case(0.7, experiment="real_models"),

@@ -10,7 +10,7 @@ from helios_sim.core.blocks import blocks_for, give_blocks, take_blocks
 from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
 from helios_sim.core.power import note_drawn
 from helios_sim.core.prefix import Prefix, leave_blocks
-from helios_sim.core.schedule import held_blocks, let_go
+from helios_sim.core.schedule import gather, held_blocks, let_go
 from helios_sim.core.triggers import slide_completed, slide_windows
 
 
@@ -39,6 +39,8 @@ def commit(
         note_drawn(s, c.marks, s.now_ns, end_ns, busy_ns + by_work_ns)
     take_blocks(s, r, freed, it.due_blocks)
     it.done = 0
+    if r.regroups:
+        hold_back(s, r, it, requests, lists, owed)
     if len(watch.windows):
         slide_windows(s, it, requests, lists, watch)
     _decoded(s, r, it, requests, lists, owed, c, end_ns)
@@ -101,6 +103,25 @@ def _decoded(
             for band in range(bands):
                 owed[slot, band] = 0 if band <= request.token_exit else owed[slot, band] + 1
     _count_gaps(s, gaps, edges_ns, gap_ns, equal)
+
+
+def hold_back(s: Record, r: Record, it: Record, requests: Table, lists: Lists, owed: Numbers) -> None:
+    """Those of a batch that do not leave wait before the next band. Only the others yield a token: they come first."""
+    first = it.first_band
+    for i in range(it.decodes):
+        slot = lists.batch[i]
+        request = requests[slot]
+        if first:
+            request.context_tokens -= 1  # it was counted when the token began to wait
+            s.held_token_ns += s.now_ns - request.held_ns
+        if request.held:
+            request.context_tokens += 1
+            request.held_ns = s.end_ns
+            s.held_tokens += 1
+            for band in range(first, request.held):
+                owed[slot, band] = 0
+    s.splits += it.splits
+    it.decodes = gather(requests, lists, it.decodes, 0)
 
 
 def keep_accepted(

@@ -8,11 +8,14 @@ tokens run the layers up to the exit, all together, and the LM head. Then one pa
 run what was drafted last, whose K and V are not there yet, the others all drafts and the token before them, and prompts
 run beside them. A draft becomes a token as long as the exit gives what the whole model gives; after the first that does
 not, the whole model's own token takes its place, so that each pass yields one token more than drafts are accepted.
+
+Where batches are split (`split_at`), an iteration goes from band to band until all of its tokens leave, or enough of
+them want to: those leave, and the others wait before the next band.
 """
 
 from __future__ import annotations
 
-from helios_sim.core.layout import NEVER, Lists, Numbers, Record, Table, Trace
+from helios_sim.core.layout import MILLIONTHS, NEVER, Lists, Numbers, Record, Table, Trace
 
 
 def lay_out(
@@ -94,7 +97,7 @@ def is_observed(r: Record, request: Record) -> bool:
 def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
     """The shortest and the longest context of the decodes, where a price depends on them."""
     for i in range(it.decodes):
-        context = requests[lists.batch[i]].context_tokens + 1
+        context = requests[lists.batch[i]].context_tokens + (1 if it.first_band == 0 else 0)
         if it.kv_most == NEVER:
             it.kv_least = it.kv_most = context
         else:
@@ -149,8 +152,9 @@ def _banded(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, owed: Numbers, work: Table
 ) -> None:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
-    batch, n, last = lists.batch, it.decodes, r.bands - 1
-    deepest, n_observed = 0, 0
+    batch, n, last, first = lists.batch, it.decodes, r.bands - 1, it.first_band
+    deepest, n_observed, leavers = 0, 0, it.decodes
+    new = 1 if first == 0 else 0  # K and V of a token that goes on are in the cache already
     for i in range(n):
         request = requests[batch[i]]
         row = next_row(request)
@@ -162,6 +166,7 @@ def _banded(
             request.token_exit = x.exit_index[row]
             request.token_breach = int(x.breach[row])
         deepest = max(deepest, request.token_exit)
+    leaf = split_at(r, it, requests, lists, x) if r.regroups else last
     for i in range(n):
         request = requests[batch[i]]
         request.observed = not r.planned and is_observed(r, request)
@@ -171,11 +176,15 @@ def _banded(
             n_observed += 1
         elif r.lazy:
             request.token_exit = deepest
+        elif r.regroups:
+            request.held = 0 if request.token_exit <= leaf else leaf + 1
+            leavers -= 1 if request.held else 0
+            request.token_exit = leaf
         _leaves_at(r, x, request, request.token_row, request.token_exit)
         w = work[request.token_exit]
         w.decode_tokens += 1
-        w.kv_tokens += request.context_tokens + 1
-    for band in range(last - 1, -1, -1):  # a token that runs a band runs those before it
+        w.kv_tokens += request.context_tokens + new
+    for band in range(last - 1, first - 1, -1):  # a token that runs a band runs those before it
         work[band].decode_tokens += work[band + 1].decode_tokens
         work[band].kv_tokens += work[band + 1].kv_tokens
 
@@ -190,18 +199,34 @@ def _banded(
     if n_observed and not r.head_checks:
         for band in range(last):
             work[band].checked_tokens = n_observed
+    it.sampled_tokens, it.splits = leavers, int(leavers < n)
     if r.head_checks:
         it.sampled_tokens = work[r.rule_exit].decode_tokens
     if r.propagates:
-        for band in range(last + 1):
-            work[band].propagated_tokens = n - work[band].decode_tokens
+        for band in range(first, last + 1):
+            work[band].propagated_tokens = max(leavers - work[band].decode_tokens, 0)
     if r.repays:
         for i in range(n):
             slot = batch[i]
             request = requests[slot]
-            for band in range(request.token_exit + 1):
+            for band in range(first, request.token_exit + 1):
                 work[band].decode_tokens += owed[slot, band]
-                work[band].kv_tokens += owed[slot, band] * (request.context_tokens + 1)
+                work[band].kv_tokens += owed[slot, band] * (request.context_tokens + new)
+
+
+def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:
+    """The exit at which the tokens stop together: all of them want to leave there, or more than splits the batch.
+
+    Beside prompts, which run all layers, no batch is split: nothing would be saved.
+    """
+    for leaf in range(it.first_band, r.bands - 1):
+        leavers = 0
+        for i in range(it.decodes):
+            if requests[lists.batch[i]].token_exit <= leaf:
+                leavers += 1
+        if leavers == it.decodes or (it.chunks == 0 and leavers * MILLIONTHS > x.split_above[leaf] * it.decodes):
+            return leaf
+    return int(r.bands - 1)
 
 
 def _prompts(

@@ -117,6 +117,8 @@ REQUEST = Kind.of(
         "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
         "drafts",  # tokens that it may draft in this iteration, for which it has blocks
         "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
+        "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
+        "held_ns",  # since when
         # where its output tokens lie in the exit trace
         "trace_first", "trace_start", "trace_length",
         # progress
@@ -180,6 +182,9 @@ ITERATION = Kind.of(
         "drafted",  # the same of all requests together
         "drafting",  # priced as one step of drafting, which the host launches with the others of its pass
         "draft_ns",  # of the iteration's time that of its drafting
+        "members",  # requests that decode, where batches are split: the others wait at an exit
+        "first_band",  # with which their tokens begin or go on
+        "splits",  # not all of them leave: the rest waits for others
         "due_blocks", "floor_ns", "outside",
         "budget", "blocked", "lingering",  # of the admission in progress
     ),
@@ -198,6 +203,7 @@ SUMS = (
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
     "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
     "verifications", "drafted_tokens", "tested_drafts", "accepted_drafts", "draft_ns",
+    "splits", "held_tokens", "held_token_ns",
 )  # fmt: skip
 STATE = Kind.of(
     "StateRow",
@@ -265,6 +271,9 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "draft_tokens",  # that a request drafts in one iteration, to be verified in the same one; 0: none
         "draft_batch",  # where more requests decode, none drafts
         "draft_exit",  # where drafts leave
+        "regroups",  # a batch is split at an exit where enough of it wants to leave, and the rest waits for others
+        "flush_requests",  # so many that wait at an exit run on; NEVER: as many as do not wait
+        "flush_ns",  # and so long they wait at most
         "reads_trace",  # 0: every token is the same
         "scores",  # the trace has microbits
         "spread",  # a price depends on the shortest and the longest context of a batch
@@ -308,6 +317,7 @@ class Trace(NamedTuple):
     agree: Numbers  # (T, E)
     microbits: Numbers  # (T, E), or (0, 0)
     planned: Numbers  # exits of the tokens that a service plan names
+    split_above: Numbers  # (E,) in millionths: the share of a batch that has to want to leave at an exit to split it
 
 
 class Watch(NamedTuple):

@@ -40,7 +40,8 @@ _LOOP, _PRICES = "route.o", "price_many.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
-    "lay_out_pass", "give_blocks", "drawn_since",
+    "lay_out_pass", "give_blocks", "drawn_since", "blocks_to_regroup", "split_at", "hold_back",
+    "gather",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 

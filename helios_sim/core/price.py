@@ -37,7 +37,7 @@ SCALARS = Kind.of(
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
-        "prefill_gap_s", "gap_s_per_request", "prefill_launch_s_per_layer",
+        "prefill_gap_s", "gap_s_per_request", "prefill_launch_s_per_layer", "regroup_s",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
         "layer_flops_per_s", "attention_flops_per_s",
     ),
@@ -117,10 +117,10 @@ def time_s(
     `spans` are the bands, `class_layers` (C, bands) how many layers of each class they have.
     """
     slowdown = x.load_slowdown if it.loading else 1.0
-    decodes = work[0].decode_tokens
+    decodes = work[it.first_band].decode_tokens
     mixed = x.mixed_factor if it.chunks and decodes else 1.0
     total_s, layers = 0.0, 0
-    rows = decodes
+    rows = work[0].decode_tokens
     for p in range(it.chunks):
         rows += chunks[p].tokens
     device_s = _by_rows_s(t.rows, EMBEDDING, rows)
@@ -172,6 +172,8 @@ def time_s(
         total_s = max(total_s, _launch_s(x, it, layers) + host_s)
     else:
         total_s += host_s
+    if it.splits:
+        total_s += x.regroup_s
     gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
     gap_s += x.gap_s_per_request * (decodes + it.chunks)
     return (total_s + gap_s) * x.time_factor
@@ -343,7 +345,7 @@ def _decodes_s(
         seconds = _decode_s(t.decode, c, w.decode_tokens, kv_tokens)
     if t.unequal.sizes[c, CHUNK_AXIS] == 0 or it.kv_most == NEVER:
         return seconds
-    batch, kv_tokens = work[0].decode_tokens, work[0].kv_tokens
+    batch, kv_tokens = work[it.first_band].decode_tokens, work[it.first_band].kv_tokens
     return seconds * (1.0 + unequal_share(t.unequal, c, chunk, batch, kv_tokens, it.kv_least, it.kv_most))
 
 

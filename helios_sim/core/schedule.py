@@ -22,6 +22,10 @@ Rules of other engines, each by its own flag:
 Where requests draft (`rules.draft_tokens`), a decode takes blocks for what it drafts too, and as many tokens of the
 budget; the blocks of drafts that come to nothing are given back when the iteration ends.
 
+Where batches are split at exits (`rules.regroups`), an iteration runs either the tokens that wait at one exit, without
+prompts, or all others. Those that wait run on when they are enough, when one of them has waited for long enough or
+would miss the bound on its time per token, or when nothing else decodes.
+
 One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
 them chunk by chunk, so that a decode can take one between two chunks of a prompt.
 """
@@ -77,7 +81,7 @@ def begin_schedule(
     Leaves in `it` what admission needs: the token budget, and whether anything may enter at all.
     """
     it.lingering = s.lingering
-    it.drafts = it.drafted = 0
+    it.drafts = it.drafted = it.first_band = it.splits = 0
     # A migration empties the batch; once it has, nothing of the old model starts any more.
     it.blocked = s.migrating and s.running == 0
     it.due_blocks = _blocks_due(s, r, it, requests, lists)
@@ -90,8 +94,10 @@ def begin_schedule(
     if r.shares and it.due_blocks:  # before anything enters, since to take a free block may forget what it holds
         extend(s, r, requests, lists, prefix, owed, it.due_blocks)
         it.due_blocks = 0
-    it.decodes = s.decoding
+    it.decodes = it.members if r.regroups else s.decoding
     it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding - it.drafted
+    if it.first_band:
+        it.budget = 0
     it.chunks = it.finishing = 0
     for i in range(s.decoding, s.running):
         if it.budget <= 0:
@@ -203,6 +209,7 @@ def admit(
         request.context_tokens = kept * r.block_tokens
         request.prefill_left = prefill - kept * r.block_tokens
         request.remaining = output - generated
+        request.held = 0
         for band in range(owed.shape[1]):
             owed[slot, band] = 0
         lists.batch[s.running] = slot
@@ -335,6 +342,8 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
     """Blocks that the decodes need for the K and V of their next token; lists who needs one, and sums up contexts."""
     if r.draft_tokens:
         return blocks_to_draft(s, r, it, requests, lists)
+    if r.regroups:
+        return blocks_to_regroup(s, r, it, requests, lists)
     batch, needy, due, kv_tokens = lists.batch, lists.needy, 0, 0
     block_tokens, mask = r.block_tokens, r.block_mask
     for i in range(s.decoding):
@@ -363,6 +372,53 @@ def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Li
         due += blocks_for(context + 1 + request.drafts, r.block_tokens) - blocks_for(context, r.block_tokens)
     it.kv_tokens = kv_tokens
     return due
+
+
+def blocks_to_regroup(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
+    """The same where batches are split. Decides which decodes run, and puts them before those that wait.
+
+    Of those that wait, the deepest run that are due; else those that do not wait.
+    """
+    batch, members, due, kv_tokens = lists.batch, gather(requests, lists, s.decoding, 0), 0, 0
+    enough = members if r.flush_requests == NEVER or members == 0 else r.flush_requests
+    # One more iteration of the others, and then their own: each takes about as long as the latest.
+    soon_ns = s.now_ns if s.started_ns == NEVER else 3 * s.now_ns - 2 * s.started_ns
+    it.first_band = 0
+    for band in range(1, r.bands):
+        waiting, urgent = 0, 0
+        for i in range(members, s.decoding):
+            request = requests[batch[i]]
+            if request.held == band:
+                waiting += 1
+                late_ns = request.first_token_ns + request.generated * r.tpot_ns
+                if s.now_ns >= request.held_ns + r.flush_ns or (r.tpot_ns != NEVER and s.now_ns <= late_ns < soon_ns):
+                    urgent = 1
+        if urgent or waiting >= max(enough, 1):
+            it.first_band = band
+    if it.first_band:
+        members = gather(requests, lists, s.decoding, it.first_band)
+    for i in range(members):
+        context = requests[batch[i]].context_tokens
+        kv_tokens += context
+        if it.first_band == 0 and context % r.block_tokens == 0:
+            due += 1
+    it.members, it.kv_tokens = members, kv_tokens
+    return due
+
+
+def gather(requests: Table, lists: Lists, n: int, held: int) -> int:
+    """Of the first n of the batch, those that wait at this place come first from now on. Returns how many they are."""
+    batch, others, found = lists.batch, lists.leaving, 0
+    for i in range(n):
+        slot = batch[i]
+        if requests[slot].held == held:
+            batch[found] = slot
+            found += 1
+        else:
+            others[i - found] = slot
+    for i in range(found, n):
+        batch[i] = others[i - found]
+    return found
 
 
 def _take_prompt_blocks(s: Record, r: Record, freed: Table, request: Record, prefill: int, blocks: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import IntArray, Storage, Trace
+from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, IntArray, Storage, Trace
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
 from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
@@ -65,15 +65,18 @@ class SimulatedEngine:
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms:
         """The same object for deployments that differ in nothing that the loop prices."""
         d = deployment
-        key = d.active, d.run_layers, d.exit_rule, d.batching, d.kv_rule, d.plan is not None
+        regroups = d.batching is BatchingRule.REBATCH and isinstance(d.exit_rule, PerToken)
+        key = (
+            d.active, d.run_layers, d.exit_rule, d.batching, d.kv_rule, d.plan is not None,
+            d.regrouping if regroups else None,
+        )  # fmt: skip
         found = self._terms.get(key)
         if found is None:
-            if isinstance(d.exit_rule, SelfSpeculation) and situation.shares:
-                raise UserError(
-                    "server.enable_prefix_caching", True,
-                    "blocks that are shared are not lent to drafts here: false with self-speculation",
-                    "set server.enable_prefix_caching=false",
-                )  # fmt: skip
+            if situation.shares and (regroups or isinstance(d.exit_rule, SelfSpeculation)):
+                why = "of tokens that wait at an exit: false with batching=rebatch"
+                if not regroups:
+                    why = "blocks that are shared are not lent to drafts here: false with self-speculation"
+                raise UserError("server.enable_prefix_caching", True, why, "set server.enable_prefix_caching=false")
             found = self._terms[key] = _terms(self._models[d.active.model], d, storage)
         return found
 
@@ -167,8 +170,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     if confidence is not None and (watches_cap or (classifier and per_token)):
         profile.check_table(confidence)  # refuses where its cost is not known
     # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
-    propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is not KvRule.NONE))
-    loaded_exit = trace.exits.index(loaded)
+    propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is KvRule.RECOMPUTE))
+    regroups = per_token and not planned and deployment.batching is BatchingRule.REBATCH
+    split_above, flush_requests, flush_ns = _regrouping(deployment, loaded_exit := trace.exits.index(loaded))
     bounds = trace.exits if planned else trace.exits[: loaded_exit + 1]
     drafts = rule if isinstance(rule, SelfSpeculation) and not planned else None
     if drafts is not None:
@@ -182,6 +186,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "propagates": propagates,
         "repays": per_token and not propagates and kv_rule is KvRule.RECOMPUTE,
         "owes": kv_rule is KvRule.RECOMPUTE,
+        "regroups": regroups,
+        "flush_requests": flush_requests if regroups else NEVER,
+        "flush_ns": flush_ns if regroups else FOREVER_NS,
         "draft_exit": 0 if drafts is None else trace.exits.index(drafts.exit_layers),
         "reads_trace": per_token or clairvoyant or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,
@@ -197,6 +204,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     seen = Trace(
         _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach),
         _frozen(trace.agree), _frozen(microbits), np.zeros(1, np.int64),
+        split_above,
     )  # fmt: skip
     pricing = profile.pricing
     uniform, banded = pricing.spans((replayed.layers,)), pricing.spans(bounds)
@@ -209,6 +217,16 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         (uniform.table(storage), storage.array(uniform.class_layers)),
         (banded.table(storage), storage.array(banded.class_layers)),
     )
+
+
+def _regrouping(deployment: Deployment, exits: int) -> tuple[IntArray, int, int]:
+    """By exit before the last, in millionths, the share of a batch that splits it; requests and ns that flush."""
+    how = deployment.regrouping
+    shares = (how.split_above,) * exits if isinstance(how.split_above, float | int) else how.split_above
+    above = np.zeros(max(exits, 1), np.int64)
+    above[:exits] = [round(MILLIONTHS * min(share, 1.0)) for share in shares[:exits]]
+    flush_requests = NEVER if how.flush_requests is None else how.flush_requests
+    return above, flush_requests, FOREVER_NS if how.flush_s is None else to_ns(how.flush_s, "flush_s")
 
 
 def _frozen(values: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from helios_sim.exits.rule import (
     SelfSpeculation,
 )
 from helios_sim.policy.deployment import (
+    MOST_FLUSH_S,
     AtTime,
     BatchingRule,
     BreachLimit,
@@ -31,6 +32,7 @@ from helios_sim.policy.deployment import (
     Probe,
     Probed,
     QueueAbove,
+    Regrouping,
     RunningAbove,
     SloBelow,
 )
@@ -93,6 +95,19 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return "SelfSpeculation with largest_batch None or a whole number from 0"
         return None
 
+    def regrouping(value: object) -> str | None:
+        if not isinstance(value, Regrouping):
+            return "Regrouping(split_above, flush_requests, flush_s)"
+        shares = value.split_above if isinstance(value.split_above, tuple) else (value.split_above,)
+        exits = sum(depth < found.active.layers for depth in candidates[found.active.model].offline.exits)
+        if not all(map(_is_share, shares)) or (isinstance(value.split_above, tuple) and len(shares) != exits):
+            return f"split_above, a share from 0 to 1, or {exits} of them: one for each exit before the last layer"
+        if value.flush_requests is not None and not _is_whole(value.flush_requests, 1):
+            return "flush_requests, None or a whole number from 1"
+        if value.flush_s is not None and not (_is_number(value.flush_s) and 0 <= value.flush_s <= MOST_FLUSH_S):
+            return f"flush_s, None or seconds from 0 to {MOST_FLUSH_S:g}"
+        return None
+
     def trigger(value: object) -> str | None:
         if type(value) not in _LEAST:
             return f"triggers of {_listed(kind.__name__ for kind in _LEAST)}"
@@ -152,6 +167,7 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         "standby": _each(placement, "Placements"),
         "batching": _one_of(BatchingRule),
         "kv_rule": _one_of(KvRule),
+        "regrouping": regrouping,
         "batch_limit": _whole_or_none(1),
         "in_flight": _one_of(InFlight),
         "admit_limit": _whole_or_none(0),

@@ -133,6 +133,7 @@ class Placement:
 class BatchingRule(StrEnum):
     EACH_TOKEN = "each_token"  # noqa: S105 - a token leaves alone; the rest of the batch goes on without it
     LAZY = "lazy"  # the batch leaves early only when all of it is confident; KV is filled in the same iteration
+    REBATCH = "rebatch"  # enough tokens that want to leave do so, the rest waits for others (`Regrouping`)
 
 
 class KvRule(StrEnum):
@@ -140,7 +141,27 @@ class KvRule(StrEnum):
 
     PROPAGATE = "propagate"  # computed from the exit's hidden state in the same iteration
     RECOMPUTE = "recompute"  # the token runs the layers later, with the next token of its request that goes there
+    COPY = "copy"  # those of the exit's own layer stand for them, at no cost: pages are mapped, nothing is moved
     NONE = "none"  # no later token of its request goes deeper, or it needs none there (the oracle)
+
+
+MOST_FLUSH_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Regrouping:
+    """When BatchingRule.REBATCH splits a batch at an exit, and how long the rest waits there (DREX, arXiv 2512.15705).
+
+    A batch that reaches an exit is split where more than `split_above` of it wants to leave; that share is the cost of
+    regrouping over the time of the layers that are left. Where all of it wants to leave it does; where too little does,
+    all of it runs on. The rest keeps its hidden states and its place among the running requests. It runs on when
+    `flush_requests` wait at the exit, when one has waited for `flush_s`, when one would miss the study's slo.tpot_s
+    otherwise, or when nothing else decodes.
+    """
+
+    split_above: float | tuple[float, ...] = 0.0  # of every exit, or by exit before the last; 1: only all together
+    flush_requests: int | None = None  # None: as many as do not wait
+    flush_s: float | None = None  # None: however long
 
 
 class InFlight(StrEnum):
@@ -148,6 +169,16 @@ class InFlight(StrEnum):
 
     DRAIN = "drain"  # they finish on the old model, nothing new starts meanwhile
     MIGRATE = "migrate"  # their text is tokenized anew and prefilled on the new model
+
+
+def require_live_batching(batching: BatchingRule, kv_rule: KvRule) -> None:
+    """UserError for what live serving cannot do."""
+    if batching is BatchingRule.REBATCH:
+        allowed = "each_token or lazy: live, no hidden states are kept between iterations for a split batch"
+        raise UserError("policy.batching", batching.value, allowed, "choose one of these, or set mode=simulate")
+    if kv_rule is KvRule.COPY:
+        allowed = "propagate or recompute: live, no layer reads the K and V of another"
+        raise UserError("policy.kv_rule", kv_rule.value, allowed, "choose one of these, or set mode=simulate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +211,7 @@ class Deployment:
     standby: tuple[Placement, ...] = ()
     batching: BatchingRule = BatchingRule.EACH_TOKEN
     kv_rule: KvRule = KvRule.PROPAGATE
+    regrouping: Regrouping = Regrouping()  # with BatchingRule.REBATCH
     batch_limit: int | None = None  # requests running at once; None: the server's own limit
     in_flight: InFlight = InFlight.DRAIN
     admit_limit: int | None = None  # requests that may start under this deployment; None: no limit
@@ -201,6 +233,13 @@ class Deployment:
                 self.kv_rule.value,
                 "per-token exits need propagate or recompute: tokens that go deeper read K and V of those that left",
                 "set kv_rule=KvRule.PROPAGATE",
+            )
+        if self.batching is BatchingRule.REBATCH and self.observe_tokens is not None:
+            raise UserError(
+                "deployment.observe_tokens",
+                self.observe_tokens,
+                "no tokens are observed where batches are split at exits",
+                "set observe_tokens=None, or another batching",
             )
         if isinstance(self.exit_rule, SelfSpeculation) and self.observe_tokens is not None:
             raise UserError(

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, PerToken, require_threshold
 from helios_sim.policy.checks import check_positive, find_model
-from helios_sim.policy.deployment import BatchingRule, Cause, Deployment, KvRule, Placement
-from helios_sim.policy.telemetry import Situation, Telemetry
+from helios_sim.policy.deployment import (
+    MOST_FLUSH_S,
+    BatchingRule,
+    Cause,
+    Completed,
+    Deployment,
+    KvRule,
+    Placement,
+    Regrouping,
+)
+from helios_sim.policy.prediction import Load, decode_time_s, expected_load, fixed_depth, predict, seen_load
+from helios_sim.policy.regroup import split_shares
+from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
+
+LONGEST_WAIT = 10  # decode iterations at full depth, as predicted, for which a token waits at an exit
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyExitParameters:
-    """`batching` lazy is the rule of Miao et al., arXiv 2407.20272: the batch leaves only when all of it may."""
+    """`batching` lazy is the rule of Miao et al., arXiv 2407.20272: the batch leaves only when all of it may.
+
+    With rebatch a batch is split at an exit where that pays by the profile, DREX's rule (`policy/regroup.py`).
+    """
 
     threshold: float  # may be above 1: no token leaves then
     model: str | None = None  # None: the only candidate
@@ -21,16 +39,27 @@ class EarlyExitParameters:
     batching: BatchingRule = BatchingRule.EACH_TOKEN
     kv_rule: KvRule = KvRule.PROPAGATE
     batch_limit: int | None = None  # None: the server's own limit
+    flush_requests: int | None = None  # with rebatch: so many at an exit run on; None: as many as do not wait
+    flush_s: float | None = None  # with rebatch: the longest wait; None: that of LONGEST_WAIT iterations
+    review_requests: int | None = None  # with rebatch: completed requests between two looks at what pays; None: one
 
     def __post_init__(self) -> None:
-        check_positive("batch_limit", self.batch_limit)
+        for name in ("batch_limit", "flush_requests", "flush_s", "review_requests"):
+            check_positive(name, getattr(self, name))
         require_threshold("policy.threshold", self.threshold)
+        if self.flush_s is not None and self.flush_s > MOST_FLUSH_S:
+            allowed = f"seconds, at most {MOST_FLUSH_S:g}"
+            raise UserError("policy.flush_s", self.flush_s, allowed, "leave it out")
         if self.kv_rule is KvRule.NONE:
-            allowed = "propagate or recompute: later tokens that go deeper read K and V of the layers left out"
+            allowed = "propagate, recompute or copy: later tokens that go deeper read K and V of the layers left out"
             raise UserError("policy.kv_rule", str(self.kv_rule), allowed, "set policy.kv_rule=propagate")
         if self.batching is BatchingRule.LAZY and self.kv_rule is not KvRule.PROPAGATE:
             allowed = "propagate with policy.batching=lazy, which fills K and V in the same iteration"
             raise UserError("policy.kv_rule", str(self.kv_rule), allowed, "set policy.kv_rule=propagate")
+        for name in ("flush_requests", "flush_s", "review_requests"):
+            if self.batching is not BatchingRule.REBATCH and getattr(self, name) is not None:
+                allowed = "null without policy.batching=rebatch, where no batch is split"
+                raise UserError(f"policy.{name}", getattr(self, name), allowed, "set policy.batching=rebatch")
 
 
 class EarlyExitPolicy:
@@ -41,20 +70,67 @@ class EarlyExitPolicy:
 
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError if the model is not among the candidates."""
-        p = self.parameters
-        model = find_model(situation, p.model)
-        candidate = situation.candidates[model]
-        exits = candidate.offline.exits
-        return Deployment(
-            active=Placement(model, candidate.profile.model.n_layers),
+        self._situation, self._model = situation, find_model(situation, self.parameters.model)
+        if self.parameters.batching is BatchingRule.REBATCH:
+            load, placement = expected_load(situation), self._placement
+            predicted = predict(situation, placement, fixed_depth(placement.layers), load)
+            self._regrouping = self._paying(load, 1 if predicted is None else round(max(1.0, predicted.batch)))
+        return self._deployment()
+
+    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
+        """Where batches are split from now on; None where that stays."""
+        if not isinstance(cause, Completed):
+            return None
+        load = seen_load(self._situation, telemetry, self._model)
+        found = self._paying(load, max(1, telemetry.running_requests))
+        if found == self._regrouping:
+            return None
+        self._regrouping = found
+        return self._deployment()
+
+    @property
+    def _candidate(self) -> Candidate:
+        return self._situation.candidates[self._model]
+
+    @property
+    def _placement(self) -> Placement:
+        return Placement(self._model, self._candidate.profile.model.n_layers)
+
+    def _paying(self, load: Load, batch: int) -> Regrouping:
+        """Splits of batches of so many requests that pay by the profile."""
+        p, candidate = self.parameters, self._candidate
+        context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
+        flush_s = p.flush_s
+        if flush_s is None:
+            whole = fixed_depth(candidate.profile.model.n_layers)
+            flush_s = LONGEST_WAIT * float(decode_time_s(candidate.profile, whole, np.array([batch]), context)[0])
+        shares = split_shares(candidate.profile, candidate.offline.exits, batch, context)
+        return Regrouping(tuple(round(share, 6) for share in shares), p.flush_requests, flush_s)
+
+    def _deployment(self) -> Deployment:
+        p, exits = self.parameters, self._candidate.offline.exits
+        reason = (
+            f"{self._model}: a token leaves at the first of the exits {', '.join(map(str, exits))} "
+            f"where {p.confidence.value} reaches {p.threshold:g}"
+        )
+        deployment = Deployment(
+            active=self._placement,
             exit_rule=PerToken(p.threshold, p.confidence),
             batching=p.batching,
             kv_rule=p.kv_rule,
             batch_limit=p.batch_limit,
-            reason=f"{model}: a token leaves at the first of the exits {', '.join(map(str, exits))} "
-            f"where {p.confidence.value} reaches {p.threshold:g}",
+            reason=reason,
             evidence={"exits": list(exits), "threshold": p.threshold},
         )
-
-    def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        return None
+        if p.batching is not BatchingRule.REBATCH:
+            return deployment
+        shares = self._regrouping.split_above
+        assert isinstance(shares, tuple)
+        told = ", ".join(f"{100 * share:.3g} % at {layers}" for share, layers in zip(shares, exits, strict=False))
+        return replace(
+            deployment,
+            regrouping=self._regrouping,
+            triggers=() if p.review_requests is None else (Completed(p.review_requests),),
+            reason=f"{reason}; a batch is split where more of it leaves than {told or 'at no exit'}",
+            evidence={**deployment.evidence, "split_above": list(shares), "flush_s": self._regrouping.flush_s},
+        )

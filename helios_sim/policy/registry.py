@@ -71,6 +71,7 @@ POLICIES: Mapping[str, PolicyKind] = {
 
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # names of a policy with some of its settings
     "early_exit_lazy": ("early_exit", {"batching": "lazy"}),
+    "early_exit_rebatch": ("early_exit", {"batching": "rebatch"}),
     "load_only": ("helios", {"on_breach": "load_only"}),
     "switch_only": ("helios", {"on_breach": "switch_only"}),
     "transfer_only": ("helios", {"on_breach": "transfer_only"}),

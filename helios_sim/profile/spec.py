@@ -223,6 +223,7 @@ class Runtime:
     gap_s_per_request: float = 0.0  # and so much longer for each request of the iteration
     prefill_launch_s_per_layer: float = 0.0  # eager launch of a layer with prefill, where only decodes are captured
     load_fixed_s: float = 0.0  # a load takes so much more than its bytes: memory mapped, graphs captured
+    regroup_s: float = 0.0  # a batch is split at an exit, and the hidden states of the rest are kept for later
 
     def __post_init__(self) -> None:
         require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
@@ -256,6 +257,7 @@ class RuntimeConfig:
     gap_s_per_request: float | None = None
     prefill_gap_s: float | None = None
     load_fixed_s: float | None = None
+    regroup_s: float | None = None
     load_gb_per_s: float | None = None  # weights from host memory, all cards together; null: the profile's
 
     def costs(self) -> dict[str, float]:

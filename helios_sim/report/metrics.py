@@ -120,6 +120,9 @@ _OTHERS = (
     ("accepted_per_pass", "Accepted/pass", "", "higher", "drafts that full depth accepts in one pass of a request"),
     ("draft_acceptance", "Acceptance", "share", "higher", "accepted drafts / drafted tokens"),
     ("drafting_fraction", "Drafting", "share", "neither", "time of drafting / time in which an iteration runs"),
+    ("split_fraction", "Split", "share", "neither", "decode iterations that end at an exit where a batch is split"),
+    ("held_per_token", "Waits/token", "", "neither", "times that tokens wait at an exit for others / output tokens"),
+    ("held_wait_s", "Wait at exit", "s", "lower", "mean wait of a token at an exit, from the split until it runs on"),
     ("preemptions", "Preemptions", "", "lower", "requests put back because the KV pool was full"),
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
@@ -141,6 +144,7 @@ DEFINITIONS: dict[str, Definition] = {
 
 OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
 OF_DRAFTS = ("accepted_per_pass", "draft_acceptance", "drafting_fraction")  # with self-speculation
+OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # where batches are split at exits
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 # Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
 COUNTS = (
@@ -285,6 +289,7 @@ def compute_metrics(
     metrics["outside_grid_fraction"] = _over(stats.outside_grid_iterations, stats.iterations)
     metrics |= _of_prefixes(stats)
     metrics |= _of_drafts(stats)
+    metrics |= _of_splits(stats)
     metrics["preemptions"] = stats.preemptions
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
@@ -310,6 +315,17 @@ def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
         _over(stats.draft_ns, stats.busy_ns) if stats.drafted_tokens else None,
     )
     return dict(zip(OF_DRAFTS, of, strict=True))
+
+
+def _of_splits(stats: RunStats) -> dict[str, MetricValue]:
+    """Null where no batch was split."""
+    tokens = sum(sum(depths.values()) for depths in stats.tokens_by_depth.values())
+    of = (
+        _over(stats.splits, stats.decode_iterations) if stats.splits else None,
+        _over(stats.held_tokens, tokens) if stats.splits else None,
+        _over(stats.held_token_ns / 1e9, stats.held_tokens) if stats.splits else None,
+    )
+    return dict(zip(OF_SPLITS, of, strict=True))
 
 
 def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: float) -> dict[str, MetricValue]:

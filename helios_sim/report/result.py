@@ -20,7 +20,7 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourc
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, Metrics, MetricValue, mean_metrics
+from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, OF_SPLITS, Metrics, MetricValue, mean_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo
 from helios_sim.serving.autoscale import Scaled
@@ -471,7 +471,7 @@ def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_COST) if name not in names)
+    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_COST) if name not in names)
     return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 
 

@@ -238,6 +238,8 @@ class Replica:
             if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
                 self._owed[:] = 0
             values |= terms.rules
+        if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
+            self._begin_anew()
         for name, value in values.items():
             if self._rules_now.get(name) != value:
                 setattr(r, name, int(value))
@@ -246,6 +248,19 @@ class Replica:
             s, deployment.plan, lambda model: situation.candidates[model].offline.exits
         ):
             self._plan_running()
+
+    def _begin_anew(self) -> None:
+        """Tokens that wait at an exit are computed from the first layer again: their hidden states are of no use now.
+
+        What their K and V took so far is free.
+        """
+        s, r = self.state, self.rules
+        for slot in self.lists.batch[: int(s.decoding)]:
+            request = self.requests[slot]
+            if request.held:
+                held = schedule.held_blocks(r, request)
+                request.held, request.context_tokens = 0, request.context_tokens - 1
+                blocks.give_blocks(s, r, self.freed, held - schedule.held_blocks(r, request), NEVER)
 
     def read_counter(self, every_ns: int = 0) -> bool:
         """Notes what a device's counter says, unless it did so within `every_ns`. Whether what is drawn is known."""

@@ -300,8 +300,8 @@ class Server:
     def _produced(self) -> list[Produced]:
         """The tokens of the iteration in progress, in the order of its batch."""
         replica, it, found = self._replica, self._replica.iteration, []
-        decodes = int(it.decodes)
-        slots = [int(slot) for slot in replica.lists.batch[:decodes]]
+        slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)] if not replica.requests[slot].held]
+        decodes = len(slots)
         slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
         for place, slot in enumerate(slots):
             request = replica.requests[slot]

@@ -146,6 +146,9 @@ class RunStats:
     tested_drafts: int = 0  # up to the first of a pass that was refused
     accepted_drafts: int = 0
     draft_ns: int = 0  # of iterations, what drafting took
+    splits: int = 0  # of batches, at an exit
+    held_tokens: int = 0  # that waited at an exit for others, each time, and for how long
+    held_token_ns: int = 0
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)

@@ -43,6 +43,13 @@ def _is_capacity(c: Config) -> bool:
     return bool(c.capacity.cards)
 
 
+def _regroups(c: Config) -> bool:
+    """Whether an arm splits batches at exits, or may, since its policy is the user's own."""
+    own = [c.policy, *c.arms.values()]
+    told = [(each.get("policy", each.get("name")), each.get("batching")) for each in own if isinstance(each, Mapping)]
+    return any(batching == "rebatch" or name in ("early_exit_rebatch", "custom") for name, batching in told)
+
+
 _SERVED = "where requests are served, not beside a log of a real engine"
 
 
@@ -234,6 +241,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
         f"exits.{name}": (lambda c: c.exits.source != "none", "only with exits: exits.source other than none")
         for name in ("threshold", "confidence")
     },
+    "runtime.regroup_s": (_regroups, "only where batches are split: policy.batching=rebatch"),
     "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),
 }  # fmt: skip
 
@@ -246,6 +254,10 @@ def _evaluates(*how: str) -> Callable[[Mapping[str, Any]], bool]:
 # The same of what a policy can be set to, by its own settings and its name.
 OF_POLICIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "raised_kv_rule": (lambda own: own.get("raised", "full_depth") == "early_exit", "only with raised=early_exit"),
+    **{
+        name: (lambda own: "rebatch" in (own.get("batching"), *own["name"].split("_")), "only with batching=rebatch")
+        for name in ("flush_requests", "flush_s")
+    },
     "evaluated_tokens": (_evaluates("serve"), "only with evaluation=serve"),
     "prompts_per_candidate": (_evaluates("serve", "probe"), "only with evaluation=serve or probe"),
     "half_life_requests": (_evaluates("serve", "probe"), "only with evaluation=serve or probe"),

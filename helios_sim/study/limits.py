@@ -47,6 +47,7 @@ def check_host_costs(config: Config) -> None:
         raise UserError("runtime.load_gb_per_s", rate, "from 0.001 to 100000 GB a second", "correct it")
     for name in (
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "load_fixed_s",
+        "regroup_s",
     ):  # fmt: skip
         value = getattr(config.runtime, name)
         if value is not None and not 0 <= value <= HOST_COSTS_S:
