@@ -338,6 +338,9 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return UserError(found[1], value, "it is a setting already, and + is for new ones", f"write {found[1]}={value}")
     if found := re.search(r"Error merging override (\S+?)=(.*)", text):
         return _wrong(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments, schema)
+    if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^'=]+)=(.*?)'", text):
+        fix = f"write {found[1]}=[...] for a list, or -m for a study of each value"
+        return UserError(found[1], found[2], "one value, where commas and functions stand for several", fix)
     if found := re.search(r"Interpolation key '(.*)' not found", text):
         place = next((a.split("=")[0] for a in arguments if "${" + found[1] + "}" in a), "settings")
         return UserError(place, "${" + found[1] + "}", "no such setting to copy", f"correct it; {PRINT_ALL}")
@@ -468,6 +471,7 @@ def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
         shutil.rmtree(place)
 
 
+_OF_SERVE = ("port", "host", "api_key", "api_key_file")  # as vLLM's server calls them
 _NOT_MODELLED = re.compile(r"(pipeline|expert|context|sequence)_parallel")
 
 
@@ -494,7 +498,7 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         return UserError(key, value, allowed, "set hardware=4xh100, or server.replicas for copies of the model")
     if key == PRESET:
         return UserError(key, value, "a word of the command line", f"write - /{ENGINE}: {value} among the defaults")
-    if group == "serve" and group not in known:
+    if key in _OF_SERVE or (group == "serve" and group not in known):
         return UserError(key, value, "no such setting", "settings serve.* are those of python -m helios_sim.serve")
     parent, _, last = key.rpartition(".")
     last = last.replace("-", "_")

@@ -28,6 +28,8 @@ SETTINGS = [
     ("server.preset=vllm-0.9", ["server.preset='vllm-0.9'", "the nearest: vllm-0.10 and vllm-0.8"]),
     ("sweep.parameters={}", ["sweep.parameters='{}'", "without any there are no designs"]),
     ("name=../x", ["name='../x'", "without /"]),
+    ("seeds=0,1,2", ["seeds='0,1,2'", "write seeds=[...] for a list, or -m"]),
+    ("port=8000", ["port='8000'", "python -m helios_sim.serve"]),
     ("colour=red", ["colour='red'", "no such setting", "--cfg job"]),
     ("server.replicas=abc", ["server.replicas='abc'", "a whole number"]),
     ("workload.arrivals.rate_per_s=fast", ["workload.arrivals.rate_per_s='fast'", "a number or null"]),

@@ -158,7 +158,8 @@ def test_windows_are_kept_with_a_profile(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({"num_local_experts": 8}, "mixtures of experts"), ({"kv_lora_rank": 512}, "latent attention"),
-        ({"model_type": "mamba"}, "one of llama"), ({"quantization_config": {"quant_method": "quip"}}, "quip"),
+        ({"model_type": None}, "this is another file"), ({"model_type": "mamba"}, "one of llama"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quip"),
         ({"num_attention_heads": 7}, "multiple of its 7 heads"), ({"hidden_size": "many"}, "whole number"),
         ({"num_key_value_heads": 3}, "divisor of n_heads"), ({"num_hidden_layers": 10**9}, "whole number from 1"),
         ({"layer_types": ["full_attention"], "sliding_window": 8}, "one for each of 4 layers"),

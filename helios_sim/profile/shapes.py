@@ -107,6 +107,9 @@ def _of_values(
 ) -> Shape:
     """The shape by the keys of a config.json, wherever they are from."""
     kind = str(values.get("model_type"))
+    if not values.get("model_type"):
+        allowed = "a name, as transformers writes it into config.json: this is another file, or incomplete"
+        raise UserError(f"model_type of {path}", None, allowed, "give the model's config.json")
     family = FAMILIES.get(kind)
     if family is None:
         fix = "take a model of one of these families: others are not priced"
