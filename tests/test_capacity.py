@@ -244,6 +244,8 @@ MISTAKES = [
     ("slo.ttft_s=null", ["slo.tpot_s=0.05", "wait for ever"]),
     ("capacity.cards=[tpu]", ["capacity.cards='tpu'", "a card of the catalogue"]),
     ("capacity.cards=[l40s,L40S]", ["capacity.cards", "different cards"]),
+    ("capacity.cards=[h100,h100-80gb]", ["capacity.cards", "different cards"]),
+    ("workload.faults.load_fails.at_s=[3000]", ["load_fails.at_s=[3000.0]", "within the 120 s"]),
     ("capacity.cards=[l40s,l40s]", ["capacity.cards", "each once"]),
     ("models=[llama-3.3-70b]", ["a100-40gb", "llama-3.3-70b", "must fit"]),
     ("capacity.loads=[0]", ["capacity.loads=[0.0]", "above 0"]),

@@ -10,6 +10,7 @@ from typing import Any
 from helios_sim.errors import UserError, require
 from helios_sim.exits.published import EXIT_SHARES
 from helios_sim.policy.registry import parameters_of
+from helios_sim.profile.catalog import card_key
 from helios_sim.profile.devices import group_of
 from helios_sim.profile.formats import named_format
 from helios_sim.report.capacity import ATTAINMENT, TIMES, Requirement
@@ -114,7 +115,9 @@ def plan_capacity(config: Config) -> CapacityPlan:
     if all(option.why_not is not None for option in options):
         raise errors[0].about(f"{options[0].card}: {errors[0].key}")
     names = [fleet.kinds[0].card.name for fleet in fleets.values()]
-    require(len(set(names)) == len(names), "capacity.cards", config.capacity.cards, f"different cards, not {names}")
+    groups = [group_of(name) for name in names]
+    different = len({(cards, card_key(card) or card) for cards, card in groups}) == len(names)
+    require(different, "capacity.cards", config.capacity.cards, f"different cards, not {names}")
     prices = _prices(config, names)
     options = [
         replace(it, config=with_settings(it.config, {PRICE: prices[it.card]})) if it.card in prices else it
@@ -193,6 +196,11 @@ def _check_kind(config: Config) -> None:
         allowed = "lengths for any number of requests, since every load has so many seconds of arrivals"
         fix = "set workload.lengths.resample=true, or capacity.seconds=null for workload.n_requests at every load"
         raise UserError("capacity.seconds", config.capacity.seconds, allowed, fix)
+    for kind, fault in workload.faults.strikes.items() if drawn else ():
+        if fault.rate_per_hour is None and min(fault.at_s) > (config.capacity.seconds or 0.0):
+            allowed = f"some within the {config.capacity.seconds:g} s of arrivals that are planned with"
+            fix = "name earlier ones, or raise capacity.seconds"
+            raise UserError(f"workload.faults.{kind}.at_s", fault.at_s, allowed, fix)
 
 
 _Arm = tuple[str, dict[str, Any], Mapping[str, Any]]  # name, changes of the study's settings, entry
