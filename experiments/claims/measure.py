@@ -146,6 +146,31 @@ def _layers(claim: Mapping[str, Any], requests: int) -> Row:
     )  # fmt: skip
 
 
+def _regroup(claim: Mapping[str, Any], requests: int) -> Row:
+    """Batches that are split, over batches that leave together, for shares of tokens that could leave at one exit."""
+
+    def rate(policy: str, share: float) -> float:
+        result = simulate(
+            "own", f"models=[{claim['of']}]", f"hardware={CARD}", "profile_band=none", "exits.source=stated",
+            f"+exits.parameters.layers=[{claim['exit']}]", "+exits.parameters.unchanged=[0.9]",
+            f"+exits.parameters.confident=[{share}]", f"policy={policy}", "workload.arrivals.kind=closed_loop",
+            f"workload.arrivals.users={claim['batch']}", f"workload.n_requests={4 * claim['batch']}",
+            "workload.lengths.prompt={kind: fixed, value: 128}", "workload.lengths.output={kind: fixed, value: 400}",
+        )  # fmt: skip
+        (arm,) = result.arms.values()
+        return float(arm.metrics["throughput_requests_per_s"])  # type: ignore[arg-type]
+
+    shares = claim["shares"]
+    gains = [100 * (rate("early_exit_rebatch", share) / rate("early_exit_lazy", share) - 1) for share in shares]
+    ours = ", ".join(f"{gain:+.1f}%" for gain in gains)
+    given = f"{claim['of']}, exit {claim['exit']}, batch {claim['batch']}; of tokens that could leave there we assume "
+    given += ", ".join(f"{100 * share:.0f} %" for share in shares)
+    return Row(
+        claim["source"], claim["what"], f"+{100 * claim['published']:.1f}%", ours, given,
+        "throughput over a batch that leaves together", OPEN, claim["why"],
+    )  # fmt: skip
+
+
 def _needs(claim: Mapping[str, Any], requests: int) -> Row:
     cost = 1 + ASSUMED_DRAFTS * claim["exit"] / claim["layers"]
     needed = (claim["published"] * cost - 1) / ASSUMED_DRAFTS
@@ -204,6 +229,7 @@ def _open(claim: Mapping[str, Any], requests: int) -> Row:
 
 KINDS: dict[str, Callable[[Mapping[str, Any], int], Row]] = {
     "speculation": _speculation, "full_depth": _full_depth, "layers": _layers, "needs": _needs, "line": _line,
+    "regroup": _regroup,
     "loading": _loading, "link": _link, "recorded": _recorded, "open": _open,
 }  # fmt: skip
 
