@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,7 @@ def test_damaged_servegen(tmp_path: Path, file: str, text: str, named: str) -> N
          "a mean of 3495 tokens"),
         ('num_requests_running{engine="0",model_name="m"}', 'num_requests_running{engine="0",model_name="b"}',
          "the pages of one model"),
+        ("vllm:", "sglang:", "sglang:num_requests_running.*whose names begin with vllm"),
     ],
 )  # fmt: skip
 def test_scrapes_that_cannot_be_drawn_from(tmp_path: Path, old: str, new: str, named: str) -> None:
@@ -395,6 +397,17 @@ def test_scrapes_that_cannot_be_drawn_from(tmp_path: Path, old: str, new: str, n
         page.write_text(page.read_text().replace(old, new))
     with pytest.raises(UserError, match=named):
         read_folder(folder)
+
+
+def test_times_of_copies_are_no_times_of_scrapes(tmp_path: Path) -> None:
+    folder = samples.write_scrapes(tmp_path / "pages")
+    for number, page in enumerate(sorted(folder.iterdir())):
+        page.rename(folder / f"{number}.prom")
+    with pytest.raises(UserError, match="3 files written within .*as copies are"):
+        read_folder(folder)
+    for number, page in enumerate(sorted(folder.iterdir())):
+        os.utime(page, (1_796_029_855 + 10 * number,) * 2)
+    assert any("when they were written counts" in said for said in read_folder(folder).notices)
 
 
 def test_counters_that_fall_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from helios_sim.untrusted import MIB, read_text, shortened
 
 NAME = "scrapes of /metrics"
 SUFFIXES = (".prom", ".txt", ".metrics")
+_LEAST_S = 0.1  # between scrapes: files that lie closer were copied at once
 _MOST_FILES, _MOST_REQUESTS = 20_000, 5_000_000
 _LINE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+(\S+))?$")
 _LABEL = re.compile(r'([A-Za-z_]\w*)="((?:[^"\\]|\\.)*)"')
@@ -83,7 +84,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
     bounds: dict[float, dict[str, dict[float, float]]] = {}
     models: dict[str, None] = {}
     engines: set[str] = set()
-    by_write = 0
+    by_write, others = 0, dict[str, None]()
     for path in paths:
         own = None
         if len(paths) > 1:
@@ -101,6 +102,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
                 raise UserError(place, line[:80], "a sample: name{labels} value, and a time", _FIX_LINE)
             name, labels, value, stamp = found[1], dict(_LABEL.findall(found[2] or "")), found[3], found[4]
             if not name.startswith("vllm:"):
+                others |= {name: None}
                 continue
             time_s = _float(place, stamp) * scale if stamp is not None else own
             if time_s is None:
@@ -117,8 +119,15 @@ def read(paths: Sequence[Path]) -> Scrapes:
                 at = samples.setdefault(time_s, {})
                 at[name] = at.get(name, 0.0) + amount
     source = paths[0].name if len(paths) == 1 else paths[0].parent.name
+    if not samples and others:
+        allowed = "vLLM's metrics, whose names begin with vllm: - those of other servers are not read"
+        raise UserError(source, ", ".join(list(others)[:4]), allowed, "drive it with python -m helios_sim.observe")
     if len(samples) < 2:
         raise UserError(source, f"{len(samples)} scrapes of vLLM's metrics", "at least 2", "scrape for longer")
+    if by_write and max(samples) - min(samples) < _LEAST_S * (len(samples) - 1):
+        told = f"{len(samples)} files written within {max(samples) - min(samples):.2g} s, as copies are"
+        fix = "let their names tell it, such as metrics_$(date +%s).prom, or copy them with cp -p"
+        raise UserError(source, told, "the time of each scrape", fix)
     told_by = f"{source}: no time in the names of {by_write} files: when they were written counts."
     notices = [told_by] if by_write else []
     if len(models) > 1:

@@ -178,8 +178,12 @@ def _of_log(log: RequestLog, limit: int | None, unit: str | None) -> RequestTrac
 
 def _opened(path: Path, content: bytes) -> _File:
     begins = content[:4096].lstrip()[:1]
+    if not begins and not content.strip():
+        raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", _FIX)
     if begins == b"[":
         rows = _array(path, content)
+        if not rows:
+            raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", _FIX)
         lines = [json.dumps(row) for row in rows]
         return _File(path.name, "\n".join(lines).encode() + b"\n", None)
     if begins == b"{" or path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
