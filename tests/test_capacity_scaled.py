@@ -104,6 +104,37 @@ def test_a_start_that_takes_too_long_is_named(tmp_path: Path) -> None:
     assert any("autoscale.least" in sentence for sentence in result.verdict)
 
 
+def test_of_several_numbers_of_requests_the_cheapest_is_told(planned: CapacityResult, tmp_path: Path) -> None:
+    arms = {"full_depth": {"policy": "full_depth"}}
+    several = AutoscaleConfig(**{**AUTO, "requests_per_replica": [3, 6, 400]})
+    result = capacity(burst(tmp_path, autoscale=several, arms=arms))
+    plans = {plan.arm: plan for plan in result.plans}
+    each = [plans[f"full_depth_autoscaled_{number}"] for number in (3, 6, 400)]
+    assert [(plan.of, plan.scaled) for plan in each] == [("full_depth", True)] * 3
+    (alone,) = [plan for plan in planned.plans if plan.arm == "full_depth_autoscaled"]
+    assert (each[1].replicas, each[1].cards_on) == (alone.replicas, alone.cards_on)
+    best = min((plan for plan in each if plan.replicas), key=lambda plan: plan.cards_on)
+    (said,) = [sentence for sentence in result.verdict if sentence.startswith("Autoscaled")]
+    assert f"{best.fleet} as {best.arm}: " in said
+    assert all(plan.arm in said for plan in each)
+    assert "one for each 3 or 6 or 400 requests" in result.conditions
+    for width in (80, 140):
+        assert max(map(len, plan_table(result, 1.0).lines(width=width))) <= width
+
+
+@pytest.mark.parametrize("wrong", [[], [3, 3], [0], "a", [True], None])
+def test_wrong_numbers_of_requests_are_one_message(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"autoscale\.requests_per_replica"):
+        AutoscaleConfig(**{**AUTO, "requests_per_replica": wrong})
+
+
+def test_several_numbers_are_for_a_plan_alone(tmp_path: Path) -> None:
+    several = AutoscaleConfig(**{**AUTO, "requests_per_replica": [3, 6]})
+    config = replace(burst(tmp_path, autoscale=several), capacity=CapacityConfig())
+    with pytest.raises(UserError, match="a list is for autoscale of a whole capacity plan"):
+        run(with_settings(config, {"hardware": CARD, "server.replicas": 2}))
+
+
 def test_an_arm_may_say_itself_how_its_replicas_come_and_go(tmp_path: Path) -> None:
     own = {f"autoscale.{name}": value for name, value in AUTO.items()}
     arms = {

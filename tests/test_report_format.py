@@ -60,3 +60,17 @@ def test_every_figure_has_an_interval_or_says_that_it_has_none(
     name: str, value: float | Band | None, interval: Interval | None, text: str
 ) -> None:
     assert fmt.metric_with_interval(name, value, interval) == text
+
+
+def test_an_interval_of_a_time_that_says_nothing_is_marked() -> None:
+    """Those of percentiles where requests thin out, which span factors of thousands."""
+
+    def shown(name: str, value: float, low: float, high: float) -> str:
+        return fmt.metric_with_interval(name, value, Interval(low, high, Method.WITHIN_RUN, 300))
+
+    assert shown("queue_s_p90", 1.11, 3e-5, 47_788.0) == "1.11 s [–]"
+    assert shown("queue_s_p90", 1.11, 0.2, 6.0) == "1.11 s [0.2, 6.00]"
+    assert shown("queue_s_p90", 1.11, 0.0, 3.0) == "1.11 s [0, 3.00]"
+    assert shown("breach_fraction", 0.001, 0.0, 0.02) == "0.1 % [0.0, 2.0]"
+    assert fmt.ratio(Ratio(0.94, 0.0001, 8_000.0, Method.WITHIN_RUN, 300)) == "0.94× [–]"
+    assert fmt.ratio(Ratio(0.94, 0.48, 1.85, Method.WITHIN_RUN, 300)) == "0.94× [0.48, 1.85]"

@@ -12,10 +12,13 @@ import pytest
 from command_line import CommandLine
 from helios_sim import UserError, study_config
 from helios_sim.report.faults import fault_sentences
+from helios_sim.report.figures.arms import without_dead
+from helios_sim.request import NS_PER_S
 from helios_sim.study.command import run
 from helios_sim.study.fleet import build_fleet
 from helios_sim.study.schema import Config, FaultsConfig
 from helios_sim.vary.settings import with_settings
+from helios_sim.workload.faults import FaultKind, Struck
 
 SMALL = ("workload.n_requests=60", "pictures=true")
 DIES = {"workload.faults.replica_dies.at_s": [5.0], "workload.faults.replica_dies.lasts_s": 4.0}
@@ -111,3 +114,32 @@ def test_defaults_strike_nothing() -> None:
 def test_a_config_from_python_is_checked_too() -> None:
     with pytest.raises(UserError, match="retries=-2"):
         FaultsConfig(retries=-2)
+
+
+@pytest.mark.slow
+def test_the_timeline_of_a_dead_replica_shows_nothing_that_runs() -> None:
+    """From 5 to 9 s it is dead; before it had something to do."""
+    result = run(quickstart(**DIES))
+    for arm in result.arms.values():
+        assert arm.timeline is not None
+        (fault,) = arm.timeline_faults
+        rows = without_dead(arm.timeline.rows, arm.timeline_faults)
+        times = [row[0] for row in rows]
+        assert times == sorted(times)
+        assert (fault.time_ns, fault.until_ns) == (5 * NS_PER_S, 9 * NS_PER_S)
+        dead = [row for row in rows if fault.time_ns <= row[0] < fault.until_ns and row[2] == 0]
+        assert [(row[2], row[3], row[5], row[6]) for row in dead] == [(0, 0, 0, 0)]
+        at = rows.index(dead[0])
+        assert rows[at - 1][3] > 0
+        assert rows[at + 1][0] == fault.until_ns
+        assert [row for row in rows if row[0] > fault.until_ns] == [
+            row for row in arm.timeline.rows if row[0] > fault.until_ns
+        ]
+
+
+def test_faults_before_and_after_a_timeline_change_nothing() -> None:
+    rows = [(10, "m", 24, 3, 1, 5, 6), (20, "m", 24, 2, 0, 4, 6)]
+    for time_ns, kind in ((5, FaultKind.REPLICA_DIES), (25, FaultKind.REPLICA_DIES), (12, FaultKind.SLOW_CARD)):
+        assert without_dead(rows, [Struck(time_ns, kind, 0, True, time_ns + 3)]) == rows
+    until_the_end = without_dead(rows, [Struck(12, FaultKind.REPLICA_DIES, 0, True, 99)])
+    assert [row[:4] for row in until_the_end] == [(10, "m", 24, 3), (12, "m", 0, 0)]

@@ -226,7 +226,8 @@ def print_capacity(result: CapacityResult, file: TextIO | None = None) -> None:
     say(
         f"*: advised. repl.: the fewest replicas with {result.rule}. MJ/M{', USD/M' if result.priced else ''}: for a "
         "million output tokens. same: output tokens equal to full depth's. SLOs kept: requests inside all, [95 % "
-        f"{scope_in_words(result.seeds)}].{dollars}{' on: cards that are on, on average.' if result.scaled else ''}",
+        f"{scope_in_words(result.seeds)}].{dollars}{' on: cards that are on, on average.' if result.scaled else ''} "
+        "MJ/M: a band, by the power of a card. Intervals of the other figures are in summary.json.",
         file,
     )
 
@@ -268,8 +269,14 @@ def _cells(plan: FleetPlan, priced: bool, scaled: bool) -> list[str]:
 
 
 def on_text(plan: FleetPlan) -> str:
-    """Cards that are on, on average."""
-    return fmt.NOTHING if plan.cards_on is None else fmt.number(plan.cards_on)
+    """Cards that are on, on average: 2.41 [2.30, 2.52]; all of them where none come and go."""
+    on, at = plan.cards_on, plan.at
+    if on is None or not plan.scaled or at is None:
+        return fmt.NOTHING if on is None else fmt.number(on)
+    found, each = at.intervals.get(ON), plan.cards_per_replica
+    if found is None or found.low is None or found.high is None:
+        return f"{fmt.number(on)} {fmt.NO_INTERVAL}"
+    return f"{fmt.number(on)} [{fmt.number(found.low * each)}, {fmt.number(found.high * each)}]"
 
 
 def energy_text(energy: Band | float | None) -> str:

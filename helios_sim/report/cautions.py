@@ -51,7 +51,7 @@ def of_inputs(result: Sourced) -> list[str]:
         found.append(f"{HOST_TIME} is {result.inputs[HOST_TIME].source}.")
     if stated:
         found.append(f"{', '.join(stated)} {_be(stated)} as the settings state: agreement restates them.")
-    return found
+    return [sentence[0].upper() + sentence[1:] for sentence in found]
 
 
 def reservations(result: ExperimentResult) -> list[str]:
@@ -85,7 +85,7 @@ def _stated(result: Sourced) -> list[str]:
 
 
 def _be(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+    return "is" if len(names) == 1 and not names[0].startswith("exits of ") else "are"
 
 
 def losses(result: ExperimentResult) -> list[str]:

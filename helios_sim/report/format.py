@@ -9,7 +9,8 @@ from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, MetricValue
 
 NOTHING = "–"
-NO_INTERVAL = f"[{NOTHING}]"  # marks an estimate that has none
+NO_INTERVAL = f"[{NOTHING}]"  # marks an estimate that has none, or one that says nothing
+VAST = 10.0  # times the figure, beyond which on both sides the ends of its interval say nothing of it
 _SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -118,12 +119,22 @@ def metric(name: str, value: MetricValue) -> str:
 
 
 def interval(name: str, value: MetricValue, found: Interval | None) -> str:
-    """[94.1 %, 96.3 %]; [–] for an estimate without an interval; nothing for what is exact, a band or undefined."""
+    """[94.1 %, 96.3 %]; nothing for what is exact, a band or undefined.
+
+    [–] for an estimate without an interval, and for a time whose interval says nothing: percentiles where requests
+    thin out move by factors of thousands when a stretch of them is left out.
+    """
     if value is None or isinstance(value, Band) or (found is not None and found.method in (Method.EXACT, Method.BAND)):
         return ""
     if found is None or found.low is None or found.high is None:
         return NO_INTERVAL
+    if name in DEFINITIONS and DEFINITIONS[name].unit == "s" and _says_nothing(value, found.low, found.high):
+        return NO_INTERVAL
     return f"[{_bare(name, found.low, value)}, {_bare(name, found.high, value)}]"
+
+
+def _says_nothing(value: float, low: float, high: float) -> bool:
+    return value > 0 and low < value / VAST and high > value * VAST
 
 
 def metric_with_interval(name: str, value: MetricValue, found: Interval | None) -> str:
@@ -154,7 +165,7 @@ def ratio(value: Ratio | None) -> str:
         return NOTHING
     digits = 2 if value.ratio < 10 else 1
     text = f"{value.ratio:.{digits}f}×"
-    if value.low is not None and value.high is not None:
+    if value.low is not None and value.high is not None and not _says_nothing(value.ratio, value.low, value.high):
         return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     return text if value.method is Method.EXACT else f"{text} {NO_INTERVAL}"
 

@@ -235,7 +235,7 @@ def _plan_row(result: CapacityResult, plan: FleetPlan, names: Sequence[str]) -> 
         "replicas": str(plan.replicas) if found else f"> {at.replicas}",
         "by_seed": _over_seeds(plan) if len(plan.by_seed) > 1 else "",
         "cards": fmt.NOTHING if plan.cards is None else str(plan.cards),
-        "on": f"{on_text(plan)} on average" if plan.scaled and found else "",
+        "on": f"on: {on_text(plan)}" if plan.scaled and found else "",
         "usd": [f"{value:,.2f}" if isinstance(value, int | float) else fmt.NOTHING for value in usd],
         "energy": energy_text(energy),
         "cells": [

@@ -203,24 +203,34 @@ def _needs(it: FleetPlan) -> str:
 
 
 def _scaled(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | None) -> Iterator[str]:
-    """What replicas that come and go save beside as many as the same policy needs when all are always on."""
-    for it in plans:
-        if it.of is None or it.at is None or (advice is not None and it.card != advice.plan.card):
-            continue
-        fixed = next((other for other in plans if (other.card, other.arm) == (it.card, it.of)), None)
-        which = f"{it.of} on {it.card}" if advice is None else it.of
-        if it.replicas is None:
+    """What replicas that come and go save beside as many as the same policy needs when all are always on.
+
+    Of several numbers of requests for each replica the cheapest is told, and what the others take.
+    """
+    scaled = [it for it in plans if it.of is not None and it.at is not None]
+    if advice is not None:
+        scaled = [it for it in scaled if it.card == advice.plan.card]
+    for card, of in dict.fromkeys((it.card, it.of) for it in scaled):
+        several = [it for it in scaled if (it.card, it.of) == (card, of)]
+        best = min((it for it in several if it.replicas is not None), key=_price, default=None)
+        fixed = next((other for other in plans if (other.card, other.arm) == (card, of)), None)
+        which = f"{of} on {card}" if advice is None else of
+        if best is None:
+            told = several[0].why_not if len(several) == 1 else "; ".join(f"{it.arm}: {it.why_not}" for it in several)
             yield (
-                f"Autoscaled, {which} does not keep the service levels: {it.why_not}. More replicas that are always on "
+                f"Autoscaled, {which} does not keep the service levels: {told}. More replicas that are always on "
                 "(autoscale.least) or fewer requests for each (autoscale.requests_per_replica) start them earlier."
             )
-        elif fixed is not None and fixed.cards and it.cards_on is not None:
-            less = 1 - it.cards_on / fixed.cards
+            continue
+        as_what = f" as {best.arm}" if len(several) > 1 else ""
+        others = [f"{it.arm} {it.fleet if it.replicas else 'does not keep them'}" for it in several if it is not best]
+        beside = ""
+        if fixed is not None and fixed.cards and best.cards_on is not None:
+            less = 1 - best.cards_on / fixed.cards
             change = f"{abs(less) * 100:.0f} % {'less' if less > 0 else 'more'} card time than"
-            beside = f"{change if round(less, 2) else 'as much card time as'} {fixed.fleet} that are always on"
-            yield f"Autoscaled, {which} takes {it.fleet}: {beside}."
-        elif it.cards_on is not None:
-            yield f"Autoscaled, {which} takes {it.fleet}."
+            beside = f": {change if round(less, 2) else 'as much card time as'} {fixed.fleet} that are always on"
+        rest = f" ({'; '.join(others)})" if others else ""
+        yield f"Autoscaled, {which} takes {best.fleet}{as_what}{beside}{rest}."
 
 
 def _cached(advice: Advice | None) -> Iterator[str]:

@@ -209,8 +209,9 @@ _Arm = tuple[str, dict[str, Any], Mapping[str, Any]]  # name, changes of the stu
 def _always_on_or_not(config: Config, arms: Sequence[_Arm]) -> Iterator[tuple[_Arm, int | None, str | None]]:
     """Each arm; with `autoscale`, once with all replicas always on and once with replicas that come and go.
 
-    With each the least number of those that are always on, and the arm of the first kind that it goes with. An arm that
-    says itself how its replicas come and go is planned so alone.
+    With each the least number of those that are always on, and the arm of the first kind that it goes with. Of several
+    `autoscale.requests_per_replica` each is an arm. An arm that says itself how its replicas come and go is planned so
+    alone.
     """
     least = config.autoscale.least
     always_on = {} if least is None else {"autoscale.least": None}
@@ -221,8 +222,12 @@ def _always_on_or_not(config: Config, arms: Sequence[_Arm]) -> Iterator[tuple[_A
             yield (name, {**changes, **always_on}, {**entry, "overrides": overrides}), int(own), None
             continue
         yield (name, {**changes, **always_on}, entry), None, None
-        if least is not None:
-            yield (f"{name}_autoscaled", {**changes, **always_on}, entry), least, name
+        if least is None:
+            continue
+        per = config.autoscale.requests_per_replica
+        for number in per if isinstance(per, list) else [per]:
+            own_name = f"{name}_autoscaled" + (f"_{number:g}" if isinstance(per, list) else "")
+            yield (own_name, {**changes, **always_on, "autoscale.requests_per_replica": number}, entry), least, name
 
 
 def _arms(config: Config) -> tuple[list[_Arm], str | None]:
@@ -323,10 +328,10 @@ def _conditions(config: Config, names: Sequence[str]) -> str:
     struck = f"; faults: {strikes}" if strikes else ""
     it, scaled = config.autoscale, ""
     if it.least is not None:
-        scaled = (
-            f"; autoscaled: at least {it.least}, one for each {it.requests_per_replica:g} requests in the system, "
-            f"{it.start_s:g} s to start"
-        )
+        per = it.requests_per_replica
+        numbers = " or ".join(f"{number:g}" for number in (per if isinstance(per, list) else [per]))
+        scaled = f"; autoscaled: at least {it.least}, one for each {numbers} requests in the system"
+        scaled += f", {it.start_s:g} s to start"
     return f"{said}; replicas behind {config.server.router.replace('_', ' ')}{cached}{scaled}{struck}."
 
 

@@ -134,8 +134,10 @@ def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:
     it, most = config.autoscale, config.server.replicas
     if it.least is None:
         return None
-    assert it.requests_per_replica is not None
     assert it.start_s is not None
+    if isinstance(it.requests_per_replica, list):
+        allowed = "one number: a list is for autoscale of a whole capacity plan, which tries each"
+        raise UserError("autoscale.requests_per_replica", it.requests_per_replica, allowed, "choose one")
     if it.least > most:
         raise UserError("autoscale.least", it.least, f"at most server.replicas={most}", "raise server.replicas")
     if faults is not None:

@@ -242,7 +242,8 @@ class AutoscaleConfig:
     """Replicas that come and go with load, from `least` to `server.replicas` (serving/autoscale.py)."""
 
     least: int | None = None  # null: all replicas are always on
-    requests_per_replica: float | None = None  # requests in the system for which there is to be one replica
+    # Requests in the system for which there is to be one replica; a capacity plan tries each of several: [4, 8, 16]
+    requests_per_replica: Any = None
     # How long a replica takes until it serves: no default, since it depends on engine, model and disk; vLLM prints its
     # parts when it starts (weights, compilation, graphs).
     start_s: float | None = None
@@ -256,8 +257,12 @@ class AutoscaleConfig:
         require(1 <= self.least < 2**31, "autoscale.least", self.least, "from 1 to server.replicas")
         first, allowed = self.first, "null, or a number from autoscale.least to server.replicas"
         require(first is None or 1 <= first < 2**31, "autoscale.first", first, allowed)
-        per, allowed = self.requests_per_replica, "a number above 0: requests in the system for each replica"
-        require(per is not None and 0 < per < 2**31, "autoscale.requests_per_replica", per, allowed)
+        per, allowed = self.requests_per_replica, "a number above 0, or a list of some: requests for each replica"
+        each = per if isinstance(per, list) else [per]
+        numbers = [float(n) for n in each if isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < 2**31]
+        several = bool(numbers) and len(set(numbers)) == len(each)
+        require(several, "autoscale.requests_per_replica", per, allowed)
+        self.requests_per_replica = numbers if isinstance(per, list) else numbers[0]
         allowed = "seconds from 0 to 86400: how long a replica takes until it serves, as the engine prints it"
         require(self.start_s is not None and 0 <= self.start_s <= 86400, "autoscale.start_s", self.start_s, allowed)
         for key, least in (("every_s", 1e-3), ("down_after_s", 0.0)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -41,6 +42,9 @@ from helios_sim.report.result import (
     scope_in_words,
 )
 from helios_sim.request import NS_PER_S
+from helios_sim.workload.faults import FaultKind, Struck
+
+_Row = tuple[int, str, int, int, float, int, int]  # of a timeline: as serving.stats has it
 
 _KIND_MARKERS = "osD^vP*X"  # by kind of replica
 _FOREST = ("throughput_requests_per_s", "e2e_s_mean", "layers_per_token")
@@ -385,7 +389,8 @@ _MOST_FAULTS = 200  # in a timeline
 
 def _timeline(arm: ArmResult, file: str) -> Drawing:
     assert arm.timeline is not None
-    times_ns, models, layers, running, queued, kv_bytes, weight_bytes = zip(*arm.timeline.rows, strict=True)
+    rows = without_dead(arm.timeline.rows, arm.timeline_faults)
+    times_ns, models, layers, running, queued, kv_bytes, weight_bytes = zip(*rows, strict=True)
     time_s = np.array(times_ns, dtype=np.float64) / NS_PER_S
     names = sorted(set(models))  # so that a model has its colour in every arm
     figure, axes = new_figure(3, 1, 6.2, sharex=True, gridspec_kw={"height_ratios": [1, 1.2, 1]})
@@ -486,6 +491,22 @@ def _timeline(arm: ArmResult, file: str) -> Drawing:
         series=tuple(series), marks=marks,
         mark_rows=tuple((row.anchor, text) for row, text in zip(marked, words, strict=True)),
     )  # fmt: skip
+
+
+def without_dead(rows: Iterable[_Row], faults: Sequence[Struck]) -> list[_Row]:
+    """The rows of a timeline, where a replica that is dead holds nothing, and what waits for it is not known (NaN)."""
+    found = list(rows)
+    for fault in faults:
+        if fault.kind is not FaultKind.REPLICA_DIES or not found or not found[0][0] <= fault.time_ns <= found[-1][0]:
+            continue
+        before = [row for row in found if row[0] <= fault.time_ns]
+        after = [row for row in found if row[0] >= fault.until_ns]
+        _, model, layers, *_, weight_bytes = before[-1]
+        found = [*before, (fault.time_ns, model, 0, 0, math.nan, 0, 0)]
+        if after and after[0][0] > fault.until_ns:
+            found.append((fault.until_ns, model, layers, 0, math.nan, 0, weight_bytes))
+        found += after
+    return found
 
 
 def _transitions_ns(arm: ArmResult) -> Sequence[int]:

@@ -27,7 +27,7 @@ MOST_PANELS = 6
 MOST_TICKS = 8
 _LINES = ("-", "--", ":", "-.")
 # Positions of shares on the axis: minus the logarithm of what is missed, as near 1 as the eye wants to look.
-_SHARES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999)
+_SHARES = (0.0, 0.5, 0.9, 0.99, 0.999)
 
 
 def capacity_drawings(result: CapacityResult) -> list[Drawing]:
