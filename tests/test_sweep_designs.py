@@ -106,3 +106,18 @@ def test_a_setting_of_the_sweep_that_cannot_be_is_said(sweep: dict[str, object],
 def test_a_sweep_is_checked_before_anything_runs(change: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan_sweep(example(**change))
+
+
+def test_settings_of_the_policy_that_is_added_design_its_arm() -> None:
+    parameters = {"limit": AxisConfig(settings=["policy.limit"], values=[20, 80])}
+    config = replace(example(parameters=parameters), policy={"name": "helios"}, subject="helios")
+    plan = plan_sweep(config)
+    assert plan.arm == "helios_added"
+    assert len({plan.jobs(design)[0].key for design in plan.designs or ()}) == 2
+
+
+def test_a_parameter_that_changes_nothing_of_the_arm_is_refused() -> None:
+    parameters = {"limit": AxisConfig(settings=["arms.helios.limit"], values=[20, 80])}
+    with pytest.raises(UserError, match="they change nothing of full_depth") as error:
+        plan_sweep(example(parameters=parameters, arm="full_depth"))
+    assert "sweep.arm" in str(error.value)

@@ -103,3 +103,21 @@ def test_help_fits_the_terminal_and_loses_no_word(
     shown = pages.help_text(program, [])
     assert max(len(line) for line in shown.splitlines()) <= max(columns, max(map(len, shown.split())) + 8)
     assert shown.split() == whole.split()
+
+
+def test_a_long_text_goes_on_in_its_column() -> None:
+    remark = "times within about 52 %, known at their ends alone: all tables; briefly measured or assumed: serving"
+    table = TextTable("stages")
+    for name in ("stage", "status", "time", "remark"):
+        table.column(name, number=name == "time")
+    table.row(["profile", "done", "53.6 s", remark])
+    table.row(["traces", "done", "7 s", ""])
+    for width in (80, 100):
+        lines = table.lines(width=width)
+        assert max(map(len, lines)) <= width
+        column = lines[2].index("remark")
+        below = [line[column:] for line in lines[4:] if line.strip()]
+        assert " ".join(part for part in below if part) == remark
+        assert sum("─" in line for line in lines) == 1
+    assert any(remark in line for line in table.lines())  # as long as it is where there is no terminal
+    assert max(map(len, table.lines(width=40))) <= 40

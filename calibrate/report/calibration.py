@@ -150,7 +150,7 @@ def _cards(results: Results, statistics: Sequence[ExitStatistics]) -> list[Highl
 def _warnings(
     config: CalibrateConfig, results: Results, statistics: Sequence[ExitStatistics], skipped: Mapping[str, str]
 ) -> list[str]:
-    found = [f"{stage} is not there: {why}." for stage, why in skipped.items()]
+    found = [f"The stage {stage} is not there: {why}." for stage, why in skipped.items()]
     if config.quick:
         found.append("quick=true: tiny shapes and few samples. These numbers try the command; they are worth little.")
     if results.profile is not None:

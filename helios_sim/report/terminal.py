@@ -20,6 +20,7 @@ _BOLD, _DIM, _END = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 JSON_ASKED: ContextVar[bool] = ContextVar("json_asked", default=False)  # summary.json on a terminal too
 _NARROW = 40  # cells, below which nothing is laid out to fit
+_READABLE = 30  # cells of a column, from which a text is broken into lines of it
 
 
 def without_json(command: Sequence[str]) -> list[str]:
@@ -82,7 +83,7 @@ class TextTable:
     def lines(self, styled: bool = False, width: int | None = None) -> list[str]:
         """The table, in a line for each row; where `width` has no room for all columns, the others come below.
 
-        The first column is repeated there. No text is ever cut.
+        The first column is repeated there. A long text goes on in further lines of its column. No text is ever cut.
         """
         heads = [[visible(part) for part in header.split("\n")] for header in self.headers]
         rows = [None if row is None else ([_in_a_line(cell) for cell in row[0]], row[1]) for row in self.rows]
@@ -90,6 +91,7 @@ class TextTable:
         widths = [
             max([*map(_width, head), *(_width(cells[place]) for cells in shown)]) for place, head in enumerate(heads)
         ]
+        self._narrow(widths, width)
         found = [f"{_BOLD}{visible(self.title)}{_END}" if styled else visible(self.title), ""]
         for places in _folded(widths, width):
             most = max(len(heads[place]) for place in places)
@@ -98,10 +100,24 @@ class TextTable:
                 found.append(self._line(parts, widths, places))
             found.append("─" * (sum(widths[place] for place in places) + 2 * (len(places) - 1)))
             for row in rows:
-                text = "" if row is None else self._line(row[0], widths, places)
-                found.append(f"{_DIM}{text}{_END}" if styled and row is not None and row[1] else text)
+                if row is None:
+                    found.append("")
+                    continue
+                texts = [self._line(cells, widths, places) for cells in _in_lines(row[0], widths, places)]
+                found += [f"{_DIM}{text}{_END}" if styled and row[1] else text for text in texts]
             found.append("")
         return found
+
+    def _narrow(self, widths: list[int], width: int | None) -> None:
+        """The widest column of texts gets the room that the others leave, where that is enough to read it."""
+        texts = [place for place, number in enumerate(self.numbers) if place and not number]
+        if width is None or not texts:
+            return
+        widest = max(texts, key=lambda place: widths[place])
+        rest = sum(widths) - widths[widest] + 2 * (len(widths) - 1)
+        room = width - rest if width - rest >= _READABLE else width - widths[0] - 2
+        if _READABLE <= room < widths[widest]:
+            widths[widest] = room
 
     def _line(self, cells: Sequence[str], widths: Sequence[int], places: Sequence[int]) -> str:
         padded = []
@@ -122,6 +138,16 @@ def _folded(widths: Sequence[int], width: int | None) -> list[list[int]]:
         else:
             found.append([0, place])
     return found
+
+
+def _in_lines(cells: Sequence[str], widths: Sequence[int], places: Sequence[int]) -> list[list[str]]:
+    """The cells of these places, line by line: a cell that is wider than its column goes on below."""
+    split = [
+        textwrap.wrap(cell, widths[place], break_on_hyphens=False) if _width(cell) > widths[place] else [cell]
+        for place, cell in enumerate(cells)
+    ]
+    most = max(len(split[place]) for place in places)
+    return [[parts[line] if line < len(parts) else "" for parts in split] for line in range(most)]
 
 
 def _in_a_line(text: str) -> str:

@@ -18,7 +18,7 @@ from helios_sim.report.metrics import DEFINITIONS, Better
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import DesignsConfig
-from helios_sim.study.plan import check_axes, check_study, jobs_of, plan_study
+from helios_sim.study.plan import check_axes, check_study, entries_of, jobs_of, plan_study
 from helios_sim.study.schema import Config
 from helios_sim.vary.axis import Axis, Choice, Range, axes_of, choose, grid
 from helios_sim.vary.workers import need
@@ -60,7 +60,7 @@ def plan_sweep(config: Config) -> SweepPlan:
     for parameter in parameters:
         _check_names(parameter)
     arms = study.headline.jobs
-    arm = config.sweep.arm or config.subject or list(arms)[-1]
+    arm = config.sweep.arm or _arm_of_policy(config, parameters) or config.subject or list(arms)[-1]
     require_one_of("sweep.arm", arm, arms)
     if arms[arm][0].arm.overrides:
         allowed = "the arm that is designed has no overrides of its own"
@@ -70,6 +70,12 @@ def plan_sweep(config: Config) -> SweepPlan:
     for parameter in parameters:
         _check_parameter(plan, parameter)
     return plan
+
+
+def _arm_of_policy(config: Config, parameters: Sequence[Axis]) -> str | None:
+    """The arm that `policy` adds, where a parameter is one of its settings: no other arm has them."""
+    of_policy = any(path.startswith("policy.") for parameter in parameters for path in parameter.settings)
+    return next((name for name in entries_of(config) if name not in config.arms), None) if of_policy else None
 
 
 def _check_names(parameter: Axis) -> None:
@@ -83,23 +89,31 @@ def _check_names(parameter: Axis) -> None:
 
 
 def _check_parameter(plan: SweepPlan, parameter: Axis) -> None:
-    """UserError where none of its values can be, the rest being as it is: a wrong name, or a wrong kind of value."""
+    """UserError where none of its values can be, the rest being as it is, or where all that can be are the same."""
     values = parameter.values
     first: UserError | None = None
+    keys: list[str] = []
     for value in (values.at(values.low), values.at(values.high)) if isinstance(values, Range) else values:
         try:
-            _try(plan, parameter.changes(value))
-            return
+            keys.append(_key(plan, parameter.changes(value)))
         except UserError as error:
             first = first or error.about(f"{parameter.key}: {error.key}")
-    assert first is not None
-    raise first
+        if len(set(keys)) > 1:
+            return
+    if not keys:
+        assert first is not None
+        raise first
+    if len(keys) > 1:
+        allowed = f"settings of the arm that is designed: they change nothing of {plan.arm}"
+        raise UserError(f"{parameter.key}.settings", list(parameter.settings), allowed, "name another in sweep.arm")
 
 
-def _try(plan: SweepPlan, changes: Mapping[str, Any]) -> None:
+def _key(plan: SweepPlan, changes: Mapping[str, Any]) -> str:
+    """What tells one design from another. UserError where its settings cannot be."""
     job = plan.jobs(Choice({}, changes))[0]
     job.arm.policy.make()
     shared_fleet(job.config, job.seed)
+    return job.settings_key
 
 
 def _check_objectives(config: Config) -> None:

@@ -262,11 +262,21 @@ def sentences(
     found = [_size(arm, objectives, designs, front)]
     if front:
         found += [_end(name, objectives, front) for name in objectives]
+    beaten_by_none: list[str] = []
     for reference in references:
         if reference.metrics is not None:
             own = merits_of([reference], objectives)[0]
-            better = int(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).sum())
-            found.append(_against(arm, reference, better, len(designs)))
+            beats = (costs <= own).all(axis=1) & (costs < own).any(axis=1)
+            better = [design for design, beaten in zip(designs, beats, strict=True) if beaten]
+            clear = sum(any(_apart(name, design, reference) for name in objectives) for design in better)
+            name = f"{arm} as it was set" if reference.name == arm else reference.name
+            if better:
+                found.append(_beaten(name, len(better), clear, len(designs)))
+            else:
+                beaten_by_none.append(name)
+    if beaten_by_none:
+        *names, last = beaten_by_none
+        found.append(f"No design beats {', '.join(names)}{' or ' if names else ''}{last} in every objective.")
     return tuple(found)
 
 
@@ -303,11 +313,21 @@ def _figure(design: Design, name: str) -> str:
     return metric_with_interval(name, design.metrics[name], design.intervals.get(name))
 
 
-def _against(arm: str, reference: Design, better: int, total: int) -> str:
-    name = f"{arm} as it was set" if reference.name == arm else reference.name
-    if not better:
-        return f"No design beats {name} in every objective."
-    return f"{better} of {total} designs beat {name}: none of the objectives worse, at least one better."
+def _apart(name: str, design: Design, reference: Design) -> bool:
+    """Whether the interval of the design lies wholly on the better side of that of the reference."""
+    ours, theirs = design.intervals.get(name), reference.intervals.get(name)
+    if ours is None or theirs is None:
+        return False
+    low, high = (theirs.high, ours.low) if DEFINITIONS[name].better is Better.HIGHER else (ours.high, theirs.low)
+    return low is not None and high is not None and low < high
+
+
+def _beaten(name: str, better: int, clear: int, total: int) -> str:
+    clearly = f"{clear} of them clearly" if clear else "none of them clearly"
+    return (
+        f"{better} of {total} designs beat {name}: none of the objectives worse, at least one better; {clearly}, with "
+        "intervals that lie apart."
+    )
 
 
 def run_sweep(config: Config, folder: Path) -> int:
