@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
@@ -60,6 +61,13 @@ _SAID = (
 )  # fmt: skip
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says; nothing where its own text raises another."""
+    with suppress(Exception):
+        return str(error)
+    return ""
+
+
 def lacking(error: BaseException) -> UserError | None:
     """The message where the machine did not give what a run needs, in whatever form that was raised; else None."""
     seen: set[int] = set()
@@ -69,7 +77,7 @@ def lacking(error: BaseException) -> UserError | None:
         if isinstance(error, OSError) and error.errno is not None:
             what = what or _LACKING.get(error.errno)
         if isinstance(error, OSError | ImportError | RuntimeError | SystemError):
-            what = what or next((of for words, of in _SAID if words in str(error).lower()), None)
+            what = what or next((of for words, of in _SAID if words in text_of(error).lower()), None)
         if what is not None:
             fix = "free some or raise the limit, then start again: what is finished in the output folder is kept"
             return UserError("machine", what, "this machine gives no more", fix)

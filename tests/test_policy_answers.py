@@ -218,3 +218,33 @@ def test_the_command_line_says_it_in_one_line(
     assert said.status == 1
     assert words in said.err.splitlines()[-1]
     assert "Traceback" not in said.err
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def raising(error: BaseException) -> Any:
+    def method(self: Any, *given: Any) -> Any:
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (raising(Exception(Unspeakable())), "start() raised Exception"),
+        (raising(GeneratorExit()), "start() raised GeneratorExit"),
+        (property(raising(ZeroDivisionError())), "P.start or P.decide raised ZeroDivisionError"),
+        (lambda self, one, more: FULL, "test_policy_answers.py, line "),
+        (lambda self, one: object.__new__(Deployment), "active=None"),
+    ],
+)
+def test_what_cannot_even_be_told_is_one_message(start: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.P", type("P", (), {"start": start, "decide": print}), raising=False)
+    with pytest.raises(UserError) as error:
+        load_custom(CustomParameters(f"{__name__}:P")).start(SITUATION)
+    assert part in str(error.value)
+    assert "custom.py" not in str(error.value)

@@ -182,6 +182,8 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         "evidence": _evidence,
     }
     for name, check in checks.items():
+        if not hasattr(found, name):
+            return name, None, "given: Deployment(...) makes one with all its fields"
         value = getattr(found, name)
         allowed = check(value)
         if allowed is not None:

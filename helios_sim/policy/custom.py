@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
 
-from helios_sim.errors import OwnCodeError, UserError, lacking
+from helios_sim.errors import OwnCodeError, UserError, lacking, text_of
 from helios_sim.interrupt import is_asked
 from helios_sim.opened import watched
 from helios_sim.policy.answers import fault_of
@@ -71,7 +72,8 @@ def load_custom(parameters: CustomParameters) -> Policy:
             raise _error(parameters.object, allowed, "correct policy.settings or the class") from None
         with _own_code(parameters.object, f"{name}()"):
             made = made(**parameters.settings)
-    missing = [method for method in ("start", "decide") if not callable(getattr(made, method, None))]
+    with _own_code(parameters.object, f"{name}.start or {name}.decide"):  # they may be properties
+        missing = [method for method in ("start", "decide") if not callable(getattr(made, method, None))]
     if missing:
         allowed = "a policy has start(situation) and decide(cause, telemetry)"
         raise _error(parameters.object, allowed, f"add {' and '.join(missing)} to {name}")
@@ -93,12 +95,12 @@ class _Checked:
         self._situation = situation
         random.seed(situation.seed)  # of whatever the policy draws without a generator of its own
         np.random.seed(situation.seed % 2**32)  # noqa: NPY002 - this one
-        with _own_code(self._name, "start()"):
+        with _own_code(self._name, "start()", self._policy, "start"):
             found = self._policy.start(situation)
         return self._checked("start", found)
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        with _own_code(self._name, "decide()"):
+        with _own_code(self._name, "decide()", self._policy, "decide"):
             found = self._policy.decide(cause, telemetry)
         return None if found is None else self._checked("decide", found)
 
@@ -107,7 +109,8 @@ class _Checked:
             wanted = "start() returns a Deployment, decide() a Deployment or None"
             allowed = f"{method}() returned {_short(found)}; {wanted}"
             raise _error(self._name, allowed, f"return one from {method}()")
-        fault = fault_of(found, self._situation)
+        with _own_code(self._name, f"what {method}() returned", self._policy, method):  # its fields may be code
+            fault = fault_of(found, self._situation)
         if fault is not None:
             field_name, value, wanted = fault
             allowed = f"{method}() returned a Deployment with {field_name}={_short(value)}, which must be {wanted}"
@@ -118,8 +121,10 @@ class _Checked:
 
 
 @contextmanager
-def _own_code(name: str, what: str) -> Iterator[None]:
+def _own_code(name: str, what: str, policy: object = None, method: str = "") -> Iterator[None]:
     """What the user's code raises becomes an OwnCodeError that names it, with its file and line.
+
+    `policy` and `method`: what is called, whose place is told where none of its lines was reached.
 
     Signals, a machine that gives no more, and a message of this program pass as they are. Files that it reads are
     noted: the result is made of them.
@@ -129,23 +134,33 @@ def _own_code(name: str, what: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         if is_asked() or isinstance(error, BrokenPipeError) or lacking(error) is not None:
             raise
-        said = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        said = " ".join((str(error.msg) if isinstance(error, SyntaxError) else text_of(error)).split())
         told = f"{type(error).__name__}: {said}" if said else type(error).__name__
         told = told if len(told) <= _MOST_SAID else f"{told[: _MOST_SAID - 3]}..."
-        allowed = f"{what} raised {told} ({_place(error)})"
+        place = _place(error, policy, method)
+        allowed = f"{what} raised {told}{f' ({place})' if place else ''}"
         raise OwnCodeError("policy.object", name, allowed, "mend the policy") from error
 
 
-def _place(error: BaseException) -> str:
-    """File and line of the innermost code that is neither this program's nor the import system's."""
+def _place(error: BaseException, policy: object, method: str) -> str:
+    """File and line of the innermost code that is neither this program's nor the import system's.
+
+    Where there is none, as when it does not take the arguments, those of the method; nothing where it has none.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)] or list(frames)
-    return f"{theirs[-1].filename}, line {theirs[-1].lineno}, in {theirs[-1].name}"
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    if theirs:
+        return f"{theirs[-1].filename}, line {theirs[-1].lineno}, in {theirs[-1].name}"
+    with suppress(Exception):  # attributes of a user's object may be code
+        code = getattr(policy, method).__code__
+        if isinstance(code, CodeType):
+            return f"{code.co_filename}, line {code.co_firstlineno}"
+    return ""
 
 
 def _short(value: object) -> str:
