@@ -53,6 +53,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     flags = [a for a in arguments if a not in overrides]
     overrides = [a.removeprefix("+") if a.startswith("+task=") else a for a in overrides]
+    overrides = [f"out={Path(a[4:]).expanduser()}" if a.startswith("out=~/") else a for a in overrides]
     chosen = given("model", overrides)
     if chosen is not None and "," in chosen and any(flag in ("-m", "--multirun") for flag in flags):
         names = [SHORT_NAMES.get(each, each) for each in chosen.split(",")]

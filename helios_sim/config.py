@@ -98,6 +98,8 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
             argument = f"from_log.log={value}"
         elif equals and key == PRESET:
             argument = f"+{ENGINE}={value}"
+        elif key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~/"):  # which shells leave as it is
+            argument = f"{key}={Path(value).expanduser()}"
         found.append(argument)
     return readable(found, known_settings(schema))
 

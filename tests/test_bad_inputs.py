@@ -238,6 +238,9 @@ EXPERIMENTS = {
         STUDY.replace("n_requests: 12", "arrivals: {users: 4}"),
         ["mine.yaml: workload.arrivals.users=4", "does nothing here", "closed_loop"],
     ),
+    "a kind of lengths that is not known": (
+        STUDY.replace("p50: 12, p95: 30", "kind: normal, mean: 12"), ["lengths.output.kind='normal'", "one of fixed"],
+    ),
     "an autoscaler that is not on": (
         STUDY + "autoscale: {start_s: 5}\nserver: {replicas: 2}\n", ["autoscale.start_s=5", "with autoscale.least"],
     ),

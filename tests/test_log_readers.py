@@ -403,7 +403,7 @@ def test_times_of_copies_are_no_times_of_scrapes(tmp_path: Path) -> None:
     folder = samples.write_scrapes(tmp_path / "pages")
     for number, page in enumerate(sorted(folder.iterdir())):
         page.rename(folder / f"{number}.prom")
-    with pytest.raises(UserError, match="3 files written within .*as copies are"):
+    with pytest.raises(UserError, match=r"3 files written within .*as copies are"):
         read_folder(folder)
     for number, page in enumerate(sorted(folder.iterdir())):
         os.utime(page, (1_796_029_855 + 10 * number,) * 2)

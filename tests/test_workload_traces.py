@@ -233,6 +233,12 @@ def test_what_is_no_trace_is_said_in_one_message(tmp_path: Path, name: str, cont
         read_trace(written(tmp_path, name, content))
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "mine.csv", HEADER + "0,1,1\n")
+    assert len(read_trace("~/mine.csv")) == 1
+
+
 def test_seconds_since_1970_keep_their_microseconds(tmp_path: Path) -> None:
     file = written(tmp_path, "epoch.csv", HEADER + "1777142838.338653,1,1\n1777142838.623712,1,1\n")
     assert arrivals_of(read_trace(file))[1] == pytest.approx(285_059_000, abs=500)

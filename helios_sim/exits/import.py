@@ -60,7 +60,7 @@ def _imported(path: Path, settings: dict[str, str]) -> int:
     people = None if human is None else human == "true"
     told = Told(_number(settings.get("chars_per_token")), people, settings.get("source"))
     trace, ignored = read_table(path, model, told)
-    folder = Path(settings.get("out", path.with_name(f"{name}.exits")))
+    folder = Path(settings.get("out", path.with_name(f"{name}.exits"))).expanduser()
     write_trace(trace, folder)
     print(f"{trace.n_tokens} tokens of {len(np.unique(trace.prompt))} prompts, {len(trace.tasks)} tasks")
     print("layers   agree" + "".join(f"  mean {c.value}" for c in trace.confidences))

@@ -59,10 +59,10 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         key = f"exits.parameters.{name}"
         raise UserError(key, parameters[name], "a recorded trace has no parameters", "leave it out")
     if is_table(source):
-        return read_table(Path(source), model)[0]
+        return read_table(Path(source).expanduser(), model)[0]
     with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
         shipped = SHIPPED / f"{model}@{source}"
-        folder = shipped if (shipped / HEADER).is_file() else Path(source)
+        folder = shipped if (shipped / HEADER).is_file() else Path(source).expanduser()
     if not is_there(folder / HEADER):
         names = sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))
         raise UserError(

@@ -146,7 +146,7 @@ def build_profile(config: Config, model: str) -> Profile:
     if config.profile_folder is None:
         profile = find_profile(model, config.device, precision=config.precision, kernels=config.server.kernels)
     else:  # who names a folder means its profiles and no others
-        profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder))
+        profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder).expanduser())
         profile = in_precision(profile, config.precision)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
     if config.runtime.load_gb_per_s is not None:

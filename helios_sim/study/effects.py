@@ -19,6 +19,8 @@ from helios_sim.study.schema import (
 )
 from helios_sim.workload.faults import LOSING
 
+ARRIVALS = ("poisson", "gamma", "constant", "all_at_once", "closed_loop", "trace")
+DRAWN_LENGTHS = ("fixed", "lognormal", "exponential", "uniform")
 DRIFTS = ("step", "linear", "periodic")
 _Counts = Callable[[Config], bool]
 
@@ -292,7 +294,7 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
             raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
         for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
             counts, where = COUNTS.get(above, (None, ""))
-            if counts is not None and not counts(config):
+            if counts is not None and not counts(config) and _is_known(config, parts):
                 raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
 
 
@@ -315,9 +317,18 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
         value = _at(written, parts)
         if parts[0] not in OF_FILES or value in (None, {}, []) or value == _at(usual, parts) or counts(config):
             continue
-        if not any(tuple(parts[: len(group)]) == group for group in groups):
+        if _is_known(config, parts) and not any(tuple(parts[: len(group)]) == group for group in groups):
             allowed = f"does nothing here: it counts {where}"
             raise UserError(f"{place}: {path}", value, allowed, "leave it out, or set that too")
+
+
+def _is_known(config: Config, parts: Sequence[str]) -> bool:
+    """Whether the kinds of arrivals and lengths, by which it counts, are known ones; others are told elsewhere."""
+    workload = config.workload
+    if parts[:2] == ["workload", "arrivals"]:
+        return workload.arrivals.kind in ARRIVALS
+    drawn = [workload.lengths.prompt.kind, workload.lengths.output.kind] if parts[1:2] == ["lengths"] else []
+    return all(kind in DRAWN_LENGTHS for kind in drawn)
 
 
 def _at(settings: Any, parts: Sequence[str]) -> Any:

@@ -97,7 +97,7 @@ def _check_no_sweeps(config: Config, beside: str) -> None:
 def compare(config: Config) -> ExperimentResult:
     """The whole comparison, without files."""
     wanted = config.fidelity
-    log = read_log(Path(wanted.folder or ""))
+    log = read_log(Path(wanted.folder or "").expanduser())
     setup = set_up(log, wanted)
     n = estimated_from(log, wanted.estimate_from)
     quantities = estimate(log, setup, n, _note) if wanted.estimate else None

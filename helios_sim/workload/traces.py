@@ -374,7 +374,7 @@ def _texts(listed: pa.ListArray) -> PromptTexts:
 def locate(path: str | Path) -> Path:
     """The file itself, or the one of that relative path in the folder of shared data. UserError where neither is."""
     with reading("workload.trace", shortened(str(path)), "is no path", "name a file", TraceFileError):
-        for candidate in (Path(path), shared_data_folder() / path):  # an absolute path stays itself
+        for candidate in (Path(path).expanduser(), shared_data_folder() / path):  # an absolute path stays itself
             if candidate.is_file():
                 return candidate
         raise TraceFileError(
