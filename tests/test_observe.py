@@ -206,11 +206,13 @@ def test_a_log_is_driven_again(observe: Observer, tmp_path: Path) -> None:
     told = ("kind=trace", "trace=trace.csv")
     words = [f"workload.{part}.{name}" for part in ("arrivals", "lengths") for name in told]
     with endpoint() as server:
-        said = observe(f"url={server.url}", *words, "workload.n_requests=null", "observe.ignore_eos=false")
+        said = observe(f"url={server.url}", *words, "workload.n_requests=null", "observe.ignore_eos=false",
+                       "observe.lowest_id=7", "observe.highest_id=8")  # fmt: skip
     assert said.status == 0, said.err
     assert [len(body["prompt"]) for body in server.bodies] == [20, 30, 10]
     assert [body["max_tokens"] for body in server.bodies] == [3, 4, 2]
     assert "ignore_eos" not in server.bodies[0]
+    assert {token for body in server.bodies for token in body["prompt"]} == {7}
 
 
 def test_a_key_goes_with_every_request(observe: Observer, tmp_path: Path) -> None:
@@ -238,6 +240,8 @@ def test_a_key_goes_with_every_request(observe: Observer, tmp_path: Path) -> Non
         (("url=SERVER", "hardware=h100-80gb"), "hardware='h100-80gb': does nothing here"),
         (("url=SERVER", "workload.sessions.users=2", "workload.sessions.turns.value=2"), "workload.sessions.users"),
         (("url=SERVER", "api=chat", "observe.prompts=ids"), "observe.prompts"),
+        (("url=SERVER", "api=chat", "observe.lowest_id=5"), "observe.lowest_id='5': does nothing here"),
+        (("url=SERVER", "observe.prompts=words", "observe.highest_id=5000"), "only with token ids as prompts"),
         (("url=SERVER", "observe.timeout_s=0"), "observe.timeout_s"),
         (("url=SERVER", "observe.timeouts=1"), "no such setting"),
         (("url=SERVER", "seeds=[0,1]"), "one seed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -79,6 +80,27 @@ def test_sigterm_answers_what_is_open_and_a_second_one_aborts(tmp_path: Path) ->
         assert KEY not in served.said.read_text()
 
 
+@pytest.mark.slow
+def test_limits_of_time_and_of_answers_are_kept(tmp_path: Path) -> None:
+    """A simulated token takes some 0.1 s."""
+    limits = ("serve.body_timeout_s=0.5", "serve.request_timeout_s=1.5", "serve.drain_s=0.2", "serve.max_tokens=90")
+    with serving(tmp_path, *OWN, *limits, "serve.speedup=0.05") as served:
+        refused = served.post("/v1/completions", {"prompt": "x", "max_tokens": 91})
+        assert "max_tokens is 91, and this server allows 90" in refused.json()["error"]["message"]
+        late = served.post("/v1/completions", {"prompt": "x", "max_tokens": 90, "ignore_eos": True})
+        assert (late.status_code, late.json()["error"]["message"]) == (504, "No answer within 1.5 s")
+        host, port = served.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: 9\r\n\r\n")  # fmt: skip
+            assert b"408" in half.recv(4096)
+        lines = _long(served, 90, {})
+        _wait_for(lines, 1)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "server_stopped"
+
+
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("serve.host=0.0.0.0",), "serve.api_key_file"),
     (("serve.port=99999",), "serve.port"),
@@ -89,6 +111,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("+serve.tokenizers={other: here}",), "serve.tokenizers.other"),
     (("+serve.tokenizers={opt-1.3b: here}",), "serve.tokenizers"),
     (("trace=true",), "trace"),
+    (("next_best=all",), "next_best"),
+    (("log=here.jsonl",), "log"),
+    (("title=Mine",), "title"),
+    (("serve.temperature=0.5",), "serve.temperature"),
     (("seeds=[0,1]",), "seeds"),
     (("serve.name=opt-1.3b",), "serve.name"),
     (("--cfg", "all"), "--cfg"),

@@ -165,7 +165,7 @@ def basis(
     profiles = {model: _placed(stage.finished[f"profile-{model}"], scratch / "profiles") for model in models}
     card = profiles[models[0]].hardware.name
     exits = exits_of(config, profiles, stage.finished, scratch / "traces") if exits_known else NO_EXITS
-    live = LiveConfig(device=config.device, threads=config.threads, weights=dict(weights), seed=config.seed)
+    live = LiveConfig(device=config.device, threads=config.threads, weights=dict(weights))
     if config.text_model is not None and config.text_model in models and exits_known:
         live.heads = {config.text_model: str(stage.finished[ADAPTERS].part("heads"))}
         live.texts = str(_prompts(exits.tasks, scratch / "prompts"))

@@ -169,7 +169,6 @@ class OpenSettings:
     device: str = "cpu"  # cpu, cuda, cuda:N
     dtype: str | None = None  # None: the profile's
     threads: int | None = None  # CPU threads; None: torch's default
-    seed: int = 0
     weights: Mapping[str, str] | None = None
     heads: Mapping[str, str] | None = None
 
@@ -207,7 +206,6 @@ def _open_device(settings: OpenSettings) -> None:
             raise UserError("live.device", settings.device, cards, "set live.device=cpu, or name another card")
     elif settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
 
 
 def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:

@@ -42,6 +42,11 @@ def _observe(command: list[str]) -> int:
         kept.append(f"observe.{word}" if key in SHORT else word)
     config = compose_config(experiment, kept, folder, ObservedConfig)
     assert isinstance(config, ObservedConfig)
+    for word in kept if config.observe.kind_of_prompts != "ids" else ():
+        key = word.lstrip("+~").partition("=")[0]
+        if key in ("observe.lowest_id", "observe.highest_id"):
+            allowed = "does nothing here: it counts only with token ids as prompts"
+            raise UserError(key, word.partition("=")[2], allowed, "leave it out, or set observe.prompts=ids")
     return observe(config)
 
 

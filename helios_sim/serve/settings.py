@@ -19,7 +19,8 @@ KEY_VARIABLE = "HELIOS_API_KEY"
 OF_STUDIES = (
     "sweeps", "figures", "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep",
     "fidelity", "fidelity_live", "profile_band", "capacity", "baseline", "slo", "cost", "auto_seeds", "live.texts",
-    "live.score", "live.run", "live.pace_every_s",
+    "live.score", "live.run", "live.pace_every_s", "next_best", "from_log", "log", "name", "title", "question",
+    "workload.statement",
 )  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def served_job(config: Config, serve: ServeConfig) -> Job:
         ("serve.tokenizers", dict(serve.tokenizers), not serve.tokenizers or job.config.mode == SIMULATE,
          "a real model has its own"),
         ("workload.faults", list(faults), not faults, "faults strike at times of a run, and a server has no end"),
+        ("serve.temperature", serve.temperature, serve.temperature == 0 or job.config.mode != SIMULATE,
+         "simulated tokens are not drawn; this counts when mode=live"),
         ("serve.speedup", serve.speedup, serve.speedup == 1 or job.config.mode == SIMULATE,
          "a device is as fast as it is; this counts when mode=simulate"),
     ):  # fmt: skip

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import yaml
+
 from helios_sim.errors import UserError
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
 from helios_sim.study.schema import (
@@ -50,6 +52,13 @@ def _regroups(c: Config) -> bool:
     own = [c.policy, *c.arms.values()]
     told = [(each.get("policy", each.get("name")), each.get("batching")) for each in own if isinstance(each, Mapping)]
     return any(batching == "rebatch" or name in ("early_exit_rebatch", "custom") for name, batching in told)
+
+
+def _has_replicas(c: Config) -> bool:
+    """Whether any run of the study may have several; sweeps and arms of their own settings may."""
+    varied = (c.sweeps, c.sweep.parameters, c.arms)
+    named = any(name in repr(varied) for name in ("server.replicas", "cluster.kinds", "'replicas'", "'kinds'"))
+    return c.server.replicas > 1 or bool(c.cluster.kinds) or _is_capacity(c) or named
 
 
 _SERVED = "where requests are served, not beside a log of a real engine"
@@ -122,6 +131,7 @@ ASKING = {
     "capacity.cards": "cards, such as [l40s,2xh100-80gb]: without any there is no capacity plan",
     "fidelity_live.loads": "loads, such as [0.5,0.9]: without any nothing is served and compared",
 }
+BY_MODEL = ("live.weights", "live.heads")  # settings for each model by its name
 _OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
 # What counts beside published measurements, whose rows say everything else.
 OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "question", "hydra", "experiment")
@@ -152,11 +162,13 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "next_best": _OF_ARMS,
     "report.style": (lambda c: c.pictures, "only with pictures=true"),
     "live": (_is_live, "only with mode=live"),
+    "live.threads": (lambda c: c.live.device == "cpu", "only with live.device=cpu"),
     "profile_band": (
         lambda c: _is_simulated(c) and not c.sweep.parameters, "in a simulation of arms or a capacity plan",
     ),
     "fidelity": (_is_compared, "only with fidelity.folder, or in +experiment=fidelity_silicon"),
     **{f"fidelity.{f.name}": _OF_LOG for f in fields(FidelityConfig) if f.name not in ("compare", "silicon", "rows")},
+    "fidelity.profile_error": (lambda c: bool(c.fidelity.load_factors), "only with fidelity.load_factors"),
     "fidelity.rows": (lambda c: c.fidelity.silicon, "only in +experiment=fidelity_silicon"),
     "from_log": (_is_from_log, "only in +experiment=from_log, or with log=FILE"),
     **{f"workload.{name}": _DRAWN for name in ("arrivals.kind", "lengths.kind", "sessions", "system_prompts")},
@@ -182,6 +194,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     ),
     "hardware": (lambda c: not _is_capacity(c), "in a study; a capacity plan has capacity.cards=[...]"),
     "server.replicas": (lambda c: not _is_capacity(c), "in a study; a capacity plan finds their number"),
+    "server.router": (_has_replicas, "only with several replicas: server.replicas, cluster.kinds or capacity.cards"),
     "workload.n_requests": (
         lambda c: not _is_capacity(c) or c.capacity.seconds is None or c.workload.arrivals.kind == "trace",
         "in a capacity plan with capacity.seconds=null, or with the arrivals of a trace",
@@ -275,6 +288,26 @@ def _of_policy(config: Config, parts: Sequence[str]) -> Mapping[str, Any] | None
     return None
 
 
+def _of_no_model(config: Config, name: str, value: str) -> str | None:
+    """The models of the study, where a setting is given by model and names another one; None: it does not."""
+    group = next((key for key in BY_MODEL if name == key or name.startswith(f"{key}.")), None)
+    if group is None:
+        return None
+    names = [name.removeprefix(f"{group}.")] if name != group else _keys_of(value)
+    elsewhere = repr((config.arms, config.sweeps, config.sweep.parameters, config.cluster.kinds))
+    others = [model for model in names if model not in config.models and model not in elsewhere]
+    return ", ".join(config.models) if others else None
+
+
+def _keys_of(value: str) -> list[str]:
+    """Of a mapping as the command line has it; none where it is not one."""
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return []
+    return [str(key) for key in found] if isinstance(found, dict) else []
+
+
 def check_effect(config: Config, words: Sequence[str]) -> None:
     """UserError for a word of the command line that sets what does not count under the study's other settings."""
     for word in words:
@@ -288,6 +321,9 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
             raise UserError(name, value, allowed, "leave it out")
         if name in ASKING and value.strip() in ("[]", "{}"):
             raise UserError(name, value, ASKING[name], "name some, or leave it out")
+        if (known := _of_no_model(config, name, value)) is not None:
+            allowed = f"a name of the study's models, {known}: of others it does nothing here"
+            raise UserError(name, value, allowed, "correct the name")
         counts_for, where = OF_POLICIES.get(parts[-1], (None, ""))
         own = _of_policy(config, parts) if counts_for is not None else None
         if own is not None and counts_for is not None and not counts_for(own):

@@ -211,7 +211,7 @@ def check_settings(config: Config) -> None:
 
 def wanted(config: Config) -> OpenSettings:
     live = config.live
-    return OpenSettings(live.device, live.dtype, live.threads, live.seed, dict(live.weights), dict(live.heads))
+    return OpenSettings(live.device, live.dtype, live.threads, dict(live.weights), dict(live.heads))
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:

@@ -36,7 +36,6 @@ class LiveConfig:
     heads: dict[str, str] = field(default_factory=dict)  # by model: folder of exit heads; else those shipped for it
     texts: str | None = None  # folder of TASK.txt, or one file for all tasks; null: those of `make models`
     warm_up: int = 3  # iterations of each kind before time begins
-    seed: int = 0  # of torch, where anything is drawn at all; the requests go by `seeds`
     score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
     run: int = 0  # which of several runs of the same: they are different results
     # Every so many seconds stop the clock and time one of the two steps that the calibration timed, in turns; null:
@@ -49,7 +48,7 @@ class LiveConfig:
         name, _, number = self.device.partition(":")
         known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
         require(known, "live.device", self.device, "cpu, cuda or cuda:N")
-        for key, least in (("threads", 1), ("warm_up", 0), ("seed", 0), ("run", 0)):
+        for key, least in (("threads", 1), ("warm_up", 0), ("run", 0)):
             value = getattr(self, key)
             require(value is None or value >= least, f"live.{key}", value, f"at least {least}")
         require(self.pace_every_s is None or self.pace_every_s > 0, "live.pace_every_s", self.pace_every_s,

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.errors import UserError, require
+from helios_sim.errors import UserError
 from helios_sim.files import write_text
-from helios_sim.logs import Begins, RequestLog, own, read_folder, read_tool, tools
+from helios_sim.logs import Begins, RequestLog, own, read_folder, read_tool, servegen, tools
 from helios_sim.logs.document import MOST_BYTES
 from helios_sim.logs.record import OK
 from helios_sim.profile.catalog import same_shape
@@ -52,6 +52,8 @@ class Opened:
     kv_blocks: int | None = None
     blocks_from: str = ""
     table: Path | None = None  # the file itself, where it is a table that every workload reads
+    is_folder: bool = False
+    has_kernels: bool = False  # kernel times lie beside it, whether they price the replay or not
     notices: tuple[str, ...] = ()
 
 
@@ -60,19 +62,32 @@ def open_log(config: Config) -> Opened:
     wanted = config.from_log
     if wanted.log is None:
         raise UserError("log", None, "a file or folder of requests that were served", "set log=FILE")
-    path = _found(wanted.log)
+    opened = _opened(config, _found(wanted.log))
+    for key, value, default, counts, where in (
+        ("part", wanted.part, None, opened.log.format != "table of requests" and not opened.is_folder,
+         "only with a file of several runs"),
+        ("span_s", wanted.span_s, None, opened.log.format == servegen.NAME, "only with ServeGen's clients"),
+        ("kernels", wanted.kernels, True, opened.has_kernels, "only with kernel times beside the log"),
+        ("engine_of_log", wanted.engine_of_log, True, bool(opened.settings), "only with a log that states its engine"),
+    ):  # fmt: skip
+        if value != default and not counts:
+            raise UserError(f"from_log.{key}", value, f"does nothing here: it counts {where}", "leave it out")
+    return opened
+
+
+def _opened(config: Config, path: Path) -> Opened:
+    wanted = config.from_log
     if path.is_dir() and is_there(path / "meta.json") and is_there(path / "requests.jsonl"):
         return _of_vllm(read_log(path), config)
     seed = config.seeds[0] if isinstance(config.seeds, list) else 0
     if path.is_dir():
         span = None if wanted.span_s is None else (wanted.span_s[0], wanted.span_s[1])
         log = read_folder(path, span, seed)
-        return Opened(log, {}, log.stated.get("model"))
+        return Opened(log, {}, log.stated.get("model"), is_folder=True)
     if path.stat().st_size <= MOST_BYTES:
         found = read_tool(tools.opened(path), wanted.part, seed)
         if found is not None:
             return Opened(found, _stated_engine(found), found.stated.get("model"))
-    require(wanted.part is None, "from_log.part", wanted.part, "null: a table of requests is one run")
     return Opened(_of_table(read_trace(path, time_unit=config.workload.arrivals.time_unit, texts=True)), {}, table=path)
 
 
@@ -146,13 +161,14 @@ def _of_vllm(serving: ServingLog, config: Config) -> Opened:
             facts = dict(setup.facts)
             return Opened(
                 log, {**settings, "runtime.preset": "profile"}, model, name, setup.profile, setup.kv_blocks,
-                facts["KV blocks"], notices=setup.notices,
+                facts["KV blocks"], notices=setup.notices, is_folder=True, has_kernels=True,
             )  # fmt: skip
     further, blocks, notices = engine_on_other_kernels(serving)
     told = "" if blocks is None else "logged, less the engine's own one"
     return Opened(
-        log, {**settings, **further}, model, hardware, kv_blocks=blocks, blocks_from=told, notices=tuple(notices)
-    )
+        log, {**settings, **further}, model, hardware, kv_blocks=blocks, blocks_from=told, notices=tuple(notices),
+        is_folder=True, has_kernels=own_model and (serving.folder / "profile").is_dir(),
+    )  # fmt: skip
 
 
 def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tuple[str, ...]]:

@@ -71,6 +71,7 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
         allowed = "0.8 or later: earlier ones schedule otherwise (engine v0)"
         raise UserError("meta.json: vllm_version", log.meta["vllm_version"], allowed, "take another log")
     degree = config.tensor_parallel or engine.whole("tensor_parallel_size", 1, 1024, 1)
+    _check_counts(config, degree)
     tables = log.folder / "profile"
     if not tables.is_dir():
         raise UserError(
@@ -114,6 +115,18 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
         profile, blocks, _block_tokens(log), running, budget, ahead, config.scheduler == "vllm_v1", whole, caching,
         order, facts, assumed, notices, not of_types,
     )  # fmt: skip
+
+
+def _check_counts(config: FidelityConfig, degree: int) -> None:
+    """UserError for a setting that would do nothing beside the others and this log."""
+    for key, value, counts, where in (
+        ("link.latency_s", config.link.latency_s, degree > 1, "only between the cards of a tensor-parallel group"),
+        ("link.bytes_per_s", config.link.bytes_per_s, degree > 1, "only between the cards of a tensor-parallel group"),
+        ("memory_utilisation", config.memory_utilisation, config.kv_blocks is None, "only without fidelity.kv_blocks"),
+        ("memory_bytes", config.memory_bytes, config.kv_blocks is None, "only without fidelity.kv_blocks"),
+    ):
+        if value is not None and not counts:
+            raise UserError(f"fidelity.{key}", value, f"does nothing here: it counts {where}", "leave it out")
 
 
 def engine_settings(log: ServingLog) -> dict[str, Any]:
@@ -281,9 +294,10 @@ def _blocks(
     elif given is not None:
         counted = given // block, f"of kv_cache_memory_bytes, {given:,}"
     if counted is not None:
-        if config.memory_utilisation is not None:
-            allowed = f"null: the log gives the blocks themselves ({counted[1]})"
-            raise UserError("fidelity.memory_utilisation", config.memory_utilisation, allowed, "set fidelity.kv_blocks")
+        for key in ("memory_utilisation", "memory_bytes"):
+            if (value := getattr(config, key)) is not None:
+                allowed = f"null: the log gives the blocks themselves ({counted[1]})"
+                raise UserError(f"fidelity.{key}", value, allowed, "set fidelity.kv_blocks")
         if counted[0] < 2:
             raise UserError("meta.json: KV cache", f"{counted[0]} blocks", "at least 2: the engine keeps one", _FIX)
         return counted[0] - 1, f"{counted[1]}, less the engine's own one", ()

@@ -126,7 +126,14 @@ def layer_profile(
     q_width = model.n_heads * model.head_dim
     kv_share = 2 * model.kv_width / (q_width + 2 * model.kv_width)
     repetitions, unequal = None, None
-    skew = find_table(folders, "skew") if terms.unequal_kv else None
+    skew = find_table(folders, "skew")
+    for key, used, there in (
+        ("mixed_term", terms.mixed, attention.mixed_table() is not None), ("unequal_kv_term", terms.unequal_kv, skew),
+    ):  # fmt: skip
+        if not used and not there:
+            allowed = "true: these tables have no such term, so that nothing is left out"
+            raise UserError(f"fidelity.{key}", False, allowed, "leave it out")
+    skew = skew if terms.unequal_kv else None
     if skew is not None:
         repetitions = repetitions_of(skew, attention, _stated_repetitions(folder))
         unequal = unequal_table(skew, attention, repetitions)
