@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from helios_sim.errors import UserError
+from helios_sim.routing import Router
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
 from helios_sim.study.schema import (
     AUTO,
@@ -57,6 +58,8 @@ def _regroups(c: Config) -> bool:
 def _has_replicas(c: Config) -> bool:
     """Whether any run of the study may have several; sweeps and arms of their own settings may."""
     varied = (c.sweeps, c.sweep.parameters, c.arms)
+    if c.server.router not in tuple(Router):
+        return True  # which has a message of its own
     named = any(name in repr(varied) for name in ("server.replicas", "cluster.kinds", "'replicas'", "'kinds'"))
     return c.server.replicas > 1 or bool(c.cluster.kinds) or _is_capacity(c) or named
 
