@@ -38,7 +38,7 @@ _Schema = TypeVar("_Schema")
 
 OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
-    "cluster.tasks", "live.weights.", "live.heads.", "serve.tokenizers.",
+    "cluster.tasks", "cluster.shares", "cluster.bandit.costs", "live.weights.", "live.heads.", "serve.tokenizers.",
 )  # fmt: skip
 MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
 PRINT_ALL = "--cfg job prints all settings"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import SeedSequence
 from numpy.typing import NDArray
 
+from helios_sim.by_answer import ByAnswer
 from helios_sim.core import route
 from helios_sim.core.layout import NEVER, IntArray
 from helios_sim.core.route import AWAY, choose
@@ -54,9 +55,12 @@ class Routing:
     router: Router = Router.ROUND_ROBIN
     seed: int = 0  # of what is drawn: the same for every arm of an experiment
     homes: tuple[tuple[int, ...], ...] = ()  # by task: the replicas that are meant for it; for by_task alone
+    by_answer: ByAnswer | None = None  # in place of the router
 
     def is_fixed(self, replicas: int) -> bool:
         """Whether a request's replica is known before it arrives: it depends on no load."""
+        if self.by_answer is not None:
+            return False
         if self.router is Router.BY_TASK:
             return all(len(home) == 1 for home in self.homes)
         return replicas == 1 or self.router in (Router.ROUND_ROBIN, Router.SESSION)

@@ -16,6 +16,7 @@ import simpy
 from simpy.core import EmptySchedule
 from simpy.events import Event
 
+from helios_sim.by_answer import Answered, Judging
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
@@ -51,6 +52,7 @@ class Run:
     presence_ns: tuple[int, ...]  # of each replica: requests in it, integrated over time
     faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
     scaled: Scaled | None = None  # None: all replicas were always on
+    answered: Answered | None = None  # None: no router went by answers
 
 
 class LittlesLawViolated(RuntimeError):
@@ -71,6 +73,7 @@ class System:
         self.servers: tuple[Server, ...] = ()
         self.left = 0
         self._routing = routing
+        self.judging: Judging | None = None
         self._sink, self._block_sink = sink, block_sink
         self._in_order: list[tuple[int, int, int, int, RequestRecord]] | None = None
         self._merge_at = _MERGED_AT_ONCE
@@ -87,7 +90,10 @@ class System:
         self._requests_in = [0] * len(servers)
         self._back_ns: list[int | None] = [None] * len(servers)  # of those that are down
         self._sent: list[int] | None = None  # to each replica, where requests are dispatched
-        self._choose = self._routing.choice(
+        by_answer = self._routing.by_answer
+        if by_answer is not None:
+            self.judging = by_answer.begin(self._requests_in, self._routing.seed)
+        self._choose = self.judging.choose if self.judging is not None else self._routing.choice(
             self._requests_in, lambda number, request: servers[number].cached_share(request)
         )
 
@@ -204,8 +210,15 @@ class System:
         self._closed_loop = None
 
     def on_left(self, record: RequestRecord, left_ns: int) -> None:
-        self.left += 1
         self._requests_in[record.replica] -= 1
+        if self.judging is not None:
+            judged = self.judging.judge(record, left_ns)
+            if isinstance(judged, Request):  # another kind is to answer it
+                self.sent_again += 1
+                self.dispatch(replace(judged, arrival_ns=int(self.env.now)), record.replica)
+                return
+            record = judged
+        self.left += 1
         if record.request_id in self._first_arrival_ns:
             record = replace(record, arrival_ns=self._first_arrival_ns.pop(record.request_id))
         if self._in_order is None:
@@ -236,7 +249,8 @@ class System:
     def check_littles_law(self) -> None:
         """L = lambda W holds exactly on every run, in integers, of each replica and so of all together.
 
-        A request that a fault has hit leaves one replica and arrives in another; it has one record in the end.
+        A request that a fault has hit, or that a cascade hands on, leaves one replica and arrives in another; it has
+        one record in the end.
         """
         arrived_in_all = sum(server.books[2] for server in self.servers)
         if arrived_in_all - self.sent_again != self.left:
@@ -339,12 +353,13 @@ def simulate(
     system = System(env, routing, sink, block_sink)
     system.connect(tuple(make_server(env, number, system.on_left) for number in range(replicas)))
     machine = None if on_clock else for_run(requests, compiled)
-    fixed = replicas == 1 or (users is None and routing.is_fixed(replicas))
+    by_answer = routing.by_answer is not None
+    fixed = not by_answer and (replicas == 1 or (users is None and routing.is_fixed(replicas)))
     injector = None
     if faults is not None:
         injector = Injector(env, faults, system.servers, system.send_again, system.note_down, system.more_comes)
         env.process(injector.run())
-    fronted = not stepwise and users is None and faults is None
+    fronted = not stepwise and users is None and faults is None and not by_answer
     scaler = None
     if scaling is not None:
         scaler = Autoscaler(scaling, replicas, system.requests_served if fronted else system.requests_in)
@@ -380,4 +395,5 @@ def simulate(
     presence_ns = tuple(server.books[0] for server in system.servers)
     arrived = sum(server.books[2] for server in system.servers) - system.sent_again
     scaled = None if scaler is None else scaler.finish(end_ns)
-    return Run(system.servers, stats, arrived, end_ns, presence_ns, struck, scaled)
+    answered = None if system.judging is None else system.judging.answered
+    return Run(system.servers, stats, arrived, end_ns, presence_ns, struck, scaled, answered)

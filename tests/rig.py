@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import simpy
 
+from helios_sim.by_answer import ByAnswer
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import offline_exits
@@ -138,6 +139,8 @@ def serve(
     replicas: int = 1,
     router: Router = Router.ROUND_ROBIN,
     homes: tuple[tuple[int, ...], ...] | None = None,
+    by_answer: ByAnswer | None = None,
+    deployments: Sequence[Deployment] | None = None,
     compiled: bool | None = False,
     stepwise: bool = False,
     order: str = "fcfs",
@@ -157,6 +160,8 @@ def serve(
     on_plan: Callable[[Server, Plan, int, int], None] | None = None,
 ) -> Served:
     """`blocks`: these requests, as many as the workload says, in place of those that it would generate.
+
+    `deployments`: of each replica, in place of the policy.
 
     `others`: further fields of the situation.
     """
@@ -188,9 +193,9 @@ def serve(
     made: list[Policy] = []
 
     def make_server(env, number, on_left):
-        own = policy
-        if isinstance(policy, Deployment):
-            own = Scripted(policy)
+        own = policy if deployments is None else deployments[number]
+        if isinstance(own, Deployment):
+            own = Scripted(own)
         elif number:
             own = type(policy)(policy.first, list(policy.then)) if isinstance(policy, Scripted) else policy
         made.append(own)
@@ -210,7 +215,7 @@ def serve(
         records.append,
         users=workload.users,
         replicas=replicas,
-        routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks)),
+        routing=Routing(router, seed, homes or (tuple(range(replicas)),) * len(tasks), by_answer),
         env=env,
         compiled=compiled,
         stepwise=stepwise or on_plan is not None,

@@ -39,6 +39,17 @@ def arrivals(kind: str, **others: Any) -> dict[str, Any]:
     return {"workload.arrivals.kind": kind, **{f"workload.arrivals.{key}": value for key, value in others.items()}}
 
 
+EVEN = {"small": 0.5, "prose": 0.5}
+ASKED = {"cascade.kinds": ["small", "prose"]}
+
+
+def routed(router: str, **cluster: Any) -> dict[str, Any]:
+    """Two kinds of replicas that run every token whole, behind a router that goes by answers."""
+    models = {"small": "smollm2-135m", "prose": "gemma3-270m"}
+    kinds = {name: {"models": [model], "policy": "full_depth"} for name, model in models.items()}
+    return {"cluster.kinds": kinds, "server.router": router, **{f"cluster.{key}": it for key, it in cluster.items()}}
+
+
 def turns() -> dict[str, Case]:
     """Of sessions of two users, with the lengths of drawn texts."""
     path, users = "workload.sessions.turns", {"workload.sessions.users": 2}
@@ -172,6 +183,12 @@ CASES: dict[str, Case] = {
     "cluster.kinds": Case({"a": {"count": 2}}),
     **autoscale(),
     "cluster.tasks": Case(HALVES, BY_TASK | {"cluster.tasks": {**HALVES, "sharegpt": "b"}}),
+    "cluster.shares": Case({"small": 0.9, "prose": 0.1}, routed("mixed", shares=EVEN), "real_models"),
+    "cluster.cascade.kinds": Case(["prose", "small"], routed("cascade", **ASKED), "real_models"),
+    "cluster.cascade.escalate_below": Case(0.3, routed("cascade", **ASKED), "real_models"),
+    "cluster.bandit.by_task": Case(False, routed("thompson"), "real_models"),
+    "cluster.bandit.spread": Case(3.0, routed("thompson"), "real_models"),
+    "cluster.bandit.costs": Case({"prose": 0.5}, routed("thompson"), "real_models"),
     "runtime.preset": Case("eager"),
     **{f"runtime.{name}": Case(0.001) for name in ("launch_s_per_layer", "sync_s", "host_overhead_s")},
     **{

@@ -20,6 +20,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """Answers to a task were judged, by a router that learns from them. Only ever a cause, never declared."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFailed:
     """Weights that were decided on could not be loaded: what was in force before serves on, at most without the limits
     of a round, and the policy is asked. Only ever a cause, never declared."""
@@ -119,7 +126,7 @@ class PowerAbove:
 Trigger = (
     BreachLimit | Completed | Drained | Probed | AtTime | QueueAbove | RunningAbove | KvAbove | SloBelow | PowerAbove
 )
-Cause = Trigger | Started | LoadFailed | Faulted
+Cause = Trigger | Started | LoadFailed | Faulted | Judged
 
 
 @dataclass(frozen=True, slots=True)

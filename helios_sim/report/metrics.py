@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.by_answer import Answered
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo, Status
 from helios_sim.serving.autoscale import Scaled
@@ -123,6 +124,9 @@ _OTHERS = (
     ("split_fraction", "Split", "share", "neither", "decode iterations that end at an exit where a batch is split"),
     ("held_per_token", "Waits/token", "", "neither", "times that tokens wait at an exit for others / output tokens"),
     ("held_wait_s", "Wait at exit", "s", "lower", "mean wait of a token at an exit, from the split until it runs on"),
+    ("escalations", "Escalations", "", "neither", "times that a cascade sent a request on to its next kind"),
+    ("escalated_fraction", "Escalated", "share", "neither", "requests that a cascade sent on / requests that left"),
+    ("replaced_tokens", "Replaced tokens", "", "lower", "output tokens of answers that a cascade replaced by others"),
     ("preemptions", "Preemptions", "", "lower", "requests put back because the KV pool was full"),
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
@@ -145,11 +149,13 @@ DEFINITIONS: dict[str, Definition] = {
 OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
 OF_DRAFTS = ("accepted_per_pass", "draft_acceptance", "drafting_fraction")  # with self-speculation
 OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # where batches are split at exits
+OF_CASCADES = ("escalations", "escalated_fraction", "replaced_tokens")
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 # Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
 COUNTS = (
     "batch_capacity", "switches", "loads", "hbm_peak_bytes", "preemptions", "requests_completed", "requests_dropped",
-    "requests_unfinished", "requests_retried", "requests_lost", "wasted_tokens", "usd_per_hour",
+    "requests_unfinished", "requests_retried", "requests_lost", "wasted_tokens", "usd_per_hour", "escalations",
+    "replaced_tokens",
 )  # fmt: skip
 
 ENERGY_NOTE = (
@@ -226,8 +232,10 @@ def compute_metrics(
     faults: Sequence[Struck] | None = None,
     costs: Costs | None = None,
     scaled: Scaled | None = None,
+    answered: Answered | None = None,
 ) -> dict[str, MetricValue]:
-    """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike.
+    """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike, and those
+    of cascades where the router, which `answered`, is none.
 
     `stats` is merged over the replicas. `power` is of the card where there is one replica; `cards` are given where
     there are several, all of one kind where they are `scaled`. `transitions` are each replica's, in ns; None: those of
@@ -290,6 +298,7 @@ def compute_metrics(
     metrics |= _of_prefixes(stats)
     metrics |= _of_drafts(stats)
     metrics |= _of_splits(stats)
+    metrics |= _of_cascades(answered, len(records))
     metrics["preemptions"] = stats.preemptions
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
@@ -326,6 +335,14 @@ def _of_splits(stats: RunStats) -> dict[str, MetricValue]:
         _over(stats.held_token_ns / 1e9, stats.held_tokens) if stats.splits else None,
     )
     return dict(zip(OF_SPLITS, of, strict=True))
+
+
+def _of_cascades(answered: Answered | None, requests: int) -> dict[str, MetricValue]:
+    """Null without a cascade."""
+    if answered is None or not answered.cascades:
+        return dict.fromkeys(OF_CASCADES)
+    of = answered.escalations, _over(answered.escalated, requests), answered.replaced_tokens
+    return dict(zip(OF_CASCADES, of, strict=True))
 
 
 def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: float) -> dict[str, MetricValue]:

@@ -20,7 +20,16 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass, Sourc
 from helios_sim.report.breakdown import FaultFigures, ReplicaFigures, TaskFigures, WaitFigures, by_task
 from helios_sim.report.compare import Ratio, compare, intervals_of
 from helios_sim.report.intervals import Interval, Method
-from helios_sim.report.metrics import OF_COST, OF_DRAFTS, OF_PREFIXES, OF_SPLITS, Metrics, MetricValue, mean_metrics
+from helios_sim.report.metrics import (
+    OF_CASCADES,
+    OF_COST,
+    OF_DRAFTS,
+    OF_PREFIXES,
+    OF_SPLITS,
+    Metrics,
+    MetricValue,
+    mean_metrics,
+)
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo
 from helios_sim.serving.autoscale import Scaled
@@ -206,6 +215,7 @@ class ArmsFigure:
     x: str
     y: str
     arms: tuple[str, ...] | None = None  # None: all
+    along: tuple[str, ...] = ()  # axes of sweeps: a line joins an arm's points, in the order of their values
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,11 +477,11 @@ class ExperimentResult(Sourced):
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first.
 
-    Costs, the hit rate of prefix caching and what became of drafts follow where they were asked for.
+    Costs, the hit rate of prefix caching and what became of drafts and cascades follow where they were asked for.
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_COST) if name not in names)
+    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_CASCADES, *OF_COST) if name not in names)
     return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 
 

@@ -251,7 +251,7 @@ def _sweep_point(point: Point, compared: _Compared, shown: Collection[str]) -> S
 def _figure(c: FigureConfig, slo: Slo) -> Figure:
     arms = None if c.arms is None else tuple(c.arms)
     if c.kind == "arms":
-        return ArmsFigure(c.title, c.x, c.metric, arms)
+        return ArmsFigure(c.title, c.x, c.metric, arms, tuple(c.along))
     if c.kind == "quality":
         return QualityFigure(c.title, arms)
     if c.kind == "load":

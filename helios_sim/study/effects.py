@@ -89,6 +89,14 @@ def _drift(*kinds: str) -> tuple[_Counts, str]:
     return lambda c: c.workload.mix.drift in kinds, f"only with workload.mix.drift={' or '.join(kinds)}"
 
 
+def _router(name: str) -> tuple[_Counts, str]:
+    def holds(c: Config) -> bool:
+        of_arms = [arm.get("overrides") or {} for arm in c.arms.values() if isinstance(arm, Mapping)]
+        return name in (c.server.router, *(own.get("server.router") for own in of_arms))
+
+    return holds, f"only with server.router={name}"
+
+
 def _length(of: str, counts: Callable[[LengthConfig], bool], text: str) -> tuple[_Counts, str]:
     def holds(c: Config) -> bool:
         if of == "turns":
@@ -206,6 +214,9 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "server.batch_wait_tokens": (
         lambda c: c.server.batch_wait_iterations > 0, "only with server.batch_wait_iterations",
     ),
+    "cluster.shares": _router("mixed"),
+    "cluster.cascade": _router("cascade"),
+    "cluster.bandit": _router("thompson"),
     "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
     "server.quantization": (_is_simulated, "only in a simulation: weights of a device or of a log are as they are"),
     "server.kv_cache_dtype": (_is_simulated, "only in a simulation: K and V of a device or of a log are as they are"),

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from helios_sim.by_answer import AnswerRouter
 from helios_sim.engine.simulated import ModelData
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.replay import OfflineExits
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.registry import PolicyConfig
@@ -24,11 +25,12 @@ from helios_sim.profile.spec import HardwareSpec
 from helios_sim.request import to_ns
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.autoscale import Scaling
+from helios_sim.study.answer_routers import ROUTERS, OfKind, answer_router, check_cluster
 from helios_sim.study.build import Parts, build, known_offline, objective_of, policy_of, threshold
 from helios_sim.study.inputs import made_of
 from helios_sim.study.limits import check_host_costs, check_size
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
-from helios_sim.study.workload import build_faults, choose, expected_load, task_names
+from helios_sim.study.workload import build_faults, expected_load, task_names
 from helios_sim.workload.faults import FaultPlan
 
 WHERE_REPLICAS_GO = (Router.ROUND_ROBIN, Router.LEAST_LOADED, Router.POWER_OF_TWO)
@@ -95,7 +97,11 @@ class _Plan:
 
 def build_fleet(config: Config, seed: int) -> Fleet:
     """UserError where a setting of the study or of a kind cannot be."""
-    router = choose(Router, "server.router", config.server.router)
+    check_cluster(config)
+    by_answer = config.server.router in ROUTERS
+    if not by_answer:
+        require_one_of("server.router", config.server.router, [*Router, *ROUTERS])
+    router = Router.ROUND_ROBIN if by_answer else Router(config.server.router)
     if router is Router.SESSION and config.workload.sessions.users is None:
         allowed = "requests that belong to sessions"
         raise UserError("server.router", "session", allowed, "set workload.sessions.users and workload.sessions.turns")
@@ -108,14 +114,14 @@ def build_fleet(config: Config, seed: int) -> Fleet:
     check_size(config, plans[-1].numbers.stop)
     check_host_costs(config)
     if router is not Router.BY_TASK:
-        if config.cluster.tasks:
-            allowed = "only by_task sends tasks to kinds"
-            raise UserError("cluster.tasks", dict(config.cluster.tasks), allowed, "set server.router=by_task")
-        share = 1 / plans[-1].numbers.stop
         alike: list[Kind] = []
         for plan in plans:
-            alike.append(_kind(plan, seed, None, share, alike))
-        return Fleet(tuple(alike), Routing(router, seed), faults, scaling)
+            alike.append(_kind(plan, seed, None, _share(config, plan, plans[-1].numbers.stop), alike))
+        routing = Routing(router, seed)
+        if by_answer:
+            of_kinds = {kind.name: OfKind(tuple(kind.numbers), kind.parts.models) for kind in alike}
+            routing = replace(routing, by_answer=answer_router(config, of_kinds))
+        return Fleet(tuple(alike), routing, faults, scaling)
     tasks = task_names(config.workload.mix)
     kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
     homes = tuple(
@@ -127,6 +133,14 @@ def build_fleet(config: Config, seed: int) -> Fleet:
         own = tuple(task for task, share in zip(tasks, shares, strict=True) if share)
         kinds.append(_kind(plan, seed, own or None, shares if own else 1 / plans[-1].numbers.stop, kinds))
     return Fleet(tuple(kinds), Routing(router, seed, homes), faults)
+
+
+def _share(config: Config, plan: _Plan, replicas: int) -> float:
+    """What part of all requests a replica of this kind is to expect: in a cascade, those of all that may come."""
+    share = config.cluster.shares.get(plan.name)
+    if config.server.router == AnswerRouter.CASCADE or share:
+        return (share or 1.0) / len(plan.numbers)
+    return 1 / replicas
 
 
 def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:

@@ -15,6 +15,7 @@ import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
+from helios_sim.policy.deployment import Judged
 from helios_sim.policy.telemetry import Policy
 from helios_sim.profile.precision import served_as
 from helios_sim.profile.runtimes import FIT, HOST_TIME
@@ -122,7 +123,7 @@ def run_job(job: Job) -> JobResult:
         timeline=run.servers[0].timeline,
         timeline_transitions_ns=tuple(run.servers[0].stats.transitions_ns),
         replicas=replicas_of(fleet, records, run),
-        decisions=tuple(_logged(decision) for server in run.servers for decision in server.decisions),
+        decisions=_decisions(fleet, run),
         exit_depths=tuple(
             ExitDepths(model, fleet.models[model].profile.model.n_layers, dict(sorted(counts.items())))
             for model, counts in run.stats.tokens_by_depth.items()
@@ -215,7 +216,7 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     slo = Slo(**asdict(job.config.slo))
     metrics = compute_metrics(
         records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults,
-        costs=costs_of(job.config, fleet), scaled=run.scaled,
+        costs=costs_of(job.config, fleet), scaled=run.scaled, answered=run.answered,
     )  # fmt: skip
     if job.config.mode == SIMULATE:
         require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")
@@ -311,6 +312,26 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
         why, key = "what computes many tokens at once scaled, to study profile error", "profile_prompt_time_factor"
         found.append(Assumption("profile time factor of prompts", config.profile_prompt_time_factor, why, key))
     return tuple(found)
+
+
+def _decisions(fleet: Fleet, run: Run) -> tuple[Decision, ...]:
+    """Those of every replica, one after the other; with those of a router that learns, all in order of time.
+
+    What such a router decides stands as if the first replica of the kind decided it that it favours from then on.
+    """
+    found = [_logged(decision) for server in run.servers for decision in server.decisions]
+    if run.answered is None or not run.answered.favoured:
+        return tuple(found)
+    tasks = fleet.parts.workload.mix.tasks
+    for it in run.answered.favoured:
+        kind = fleet.kinds[it.kind]
+        number = kind.numbers[0]
+        deployment = replace(
+            run.servers[number].decisions[0].deployment, reason=f"the bandit holds {kind.name} for the best",
+            evidence=dict(it.verdicts), triggers=(), plan=None, next_best=None,
+        )  # fmt: skip
+        found.append(Decision(it.time_ns, number, Judged("any" if it.task is None else tasks[it.task]), deployment))
+    return tuple(sorted(found, key=lambda decision: decision.time_ns))
 
 
 def _logged(decision: Decision) -> Decision:

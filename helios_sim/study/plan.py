@@ -289,6 +289,8 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
             there = list(dict.fromkeys(point.settings[key] for point in points if key in point.settings))
             if value not in there:
                 raise UserError(f"figures.where.{key}", value, f"a point of the axis: {there}", "name one of them")
+        for key in figure.along:
+            require_one_of("figures.along", key, axes)
         for arm in figure.arms or ():
             require_one_of("figures.arms", arm, arms)
 

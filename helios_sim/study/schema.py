@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from helios_sim.core.line import ORDERS
@@ -206,7 +207,10 @@ class ServerConfig:
     order: str = "fcfs"
     # round_robin; least_loaded: to the replica with the fewest requests in it; power_of_two: of two drawn at random to
     # the one with fewer; session: all turns of a session to one; prefix_aware: where most of its prompt is cached,
-    # weighed against the requests there; by_task: to a kind of replica that is meant for its task (see cluster)
+    # weighed against the requests there; by_task: to a kind of replica that is meant for its task (see cluster);
+    # cascade: the first kind answers, the next one again where that answer is not confident; thompson: a bandit that
+    # learns from answers which kind is best; mixed: kinds at random by their shares; best_answer: the kind that turns
+    # out best, which nobody knows beforehand (the last four: helios_sim/by_answer.py)
     router: str = "round_robin"
 
     def __post_init__(self) -> None:
@@ -226,6 +230,33 @@ class ServerConfig:
 
 
 @dataclass
+class CascadeConfig:
+    """One kind answers, and the next one again where the answer is not confident."""
+
+    kinds: list[str] = field(default_factory=list)  # all of the cluster, in the order in which they are asked
+    # An answer with less goes on to the next kind; 0: none does, above 1: all do. The confidence of an answer is the
+    # mean of the largest probability over its tokens.
+    escalate_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        value = self.escalate_below
+        require(0 <= value <= 2, "cluster.cascade.escalate_below", value, "from 0 (no answer) to above 1 (every one)")
+
+
+@dataclass
+class BanditConfig:
+    """What the router thompson is told beforehand."""
+
+    by_task: bool = True  # it learns for each task of its own; false: one kind for all
+    spread: float = 0.3  # bits per character by which answers of one kind are assumed to differ before any is known
+    # by kind, bits per character that its answers have to be better than those of a kind without a cost
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(0 < self.spread < inf, "cluster.bandit.spread", self.spread, "above 0")
+
+
+@dataclass
 class ClusterConfig:
     """Replicas of several kinds, in place of `server.replicas` equal ones."""
 
@@ -235,6 +266,9 @@ class ClusterConfig:
     # by_task: the kind that serves each task; empty: for each task the kind that has the model with the fewest bits per
     # character on its texts
     tasks: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)  # mixed: of the requests, by kind; they sum to 1
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    bandit: BanditConfig = field(default_factory=BanditConfig)
 
 
 @dataclass
@@ -383,6 +417,7 @@ class FigureConfig:
     relative: bool = False  # true: the ratio to the baseline
     arms: list[str] | None = None  # None: all
     split_by: str | None = None  # another axis: one line for each of its values
+    along: list[str] = field(default_factory=list)  # arms: axes of sweeps, whose points of an arm a line joins
     log_x: bool = False
     log_y: bool = False
     marks: dict[str, float] = field(default_factory=dict)  # level lines: label and value

@@ -239,6 +239,10 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
     if len(points) < 2:
         return None
     figure, (ax,) = new_figure(1, 1, 4.6)
+    lines = {arm: line for arm, *_ in points if len(line := _line(spec, result, arm)) > 1}
+    for arm, line in lines.items():
+        style = styles[arm]
+        ax.plot(*zip(*line, strict=True), color=style.color, marker=".", linewidth=1.2, alpha=0.7, label=f"_{arm}")
     for arm, x, y in points:
         style = styles[arm]
         known = result.arms[arm].intervals
@@ -254,6 +258,8 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
     ax.set_ylabel(_axis(spec.y))
     legend_above(figure, handles_of(ax), columns=4)
     caption = f"A point for each arm; pale bars: 95 % intervals {scope_in_words(result.seeds)}, where there is one."
+    if lines:
+        caption += f" A line joins an arm's points by {' or '.join(word.replace('_', ' ') for word in spec.along)}."
     return Drawing(name, spec.title, caption, figure)
 
 
@@ -293,6 +299,18 @@ def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, f
         if shown and isinstance(x, int | float) and isinstance(y, int | float):
             found.append((name, float(x), float(y)))
     return found
+
+
+def _line(spec: ArmsFigure, result: ExperimentResult, arm: str) -> list[tuple[float, float]]:
+    """Both metrics of an arm at the points along an axis, by its values; empty where no axis has points of it."""
+    found = []
+    for point in result.points:
+        values = [point.settings[axis] for axis in spec.along if axis in point.settings]
+        metrics = point.metrics.get(arm, {})
+        x, y = metrics.get(spec.x), metrics.get(spec.y)
+        if values and isinstance(x, int | float) and isinstance(y, int | float):
+            found.append((values, (float(x), float(y))))
+    return [place for _, place in sorted(found, key=lambda row: row[0])]
 
 
 def _axis(metric: str) -> str:
