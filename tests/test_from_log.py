@@ -208,6 +208,7 @@ def test_a_percentile_lies_in_its_bucket_or_outside(tmp_path: Path) -> None:
         (whole, ("log=log.jsonl",), "hardware=None: which card served log.jsonl"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "workload.arrivals.rate_scale=2"), "does nothing here"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.part=2"), "from_log.part"),
+        (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.span_s=[0,9]"), "from_log.span_s"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.kv_blocks=99999999"), "from_log.kv_blocks"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "models=[opt-1.3b,opt-6.7b]"), "models"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "server.max_batch_tokens=64", "from_log.kv_blocks=20"), "log="),
