@@ -61,7 +61,8 @@ def advance(t: Tables, until_ns: int) -> int:
             if not _has_room(s, r, c, prefix) or (s.eager and s.left):
                 return FLUSH
             arrived = s.arrived
-            release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
+            if s.to_release:
+                release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
             known = take_arrivals(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
             if s.arrived != arrived:  # the policy was asked before they came
                 s.asked = 0

@@ -184,13 +184,19 @@ def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count:
     """So many gaps of one length go into the histogram: into the first bucket whose edge is not below it."""
     if count == 0:
         return
-    low, high = 0, len(edges_ns)
+    low = high = s.gap_bucket  # of the latest, near which this one is: iterations in a row take about as long
+    step, last = 1, len(edges_ns) - 1
+    while edges_ns[high] < gap_ns:
+        low, high, step = high + 1, min(high + step, last), 2 * step
+    while low > 0 and edges_ns[low - 1] >= gap_ns:
+        low, high, step = max(low - step, 0), low - 1, 2 * step
     while low < high:
         middle = (low + high) // 2
         if edges_ns[middle] < gap_ns:
             low = middle + 1
         else:
             high = middle
+    s.gap_bucket = low
     gaps[low] += count
     s.gaps += count
     s.gaps_ns += gap_ns * count

@@ -153,35 +153,31 @@ def _banded(
 ) -> None:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
     batch, n, last, first = lists.batch, it.decodes, r.bands - 1, it.first_band
-    deepest, n_observed, leavers = 0, 0, it.decodes
+    exit_index, breaches, n_observed, leavers = x.exit_index, x.breach, 0, it.decodes
     new = 1 if first == 0 else 0  # K and V of a token that goes on are in the cache already
+    shared = _shared_exit(r, it, requests, lists, x) if r.lazy or r.regroups else last
     for i in range(n):
         request = requests[batch[i]]
         row = next_row(request)
-        request.token_row = row
+        observed = not r.planned and is_observed(r, request)
         if r.planned:
-            request.token_exit = x.planned[request.planned_first + request.generated]
-            request.token_breach = 0
-        else:
-            request.token_exit = x.exit_index[row]
-            request.token_breach = int(x.breach[row])
-        deepest = max(deepest, request.token_exit)
-    leaf = split_at(r, it, requests, lists, x) if r.regroups else last
-    for i in range(n):
-        request = requests[batch[i]]
-        request.observed = not r.planned and is_observed(r, request)
-        if request.observed:
-            request.token_exit = r.loaded_exit
-            request.token_breach = 0
+            leaf, breach = x.planned[request.planned_first + request.generated], 0
+        elif observed:
+            leaf, breach = r.loaded_exit, 0
             n_observed += 1
-        elif r.lazy:
-            request.token_exit = deepest
-        elif r.regroups:
-            request.held = 0 if request.token_exit <= leaf else leaf + 1
-            leavers -= 1 if request.held else 0
-            request.token_exit = leaf
-        _leaves_at(r, x, request, request.token_row, request.token_exit)
-        w = work[request.token_exit]
+        else:
+            leaf, breach = exit_index[row], int(breaches[row])
+            if r.lazy:
+                leaf = shared
+            elif r.regroups:
+                request.held = 0 if leaf <= shared else shared + 1
+                leavers -= 1 if request.held else 0
+                leaf = shared
+        request.observed = observed
+        request.token_exit = leaf
+        request.token_breach = breach
+        _leaves_at(r, x, request, row, leaf)
+        w = work[leaf]
         w.decode_tokens += 1
         w.kv_tokens += request.context_tokens + new
     for band in range(last - 1, first - 1, -1):  # a token that runs a band runs those before it
@@ -212,6 +208,16 @@ def _banded(
             for band in range(first, request.token_exit + 1):
                 work[band].decode_tokens += owed[slot, band]
                 work[band].kv_tokens += owed[slot, band] * (request.context_tokens + new)
+
+
+def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:
+    """The exit at which all tokens stop, from those at which each would leave alone, noted as `token_exit`."""
+    deepest = 0
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        request.token_exit = x.exit_index[next_row(request)]
+        deepest = max(deepest, request.token_exit)
+    return split_at(r, it, requests, lists, x) if r.regroups else deepest
 
 
 def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:

@@ -114,7 +114,7 @@ REQUEST = Kind.of(
         # sums over its output tokens
         "layers_run", "early_tokens", "breach_tokens", "agreed_tokens", "evaluated_tokens", "microbits",
         # the token of the iteration in progress, unless all tokens of the iteration are alike
-        "observed", "token_row", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
+        "observed", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
         "drafts",  # tokens that it may draft in this iteration, for which it has blocks
         "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
         "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
@@ -241,6 +241,7 @@ STATE = Kind.of(
         # what is to be handed over
         "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",
         "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",
+        "gap_bucket",  # of the latest
         "drawn_ns", "marks",  # what has been drawn in all, and how many marks were made of it (`power`)
         "placed_decode_ns", "placed_decode_batch_ns",  # since the placement last changed
         *SUMS,  # the last: `take_sums`

@@ -230,21 +230,27 @@ def _digest(path: Path) -> str:
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
     """Without what takes seconds and makes the loop no faster: LLVM's higher levels, its vectorizer, a pass over
-    references that are not counted here, and Python's collector of cycles, which would look at Numba's many objects
-    again and again.
+    references that are not counted here, indices that count from an array's end, of which the loop has none, and
+    Python's collector of cycles, which would look at Numba's many objects again and again.
     """
     import numba
 
     config: Any = numba.config
+    arrays: Any = import_module("numba.np.arrayobj")
+    counts_from_end = arrays.fix_integer_index
     quickly = {"OPT": type(config.OPT)("1"), "LOOP_VECTORIZE": 0, "LLVM_REFPRUNE_PASS": 0}
     before = {name: getattr(config, name) for name in quickly}
     collects = gc.isenabled()
     gc.disable()
     for name, value in quickly.items():
         setattr(config, name, value)
+    arrays.fix_integer_index = lambda context, builder, kind, index, size: context.cast(
+        builder, index, kind, numba.types.intp if kind.signed else numba.types.uintp
+    )
     try:
         yield
     finally:
+        arrays.fix_integer_index = counts_from_end
         for name, value in before.items():
             setattr(config, name, value)
         if collects:
