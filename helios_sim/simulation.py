@@ -272,8 +272,8 @@ class System:
         if waiting:
             waiting.sort()
             n = bisect_left(waiting, before_ns, key=itemgetter(0))
-            for *_, record in waiting[:n]:
-                self._sink(record)
+            for entry in waiting[:n]:
+                self._sink(entry[-1])
             del waiting[:n]
             self._merge_at = 2 * len(waiting) + _MERGED_AT_ONCE
 

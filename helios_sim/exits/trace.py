@@ -244,9 +244,11 @@ class BoundTrace:
             loops, tail = np.divmod(begin + output_chars[rows], text_chars)
             start = begins.searchsorted(origin + begin)
             n_tokens = loops * length + begins.searchsorted(origin + tail) - start
-            within = n_tokens < 1  # one token
-            start = np.where(within, begins.searchsorted(origin + begin, "right") - 1, start % length)
-            found[rows] = np.stack(np.broadcast_arrays(first, start, length, np.where(within, 1, n_tokens)), axis=1)
+            start %= length
+            within = np.flatnonzero(n_tokens < 1)  # one token
+            start[within] = begins.searchsorted(origin + begin[within], "right") - 1
+            n_tokens[within] = 1
+            found[rows] = np.stack(np.broadcast_arrays(first, start, length, n_tokens), axis=1)
         return found
 
 
