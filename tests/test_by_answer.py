@@ -21,6 +21,7 @@ from helios_sim.exits.rule import Confidence
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.report.metrics import OF_CASCADES
 from helios_sim.request import Request, RequestRecord, Status
+from helios_sim.serve.settings import ServeConfig, served_job
 from helios_sim.study.command import run_study
 from helios_sim.study.fleet import build_fleet
 from helios_sim.study.jobs import make_job, run_job
@@ -406,6 +407,14 @@ def test_faults_bits_and_early_tokens_are_refused(tmp_path: Path) -> None:
         CascadeConfig(["a", "b"], -0.1)
     with pytest.raises(UserError, match=r"cluster\.bandit\.spread"):
         BanditConfig(spread=0.0)
+
+
+def test_a_server_and_a_device_refuse_such_routers(tmp_path: Path) -> None:
+    config = study(tmp_path, "thompson")
+    with pytest.raises(UserError, match=r"server\.router.*clients' texts are not recorded"):
+        served_job(replace(config, arms={"full": FULL_DEPTH}, seeds=[0]), ServeConfig())
+    with pytest.raises(UserError, match=r"cluster\.kinds.*none when mode=live"):
+        result(replace(config, mode="live"))
 
 
 def test_a_study_writes_what_its_cascade_and_its_bandit_did(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from helios_sim.errors import UserError, require, require_finite
+from helios_sim.study.answer_routers import ROUTERS
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import SIMULATE
 from helios_sim.study.plan import entries_of, jobs_of
@@ -105,6 +106,8 @@ def served_job(config: Config, serve: ServeConfig) -> Job:
         ("seeds", list(job.config.seeds), len(job.config.seeds) == 1, "there is one run"),
         ("serve.tokenizers", dict(serve.tokenizers), not serve.tokenizers or job.config.mode == SIMULATE,
          "a real model has its own"),
+        ("server.router", server.router, server.router not in ROUTERS,
+         "it goes by recorded confidences and bits, and those of clients' texts are not recorded"),
         ("workload.faults", list(faults), not faults, "faults strike at times of a run, and a server has no end"),
         ("serve.temperature", serve.temperature, serve.temperature == 0 or job.config.mode != SIMULATE,
          "simulated tokens are not drawn; this counts when mode=live"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from helios_sim.policy.deployment import Cause, Deployment, Faulted, LoadFailed
+from helios_sim.policy.deployment import Cause, Deployment, Faulted, Judged, LoadFailed
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
 from helios_sim.report.decisions import SHOWN_DECISIONS
 from helios_sim.report.records import RecordLog, Records
@@ -66,7 +66,7 @@ def branches(result: JobResult) -> Iterator[Branch]:
     weighs = any(decision.deployment.next_best is not None for decision in log)
     before: dict[int, Deployment] = {}
     for place, decision in enumerate(log[:SHOWN_DECISIONS]):
-        if isinstance(decision.cause, Faulted | LoadFailed):
+        if isinstance(decision.cause, Faulted | LoadFailed | Judged):
             continue
         last, before[decision.replica] = before.get(decision.replica), decision.deployment
         option = decision.deployment.next_best

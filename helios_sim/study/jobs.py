@@ -326,8 +326,9 @@ def _decisions(fleet: Fleet, run: Run) -> tuple[Decision, ...]:
     for it in run.answered.favoured:
         kind = fleet.kinds[it.kind]
         number = kind.numbers[0]
+        before = [d.deployment for d in run.servers[number].decisions if d.time_ns <= it.time_ns]
         deployment = replace(
-            run.servers[number].decisions[0].deployment, reason=f"the bandit holds {kind.name} for the best",
+            before[-1], reason=f"the bandit holds {kind.name} for the best",
             evidence=dict(it.verdicts), triggers=(), plan=None, next_best=None,
         )  # fmt: skip
         found.append(Decision(it.time_ns, number, Judged("any" if it.task is None else tasks[it.task]), deployment))
