@@ -116,6 +116,15 @@ def test_a_mapping_changes_what_it_names() -> None:
     assert (config.server.replicas, config.arms) == (1, {"a": {"policy": "helios", "limit": 3}})
 
 
+def test_shares_of_a_mix_take_the_place_of_what_was_there() -> None:
+    """As on the command line: what is not named is not served."""
+    config = with_settings(Config(), {"workload.mix": {"tasks": {"a": 1.0, "b": 2.0}, "after": {"b": 1.0}}})
+    changed = with_settings(config, {"workload.mix.tasks": {"c": 3}, "workload.mix.after.d": 2.0})
+    assert changed.workload.mix.tasks == {"c": 3.0}
+    assert changed.workload.mix.after == {"b": 1.0, "d": 2.0}
+    assert config.workload.mix.tasks == {"a": 1.0, "b": 2.0}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [

@@ -92,8 +92,10 @@ class SessionsConfig:
 
 @dataclass
 class MixConfig:
-    tasks: dict[str, float] = field(default_factory=dict)  # shares by name; scaled to a sum of 1
-    after: dict[str, float] = field(default_factory=dict)  # shares to which the mix drifts; empty: it does not
+    # Shares by name, scaled to a sum of 1. Given whole, they take the place of the experiment's, as `after` does
+    tasks: dict[str, float] = field(default_factory=dict, metadata={"whole": True})
+    # Shares to which the mix drifts; empty: it does not
+    after: dict[str, float] = field(default_factory=dict, metadata={"whole": True})
     drift: str | None = None  # step, linear, periodic; null: none
     at: float | None = None  # step: the position of the jump
     start: float | None = None  # linear: from here to `end`

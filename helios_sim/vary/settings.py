@@ -29,7 +29,8 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
     """A copy of a dataclass of settings with these dotted paths set; groups off these paths are shared, not copied.
 
-    A mapping changes the entries that it names and leaves the others, as on the command line. Ranges are checked once,
+    A mapping changes the entries that it names and leaves the others, as on the command line; where a field is marked
+    `whole`, as shares of a mix are, it takes the place of what was there. Ranges are checked once,
     when all changes are made. UserError where a path leads nowhere or a value has the wrong type or is out of range.
     Keys of a mapping, such as those of a policy, are free: what is wrong there is found by those who read them.
     """
@@ -150,7 +151,8 @@ def _plain(value: Any) -> Any:
 def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
     place: Any = _own_group(own, names[:-1], names)
     there = _there(place, names[-1])
-    if isinstance(value, Mapping) and (is_dataclass(there) or isinstance(there, dict)):
+    whole = is_dataclass(place) and any(f.name == names[-1] and f.metadata.get("whole") for f in fields(place))
+    if isinstance(value, Mapping) and not whole and (is_dataclass(there) or isinstance(there, dict)):
         for name, below in value.items():
             _set(own, (*names, str(name)), below)
         return
