@@ -209,13 +209,28 @@ class LoadFigure:
 
 @dataclass(frozen=True, slots=True)
 class ArmsFigure:
-    """One metric of the arms against another, a point for each arm."""
+    """One metric of the arms against another, a point for each arm, at the study's own settings or at a point's."""
 
     title: str
     x: str
     y: str
     arms: tuple[str, ...] | None = None  # None: all
     along: tuple[str, ...] = ()  # axes of sweeps: a line joins an arm's points, in the order of their values
+    where: Mapping[str, float | int | str] = field(default_factory=dict)  # settings of a point; empty: the study's own
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseFigure:
+    """The best arm of the points by one metric, at each value of two settings, among those that change little."""
+
+    title: str
+    x: str  # a key of the points' settings
+    x_label: str
+    metric: str
+    split_by: str  # another: the rows
+    least_agreement: float = 0.0
+    arms: tuple[str, ...] | None = None  # None: all
+    where: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +242,7 @@ class QualityFigure:
     parts: int = 20  # of the requests in their order, one point each
 
 
-Figure = SweepFigure | LoadFigure | ArmsFigure | QualityFigure
+Figure = SweepFigure | LoadFigure | ArmsFigure | QualityFigure | PhaseFigure
 
 
 FloatArray = NDArray[np.float64]
@@ -501,7 +516,7 @@ LOAD_METRICS = ("throughput_requests_per_s", "ttft_s_p50", "ttft_s_p99", "tpot_s
 
 def shown_metrics(headline: Sequence[str] | None, figures: Sequence[Figure]) -> set[str]:
     """Metrics that have ratios and intervals at every point of a sweep: those in the table and the figures."""
-    found = {*(headline or USUAL_METRICS), *(f.metric for f in figures if isinstance(f, SweepFigure))}
+    found = {*(headline or USUAL_METRICS), *(f.metric for f in figures if isinstance(f, SweepFigure | PhaseFigure))}
     return found | {*LOAD_METRICS} if any(isinstance(f, LoadFigure) for f in figures) else found
 
 

@@ -24,6 +24,7 @@ from helios_sim.report.result import (
     Gate,
     Line,
     LoadFigure,
+    PhaseFigure,
     Published,
     QualityFigure,
     Replicate,
@@ -251,11 +252,14 @@ def _sweep_point(point: Point, compared: _Compared, shown: Collection[str]) -> S
 def _figure(c: FigureConfig, slo: Slo) -> Figure:
     arms = None if c.arms is None else tuple(c.arms)
     if c.kind == "arms":
-        return ArmsFigure(c.title, c.x, c.metric, arms, tuple(c.along))
+        return ArmsFigure(c.title, c.x, c.metric, arms, tuple(c.along), dict(c.where))
     if c.kind == "quality":
         return QualityFigure(c.title, arms)
     if c.kind == "load":
         return LoadFigure(c.title, c.x, c.x_label, slo, dict(c.where))
+    if c.kind == "phase":
+        assert c.split_by is not None
+        return PhaseFigure(c.title, c.x, c.x_label, c.metric, c.split_by, c.least_agreement, arms, dict(c.where))
     return SweepFigure(
         title=c.title,
         x=c.x,

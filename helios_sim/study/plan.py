@@ -24,7 +24,7 @@ from helios_sim.study.schema import PRESENTATION, Config, FaultsConfig, SweepCon
 from helios_sim.vary.axis import Axis, axes_of, grid
 from helios_sim.vary.settings import with_settings
 
-FIGURES = ("sweep", "load", "arms", "quality")
+FIGURES = ("sweep", "load", "arms", "quality", "phase")
 CUSTOM = "custom"
 
 
@@ -283,6 +283,8 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
                 raise UserError("figures.x", figure.x, "an axis of a sweep, and there is no sweep", fix)
             require_one_of("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
         require_one_of("figures.metric", figure.metric, DEFINITIONS)
+        if figure.kind == "phase" and figure.split_by is None:
+            raise UserError("figures.split_by", None, "another axis, for a phase diagram", "name it")
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
             require_one_of("figures.where and split_by", key, axes)
         for key, value in figure.where.items():

@@ -409,7 +409,7 @@ class FigureConfig:
     """A figure over the sweeps' points, which name settings as their axes do, or over the arms."""
 
     # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another;
-    # quality: bits per character over the run
+    # quality: bits per character over the run; phase: the best arm at each value of `x` and of `split_by`
     kind: str = "sweep"
     title: str = ""
     x: str = ""  # an axis; arms: a metric
@@ -424,6 +424,7 @@ class FigureConfig:
     log_y: bool = False
     marks: dict[str, float] = field(default_factory=dict)  # level lines: label and value
     where: dict[str, Any] = field(default_factory=dict)  # only points with these settings
+    least_agreement: float = 0.0  # phase: arms that change more tokens than this allows are left out
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -31,7 +31,8 @@ from helios_sim.report.figures.style import (
     new_figure,
     use_log_seconds,
 )
-from helios_sim.report.metrics import DEFINITIONS
+from helios_sim.report.intervals import Interval
+from helios_sim.report.metrics import DEFINITIONS, Metrics
 from helios_sim.report.records import Records
 from helios_sim.report.result import (
     ArmResult,
@@ -235,7 +236,7 @@ def arms_drawings(result: ExperimentResult) -> list[Drawing]:
 def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawing | None:
     """A point for each arm; None where fewer than two arms have both metrics."""
     styles = arm_styles(list(result.arms), result.baseline)
-    points = _points(spec, result)
+    points = [point for point in _points(spec, result) if point[0] in styles]
     if len(points) < 2:
         return None
     figure, (ax,) = new_figure(1, 1, 4.6)
@@ -243,9 +244,9 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
     for arm, line in lines.items():
         style = styles[arm]
         ax.plot(*zip(*line, strict=True), color=style.color, marker=".", linewidth=1.2, alpha=0.7, label=f"_{arm}")
+    there = _at(spec, result)
     for arm, x, y in points:
-        style = styles[arm]
-        known = result.arms[arm].intervals
+        style, known = styles[arm], there[arm][1]
         for place, metric in enumerate((spec.x, spec.y)):
             interval = known.get(metric)
             if interval is not None and interval.low is not None and interval.high is not None:
@@ -293,8 +294,8 @@ def bits_over_run(records: Records, parts: int) -> list[float | None]:
 
 def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, float, float]]:
     found = []
-    for name, arm in result.arms.items():
-        x, y = arm.metrics.get(spec.x), arm.metrics.get(spec.y)
+    for name, (metrics, _) in _at(spec, result).items():
+        x, y = metrics.get(spec.x), metrics.get(spec.y)
         shown = spec.arms is None or name in spec.arms
         if shown and isinstance(x, int | float) and isinstance(y, int | float):
             found.append((name, float(x), float(y)))
@@ -308,9 +309,21 @@ def _line(spec: ArmsFigure, result: ExperimentResult, arm: str) -> list[tuple[fl
         values = [point.settings[axis] for axis in spec.along if axis in point.settings]
         metrics = point.metrics.get(arm, {})
         x, y = metrics.get(spec.x), metrics.get(spec.y)
+        if not all(point.settings.get(key) == value for key, value in spec.where.items()):
+            continue
         if values and isinstance(x, int | float) and isinstance(y, int | float):
             found.append((values, (float(x), float(y))))
     return [place for _, place in sorted(found, key=lambda row: row[0])]
+
+
+def _at(spec: ArmsFigure, result: ExperimentResult) -> dict[str, tuple[Metrics, Mapping[str, Interval]]]:
+    """Metrics and intervals of each arm, at the study's own settings or at the point that is wanted."""
+    if not spec.where:
+        return {name: (arm.metrics, arm.intervals) for name, arm in result.arms.items()}
+    for point in result.points:
+        if all(point.settings.get(key) == value for key, value in spec.where.items()):
+            return {name: (metrics, point.intervals.get(name, {})) for name, metrics in point.metrics.items()}
+    return {}
 
 
 def _axis(metric: str) -> str:
