@@ -28,10 +28,10 @@ from helios_sim.study.sweep import run_sweep
 REQUESTS = 60
 CAPACITY = ("capacity.seconds=4", "capacity.most_replicas=4", "seeds=[0]", "jobs=1", "pictures=false")
 MORE_REQUESTS = {  # of experiments with few or quick arms
-    "faults": 200, "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120, "paper_latency": 120,
-    "quickstart": 400, "scale": 400, "speed_w1": 200,
+    "faults": 200, "field": 30, "live_drift": 400, "own": 400, "paper_batch": 120, "paper_energy": 120,
+    "paper_latency": 120, "quickstart": 400, "scale": 400, "speed_w1": 200,
 }  # fmt: skip
-SLOW = {"ablation", "paper_opt"}
+SLOW = {"ablation", "field", "paper_opt"}
 # Left out: these need a log of a real engine or a model on a device, have rows for arms, or a search whose draws depend
 # on a package.
 LEFT_OUT = {"fidelity_vllm", "fidelity_live", "fidelity_silicon", "from_log", "sweep_helios"}
