@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         FixedCap,
         FullDepth,
         PerToken,
+        ReleaseEarly,
         SelfSpeculation,
     )
     from helios_sim.exits.store import load_trace, read_trace
@@ -121,6 +122,7 @@ __all__ = [
     "Profile",
     "QueueAbove",
     "Regrouping",
+    "ReleaseEarly",
     "RunningAbove",
     "RuntimeConfig",
     "SelfSpeculation",
@@ -171,7 +173,7 @@ if sys.argv[:1] == ["-m"]:  # a command of this package is being started
 _NAMES_BY_MODULE = {
     "api": "simulate simulate_designs study_config",
     "errors": "UserError",
-    "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken SelfSpeculation",
+    "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken ReleaseEarly SelfSpeculation",
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (

@@ -158,7 +158,7 @@ def test_a_planned_token_is_no_breach_even_after_a_cap() -> None:
     trace = Trace(
         STORAGE.array(_whole([2, 4])), STORAGE.array(_whole([1])), STORAGE.array(_whole([1])),
         STORAGE.array(_whole([[1, 1]])), STORAGE.numbers(0, 0), STORAGE.array(_whole([0])),
-        STORAGE.numbers(1),
+        STORAGE.numbers(1), STORAGE.numbers(1),
     )  # fmt: skip
     iteration, work = record(layout.ITERATION, decodes=1), STORAGE.rows(layout.WORK, 2)
     depths.lay_out(

@@ -33,6 +33,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "early_exit_lazy": {**OF_ONE_MODEL, "batching": "each_token", "kv_rule": "recompute"},
     "early_exit_rebatch": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "static_cap": {**OF_ONE_MODEL, "cap_layers": 24},
+    "release_early": {
+        "max_disagreement": 0.2, "ramps": 1, "review_requests": 7, "window_tokens": 400, "fixed_threshold": 0.6,
+        "confidence": "margin", "batch_limit": 2, "model": "gemma3-270m",
+    },
     "self_speculation": {
         "draft_tokens": 2, "exit_layer": 24, "largest_batch": 1, "review_requests": 10, "batch_limit": 2,
         "model": "gemma3-270m",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import arrive, release, take_arrivals
 from helios_sim.core.commit import commit
-from helios_sim.core.depths import lay_out, lay_out_pass
+from helios_sim.core.depths import lay_out, lay_out_pass, note_releases
 from helios_sim.core.layout import (
     ADMITTING,
     ARRIVALS,
@@ -109,20 +109,33 @@ def advance(t: Tables, until_ns: int) -> int:
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
         draft, n_chunks, duration_ns = min(it.drafts, 1), it.chunks, 0
         it.floor_ns = it.outside = it.draft_ns = 0
-        while True:  # once, or as often as drafts and the pass that verifies them ask for
+        up_to, sampled = int(r.releases and it.decodes > 0), it.sampled_tokens
+        before_s = scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks) + scalars.sync_s
+        while True:  # once, or as often as ramps, or drafts and the pass that verifies them, ask for
+            if r.releases:
+                while 0 < up_to < r.bands and t.trace.ramps[up_to - 1] == 0:
+                    up_to += 1
+                up_to = up_to if up_to < r.bands else 0  # so many bands, of the device alone; 0: the whole iteration
+                it.drafting, it.sampled_tokens = (1, 0) if up_to else (0, sampled)
             if it.drafts:
                 it.chunks = 0 if draft else n_chunks
                 lay_out_pass(r, it, requests, lists, work, draft)
+            priced = spans[:up_to] if up_to else spans
+            seconds = time_s(prices, scalars, it, priced, class_layers, work, chunks)
+            if up_to:
+                work[up_to - 1].done_ns = s.warm_up_ns + whole_ns(seconds + before_s * scalars.time_factor)
+                up_to += 1
+                continue
             it.floor_ns += whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
             it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
-            duration_ns = min(
-                duration_ns + whole_ns(time_s(prices, scalars, it, spans, class_layers, work, chunks)), FOREVER_NS
-            )
+            duration_ns = min(duration_ns + whole_ns(seconds), FOREVER_NS)
             if draft == 0:
                 break
             it.draft_ns = duration_ns
             draft = draft + 1 if draft < it.drafts else 0
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0
+        if r.releases:
+            note_releases(s, r, it, requests, lists, work)
 
 
 def _has_room(s: Record, r: Record, c: Counts, prefix: Prefix) -> bool:

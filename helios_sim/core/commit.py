@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import leave
 from helios_sim.core.blocks import blocks_for, give_blocks, take_blocks
-from helios_sim.core.layout import COMPLETED, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
+from helios_sim.core.layout import COMPLETED, FOREVER_NS, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
 from helios_sim.core.power import note_drawn
 from helios_sim.core.prefix import Prefix, leave_blocks
 from helios_sim.core.schedule import gather, held_blocks, let_go
@@ -48,7 +48,7 @@ def commit(
     if it.drafts:
         keep_accepted(s, r, it, requests, lists, freed, c)
     _prefilled(s, r, it, requests, chunks, c, end_ns)
-    if r.observe_tokens != NEVER:
+    if r.observe_tokens != NEVER or r.tells_all:
         for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
     if it.done:
@@ -85,6 +85,7 @@ def _decoded(
     # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
     batch, depths, gaps, edges_ns = lists.batch, c.depths, c.gaps, c.gap_edges_ns
     owes, bands, alike = r.owes and it.banded, owed.shape[1], it.alike
+    releases, at_ns = r.releases, end_ns
     gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
     for i in range(it.decodes):
         slot = batch[i]
@@ -93,12 +94,16 @@ def _decoded(
         _count_token(r, it, request, depths)
         if not alike:
             request.breach_tokens += request.token_breach
-        gap = end_ns - request.last_token_ns
+        if releases:
+            at_ns = end_ns - request.earlier_ns
+            s.released_ns += request.earlier_ns
+            s.released_tokens += 1 if request.token_exit < r.rule_exit else 0
+        gap = at_ns - request.last_token_ns
         if gap != gap_ns:
             _count_gaps(s, gaps, edges_ns, gap_ns, equal)
             gap_ns, equal = gap, 0
         equal += 1
-        request.last_token_ns = end_ns
+        request.last_token_ns = at_ns
         if owes:
             for band in range(bands):
                 owed[slot, band] = 0 if band <= request.token_exit else owed[slot, band] + 1
@@ -225,7 +230,7 @@ def _prefilled(s: Record, r: Record, it: Record, requests: Table, chunks: Table,
 def _observe(s: Record, r: Record, requests: Table, slot: int, seen: Table, end_ns: int) -> None:
     """Notes the observation of a request that was observed for long enough or is complete."""
     request = requests[slot]
-    generated, limit = request.generated, r.observe_tokens
+    generated, limit = request.generated, (FOREVER_NS if r.tells_all else r.observe_tokens)
     if generated - 1 < limit and (generated >= limit or request.remaining == 0):
         noted = seen[s.seen]
         noted.slot = slot

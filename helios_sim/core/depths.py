@@ -23,7 +23,7 @@ def lay_out(
 ) -> None:
     """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
     it.alike = 0
-    it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0
+    it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0 or r.releases
     if r.observe_tokens != NEVER and not it.banded:
         for i in range(s.running):
             if is_observed(r, requests[lists.batch[i]]):
@@ -42,6 +42,8 @@ def lay_out(
         _spread(s, it, requests, lists)
     if it.drafts:
         _drafted(r, it, requests, lists, x)
+    elif r.releases:
+        lay_out_releases(r, it, requests, lists, x, work)
     elif it.banded:
         _banded(s, r, it, requests, lists, x, owed, work)
     else:
@@ -218,6 +220,37 @@ def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace)
         request.token_exit = x.exit_index[next_row(request)]
         deepest = max(deepest, request.token_exit)
     return split_at(r, it, requests, lists, x) if r.regroups else deepest
+
+
+def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
+    """Every token runs all layers and is checked at every ramp. The first ramp that is sure of it gives the answer."""
+    for band in range(r.bands):
+        w = work[band]
+        w.decode_tokens, w.kv_tokens = it.decodes, it.kv_tokens + it.decodes
+        if x.ramps[band]:
+            if r.head_checks:
+                w.checked_tokens = it.decodes
+            else:
+                w.classified_tokens = it.decodes
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        row = next_row(request)
+        leaf = x.exit_index[row]
+        request.observed = request.token_breach = 0
+        request.token_exit = leaf
+        _leaves_at(r, x, request, row, leaf)
+        request.token_layers = x.exits[r.rule_exit]
+        if not r.head_checks and leaf < r.rule_exit:  # the check does not say which token it is
+            work[leaf].checked_tokens += 1
+
+
+def note_releases(s: Record, r: Record, it: Record, requests: Table, lists: Lists, work: Table) -> None:
+    """How much earlier than the iteration ends each of its tokens is delivered."""
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        request.earlier_ns = 0
+        if request.token_exit < r.rule_exit:
+            request.earlier_ns = max(s.end_ns - s.now_ns - work[request.token_exit].done_ns, 0)
 
 
 def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:

@@ -119,6 +119,7 @@ REQUEST = Kind.of(
         "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
         "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
         "held_ns",  # since when
+        "earlier_ns",  # its token is delivered so much before the iteration ends
         # where its output tokens lie in the exit trace
         "trace_first", "trace_start", "trace_length",
         # progress
@@ -160,6 +161,7 @@ WORK = Kind.of(  # of one band of layers in one iteration
     (
         "decode_tokens", "kv_tokens", "checked_tokens", "classified_tokens", "propagated_tokens",
         "verified_tokens",  # further rows of the requests that decode: they read the same K and V in the same pass
+        "done_ns",  # after the iteration has begun, an answer that leaves at the band's end is delivered
     ),
 )
 SPAN = Kind.of("SpanRow", ("start", "end"))  # layers of a band
@@ -203,7 +205,7 @@ SUMS = (
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
     "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
     "verifications", "drafted_tokens", "tested_drafts", "accepted_drafts", "draft_ns",
-    "splits", "held_tokens", "held_token_ns",
+    "splits", "held_tokens", "held_token_ns", "released_tokens", "released_ns",
 )  # fmt: skip
 STATE = Kind.of(
     "StateRow",
@@ -275,6 +277,8 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "regroups",  # a batch is split at an exit where enough of it wants to leave, and the rest waits for others
         "flush_requests",  # so many that wait at an exit run on; NEVER: as many as do not wait
         "flush_ns",  # and so long they wait at most
+        "releases",  # an answer leaves at a ramp, and its token runs all layers all the same
+        "tells_all",  # with each answer that is complete, the policy is told of all its tokens
         "reads_trace",  # 0: every token is the same
         "scores",  # the trace has microbits
         "spread",  # a price depends on the shortest and the longest context of a batch
@@ -318,6 +322,7 @@ class Trace(NamedTuple):
     agree: Numbers  # (T, E)
     microbits: Numbers  # (T, E), or (0, 0)
     planned: Numbers  # exits of the tokens that a service plan names
+    ramps: Numbers  # (E,) 1 where an answer may leave while the model goes on
     split_above: Numbers  # (E,) in millionths: the share of a batch that has to want to leave at an exit to split it
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, IntArray, Storage, Trace
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
-from helios_sim.exits.trace import BoundTrace, TokenSpan
+from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, ReleaseEarly, SelfSpeculation
+from helios_sim.exits.trace import BoundTrace, ExitTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
-from helios_sim.policy.telemetry import Observation, Situation
+from helios_sim.policy.telemetry import Observation, Released, Situation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request, to_ns, whole_ns
@@ -115,6 +115,8 @@ class SimulatedEngine:
     ) -> Observation:
         trace = self._models[model].trace.trace
         rows = span.indices()[:n_tokens]
+        if isinstance(exit_rule, ReleaseEarly):
+            return _released(model, request_id, trace, rows[1:], exit_rule, time_ns)  # a prompt's token passes no ramp
         if isinstance(exit_rule, FixedCap | PerToken):
             confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence, rows)
         else:
@@ -163,11 +165,12 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     replayed = replay(trace, rule, loaded if per_token or clairvoyant else deployment.run_layers or loaded)
     whole, planned = replayed.layers == trace.n_layers, deployment.plan is not None
     lazy, kv_rule = deployment.batching is BatchingRule.LAZY, deployment.kv_rule
-    confidence = rule.confidence if isinstance(rule, FixedCap | PerToken) else None
+    releases = isinstance(rule, ReleaseEarly) and not planned
+    confidence = rule.confidence if isinstance(rule, FixedCap | PerToken | ReleaseEarly) else None
     classifier = confidence is not None and not confidence.by_head
     # A capped token's own logits give the confidences of a head, but not a check on the hidden state.
     watches_cap = classifier and isinstance(rule, FixedCap) and not whole
-    if confidence is not None and (watches_cap or (classifier and per_token)):
+    if confidence is not None and (watches_cap or (classifier and (per_token or releases))):
         profile.check_table(confidence)  # refuses where its cost is not known
     # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
     propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is KvRule.RECOMPUTE))
@@ -180,7 +183,9 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     rules = {
         "per_token": per_token and not planned,
         "clairvoyant": clairvoyant and not planned,
-        "head_checks": per_token and not classifier,
+        "head_checks": (per_token or releases) and not classifier,
+        "releases": releases,
+        "tells_all": releases and isinstance(rule, ReleaseEarly) and rule.tells_all,
         "watches_cap": watches_cap,
         "lazy": lazy and not planned,
         "propagates": propagates,
@@ -190,7 +195,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "flush_requests": flush_requests if regroups else NEVER,
         "flush_ns": flush_ns if regroups else FOREVER_NS,
         "draft_exit": 0 if drafts is None else trace.exits.index(drafts.exit_layers),
-        "reads_trace": per_token or clairvoyant or planned or not whole or trace.microbits is not None,
+        "reads_trace": per_token or clairvoyant or releases or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,
         "spread": profile.prices_spread,
         "rule_exit": len(replayed.exits) - 1,
@@ -204,6 +209,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     seen = Trace(
         _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach),
         _frozen(trace.agree), _frozen(microbits), np.zeros(1, np.int64),
+        np.array([int(isinstance(rule, ReleaseEarly) and depth in rule.ramps) for depth in trace.exits]),
         split_above,
     )  # fmt: skip
     pricing = profile.pricing
@@ -217,6 +223,18 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         (uniform.table(storage), storage.array(uniform.class_layers)),
         (banded.table(storage), storage.array(banded.class_layers)),
     )
+
+
+def _released(
+    model: str, request_id: int, trace: ExitTrace, rows: IntArray, rule: ReleaseEarly, time_ns: int
+) -> Observation:  # fmt: skip
+    ramps = [trace.exits.index(ramp) for ramp in rule.ramps]
+    confidences = trace.recorded(rule.confidence)[rows][:, ramps]
+    return Released(
+        model=model, request_id=request_id, time_ns=time_ns,
+        confident=confidences >= np.array(rule.thresholds, np.float32), agrees=trace.agree[rows][:, ramps],
+        bits=None, chars=int(trace.chars[rows].sum()), confidences=confidences,
+    )  # fmt: skip
 
 
 def _regrouping(deployment: Deployment, exits: int) -> tuple[IntArray, int, int]:

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, FullDepth, PerToken, SelfSpeculation
+from helios_sim.exits.rule import (
+    Clairvoyant,
+    Confidence,
+    ExitRule,
+    FixedCap,
+    FullDepth,
+    PerToken,
+    ReleaseEarly,
+    SelfSpeculation,
+)
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 
@@ -47,6 +56,7 @@ def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
     token that is not confident at the cap is a breach unless the whole model is loaded. PerToken: the first exit at
     which the token is confident, else the last one loaded, which is a breach unless it is the whole model.
     Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
+    ReleaseEarly: the first ramp whose threshold the token's confidence reaches, else the last layer; never a breach.
     SelfSpeculation: every token is the whole model's. Which drafts are accepted is exact, since a draft counts only
     where all before it are the whole model's, which is the text that was recorded.
 
@@ -87,6 +97,16 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                     f"{trace.model} has exits before its last layer at {', '.join(map(str, exits[:last])) or 'none'}",
                     "choose one of these",
                 )  # fmt: skip
+        case ReleaseEarly(ramps, thresholds, confidence):
+            if not whole or not set(ramps) <= set(exits[:last]) or len(ramps) != len(thresholds):
+                raise UserError(
+                    "ramps", ramps, f"with all {trace.n_layers} layers of {trace.model}, exits before the last: "
+                    f"{', '.join(map(str, exits[:last])) or 'none'}, each with a threshold", "choose among these",
+                )  # fmt: skip
+            sure = np.zeros((trace.n_tokens, last + 1), np.bool_)
+            for ramp, threshold in zip(ramps, thresholds, strict=True):
+                sure[:, exits.index(ramp)] = trace.recorded(confidence)[:, exits.index(ramp)] >= np.float32(threshold)
+            exit_index = first_true(sure, otherwise=last)
         case FixedCap(threshold, confidence):
             confident = trace.confident_at(threshold, confidence)
             if not whole:

@@ -197,4 +197,19 @@ class SelfSpeculation:
     largest_batch: int | None = None
 
 
-ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation
+@dataclass(frozen=True, slots=True)
+class ReleaseEarly:
+    """A token's answer is delivered at the first of `ramps` where it is confident, and the token runs the whole model
+    all the same (Apparate, arXiv 2312.05385): K and V are complete, every answer is compared with the whole model's.
+
+    Each ramp checks every token, and the host does not wait for the answer. The next token of a request starts when the
+    iteration ends: what is gained is the delivery of the token, not the rate.
+    """
+
+    ramps: tuple[int, ...]  # layers, ascending, before the last
+    thresholds: tuple[float, ...]  # of each ramp; above 1: nothing is released there
+    confidence: Confidence = Confidence.MAX_PROBABILITY
+    tells_all: bool = False  # the policy gets an observation of each complete answer, all its tokens at all ramps
+
+
+ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation | ReleaseEarly

@@ -26,7 +26,7 @@ from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
-from helios_sim.policy.deployment import Deployment, require_live_batching
+from helios_sim.policy.deployment import Deployment, require_live
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
@@ -141,8 +141,7 @@ class LiveEngine:
         """
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
-        if isinstance(plan.exit_rule, PerToken):
-            require_live_batching(plan.batching, plan.kv_rule)
+        require_live(plan.exit_rule, plan.batching, plan.kv_rule)
         reason = None
         try:
             model = self.residents.running(plan.model, plan.loaded_layers)

@@ -14,6 +14,7 @@ from helios_sim.exits.rule import (
     FixedCap,
     FullDepth,
     PerToken,
+    ReleaseEarly,
     SelfSpeculation,
 )
 from helios_sim.policy.deployment import (
@@ -75,9 +76,11 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return None if _is_share(value.disagreement_budget) else "a disagreement_budget from 0 to 1"
         if type(value) is SelfSpeculation:
             return speculation(value)
+        if type(value) is ReleaseEarly:
+            return release(value)
         if type(value) not in (FixedCap, PerToken):
-            known = "FullDepth(), FixedCap(threshold), PerToken(threshold), Clairvoyant() or SelfSpeculation(...)"
-            return f"{known}: the server knows no other exit rule"
+            known = "FullDepth(), FixedCap(threshold), PerToken(threshold), Clairvoyant(), SelfSpeculation(...)"
+            return f"{known} or ReleaseEarly(...): the server knows no other exit rule"
         assert isinstance(value, FixedCap | PerToken)
         if not _is_share(value.threshold, MOST_THRESHOLD):
             return f"a threshold from 0 to {MOST_THRESHOLD:g}"
@@ -94,6 +97,19 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         if value.largest_batch is not None and not _is_whole(value.largest_batch):
             return "SelfSpeculation with largest_batch None or a whole number from 0"
         return None
+
+    def release(value: ReleaseEarly) -> str | None:
+        exits = candidates[found.active.model].offline.exits
+        if found.active.layers != exits[-1] or found.run_layers not in (None, exits[-1]):
+            return f"ReleaseEarly only with all {exits[-1]} layers of {found.active.model}"
+        ramps, thresholds = value.ramps, value.thresholds
+        if not isinstance(ramps, tuple) or list(ramps) != sorted(set(ramps) & set(exits[:-1])):
+            return f"ReleaseEarly with ramps among {_listed(exits[:-1]) or 'none'}, in their order"
+        if not isinstance(thresholds, tuple) or len(thresholds) != len(ramps):
+            return "ReleaseEarly with one threshold for each ramp"
+        if not all(_is_share(threshold, MOST_THRESHOLD) for threshold in thresholds):
+            return f"ReleaseEarly with thresholds from 0 to {MOST_THRESHOLD:g}"
+        return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
 
     def regrouping(value: object) -> str | None:
         if not isinstance(value, Regrouping):

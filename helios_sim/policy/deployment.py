@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import ExitRule, PerToken, SelfSpeculation
+from helios_sim.exits.rule import ExitRule, PerToken, ReleaseEarly, SelfSpeculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +178,13 @@ class InFlight(StrEnum):
     MIGRATE = "migrate"  # their text is tokenized anew and prefilled on the new model
 
 
-def require_live_batching(batching: BatchingRule, kv_rule: KvRule) -> None:
+def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> None:
     """UserError for what live serving cannot do."""
+    if isinstance(rule, ReleaseEarly):
+        allowed = "other policies: live, no answer leaves before its iteration ends"
+        raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")
+    if not isinstance(rule, PerToken):
+        return
     if batching is BatchingRule.REBATCH:
         allowed = "each_token or lazy: live, no hidden states are kept between iterations for a split batch"
         raise UserError("policy.batching", batching.value, allowed, "choose one of these, or set mode=simulate")
@@ -247,6 +252,13 @@ class Deployment:
                 self.observe_tokens,
                 "no tokens are observed where batches are split at exits",
                 "set observe_tokens=None, or another batching",
+            )
+        if isinstance(self.exit_rule, ReleaseEarly) and self.observe_tokens is not None:
+            raise UserError(
+                "deployment.observe_tokens",
+                self.observe_tokens,
+                "with ReleaseEarly every token runs all layers: ReleaseEarly(tells_all=True) tells of them",
+                "set observe_tokens=None",
             )
         if isinstance(self.exit_rule, SelfSpeculation) and self.observe_tokens is not None:
             raise UserError(

@@ -19,6 +19,7 @@ from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_next import HeliosNextParameters, HeliosNextPolicy
 from helios_sim.policy.helios_parameters import Evaluation, HeliosParameters
 from helios_sim.policy.oracle import OracleParameters, OraclePolicy
+from helios_sim.policy.release_early import ReleaseEarlyParameters, ReleaseEarlyPolicy
 from helios_sim.policy.self_speculation import SelfSpeculationParameters, SelfSpeculationPolicy
 from helios_sim.policy.static_cap import StaticCapParameters, StaticCapPolicy
 from helios_sim.policy.telemetry import Policy
@@ -27,6 +28,7 @@ PolicyParameters = (
     FullDepthParameters
     | EarlyExitParameters
     | StaticCapParameters
+    | ReleaseEarlyParameters
     | SelfSpeculationParameters
     | HeliosParameters
     | HeliosNextParameters
@@ -48,6 +50,9 @@ POLICIES: Mapping[str, PolicyKind] = {
     "full_depth": PolicyKind(FullDepthParameters, FullDepthPolicy, "every token runs all layers"),
     "early_exit": PolicyKind(EarlyExitParameters, EarlyExitPolicy, "each token leaves at its first confident exit"),
     "static_cap": PolicyKind(StaticCapParameters, StaticCapPolicy, "a cap chosen once from offline exits"),
+    "release_early": PolicyKind(
+        ReleaseEarlyParameters, ReleaseEarlyPolicy, "answers leave at ramps while the model goes on"
+    ),
     "self_speculation": PolicyKind(
         SelfSpeculationParameters, SelfSpeculationPolicy, "the first layers draft tokens, all layers verify them"
     ),

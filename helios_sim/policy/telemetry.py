@@ -120,6 +120,13 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
+class Released(Observation):
+    """Tokens of one answer that was delivered under ReleaseEarly, without the first; columns are the rule's ramps."""
+
+    confidences: NDArray[np.float32]  # (n, E)
+
+
+@dataclass(frozen=True, slots=True)
 class LatestRequests:
     """Times of the latest completed requests, up to 256, oldest first, in seconds, (n,) each.
 

@@ -25,6 +25,7 @@ from helios_sim.report.metrics import (
     OF_COST,
     OF_DRAFTS,
     OF_PREFIXES,
+    OF_RELEASES,
     OF_SPLITS,
     Metrics,
     MetricValue,
@@ -496,7 +497,8 @@ def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    new = (name for name in (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_CASCADES, *OF_COST) if name not in names)
+    of = (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_RELEASES, *OF_CASCADES, *OF_COST)
+    new = (name for name in of if name not in names)
     return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 
 

@@ -33,7 +33,7 @@ from helios_sim.core.layout import (
     Watch,
 )
 from helios_sim.core.power import MARKS, note_drawn
-from helios_sim.exits.rule import PerToken, SelfSpeculation
+from helios_sim.exits.rule import PerToken, ReleaseEarly, SelfSpeculation
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import NS_PER_S, RecordBlock, Request, RequestRecord, Slo, to_ns
@@ -198,7 +198,7 @@ class Replica:
         self._enforced = deployment
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
-        seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation)
+        seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation | ReleaseEarly)
         limit = situation.max_running_requests
         if deployment.batch_limit is not None:
             limit = min(limit, deployment.batch_limit)

@@ -149,6 +149,8 @@ class RunStats:
     splits: int = 0  # of batches, at an exit
     held_tokens: int = 0  # that waited at an exit for others, each time, and for how long
     held_token_ns: int = 0
+    released_tokens: int = 0  # whose answer left at a ramp while the model went on
+    released_ns: int = 0  # by which tokens came earlier than their iterations ended, all together
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)

@@ -11,8 +11,8 @@ import simpy
 
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.rule import FixedCap, PerToken, require_live
-from helios_sim.policy.deployment import Deployment, require_live_batching
+from helios_sim.exits.rule import FixedCap, PerToken, require_live as require_live_measure
+from helios_sim.policy.deployment import Deployment, require_live
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
@@ -244,11 +244,11 @@ def check_study(plan: StudyPlan) -> None:
 def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
     """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
     rule = first.exit_rule
-    if live and isinstance(rule, PerToken):
-        require_live_batching(first.batching, first.kv_rule)
+    if live:
+        require_live(rule, first.batching, first.kv_rule)
     if isinstance(rule, FixedCap | PerToken):
         if live:
-            require_live(rule.confidence)
+            require_live_measure(rule.confidence)
         data = parts.models[first.active.model]
         data.trace.trace.confident_at(rule.threshold, rule.confidence)
         data.profile.check_table(rule.confidence)
