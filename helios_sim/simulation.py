@@ -224,9 +224,8 @@ class System:
         if self._in_order is None:
             self._sink(record)
         else:
-            at_once = left_ns == record.arrival_ns
-            place = (left_ns, 0, record.request_id) if at_once else (left_ns, 1, record.replica)
-            self._in_order.append((*place, self.left, record))
+            later = left_ns != record.arrival_ns  # those that left at once come first, in order of arrival
+            self._in_order.append((left_ns, later, record.replica if later else record.request_id, self.left, record))
             if len(self._in_order) >= self._merge_at:  # this replica hands over its records in order of time
                 self._hand_on(min(left_ns, *(server.frontier_ns for server in self.servers)))
         if self._closed_loop is not None:
