@@ -1,0 +1,202 @@
+"""Attention of one new token for each of N requests over the slots of a KV cache, each as long as it is.
+
+The context of a request is divided into splits, which different programs read at the same time (split KV, as in
+FlashDecoding); `decode_merge` joins what they found. A program of the first split also turns the new key to its
+position, writes the new K and V into the cache, and uses them from its registers. Lengths are read on the card, so one
+captured graph serves all lengths, and no byte of K or V is read that belongs to no token of the request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from helios_sim.live.kernels.launch import cores, launch, power_of_two
+
+MOST_SPLITS = 32
+PROGRAMS_PER_CORE = 4  # wanted at once, for enough bytes under way
+TILE = 16  # the least rows of a product on tensor cores
+
+
+@triton.jit
+def _turned(x, partner, weight, turned_weight, angles, position, d, eps, HALF: tl.constexpr, NORM: tl.constexpr,
+            ROPE: tl.constexpr, to: tl.constexpr):  # fmt: skip
+    """Rows of heads (…, D) in float32, normed and turned to a position, in the numbers of dtype `to`.
+
+    `partner` holds for each dimension the other one of its pair.
+    """
+    if NORM:
+        shrink = tl.rsqrt(tl.sum(x * x, 1)[:, None] / (2 * HALF) + eps)
+        x = (x * shrink * weight[None, :]).to(to).to(tl.float32)
+        partner = (partner * shrink * turned_weight[None, :]).to(to).to(tl.float32)
+    if ROPE:
+        at = angles + position * (2 * HALF) + d % HALF
+        inside = d < 2 * HALF
+        cos = tl.load(at, mask=inside, other=0.0)
+        sin = tl.load(at + HALF, mask=inside, other=0.0)
+        x = x * cos[None, :] + partner * tl.where(d < HALF, -sin, sin)[None, :]
+    return x.to(to)
+
+
+@triton.jit
+def decode_split(
+    q, k, v, q_norm, k_norm, angles, slots, positions, keys, values, part, sums, out,
+    scale, eps, window, q_row, k_row, v_row, slot_stride, head_stride,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, DIRECT: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One program for a request, a KV head and a split. A slot below 0 is padding: nothing is read or written.
+
+    q (N, HEADS, D), k and v (N, KV, D), with rows that may be apart; angles (tokens, D): cosines, then sines;
+    keys and values (slots, KV, tokens, D); part (N, HEADS, splits, D) and sums (N, HEADS, splits, 2) in float32: the
+    weighted sum of values, the largest score and the sum of weights. DIRECT: there is one split, and `out`
+    (N, HEADS, D) is written in their place.
+    """
+    row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)
+    G: tl.constexpr = HEADS // KV
+    HALF: tl.constexpr = D // 2
+    dtype: tl.constexpr = keys.dtype.element_ty
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
+    d, g, n = tl.arange(0, DP), tl.arange(0, GROUP), tl.arange(0, BLOCK)
+    inside = d < D
+    pair = tl.where(d < HALF, d + HALF, d - HALF)
+    q_weight, q_turned, k_weight, k_turned = d.to(tl.float32), d.to(tl.float32), d.to(tl.float32), d.to(tl.float32)
+    if NORM:
+        q_weight = tl.load(q_norm + d, mask=inside, other=0.0).to(tl.float32)
+        q_turned = tl.load(q_norm + pair, mask=inside, other=0.0).to(tl.float32)
+        k_weight = tl.load(k_norm + d, mask=inside, other=0.0).to(tl.float32)
+        k_turned = tl.load(k_norm + pair, mask=inside, other=0.0).to(tl.float32)
+    of_q = q + row * q_row + (kv * G + g)[:, None] * D
+    some = (g[:, None] < G) & inside[None, :]
+    query = tl.load(of_q + d[None, :], mask=some, other=0.0).to(tl.float32)
+    partner = tl.load(of_q + pair[None, :], mask=some, other=0.0).to(tl.float32)
+    query = _turned(query, partner, q_weight, q_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+    scale = scale * 1.4426950408889634  # so that weights are powers of two
+    base = slot * slot_stride + kv * head_stride
+    most = tl.full((GROUP,), -float("inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    acc = tl.zeros((GROUP, DP), tl.float32)
+    if split == 0:  # noqa: SIM102 - Triton has no `and`
+        if slot >= 0:
+            of_k, of_v = k + row * k_row + kv * D, v + row * v_row + kv * D
+            key = tl.load(of_k + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+            partner_key = tl.load(of_k + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
+            key = _turned(key, partner_key, k_weight, k_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+            value = tl.load(of_v + d, mask=inside, other=0.0)[None, :]
+            to = base + position * D + d
+            tl.store(keys + to[None, :], key, mask=inside[None, :])
+            tl.store(values + to[None, :], value, mask=inside[None, :])
+            most = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+            total += 1.0
+            acc += value.to(tl.float32)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(position + 1 - window, 0)
+    share = tl.cdiv(tl.cdiv(position - begin, splits), BLOCK) * BLOCK
+    first = begin + split * share
+    last = tl.minimum(position, first + share)
+    for start in range(first, last, BLOCK):
+        at = start + n
+        there = (at < last)[:, None] & inside[None, :]
+        of = base + at[:, None] * D + d[None, :]
+        key = tl.load(keys + of, mask=there, other=0.0)
+        value = tl.load(values + of, mask=there, other=0.0)
+        if GROUP == 1:
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
+        else:
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where((at < last)[None, :], score, -float("inf"))
+        new = tl.maximum(most, tl.max(score, 1))
+        weight, shrink = tl.exp2(score - new[:, None]), tl.exp2(most - new)
+        total = total * shrink + tl.sum(weight, 1)
+        if GROUP == 1:
+            gained = tl.sum(tl.trans(weight) * value.to(tl.float32), 0)[None, :]
+        else:
+            gained = tl.dot(weight.to(dtype), value, input_precision="ieee")
+        acc = acc * shrink[:, None] + gained
+        most = new
+    head = row * HEADS + kv * G + g
+    if DIRECT:
+        acc = tl.where((total > 0)[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+        tl.store(out + head[:, None] * D + d[None, :], acc.to(dtype), mask=some)
+    else:
+        at_part = head * splits + split
+        tl.store(part + at_part[:, None] * D + d[None, :], acc, mask=some & (total > 0)[:, None])
+        tl.store(sums + at_part * 2, most, mask=g < G)
+        tl.store(sums + at_part * 2 + 1, total, mask=g < G)
+
+
+@triton.jit
+def decode_merge(part, sums, out, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """One program for a head of a request: part and sums of its splits -> out (N, HEADS, D)."""
+    head = tl.program_id(0).to(tl.int64)
+    d, s = tl.arange(0, DP), tl.arange(0, SPLITS)
+    at = head * SPLITS + s
+    most, total = tl.load(sums + at * 2), tl.load(sums + at * 2 + 1)
+    top = tl.max(most, 0)
+    weight = tl.where(total > 0, tl.exp2(most - top), 0.0)
+    whole = tl.sum(total * weight, 0)
+    some = (total > 0)[:, None] & (d < D)[None, :]
+    acc = tl.sum(tl.load(part + at[:, None] * D + d[None, :], mask=some, other=0.0) * weight[:, None], 0)
+    acc = tl.where(whole > 0, acc / tl.where(whole > 0, whole, 1.0), 0.0)
+    tl.store(out + head * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the attention of a batch is divided: programs, and what each holds at a time."""
+
+    splits: int
+    block: int  # tokens
+    group: int  # query heads of a KV head, as rows of a product; 1: there is one, and no product
+    warps: int
+
+
+def tiling(rows: int, heads: int, kv_heads: int, width: int, tokens: int, on_cores: int, value_bytes: int) -> Tiling:
+    """The division for `rows` requests of at most `tokens` tokens with heads of `width` values."""
+    per_kv = heads // kv_heads
+    group = 1 if per_kv == 1 else max(TILE, power_of_two(per_kv))
+    wide = group * power_of_two(width) > 2048
+    block = 64 if power_of_two(width) <= 128 and value_bytes == 2 else 16 if wide and value_bytes == 4 else 32
+    wanted = -(-PROGRAMS_PER_CORE * on_cores // (rows * kv_heads))
+    splits = min(MOST_SPLITS, power_of_two(wanted), power_of_two(-(-tokens // (2 * block))))
+    return Tiling(max(1, splits), block, group, 8 if wide else 4)
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
+    angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
+    tiles: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """Write the new k and v (N, kv_heads, D) into the cache and attend with q (N, heads, D) -> (N, heads x D).
+
+    Request i is in slots[i] (-1: padding) and has positions[i] tokens in the cache already. `angles` (tokens, D) in
+    float32 holds cosines and sines (D / 2 each) by which q and k are turned; None: they are turned already. `norms`:
+    weights of q's and k's RMSNorm before that, and its eps. `window`: a token sees itself and window - 1 before it.
+    """
+    rows, heads, width = q.shape
+    _, kv_heads, tokens, _ = keys.shape
+    t = tiles or tiling(rows, heads, kv_heads, width, tokens, cores(q), q.element_size())
+    out = torch.empty((rows, heads * width), dtype=q.dtype, device=q.device)
+    part, sums = out, out
+    if t.splits > 1:
+        part = torch.empty((rows * heads, t.splits, width), dtype=torch.float32, device=q.device)
+        sums = torch.empty((rows * heads, t.splits, 2), dtype=torch.float32, device=q.device)
+    q_norm, k_norm, eps = norms or (q, q, 0.0)
+    padded = power_of_two(width)
+    launch(
+        decode_split, (rows, kv_heads, t.splits), q, k, v, q_norm, k_norm, out if angles is None else angles, slots,
+        positions, keys, values, part, sums, out, scale, eps, window or 0, q.stride(0), k.stride(0), v.stride(0),
+        keys.stride(0), keys.stride(1), HEADS=heads, KV=kv_heads, D=width, DP=padded, GROUP=t.group, BLOCK=t.block,
+        DIRECT=t.splits == 1, ROPE=angles is not None, NORM=norms is not None, WINDOW=window is not None,
+        num_warps=t.warps,
+    )  # fmt: skip
+    if t.splits > 1:
+        launch(decode_merge, (rows * heads,), part, sums, out, D=width, DP=padded, SPLITS=t.splits)
+    return out

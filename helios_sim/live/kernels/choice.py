@@ -1,0 +1,45 @@
+"""Which kernels a device computes with."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from helios_sim.errors import UserError
+from helios_sim.live.kernels.interface import TORCH, Kernels
+
+LEAST_CAPABILITY = (8, 0)  # of a card: bfloat16 on tensor cores
+
+
+def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
+    """Those that are wanted; without a wish Triton's on a card that can run them, else torch's.
+
+    Raises UserError for Triton's where they cannot run. Triton interprets its kernels on a CPU where the environment
+    has TRITON_INTERPRET=1, for tests.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    lacking = None
+    if device.type != "cuda" and not interpreted:
+        lacking = "a CUDA card"
+    elif find_spec("triton") is None:
+        lacking = "the package triton"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        lacking = "a card of compute capability 8.0 or later"
+    if wanted == "torch" or (wanted is None and (lacking is not None or device.type != "cuda")):
+        return TORCH
+    if lacking is not None:
+        raise UserError("live.kernels", wanted, f"triton needs {lacking}", "set live.kernels=torch, or leave it out")
+    from helios_sim.live.kernels.card import TRITON
+
+    return TRITON
+
+
+def described(kernels: Kernels) -> str:
+    """What computes a decode step, for people."""
+    if kernels.name == "torch":
+        return "decode steps by torch's operations"
+    import triton
+
+    return f"decode steps by the project's kernels in Triton {triton.__version__}"

@@ -1,0 +1,86 @@
+"""What a layer and its head ask for, and torch's operations as the reference and fall-back.
+
+A layer adds to the residual stream what the one before it gave, so that a sum, the norm that follows and the product
+after that can be one kernel. `TorchKernels` does what the models are defined by, operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_sim.live.model.architecture import Architecture
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Kernels(Protocol):
+    """The operations of a layer beside attention. N rows; a norm's `bias` is None in families without biases."""
+
+    name: str
+    any_lengths: bool  # whether attention of decodes reads slots in any order, each request as long as it is
+
+    def enter(
+        self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The sum of `hidden` and `delta` (N, d_model), and the product of its norm with `weight`.
+
+        `post`: the norm of `delta` before the sum. `mlp`: the product goes through the activation and its gate.
+        """
+        ...
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (N, in) through weight (out, in) -> (N, out)."""
+        ...
+
+    def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
+        """The sum of `hidden` and `delta`, both (N, d_model)."""
+        ...
+
+
+class TorchKernels:
+    """Each operation by torch."""
+
+    name = "torch"
+    any_lengths = False
+
+    def enter(
+        self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if delta is not None:
+            hidden = self.add(a, hidden, delta, post)
+        inner = F.linear(normed(a, hidden, norm, norm_bias), weight, bias)
+        if not mlp:
+            return hidden, inner
+        activation = ACTIVATIONS[a.activation]
+        if a.gated_mlp:
+            gate, up = inner.chunk(2, -1)
+            return hidden, activation(gate) * up
+        return hidden, activation(inner)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
+        return hidden + (delta if post is None else normed(a, delta, post, None))
+
+
+TORCH = TorchKernels()
+
+
+def normed(a: Architecture, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Normalize the last dimension: LayerNorm in families with biases, RMSNorm in the others."""
+    shape = weight.shape
+    if a.bias:
+        return F.layer_norm(x, shape, weight, bias, a.norm_eps)
+    return F.rms_norm(x, shape, weight, a.norm_eps)

@@ -1,0 +1,25 @@
+"""How a kernel is launched: in one place, where tests count launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CORES = 132  # multiprocessors of a card that is not asked, as on an H100 or H200
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
+    """Launch a kernel with these arguments: tensors and numbers first, then what it is compiled for."""
+    kernel[grid](*given, **constants)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is no less than `n` (at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cores(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's card has."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else CORES
