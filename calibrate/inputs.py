@@ -126,11 +126,16 @@ class Inputs:
     @cached_property
     def loaded(self) -> tuple[SegmentedModel, int | None]:
         """The model, and by how many bytes memory grew when it was loaded (None if the device cannot tell)."""
+        import torch
+
         from calibrate.measure.memory import grown
+        from helios_sim.live.kernels.choice import kernels_for
         from helios_sim.live.model.decoder import SegmentedModel
 
         def load() -> SegmentedModel:
-            return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, self.device.torch_device)
+            on = torch.device(self.device.torch_device)
+            kernels = kernels_for(on, self.config.kernels)
+            return SegmentedModel.load(self.checkpoint, self.layers, self.torch_dtype, on, kernels)
 
         return grown(self.device, load)
 

@@ -13,6 +13,7 @@ from helios_sim.profile.devices import device_of
 TASKS = ("all", "latency", "adapters", "traces", "potential", "report")
 POTENTIAL = "potential"
 DTYPES = ("float32", "bfloat16")
+KERNELS = ("triton", "torch")
 
 
 @dataclass
@@ -39,6 +40,7 @@ class CalibrateConfig:
     threads: int | None = None  # CPU threads; null: all that the process may use
     memory_bytes: int | None = None  # that the engine may use; null: what the device has
     dtype: str | None = None  # float32, bfloat16; null: bfloat16 where the device computes in it, else float32
+    kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
     budget_s: float | None = None  # seconds for everything together; null: no limit
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
     tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
@@ -64,6 +66,7 @@ class CalibrateConfig:
         require(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         allowed = self.dtype is None or self.dtype in DTYPES
         require(allowed, "dtype", self.dtype, f"null or one of {', '.join(DTYPES)}")
+        require(self.kernels in (None, *KERNELS), "kernels", self.kernels, f"null or one of {', '.join(KERNELS)}")
         budget = self.budget_s
         require(budget is None or budget > 0, "budget_s", budget, "null or above 0")
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
@@ -149,6 +152,7 @@ class CampaignConfig:
     adapter_width: int = 256
     check_width: int = 256
     live: CampaignLiveConfig = field(default_factory=CampaignLiveConfig)
+    kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
     budget_s: float | None = None  # seconds for everything together; null: no limit
     dry_run: bool = False  # print the plan with its times, and measure nothing
     resume: list[str] = field(default_factory=list)  # archives of earlier calls, or folders with them; `out` counts too

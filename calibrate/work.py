@@ -249,8 +249,13 @@ def _candidates(inputs: Inputs) -> tuple[int, ...]:
 
 def _details(inputs: Inputs) -> dict[str, Any]:
     checkpoint = inputs.checkpoint
-    found = {"weights": checkpoint.source, "weights_sha256": checkpoint.sha256, "licence": checkpoint.licence}
-    return {**found, "heads": inputs.heads_sha256(), "quick": inputs.config.quick}
+    found: dict[str, Any] = {"weights": checkpoint.source, "weights_sha256": checkpoint.sha256}
+    found |= {"licence": checkpoint.licence, "heads": inputs.heads_sha256(), "quick": inputs.config.quick}
+    if not inputs.device.asynchronous:
+        return found
+    from helios_sim.live.kernels.choice import described
+
+    return {**found, "kernels": described(inputs.model.kernels)}
 
 
 def memory_named(run: Run) -> Run:

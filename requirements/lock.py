@@ -3,7 +3,8 @@
 Every file holds exact versions with the sha256 of all files of that version on the public index, so that the same pins
 hold on every platform and for Python 3.11 to 3.13. A file leaves out what the files that it stands on hold. torch is
 the exception: which of its builds is right depends on the machine (PyPI has the one for CUDA, its makers' own index
-those for CPUs), so `torch.txt` has the versions of torch and of the CUDA libraries alone, without digests.
+those for CPUs), so `torch.txt` has the versions of torch and of the CUDA libraries alone, without digests. Triton, which
+the build for CUDA needs, is tested without a card, so it is among the tests' too.
 
 Needs uv, of the extra `audit`.
 """
@@ -71,7 +72,7 @@ def main() -> int:
         pins.unlink()
     for layer, under in LAYERS.items():
         here = names[layer].difference(*(names[lower] for lower in under))
-        blocks = [whole[name] for name in sorted(here) if not OF_TORCH.fullmatch(name)]
+        blocks = [whole[name] for name in sorted(here) if layer == "test" or not OF_TORCH.fullmatch(name)]
         (FOLDER / f"{layer}.txt").write_text(HEAD + "\n".join(blocks) + "\n")
     torch = [whole[name].splitlines()[0].rstrip(" \\") for name in sorted(names["live"]) if OF_TORCH.fullmatch(name)]
     (FOLDER / "torch.txt").write_text(HEAD_TORCH + "\n".join(torch) + "\n")

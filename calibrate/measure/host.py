@@ -29,9 +29,10 @@ from helios_sim.exits.artificial import no_exits
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.clock import WallClock
-from helios_sim.live.device import open_device
+from helios_sim.live.device import Device, open_device
 from helios_sim.live.engine import LiveEngine
 from helios_sim.live.exits import ExitReader
+from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
@@ -63,7 +64,8 @@ class HostCosts:
     sync_s: dict[int, float]
     launch_s_per_layer: float  # eager
     launch_s_per_graph: float  # all layers captured as one graph
-    # of the device, to make a step within a captured graph (rotations, masks, rows); on a CPU it is in `overhead_s`
+    # of the device, to make a step within a captured graph (rotations, masks, rows), where kernels need one made; on a
+    # CPU it is in `overhead_s`
     step_s: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -91,12 +93,18 @@ def measure_host(subject: Subject, repeats: int = REPEATS, batches: Sequence[int
     overheads = {batch: figure(_overheads_s(subject, batch, repeats)) for batch in chosen}
     syncs = {batch: figure(_syncs_s(subject, batch, repeats)).median_s for batch in overheads}
     per_layer, per_graph = _launches_s(subject)
-    made = {batch: _step_s(subject, batch, repeats) for batch in overheads} if subject.device.asynchronous else {}
+    on_card = subject.device.asynchronous and not subject.model.kernels.any_lengths
+    made = {batch: _step_s(subject, batch, repeats) for batch in overheads} if on_card else {}
     return HostCosts(
         {batch: f.median_s for batch, f in overheads.items()},
         {batch: f.iqr_s for batch, f in overheads.items()},
         syncs, per_layer, per_graph, made,
     )  # fmt: skip
+
+
+def _opened(subject: Subject) -> Device:
+    """The subject's device as it serves, with the subject's kernels."""
+    return open_device(subject.device.torch_device, subject.model.kernels.name)
 
 
 def _lengths(subject: Subject, batch: int) -> list[int]:
@@ -115,14 +123,13 @@ def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
 
     from helios_sim.live.exits import Row
     from helios_sim.live.forward import GraphedDecodes
-    from helios_sim.live.memory.kv import DecodeStep
 
     device, lengths = subject.device, _lengths(subject, batch)
     cache = subject.cache(batch, max(lengths))
     ids, slots, before = list(range(batch)), list(range(batch)), [n - 1 for n in lengths]
     found, layers = [], _layers(subject, batch)
     if device.asynchronous:
-        graphs = GraphedDecodes(subject.model, cache, open_device(device.torch_device))
+        graphs = GraphedDecodes(subject.model, cache, _opened(subject))
         rows = [Row(i, n - 1, i, subject.n_layers) for i, n in enumerate(lengths)]
         sampled = torch.tensor(ids, device=device.torch_device)
         for _ in range(repeats + 1):
@@ -139,7 +146,7 @@ def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
         device.wait()
         start_s = perf_counter()
         tokens = torch.tensor(ids, device=device.torch_device)
-        DecodeStep(cache, slots, before)
+        decode_step(cache, slots, before)
         tokens.tolist()
         device.wait()
         found.append(perf_counter() - start_s)
@@ -165,8 +172,6 @@ def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:
     """Seconds to bring confidences to the host, compare, gather the remaining rows and make a step for them."""
     import torch
 
-    from helios_sim.live.memory.kv import DecodeStep
-
     device, lengths = subject.device, _lengths(subject, batch)
     cache, hidden = subject.cache(batch, max(lengths)), subject.hidden(batch)
     confidence = torch.linspace(0.0, 1.0, batch, device=device.torch_device)
@@ -177,7 +182,7 @@ def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:
         start_s = perf_counter()
         stay = [i for i, c in enumerate(confidence.tolist()) if c < 0.5] or [0]
         hidden.index_select(0, torch.tensor(stay, device=device.torch_device))
-        DecodeStep(cache, stay, [lengths[i] - 1 for i in stay])
+        decode_step(cache, stay, [lengths[i] - 1 for i in stay])
         device.wait()
         found.append(perf_counter() - start_s)
     return found[1:]
@@ -273,7 +278,7 @@ def serve(subject: Subject, spec: ModelSpec, ceilings: Ceilings, batch: int, ans
     live = LiveModel(subject.model.source, ExitHeads.own(()), letters, profile, trace.bind(("text",)))
     answer_tokens = min(answer_tokens, subject.architecture.max_context_tokens - PROMPT_TOKENS)
     clock = WallClock()
-    device = open_device(subject.device.torch_device)
+    device = _opened(subject)
     engine = LiveEngine(
         clock, {spec.name: live}, letters, slots=batch, slot_tokens=PROMPT_TOKENS + answer_tokens, device=device,
         residents=InPlace(subject.model),

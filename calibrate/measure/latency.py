@@ -23,7 +23,9 @@ from calibrate.measure.device import Step
 from calibrate.measure.grid import Axes, HeldOut, Place, geometric, refine
 from calibrate.measure.sampling import Figure, Sampler, TimingJob, TimingPoint
 from calibrate.measure.subject import Subject
-from helios_sim.live.model.decoder import Attend, Rotation
+from helios_sim.live.model.architecture import Architecture
+from helios_sim.live.model.decoder import FusedAttend, Rotation, turned
+from helios_sim.live.model.weights import LayerWeights
 from helios_sim.profile import pace
 
 CARD_PROMPT_ROWS = 512  # fewer rows would be memory-bound on a card
@@ -54,7 +56,7 @@ class NoAttention:
 class OnlyLayers:
     """A real attention step in some layers and none in the others, to time one class of layers."""
 
-    def __init__(self, step: Attend, layers: Collection[int]) -> None:
+    def __init__(self, step: Any, layers: Collection[int]) -> None:
         self._step, self._layers = step, frozenset(layers)
         self.rotations = step.rotations
         self._none = NoAttention(step.rotations)
@@ -64,6 +66,26 @@ class OnlyLayers:
 
     def write(self, layer: int, k: Any, v: Any) -> None:
         self._step.write(layer, k, v)
+
+
+class OnlyFusedLayers(OnlyLayers, FusedAttend):
+    """The same of a step that norms and turns q and k by itself."""
+
+    def __init__(self, step: Any, layers: Collection[int], architecture: Architecture) -> None:
+        super().__init__(step, layers)
+        self._architecture = architecture
+
+    def fused(self, layer: int, qkv: Any, w: LayerWeights) -> Any:
+        if layer in self._layers:
+            return self._step.fused(layer, qkv, w)
+        return self._none(layer, *turned(self._architecture, w, layer, qkv, self._none))
+
+
+def only_layers(step: Any, layers: Collection[int], architecture: Architecture) -> OnlyLayers:
+    """The step in these layers alone."""
+    if isinstance(step, FusedAttend):
+        return OnlyFusedLayers(step, layers, architecture)
+    return OnlyLayers(step, layers)
 
 
 def anchor_places(subject: Subject) -> dict[str, tuple[int, int]]:
@@ -335,7 +357,8 @@ class Latency:
         def build() -> Sequence[Step]:
             step, hidden = make(), subject.hidden(rows)
             attends: list[Any] = [NoAttention(step.rotations)]
-            attends += [OnlyLayers(step, layers) if len(classes) > 1 else step for layers in classes]
+            a, several = subject.architecture, len(classes) > 1
+            attends += [only_layers(step, layers, a) if several else step for layers in classes]
             return [partial(model.run, hidden, 0, subject.n_layers, attend) for attend in attends]
 
         def read(laps_s: Sequence[float]) -> Mapping[TimingPoint, float]:

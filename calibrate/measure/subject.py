@@ -15,6 +15,7 @@ from calibrate.measure.device import TimedDevice
 from helios_sim.live.model.architecture import Architecture
 
 if TYPE_CHECKING:
+    from helios_sim.live.memory.decodes import ExactStep
     from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
@@ -93,7 +94,9 @@ class Subject:
         a = self.architecture
         if not self.holds(slots, tokens):
             raise ValueError(f"{slots} slots of {tokens} tokens exceed the pool of {self.pool_tokens}")
-        cache = KvCache(a, 0, slots, tokens, self.model.dtype, self.device.torch_device)
+        cache = KvCache(
+            a, 0, slots, tokens, self.model.dtype, self.device.torch_device, kernels=self.model.kernels
+        )
         used = slots * tokens * a.kv_width
         shape = (slots, a.n_kv_heads, tokens, a.head_dim)
         cache.keys.extend(keys[:used].view(shape) for keys, _ in self._pools)
@@ -103,36 +106,36 @@ class Subject:
     def holds(self, slots: int, tokens: int) -> bool:
         return slots * tokens <= self.pool_tokens
 
-    def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep:
+    def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep | ExactStep:
         """A decode step for requests with these context lengths, including the new token."""
         return self.decode_step_in(self.decode_cache(kv_tokens), kv_tokens, 0)
 
     def decode_cache(self, kv_tokens: Sequence[int]) -> KvCache:
         """A cache for requests with these context lengths, as long as the longest.
 
-        On a card it is as long as what a captured step reads of each request in service, if the pool holds that.
+        Where a captured step reads more of each request in service, it is as long as that, if the pool holds it.
         """
         from helios_sim.live.forward import spans
 
         batch, tokens = len(kv_tokens), max(kv_tokens)
-        if self.device.asynchronous:
+        if self.device.asynchronous and not self.model.kernels.any_lengths:
             span = next((n for n in spans(self.limits.max_kv_tokens) if n >= tokens), tokens)
             tokens = span if self.holds(batch, span) else tokens
         return self.cache(batch, tokens)
 
-    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep:
+    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep | ExactStep:
         """A decode step in a given cache, from a slot on.
 
         Several contexts get a mask even if they are equally long, since in service they hardly ever are. So does a
-        single one on a card, where a captured step serves any length.
+        single one on a card, where a captured step serves any length. Kernels that go by the lengths need none.
         """
-        from helios_sim.live.memory.kv import DecodeStep
+        from helios_sim.live.memory.decodes import decode_step
 
         slots = range(first_slot, first_slot + len(kv_tokens))
         span = max(kv_tokens) if len(kv_tokens) > 1 else None
         if self.device.asynchronous:
             span = cache.max_tokens
-        return DecodeStep(cache, slots, [kv - 1 for kv in kv_tokens], span)
+        return decode_step(cache, slots, [kv - 1 for kv in kv_tokens], span)
 
     def prompt_step(self, tokens: int, context_tokens: int) -> PromptStep:
         from helios_sim.live.memory.kv import PromptStep

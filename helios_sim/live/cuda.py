@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from helios_sim.live.device import Mark, Pairs, Step, mapped, oom_message
+from helios_sim.live.kernels.interface import TORCH, Kernels
 
 WARM_UP_CALLS = 2  # before a capture: libraries load their kernels, and allocate their handles and workspaces
 
@@ -135,8 +136,8 @@ class CudaDevice:
 
     captures = True
 
-    def __init__(self, torch_device: torch.device, cuda: Any = torch.cuda) -> None:
-        self.torch_device, self._cuda = torch_device, cuda
+    def __init__(self, torch_device: torch.device, cuda: Any = torch.cuda, kernels: Kernels = TORCH) -> None:
+        self.torch_device, self._cuda, self.kernels = torch_device, cuda, kernels
         self._card = Card.of(cuda, torch_device.index or 0)
 
     def host_empty(self, n_bytes: int) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from helios_sim.errors import TooLittleMemory
+from helios_sim.live.kernels.choice import kernels_for
+from helios_sim.live.kernels.interface import TORCH, Kernels
 
 Step = Callable[[], object]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (source, target) of the same shape
@@ -38,6 +40,7 @@ class Mark(Protocol):
 class Device(Protocol):
     torch_device: torch.device
     captures: bool  # whether steps can be captured as a graph and launched as one
+    kernels: Kernels  # of decode steps
 
     def host_empty(self, n_bytes: int) -> Tensor:
         """Host memory, uint8 (n_bytes,), of the kind that `copy` reads fastest."""
@@ -72,8 +75,8 @@ class CpuDevice:
 
     captures = False
 
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
+    def __init__(self, kernels: Kernels = TORCH) -> None:
+        self.torch_device, self.kernels = torch.device("cpu"), kernels
 
     def host_empty(self, n_bytes: int) -> Tensor:
         return block(n_bytes, self.torch_device)
@@ -97,14 +100,18 @@ class CpuDevice:
         return step
 
 
-def open_device(name: str) -> Device:
-    """The device named `cpu`, `cuda` or `cuda:N`."""
+def open_device(name: str, kernels: str | None = None) -> Device:
+    """The device named `cpu`, `cuda` or `cuda:N`. `kernels`: triton or torch; None: what suits it.
+
+    Raises UserError for kernels that it cannot run.
+    """
     device = torch.device(name)
     if device.type == "cpu":
-        return CpuDevice()
+        return CpuDevice(kernels_for(device, kernels))
     from helios_sim.live.cuda import CudaDevice
 
-    return CudaDevice(torch.device("cuda", device.index or 0))
+    device = torch.device("cuda", device.index or 0)
+    return CudaDevice(device, kernels=kernels_for(device, kernels))
 
 
 class _Done:

@@ -47,6 +47,7 @@ class LiveEngine:
 
     slots: how many requests can run at once if memory suffices.
     slot_tokens: the most tokens of a request, prompt and answer together.
+    kernels: triton or torch, of a device that is given by name; None: what suits it.
     weight_bytes: device memory for weights; None: enough for all models.
     residents: weights that are loaded already, if any.
     kept_answers: how many answers of requests that completed and left are kept, the latest ones; None: all.
@@ -61,12 +62,13 @@ class LiveEngine:
         slots: int,
         slot_tokens: int,
         device: str | Device = "cpu",
+        kernels: str | None = None,
         weight_bytes: int | None = None,
         residents: Residents | None = None,
         kept_answers: int | None = SERVED_TEXTS,
     ) -> None:
         self._env, self._models, self._texts = env, models, texts
-        on = open_device(device) if isinstance(device, str) else device
+        on = open_device(device, kernels) if isinstance(device, str) else device
         self.device = on
         self.residents = residents or Residents(models, on, weight_bytes)
         self.work = Workspace(

@@ -15,6 +15,7 @@ from torch import Tensor
 from helios_sim.exits.rule import PerToken
 from helios_sim.live.device import Device, Step
 from helios_sim.live.exits import Chunk, ExitDecider, ExitReader, OwedToken, Row, Tally
+from helios_sim.live.memory.decodes import ExactStep, decode_step, decode_step_on_device
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.policy.deployment import BatchingRule, KvRule
@@ -40,7 +41,7 @@ class _Shape:
     start: int
     end: int
     size: int
-    span: int
+    span: int  # tokens read of each request; 0: each is read as long as it is, in any slots
     in_row: bool  # slots are 0, 1, ...
 
 
@@ -58,7 +59,8 @@ class GraphedDecodes:
         self._steps: dict[_Shape, _Captured] = {}
         sizes = tuple(size for size in SIZES if size < cache.slots)
         self._sizes = (*sizes, cache.slots)
-        self._spans = spans(cache.max_tokens)
+        self._exact = cache.kernels.any_lengths
+        self._spans = [0] if self._exact else spans(cache.max_tokens)
         on = cache.device
         self._numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._sizes}
         self._states = {size: self._hidden_of(size) for size in self._sizes}
@@ -78,7 +80,7 @@ class GraphedDecodes:
             for start, end in segments
             for size in reversed(self._sizes)
             for span in reversed(self._spans)
-            for in_row in ((True, False) if start else (True,))
+            for in_row in ((True, False) if start and not self._exact else (True,))
         ]
         for shape in shapes:
             self._step(shape)
@@ -92,7 +94,7 @@ class GraphedDecodes:
         """
         n = len(rows)
         size, in_row = self.stage(rows)
-        longest = max(row.position for row in rows) + 1
+        longest = 0 if self._exact else max(row.position for row in rows) + 1
         span = next(span for span in self._spans if span >= longest)
         before, after = self._states[size]
         if hidden is not None:
@@ -109,15 +111,19 @@ class GraphedDecodes:
     def stage(self, rows: Sequence[Row]) -> tuple[int, bool]:
         """Copy token ids, slots and positions to the device at once.
 
-        Returns the size of the step that reads them, and whether the slots are 0, 1, ...
+        Returns the size of the step that reads them, and whether the slots count as 0, 1, ...
         """
         n, last = len(rows), self._cache.max_tokens - 1
         size = next(size for size in self._sizes if size >= n)
-        in_row = [row.slot for row in rows] == list(range(n))
-        padding = range(n, size) if in_row else [0] * (size - n)
+        slots = [row.slot for row in rows]
+        if self._exact:
+            in_row, padding = True, [-1] * (size - n)
+        else:
+            in_row = slots == list(range(n))
+            padding = list(range(n, size)) if in_row else [0] * (size - n)
         numbers = [
             [row.token for row in rows] + [0] * (size - n),
-            [*(row.slot for row in rows), *padding],
+            slots + padding,
             [row.position for row in rows] + [last] * (size - n),
         ]
         staged = self._staged[: 3 * size].view(3, size)
@@ -140,8 +146,7 @@ class GraphedDecodes:
         numbers, (hidden, out) = self._numbers[shape.size], self._states[shape.size]
 
         def step() -> None:
-            first = 0 if shape.in_row else None
-            attend = DecodeStep.on_device(cache, numbers[_SLOTS], numbers[_POSITIONS], shape.span, first)
+            attend = decode_step_on_device(cache, numbers[_SLOTS], numbers[_POSITIONS], shape.span, shape.in_row)
             into = hidden if shape.start else model.embed(numbers[_IDS], numbers[_POSITIONS])
             out.copy_(model.run(into, shape.start, shape.end, attend))
 
@@ -155,7 +160,7 @@ class _Inside:
     rows: list[Row]
     pieces: list[tuple[Chunk, PromptStep]]
     hidden: Tensor | None  # None: a captured first segment embeds for itself
-    step: DecodeStep | None  # the rows' step; None: no rows, or it has to be built anew
+    step: DecodeStep | ExactStep | None  # the rows' step; None: no rows, or it has to be built anew
 
 
 class Forward:
@@ -204,10 +209,10 @@ class Forward:
         ids = torch.tensor([row.token for row in rows], device=self._cache.device)
         return self._model.embed(ids, torch.tensor([row.position for row in rows], device=self._cache.device))
 
-    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, OwedToken]]) -> DecodeStep:
+    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, OwedToken]]) -> DecodeStep | ExactStep:
         slots = [row.slot for row in rows] + [row.slot for row, _ in owed]
         lengths = [row.position for row in rows] + [token.position for _, token in owed]
-        return DecodeStep(self._cache, slots, lengths)
+        return decode_step(self._cache, slots, lengths)
 
     def _band(self, band: int, start: int, end: int, now: _Inside, tally: Tally) -> None:
         rows, n = now.rows, len(now.rows)
@@ -271,7 +276,7 @@ class Forward:
             row.owed.append(OwedToken(row.position, end, state.clone()))  # the next iteration may overwrite it
 
 
-def _attend(step: DecodeStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
+def _attend(step: DecodeStep | ExactStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
     if step is not None and not pieces:
         return step
     if step is None and len(pieces) == 1:

@@ -15,8 +15,9 @@ from time import perf_counter
 import torch
 
 from helios_sim.live.device import Device, Step
-from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
-from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.memory.decodes import decode_step
+from helios_sim.live.memory.kv import KvCache, PromptStep
+from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.policy.deployment import Deployment
 from helios_sim.profile.spec import Anchor
 from helios_sim.request import Request
@@ -95,10 +96,10 @@ def anchor_step(model: SegmentedModel, anchor: Anchor) -> Step:
     """
     layers, rows, kv_tokens = model.n_loaded, anchor.rows, anchor.kv_tokens
     slots, tokens = (rows, kv_tokens) if kv_tokens else (1, rows)
-    cache = KvCache(model.architecture, layers, slots, tokens, model.dtype, model.device)
-    step: DecodeStep | PromptStep = PromptStep(cache, 0, rows)
+    cache = KvCache(model.architecture, layers, slots, tokens, model.dtype, model.device, kernels=model.kernels)
+    step: Attend = PromptStep(cache, 0, rows)
     if kv_tokens:
-        step = DecodeStep(cache, range(rows), [kv_tokens - 1] * rows, kv_tokens if rows > 1 else None)
+        step = decode_step(cache, range(rows), [kv_tokens - 1] * rows, kv_tokens if rows > 1 else None)
     ids = torch.arange(rows, device=model.device)
     hidden = model.embed(ids, ids)
     return lambda: model.run(hidden, 0, layers, step)

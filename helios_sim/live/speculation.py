@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from helios_sim.live.exits import Choice, Chunk, ExitReader
-from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
+from helios_sim.live.memory.decodes import decode_step
+from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.profile.composition import Composition, PrefillChunk
 
@@ -98,7 +99,7 @@ class Speculation:
 
     def _first_layers(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
         """The latest token of each request, and these chunks, after the exit's layer."""
-        step = DecodeStep(self._cache, [one.slot for one in requests], [one.position for one in requests])
+        step = decode_step(self._cache, [one.slot for one in requests], [one.position for one in requests])
         ids = [one.latest for one in requests] + [token for chunk, _ in pieces for token in chunk.tokens]
         positions = torch.cat([step.positions, *(prompt.positions for _, prompt in pieces)])
         hidden = self._model.embed(torch.tensor(ids, device=self._cache.device), positions)

@@ -212,7 +212,7 @@ class Service:
         slot_tokens = (-(-self._serve.max_model_len // block_tokens) + 1) * block_tokens
         return AskedLive.opened(
             self.clock, self._opened(), self.book, slots=server.max_running_requests, slot_tokens=slot_tokens,
-            device=self.config.live.device,
+            device=self.config.live.device, kernels=self.config.live.kernels,
         )  # fmt: skip
 
     def _warm_up(self, engine: AskedLive, server: Server) -> None:

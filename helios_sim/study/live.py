@@ -120,14 +120,23 @@ class LiveRun:
         return known | {"gco2e_per_million_tokens": gco2e_per_million(self.meter.energy_j, carbon, tokens)}
 
     def inputs(self) -> dict[str, Provenance]:
-        """Where the energy comes from."""
-        if self.meter.energy_j is None:
-            return {}
-        return {"energy": Provenance(ProvenanceClass.MEASURED, self.meter.source, "mode=live")}
+        """Where the energy comes from, and which kernels a card computed with."""
+        found = {}
+        if self.meter.energy_j is not None:
+            found["energy"] = Provenance(ProvenanceClass.MEASURED, self.meter.source, "mode=live")
+        if self.device_engine.device.captures:
+            found["kernels"] = Provenance(ProvenanceClass.MEASURED, self._kernels(), "mode=live")
+        return found
+
+    def _kernels(self) -> str:
+        from helios_sim.live.kernels.choice import described
+
+        return described(self.device_engine.device.kernels)
 
     def notices(self) -> tuple[str, ...]:
         """What a reader may miss."""
-        return (f"Energy is not known: {self.meter.why}.",) if self.meter.why else ()
+        energy = (f"Energy is not known: {self.meter.why}.",) if self.meter.why else ()
+        return (*energy, f"The card ran {self._kernels()}.") if self.device_engine.device.captures else energy
 
     def end(self) -> LiveNotes:
         """The run is over, and so is the counting of energy. Returns its sums."""
@@ -176,7 +185,7 @@ def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> Li
     engine = ReplayingEngine if any(model.replays for model in live_models.values()) else LiveEngine
     return engine(
         clock, live_models, texts, slots=slots, slot_tokens=_slot_tokens(config, live_models, requests),
-        device=config.live.device,
+        device=config.live.device, kernels=config.live.kernels,
         kept_answers=None if config.live.score else SERVED_TEXTS,  # they are read once more when all is over
     )  # fmt: skip
 

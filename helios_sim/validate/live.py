@@ -204,6 +204,7 @@ def measured_profiles(config: Config, folder: Path) -> Profiled:
         settings += [f"max_batch_tokens={config.server.max_batch_tokens}"]
         settings += [f"max_context_tokens={2 * config.server.max_batch_tokens}"]
         settings += [] if config.live.threads is None else [f"threads={config.live.threads}"]
+        settings += [] if config.live.kernels is None else [f"kernels={config.live.kernels}"]
         settings += [] if config.live.dtype is None else [f"dtype={config.live.dtype}"]
         print(f"measuring {model}", file=sys.stderr)
         words = [sys.executable, "-m", "calibrate", *settings]

@@ -149,5 +149,6 @@ def test_a_card_beside_the_first_is_captured_on_its_own_stream() -> None:
 
 
 def test_the_name_of_a_card_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helios_sim.live.cuda.CudaDevice", lambda device: device)
+    monkeypatch.setattr("helios_sim.live.cuda.CudaDevice", lambda device, kernels: device)
+    monkeypatch.setattr("helios_sim.live.device.kernels_for", lambda device, kernels: None)
     assert [open_device(name).index for name in ("cuda", "cuda:1")] == [0, 1]  # type: ignore[attr-defined]

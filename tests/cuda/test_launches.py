@@ -1,7 +1,8 @@
 """What a decode step of a whole model launches and reads, counted at full shape on a device that computes nothing.
 
-The counts are of today's steps: they may fall, and never rise. The target is at most 9 launches a layer, one graph for
-each batch size, and to read the K and V of every request as long as it is.
+The counts are of today's steps: they may fall, and never rise. With the project's kernels a layer is at most 9
+launches, one graph serves a batch size at all lengths, and `test_kernels.py` shows that no byte of K and V is read in
+vain. With torch's operations a step reads up to twice what it must.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helios_sim.live.checkpoint.random_weights import draw
 from helios_sim.live.exits import Row
 from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
 from helios_sim.live.model import weights
 from helios_sim.live.model.decoder import SegmentedModel
 
 TARGET = 9  # launches a layer
-# by model: launches a layer, and beside the layers (embedding, rotations, mask, rows)
+# by model: launches a layer, and beside the layers (embedding, rotations, mask, rows), by torch's operations
 TODAY = {"llama-2-7b": (18, 21), "llama-3-8b": (18, 21), "smollm2-135m": (18, 21), "opt-6.7b": (14, 14)}
 # by model: launches of an iteration of 16 decodes and a prompt's 256 tokens after 256 others, which is not captured
 MIXED = {"llama-2-7b": 704, "llama-3-8b": 704, "smollm2-135m": 660, "opt-6.7b": 576}
+# by the project's kernels, for batches of at most 4 and of more
+KERNELS = {  # with as many KV heads as heads a batch of 64 has work for all cores, and is not split
+    "llama-2-7b": {4: (6, 3), 64: (8, 3)}, "llama-3-8b": {4: (6, 3), 64: (9, 3)},
+    "smollm2-135m": {4: (6, 3), 64: (9, 3)}, "opt-6.7b": {4: (6, 5), 64: (8, 5)},
+}  # fmt: skip
 META = torch.device("meta")
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 FREE = {"empty", "empty_strided", "empty_like", "new_empty"}  # memory alone
@@ -77,7 +84,7 @@ class Whole(TorchFunctionMode):
 class Counting:
     """A device whose captures are counted."""
 
-    torch_device, captures = META, True
+    torch_device, captures, kernels = META, True, TORCH
 
     def __init__(self) -> None:
         self.ops = Ops()
@@ -98,17 +105,18 @@ class Counting:
         return lambda: None
 
 
-def model_of(shape: str, monkeypatch: pytest.MonkeyPatch) -> SegmentedModel:
+def model_of(shape: str, monkeypatch: pytest.MonkeyPatch, kernels: Any = TORCH) -> SegmentedModel:
     monkeypatch.setattr(weights, "fill", lambda *given: None)
     source = draw(f"random:{shape}")
-    model = SegmentedModel(source, weights.load_outer(source, torch.bfloat16, META), torch.bfloat16, META)
+    outer = weights.load_outer(source, torch.bfloat16, META)
+    model = SegmentedModel(source, outer, torch.bfloat16, META, kernels)
     model.layers = [weights.load_layer(source, i, torch.bfloat16, META) for i in range(source.architecture.n_layers)]
     return model
 
 
 def counted(model: SegmentedModel, batch: int, context: int, max_tokens: int = 1024) -> Counting:
-    cache = KvCache(model.architecture, len(model.layers), batch, max_tokens, torch.bfloat16, META)
-    on = Counting()
+    shape = (model.architecture, len(model.layers), batch, max_tokens, torch.bfloat16, META)
+    cache, on = KvCache(*shape, kernels=model.kernels), Counting()
     rows = [Row(i, context - 1, 5, len(model.layers)) for i in range(batch)]
     GraphedDecodes(model, cache, on).run(rows, None, 0, len(model.layers))  # type: ignore[arg-type]
     return on
@@ -129,6 +137,44 @@ def test_a_captured_step_launches_no_more_than_it_did(shape: str, monkeypatch: p
     assert (layer, total - n * layer) == TODAY[shape], "fewer: write them down here"
     assert layer > TARGET, "the target is reached: say so here"
     assert not whole.host  # no wait for the host inside a graph, and no copy from it
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+@pytest.mark.parametrize("shape", KERNELS)
+def test_a_layer_is_few_kernels(shape: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from helios_sim.live.kernels.card import TRITON
+    from kernel_builds import noted
+
+    model = model_of(shape, monkeypatch, TRITON)
+    n, found = len(model.layers), []
+    for layers in (n, n // 2):
+        model.layers = model.layers[:layers]
+        with noted() as own:
+            on = counted(model, batch, 500)
+        assert not on.ops.host  # no wait for the host inside a graph, and no copy from it
+        found.append(on.ops.launches.total() + len(own))
+    layer = (found[0] - found[1]) / (n - n // 2)
+    assert (layer, found[0] - n * layer) == KERNELS[shape][batch], "fewer: write them down here"
+    assert layer <= TARGET
+
+
+def test_one_graph_of_the_kernels_serves_all_lengths_and_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from helios_sim.live.kernels.card import TRITON
+    from kernel_builds import noted
+
+    model = model_of("smollm2-135m", monkeypatch, TRITON)
+    layers, on = len(model.layers), Counting()
+    cache = KvCache(model.architecture, layers, 16, 2048, torch.bfloat16, META, kernels=TRITON)
+    graphs = GraphedDecodes(model, cache, on)  # type: ignore[arg-type]
+    with noted():
+        assert graphs.capture([(0, 8), (8, layers)]) == 2 * 5  # batches of 1, 2, 4, 8 and 16
+        after = on.ops.launches.total()
+        for slots, length in (((0, 1, 2), 1), ((5, 2, 9), 700), ((15, 3, 4), 2000)):
+            rows = [Row(slot, length, 5, layers) for slot in slots]
+            graphs.run(rows, graphs.run(rows, None, 0, 8), 8, layers)
+    assert on.ops.launches.total() == after
 
 
 @pytest.mark.parametrize(("context", "most"), [(100, 1.28), (128, 1.0), (500, 1.03), (520, 1.97), (1024, 1.0)])

@@ -93,7 +93,8 @@ def test_host_costs_are_those_of_captured_steps() -> None:
 
     with cuda.watched(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphedDecodes, "stage", noted)
-        patch.setattr("calibrate.measure.host.open_device", lambda name: CudaDevice(torch.device("cpu"), cuda))
+        opened = CudaDevice(torch.device("cpu"), cuda)
+        patch.setattr("calibrate.measure.host.open_device", lambda name, kernels: opened)
         model = SegmentedModel.load(random_checkpoint("tiny:llama-2-7b", "cpu", 0))
         on = timed(cuda)
         patch.setattr(TimedCuda, "torch_device", property(lambda self: "cpu"))

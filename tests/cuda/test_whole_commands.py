@@ -22,8 +22,8 @@ from strict_cuda import StrictCuda
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A strict card in place of every device that is opened."""
     strict = StrictCuda()
-    monkeypatch.setattr("helios_sim.live.engine.open_device", lambda name: CudaDevice(torch.device("cpu"), strict))
-    monkeypatch.setattr("calibrate.measure.host.open_device", lambda name: CudaDevice(torch.device("cpu"), strict))
+    for place in ("helios_sim.live.engine", "calibrate.measure.host"):
+        monkeypatch.setattr(f"{place}.open_device", lambda *given: CudaDevice(torch.device("cpu"), strict))
     monkeypatch.setattr(TimedCuda, "torch_device", property(lambda self: "cpu"))
     fake = SimpleNamespace(cuda=strict, __version__="2.11", version=SimpleNamespace(cuda="13.0"))
     timed = TimedCuda.of(fake, None, 0, 1 << 28)

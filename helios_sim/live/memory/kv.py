@@ -3,8 +3,8 @@
 The cache is made of slots, one per request: each layer has K and V of shape (slots, kv_heads, max_tokens, head_dim).
 A step is built for one call of the model and passed to every layer, so that everything that depends only
 on lengths (rotations, masks, where to write) is computed once per step. `PromptStep` runs a chunk of one prompt,
-`DecodeStep` one token each of several requests, `MixedStep` several steps together, and `Packed` whole texts without a
-cache.
+`DecodeStep` one token each of several requests (see `decodes.py`), `MixedStep` several steps together, and `Packed`
+whole texts without a cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_sim.live.device import ALIGNMENT, aligned, written_block
+from helios_sim.live.kernels.interface import TORCH, Kernels
 from helios_sim.live.model.architecture import Architecture
 from helios_sim.live.model.decoder import Attend, Rotary, Rotation
 
@@ -63,10 +64,13 @@ class KvCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         memory: Tensor | None = None,
+        kernels: Kernels = TORCH,
     ) -> None:
         self.architecture, self.slots, self.max_tokens = architecture, slots, max_tokens
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.kernels = dtype, torch.device(device), kernels
         self.rotary = Rotary(architecture, dtype, device)
+        # Cosines and sines of all positions, float32 (max_tokens, head_dim) by layer, for kernels that turn q and k.
+        self.angles = self.rotary.tables(max_tokens) if kernels.any_lengths else []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._memory = memory
@@ -105,7 +109,7 @@ class PromptStep:
 
     def __init__(self, cache: KvCache, slot: int, tokens: int, context: int = 0) -> None:
         self._cache, self._slot, self._start, self._end = cache, slot, context, context + tokens
-        _check_room(cache, [slot], self._end)
+        check_room(cache, [slot], self._end)
         self.positions = torch.arange(context, context + tokens, device=cache.device)
         self.rotations = cache.rotary.at(self.positions)
         a = cache.architecture
@@ -137,7 +141,7 @@ class DecodeStep:
 
     def __init__(self, cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> None:
         longest = max(lengths) + 1
-        _check_room(cache, slots, max(longest, span or 0))
+        check_room(cache, slots, max(longest, span or 0))
         in_row = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         self._set(
             cache,
@@ -166,15 +170,11 @@ class DecodeStep:
         self._shape = (batch, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
         self.slots, self.positions = slots, positions
         self.rotations: list[Rotation | None] = cache.rotary.at(positions)
-        heads = torch.arange(a.n_kv_heads, device=cache.device)
-        rows = (slots[:, None] * a.n_kv_heads + heads) * cache.max_tokens + positions[:, None]
-        self._rows = rows.flatten()  # rows of the cache viewed as (slots x kv_heads x max_tokens, head_dim)
+        self._rows = rows_of(cache, slots, positions)
         self._masks = _decode_masks(a, positions, span, even, cache.dtype)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        width = k.shape[-1]
-        self._cache.keys[layer].view(-1, width).index_copy_(0, self._rows, k.reshape(-1, width))
-        self._cache.values[layer].view(-1, width).index_copy_(0, self._rows, v.reshape(-1, width))
+        write_rows(self._cache, layer, self._rows, k, v)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.write(layer, k, v)
@@ -190,6 +190,20 @@ class DecodeStep:
         if self._first is not None:
             return spanned[self._first : self._first + self._batch]
         return spanned.index_select(0, self.slots)
+
+
+def rows_of(cache: KvCache, slots: Tensor, positions: Tensor) -> Tensor:
+    """Where one token of each request lies in the cache viewed as (slots x kv_heads x max_tokens, head_dim)."""
+    heads = torch.arange(cache.architecture.n_kv_heads, device=cache.device)
+    rows = (slots[:, None] * len(heads) + heads) * cache.max_tokens + positions[:, None]
+    return rows.flatten()
+
+
+def write_rows(cache: KvCache, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+    """Store k and v (N, kv_heads, head_dim) in the rows that `rows_of` names."""
+    width = k.shape[-1]
+    cache.keys[layer].view(-1, width).index_copy_(0, rows, k.reshape(-1, width))
+    cache.values[layer].view(-1, width).index_copy_(0, rows, v.reshape(-1, width))
 
 
 class Packed:
@@ -223,7 +237,7 @@ class Packed:
         return out.transpose(1, 2).reshape(self._batch * self._tokens, -1)
 
 
-def _check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
+def check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
     """Raise ValueError for a write past a slot's end, which would land in its neighbour."""
     if tokens > cache.max_tokens or not all(0 <= slot < cache.slots for slot in slots):
         raise ValueError(f"{tokens} tokens in slots {list(slots)}: {cache.slots} slots of {cache.max_tokens} tokens")

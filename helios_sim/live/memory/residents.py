@@ -359,7 +359,7 @@ class Residents:
 
     def _segmented(self, name: str, outer: OuterWeights) -> SegmentedModel:
         live = self._models[name]
-        return SegmentedModel(live.checkpoint, outer, live.dtype, self._device.torch_device)
+        return SegmentedModel(live.checkpoint, outer, live.dtype, self._device.torch_device, self._device.kernels)
 
 
 class _Streamed(Sequence[LayerWeights]):

@@ -14,7 +14,8 @@ from helios_sim.errors import TooLittleMemory
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
 from helios_sim.live.forward import GraphedDecodes
-from helios_sim.live.memory.kv import CacheShape, DecodeStep, KvCache, PromptStep
+from helios_sim.live.memory.decodes import decode_step
+from helios_sim.live.memory.kv import CacheShape, KvCache, PromptStep
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.serving.iteration import Places
 
@@ -140,7 +141,9 @@ class Workspace:
         self._block, self.reserved_bytes = block, len(block)
         for name, shape in self._shapes.items():
             a = shape.architecture
-            self._caches[name] = KvCache(a, 0, slots[name], shape.slot_tokens, shape.dtype, on, block)
+            self._caches[name] = KvCache(
+                a, 0, slots[name], shape.slot_tokens, shape.dtype, on, block, self._device.kernels
+            )
             self.places[name] = Places(slots[name], shape.slot_tokens)
 
     def use(self, name: str, model: SegmentedModel, layers: int) -> None:
@@ -220,7 +223,9 @@ class Workspace:
         self._spoilt.add(self.slots.of(request_id))
 
     def arrange(self, answers: Sequence[Answer], decoding: int) -> None:
-        """Move the first `decoding` of the batch's answers into contiguous slots from 0 on."""
+        """Move the first `decoding` of the batch's answers into contiguous slots from 0 on, if that is of any use."""
+        if self.cache.kernels.any_lengths:
+            return
         cached = {answer.request.request_id: answer.cached for answer in answers}
         self.slots.arrange(list(cached)[:decoding], cached)
 
@@ -247,9 +252,9 @@ def try_out(model: SegmentedModel, layers: int) -> None:
     Libraries allocate the memory that they keep for themselves in a model's first run.
     """
     on = model.device
-    cache = KvCache(model.architecture, layers, 1, PROMPT_TOKENS + 1, model.dtype, on)
+    cache = KvCache(model.architecture, layers, 1, PROMPT_TOKENS + 1, model.dtype, on, kernels=model.kernels)
     prompt = PromptStep(cache, 0, PROMPT_TOKENS)
     hidden = model.run(model.embed(torch.zeros_like(prompt.positions), prompt.positions), 0, layers, prompt)
-    step = DecodeStep(cache, [0], [PROMPT_TOKENS])
+    step = decode_step(cache, [0], [PROMPT_TOKENS])
     hidden = model.run(model.embed(torch.zeros_like(step.positions), step.positions), 0, layers, step)
     model.logits(hidden).argmax(-1).tolist()

@@ -7,7 +7,8 @@ token sees which. Everything is differentiable when gradients are enabled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,16 +17,11 @@ from torch import Tensor
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import check_fits
+from helios_sim.live.kernels.interface import TORCH, Kernels, normed
 from helios_sim.live.model.architecture import Architecture, Rope, values
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
 
 Rotation = tuple[Tensor, Tensor]  # cosine and signed sine, each (N, 1, head_dim)
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 class Rotary:
@@ -45,6 +41,18 @@ class Rotary:
         """One rotation per layer at `positions` (N,); None with learned positions. Layers of a kind share one."""
         kinds = [None if f is None else self._rotation(positions, f) for f in self._frequencies]
         return [kinds[kind] for kind in self._kind_of_layer]
+
+    def tables(self, tokens: int) -> list[Tensor | None]:
+        """By layer, cosines and sines (head_dim / 2 each) of all positions below `tokens`: float32 (tokens, head_dim).
+
+        None with learned positions.
+        """
+        kinds = [None if f is None else self._table(tokens, f) for f in self._frequencies]
+        return [kinds[kind] for kind in self._kind_of_layer]
+
+    def _table(self, tokens: int, frequencies: Tensor) -> Tensor:
+        angles = torch.arange(tokens, device=frequencies.device).float()[:, None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1)
 
     def _rotation(self, positions: Tensor, frequencies: Tensor) -> Rotation:
         angles = positions.float()[:, None, None] * frequencies  # (N, 1, head_dim / 2)
@@ -87,52 +95,55 @@ class Attend(Protocol):
         ...
 
 
-def run_layer(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> Tensor:
-    """Run one layer: hidden (N, d_model) -> (N, d_model)."""
-    q, k, v = _qkv(a, w, layer, norm(a, hidden, w.attention_norm, w.attention_norm_bias), attend)
-    mixed = F.linear(attend(layer, q, k, v), w.attention_out, w.attention_out_bias)
-    if w.attention_post_norm is not None:
-        mixed = norm(a, mixed, w.attention_post_norm, None)
-    hidden = hidden + mixed
-    inner = F.linear(norm(a, hidden, w.mlp_norm, w.mlp_norm_bias), w.mlp_in, w.mlp_in_bias)
-    activation = ACTIVATIONS[a.activation]
-    if a.gated_mlp:
-        gate, up = inner.chunk(2, -1)
-        inner = activation(gate) * up
+class FusedAttend(ABC):
+    """An `Attend` that takes q, k and v as the layer's product gives them, and norms and turns them by itself."""
+
+    @abstractmethod
+    def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
+        """Attend with qkv (N, heads + 2 kv_heads, head_dim) -> (N, heads x head_dim). Stores k and v."""
+
+
+def run_layer(
+    a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, delta: Tensor | None, post: Tensor | None,
+    attend: Attend | FusedAttend, kernels: Kernels,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run one layer: what came before it and what it adds to that, (N, d_model) each.
+
+    `delta`: what the layer before this one adds to `hidden`, after its norm `post`; None: nothing.
+    """
+    hidden, qkv = kernels.enter(
+        a, hidden, delta, post, w.attention_norm, w.attention_norm_bias, w.qkv, w.qkv_bias, mlp=False
+    )
+    qkv = qkv.view(len(qkv), a.n_heads + 2 * a.n_kv_heads, a.head_dim)
+    if isinstance(attend, FusedAttend):
+        mixed = attend.fused(layer, qkv, w)
     else:
-        inner = activation(inner)
-    out = F.linear(inner, w.mlp_out, w.mlp_out_bias)
-    if w.mlp_post_norm is not None:
-        out = norm(a, out, w.mlp_post_norm, None)
-    return hidden + out
+        mixed = attend(layer, *turned(a, w, layer, qkv, attend))
+    mixed = kernels.product(mixed, w.attention_out, w.attention_out_bias)
+    hidden, inner = kernels.enter(
+        a, hidden, mixed, w.attention_post_norm, w.mlp_norm, w.mlp_norm_bias, w.mlp_in, w.mlp_in_bias, mlp=True
+    )
+    return hidden, kernels.product(inner, w.mlp_out, w.mlp_out_bias)
 
 
 def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> None:
     """Compute and store only the layer's K and V for hidden (N, d_model)."""
-    x = norm(a, hidden, w.attention_norm, w.attention_norm_bias)
+    x = normed(a, hidden, w.attention_norm, w.attention_norm_bias)
     bias = None if w.qkv_bias is None else w.qkv_bias[a.q_width :]
     kv = F.linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
     k, v = kv[:, : a.n_kv_heads], kv[:, a.n_kv_heads :]
     if w.k_norm is not None:
-        k = norm(a, k, w.k_norm, None)
+        k = normed(a, k, w.k_norm, None)
     rotation = attend.rotations[layer]
     attend.write(layer, k if rotation is None else rotate(k, rotation), v)
 
 
-def norm(a: Architecture, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Normalize the last dimension: LayerNorm in families with biases, RMSNorm in the others."""
-    shape = weight.shape
-    if a.bias:
-        return F.layer_norm(x, shape, weight, bias, a.norm_eps)
-    return F.rms_norm(x, shape, weight, a.norm_eps)
-
-
-def _qkv(a: Architecture, w: LayerWeights, layer: int, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+def turned(a: Architecture, w: LayerWeights, layer: int, qkv: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, with q and k normed where the family does, and turned to their positions."""
     heads, kv_heads = a.n_heads, a.n_kv_heads
-    qkv = F.linear(x, w.qkv, w.qkv_bias).view(len(x), heads + 2 * kv_heads, a.head_dim)
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     if w.q_norm is not None and w.k_norm is not None:
-        qk = torch.cat((norm(a, qk[:, :heads], w.q_norm, None), norm(a, qk[:, heads:], w.k_norm, None)), 1)
+        qk = torch.cat((normed(a, qk[:, :heads], w.q_norm, None), normed(a, qk[:, heads:], w.k_norm, None)), 1)
     rotation = attend.rotations[layer]
     if rotation is not None:
         qk = rotate(qk, rotation)  # queries and keys in one go
@@ -146,11 +157,16 @@ class SegmentedModel:
     """
 
     def __init__(
-        self, source: TensorSource, outer: OuterWeights, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        source: TensorSource,
+        outer: OuterWeights,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        kernels: Kernels = TORCH,
     ) -> None:
         self.architecture: Architecture = source.architecture
         self.dtype, self.device = dtype, torch.device(device)
-        self.outer = outer
+        self.outer, self.kernels = outer, kernels
         self.layers: list[LayerWeights] = []
         self.source = source
         # As in transformers, the scale is rounded like the weights.
@@ -163,6 +179,7 @@ class SegmentedModel:
         layers: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kernels: Kernels = TORCH,
     ) -> SegmentedModel:
         """Load the first `layers` layers (None: all). Layers above are never read.
 
@@ -172,7 +189,7 @@ class SegmentedModel:
         cap = a.n_layers if layers is None else layers
         _check_cap(cap, a)
         check_fits(f"{cap} layers", a.weight_values(cap) * dtype.itemsize, torch.device(device))
-        model = cls(checkpoint, load_outer(checkpoint, dtype, torch.device(device)), dtype, device)
+        model = cls(checkpoint, load_outer(checkpoint, dtype, torch.device(device)), dtype, device, kernels)
         model.load_layers(cap)
         return model
 
@@ -207,11 +224,14 @@ class SegmentedModel:
             hidden = hidden + F.embedding(positions, self.outer.positions)
         return hidden
 
-    def run(self, hidden: Tensor, start: int, end: int, attend: Attend) -> Tensor:
+    def run(self, hidden: Tensor, start: int, end: int, attend: Attend | FusedAttend) -> Tensor:
         """Run hidden states (N, d_model) through layers start..end-1."""
+        a, delta, post = self.architecture, None, None
         for layer in range(start, end):
-            hidden = run_layer(self.architecture, self.layers[layer], layer, hidden, attend)
-        return hidden
+            w = self.layers[layer]
+            hidden, delta = run_layer(a, w, layer, hidden, delta, post, attend, self.kernels)
+            post = w.mlp_post_norm
+        return hidden if delta is None else self.kernels.add(a, hidden, delta, post)
 
     def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend) -> None:
         """Write K and V of layers start..end-1 for tokens that exited with these hidden states (N, d_model)."""
@@ -220,7 +240,7 @@ class SegmentedModel:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the model's final norm, as the LM head expects."""
-        return norm(self.architecture, hidden, self.outer.final_norm, self.outer.final_norm_bias)
+        return normed(self.architecture, hidden, self.outer.final_norm, self.outer.final_norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: (N, d_model) -> (N, vocab). An exit without its own head uses this (LayerSkip)."""

@@ -1,0 +1,250 @@
+"""Errors of the kernels against float64, by Triton's interpreter: `python kernel_cases.py [exhaustive]` prints JSON.
+
+A process of its own, since Triton decides when a kernel is defined whether to interpret or to compile it.
+"""
+
+from __future__ import annotations
+
+import interpreted  # isort: skip - before Triton
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_sim.live.checkpoint.source import find_checkpoint
+from helios_sim.live.device import CpuDevice
+from helios_sim.live.exits import Row
+from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.kernels import activation, attention, gemv, head, norms
+from helios_sim.live.kernels.card import TRITON
+from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.memory.kv import KvCache
+from helios_sim.live.model.decoder import SegmentedModel
+from tiny_models import write_tiny
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+EPS = 1e-5
+ACTIVATIONS = {
+    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Requests of these lengths (the new token included) in these slots; -1 is padding."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+    dtype: torch.dtype = FLOAT32
+    turned: bool = False  # q and k come turned already
+    normed: bool = False
+    window: int | None = None
+    splits: int | None = None
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.heads}/{self.kv_heads} heads of {self.width}"
+        more = f"{'' if self.splits is None else f', {self.splits} splits'}{', normed' if self.normed else ''}"
+        window = "" if self.window is None else f", window {self.window}"
+        several = f"{len(self.lengths)} of up to {max(self.lengths)}" if len(self.lengths) > 6 else list(self.lengths)
+        return f"attention {shape}, lengths {several}{more}{window}, {str(self.dtype)[6:]}"
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """The largest error of a row, relative to the row's length."""
+    rows, wide = wanted.reshape(len(wanted), -1).double(), got.reshape(len(got), -1).double()
+    return float(((wide - rows).norm(dim=1) / rows.norm(dim=1).clamp(min=1e-30)).max())
+
+
+def drawn(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+def turned(x: Tensor, angles: Tensor, position: int) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = angles[position].double().split(half)
+    a, b = x.double().split(half, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(case: Attention) -> dict[str, float]:
+    """Errors of what comes out and of what is written, and bytes of K and V that are read beyond what is needed."""
+    torch.manual_seed(len(case.lengths) + case.width)
+    h, kv, d, n, dtype = case.heads, case.kv_heads, case.width, len(case.lengths), case.dtype
+    tokens = max(case.lengths) + 3
+    keys, values = (drawn(max(case.slots) + 2, kv, tokens, d, dtype=dtype) for _ in range(2))
+    was = keys.clone(), values.clone()
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    q, k, v = drawn(n, h + 2 * kv, d, dtype=dtype).split((h, kv, kv), 1)
+    frequency = 1e4 ** (-torch.arange(0, d, 2) / d)
+    angle = torch.arange(tokens)[:, None] * frequency
+    angles = torch.cat((angle.cos(), angle.sin()), 1)
+    weights = (drawn(d, dtype=dtype), drawn(d, dtype=dtype))
+    wanted = torch.zeros(n, h, d, dtype=torch.float64)
+    for row, (length, slot) in enumerate(zip(case.lengths, case.slots, strict=True)):
+        if slot < 0:
+            continue
+        query, key = q[row], k[row]
+        if case.normed:
+            query, key = rms(query, weights[0]).to(dtype), rms(key, weights[1]).to(dtype)
+        if not case.turned:
+            query, key = (turned(x, angles, length - 1).to(dtype) for x in (query, key))
+        wanted_keys[slot, :, length - 1], wanted_values[slot, :, length - 1] = key, v[row]
+        first = 0 if case.window is None else max(0, length - case.window)
+        ks, vs = (x[slot, :, first:length].double().repeat_interleave(h // kv, 0) for x in (wanted_keys, wanted_values))
+        shares = torch.softmax((query.double()[:, None] * ks).sum(-1) * d**-0.5, -1)
+        wanted[row] = (shares[:, None] @ vs)[:, 0]
+    tiles = attention.tiling(n, h, kv, d, tokens, 132, dtype.itemsize)
+    tiles = tiles if case.splits is None else replace(tiles, splits=case.splits)
+    with interpreted.reads([keys, values]) as counted:
+        got = attention.decode(
+            q, k, v, keys, values, torch.tensor(case.slots), torch.tensor(case.lengths) - 1, d**-0.5,
+            None if case.turned else angles, (*weights, EPS) if case.normed else None, case.window, tiles,
+        )  # fmt: skip
+    past = [min(n - 1, (case.window or n) - 1) for n, slot in zip(case.lengths, case.slots, strict=True) if slot >= 0]
+    needed = 2 * sum(past) * kv * d * dtype.itemsize
+    there = ((keys, was[0], wanted_keys), (values, was[1], wanted_values))
+    alone = all(torch.equal(now == before, then == before) for now, before, then in there)
+    real = [row for row, slot in enumerate(case.slots) if slot >= 0]
+    found = got.view(n, h, d)
+    return {
+        "error": error(found[real].flatten(0, 1), wanted[real].flatten(0, 1)),
+        "written": max(error(now.flatten(0, 2), then.flatten(0, 2)) for now, _, then in there),
+        "elsewhere": float(not alone), "read_too_much": float(counted.n_bytes - needed),
+        "padding": float(sum(found[row].abs().sum() for row, slot in enumerate(case.slots) if slot < 0)),
+    }  # fmt: skip
+
+
+def attentions(exhaustive: bool) -> Iterator[Attention]:
+    """All kinds of heads at all widths, and what is special in a length, a batch, a slot or a window."""
+    kinds = ((4, 4), (4, 1), (8, 1), (3, 1)) if not exhaustive else ((4, 4), (8, 2), (16, 2), (32, 1), (9, 3), (71, 1))
+    for dtype in (FLOAT32, BFLOAT16):
+        for heads, kv in kinds:
+            for width in (64, 96, 128, 256) if not exhaustive else (64, 80, 96, 128, 256):
+                yield Attention(heads, kv, width, (70, 1), (2, 0), dtype)
+        yield Attention(2, 1, 64, (130, 65, 9), (4, -1, 0), dtype, splits=4)
+        yield Attention(2, 2, 32, (1, 200), (1, 0), dtype, normed=True, window=50, splits=2)
+        yield Attention(4, 2, 64, (40, 33), (0, 1), dtype, turned=True, splits=1)
+    yield Attention(1, 1, 64, (4096,), (0,))
+    if not exhaustive:
+        return
+    for dtype in (FLOAT32, BFLOAT16):
+        for heads, kv in ((2, 2), (8, 2), (8, 1)):
+            for lengths in ((2, 3, 63, 64), (65, 127, 128, 129), (500, 1000), (2047,), (4095, 4096)):
+                for splits in (1, 4, 32):
+                    yield Attention(heads, kv, 128, lengths, tuple(range(len(lengths))), dtype, splits=splits)
+        for batch in (1, 2, 3, 7, 16, 64, 256):
+            yield Attention(4, 1, 64, tuple(1 + (37 * i) % 150 for i in range(batch)), tuple(range(batch))[::-1], dtype)
+
+
+def rows(exhaustive: bool) -> Iterator[tuple[str, float]]:
+    """Errors of the other kernels."""
+    for dtype in (FLOAT32, BFLOAT16):
+        for n, width in ((1, 64), (3, 96), (5, 576)) if not exhaustive else ((1, 64), (4, 576), (256, 4096), (2, 8192)):
+            for layer_norm, sandwich in ((False, False), (True, False), (False, True)):
+                yield from normed_rows(n, width, layer_norm, sandwich, dtype)
+        for name in ACTIVATIONS:
+            for gated in (False, True):
+                inner = 3 * drawn(2, 2100 if gated else 1050, dtype=dtype)
+                exact = ACTIVATIONS[name](inner[:, :1050].double()) * (inner[:, 1050:].double() if gated else 1.0)
+                off = error(activation.activate(inner, name, gated), exact)
+                yield f"{name}{' with a gate' if gated else ''}, {str(dtype)[6:]}", off
+        for n, width, outputs in ((1, 4096, 9), (2, 300, 17), (3, 700, 6)):
+            x = drawn(n, 2 * width, dtype=dtype)[:, :width]
+            matrix, more = drawn(outputs, width, dtype=dtype), drawn(outputs, dtype=dtype)
+            exact = x.double() @ matrix.double().T + more.double()
+            yield f"product {n} x {width}, {str(dtype)[6:]}", error(gemv.product(x, matrix, more), exact)
+        for n, words in ((1, 100), (3, 9000)):
+            logits = 3 * drawn(n, words, dtype=dtype)
+            p = (logits.double() / 1.3).softmax(-1)
+            top = p.topk(2).values
+            measures = (top[:, 0], top[:, 0] - top[:, 1], 1 + (p * p.log()).sum(-1) / math.log(words))
+            for measure, exact in enumerate(measures):
+                tokens, best, sure = head.look_at(logits, measure, 1.3)
+                wrong = 0.0 if torch.equal(tokens, logits.argmax(-1)) else math.inf
+                off = max(float((sure - exact).abs().max()), error(best, logits.max(-1).values.double() / 1.3), wrong)
+                yield f"head of {words} words, measure {measure}, {str(dtype)[6:]}", off
+
+
+def normed_rows(
+    n: int, width: int, layer_norm: bool, sandwich: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, float]]:
+    """The sum with the residual stream and its norm, alone and before products of a few rows."""
+    about = f"{n} x {width}, {'LayerNorm' if layer_norm else 'RMSNorm'}{', sandwich' if sandwich else ''}"
+    about = f"{about}, {str(dtype)[6:]}"
+    hidden, delta = drawn(n, width, dtype=dtype), drawn(n, width, dtype=dtype)
+    after, weight, shift = (drawn(width, dtype=dtype) for _ in range(3))
+    post, bias = after if sandwich else None, shift if layer_norm else None
+    total, normed = norms.add_norm(hidden, delta, post, weight, bias, EPS)
+    added = hidden.double() + (rms(delta, after).to(dtype).double() if sandwich else delta.double())
+    yield f"sum {about}", error(total, added)
+    wanted = rms(total, weight)
+    if layer_norm:
+        wanted = F.layer_norm(total.double(), (width,), weight.double(), shift.double(), EPS)
+    yield f"norm {about}", error(normed, wanted)
+    if n > gemv.MOST_ROWS:
+        return
+    for name, gated, outputs in (("silu", True, 40), ("relu", False, 33), ("gelu_tanh", True, 20), ("gelu", False, 7)):
+        matrix = drawn((2 if gated else 1) * outputs, width, dtype=dtype) / width**0.5
+        more = None if gated else drawn(outputs, dtype=dtype)
+        again, out = gemv.normed_product(hidden, delta, post, weight, bias, EPS, matrix, more, name, gated)
+        inner = wanted @ matrix.double().T + (0.0 if more is None else more.double())
+        exact = ACTIVATIONS[name](inner[:, :outputs]) * (inner[:, outputs:] if gated else 1.0)
+        yield f"norm, product and {name} {about}", max(error(out, exact), error(again, added))
+
+
+def steps() -> Iterator[tuple[str, float]]:
+    """One decode step of whole small models, captured: hidden states by the kernels beside those by torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("llama", "opt", "gpt2", "qwen2", "gemma3"):
+            source = find_checkpoint(str(write_tiny(family, Path(folder) / family)))
+            for n in (2, 6):
+                found = [_after_a_step(source, kernels, n) for kernels in (TORCH, TRITON)]
+                yield f"{family}, batch {n}", max(error(a, b) for a, b in zip(*found[::-1], strict=True))
+
+
+def _after_a_step(source: Any, kernels: Any, n: int) -> list[Tensor]:
+    """Hidden states after some layers and after all, and K and V of the last layer."""
+    torch.manual_seed(0)
+    model = SegmentedModel.load(source, kernels=kernels)
+    layers, slots = model.n_loaded, [5, 1, 7, 0, 3, 6]
+    cache = KvCache(model.architecture, layers, 8, 40, kernels=kernels)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    step = GraphedDecodes(model, cache, CpuDevice(kernels))
+    decodes = [Row(slots[i], 3 + 5 * i, 7 + i, layers) for i in range(n)]
+    first = step.run(decodes, None, 0, 2).clone()
+    last = step.run(decodes, first, 2, layers).clone()
+    return [first, last, *(x[slots[i], :, 3 + 5 * i] for x in (cache.keys[-1], cache.values[-1]) for i in range(n))]
+
+
+def not_numbers() -> list[bool]:
+    """Whether the best logit tells that a row of logits holds no numbers: NaN, infinity, mostly minus infinity, one."""
+    logits = drawn(4, 5000)
+    logits[0, 7], logits[1, 4999], logits[2, :4999], logits[3, 3] = math.nan, math.inf, -math.inf, -math.inf
+    _, best, _ = head.look_at(logits, 2)
+    return torch.isnan(best).tolist()
+
+
+if __name__ == "__main__":
+    whole = "exhaustive" in sys.argv
+    found = {case.name: attend(case) for case in attentions(whole)}
+    others = {"rows": dict(rows(whole)), "steps": dict(steps()), "not_numbers": not_numbers()}
+    print(json.dumps({"attention": found, **others}))
