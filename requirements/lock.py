@@ -3,8 +3,8 @@
 Every file holds exact versions with the sha256 of all files of that version on the public index, so that the same pins
 hold on every platform and for Python 3.11 to 3.13. A file leaves out what the files that it stands on hold. torch is
 the exception: which of its builds is right depends on the machine (PyPI has the one for CUDA, its makers' own index
-those for CPUs), so `torch.txt` has the versions of torch and of the CUDA libraries alone, without digests. Triton, which
-the build for CUDA needs, is tested without a card, so it is among the tests' too.
+those for CPUs), so `torch.txt` has the versions of torch and of the CUDA libraries alone, without digests. Triton,
+which the build for CUDA needs, is tested without a card, so it is among the tests' too.
 
 Needs uv, of the extra `audit`.
 """

@@ -11,6 +11,7 @@ import torch
 
 from calibrate.measure.subject import Subject, TableLimits
 from fake_device import VirtualClock, VirtualDevice
+from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.kv import MixedStep
 from helios_sim.live.model.architecture import Architecture, Rope
 
@@ -72,7 +73,7 @@ class StubStep:
 
 class StubModel:
     architecture, dtype, n_loaded = ARCHITECTURE, torch.float32, ARCHITECTURE.n_layers
-    weight_bytes = 0
+    weight_bytes, kernels = 0, TORCH
 
     def __init__(self, clock: VirtualClock, costs: Costs) -> None:
         self._clock, self._costs = clock, costs

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, SelfSpeculation
+from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, PerToken, SelfSpeculation
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
@@ -131,7 +131,8 @@ class LiveEngine:
                     continue
                 with self.residents.laid_out(name) as model:
                     if model is not None:
-                        captured += self.work.capture(name, model, segments(data.exits, deployment if final else None))
+                        of = segments(data.exits, deployment if final else None)
+                        captured += self.work.capture(name, model, of, self.residents.exits(name), measures(deployment))
         except MemoryError as error:
             raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
         return captured
@@ -409,6 +410,12 @@ def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tupl
     if isinstance(deployment.exit_rule, PerToken) or deployment.observe_tokens is not None:
         return list(pairwise((0, *exits[: exits.index(layers) + 1])))
     return [(0, deployment.run_layers or layers)]
+
+
+def measures(deployment: Deployment | None) -> list[Confidence | None]:
+    """The confidences that are looked at together with a token: none, and that of the exit rule."""
+    rule = None if deployment is None else deployment.exit_rule
+    return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken) else [None]
 
 
 def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:

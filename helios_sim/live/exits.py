@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -182,11 +182,18 @@ class ExitReader:
         """Tokens (n,), confidence (n,) if requested, the largest logit (n,) and all logits (n, V), on the device."""
         index = self._index.get(depth)
         logits = model.logits(self.adapted(model, depth, hidden))
+        by_head = None if measure is None or not measure.by_head else measure.value
+        temperature = 1.0 if by_head is None or index is None else self.heads.temperature[index]
+        found = model.kernels.look_at(logits, by_head, temperature)
+        if found is not None:
+            tokens, best, sure = found
+            if by_head is None:
+                return tokens, None if measure is None else self.check(depth, hidden, measure), best, logits
+            return tokens, sure, best, logits
         if measure is None or not measure.by_head:
             best = logits.max(-1)
             return best.indices, None if measure is None else self.check(depth, hidden, measure), best.values, logits
         logits = logits.float()
-        temperature = 1.0 if index is None else self.heads.temperature[index]
         if temperature != 1.0:
             logits = logits / temperature
         seen = HeadView(logits)
@@ -249,11 +256,27 @@ class _StateView:
         return self.exits.classify(self.depth, self.hidden)
 
 
+class CapturedHeads(Protocol):
+    """Looks at the logits that are captured as graphs."""
+
+    def read(self, exits: ExitReader, depth: int, states: Tensor, measure: Confidence | None) -> HeadOutput | None:
+        """What the head says of the states, without logits; None if there is no graph for it."""
+        ...
+
+
 class ExitDecider:
     """Applies a plan's exit rule at the end of each band: which rows exit there, and with which token."""
 
-    def __init__(self, model: SegmentedModel, exits: ExitReader, rule: ExitRule, lazy: bool) -> None:
-        self._model, self._exits, self._lazy = model, exits, lazy
+    def __init__(
+        self,
+        model: SegmentedModel,
+        exits: ExitReader,
+        rule: ExitRule,
+        lazy: bool,
+        captured: CapturedHeads | None = None,
+    ) -> None:
+        """`captured`: looks at the logits of what a captured step gave."""
+        self._model, self._exits, self._lazy, self._captured = model, exits, lazy, captured
         watched = rule if isinstance(rule, FixedCap | PerToken) else None
         self._threshold = 0.0 if watched is None else watched.threshold
         self._measure = None if watched is None else watched.confidence
@@ -285,7 +308,7 @@ class ExitDecider:
             return
         asks_head = self._by_head and bool(asking)
         measure = self._measure if observed or watched or asks_head else None
-        said = self._exits.read(self._model, end, _some(states, through), measure)
+        said = self._said(end, [rows[i] for i in through], _some(states, through), measure)
         confidence = said.confidence or [0.0] * len(through)
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))
@@ -305,6 +328,14 @@ class ExitDecider:
                 row.breach = i in watched and self._measure is not None and not (
                     row.sure or _confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
+
+    def _said(self, end: int, rows: Sequence[Row], states: Tensor, measure: Confidence | None) -> HeadOutput:
+        """What the head says of the rows' states; captured, unless a row chooses from the logits itself."""
+        if self._captured is not None and all(row.choice is None for row in rows):
+            said = self._captured.read(self._exits, end, states, measure)
+            if said is not None:
+                return said
+        return self._exits.read(self._model, end, states, measure)
 
     def finish(self) -> None:
         """Give every row that exited without a token its token: the head runs once for all depths."""

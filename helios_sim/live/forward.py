@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helios_sim.exits.rule import PerToken
+from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.live.device import Device, Step
-from helios_sim.live.exits import Chunk, ExitDecider, ExitReader, OwedToken, Row, Tally
+from helios_sim.live.exits import Chunk, ExitDecider, ExitReader, HeadOutput, OwedToken, Row, Tally
 from helios_sim.live.memory.decodes import ExactStep, decode_step, decode_step_on_device
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
@@ -46,6 +46,15 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class _Head:
+    """What is fixed in a captured look at the logits."""
+
+    depth: int
+    size: int
+    measure: Confidence | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Captured:
     launch: Step
     reads: tuple[object, ...]  # weights and keys of its layers: the graph holds their addresses
@@ -67,6 +76,9 @@ class GraphedDecodes:
         staged = device.host_empty(3 * 8 * cache.slots)
         self._staged = staged.view(torch.int64)  # the host writes here before one copy to the device
         self._read = device.mark()  # that copy
+        self._heads: dict[_Head, _Captured] = {}
+        self._said = {size: torch.zeros((3, size), dtype=torch.float64, device=on) for size in self._sizes}
+        self._latest: tuple[Tensor, int] | None = None  # the hidden states that the latest step gave, and its size
 
     @torch.inference_mode()
     def capture(self, segments: Iterable[tuple[int, int]]) -> int:
@@ -87,6 +99,48 @@ class GraphedDecodes:
         return len(shapes)
 
     @torch.inference_mode()
+    def capture_heads(self, exits: ExitReader, depths: Iterable[int], measure: Confidence | None) -> int:
+        """Capture the look at the logits after these depths for all batch sizes. Returns how many.
+
+        `measure`: the confidence that is looked at as well. One of a check on the hidden state is not captured.
+        """
+        if measure is not None and not measure.by_head:
+            return 0
+        heads = [_Head(depth, size, measure) for depth in depths for size in reversed(self._sizes)]
+        for head in heads:
+            self._head(head, exits)
+        return len(heads)
+
+    @torch.inference_mode()
+    def read(self, exits: ExitReader, depth: int, states: Tensor, measure: Confidence | None) -> HeadOutput | None:
+        """What the head says of `states`, with one launch and one transfer to the host.
+
+        None if they are not what the latest step gave, or if this look has not been captured.
+        """
+        if self._latest is None or self._latest[0] is not states:
+            return None
+        head = _Head(depth, self._latest[1], measure)
+        if head not in self._heads:
+            return None
+        self._head(head, exits).launch()
+        tokens, best, sure = self._said[head.size][:, : len(states)].tolist()
+        finite = [value - value == 0.0 for value in best]
+        return HeadOutput([int(t) for t in tokens], None if measure is None else sure, finite, states[:0])
+
+    def _head(self, head: _Head, exits: ExitReader) -> _Captured:
+        reads = (self.model.outer, exits)
+        known = self._heads.get(head)
+        if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
+            model, (_, states), said = self.model, self._states[head.size], self._said[head.size]
+
+            def look() -> None:
+                tokens, sure, best, _ = exits.on_device(model, head.depth, states, head.measure)
+                said.copy_(torch.stack([tokens.double(), best.double(), (best if sure is None else sure).double()]))
+
+            self._heads[head] = known = _Captured(self._device.prepare(look), reads)
+        return known
+
+    @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor | None, start: int, end: int) -> Tensor:
         """Hidden states (n, d_model) after layers start..end-1. `hidden` None: start from the rows' tokens.
 
@@ -100,7 +154,8 @@ class GraphedDecodes:
         if hidden is not None:
             before[:n].copy_(hidden)  # which may be `after`, and a capture would write to that
         self._step(_Shape(start, end, size, span, in_row)).launch()
-        return after[:n]
+        self._latest = after[:n], size
+        return self._latest[0]
 
     def _hidden_of(self, size: int) -> tuple[Tensor, Tensor]:
         """Hidden states (size, d_model) before the layers, not read by a first segment, and after them."""
@@ -179,7 +234,7 @@ class Forward:
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._captured = captured
         self._lazy = plan.batching is BatchingRule.LAZY
-        self._leaving = ExitDecider(model, exits, plan.exit_rule, self._lazy)
+        self._leaving = ExitDecider(model, exits, plan.exit_rule, self._lazy, captured)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:

@@ -19,7 +19,7 @@ KERNELS = ("vllm", "trtllm")
 SCHEDULERS = ("plain", "vllm_v1", "vllm_v0", "sglang", "trtllm")
 METHODS = ("grid", "search")
 SEARCHES = ("bisection", "every")
-KERNELS = ("triton", "torch")
+LIVE_KERNELS = ("triton", "torch")
 BY_REQUESTS = "requests"
 STATISTICS_OF_SLOS = ("mean", "p50", "p90", "p95", "p99")
 MOST_REPLICAS = 4096
@@ -50,7 +50,8 @@ class LiveConfig:
         name, _, number = self.device.partition(":")
         known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
         require(known, "live.device", self.device, "cpu, cuda or cuda:N")
-        require(self.kernels in (None, *KERNELS), "live.kernels", self.kernels, f"null, {' or '.join(KERNELS)}")
+        allowed = f"null, {' or '.join(LIVE_KERNELS)}"
+        require(self.kernels in (None, *LIVE_KERNELS), "live.kernels", self.kernels, allowed)
         for key, least in (("threads", 1), ("warm_up", 0), ("run", 0)):
             value = getattr(self, key)
             require(value is None or value >= least, f"live.{key}", value, f"at least {least}")

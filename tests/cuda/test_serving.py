@@ -142,7 +142,8 @@ def test_a_deployment_that_stays_captures_its_own_steps_alone(
     on = CudaDevice(torch.device("cpu"), cuda)
     serve_live(models, deployment, requests(LENGTHS), len(LENGTHS), slots=3, device=on, act=act, close=True)
     sizes, above_exits = 3, 2 * (len(EXITS) - 1)  # batches of 1, 2 and 3; above an exit in row or gathered
-    assert cuda.captures == at_start[0] == sizes * (1 + (above_exits if per_token else 0))
+    looks = 2 * len(EXITS) if per_token else 1  # at the logits of each exit, for a token alone or its confidence too
+    assert cuda.captures == at_start[0] == sizes * (1 + (above_exits if per_token else 0) + looks)
 
 
 def test_memory_that_does_not_suffice_for_the_steps_is_known_before_time_starts(tiny: LiveModel) -> None:

@@ -1,4 +1,7 @@
-"""The operations of a layer by Triton kernels, on a card. Large products are the libraries' of torch."""
+"""The operations of a layer by Triton kernels, on a card. Large products are the libraries' of torch.
+
+Kernels have no gradients: what is trained goes through torch's operations.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from torch import Tensor
 
 from helios_sim.live.kernels.activation import activate
 from helios_sim.live.kernels.gemv import MOST_ROWS, fits, normed_product, product
+from helios_sim.live.kernels.head import MEASURES, look_at
+from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.kernels.norms import add_norm
 from helios_sim.live.model.architecture import Architecture
 
@@ -21,21 +26,33 @@ class TritonKernels:
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
         norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        gated = mlp and a.gated_mlp
+        if hidden.requires_grad or norm.requires_grad or weight.requires_grad or hidden.dim() != 2:
+            return TORCH.enter(a, hidden, delta, post, norm, norm_bias, weight, bias, mlp)
+        hidden, gated = hidden.contiguous(), mlp and a.gated_mlp
         if fits(*hidden.shape):
             activation = a.activation if mlp else None
-            return normed_product(
-                hidden, delta, post, norm, norm_bias, a.norm_eps, weight, bias, activation, gated
-            )
+            return normed_product(hidden, delta, post, norm, norm_bias, a.norm_eps, weight, bias, activation, gated)
         hidden, normed = add_norm(hidden, delta, post, norm, norm_bias, a.norm_eps)
         inner = F.linear(normed, weight, bias)
         return hidden, activate(inner, a.activation, gated) if mlp else inner
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias) if len(x) <= MOST_ROWS else F.linear(x, weight, bias)
+        few = len(x) <= MOST_ROWS and not (x.requires_grad or weight.requires_grad)
+        return product(x, weight, bias) if few else F.linear(x, weight, bias)
 
     def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
-        return add_norm(hidden, delta, post, None, None, a.norm_eps)[0]
+        if hidden.requires_grad or delta.requires_grad:
+            return TORCH.add(a, hidden, delta, post)
+        return add_norm(hidden.contiguous(), delta, post, None, None, a.norm_eps)[0]
+
+    def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
+        return self.enter(a, hidden, None, None, norm, norm_bias, head, None, mlp=False)[1]
+
+    def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        number = 0 if measure is None else MEASURES.get(measure)
+        if number is None or logits.requires_grad or logits.dim() != 2:
+            return None
+        return look_at(logits.contiguous(), number, temperature)
 
 
 TRITON = TritonKernels()

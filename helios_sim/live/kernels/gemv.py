@@ -17,6 +17,7 @@ from helios_sim.live.kernels.norms import normed_rows
 
 MOST_ROWS = 4
 MOST_VALUES = 16384  # of all rows, which each program of `norm_gemv` holds in registers
+MOST_WIDTH = 4096  # of several rows: beyond it registers spill on an A100
 NORMED_OUTPUTS = 16  # of one program of `norm_gemv`
 SUMMED = 8192  # weights that a program of `gemv` multiplies at a time, divided by the rows
 OUTPUTS = 4  # of one program of `gemv`
@@ -89,7 +90,8 @@ def gemv(
 
 def fits(rows: int, width: int) -> bool:
     """Whether `normed_product` takes so many rows of this width."""
-    return rows <= MOST_ROWS and power_of_two(rows) * power_of_two(width) <= MOST_VALUES
+    few, wide = power_of_two(rows), power_of_two(width)
+    return rows <= MOST_ROWS and few * wide <= MOST_VALUES and (few == 1 or wide <= MOST_WIDTH)
 
 
 def normed_product(

@@ -15,6 +15,7 @@ from torch import Tensor
 from helios_sim.live.kernels.launch import launch, power_of_two
 
 BLOCK = 4096
+MEASURES = {"max_probability": 0, "margin": 1, "entropy": 2}  # of a confidence: the number of `join_parts`
 FIGURES = 5  # of a part: largest, second largest, place of the largest, sum of exponentials, their sum times logits
 
 

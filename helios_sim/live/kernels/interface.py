@@ -46,6 +46,17 @@ class Kernels(Protocol):
         """The sum of `hidden` and `delta`, both (N, d_model)."""
         ...
 
+    def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
+        """Final norm and LM head: (N, d_model) -> (N, vocab)."""
+        ...
+
+    def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of logits (N, vocab) over a temperature the likeliest tokens, the largest, and the confidence, each (N,).
+
+        None for a measure that has no kernel. Without a measure the confidence means nothing.
+        """
+        ...
+
 
 class TorchKernels:
     """Each operation by torch."""
@@ -70,6 +81,12 @@ class TorchKernels:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
+        return F.linear(normed(a, hidden, norm, norm_bias), head)
+
+    def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> None:
+        """Nothing: `exits.rule.MEASURES` are computed as they are written."""
 
     def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
         return hidden + (delta if post is None else normed(a, delta, post, None))

@@ -5,14 +5,16 @@ Requests that decode occupy slots 0, 1, ... so that a decode step reads the cach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set as AbstractSet
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set as AbstractSet
 
 import torch
 from torch import Tensor
 
 from helios_sim.errors import TooLittleMemory
+from helios_sim.exits.rule import Confidence
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
+from helios_sim.live.exits import ExitReader
 from helios_sim.live.forward import GraphedDecodes
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import CacheShape, KvCache, PromptStep
@@ -158,8 +160,16 @@ class Workspace:
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
 
-    def capture(self, name: str, model: SegmentedModel, segments: Sequence[tuple[int, int]]) -> int:
-        """Capture a model's decode steps through these segments of its layers, before it runs.
+    def capture(
+        self,
+        name: str,
+        model: SegmentedModel,
+        segments: Sequence[tuple[int, int]],
+        exits: ExitReader,
+        measures: Iterable[Confidence | None],
+    ) -> int:
+        """Capture a model's decode steps through these segments of its layers, before it runs, and the looks at the
+        logits after each with these confidences.
 
         Returns how many steps were captured: none on a device that captures nothing.
         """
@@ -170,7 +180,9 @@ class Workspace:
         before = len(cache.keys)
         cache.resize(max(end for _, end in segments))
         try:
-            return graphs.capture(segments)
+            ends = sorted({end for _, end in segments})
+            heads = sum(graphs.capture_heads(exits, ends, measure) for measure in measures)
+            return heads + graphs.capture(segments)
         finally:
             cache.resize(before)
 

@@ -244,7 +244,8 @@ class SegmentedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: (N, d_model) -> (N, vocab). An exit without its own head uses this (LayerSkip)."""
-        return F.linear(self.normed(hidden), self.outer.head)
+        o = self.outer
+        return self.kernels.logits(self.architecture, hidden, o.final_norm, o.final_norm_bias, o.head)
 
 
 def _check_cap(layers: int, a: Architecture) -> None:
