@@ -27,6 +27,7 @@ from helios_sim.live.forward import GraphedDecodes
 from helios_sim.live.kernels import activation, attention, gemv, head, norms
 from helios_sim.live.kernels.card import TRITON
 from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import KvCache
 from helios_sim.live.model.decoder import SegmentedModel
 from tiny_models import write_tiny
@@ -220,6 +221,22 @@ def steps() -> Iterator[tuple[str, float]]:
                 yield f"{family}, batch {n}", max(error(a, b) for a, b in zip(*found[::-1], strict=True))
 
 
+def repeated() -> float:
+    """Several tokens of a request in one step, of which later ones see earlier ones: the error beside torch's step."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        source = find_checkpoint(str(write_tiny("llama", Path(folder))))
+    a, found = source.architecture, []
+    q, k, v = (torch.randn(4, heads, a.head_dim) for heads in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
+    noise = torch.randn(3, a.n_kv_heads, 40, a.head_dim)
+    for kernels in (TORCH, TRITON):
+        cache = KvCache(a, 1, 3, 40, kernels=kernels)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.copy_(noise)
+        found.append(decode_step(cache, [2, 0, 2, 2], [9, 3, 8, 5])(0, q, k, v))
+    return error(*found[::-1])
+
+
 def _after_a_step(source: Any, kernels: Any, n: int) -> list[Tensor]:
     """Hidden states after some layers and after all, and K and V of the last layer."""
     torch.manual_seed(0)
@@ -246,5 +263,5 @@ def not_numbers() -> list[bool]:
 if __name__ == "__main__":
     whole = "exhaustive" in sys.argv
     found = {case.name: attend(case) for case in attentions(whole)}
-    others = {"rows": dict(rows(whole)), "steps": dict(steps()), "not_numbers": not_numbers()}
-    print(json.dumps({"attention": found, **others}))
+    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated()}
+    print(json.dumps({"attention": found, **of_others, "not_numbers": not_numbers()}))

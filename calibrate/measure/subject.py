@@ -15,8 +15,8 @@ from calibrate.measure.device import TimedDevice
 from helios_sim.live.model.architecture import Architecture
 
 if TYPE_CHECKING:
-    from helios_sim.live.memory.decodes import ExactStep
-    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
+    from helios_sim.live.memory.decodes import Decodes
+    from helios_sim.live.memory.kv import KvCache, PromptStep
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
 
@@ -106,7 +106,7 @@ class Subject:
     def holds(self, slots: int, tokens: int) -> bool:
         return slots * tokens <= self.pool_tokens
 
-    def decode_step(self, kv_tokens: Sequence[int]) -> DecodeStep | ExactStep:
+    def decode_step(self, kv_tokens: Sequence[int]) -> Decodes:
         """A decode step for requests with these context lengths, including the new token."""
         return self.decode_step_in(self.decode_cache(kv_tokens), kv_tokens, 0)
 
@@ -123,7 +123,7 @@ class Subject:
             tokens = span if self.holds(batch, span) else tokens
         return self.cache(batch, tokens)
 
-    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> DecodeStep | ExactStep:
+    def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> Decodes:
         """A decode step in a given cache, from a slot on.
 
         Several contexts get a mask even if they are equally long, since in service they hardly ever are. So does a

@@ -15,8 +15,8 @@ from torch import Tensor
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.live.device import Device, Step
 from helios_sim.live.exits import Chunk, ExitDecider, ExitReader, HeadOutput, OwedToken, Row, Tally
-from helios_sim.live.memory.decodes import ExactStep, decode_step, decode_step_on_device
-from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
+from helios_sim.live.memory.decodes import Decodes, decode_step, decode_step_on_device
+from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.policy.deployment import BatchingRule, KvRule
 from helios_sim.serving.iteration import Plan
@@ -215,7 +215,7 @@ class _Inside:
     rows: list[Row]
     pieces: list[tuple[Chunk, PromptStep]]
     hidden: Tensor | None  # None: a captured first segment embeds for itself
-    step: DecodeStep | ExactStep | None  # the rows' step; None: no rows, or it has to be built anew
+    step: Decodes | None  # the rows' step; None: no rows, or it has to be built anew
 
 
 class Forward:
@@ -264,7 +264,7 @@ class Forward:
         ids = torch.tensor([row.token for row in rows], device=self._cache.device)
         return self._model.embed(ids, torch.tensor([row.position for row in rows], device=self._cache.device))
 
-    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, OwedToken]]) -> DecodeStep | ExactStep:
+    def _decode_step(self, rows: Sequence[Row], owed: Sequence[tuple[Row, OwedToken]]) -> Decodes:
         slots = [row.slot for row in rows] + [row.slot for row, _ in owed]
         lengths = [row.position for row in rows] + [token.position for _, token in owed]
         return decode_step(self._cache, slots, lengths)
@@ -331,7 +331,7 @@ class Forward:
             row.owed.append(OwedToken(row.position, end, state.clone()))  # the next iteration may overwrite it
 
 
-def _attend(step: DecodeStep | ExactStep | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
+def _attend(step: Decodes | None, rows: int, pieces: Sequence[tuple[Chunk, PromptStep]]) -> Attend:
     if step is not None and not pieces:
         return step
     if step is None and len(pieces) == 1:

@@ -54,6 +54,7 @@ def check(found: dict[str, Any]) -> None:
         assert error < MOST_ERROR[name.rpartition(" ")[2]], name
     for name, error in found["steps"].items():
         assert error < 1e-5, name
+    assert found["repeated"] < 1e-6
     assert found["not_numbers"] == [True, True, False, False]
 
 

@@ -8,6 +8,7 @@ vain. With torch's operations a step reads up to twice what it must.
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from helios_sim.live.exits import Row
 from helios_sim.live.forward import GraphedDecodes
 from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
+from helios_sim.live.memory.workspace import Slots, Workspace
 from helios_sim.live.model import weights
 from helios_sim.live.model.decoder import SegmentedModel
 
@@ -171,6 +173,7 @@ def test_one_graph_of_the_kernels_serves_all_lengths_and_slots(monkeypatch: pyte
     with noted():
         assert graphs.capture([(0, 8), (8, layers)]) == 2 * 5  # batches of 1, 2, 4, 8 and 16
         after = on.ops.launches.total()
+        # as they come: where requests leave or move up a layer, nothing is copied or gathered
         for slots, length in (((0, 1, 2), 1), ((5, 2, 9), 700), ((15, 3, 4), 2000)):
             rows = [Row(slot, length, 5, layers) for slot in slots]
             graphs.run(rows, graphs.run(rows, None, 0, 8), 8, layers)
@@ -203,3 +206,18 @@ def test_an_iteration_with_a_prompt_launches_no_more_than_it_did(shape: str, mon
     of_prompt = [kwargs["attn_mask"] for args, kwargs in on.whole.attention if args[0].shape[2] == tokens]
     assert len(of_prompt) == len(model.layers)
     assert all(isinstance(mask, CausalBias) for mask in of_prompt)  # so flash attention runs it, grouped heads too
+
+
+def test_where_slots_may_lie_anywhere_no_request_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's operations those that decode lie in slots 0, 1, ...: each departure moves K and V of all layers."""
+    moved = []
+    for any_lengths in (False, True):
+        slots = Slots(4, lambda *given: moved.append(any_lengths))  # noqa: B023 - called before the next
+        work = Workspace.__new__(Workspace)
+        work.slots, work.cache = slots, SimpleNamespace(kernels=SimpleNamespace(any_lengths=any_lengths))  # type: ignore[assignment]
+        answers = [SimpleNamespace(request=SimpleNamespace(request_id=i), cached=5) for i in range(3)]
+        for i in range(3):
+            slots.take(i)
+        slots.give(0)
+        work.arrange(answers[1:], 2)  # type: ignore[arg-type]
+    assert moved == [False]

@@ -1,7 +1,7 @@
 """Steps for one token each of several requests, by the kernels of the cache that they read.
 
 torch's operations read all requests as far as the longest goes (`DecodeStep`). The project's own kernels read each as
-long as it is, wherever its slot lies (`ExactStep`).
+long as it is, wherever its slot lies (`ExactStep`, and `RepeatedStep` for several tokens of one request).
 """
 
 from __future__ import annotations
@@ -58,9 +58,31 @@ class ExactStep(FusedAttend):
         write_rows(self._cache, layer, self._rows, k, v)
 
 
-def decode_step(
-    cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None
-) -> DecodeStep | ExactStep:
+class RepeatedStep:
+    """The same for several tokens of a request, of which later ones see earlier ones.
+
+    K and V of all are written before any attends: the kernel's programs run in any order.
+    """
+
+    def __init__(self, step: ExactStep) -> None:
+        self._step, self.positions = step, step.positions
+
+    @property
+    def rotations(self) -> list[Rotation | None]:
+        return self._step.rotations
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.write(layer, k, v)
+        return self._step(layer, q, k, v)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._step.write(layer, k, v)
+
+
+Decodes = DecodeStep | ExactStep | RepeatedStep
+
+
+def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> Decodes:
     """A step for one token each of the requests in these slots, which have so many tokens in the cache.
 
     `span`: as many tokens are read of each, where the kernels do not go by the lengths.
@@ -68,7 +90,8 @@ def decode_step(
     if not cache.kernels.any_lengths:
         return DecodeStep(cache, slots, lengths, span)
     check_room(cache, slots, max(lengths) + 1)
-    return ExactStep(cache, torch.tensor(slots, device=cache.device), torch.tensor(lengths, device=cache.device))
+    step = ExactStep(cache, torch.tensor(slots, device=cache.device), torch.tensor(lengths, device=cache.device))
+    return step if len(set(slots)) == len(slots) else RepeatedStep(step)
 
 
 def decode_step_on_device(
