@@ -93,7 +93,9 @@ def steps_of_rows(dtype: torch.dtype, widths: tuple[int, ...]) -> list[Any]:
             if gemv.fits(n, w):
                 given = (of(n, w), of(n, w), None, of(w), None, 1e-5, of(2 * 11008, w), None, "silu", True)
                 found.append(lambda given=given: gemv.normed_product(*given))
-                given = (of(n, w), of(n, w), of(w), of(w), of(w), 1e-5, of(3 * w, w), of(3 * w), None, False)
+                given = (of(n, w), of(n, w), None, of(w), of(w), 1e-5, of(3 * w, w), of(3 * w), None, False)
+                found.append(lambda given=given: gemv.normed_product(*given))
+                given = (of(n, w), of(n, w), of(w), of(w), None, 1e-5, of(8192, w), None, "gelu_tanh", True)
                 found.append(lambda given=given: gemv.normed_product(*given))
             found.append(lambda n=n, w=w: gemv.product(of(n, w), of(w, w), of(w)))
     return found
