@@ -25,7 +25,7 @@ TYPES = {
     torch.float64: "*fp64", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a block may have
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ class OpenSettings:
     threads: int | None = None  # CPU threads; None: torch's default
     weights: Mapping[str, str] | None = None
     heads: Mapping[str, str] | None = None
+    kernels: str | None = None  # triton, torch; None: what suits the device
 
 
 def open_models(
@@ -178,8 +179,8 @@ def open_models(
 ) -> dict[str, LiveModel]:
     """Open every model that has a profile. Layers are not read yet.
 
-    Raises UserError for missing packages, devices, weights or heads, and for weights of another model than the
-    profile's.
+    Raises UserError for missing packages, devices, weights or heads, for kernels that the device cannot run, and for
+    weights of another model than the profile's.
     """
 
     _open_device(settings)
@@ -198,6 +199,8 @@ def _open_device(settings: OpenSettings) -> None:
     check_packages("serving on a device")
     import torch
 
+    from helios_sim.live.kernels.choice import kernels_for
+
     if settings.device != "cpu":
         number = int(settings.device.partition(":")[2] or 0)
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -206,6 +209,7 @@ def _open_device(settings: OpenSettings) -> None:
             raise UserError("live.device", settings.device, cards, "set live.device=cpu, or name another card")
     elif settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    kernels_for(torch.device(settings.device), settings.kernels)
 
 
 def _checkpoint(name: str, settings: OpenSettings) -> Checkpoint:

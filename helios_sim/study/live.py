@@ -220,7 +220,7 @@ def check_settings(config: Config) -> None:
 
 def wanted(config: Config) -> OpenSettings:
     live = config.live
-    return OpenSettings(live.device, live.dtype, live.threads, dict(live.weights), dict(live.heads))
+    return OpenSettings(live.device, live.dtype, live.threads, dict(live.weights), dict(live.heads), live.kernels)
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:

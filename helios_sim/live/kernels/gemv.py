@@ -18,6 +18,7 @@ from helios_sim.live.kernels.norms import normed_rows
 MOST_ROWS = 4
 MOST_VALUES = 16384  # of all rows, which each program of `norm_gemv` holds in registers
 MOST_WIDTH = 4096  # of several rows: beyond it registers spill on an A100
+MOST_REGISTERS = 128  # of a thread; without it ptxas takes fewer for an A100, and spills a few
 NORMED_OUTPUTS = 16  # of one program of `norm_gemv`
 SUMMED = 8192  # weights that a program of `gemv` multiplies at a time, divided by the rows
 OUTPUTS = 4  # of one program of `gemv`
@@ -110,7 +111,7 @@ def normed_product(
         weight if bias is None else bias, total, out, eps, width, outputs, ROWS=padded, N=rows, ADD=delta is not None,
         POST=post is not None, LAYER=norm_bias is not None, BIAS=bias is not None,
         ACT=-1 if activation is None else NUMBER[activation], GATED=gated, OUTPUTS=NORMED_OUTPUTS, BLOCK=block,
-        num_warps=min(16, max(4, padded * block // 1024)),
+        num_warps=min(16, max(4, padded * block // 1024)), maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return total, out
 
