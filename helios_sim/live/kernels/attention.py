@@ -18,6 +18,7 @@ from torch import Tensor
 from helios_sim.live.kernels.launch import cores, launch, power_of_two
 
 MOST_SPLITS = 32
+MOST_REGISTERS = 128  # of a thread of 8 warps in float32; without it ptxas takes fewer, and spills a few
 PROGRAMS_PER_CORE = 4  # wanted at once, for enough bytes under way
 TILE = 16  # the least rows of a product on tensor cores
 
@@ -195,7 +196,7 @@ def decode(
         positions, keys, values, part, sums, out, scale, eps, window or 0, q.stride(0), k.stride(0), v.stride(0),
         keys.stride(0), keys.stride(1), HEADS=heads, KV=kv_heads, D=width, DP=padded, GROUP=t.group, BLOCK=t.block,
         DIRECT=t.splits == 1, ROPE=angles is not None, NORM=norms is not None, WINDOW=window is not None,
-        num_warps=t.warps,
+        num_warps=t.warps, **({"maxnreg": MOST_REGISTERS} if t.warps > 4 and q.element_size() == 4 else {}),
     )  # fmt: skip
     if t.splits > 1:
         launch(decode_merge, (rows * heads,), part, sums, out, D=width, DP=padded, SPLITS=t.splits)
