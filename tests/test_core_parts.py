@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
-from helios_sim.core import arrive, blocks, depths, layout, schedule, triggers
+from helios_sim.core import arrive, blocks, depths, layout, machine, schedule, triggers
 from helios_sim.core.layout import FREED, NEVER, REQUEST, RULES, STATE, Line, Lists, Storage, Trace
 from helios_sim.core.prefix import Prefix
 from helios_sim.policy.deployment import Drained
@@ -171,3 +173,12 @@ def _whole(values: list[Any]) -> Any:
     import numpy as np
 
     return np.array(values, np.int64)
+
+
+@pytest.mark.parametrize("name", machine._MODULES)
+def test_no_index_counts_from_the_end(name: str) -> None:
+    """Compiled code would read before the array's beginning."""
+    tree = ast.parse((Path(machine.__file__).parent / f"{name}.py").read_text())
+    indices = [node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
+    parts = [part for index in indices for part in (index.elts if isinstance(index, ast.Tuple) else [index])]
+    assert not [ast.unparse(part) for part in parts if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub)]
