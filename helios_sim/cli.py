@@ -32,6 +32,7 @@ from helios_sim.config import (
     check_flags,
     check_own_file,
     given,
+    in_a_circle,
     in_full,
     in_order,
     in_words,
@@ -97,6 +98,10 @@ def run_command(command: list[str]) -> int:
         return _fail(UserError("YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"))
     except BrokenPipeError:  # see __main__
         raise
+    except RecursionError:
+        if started:
+            raise
+        return _fail(in_a_circle())
     except (OSError, ValueError, AssertionError) as error:
         if started:
             raise  # a defect of ours

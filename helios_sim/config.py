@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from helios_sim.defaults_list import check_defaults
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
@@ -211,6 +212,8 @@ def compose_config(
         config = typed(settings, schema, command)
     except (HydraException, OmegaConfBaseException) as error:
         raise in_words(error, [*command, *folder], schema) from error
+    except RecursionError as error:
+        raise in_a_circle() from error
     except yaml.YAMLError as error:
         raise UserError(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
@@ -360,6 +363,11 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
     return UserError("settings", " ".join(arguments), first.rstrip("."), f"correct it; {PRINT_ALL}")
 
 
+def in_a_circle() -> UserError:
+    """Of files that Hydra cannot stop reading."""
+    return UserError("defaults", "a circle", "files of which none names itself through others", "take one of them out")
+
+
 def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type) -> UserError | None:
     """What is wrong in a user's file of this name below --config-dir; None where that cannot be told from the file."""
     paths = [Path(place) / f"{name}.yaml" for place in config_dirs(arguments)]
@@ -370,10 +378,10 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
         fix = f"write override /{found[1]}: {found[2]}, for a group of this program"
         return UserError(f"{name}: defaults", f"{found[1]}: {found[2]}", "no such file beside it", fix)
     content = path.read_text(encoding="utf-8", errors="replace")
-    if name.startswith("experiment/") and not re.match(r"(\s*#.*\n)*\s*#\s*@package _global_", content):
+    if name.startswith("experiment/") and not re.match(r"(\s*(#\s*@.*)?\n)*\s*#\s*@package _global_", content):
         told = shortened(content.partition("\n")[0])
         allowed = "# @package _global_ in its first line: without it Hydra takes the settings for others"
-        return UserError(str(path), told, allowed, "write that line, without a byte order mark before it")
+        return UserError(str(path), told, allowed, "put that line first, without a byte order mark before it")
     with contextlib.suppress(OmegaConfBaseException, yaml.YAMLError, ValueError):
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(values, dict):
@@ -460,6 +468,10 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     folder = parsed.config_dir
     if folder is not None and not Path(folder).is_dir():
         raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
+    for name in [] if folder is None else (given("experiment", parsed.overrides) or "").split(","):
+        file = Path(folder) / "experiment" / f"{name.removesuffix('.yaml')}.yaml"
+        if name and file.is_file():
+            check_defaults(file)
 
 
 def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:

@@ -238,6 +238,52 @@ EXPERIMENTS = {
         STUDY.replace("n_requests: 12", "arrivals: {users: 4}"),
         ["mine.yaml: workload.arrivals.users=4", "does nothing here", "closed_loop"],
     ),
+    "exits that there are none of": (
+        STUDY + "exits: {source: none, parameters: {task_spread: 0.5}}\n", ["mine.yaml: exits.parameters", "nothing"],
+    ),
+    "a plan of no cards": (STUDY + "capacity: {by: p95}\n", ["mine.yaml: capacity", "does nothing", "capacity.cards"]),
+    "a search of nothing": (STUDY + "sweep: {method: search}\n", ["mine.yaml: sweep", "only with sweep.parameters"]),
+    "the host's part of no split": (STUDY + "runtime: {regroup_s: 0.001}\n", ["runtime.regroup_s=0.001", "rebatch"]),
+    "an evaluation that never is": (
+        STUDY.replace("{policy: early_exit}", "{policy: helios, evaluation: 'off', prompts_per_candidate: 3}"),
+        ["mine.yaml: arms.early_exit.prompts_per_candidate=3", "does nothing"],
+    ),
+    "an axis that does nothing": (
+        STUDY + "sweeps: [{axes: [{name: a, settings: [workload.arrivals.cv], values: [0.5, 2.0]}]}]\n",
+        ["mine.yaml: workload.arrivals.cv='an axis'", "gamma"],
+    ),
+    "two axes of one name": (
+        STUDY + "sweeps: [{axes: [{name: a, settings: [server.block_tokens], values: [8, 16]}, "
+        "{name: a, settings: [server.max_running_requests], values: [8, 16]}]}]\n", ["sweeps.axes.name='a'"],
+    ),
+    "an axis of no setting": (
+        STUDY + "sweeps: [{axes: [{name: a, settings: [server.max_runing_requests], values: [8, 16]}]}]\n",
+        ["server.max_runing_requests=8", "you may have meant server.max_running_requests"],
+    ),
+    "a package after other words": ("# mine\n" + STUDY, ["# @package _global_ in its first line", "'# mine'"]),
+    "defaults in one word": (STUDY.replace("name:", "defaults: quickstart\nname:"), ["='quickstart'", "a list"]),
+    "a group below the file": (
+        STUDY.replace("name:", "defaults:\n  - override objective: energy\nname:"),
+        ["write override /objective: energy"],
+    ),
+    "a group without a colon": (
+        STUDY.replace("name:", "defaults:\n  - override /objective energy\nname:"),
+        ["write override /objective: energy"],
+    ),
+    "two files of a group": (
+        STUDY.replace("name:", "defaults:\n  - override /policy: helios\n  - override /policy: oracle\nname:"),
+        ["override /policy", "oracle", "policy once"],
+    ),
+    "a list of files": (
+        STUDY.replace("name:", "defaults:\n  - override /policy: [helios, oracle]\nname:"), ["one file of a group"],
+    ),
+    "an engine in place of none": (
+        STUDY.replace("name:", "defaults:\n  - override /engine: vllm-0.19\nname:"), ["write /engine: vllm-0.19"],
+    ),
+    "settings among the defaults": (
+        STUDY.replace("name:", "defaults:\n  - override /server: x\nname:"), ["a group to choose from", "below"],
+    ),
+    "a file of itself": (STUDY.replace("name:", "defaults:\n  - mine\nname:"), ["other files than this one"]),
     "a kind of lengths that is not known": (
         STUDY.replace("p50: 12, p95: 30", "kind: normal, mean: 12"), ["lengths.output.kind='normal'", "one of fixed"],
     ),

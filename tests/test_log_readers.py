@@ -179,6 +179,32 @@ def test_spans(tmp_path: Path) -> None:
     assert log.e2e_s == pytest.approx([0.3])
 
 
+def test_what_logs_tell_besides_is_said(tmp_path: Path) -> None:
+    """Spans that an exporter repeated, tokens without times of their own, and a report with its keys in any order."""
+    repeated = read(as_lines(tmp_path, [*samples.spans(), samples.spans()[2]]))
+    assert len(repeated) == 3
+    assert "1 spans are there twice" in " ".join(repeated.notices)
+    requests = samples.inference_perf()
+    requests[0]["info"]["response_metrics"]["output_token_times"] = [50.05]
+    assert "1 of 2 answers came in fewer or more chunks" in " ".join(read(as_json(tmp_path, requests)).notices)
+    path = tmp_path / "report.yaml"
+    path.write_text(yaml.safe_dump(samples.guidellm(), sort_keys=False))
+    assert len(read(path)) == 5
+
+
+def test_what_pages_tell_besides_is_said(tmp_path: Path) -> None:
+    """Drafts, adapters and aborted requests, where they come in the time that is scraped."""
+    folder = samples.write_scrapes(tmp_path / "scraped")
+    for i, page in enumerate(sorted(folder.iterdir())):
+        further = (f"vllm:spec_decode_num_draft_tokens_total {50 * i}\n"
+                   f'vllm:request_success_total{{engine="0",finished_reason="abort",model_name="m"}} {2 * i}\n'
+                   'vllm:lora_requests_info{max_lora="4",running_lora_adapters="a"} 1.0\n')  # fmt: skip
+        page.write_text(page.read_text() + further)
+    said = " ".join(read_folder(folder).notices)
+    for part in ("num_draft_tokens_total grew by 100", "4 requests were aborted", "adapters of LoRA"):
+        assert part in said
+
+
 def test_servegen_draws_what_its_distributions_say(tmp_path: Path) -> None:
     folder = samples.write_servegen(tmp_path / "m-large")
     log = read_folder(folder, (0.0, 600.0), seed=1)
@@ -314,6 +340,11 @@ def _requests(report: Any) -> Any:
         ("inference-perf", lambda v: v[1].update(end_time=1.0), "request 2: end_time"),
         ("inference-perf", lambda v: v[0]["info"]["response_metrics"].update(output_token_times=[0.0]),
          "request 1: output_token_times"),
+        ("aiperf", lambda v: v[1]["metadata"].update(request_start_ns=1_796_029_855_000_000), "it is in another unit"),
+        ("aiperf", lambda v: v.append(v[1]), "line 6: metadata.x_request_id=.*line 2 has it too"),
+        ("guidellm", lambda v: _requests(v)["successful"].append(_requests(v)["successful"][0]),
+         "successful request 5: request_id=.*successful request 1 has it too"),
+        ("spans", lambda v: _span(v).update(startTimeUnixNano="1796029855000000"), "it is in another unit"),
         ("spans", lambda v: _span(v).update(startTimeUnixNano="soon"), "line 2, span 1: startTimeUnixNano"),
         ("spans", lambda v: _span(v)["attributes"][1]["value"].update(doubleValue=100.0), "gen_ai.latency.e2e"),
         ("spans", lambda v: _span(v)["attributes"][3]["value"].update(intValue="many"), "gen_ai.usage.prompt_tokens"),
@@ -389,6 +420,8 @@ def test_damaged_servegen(tmp_path: Path, file: str, text: str, named: str) -> N
         ('num_requests_running{engine="0",model_name="m"}', 'num_requests_running{engine="0",model_name="b"}',
          "the pages of one model"),
         ("vllm:", "sglang:", "sglang:num_requests_running.*whose names begin with vllm"),
+        ("# HELP", "HTTP/1.1 200 OK\r\n\r\n# HELP", "headers of HTTP"),
+        ("# TYPE python_info gauge", 'vllm:prompt_tokens_total{engine="0",model_name="m"} 1', "each sample once"),
     ],
 )  # fmt: skip
 def test_scrapes_that_cannot_be_drawn_from(tmp_path: Path, old: str, new: str, named: str) -> None:

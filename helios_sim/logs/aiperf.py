@@ -13,7 +13,20 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, not_read, note_others, number, whole
+from helios_sim.logs.record import (
+    FIX,
+    Begins,
+    RequestLog,
+    Row,
+    counted,
+    gathered,
+    not_read,
+    note_others,
+    number,
+    only_once,
+    stamp_ns,
+    whole,
+)
 from helios_sim.request import NS_PER_S
 from helios_sim.untrusted import Fields, shortened
 
@@ -48,9 +61,11 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
+    ids = dict[str, str]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
         rows.append(_row(place, record))
+        only_once(place, "metadata.x_request_id", value["metadata"].get("x_request_id"), ids)
         metrics = value.get("metrics") or {}
         matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
@@ -86,7 +101,9 @@ def _row(place: str, record: Fields) -> Row:
         found = next((figure(name) for name in names if metrics.has(name)), None)
         return whole(place, names[0], found or 0) if failed else counted(place, names[-1], found)
 
-    start_ns, end_ns = (about.integer(name, 0, 1 << 62) for name in ("request_start_ns", "request_end_ns"))
+    start_ns, end_ns = (
+        stamp_ns(place, name, about.integer(name, 0, 1 << 62)) for name in ("request_start_ns", "request_end_ns")
+    )
     if end_ns < start_ns:
         raise UserError(f"{place}: request_end_ns", end_ns, f"no earlier than request_start_ns, {start_ns}", FIX)
     arrival_s = start_ns / NS_PER_S

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, only_once
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, Fields, parse_yaml, read_text, reading, shortened
 
@@ -62,11 +62,13 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     rows: list[Row] = []
     matter: Counter[str] = Counter()
     priorities = "vllm_priority" in names
+    ids = dict[str, str]()
     for cells in table:
         place = f"{document.name}, line {table.line_num}"
         if len(cells) != len(names):
             raise UserError(place, f"{len(cells)} cells", f"{len(names)}, as the header has", _LINE)
         row = dict(zip(names, cells, strict=True))
+        only_once(place, "request_id", row["request_id"], ids)
         matter.update(name for name in _EFFECTS if row.get(name, "") not in _EMPTY)
         rows.append(_row(place, row, real, len(rows) < warm_up, priorities))
     notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)

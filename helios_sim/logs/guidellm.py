@@ -23,6 +23,7 @@ from helios_sim.logs.record import (
     not_read,
     note_others,
     number,
+    only_once,
     whole,
 )
 from helios_sim.untrusted import Fields, shortened
@@ -52,7 +53,9 @@ _OF_INPUT = re.compile(
 def is_it(document: Document) -> bool:
     if document.begins_with(b"{"):
         return document.names("guidellm_version")
-    return document.path.name.removesuffix(".gz").endswith((".yaml", ".yml")) and document.begins_with(b"benchmarks:")
+    named = document.path.name.removesuffix(".gz").endswith((".yaml", ".yml"))
+    # its keys in the order of guidellm, or in any other
+    return document.begins_with(b"benchmarks:\n") or (named and b"guidellm_version:" in document.head)
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
@@ -70,11 +73,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     benchmark = Fields(benchmarks[place], where, FIX)
     requests = benchmark.inner("requests")
     rows: list[Row] = []
+    ids = dict[str, str]()
     for end in _ENDS:
         listed = requests.value(end, [])
         if not isinstance(listed, list):
             raise UserError(f"{where}: requests.{end}", shortened(listed), "a list of requests", FIX)
         rows += [_row(f"{where}, {end} request {i}", one, end) for i, one in enumerate(listed, 1)]
+        for i, one in enumerate(listed, 1):
+            only_once(f"{where}, {end} request {i}", "request_id", one.get("request_id"), ids)
     _check_whole(where, benchmark, requests)
     matter, left, turns = dict.fromkeys(_EFFECTS, 0), dict[str, None](), 0
     for i, one in enumerate(requests.value("successful", []), 1):

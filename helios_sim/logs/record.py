@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.request import LONGEST
+from helios_sim.request import LONGEST, NS_PER_S
 from helios_sim.untrusted import shortened
 
 FloatColumn = NDArray[np.float64]
@@ -28,6 +28,7 @@ IntColumn = NDArray[np.int64]
 OK = "ok"
 SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
 _LATEST_S = 4e9  # no clock of seconds shows more, until 2096
+EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
 _ROUNDED_S = 1e-3  # tools round single times to a millisecond
 FIX = "correct the log, or take another one"
 
@@ -148,6 +149,20 @@ def counted(place: str, key: str, value: object) -> int:
     return whole(place, key, value)
 
 
+def stamp_ns(place: str, key: str, value: int) -> int:
+    """The value, nanoseconds since 1970. UserError where it lies before 2001, as microseconds and milliseconds do."""
+    if 0 < value < EARLIEST_S * NS_PER_S:
+        raise UserError(f"{place}: {key}", value, "nanoseconds since 1970, after 2001: it is in another unit", FIX)
+    return value
+
+
+def only_once(place: str, key: str, value: object, seen: dict[str, str]) -> None:
+    """Add the id of a request to those that were `seen`, each with its place. UserError where it is among them."""
+    if isinstance(value, str | int) and seen.setdefault(str(value), place) != place:
+        fix = "remove one of them: files were joined, or written twice"
+        raise UserError(f"{place}: {key}", shortened(value), f"of one request: {seen[str(value)]} has it too", fix)
+
+
 def gathered(
     source: str,
     kind: str,
@@ -190,7 +205,7 @@ def gathered(
         priority=np.array([row.priority for row in found], np.int64) if _all(found, "priority") else None,
         task=tuple(str(row.task) for row in found) if _all(found, "task") else None,
         stated=dict(stated or {}),
-        notices=(*notices, *_of_warm_up(source, found)),
+        notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found)),
     )
     _check_pace(log, answered)
     return _with_missing(log)
@@ -235,6 +250,15 @@ def _token_times(rows: Sequence[Row]) -> TokenTimes | None:
         return None
     starts = np.concatenate([[0], np.cumsum([len(times) for times in known])]).astype(np.int64)
     return TokenTimes(starts, np.array([time for times in known for time in times], np.float64))
+
+
+def _of_chunks(source: str, answered: Sequence[Row]) -> list[str]:
+    timed = [row for row in answered if row.token_s]
+    uneven = sum(len(row.token_s or ()) != row.output_tokens for row in timed)
+    if not uneven:
+        return []
+    told = f"{uneven} of {len(timed)} answers came in fewer or more chunks than tokens"
+    return [f"{source}: {told}: gaps are those between chunks."]
 
 
 def _of_warm_up(source: str, rows: Sequence[Row]) -> list[str]:

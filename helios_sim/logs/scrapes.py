@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.logs.record import FIX, OK, Begins, IntColumn, RequestLog
+from helios_sim.logs.record import EARLIEST_S, FIX, OK, Begins, IntColumn, RequestLog
 from helios_sim.untrusted import MIB, read_text, shortened
 
 NAME = "scrapes of /metrics"
@@ -30,8 +30,15 @@ _OF_NAME = (re.compile(r"(?<!\d)(\d{10})(?:\.(\d+))?(?!\d)"), re.compile(r"(?<!\
 _FINISHED, _PROMPT, _OUTPUT = "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 _PREEMPTED = "vllm:num_preemptions_total"
 _CACHED = "vllm:prefix_cache_hits_total"
+_EFFECTS = {  # counters that the simulation has nothing for, where they grow
+    "vllm:external_prefix_cache_hits_total": "prompt tokens of a cache outside the engine; here all are computed",
+    "vllm:spec_decode_num_draft_tokens_total": "drafts of speculative decoding, several tokens an iteration; here one",
+    "vllm:mm_cache_queries_total": "images or sounds in prompts, which are counted as text",
+}
+_ABORTED, _ADAPTERS = "vllm:request_aborted", "vllm:running_lora_adapters"  # of labels, in names of their own
 _LENGTHS = {"prompt": "vllm:request_prompt_tokens", "output": "vllm:request_generation_tokens"}
 _IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_LATEST_S = 4e9
 _BEYOND = 4  # lengths above the last edge are drawn up to so many times it
 _STEPS = 60  # of a bisection
 _HISTOGRAMS = {
@@ -71,7 +78,10 @@ def is_text(head: bytes) -> bool:
 def of_folder(folder: Path) -> list[Path]:
     """Files of single scrapes in it; none: it is not a folder of scrapes."""
     found = [path for path in sorted(folder.iterdir()) if path.name.removesuffix(".gz").endswith(SUFFIXES)]
-    return [path for path in found[:_MOST_FILES] if is_text(_head(path))]
+    heads = {path: _head(path) for path in found[:_MOST_FILES]}
+    if (with_header := next((path for path, head in heads.items() if head.startswith(b"HTTP/")), None)) is not None:
+        raise UserError(with_header.name, "headers of HTTP", "the page alone", "save it by curl without -i")
+    return [path for path, head in heads.items() if is_text(head)]
 
 
 def _head(path: Path) -> bytes:
@@ -86,7 +96,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
     engines: set[str] = set()
     by_write, others = 0, dict[str, None]()
     for path in paths:
-        own = None
+        own, seen = None, set[int]()
         if len(paths) > 1:
             own = _time_of(path)
             by_write += own is None
@@ -104,13 +114,16 @@ def read(paths: Sequence[Path]) -> Scrapes:
             if not name.startswith("vllm:"):
                 others |= {name: None}
                 continue
-            time_s = _float(place, stamp) * scale if stamp is not None else own
+            time_s = _stamp(place, stamp, scale) if stamp is not None else own
             if time_s is None:
                 fix = "save each scrape to a file of its own, such as metrics_$(date +%s).prom in one folder"
                 raise UserError(place, line[:80], "a time after the value: one page alone shows no change", fix)
             models |= dict.fromkeys([labels["model_name"]] if "model_name" in labels else [])
             engines |= {labels["engine"]} if "engine" in labels else set()
             amount = _float(place, value)
+            if (sample := hash((time_s, name, found[2]))) in seen:
+                raise UserError(place, line[:80], "each sample once at a time", "take pages that were not joined")
+            seen.add(sample)
             if name.endswith("_bucket"):
                 of = bounds.setdefault(time_s, {}).setdefault(name.removesuffix("_bucket"), {})
                 edge = _float(place, labels.get("le", ""))
@@ -118,6 +131,10 @@ def read(paths: Sequence[Path]) -> Scrapes:
             else:
                 at = samples.setdefault(time_s, {})
                 at[name] = at.get(name, 0.0) + amount
+                if name == _FINISHED and labels.get("finished_reason") in ("abort", "error"):
+                    at[_ABORTED] = at.get(_ABORTED, 0.0) + amount
+                if labels.get("running_lora_adapters"):
+                    at[_ADAPTERS] = 1.0
     source = paths[0].name if len(paths) == 1 else paths[0].parent.name
     if not samples and others:
         allowed = "vLLM's metrics, whose names begin with vllm: - those of other servers are not read"
@@ -148,6 +165,15 @@ def _time_of(path: Path) -> float | None:
         return datetime(*map(int, dated.groups()), tzinfo=UTC).timestamp() if dated else None  # type: ignore[misc, arg-type]
     except ValueError:
         return None
+
+
+def _stamp(place: str, text: str, scale: float) -> float:
+    """Seconds since 1970 of the time after a sample."""
+    time_s = _float(place, text) * scale
+    if not EARLIEST_S <= time_s <= _LATEST_S:
+        allowed = f"{'seconds' if scale == 1.0 else 'milliseconds'} since 1970, after 2001"
+        raise UserError(place, text, allowed, "milliseconds are meant, and seconds in OpenMetrics, which ends in # EOF")
+    return time_s
 
 
 def _float(place: str, text: str) -> float:
@@ -320,6 +346,13 @@ def _of_drawing(scrapes: Scrapes, n: int, seed: int) -> list[str]:
     cached = grown(scrapes, _CACHED)
     if cached:
         said.append(f"{scrapes.source}: {cached:g} prompt tokens came from the prefix cache; here all are computed.")
+    for name, effect in _EFFECTS.items():
+        if count := grown(scrapes, name):
+            said.append(f"{scrapes.source}: {name} grew by {count:g}: {effect}.")
+    if aborted := grown(scrapes, _ABORTED):
+        said.append(f"{scrapes.source}: {aborted:g} requests were aborted, and are drawn as answered ones.")
+    if _ADAPTERS in scrapes.values:
+        said.append(f"{scrapes.source}: adapters of LoRA ran, which the simulation does not have.")
     if scrapes.engines > 1:
         said.append(f"{scrapes.source}: the sum over {scrapes.engines} engines: server.replicas={scrapes.engines}.")
     return said

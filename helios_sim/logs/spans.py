@@ -14,7 +14,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, stamp_ns, whole
 from helios_sim.request import NS_PER_S
 from helios_sim.untrusted import shortened
 
@@ -55,14 +55,16 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     spans = [(place, span, _attributes(place, span)) for place, span in _spans(document)]
     told = [(place, span, said) for place, span, said in spans if _first(said, _OUTPUT) is not None]
     skipped = Counter(str(said.get("gen_ai.operation.name")) for _, _, said in told if not _writes(said))
-    told = [one for one in told if _writes(one[2])]
+    told, twice = _once([one for one in told if _writes(one[2])])
     if not told:
         allowed = f"spans that count tokens: {_PROMPT[0]} and {_OUTPUT[0]}"
         raise UserError(document.name, f"{len(spans)} spans", allowed, "take spans of the server or of a client")
     inner = _innermost(told)
     outer = len(told) - len(inner)
     notices = [f"{document.name}: {n} spans of {name} write no tokens and are left out." for name, n in skipped.items()]
-    others = len(spans) - len(told) - sum(skipped.values())
+    if twice:
+        notices.append(f"{document.name}: {twice} spans are there twice, as exporters repeat them, and count once.")
+    others = len(spans) - len(told) - twice - sum(skipped.values())
     if others:
         notices.append(f"{document.name}: {others} spans without tokens are not requests, and are left out.")
     if outer:
@@ -132,6 +134,17 @@ def _writes(said: dict[str, Any]) -> bool:
 _Told = tuple[str, dict[str, Any], dict[str, Any]]
 
 
+def _once(told: list[_Told]) -> tuple[list[_Told], int]:
+    """The spans without those of an id that was there before, and how many these are."""
+    seen, found = set(), []
+    for one in told:
+        name = one[1].get("traceId"), one[1].get("spanId")
+        if None in name or str(name) not in seen:
+            found.append(one)
+        seen.add(str(name))
+    return found, len(told) - len(found)
+
+
 def _innermost(told: list[_Told]) -> list[_Told]:
     """Without the spans of a client or a gateway around the server's own of the same request."""
     parents = {(span.get("traceId"), span.get("parentSpanId")) for _, span, _ in told if span.get("parentSpanId")}
@@ -143,7 +156,7 @@ def _row(place: str, span: dict[str, Any], said: dict[str, Any]) -> Row:
         text = str(span.get(name, ""))
         if not text.isascii() or not text.isdecimal():
             raise UserError(f"{place}: {name}", shortened(span.get(name)), "nanoseconds since 1970", FIX)
-        return int(text)
+        return stamp_ns(place, name, int(text))
 
     def seconds(name: str) -> float | None:
         return None if said.get(name) is None else number(place, name, said[name])

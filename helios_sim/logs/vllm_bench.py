@@ -64,11 +64,6 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     fields.ignore([*_OF_NO_MATTER, "duration", *(name for name in run if _is_statistic(name))])
     left = [name for name in (*fields.rest, *fields.off) if name in _EFFECTS or not str(name).startswith(_PARTS_OF)]
     notices = not_read(where, left, _EFFECTS)
-    answered = [row for row in rows if row.failure is None]
-    uneven = sum(len(row.token_s or ()) != row.output_tokens for row in answered)
-    if uneven:
-        told = f"{uneven} of {len(answered)} answers came in fewer or more chunks than tokens"
-        notices.append(f"{where}: {told}: gaps are those between chunks.")
     most = run.get("max_concurrency")
     stated = {"model": run.get("model_id"), "in_flight_at_most": most, "request_rate": run.get("request_rate")}
     return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)

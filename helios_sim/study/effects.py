@@ -348,28 +348,56 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
                 raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
 
 
-OF_FILES = ("workload", "autoscale")  # groups of which experiments of the user's own are looked at too
+# Groups that a user's file may hold for a command line that asks for them: seeds=auto, mode=live, trace=true, ...
+FOR_COMMANDS = ("auto_seeds", "live", "fidelity_live", "report", "trace", "next_best", "profile_band")
+# Where settings count depends on other groups too, of these: what changes them may be the reason.
+_WITH = {"cluster": ("server", "cluster"), "server": ("server", "cluster"), "runtime": ("runtime", "arms", "policy")}
 
 
 def check_written(config: Config, written: Mapping[str, Any], changed: Collection[str], place: str) -> None:
-    """UserError for a setting in a user's experiment file that does not count under the study's other settings.
+    """UserError for what a user's experiment file sets although it does not count under the study's other settings.
 
     `written`: what the file says. `changed`: paths of settings that words of the command line change. What these, arms
-    or axes change may be the reason for which it does not count, so their groups are left out.
+    or axes change may be the reason for which a setting does not count, so those that go with it are left out.
     """
     of_arms = [path for arm in config.arms.values() if isinstance(arm, Mapping) for path in arm.get("overrides") or ()]
-    of_axes = [path for sweep in config.sweeps for axis in sweep.axes for path in axis.settings]
-    of_designs = [path for axis in config.sweep.parameters.values() for path in axis.settings]
-    groups = {tuple(str(path).split(".")[:2]) for path in (*changed, *of_arms, *of_axes, *of_designs)}
+    axes = [*(axis for sweep in config.sweeps for axis in sweep.axes), *config.sweep.parameters.values()]
+    others = [str(path) for path in (*changed, *of_arms, *(path for axis in axes for path in axis.settings))]
     usual = asdict(Config())
     for path, (counts, where) in COUNTS.items():
         parts = path.split(".")
         value = _at(written, parts)
-        if parts[0] not in OF_FILES or value in (None, {}, []) or value == _at(usual, parts) or counts(config):
+        if parts[0] in FOR_COMMANDS or value in (None, {}, []) or value == _at(usual, parts) or counts(config):
             continue
-        if _is_known(config, parts) and not any(tuple(parts[: len(group)]) == group for group in groups):
+        if _is_from_log(config) and value == "trace":  # as it is
+            continue
+        if _is_known(config, parts) and not _varies(parts, others):
             allowed = f"does nothing here: it counts {where}"
             raise UserError(f"{place}: {path}", value, allowed, "leave it out, or set that too")
+    for path in (path for axis in axes for path in axis.settings):
+        parts = path.split(".")
+        for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
+            if above not in COUNTS:
+                continue
+            counts, where = COUNTS[above]
+            by_others = _varies(parts, [other for other in others if other != path])
+            if not counts(config) and not by_others and _is_known(config, parts):
+                allowed = f"does nothing here: it counts {where}"
+                raise UserError(f"{place}: {path}", "an axis", allowed, "leave the axis out, or set that too")
+    for name, arm in config.arms.items():
+        for key in arm if isinstance(arm, Mapping) else ():
+            counts_for, where = OF_POLICIES.get(key, (None, ""))
+            if counts_for is not None and not counts_for({**arm, "name": str(arm.get("policy"))}):
+                allowed = f"does nothing here: it counts {where}"
+                raise UserError(f"{place}: arms.{name}.{key}", arm[key], allowed, "leave it out, or set that too")
+
+
+def _varies(parts: Sequence[str], others: Collection[str]) -> bool:
+    """Whether one of the other paths changes what this one may go with: its group, of workload the group in that."""
+    if parts[0] == "workload":
+        return any(tuple(parts[:2])[: len(other)] == other for path in others if (other := tuple(path.split(".")[:2])))
+    groups = _WITH.get(parts[0], (parts[0],))
+    return any(path == "mode" or path.partition(".")[0] in groups for path in others)
 
 
 def _is_known(config: Config, parts: Sequence[str]) -> bool:

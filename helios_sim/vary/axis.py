@@ -88,7 +88,11 @@ def axes_of(key: str, configs: Sequence[AxisConfig] | Mapping[str, AxisConfig]) 
     named = configs.items() if isinstance(configs, Mapping) else [(config.name, config) for config in configs]
     found = tuple(_axis(f"{key}.{name}", name, config) for name, config in named)
     owner: dict[str, str] = {}
+    names = [axis.name for axis in found]
     for axis in found:
+        if names.count(axis.name) > 1:
+            allowed = "a name of one axis: points and figures tell axes by it"
+            raise UserError(f"{key}.name", axis.name, allowed, "give each its own")
         for path in axis.settings:
             if owner.setdefault(path, axis.name) != axis.name or axis.settings.count(path) > 1:
                 raise UserError(f"{axis.key}.settings", path, f"{owner[path]} sets this already", "let one axis set it")

@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
-    place: Any = _own_group(own, names[:-1], names)
+    place: Any = _own_group(own, names[:-1], names, value)
     there = _there(place, names[-1])
     whole = is_dataclass(place) and any(f.name == names[-1] and f.metadata.get("whole") for f in fields(place))
     if isinstance(value, Mapping) and not whole and (is_dataclass(there) or isinstance(there, dict)):
@@ -158,17 +158,17 @@ def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
         return
     hint = _hint_at(type(own[()]), names)
     if hint is None:
-        raise _nowhere(own, names)
+        raise _nowhere(own, names, value)
     _put(place, names[-1], _as(hint, value, ".".join(names)))
 
 
-def _own_group(own: dict[_Names, Any], group: _Names, names: _Names) -> Any:
-    """The group at this path, copied if it is still shared. `names` is the setting that is wanted, for messages."""
+def _own_group(own: dict[_Names, Any], group: _Names, names: _Names, value: Any) -> Any:
+    """The group at this path, copied if it is still shared. `names` and `value` are for messages."""
     if group not in own:
-        above = _own_group(own, group[:-1], names)
+        above = _own_group(own, group[:-1], names, value)
         there = _there(above, group[-1])
         if not (is_dataclass(there) or isinstance(there, dict)):
-            raise _nowhere(own, names)
+            raise _nowhere(own, names, value)
         own[group] = copy.copy(there)
         _put(above, group[-1], own[group])
     return own[group]
@@ -224,7 +224,7 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _nowhere(own: Mapping[_Names, Any], names: Sequence[str]) -> UserError:
+def _nowhere(own: Mapping[_Names, Any], names: Sequence[str], value: Any) -> UserError:
     path = ".".join(names)
     fix = "name a setting of the study; settings of a policy need policy=NAME, those of an arm begin with arms.NAME"
-    return UserError(path, "given", "no such setting", closest(path, known_settings(type(own[()]))) or fix)
+    return UserError(path, value, "no such setting", closest(path, known_settings(type(own[()]))) or fix)
