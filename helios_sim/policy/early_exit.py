@@ -37,7 +37,7 @@ class EarlyExitParameters:
     model: str | None = None  # None: the only candidate
     confidence: Confidence = Confidence.MAX_PROBABILITY
     batching: BatchingRule = BatchingRule.EACH_TOKEN
-    kv_rule: KvRule = KvRule.PROPAGATE
+    kv_rule: KvRule | None = None  # None: propagate; copy with rebatch, as DREX does
     batch_limit: int | None = None  # None: the server's own limit
     flush_requests: int | None = None  # with rebatch: so many at an exit run on; None: as many as do not wait
     flush_s: float | None = None  # with rebatch: the longest wait; None: that of LONGEST_WAIT iterations
@@ -53,13 +53,20 @@ class EarlyExitParameters:
         if self.kv_rule is KvRule.NONE:
             allowed = "propagate, recompute or copy: later tokens that go deeper read K and V of the layers left out"
             raise UserError("policy.kv_rule", str(self.kv_rule), allowed, "set policy.kv_rule=propagate")
-        if self.batching is BatchingRule.LAZY and self.kv_rule is not KvRule.PROPAGATE:
+        if self.batching is BatchingRule.LAZY and self.filled is not KvRule.PROPAGATE:
             allowed = "propagate with policy.batching=lazy, which fills K and V in the same iteration"
             raise UserError("policy.kv_rule", str(self.kv_rule), allowed, "set policy.kv_rule=propagate")
         for name in ("flush_requests", "flush_s", "review_requests"):
             if self.batching is not BatchingRule.REBATCH and getattr(self, name) is not None:
                 allowed = "null without policy.batching=rebatch, where no batch is split"
                 raise UserError(f"policy.{name}", getattr(self, name), allowed, "set policy.batching=rebatch")
+
+    @property
+    def filled(self) -> KvRule:
+        """How K and V of layers that a token left out come to be."""
+        if self.kv_rule is not None:
+            return self.kv_rule
+        return KvRule.COPY if self.batching is BatchingRule.REBATCH else KvRule.PROPAGATE
 
 
 class EarlyExitPolicy:
@@ -117,7 +124,7 @@ class EarlyExitPolicy:
             active=self._placement,
             exit_rule=PerToken(p.threshold, p.confidence),
             batching=p.batching,
-            kv_rule=p.kv_rule,
+            kv_rule=p.filled,
             batch_limit=p.batch_limit,
             reason=reason,
             evidence={"exits": list(exits), "threshold": p.threshold},
