@@ -1,15 +1,16 @@
 """Kills commands at random moments, resumes them, and compares what they hold with an undisturbed run.
 
 `python experiments/faults/kills.py [--kills 200] [--further 5] [--seed 1] [--only NAME]` writes kills.json and kills.md
-beside itself: `--kills` of studies and sweeps, and `--further` of each of a calibration, a live study, a sweep on Ray,
-one whose Ray workers are killed under it, and one whose machines are. With `--kills 0` the rows of earlier kills stay
-in the files, and with `--only` all rows but the one of that name.
+beside itself: `--kills` of studies and sweeps, and `--further` of each of a calibration, a live study, a server under
+load, a sweep on Ray, one whose Ray workers are killed under it, and one whose machines are. With `--kills 0` the rows
+of earlier kills stay in the files, and with `--only` all rows but the one of that name.
 
 A kill is good if the process is gone within 20 s with all that it started, says no traceback, and the resumed command
 ends with the same bits in its requests and decisions and the same figures. What is measured anew differs from run to
 run: there, stages, ends of tables and requests must be the same. A sweep that loses a worker of Ray, or one of the two
 machines that work for it, must end by itself with the same results; one that loses both must end with one message, and
-the resumed command with the same results.
+the resumed command with the same results. A server has nothing to resume: what it answered must stand in its records,
+and the same command must serve again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +27,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
+import httpx
 import pyarrow.parquet
 
 from helios_sim import files
@@ -116,6 +120,17 @@ def of_ray(mark: int) -> list[int]:
     return found
 
 
+def outlived(session: int) -> str:
+    """What is still there of a process that is gone, after as long as it may take, and is ended here; "": nothing."""
+    until_s = time.monotonic() + GONE_S
+    while (alive := [*left_over(session), *of_ray(session)]) and time.monotonic() < until_s:
+        time.sleep(0.1)
+    for pid in alive:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return f"{len(alive)} processes outlive it" if alive else ""
+
+
 def killed(
     words: tuple[str, ...],
     wanted: dict[str, object],
@@ -136,14 +151,8 @@ def killed(
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return f"still there {GONE_S:g} s after"
-        until_s = time.monotonic() + GONE_S
-        while (alive := [*left_over(process.pid), *of_ray(process.pid)]) and time.monotonic() < until_s:
-            time.sleep(0.1)
-        if alive:
-            for pid in alive:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return f"{len(alive)} processes outlive it"
+        if fault := outlived(process.pid):
+            return fault
         if "Traceback" in said:
             return f"says {said[said.index('Traceback') :][:1500]}"
         again = started(words, folder, module)
@@ -279,7 +288,144 @@ class Further:
         return {"what": self.name, **counts}, wrong
 
 
-def further(place: Path) -> list[Further]:
+@dataclass
+class Load:
+    """Streams of completions that clients ask a server for, one after the other, until it answers no more."""
+
+    address: str
+    answers: list[tuple[float, int]] = field(default_factory=list)  # of whole ones: when the last chunk came, tokens
+    wrong: list[str] = field(default_factory=list)
+
+    def ask(self, rng: random.Random) -> bool:
+        """Whether the answer came whole. One that was cut short, or refused, is none."""
+        tokens = rng.randint(5, 60)
+        body = {"prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        try:
+            with httpx.stream("POST", f"{self.address}/v1/completions", json=body, timeout=60) as answer:
+                lines = [line for line in answer.iter_lines() if line]
+        except httpx.TransportError:
+            return False
+        if answer.status_code != 200 or lines[-1:] != ["data: [DONE]"] or any('"error"' in line for line in lines):
+            return False
+        if len(lines) != tokens + 1:
+            self.wrong.append(f"{len(lines) - 1} chunks where {tokens} tokens were asked for")
+        self.answers.append((time.monotonic(), tokens))
+        return True
+
+    def go_on(self, rng: random.Random) -> None:
+        while self.ask(rng):
+            pass
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that is killed while clients ask it: it has nothing to resume, but what it answered is recorded."""
+
+    name: str = "a server under load"
+
+    def tried(self, kills: int, seed: int) -> tuple[dict[str, object], list[str]]:
+        """A row of counts, and what went wrong."""
+        rng, counts, wrong = random.Random(f"{seed} {self.name}"), Counter[str](), []
+        for kill in range(kills):
+            number, after_s = SIGNALS[kill % len(SIGNALS)], rng.uniform(0.0, 3.0)
+            with TemporaryDirectory() as place:
+                fault = server_killed(Path(place), number, after_s if kill >= len(SIGNALS) else None, rng)
+            counts[number.name] += 1
+            counts[f"bad {number.name}"] += bool(fault)
+            if fault:
+                wrong.append(f"{self.name}, {number.name} after {after_s:.2f} s: {fault}")
+                print(wrong[-1], flush=True)
+        return {"what": self.name, **counts}, wrong
+
+
+def server(folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Its process, and the file of what it says."""
+    said = folder / f"said-{len(list(folder.iterdir()))}.txt"
+    command = [sys.executable, "-m", "helios_sim.serve", "+experiment=own", "policy.model=opt-1.3b", "serve.port=0",
+               f"serve.records={folder / 'records.jsonl'}"]  # fmt: skip
+    with said.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+    return process, said
+
+
+def address_of(process: subprocess.Popen[str], said: Path) -> str | None:
+    """None where it does not begin to serve."""
+    until_s = time.monotonic() + 60
+    while time.monotonic() < until_s and process.poll() is None:
+        if found := re.search(r"^(http://\S+): ", said.read_text(), re.MULTILINE):
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{found[1]}/health").status_code == 200:
+                    return found[1]
+        time.sleep(0.05)
+    return None
+
+
+def server_killed(folder: Path, number: signal.Signals, after_s: float | None, rng: random.Random) -> str:
+    """What was wrong, or "". `after_s`: of load; None: the signal comes at a random moment of the start.
+
+    What a client had whole must stand in the records, but for a killed server's last half second; each line that was
+    written must be whole, but the last; and the same command must serve again.
+    """
+    process, said = server(folder)
+    load, threads = Load(""), []
+    if after_s is None:
+        time.sleep(rng.uniform(0.0, 3.0))
+    else:
+        address = address_of(process, said)
+        if address is None:
+            return f"does not serve: {said.read_text()[-600:]}"
+        load.address = address
+        threads = [Thread(target=load.go_on, args=(random.Random(rng.random()),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(after_s)
+    killed_s = time.monotonic()
+    process.send_signal(number)
+    try:
+        process.wait(GONE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"still there {GONE_S:g} s after"
+    for thread in threads:
+        thread.join(60)
+    if fault := outlived(process.pid):
+        return fault
+    if "Traceback" in (text := said.read_text()):
+        return f"says {text[text.index('Traceback') :][:1500]}"
+    if load.wrong:
+        return load.wrong[0]
+    due = [tokens for at_s, tokens in load.answers if number is not signal.SIGKILL or at_s < killed_s - 0.5]
+    fault = unrecorded(folder / "records.jsonl", due, number is signal.SIGKILL)
+    if fault:
+        return fault
+    process, said = server(folder)
+    address = address_of(process, said)
+    again = Load(address or "").ask(rng) if address else False
+    process.send_signal(signal.SIGTERM)
+    if process.wait(GONE_S) or not again or "Traceback" in said.read_text():
+        return f"started again: {'answers' if again else 'no answer'}, says {said.read_text()[-600:]}"
+    return outlived(process.pid)
+
+
+def unrecorded(records: Path, due: list[int], cut: bool) -> str:
+    """What of the answers, by their tokens, is not in the records; "": none. `cut`: the last line may be."""
+    lines = records.read_text().splitlines() if records.is_file() else []
+    found: Counter[int] = Counter()
+    for place, line in enumerate(lines, 1):
+        try:
+            found[int(json.loads(line)["output_tokens"])] += 1
+        except ValueError:
+            if not cut or place < len(lines):
+                return f"line {place} of its records is no JSON: {line[:80]}"
+    missing = Counter(due) - found
+    return f"{missing.total()} of {len(due)} answers are not in its records" if missing else ""
+
+
+def further(place: Path) -> list[Further | Serving]:
     """`place`: a folder for a live study on a tiny model."""
     sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
     from live_study import write_live_study
@@ -287,10 +433,12 @@ def further(place: Path) -> list[Further]:
     return [
         Further("a calibration", CALIBRATION, "calibrate", of_calibration),
         Further("a live study", (*write_live_study(place), *LIVE), read=of_live),
+        Serving(),
         Further("a sweep on Ray", RAY),
         Further("a sweep on Ray, a worker lost", RAY, loses_workers=True),
         Further("a sweep on Ray, one or both machines lost", RAY, loses_machines=True),
     ]
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
