@@ -374,7 +374,8 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    if name != "config" and (found := re.search(r"Could not find '[^']*?(\w+)/([\w.-]+)'", text)):
+    beside = re.search(r"Could not find 'experiment/[^']*?(\w+)/([\w.-]+)'", text)
+    if name != "config" and (found := beside):
         fix = f"write override /{found[1]}: {found[2]}, for a group of this program"
         return UserError(f"{name}: defaults", f"{found[1]}: {found[2]}", "no such file beside it", fix)
     content = path.read_text(encoding="utf-8", errors="replace")

@@ -256,6 +256,22 @@ EXPERIMENTS = {
         STUDY + "sweeps: [{axes: [{name: a, settings: [server.block_tokens], values: [8, 16]}, "
         "{name: a, settings: [server.max_running_requests], values: [8, 16]}]}]\n", ["sweeps.axes.name='a'"],
     ),
+    "labels that are alike": (
+        STUDY + "sweeps: [{axes: [{name: a, settings: [server.block_tokens], values: [8, 16], labels: [x, x]}]}]\n",
+        ["sweeps.axes.a.labels", "different labels"],
+    ),
+    "a design of another arm": (
+        STUDY + "sweep: {arm: early_exit, "
+        "parameters: {a: {settings: [arms.full_depth.batch_limit], values: [2]}}}\n",
+        ["sweep.parameters.a.settings=['arms.full_depth.batch_limit']", "change nothing of early_exit"],
+    ),
+    "a promise about no exits": (
+        STUDY + "exits: {source: none, guarantee: {max_disagreement: 0.1}, threshold: null}\n",
+        ["exits.guarantee.max_disagreement=0.1", "only with exits"],
+    ),
+    "an engine that is not known": (
+        STUDY.replace("name:", "defaults:\n  - /engine: vllm-0.9\nname:"), ["vllm-0.9", "one of", "vllm-0.10"],
+    ),
     "an axis of no setting": (
         STUDY + "sweeps: [{axes: [{name: a, settings: [server.max_runing_requests], values: [8, 16]}]}]\n",
         ["server.max_runing_requests=8", "you may have meant server.max_running_requests"],

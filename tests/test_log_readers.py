@@ -187,6 +187,12 @@ def test_what_logs_tell_besides_is_said(tmp_path: Path) -> None:
     requests = samples.inference_perf()
     requests[0]["info"]["response_metrics"]["output_token_times"] = [50.05]
     assert "1 of 2 answers came in fewer or more chunks" in " ".join(read(as_json(tmp_path, requests)).notices)
+    bench = samples.vllm_bench() | {"num_prompts": 1000}
+    assert "num_prompts is 1000, and its lists have 4" in " ".join(read(as_json(tmp_path, bench)).notices)
+    records = samples.aiperf()
+    for number, record in enumerate(records):
+        record["metadata"]["endpoint_url"] = f"http://server-{number % 2}"
+    assert "requests went to 2 endpoints" in " ".join(read(as_lines(tmp_path, records)).notices)
     path = tmp_path / "report.yaml"
     path.write_text(yaml.safe_dump(samples.guidellm(), sort_keys=False))
     assert len(read(path)) == 5
@@ -341,6 +347,8 @@ def _requests(report: Any) -> Any:
         ("inference-perf", lambda v: v[0]["info"]["response_metrics"].update(output_token_times=[0.0]),
          "request 1: output_token_times"),
         ("aiperf", lambda v: v[1]["metadata"].update(request_start_ns=1_796_029_855_000_000), "it is in another unit"),
+        ("aiperf", lambda v: v[1]["metrics"]["inter_chunk_latency"].update(unit="sec"), "inter_chunk_latency="),
+        ("inference-perf", lambda v: v.append(v[0]), "request 4: start_time and end_time=.*request 1 has it too"),
         ("aiperf", lambda v: v.append(v[1]), "line 6: metadata.x_request_id=.*line 2 has it too"),
         ("guidellm", lambda v: _requests(v)["successful"].append(_requests(v)["successful"][0]),
          "successful request 5: request_id=.*successful request 1 has it too"),
@@ -385,6 +393,8 @@ def test_broken_text_is_named(tmp_path: Path, name: str, text: str, named: str) 
         ({"row_0": {"status": "perhaps"}}, "line 2: status"),
         ({"row_0": {"last_chunk_time_us": "5"}}, "line 2"),
         ({"row_0": {"send_time_us": "0"}}, "line 2: send_time_us"),
+        ({"row_0": {"send_time_us": "1796029855000"}}, "line 2: send_time_us.*microseconds since 1970"),
+        ({"row_1": {"request_id": "0"}}, "line 3: request_id='0': of one request: trace.csv, line 2"),
         ({"header": {"time_unit": "ms"}}, "time_unit"),
         ({"header": {"trace_version": 9}}, "trace_version"),
     ],

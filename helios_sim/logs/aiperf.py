@@ -61,7 +61,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
-    ids = dict[str, str]()
+    ids, servers = dict[str, str](), dict[str, None]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
         rows.append(_row(place, record))
@@ -69,10 +69,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         metrics = value.get("metrics") or {}
         matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
+        servers |= dict.fromkeys(filter(None, [str(value["metadata"].get("endpoint_url") or "")]))
         note_others(left, value, _OF_RECORD)
         note_others(left, value["metadata"], _OF_METADATA, "metadata.")
         note_others(left, metrics, _OF_METRICS, "metrics.")
     notices = not_read(document.name, [*(name for name in _EFFECTS if matter[name]), *left], _EFFECTS)
+    if len(servers) > 1:
+        told = f"{len(servers)} endpoints, {', '.join(list(servers)[:3])}"
+        notices.append(f"{document.name}: requests went to {told}: here all go to one server, or to server.replicas.")
     if turns:
         notices.append(f"{document.name}: {turns} requests continue a conversation: what its turns share is computed "
                        "anew for each.")  # fmt: skip
@@ -132,4 +136,7 @@ def _row(place: str, record: Fields) -> Row:
         times = list(accumulate(
             (number(place, "inter_chunk_latency", gap) / _PER_S[unit] for gap in gaps), initial=ttft_s
         ))  # fmt: skip
+        if e2e_s is not None and not 0.5 * e2e_s - 0.01 <= times[-1] <= 1.05 * e2e_s + _SLACK_S:
+            told = f"{times[-1]:.6g} s with the time to first token"
+            raise UserError(f"{place}: inter_chunk_latency", told, f"about request_latency, {e2e_s:.6g} s", FIX)
     return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up)

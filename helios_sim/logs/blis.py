@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, only_once
+from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, Fields, parse_yaml, read_text, reading, shortened
 
@@ -70,6 +70,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         row = dict(zip(names, cells, strict=True))
         only_once(place, "request_id", row["request_id"], ids)
         matter.update(name for name in _EFFECTS if row.get(name, "") not in _EMPTY)
+        sent = row["send_time_us"]
+        if header is not None and real and sent.isascii() and sent.isdecimal() and 0 < int(sent) < EARLIEST_S * 10**6:
+            raise UserError(f"{place}: send_time_us", sent, "microseconds since 1970, after 2001", FIX)
         rows.append(_row(place, row, real, len(rows) < warm_up, priorities))
     notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)
     others = [name for name in names if name not in (*_NEEDED, *_EFFECTS) and name not in _OF_NO_MATTER]

@@ -12,7 +12,18 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read, note_others, number, whole
+from helios_sim.logs.record import (
+    FIX,
+    Begins,
+    RequestLog,
+    Row,
+    gathered,
+    not_read,
+    note_others,
+    number,
+    only_once,
+    whole,
+)
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "inference-perf"
@@ -50,11 +61,13 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if document.begins_with(b"{"):
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
-    rows, matter, left = [], dict.fromkeys(_EFFECTS, 0), dict[str, None]()
+    rows, matter, left, ids = [], dict.fromkeys(_EFFECTS, 0), dict[str, None](), dict[str, str]()
     for i, value in enumerate(document.array(), 1):
         place = f"{document.name}, request {i}"
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
+        span = f"{value.get('start_time')} to {value.get('end_time')}"
+        only_once(place, "start_time and end_time", span, ids)
         rows.append(_row(place, Fields(value, place, FIX), matter))
         _note(left, value)
     notices = not_read(document.name, [*(name for name, count in matter.items() if count), *left], _EFFECTS)

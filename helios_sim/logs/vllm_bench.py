@@ -64,6 +64,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     fields.ignore([*_OF_NO_MATTER, "duration", *(name for name in run if _is_statistic(name))])
     left = [name for name in (*fields.rest, *fields.off) if name in _EFFECTS or not str(name).startswith(_PARTS_OF)]
     notices = not_read(where, left, _EFFECTS)
+    asked = run.get("num_prompts")
+    if asked != count:
+        notices.append(f"{where}: num_prompts is {shortened(asked)}, and its lists have {count} requests, which count.")
     most = run.get("max_concurrency")
     stated = {"model": run.get("model_id"), "in_flight_at_most": most, "request_rate": run.get("request_rate")}
     return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)

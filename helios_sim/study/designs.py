@@ -103,7 +103,9 @@ def _check_parameter(plan: SweepPlan, parameter: Axis) -> None:
     if not keys:
         assert first is not None
         raise first
-    if len(keys) > 1:
+    of_others = all(path.startswith("arms.") and not path.startswith(f"arms.{plan.arm}.")
+                    for path in parameter.settings)  # fmt: skip
+    if len(keys) > 1 or of_others:  # one value alone has no other to differ from
         allowed = f"settings of the arm that is designed: they change nothing of {plan.arm}"
         raise UserError(f"{parameter.key}.settings", list(parameter.settings), allowed, "name another in sweep.arm")
 

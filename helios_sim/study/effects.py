@@ -268,7 +268,7 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     ),
     **{
         f"exits.{name}": (lambda c: c.exits.source != "none", "only with exits: exits.source other than none")
-        for name in ("threshold", "confidence")
+        for name in ("threshold", "confidence", "guarantee.max_disagreement")
     },
     "runtime.regroup_s": (_regroups, "only where batches are split: policy.batching=rebatch"),
     "objective.bits_reference": (lambda c: c.objective.max_bits_ratio is not None, "with objective.max_bits_ratio"),
@@ -362,7 +362,8 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
     """
     of_arms = [path for arm in config.arms.values() if isinstance(arm, Mapping) for path in arm.get("overrides") or ()]
     axes = [*(axis for sweep in config.sweeps for axis in sweep.axes), *config.sweep.parameters.values()]
-    others = [str(path) for path in (*changed, *of_arms, *(path for axis in axes for path in axis.settings))]
+    varied = [str(path) for path in (*of_arms, *(path for axis in axes for path in axis.settings))]
+    others = [*changed, *varied]
     usual = asdict(Config())
     for path, (counts, where) in COUNTS.items():
         parts = path.split(".")
@@ -380,7 +381,7 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
             if above not in COUNTS:
                 continue
             counts, where = COUNTS[above]
-            by_others = _varies(parts, [other for other in others if other != path])
+            by_others = _varies(parts, [other for other in varied if other != path])
             if not counts(config) and not by_others and _is_known(config, parts):
                 allowed = f"does nothing here: it counts {where}"
                 raise UserError(f"{place}: {path}", "an axis", allowed, "leave the axis out, or set that too")

@@ -149,6 +149,9 @@ def _axis(key: str, name: str, c: AxisConfig) -> Axis:
             raise UserError(f"{key}.values", value, f"one entry for each of {len(settings)} settings", "match them")
     if c.labels is not None and len(c.labels) != len(c.values):
         raise UserError(f"{key}.labels", c.labels, f"{len(c.values)} labels, one a value", "match them")
+    if c.labels is not None and len({str(label) for label in c.labels}) < len(c.labels):
+        allowed = "different labels: tables and figures tell values by them"
+        raise UserError(f"{key}.labels", c.labels, allowed, "change one")
     return Axis(key, name, settings, tuple(c.values), None if c.labels is None else tuple(c.labels))
 
 
