@@ -238,6 +238,14 @@ EXPERIMENTS = {
         STUDY.replace("n_requests: 12", "arrivals: {users: 4}"),
         ["mine.yaml: workload.arrivals.users=4", "does nothing here", "closed_loop"],
     ),
+    "a mix that is joined with the workload's": (
+        STUDY.replace("n_requests: 12", "mix: {tasks: {gsm8k: 1.0}}"),
+        ["mine.yaml: workload.mix.tasks=", "sharegpt: 0.2, cnn_dailymail: 0.2", "with 0 for a task to be left out"],
+    ),
+    "an arm's override that does nothing": (
+        STUDY.replace("{policy: early_exit}", "{policy: early_exit, overrides: {workload.arrivals.cv: 2.0}}"),
+        ["mine.yaml: arms.early_exit.overrides.workload.arrivals.cv=2.0", "does nothing here"],
+    ),
     "exits that there are none of": (
         STUDY + "exits: {source: none, parameters: {task_spread: 0.5}}\n", ["mine.yaml: exits.parameters", "nothing"],
     ),

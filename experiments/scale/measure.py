@@ -33,7 +33,7 @@ def timed(requests: int, replicas: int) -> Run:
         arguments = [
             "+experiment=scale",
             f"workload.n_requests={requests}",
-            f"server.replicas={replicas}",
+            *([f"server.replicas={replicas}", "server.router=least_loaded"] if replicas > 1 else []),
             f"workload.arrivals.rate_per_s={RATE_PER_REPLICA * replicas}",
             f"hydra.run.dir={folder}/out",
         ]

@@ -376,21 +376,40 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
             allowed = f"does nothing here: it counts {where}"
             raise UserError(f"{place}: {path}", value, allowed, "leave it out, or set that too")
     for path in (path for axis in axes for path in axis.settings):
-        parts = path.split(".")
-        for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
-            if above not in COUNTS:
-                continue
-            counts, where = COUNTS[above]
-            by_others = _varies(parts, [other for other in varied if other != path])
-            if not counts(config) and not by_others and _is_known(config, parts):
-                allowed = f"does nothing here: it counts {where}"
-                raise UserError(f"{place}: {path}", "an axis", allowed, "leave the axis out, or set that too")
+        where = _in_vain(config, path.split("."), [other for other in varied if other != path])
+        if where:
+            allowed = f"does nothing here: it counts {where}"
+            raise UserError(f"{place}: {path}", "an axis", allowed, "leave the axis out, or set that too")
+    for name, mix in (("tasks", config.workload.mix.tasks), ("after", config.workload.mix.after)):
+        own = _at(written, ["workload", "mix", name])
+        joined = {task: share for task, share in (mix or {}).items() if share and task not in (own or mix)}
+        if joined and not any(path.startswith("workload") for path in changed):
+            others_of = ", ".join(f"{task}: {share:g}" for task, share in joined.items())
+            allowed = f"also {others_of}, of the workload's own file"
+            fix = "name these too, with 0 for a task to be left out"
+            raise UserError(f"{place}: workload.mix.{name}", ", ".join(map(str, own or ())), allowed, fix)
     for name, arm in config.arms.items():
+        overrides = (arm.get("overrides") or {}) if isinstance(arm, Mapping) else {}
+        for path, value in overrides.items() if isinstance(overrides, Mapping) else ():
+            with_it = [*changed, *(other for other in overrides if other != path)]
+            where = _in_vain(config, str(path).split("."), with_it)
+            if where and value not in (None, {}, []):
+                key, allowed = f"arms.{name}.overrides.{path}", f"does nothing here: it counts {where}"
+                raise UserError(f"{place}: {key}", value, allowed, "leave it out, or set that too")
         for key in arm if isinstance(arm, Mapping) else ():
             counts_for, where = OF_POLICIES.get(key, (None, ""))
             if counts_for is not None and not counts_for({**arm, "name": str(arm.get("policy"))}):
                 allowed = f"does nothing here: it counts {where}"
                 raise UserError(f"{place}: arms.{name}.{key}", arm[key], allowed, "leave it out, or set that too")
+
+
+def _in_vain(config: Config, parts: Sequence[str], others: Collection[str]) -> str:
+    """Where this path would count, if it does not; empty where it does, or where one of the others may be why."""
+    for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
+        counts, where = COUNTS.get(above, (None, ""))
+        if counts is not None and not counts(config) and not _varies(parts, others) and _is_known(config, parts):
+            return where
+    return ""
 
 
 def _varies(parts: Sequence[str], others: Collection[str]) -> bool:
