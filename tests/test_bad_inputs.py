@@ -238,6 +238,10 @@ EXPERIMENTS = {
         STUDY.replace("n_requests: 12", "arrivals: {users: 4}"),
         ["mine.yaml: workload.arrivals.users=4", "does nothing here", "closed_loop"],
     ),
+    "a gate that nothing passes": (
+        STUDY + "gates: [{arm: early_exit, metric: ttft_s_p50, low: 2.0, high: 1.0}]\n", ["gates.low=2.0", "exchange"],
+    ),
+    "a published row without a figure": (STUDY + "published: [{arm: early_exit}]\n", ["published.published", "1.48"]),
     "a mix that is joined with the workload's": (
         STUDY.replace("n_requests: 12", "mix: {tasks: {gsm8k: 1.0}}"),
         ["mine.yaml: workload.mix.tasks=", "sharegpt: 0.2, cnn_dailymail: 0.2", "with 0 for a task to be left out"],

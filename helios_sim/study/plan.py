@@ -265,11 +265,17 @@ def _check_names(plan: StudyPlan) -> None:
             require_one_of("gates.over", gate.over, arms)
         if gate.low is None and gate.high is None:
             raise UserError("gates", gate.name or gate.metric, "a gate needs a bound", "set low or high")
+        if gate.low is not None and gate.high is not None and gate.low > gate.high:
+            allowed = f"low at most high, which is {gate.high:g}: nothing passes this gate"
+            raise UserError("gates.low", gate.low, allowed, "exchange low and high")
     for published in config.published:
         point = point_at(plan, published.at)
         require_one_of("published.arm", published.arm, point.jobs)
         require_one_of("published.over", published.over or point.baseline, point.jobs)
         require_one_of("published.metric", published.metric, DEFINITIONS)
+        if not published.published:
+            place = published.what or published.metric
+            raise UserError("published.published", place, "a row needs the published figure", "set published: 1.48")
     _check_figures(config, plan.points, arms)
 
 
