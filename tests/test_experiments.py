@@ -24,11 +24,14 @@ def small(name: str) -> DictConfig:
     register()
     with initialize_config_dir(conf_folder(), version_base=None):
         settings = compose("config", overrides=[f"+experiment={name}", "workload.n_requests=14", "seeds=[0]", "jobs=1"])
+    named = {str(value) for figure in settings.figures for value in (figure.get("where") or {}).values()}
     for sweep in settings.sweeps:
         for axis in sweep.axes:
+            names = axis.get("labels") or axis["values"]
+            kept = [n for n, name in enumerate(names) if n in (0, len(names) - 1) or str(name) in named]
             for key in ("values", "labels"):
-                if axis.get(key) is not None and len(axis[key]) > 2:
-                    axis[key] = [axis[key][0], axis[key][-1]]
+                if axis.get(key) is not None:
+                    axis[key] = [axis[key][n] for n in kept]
     return settings
 
 

@@ -52,7 +52,6 @@ VALUES: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
     ("helios_probe", "evaluated_tokens"), *(("early_exit", setting) for setting in OF_SPLITS),
-    ("early_exit_rebatch", "batching"),
 }  # fmt: skip
 # Probes that are often enough to hear and to change something within few requests.
 NEXT = ("objective.max_disagreement=0.3", "policy.probe_share=0.1", "policy.review_requests=10")

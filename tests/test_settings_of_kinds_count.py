@@ -332,7 +332,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 LIVE = {
-    "device": Case("cuda:99", is_refused=True), "dtype": Case("bfloat16", is_refused=True), "threads": Case(1),
+    "device": Case("cuda:99", is_refused=True), "dtype": Case("bfloat16", is_refused=True), "threads": Case(3),
     "kernels": Case("triton", is_refused=True), "weights": Case("other"),
     "heads": Case({"tiny": "gone"}, is_refused=True), "texts": Case("texts"),
     "warm_up": Case(2), "score": Case(True), "run": Case(1), "pace_every_s": Case(1e-6),

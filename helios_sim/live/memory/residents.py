@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -390,7 +390,11 @@ class _Streamed(Sequence[LayerWeights]):
         self._coming[layer]()
         if layer + 1 < len(self):
             self._fetch(layer + 1)
-        return self._store.layer(layer, self._window[layer % len(self._window)])
+        w = self._store.layer(layer, self._window[layer % len(self._window)])
+        if w.mlp_post_norm is None:
+            return w
+        # The next layer begins with this norm (`run_layer`), when this one's place in the window is written already.
+        return replace(w, mlp_post_norm=w.mlp_post_norm.clone())
 
     def _fetch(self, layer: int) -> None:
         if layer in self._coming:
