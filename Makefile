@@ -66,7 +66,8 @@ check: $(STAMPS)/test  ## lint, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check $(STAMPS)/live  ## everything in check, then all tests, those of live models included (torch)
+test: $(STAMPS)/test  ## everything in check, then all tests, those of live models included (torch)
+	$(MAKE) -j 2 check $(STAMPS)/live  # which types and contracts do not look at
 	$(BIN)/python -m pytest -n auto --benchmark-disable
 
 test-fast: $(STAMPS)/test  ## lint, and the tests that need no torch and no more than a minute on two cores

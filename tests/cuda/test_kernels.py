@@ -118,9 +118,9 @@ def check_builds(calls: list[Any], cards: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("card", CARDS)
 def test_nothing_spills_when_compiled(card: int) -> None:
-    """By ptxas, for A100, H100 and B200."""
-    of_heads = [decodes(*heads, rows, torch.bfloat16) for heads in FEW for rows in (1, 64)]
-    check_builds([*of_heads, *steps_of_rows(torch.bfloat16, (4096,))], (card,))
+    """By ptxas, for A100, H100 and B200: attention of a few kinds, and the rest for one of the cards."""
+    of_heads = [decodes(*heads, rows, torch.bfloat16) for heads in FEW for rows in ((1, 64) if card == 90 else (64,))]
+    check_builds([*of_heads, *(steps_of_rows(torch.bfloat16, (4096,)) if card == 90 else ())], (card,))
 
 
 @pytest.mark.exhaustive
