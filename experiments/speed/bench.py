@@ -47,7 +47,10 @@ def ticks():
 env.process(ticks())
 env.run()
 """
-MANY = ("server.replicas=64", "workload.n_requests=64000", "workload.arrivals.rate_per_s=192")
+MANY = (
+    "server.replicas=64", "server.router=least_loaded", "workload.n_requests=64000",
+    "workload.arrivals.rate_per_s=192",
+)  # fmt: skip
 MILLION = ("pictures=false", "workload.n_requests=1000000")
 VALUES = {
     "cap_bound": ("objective.max_disagreement", [0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]),
