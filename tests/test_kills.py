@@ -53,7 +53,7 @@ class Command:
         """Status and what it said on stderr; nothing that it started lives on."""
         self.process.send_signal(how)
         _, said = self.process.communicate(timeout=30)
-        deadline = time.monotonic() + 30  # ray's own agent looks for its master now and then
+        deadline = time.monotonic() + 10
         while self.left() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert self.left() == []
