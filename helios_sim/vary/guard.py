@@ -16,6 +16,7 @@ from time import sleep
 VARIABLE = "HELIOS_STARTED_BY"
 ROUNDS = 20  # looks for processes, since one that is ended may just have started another
 PAUSE_S = 0.1
+NOTHING = 3  # looks in a row that find none: a process that is just being replaced shows no environment
 
 
 def marked(mark: str) -> list[int]:
@@ -29,12 +30,14 @@ def marked(mark: str) -> list[int]:
 
 
 def end_all(mark: str) -> None:
+    empty = 0
     for _ in range(ROUNDS):
         there = marked(mark)
+        empty = 0 if there else empty + 1
         for pid in there:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        if not there:
+        if empty == NOTHING:
             return
         sleep(PAUSE_S)
 
