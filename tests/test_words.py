@@ -176,6 +176,7 @@ def test_a_whole_mix_takes_the_place_of_the_experiments(command) -> None:
 
 @pytest.mark.parametrize("word", ["workload.mix.tasks={gsm8k: 1}", "arms.full_depth_opt-1.3b.batch_limit=2"])
 def test_commands_with_settings_of_their_own_take_whole_mixes_and_arms_with_a_dot(word: str) -> None:
+    assert compose_config("quickstart").name == "quickstart"  # whose schema is another
     config = compose_config("quickstart", [word.replace("arms", "+arms"), "serve.port=8123"], schema=ServedConfig)
     assert config.serve.port == 8123
     assert config.workload.mix.tasks == {"gsm8k": 1} or config.arms["full_depth_opt-1.3b"]["batch_limit"] == 2
