@@ -232,3 +232,11 @@ def records_in(block: RecordBlock) -> Iterator[RequestRecord]:
         values |= {name: int(column[row]) if known[row] else None for name, (column, known) in block.maybe.items()}
         values |= {name: names[codes[row]] for name, (codes, names) in block.labels.items()}
         yield RequestRecord(**values)
+
+
+def rows_of(work: Workload, trace: ExitTrace) -> list[list[int]]:
+    """The rows of the trace that each request's answer reads."""
+    bound = trace.bind(work.mix.tasks)
+    columns = [(b.task, b.text_start, b.output_chars) for b in generate(work, 0)]
+    each = zip(*(np.concatenate(column).tolist() for column in zip(*columns, strict=True)), strict=True)
+    return [bound.locate(*one).indices().tolist() for one in each]

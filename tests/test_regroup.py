@@ -29,10 +29,10 @@ from helios_sim.report.metrics import OF_SPLITS, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.request import Slo
 from helios_sim.serving.server import Produced, Server
-from helios_sim.workload import AllAtOnce, Exponential, Workload, generate
+from helios_sim.workload import AllAtOnce, Exponential, Workload
 from policy_example import layered_profile, seen, situation
 from priced import priced_profile
-from rig import Scripted, Served, full_depth, serve, workload
+from rig import Scripted, Served, full_depth, rows_of, serve, workload
 
 EXITS, N_LAYERS = (1, 3, 8), 8
 COSTS = {
@@ -242,14 +242,6 @@ class Reference:
                 a.exits.append(leaf)
             else:
                 a.held, a.since_ns = leaf + 1, self.now_ns
-
-
-def rows_of(work: Workload, trace: ExitTrace) -> list[list[int]]:
-    """The rows of the trace that each request's answer reads."""
-    bound = trace.bind(work.mix.tasks)
-    columns = [(b.task, b.text_start, b.output_chars) for b in generate(work, 0)]
-    each = zip(*(np.concatenate(column).tolist() for column in zip(*columns, strict=True)), strict=True)
-    return [bound.locate(*one).indices().tolist() for one in each]
 
 
 @pytest.mark.slow

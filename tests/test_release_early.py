@@ -20,10 +20,10 @@ from helios_sim.policy.release_early import CLOSED, released_shares, tuned
 from helios_sim.policy.telemetry import Released
 from helios_sim.report.metrics import OF_RELEASES, compute_metrics
 from helios_sim.report.records import Records
-from helios_sim.workload import AllAtOnce, Exponential, Workload, generate
+from helios_sim.workload import AllAtOnce, Exponential, Workload
 from policy_example import seen, situation
 from priced import priced_profile
-from rig import Scripted, Served, full_depth, serve, workload
+from rig import Scripted, Served, full_depth, rows_of, serve, workload
 
 EXITS, N_LAYERS = (1, 3, 8), 8
 COSTS = {
@@ -78,13 +78,6 @@ def test_one_token_is_delivered_as_by_hand(ramp: int, confidence: Confidence) ->
     assert served.run.stats.busy_ns == pytest.approx(record.first_token_ns + 1e9 * whole_s, abs=2)
     assert served.run.stats.released_ns == pytest.approx(1e9 * (whole_s - delivered_s), abs=2)
     assert served.run.stats.released_tokens == (ramp < 2)
-
-
-def rows_of(work: Workload, trace: ExitTrace) -> list[list[int]]:
-    bound = trace.bind(work.mix.tasks)
-    columns = [(b.task, b.text_start, b.output_chars) for b in generate(work, 0)]
-    each = zip(*(np.concatenate(column).tolist() for column in zip(*columns, strict=True)), strict=True)
-    return [bound.locate(*one).indices().tolist() for one in each]
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ from helios_sim.report.metrics import OF_DRAFTS, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.serving.iteration import Plan
 from helios_sim.serving.server import Produced, Server
-from helios_sim.workload import AllAtOnce, Exponential, Workload, generate
+from helios_sim.workload import AllAtOnce, Exponential
 from policy_example import layered_profile, offline, seen, situation
 from priced import priced_profile
-from rig import EXITS, Scripted, Served, full_depth, serve, workload
+from rig import EXITS, Scripted, Served, full_depth, rows_of, serve, workload
 
 EXIT, N_LAYERS = EXITS
 COSTS = {
@@ -173,14 +173,6 @@ def test_every_token_comes_when_the_reference_says(
         assert record.agreed_tokens == record.output_tokens
         assert record.layers_run == N_LAYERS * record.output_tokens
     assert [r.microbits for r in records] == [r.microbits for r in before.by_request()]
-
-
-def rows_of(work: Workload, trace: ExitTrace) -> list[list[int]]:
-    """The rows of the trace that each request's answer reads."""
-    bound = trace.bind(work.mix.tasks)
-    columns = [(b.task, b.text_start, b.output_chars) for b in generate(work, 0)]
-    each = zip(*(np.concatenate(column).tolist() for column in zip(*columns, strict=True)), strict=True)
-    return [bound.locate(*one).indices().tolist() for one in each]
 
 
 # --- what always holds
