@@ -379,7 +379,7 @@ def test_of_live_serving(name: str, served: Config, monkeypatch: pytest.MonkeyPa
     case = LIVE[name]
     other = str(Path(served.profile_folder or "").parent / "other")
     value = {"weights": {"tiny": other}, "texts": str(tmp_path / "texts")}.get(name, case.value)
-    base = with_settings(served, {"live.threads": 2 if threads == 1 else None})
+    base = with_settings(served, {"live.threads": 2})
     try:
         shown(replace(case, value=value), f"live.{name}", base, answer)
     finally:
