@@ -27,7 +27,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from helios_sim import files
+from helios_sim.entry import run
 from helios_sim.errors import UserError
+from helios_sim.help import is_asked
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 
 SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
@@ -216,12 +218,15 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[\[\], ]+", text) if word)
 
 
-def main(arguments: Sequence[str]) -> int:
-    try:
-        out = make_bundle(BundleSettings.read(arguments))
-    except UserError as error:
-        print(f"calibrate.bundle: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("calibrate.bundle", _bundled, arguments)
+
+
+def _bundled(arguments: Sequence[str]) -> int:
+    if is_asked(arguments):
+        print(__doc__)
+        return 0
+    out = make_bundle(BundleSettings.read(arguments))
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {len(sums(out))} files, {n_bytes / MIB:.0f} MiB")
     print(f"    python3 {out / RUN} +campaign=card budget_s=540 out=OUT")
@@ -229,4 +234,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

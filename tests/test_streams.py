@@ -38,8 +38,9 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, repository) -> Non
     assert (tmp_path / "file").read_text() == ""
 
 PROGRAMS = (
-    "helios_sim", "helios_sim.serve", "helios_sim.observe", "helios_sim.profile", "helios_sim.exits.import",
-    "calibrate",
+    "helios_sim", "helios_sim.serve", "helios_sim.observe", "helios_sim.profile", "helios_sim.profile.build",
+    "helios_sim.exits.import",
+    "calibrate", "calibrate.models", "calibrate.bundle", "calibrate.campaigns.land",
 )  # fmt: skip
 
 

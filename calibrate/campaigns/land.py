@@ -27,7 +27,9 @@ from calibrate.campaigns.archives import archives_in, campaign_of, read_archive
 from calibrate.stages import Finished, read_finished
 from calibrate.work import CEILINGS, ENERGY, PROFILE
 from helios_sim import files
+from helios_sim.entry import run
 from helios_sim.errors import UserError
+from helios_sim.help import is_asked
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.report.format import in_unit, markdown
 from helios_sim.untrusted import parse_json
@@ -297,23 +299,25 @@ def _replaced(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("calibrate.campaigns.land", _landed, arguments)
+
+
+def _landed(arguments: Sequence[str]) -> int:
+    if is_asked(arguments):
+        print(__doc__)
+        return 0
     settings = dict(a.split("=", 1) for a in arguments if "=" in a)
     places = [a for a in arguments if "=" not in a]
-    try:
-        if len(places) != 1 or not settings.keys() <= {"into", "trial"}:
-            allowed = "one folder OUT, and into= where it goes"
-            raise UserError("arguments", " ".join(arguments), allowed, f"write {_USAGE}")
-        trial = settings.get("trial") == "true"
-        written = land(Path(places[0]).expanduser(), Path(settings.get("into", ".")).expanduser(), trial)
-    except UserError as error:
-        print(f"calibrate.campaigns.land: {error}", file=sys.stderr)
-        return 1
-    for path in written:
+    if len(places) != 1 or not settings.keys() <= {"into", "trial"}:
+        allowed = "one folder OUT, and into= where it goes"
+        raise UserError("arguments", " ".join(arguments), allowed, f"write {_USAGE}")
+    trial = settings.get("trial") == "true"
+    for path in land(Path(places[0]).expanduser(), Path(settings.get("into", ".")).expanduser(), trial):
         print(path)
     print("By hand: the answer on the page and in experiments/README.md, and what EFFORTS in plan.py guessed.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

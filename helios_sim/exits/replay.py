@@ -203,7 +203,8 @@ def _rows(trace: ExitTrace, tasks: Collection[str] | None) -> slice | NDArray[np
     missing = sorted(set(tasks) - set(trace.tasks))
     if missing or not any(wanted):
         raise UserError(
-            "tasks", missing, f"the exit trace of {trace.model} has {', '.join(trace.tasks)}", "name some of these"
+            "tasks", missing, f"the exit trace of {trace.model} has {', '.join(trace.tasks)}",
+            "choose a workload of such texts, or name some of these in workload.mix.tasks",
         )
     return np.asarray(wanted)[trace.task]
 

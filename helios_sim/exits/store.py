@@ -51,8 +51,11 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
     such trace, the folder holds another model, or it is damaged.
     """
     if source == "published":
-        from helios_sim.exits.published import published_trace
+        from helios_sim.exits.published import EXIT_SHARES, published_trace
 
+        if model not in EXIT_SHARES:
+            allowed = f"no published exits of {model}; there are: {_sources_of(model)}"
+            raise UserError("exits.source", source, allowed, "set one of these, or exits.source=none")
         return published_trace(model, **parameters)
     if parameters:
         name = next(iter(parameters))
@@ -77,6 +80,13 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
             "exits.source", source, f"the trace there is of {trace.model}, not {model}", "name another folder"
         )
     return trace
+
+
+def _sources_of(model: str) -> str:
+    """In words, where exits of a model without published ones come from."""
+    shipped = sorted(folder.name.partition("@")[2] for folder in SHIPPED.glob(f"{model}@*"))
+    own = "a table or a trace of your own (python -m calibrate model=... measures one)"
+    return ", ".join((*shipped, own))
 
 
 def write_trace(trace: ExitTrace, folder: Path) -> None:

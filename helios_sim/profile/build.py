@@ -13,7 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from helios_sim.entry import run
 from helios_sim.errors import UserError
+from helios_sim.help import is_asked
 from helios_sim.profile.catalog import (
     CARDS,
     HARDWARE,
@@ -37,20 +39,23 @@ USAGE = (
 )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Builds from measured kernels and writes; returns the exit status."""
-    try:
-        options = dict(_option(a) for a in arguments)
-        importer = options.get("importer", "aiconfigurator")
-        if importer not in IMPORTERS:
-            raise UserError("importer", importer, f"one of {', '.join(IMPORTERS)}", "choose one of these")
-        for profile in _from_kernels(options) if importer == "aiconfigurator" else [_from_tables(importer, options)]:
-            path = Path(options.get("folder", PROFILES_FOLDER)) / profile.name
-            write_profile(profile, path)
-            print(path)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("helios_sim.profile.build", _built, arguments)
+
+
+def _built(arguments: Sequence[str]) -> int:
+    """Builds from measured kernels and writes."""
+    if is_asked(arguments):
+        print(__doc__)
+        return 0
+    options = dict(_option(a) for a in arguments)
+    importer = options.get("importer", "aiconfigurator")
+    if importer not in IMPORTERS:
+        raise UserError("importer", importer, f"one of {', '.join(IMPORTERS)}", "choose one of these")
+    for profile in _from_kernels(options) if importer == "aiconfigurator" else [_from_tables(importer, options)]:
+        path = Path(options.get("folder", PROFILES_FOLDER)) / profile.name
+        write_profile(profile, path)
+        print(path)
     return 0
 
 
@@ -115,4 +120,4 @@ def _option(argument: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,8 +51,8 @@ def serve(config: ServedConfig) -> int:
             service.config.mode, service.config.server.order == "priority", _about(service, settings),
         )  # fmt: skip
         link.start(front, sock, service)
-        say(f"{address}: {', '.join(service.models)} by {service.job.arm.name}, mode={service.config.mode}; the page "
-            f"is at /, Ctrl-C stops", sys.stderr)  # fmt: skip
+        say(f"{address}: loading {', '.join(service.models)} for {service.job.arm.name}, mode={service.config.mode}; "
+            f"the page is at /, Ctrl-C stops", sys.stderr)  # fmt: skip
         with signals(link):
             try:
                 service.run()
@@ -92,6 +93,7 @@ class Link:
     def __init__(self) -> None:
         self._out: SimpleQueue[FromEngine | Drain | Abort | None] = SimpleQueue()
         self._stops = 0
+        self._began_s = time.monotonic()
         self._service: Service | None = None
         self.ready = threading.Event()
         self.ended: Ended | None = None
@@ -112,6 +114,7 @@ class Link:
         self._out.put(message)
         if isinstance(message, Ready):
             self.ready.set()
+            say(f"ready, {time.monotonic() - self._began_s:.1f} s after the start", sys.stderr)
 
     def stop(self) -> None:
         """The first time, drain; the second time, abort."""
