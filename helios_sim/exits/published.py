@@ -94,12 +94,9 @@ class PublishedParameters:
 def published_trace(model: str, **parameters: Any) -> ExitTrace:
     """The trace of one OPT model; the keywords are the fields of PublishedParameters.
 
-    Both models' traces of the same parameters belong together: token by token the same text. UserError for another
-    model, an unknown parameter, or a value that cannot be.
+    Both models' traces of the same parameters belong together: token by token the same text. UserError for an unknown
+    parameter, or a value that cannot be.
     """
-    if model not in EXIT_SHARES:
-        allowed = f"published exits exist for {', '.join(EXIT_SHARES)}"
-        raise UserError("models", model, allowed, "set exits.source to none, or to a measured trace")
     known = [f.name for f in fields(PublishedParameters)]
     for name in parameters:
         if name not in known:

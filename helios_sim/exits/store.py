@@ -54,7 +54,7 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         from helios_sim.exits.published import EXIT_SHARES, published_trace
 
         if model not in EXIT_SHARES:
-            allowed = f"no published exits of {model}; there are: {_sources_of(model)}"
+            allowed = f"published exits exist for {', '.join(EXIT_SHARES)}; for {model} there are: {_sources_of(model)}"
             raise UserError("exits.source", source, allowed, "set one of these, or exits.source=none")
         return published_trace(model, **parameters)
     if parameters:
