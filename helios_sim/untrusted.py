@@ -90,11 +90,12 @@ def read_json(path: Path, fix: str, most_bytes: int = 16 * MIB, error: type[User
     return found
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, plain_names: bool = False) -> Any:
     """The value of a JSON text. ValueError where a key stands twice in one object, and for NaN, infinity and numbers
-    beyond float64.
+    beyond float64; with `plain_names` also for a key with blanks around it, which nothing would find.
     """
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    hook = _unique_and_plain if plain_names else _unique
+    return json.loads(text, object_pairs_hook=hook, parse_constant=_no_number, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,6 +104,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
     return found
+
+
+def _unique_and_plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, _ in pairs:
+        check_name(name)
+    return _unique(pairs)
+
+
+def check_name(name: str) -> None:
+    """ValueError for a name with blanks around it: it looks like another one, which would count as missing."""
+    if name != name.strip():
+        raise ValueError(f"the name {name!r} has blanks around it")
 
 
 def _no_number(constant: str) -> Any:
@@ -117,7 +130,9 @@ def _finite(text: str) -> float:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The value of a YAML text. yaml.YAMLError where it is none, and where a key stands twice in one mapping."""
+    """The value of a YAML text. yaml.YAMLError where it is none, and where a key stands twice in one mapping or has
+    blanks around it.
+    """
     import yaml
 
     return yaml.load(text, _unique_loader())  # noqa: S506 - a SafeLoader that refuses a key given twice
@@ -132,6 +147,9 @@ def _unique_loader() -> Any:
             known: set[str] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    if key.value != key.value.strip():
+                        told = f"the key {key.value!r} has blanks around it"
+                        raise yaml.constructor.ConstructorError(None, None, told)
                     if key.value in known:
                         raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands there twice")
                     known.add(key.value)

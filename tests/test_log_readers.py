@@ -311,6 +311,15 @@ def _span(values: Any) -> Any:
     return values[1]["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
 
 
+def _whole(key: str, value: int) -> dict[str, Any]:
+    return {"key": key, "value": {"intValue": str(value)}}
+
+
+def _gaps(record: Any, gaps_ms: list[float]) -> None:
+    if "inter_chunk_latency" in record["metrics"]:
+        record["metrics"]["inter_chunk_latency"]["value"] = gaps_ms
+
+
 def _requests(report: Any) -> Any:
     return report["benchmarks"][0]["requests"]
 
@@ -327,6 +336,26 @@ def _requests(report: Any) -> Any:
         ("vllm", lambda v: v.update(total_output_tokens=90), "total_output_tokens"),
         ("vllm", lambda v: v.update(duration=0.0005), None),
         ("vllm", lambda v: v.update(start_times=[1e6, 2e6, 3e6, 4e6]), "duration"),
+        ("vllm", lambda v: v.update(mean_ttft_ms=5e4), "mean_ttft_ms=50000.0: 50, as its lists say"),
+        ("vllm", lambda v: v.update(mean_e2el_ms=743.0), r"mean_e2el_ms=743.0: 74\.3333"),
+        ("vllm", lambda v: v.update(max_concurrency=1, start_times=[1e3 + i / 1e3 for i in range(4)]),
+         "3 requests at once': at most 1"),
+        ("vllm", lambda v: v.update({"start_times ": v.pop("start_times")}), "'start_times ' has blanks around it"),
+        ("guidellm", lambda v: _requests(v)["successful"][0].update(request_latency=9.0), "request_latency=9.0: 0.03"),
+        ("guidellm", lambda v: _requests(v)["successful"][0].update(inter_token_latency_ms=900.0),
+         "inter_token_latency_ms=900.0: 2.19"),
+        ("aiperf", lambda v: [_gaps(one, [0.0021] * 5) for one in v],
+         "token times='4.2e-05 s between first and last tokens.*about 0.0399 s"),
+        ("aiperf", lambda v: [_gaps(one, [2.1, 4.2, 6.3, 8.4, 10.5]) for one in v], "token times='0.1[0-9]* s between"),
+        ("aiperf", lambda v: v[1]["metrics"]["inter_token_latency"].update(value=210.0), "about 0.0021 s, by its"),
+        ("aiperf", lambda v: v[1]["metrics"].update({"time_to_first_token ": v[1]["metrics"].pop("request_latency")}),
+         "'time_to_first_token ' has blanks"),
+        ("spans", lambda v: _span(v)["attributes"].append(_whole("gen_ai.usage.input_tokens", 999)),
+         "gen_ai.usage.prompt_tokens=80: 999, as gen_ai.usage.input_tokens says"),
+        ("spans", lambda v: _span(v)["attributes"].append(_whole("gen_ai.usage.completion_tokens", 7)),
+         "completion_tokens='3 and 7': one value"),
+        ("spans", lambda v: _span(v)["attributes"].append(_whole("gen_ai.usage.output_tokens ", 7)),
+         "'gen_ai.usage.output_tokens ' has blanks"),
         ("vllm", lambda v: [v.pop(name) for name in ("ttfts", "itls")], "--save-detailed"),
         ("vllm", lambda v: v.update(errors=["x"] * 4, output_lens=[0] * 4, completed=0, failed=4,
                                     total_input_tokens=0, total_output_tokens=0), "all failed"),
@@ -367,6 +396,90 @@ def test_damage_is_named(tmp_path: Path, tool: str, change: Change, named: str |
         read(path)
 
 
+def observed(**changes: Any) -> list[dict[str, Any]]:
+    """A log of our own: ten requests, half a second apart, three tokens each."""
+    rows = [
+        {"index": i, "arrival_s": i / 2, "prompt_tokens": 100 + i, "output_tokens": 3, "status": "ok", "ttft_s": 0.05,
+         "e2e_s": 0.07, "token_times_s": [0.05, 0.06, 0.07]}
+        for i in range(10)
+    ]  # fmt: skip
+    return [{"helios_log": 1, "model": "m"} | changes, *rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda v: v.append(v[4]), "line 12: index=3: of one request: log.jsonl, line 5 has it too"),
+        (lambda v: v[3].update(ttft_s=0.01), "line 4: token times='the first after 0.05 s': 0.01 s"),
+        (lambda v: v[3].update(token_times_s=[0.05, 0.06, 7.0]), "line 4: token times='the last after 7 s'"),
+        (lambda v: [one.update(e2e_s=0.7) for one in v[1:]], "token times='0.2 s between.*about 6.5 s"),
+        (lambda v: [one.update(ttft_s=50, e2e_s=70, token_times_s=[50, 60, 70]) for one in v[7:]],
+         "4 of 10 requests with 10 s a token"),
+        (lambda v: [one.update(priority=1) for one in v[2:]], "line 2: priority=None"),
+        (lambda v: v[0].update(users=1) or [one.update(arrival_s=0.0) for one in v[1:]], "10 requests at once.*most 1"),
+    ],
+)  # fmt: skip
+def test_a_log_of_our_own_that_contradicts_itself(tmp_path: Path, change: Change, named: str) -> None:
+    lines = observed()
+    assert read(as_lines(tmp_path, lines)).e2e_s == pytest.approx([0.07] * 10)
+    change(lines)
+    with pytest.raises(UserError, match=named):
+        read(as_lines(tmp_path, lines))
+
+
+def test_the_order_of_keys_is_no_matter(tmp_path: Path) -> None:
+    """As `jq -S` sorts them: texts of prompts and answers then stand before what tells the tool."""
+    bench, report, requests = samples.vllm_bench(), samples.guidellm(), samples.inference_perf()
+    bench["generated_texts"][0] = _requests(report)["successful"][0]["output"] = requests[0]["request"] = "x" * 90_000
+    for value, there in ((bench, 4), (report, 5), (requests, 3)):
+        (tmp_path / "log.json").write_text(json.dumps(value, sort_keys=True))
+        assert len(read(tmp_path / "log.json")) == there
+
+
+def test_inference_perf_in_lines_and_as_before_0_6(tmp_path: Path) -> None:
+    want = read(as_json(tmp_path, samples.inference_perf()))
+    old = samples.inference_perf()
+    for request in old:
+        answer = request["info"]["response_metrics"] or {"output_tokens": 0, "output_token_times": []}
+        request["info"] = {name: answer[name] for name in ("output_tokens", "output_token_times")} | {
+            "input_tokens": request["info"]["input_tokens"], "extra_info": {}, "lora_adapter": None,
+        }  # fmt: skip
+    for found in (read(as_lines(tmp_path, samples.inference_perf())), read(as_json(tmp_path, old))):
+        assert found.output_tokens.tolist() == want.output_tokens.tolist() == [3, 0, 2]
+        assert found.e2e_s == pytest.approx(want.e2e_s, nan_ok=True)
+
+
+def test_the_innermost_span_counts_however_far_the_outer_one_is(tmp_path: Path) -> None:
+    batches = samples.spans()
+    spans = [span for batch in batches for span in batch["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+    for span in spans:
+        span["attributes"] = [one for one in span["attributes"] if not one["key"].startswith("gen_ai.latency")]
+    sent = {**spans[0], "spanId": "aa", "parentSpanId": spans[0]["spanId"], "attributes": []}
+    spans[1]["parentSpanId"] = "aa"
+    batches[0]["resourceSpans"][0]["scopeSpans"][0]["spans"].append(sent)
+    assert len(read(as_lines(tmp_path, batches))) == 3
+
+
+def test_runs_that_were_joined_are_told(tmp_path: Path) -> None:
+    records = samples.aiperf()
+    for record in samples.aiperf():
+        about = record["metadata"]
+        about |= {"x_request_id": about["x_request_id"] + "b"} | {
+            name: about[name] + 3600 * 10**9 for name in ("request_start_ns", "request_end_ns")
+        }
+        records.append(record)
+    said = " ".join(read(as_lines(tmp_path, records)).notices)
+    assert "5 requests have session and turn of another one" in said
+    assert "no request came for 3,600 s after the first 5: if two runs were joined, take one" in said
+    table = tmp_path / "t.csv"
+    table.write_text("request_id,arrival_s,prompt_tokens,output_tokens\n" + "".join(
+        f"{i % 6},{i + 9000 * (i > 5)},5,5\n" for i in range(9)
+    ))  # fmt: skip
+    said = " ".join(read_trace(table).notices)
+    assert "3 of 9 rows have the request_id of another one" in said
+    assert "no request came for 9,001 s after the first 6" in said
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
@@ -396,6 +509,8 @@ def test_broken_text_is_named(tmp_path: Path, name: str, text: str, named: str) 
         ({"row_0": {"send_time_us": "1796029855000"}}, "line 2: send_time_us.*microseconds since 1970"),
         ({"row_1": {"request_id": "0"}}, "line 3: request_id='0': of one request: trace.csv, line 2"),
         ({"header": {"time_unit": "ms"}}, "time_unit"),
+        ({"header": {"server": {"max_num_seqs": "64"}}}, "max_num_seqs of server in trace.yaml='64'"),
+        ({"row_0": {"streaming": "yes"}}, "line 2: streaming='yes': true or false"),
         ({"header": {"trace_version": 9}}, "trace_version"),
     ],
 )
@@ -409,6 +524,7 @@ def test_damaged_blis(tmp_path: Path, change: dict[str, Any], named: str) -> Non
     [
         ("chunk-0-trace.csv", "0,1.3,8.6,Weibull,0.9\n", "chunk-0-trace.csv, line 1"),
         ("chunk-0-trace.csv", "0,1.3,8.6,Pareto,0.9,1\n", "Gamma or Weibull"),
+        ("chunk-0-trace.csv", "0,1.3,8.6,Gamma,0.9,1\n" * 2, "600 s or more after the one before, which began at 0"),
         ("chunk-0-dataset.json", '{"0": {"input_tokens": "{1: 0.2}", "output_tokens": "{1: 1}"}}', "0.2, not 1"),
         ("chunk-0-dataset.json", '{"0": {"input_tokens": "__import__(1)", "output_tokens": "{1: 1}"}}', "damaged"),
     ],
@@ -429,6 +545,10 @@ def test_damaged_servegen(tmp_path: Path, file: str, text: str, named: str) -> N
          "a mean of 3495 tokens"),
         ('num_requests_running{engine="0",model_name="m"}', 'num_requests_running{engine="0",model_name="b"}',
          "the pages of one model"),
+        ('prompt_tokens_total{engine="0",model_name="m"} ', 'prompt_tokens_total{engine="0",model_name="m"} 9',
+         "prompt tokens a request': about 200, as the histogram says"),
+        ('_prompt_tokens_count{engine="0",model_name="m"} ', '_prompt_tokens_count{engine="0",model_name="m"} 3',
+         "request_prompt_tokens_count='.* requests': about 100, by which"),
         ("vllm:", "sglang:", "sglang:num_requests_running.*whose names begin with vllm"),
         ("# HELP", "HTTP/1.1 200 OK\r\n\r\n# HELP", "headers of HTTP"),
         ("# TYPE python_info gauge", 'vllm:prompt_tokens_total{engine="0",model_name="m"} 1', "each sample once"),
@@ -451,6 +571,27 @@ def test_times_of_copies_are_no_times_of_scrapes(tmp_path: Path) -> None:
     for number, page in enumerate(sorted(folder.iterdir())):
         os.utime(page, (1_796_029_855 + 10 * number,) * 2)
     assert any("when they were written counts" in said for said in read_folder(folder).notices)
+
+
+def test_an_engine_that_comes_later_is_named(tmp_path: Path) -> None:
+    """Its counters began before it was scraped, and would count as requests of the time that was."""
+    folder = samples.write_scrapes(tmp_path)
+    last = sorted(folder.iterdir())[-1]
+    last.write_text(last.read_text() + "".join(
+        line.replace('engine="0"', 'engine="1"') + "\n" for line in last.read_text().splitlines() if "engine" in line
+    ))  # fmt: skip
+    with pytest.raises(UserError, match=r"scrape 1='no engine 1': all engines in every scrape, 0, 1"):
+        read_folder(folder)
+
+
+def test_columns_of_a_trace_stand_there_once(tmp_path: Path) -> None:
+    path = samples.write_blis(tmp_path)
+    text = path.read_text()
+    for old, new, named in (("finish_reason", "output_tokens", "output_tokens': each column once"),
+                            ("finish_reason", "finish_reason ", "'finish_reason ' has blanks")):  # fmt: skip
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=named):
+            read(path)
 
 
 def test_counters_that_fall_are_refused(tmp_path: Path) -> None:

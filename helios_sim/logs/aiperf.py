@@ -18,6 +18,7 @@ from helios_sim.logs.record import (
     Begins,
     RequestLog,
     Row,
+    close_to,
     counted,
     gathered,
     not_read,
@@ -32,6 +33,7 @@ from helios_sim.untrusted import Fields, shortened
 
 NAME = "aiperf records"
 _PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
+_OF_A_RUN = ("benchmark_phase", "session_num", "turn_index", "agent_depth", "source_id")  # once in each
 _SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
 _EFFECTS = {
     "usage_prompt_cache_read_tokens": "what of the prompt the prefix cache served is computed anew here",
@@ -61,7 +63,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
-    ids, servers = dict[str, str](), dict[str, None]()
+    ids, servers, sessions = dict[str, str](), dict[str, None](), Counter[tuple[object, ...]]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
         rows.append(_row(place, record))
@@ -69,6 +71,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         metrics = value.get("metrics") or {}
         matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
+        sessions[tuple(str(value["metadata"].get(name)) for name in _OF_A_RUN)] += 1
         servers |= dict.fromkeys(filter(None, [str(value["metadata"].get("endpoint_url") or "")]))
         note_others(left, value, _OF_RECORD)
         note_others(left, value["metadata"], _OF_METADATA, "metadata.")
@@ -77,6 +80,10 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if len(servers) > 1:
         told = f"{len(servers)} endpoints, {', '.join(list(servers)[:3])}"
         notices.append(f"{document.name}: requests went to {told}: here all go to one server, or to server.replicas.")
+    again = sum(count - 1 for count in sessions.values())
+    if again:
+        notices.append(f"{document.name}: {again} requests have session and turn of another one, as where the records "
+                       "of several runs are joined: all are replayed as one run.")  # fmt: skip
     if turns:
         notices.append(f"{document.name}: {turns} requests continue a conversation: what its turns share is computed "
                        "anew for each.")  # fmt: skip
@@ -139,4 +146,11 @@ def _row(place: str, record: Fields) -> Row:
         if e2e_s is not None and not 0.5 * e2e_s - 0.01 <= times[-1] <= 1.05 * e2e_s + _SLACK_S:
             told = f"{times[-1]:.6g} s with the time to first token"
             raise UserError(f"{place}: inter_chunk_latency", told, f"about request_latency, {e2e_s:.6g} s", FIX)
+    each_s = seconds("inter_token_latency")
+    counted_here = tokens("output_sequence_length") if metrics.has("output_sequence_length") else 0
+    if each_s is not None and ttft_s is not None and e2e_s is not None and counted_here > 1:
+        ours_s = (e2e_s - ttft_s) / (counted_here - 1)
+        if not close_to(each_s, ours_s, 0.05, 1e-3):
+            told = f"{each_s:.6g} s"
+            raise UserError(f"{place}: inter_token_latency", told, f"about {ours_s:.6g} s, by its other times", FIX)
     return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up)

@@ -15,7 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
 from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once
 from helios_sim.request import LONGEST
-from helios_sim.untrusted import MIB, Fields, parse_yaml, read_text, reading, shortened
+from helios_sim.untrusted import MIB, Fields, check_name, parse_yaml, read_text, reading, shortened
 
 NAME = "BLIS TraceV2"
 _NEEDED = (
@@ -35,6 +35,7 @@ _EFFECTS = {
     "adapter": "adapters of LoRA, which the simulation does not have",
 }
 _EMPTY = ("", "0")
+_FLAGS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _LINE = "correct or remove the line"
 _OF_HEADER = ("trace_version", "time_unit", "mode", "warm_up_requests", "server", "created_at", "workload_seed",
               "workload_spec", "network", "goodput_slo_targets", "session_context_growth")  # fmt: skip
@@ -57,6 +58,12 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise UserError(f"{document.name}, line 1", missing, "the columns of a TraceV2", FIX)
+    with reading(f"{document.name}, line 1", "names", "names of columns, each once", FIX):
+        for name in names:
+            check_name(name)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{document.name}, line 1", twice[0], "each column once", FIX)
     real = header is None or header.text("mode", ("real", "generated", "replayed")) == "real"
     warm_up = 0 if header is None else header.integer("warm_up_requests", 0, LONGEST, 0)
     rows: list[Row] = []
@@ -85,9 +92,11 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         if not real:
             notices.append(f"{where}: mode is {header.text('mode')}: its times were simulated by BLIS, not measured.")
         server = header.inner("server", {})
-        stated = {name: server.value(name, None) for name in (
-            "model", "tensor_parallel", "max_num_seqs", "block_size", "gpu_memory_utilization", "max_model_len"
+        stated = {"model": server.value("model", None), "gpu_memory_utilization": server.maybe(
+            "gpu_memory_utilization", 0.0, 1.0
         )}  # fmt: skip
+        for name in ("tensor_parallel", "max_num_seqs", "block_size", "max_model_len"):
+            stated[name] = server.integer(name, 0, LONGEST) if server.has(name) else None
         header.ignore(_OF_HEADER)
         server.ignore(("type", "url", "version"))
         left = [f"server.{name}" for name in (*server.rest, *server.off)]
@@ -144,7 +153,9 @@ def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities:
                    priority=priority, warm_up=warm_up)  # fmt: skip
     if not sent_us and real:
         raise UserError(f"{place}: send_time_us", 0, "a time in a request that was answered", _LINE)
-    streamed = row["streaming"].strip().lower() in ("true", "1", "t")
+    streamed = _FLAGS.get(row["streaming"].strip().lower())
+    if streamed is None:
+        raise UserError(f"{place}: streaming", shortened(row["streaming"]), "true or false", _LINE)
     base_us = sent_us or planned_us
     if first_us and not base_us <= first_us <= last_us:
         told = f"send {base_us}, first chunk {first_us}, last chunk {last_us}"

@@ -42,8 +42,18 @@ class Document:
         return self.head.startswith(text)
 
     def names(self, *keys: str) -> bool:
-        """Whether all of these stand in its beginning as keys of JSON."""
-        return all(f'"{key}"'.encode() in self.head for key in keys)
+        """Whether all of these stand as keys of JSON in its first line, or anywhere if the file is one value.
+
+        Texts of prompts and answers may stand before them, since keys come in any order.
+        """
+        return all(f'"{key}"'.encode() in self._first for key in keys)
+
+    @cached_property
+    def _first(self) -> bytes:
+        """What is looked at for names: all of one object or array, the beginning of lines."""
+        line = self.head.partition(b"\n")[0]
+        is_one = self.begins_with(b"[") or (self.begins_with(b"{") and not _is_json(line.decode(errors="replace")))
+        return self.content if is_one else self.head
 
     def lines(self) -> list[tuple[int, str]]:
         """The lines that are not empty, each with its number."""
@@ -62,7 +72,7 @@ class Document:
         for number, line in lines:
             place = f"{self.name}, line {number}"
             try:
-                value = parse_json(line)
+                value = parse_json(line, plain_names=True)
             except (ValueError, RecursionError) as error:
                 raise UserError(place, line.strip()[:80], f"a JSON object ({in_short(error)})", _LINE) from error
             if not isinstance(value, dict):
@@ -73,7 +83,7 @@ class Document:
     def array(self) -> list[Any]:
         """The value of a file that holds one JSON array. UserError where it does not."""
         with reading(self.name, "damaged", "one JSON array", FIX):
-            found = parse_json(self.content)
+            found = parse_json(self.content, plain_names=True)
             if not isinstance(found, list):
                 raise ValueError(f"it holds a {type(found).__name__}")
             return found
@@ -82,7 +92,7 @@ class Document:
         """The value of a file that holds one JSON object or one YAML mapping. UserError where it does not."""
         is_json = self.begins_with(b"{")
         with reading(self.name, "damaged", "one JSON object" if is_json else "one YAML mapping", FIX):
-            found = parse_json(self.content) if is_json else parse_yaml(self.content)
+            found = parse_json(self.content, plain_names=True) if is_json else parse_yaml(self.content)
             if not isinstance(found, dict):
                 raise ValueError(f"it holds a {type(found).__name__}")
             return found

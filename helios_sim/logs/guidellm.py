@@ -148,6 +148,12 @@ def _row(place: str, request: Any, end: str) -> Row:
         key = "time_to_first_token_ms"
         if not close_to(number(place, key, told_ms), 1e3 * ttft_s, 0.01, 0.1):
             raise UserError(f"{place}: {key}", told_ms, f"{1e3 * ttft_s:.6g}, as its timings say", FIX)
+    took_s = None if end_s is None else end_s - start_s
+    each_s = None if first_s is None or last_s is None or output < 2 else (last_s - first_s) / (output - 1)
+    for key, ours, per_s in (("request_latency", took_s, 1.0), ("inter_token_latency_ms", each_s, 1e3)):
+        said = fields.value(key, None)
+        if ours is not None and said is not None and not close_to(number(place, key, said), ours * per_s, 0.05, 0.1):
+            raise UserError(f"{place}: {key}", said, f"{ours * per_s:.6g}, as its timings say", FIX)
     return Row(place, start_s, prompt, output, ttft_s, e2e_s)
 
 

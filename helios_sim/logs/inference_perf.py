@@ -1,12 +1,14 @@
 """inference-perf's `per_request_lifecycle_metrics.json` (report.request_lifecycle.per_request: true), of 0.6 and 0.7.
 
-A JSON array of requests with start_time and end_time (s, one monotonic clock), info and error. The summaries beside it
-(summary_, stage_N_lifecycle_metrics.json) hold no requests and are refused with what to set.
+A JSON array of requests, or one in each line, with start_time and end_time (s, one monotonic clock), info and error.
+Before 0.6 the figures of an answer stood in info itself. The summaries beside it (summary_,
+stage_N_lifecycle_metrics.json) hold no requests and are refused with what to set.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from helios_sim.logs.record import (
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "inference-perf"
+_OF_ONE = ("start_time", "end_time", "info")
 FILE = "per_request_lifecycle_metrics.json"
 _EFFECTS = {
     "cached_tokens": "what of the prompts the prefix cache served is computed anew here",
@@ -38,15 +41,15 @@ _EFFECTS = {
 
 
 _OF_REQUEST = re.compile(r"start_time|end_time|scheduled_time|request|response|info|error|stage_id|request_id")
-_OF_INFO = re.compile(r"(request|response)_metrics|lora_adapter|labels|input_tokens")
+_OF_INFO = re.compile(r"(request|response)_metrics|lora_adapter|labels|(in|out)put_tokens|output_token_times")
 _OF_ANSWER = re.compile(r"output_tokens|server_usage|response_chunks|chunk_times|output_token_times")
 _OF_USAGE = re.compile(r"(prompt|completion|total)_tokens(_details)?")
 _OF_PROMPT = re.compile(r"text|image|video|audio")
 
 
 def is_it(document: Document) -> bool:
-    if document.begins_with(b"["):
-        return document.names("start_time", "end_time")  # a long prompt may stand before the rest
+    if document.names(*_OF_ONE):
+        return document.begins_with(b"[") or document.begins_with(b"{")
     return document.begins_with(b"{") and document.names("load_summary", "successes")
 
 
@@ -58,12 +61,11 @@ def of_folder(folder: Path) -> Path | None:
 def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a summary, and for a request that cannot be."""
     document.chosen(part or 1, ["the file"], "runs")
-    if document.begins_with(b"{"):
+    if not document.names(*_OF_ONE):
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
     rows, matter, left, ids = [], dict.fromkeys(_EFFECTS, 0), dict[str, None](), dict[str, str]()
-    for i, value in enumerate(document.array(), 1):
-        place = f"{document.name}, request {i}"
+    for place, value in _requests(document):
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
         span = f"{value.get('start_time')} to {value.get('end_time')}"
@@ -74,14 +76,29 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
 
 
+def _requests(document: Document) -> list[tuple[str, Any]]:
+    """Each with the place where it stands."""
+    if document.begins_with(b"{"):
+        return list(document.numbered_objects())
+    return [(f"{document.name}, request {i}", value) for i, value in enumerate(document.array(), 1)]
+
+
 def _note(left: dict[str, None], request: dict[str, Any]) -> None:
     info = request.get("info") or {}
-    answer = info.get("response_metrics") or {}
+    answer = _answer(info)
     note_others(left, request, _OF_REQUEST)
     note_others(left, info, _OF_INFO, "info.")
     note_others(left, info.get("request_metrics"), _OF_PROMPT, "request_metrics.")
     note_others(left, answer, _OF_ANSWER, "response_metrics.")
     note_others(left, answer.get("server_usage"), _OF_USAGE, "server_usage.")
+
+
+def _answer(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of an answer: in a mapping of their own, or beside those of the request, as before 0.6."""
+    own = info.get("response_metrics")
+    if own is not None or "response_metrics" in info:
+        return own or {}
+    return {name: info[name] for name in ("output_tokens", "output_token_times") if name in info}
 
 
 def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
@@ -93,7 +110,7 @@ def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
     if wasted is not None and request.value("error", None) is None:
         start_s += number(place, "info.retry_wasted_sec", wasted, 0.0, end_s - start_s)
     matter["retries_attempted"] += wasted is not None
-    sent, answer = info.inner("request_metrics", {}), info.inner("response_metrics", {})
+    sent, answer = info.inner("request_metrics", {}), Fields(_answer(info.values), place, FIX)
     usage: dict[str, Any] = dict(answer.inner("server_usage", {}).values)
     prompt = whole(place, "prompt tokens", usage.get("prompt_tokens") or info.value("input_tokens", 0))
     output = whole(place, "output tokens", usage.get("completion_tokens") or answer.value("output_tokens", 0))

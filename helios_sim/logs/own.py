@@ -12,7 +12,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, OK, Begins, RequestLog, Row, gathered, not_read, number, whole
+from helios_sim.logs.record import FIX, OK, Begins, RequestLog, Row, gathered, not_read, number, only_once, whole
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import Fields, shortened
 
@@ -43,10 +43,11 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     head = Fields(about, first, FIX)
     head.integer(KEY, VERSION, VERSION)
     head.ignore(_OF_HEADER)
-    rows, left, cached = [], dict[str, None](), 0
+    rows, left, cached, seen = [], dict[str, None](), 0, dict[str, str]()
     for place, value in lines:
         fields = Fields(value, place, FIX)
         rows.append(_row(place, fields))
+        only_once(place, "index", value.get("index"), seen)
         fields.ignore(_OF_A_LINE)
         left |= dict.fromkeys((*fields.rest, *fields.off))
         cached += bool(value.get("cached_tokens"))

@@ -27,6 +27,8 @@ FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int64]
 OK = "ok"
 SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
+_SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the share of those that no engine has
+_PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
 _LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
 _ROUNDED_S = 1e-3  # tools round single times to a millisecond
@@ -189,6 +191,9 @@ def gathered(
     if all(time is not None for time in arrivals):
         times = np.array([np.nan if row.arrival_s is None else row.arrival_s for row in found])
         arrival_s = times - np.nanmin(times)
+    without = [row for row in rows if row.priority is None]
+    if without and len(without) < len(rows):
+        raise UserError(f"{without[0].place}: priority", None, "a number in every request, or in none", FIX)
     log = RequestLog(
         source=source,
         format=kind,
@@ -205,9 +210,11 @@ def gathered(
         priority=np.array([row.priority for row in found], np.int64) if _all(found, "priority") else None,
         task=tuple(str(row.task) for row in found) if _all(found, "task") else None,
         stated=dict(stated or {}),
-        notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found)),
+        notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found), *_of_pause(source, arrival_s)),
     )
     _check_pace(log, answered)
+    _check_gaps(log, answered)
+    _check_in_flight(log, answered)
     return _with_missing(log)
 
 
@@ -234,6 +241,14 @@ def _check(row: Row) -> None:
             raise UserError(row.place, told, f"{before} no later than {after}", FIX)
     if row.token_s is not None and any(b < a for a, b in pairwise(row.token_s)):
         raise UserError(f"{row.place}: token times", "not in order", "each no earlier than the one before", FIX)
+    if row.token_s:
+        first_s, last_s = row.token_s[0], row.token_s[-1]
+        if row.ttft_s is not None and not close_to(first_s, row.ttft_s, 0.01, _ROUNDED_S):
+            told = f"the first after {first_s:.6g} s"
+            raise UserError(f"{row.place}: token times", told, f"{row.ttft_s:.6g} s, its time to first token", FIX)
+        if row.e2e_s is not None and last_s > 1.05 * row.e2e_s + 0.1:
+            told = f"the last after {last_s:.6g} s"
+            raise UserError(f"{row.place}: token times", told, f"no later than its end, {row.e2e_s:.6g} s", FIX)
 
 
 def _times(rows: Sequence[Row], name: str) -> FloatColumn | None:
@@ -277,6 +292,62 @@ def _check_pace(log: RequestLog, answered: Sequence[Row]) -> None:
         told = f"{middle:.3g} s a token in half of the requests"
         allowed = f"{QUICKEST_S:g} to {SLOWEST_S:g} s: its times are in another unit, or no tokens were streamed"
         raise UserError(log.source, told, allowed, FIX)
+
+
+    slow = [pace for pace in paces if pace > _SLOWER * middle] if paces else []
+    if len(slow) > 2 and len(slow) >= _MANY * len(paces):
+        told = f"{len(slow)} of {len(paces)} requests with {median(slow):.3g} s a token"
+        allowed = f"all in one unit: half of the requests have {middle:.3g} s or less"
+        raise UserError(log.source, told, allowed, FIX)
+
+
+def _check_gaps(log: RequestLog, answered: Sequence[Row]) -> None:
+    """UserError where the gaps between tokens are not what lies between the first tokens and the ends.
+
+    Of single short answers it does not show, since the clocks and the end of a stream have their part in it.
+    """
+    timed = [(row.token_s[-1] - row.token_s[0], row.e2e_s - row.ttft_s) for row in answered
+             if row.token_s and len(row.token_s) > 1 and row.ttft_s is not None and row.e2e_s is not None]  # fmt: skip
+    gaps_s, between_s = (sum(times) for times in zip(*timed, strict=True)) if timed else (0.0, 0.0)
+    slack_s = _ROUNDED_S * len(timed)
+    if gaps_s < 0.5 * between_s - slack_s or gaps_s > 1.05 * between_s + slack_s:
+        told = f"{gaps_s:.4g} s between first and last tokens, all answers together"
+        raise UserError(f"{log.source}: token times", told, f"about {between_s:.4g} s, by TTFT and E2E", FIX)
+
+
+def _check_in_flight(log: RequestLog, answered: Sequence[Row]) -> None:
+    """UserError where more requests ran at once than the client kept in flight, by what the log says."""
+    most = log.stated.get("in_flight_at_most")
+    spans = [(row.arrival_s + _ROUNDED_S, row.arrival_s + row.e2e_s - _ROUNDED_S) for row in answered
+             if row.arrival_s is not None and row.e2e_s is not None and row.e2e_s > 2 * _ROUNDED_S]  # fmt: skip
+    if not isinstance(most, int) or isinstance(most, bool) or not spans:
+        return
+    begins, ends = (np.sort(np.array(times)) for times in zip(*spans, strict=True))
+    at_once = int((np.arange(1, len(begins) + 1) - np.searchsorted(ends, begins)).max())
+    if at_once > most:
+        allowed = f"at most {most}, which it says that its client kept in flight"
+        raise UserError(log.source, f"{at_once} requests at once", allowed, FIX)
+
+
+def _of_pause(source: str, arrival_s: FloatColumn | None) -> list[str]:
+    told = None if arrival_s is None else pause_told(source, arrival_s[~np.isnan(arrival_s)])
+    return [] if told is None else [f"{told}."]
+
+
+def pause_told(source: str, arrival_s: FloatColumn) -> str | None:
+    """A sentence where a pause takes most of the time, as between runs whose files were joined; None: none does.
+
+    `arrival_s` is in order.
+    """
+    if len(arrival_s) < _FEWEST:
+        return None
+    gaps = np.diff(arrival_s)
+    before = int(np.argmax(gaps)) + 1
+    longest_s = float(gaps[before - 1])
+    if longest_s < max(_PAUSE_S, 0.5 * float(arrival_s[-1] - arrival_s[0])):
+        return None
+    told = f"no request came for {longest_s:,.0f} s after the first {before}"
+    return f"{source}: {told}: if two runs were joined, take one"
 
 
 def _with_missing(log: RequestLog) -> RequestLog:

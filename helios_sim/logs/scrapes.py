@@ -41,6 +41,7 @@ _IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _LATEST_S = 4e9
 _BEYOND = 4  # lengths above the last edge are drawn up to so many times it
 _STEPS = 60  # of a bisection
+_APART, _MANY, _OFF = 8, 20, 3  # requests by which two counts may differ; from when on, and how far, means are compared
 _HISTOGRAMS = {
     "TTFT": ("vllm:time_to_first_token_seconds",),
     "TPOT": ("vllm:request_time_per_output_token_seconds", "vllm:inter_token_latency_seconds",
@@ -93,7 +94,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
     samples: dict[float, dict[str, float]] = {}
     bounds: dict[float, dict[str, dict[float, float]]] = {}
     models: dict[str, None] = {}
-    engines: set[str] = set()
+    engines: dict[float, set[str]] = {}
     by_write, others = 0, dict[str, None]()
     for path in paths:
         own, seen = None, set[int]()
@@ -119,7 +120,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
                 fix = "save each scrape to a file of its own, such as metrics_$(date +%s).prom in one folder"
                 raise UserError(place, line[:80], "a time after the value: one page alone shows no change", fix)
             models |= dict.fromkeys([labels["model_name"]] if "model_name" in labels else [])
-            engines |= {labels["engine"]} if "engine" in labels else set()
+            engines.setdefault(time_s, set()).update([labels["engine"]] if "engine" in labels else [])
             amount = _float(place, value)
             if (sample := hash((time_s, name, found[2]))) in seen:
                 raise UserError(place, line[:80], "each sample once at a time", "take pages that were not joined")
@@ -150,7 +151,13 @@ def read(paths: Sequence[Path]) -> Scrapes:
     if len(models) > 1:
         allowed = "the pages of one model: a sum over several is of no engine that could be simulated"
         raise UserError(source, ", ".join(list(models)[:4]), allowed, "keep the samples of one model_name")
-    return _scrapes(source, samples, bounds, (tuple(models), len(engines)), notices)
+    known = set[str]().union(*engines.values())
+    for number, time_s in enumerate(sorted(engines), 1):
+        if lacking := known - engines[time_s]:
+            told = f"no engine {', '.join(sorted(lacking))}"
+            allowed = f"all engines in every scrape, {', '.join(sorted(known))}: what one did before counts else as new"
+            raise UserError(f"{source}, scrape {number}", told, allowed, "take the scrapes in which all are there")
+    return _scrapes(source, samples, bounds, (tuple(models), len(known)), notices)
 
 
 def _time_of(path: Path) -> float | None:
@@ -261,6 +268,7 @@ def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
     Given their number, the arrivals of a Poisson process lie in an interval as independent uniform times: so they are
     drawn. Lengths keep the count of each bucket and the mean. UserError where the pages lack one of these.
     """
+    _check_counts(scrapes)
     rng = np.random.default_rng(seed)
     time_s, come = _arrivals(scrapes)
     n = int(come.sum())
@@ -279,6 +287,27 @@ def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
         notices=(*told(scrapes), *scrapes.notices, *_of_drawing(scrapes, n, seed)),
         percentiles={what: found for what, found in known.items() if found},
     )  # fmt: skip
+
+
+def _check_counts(scrapes: Scrapes) -> None:
+    """UserError where a histogram of the requests that finished counts far more or fewer of them than their counter."""
+    done = grown(scrapes, _FINISHED)
+    for name in _LENGTHS.values():
+        counted = grown(scrapes, f"{name}_count")
+        if done is None or counted is None or abs(done - counted) <= max(_APART, 0.1 * max(done, counted)):
+            continue
+        told, allowed = f"{counted:g} requests", f"about {done:g}, by which {_FINISHED} grew"
+        raise UserError(f"{scrapes.source}: {name}_count", told, allowed, "take whole pages of one server")
+    came, read_ = done, grown(scrapes, _PROMPT)
+    total, counted = (grown(scrapes, f"{_LENGTHS['prompt']}_{part}") for part in ("sum", "count"))
+    if not came or not read_ or not total or not counted or came < _MANY:
+        return
+    most = (float(np.nanmax(scrapes.values[name])) for name in _IN_FLIGHT if name in scrapes.values)
+    in_flight = max(most, default=0.0)  # whose prompts are read, and which have not finished
+    each = total / counted
+    if read_ / came < each / _OFF or read_ / (came + in_flight) > each * _OFF:
+        told = f"{read_ / came:.4g} prompt tokens a request"
+        raise UserError(f"{scrapes.source}: {_PROMPT}", told, f"about {each:.4g}, as the histogram says", FIX)
 
 
 def _arrivals(scrapes: Scrapes) -> tuple[NDArray[np.float64], IntColumn]:

@@ -82,7 +82,7 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> 
 
 def _windows(path: Path) -> list[_Window]:
     """Without those in which the client sent nothing."""
-    found = []
+    found: list[_Window] = []
     text = read_text(path, 64 * MIB, FIX).decode()
     for number, cells in enumerate(csv.reader(io.StringIO(text)), 1):
         place = f"{path.name}, line {number}"
@@ -94,6 +94,8 @@ def _windows(path: Path) -> list[_Window]:
             shape = float(cells[4])
             if not pattern or rate == 0.0:
                 continue
+            if found and start_s < found[-1].start_s + _WINDOW_S:
+                raise ValueError(f"each {_WINDOW_S} s or more after the one before, which began at {found[-1].start_s}")
             if pattern not in ("Gamma", "Weibull") or not (0 < rate < 1e6 and 0 < shape < 1e6):
                 raise ValueError("Gamma or Weibull, with a rate and a shape above 0")
         found.append(_Window(start_s, rate, pattern, shape))

@@ -16,11 +16,12 @@ from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
 from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, stamp_ns, whole
 from helios_sim.request import NS_PER_S
-from helios_sim.untrusted import shortened
+from helios_sim.untrusted import check_name, reading, shortened
 
 NAME = "OpenTelemetry GenAI spans"
 _PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
 _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+_TOTAL = ("llm.usage.total_tokens", "gen_ai.usage.total_tokens")
 _TTFT, _E2E, _QUEUE = (f"gen_ai.latency.{name}" for name in ("time_to_first_token", "e2e", "time_in_queue"))
 _WRITES = ("chat", "text_completion", "generate_content", None)  # operations that write tokens
 _MODEL = ("gen_ai.request.model", "gen_ai.response.model")
@@ -59,7 +60,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if not told:
         allowed = f"spans that count tokens: {_PROMPT[0]} and {_OUTPUT[0]}"
         raise UserError(document.name, f"{len(spans)} spans", allowed, "take spans of the server or of a client")
-    inner = _innermost(told)
+    inner = _innermost(told, spans)
     outer = len(told) - len(inner)
     notices = [f"{document.name}: {n} spans of {name} write no tokens and are left out." for name, n in skipped.items()]
     if twice:
@@ -75,6 +76,13 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         told_how = f"{sum(of_server)} of {len(inner)} with gen_ai.latency"
         raise UserError(document.name, told_how, allowed, "filter the spans by service.name")
     rows = [_row(place, span, said) for place, span, said in inner]
+    totals = [(total, row) for (_, _, said), row in zip(inner, rows, strict=True)
+              if (total := _first(said, _TOTAL)) not in (None, row.prompt_tokens + row.output_tokens)]  # fmt: skip
+    if totals:
+        (total, row), *_ = totals
+        such = f"{shortened(total)} for {row.prompt_tokens} + {row.output_tokens}"
+        notices.append(f"{document.name}: {len(totals)} requests have a total other than prompt and answer, such as "
+                       f"{such}: these two count.")  # fmt: skip
     matter = [name for name in _EFFECTS if any(said.get(name) not in (None, 0, 1) for _, _, said in inner)]
     left = dict.fromkeys(
         name for _, _, said in inner for name, value in said.items()
@@ -108,7 +116,7 @@ def _list(place: str, value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _attributes(place: str, span: dict[str, Any]) -> dict[str, Any]:
     """By key. OTLP/JSON writes whole numbers as texts."""
-    found = {}
+    found: dict[str, Any] = {}
     for one in _list(place, span, "attributes"):
         value = one.get("value")
         if not isinstance(one.get("key"), str) or not isinstance(value, dict):
@@ -119,7 +127,11 @@ def _attributes(place: str, span: dict[str, Any]) -> dict[str, Any]:
                 plain = int(str(plain))
             except (TypeError, ValueError) as error:
                 raise UserError(f"{place}: {one['key']}", shortened(plain), "a whole number", FIX) from error
-        found[one["key"]] = plain
+        with reading(f"{place}: attributes", one["key"], "names", FIX):
+            check_name(one["key"])
+        if found.setdefault(one["key"], plain) != plain:
+            told = f"{shortened(found[one['key']])} and {shortened(plain)}"
+            raise UserError(f"{place}: {one['key']}", told, "one value: the attribute stands there twice", FIX)
     return found
 
 
@@ -145,10 +157,27 @@ def _once(told: list[_Told]) -> tuple[list[_Told], int]:
     return found, len(told) - len(found)
 
 
-def _innermost(told: list[_Told]) -> list[_Told]:
-    """Without the spans of a client or a gateway around the server's own of the same request."""
-    parents = {(span.get("traceId"), span.get("parentSpanId")) for _, span, _ in told if span.get("parentSpanId")}
-    return [one for one in told if (one[1].get("traceId"), one[1].get("spanId")) not in parents]
+def _innermost(told: list[_Told], spans: list[_Told]) -> list[_Told]:
+    """Without the spans of a client or a gateway around the server's own of the same request, however far around."""
+    above = {(span.get("traceId"), span.get("spanId")): span.get("parentSpanId") for _, span, _ in spans}
+    around: set[tuple[Any, Any]] = set()
+    for _, span, _ in told:
+        place = span.get("traceId"), span.get("parentSpanId")
+        while place[1] and place not in around:
+            around.add(place)
+            place = place[0], above.get(place)
+    return [one for one in told if (one[1].get("traceId"), one[1].get("spanId")) not in around]
+
+
+def _tokens(place: str, said: dict[str, Any]) -> tuple[int, int]:
+    """Of prompt and answer. UserError where two names of one figure say otherwise."""
+    counts = []
+    for names in (_PROMPT, _OUTPUT):
+        given = {name: whole(place, name, said[name]) for name in names if said.get(name) is not None}
+        if len(set(given.values())) > 1:
+            raise UserError(f"{place}: {names[1]}", given[names[1]], f"{given[names[0]]}, as {names[0]} says", FIX)
+        counts.append(next(iter(given.values()), 0))
+    return counts[0], counts[1]
 
 
 def _row(place: str, span: dict[str, Any], said: dict[str, Any]) -> Row:
@@ -165,8 +194,7 @@ def _row(place: str, span: dict[str, Any], said: dict[str, Any]) -> Row:
     if end_ns < start_ns:
         raise UserError(f"{place}: endTimeUnixNano", end_ns, f"no earlier than startTimeUnixNano, {start_ns}", FIX)
     arrival_s, took_s = start_ns / NS_PER_S, (end_ns - start_ns) / NS_PER_S
-    prompt = whole(place, _PROMPT[0], _first(said, _PROMPT) or 0)
-    output = whole(place, _OUTPUT[0], _first(said, _OUTPUT) or 0)
+    prompt, output = _tokens(place, said)
     status = span.get("status") or {}
     if isinstance(status, dict) and status.get("code") in _ERROR:
         why = str(status.get("message") or said.get("error.type") or "error")

@@ -35,7 +35,7 @@ TOOLS = (
     _tool("inference-perf", inference_perf), _tool("BLIS TraceV2", blis), _tool("OpenTelemetry spans", spans),
     Tool(scrapes.NAME, lambda document: scrapes.is_text(document.head), _scraped),
 )  # fmt: skip
-_NAMES = ("benchmarks.json", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
+_NAMES = ("benchmarks.json", "benchmarks.yaml", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
 _OBSERVE = "drive the server with python -m helios_sim.observe, or vllm bench serve --save-result --save-detailed"
 _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of tools that are known and not read
     (("sharegpt_output_len", "random_input_len"), "a report of SGLang's bench_serving, without arrivals", _OBSERVE),
@@ -59,7 +59,7 @@ def tool_of(document: Document) -> Tool | None:
     UserError for a file of another tool, which is not read.
     """
     for names, what, fix in _OTHERS:
-        if document.names(*names) and not any(tool.is_it(document) for tool in TOOLS[:3]):
+        if document.names(*names) and not any(tool.is_it(document) for tool in TOOLS):
             if names == ("resourceSpans",) and document.begins_with(b"{"):
                 continue
             raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)

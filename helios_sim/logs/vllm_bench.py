@@ -69,7 +69,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         notices.append(f"{where}: num_prompts is {shortened(asked)}, and its lists have {count} requests, which count.")
     most = run.get("max_concurrency")
     stated = {"model": run.get("model_id"), "in_flight_at_most": most, "request_rate": run.get("request_rate")}
-    return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
+    log = gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
+    _check_means(where, fields, rows)
+    return log
 
 
 def _told(run: Mapping[str, Any]) -> str:
@@ -102,6 +104,20 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
             told = f"{latency_s:.6g} s"
             raise UserError(f"{place}: latencies", told, f"ttfts and itls together, {times[-1]:.6g} s", FIX)
     return Row(place, arrival_s, prompt, output, ttft_s, times[-1], token_s=times)
+
+
+def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
+    """UserError where the run's own means are not those of its requests, such as lists in milliseconds."""
+    done = [row for row in rows if row.failure is None]
+    if any(row.output_tokens == 0 for row in rows) and len(done) != fields.value("completed", None):
+        return  # of some it is not known whether they count
+    for name, times in (("mean_ttft_ms", [row.ttft_s for row in done]), ("mean_e2el_ms", [row.e2e_s for row in done])):
+        known = [1e3 * time_s for time_s in times if time_s is not None]
+        if not fields.has(name) or not known:
+            continue
+        said_ms, ours_ms = fields.number(name, 0, 1e12), sum(known) / len(known)
+        if not close_to(said_ms, ours_ms, 0.02, 1.0):
+            raise UserError(f"{where}: {name}", said_ms, f"{ours_ms:.6g}, as its lists say in seconds", FIX)
 
 
 def _check_totals(where: str, fields: Fields, rows: Sequence[Row]) -> None:

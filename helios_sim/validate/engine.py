@@ -346,6 +346,8 @@ def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
     asked = place.startswith("engine_kwargs")
     for key, value in (_with_graphs(values, asked) if section == "compilation_config" else values).items():
         plain = key.replace("-", "_")
+        if plain != plain.strip():
+            raise UserError(f"meta.json: {place}", key, "names without blanks around them", "correct the log")
         if plain == "compilation_config" and not isinstance(value, Mapping):
             yield from _of_compilation(place, value)
             continue

@@ -250,7 +250,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line)
+            row = parse_json(line, plain_names=True)
         except (ValueError, RecursionError) as error:
             raise UserError(where, line[:80], f"a JSON object ({in_short(error)})", "correct the line") from error
         if not isinstance(row, dict):

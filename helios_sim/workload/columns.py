@@ -73,7 +73,8 @@ _SUFFIXES = {
     CellFormat.MICROSECONDS: ("us", "micros", "microseconds"),
     CellFormat.NANOSECONDS: ("ns", "nanos", "nanoseconds"),
 }  # fmt: skip
-_OF_NO_MATTER = {"", "id", "request_id", "req_id", "index", "user", "user_id", "pd_ratio"}
+REQUEST_IDS = ("request_id", "req_id")  # of one request each
+_OF_NO_MATTER = {"", "id", *REQUEST_IDS, "index", "user", "user_id", "pd_ratio"}
 HASH_IDS = ("hash_ids", "block_hash_ids")
 _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
     ("session_id", "conversation_id", "chat_id"), "what the turns of a session share is computed anew for each"

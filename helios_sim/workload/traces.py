@@ -26,13 +26,15 @@ from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError, require_count
 from helios_sim.logs import PromptTexts, RequestLog, read_tool
 from helios_sim.logs.document import Document
-from helios_sim.request import LATEST_NS, LONGEST, all_to_ns
+from helios_sim.logs.record import pause_told
+from helios_sim.request import LATEST_NS, LONGEST, NS_PER_S, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
 from helios_sim.untrusted import MIB, in_short, parse_json, read_text, reading, shortened
 from helios_sim.workload.columns import (
     ALLOWED,
     HASH_IDS,
     NS_PER,
+    REQUEST_IDS,
     CellFormat,
     Role,
     TraceColumn,
@@ -147,6 +149,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
         notices = not_read(file.name, [name for name in names if name != listed], columns) + coarse
+        notices += _twice(file, names)
         if left_out:
             told = f"{left_out} of {len(table)} requests got an answer of 0 tokens and are left out"
             notices.append(f"{file.name}: {told}")
@@ -288,6 +291,33 @@ def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) ->
         raise _NotReadable(str(error)) from error
 
 
+def _twice(file: _File, names: Sequence[str]) -> list[str]:
+    """A sentence where rows have the id of another one, as in files that were joined."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.json
+
+    name = next((name for name in names if plain_name(name) in REQUEST_IDS), None)
+    source, found = pa.BufferReader(file.content), None
+    for kind in (pa.string(), pa.int64()) if name is not None else ():
+        with suppress(pa.ArrowException, OSError):
+            options = {"explicit_schema": pa.schema([(name, kind)]), "unexpected_field_behavior": "ignore"}
+            found = pa.json.read_json(source, parse_options=pa.json.ParseOptions(**options)) if (
+                file.separator is None
+            ) else pa.csv.read_csv(
+                source, parse_options=pa.csv.ParseOptions(delimiter=file.separator),
+                convert_options=pa.csv.ConvertOptions(column_types={name: kind}, include_columns=[name]),
+            )  # fmt: skip
+            break
+        source.seek(0)
+    if found is None:
+        return []
+    ids = [each for each in found[name].to_pylist() if each not in (None, "")]
+    again = len(ids) - len(set(ids))
+    told = f"{again} of {len(found)} rows have the {name} of another one; all are replayed"
+    return [f"{file.name}: {told}"] if again else []
+
+
 def _numbers(table: pa.Table, column: TraceColumn) -> NDArray[Any]:
     """The column's cells as int64 or float64, (n,). pyarrow's own `to_numpy` would import pandas, which is slow."""
     data = table[column.name]
@@ -339,6 +369,8 @@ def _trace(
             arrival_ns, prompt, output = arrival_ns[order], prompt[order], output[order]
             priority = None if priority is None else priority[order]
             listed = None if listed is None else listed.take(order)
+        told = pause_told(source, arrival_ns / NS_PER_S)
+        notices += [] if told is None else [told]
         arrival_ns = arrival_ns[:limit]
     else:
         shown = ", ".join(list(names)[:12])
