@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 POLICIES = Path(conf_folder(), "policy")
 OF_ALL = {"threshold": 0.6, "confidence": "margin", "batch_limit": 2}  # in a study with measured exits
 OF_ONE_MODEL = {**OF_ALL, "model": "gemma3-270m"}
+LATE = {"resident_layers": 20}
 OF_SPLITS = {"flush_requests": 1, "flush_s": 1e-6, "review_requests": 10}
 OF_HELIOS = {
     "threshold": 0.6, "confidence": "margin", "constants": "batch_scaled", "on_breach": "load_only", "standby": "caps",
@@ -28,10 +29,10 @@ OF_HELIOS = {
     "cap_layers": 24, "batch_limit": 2, "evaluation": "off", "raised_kv_rule": "recompute",
 }  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
-    "full_depth": {"model": "gemma3-270m", "batch_limit": 2},
-    "early_exit": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
-    "early_exit_lazy": {**OF_ONE_MODEL, "batching": "each_token", "kv_rule": "recompute"},
-    "early_exit_rebatch": {**OF_ONE_MODEL, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
+    "full_depth": {"model": "gemma3-270m", "batch_limit": 2, **LATE},
+    "early_exit": {**OF_ONE_MODEL, **LATE, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
+    "early_exit_lazy": {**OF_ONE_MODEL, **LATE, "batching": "each_token", "kv_rule": "recompute"},
+    "early_exit_rebatch": {**OF_ONE_MODEL, **LATE, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "static_cap": {**OF_ONE_MODEL, "cap_layers": 24},
     "release_early": {
         "max_disagreement": 0.2, "ramps": 1, "review_requests": 7, "window_tokens": 400, "fixed_threshold": 0.6,
@@ -39,7 +40,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "self_speculation": {
         "draft_tokens": 2, "exit_layer": 24, "largest_batch": 1, "review_requests": 10, "batch_limit": 2,
-        "model": "gemma3-270m",
+        "model": "gemma3-270m", **LATE,
     },
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,

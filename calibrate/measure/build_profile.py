@@ -69,6 +69,7 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
         embedding=_rows(latency, EMBEDDING, grids.axes[EMBEDDING]), check=_rows(latency, CHECK, grids.axes[CHECK]),
         activation_reserve_bytes=measured.memory.activation_reserve_bytes,
         load_bytes_per_s=loads.engine_bytes_per_s, load_slowdown=loads.slowdown, check_classifier=classifier,
+        disk_bytes_per_s=loads.checkpoint_bytes_per_s,
         padded_kv=not latency.subject.model.kernels.any_lengths,  # by definition: `KvCache.decode_step`
         time_band=TIME_BAND,
     )  # fmt: skip

@@ -202,6 +202,33 @@ def _loading(claim: Mapping[str, Any], requests: int) -> Row:
     )  # fmt: skip
 
 
+def _files(claim: Mapping[str, Any], requests: int) -> Row:
+    """A wake from files, at the rate that another model's wake gives beyond the fixed part."""
+    profile, fixed_s = find_profile(claim["given"], claim["card"]), claim["fixed_s"]
+    given_bytes = profile.weight_bytes(profile.model.n_layers)
+    rate = given_bytes / (claim["given_s"] - fixed_s)
+    asleep = profile.with_runtime(profile.runtime.changed(load_fixed_s=fixed_s)).with_disk_rate(rate).from_files()
+    ours = asleep.load_time_s(claim["bytes"])
+    given = f"{claim['given_s']} s of {claim['given']}, of which {fixed_s} s are fixed: {rate / 1e9:.1f} GB/s"
+    why = "reading has a fixed part of its own: both times together give 0.6 s, 4.1 GB/s"
+    return Row(
+        claim["source"], claim["what"], f"{claim['published']} s", f"{ours:.2f} s", given, "bytes at that rate",
+        within(ours, claim["published"]), why,
+    )  # fmt: skip
+
+
+def _wakes(claim: Mapping[str, Any], requests: int) -> Row:
+    """What switches to and fro between two models take longer, by what each of their wakes does."""
+    each, switches = sorted(claim["differences_s"].values()), claim["switches"]
+    low, high = (switches // 2 * each[1 - k] + (switches - switches // 2) * each[k] for k in (0, 1))
+    verdict = REPRODUCED if low * (1 - NEAR) <= claim["published"] <= high * (1 + NEAR) else REFUTED
+    given = ", ".join(f"{name} wakes {more_s} s later" for name, more_s in claim["differences_s"].items())
+    return Row(
+        claim["source"], claim["what"], f"{claim['published']} s", f"{low:.1f} to {high:.1f} s", given,
+        "sum over switches", verdict, "with level 2 more than the wakes takes longer",
+    )  # fmt: skip
+
+
 def _link(claim: Mapping[str, Any], requests: int) -> Row:
     ours = find_profile("llama-2-7b", claim["card"]).load_bytes_per_s / 1e9
     return Row(
@@ -230,7 +257,7 @@ def _open(claim: Mapping[str, Any], requests: int) -> Row:
 KINDS: dict[str, Callable[[Mapping[str, Any], int], Row]] = {
     "speculation": _speculation, "full_depth": _full_depth, "layers": _layers, "needs": _needs, "line": _line,
     "regroup": _regroup,
-    "loading": _loading, "link": _link, "recorded": _recorded, "open": _open,
+    "files": _files, "wakes": _wakes, "loading": _loading, "link": _link, "recorded": _recorded, "open": _open,
 }  # fmt: skip
 
 

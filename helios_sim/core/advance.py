@@ -108,7 +108,7 @@ def advance(t: Tables, until_ns: int) -> int:
         prices, scalars = t.prices, t.scalars[0]
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
         draft, n_chunks, duration_ns = min(it.drafts, 1), it.chunks, 0
-        it.floor_ns = it.outside = it.draft_ns = 0
+        it.floor_ns = it.outside = it.draft_ns = it.late_layers = it.late_ns = 0
         up_to, sampled = int(r.releases and it.decodes > 0), it.sampled_tokens
         before_s = scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks) + scalars.sync_s
         while True:  # once, or as often as ramps, or drafts and the pass that verifies them, ask for
@@ -125,6 +125,7 @@ def advance(t: Tables, until_ns: int) -> int:
             if up_to:
                 work[up_to - 1].done_ns = s.warm_up_ns + whole_ns(seconds + before_s * scalars.time_factor)
                 up_to += 1
+                it.late_layers = it.late_ns = 0
                 continue
             it.floor_ns += whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
             it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)

@@ -68,6 +68,9 @@ def _account(s: Record, it: Record, busy_ns: int) -> None:
     s.iterations += 1
     s.floor_ns += it.floor_ns
     s.outside_grid_iterations += it.outside
+    if it.late_layers:
+        s.late_layers += it.late_layers
+        s.late_ns += it.late_ns
     s.kv_block_ns += (s.used_blocks + it.due_blocks) * busy_ns
     s.kv_pool_block_ns += s.total_blocks * busy_ns
     if it.decodes:

@@ -184,6 +184,7 @@ ITERATION = Kind.of(
         "drafted",  # the same of all requests together
         "drafting",  # priced as one step of drafting, which the host launches with the others of its pass
         "draft_ns",  # of the iteration's time that of its drafting
+        "late_layers", "late_ns",  # that came from host memory meanwhile, and by how much that made it longer
         "members",  # requests that decode, where batches are split: the others wait at an exit
         "first_band",  # with which their tokens begin or go on
         "splits",  # not all of them leave: the rest waits for others
@@ -205,7 +206,7 @@ SUMS = (
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
     "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
     "verifications", "drafted_tokens", "tested_drafts", "accepted_drafts", "draft_ns",
-    "splits", "held_tokens", "held_token_ns", "released_tokens", "released_ns",
+    "splits", "held_tokens", "held_token_ns", "released_tokens", "released_ns", "late_layers", "late_ns",
 )  # fmt: skip
 STATE = Kind.of(
     "StateRow",

@@ -34,12 +34,14 @@ SCALARS = Kind.of(
         "head_values", "layer_values", "layer_bytes", "kv_values", "kv_weight_bytes",  # for the roofline floor, with
         "kv_bytes", "value_bytes", "width",
         "padded_kv",
+        "resident_layers",  # those above come from host memory in each iteration that runs them
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
         "prefill_gap_s", "gap_s_per_request", "prefill_launch_s_per_layer", "regroup_s",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
         "layer_flops_per_s", "attention_flops_per_s",
+        "late_s_per_layer", "late_write_s_per_layer",  # of one that comes: over the link, and of the card's bandwidth
     ),
 )  # fmt: skip
 
@@ -165,8 +167,10 @@ def time_s(
                 device_s, layers = 0.0, 0
     if it.sampled_tokens or layers:
         total_s += _group_s(x, it, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
+    comes_late = spans[len(spans) - 1].end > x.resident_layers
     if it.drafting:
-        return total_s * x.time_factor
+        total_s *= x.time_factor
+        return _with_late_layers_s(x, it, spans, work, chunks, total_s) if comes_late else total_s
     host_s = x.host_overhead_s + x.host_s_per_request * (decodes + it.chunks)
     if it.host_ahead:
         total_s = max(total_s, _launch_s(x, it, layers) + host_s)
@@ -176,7 +180,30 @@ def time_s(
         total_s += x.regroup_s
     gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
     gap_s += x.gap_s_per_request * (decodes + it.chunks)
-    return (total_s + gap_s) * x.time_factor
+    total_s = (total_s + gap_s) * x.time_factor
+    return _with_late_layers_s(x, it, spans, work, chunks, total_s) if comes_late else total_s
+
+
+def _with_late_layers_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table, total_s: float) -> float:
+    """The same with the layers that come from host memory meanwhile: the link or all else, whichever takes longer.
+
+    Layers come one after the other, as long as the iteration lasts, each into the room of one that has run. What they
+    write takes the card's memory from the kernels. Beside a load, which then takes twice as long, they have half of the
+    link, and the slowdown of loads stands for both.
+    """
+    layers = 0
+    for s in range(len(spans)):
+        late = spans[s].end - max(spans[s].start, x.resident_layers)
+        if late > 0:
+            used = work[s].decode_tokens + work[s].verified_tokens + work[s].propagated_tokens > 0
+            for p in range(it.chunks):
+                used = used or chunks[p].layers > spans[s].start
+            layers += late if used else 0
+    link_s, write_s = layers * x.late_s_per_layer, layers * x.late_write_s_per_layer
+    late_s = max(total_s, 2 * link_s) if it.loading else max(total_s + write_s, link_s)
+    it.late_layers += layers
+    it.late_ns += whole_ns(late_s) - whole_ns(total_s)
+    return late_s
 
 
 def price_many(

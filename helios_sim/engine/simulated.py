@@ -161,6 +161,8 @@ class SimulatedEngine:
 
 def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     profile, trace, rule, loaded = data.profile, data.trace.trace, deployment.exit_rule, deployment.active.layers
+    if deployment.active.resident_layers is not None:
+        profile = profile.with_resident(deployment.active.resident_layers)
     per_token, clairvoyant = isinstance(rule, PerToken), isinstance(rule, Clairvoyant)
     replayed = replay(trace, rule, loaded if per_token or clairvoyant else deployment.run_layers or loaded)
     whole, planned = replayed.layers == trace.n_layers, deployment.plan is not None

@@ -18,6 +18,7 @@ from helios_sim.exits.rule import (
     SelfSpeculation,
 )
 from helios_sim.policy.deployment import (
+    LATE_ROOM,
     MOST_FLUSH_S,
     AtTime,
     BatchingRule,
@@ -67,7 +68,11 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return f"a model among {', '.join(candidates)}"
         exits = candidates[value.model].offline.exits
         is_exit = _is_whole(value.layers) and value.layers in exits
-        return None if is_exit else f"layers {_listed(exits)} of {value.model}"
+        if not is_exit:
+            return f"layers {_listed(exits)} of {value.model}"
+        if value.resident_layers is None or _is_whole(value.resident_layers, 1, value.layers - LATE_ROOM - 1):
+            return None
+        return f"resident_layers None, or from 1 to {value.layers - LATE_ROOM - 1}: {LATE_ROOM} more have room anyway"
 
     def rule(value: object) -> str | None:
         if type(value) is FullDepth:
@@ -155,6 +160,8 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
     def probe(value: object) -> str | None:
         if value is None:
             return None
+        if found.active.resident_layers is not None:
+            return "None beside layers that come late"
         if not isinstance(value, Probe) or not isinstance(value.models, tuple) or not value.models:
             return "None, or Probe((model, ...), prompts)"
         if not all(isinstance(model, str) and model in candidates for model in value.models):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from helios_sim.errors import UserError
+from helios_sim.policy.deployment import LATE_ROOM, Placement
 from helios_sim.policy.telemetry import Candidate, Situation
 
 
@@ -39,3 +42,24 @@ def check_cap(candidate: Candidate, layers: int) -> int:
             "choose one of these",
         )
     return layers
+
+
+def whole_model(situation: Situation, model: str, resident_layers: int | None) -> tuple[Situation, Placement]:
+    """All layers of a model, of which so many stay on the card (None: all), and the situation in which that is priced.
+
+    Raises UserError where fewer layers than find room anyway would come late.
+    """
+    candidate = situation.candidates[model]
+    n_layers = candidate.profile.model.n_layers
+    if resident_layers is None:
+        return situation, Placement(model, n_layers)
+    most = n_layers - LATE_ROOM - 1
+    if not 1 <= resident_layers <= most:
+        allowed = f"from 1 to {most} of {n_layers} layers: {LATE_ROOM} more have room while they come"
+        if most < 1:
+            allowed = f"null: {model} has {n_layers} layers, too few for some to come late"
+        raise UserError("policy.resident_layers", resident_layers, allowed, "change it, or leave it out")
+    late = replace(candidate, profile=candidate.profile.with_resident(resident_layers))
+    return replace(situation, candidates={**situation.candidates, model: late}), Placement(
+        model, n_layers, resident_layers
+    )

@@ -129,12 +129,26 @@ Trigger = (
 Cause = Trigger | Started | LoadFailed | Faulted | Judged
 
 
+LATE_ROOM = 2  # layers
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A model with its layers loaded up to `layers`, the cap."""
+    """A model with its layers loaded up to `layers`, the cap.
+
+    With `resident_layers` only so many stay on the card. Those above come from host memory, in each iteration that runs
+    them, beside the others: it takes as long as they do, or as the link does, whichever is longer. `LATE_ROOM` more
+    have room on the card, where one runs while the next comes.
+    """
 
     model: str
     layers: int
+    resident_layers: int | None = None  # None: all of them
+
+    @property
+    def held_layers(self) -> int:
+        """As many as its weights take room for on the card."""
+        return self.layers if self.resident_layers is None else min(self.resident_layers + LATE_ROOM, self.layers)
 
 
 class BatchingRule(StrEnum):
@@ -176,6 +190,13 @@ class InFlight(StrEnum):
 
     DRAIN = "drain"  # they finish on the old model, nothing new starts meanwhile
     MIGRATE = "migrate"  # their text is tokenized anew and prefilled on the new model
+
+
+def require_all_resident(placement: Placement) -> None:
+    """UserError for layers that stay in host memory: live serving has no copies beside a running iteration."""
+    if placement.resident_layers is not None:
+        allowed = "null: live, all layers that run are on the device"
+        raise UserError("policy.resident_layers", placement.resident_layers, allowed, "leave it out")
 
 
 def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> None:

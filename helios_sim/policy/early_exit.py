@@ -8,7 +8,7 @@ import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, PerToken, require_threshold
-from helios_sim.policy.checks import check_positive, find_model
+from helios_sim.policy.checks import check_positive, find_model, whole_model
 from helios_sim.policy.deployment import (
     MOST_FLUSH_S,
     BatchingRule,
@@ -16,7 +16,6 @@ from helios_sim.policy.deployment import (
     Completed,
     Deployment,
     KvRule,
-    Placement,
     Regrouping,
 )
 from helios_sim.policy.prediction import Load, decode_time_s, expected_load, fixed_depth, predict, seen_load
@@ -39,6 +38,7 @@ class EarlyExitParameters:
     batching: BatchingRule = BatchingRule.EACH_TOKEN
     kv_rule: KvRule | None = None  # None: propagate; copy with rebatch, as DREX does
     batch_limit: int | None = None  # None: the server's own limit
+    resident_layers: int | None = None  # on the card; those above come from host memory where a token runs them
     flush_requests: int | None = None  # with rebatch: so many at an exit run on; None: as many as do not wait
     flush_s: float | None = None  # with rebatch: the longest wait; None: that of LONGEST_WAIT iterations
     review_requests: int | None = None  # with rebatch: completed requests between two looks at what pays; None: one
@@ -77,7 +77,9 @@ class EarlyExitPolicy:
 
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError if the model is not among the candidates."""
-        self._situation, self._model = situation, find_model(situation, self.parameters.model)
+        self._model = find_model(situation, self.parameters.model)
+        situation, self._placement = whole_model(situation, self._model, self.parameters.resident_layers)
+        self._situation = situation
         if self.parameters.batching is BatchingRule.REBATCH:
             load, placement = expected_load(situation), self._placement
             predicted = predict(situation, placement, fixed_depth(placement.layers), load)
@@ -99,10 +101,6 @@ class EarlyExitPolicy:
     def _candidate(self) -> Candidate:
         return self._situation.candidates[self._model]
 
-    @property
-    def _placement(self) -> Placement:
-        return Placement(self._model, self._candidate.profile.model.n_layers)
-
     def _paying(self, load: Load, batch: int) -> Regrouping:
         """Splits of batches of so many requests that pay by the profile."""
         p, candidate = self.parameters, self._candidate
@@ -120,6 +118,8 @@ class EarlyExitPolicy:
             f"{self._model}: a token leaves at the first of the exits {', '.join(map(str, exits))} "
             f"where {p.confidence.value} reaches {p.threshold:g}"
         )
+        if p.resident_layers is not None:
+            reason += f"; layers above {p.resident_layers} come from host memory"
         deployment = Deployment(
             active=self._placement,
             exit_rule=PerToken(p.threshold, p.confidence),

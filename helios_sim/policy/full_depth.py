@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helios_sim.exits.rule import FullDepth
-from helios_sim.policy.checks import check_positive, find_model
-from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
+from helios_sim.policy.checks import check_positive, find_model, whole_model
+from helios_sim.policy.deployment import Cause, Deployment, KvRule
 from helios_sim.policy.telemetry import Situation, Telemetry
 
 
@@ -14,6 +14,7 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 class FullDepthParameters:
     model: str | None = None  # None: the only candidate
     batch_limit: int | None = None  # None: the server's own limit
+    resident_layers: int | None = None  # on the card; those above come from host memory; None: all
 
     def __post_init__(self) -> None:
         check_positive("batch_limit", self.batch_limit)
@@ -28,13 +29,15 @@ class FullDepthPolicy:
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError if the model is not among the candidates."""
         model = find_model(situation, self.parameters.model)
-        layers = situation.candidates[model].profile.model.n_layers
+        _, placement = whole_model(situation, model, self.parameters.resident_layers)
+        stay = placement.resident_layers
+        late = "" if stay is None else f", those above {stay} from host memory"
         return Deployment(
-            active=Placement(model, layers),
+            active=placement,
             exit_rule=FullDepth(),
             kv_rule=KvRule.NONE,
             batch_limit=self.parameters.batch_limit,
-            reason=f"{model} runs all {layers} layers for every token",
+            reason=f"{model} runs all {placement.layers} layers for every token{late}",
         )
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:

@@ -314,9 +314,9 @@ def batch_capacity(
     batch_limit: int | None = None,
 ) -> int:
     """Requests of that many tokens that may run at once, 0 if not one fits. A model is resident once."""
-    layers = {placement.model: placement.layers}
+    layers = {placement.model: placement.held_layers}
     for other in standby:
-        layers[other.model] = max(other.layers, layers.get(other.model, 0))
+        layers[other.model] = max(other.held_layers, layers.get(other.model, 0))
     resident = [(situation.candidates[model].profile, n) for model, n in layers.items()]
     active = (situation.candidates[placement.model].profile, placement.layers)
     blocks = situation.memory.pool_blocks(resident, active)

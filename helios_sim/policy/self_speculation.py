@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MOST_DRAFTS, SelfSpeculation
-from helios_sim.policy.checks import check_positive, find_model
-from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule, Placement
+from helios_sim.policy.checks import check_positive, find_model, whole_model
+from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule
 from helios_sim.policy.drafts import Drafting, best_drafting
 from helios_sim.policy.prediction import Load, expected_load, seen_load
 from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
@@ -24,6 +24,7 @@ class SelfSpeculationParameters:
     review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
     model: str | None = None  # None: the only candidate
     batch_limit: int | None = None  # None: the server's own limit
+    resident_layers: int | None = None  # on the card; those above come from host memory for each pass; None: all
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "largest_batch", "review_requests", "batch_limit"):
@@ -49,8 +50,10 @@ class SelfSpeculationPolicy:
 
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError if the model is not among the candidates, or the layer is none of its exits."""
-        p, self._situation = self.parameters, situation
+        p = self.parameters
         self._model = find_model(situation, p.model)
+        situation, self._placement = whole_model(situation, self._model, p.resident_layers)
+        self._situation = situation
         candidate = situation.candidates[self._model]
         exits = candidate.offline.exits
         if len(exits) == 1:
@@ -99,9 +102,8 @@ class SelfSpeculationPolicy:
 
     def _deployment(self, drafts: int, reason: str) -> Deployment:
         p, self._drafts = self.parameters, drafts
-        layers = self._situation.candidates[self._model].profile.model.n_layers
         return Deployment(
-            active=Placement(self._model, layers),
+            active=self._placement,
             exit_rule=SelfSpeculation(self._layers, drafts, p.largest_batch),
             kv_rule=KvRule.NONE,
             batch_limit=p.batch_limit,

@@ -42,9 +42,9 @@ class Underway:
 
     @property
     def resident(self) -> dict[str, int]:
-        layers = {self.active.model: self.active.layers}
+        layers = {self.active.model: self.active.held_layers}
         for other in self.standby:
-            layers[other.model] = max(other.layers, layers.get(other.model, 0))
+            layers[other.model] = max(other.held_layers, layers.get(other.model, 0))
         return layers
 
 
@@ -94,7 +94,7 @@ def _without_cache(
     profile = candidate.profile
     resident = now.resident
     have = profile.weight_bytes(resident[to.model]) if to.model in resident else 0
-    load_bytes = max(0, profile.weight_bytes(to.layers) - have)
+    load_bytes = max(0, profile.weight_bytes(to.held_layers) - have)
     load_s = profile.load_time_s(load_bytes) if load_bytes else 0.0
     running = now.running_requests
     tokens_in_flight = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
@@ -121,7 +121,7 @@ def _without_cache(
 def _fits_beside(situation: Situation, now: Underway, to: Placement, load: Load) -> bool:
     """Whether the new weights fit beside the old ones and the KV in use."""
     layers = now.resident
-    layers[to.model] = max(to.layers, layers.get(to.model, 0))
+    layers[to.model] = max(to.held_layers, layers.get(to.model, 0))
     resident: Sequence[tuple[str, int]] = tuple(layers.items())
     active = situation.candidates[now.active.model]
     tokens = load.prompt_tokens(active) + load.output_tokens(active) / 2

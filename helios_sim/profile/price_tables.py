@@ -83,7 +83,7 @@ class Pricing:
         factors: dict[str, float],
         padded_kv: bool,
     ) -> None:
-        """`factors`: load_slowdown, mixed_factor, kv_factor, time_factor."""
+        """`factors`: load_slowdown, mixed_factor, kv_factor, time_factor, and those of layers that come late."""
         checks = head if check is None else check
         # Without a classifier's table nothing asks for it: the profile refuses.
         by_classifier = checks if check_classifier is None else check_classifier

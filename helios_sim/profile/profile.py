@@ -19,6 +19,7 @@ from helios_sim.provenance import Provenance
 
 _RANGES = {
     "load_bytes_per_s": (1.0, 1e18), "load_slowdown": (1.0, 1e3), "time_factor": (0.0, 1e9),
+    "disk_bytes_per_s": (1.0, 1e18), "link_bytes_per_s": (1.0, 1e18), "resident_layers": (1, 10_000),
     "mixed_factor": (0.0, 1e3), "unequal_kv_factor": (0.0, 1e3), "activation_reserve_bytes": (0, 1 << 60),
 }  # fmt: skip
 _MOST_CELLS = 1 << 24
@@ -55,6 +56,9 @@ class Profile:
     padded_kv: bool = False
     anchors: Anchors | None = None  # how fast the device was when this was measured; None: not known
     time_band: TimeBand | None = None  # how far whole iterations may be off; None: not known
+    disk_bytes_per_s: float | None = None  # of weights that are read from files; None: not known
+    link_bytes_per_s: float | None = None  # host memory to the card, where loads come from files; None: as loads
+    resident_layers: int | None = None  # those above come from host memory in each iteration; None: all stay
     _pricing: Pricing = field(init=False, repr=False)
     _weight_bytes: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # by layers
 
@@ -65,6 +69,7 @@ class Profile:
             "mixed_factor": 1.0 if self.mixed_factor is None else self.mixed_factor,
             "kv_factor": 1.0 if self.unequal_kv_factor is None else self.unequal_kv_factor,
             "time_factor": self.time_factor,
+            **self._late_layers(),
         }
         pricing = Pricing(
             self.model, self.hardware, self.runtime, self.layer_tables, self.layer_class, self.head, self.check,
@@ -112,6 +117,36 @@ class Profile:
             raise UserError("runtime.load_gb_per_s", bytes_per_s / 1e9, allowed, "correct it")
         known = self.provenance.without(["load_bytes_per_s", "load_slowdown"])
         return replace(self, load_bytes_per_s=bytes_per_s, load_slowdown=1.0 / (1.0 - share), provenance=known)
+
+    def with_disk_rate(self, bytes_per_s: float) -> Profile:
+        """The same with another rate of reading files."""
+        return replace(self, disk_bytes_per_s=bytes_per_s, provenance=self.provenance.without(["disk_bytes_per_s"]))
+
+    def from_files(self) -> Profile:
+        """The same with loads that read files, as of models that are discarded when they leave the card.
+
+        A file is read while what was read is copied, so that the slower of the two counts. UserError where the rate of
+        reading is not known.
+        """
+        if self.disk_bytes_per_s is None:
+            allowed = f"1: at which rate {self.name} is read from files is not known"
+            raise UserError("server.sleep_level", 2, allowed, "set runtime.disk_gb_per_s, or measure the profile")
+        slower = self.with_load_rate(min(self.disk_bytes_per_s, self.load_bytes_per_s))
+        return replace(slower, link_bytes_per_s=self.load_bytes_per_s, provenance=self.provenance)
+
+    def with_resident(self, layers: int) -> Profile:
+        """The same where only so many layers stay on the card: the prices of `Placement.resident_layers`."""
+        return replace(self, resident_layers=layers)
+
+    def _late_layers(self) -> dict[str, float]:
+        """How many layers are always there, and seconds that one which is not takes of the link and of the memory."""
+        link_bytes_per_s = self.load_bytes_per_s if self.link_bytes_per_s is None else self.link_bytes_per_s
+        share = 1.0 - 1.0 / self.load_slowdown  # of the card's bandwidth, at the rate of loads
+        return {
+            "resident_layers": self.model.n_layers if self.resident_layers is None else self.resident_layers,
+            "late_s_per_layer": self.model.layer_bytes / link_bytes_per_s,
+            "late_write_s_per_layer": self.model.layer_bytes / self.load_bytes_per_s * share,
+        }
 
     def check_table(self, confidence: Confidence) -> RowsTable:
         """The table of an exit check's cost under this measure. UserError where it was not measured."""

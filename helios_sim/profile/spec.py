@@ -259,10 +259,12 @@ class RuntimeConfig:
     load_fixed_s: float | None = None
     regroup_s: float | None = None
     load_gb_per_s: float | None = None  # weights from host memory, all cards together; null: the profile's
+    disk_gb_per_s: float | None = None  # weights read from files (server.sleep_level=2); null: the profile's
 
     def costs(self) -> dict[str, float]:
         """The costs that are set, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("preset", "load_gb_per_s")}
+        others = ("preset", "load_gb_per_s", "disk_gb_per_s")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {name: value for name, value in values.items() if value is not None}
 
 

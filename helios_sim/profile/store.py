@@ -85,6 +85,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         **({"windows": windows} if any(windows := [tables.window for tables in profile.layer_tables]) else {}),
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
         **({} if profile.time_band is None else {"time_band": asdict(profile.time_band)}),
+        **({} if profile.disk_bytes_per_s is None else {"disk_bytes_per_s": profile.disk_bytes_per_s}),
     }
     files.write_together(path, parts, HEADER, f"{files.to_json(header, indent=1)}\n".encode())
 
@@ -133,6 +134,7 @@ def read_profile(path: Path) -> Profile:
             load_bytes_per_s=header.number("load_bytes_per_s", 0, 1e300),
             load_slowdown=header.number("load_slowdown", 0, 1e300),
             time_factor=header.number("time_factor", 0, 1e300),
+            disk_bytes_per_s=_disk_rate(header, provenance),
             mixed_factor=header.maybe("mixed_factor", -1e300, 1e300),
             unequal_kv_factor=header.maybe("unequal_kv_factor", -1e300, 1e300),
         )
@@ -168,6 +170,15 @@ def _runtime(header: Fields) -> Runtime:
     sizes = header.integers("graph_batch_sizes", 1, 1 << 20, 10_000) if header.has("graph_batch_sizes") else None
     read = tuple(CostSource(s[0], Basis(s[1]), s[2]) if len(s) == 3 else CostSource.parsed(*s) for s in sources)
     return header.filled(Runtime, graph_batch_sizes=sizes, sources=read)
+
+
+def _disk_rate(header: Fields, provenance: Provenance) -> float | None:
+    """The rate of reading files. Older files have it among the provenance's details alone."""
+    if header.has("disk_bytes_per_s"):
+        return header.number("disk_bytes_per_s", 0, 1e300)
+    loads = provenance.details.get("loads")
+    rate = loads.get("checkpoint_bytes_per_s") if isinstance(loads, Mapping) else None
+    return rate if isinstance(rate, float) and rate > 0 else None
 
 
 def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:

@@ -129,6 +129,8 @@ _OTHERS = (
     ("replaced_tokens", "Replaced tokens", "", "lower", "output tokens of answers that a cascade replaced by others"),
     ("released_fraction", "Released", "share", "higher", "tokens delivered at a ramp while the model goes on / tokens"),
     ("released_earlier_s", "Earlier by", "s", "higher", "mean time from a token's delivery to its iteration's end"),
+    ("late_layers_per_iteration", "Late layers", "", "lower", "layers that come from host memory, of a mean iteration"),
+    ("late_time_fraction", "Late time", "share", "lower", "time by which late layers lengthen iterations / busy"),
     ("preemptions", "Preemptions", "", "lower", "requests put back because the KV pool was full"),
     ("requests_completed", "Completed", "", "higher", "requests"),
     ("requests_dropped", "Dropped", "", "lower", "requests refused, each with its reason in requests.parquet"),
@@ -152,6 +154,7 @@ OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hi
 OF_DRAFTS = ("accepted_per_pass", "draft_acceptance", "drafting_fraction")  # with self-speculation
 OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # where batches are split at exits
 OF_CASCADES = ("escalations", "escalated_fraction", "replaced_tokens")
+OF_LATE_LAYERS = ("late_layers_per_iteration", "late_time_fraction")  # where layers stay in host memory
 OF_RELEASES = ("released_fraction", "released_earlier_s")  # where answers leave while the model goes on
 OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
 # Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
@@ -303,6 +306,7 @@ def compute_metrics(
     metrics |= _of_splits(stats)
     metrics |= _of_cascades(answered, len(records))
     metrics |= _of_releases(stats)
+    metrics |= _of_late_layers(stats)
     metrics["preemptions"] = stats.preemptions
     metrics["requests_completed"] = n_done
     metrics["requests_dropped"] = n_dropped
@@ -354,6 +358,12 @@ def _of_releases(stats: RunStats) -> dict[str, MetricValue]:
     tokens = sum(sum(depths.values()) for depths in stats.tokens_by_depth.values())
     of = (_over(stats.released_tokens, tokens), _over(stats.released_ns / 1e9, tokens))
     return dict(zip(OF_RELEASES, of if stats.released_tokens else (None, None), strict=True))
+
+
+def _of_late_layers(stats: RunStats) -> dict[str, MetricValue]:
+    """Null where no layer came from host memory."""
+    of = (_over(stats.late_layers, stats.iterations), _over(stats.late_ns, stats.busy_ns))
+    return dict(zip(OF_LATE_LAYERS, of if stats.late_layers else (None, None), strict=True))
 
 
 def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: float) -> dict[str, MetricValue]:

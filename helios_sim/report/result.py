@@ -24,6 +24,7 @@ from helios_sim.report.metrics import (
     OF_CASCADES,
     OF_COST,
     OF_DRAFTS,
+    OF_LATE_LAYERS,
     OF_PREFIXES,
     OF_RELEASES,
     OF_SPLITS,
@@ -497,7 +498,7 @@ def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
-    of = (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_RELEASES, *OF_CASCADES, *OF_COST)
+    of = (OF_PREFIXES[0], *OF_DRAFTS, *OF_SPLITS, *OF_RELEASES, *OF_LATE_LAYERS, *OF_CASCADES, *OF_COST)
     new = (name for name in of if name not in names)
     return (*names, *(name for name in new if any(run.get(name) is not None for run in runs)))
 

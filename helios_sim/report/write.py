@@ -203,6 +203,8 @@ def _next_best(arm: ArmResult) -> dict[str, Any]:
         return {}
     times = {place: arm.decisions[place].time_ns / NS_PER_S for place in arm.instead}
     rows = [{"time_s": times[place], **json_value(found)} for place, found in arm.instead.items()]
+    for row in rows:  # `resident_layers` only where not all of them stay
+        row["option"] = {name: value for name, value in row["option"].items() if value is not None}
     return {"next_best": rows}
 
 

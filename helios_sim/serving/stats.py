@@ -151,6 +151,8 @@ class RunStats:
     held_token_ns: int = 0
     released_tokens: int = 0  # whose answer left at a ramp while the model went on
     released_ns: int = 0  # by which tokens came earlier than their iterations ended, all together
+    late_layers: int = 0  # that came from host memory for an iteration, and by how much they made iterations longer
+    late_ns: int = 0
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
     itl: GapHistogram = field(default_factory=GapHistogram)

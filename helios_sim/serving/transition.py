@@ -19,7 +19,10 @@ from helios_sim.serving.replica import Replica
 
 
 class Residency:
-    """Layers loaded by model. A model is resident once, up to the deepest layer that a placement asks for."""
+    """Layers loaded by model. A model is resident once, up to the deepest layer that a placement asks for.
+
+    Room for layers that come late counts as layers, and begins with the first two of them in it.
+    """
 
     def __init__(self, profiles: Mapping[str, Profile], memory: MemoryBudget) -> None:
         self._profiles = profiles
@@ -31,7 +34,7 @@ class Residency:
     def wanted(deployment: Deployment) -> dict[str, int]:
         wanted: dict[str, int] = {}
         for placement in (deployment.active, *deployment.standby):
-            wanted[placement.model] = max(placement.layers, wanted.get(placement.model, 0))
+            wanted[placement.model] = max(placement.held_layers, wanted.get(placement.model, 0))
         return wanted
 
     def missing(self, deployment: Deployment) -> list[Placement]:
@@ -208,7 +211,9 @@ class Transitions:
             on_done()
             self.wake()
 
-        replica.engine.start_transfer(n_bytes, model, done)
+        # Layers that come late keep half of the link meanwhile.
+        share = 1 if replica.deployment.active.resident_layers is None else 2
+        replica.engine.start_transfer(share * n_bytes, model, done)
         self.wake()
 
     def load_again(self, on_done: Callable[[], None]) -> None:

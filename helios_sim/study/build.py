@@ -34,7 +34,7 @@ from helios_sim.provenance import ProvenanceClass
 from helios_sim.request import Slo
 from helios_sim.study.limits import check_times
 from helios_sim.study.modes import LIVE
-from helios_sim.study.schema import Config
+from helios_sim.study.schema import DISCARDED, Config
 from helios_sim.study.workload import Foresight, build_workload, choose, expected_load
 from helios_sim.workload import (
     Workload,
@@ -151,6 +151,10 @@ def build_profile(config: Config, model: str) -> Profile:
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
     if config.runtime.load_gb_per_s is not None:
         profile = profile.with_load_rate(config.runtime.load_gb_per_s * 1e9)
+    if config.runtime.disk_gb_per_s is not None:
+        profile = profile.with_disk_rate(config.runtime.disk_gb_per_s * 1e9)
+    if config.server.sleep_level == DISCARDED:
+        profile = profile.from_files()
     return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
 

@@ -13,6 +13,7 @@ from helios_sim.routing import Router
 from helios_sim.study.modes import BY_REQUESTS, LIVE, FidelityConfig
 from helios_sim.study.schema import (
     AUTO,
+    DISCARDED,
     AutoscaleConfig,
     Config,
     FaultsConfig,
@@ -220,6 +221,10 @@ COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "server.tensor_parallel": (lambda c: not _is_live(c), "only in a simulation: live serving runs on one device"),
     "server.quantization": (_is_simulated, "only in a simulation: weights of a device or of a log are as they are"),
     "server.kv_cache_dtype": (_is_simulated, "only in a simulation: K and V of a device or of a log are as they are"),
+    "server.sleep_level": (_is_simulated, "only in a simulation: live, weights wait in host memory"),
+    "runtime.disk_gb_per_s": (
+        lambda c: c.server.sleep_level == DISCARDED, f"only with server.sleep_level={DISCARDED}",
+    ),
     "cost": (lambda c: not _is_compared(c), _SERVED),
     "server.kernels": (
         lambda c: _is_simulated(c) and c.profile_folder is None, "only in a simulation, without profile_folder",

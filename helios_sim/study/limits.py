@@ -42,9 +42,10 @@ def check_size(config: Config, replicas: int) -> None:
 
 def check_host_costs(config: Config) -> None:
     """UserError for costs of the host and factors at which times would no longer fit."""
-    rate = config.runtime.load_gb_per_s
-    if rate is not None and not 1e-3 <= rate <= 1e5:
-        raise UserError("runtime.load_gb_per_s", rate, "from 0.001 to 100000 GB a second", "correct it")
+    for name in ("load_gb_per_s", "disk_gb_per_s"):
+        rate = getattr(config.runtime, name)
+        if rate is not None and not 1e-3 <= rate <= 1e5:
+            raise UserError(f"runtime.{name}", rate, "from 0.001 to 100000 GB a second", "correct it")
     for name in (
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "load_fixed_s",
         "regroup_s",

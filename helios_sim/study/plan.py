@@ -12,7 +12,7 @@ import simpy
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.rule import FixedCap, PerToken, require_live as require_live_measure
-from helios_sim.policy.deployment import Deployment, require_live
+from helios_sim.policy.deployment import Deployment, require_all_resident, require_live
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
@@ -246,6 +246,7 @@ def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
     rule = first.exit_rule
     if live:
         require_live(rule, first.batching, first.kv_rule)
+        require_all_resident(first.active)
     if isinstance(rule, FixedCap | PerToken):
         if live:
             require_live_measure(rule.confidence)

@@ -37,6 +37,7 @@ PRESENTATION = (
     "fidelity_live", "profile_band", "next_best", "capacity", "from_log",
 )  # fmt: skip
 
+DISCARDED = 2  # server.sleep_level
 LATEST_FAULT_S = 1e9
 MOST_FAULTS_PER_HOUR = 1e6  # of a kind and a replica
 
@@ -196,6 +197,9 @@ class ServerConfig:
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
     kernels: str = "vllm"  # whose measured ones are summed: vllm; trtllm: TensorRT-LLM's, on cards that have them
+    # Where weights wait that are not on the card, as vLLM's sleep levels: 1: in host memory; 2: nowhere, they are read
+    # from files
+    sleep_level: int = 1
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
     # plain; vllm_v1: places freed late, prefixes found again; vllm_v0, sglang: prompts first, decodes in other
     # iterations; trtllm: a request enters with memory for its whole answer (see core/schedule.py). vllm_v0 and trtllm
@@ -222,6 +226,7 @@ class ServerConfig:
         require(degree in DEGREES, "server.tensor_parallel", degree, allowed)
         Precision(self.quantization, self.kv_cache_dtype)
         require_one_of("server.kernels", self.kernels, KERNELS)
+        require(self.sleep_level in (1, DISCARDED), "server.sleep_level", self.sleep_level, "1 or 2")
         require(self.schedule_ahead in (0, 1), "server.schedule_ahead", self.schedule_ahead, "0 or 1")
         require_one_of("server.scheduler", self.scheduler, SCHEDULERS)
         for key in ("batch_wait_iterations", "batch_wait_tokens"):

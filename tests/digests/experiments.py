@@ -18,7 +18,15 @@ from digests.canonical import digest
 from helios_sim.config import register, to_config
 from helios_sim.help import conf_folder
 from helios_sim.report.faults import COUNTED
-from helios_sim.report.metrics import OF_CASCADES, OF_COST, OF_DRAFTS, OF_PREFIXES, OF_RELEASES, OF_SPLITS
+from helios_sim.report.metrics import (
+    OF_CASCADES,
+    OF_COST,
+    OF_DRAFTS,
+    OF_LATE_LAYERS,
+    OF_PREFIXES,
+    OF_RELEASES,
+    OF_SPLITS,
+)
 from helios_sim.report.records import DERIVED
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.capacity import run_capacity
@@ -101,7 +109,7 @@ def folder_digests(summary: Mapping[str, Any], tables: Mapping[str, list[dict[st
     return found
 
 
-YOUNG = (*OF_COST, *OF_PREFIXES, *OF_DRAFTS, *OF_SPLITS, *OF_RELEASES, *OF_CASCADES)
+YOUNG = (*OF_COST, *OF_PREFIXES, *OF_DRAFTS, *OF_SPLITS, *OF_RELEASES, *OF_CASCADES, *OF_LATE_LAYERS)
 
 
 def _defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
