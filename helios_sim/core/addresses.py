@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.core.layout import IntArray, Tables
-from helios_sim.core.native import arrays_of
+from helios_sim.core.native import address_of, arrays_of
 
 _DIMENSIONS = 5  # most that an array has
 _GROUPS = 1024  # of arrays, whose addresses are remembered
@@ -77,7 +77,7 @@ class Replicas:
         """Where an array lies, and its shape."""
         assert self._machine is not None
         self._machine.require_type(place, array)
-        return [array.ctypes.data, *array.shape, *[0] * (_DIMENSIONS - array.ndim)]
+        return [address_of(array), *array.shape, *[0] * (_DIMENSIONS - array.ndim)]
 
 
 def register(tables: Tables) -> None:

@@ -142,10 +142,16 @@ class Call:
     def _note(self, place: int, arg: Any) -> None:
         at, length = self._first[place]
         for array in arrays_of(arg):
-            self._addresses[at] = array.ctypes.data
+            self._addresses[at] = address_of(array)
             self._lengths[length : length + array.ndim] = array.shape
             at, length = at + 1, length + array.ndim
         self._known[place] = arg
+
+
+def address_of(array: Any) -> int:
+    """Where an array lies: `array.ctypes.data`, in half the time."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def arrays_of(arg: Any) -> Iterator[Any]:

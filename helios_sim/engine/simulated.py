@@ -128,7 +128,7 @@ class SimulatedEngine:
             confident=confident,
             agrees=trace.agree[rows],
             bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,
-            chars=int(trace.chars[rows].sum()),
+            chars=int(np.add.reduce(trace.chars[rows], dtype=np.int64)),
         )
 
     def probe(

@@ -116,6 +116,7 @@ class HistoryTable:
             for name, candidate in candidates.items()
         }
         self._shares: dict[str, Shares] = {}  # by what is known now
+        self._observed: dict[str, tuple[Evidence | None, float]] = {}
         self._added = dict.fromkeys(candidates, 0)
         self._predictions: dict[str, tuple[Prediction, int]] = {}
 
@@ -126,6 +127,7 @@ class HistoryTable:
             return
         self._added[observation.model] += 1
         self._shares.pop(observation.model, None)
+        self._observed.pop(observation.model, None)
         reached = observation.confident.copy()
         reached[:, -1] = True
         self._prompts[observation.model].add(
@@ -155,6 +157,12 @@ class HistoryTable:
 
         Only ages relative to the youngest matter, so nothing changes while nothing is observed.
         """
+        found = self._observed.get(model)
+        if found is None:
+            found = self._observed[model] = self._weighted(model)
+        return found
+
+    def _weighted(self, model: str) -> tuple[Evidence | None, float]:
         seen = self._prompts[model]
         if not len(seen):
             return None, 1.0

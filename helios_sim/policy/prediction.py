@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,6 +99,11 @@ class Depths:
     def layers(self) -> int:
         return self.bounds[-1]
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all tokens run the same layers, without a check."""
+        return self.reach == (1.0,) and self.checked is None and not self.propagated
+
 
 class Paced(Protocol):
     """Another way to decode, of which each token takes a known time on average: `drafts.Drafts`."""
@@ -155,7 +161,7 @@ def _mean_of_each(values: NDArray[np.float64], batches: int) -> NDArray[np.float
 
 def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
     """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
-    if depths == fixed_depth(depths.layers):
+    if depths.is_fixed:
         rows = batch[:, None]
         return Composition(depths.bounds, rows, np.rint(rows * context_tokens).astype(np.int64), batch)
     strata = 1 if len(depths.bounds) == 1 else STRATA
@@ -268,7 +274,7 @@ def predict(
     prefill_s, prefill_floor_s = prefill_time_s(
         profile, depths.layers, round(prompt), situation.max_batch_tokens, load.cached_tokens(candidate)
     )
-    batches = np.arange(1 if load.arrival_rate_per_s is not None else most, most + 1, dtype=np.int64)
+    batches = _batches(1 if load.arrival_rate_per_s is not None else most, most)
     decode_s = decode_time_s(profile, depths, batches, prompt + output / 2)
     rate = 1.0 / (prefill_s + (output - 1) * decode_s / batches)
 
@@ -304,6 +310,13 @@ def predict(
         energy_j_high=high_j,
         tdp_w=profile.hardware.tdp_w,
     )
+
+
+@lru_cache(maxsize=256)
+def _batches(least: int, most: int) -> NDArray[np.int64]:
+    found = np.arange(least, most + 1, dtype=np.int64)
+    found.flags.writeable = False
+    return found
 
 
 def batch_capacity(

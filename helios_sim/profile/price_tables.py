@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,31 +125,29 @@ class Pricing:
         if c.prefill:
             if len(c.sampled_tokens) != 1:
                 raise ValueError("a composition with prefill is one iteration")
-            if any(chunk.layers not in c.bounds for chunk in c.prefill):
-                raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+            for chunk in c.prefill:
+                if chunk.layers not in c.bounds:
+                    raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
         code, back = machine.loaded(), None
         with self._lock:
             at = self._laid_out.get((code is not None, c.bounds)) or self._lay_out(code, c.bounds)
+            room = at.room(len(c.sampled_tokens), asked)
+            room.fill(c)
             if code is None and len(c.sampled_tokens) > 1:
-                whole = at.room(len(c.sampled_tokens)).counts
-                _count(c, whole)
-                counts, back = np.unique(whole, axis=0, return_inverse=True)
-                room = at.room(len(counts))
-                room.counts[:] = counts
-            else:
-                room = at.room(len(c.sampled_tokens))
-                _count(c, room.counts)
+                counts, back = np.unique(room.counts, axis=0, return_inverse=True)
+                room = at.room(len(counts), asked)
+                room.counts[:], room.there = counts, None
             it, chunks = at.iteration, at.chunk
             if len(c.prefill) > 1:
                 chunks = at.storage.filled(CHUNK, [(0, p.tokens, p.context_tokens, p.layers) for p in c.prefill])
             for p in c.prefill[:1]:
                 first = at.first_chunk
                 first.tokens, first.context_tokens, first.layers = p.tokens, p.context_tokens, p.layers
-            it.chunks, it.drafting = len(c.prefill), int(c.drafting)
-            it.syncs, it.host_ahead, it.loading = int(c.host_sync_at_checks), int(c.host_ahead), int(c.loading)
-            for what in (TIME, FLOOR, OUTSIDE):
-                at.asked[what] = what in asked
-            at.price(*at.tables, chunks, *room.read)
+            how = (len(c.prefill), c.drafting, c.host_sync_at_checks, c.host_ahead, c.loading)
+            if at.how != how:
+                at.how = how
+                it.chunks, it.drafting, it.syncs, it.host_ahead, it.loading = map(int, how)
+            room.price(*at.tables, chunks, *room.read)
             found = room.found.copy()
         return found if back is None else found[back.ravel()]
 
@@ -160,57 +158,64 @@ class Pricing:
             storage.group(self.tables), self.scalars(storage), raw(iteration), spans.table(storage),
             storage.array(spans.class_layers), storage.rows(WORK, len(bounds)),
         )  # fmt: skip
-        price = price_many if code is None else code.prices()
-        found = _LaidOut(
-            price, storage, tables, iteration, chunk, storage.views(CHUNK, chunk)[0], np.zeros(3, np.int64)
-        )
+        found = _LaidOut(code, storage, tables, iteration, chunk, storage.views(CHUNK, chunk)[0])
         self._laid_out[code is not None, bounds] = found
         return found
 
 
-class _Room(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Room:
     """For what K iterations hold, and what they cost."""
 
+    price: Callable[..., int]  # a caller of its own: the loop's code wants to be told of new arrays
     counts: IntArray
     found: FloatArray
-    read: tuple[Any, ...]  # as `price_many` takes both
+    read: tuple[Any, ...]  # as `price_many` takes what is asked and both of these
+    there: tuple[bool, ...] | None = None  # which kinds of work have numbers; those of the others are 0 already
+
+    def fill(self, c: Composition) -> None:
+        """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
+        counts = self.counts
+        counts[:, 0] = c.sampled_tokens
+        columns = (
+            c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens,
+            c.verified_tokens,
+        )  # fmt: skip
+        spread = c.decode_kv_least is not None and c.decode_kv_most is not None
+        there = (spread, *(column is not None for column in columns))
+        if self.there != there:
+            counts[:, 1:3], counts[:, 3:] = NEVER, 0
+            self.there = there
+        if c.decode_kv_least is not None and c.decode_kv_most is not None:
+            counts[:, 1], counts[:, 2] = c.decode_kv_least, c.decode_kv_most
+        for place, column in enumerate(columns, 3):
+            if column is not None:
+                counts[:, place::6] = column
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _LaidOut:
     """What `price_many` reads of a model whose layers are cut into these bands, and room to work in."""
 
-    price: Callable[..., int]
+    code: machine.Machine | None
     storage: Storage
     tables: tuple[Any, ...]
     iteration: Record
     chunk: Table
     first_chunk: Record
-    asked: IntArray
-    rooms: dict[int, _Room] = field(default_factory=dict)  # by K: the loop's code wants to be told of new arrays
+    how: tuple[int, ...] | None = None  # what `iteration` says
+    rooms: dict[Any, _Room] = field(default_factory=dict)  # by K and what is asked for
 
-    def room(self, n: int) -> _Room:
-        found = self.rooms.get(n)
+    def room(self, n: int, asked: tuple[int, ...]) -> _Room:
+        found = self.rooms.get((n, asked))
         if found is None:
             counts, prices = np.zeros((n, 3 + 6 * len(self.tables[3])), np.int64), np.zeros((n, 3))
-            found = _Room(counts, prices, tuple(map(self.storage.array, (counts, self.asked, prices))))
+            wanted = np.array([int(what in asked) for what in (TIME, FLOOR, OUTSIDE)])
+            price = price_many if self.code is None else self.code.prices()
+            found = _Room(price, counts, prices, tuple(map(self.storage.array, (counts, wanted, prices))))
             if len(self.rooms) < _ROOMS:
-                self.rooms[n] = found
+                self.rooms[n, asked] = found
         return found
-
-
-def _count(c: Composition, counts: IntArray) -> None:
-    """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
-    counts[:, 0] = c.sampled_tokens
-    counts[:, 1:3] = NEVER
-    if c.decode_kv_least is not None and c.decode_kv_most is not None:
-        counts[:, 1], counts[:, 2] = c.decode_kv_least, c.decode_kv_most
-    columns = (
-        c.decode_tokens, c.decode_kv_tokens, c.check_tokens, c.classifier_tokens, c.propagated_tokens,
-        c.verified_tokens,
-    )  # fmt: skip
-    for place, column in enumerate(columns, 3):
-        counts[:, place::6] = 0 if column is None else column
 
 
 def _price_tables(

@@ -213,7 +213,7 @@ class Decider:
         now_ns, unit_w, idle_w = int(s.now_ns), int(r.drawn_mw) / 1000, int(r.idle_mw) / 1000
         joules = idle_w * now_ns / NS_PER_S + unit_w * int(s.drawn_ns) / NS_PER_S
         since_ns = max(0, now_ns - POWER_WINDOW_NS)
-        drawn_ns = int(drawn_since(s, replica.counts.marks, since_ns))
+        drawn_ns = int(drawn_since(s, replica.marks, since_ns))
         return Energy(joules, idle_w + unit_w * drawn_ns / (now_ns - since_ns) if now_ns else idle_w)
 
     def _telemetry(self, cause: Cause) -> Telemetry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -300,6 +301,11 @@ class Replica:
             *self.raw_records, self.requests, self.lists, self.line, self.inbox.rows, tokens, coming, coming_tokens,
             self.chunks, self.freed, self.prefix.tables, self.owed, self.counts, watch, *priced,
         )  # type: ignore[call-arg]  # fmt: skip
+
+    @cached_property
+    def marks(self) -> Sequence[Record]:
+        """What had been drawn by when (`core.power`), for plain Python."""
+        return self.storage.views(MARK, self.counts.marks)
 
     @property
     def now_ns(self) -> int:
