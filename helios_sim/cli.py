@@ -30,7 +30,7 @@ from helios_sim.config import (
     by_arm,
     check_choices,
     check_flags,
-    check_own_file,
+    check_own_files,
     given,
     in_a_circle,
     in_full,
@@ -69,7 +69,7 @@ def run_command(command: list[str]) -> int:
             check_choices(settings, run.runtime.choices, command)
             config = to_config(settings, command)
             check_effect(config, run.overrides.task)
-            check_own_file(config, run.runtime.choices.get("experiment"), command)
+            check_own_files(config, run.runtime.choices, command)
             status = max(status, runner_of(config)(config, folder))
         except (UserError, OmegaConfBaseException) as error:
             stop_if_asked()

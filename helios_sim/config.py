@@ -29,6 +29,7 @@ from helios_sim.defaults_list import check_defaults
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
+from helios_sim.own_files import EXPERIMENT, check_names, leaves, own_files, package_of, placed, shipped_paths
 from helios_sim.study.effects import check_effect, check_written
 from helios_sim.study.schema import Config
 from helios_sim.untrusted import shortened
@@ -208,7 +209,7 @@ def compose_config(
         choices = settings.hydra.runtime.choices
         with open_dict(settings):
             del settings["hydra"]
-        check_choices(settings, choices, command)
+        check_choices(settings, choices, [*command, *folder])
         config = typed(settings, schema, command)
     except (HydraException, OmegaConfBaseException) as error:
         raise in_words(error, [*command, *folder], schema) from error
@@ -219,7 +220,7 @@ def compose_config(
             "YAML", " ".join(str(error).split()), "a file that is valid YAML", "correct the file"
         ) from error
     check_effect(config, command)
-    check_own_file(config, choices.get("experiment"), [*command, *folder])
+    check_own_files(config, choices, [*command, *folder])
     return config
 
 
@@ -247,6 +248,7 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
     from helios_sim.policy.telemetry import Goal
     from helios_sim.profile.runtimes import PRESETS
 
+    check_names(choices, arguments)
     known = known_settings(Config)
     for word in arguments:
         name, _, value = word.partition("=")
@@ -262,15 +264,17 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
             raise UserError(group, chosen, allowed, f"write {group}.{key}={chosen}")
 
 
-def check_own_file(config: Config, experiment: str | None, arguments: Sequence[str]) -> None:
-    """UserError for what the user's own file of this experiment sets in vain."""
-    for place in config_dirs(arguments):
-        file = Path(place) / "experiment" / f"{str(experiment).removesuffix('.yaml')}.yaml"
-        if file.is_file():
-            written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            changed = [word.partition("=")[0].lstrip("+~") for word in arguments if _is_override(word)]
-            assert isinstance(written, dict)
-            check_written(config, {str(key): value for key, value in written.items()}, changed, file.name)
+def check_own_files(config: Config, choices: Mapping[str, str | None], arguments: Sequence[str]) -> None:
+    """UserError for what the user's own files, of which a study is made, set in vain.
+
+    What a file sets may be undone by those that come after it, and by the command line.
+    """
+    after = [word.partition("=")[0].lstrip("+~") for word in arguments if _is_override(word)]
+    for own in reversed(own_files(choices, arguments)):
+        is_last = own.group == EXPERIMENT
+        changed = after if is_last else [path for path in (*after, *shipped_paths(choices)) if path != own.group]
+        check_written(config, own.values, changed, own.path.name, is_last)
+        after = [*after, *(path for path, _ in leaves(own.values))]
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
@@ -387,9 +391,13 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(values, dict):
             return UserError(str(path), shortened(values), "settings, KEY: VALUE", "correct the file")
-        values.pop("defaults", None)
         if (odd := _odd_name(values)) is not None:
             return UserError(f"{name}: {odd[0]}", odd[1], "a name, which is a text", f'put it in quotes: "{odd[1]}"')
+        package = package_of(content, name.rpartition("/")[0] if not name.startswith("experiment/") else "")
+        if package.partition(".")[0] not in ("", *known_settings(schema)):
+            allowed = "a group of settings, or _global_ for all of them"
+            return UserError(f"{path}: # @package", package, allowed, "correct it in the first line")
+        values = placed({str(key): value for key, value in values.items()}, package)
         key = found[1] if (found := re.search(r"full_key: (\S+)", text)) else ""
         unknown, wrong = unknown_setting(schema, values), wrong_type(schema, values)
         if wrong is not None and wrong[0].endswith(key) and not str(wrong[1]).startswith("${"):
@@ -522,7 +530,8 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         parent = parent.rpartition(".")[0]
         own, of_one = _names_in(schema, parent)
     named = ELSEWHERE.get(last, "")
-    same = next((name for name in known if name.split(".")[-1] == last), None)  # the right name in the wrong place
+    # the right name in the wrong place, the least deep of several
+    same = min((name for name in known if name.split(".")[-1] == last), key=lambda name: name.count("."), default=None)
     if named.split("=")[0] in known and not of_one:
         return UserError(key, value, "no such setting", f"you may have meant {named}; {PRINT_ALL}")
     if near := get_close_matches(last, own, 1):

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from helios_sim.errors import UserError
+from helios_sim.help import conf_folder
+from helios_sim.own_files import EXPERIMENT, leaves, placed
 from helios_sim.untrusted import shortened
 from helios_sim.vary.settings import closest
 
@@ -37,6 +39,30 @@ def check_defaults(file: Path) -> None:
         if name in seen:
             raise UserError(place, shortened(entry), f"{name.lstrip('/')} once", "leave all but one out")
         seen.add(name)
+    if "_self_" in listed:
+        _check_order(place, file, values, listed[listed.index("_self_") + 1 :])
+
+
+def _check_order(place: str, file: Path, values: dict[str, Any], after: list[Any]) -> None:
+    """UserError where a file that comes after `_self_` sets what this one sets too, which is then in vain."""
+    own = dict(leaves(placed(values, "")))
+    for entry in after:
+        (key, value), = entry.items() if isinstance(entry, dict) else [("", entry)]
+        words = key.split()
+        if "override" in words or not isinstance(value, str):
+            continue  # it takes the place of another file, which came before
+        group = words[-1].strip("/") if words else ""
+        name = f"{value.removesuffix('.yaml')}.yaml"
+        places = [folder / group / name for folder in (file.parent.parent, Path(conf_folder()))] if group else [
+            file.parent / name, Path(conf_folder()) / name.lstrip("/"), Path(conf_folder()) / EXPERIMENT / name,
+        ]  # fmt: skip
+        found = next((path for path in places if path.is_file()), None)
+        read = yaml.safe_load(found.read_text(encoding="utf-8")) if found is not None else None
+        theirs = dict(leaves(placed(read, ""))) if isinstance(read, dict) else {}
+        both = next((path for path in own if path in theirs and own[path] != theirs[path]), None)
+        if both is not None:
+            allowed = f"before _self_: it sets {both} to {shortened(theirs[both])}, in place of {shortened(own[both])}"
+            raise UserError(place, shortened(entry), allowed, "put _self_ last, or leave it out")
 
 
 def _checked(place: str, own: str, entry: Any) -> str:

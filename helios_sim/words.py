@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
-from helios_sim.untrusted import read_bytes
+from helios_sim.own_files import package_of
+from helios_sim.untrusted import read_bytes, shortened
 
 HYDRAS = tuple(f.name for f in fields(HydraConf))
 MOST_BYTES = 1 << 18  # of a YAML file
@@ -30,6 +31,7 @@ TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "live.weights.", "live.heads.")  # 
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _OF_HYDRA = ("now", "hydra")  # resolvers that name output folders
 _OCTAL_OR_CLOCK = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")
+_GROUPS = ("workload", "policy", "objective", "runtime")  # whose files hold the settings of that group
 _FIX = "correct the file, or take it out of that folder"
 
 
@@ -118,8 +120,24 @@ def check_file(file: Path) -> None:
         return
     except RecursionError:
         raise UserError(str(file), "nested too deeply", "settings, a few levels deep", _FIX) from None
+    if isinstance(root, yaml.MappingNode):
+        _check_package(file, content.decode("utf-8"), [str(key.value) for key, _ in root.value])
     if size > MOST_VALUES:
         raise UserError(str(file), f"{size} values", f"at most {MOST_VALUES}, anchors written out", _FIX)
+
+
+def _check_package(file: Path, text: str, names: Sequence[str]) -> None:
+    """UserError for a file of a group that names the group once more, or one of engines that does not go everywhere."""
+    group = file.parent.name
+    if package_of(text, "none") != "none" or group not in (*_GROUPS, "engine"):
+        return
+    if group == "engine":
+        fix = "put that line first: settings of a server and its runtime are in groups of their own"
+        raise UserError(str(file), shortened(text.partition("\n")[0]), "# @package _global_ in its first line", fix)
+    if group in names:
+        allowed = f"the settings of {group} themselves: what is in the folder {group} goes below it"
+        fix = f"leave out {group}: and move what is below it to the left, or begin with # @package _global_"
+        raise UserError(str(file), f"{group}:", allowed, fix)
 
 
 class _Looked:

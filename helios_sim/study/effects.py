@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -359,13 +359,18 @@ FOR_COMMANDS = ("auto_seeds", "live", "fidelity_live", "report", "trace", "next_
 _WITH = {"cluster": ("server", "cluster"), "server": ("server", "cluster"), "runtime": ("runtime", "arms", "policy")}
 
 
-def check_written(config: Config, written: Mapping[str, Any], changed: Collection[str], place: str) -> None:
-    """UserError for what a user's experiment file sets although it does not count under the study's other settings.
+def check_written(
+    config: Config, written: Mapping[str, Any], changed: Collection[str], place: str, is_last: bool = True
+) -> None:
+    """UserError for what a user's file sets although it does not count under the study's other settings.
 
-    `written`: what the file says. `changed`: paths of settings that words of the command line change. What these, arms
-    or axes change may be the reason for which a setting does not count, so those that go with it are left out.
+    `written`: what the file says. `is_last`: it is the experiment's, which comes after all others, so that arms, axes
+    and the mix of the study are looked at with it. `changed`: paths of settings that words of the command line change.
+    What these, arms or axes change may be the reason for which a setting does not count, so those that go with it are
+    left out.
     """
-    of_arms = [path for arm in config.arms.values() if isinstance(arm, Mapping) for path in arm.get("overrides") or ()]
+    given = [arm.get("overrides") for arm in config.arms.values() if isinstance(arm, Mapping)]
+    of_arms = [path for own in given if isinstance(own, Mapping) for path, _ in _single(own)]
     axes = [*(axis for sweep in config.sweeps for axis in sweep.axes), *config.sweep.parameters.values()]
     varied = [str(path) for path in (*of_arms, *(path for axis in axes for path in axis.settings))]
     others = [*changed, *varied]
@@ -380,6 +385,8 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
         if _is_known(config, parts) and not _varies(parts, others):
             allowed = f"does nothing here: it counts {where}"
             raise UserError(f"{place}: {path}", value, allowed, "leave it out, or set that too")
+    if not is_last:
+        return
     for path in (path for axis in axes for path in axis.settings):
         where = _in_vain(config, path.split("."), [other for other in varied if other != path])
         if where:
@@ -395,9 +402,10 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
             raise UserError(f"{place}: workload.mix.{name}", ", ".join(map(str, own or ())), allowed, fix)
     for name, arm in config.arms.items():
         overrides = (arm.get("overrides") or {}) if isinstance(arm, Mapping) else {}
-        for path, value in overrides.items() if isinstance(overrides, Mapping) else ():
-            with_it = [*changed, *(other for other in overrides if other != path)]
-            where = _in_vain(config, str(path).split("."), with_it)
+        single = dict(_single(overrides)) if isinstance(overrides, Mapping) else {}
+        for path, value in single.items():
+            with_it = [*changed, *(other for other in single if other != path)]
+            where = _in_vain(config, path.split("."), with_it)
             if where and value not in (None, {}, []):
                 key, allowed = f"arms.{name}.overrides.{path}", f"does nothing here: it counts {where}"
                 raise UserError(f"{place}: {key}", value, allowed, "leave it out, or set that too")
@@ -406,6 +414,16 @@ def check_written(config: Config, written: Mapping[str, Any], changed: Collectio
             if counts_for is not None and not counts_for({**arm, "name": str(arm.get("policy"))}):
                 allowed = f"does nothing here: it counts {where}"
                 raise UserError(f"{place}: arms.{name}.{key}", arm[key], allowed, "leave it out, or set that too")
+
+
+def _single(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The overrides of an arm one by one, where some are written as groups."""
+    for key, value in overrides.items():
+        path = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _single(value, f"{path}.")
+        else:
+            yield path, value
 
 
 def _in_vain(config: Config, parts: Sequence[str], others: Collection[str]) -> str:

@@ -266,8 +266,9 @@ def _mix(c: MixConfig) -> TaskMix:
 def _drift(c: MixConfig) -> Drift | None:
     def position(name: str) -> float:
         value: float | None = getattr(c, name)
-        if value is not None and value > 1 and name in ("at", "start") and c.per == "requests":
-            allowed = "from 0 to 1, a share of the requests: what comes later comes never"
+        most = 1.0 if name in ("at", "start") else 10.0  # of the others, a part of the way may be meant
+        if value is not None and value > most and c.per == "requests":
+            allowed = f"from 0 to {most:g}, a share of the requests: what comes later comes never"
             raise UserError(f"workload.mix.{name}", value, allowed, "correct it, or set workload.mix.per=seconds")
         return _given(f"workload.mix.{name}", value, f"{c.drift} drift")
 

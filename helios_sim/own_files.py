@@ -1,0 +1,114 @@
+"""Files of settings of the user's own, below --config-dir: which of them a study is made from, and what they set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from helios_sim.errors import UserError
+from helios_sim.help import conf_folder, config_dirs
+
+EXPERIMENT, GLOBAL = "experiment", "_global_"
+_PACKAGE = re.compile(r"(?:\s*(?:#[^\n]*)?\n)*?[ \t]*#\s*@package[ \t]+([\w.]+)")  # among the comments at the beginning
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFile:
+    """A file of the user's, and what it sets, by the groups of a study."""
+
+    path: Path
+    values: Mapping[str, Any]
+    group: str  # that it was chosen from; "": the experiment builds on it
+
+
+def package_of(text: str, group: str) -> str:
+    """Where the settings of a file go: what its first line says, else the group that it lies in; "": the whole."""
+    found = _PACKAGE.match(text)
+    package = found[1].replace("_group_", group.replace("/", ".")) if found else group.replace("/", ".")
+    return "" if package == GLOBAL else package
+
+
+def placed(values: Mapping[str, Any], package: str) -> dict[str, Any]:
+    """The values of a file in the groups in which they count."""
+    inner = {str(key): value for key, value in values.items() if key != "defaults"}
+    for name in reversed(package.split(".") if package else []):
+        inner = {name: inner}
+    return inner
+
+
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting below, by its dotted path. An empty group is none."""
+    if not isinstance(values, Mapping):
+        yield path, values
+        return
+    for key, value in values.items():
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def own_files(choices: Mapping[str, str | None], arguments: Sequence[str]) -> list[OwnFile]:
+    """Those that were chosen, the experiment's after the files that it builds on, which lie beside it."""
+    found = []
+    for group, name in choices.items():
+        for place in map(Path, config_dirs(arguments)):
+            file = _file(place, group, str(name))
+            if not file.is_file() or group.startswith("hydra"):
+                continue
+            if group == EXPERIMENT:
+                found += [OwnFile(base, _read(base, ""), "") for base in _bases(file, place)]
+            found.append(OwnFile(file, _read(file, "" if group == EXPERIMENT else group), group))
+    return sorted(found, key=lambda own: (own.group == EXPERIMENT, own.group == ""))
+
+
+def check_names(choices: Mapping[str, str | None], arguments: Sequence[str]) -> None:
+    """UserError for a chosen file of the user's that has the name of one of the program's: that one is taken."""
+    for group, name in choices.items():
+        shipped = _file(Path(conf_folder()), group, str(name))
+        for place in map(Path, config_dirs(arguments)):
+            file = _file(place, group, str(name))
+            if file.is_file() and shipped.is_file() and file.read_bytes() != shipped.read_bytes():
+                allowed = f"a name of its own: {group}={name} is the program's, which is taken in place of it"
+                raise UserError(str(file), file.name, allowed, f"rename it, such as my_{file.name}")
+
+
+def shipped_paths(choices: Mapping[str, str | None]) -> list[str]:
+    """What an experiment of the program sets, by path; none where it is the user's own."""
+    file = _file(Path(conf_folder()), EXPERIMENT, str(choices.get(EXPERIMENT)))
+    return [path for path, _ in leaves(_read(file, ""))] if file.is_file() else []
+
+
+def _file(place: Path, group: str, name: str) -> Path:
+    return place / group / f"{name.removesuffix('.yaml')}.yaml"
+
+
+def _read(file: Path, group: str) -> dict[str, Any]:
+    """What a file sets; nothing where it is no mapping, of which others tell."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        text = file.read_text(encoding="utf-8")
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
+        return {}
+    return placed(values, package_of(text, group)) if isinstance(values, dict) else {}  # type: ignore[arg-type]
+
+
+def _bases(file: Path, place: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
+    """The files below the same folder that the list `defaults` of a file names, in its order, with their own bases."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError):
+        return []
+    listed = values.get("defaults") if isinstance(values, dict) else None
+    found: list[Path] = []
+    for entry in listed if isinstance(listed, list) else ():
+        if not isinstance(entry, str) or entry == "_self_":
+            continue
+        base = place / f"{entry.strip('/')}.yaml" if entry.startswith("/") else file.parent / f"{entry}.yaml"
+        if base.is_file() and base not in (*seen, file):
+            found += [*_bases(base, place, (*seen, file)), base]
+    return found
