@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
+from helios_sim.untrusted import parse_yaml
 
 EXPERIMENT, GLOBAL = "experiment", "_global_"
 _PACKAGE = re.compile(r"(?:\s*(?:#[^\n]*)?\n)*?[ \t]*#\s*@package[ \t]+([\w.]+)")  # among the comments at the beginning
@@ -90,11 +89,11 @@ def _file(place: Path, group: str, name: str) -> Path:
 def _read(file: Path, group: str) -> dict[str, Any]:
     """What a file sets; nothing where it is no mapping, of which others tell."""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         text = file.read_text(encoding="utf-8")
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
+        values = parse_yaml(text)
+    except (yaml.YAMLError, ValueError, OSError):
         return {}
-    return placed(values, package_of(text, group)) if isinstance(values, dict) else {}  # type: ignore[arg-type]
+    return placed(values, package_of(text, group)) if isinstance(values, dict) else {}
 
 
 def _bases(file: Path, place: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
