@@ -32,7 +32,9 @@ QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
 DEPTHS_OF_POTENTIAL = 8  # reading more takes as long as the model itself
 # What measures, and what is measured: the rest writes pages, or only passes on what was found.
-MEASURING = ("measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "work.py")
+MEASURING = (
+    "measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "train_exits.py", "work.py",
+)  # fmt: skip
 MEASURED = ("core", "engine", "exits", "live", "policy", "profile", "serving", "study", "validate", "simulation.py")
 
 

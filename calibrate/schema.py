@@ -5,13 +5,14 @@ The classes are mutable and hold only plain types because Hydra fills them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from helios_sim.errors import UserError, require_finite
 from helios_sim.profile.devices import device_of
 
-TASKS = ("all", "latency", "adapters", "traces", "potential", "report")
-POTENTIAL = "potential"
+TASKS = ("all", "latency", "adapters", "train_exits", "traces", "potential", "report")
+POTENTIAL, TRAIN_EXITS = "potential", "train_exits"
+CURRICULA = ("rotational", "gradual")
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("triton", "torch")
 
@@ -30,10 +31,43 @@ class ModelConfig:
 
 
 @dataclass
+class TrainExitsConfig:
+    """LayerSkip's recipe (arXiv 2404.16710), with which the model itself is trained to exit early."""
+
+    rank: int = 8  # of the change of every product of every layer
+    drop_most: float = 0.1  # share of the texts that leave out the last layer; earlier layers less, the first none
+    loss_scale: float = 1.0  # weight of early exits in the loss, beside full depth
+    curriculum: str = "rotational"  # rotational: exits take turns; gradual: they join from the deepest on
+    every: int = 2  # of the rotational curriculum: every so many-th exit is trained in a step
+    learning_rate: float = 5e-4  # of the model's change
+    adapter_learning_rate: float = 5e-4  # of the exits' adapters
+    text_tokens: int = 256  # of each text
+    batch_texts: int | None = None  # texts of a step; null: 2 on a CPU, 64 on a card
+    steps: int | None = None  # null: as many as the time allows, an hour without budget_s
+    check_tokens: int = 20_000  # from which checks learn, approximately
+
+    def __post_init__(self) -> None:
+        require_finite(self, "train_exits.")
+        for key in ("rank", "every", "text_tokens", "check_tokens"):
+            require(getattr(self, key) >= 1, f"train_exits.{key}", getattr(self, key), "at least 1")
+        for key in ("batch_texts", "steps"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"train_exits.{key}", value, "null or at least 1")
+        require(0 <= self.drop_most < 1, "train_exits.drop_most", self.drop_most, "at least 0 and below 1")
+        for key in ("loss_scale", "learning_rate", "adapter_learning_rate"):
+            require(getattr(self, key) > 0, f"train_exits.{key}", getattr(self, key), "above 0")
+        known = self.curriculum in CURRICULA
+        require(known, "train_exits.curriculum", self.curriculum, f"one of {', '.join(CURRICULA)}")
+        turns = self.every == type(self).every or self.curriculum == "rotational"
+        require(turns, "train_exits.every", self.every, "left out: it counts for the rotational curriculum")
+
+
+@dataclass
 class CalibrateConfig:
     """A calibration of one model on one device: what to measure, in how much time, and where to put it."""
 
-    # all, latency (times, memory, loads, energy), adapters (train exits), traces, potential (does it exit?), report
+    # all, latency (times, memory, loads, energy), adapters (exits attached to the frozen model), train_exits (the model
+    # trained for exits), traces, potential (does it exit?), report
     task: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
@@ -44,13 +78,15 @@ class CalibrateConfig:
     budget_s: float | None = None  # seconds for everything together; null: no limit
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
     tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
-    trace_tokens: int | None = None  # about how many, of all tasks together; null: 55,000, or 16,000 for its potential
+    # about how many, of all tasks together; null: 55,000, or 16,000 for its potential and for trained exits
+    trace_tokens: int | None = None
     card: str | None = None  # of task=potential: the card for which a speed-up is told; null: h100-80gb
     answers: int = 6  # answers of the model to trace for each task; 0: none
-    train_tokens: int = 200_000  # for exit adapters, approximately
+    train_tokens: int | None = None  # of text, approximately; null: 200,000 for adapters, 2,000,000 for train_exits
     adapter_width: int = 128  # width of an exit adapter's gated network
     check_width: int = 256  # width of the check of the hidden state
-    epochs: float = 1.5  # passes over the training tokens
+    epochs: float = 1.5  # passes of adapters over the training tokens
+    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # of task=train_exits
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
     max_batch_tokens: int | None = None  # most tokens of one iteration; null: 512 on a CPU, 8192 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
@@ -70,10 +106,10 @@ class CalibrateConfig:
         budget = self.budget_s
         require(budget is None or budget > 0, "budget_s", budget, "null or above 0")
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
-        for key, least in (("train_tokens", 1), ("answers", 0)):
-            require(getattr(self, key) >= least, key, getattr(self, key), f"at least {least}")
+        require(self.answers >= 0, "answers", self.answers, "at least 0")
         for key, least in (
             ("trace_tokens", 1),
+            ("train_tokens", 1),
             ("adapter_width", 1),
             ("check_width", 1),
             ("threads", 1),
@@ -88,6 +124,8 @@ class CalibrateConfig:
         require(told, "card", self.card, "left out: it counts for task=potential, and for report")
         if self.card is not None:
             device_of(self.card, "card")
+        own = self.task in (TRAIN_EXITS, "report") or self.train_exits == TrainExitsConfig()
+        require(own, "train_exits", asdict(self.train_exits), "left out: it counts for task=train_exits")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -101,10 +139,17 @@ class CalibrateConfig:
     def tokens_to_trace(self) -> int:
         if self.trace_tokens is not None:
             return self.trace_tokens
-        return TOKENS_OF_POTENTIAL if self.task == POTENTIAL else TOKENS
+        return TOKENS_OF_POTENTIAL if self.task in (POTENTIAL, TRAIN_EXITS) else TOKENS
+
+    @property
+    def tokens_to_train(self) -> int:
+        if self.train_tokens is not None:
+            return self.train_tokens
+        return TOKENS_OF_TRUNK if self.task == TRAIN_EXITS else TOKENS_OF_ADAPTERS
 
 
 TOKENS, TOKENS_OF_POTENTIAL = 55_000, 16_000
+TOKENS_OF_ADAPTERS, TOKENS_OF_TRUNK = 200_000, 2_000_000
 CARD = "h100-80gb"
 
 
@@ -151,6 +196,7 @@ class CampaignConfig:
     trace_tokens: int = 55_000
     adapter_width: int = 256
     check_width: int = 256
+    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # of the text model
     live: CampaignLiveConfig = field(default_factory=CampaignLiveConfig)
     kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
     budget_s: float | None = None  # seconds for everything together; null: no limit

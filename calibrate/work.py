@@ -1,4 +1,4 @@
-"""The stages of a calibration: device ceilings, profile, exit adapters, exit traces, traces of answers.
+"""The stages of a calibration: device ceilings, profile, exit adapters, trained exits, exit traces, traces of answers.
 
 Also decides which labelled texts are available, and how much of them can be traced in the time.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs, measured_by
-from calibrate.schema import POTENTIAL
+from calibrate.schema import POTENTIAL, TRAIN_EXITS
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -32,6 +32,7 @@ STAGES_OF = {
     "latency": (CEILINGS, PROFILE),
     "adapters": (ADAPTERS, TRACES),
     "traces": (TRACES, ANSWERS),
+    TRAIN_EXITS: (TRAIN_EXITS,),
     POTENTIAL: (POTENTIAL,),
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
@@ -41,6 +42,9 @@ SAFETY = 0.75  # share of the allowed time that is planned with, since a shared 
 # Shares of the layers. Deep exits agree more often but save little; a changed token saves most at a low exit, so the
 # candidates lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
 CANDIDATES = (0.2, 0.27, 0.4, 0.6, 0.8)
+BATCH_TEXTS, BATCH_TEXTS_OF_CARD = 2, 64  # of a step that trains the trunk
+CALIBRATION_TOKENS = 8_000  # of trained exits
+QUICK_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ EFFORTS = {
     ADAPTERS: Effort(1500, 120),
     TRACES: Effort(400, 30),
     ANSWERS: Effort(100, 30),
+    TRAIN_EXITS: Effort(5400, 120),
     POTENTIAL: Effort(180, 20),
 }
 QUICK = Effort(2, 0.5)
@@ -66,8 +71,8 @@ QUICK = Effort(2, 0.5)
 def stages_of(inputs: Inputs) -> list[Stage]:
     """The stages of the chosen task. Traces need the whole model, since exits are compared with full depth."""
     makers = {
-        CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRACES: _traces, ANSWERS: _answers,
-        POTENTIAL: _potential,
+        CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRAIN_EXITS: _train_exits, TRACES: _traces,
+        ANSWERS: _answers, POTENTIAL: _potential,
     }  # fmt: skip
     names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
     if not names:
@@ -149,7 +154,7 @@ def _adapters(inputs: Inputs) -> Stage:
         from calibrate.exits.adapters import AdapterConfig, train_heads
         from calibrate.exits.training import Recipe
 
-        chars = config.train_tokens * chars_per_token(inputs)
+        chars = config.tokens_to_train * chars_per_token(inputs)
         shares = available_texts(inputs).shares()
         plan = AdapterConfig(
             config.model.name, _candidates(inputs), round(chars), round(chars * 0.28), shares=shares,
@@ -162,10 +167,44 @@ def _adapters(inputs: Inputs) -> Stage:
         )
         return {"exits": list(heads.exits)}
 
-    settings = {**inputs.identity(), "train_tokens": config.train_tokens, "exits": list(_candidates(inputs))}
+    settings = {**inputs.identity(), "train_tokens": config.tokens_to_train, "exits": list(_candidates(inputs))}
     settings |= {"tasks": config.tasks, "seed": config.seed, "epochs": config.epochs}
     settings |= {"adapter_width": config.adapter_width, "check_width": config.check_width}
     return _stage(inputs, ADAPTERS, run, 95, (), settings)
+
+
+def _train_exits(inputs: Inputs) -> Stage:
+    """The model changed for early exit, beside the frozen one with exits attached, each with heads and a trace."""
+    config, own = inputs.config, inputs.config.train_exits
+    steps = QUICK_STEPS if config.quick and own.steps is None else own.steps
+    batch = own.batch_texts or (BATCH_TEXTS if inputs.device.facts.kind == "cpu" else BATCH_TEXTS_OF_CARD)
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.exits.layer_skip import Curriculum, LayerSkip
+        from calibrate.exits.trained import TrainedPlan
+        from calibrate.exits.trunk import TrunkPlan
+        from calibrate.train_exits import train_exits
+
+        chars = chars_per_token(inputs)
+        skip = LayerSkip(own.drop_most, own.loss_scale, Curriculum(own.curriculum), own.every)
+        trunk = TrunkPlan(
+            _candidates(inputs), own.rank, skip=skip, width=config.adapter_width, learning_rate=own.learning_rate,
+            adapter_learning_rate=own.adapter_learning_rate, batch_texts=batch, steps=steps, seed=config.seed,
+        )  # fmt: skip
+        available = available_texts(inputs)
+        plan = TrainedPlan(
+            config.model.name, trunk, round(config.tokens_to_train * chars), own.text_tokens,
+            round(own.check_tokens * chars), round(CALIBRATION_TOKENS * chars), config.check_width,
+            available.shares(), command_given("calibrate"),
+        )  # fmt: skip
+        result = train_exits(inputs, stage, plan, lambda run, share: chars_that_fit(inputs, run, share)[0])
+        return {**result, "left_out": dict(available.left_out)}
+
+    settings = {**inputs.identity(), "train_exits": asdict(own), "exits": list(_candidates(inputs)), "batch": batch}
+    settings |= {"train_tokens": config.tokens_to_train, "trace_tokens": config.tokens_to_trace, "seed": config.seed}
+    settings |= {"tasks": config.tasks, "heads": inputs.heads_digest(), "quick": config.quick}
+    settings |= {"adapter_width": config.adapter_width, "check_width": config.check_width}
+    return _stage(inputs, TRAIN_EXITS, run, 85, (), settings)
 
 
 def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
@@ -322,11 +361,11 @@ def chars_per_token(inputs: Inputs) -> float:
     return sum(map(len, pieces)) / tokens
 
 
-def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dict[str, str]]:
+def chars_that_fit(inputs: Inputs, stage: StageRun, share: float = 1.0) -> tuple[dict[str, int], dict[str, str]]:
     """How many characters to trace of each task, and the tasks that are left out with the reasons.
 
-    Together they give `trace_tokens`, or fewer if the allowed time is short, going by the time that a little text
-    takes. Raises NotEnoughTime if no time is left.
+    Together they give `trace_tokens`, or fewer if this share of the time left is short, going by the time that a little
+    text takes. Raises NotEnoughTime if no time is left.
     """
     available = available_texts(inputs)
     from calibrate.exits.traces import HELDOUT_CHARS
@@ -334,7 +373,7 @@ def chars_that_fit(inputs: Inputs, stage: StageRun) -> tuple[dict[str, int], dic
     of_all = {task: HELDOUT_CHARS[task] for task in available.tasks}
     wanted = inputs.config.tokens_to_trace * chars_per_token(inputs)
     if stage.left_s is not None:
-        wanted = min(wanted, _chars_per_s(inputs, available) * max(0.0, stage.left_s) * SAFETY)
+        wanted = min(wanted, _chars_per_s(inputs, available) * max(0.0, stage.left_s) * SAFETY * share)
         if stage.left_s <= 0:
             raise NotEnoughTime("no time is left for one passage")
     scale = wanted / sum(of_all.values())

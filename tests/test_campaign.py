@@ -32,7 +32,8 @@ STAGES = (
     "ceilings", "profile-tiny-opt-1.3b", "live-steady-tiny-opt-1.3b", "live-loads-tiny-opt-1.3b",
     "profile-tiny-smollm2-135m", "adapters", "traces",
     "headline-tiny-smollm2-135m", "live-headline-tiny-smollm2-135m", "live-tiny-smollm2-135m",
-    "profile-tiny-opt-6.7b", "headline-tiny-opt-6.7b", "live-headline-tiny-opt-6.7b", "live-tiny-opt-6.7b", "energy",
+    "profile-tiny-opt-6.7b", "headline-tiny-opt-6.7b", "live-headline-tiny-opt-6.7b", "live-tiny-opt-6.7b",
+    "train_exits", "energy",
 )  # fmt: skip
 
 
@@ -243,11 +244,12 @@ def planned(name: str, **more):
     import yaml
 
     from calibrate.campaigns.plan import CampaignPlan
-    from calibrate.schema import CampaignConfig, CampaignLiveConfig
+    from calibrate.schema import CampaignConfig, CampaignLiveConfig, TrainExitsConfig
     from helios_sim.help import conf_folder
 
     settings = yaml.safe_load((Path(conf_folder()) / "campaign" / f"{name}.yaml").read_text()) | more
-    return CampaignPlan(CampaignConfig(**{**settings, "live": CampaignLiveConfig(**settings["live"])}))
+    live, trained = CampaignLiveConfig(**settings["live"]), TrainExitsConfig(**more.get("train_exits", {}))
+    return CampaignPlan(CampaignConfig(**{**settings, "live": live, "train_exits": trained}))
 
 
 def test_a_card_s_campaign_is_the_rehearsal_s_at_full_size() -> None:
@@ -262,7 +264,17 @@ def test_a_card_s_campaign_needs_no_text_model() -> None:
     weights = {model: f"random:{model}" for model in planned("card").config.models}
     plan = planned("card", device="cpu", weights=weights, last_model=None)
     assert [stage.name for stage in plan.stages] == [one.name for one in plan.planned]
-    assert not {"adapters", "traces"} & plan.groups.keys()
+    assert not {"adapters", "traces", "train_exits"} & plan.groups.keys()
+
+
+def test_exits_are_trained_after_the_second_model_and_before_energy() -> None:
+    plan = planned("card", text_model="smollm2-135m", train_exits={"rank": 4})
+    names = [one.name for one in plan.planned]
+    at = names.index("train_exits")
+    assert (names[at - 1], names[at + 1]) == ("profile-llama-2-7b", "energy")
+    assert plan.config.train_exits.rank == 4
+    times = {one.name: lasts_s for one, _, lasts_s in plan.timetable(1_200.0)}
+    assert times["train_exits"] >= 60  # what a dry run prints
 
 
 def test_energy_is_measured_once_for_the_card_and_late() -> None:

@@ -59,12 +59,13 @@ def test_the_last_layers_before_each_exit_are_changed_and_no_other() -> None:
 
 
 def test_changes_that_are_not_trained_change_nothing(model, texts, originals) -> None:
-    found = through(changed(model, originals, first_factors(originals, PLAN)), texts, None, 0, (6,))
+    factors = first_factors(originals, PLAN.places, PLAN.rank, 0)
+    found = through(changed(model, originals, factors), texts, None, 0, (6,))
     assert torch.equal(found[0], through(model, texts, None, 0, (6,))[0])
 
 
 def test_a_change_is_w_plus_b_a_and_leaves_the_model_alone(model, originals) -> None:
-    factors = first_factors(originals, PLAN)
+    factors = first_factors(originals, PLAN.places, PLAN.rank, 0)
     of = factors[3, "mlp_out"]
     of.up.normal_()
     other = changed(model, originals, factors)

@@ -13,7 +13,7 @@ from typing import Any
 from calibrate.campaigns.device import RecordingDevice, measure_card_energy, measure_device
 from calibrate.campaigns.headline import FULL_DEPTH, arms, headline, live_headline, served, steady, weights_of
 from calibrate.inputs import Inputs, measured_by
-from calibrate.schema import CalibrateConfig, CampaignConfig, ModelConfig
+from calibrate.schema import TRAIN_EXITS, CalibrateConfig, CampaignConfig, ModelConfig
 from calibrate.stages import CannotRun, Stage, StageRun, allowance
 from calibrate.work import ADAPTERS, CEILINGS, ENERGY, PROFILE, TRACES, Effort, Run, memory_named, stages_of
 from helios_sim.errors import TooLittleMemory, UserError
@@ -23,8 +23,8 @@ DEVICE, PROFILES, LIVE, HEADLINE = "a-device", "b-profiles", "d-live", "e-headli
 TRANSCRIPT = "device.jsonl"
 
 # Seconds of each kind of stage: guesses for a card like an H100, to be corrected after the first campaign on one.
-FIRST, FURTHER, EXITS, STEADY, LOADS, SIMULATED, SWITCHED, JOULES = (
-    "first profile", "profile", "exits", "steady", "loads", "simulated", "switched", "energy",
+FIRST, FURTHER, EXITS, STEADY, LOADS, SIMULATED, SWITCHED, TRAINED, JOULES = (
+    "first profile", "profile", "exits", "steady", "loads", "simulated", "switched", "trained", "energy",
 )  # fmt: skip
 EFFORTS = {
     DEVICE: Effort(15, 5),
@@ -35,6 +35,7 @@ EFFORTS = {
     LOADS: Effort(75, 40),
     SIMULATED: Effort(15, 5),
     SWITCHED: Effort(75, 30),
+    TRAINED: Effort(300, 60),
     JOULES: Effort(60, 25),
 }
 REHEARSED = Effort(4, 0.5)
@@ -149,6 +150,8 @@ class CampaignPlan:
             self._served(pair)
         second = [model for model in others if profile_stage(model) not in self.groups]
         self._profiles(second[:1])
+        if text is not None:
+            self._add(TRAIN_EXITS, HEADLINE, TRAINED, (), partial(self._exits, TRAIN_EXITS))
         self._add(ENERGY, DEVICE, JOULES, (CEILINGS, profile_stage(first)), self._energy)
         self._profiles(second[1:])
         if last is not None:
@@ -225,10 +228,13 @@ class CampaignPlan:
         return replace(stage, run=_released(inputs, run))
 
     def _exits(self, name: str) -> Stage:
-        """The stage that trains or traces exit adapters of the text model, with its own weights."""
+        """The stage that trains or traces exits of the text model, with its own weights."""
         assert self.config.text_model is not None
-        config = self._calibration(self.config.text_model)
-        inputs = Inputs(replace(config, task="adapters", heads=None))
+        config = replace(self._calibration(self.config.text_model), heads=None)
+        if name == TRAIN_EXITS:
+            inputs = Inputs(replace(config, task=TRAIN_EXITS, train_exits=self.config.train_exits))
+        else:
+            inputs = Inputs(replace(config, task="adapters"))
         (stage,) = (stage for stage in stages_of(inputs) if stage.name == name)
         return replace(stage, run=_released(inputs, stage.run))
 

@@ -91,9 +91,18 @@ def train_heads(
 
 
 def fit_heads(
-    model: SegmentedModel, states: HiddenStates, config: AdapterConfig, folder: Path, scratch: Path, say: Say = print
+    model: SegmentedModel,
+    states: HiddenStates,
+    config: AdapterConfig,
+    folder: Path,
+    scratch: Path,
+    say: Say = print,
+    trained: Mapping[int, Tensors] | None = None,
 ) -> ExitHeads:
-    """Run the steps after the hidden states. Writes heads to `folder` and returns them as loaded from there."""
+    """Run the steps after the hidden states. Writes heads to `folder` and returns them as loaded from there.
+
+    `trained`: adapters by depth that are trained already, in place of new ones.
+    """
     from safetensors.torch import save
 
     architecture, recipe = model.architecture, config.recipe
@@ -102,7 +111,9 @@ def fit_heads(
     kept = scratch / "adapters.safetensors"
     last = states.at(architecture.n_layers, rows)
     teacher = training.teach(model, last, recipe.considered)
-    if (found := kept_tensors(kept)) is not None:
+    if trained is not None:
+        adapters = {d: dict(trained[d]) for d in config.candidates}
+    elif (found := kept_tensors(kept)) is not None:
         stored = {name: tensor.to(model.device) for name, tensor in found.items()}
         adapters = {
             d: {k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{d}.")} for d in config.candidates

@@ -106,16 +106,18 @@ def changed(
     return found
 
 
-def first_factors(originals: Mapping[Place, Tensor], plan: LowRankPlan) -> dict[Place, Factors]:
-    """Initial factors. Their changes are zero."""
+def first_factors(
+    originals: Mapping[Place, Tensor], places: Iterable[Place], rank: int, seed: int
+) -> dict[Place, Factors]:
+    """Initial factors in float32 beside the weights. Their changes are zero."""
     import torch
 
-    drawn = torch.Generator().manual_seed(plan.seed)
+    drawn = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same values
     found = {}
-    for place in plan.places:
-        out, into = originals[place].shape
-        down = torch.randn(plan.rank, into, generator=drawn) / math.sqrt(into)
-        found[place] = Factors(down, torch.zeros(out, plan.rank))
+    for place in places:
+        (out, into), on = originals[place].shape, originals[place].device
+        down = torch.randn(rank, into, generator=drawn).to(on) / math.sqrt(into)
+        found[place] = Factors(down, torch.zeros(out, rank, device=on))
     return found
 
 
@@ -137,7 +139,7 @@ def train_low_rank(
     import torch
 
     began = time.monotonic()
-    factors = first_factors(originals, plan)
+    factors = first_factors(originals, plan.places, plan.rank, plan.seed)
     tensors = {d: {k: t.clone() for k, t in adapters[d].items() if k in ADAPTER} for d in plan.exits}
     learned = [t.requires_grad_() for of in tensors.values() for k, t in of.items() if k != "scale"]
     inside = [t.requires_grad_() for of in factors.values() for t in (of.down, of.up)]
@@ -185,24 +187,48 @@ def exit_losses(
     Computed over the frequent tokens, those that full depth considers, and others drawn at random.
     """
     import torch
-    import torch.nn.functional as F
 
     rows, head = hidden_rows(batch, start), model.outer.head
     depths = (*plan.exits, model.architecture.n_layers)
     below = min(plan.layers)  # layers below are the same in both models
     with torch.no_grad():
         shared, last = through(original, rows, None, 0, (below, depths[-1]))
-        teacher = teach(original, last, plan.considered)
         others = torch.randint(len(head), (plan.drawn,), generator=drawn)
-        words = head[torch.unique(torch.cat((frequent, teacher.top.flatten(), others)))]
-        target = torch.log_softmax((teacher.normed @ words.T).float(), -1)
-    losses = []
+        target = target_of(original, last, plan.considered, frequent, others)
     found = through(model, rows, shared, below, depths)
-    for depth, hidden in zip(depths, found, strict=True):
-        state = adapted(adapters[depth], hidden).to(model.dtype) if depth in adapters else hidden
-        said = torch.log_softmax((model.normed(state) @ words.T).float(), -1)
-        losses.append(F.kl_div(said, target, reduction="batchmean", log_target=True))
-    return torch.stack(losses)
+    return torch.stack([target.divergence(model, adapters.get(d), h) for d, h in zip(depths, found, strict=True)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """What a full depth says of N tokens, over a part of the vocabulary."""
+
+    words: Tensor  # (V, d), rows of the LM head
+    logs: Tensor  # (N, V) log probabilities among them, float32
+
+    def divergence(self, model: SegmentedModel, adapter: Tensors | None, hidden: Tensor) -> Tensor:
+        """KL divergence from it of what the model says at hidden states (N, d), in nats per token.
+
+        They go through the adapter, if there is one, and the model's own norm and head.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        state = hidden if adapter is None else adapted(adapter, hidden).to(model.dtype)
+        said = torch.log_softmax((model.normed(state) @ self.words.T).float(), -1)
+        return F.kl_div(said, self.logs, reduction="batchmean", log_target=True)
+
+
+def target_of(model: SegmentedModel, last: Tensor, considered: int, frequent: Tensor, others: Tensor) -> Target:
+    """The target from hidden states (N, d) after the last layer.
+
+    Over the frequent tokens, the `considered` first choices of full depth, and `others`.
+    """
+    import torch
+
+    teacher = teach(model, last, considered)
+    words = model.outer.head[torch.unique(torch.cat((frequent, teacher.top.flatten(), others)))]
+    return Target(words, torch.log_softmax((teacher.normed @ words.T).float(), -1))
 
 
 def hidden_rows(batch: Tensor, start: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.exits.before_after import verdict
 from calibrate.exits.potential import Potential, sentences
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
@@ -24,6 +25,7 @@ from calibrate.report.device import (
 from calibrate.report.exits import exit_sections
 from calibrate.report.page import Highlight, Page, Section
 from calibrate.report.potential import potential_section
+from calibrate.report.trained import trained_section
 from calibrate.schema import CalibrateConfig
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.composition import Composition
@@ -50,6 +52,7 @@ class Results:
     potential: Potential | None = None  # of the model's own exits on the chosen card
     own_exits: ExitTrace | None = None  # of which that is told
     card: Profile | None = None  # by which it is priced
+    trained: Mapping[str, Any] | None = None  # result of the stage that trained the model for early exit
 
 
 def make_page(
@@ -74,6 +77,8 @@ def make_page(
         sections += found
     if results.potential is not None:
         sections.append(potential_section(results.potential))
+    if results.trained is not None:
+        sections.append(trained_section(results.trained))
     if results.profile is not None or results.trace is not None:
         sections.append(_use_section(use, results))
     sections.append(_provenance_section(results))
@@ -115,6 +120,8 @@ def _verdict(config: CalibrateConfig, results: Results, statistics: Sequence[Exi
             found.append("No threshold tried lets tokens leave early while 95 % of them stay what full depth gives.")
     if results.potential is not None:
         found += sentences(results.potential, config.model.name)
+    if results.trained is not None:
+        found += verdict(results.trained["compared"])
     return found or ["Nothing that can be simulated from is finished yet."]
 
 

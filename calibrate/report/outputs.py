@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 import helios_sim
+from calibrate.exits.before_after import AFTER, CHANGE, HEADS, TRACES as TRAINED_TRACES
 from calibrate.exits.potential import potential
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.report.calibration import Results, make_page
 from calibrate.report.exits import exit_summary
 from calibrate.report.page import Page, render
-from calibrate.schema import POTENTIAL, CalibrateConfig
+from calibrate.schema import POTENTIAL, TRAIN_EXITS, CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
 from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, SPEC, TRACES
 from helios_sim import files
@@ -35,6 +36,8 @@ from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import command_given
 
+TEXTS = (TRACES, POTENTIAL, TRAIN_EXITS)  # stages that say of which tasks there was no text
+TRAINED = "trained"  # a folder with the change, its heads and its trace
 NAME = "calibrated"
 USERS = 4
 
@@ -87,10 +90,11 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
         answers=answers,
         others=() if trace is None else _others(config, trace),
         heads=_heads(config, finished),
-        left_out=next((finished[name].result["left_out"] for name in (TRACES, POTENTIAL) if name in finished), {}),
+        left_out=next((finished[name].result["left_out"] for name in TEXTS if name in finished), {}),
         potential=found,
         own_exits=own,
         card=card,
+        trained=finished[TRAIN_EXITS].result if TRAIN_EXITS in finished else None,
     )
 
 
@@ -123,11 +127,27 @@ def _write_for_use(config: CalibrateConfig, folder: Path, results: Results) -> l
         _replace(folder / "answers", folder / "stages" / ANSWERS / "trace")
     if (heads := folder / "stages" / ADAPTERS / "heads").is_dir():
         _replace(folder / "heads", heads)
+    trained = folder / "stages" / TRAIN_EXITS
+    if (trained / CHANGE).is_dir():
+        _written(folder / TRAINED, lambda draft: _join(draft, trained))
     if results.profile is None:
-        return []
+        return [] if results.trained is None else _use_trained(config, folder / TRAINED)
     profile = results.profile
     _written(folder / "profile" / profile.name, lambda place: write_profile(profile, place))
     return write_experiment(profile, results.trace, config.threshold, folder)
+
+
+def _join(place: Path, stage: Path) -> None:
+    """Change and heads in one folder, which can be named as weights and as heads, and the trace below it."""
+    shutil.copytree(stage / CHANGE, place)
+    shutil.copytree(stage / HEADS[AFTER], place, dirs_exist_ok=True)
+    shutil.copytree(stage / TRAINED_TRACES[AFTER], place / "trace")
+
+
+def _use_trained(config: CalibrateConfig, place: Path) -> list[str]:
+    """The command that measures the trained model in full."""
+    name = config.model.name
+    return [shlex.join(["python", "-m", "calibrate", f"model={place}", f"model.name={name}", f"heads={place}"])]
 
 
 def _replace(place: Path, source: Path) -> None:
@@ -178,7 +198,8 @@ def _summary(
         "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads", "energy",
         "energy_absent",
     )  # fmt: skip
-    paths = {name: str(folder / name) for name in ("profile", "trace", "answers", "heads") if (folder / name).is_dir()}
+    names = ("profile", "trace", "answers", "heads", TRAINED)
+    paths = {name: str(folder / name) for name in names if (folder / name).is_dir()}
     return {
         "schema_version": 1,
         "title": page.title,
@@ -199,6 +220,7 @@ def _summary(
         **{name: details.get(name) for name in kept},
         "exits": exit_summary(statistics) or None,
         **({} if results.potential is None else {"potential": results.potential.to_json()}),
+        **({} if results.trained is None else {"trained": dict(results.trained)}),
         "paths": {**paths, "report": str(folder / "report.html")},
         "use": list(use),
         "provenance": provenance,

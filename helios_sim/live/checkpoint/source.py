@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from helios_sim.live.checkpoint.hub_folder import OF_MODELS, SafetensorsFolder
 from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
+from helios_sim.live.model.delta import HEADER as DELTA, WeightsDelta, read_header
 from helios_sim.live.model.weights import StoredPiece
 from helios_sim.untrusted import in_short, reading
 
@@ -45,6 +46,7 @@ class Checkpoint:
     source: str  # where it came from, for provenance
     licence: str | None
     storage: GgufFile | SafetensorsFolder | RandomWeights
+    delta: WeightsDelta | None = None  # a change that is added to the layers when they are read
 
     @property
     def architecture(self) -> Architecture:
@@ -64,6 +66,9 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.storage.rows(name, start, stop)
 
+    def added(self, part: str, layer: int | None) -> Tensor | None:
+        return None if self.delta is None else self.delta.of(part, layer)
+
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, as it is named and laid out in the file, dequantized if it is quantized."""
         return self.rows(name, 0, self.shape(name)[0])
@@ -81,7 +86,7 @@ class Checkpoint:
             return self.storage.tokenizer()
         if isinstance(self.storage, SafetensorsFolder):
             return _tried(self.storage.tokenizer(), self.source)
-        kept = cache_folder() / "tokenizers" / self.sha256
+        kept = cache_folder() / "tokenizers" / self.stored_sha256
         if (found := _kept(kept)) is not None:
             return found
         made = _tried(self.storage.tokenizer(), self.source)
@@ -103,10 +108,18 @@ class Checkpoint:
             return self.source
         beside = self.storage.folder.glob("*") if isinstance(self.storage, SafetensorsFolder) else ()
         small = [path for path in beside if path.is_file() and path.suffix in OF_MODELS]
-        return digest_of(*sorted({*self.storage.files, *small}))
+        change = () if self.delta is None else self.delta.files
+        return digest_of(*sorted({*self.storage.files, *small, *change}))
 
     @cached_property
     def sha256(self) -> str:
+        """The sha256 of the weights as they are read: with a change, that of its tensors and of what is stored."""
+        if self.delta is None:
+            return self.stored_sha256
+        return hashlib.sha256(f"{self.stored_sha256} {self.delta.header['sha256']}".encode()).hexdigest()
+
+    @cached_property
+    def stored_sha256(self) -> str:
         """The weight file's sha256. For several files: that of the lines "digest  name", sorted by name.
 
         Reads all files. Random weights have no file: theirs is the sha256 of their description.
@@ -161,8 +174,9 @@ def _keep(tokenizer: Any, folder: Path) -> None:
 def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
     """Open what `weights` names: a known name, a folder, a .gguf file, a hub id (OWNER/NAME), or a shape.
 
-    `random:NAME` is a known shape without a checkpoint; `tiny:NAME` has a few small layers of its family. `cache` is
-    the folder of known weights (None: `known.cache_folder()`).
+    `random:NAME` is a known shape without a checkpoint; `tiny:NAME` has a few small layers of its family. A folder with
+    a change (`live.model.delta`) opens the weights that it belongs to, changed. `cache` is the folder of known weights
+    (None: `known.cache_folder()`).
 
     Raises UserError for a name that is none of these, missing weights, a file that is damaged or not the recorded one,
     or an unsupported family.
@@ -172,6 +186,8 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
     if is_random(weights):
         return random_checkpoint(weights)
     path = Path(weights).expanduser()
+    if (path / DELTA).is_file():
+        return _changed(path, cache)
     if path.is_dir():
         return _opened(path, _stamps(path), path.resolve().name, str(path), None)
     if path.is_file():
@@ -201,6 +217,34 @@ def _known(name: str, cache: Path) -> Checkpoint:
     if (digest := sha256_of(path)) != known.sha256:
         raise UserError(f"sha256 of {path}", digest, known.sha256, f"delete the file and get it again: {known.get_it}")
     return _opened(path, _stamps(path), name, f"{known.file}, sha256 {known.sha256}", known.licence)
+
+
+def _changed(folder: Path, cache: Path | None) -> Checkpoint:
+    """The weights that a change belongs to, with it. UserError where they are not there, or others than it names."""
+    header = read_header(folder)
+    if (Path(header["weights"]).expanduser() / DELTA).is_file():
+        raise WeightsError(f"weights of {folder}", header["weights"], "weights that are stored whole", "train it anew")
+    try:
+        stored = find_checkpoint(header["weights"], cache)
+    except WeightsError as error:
+        raise error.named_by(f"weights of {folder}") from error
+    if stored.stored_sha256 != header["weights_sha256"]:
+        allowed = f"{header['weights_sha256']}, as {folder / DELTA} says: it was trained for these"
+        raise WeightsError("weights_sha256", stored.stored_sha256, allowed, "get the weights that it belongs to")
+    return changed_by(folder, stored)
+
+
+def changed_by(folder: Path, stored: Checkpoint) -> Checkpoint:
+    """Stored weights with the change in a folder. UserError where it is damaged or of another shape of model."""
+    return _merged(folder, _stamps(folder), stored)
+
+
+@lru_cache(maxsize=4)
+def _merged(folder: Path, stamps: Stamps, stored: Checkpoint) -> Checkpoint:
+    """Cached by its arguments, as `_opened` is."""
+    delta = WeightsDelta.load(folder, stored.architecture)
+    source = f"{stored.source}, with the change {folder} (sha256 {delta.header['sha256']})"
+    return replace(stored, name=folder.resolve().name, source=source, delta=delta)
 
 
 @lru_cache(maxsize=4)

@@ -70,7 +70,7 @@ class TorchKernels:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if delta is not None:
             hidden = self.add(a, hidden, delta, post)
-        inner = F.linear(normed(a, hidden, norm, norm_bias), weight, bias)
+        inner = self.product(normed(a, hidden, norm, norm_bias), weight, bias)
         if not mlp:
             return hidden, inner
         activation = ACTIVATIONS[a.activation]

@@ -42,14 +42,20 @@ class StoredPiece:
     change: Change = Change.NONE
 
 
-class TensorSource(Protocol):
-    """A checkpoint as the loader sees it: its shape, and rows of its stored tensors."""
+class Storage(Protocol):
+    """Stored weights: their shape, and rows of their tensors."""
 
     @property
     def architecture(self) -> Architecture: ...
     def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]: ...
     def shape(self, name: str) -> Shape: ...
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+class TensorSource(Storage, Protocol):
+    """A checkpoint as the loader sees it: stored weights, and what is added to their parts, in float32."""
+
+    def added(self, part: str, layer: int | None) -> Tensor | None: ...
 
 
 @dataclass(slots=True)
@@ -131,19 +137,25 @@ def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) ->
 
 
 def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -> None:
-    """Read the parts of a layer (None: those outside the layers) into `parts`.
+    """Read the parts of a layer (None: those outside the layers) into `parts`, with what the source adds to them.
 
-    Besides the parts, at most 16 MB (or one piece that must be transposed) are in memory at a time.
+    Besides the parts, at most 16 MB (or one piece that must be transposed, or a part to which something is added) are
+    in memory at a time.
     """
-    for part, into in parts.items():
+    for part, target in parts.items():
+        added = source.added(part, layer)
+        # summed before it is rounded to the part's dtype, in which a small change would be lost
+        into = target if added is None else torch.empty(target.shape, dtype=torch.float32)
         row = 0
         for piece in source.pieces(part, layer):
             row = _fill(source, piece, into, row)
+        if added is not None:
+            target.copy_(into.add_(added))
         if row != len(into):
             raise _damaged(part, (row, *into.shape[1:]), tuple(into.shape))
 
 
-def stored_names(source: TensorSource) -> set[str]:
+def stored_names(source: Storage) -> set[str]:
     """The names of all stored tensors that the model is read from, after checking that each is there and fits."""
     a, names = source.architecture, set()
     for layer in (None, *range(a.n_layers)):
@@ -166,7 +178,7 @@ def _part_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return aligned(values({"": shape}) * dtype.itemsize)
 
 
-def _fill(source: TensorSource, piece: StoredPiece, into: Tensor, row: int) -> int:
+def _fill(source: Storage, piece: StoredPiece, into: Tensor, row: int) -> int:
     stored = source.shape(piece.name)
     skipped = 2 if piece.change is Change.SKIP_TWO_ROWS else 0
     rows = stored[1] if piece.change is Change.TRANSPOSED else stored[0] - skipped
