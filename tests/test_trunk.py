@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 from calibrate.exits.layer_skip import Curriculum, LayerSkip  # noqa: E402
 from calibrate.exits.low_rank import Factors, target_of, through  # noqa: E402
-from calibrate.exits.trunk import STATE, TrainedTrunk, TrunkPlan, train_trunk, with_changes, without_some  # noqa: E402
+from calibrate.exits.skipping import with_changes, without_some  # noqa: E402
+from calibrate.exits.trunk import STATE, TrainedTrunk, TrunkPlan, train_trunk  # noqa: E402
 from helios_sim.live.checkpoint.source import changed_by, find_checkpoint  # noqa: E402
 from helios_sim.live.memory.kv import Packed  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402

@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,10 @@ from calibrate.exits.low_rank import (
     target_of,
     through,
 )
+from calibrate.exits.skipping import with_changes, without_some
 from calibrate.exits.training import Say, Tensors, first_adapter
 from helios_sim import files
-from helios_sim.live.kernels.interface import TORCH, TorchKernels
+from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.model.heads import ADAPTER
 
 if TYPE_CHECKING:
@@ -90,31 +91,6 @@ class TrunkPlan:
     def identity(self) -> dict[str, Any]:
         """What the bits of a step depend on."""
         return {name: value for name, value in asdict(self).items() if name not in ("steps", "fall")}
-
-
-class LowRankProducts(TorchKernels):
-    """torch's operations, with W + B A in the place of W for weights that have factors. Only factors get gradients."""
-
-    name = "torch, with low-rank changes"
-
-    def __init__(self, changed: Iterable[tuple[Tensor, Factors]]) -> None:
-        self._changed = {id(weight): (weight, factors) for weight, factors in changed}  # the weight keeps its id
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        import torch.nn.functional as F
-
-        whole = super().product(x, weight, bias)
-        if (found := self._changed.get(id(weight))) is None:
-            return whole
-        _, of = found
-        return whole + F.linear(F.linear(x, of.down.to(x.dtype)), of.up.to(x.dtype))
-
-
-def with_changes(model: SegmentedModel, factors: Mapping[Place, Factors]) -> SegmentedModel:
-    """The model with W + B A in the factors' places. It shares all weights with `model`."""
-    found = copy.copy(model)
-    found.kernels = LowRankProducts((getattr(model.layers[layer], part), of) for (layer, part), of in factors.items())
-    return found
 
 
 @dataclass(slots=True)
@@ -413,33 +389,3 @@ class _Run:
                     self.optimizer.state[tensor] = on_device
         self._sums = json.loads(told["sums"])
         return Progress(**json.loads(told["progress"]))
-
-
-def without_some(
-    model: SegmentedModel,
-    rows: Tensor,
-    depths: Sequence[int],
-    left_in: NDArray[np.bool_],
-    attend: Callable[[int, int], Packed],
-) -> list[Tensor]:
-    """Hidden states (B T, d) at each depth for texts (B, T), where `left_in` (L, B) says which run which layer.
-
-    A text that leaves a layer out keeps its state. `attend(B, T)` gives the attention of so many texts.
-    """
-    import torch
-
-    texts, tokens = rows.shape
-    state = model.embed(rows.flatten(), attend(texts, tokens).positions)
-    found = []
-    for layer in range(depths[-1]):
-        stay = np.flatnonzero(left_in[layer])
-        if len(stay) == texts:
-            state = model.run(state, layer, layer + 1, attend(texts, tokens))
-        elif len(stay):
-            index = torch.from_numpy(stay).to(state.device)
-            apart = state.view(texts, tokens, -1)
-            run = model.run(apart[index].flatten(0, 1), layer, layer + 1, attend(len(stay), tokens))
-            state = apart.index_copy(0, index, run.view(len(stay), tokens, -1)).flatten(0, 1)
-        if layer + 1 in depths:
-            found.append(state)
-    return found
