@@ -136,7 +136,30 @@ ENVIRONMENTS: dict[str, Environment] = {
     "a small dumb terminal": Environment({"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"}),
     "memory that is not zero": Environment({"MALLOC_PERTURB_": "165", "PYTHONMALLOC": "malloc"}),
 }
-QUICK = ("no machine code", "hash seed 0", "optimised")
+TOGETHER = (  # in one process, since none undoes what another one does
+    ("no home", "optimised twice", "hash seed 4294967295", "one thread", "public files", "two processes"),
+    ("development mode", "the C locale", "another folder", "no temporary folder"),
+    ("optimised", "hash seed 0", "ASCII", "another time zone", "a small dumb terminal", "few file handles",
+     "memory that is not zero"),
+    ("a home that cannot be written", "many threads", "private files", "one process"),
+    ("a cache that cannot be written",),
+    ("a cache that is a file",),
+    ("an empty cache",),
+    ("no machine code",),
+    ("no numba",),
+)  # fmt: skip
+
+
+def together(names: tuple[str, ...]) -> Environment:
+    """All of these at once, of which no two may say the same thing."""
+    usual, made, variables = Environment(), {}, {}
+    for env in (ENVIRONMENTS[name] for name in names):
+        assert not variables.keys() & env.variables.keys(), names
+        variables |= env.variables
+        own = {key: value for key, value in vars(env).items() if key != "variables" and value != getattr(usual, key)}
+        assert not made.keys() & own.keys(), names
+        made |= own
+    return Environment(variables, **made)
 
 
 def without(packages: tuple[str, ...], folder: Path) -> str:
@@ -220,20 +243,24 @@ def check_all(names: Iterable[str], studies: tuple[str, ...], cache: Path, usual
 
 
 @pytest.mark.slow
-def test_every_environment_gives_the_same_bits(cache, usual, repository) -> None:
-    once = [name for name in ENVIRONMENTS if name not in (*DAMAGES, *QUICK)]
-    check_all(once, tuple(STUDIES), cache, usual, repository)
+@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
+def test_every_environment_gives_the_same_bits(names, cache, usual, repository) -> None:
+    made = found(names[0], together(names), tuple(STUDIES), cache, repository)
+    assert made == usual
+
+
+def test_every_environment_is_among_those_that_are_tried_together() -> None:
+    assert sorted(name for names in TOGETHER for name in names) == sorted(set(ENVIRONMENTS) - set(DAMAGES))
+
+
+@pytest.mark.exhaustive
+def test_every_environment_alone_gives_the_same_bits(cache, usual, repository) -> None:
+    check_all([name for name in ENVIRONMENTS if name not in DAMAGES], tuple(STUDIES), cache, usual, repository)
 
 
 @pytest.mark.exhaustive  # below, every damage is noticed; test_machine_code.py runs a study with some
 def test_a_damaged_cache_gives_the_same_bits(cache, usual, repository) -> None:
     check_all(DAMAGES, ("drift",), cache, usual, repository)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
-def test_some_environments_give_the_same_bits(name, cache, usual, repository) -> None:
-    check(name, tuple(STUDIES), cache, usual, repository)
 
 
 @pytest.mark.slow
