@@ -58,6 +58,7 @@ class SlowModel:
     def __init__(self, model: SegmentedModel, heads: ExitHeads, measure: str, threshold: float) -> None:
         self.model, self.heads, self.measure, self.threshold = model, heads, measure, threshold
         self.depths = (*heads.exits, model.n_loaded)
+        self.checks = self.depths[:-1]  # where tokens are checked
 
     def says(self, exit_index: int, hidden: Tensor) -> tuple[int, float]:
         """Token and confidence at an exit, for one hidden state (1, d)."""
@@ -73,7 +74,7 @@ class SlowModel:
     def leaves(self, states: list[Tensor]) -> int:
         """The first confident exit, or the last."""
         for index, state in enumerate(states[:-1]):
-            if self.says(index, state)[1] >= self.threshold:
+            if self.depths[index] in self.checks and self.says(index, state)[1] >= self.threshold:
                 return index
         return len(states) - 1
 

@@ -73,7 +73,9 @@ def deployed(rule: PerToken, kv_rule: KvRule, batching: BatchingRule = BatchingR
 
 def slow(model: LiveModel, live: Live, rule: PerToken) -> SlowModel:
     whole = live.engine.residents.running("tiny", LAYERS)
-    return SlowModel(whole, model.heads, rule.confidence.value, rule.threshold)
+    found = SlowModel(whole, model.heads, rule.confidence.value, rule.threshold)
+    found.checks = tuple(depth for depth in EXITS[:-1] if rule.checks_at(depth))
+    return found
 
 
 def test_who_leaves_by_a_check_shares_one_reading_of_the_head(
@@ -164,6 +166,20 @@ def test_heads_decide_as_they_do_in_the_slow_reference(llama: LiveModel, measure
         want = reference.whole_texts(prompt, n) if kv_rule is KvRule.RECOMPUTE else reference.lockstep([prompt], n)[0]
         assert live.tokens(record.request_id) == want.tokens
         assert live.depths(record.request_id) == want.depths
+
+
+@pytest.mark.parametrize("measure", [Confidence.MAX_PROBABILITY, Confidence.CLASSIFIER])
+def test_only_checkpoints_check(llama: LiveModel, measure: Confidence) -> None:
+    model = replace(llama, heads=random_heads())
+    rule = replace(rule_of(model, measure, share=0.3), checkpoints=EXITS[1:2])
+    live = serve_live({"tiny": model}, deployed(rule, KvRule.PROPAGATE), requests(LENGTHS), len(LENGTHS), slots=4)
+    reference, depths = slow(model, live, rule), set()
+    for record in live.records:
+        (want,) = reference.lockstep([live.prompt(record.request_id)], record.output_tokens)
+        assert live.tokens(record.request_id) == want.tokens
+        assert live.depths(record.request_id) == want.depths
+        depths |= set(want.depths)
+    assert depths == {EXITS[1], LAYERS}
 
 
 def test_preempted_requests_still_recompute_to_full_depth(tiny: LiveModel) -> None:

@@ -21,6 +21,7 @@ POLICIES = Path(conf_folder(), "policy")
 OF_ALL = {"threshold": 0.6, "confidence": "margin", "batch_limit": 2}  # in a study with measured exits
 OF_ONE_MODEL = {**OF_ALL, "model": "gemma3-270m"}
 LATE = {"resident_layers": 20}
+CHECKS = {"checkpoints": [8, 24]}
 OF_SPLITS = {"flush_requests": 1, "flush_s": 1e-6, "review_requests": 10}
 OF_HELIOS = {
     "threshold": 0.6, "confidence": "margin", "constants": "batch_scaled", "on_breach": "load_only", "standby": "caps",
@@ -30,9 +31,9 @@ OF_HELIOS = {
 }  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     "full_depth": {"model": "gemma3-270m", "batch_limit": 2, **LATE},
-    "early_exit": {**OF_ONE_MODEL, **LATE, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
-    "early_exit_lazy": {**OF_ONE_MODEL, **LATE, "batching": "each_token", "kv_rule": "recompute"},
-    "early_exit_rebatch": {**OF_ONE_MODEL, **LATE, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
+    "early_exit": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
+    "early_exit_lazy": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "each_token", "kv_rule": "recompute"},
+    "early_exit_rebatch": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "static_cap": {**OF_ONE_MODEL, "cap_layers": 24},
     "release_early": {
         "max_disagreement": 0.2, "ramps": 1, "review_requests": 7, "window_tokens": 400, "fixed_threshold": 0.6,

@@ -113,7 +113,7 @@ def advance(t: Tables, until_ns: int) -> int:
         before_s = scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks) + scalars.sync_s
         while True:  # once, or as often as ramps, or drafts and the pass that verifies them, ask for
             if r.releases:
-                while 0 < up_to < r.bands and t.trace.ramps[up_to - 1] == 0:
+                while 0 < up_to < r.bands and t.trace.checks[up_to - 1] == 0:
                     up_to += 1
                 up_to = up_to if up_to < r.bands else 0  # so many bands, of the device alone; 0: the whole iteration
                 it.drafting, it.sampled_tokens = (1, 0) if up_to else (0, sampled)

@@ -188,6 +188,8 @@ def _banded(
 
     if r.per_token:  # at the last layer there is nothing to decide: the token is sampled there
         for band in range(r.rule_exit):
+            if x.checks[band] == 0:
+                continue
             if r.head_checks:
                 work[band].checked_tokens = work[band].decode_tokens
             else:
@@ -227,7 +229,7 @@ def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Tr
     for band in range(r.bands):
         w = work[band]
         w.decode_tokens, w.kv_tokens = it.decodes, it.kv_tokens + it.decodes
-        if x.ramps[band]:
+        if x.checks[band]:
             if r.head_checks:
                 w.checked_tokens = it.decodes
             else:

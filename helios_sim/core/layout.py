@@ -323,7 +323,7 @@ class Trace(NamedTuple):
     agree: Numbers  # (T, E)
     microbits: Numbers  # (T, E), or (0, 0)
     planned: Numbers  # exits of the tokens that a service plan names
-    ramps: Numbers  # (E,) 1 where an answer may leave while the model goes on
+    checks: Numbers  # (E,) 1 where tokens are checked: they may leave there, or their answers may
     split_above: Numbers  # (E,) in millionths: the share of a batch that has to want to leave at an exit to split it
 
 

@@ -211,7 +211,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     seen = Trace(
         _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach),
         _frozen(trace.agree), _frozen(microbits), np.zeros(1, np.int64),
-        np.array([int(isinstance(rule, ReleaseEarly) and depth in rule.ramps) for depth in trace.exits]),
+        np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
         split_above,
     )  # fmt: skip
     pricing = profile.pricing
@@ -225,6 +225,13 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         (uniform.table(storage), storage.array(uniform.class_layers)),
         (banded.table(storage), storage.array(banded.class_layers)),
     )
+
+
+def _checks_at(rule: ExitRule, depth: int) -> bool:
+    """Whether tokens are checked there, under a rule that checks them before they have run all layers."""
+    if isinstance(rule, ReleaseEarly):
+        return depth in rule.ramps
+    return isinstance(rule, PerToken) and rule.checks_at(depth)
 
 
 def _released(

@@ -112,7 +112,12 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
             if not whole:
                 breach = np.logical_not(confident[:, last])
         case PerToken(threshold, confidence):
-            confident = trace.confident_at(threshold, confidence)[:, : last + 1]
+            if not set(rule.checkpoints or ()) <= set(trace.exits[:-1]):
+                known = ", ".join(map(str, trace.exits[:-1])) or "none"
+                allowed = f"{trace.model} has exits before its last layer at {known}"
+                raise UserError("checkpoints", list(rule.checkpoints or ()), allowed, "choose among these")
+            checked = [rule.checks_at(depth) for depth in exits[:-1]]
+            confident = trace.confident_at(threshold, confidence)[:, : last + 1] & [*checked, True]
             exit_index = first_true(confident, otherwise=last)
             if not whole:
                 breach = np.logical_not(confident.any(axis=1))

@@ -164,11 +164,15 @@ class PerToken:
 
     Each exit that a token reaches is a check that is paid for; after a check on the hidden state a token that leaves
     still has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these
-    are not the whole model.
+    are not the whole model. With `checkpoints` only these exits check (TIDE, arXiv 2603.21365).
     """
 
     threshold: float
     confidence: Confidence = Confidence.MAX_PROBABILITY
+    checkpoints: tuple[int, ...] | None = None  # layers, exits before the last; None: every exit
+
+    def checks_at(self, layers: int) -> bool:
+        return self.checkpoints is None or layers in self.checkpoints
 
 
 @dataclass(frozen=True, slots=True)

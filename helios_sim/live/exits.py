@@ -280,6 +280,7 @@ class ExitDecider:
         watched = rule if isinstance(rule, FixedCap | PerToken) else None
         self._threshold = 0.0 if watched is None else watched.threshold
         self._measure = None if watched is None else watched.confidence
+        self._checks_at = rule.checks_at if isinstance(rule, PerToken) else lambda layers: True
         self._by_head = self._measure is None or self._measure.by_head
         self._whole = model.architecture.n_layers
         self._waiting: list[tuple[list[Row], Tensor]] = []  # rows that wait for the head, with their adapted states
@@ -292,7 +293,7 @@ class ExitDecider:
         on the hidden state get their token in `finish`.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
-        asking = [i for i, row in enumerate(rows) if row.asks and i not in stops]
+        asking = [i for i, row in enumerate(rows) if row.asks and i not in stops and self._checks_at(end)]
         leaving: set[int] = set()
         if asking and not self._by_head:
             tally.add("classifier_tokens", band, len(asking))

@@ -89,6 +89,10 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         assert isinstance(value, FixedCap | PerToken)
         if not _is_share(value.threshold, MOST_THRESHOLD):
             return f"a threshold from 0 to {MOST_THRESHOLD:g}"
+        if isinstance(value, PerToken) and value.checkpoints is not None:
+            exits, at = candidates[found.active.model].offline.exits[:-1], value.checkpoints
+            if not isinstance(at, tuple) or list(at) != sorted(set(at) & set(exits)):
+                return f"PerToken with checkpoints None, or among {_listed(exits) or 'none'}, in their order"
         return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
 
     def speculation(value: SelfSpeculation) -> str | None:

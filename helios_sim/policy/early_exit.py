@@ -35,6 +35,7 @@ class EarlyExitParameters:
     threshold: float  # may be above 1: no token leaves then
     model: str | None = None  # None: the only candidate
     confidence: Confidence = Confidence.MAX_PROBABILITY
+    checkpoints: list[int] | None = None  # layers whose exits check; None: all exits
     batching: BatchingRule = BatchingRule.EACH_TOKEN
     kv_rule: KvRule | None = None  # None: propagate; copy with rebatch, as DREX does
     batch_limit: int | None = None  # None: the server's own limit
@@ -47,6 +48,9 @@ class EarlyExitParameters:
         for name in ("batch_limit", "flush_requests", "flush_s", "review_requests"):
             check_positive(name, getattr(self, name))
         require_threshold("policy.threshold", self.threshold)
+        if self.checkpoints is not None and (not self.checkpoints or sorted(set(self.checkpoints)) != self.checkpoints):
+            allowed = "null, or layers of exits in their order, such as [8, 16]"
+            raise UserError("policy.checkpoints", self.checkpoints, allowed, "correct it")
         if self.flush_s is not None and self.flush_s > MOST_FLUSH_S:
             allowed = f"seconds, at most {MOST_FLUSH_S:g}"
             raise UserError("policy.flush_s", self.flush_s, allowed, "leave it out")
@@ -79,7 +83,10 @@ class EarlyExitPolicy:
         """Raises UserError if the model is not among the candidates."""
         self._model = find_model(situation, self.parameters.model)
         situation, self._placement = whole_model(situation, self._model, self.parameters.resident_layers)
-        self._situation = situation
+        self._situation, exits = situation, situation.candidates[self._model].offline.exits[:-1]
+        if not set(self.parameters.checkpoints or ()) <= set(exits):
+            allowed = f"{self._model} has exits before its last layer at {', '.join(map(str, exits)) or 'none'}"
+            raise UserError("policy.checkpoints", self.parameters.checkpoints, allowed, "choose among these")
         if self.parameters.batching is BatchingRule.REBATCH:
             load, placement = expected_load(situation), self._placement
             predicted = predict(situation, placement, fixed_depth(placement.layers), load)
@@ -114,20 +121,21 @@ class EarlyExitPolicy:
 
     def _deployment(self) -> Deployment:
         p, exits = self.parameters, self._candidate.offline.exits
+        checks = exits[:-1] if p.checkpoints is None else tuple(p.checkpoints)
         reason = (
-            f"{self._model}: a token leaves at the first of the exits {', '.join(map(str, exits))} "
+            f"{self._model}: a token leaves at the first of the exits {', '.join(map(str, (*checks, exits[-1])))} "
             f"where {p.confidence.value} reaches {p.threshold:g}"
         )
         if p.resident_layers is not None:
             reason += f"; layers above {p.resident_layers} come from host memory"
         deployment = Deployment(
             active=self._placement,
-            exit_rule=PerToken(p.threshold, p.confidence),
+            exit_rule=PerToken(p.threshold, p.confidence, None if p.checkpoints is None else checks),
             batching=p.batching,
             kv_rule=p.filled,
             batch_limit=p.batch_limit,
             reason=reason,
-            evidence={"exits": list(exits), "threshold": p.threshold},
+            evidence={"exits": [*checks, exits[-1]], "threshold": p.threshold},
         )
         if p.batching is not BatchingRule.REBATCH:
             return deployment

@@ -185,5 +185,5 @@ def _name(hint: Any) -> str:
         return "null"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(str(member.value) for member in kind)
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    words = {list: "a list", int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     return {**words, Mapping: "a mapping such as {a: b}"}.get(kind, str(kind.__name__))

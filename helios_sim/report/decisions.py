@@ -88,7 +88,10 @@ def decision_row(arm: str, decision: Decision, anchor: str = "") -> DecisionRow:
 def in_words(value: Cause | object) -> str:
     """A trigger or exit rule as text: `breach limit (window tokens 100, limit 50)`."""
     name = "".join(f" {c.lower()}" if c.isupper() else c for c in type(value).__name__).strip()
-    settings = ", ".join(f"{f.name} {getattr(value, f.name)}" for f in fields(value))  # type: ignore[arg-type]
+    named = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+    if named.get("checkpoints", "") is None:  # as it is mostly
+        del named["checkpoints"]
+    settings = ", ".join(f"{name} {each}" for name, each in named.items())
     return f"{name} ({settings})".replace("_", " ") if settings else name
 
 

@@ -238,12 +238,15 @@ def check_study(plan: StudyPlan) -> None:
                 engine = SimulatedEngine(env, parts.models)
                 with in_arm(job.arm.name, job.config), of_kind(kind.name):
                     server = Server(env, 0, engine, policy.make(), parts.situation, lambda record, left_ns: None)
-                    _check_threshold(parts, server.decisions[0].deployment, job.config.mode == LIVE)
+                    _check_threshold(parts, server.decisions[0].deployment, job.config)
 
 
-def _check_threshold(parts: Parts, first: Deployment, live: bool) -> None:
+def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
     """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
-    rule = first.exit_rule
+    rule, live = first.exit_rule, config.mode == LIVE
+    if isinstance(rule, PerToken) and rule.checkpoints and config.exits.guarantee.max_disagreement is not None:
+        allowed = "null with exits.guarantee: what is promised was shown for checks at every exit"
+        raise UserError("policy.checkpoints", list(rule.checkpoints), allowed, "leave one of them out")
     if live:
         require_live(rule, first.batching, first.kv_rule)
         require_all_resident(first.active)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+YOUNG = ("resident_layers", "checkpoints")  # fields that are left out where they are None, as before there were any
 DIGITS = 10  # significant ones of figures that need not be the same on every CPU
 
 
@@ -39,7 +40,8 @@ def plain(value: Any, exact: bool = False) -> Any:
     if isinstance(value, list | tuple | range):
         return [plain(item, exact) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {"is": type(value).__name__} | {f.name: plain(getattr(value, f.name), exact) for f in fields(value)}
+        names = [f.name for f in fields(value) if f.name not in YOUNG or getattr(value, f.name) is not None]
+        return {"is": type(value).__name__} | {name: plain(getattr(value, name), exact) for name in names}
     raise TypeError(f"{type(value).__name__} has no plain form")
 
 

@@ -113,14 +113,9 @@ def _telemetry(seen: Telemetry) -> dict[str, Any]:
 
 def _decision(decision: Any) -> list[Any]:
     deployment = decision.deployment
-    named = _named(deployment, DEPLOYMENT) | {
-        "active": _placement(deployment.active), "standby": [_placement(each) for each in deployment.standby],
-    }  # fmt: skip
-    return [decision.time_ns, decision.replica, decision.cause, named, deployment.plan is not None]
-
-
-def _placement(placement: Any) -> dict[str, Any]:
-    return {"is": "Placement", **_named(placement, ("model", "layers"))}
+    return [
+        decision.time_ns, decision.replica, decision.cause, _named(deployment, DEPLOYMENT), deployment.plan is not None,
+    ]  # fmt: skip
 
 
 def _stats(stats: Any) -> dict[str, Any]:
