@@ -250,8 +250,38 @@ def lay_out(drawing: Drawing) -> None:
     if isinstance(engine, ConstrainedLayoutEngine):
         with _exported():
             _show_plainly(whole)
+            whole.set_dpi(_PNG_DPI)  # texts are measured for the PNG at once
+            canvas: Any = FigureCanvasAgg(whole)
             engine.execute(whole)
             whole.set_layout_engine("none")
+            _settle(whole, canvas.get_renderer())
+
+
+def _settle(whole: Figure, renderer: Any) -> None:
+    """Titles and labels stay where they are now, so that the exports need not measure all labels of ticks again."""
+    for axes in whole.findobj(Axes):
+        if not axes.get_visible():
+            continue
+        settled: Any = axes
+        settled._update_title_position(renderer)
+        settled._autotitlepos = False
+        to_axes = axes.transAxes.inverted()
+        for axis in settled.xaxis, settled.yaxis:
+            if not axis.get_visible():
+                continue
+            axis.get_tightbbox(renderer)  # places its label and its offset
+            if axis.offsetText.get_text():
+                continue  # which is placed beside the labels of ticks
+            if axis.label.get_text():
+                at = axis.label.get_transform().transform(axis.label.get_position())
+                axis.set_label_coords(*to_axes.transform(at))
+            else:
+                axis.set_label_coords(0.0, 0.0)
+            axis._get_ticklabel_bboxes = _no_boxes
+
+
+def _no_boxes(ticks: Any, renderer: Any) -> tuple[list[Bbox], list[Bbox]]:
+    return [], []
 
 
 def to_png(drawing: Drawing) -> bytes:
