@@ -93,7 +93,8 @@ def advance(t: Tables, until_ns: int) -> int:
         stop = admit(s, r, it, requests, lists, line, arrivals, tokens, chunks, freed, prefix, owed)
         if stop != GO_ON:
             return stop
-        release_lingering(s, r, lists, freed, prefix)
+        if s.lingering:
+            release_lingering(s, r, lists, freed, prefix)
         s.phase = TURN
         if it.decodes == 0 and it.chunks == 0:
             if r.ahead and s.started_ns != NEVER:
@@ -107,10 +108,12 @@ def advance(t: Tables, until_ns: int) -> int:
         lay_out(s, r, it, requests, lists, chunks, t.trace, owed, work)
         prices, scalars = t.prices, t.scalars[0]
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
-        draft, n_chunks, duration_ns = min(it.drafts, 1), it.chunks, 0
+        draft, n_chunks, duration_ns = 1 if it.drafts else 0, it.chunks, 0
         it.floor_ns = it.outside = it.draft_ns = it.late_layers = it.late_ns = 0
-        up_to, sampled = int(r.releases and it.decodes > 0), it.sampled_tokens
-        before_s = scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks) + scalars.sync_s
+        up_to, sampled, before_s = 0, it.sampled_tokens, 0.0
+        if r.releases and it.decodes:
+            up_to, before_s = 1, scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks)
+            before_s += scalars.sync_s
         while True:  # once, or as often as ramps, or drafts and the pass that verifies them, ask for
             if r.releases:
                 while 0 < up_to < r.bands and t.trace.checks[up_to - 1] == 0:
@@ -129,7 +132,9 @@ def advance(t: Tables, until_ns: int) -> int:
                 continue
             it.floor_ns += whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
             it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
-            duration_ns = min(duration_ns + whole_ns(seconds), FOREVER_NS)
+            duration_ns += whole_ns(seconds)
+            if duration_ns > FOREVER_NS:
+                duration_ns = FOREVER_NS
             if draft == 0:
                 break
             it.draft_ns = duration_ns

@@ -31,23 +31,27 @@ def commit(
     watch: Watch,
 ) -> None:
     """The iteration that began at `now_ns` has ended at `end_ns`."""
-    end_ns, decoded = s.end_ns, s.decoding
-    _account(s, it, end_ns - s.now_ns)
+    start_ns, end_ns, decoded = s.now_ns, s.end_ns, s.decoding
+    busy_ns = end_ns - start_ns
+    _account(s, it, busy_ns)
     if not r.live:  # what a device draws is read from its counter
-        busy_ns = end_ns - s.now_ns
-        by_work_ns = busy_ns if r.draws_evenly else min(it.floor_ns, busy_ns)
-        note_drawn(s, c.marks, s.now_ns, end_ns, busy_ns + by_work_ns)
-    take_blocks(s, r, freed, it.due_blocks)
+        by_work_ns = busy_ns if r.draws_evenly or busy_ns < it.floor_ns else it.floor_ns
+        note_drawn(s, c.marks, start_ns, end_ns, busy_ns + by_work_ns)
+    if it.due_blocks:
+        take_blocks(s, r, freed, it.due_blocks)
     it.done = 0
     if r.regroups:
         hold_back(s, r, it, requests, lists, owed)
     if len(watch.windows):
         slide_windows(s, it, requests, lists, watch)
-    _decoded(s, r, it, requests, lists, owed, c, end_ns)
-    s.peak_blocks = max(s.peak_blocks, s.used_blocks)
+    if it.decodes:
+        _decoded(s, r, it, requests, lists, owed, c, end_ns)
+    if s.used_blocks > s.peak_blocks:
+        s.peak_blocks = s.used_blocks
     if it.drafts:
         keep_accepted(s, r, it, requests, lists, freed, c)
-    _prefilled(s, r, it, requests, chunks, c, end_ns)
+    if it.chunks:
+        _prefilled(s, r, it, requests, lists, chunks, c, end_ns)
     if r.observe_tokens != NEVER or r.tells_all:
         for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
@@ -64,6 +68,7 @@ def commit(
 
 
 def _account(s: Record, it: Record, busy_ns: int) -> None:
+    decodes = it.decodes
     s.busy_ns += busy_ns
     s.iterations += 1
     s.floor_ns += it.floor_ns
@@ -73,12 +78,13 @@ def _account(s: Record, it: Record, busy_ns: int) -> None:
         s.late_ns += it.late_ns
     s.kv_block_ns += (s.used_blocks + it.due_blocks) * busy_ns
     s.kv_pool_block_ns += s.total_blocks * busy_ns
-    if it.decodes:
+    if decodes:
+        batch_ns = busy_ns * decodes
         s.decode_iterations += 1
         s.decode_ns += busy_ns
-        s.decode_batch_ns += busy_ns * it.decodes
+        s.decode_batch_ns += batch_ns
         s.placed_decode_ns += busy_ns
-        s.placed_decode_batch_ns += busy_ns * it.decodes
+        s.placed_decode_batch_ns += batch_ns
 
 
 def _decoded(
@@ -86,15 +92,15 @@ def _decoded(
 ) -> None:
     """Tokens of the requests that decode."""
     # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
-    batch, depths, gaps, edges_ns = lists.batch, c.depths, c.gaps, c.gap_edges_ns
+    batch, gaps, edges_ns, decodes = lists.batch, c.gaps, c.gap_edges_ns, it.decodes
     owes, bands, alike = r.owes and it.banded, owed.shape[1], it.alike
     releases, at_ns = r.releases, end_ns
     gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
-    for i in range(it.decodes):
+    _count_tokens(r, it, requests, batch, 0, decodes, c.depths)
+    for i in range(decodes):
         slot = batch[i]
         request = requests[slot]
         request.context_tokens += 1
-        _count_token(r, it, request, depths)
         if not alike:
             request.breach_tokens += request.token_breach
         if releases:
@@ -167,25 +173,34 @@ def keep_accepted(
     give_blocks(s, r, freed, spare, NEVER)
 
 
-def _count_token(r: Record, it: Record, request: Record, depths: Numbers) -> None:
-    """One more output token."""
-    if r.observe_tokens != NEVER and request.generated < r.observe_tokens:
-        request.evaluated_tokens += 1
+def _count_tokens(
+    r: Record, it: Record, requests: Table, batch: Numbers, first: int, end: int, depths: Numbers
+) -> None:  # fmt: skip
+    """One more output token of each request at these places in the batch."""
+    observed_below, whole, alike, done = r.observe_tokens, r.n_layers, it.alike, 0  # NEVER: none is observed
     layers = it.token_layers
-    if it.alike:
-        request.agreed_tokens += 1
-    else:
-        layers = request.token_layers
-        request.agreed_tokens += request.token_agrees
-        request.microbits += request.token_microbits
-    request.layers_run += layers
-    if layers < r.n_layers:
-        request.early_tokens += 1
-    depths[layers] += 1
-    request.generated += 1
-    request.remaining -= 1
-    if request.remaining == 0:
-        it.done += 1
+    for i in range(first, end):
+        request = requests[batch[i]]
+        if request.generated < observed_below:
+            request.evaluated_tokens += 1
+        if alike:
+            request.agreed_tokens += 1
+        else:
+            layers = request.token_layers
+            request.agreed_tokens += request.token_agrees
+            request.microbits += request.token_microbits
+            depths[layers] += 1
+        request.layers_run += layers
+        if layers < whole:
+            request.early_tokens += 1
+        request.generated += 1
+        request.remaining -= 1
+        if request.remaining == 0:
+            done += 1
+    if alike:
+        depths[layers] += end - first
+    if done:
+        it.done += done
 
 
 def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count: int) -> None:
@@ -208,20 +223,23 @@ def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count:
     gaps[low] += count
     s.gaps += count
     s.gaps_ns += gap_ns * count
-    s.longest_gap_ns = max(s.longest_gap_ns, gap_ns)
+    if gap_ns > s.longest_gap_ns:
+        s.longest_gap_ns = gap_ns
     if s.shortest_gap_ns == NEVER or gap_ns < s.shortest_gap_ns:
         s.shortest_gap_ns = gap_ns
 
 
-def _prefilled(s: Record, r: Record, it: Record, requests: Table, chunks: Table, c: Counts, end_ns: int) -> None:
+def _prefilled(
+    s: Record, r: Record, it: Record, requests: Table, lists: Lists, chunks: Table, c: Counts, end_ns: int
+) -> None:
     """Chunks of prompts; the last one of a prompt yields a token. Those that finish are the first ones."""
+    _count_tokens(r, it, requests, lists.batch, s.decoding, s.decoding + it.finishing, c.depths)
     for p in range(it.chunks):
         chunk = chunks[p]
         request = requests[chunk.slot]
         request.context_tokens += chunk.tokens
         request.prefill_left -= chunk.tokens
         if p < it.finishing:
-            _count_token(r, it, request, c.depths)
             if request.first_token_ns == NEVER:
                 request.first_token_ns = end_ns
             else:

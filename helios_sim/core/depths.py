@@ -48,7 +48,8 @@ def lay_out(
         _banded(s, r, it, requests, lists, x, owed, work)
     else:
         _uniform(s, r, it, requests, lists, x, work)
-    _prompts(s, r, it, requests, chunks, x, work, bands)
+    if it.chunks:
+        _prompts(s, r, it, requests, chunks, x, work, bands)
 
 
 def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Table, draft: int) -> None:
@@ -80,15 +81,19 @@ def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Tab
 
 def next_row(request: Record) -> int:
     """The trace's row of a request's next token."""
-    return _row_after(request, 0)
+    at, length = request.trace_start + request.generated, request.trace_length
+    return request.trace_first + (at if at < length else _begun_anew(at, length))
 
 
 def _row_after(request: Record, tokens: int) -> int:
     """The trace's row of a request's token after so many of those that are not produced yet."""
     at, length = request.trace_start + request.generated + tokens, request.trace_length
-    if at >= length:  # a division takes as long as all else here, and most answers need none
-        at = at - length if at < 2 * length else at % length
-    return request.trace_first + at
+    return request.trace_first + (at if at < length else _begun_anew(at, length))
+
+
+def _begun_anew(at: int, length: int) -> int:
+    """A place beyond the end of a text, which begins anew then. A division takes as long as all else here."""
+    return at - length if at < 2 * length else at % length
 
 
 def is_observed(r: Record, request: Record) -> bool:
@@ -119,14 +124,14 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
             request.observed = 0
             request.token_exit = leaf
             request.token_layers = layers
-            request.token_breach = int(breach[row])
-            request.token_agrees = int(agree[row, leaf])
+            request.token_breach = breach[row]
+            request.token_agrees = agree[row, leaf]
             request.token_microbits = microbits[row, leaf] if scores else 0
-    w = work[0]
-    w.decode_tokens = it.decodes
-    w.kv_tokens = it.kv_tokens + it.decodes
+    w, decodes = work[0], it.decodes
+    w.decode_tokens = decodes
+    w.kv_tokens = it.kv_tokens + decodes
     if r.watches_cap:
-        w.classified_tokens = it.decodes
+        w.classified_tokens = decodes
 
 
 def _drafted(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> None:
@@ -168,7 +173,7 @@ def _banded(
             leaf, breach = r.loaded_exit, 0
             n_observed += 1
         else:
-            leaf, breach = exit_index[row], int(breaches[row])
+            leaf, breach = exit_index[row], breaches[row]
             if r.lazy:
                 leaf = shared
             elif r.regroups:
@@ -306,6 +311,6 @@ def _leaves_at(r: Record, x: Trace, request: Record, row: int, leaf: int) -> Non
     request.token_agrees = 1
     request.token_microbits = 0
     if r.reads_trace:
-        request.token_agrees = int(x.agree[row, leaf])
+        request.token_agrees = x.agree[row, leaf]
         if r.scores:
             request.token_microbits = x.microbits[row, leaf]

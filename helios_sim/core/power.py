@@ -18,15 +18,13 @@ LONGEST_WINDOW_NS = MARKS * MARK_EVERY_NS - MARK_EVERY_NS  # that they cover at 
 
 def note_drawn(s: Record, marks: Table, start_ns: int, end_ns: int, drawn_ns: int) -> None:
     """From `start_ns` to `end_ns` so much was drawn; before it, since the last mark, nothing is missing."""
-    if start_ns - _latest_ns(s, marks) >= MARK_EVERY_NS:
+    latest_ns = marks[(s.marks - 1) % MARKS].time_ns if s.marks else 0
+    if start_ns - latest_ns >= MARK_EVERY_NS:
         _mark(s, marks, start_ns)
+        latest_ns = start_ns
     s.drawn_ns += drawn_ns
-    if end_ns - _latest_ns(s, marks) >= MARK_EVERY_NS:
+    if end_ns - latest_ns >= MARK_EVERY_NS:
         _mark(s, marks, end_ns)
-
-
-def _latest_ns(s: Record, marks: Table) -> int:
-    return marks[(s.marks - 1) % MARKS].time_ns if s.marks else 0
 
 
 def _mark(s: Record, marks: Table, time_ns: int) -> None:

@@ -49,8 +49,9 @@ SCALARS = Kind.of(
 class ByRows(NamedTuple):
     """R tables by number of rows."""
 
-    seconds: Numbers  # (R, rows)
-    range: Numbers  # (R, 2) first and last rows measured
+    seconds: Numbers  # (R, rows); no rows take no time
+    first: Numbers  # (R,) rows measured
+    last: Numbers
     slope_s: Numbers  # (R,) beyond the last
 
 
@@ -60,7 +61,10 @@ class DecodeAttention(NamedTuple):
     seconds: Numbers  # (C, 2, batch, interval) and their slopes
     kv: Numbers  # (C, interval) where each begins
     interval: Numbers  # (C, KV tokens) that a whole number falls into
-    range: Numbers  # (C, 4) first and last batch, first and last KV tokens
+    first_batch: Numbers  # (C,) measured
+    last_batch: Numbers
+    first_kv: Numbers  # (C,) KV tokens measured
+    last_kv: Numbers
 
 
 class PrefillAttention(NamedTuple):
@@ -108,7 +112,8 @@ def whole_ns(seconds: float) -> int:
     ns = seconds * NS_PER_S
     if not -FOREVER_NS < ns < FOREVER_NS:
         return FOREVER_NS
-    return max(round(ns), 1)
+    whole = round(ns)
+    return whole if whole > 1 else 1
 
 
 def time_s(
@@ -118,70 +123,84 @@ def time_s(
 
     `spans` are the bands, `class_layers` (C, bands) how many layers of each class they have.
     """
+    # What is asked for once an iteration stands in names of its own: interpreted, each look and each call takes time,
+    # and so do `max`, `min` and loops over nothing.
+    n_chunks, by_rows = it.chunks, t.rows
     slowdown = x.load_slowdown if it.loading else 1.0
     decodes = work[it.first_band].decode_tokens
-    mixed = x.mixed_factor if it.chunks and decodes else 1.0
+    mixed = x.mixed_factor if n_chunks and decodes else 1.0
+    launch_s = _launch_s_per_layer(x, n_chunks)
+    classes, dense = len(class_layers), DENSE if n_chunks else PADDED_DENSE
     total_s, layers = 0.0, 0
     rows = work[0].decode_tokens
-    for p in range(it.chunks):
-        rows += chunks[p].tokens
-    device_s = _by_rows_s(t.rows, EMBEDDING, rows)
+    if n_chunks:
+        for p in range(n_chunks):
+            rows += chunks[p].tokens
+    device_s = _by_rows_s(by_rows, EMBEDDING, rows)
     for s in range(len(spans)):
         span, w = spans[s], work[s]
         rows = w.decode_tokens + w.verified_tokens
         reach, longest = 0, NEVER  # chunks that run this band, and the longest of them
-        for p in range(it.chunks):
-            chunk = chunks[p]
-            if chunk.layers > span.start:
-                rows += chunk.tokens
-                reach += 1
-                if longest == NEVER or _is_longer(chunk, chunks[longest]):
-                    longest = p
+        if n_chunks:
+            for p in range(n_chunks):
+                chunk = chunks[p]
+                if chunk.layers > span.start:
+                    rows += chunk.tokens
+                    reach += 1
+                    if longest == NEVER or _is_longer(chunk, chunks[longest]):
+                        longest = p
         moved = w.propagated_tokens
+        if rows or moved:
+            layers += span.end - span.start
+        chunk_tokens, chunk_context = 0, 0
+        if reach:
+            chunk_tokens, chunk_context = chunks[longest].tokens, chunks[longest].context_tokens
         band_s = 0.0
-        for c in range(class_layers.shape[0]):
-            first = FIRST_OF_CLASS + c * OF_CLASS
-            dense = first + (DENSE if it.chunks else PADDED_DENSE)
-            chunk_tokens, chunk_context = 0, 0
-            if reach:
-                chunk_tokens, chunk_context = chunks[longest].tokens, chunks[longest].context_tokens
-            decode_s = _decodes_s(t, x, it, c, work, w, reach, chunk_tokens, chunk_context)
-            layer_s = _by_rows_s(t.rows, dense, rows) + decode_s * x.kv_factor
+        for c in range(classes):
+            first, layer_s = FIRST_OF_CLASS + c * OF_CLASS, 0.0
+            if rows:
+                layer_s = _by_rows_s(by_rows, first + dense, rows)
+                if w.decode_tokens:
+                    layer_s += _decodes_s(t, x, it, c, work, w, reach, chunk_tokens, chunk_context) * x.kv_factor
             if reach:
                 fixed_s, over_s = t.prefill.fixed_s[c], 0.0
-                for p in range(it.chunks):
+                for p in range(n_chunks):
                     chunk = chunks[p]
                     if chunk.layers > span.start:
                         chunk_s = _prefill_s(t.prefill, c, chunk.tokens, chunk.context_tokens)
                         over_s += max(fixed_s, chunk_s) - fixed_s
                 layer_s = (layer_s + (fixed_s + over_s)) * mixed
-            band_s += class_layers[c, s] * (layer_s + _by_rows_s(t.rows, first + KV_PROJECTION, moved))
+            if moved:
+                layer_s += _by_rows_s(by_rows, first + KV_PROJECTION, moved)
+            band_s += class_layers[c, s] * layer_s
         device_s += band_s
-        if rows or moved:
-            layers += span.end - span.start
-        if w.checked_tokens or w.classified_tokens:
-            by_head_s = _by_rows_s(t.rows, CHECK, w.checked_tokens)
-            device_s += by_head_s + _by_rows_s(t.rows, CLASSIFIER, w.classified_tokens)
+        checked, classified = w.checked_tokens, w.classified_tokens
+        if checked or classified:
+            by_head_s = _by_rows_s(by_rows, CHECK, checked)
+            device_s += by_head_s + _by_rows_s(by_rows, CLASSIFIER, classified)
             if it.syncs:
-                total_s += _group_s(x, it, device_s, layers, slowdown) + x.sync_s
+                total_s += _later_s(device_s * slowdown, layers * launch_s + x.launch_s_per_graph) + x.sync_s
                 device_s, layers = 0.0, 0
-    if it.sampled_tokens or layers:
-        total_s += _group_s(x, it, device_s + _by_rows_s(t.rows, HEAD, it.sampled_tokens), layers, slowdown)
-    comes_late = spans[len(spans) - 1].end > x.resident_layers
+    sampled = it.sampled_tokens
+    if sampled or layers:
+        device_s += _by_rows_s(by_rows, HEAD, sampled)
+        total_s += _later_s(device_s * slowdown, layers * launch_s + x.launch_s_per_graph)
     if it.drafting:
         total_s *= x.time_factor
-        return _with_late_layers_s(x, it, spans, work, chunks, total_s) if comes_late else total_s
-    host_s = x.host_overhead_s + x.host_s_per_request * (decodes + it.chunks)
-    if it.host_ahead:
-        total_s = max(total_s, _launch_s(x, it, layers) + host_s)
     else:
-        total_s += host_s
-    if it.splits:
-        total_s += x.regroup_s
-    gap_s = x.gap_s + x.prefill_gap_s if it.chunks else x.gap_s
-    gap_s += x.gap_s_per_request * (decodes + it.chunks)
-    total_s = (total_s + gap_s) * x.time_factor
-    return _with_late_layers_s(x, it, spans, work, chunks, total_s) if comes_late else total_s
+        host_s = x.host_overhead_s + x.host_s_per_request * (decodes + n_chunks)
+        if it.host_ahead:
+            total_s = _later_s(total_s, layers * launch_s + x.launch_s_per_graph + host_s)
+        else:
+            total_s += host_s
+        if it.splits:
+            total_s += x.regroup_s
+        gap_s = x.gap_s + x.prefill_gap_s if n_chunks else x.gap_s
+        gap_s += x.gap_s_per_request * (decodes + n_chunks)
+        total_s = (total_s + gap_s) * x.time_factor
+    if spans[len(spans) - 1].end > x.resident_layers:
+        total_s = _with_late_layers_s(x, it, spans, work, chunks, total_s)
+    return total_s
 
 
 def _with_late_layers_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table, total_s: float) -> float:
@@ -256,40 +275,48 @@ def floor_s(
     Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than it looks back.
     Quantized weights and K and V in fp8 may be multiplied at rates of their own.
     """
+    n_chunks, sampled, windows, classes = it.chunks, it.sampled_tokens, t.windows, len(class_layers)
     head_bytes = x.head_values * x.value_bytes
-    n_bytes, operations = head_bytes if it.sampled_tokens else 0, 2 * x.head_values * it.sampled_tokens
+    n_bytes, operations = head_bytes if sampled else 0, 2 * x.head_values * sampled
     of_layers, of_attention = 0, 0
     for s in range(len(spans)):
         span, w = spans[s], work[s]
-        layers, rows, moved = span.end - span.start, w.decode_tokens + w.verified_tokens, w.propagated_tokens
-        for p in range(it.chunks):
-            if chunks[p].layers >= span.end:
-                rows += chunks[p].tokens
-        if rows:
-            n_bytes += layers * x.layer_bytes
-        elif moved:
-            n_bytes += layers * x.kv_weight_bytes
-        if w.checked_tokens:
+        layers, decodes, moved, checked = span.end - span.start, w.decode_tokens, w.propagated_tokens, w.checked_tokens
+        rows, of_decodes = decodes + w.verified_tokens, w.kv_tokens
+        if n_chunks:
+            for p in range(n_chunks):
+                if chunks[p].layers >= span.end:
+                    rows += chunks[p].tokens
+        if checked:
             n_bytes += head_bytes
-        of_layers += layers * 2 * (rows * x.layer_values + moved * x.kv_values)
-        operations += 2 * x.head_values * w.checked_tokens
-        for c in range(class_layers.shape[0]):
-            of_class, window = class_layers[c, s], t.windows[c]
-            kv_tokens = w.kv_tokens if window == 0 else min(w.kv_tokens, w.decode_tokens * window)
-            read, pairs = kv_tokens, kv_tokens
-            for p in range(it.chunks):
-                chunk = chunks[p]
-                if chunk.layers >= span.end:
-                    read += chunk.context_tokens if window == 0 else min(chunk.context_tokens, window)
-                    pairs += _pairs(chunk.tokens, chunk.context_tokens, window)
+            operations += 2 * x.head_values * checked
+        if moved:
+            of_layers += layers * 2 * moved * x.kv_values
+            n_bytes += 0 if rows else layers * x.kv_weight_bytes
+        if rows == 0:
+            continue
+        n_bytes += layers * x.layer_bytes
+        of_layers += layers * 2 * rows * x.layer_values
+        for c in range(classes):
+            of_class, window, read = class_layers[c, s], windows[c], of_decodes
+            if window and decodes * window < read:
+                read = decodes * window
+            pairs = read
+            if n_chunks:
+                for p in range(n_chunks):
+                    chunk = chunks[p]
+                    if chunk.layers >= span.end:
+                        read += chunk.context_tokens if window == 0 else min(chunk.context_tokens, window)
+                        pairs += _pairs(chunk.tokens, chunk.context_tokens, window)
             n_bytes += of_class * read * x.kv_bytes
             of_attention += of_class * 4 * x.width * pairs
-    if x.layer_flops_per_s == x.flops_per_s and x.attention_flops_per_s == x.flops_per_s:
-        compute_s = (operations + of_layers + of_attention) / x.flops_per_s
+    flops_per_s, of_layers_per_s, of_attention_per_s = x.flops_per_s, x.layer_flops_per_s, x.attention_flops_per_s
+    if of_layers_per_s == flops_per_s and of_attention_per_s == flops_per_s:
+        compute_s = (operations + of_layers + of_attention) / flops_per_s
     else:
-        compute_s = operations / x.flops_per_s + of_layers / x.layer_flops_per_s
-        compute_s += of_attention / x.attention_flops_per_s
-    return max(n_bytes / x.hbm_bytes_per_s, compute_s)
+        compute_s = operations / flops_per_s + of_layers / of_layers_per_s
+        compute_s += of_attention / of_attention_per_s
+    return _later_s(n_bytes / x.hbm_bytes_per_s, compute_s)
 
 
 def _pairs(tokens: int, context: int, window: int) -> int:
@@ -302,33 +329,47 @@ def outside_grid(
     t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
 ) -> bool:
     """Whether a table had to be extrapolated."""
-    outside = _rows_outside(t.rows, HEAD, it.sampled_tokens)
+    n_chunks, first, last, classes = it.chunks, t.rows.first, t.rows.last, len(class_layers)
     rows = work[0].decode_tokens
-    for p in range(it.chunks):
-        rows += chunks[p].tokens
-    outside |= _rows_outside(t.rows, EMBEDDING, rows)
-    classes = class_layers.shape[0]
+    if n_chunks:
+        for p in range(n_chunks):
+            rows += chunks[p].tokens
+    if _rows_outside(first, last, HEAD, it.sampled_tokens) or _rows_outside(first, last, EMBEDDING, rows):
+        return True
     for s in range(len(spans)):
         w = work[s]
-        rows = w.decode_tokens + w.verified_tokens
-        for p in range(it.chunks):
-            if chunks[p].layers > spans[s].start:
-                rows += chunks[p].tokens
+        decodes, moved, kv_tokens = w.decode_tokens, w.propagated_tokens, _read_kv_tokens(x, it, w)
+        rows, checked, classified = decodes + w.verified_tokens, w.checked_tokens, w.classified_tokens
+        if n_chunks:
+            for p in range(n_chunks):
+                if chunks[p].layers > spans[s].start:
+                    rows += chunks[p].tokens
         for c in range(classes):
-            first = FIRST_OF_CLASS + c * OF_CLASS
-            outside |= _rows_outside(t.rows, first + DENSE, rows)
-            outside |= _decode_outside(t.decode, c, w.decode_tokens, _read_kv_tokens(x, it, w))
-            outside |= _rows_outside(t.rows, first + KV_PROJECTION, w.propagated_tokens)
-        outside |= _rows_outside(t.rows, CHECK, w.checked_tokens)
-        outside |= _rows_outside(t.rows, CLASSIFIER, w.classified_tokens)
-    for c in range(classes):
-        last_tokens = t.prefill.grid[c, 0, t.prefill.sizes[c, 0] - 1]
-        last_context = t.prefill.grid[c, 1, t.prefill.sizes[c, 1] - 1]
-        for p in range(it.chunks):
-            tokens, context = chunks[p].tokens, chunks[p].context_tokens
-            outside |= tokens < t.prefill.grid[c, 0, 0] or tokens > last_tokens
-            outside |= context < t.prefill.grid[c, 1, 0] or context > last_context
-    return outside
+            table = FIRST_OF_CLASS + c * OF_CLASS
+            if rows and _rows_outside(first, last, table + DENSE, rows):
+                return True
+            if decodes and _decode_outside(t.decode, c, decodes, kv_tokens):
+                return True
+            if moved and _rows_outside(first, last, table + KV_PROJECTION, moved):
+                return True
+        if checked and _rows_outside(first, last, CHECK, checked):
+            return True
+        if classified and _rows_outside(first, last, CLASSIFIER, classified):
+            return True
+    if n_chunks:
+        for c in range(classes):
+            if _chunk_outside(t.prefill, c, n_chunks, chunks):
+                return True
+    return False
+
+
+def _chunk_outside(t: PrefillAttention, c: int, n_chunks: int, chunks: Table) -> bool:
+    last_tokens, last_context = t.grid[c, 0, t.sizes[c, 0] - 1], t.grid[c, 1, t.sizes[c, 1] - 1]
+    for p in range(n_chunks):
+        tokens, context = chunks[p].tokens, chunks[p].context_tokens
+        if tokens < t.grid[c, 0, 0] or tokens > last_tokens or context < t.grid[c, 1, 0] or context > last_context:
+            return True
+    return False
 
 
 def _is_longer(chunk: Record, other: Record) -> bool:
@@ -337,18 +378,18 @@ def _is_longer(chunk: Record, other: Record) -> bool:
     return chunk.context_tokens > other.context_tokens
 
 
-def _launch_s(x: Record, it: Record, layers: int) -> float:
-    layer_s = x.prefill_launch_s_per_layer if it.chunks else x.launch_s_per_layer
-    return layers * max(layer_s, x.launch_s_per_layer) + x.launch_s_per_graph
+def _launch_s_per_layer(x: Record, n_chunks: int) -> float:
+    return _later_s(x.launch_s_per_layer, x.prefill_launch_s_per_layer) if n_chunks else x.launch_s_per_layer
 
 
-def _group_s(x: Record, it: Record, device_s: float, layers: int, slowdown: float) -> float:
-    return max(device_s * slowdown, _launch_s(x, it, layers))
+def _later_s(one_s: float, other_s: float) -> float:
+    """Of two that run side by side the one that ends later."""
+    return other_s if other_s > one_s else one_s
 
 
 def _by_rows_s(t: ByRows, table: int, rows: int) -> float:
     """Seconds of so many rows; no rows take no time."""
-    end = t.range[table, 1]
+    end = t.last[table]
     if rows <= end:
         return t.seconds[table, rows]
     return t.seconds[table, end] + (rows - end) * t.slope_s[table]
@@ -370,7 +411,7 @@ def _decodes_s(
         seconds = _mixed_s(t.mixed, c, chunk, context, w.decode_tokens, kv_tokens)
     else:
         seconds = _decode_s(t.decode, c, w.decode_tokens, kv_tokens)
-    if t.unequal.sizes[c, CHUNK_AXIS] == 0 or it.kv_most == NEVER:
+    if it.kv_most == NEVER or t.unequal.sizes[c, CHUNK_AXIS] == 0:
         return seconds
     batch, kv_tokens = work[it.first_band].decode_tokens, work[it.first_band].kv_tokens
     return seconds * (1.0 + unequal_share(t.unequal, c, chunk, batch, kv_tokens, it.kv_least, it.kv_most))
@@ -380,11 +421,11 @@ def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:
     """Bilinear in the batch and the mean KV tokens; `kv_tokens` is the sum over the batch."""
     if batch == 0:
         return 0.0
-    end_batch, end_kv = t.range[c, 1], t.range[c, 3]
+    table, end_batch, end_kv = t.seconds, t.last_batch[c], t.last_kv[c]
     mean = kv_tokens / batch
-    j = t.interval[c, min(int(mean), end_kv)]
-    at = min(batch, end_batch)
-    seconds = t.seconds[c, 0, at, j] + t.seconds[c, 1, at, j] * (mean - t.kv[c, j])
+    j = t.interval[c, int(mean) if mean < end_kv else end_kv]
+    at = batch if batch < end_batch else end_batch
+    seconds = table[c, 0, at, j] + table[c, 1, at, j] * (mean - t.kv[c, j])
     return seconds if batch <= end_batch else seconds * (batch / end_batch)
 
 
@@ -497,11 +538,11 @@ def _unequal_plane(t: UnequalLengths, c: int, plane: int, batch: int, kv_tokens:
     return first + (second - first) * of_longest
 
 
-def _rows_outside(t: ByRows, table: int, rows: int) -> bool:
-    return rows > t.range[table, 1] or 0 < rows < t.range[table, 0]
+def _rows_outside(first: Numbers, last: Numbers, table: int, rows: int) -> bool:
+    return rows > last[table] or 0 < rows < first[table]
 
 
 def _decode_outside(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> bool:
-    if batch > t.range[c, 1] or kv_tokens > t.range[c, 3] * batch:
+    if batch > t.last_batch[c] or kv_tokens > t.last_kv[c] * batch:
         return True
-    return batch > 0 and (batch < t.range[c, 0] or kv_tokens < t.range[c, 2] * batch)
+    return batch < t.first_batch[c] or kv_tokens < t.first_kv[c] * batch

@@ -99,10 +99,11 @@ def begin_schedule(
     if it.first_band:
         it.budget = 0
     it.chunks = it.finishing = 0
-    for i in range(s.decoding, s.running):
-        if it.budget <= 0:
-            break
-        _add_chunk(s, r, it, requests, chunks, prefix, owed, lists.batch[i])
+    if s.running > s.decoding:
+        for i in range(s.decoding, s.running):
+            if it.budget <= 0:
+                break
+            _add_chunk(s, r, it, requests, chunks, prefix, owed, lists.batch[i])
     if r.wait_iterations and s.decoding and s.waiting and not it.blocked:
         s.waited += 1
         if s.waited > r.wait_iterations or s.decoding + _waiting_tokens(s, r, requests, line, tokens) >= r.wait_tokens:
@@ -218,12 +219,13 @@ def admit(
             s.starts_left -= 1
         request.started = 1
         _add_chunk(s, r, it, requests, chunks, prefix, owed, slot)
-    if r.prefill_first and it.chunks:  # decodes wait
-        it.decodes = it.due_blocks = it.kv_tokens = it.drafts = it.drafted = 0
-    for p in range(it.chunks):
-        request = requests[chunks[p].slot]
-        if request.scheduled_ns == NEVER:
-            request.scheduled_ns = s.now_ns
+    if it.chunks:
+        if r.prefill_first:  # decodes wait
+            it.decodes = it.due_blocks = it.kv_tokens = it.drafts = it.drafted = 0
+        for p in range(it.chunks):
+            request = requests[chunks[p].slot]
+            if request.scheduled_ns == NEVER:
+                request.scheduled_ns = s.now_ns
     return GO_ON
 
 

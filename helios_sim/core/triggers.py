@@ -18,6 +18,7 @@ from helios_sim.core.layout import (
     RUNNING_ABOVE,
     Line,
     Lists,
+    Numbers,
     Record,
     Table,
     Watch,
@@ -102,22 +103,25 @@ def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: W
 
     Observed tokens are left out, because they ran deeper than the cap.
     """
-    for k in range(len(watch.windows)):
-        if watch.windows[k].of_requests:
+    batch, alike, windows, flags = lists.batch, it.alike, watch.windows, watch.flags
+    for k in range(len(windows)):
+        window = windows[k]
+        if window.of_requests:
             continue
         for i in range(it.decodes):
-            request = requests[lists.batch[i]]
-            if it.alike:
-                _enter(watch, k, 0)
-            elif not request.observed:
-                _enter(watch, k, request.token_breach)
+            if alike:
+                _enter(window, flags, k, 0)
+            else:
+                request = requests[batch[i]]
+                if not request.observed:
+                    _enter(window, flags, k, request.token_breach)
 
 
 def slide_completed(r: Record, request: Record, watch: Watch) -> None:
     """A request that completes enters the windows of SLO attainment."""
     for k in range(len(watch.windows)):
         if watch.windows[k].of_requests:
-            _enter(watch, k, 0 if meets_slo(r, request) else 1)
+            _enter(watch.windows[k], watch.flags, k, 0 if meets_slo(r, request) else 1)
 
 
 def meets_slo(r: Record, request: Record) -> bool:
@@ -131,17 +135,16 @@ def meets_slo(r: Record, request: Record) -> bool:
     return r.tpot_ns == NEVER or last_ns - first_ns <= r.tpot_ns * further
 
 
-def _enter(watch: Watch, k: int, breach: int) -> None:
-    """The oldest entry of the window leaves its ring where that is full."""
-    window = watch.windows[k]
-    at = window.next
-    if window.filled == window.length:
-        window.breaches -= int(watch.flags[k, at])
+def _enter(window: Record, flags: Numbers, k: int, breach: int) -> None:
+    """The oldest entry of the window leaves its ring, the k-th, where that is full."""
+    at, length = window.next, window.length
+    if window.filled == length:
+        window.breaches -= flags[k, at]
     else:
         window.filled += 1
-    watch.flags[k, at] = breach != 0
+    flags[k, at] = breach
     window.breaches += breach
-    window.next = 0 if at + 1 == window.length else at + 1
+    window.next = at + 1 if at + 1 < length else 0
 
 
 def in_flight(s: Record, requests: Table, line: Line) -> bool:

@@ -209,8 +209,8 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     }
     microbits = np.zeros((0, 0), np.int64) if trace.microbits is None else trace.microbits
     seen = Trace(
-        _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach),
-        _frozen(trace.agree), _frozen(microbits), np.zeros(1, np.int64),
+        _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach.view(np.uint8)),
+        _frozen(trace.agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
         np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
         split_above,
     )  # fmt: skip

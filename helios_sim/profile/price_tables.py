@@ -239,14 +239,18 @@ def _price_tables(
     return PriceTables(
         ByRows(
             seconds=_stacked(by_rows),
-            range=np.array([(int(t.rows[0]), int(t.rows[-1])) for t in sources], np.int64),
+            first=np.array([int(t.rows[0]) for t in sources], np.int64),
+            last=np.array([int(t.rows[-1]) for t in sources], np.int64),
             slope_s=np.array([float((t.time_s[-1] - t.time_s[-2]) / (t.rows[-1] - t.rows[-2])) for t in sources]),
         ),
         DecodeAttention(
             seconds=_stacked([np.stack([t.values, t.slopes]) for t in decode]),
             kv=_stacked([t.kv for t in decode]),
             interval=_stacked([t.interval for t in decode]).astype(np.int64),
-            range=np.array([t.range for t in decode], np.int64),
+            first_batch=np.array([int(tables.decode_attention.first[0]) for tables in classes], np.int64),
+            last_batch=np.array([int(tables.decode_attention.first[-1]) for tables in classes], np.int64),
+            first_kv=np.array([int(tables.decode_attention.second[0]) for tables in classes], np.int64),
+            last_kv=np.array([int(tables.decode_attention.second[-1]) for tables in classes], np.int64),
         ),
         PrefillAttention(
             seconds=_stacked([t.time_s.astype(np.float64) for t in prefill]),
@@ -300,7 +304,6 @@ class _Decode:
     slopes: FloatArray
     kv: FloatArray  # (interval,)
     interval: IntArray  # of every whole number of KV tokens: means fall into the interval of their whole part
-    range: tuple[int, int, int, int]
 
     @classmethod
     def of(cls, table: GridTable) -> _Decode:
@@ -312,8 +315,7 @@ class _Decode:
         slopes = np.concatenate([slopes, slopes[:, -1:]], axis=1)
         below = np.searchsorted(table.second, np.arange(end_kv + 1), side="right") - 1
         interval = np.maximum(below, 0).astype(np.int64)
-        first = int(table.first[0]), end_batch, int(table.second[0]), end_kv
-        return cls(values, slopes, table.second.astype(np.float64), interval, first)
+        return cls(values, slopes, table.second.astype(np.float64), interval)
 
 
 def _axes(table: MixedTable | None) -> FloatArray:

@@ -64,7 +64,7 @@ class Decider:
         self._stays = False  # what comes into force next has been in force before
         self._triggers: tuple[Trigger, ...] = ()
         self._watched: Placement | None = None  # by the breach windows
-        self._flags: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._flags: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
         self._seen: Watch  # `watch` for plain Python
         self.watch = self._watch([], [])
 
@@ -85,7 +85,7 @@ class Decider:
         same = deployment.active == self._watched
         known = [t for t in self._triggers if isinstance(t, BreachLimit | SloBelow)] if same else []
         sizes = [_window(limit)[0] for limit in limits]
-        self._flags = np.zeros((len(limits), max(sizes, default=0)), np.bool_)
+        self._flags = np.zeros((len(limits), max(sizes, default=0)), np.uint8)
         windows = []
         for k, limit in enumerate(limits):
             size, most = _window(limit)
