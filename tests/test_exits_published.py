@@ -16,6 +16,7 @@ from helios_sim.exits.published import (
     THRESHOLD,
     PublishedParameters,
     fit,
+    fit_latent,
     latent_paths,
     near_share,
     published_pair,
@@ -73,6 +74,13 @@ def test_joint_exits(pair: tuple[ExitTrace, ExitTrace]) -> None:
     assert joint.late_helped == pytest.approx(fitted.late_helped, abs=2 * TOLERANCE)
     assert fitted.late_helped == pytest.approx(1 - 0.08 / 0.26, abs=1e-6)
     assert abs(fitted.late_helped - LATE_HELPED) > 0.1
+
+
+def test_what_is_kept_of_the_fit_is_what_is_found() -> None:
+    kept, shares = fit(PublishedParameters()), [list(shares.values()) for shares in EXIT_SHARES.values()]
+    found = fit_latent(shares, jointly_early=0.92, near_last_five=0.70, n_tasks=len(TASKS), task_spread=0.0)
+    assert (kept.late_helped, kept.last_helped) == pytest.approx((found.late_helped, found.last_helped), abs=1e-12)
+    assert kept == replace(found, late_helped=kept.late_helped, last_helped=kept.last_helped)
 
 
 def test_the_other_published_joint_figure_can_be_had_instead() -> None:
