@@ -95,6 +95,10 @@ class RequestBlock:
     def __len__(self) -> int:
         return len(self.request_id)
 
+    def __getitem__(self, which: slice | NDArray[np.intp]) -> RequestBlock:
+        """Some of the requests, by their places."""
+        return RequestBlock(*(getattr(self, f.name)[which] for f in fields(self)))
+
     def rows(self) -> Iterator[Request]:
         columns = (getattr(self, f.name).tolist() for f in fields(self))
         for row in zip(*columns, strict=True):

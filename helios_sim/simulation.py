@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
 from typing import Protocol
@@ -312,7 +312,7 @@ class _Split:
         for number, part in enumerate(self._parts):
             mine = np.flatnonzero(replica == number)
             if len(mine):
-                part.append(RequestBlock(*(getattr(block, f.name)[mine] for f in fields(block))))
+                part.append(block[mine])
 
 
 def simulate(

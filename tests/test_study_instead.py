@@ -17,7 +17,7 @@ from helios_sim.report.write import summarise_result, write_result
 from helios_sim.request import RequestRecord
 from helios_sim.study import instead
 from helios_sim.study.instead import _Branching, branches, over, run_instead
-from helios_sim.study.jobs import Job, JobResult, run_job
+from helios_sim.study.jobs import Job, JobResult, run_job, serve
 from helios_sim.study.plan import plan_study
 from test_report_metrics import dropped, record
 
@@ -75,6 +75,20 @@ def test_a_decision_that_does_not_come_again_is_left_out(job: Job, ran: JobResul
     never = replace(branch, decision=replace(branch.decision, time_ns=branch.decision.time_ns + 1))
     assert instead._served(job, never) is None
     assert instead._served(job, branch) is not None
+
+
+def test_what_comes_after_the_window_changes_nothing_in_it(
+    job: Job, ran: JobResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch is served as far as it is looked at."""
+    found = list(branches(ran))[:2]
+    short = [served(job, branch) for branch in found]
+    monkeypatch.setattr(instead, "serve", lambda *given, until_ns, **how: serve(*given, **how))
+    for branch, records in zip(found, short, strict=True):
+        whole = served(job, branch)
+        window_ns = branch.decision.time_ns, branch.until_ns
+        assert over(records, *window_ns) == over(whole, *window_ns)
+        assert len(records) < len(whole) == len(ran.replicate.records)
 
 
 def test_nothing_is_changed_before_the_decision(job: Job, ran: JobResult) -> None:

@@ -35,6 +35,7 @@ from helios_sim.workload import (
     TraceLengths,
     Workload,
     generate,
+    up_to,
 )
 
 MODEL = ModelSpec(
@@ -302,3 +303,13 @@ def test_memory_is_that_of_a_block_not_of_the_workload() -> None:
 def test_speed_of_a_million_requests(benchmark) -> None:  # type: ignore[no-untyped-def]
     workload = Workload(Poisson(6.0), LENGTHS, TaskMix(("a", "b"), (1, 0), (0, 1), PeriodicDrift(0.1)), 1_000_000)
     assert benchmark(lambda: sum(len(block) for block in generate(workload, 0))) == 1_000_000
+
+
+@pytest.mark.parametrize("block_requests", [3, 100])
+def test_up_to_a_moment_come_those_before_it_and_the_next(block_requests: int) -> None:
+    work = Workload(Constant(10.0), DrawnLengths(Fixed(5), Fixed(5)), ONE_TASK, 10)
+    whole = [request for block in generate(work, 0) for request in block.rows()]
+    blocks, requests = up_to(generate(work, 0, block_requests), whole[4].arrival_ns)
+    assert [request for block in blocks for request in block.rows()] == whole[:6]
+    assert requests == 6
+    assert up_to(generate(work, 0, block_requests), 10**15)[1] == 10

@@ -153,12 +153,16 @@ class _Lazy:
 
 
 def for_run(requests: int, compiled: bool | None = None) -> Machine | None:
-    """The machine code where so many requests are worth it or it lies on disk; `compiled` says otherwise.
+    """The machine code where so many requests are worth it or it is there already; `compiled` says otherwise.
 
     The result of a run does not depend on it.
     """
-    worth = (requests >= WORTH_COMPILING or is_made()) if compiled is None else compiled
-    return load() if worth else None
+    return load() if (runs_compiled(requests) if compiled is None else compiled) else None
+
+
+def runs_compiled(requests: int) -> bool:
+    """Whether a run of so many requests is left to machine code, which is there or would be made for it."""
+    return _can_compile() and (requests >= WORTH_COMPILING or loaded() is not None or is_made())
 
 
 @cache

@@ -45,7 +45,7 @@ def run_study(config: Config, folder: Path) -> int:
         check_trace(plan)
     with at_work_in(folder):
         journal = journal_of(folder)
-        settled = settle(plan, config, lambda jobs: _run_jobs(jobs, journal, config))
+        settled = settle(plan, config, lambda jobs: _run_jobs(jobs, journal, config), processes(config))
         if sys.stderr.isatty():
             say("Writing the tables, the figures and the page ...", sys.stderr)
         made = with_read(provenance(config), journal) | {"seeds": list(settled.plan.config.seeds)}

@@ -8,6 +8,7 @@ what else it weighed (`Deployment.next_best`); for one that never does, the othe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,9 @@ from helios_sim.serving.decider import Decision
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, JobResult, serve
 from helios_sim.study.modes import SIMULATE
+from helios_sim.study.runner import place_of
 from helios_sim.study.schema import AUTO, NONE
+from helios_sim.vary.workers import FORKS, Place, Workers
 
 MOST_REQUESTS = 30_000  # of all branches of a study together up to which next_best=auto runs them: a second or two
 
@@ -38,25 +41,36 @@ class Branch:
 
 
 def run_instead(
-    arms: Mapping[str, Job], results: Mapping[str, JobResult], subject: str
+    arms: Mapping[str, Job], results: Mapping[str, JobResult], subject: str, processes: int | None = 1
 ) -> dict[str, dict[int, Instead]]:
-    """By arm and place in its log. The subject's come first; `auto` ends when they become too many."""
+    """By arm and place in its log. The subject's come first; `auto` ends when they become too many.
+
+    `processes`: as `run_jobs` takes them, though many branches run one after the other.
+    """
     found: dict[str, dict[int, Instead]] = {}
+    asked: dict[str, tuple[str, Job, Branch]] = {}
     left = MOST_REQUESTS
     for name in sorted(arms, key=lambda arm: arm != subject):
         job, result = arms[name], results[arms[name].key]
-        asked, found[name] = job.config.next_best, {}
-        if asked == NONE or job.config.mode != SIMULATE or job.arm.policy.kind.is_bound:
+        found[name] = {}
+        if job.config.next_best == NONE or job.config.mode != SIMULATE or job.arm.policy.kind.is_bound:
             continue
-        records = result.replicate.records
         for branch in branches(result):
-            left -= len(records)
-            if asked == AUTO and left < 0:
+            left -= len(result.replicate.records)
+            if job.config.next_best == AUTO and left < 0:
                 break
-            other = _served(job, branch)
+            asked[f"{name}/{branch.place}"] = name, job, branch
+    where = place_of([job for _, job, _ in asked.values()], processes)
+    with closing(Workers(where if where.backend == FORKS else Place())) as workers:
+        for key, other in workers(_of_branch, {key: (job, branch) for key, (_, job, branch) in asked.items()}):
+            name, job, branch = asked[key]
             if other is not None:
-                found[name][branch.place] = _instead(branch, records, other)
+                found[name][branch.place] = _instead(branch, results[job.key].replicate.records, other)
     return found
+
+
+def _of_branch(asked: tuple[Job, Branch]) -> Records | None:
+    return _served(*asked)
 
 
 def branches(result: JobResult) -> Iterator[Branch]:
@@ -101,7 +115,8 @@ class _Branching:
 
 
 def _served(job: Job, branch: Branch) -> Records | None:
-    """All requests of the run with the other option. None: a policy that does not repeat itself never came to it."""
+    """The run with the other option, as far as it is looked at. None: a policy that does not repeat itself never came
+    to it."""
     log = RecordLog()
     branching: list[_Branching] = []
 
@@ -112,7 +127,9 @@ def _served(job: Job, branch: Branch) -> Records | None:
         return branching[-1]
 
     fleet = shared_fleet(job.config, job.seed)
-    serve(job, fleet, log.add, pictures=False, block_sink=log.add_block, policy_of=policy_of)
+    serve(
+        job, fleet, log.add, pictures=False, block_sink=log.add_block, policy_of=policy_of, until_ns=branch.until_ns
+    )  # fmt: skip
     return log.records() if any(policy.taken for policy in branching) else None
 
 

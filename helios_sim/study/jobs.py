@@ -41,7 +41,7 @@ from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes
-from helios_sim.workload import TraceArrivals, TraceLengths, generate
+from helios_sim.workload import TraceArrivals, TraceLengths, generate, up_to
 from helios_sim.workload.faults import Struck
 
 if TYPE_CHECKING:
@@ -152,13 +152,15 @@ def serve(
     on_server: Callable[[Server], None] | None = None,
     warm_up_s: float = 0.0,
     policy_of: Callable[[int, Policy], Policy] | None = None,
+    until_ns: int | None = None,
 ) -> Run:
     """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
     the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes them. `on_server`: told of
-    each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes.
-    each server before it begins. `policy_of`: what takes the place of a replica's policy.
+    each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes. `policy_of`:
+    what takes the place of a replica's policy. `until_ns`: nobody looks at what happens after it, so that requests that
+    arrive later are left out, but for the first, which keeps the run going until then. In a closed loop all come.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -181,10 +183,13 @@ def serve(
         return server
 
     workload = fleet.parts.workload
+    blocks, requests = generate(workload, job.seed), workload.requests
+    if until_ns is not None and workload.users is None:
+        blocks, requests = up_to(blocks, until_ns)
     return simulate(
         make_server,
-        generate(workload, job.seed),
-        workload.requests,
+        blocks,
+        requests,
         sink,
         users=workload.users,
         replicas=fleet.replicas,

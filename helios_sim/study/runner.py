@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from helios_sim import files
+from helios_sim.core.machine import runs_compiled
 from helios_sim.errors import UserError
 from helios_sim.files import json_value
 from helios_sim.report.terminal import say
 from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job
+from helios_sim.study.modes import SIMULATE
 from helios_sim.vary.columns import from_bytes, in_parts
+from helios_sim.vary.forks import can_fork
 from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
-from helios_sim.vary.workers import Place, Workers
+from helios_sim.vary.workers import FORKS, Place, Workers
 
 FINISHED = "finished"  # the folder of finished jobs inside the output folder
 JOBS_WORTH_A_POOL = 8  # fewer are done before the processes have started
+REQUESTS_WORTH_FORKS = 400  # of all jobs together, interpreted: fewer are served before the forks are made
 
 _In = TypeVar("_In")
 
@@ -31,13 +35,23 @@ def run_jobs(
 ) -> dict[str, JobResult]:
     """Results by job key. Jobs that the journal already holds are read, not run; the order does not matter.
 
-    `processes`: None for one a core, or none at all for a few jobs. Raises the first job's UserError; what was finished
-    before stays in its folder.
+    `processes`: None for one a core, which are forks where jobs are few and short. Raises the first job's UserError;
+    what was finished before stays in its folder.
     """
     tasks = [task_of((job,), {"arm": job.arm.name, "seed": job.seed}, job) for job in jobs]
-    wanted = processes or ((os.cpu_count() or 1) if len({t.key for t in tasks}) >= JOBS_WORTH_A_POOL else 1)
-    with closing(Workers(Place("processes", wanted, setting="jobs"))) as workers:
+    with closing(Workers(place_of(list({job.key: job for job in jobs}.values()), processes))) as workers:
         return run_tasks(_run, tasks, journal, workers, on_done)
+
+
+def place_of(jobs: Sequence[Job], processes: int | None) -> Place:
+    """Where so many different jobs run, by the setting `jobs`."""
+    if processes is not None or len(jobs) >= JOBS_WORTH_A_POOL:
+        return Place("processes", processes or os.cpu_count() or 1, setting="jobs")
+    requests = [job.config.workload.n_requests for job in jobs if job.config.mode == SIMULATE]
+    known = [n for n in requests if n is not None]
+    # Machine code is made once, in this process, and with it such jobs take no time.
+    forks = len(known) == len(jobs) and sum(known) >= REQUESTS_WORTH_FORKS and not any(map(runs_compiled, known))
+    return Place(FORKS if forks and can_fork() else "serial", os.cpu_count() or 1, setting="jobs")
 
 
 def journal_of(folder: Path) -> Journal[JobResult]:

@@ -539,7 +539,7 @@ class Config:
     pictures: bool = True  # false: no figures and no report.html, only the data
     report: ReportConfig = field(default_factory=ReportConfig)
     trace: bool = False  # true: also trace.perfetto-trace, every iteration of each arm's first seed (ui.perfetto.dev)
-    jobs: int | None = None  # processes; None: one per core, or none for short studies
+    jobs: int | None = None  # processes; None: one per core, or none for the shortest studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many of them
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation

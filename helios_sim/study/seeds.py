@@ -46,8 +46,11 @@ def first_plan(config: Config) -> StudyPlan:
     return plan
 
 
-def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
-    """Run a study from its first plan on; `config` is as it was given, with seeds that may be `auto`."""
+def settle(plan: StudyPlan, config: Config, run: RunJobs, processes: int | None = 1) -> Settled:
+    """Run a study from its first plan on; `config` is as it was given, with seeds that may be `auto`.
+
+    `processes`: as `run_jobs` takes them, for what is not a job.
+    """
     results: dict[str, JobResult] = {}
 
     def done(jobs: Sequence[Job]) -> None:
@@ -69,7 +72,7 @@ def settle(plan: StudyPlan, config: Config, run: RunJobs) -> Settled:
     done(plan.jobs)
     ends = run_ends(plan, _pair(plan), results, done)
     first = {name: jobs[0] for name, jobs in plan.headline.jobs.items()}
-    return Settled(plan, results, why, ends, run_instead(first, results, _subject(plan)))
+    return Settled(plan, results, why, ends, run_instead(first, results, _subject(plan), processes))
 
 
 def looks(config: Config) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, in several here, or on a Ray cluster, the latter two through joblib.
+"""Where tasks run: in this process, in several here, or on a Ray cluster. Many go through joblib, a few to forks.
 
 Whatever runs them, each task is computed by the same function from the same input, so the results are the same.
 """
@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from secrets import token_hex
@@ -24,8 +24,10 @@ from helios_sim.errors import UserError
 from helios_sim.interrupt import TimeIsUp, at_most, handlers_kept
 from helios_sim.untrusted import in_short
 from helios_sim.vary import guard
+from helios_sim.vary.forks import ForkEnded, Forks
 
 BACKENDS = ("serial", "processes", "ray")
+FORKS = "forks"  # of a study alone, whose settings do not name it
 # Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
 # part of the cluster is gone before Ray has noticed.
 SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
@@ -86,6 +88,8 @@ class Workers:
             yield from self._cluster(function, inputs)
         elif self._place.backend == "processes" and wanted > 1:
             yield from self._processes(function, inputs, wanted)
+        elif self._place.backend == FORKS and wanted > 1:
+            yield from self._forks(function, inputs, wanted)
         else:
             for key, value in inputs.items():
                 yield key, function(value)
@@ -109,13 +113,27 @@ class Workers:
                 function, inputs, workers, backend="loky", max_nbytes=None, initializer=_follow, initargs=(os.getpid(),)
             )
         except TerminatedWorkerError as error:
-            setting = self._place.setting
-            allowed = "a process was killed from outside, most often for want of memory; what is finished is kept"
-            fix = f"start again in the same hydra.run.dir with fewer, such as {setting}=1"
-            raise UserError(setting, workers, allowed, fix) from error
+            raise self._killed(workers) from error
         except BaseException:
             _join_feeders()
             raise
+
+    def _forks(
+        self, function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int
+    ) -> Iterator[tuple[str, _Out]]:
+        with _without_interrupts():
+            forks = Forks(function, list(inputs.values()), workers, _follow)
+        with closing(forks):
+            try:
+                yield from zip(inputs, forks.results(), strict=True)
+            except ForkEnded as error:
+                raise self._killed(workers) from error
+
+    def _killed(self, workers: int) -> UserError:
+        setting = self._place.setting
+        allowed = "a process was killed from outside, most often for want of memory; what is finished is kept"
+        fix = f"start again in the same hydra.run.dir with fewer, such as {setting}=1"
+        return UserError(setting, workers, allowed, fix)
 
     def _cluster(self, function: Callable[[_In], _Out], inputs: Mapping[str, _In]) -> Iterator[tuple[str, _Out]]:
         """What was lost with a node runs again on those that are left."""

@@ -1,7 +1,15 @@
 """Requests to a server: their arrivals, lengths and task mix, and readers of public traces."""
 
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Constant, Gamma, Poisson, TraceArrivals
-from helios_sim.workload.generate import BLOCK_REQUESTS, LengthFigures, Workload, WorkloadFigures, describe, generate
+from helios_sim.workload.generate import (
+    BLOCK_REQUESTS,
+    LengthFigures,
+    Workload,
+    WorkloadFigures,
+    describe,
+    generate,
+    up_to,
+)
 from helios_sim.workload.lengths import (
     DrawnLengths,
     Exponential,
@@ -46,4 +54,5 @@ __all__ = [
     "describe",
     "generate",
     "read_trace",
+    "up_to",
 ]

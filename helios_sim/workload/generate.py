@@ -189,6 +189,17 @@ def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[Requ
         )
 
 
+def up_to(blocks: Iterable[RequestBlock], until_ns: int) -> tuple[Iterator[RequestBlock], int]:
+    """The requests that arrive up to then and the first that does after it, and how many they are."""
+    found: list[RequestBlock] = []
+    for block in blocks:
+        n = int(np.searchsorted(block.arrival_ns, until_ns, side="right")) + 1
+        found.append(block[:n])
+        if n <= len(block):
+            break
+    return iter(found), sum(map(len, found))
+
+
 def _stream(seed: int, name: str) -> Generator:
     """A component's own Generator. Its key is its name, so no component's draws depend on which others exist."""
     return np.random.Generator(np.random.PCG64(SeedSequence(seed, spawn_key=tuple(name.encode()))))
