@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from helios_sim.shared_data import shared_data_folder
+from schedule import pytest_collection_modifyitems, pytest_xdist_make_scheduler
+
+__all__ = ["pytest_collection_modifyitems", "pytest_xdist_make_scheduler"]
 
 if TYPE_CHECKING:
     from command_line import CommandLine
 
 # Before a test loads torch: pytest-xdist has a worker on every core, and torch's threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a test writes need not outlast a power cut, and a disk takes its time to promise that it would.
+os.fsync = lambda _: None
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _NO_DATA = "data from elsewhere is not here"
@@ -26,6 +35,7 @@ _NO_DATA = "data from elsewhere is not here"
 settings.register_profile("repeat", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+SHARE, FEW = 0.5, 10  # of a property's examples; `pytest -m exhaustive` tries all
 
 _IMPORTED = re.compile(
     r"""^(?:\w+\ =\ )?  # at the start of a line, so when the file is imported
@@ -45,6 +55,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if needs_torch(item.path):
         item.add_marker("live")
+    if is_hypothesis_test(getattr(item, "obj", None)):
+        if item.config.option.markexpr == "exhaustive":
+            item.add_marker("exhaustive")
+        elif "HYPOTHESIS_PROFILE" not in os.environ:
+            try_fewer_examples(item.obj)
+
+
+@cache  # several items may have one function
+def try_fewer_examples(test: Any) -> None:
+    """Let a property try a share of the examples that it names."""
+    own: settings = test._hypothesis_internal_use_settings
+    if (n := max(FEW, round(SHARE * own.max_examples))) < own.max_examples:
+        test._hypothesis_internal_use_settings = settings(own, max_examples=n)
 
 
 @cache
@@ -81,6 +104,25 @@ def _files_of(module: str) -> tuple[Path, ...]:
     return tuple(file for file in found if file.is_file())
 
 
+def pytest_collection_finish() -> None:
+    """Six thousand tests and what they import stay until the end: the collector of cycles need not look at them.
+
+    Live serving freezes what it has opened and thaws everything when it ends. Here what is frozen stays so.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """No test leaves another number of torch's threads than it found."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else int(os.environ["OMP_NUM_THREADS"])
+    yield
+    if "torch" in sys.modules and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
@@ -101,6 +143,18 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     from command_line import CommandLine
 
     return CommandLine(capsys, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and written, and hold nothing: to set and draw them takes longer than a small study."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda self, out, **_: out.write(b"\x89PNG\r\n\x1a\n"))
+    monkeypatch.setattr(FigureCanvasSVG, "print_svg", lambda self, out, **_: out.write("<svg ></svg>"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

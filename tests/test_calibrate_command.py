@@ -40,7 +40,11 @@ def llama(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_from_a_folder_to_a_simulated_decision(family, tmp_path, monkeypatch, capsys) -> None:
+def test_every_family_goes_from_a_folder_to_a_simulated_decision(
+    family, tmp_path, monkeypatch, capsys, request
+) -> None:
+    if family != "llama":  # figures are drawn once
+        request.getfixturevalue("sketched")
     weights = tiny(family, tmp_path / f"tiny-{family}")
     said = calibrate_line(monkeypatch, capsys, tmp_path, f"model={weights}", *QUICK, "out=out")
     assert said.status == 0, said.err

@@ -41,6 +41,7 @@ def statuses(summary: dict) -> dict[str, str]:
     return {name: stage["status"] for name, stage in summary["stages"].items()}
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_rehearsal_runs_every_stage_and_a_second_call_goes_on_from_its_archives(
     repository, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -170,6 +170,7 @@ def test_a_policy_that_changes_too_many_tokens_is_not_advised() -> None:
     assert careful.advice[0].plan.arm == "full_depth"
 
 
+@pytest.mark.usefixtures("sketched")
 def test_without_exits_full_depth_is_planned_and_what_is_missing_is_said(command, tmp_path) -> None:
     arguments = write_study(tmp_path, CAPACITY)
     words = ("models=[meta-llama/Llama-3.1-8B-Instruct]", "capacity.cards=[l40s]", "seeds=[0]", "slo.tpot_s=0.05")
@@ -227,6 +228,7 @@ def test_statistics_of_times_can_be_what_is_kept(by: object) -> None:
     assert {tried.kept for tried in result.tried} == {True, False}
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_trace_is_planned_at_its_own_pace_and_faster(shared_data, command, tmp_path) -> None:
     said = command(
         "+experiment=capacity", "workload=azure_conversation", "workload.n_requests=300", "models=[llama-3.1-8b]",

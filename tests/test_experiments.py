@@ -17,6 +17,7 @@ from helios_sim.study.command import run_study
 EXPERIMENTS = sorted(path.stem for path in Path(conf_folder(), "experiment").glob("*.yaml"))
 # sweeps: test_sweep_experiments.py; of a log: test_fidelity_command.py and test_from_log.py; below: capacity
 STUDIES = [name for name in EXPERIMENTS if not name.startswith(("sweep_", "fidelity_", "capacity", "from_log"))]
+DRAWN = {"quickstart", "autoscale", "faults", "guarantee", "paper_batch"}  # the others: sketches of figures
 NEEDS_SHARED_DATA = {"autoscale", "prefix_caching", "speed_w1"}
 
 
@@ -35,9 +36,22 @@ def small(name: str) -> DictConfig:
     return settings
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in DRAWN])
+def test_the_figures_of_the_others_are_drawn(name: str, tmp_path: Path, capsys, request) -> None:
+    check_small(name, tmp_path, capsys, request)
+    assert all(path.stat().st_size > 5000 for path in (tmp_path / "figures").glob("*.png"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> None:
+    if name not in DRAWN:
+        request.getfixturevalue("sketched")
+    check_small(name, tmp_path, capsys, request)
+
+
+def check_small(name: str, tmp_path: Path, capsys, request) -> None:
     if name in NEEDS_SHARED_DATA:
         request.getfixturevalue("shared_data")
     settings = small(name)
@@ -63,6 +77,7 @@ def test_experiment_runs_small(name: str, tmp_path: Path, capsys, request) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 def test_capacity_runs_small(tmp_path: Path, capsys) -> None:
     register()
     changes = ["+experiment=capacity", "capacity.seconds=1", "capacity.most_replicas=4", "seeds=[0]", "jobs=1"]

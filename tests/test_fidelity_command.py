@@ -33,7 +33,11 @@ REAL = "serving_logs/rtxpro6000_llama31_8b_vllm019"
         ("starved", {"blocks": 40, "output": 90, "requests": 30}),
     ],
 )
-def test_the_whole_command(command: CommandLine, tmp_path: Path, name: str, options: dict) -> None:
+def test_the_whole_command(
+    command: CommandLine, tmp_path: Path, name: str, options: dict, request: pytest.FixtureRequest
+) -> None:
+    if name != "one_card":  # figures are drawn once
+        request.getfixturevalue("sketched")
     folder = write_log(tmp_path / name, **options)
     said = command(*EXPERIMENT, f"fidelity.folder={folder}")
     assert said.status in (0, 2)
@@ -234,6 +238,7 @@ def test_a_logged_number_of_blocks_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 def test_the_real_log_within_its_gates(command: CommandLine, shared_data: Path) -> None:
     said = command("+experiment=fidelity_vllm", f"fidelity.folder={shared_data / REAL}", "fidelity.load_factors=[1.0]")
     assert {gate["name"]: gate["passed"] for gate in said.summary["gates"]} == dict.fromkeys(

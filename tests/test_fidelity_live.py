@@ -210,6 +210,7 @@ def test_the_whole_command(command: CommandLine, study: tuple[str, ...], tmp_pat
 
 
 @pytest.mark.live
+@pytest.mark.usefixtures("sketched")
 def test_finished_runs_are_kept_when_it_is_stopped(
     command: CommandLine, study: tuple[str, ...], tmp_path: Path, monkeypatch
 ) -> None:

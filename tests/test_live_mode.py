@@ -51,6 +51,7 @@ NEXT_SOON = ("policy.review_requests=2", "policy.probe_share=0.9")
 SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.window_tokens=12", "policy.limit=3")
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str) -> None:
     of_one_model = ("full_depth", "early_exit", "early_exit_lazy", "static_cap", "self_speculation")
@@ -150,6 +151,7 @@ def test_a_damaged_text_is_refused(command: CommandLine, study: Path, tmp_path: 
     shutil.rmtree(folder)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_agreement_is_known_when_it_is_scored(command: CommandLine, study: Path) -> None:
     """At full depth every token is full depth's own; of a model cut in the middle many are not."""
     arms = "+arms.cut={policy: static_cap, model: tiny, cap_layers: 2}"
@@ -162,6 +164,7 @@ def test_agreement_is_known_when_it_is_scored(command: CommandLine, study: Path)
     assert found["cut"]["bits_per_char"] is None
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_same_faults_strike_live_and_simulated(command: CommandLine, study: Path) -> None:
     faults = (
         "workload.faults.iteration_fails.at_s=[0.02,0.03,0.04]", "workload.faults.iteration_fails.rate_per_hour=7200",

@@ -57,6 +57,7 @@ def test_a_mistake_is_one_message(command: CommandLine, words: tuple[str, ...], 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 def test_what_a_study_says_of_faults(command: CommandLine, tmp_path: Path) -> None:
     said = command("+experiment=faults", "workload.n_requests=160", "jobs=1", into="out")
     assert said.status == 0, said.err

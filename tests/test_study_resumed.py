@@ -44,6 +44,9 @@ def modules_of_its_own() -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
+
 @pytest.fixture
 def stopped(command: CommandLine, monkeypatch: pytest.MonkeyPatch):
     """Runs a study until so many jobs are done."""

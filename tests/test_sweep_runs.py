@@ -53,6 +53,7 @@ def test_what_is_said_and_written(command, tmp_path):
     assert "\x1b" not in said.out + said.err
 
 
+@pytest.mark.usefixtures("sketched")
 def test_every_design_sees_the_same_requests(command, tmp_path):
     """At full depth a HELIOS setting changes nothing, to the last bit of every metric."""
     text = SWEEP.replace("arms.helios.limit", "objective.max_bits_per_char").replace("[20, 80]", "[5, 9]")
@@ -114,6 +115,7 @@ def test_settings_of_a_sweep_are_refused_where_nothing_is_swept(command, tmp_pat
     assert "sweep.backend='ray': does nothing" in said.err
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_parameter_from_the_command_line(command, tmp_path):
     more = "+sweep.parameters={k: {settings: [arms.helios.shortlist], values: [1, 2]}}"
     fewer = "sweep.parameters.limit.values=[30]"
@@ -135,6 +137,7 @@ def test_a_missing_extra_is_named(monkeypatch, library, settings):
         sweep(example(**settings))
 
 
+@pytest.mark.usefixtures("sketched")
 def test_several_sweeps_in_one_command(command, tmp_path):
     said = command(*write_study(tmp_path, SWEEP), "-m", "server.max_running_requests=1,2")
     assert said.status == 0, said.err
