@@ -22,6 +22,7 @@ from helios_sim.report.result import (
     ExperimentResult,
     Figure,
     Gate,
+    Instead,
     Line,
     LoadFigure,
     PhaseFigure,
@@ -57,9 +58,9 @@ def assemble(settled: Settled, provenance: Mapping[str, Any]) -> ExperimentResul
     config = plan.config
     compared, without = _Compared(results), plan.without_faults
     arms = {
-        name: replace(
-            _arm(name, jobs, results, config, compared.metrics(without[name]) if name in without else None),
-            instead=settled.instead.get(name, {}),
+        name: _arm(
+            name, jobs, results, config, compared.metrics(without[name]) if name in without else None,
+            settled.instead.get(name, {}),
         )
         for name, jobs in plan.headline.jobs.items()
     }
@@ -173,7 +174,12 @@ class _Compared:
 
 
 def _arm(
-    name: str, jobs: Sequence[Job], results: Results, study: Config, without_faults: Metrics | None
+    name: str,
+    jobs: Sequence[Job],
+    results: Results,
+    study: Config,
+    without_faults: Metrics | None,
+    instead: Mapping[int, Instead],
 ) -> ArmResult:
     first = results[jobs[0].key]
     faults = [found for job in jobs if (found := results[job.key].faults) is not None]
@@ -193,6 +199,7 @@ def _arm(
         faults=fault_figures(faults, without_faults) if faults else None,
         scaled=first.scaled,
         timeline_faults=[fault for fault in first.faults or () if fault.hit and not fault.replica],
+        instead=instead,
     )
 
 
