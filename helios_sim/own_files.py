@@ -12,7 +12,6 @@ import yaml
 
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
-from helios_sim.untrusted import parse_yaml
 
 EXPERIMENT, GLOBAL = "experiment", "_global_"
 _PACKAGE = re.compile(r"(?:\s*(?:#[^\n]*)?\n)*?[ \t]*#\s*@package[ \t]+([\w.]+)")  # among the comments at the beginning
@@ -90,7 +89,7 @@ def _read(file: Path, group: str) -> dict[str, Any]:
     """What a file sets; nothing where it is no mapping, of which others tell."""
     try:
         text = file.read_text(encoding="utf-8")
-        values = parse_yaml(text)
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OSError):
         return {}
     return placed(values, package_of(text, group)) if isinstance(values, dict) else {}
