@@ -12,8 +12,29 @@ loads nothing heavy. A study runs as on the command line, in this process and wi
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+
+def _python_first() -> None:
+    """Let Python's own modules come before files of the current folder, which `python -m` puts first.
+
+    A user's json.py or random.py there would be taken for Python's by every library. What is not Python's own, such as
+    the module of a policy, is still found there first. Before any import but these two, which Python has made itself.
+    """
+    own = os.path.dirname(os.__file__)
+    try:
+        is_first = sys.path[:1] == [os.getcwd()]
+    except OSError:  # the folder was removed
+        return
+    if is_first:
+        of_python = [i for i, path in enumerate(sys.path) if path.startswith(own) and "-packages" not in path]
+        sys.path.insert(max(of_python, default=0), sys.path.pop(0))
+
+
+if sys.argv[:1] == ["-m"]:  # a command of this package is being started
+    _python_first()
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -149,26 +170,6 @@ __all__ = [
     "study_config",
     "write_result",
 ]
-
-
-def _python_first() -> None:
-    """Let Python's own modules come before files of the current folder, which `python -m` puts first.
-
-    A user's json.py or random.py there would be taken for Python's by every library. What is not Python's own, such as
-    the module of a policy, is still found there first.
-    """
-    own = os.path.dirname(os.__file__)
-    try:
-        is_first = sys.path[:1] == [os.getcwd()]
-    except OSError:  # the folder was removed
-        return
-    if is_first:
-        of_python = [i for i, path in enumerate(sys.path) if path.startswith(own) and "-packages" not in path]
-        sys.path.insert(max(of_python, default=0), sys.path.pop(0))
-
-
-if sys.argv[:1] == ["-m"]:  # a command of this package is being started
-    _python_first()
 
 _NAMES_BY_MODULE = {
     "api": "simulate simulate_designs study_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import random
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_files_of_the_current_folder_do_not_stand_for_pythons_own(
     assert sys.path == ["set", own, f"{own}/lib-dynload", here, f"{own}/site-packages"]
     helios_sim._python_first()
     assert sys.path.index(here) == 3
+
+
+def test_nor_while_a_command_starts(tmp_path: Path, repository: Path) -> None:
+    """Of those that Python has not imported before it looks for the command."""
+    for name in ("re", "typing", "enum", "json"):
+        (tmp_path / f"{name}.py").write_text("class Policy: ...\n")
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "helios_sim", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (ran.stdout, ran.stderr) == (f"helios_sim {helios_sim.__version__}\n", "")
 
 
 def test_other_names_are_refused() -> None:
