@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from calibrate.schema import CalibrateConfig, CampaignConfig
+from calibrate.schema import CalibrateConfig, CampaignConfig, check_effect
 from helios_sim.config import check_flags, given, in_words, leave_no_trace, register, typed
 from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder, help_text, is_asked
@@ -123,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started.append(folder)
         try:
             config = to_config(settings, command, schema)
+            if isinstance(config, CalibrateConfig):
+                check_effect(config, command)
             check_packages("a calibration")  # before what needs them is imported
             from calibrate.command import run_calibration, run_campaign
 

@@ -5,7 +5,8 @@ The classes are mutable and hold only plain types because Hydra fills them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 
 from helios_sim.errors import UserError, require_finite
 from helios_sim.profile.devices import device_of
@@ -13,6 +14,15 @@ from helios_sim.profile.devices import device_of
 TASKS = ("all", "latency", "adapters", "train_exits", "traces", "potential", "report")
 POTENTIAL, TRAIN_EXITS = "potential", "train_exits"
 CURRICULA = ("rotational", "gradual")
+_MEASURING, _TRAINING = ("all", "latency"), ("adapters", TRAIN_EXITS)
+_TRACING = ("all", *_TRAINING, "traces", POTENTIAL)
+# By setting: the tasks in which it does something. Others do in all, or in the page that any of them writes.
+COUNTS = {
+    **dict.fromkeys(("train_tokens", "adapter_width", "check_width"), _TRAINING), "epochs": ("adapters",),
+    **dict.fromkeys(("tasks", "trace_tokens"), _TRACING), "answers": ("all", "traces"),
+    **dict.fromkeys(("max_batch", "max_batch_tokens", "max_context_tokens", "energy"), _MEASURING),
+    "budget_s": tuple(task for task in TASKS if task != "report"),
+}
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("triton", "torch")
 
@@ -148,6 +158,15 @@ class CalibrateConfig:
         return TOKENS_OF_TRUNK if self.task == TRAIN_EXITS else TOKENS_OF_ADAPTERS
 
 
+def check_effect(config: CalibrateConfig, words: Sequence[str]) -> None:
+    """UserError for a word of the command line that sets what the chosen task does not look at."""
+    for word in words:
+        name, equals, value = word.lstrip("+").partition("=")
+        if equals and value not in ("null", "") and config.task not in COUNTS.get(name, TASKS):
+            allowed = f"does nothing here: it counts for task={' or '.join(COUNTS[name])}"
+            raise UserError(name, value, allowed, "leave it out, or choose that task")
+
+
 TOKENS, TOKENS_OF_POTENTIAL = 55_000, 16_000
 TOKENS_OF_ADAPTERS, TOKENS_OF_TRUNK = 200_000, 2_000_000
 CARD = "h100-80gb"
@@ -172,6 +191,11 @@ class CampaignLiveConfig:
     least_requests: int = 12  # least number in every run
     round_requests: int = 40  # after how many requests HELIOS re-assesses
     exits: dict[str, list[int]] = field(default_factory=dict)  # synthetic exits by model, in place of real ones
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            require(not isinstance(value, int) or value >= 1, f"live.{f.name}", value, "at least 1")
 
 
 @dataclass

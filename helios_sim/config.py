@@ -99,6 +99,8 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
         elif equals and key == "log":
             argument = f"from_log.log={value}"
         elif equals and key == PRESET:
+            if value in ("null", ""):
+                continue  # as it is without the word
             argument = f"+{ENGINE}={value}"
         elif key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~/"):  # which shells leave as it is
             argument = f"{key}={Path(value).expanduser()}"
@@ -338,8 +340,15 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
                 folder = path.parent.parent if path.parent.name == "experiment" else "FOLDER"
                 fix = f"files are named so: --config-dir {folder} +experiment={path.stem}, from {folder}/experiment"
         return UserError(group, option, f"one of {', '.join(options)}", fix)
-    if found := re.search(r"Multiple values for \w+\..*?(\w+: [\w.-]+)'", text):
-        return UserError("defaults", found[1], "there is one already", f"write override /{found[1]} in the file")
+    if found := re.search(r"Multiple values for \w+\..*?(\w+): ([\w.-]+)'", text):
+        group, name = found[1], found[2]
+        word = PRESET if group == ENGINE else group
+        words = [w for w in arguments if w.lstrip("+").startswith(f"{group}=")]
+        if len(words) > 1 or (words and group != ENGINE):
+            several = " ".join(w.replace(f"+{ENGINE}=", f"{PRESET}=") for w in words)
+            return UserError(word, several, "one, which there is already", f"write {word}={name} alone")
+        fix = f"write override /{group}: {name} in the file"
+        return UserError("defaults", f"{group}: {name}", "there is one already", fix)
     if found := re.search(r"Could not override '([^']+)'", text):
         return _wrong(found[1], given(found[1], arguments), str(error.__cause__ or error), arguments, schema)
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
@@ -466,6 +475,11 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     if len(experiments) > 1:
         fix = "choose one, or run both: -m +experiment=a,b"
         raise UserError("experiment", " ".join(experiments), "one", fix)
+    named = [word.partition("=") for word in parsed.overrides if word.lstrip("+").startswith("policy=")]
+    policies = dict.fromkeys(value for _, _, value in named)
+    if len(policies) > 1:
+        fix = "choose one; more arms are '+arms.NAME={policy: ...}'"
+        raise UserError("policy", " and ".join(policies), "one: only the last would run", fix)
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError("argument", override, "settings are written key=value", see)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,9 +199,16 @@ class Fields:
         found = self._values.get(self._prefix + name)
         if found is not None:
             return found
+        if (alike := self._padded.get(self._prefix + name)) is not None:
+            raise self.wrong(name, alike, "this name without blanks around it, or not at all")
         if default is _REQUIRED:
             raise self.wrong(name, None, "a value: the key is missing")
         return default
+
+    @cached_property
+    def _padded(self) -> dict[str, str]:
+        """Names with blanks around them, each by what it would be without: they look like others and are not found."""
+        return {name.strip(): name for name in self._values if isinstance(name, str) and name != name.strip()}
 
     def alike(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
         """A whole number that stands there once, or once for each layer."""

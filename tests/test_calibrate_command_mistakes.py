@@ -63,6 +63,9 @@ MISTAKES = [
     ("model=TINY budget=5", ["budget='5'", "budget_s"]),
     ("model=TINY +task=potential card=nope", ["card='nope'", "a card of the catalogue", "card=card.yaml"]),
     ("model=TINY quickly", ["argument='quickly'", "key=value", "python -m calibrate --help"]),
+    ("model=TINY +task=latency trace_tokens=900", ["trace_tokens='900'", "task=all or adapters or"]),
+    ("model=TINY +task=traces epochs=2", ["epochs='2'", "does nothing here", "task=adapters"]),
+    ("+campaign=rehearsal live.round_requests=0", ["live.round_requests=0", "at least 1"]),
     ("--faster", ["--faster", "Fix"]),
 ]
 

@@ -104,6 +104,18 @@ def test_what_follows_from_the_deepest_exit_may_be_left_out(tmp_path: Path) -> N
     assert trace.provenance.scaled == ("confidence_24: 1, since no token can leave elsewhere",)
 
 
+def test_verdicts_may_be_written_as_1_0(tmp_path: Path) -> None:
+    """As pandas writes columns that had gaps."""
+    wide = {name: values for name, values in columns().items() if not name.startswith("log_prob")}
+    found = {name: [float(v) for v in values] if name.startswith("agree") else values for name, values in wide.items()}
+    pq.write_table(pa.table(found), tmp_path / "mine.parquet")
+    assert same(read_table(tmp_path / "mine.parquet", "m")[0], read_table(written(tmp_path, wide, "a.csv"), "m")[0])
+    found["agree_12"][3] = 0.5
+    pq.write_table(pa.table(found), tmp_path / "mine.parquet")
+    with pytest.raises(UserError, match=r"agree=0\.5: 0 or 1"):
+        read_table(tmp_path / "mine.parquet", "m")
+
+
 def test_characters_by_their_mean_add_up(tmp_path: Path) -> None:
     wide = {name: values for name, values in columns().items() if name not in ("chars", "task") and "log" not in name}
     trace, _ = read_table(written(tmp_path, wide), "m", Told(chars_per_token=4.2))

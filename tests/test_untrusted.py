@@ -14,7 +14,7 @@ from helios_sim.exits.store import read_trace as read_exits, write_trace
 from helios_sim.profile.importers.layers import read_meta
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.profile.synthetic import flat_profile
-from helios_sim.untrusted import parse_json, parse_yaml
+from helios_sim.untrusted import Fields, parse_json, parse_yaml
 from helios_sim.vary.runner import JOURNAL, Journal
 from helios_sim.workload.traces import read_trace
 
@@ -40,6 +40,19 @@ def test_json_and_yaml_are_read() -> None:
     assert parse_yaml(text) == {"base": {"a": 1}, "other": {"a": 1, "c": [1, "x"]}}
     with pytest.raises(yaml.YAMLError, match="'a' stands there twice"):
         parse_yaml("b: 1\nx: {a: 1, b: 2, a: 3}\n")
+
+
+def test_a_name_with_blanks_around_it_is_not_taken_for_a_missing_one() -> None:
+    """A number of heads that is not found would be that of another model."""
+    values = Fields({"heads": 32, "kv_heads ": 8, " note": "x"}, "config.json", "correct it")
+    assert values.integer("heads", 1, 64) == 32
+    with pytest.raises(UserError, match=r"kv_heads of config\.json='kv_heads ': this name without blanks around it"):
+        values.integer("kv_heads", 1, 64, 32)
+    with pytest.raises(ValueError, match="'ttft_s ' has blanks around it"):
+        parse_json('[{"a": {"ttft_s ": 1}}]', plain_names=True)
+    assert parse_json('{" the": 5}') == {" the": 5}  # a word of a vocabulary
+    with pytest.raises(yaml.YAMLError, match="'mode ' has blanks around it"):
+        parse_yaml('"mode ": real\n')
 
 
 @pytest.mark.parametrize("number", ["1e3", "3.35e3", "-5E-2", "2.e+1"])

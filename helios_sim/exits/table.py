@@ -115,6 +115,8 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
         kind = schema.field(name).type if schema.names.count(name) == 1 else None
         per_exit = name if is_long and name in _PER_EXIT else _depth(name)[0] if not is_long else ""
         whole = "flag" if kind is not None and pa.types.is_boolean(kind) else "whole"
+        if kind is not None and pa.types.is_floating(kind):
+            whole = "number"  # 1.0 and 0.0, as pandas writes them beside gaps; others are told with their values
         if per_exit:
             kinds[name] = whole if per_exit == "agree" else "number"
         elif name in ("task", "prompt"):

@@ -96,7 +96,8 @@ def plainly_read(path: Path) -> list[tuple[Fraction, int, int]] | None:
         else:
             when = Fraction(str(cell).strip()) * unit
         found.append((when, int(float(row[prompt])), int(float(row[output]))))
-    return sorted(found, key=lambda row: row[0])
+    answered = [row for row in found if row[2]]  # requests that got nothing are left out, and counted
+    return sorted(answered or found, key=lambda row: row[0])
 
 
 def _table(name: str) -> str:
