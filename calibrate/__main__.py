@@ -23,14 +23,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
-from calibrate.schema import CalibrateConfig, CampaignConfig, check_effect
+from calibrate.schema import CalibrateConfig, CampaignConfig, in_vain
 from helios_sim.config import check_flags, given, in_words, leave_no_trace, register, typed
 from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder, help_text, is_asked
 from helios_sim.interrupt import leave_by_status, remembered
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.live.served import check_packages
-from helios_sim.report.terminal import without_json
+from helios_sim.report.terminal import say, without_json
 from helios_sim.streams import open_streams
 from helios_sim.vary.settings import known_settings
 from helios_sim.words import readable
@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started.append(folder)
         try:
             config = to_config(settings, command, schema)
-            if isinstance(config, CalibrateConfig):
-                check_effect(config, command)
             check_packages("a calibration")  # before what needs them is imported
+            for sentence in in_vain(config, command) if isinstance(config, CalibrateConfig) else ():
+                say(f"calibrate: {sentence}", sys.stderr)
             from calibrate.command import run_calibration, run_campaign
 
             began_s = budget_began_s.pop() if budget_began_s else time.monotonic()  # of several, each has its own
@@ -194,8 +194,6 @@ def _how_to_resume(command: Sequence[str], folder: Path | None) -> str:
 
 def _fail(error: UserError, which: str = "") -> int:
     """Print an error. `which`: the calibration that it belongs to, if there are several."""
-    from helios_sim.report.terminal import say
-
     say(f"calibrate: {which}{': ' if which else ''}{error}", sys.stderr)
     return 1
 

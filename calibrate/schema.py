@@ -158,13 +158,16 @@ class CalibrateConfig:
         return TOKENS_OF_TRUNK if self.task == TRAIN_EXITS else TOKENS_OF_ADAPTERS
 
 
-def check_effect(config: CalibrateConfig, words: Sequence[str]) -> None:
-    """UserError for a word of the command line that sets what the chosen task does not look at."""
-    for word in words:
-        name, equals, value = word.lstrip("+").partition("=")
-        if equals and value not in ("null", "") and config.task not in COUNTS.get(name, TASKS):
-            allowed = f"does nothing here: it counts for task={' or '.join(COUNTS[name])}"
-            raise UserError(name, value, allowed, "leave it out, or choose that task")
+def in_vain(config: CalibrateConfig, words: Sequence[str]) -> list[str]:
+    """A sentence for each word of the command line that sets what the chosen task does not look at.
+
+    No error: one line with several tasks, one after the other, fills one folder.
+    """
+    given = [word.lstrip("+").partition("=") for word in words]
+    return [
+        f"{name}={value} does nothing here: it counts for task={' or '.join(COUNTS[name])}"
+        for name, equals, value in given if equals and config.task not in COUNTS.get(name, TASKS)
+    ]  # fmt: skip
 
 
 TOKENS, TOKENS_OF_POTENTIAL = 55_000, 16_000

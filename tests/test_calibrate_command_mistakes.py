@@ -14,7 +14,7 @@ import pytest
 
 import helios_sim
 from calibrate.__main__ import in_full
-from calibrate.schema import CalibrateConfig, CampaignConfig, CampaignLiveConfig
+from calibrate.schema import CalibrateConfig, CampaignConfig, CampaignLiveConfig, in_vain
 from calibrate_line import calibrate as calibrate_line
 from helios_sim.errors import UserError
 from helios_sim.live import served
@@ -63,11 +63,18 @@ MISTAKES = [
     ("model=TINY budget=5", ["budget='5'", "budget_s"]),
     ("model=TINY +task=potential card=nope", ["card='nope'", "a card of the catalogue", "card=card.yaml"]),
     ("model=TINY quickly", ["argument='quickly'", "key=value", "python -m calibrate --help"]),
-    ("model=TINY +task=latency trace_tokens=900", ["trace_tokens='900'", "task=all or adapters or"]),
-    ("model=TINY +task=traces epochs=2", ["epochs='2'", "does nothing here", "task=adapters"]),
     ("+campaign=rehearsal live.round_requests=0", ["live.round_requests=0", "at least 1"]),
     ("--faster", ["--faster", "Fix"]),
 ]
+
+
+def test_what_a_task_does_not_look_at_is_told():
+    words = ["model=x", "+task=latency", "trace_tokens=900", "budget_s=60", "max_batch=4", "epochs=2"]
+    assert in_vain(CalibrateConfig(task="latency"), words) == [
+        "trace_tokens=900 does nothing here: it counts for task=all or adapters or train_exits or traces or potential",
+        "epochs=2 does nothing here: it counts for task=adapters",
+    ]
+    assert in_vain(CalibrateConfig(task="report"), ["budget_s=5", "threshold=0.8"])[0].startswith("budget_s=5 does")
 
 
 @pytest.mark.parametrize(("line", "parts"), MISTAKES, ids=[line for line, _ in MISTAKES])

@@ -25,6 +25,7 @@ from helios_sim.logs.record import (
     note_others,
     number,
     only_once,
+    other_counts,
     stamp_ns,
     whole,
 )
@@ -63,6 +64,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
+    counts: list[tuple[int, int]] = []
     ids, servers, sessions = dict[str, str](), dict[str, None](), Counter[tuple[object, ...]]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
@@ -71,6 +73,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         metrics = value.get("metrics") or {}
         matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
+        both = [_value_of(metrics, name) for name in ("usage_prompt_tokens", "input_sequence_length")]
+        counts += [(both[0], both[1])] if all(type(count) is int for count in both) else []
         sessions[tuple(str(value["metadata"].get(name)) for name in _OF_A_RUN)] += 1
         servers |= dict.fromkeys(filter(None, [str(value["metadata"].get("endpoint_url") or "")]))
         note_others(left, value, _OF_RECORD)
@@ -80,6 +84,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if len(servers) > 1:
         told = f"{len(servers)} endpoints, {', '.join(list(servers)[:3])}"
         notices.append(f"{document.name}: requests went to {told}: here all go to one server, or to server.replicas.")
+    notices += other_counts(document.name, "prompt tokens", counts)
     again = sum(count - 1 for count in sessions.values())
     if again:
         notices.append(f"{document.name}: {again} requests have session and turn of another one, as where the records "

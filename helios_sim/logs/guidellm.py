@@ -24,6 +24,7 @@ from helios_sim.logs.record import (
     note_others,
     number,
     only_once,
+    other_counts,
     whole,
 )
 from helios_sim.untrusted import Fields, shortened
@@ -93,6 +94,10 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         note_others(left, one["info"], _OF_INFO, "info.")
         note_others(left, read_of_prompt.values, _OF_INPUT, "input_metrics.")
     notices = not_read(where, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
+    for what, name in (("prompt tokens", "input_metrics"), ("output tokens", "output_metrics")):
+        both = [(one.get(what.replace(" ", "_")), (one.get(name) or {}).get("text_tokens"))
+                for one in requests.value("successful", []) if isinstance(one.get(name) or {}, dict)]  # fmt: skip
+        notices += other_counts(where, what, [(a, b) for a, b in both if type(a) is int and type(b) is int])
     if turns:
         notices.append(f"{where}: {turns} requests continue a conversation: what its turns share is computed anew for "
                        "each.")  # fmt: skip

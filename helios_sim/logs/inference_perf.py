@@ -24,6 +24,7 @@ from helios_sim.logs.record import (
     note_others,
     number,
     only_once,
+    other_counts,
     whole,
 )
 from helios_sim.untrusted import Fields, shortened
@@ -65,6 +66,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
     rows, matter, left, ids = [], dict.fromkeys(_EFFECTS, 0), dict[str, None](), dict[str, str]()
+    counts: dict[str, list[tuple[int, int]]] = {"prompt tokens": [], "output tokens": []}
     for place, value in _requests(document):
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
@@ -72,7 +74,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         only_once(place, "start_time and end_time", span, ids)
         rows.append(_row(place, Fields(value, place, FIX), matter))
         _note(left, value)
+        info, answer = value.get("info") or {}, _answer(value.get("info") or {})
+        usage = answer.get("server_usage") or {}
+        for what, ours, theirs in (("prompt tokens", usage.get("prompt_tokens"), info.get("input_tokens")),
+                                   ("output tokens", usage.get("completion_tokens"), answer.get("output_tokens"))):
+            if type(ours) is int and type(theirs) is int:
+                counts[what].append((ours, theirs))
     notices = not_read(document.name, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
+    notices += [said for what, pairs in counts.items() for said in other_counts(document.name, what, pairs)]
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
 
 

@@ -28,6 +28,7 @@ IntColumn = NDArray[np.int64]
 OK = "ok"
 SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
 _SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the share of those that no engine has
+_FAR, _FEW = 1.5, 32  # times, and tokens, by which two counts of one text may differ before it is told
 _PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
 _LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
@@ -376,6 +377,18 @@ def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | Non
         more = f" and {len(rest) - 12} more" if len(rest) > 12 else ""
         told.append(f"{source}: not read: {', '.join(str(name)[:40] for name in rest[:12])}{more}.")
     return told
+
+
+def other_counts(source: str, what: str, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """A sentence where what the server counted is far from what the client did: that of the server is taken.
+
+    `pairs`: both counts of each request that has them. A chat template adds some tokens, so that few are no matter.
+    """
+    far = [pair for pair in pairs if min(pair) > 0 and max(pair) > _FAR * min(pair) and max(pair) - min(pair) > _FEW]
+    if not far:
+        return []
+    told = f"{len(far)} of {len(pairs)} requests, such as {far[0][0]:,} in place of {far[0][1]:,}"
+    return [f"{source}: the server counted other {what} than the client in {told}: the server's count."]
 
 
 def note_others(left: dict[str, None], values: object, known: re.Pattern[str], path: str = "") -> None:

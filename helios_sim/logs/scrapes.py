@@ -302,7 +302,7 @@ def _check_counts(scrapes: Scrapes) -> None:
     total, counted = (grown(scrapes, f"{_LENGTHS['prompt']}_{part}") for part in ("sum", "count"))
     if not came or not read_ or not total or not counted or came < _MANY:
         return
-    most = (float(np.nanmax(scrapes.values[name])) for name in _IN_FLIGHT if name in scrapes.values)
+    most = (float(np.nan_to_num(scrapes.values[name]).max()) for name in _IN_FLIGHT if name in scrapes.values)
     in_flight = max(most, default=0.0)  # whose prompts are read, and which have not finished
     each = total / counted
     if read_ / came < each / _OFF or read_ / (came + in_flight) > each * _OFF:

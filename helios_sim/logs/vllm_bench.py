@@ -8,7 +8,8 @@ vllm/benchmarks/lib/endpoint_request_func.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from statistics import fmean, median
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -107,17 +108,27 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
 
 
 def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
-    """UserError where the run's own means are not those of its requests, such as lists in milliseconds."""
-    done = [row for row in rows if row.failure is None]
+    """UserError where the run's own figures are not those of its requests, such as lists in milliseconds."""
+    done = [(row, row.ttft_s, row.e2e_s, row.token_s) for row in rows
+            if row.failure is None and row.ttft_s is not None and row.e2e_s is not None and row.token_s]  # fmt: skip
     if any(row.output_tokens == 0 for row in rows) and len(done) != fields.value("completed", None):
         return  # of some it is not known whether they count
-    for name, times in (("mean_ttft_ms", [row.ttft_s for row in done]), ("mean_e2el_ms", [row.e2e_s for row in done])):
-        known = [1e3 * time_s for time_s in times if time_s is not None]
-        if not fields.has(name) or not known:
-            continue
-        said_ms, ours_ms = fields.number(name, 0, 1e12), sum(known) / len(known)
-        if not close_to(said_ms, ours_ms, 0.02, 1.0):
-            raise UserError(f"{where}: {name}", said_ms, f"{ours_ms:.6g}, as its lists say in seconds", FIX)
+    times = {
+        "ttft": [ttft_s for _, ttft_s, _, _ in done], "e2el": [e2e_s for _, _, e2e_s, _ in done],
+        "tpot": [(e2e_s - ttft_s) / (row.output_tokens - 1) for row, ttft_s, e2e_s, _ in done if row.output_tokens > 1],
+        "itl": [after - before for *_, token_s in done for before, after in pairwise(token_s)],
+    }  # fmt: skip
+    for name, values in times.items():
+        for statistic, figure in ((f"mean_{name}_ms", fmean), (f"median_{name}_ms", median)):
+            if fields.has(statistic) and values:
+                said_ms, ours_ms = fields.number(statistic, 0, 1e12), 1e3 * figure(values)
+                if not close_to(said_ms, ours_ms, 0.05, 1.0):
+                    allowed = f"{ours_ms:.6g}, as its lists say in seconds"
+                    raise UserError(f"{where}: {statistic}", said_ms, allowed, FIX)
+    if fields.has("request_throughput") and fields.has("duration") and fields.number("duration", 0, 1e9) > 0:
+        said, ours = fields.number("request_throughput", 0, 1e12), len(done) / fields.number("duration", 0, 1e9)
+        if not close_to(said, ours, 0.02, 1e-3):
+            raise UserError(f"{where}: request_throughput", said, f"{ours:.6g}, by its duration", FIX)
 
 
 def _check_totals(where: str, fields: Fields, rows: Sequence[Row]) -> None:
