@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ CONF = Path(conf_folder())
 FILES = sorted(path.stem for path in (CONF / "policy").glob("*.yaml"))
 
 
+@cache
 def composed(name: str) -> dict[str, Any]:
     """With what the file builds on."""
     register()
@@ -34,7 +36,7 @@ def composed(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-SHIPPED = {name: composed(name) for name in FILES if name != "none"}
+SHIPPED = [name for name in FILES if name != "none"]
 
 
 REFUSED = {"early_exit_lazy": {"flush_requests", "flush_s", "review_requests"}}  # which need batching=rebatch
@@ -44,10 +46,10 @@ def test_every_policy_has_a_file():
     assert set(SHIPPED) == set(POLICIES) | set(VARIANTS)
 
 
-@pytest.mark.parametrize("file", sorted(SHIPPED))
+@pytest.mark.parametrize("file", SHIPPED)
 def test_a_file_lists_the_policys_parameters_with_their_defaults(file):
-    settings = {key: value for key, value in SHIPPED[file].items() if key not in ("name", "arm")}
-    kind = POLICIES[SHIPPED[file]["name"]]
+    settings = {key: value for key, value in composed(file).items() if key not in ("name", "arm")}
+    kind = POLICIES[composed(file)["name"]]
     parameters = {f.name: f for f in fields(kind.parameters) if f.name not in kind.fixed}
     assert set(settings) == set(parameters) - REFUSED.get(file, set())
     variant = VARIANTS[file][1] if file in VARIANTS else {}
@@ -80,10 +82,10 @@ def test_an_arm_may_name_a_variant(name):
 
 @pytest.mark.parametrize("file", sorted(set(SHIPPED) - {"custom"}))
 def test_a_file_makes_an_arm_of_its_own_name_that_the_policy_accepts(file):
-    config = Config(policy=SHIPPED[file])
+    config = Config(policy=composed(file))
     assert list(entries_of(config)) == [file]
     (job,) = jobs_of(config, file)
-    assert (job.arm.name, job.arm.policy.name) == (file, SHIPPED[file]["name"])
+    assert (job.arm.name, job.arm.policy.name) == (file, composed(file)["name"])
     told = {"threshold", *(VARIANTS[file][1] if file in VARIANTS else [])}
     assert set(job.arm.policy.told()) <= told
 

@@ -28,12 +28,18 @@ def machine(repository: Path) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def undisturbed(machine: ModuleType) -> tuple[dict[str, object], float, int]:
+    return machine.undisturbed(machine.TARGETS[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["files limited in size", "folder removed", "no file handles", "two writers"])
-def test_a_study_ends_well_or_with_one_message_and_goes_on(machine: ModuleType, tmp_path: Path, fault: str) -> None:
-    target = machine.TARGETS[0]
-    wanted, whole_s, peak = machine.undisturbed(target)
-    case = machine.Case(target, random.Random(fault), tmp_path, whole_s, peak)
+def test_a_study_ends_well_or_with_one_message_and_goes_on(
+    machine: ModuleType, undisturbed: tuple[dict[str, object], float, int], tmp_path: Path, fault: str
+) -> None:
+    wanted, whole_s, peak = undisturbed
+    case = machine.Case(machine.TARGETS[0], random.Random(fault), tmp_path, whole_s, peak)
     assert machine.FAULTS[fault](case, wanted) == ""
 
 

@@ -47,8 +47,8 @@ OUTCOMES = {
 }  # fmt: skip
 
 
-def too_rare(wanted: set[str], found: Counter[str]) -> dict[str, int]:
-    return {name: found[name] for name in sorted(wanted) if found[name] < LEAST}
+def too_rare(wanted: set[str], found: Counter[str], least: int = LEAST) -> dict[str, int]:
+    return {name: found[name] for name in sorted(wanted) if found[name] < least}
 
 
 def check_cases(first: int, way: str) -> None:
@@ -130,6 +130,12 @@ def test_shipped_experiments(name: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.slow
+def test_quick_cases_ask_for_every_feature() -> None:
+    found = Counter(feature for seed in range(QUICK_CASES) for feature in features(case(seed)))
+    assert too_rare(FEATURES, found, 1) == {}
+
+
+@pytest.mark.exhaustive
 def test_cases_ask_for_every_feature() -> None:
     found = Counter(feature for seed in range(CASES) for feature in features(case(seed)))
     assert too_rare(FEATURES, found) == {}
