@@ -80,7 +80,8 @@ def test_where_the_profile_is_off_it_names_what_a_plan_with_such_times_finds(pla
 
 
 def test_the_band_is_a_setting_of_the_command_line(command, tmp_path) -> None:
-    words = ("+experiment=capacity", "capacity.cards=[h100-80gb]", "seeds=[0]", "pictures=false", "~arms.helios")
+    plan = ("+experiment=capacity", "capacity.cards=[h100-80gb]", "~arms.helios")
+    words = (*plan, "seeds=[0]", "pictures=false", "jobs=1")
     given = command(*words, "profile_band=[0.95,1.05]", into="given").summary
     assert given["capacity"]["loads"][0]["recommended"]["profile_band"]["source"] == "profile_band"
     assert [end["time_factor"] for end in given["capacity"]["loads"][0]["recommended"]["at_ends"]] == [0.95, 1.05]
@@ -113,7 +114,7 @@ def test_what_is_finished_is_kept(tmp_path) -> None:
 
 
 def test_what_is_said_and_written(command, tmp_path) -> None:
-    said = command(*write_study(tmp_path, CAPACITY))
+    said = command(*write_study(tmp_path, CAPACITY), "jobs=1")
     folder = tmp_path / "out"
     assert said.status == 0, said.err
     assert said.summary == json.loads((folder / "summary.json").read_text())

@@ -149,7 +149,7 @@ def test_an_arm_may_say_itself_how_its_replicas_come_and_go(tmp_path: Path) -> N
 
 def test_the_command_writes_it(command, tmp_path: Path) -> None:
     words = [f"autoscale.{name}={value}" for name, value in AUTO.items()]
-    said = command(*write_study(tmp_path, CAPACITY), *words, "seeds=[0]", "cost.usd_per_card_hour=2")
+    said = command(*write_study(tmp_path, CAPACITY), *words, "seeds=[0]", "jobs=1", "cost.usd_per_card_hour=2")
     assert said.status == 0, said.err
     plans = said.summary["capacity"]["loads"][0]["plans"]
     assert [plan.get("autoscaled", False) for plan in plans] == [False, True] * 4

@@ -27,7 +27,7 @@ def folders_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def study(command: CommandLine, *words: str) -> None:
-    assert command(*write_study(command.folder), "pictures=false", *words).status == 0
+    assert command(*write_study(command.folder), "pictures=false", "jobs=1", *words).status == 0
 
 
 def rewritten(folder: Path, name: str, before: str, after: str) -> None:
