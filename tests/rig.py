@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import simpy
 
 from helios_sim.by_answer import ByAnswer
@@ -122,6 +123,12 @@ class Served:
 
     def seconds_in_system(self) -> np.ndarray:
         return np.array([(r.last_token_ns - r.arrival_ns) / 1e9 for r in self.by_request()])
+
+
+WAYS_TO_RUN = (  # `serve` with them gives the same; on a fresh machine the code is compiled first
+    pytest.param({"stepwise": True}, id="stepwise"), pytest.param({}, id="ahead"),
+    pytest.param({"compiled": True}, id="compiled", marks=pytest.mark.slow),
+)  # fmt: skip
 
 
 def serve(

@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused(seconds: float) -> None:
     assert price.whole_ns(seconds) == FOREVER_NS
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_an_iteration_beyond_the_clock_ends_the_run_with_one_message(compiled: bool, stepwise: bool) -> None:
     """The third iteration ends after the last nanosecond that can be counted."""

@@ -29,7 +29,7 @@ from helios_sim.policy.telemetry import Telemetry
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Workload
 from helios_sim.workload.arrivals import ArrivalSampler
-from rig import Scripted, full_depth, serve, workload
+from rig import WAYS_TO_RUN, Scripted, full_depth, serve, workload
 
 MS = 1_000_000
 
@@ -193,7 +193,7 @@ def test_a_queue_is_reported_once_until_it_has_been_short_again(stepwise: bool) 
     assert [t.queued_requests for _, t in twice.asked] == [1] * 4  # the first one too: it comes to an idle server
 
 
-@pytest.mark.parametrize("way", [{"stepwise": True}, {}, {"compiled": True}], ids=["stepwise", "ahead", "compiled"])
+@pytest.mark.parametrize("way", WAYS_TO_RUN)
 def test_running_and_memory_are_reported_once_until_they_have_been_low_again(way: dict[str, bool]) -> None:
     """Four requests of 10 ms, 4 ms apart, and after a pause four more: the third one that runs is reported, and as the
     first is done by then, so is the fourth. 8 of 20 blocks are two fifths."""

@@ -22,12 +22,10 @@ from helios_sim.report.records import RecordLog
 from helios_sim.request import NS_PER_S, RequestRecord, Slo
 from helios_sim.workload import AllAtOnce, ClosedLoop, Constant, Exponential, Poisson, Workload
 from policy_example import situation
-from rig import Scripted, full_depth, serve, workload
+from rig import WAYS_TO_RUN, Scripted, full_depth, serve, workload
 
 MS = 1_000_000
-WAYS = pytest.mark.parametrize(
-    "way", [{"stepwise": True}, {}, {"compiled": True}], ids=["stepwise", "ahead", "compiled"]
-)
+WAYS = pytest.mark.parametrize("way", WAYS_TO_RUN)
 IDLE_W, LIMIT_W = 60.0, 400.0
 TIGHT = Slo(ttft_s=0.02, tpot_s=0.0015, e2e_s=0.05)
 

@@ -74,8 +74,11 @@ def quick_and_slow(names: list[str], slow: set[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.exhaustive) if name in slow else name for name in names]
 
 
+FIRST_AND_OTHERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(AT_A_TIME, QUICK_CASES, AT_A_TIME))]
+
+
 @pytest.mark.parametrize("way", ["step_by_step", "ahead"])
-@pytest.mark.parametrize("first", range(0, QUICK_CASES, AT_A_TIME))
+@pytest.mark.parametrize("first", FIRST_AND_OTHERS)
 def test_quick_cases_of_serving(first: int, way: str) -> None:
     check_cases(first, way)
 
