@@ -7,8 +7,10 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -29,17 +31,24 @@ def machine(repository: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(machine: ModuleType) -> tuple[dict[str, object], float, int]:
-    return machine.undisturbed(machine.TARGETS[0])
+def target(machine: ModuleType) -> Any:
+    """The study of the long form with half as many runs, and with its figures, which are files too."""
+    words = ("seeds=[0,1]", "jobs=1", "profile_band=none", "next_best=none")
+    return replace(machine.TARGETS[0], words=(*machine.SMALL, *words))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(machine: ModuleType, target: Any) -> tuple[dict[str, object], float, int]:
+    return machine.undisturbed(target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["files limited in size", "folder removed", "no file handles", "two writers"])
 def test_a_study_ends_well_or_with_one_message_and_goes_on(
-    machine: ModuleType, undisturbed: tuple[dict[str, object], float, int], tmp_path: Path, fault: str
+    machine: ModuleType, target: Any, undisturbed: tuple[dict[str, object], float, int], tmp_path: Path, fault: str
 ) -> None:
     wanted, whole_s, peak = undisturbed
-    case = machine.Case(machine.TARGETS[0], random.Random(fault), tmp_path, whole_s, peak)
+    case = machine.Case(target, random.Random(fault), tmp_path, whole_s, peak)
     assert machine.FAULTS[fault](case, wanted) == ""
 
 
