@@ -123,14 +123,13 @@ def advance(t: Tables, until_ns: int) -> int:
             if it.drafts:
                 it.chunks = 0 if draft else n_chunks
                 lay_out_pass(r, it, requests, lists, work, draft)
-            priced = spans[:up_to] if up_to else spans
-            seconds = time_s(prices, scalars, it, priced, class_layers, work, chunks)
+            seconds = time_s(prices, scalars, it, spans, class_layers, work, chunks, up_to if up_to else len(spans))
             if up_to:
                 work[up_to - 1].done_ns = s.warm_up_ns + whole_ns(seconds + before_s * scalars.time_factor)
                 up_to += 1
                 it.late_layers = it.late_ns = 0
                 continue
-            it.floor_ns += whole_ns(floor_s(prices, scalars, it, spans, class_layers, work, chunks))
+            it.floor_ns += whole_ns(floor_s(prices.windows, scalars, it, spans, class_layers, work, chunks))
             it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
             duration_ns += whole_ns(seconds)
             if duration_ns > FOREVER_NS:

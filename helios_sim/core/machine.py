@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.core import addresses, native
+from helios_sim.core import addresses, native, passes
 from helios_sim.core.layout import CHUNK, WORK, Storage, Tables
 
 _STORAGE = Storage(compiled=True)
@@ -99,7 +99,8 @@ class Machine:
         with _quickly_compiled():
             # Nothing here allocates arrays, so none has its references counted.
             jit: Any = numba.njit
-            code = native.compiled(jit(error_model="numpy", _nrt=False)(function), args)
+            of_plain = jit(error_model="numpy", _nrt=False, pipeline_class=passes.compiler_class())
+            code = native.compiled(of_plain(function), args)
         if self._own is not None:
             with suppress(OSError):
                 (self._own / name).write_bytes(code)
@@ -234,14 +235,19 @@ def _digest(path: Path) -> str:
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
     """Without what takes seconds and makes the loop no faster: LLVM's higher levels, its vectorizer, a pass over
-    references that are not counted here, indices that count from an array's end, of which the loop has none, and
-    Python's collector of cycles, which would look at Numba's many objects again and again.
+    references that are not counted here, indices that count from an array's end, of which the loop has none,
+    a function once more for callers that are compiled with other flags than the first, fields of records in messages
+    that nobody sees, and Python's collector of cycles, which would look at Numba's many objects again and again.
     """
     import numba
 
     config: Any = numba.config
     arrays: Any = import_module("numba.np.arrayobj")
     counts_from_end = arrays.fix_integer_index
+    overloads: Any = import_module("numba.core.typing.templates")._OverloadFunctionTemplate
+    by_flags = overloads._get_impl
+    record: Any = numba.types.Record
+    in_full = record.__repr__
     quickly = {"OPT": type(config.OPT)("1"), "LOOP_VECTORIZE": 0, "LLVM_REFPRUNE_PASS": 0}
     before = {name: getattr(config, name) for name in quickly}
     collects = gc.isenabled()
@@ -251,14 +257,23 @@ def _quickly_compiled() -> Iterator[None]:
     arrays.fix_integer_index = lambda context, builder, kind, index, size: context.cast(
         builder, index, kind, numba.types.intp if kind.signed else numba.types.uintp
     )
+    overloads._get_impl, record.__repr__ = _implementation, lambda kind: kind.name
     try:
         yield
     finally:
         arrays.fix_integer_index = counts_from_end
+        overloads._get_impl, record.__repr__ = by_flags, in_full
         for name, value in before.items():
             setattr(config, name, value)
         if collects:
             gc.enable()
+
+
+def _implementation(template: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
+    """What a call with arguments of these types is compiled to, in place of Numba's own look-up."""
+    key = template.context, tuple(args), tuple(named.items())
+    known = template._impl_cache.get(key)
+    return template._build_impl(key, args, named) if known is None else known
 
 
 def _text(types: Any) -> str:
@@ -268,10 +283,11 @@ def _text(types: Any) -> str:
 @cache
 def _register_all(register_jitable: Callable[..., Any]) -> None:
     """Lets compiled code call the loop's functions, which stay plain Python for everybody else."""
+    plain = passes.compiler_class()
     for module in (import_module(f"helios_sim.core.{name}") for name in _MODULES):
         for name, function in getmembers(module, isfunction):
             if function.__module__ == module.__name__ and name not in ("route", "tables_of"):
                 register_jitable(
                     error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False,
-                    forceinline=name not in _CALLED,
+                    forceinline=name not in _CALLED, pipeline_class=plain,
                 )(function)  # fmt: skip

@@ -117,11 +117,12 @@ def whole_ns(seconds: float) -> int:
 
 
 def time_s(
-    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
+    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table, bands: int
 ) -> float:
     """Seconds of one iteration: `it` counts its chunks and sampled rows, `work` its rows by band.
 
-    `spans` are the bands, `class_layers` (C, bands) how many layers of each class they have.
+    `spans` are the bands, of which the first so many run; `class_layers` (C, bands) how many layers of each class they
+    have.
     """
     # What is asked for once an iteration stands in names of its own: interpreted, each look and each call takes time,
     # and so do `max`, `min` and loops over nothing.
@@ -137,7 +138,7 @@ def time_s(
         for p in range(n_chunks):
             rows += chunks[p].tokens
     device_s = _by_rows_s(by_rows, EMBEDDING, rows)
-    for s in range(len(spans)):
+    for s in range(bands):
         span, w = spans[s], work[s]
         rows = w.decode_tokens + w.verified_tokens
         reach, longest = 0, NEVER  # chunks that run this band, and the longest of them
@@ -198,12 +199,14 @@ def time_s(
         gap_s = x.gap_s + x.prefill_gap_s if n_chunks else x.gap_s
         gap_s += x.gap_s_per_request * (decodes + n_chunks)
         total_s = (total_s + gap_s) * x.time_factor
-    if spans[len(spans) - 1].end > x.resident_layers:
-        total_s = _with_late_layers_s(x, it, spans, work, chunks, total_s)
+    if spans[bands - 1].end > x.resident_layers:
+        total_s = _with_late_layers_s(x, it, spans, work, chunks, bands, total_s)
     return total_s
 
 
-def _with_late_layers_s(x: Record, it: Record, spans: Table, work: Table, chunks: Table, total_s: float) -> float:
+def _with_late_layers_s(
+    x: Record, it: Record, spans: Table, work: Table, chunks: Table, bands: int, total_s: float
+) -> float:  # fmt: skip
     """The same with the layers that come from host memory meanwhile: the link or all else, whichever takes longer.
 
     Layers come one after the other, as long as the iteration lasts, each into the room of one that has run. What they
@@ -211,7 +214,7 @@ def _with_late_layers_s(x: Record, it: Record, spans: Table, work: Table, chunks
     link, and the slowdown of loads stands for both.
     """
     layers = 0
-    for s in range(len(spans)):
+    for s in range(bands):
         late = spans[s].end - max(spans[s].start, x.resident_layers)
         if late > 0:
             used = work[s].decode_tokens + work[s].verified_tokens + work[s].propagated_tokens > 0
@@ -257,16 +260,16 @@ def price_many(
             w.propagated_tokens = counts[k, at + 4]
             w.verified_tokens = counts[k, at + 5]
         if asked[TIME]:
-            found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks)
+            found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks, len(spans))
         if asked[FLOOR]:
-            found[k, FLOOR] = floor_s(t, x, it, spans, class_layers, work, chunks)
+            found[k, FLOOR] = floor_s(t.windows, x, it, spans, class_layers, work, chunks)
         if asked[OUTSIDE]:
             found[k, OUTSIDE] = outside_grid(t, x, it, spans, class_layers, work, chunks)
     return counts.shape[0]
 
 
 def floor_s(
-    t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
+    windows: Numbers, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table
 ) -> float:
     """Roofline floor in seconds that no kernel on this card can beat: max(bytes / bandwidth, operations / peak), where
 
@@ -275,7 +278,7 @@ def floor_s(
     Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than it looks back.
     Quantized weights and K and V in fp8 may be multiplied at rates of their own.
     """
-    n_chunks, sampled, windows, classes = it.chunks, it.sampled_tokens, t.windows, len(class_layers)
+    n_chunks, sampled, classes = it.chunks, it.sampled_tokens, len(class_layers)
     head_bytes = x.head_values * x.value_bytes
     n_bytes, operations = head_bytes if sampled else 0, 2 * x.head_values * sampled
     of_layers, of_attention = 0, 0
