@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from helios_sim.defaults_list import check_defaults
+from helios_sim.defaults_list import CHOSEN, check_defaults
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
@@ -98,6 +98,9 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
             argument = f"live.device={value}"
         elif equals and key == "log":
             argument = f"from_log.log={value}"
+        elif equals and key.lstrip("+") in CHOSEN and value in ("null", ""):
+            fix = "policy=none is no further arm" if key.lstrip("+") == "policy" else "leave it out"
+            raise UserError(key.lstrip("+"), value, "one of its files: every study has one", fix)
         elif equals and key == PRESET:
             if value in ("null", ""):
                 continue  # as it is without the word
@@ -276,7 +279,8 @@ def check_own_files(config: Config, choices: Mapping[str, str | None], arguments
         is_last = own.group == EXPERIMENT
         changed = after if is_last else [path for path in (*after, *shipped_paths(choices)) if path != own.group]
         check_written(config, own.values, changed, own.path.name, is_last)
-        after = [*after, *(path for path, _ in leaves(own.values))]
+        # that there are arms is no reason for which a setting does not count
+        after = [*after, *(path for path, _ in leaves(own.values) if not path.startswith(("arms.", "policy.")))]
 
 
 def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
@@ -535,6 +539,8 @@ def _wrong(key: str, value: object, cause: str, arguments: Sequence[str] = (), s
         return UserError(key, value, allowed, "set hardware=4xh100, or server.replicas for copies of the model")
     if key == PRESET:
         return UserError(key, value, "a word of the command line", f"write - /{ENGINE}: {value} among the defaults")
+    if key == ENGINE:
+        return UserError(key, value, "no such setting", f"write {PRESET}={value}")
     if key in _OF_SERVE or (group == "serve" and group not in known):
         return UserError(key, value, "no such setting", "settings serve.* are those of python -m helios_sim.serve")
     parent, _, last = key.rpartition(".")

@@ -7,6 +7,7 @@ which turns any foreign exception into a UserError. At its end `Fields.refuse_re
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -388,6 +389,20 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
     with reading(str(path), "damaged", "text in UTF-8", fix, error):
         content.decode("utf-8")
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def check_quotes(name: str, content: bytes, fix: str, separator: str = ",") -> None:
+    """UserError where a cell of CSV is opened by a quote that nothing closes: all rows after it would be that cell."""
+    if content.count(b'"') % 2 == 0:
+        return
+    rows, ended = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=separator, strict=True), 0
+    try:
+        for _ in rows:
+            ended = rows.line_num
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            told = f"a quote that nothing closes, to line {rows.line_num}"
+            raise UserError(f"{name}, line {ended + 1}", told, "quotes in pairs", fix) from error
 
 
 def read_parquet(

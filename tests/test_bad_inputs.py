@@ -119,6 +119,8 @@ SETTINGS = [
     ("policy=static_cap policy.model=opt-1.3b policy.cap_layers=7", ["cap_layers", "7", "6, 12, 24"]),
     ("policy.limit=3", ["policy.limit='3'", "need a policy"]),
     ("policy=helios policy=oracle", ["policy='helios and oracle'", "only the last would run", "+arms.NAME"]),
+    ("policy=null", ["policy='null'", "every study has one", "policy=none"]),
+    ("engine=vllm-0.19", ["engine='vllm-0.19'", "write server.preset=vllm-0.19"]),
     ("+policy=helios", ["policy='+policy=helios'", "write policy=helios alone"]),
     ("server.preset=vllm-0.19 server.preset=vllm-0.24", ["server.preset='server.preset=vllm-0.19", "0.24 alone"]),
     ("+policy.limit=3", ["policy.limit='3'", "need a policy"]),
@@ -445,6 +447,25 @@ def test_the_program_itself_ends_with_one_line_and_status_1(tmp_path, arguments)
 def test_numbers_that_python_alone_reads_are_named_with_their_line(cell: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"arrived_at,prompt_tokens,output_tokens\n0,5,5\n1,{cell},5\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"t\.csv, line 3, column prompt_tokens"):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_a_quote_that_nothing_closes_ends_no_trace(tmp_path: Path) -> None:
+    """All rows after it would be one cell."""
+    rows = ["arrival_s,prompt_tokens,output_tokens,text", '0,5,5,"a', "1,6,6,c", "2,7,7,d"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(UserError, match=r"t\.csv, line 2='a quote that nothing closes, to line 4': quotes in pairs"):
+        read_trace(tmp_path / "t.csv")
+    rows[2:] = ['b"', '1,6,6,"he said ""x"""', '2,7,7,5"']  # an inch closes nothing
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    found = read_trace(tmp_path / "t.csv")
+    assert found.prompt_tokens.tolist() == [5, 6, 7]
+    assert "t.csv: 1 lines go on within quotes: 3 rows are read" in found.notices
+
+
+def test_days_alone_are_no_arrivals(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("timestamp,prompt_tokens,output_tokens\n2024-10-27,5,5\n2024-10-28,5,5\n")
+    with pytest.raises(UserError, match="days alone"):
         read_trace(tmp_path / "t.csv")
 
 

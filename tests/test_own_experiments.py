@@ -54,6 +54,7 @@ def with_defaults(*entries: str, more: str = "") -> str:
     [
         # what is set in vain is told of every file of the user's, not of the experiment's alone
         ({"workload/mine.yaml": REQUESTS.replace("3.0", "3.0, cv: 2.0")}, r"mine\.yaml: workload\.arrivals\.cv=2\.0"),
+        ({"runtime/mine.yaml": "preset: eager\nregroup_s: 0.01\n"}, r"mine\.yaml: runtime\.regroup_s=0\.01: does"),
         ({"experiment/base.yaml": "# @package _global_\nworkload: {arrivals: {users: 4}}\n",
           "experiment/mine.yaml": with_defaults("base")}, r"base\.yaml: workload\.arrivals\.users=4: does nothing"),
         ({"experiment/mine.yaml": MINE.replace(

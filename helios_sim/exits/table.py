@@ -31,7 +31,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import BY_COLUMN
 from helios_sim.exits.trace import ANY_TASK, MOST_BITS, ExitTrace
 from helios_sim.provenance import NOT_READ, Provenance, ProvenanceClass
-from helios_sim.untrusted import MIB, read_bytes, read_parquet, read_text, reading
+from helios_sim.untrusted import MIB, check_quotes, read_bytes, read_parquet, read_text, reading
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
@@ -85,6 +85,7 @@ def _as_parquet(path: Path) -> bytes:
     if b"," not in header and (b"\t" in header or b";" in header or header[:1] in (b"{", b"[")):
         told = header[:60].decode(errors="replace").strip()
         raise UserError(str(path), told, "comma-separated values with a header", "write it as CSV or Parquet")
+    check_quotes(path.name, text, "correct the line")
     with reading(str(path), "damaged", "comma-separated values with a header", _FIX):
         return files.parquet(csv.read_csv(pa.BufferReader(text)))
 

@@ -15,7 +15,7 @@ from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
 from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once
 from helios_sim.request import LONGEST
-from helios_sim.untrusted import MIB, Fields, check_name, parse_yaml, read_text, reading, shortened
+from helios_sim.untrusted import MIB, Fields, check_name, check_quotes, parse_yaml, read_text, reading, shortened
 
 NAME = "BLIS TraceV2"
 _NEEDED = (
@@ -53,6 +53,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line or a header that cannot be."""
     document.chosen(part or 1, ["the file"], "runs")
     header, where = _header(document.path)
+    check_quotes(document.name, document.content, _LINE)
     table = csv.reader(io.StringIO(document.content.decode()))
     names = next(table)
     missing = [name for name in _NEEDED if name not in names]

@@ -233,11 +233,13 @@ def check_dates(source: str, column: TraceColumn, numbers: NDArray[Any]) -> str 
 
     UserError for dates without a time of day.
     """
-    if column.format is not CellFormat.DATE or len(numbers) < 2 or len(np.unique(numbers)) == len(numbers):
+    if column.format is not CellFormat.DATE or len(numbers) < 2:
         return None
     if not (numbers % (86_400 * NS_PER_S)).any():
         allowed = "dates with a time of day: all requests of a day would come at once"
         raise UserError(f"{source}, column {column.name}", "days alone", allowed, "take a trace with times")
+    if len(np.unique(numbers)) == len(numbers):
+        return None
     if (numbers % (60 * NS_PER_S)).any():
         return None
     return f"{source}: {column.name} is in whole minutes: requests of one minute come at once"

@@ -29,7 +29,7 @@ from helios_sim.logs.document import Document
 from helios_sim.logs.record import pause_told
 from helios_sim.request import LATEST_NS, LONGEST, NS_PER_S, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
-from helios_sim.untrusted import MIB, in_short, parse_json, read_text, reading, shortened
+from helios_sim.untrusted import MIB, check_quotes, in_short, parse_json, read_text, reading, shortened
 from helios_sim.workload.columns import (
     ALLOWED,
     HASH_IDS,
@@ -128,6 +128,8 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         if log is not None:
             return _of_log(log, limit, unit)
         file = _opened(path, content)
+        if file.separator is not None:
+            check_quotes(file.name, file.content, _DROP, file.separator)
         names, first = _beginning(file)
         columns = tuple(with_unit(file.name, c, unit, first, names) for c in find_columns(file.name, names))
         wanted = names if texts and file.separator is None else ()
@@ -149,7 +151,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
         notices = not_read(file.name, [name for name in names if name != listed], columns) + coarse
-        notices += _twice(file, names)
+        notices += _within_quotes(file, len(table)) + _twice(file, names)
         if left_out:
             told = f"{left_out} of {len(table)} requests got an answer of 0 tokens and are left out"
             notices.append(f"{file.name}: {told}")
@@ -289,6 +291,14 @@ def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) ->
             except (pa.ArrowException, OSError):
                 pass
         raise _NotReadable(str(error)) from error
+
+
+def _within_quotes(file: _File, rows: int) -> list[str]:
+    """A sentence where cells go over several lines, as they do where one quote was lost of two."""
+    if file.separator is None or b'"' not in file.content:
+        return []
+    more = sum(bool(line.strip()) for line in file.content.splitlines()) - 1 - rows
+    return [f"{file.name}: {more} lines go on within quotes: {rows} rows are read"] if more > 0 else []
 
 
 def _twice(file: _File, names: Sequence[str]) -> list[str]:

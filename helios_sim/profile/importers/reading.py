@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from helios_sim.errors import UserError
 from helios_sim.profile.composition import IntArray
 from helios_sim.profile.tables import MOST_S, MOST_TOKENS
-from helios_sim.untrusted import MIB, read_text, reading, shortened
+from helios_sim.untrusted import MIB, check_quotes, read_text, reading, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,6 +76,7 @@ def read_columns(
     from pyarrow import csv
 
     content = read_text(path, MOST_BYTES, _FIX)
+    check_quotes(path.name, content, _FIX)
     with reading(str(path), "damaged", "a table of comma-separated values", _FIX):
         if not content.strip():
             raise UserError(str(path), "no rows", "at least one measurement", "measure again")
