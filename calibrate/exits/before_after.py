@@ -163,12 +163,12 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """What it did, in sentences made from the figures alone."""
     exits, before, after, change = found["exits"], found[BEFORE], found[AFTER], found["change"]
     told = [
-        f"Full depth gives the frozen model's token for {share(after['kept'][-1])} of the tokens, at "
-        f"{shown(change['bits_per_char'][-1], '+.3f')} bits per character.",
+        f"Full depth gives the frozen model's token for {share(after['kept'][-1])} of the tokens; its bits per "
+        f"character change by {shown(change['bits_per_char'][-1], '+.3f')}.",
     ]
     told += [
         f"After layer {exits[e]} of {exits[-1]} it agrees with its full depth on {share(after['agreement'][e])} of the "
-        f"tokens, attached exits on {share(before['agreement'][e])}."
+        f"tokens, attached exits on {share(before['agreement'][e])}: {points(change['agreement'][e])}."
         for e in sorted({0, len(exits) - 2})
     ]
     least, by = str(AGREEMENTS[0]), CONFIDENCES[0].value
@@ -191,6 +191,11 @@ def shown(figure: Figure, how: str) -> str:
     """The figure in this format with its interval, or a mark that it has none."""
     value, low, high = figure
     return f"{value:{how}} [{low:{how}}, {high:{how}}]" if low is not None else f"{value:{how}} [–]"
+
+
+def points(figure: Figure) -> str:
+    """A change of a share in percentage points with its interval."""
+    return f"{shown([None if value is None else 100 * value for value in figure], '+.1f')} points"
 
 
 def share(figure: Figure) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calibrate.exits.before_after import AFTER, AGREEMENTS, BEFORE, CONFIDENCES, share, shown
+from calibrate.exits.before_after import AFTER, AGREEMENTS, BEFORE, CONFIDENCES, points, share, shown
 from calibrate.report.page import Section, Table
 
 
@@ -29,13 +29,14 @@ def trained_section(result: Mapping[str, Any]) -> Section:
 def by_exit(found: Mapping[str, Any]) -> Table:
     """Agreement and bits at every exit, before and after."""
     columns = [
-        "after layer", "agrees, before", "agrees, after", "the frozen model's token", "bits/char, before",
+        "after layer", "agrees, before", "agrees, after", "change", "the frozen model's token", "bits/char, before",
         "bits/char, after", "change of bits",
     ]  # fmt: skip
     before, after, rows = found[BEFORE], found[AFTER], []
     for e, depth in enumerate(found["exits"]):
         last = e == len(found["exits"]) - 1
-        agreement = ["", ""] if last else [share(side["agreement"][e]) for side in (before, after)]
+        agreement = [] if last else [share(side["agreement"][e]) for side in (before, after)]
+        agreement += ["", "", ""] if last else [points(found["change"]["agreement"][e])]
         bits = [shown(side["bits_per_char"][e], ".3f") for side in (before, after)]
         change = shown(found["change"]["bits_per_char"][e], "+.3f")
         rows.append([f"{depth} (all)" if last else str(depth), *agreement, share(after["kept"][e]), *bits, change])
