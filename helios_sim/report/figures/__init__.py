@@ -2,10 +2,6 @@
 
 import logging
 
-from helios_sim.report.figures.lean import import_matplotlib
-
 # What is no news: a first run makes a cache of fonts, and a PDF gets those of their glyphs that it uses.
 for name in ("matplotlib.font_manager", "fontTools"):
     logging.getLogger(name).setLevel(logging.WARNING)
-
-import_matplotlib()
