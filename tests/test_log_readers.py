@@ -334,13 +334,17 @@ def _requests(report: Any) -> Any:
                                     duration=99), "another unit"),
         ("vllm", lambda v: v.update(completed=4), "completed"),
         ("vllm", lambda v: v.update(total_output_tokens=90), "total_output_tokens"),
-        ("vllm", lambda v: v.update(duration=0.0005, request_throughput=6000.0), None),
+        ("vllm", lambda v: v.update(duration=0.0005, request_throughput=6000.0, output_throughput=18000.0,
+                                    total_token_throughput=678000.0), None),
         ("vllm", lambda v: v.update(start_times=[1e6, 2e6, 3e6, 4e6]), "duration"),
         ("vllm", lambda v: v.update(mean_ttft_ms=5e4), "mean_ttft_ms=50000.0: 50, as its lists say"),
         ("vllm", lambda v: v.update(median_ttft_ms=90.0), "median_ttft_ms=90.0: 50, as its lists say"),
         ("vllm", lambda v: v.update(mean_tpot_ms=90.0), r"mean_tpot_ms=90.0: 13.7778"),
         ("vllm", lambda v: v.update(mean_itl_ms=90.0), r"mean_itl_ms=90.0: 12.1667"),
         ("vllm", lambda v: v.update(request_throughput=60.0), "request_throughput=60.0: 6, by its duration"),
+        ("vllm", lambda v: v.update(output_throughput=1.0), "output_throughput=1.0: 18, by its duration"),
+        ("vllm", lambda v: v.update(total_token_throughput=9.0), "total_token_throughput=9.0: 678, by its duration"),
+        ("guidellm", lambda v: _requests(v)["successful"][0].update(total_tokens=9999), "total_tokens=9999: the sum"),
         ("vllm", lambda v: v.update(mean_e2el_ms=743.0), r"mean_e2el_ms=743.0: 74\.3333"),
         ("vllm", lambda v: v.update(max_concurrency=1, start_times=[1e3 + i / 1e3 for i in range(4)]),
          "3 requests at once': at most 1"),
@@ -468,7 +472,7 @@ def test_what_server_and_client_counted_is_compared(tmp_path: Path) -> None:
     requests, records, report = samples.inference_perf(), samples.aiperf(), samples.guidellm()
     requests[0]["info"]["input_tokens"] = 9000
     records[1]["metrics"]["usage_prompt_tokens"] = {"value": 900, "unit": "tokens"}
-    _requests(report)["successful"][0]["prompt_tokens"] = 90
+    _requests(report)["successful"][0] |= {"prompt_tokens": 90, "total_tokens": None}
     for path, told in ((as_json(tmp_path, requests), "1 of 2 requests, such as 100 in place of 9,000"),
                        (as_lines(tmp_path, records), "1 of 1 requests, such as 900 in place of 21"),
                        (as_json(tmp_path, report, "r.json"), "1 of 4 requests, such as 90 in place of 9")):  # fmt: skip

@@ -143,6 +143,9 @@ def _row(place: str, request: Any, end: str) -> Row:
         prompt, output = (whole(place, "tokens", length or 0) for length in lengths)
         return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[-1] if why.strip() else end)
     prompt, output = (counted(place, n, v) for n, v in zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
+    total = fields.value("total_tokens", None)
+    if total is not None and output and total != prompt + output:
+        raise UserError(f"{place}: total_tokens", shortened(total), f"the sum, {prompt} + {output}", FIX)
     if start_s is None:
         raise UserError(f"{place}: timings.request_start", None, "a time in a request that was answered", FIX)
     first_s, last_s, end_s = (time_s(n) for n in ("first_token_iteration", "last_token_iteration", "request_end"))

@@ -125,10 +125,15 @@ def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
                 if not close_to(said_ms, ours_ms, 0.05, 1.0):
                     allowed = f"{ours_ms:.6g}, as its lists say in seconds"
                     raise UserError(f"{where}: {statistic}", said_ms, allowed, FIX)
-    if fields.has("request_throughput") and fields.has("duration") and fields.number("duration", 0, 1e9) > 0:
-        said, ours = fields.number("request_throughput", 0, 1e12), len(done) / fields.number("duration", 0, 1e9)
-        if not close_to(said, ours, 0.02, 1e-3):
-            raise UserError(f"{where}: request_throughput", said, f"{ours:.6g}, by its duration", FIX)
+    duration_s = fields.number("duration", 0, 1e9, 0.0)
+    output = sum(row.output_tokens for row, *_ in done)
+    totals = {
+        "request_throughput": len(done), "output_throughput": output,
+        "total_token_throughput": output + sum(row.prompt_tokens for row, *_ in done),
+    }  # fmt: skip
+    for name, total in totals.items() if duration_s > 0 else ():
+        if fields.has(name) and not close_to(said := fields.number(name, 0, 1e12), total / duration_s, 0.02, 1e-3):
+            raise UserError(f"{where}: {name}", said, f"{total / duration_s:.6g}, by its duration", FIX)
 
 
 def _check_totals(where: str, fields: Fields, rows: Sequence[Row]) -> None:
