@@ -35,6 +35,7 @@ def off(tables: str, row: str) -> tuple[float, float]:
     return float(found[1]), float(found[2]) / 100
 
 
+@pytest.mark.slow
 def test_rows_left_out_of_the_tables_are_within_3_percent_of_decodes_and_5_of_prompts(tables: str) -> None:
     for row, most in (
         ("products, up to 128 rows", 0.03), ("attention of decodes", 0.03), ("products, more rows", 0.05),

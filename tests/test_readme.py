@@ -37,6 +37,7 @@ def test_the_policy_in_the_readme_runs_and_decides(tmp_path: Path, monkeypatch, 
     assert "run: cut at layer 6" in page
 
 
+@pytest.mark.slow
 def test_the_policy_that_keeps_levels_is_asked_because_of_both(tmp_path: Path, monkeypatch, capsys) -> None:
     (code,) = re.findall(r"```python\n# my_levels.py\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 32

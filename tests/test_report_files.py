@@ -73,6 +73,7 @@ def test_summary_has_the_promised_shape(folder: Path) -> None:
     assert len(summary["points"]) == 10
 
 
+@pytest.mark.slow
 def test_tasks_are_told_apart_in_the_summary_and_on_the_page(folder: Path) -> None:
     tasks = json.loads((folder / "summary.json").read_text())["arms"]["helios"]["tasks"]
     assert list(tasks) == ["stories", "sums", "code"]

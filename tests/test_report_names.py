@@ -129,6 +129,7 @@ def test_terminals_get_no_code_from_names(result: ExperimentResult, text: str, e
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("text", [text for text in PAYLOADS if text in PATHS])
 def test_files_stay_in_their_folder(result: ExperimentResult, text: str, tmp_path: Path) -> None:
     evil = named(result, text)

@@ -99,6 +99,7 @@ def test_places_of_the_drawing_give_back_the_values_that_were_drawn(scale: str) 
     assert series["kind"] == "line"
 
 
+@pytest.mark.slow
 def test_each_mark_of_a_timeline_leads_to_the_row_of_its_decision(result: ExperimentResult, page: str) -> None:
     (drawing,) = (it for it in timeline_drawings(result) if it.of_arm == "helios")
     rows = decision_rows(result.arms["helios"])

@@ -373,6 +373,7 @@ def test_no_prompt_is_in_the_log(served: Served) -> None:
     assert "secret" not in served.said.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_vllm_s_own_benchmark_sends_and_reads(served: Served, chat: bool) -> None:
     """As vllm/benchmarks/lib/endpoint_request_func.py has it; vLLM is too large to be installed for a test."""

@@ -142,6 +142,7 @@ def test_keys_that_no_header_can_carry_are_refused(tmp_path: Path) -> None:
         assert key not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
 def test_a_full_disk_ends_the_records_and_nothing_else(tmp_path: Path) -> None:
     with serving(tmp_path, *OWN, "serve.records=/dev/full") as served:
