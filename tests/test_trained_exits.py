@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from calibrate.schema import CalibrateConfig, TrainExitsConfig
 from calibrate_line import calibrate
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
+from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.provenance import Provenance, ProvenanceClass
 
@@ -122,7 +124,6 @@ def test_the_command_trains_a_tiny_model_and_what_it_leaves_can_be_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch")
-    from helios_sim.exits.store import load_trace
     from helios_sim.live.checkpoint.source import find_checkpoint
     from helios_sim.live.model.heads import ExitHeads
     from tiny_models import write_tiny
@@ -146,3 +147,34 @@ def test_the_command_trains_a_tiny_model_and_what_it_leaves_can_be_served(
     assert "What training the model for early exit did" in (tmp_path / "out" / "report.html").read_text()
     again = calibrate(monkeypatch, capsys, tmp_path, *words)
     assert again.summary["stages"]["train_exits"]["status"] == "kept"
+
+SHIPPED = Path(__file__).parents[1] / "experiments" / "trained_exits"
+
+
+def test_the_page_s_tables_are_those_of_what_lies_beside_it() -> None:
+    from calibrate.report.trained import by_agreement, by_exit
+
+    found = json.loads((SHIPPED / "smollm2-135m" / "stage.json").read_text(encoding="utf-8"))["compared"]
+    page = (SHIPPED / "results.md").read_text(encoding="utf-8")
+    for table in (by_exit(found), by_agreement(found)):
+        assert table.rows
+        assert all(f"| {' | '.join(row)} |" in page for row in table.rows)
+    for sentence in verdict(found):
+        assert f"- {sentence}" in page
+    places = (str(SHIPPED / "smollm2-135m" / name) for name in ("trace-before", "trace"))
+    before, after = (load_trace("smollm2-135m", place) for place in places)
+    again = compared(before, after, np.ones(after.agree.shape, bool))  # what was kept is in no trace
+    assert again["change"] == found["change"]
+
+
+def test_the_shipped_change_and_heads_fit_the_model() -> None:
+    pytest.importorskip("torch")
+    from helios_sim.live.checkpoint.source import find_checkpoint
+    from helios_sim.live.model.delta import WeightsDelta
+    from helios_sim.live.model.heads import ExitHeads
+
+    architecture = find_checkpoint("random:smollm2-135m").architecture
+    delta = WeightsDelta.load(SHIPPED / "smollm2-135m", architecture)
+    assert len(delta.factors) == 30 * 4
+    heads = ExitHeads.load(SHIPPED / "smollm2-135m", architecture)
+    assert heads.exits == tuple(delta.header["training"]["plan"]["exits"])
