@@ -39,6 +39,7 @@ EFFORTS = {
     JOULES: Effort(60, 25),
 }
 REHEARSED = Effort(4, 0.5)
+TRAINED_WIDTH = 128  # of trained exits' adapters at most, so that an archive holds them beside the change
 QUICK_SIZES = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
 
 
@@ -232,7 +233,9 @@ class CampaignPlan:
         assert self.config.text_model is not None
         config = replace(self._calibration(self.config.text_model), heads=None)
         if name == TRAIN_EXITS:
-            inputs = Inputs(replace(config, task=TRAIN_EXITS, train_exits=self.config.train_exits))
+            width = min(config.adapter_width, TRAINED_WIDTH)
+            own = self.config.train_exits
+            inputs = Inputs(replace(config, task=TRAIN_EXITS, train_exits=own, adapter_width=width))
         else:
             inputs = Inputs(replace(config, task="adapters"))
         (stage,) = (stage for stage in stages_of(inputs) if stage.name == name)

@@ -26,7 +26,7 @@ CONFIDENCES = (Confidence.CLASSIFIER, Confidence.MAX_PROBABILITY)
 GROUPS = 10  # of passages
 BEFORE, AFTER = "before", "after"
 CHANGE = "change"  # a folder of the stage, with the change of the weights, as the next ones
-HEADS = {BEFORE: "heads-before", AFTER: "heads"}
+HEADS = {BEFORE: "scratch/heads-before", AFTER: "heads"}  # those before are of no use once they are traced
 TRACES = {BEFORE: "trace-before", AFTER: "trace"}
 
 Figure = list[float | None]  # the figure, and the ends of its interval
