@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from helios_sim.exits.rule import (
         Clairvoyant,
         Confidence,
+        DraftModel,
         ExitRule,
         FixedCap,
         FullDepth,
@@ -116,6 +117,7 @@ __all__ = [
     "Deployment",
     "DesignsConfig",
     "DesignsResult",
+    "DraftModel",
     "Drained",
     "Energy",
     "ExitRule",
@@ -174,7 +176,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "api": "simulate simulate_designs study_config",
     "errors": "UserError",
-    "exits.rule": "Clairvoyant Confidence ExitRule FixedCap FullDepth PerToken ReleaseEarly SelfSpeculation",
+    "exits.rule": "Clairvoyant Confidence DraftModel ExitRule FixedCap FullDepth PerToken ReleaseEarly SelfSpeculation",
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (

@@ -14,7 +14,7 @@ from helios_sim.policy.deployment import BatchingRule, Deployment
 from helios_sim.policy.helios import HeliosPolicy
 from helios_sim.policy.helios_parameters import Evaluation
 from helios_sim.policy.registry import POLICIES, make_policy, parameters_of, policy_config
-from policy_example import situation, small
+from policy_example import large, situation, small
 
 NEEDED = {"early_exit": {"threshold": 0.8}, "static_cap": {"threshold": 0.8}, "helios": {"threshold": 0.8}}
 NEEDED["helios_probe"] = NEEDED["helios_next"] = NEEDED["helios"]
@@ -23,9 +23,10 @@ NEEDED["helios_probe"] = NEEDED["helios_next"] = NEEDED["helios"]
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("custom", "oracle")])
 def test_every_policy_is_made_from_plain_settings_and_starts(name: str) -> None:
     policy = make_policy(name, NEEDED.get(name))
-    deployment = policy.start(situation(small()))
+    both = name == "draft_model"  # the small one drafts
+    deployment = policy.start(situation(small(), large()) if both else situation(small()))
     assert isinstance(deployment, Deployment)
-    assert deployment.active.model == "small"
+    assert deployment.active.model == ("large" if both else "small")
     assert deployment.reason
 
 

@@ -43,6 +43,9 @@ VALUES: dict[str, dict[str, Any]] = {
         "draft_tokens": 2, "exit_layer": 24, "largest_batch": 1, "review_requests": 10, "batch_limit": 2,
         "model": "gemma3-270m", **LATE,
     },
+    "draft_model": {
+        "draft_tokens": 2, "largest_batch": 1, "batch_limit": 2, "drafter": "opt-6.7b", "model": "opt-1.3b",
+    },
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,
     "helios_probe": {key: value for key, value in OF_HELIOS.items() if key != "evaluation"},
@@ -52,6 +55,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REFUSED = {
+    ("draft_model", "drafter"), ("draft_model", "model"),  # the same model, and a smaller one than the drafter
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
     ("helios_probe", "evaluated_tokens"), *(("early_exit", setting) for setting in OF_SPLITS),
 }  # fmt: skip
@@ -85,6 +89,10 @@ class Study:
 def study(policy: str, setting: str) -> Study:
     if policy == "helios_next":
         return Study(policy, *NEXT_AT.get(setting, ("real_models", NEXT)))
+    if policy == "draft_model":
+        stated = "+exits.parameters.drafted=0.7"
+        pair = ("policy.drafter=opt-1.3b", "policy.model=opt-6.7b")
+        return Study(policy, "quickstart", ("exits.source=stated", stated, *pair))
     if policy.startswith("helios") and setting == "cap_layers":
         return Study(policy, "real_models", ("models=[smollm2-135m]",))
     if policy.startswith("helios"):

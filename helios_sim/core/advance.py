@@ -45,6 +45,7 @@ def advance(t: Tables, until_ns: int) -> int:
     s, r, it = t.states[0], t.rules[0], t.iterations[0]
     requests, lists, line, arrivals, tokens = t.requests, t.lists, t.line, t.arrivals, t.tokens
     chunks, freed, prefix, owed, c, watch, work = t.chunks, t.freed, t.prefix, t.owed, t.counts, t.watch, t.work
+    other = t.drafter
     while True:
         if s.to_release and s.phase in (ADMITTING, RUNNING):  # in place of those that left while it was planned
             release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
@@ -108,7 +109,9 @@ def advance(t: Tables, until_ns: int) -> int:
         lay_out(s, r, it, requests, lists, chunks, t.trace, owed, work)
         prices, scalars = t.prices, t.scalars[0]
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
-        draft, n_chunks, duration_ns = 1 if it.drafts else 0, it.chunks, 0
+        n_chunks, duration_ns = it.chunks, 0
+        draft = 1 if it.drafts or (r.drafts_apart and n_chunks) else 0
+        passes = draft
         it.floor_ns = it.outside = it.draft_ns = it.late_layers = it.late_ns = 0
         up_to, sampled, before_s = 0, it.sampled_tokens, 0.0
         if r.releases and it.decodes:
@@ -120,9 +123,14 @@ def advance(t: Tables, until_ns: int) -> int:
                     up_to += 1
                 up_to = up_to if up_to < r.bands else 0  # so many bands, of the device alone; 0: the whole iteration
                 it.drafting, it.sampled_tokens = (1, 0) if up_to else (0, sampled)
-            if it.drafts:
-                it.chunks = 0 if draft else n_chunks
+            if passes:
+                apart = r.drafts_apart if draft else 0
+                it.chunks = n_chunks if draft == 0 or (apart and draft == 1) else 0
                 lay_out_pass(r, it, requests, lists, work, draft)
+                if apart:
+                    scalars, spans, class_layers = t.scalars[1], other.spans, other.layers
+                elif r.drafts_apart:
+                    scalars, spans, class_layers = t.scalars[0], t.banded, t.banded_layers
             seconds = time_s(prices, scalars, it, spans, class_layers, work, chunks, up_to if up_to else len(spans))
             if up_to:
                 work[up_to - 1].done_ns = s.warm_up_ns + whole_ns(seconds + before_s * scalars.time_factor)

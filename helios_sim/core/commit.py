@@ -48,6 +48,8 @@ def commit(
         _decoded(s, r, it, requests, lists, owed, c, end_ns)
     if s.used_blocks > s.peak_blocks:
         s.peak_blocks = s.used_blocks
+    if r.drafts_apart:
+        note_unread(it, requests, lists)
     if it.drafts:
         keep_accepted(s, r, it, requests, lists, freed, c)
     if it.chunks:
@@ -136,6 +138,19 @@ def hold_back(s: Record, r: Record, it: Record, requests: Table, lists: Lists, o
                 owed[slot, band] = 0
     s.splits += it.splits
     it.decodes = gather(requests, lists, it.decodes, 0)
+
+
+def note_unread(it: Record, requests: Table, lists: Lists) -> None:
+    """What the model that drafts has not read: a token where it did not draft, else the last draft if it was accepted.
+
+    No draft is accepted after one that was not, so that it has read those before.
+    """
+    for i in range(it.decodes):
+        request = requests[lists.batch[i]]
+        if request.drafts == 0:
+            request.unread += 1
+        else:
+            request.unread = 1 if request.accepted == request.drafts else 0
 
 
 def keep_accepted(

@@ -9,6 +9,8 @@ run what was drafted last, whose K and V are not there yet, the others all draft
 run beside them. A draft becomes a token as long as the exit gives what the whole model gives; after the first that does
 not, the whole model's own token takes its place, so that each pass yields one token more than drafts are accepted.
 
+Where another model drafts it computes prompts too, in the pass of the first draft, and its own layers are one band.
+
 Where batches are split (`split_at`), an iteration goes from band to band until all of its tokens leave, or enough of
 them want to: those leave, and the others wait before the next band.
 """
@@ -54,7 +56,7 @@ def lay_out(
 
 def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Table, draft: int) -> None:
     """Fills `work` for one pass of an iteration that drafts: the draft of this number, from 1, or 0: what verifies."""
-    rows, kv_tokens, more = 0, 0, 0
+    rows, kv_tokens, more, unread = 0, 0, 0, 0
     it.drafting = draft > 0
     it.kv_least = it.kv_most = NEVER
     for i in range(it.decodes):
@@ -66,17 +68,20 @@ def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Tab
         rows += 1
         kv_tokens += context
         more += drafts
+        unread += request.unread
         if r.spread:
             it.kv_least = context if it.kv_least == NEVER else min(it.kv_least, context)
             it.kv_most = max(it.kv_most, context)
-    first, rest = work[0], work[1]
+    first, last = work[0], work[r.bands - 1]
+    last.decode_tokens = last.kv_tokens = last.verified_tokens = 0
     first.decode_tokens, first.kv_tokens = rows, kv_tokens
     if draft:
         it.sampled_tokens = rows
-        rest.decode_tokens = rest.kv_tokens = rest.verified_tokens = 0
+        first.verified_tokens = unread if draft == 1 else 0
     else:
         it.sampled_tokens = rows + more + it.finishing
-        rest.decode_tokens, rest.kv_tokens, rest.verified_tokens = rows, kv_tokens, more
+        first.verified_tokens = 0
+        last.decode_tokens, last.kv_tokens, last.verified_tokens = rows, kv_tokens, more
 
 
 def next_row(request: Record) -> int:

@@ -117,6 +117,7 @@ REQUEST = Kind.of(
         "observed", "token_exit", "token_layers", "token_breach", "token_agrees", "token_microbits",
         "drafts",  # tokens that it may draft in this iteration, for which it has blocks
         "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
+        "unread",  # its tokens beside the latest that the model which drafts has not read
         "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
         "held_ns",  # since when
         "earlier_ns",  # its token is delivered so much before the iteration ends
@@ -275,6 +276,7 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "draft_tokens",  # that a request drafts in one iteration, to be verified in the same one; 0: none
         "draft_batch",  # where more requests decode, none drafts
         "draft_exit",  # where drafts leave
+        "drafts_apart",  # another model drafts
         "regroups",  # a batch is split at an exit where enough of it wants to leave, and the rest waits for others
         "flush_requests",  # so many that wait at an exit run on; NEVER: as many as do not wait
         "flush_ns",  # and so long they wait at most
@@ -342,6 +344,13 @@ class Counts(NamedTuple):
     marks: Table  # a ring
 
 
+class Drafter(NamedTuple):
+    """What the model runs that drafts for another one. Its tables are among the other's, its scalars the second row."""
+
+    spans: Any  # one band
+    layers: Any  # of each class of both
+
+
 class Tables(NamedTuple):
     """All that the loop knows of one replica.
 
@@ -373,6 +382,7 @@ class Tables(NamedTuple):
     uniform_layers: Any
     banded: Any
     banded_layers: Any
+    drafter: Any  # Drafter; without one, of the model itself
 
 
 @dataclass(frozen=True, slots=True)

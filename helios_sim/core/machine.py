@@ -41,7 +41,7 @@ _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
     "lay_out_pass", "give_blocks", "drawn_since", "blocks_to_regroup", "split_at", "hold_back",
-    "gather", "lay_out_releases", "note_releases", "_with_late_layers_s",
+    "gather", "lay_out_releases", "note_releases", "_with_late_layers_s", "note_unread",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 

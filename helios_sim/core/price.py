@@ -34,6 +34,7 @@ SCALARS = Kind.of(
         "head_values", "layer_values", "layer_bytes", "kv_values", "kv_weight_bytes",  # for the roofline floor, with
         "kv_bytes", "value_bytes", "width",
         "padded_kv",
+        "of_model", "of_class",  # its first table by rows and its first class: tables may hold two models
         "resident_layers",  # those above come from host memory in each iteration that runs them
     ),
     floats=(
@@ -137,7 +138,7 @@ def time_s(
     if n_chunks:
         for p in range(n_chunks):
             rows += chunks[p].tokens
-    device_s = _by_rows_s(by_rows, EMBEDDING, rows)
+    device_s = _by_rows_s(by_rows, x.of_model + EMBEDDING, rows)
     for s in range(bands):
         span, w = spans[s], work[s]
         rows = w.decode_tokens + w.verified_tokens
@@ -157,7 +158,7 @@ def time_s(
         if reach:
             chunk_tokens, chunk_context = chunks[longest].tokens, chunks[longest].context_tokens
         band_s = 0.0
-        for c in range(classes):
+        for c in range(x.of_class, classes):
             first, layer_s = FIRST_OF_CLASS + c * OF_CLASS, 0.0
             if rows:
                 layer_s = _by_rows_s(by_rows, first + dense, rows)
@@ -177,14 +178,14 @@ def time_s(
         device_s += band_s
         checked, classified = w.checked_tokens, w.classified_tokens
         if checked or classified:
-            by_head_s = _by_rows_s(by_rows, CHECK, checked)
-            device_s += by_head_s + _by_rows_s(by_rows, CLASSIFIER, classified)
+            by_head_s = _by_rows_s(by_rows, x.of_model + CHECK, checked)
+            device_s += by_head_s + _by_rows_s(by_rows, x.of_model + CLASSIFIER, classified)
             if it.syncs:
                 total_s += _later_s(device_s * slowdown, layers * launch_s + x.launch_s_per_graph) + x.sync_s
                 device_s, layers = 0.0, 0
     sampled = it.sampled_tokens
     if sampled or layers:
-        device_s += _by_rows_s(by_rows, HEAD, sampled)
+        device_s += _by_rows_s(by_rows, x.of_model + HEAD, sampled)
         total_s += _later_s(device_s * slowdown, layers * launch_s + x.launch_s_per_graph)
     if it.drafting:
         total_s *= x.time_factor
@@ -300,7 +301,7 @@ def floor_s(
             continue
         n_bytes += layers * x.layer_bytes
         of_layers += layers * 2 * rows * x.layer_values
-        for c in range(classes):
+        for c in range(x.of_class, classes):
             of_class, window, read = class_layers[c, s], windows[c], of_decodes
             if window and decodes * window < read:
                 read = decodes * window
@@ -337,7 +338,8 @@ def outside_grid(
     if n_chunks:
         for p in range(n_chunks):
             rows += chunks[p].tokens
-    if _rows_outside(first, last, HEAD, it.sampled_tokens) or _rows_outside(first, last, EMBEDDING, rows):
+    own = x.of_model
+    if _rows_outside(first, last, own + HEAD, it.sampled_tokens) or _rows_outside(first, last, own + EMBEDDING, rows):
         return True
     for s in range(len(spans)):
         w = work[s]
@@ -347,7 +349,7 @@ def outside_grid(
             for p in range(n_chunks):
                 if chunks[p].layers > spans[s].start:
                     rows += chunks[p].tokens
-        for c in range(classes):
+        for c in range(x.of_class, classes):
             table = FIRST_OF_CLASS + c * OF_CLASS
             if rows and _rows_outside(first, last, table + DENSE, rows):
                 return True
@@ -355,12 +357,12 @@ def outside_grid(
                 return True
             if moved and _rows_outside(first, last, table + KV_PROJECTION, moved):
                 return True
-        if checked and _rows_outside(first, last, CHECK, checked):
+        if checked and _rows_outside(first, last, own + CHECK, checked):
             return True
-        if classified and _rows_outside(first, last, CLASSIFIER, classified):
+        if classified and _rows_outside(first, last, own + CLASSIFIER, classified):
             return True
     if n_chunks:
-        for c in range(classes):
+        for c in range(x.of_class, classes):
             if _chunk_outside(t.prefill, c, n_chunks, chunks):
                 return True
     return False

@@ -210,7 +210,7 @@ def admit(
         request.context_tokens = kept * r.block_tokens
         request.prefill_left = prefill - kept * r.block_tokens
         request.remaining = output - generated
-        request.held = 0
+        request.held = request.unread = 0
         for band in range(owed.shape[1]):
             owed[slot, band] = 0
         lists.batch[s.running] = slot

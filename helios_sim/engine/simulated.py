@@ -11,10 +11,10 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, IntArray, Storage, Trace
+from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, Drafter, IntArray, Storage, Trace
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import Clairvoyant, ExitRule, FixedCap, PerToken, ReleaseEarly, SelfSpeculation
+from helios_sim.exits.rule import Clairvoyant, DraftModel, ExitRule, FixedCap, PerToken, ReleaseEarly, SelfSpeculation
 from helios_sim.exits.trace import BoundTrace, ExitTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Released, Situation
@@ -72,12 +72,13 @@ class SimulatedEngine:
         )  # fmt: skip
         found = self._terms.get(key)
         if found is None:
-            if situation.shares and (regroups or isinstance(d.exit_rule, SelfSpeculation)):
+            if situation.shares and (regroups or isinstance(d.exit_rule, SelfSpeculation | DraftModel)):
                 why = "of tokens that wait at an exit: false with batching=rebatch"
                 if not regroups:
-                    why = "blocks that are shared are not lent to drafts here: false with self-speculation"
+                    why = "blocks that are shared are not lent to drafts here: false where tokens are drafted"
                 raise UserError("server.enable_prefix_caching", True, why, "set server.enable_prefix_caching=false")
-            found = self._terms[key] = _terms(self._models[d.active.model], d, storage)
+            drafter = self._models[d.exit_rule.drafter] if isinstance(d.exit_rule, DraftModel) else None
+            found = self._terms[key] = _terms(self._models[d.active.model], d, storage, drafter)
         return found
 
     def places(self, model: str) -> Places | None:
@@ -159,7 +160,7 @@ class SimulatedEngine:
         return duration_ns, tuple(observations)
 
 
-def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
+def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: ModelData | None) -> Terms:
     profile, trace, rule, loaded = data.profile, data.trace.trace, deployment.exit_rule, deployment.active.layers
     if deployment.active.resident_layers is not None:
         profile = profile.with_resident(deployment.active.resident_layers)
@@ -179,9 +180,12 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     regroups = per_token and not planned and deployment.batching is BatchingRule.REBATCH
     split_above, flush_requests, flush_ns = _regrouping(deployment, loaded_exit := trace.exits.index(loaded))
     bounds = trace.exits if planned else trace.exits[: loaded_exit + 1]
-    drafts = rule if isinstance(rule, SelfSpeculation) and not planned else None
-    if drafts is not None:
-        bounds = (drafts.exit_layers, loaded)
+    agree, draft_exit = trace.agree, 0
+    if isinstance(rule, SelfSpeculation) and not planned:
+        bounds, draft_exit = (rule.exit_layers, loaded), trace.exits.index(rule.exit_layers)
+    elif isinstance(rule, DraftModel) and not planned:
+        bounds, draft_exit = (loaded,), len(trace.exits)
+        agree = np.ascontiguousarray(np.column_stack([agree, trace.drafted_by(rule.drafter)]))
     rules = {
         "per_token": per_token and not planned,
         "clairvoyant": clairvoyant and not planned,
@@ -196,10 +200,10 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
         "regroups": regroups,
         "flush_requests": flush_requests if regroups else NEVER,
         "flush_ns": flush_ns if regroups else FOREVER_NS,
-        "draft_exit": 0 if drafts is None else trace.exits.index(drafts.exit_layers),
+        "draft_exit": draft_exit,
         "reads_trace": per_token or clairvoyant or releases or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,
-        "spread": profile.prices_spread,
+        "spread": profile.prices_spread or (drafter is not None and drafter.profile.prices_spread),
         "rule_exit": len(replayed.exits) - 1,
         "loaded_exit": loaded_exit,
         # An oracle's skipped layers cost nothing and lack nothing.
@@ -210,20 +214,27 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage) -> Terms:
     microbits = np.zeros((0, 0), np.int64) if trace.microbits is None else trace.microbits
     seen = Trace(
         _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach.view(np.uint8)),
-        _frozen(trace.agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
+        _frozen(agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
         np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
         split_above,
     )  # fmt: skip
     pricing = profile.pricing
     uniform, banded = pricing.spans((replayed.layers,)), pricing.spans(bounds)
+    prices, scalars = storage.group(pricing.tables), pricing.scalars(storage)
+    whole_band = (uniform.table(storage), storage.array(uniform.class_layers))
+    drafts = Drafter(*whole_band)
+    if drafter is not None:
+        tables, scalars, band = pricing.with_drafter(drafter.profile.pricing, storage)
+        prices, drafts = storage.group(tables), Drafter(*band)
     return Terms(
         rules,
         trace.exits,
         storage.group(seen),
-        storage.group(pricing.tables),
-        pricing.scalars(storage),
-        (uniform.table(storage), storage.array(uniform.class_layers)),
+        prices,
+        scalars,
+        whole_band,
         (banded.table(storage), storage.array(banded.class_layers)),
+        drafts,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
-from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
+from helios_sim.exits.trace import ANY_DRAFTER, ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.request import token_counts
 
@@ -81,18 +81,22 @@ def no_exits(model: TokenisedModel) -> NoExits:
 
 def stated_exits(
     model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], confident: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: int = 0, drafted: float | None = None,
 ) -> NoExits:  # fmt: skip
     """The trace of a model of which only shares of tokens are known.
 
     `layers`: depths of the exits before the last layer, ascending; `unchanged`: for each the share of tokens that it
     predicts as the last layer does; `confident`: the share that is confident there, all of them unchanged. What holds
     of a token at an exit holds at deeper ones. None: no token is confident before the last layer, as no confidences
-    are known, and the exits serve fixed caps. UserError where they do not fit together.
+    are known, and the exits serve fixed caps. `drafted`: the share of tokens that another model, whichever it is,
+    predicts as this one does; then there need be no exits. UserError where they do not fit together.
     """
+    share = isinstance(drafted, int | float) and not isinstance(drafted, bool) and 0 <= drafted <= 1
+    if drafted is not None and not share:
+        raise UserError("exits.parameters.drafted", drafted, "null or a share from 0 to 1", "correct it")
     lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
     for key, values in lists.items():
-        if not isinstance(values, list | tuple) or not values:
+        if not isinstance(values, list | tuple) or not (values or drafted is not None):
             allowed = "a list with one or more values: +exits.parameters.layers=[16] +exits.parameters.unchanged=[0.9]"
             raise UserError(f"exits.parameters.{key}", values, allowed, "write it as a list")
     depths = [int(n) if isinstance(n, int) and not isinstance(n, bool) else 0 for n in layers]
@@ -112,6 +116,10 @@ def stated_exits(
     if confident is not None:
         sure_at = (f"{share:g} at layer {n}" for n, share in zip(depths, confident, strict=True))
         said += f"; confident {', '.join(sure_at)}"
+    drafters = {}
+    if drafted is not None:
+        said = ", ".join(filter(None, (said, f"{drafted:g} drafted by another model")))
+        drafters[ANY_DRAFTER] = np.random.default_rng((seed, 1)).permutation(_TOKENS) + 0.5 < drafted * _TOKENS
     sure = rank[:, None] < np.array([*(confident or [0.0] * len(depths)), 1.0])
     none = no_exits(model)
     return replace(
@@ -120,6 +128,7 @@ def stated_exits(
         agree=rank[:, None] < np.array([*unchanged, 1.0]),
         provenance=Provenance(ProvenanceClass.PUBLISHED, f"stated: tokens unchanged {said}", STATED),
         confidences={Confidence.MAX_PROBABILITY: sure.astype(np.float32)},
+        drafters=drafters,
     )
 
 

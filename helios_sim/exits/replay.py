@@ -20,6 +20,7 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import (
     Clairvoyant,
     Confidence,
+    DraftModel,
     ExitRule,
     FixedCap,
     FullDepth,
@@ -57,8 +58,8 @@ def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
     which the token is confident, else the last one loaded, which is a breach unless it is the whole model.
     Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
     ReleaseEarly: the first ramp whose threshold the token's confidence reaches, else the last layer; never a breach.
-    SelfSpeculation: every token is the whole model's. Which drafts are accepted is exact, since a draft counts only
-    where all before it are the whole model's, which is the text that was recorded.
+    SelfSpeculation, DraftModel: every token is the whole model's. Which drafts are accepted is exact, since a draft
+    counts only where all before it are the whole model's, which is the text that was recorded.
 
     UserError when `layers` is not an exit, or the trace cannot answer the rule's threshold or measure.
     """
@@ -97,6 +98,11 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                     f"{trace.model} has exits before its last layer at {', '.join(map(str, exits[:last])) or 'none'}",
                     "choose one of these",
                 )  # fmt: skip
+        case DraftModel(drafter):
+            if not whole:
+                allowed = f"drafts are verified with all {trace.n_layers} layers of {trace.model}"
+                raise UserError("layers", layers, allowed, "load the whole model")
+            trace.drafted_by(drafter)
         case ReleaseEarly(ramps, thresholds, confidence):
             if not whole or not set(ramps) <= set(exits[:last]) or len(ramps) != len(thresholds):
                 raise UserError(

@@ -202,6 +202,20 @@ class SelfSpeculation:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftModel:
+    """Another model, with the same tokenizer, drafts `draft_tokens` tokens; one pass of the active one verifies them.
+
+    Drafts are kept as under `SelfSpeculation`. Weights and K and V of both are in memory. The other model computes
+    prompts too, and reads with its first draft what it has not read yet: the last draft of a pass that was accepted as
+    a whole, and tokens of iterations in which none drafted.
+    """
+
+    drafter: str
+    draft_tokens: int
+    largest_batch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseEarly:
     """A token's answer is delivered at the first of `ramps` where it is confident, and the token runs the whole model
     all the same (Apparate, arXiv 2312.05385): K and V are complete, every answer is compared with the whole model's.
@@ -216,4 +230,4 @@ class ReleaseEarly:
     tells_all: bool = False  # the policy gets an observation of each complete answer, all its tokens at all ramps
 
 
-ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation | ReleaseEarly
+ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation | DraftModel | ReleaseEarly

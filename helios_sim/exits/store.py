@@ -10,7 +10,8 @@ A trace is a folder, shipped ones at data/exits/<model>@<source>/:
   unique in the file), chars (characters covered, at least 0), and for each exit depth D a column <column>_D:
   agree_D (bool, always there), and as listed in "columns": one for each confidence that was recorded
   (`confidence.MEASURES` names them), bits_D (-log2 of the probability of the text's own token), or confident_D (bool,
-  published traces).
+  published traces). For each model among the header's "drafters", where it has them, drafted_by_<model>: whether that
+  model predicts what the whole model does (bool).
 
 The texts of a task, one after the other, have the same total of characters in every model's trace: that is what
 lines models up.
@@ -38,6 +39,7 @@ SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
 _KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
+_DRAFTER = "drafted_by_"
 _MOST_BYTES = 256 * MIB
 _PER_EXIT = ("agree", *BY_COLUMN, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
@@ -100,6 +102,7 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
     for name in per_exit:
         for e, depth in enumerate(trace.exits):
             columns[f"{name}_{depth}"] = recorded[name][:, e]
+    columns |= {f"{_DRAFTER}{name}": drafted for name, drafted in trace.drafters.items()}
     table = files.parquet(pa.table(columns))
     header = {
         "format": "exit-trace",
@@ -112,6 +115,7 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
         "published_threshold": trace.published_threshold,
         "published_confidence": trace.published_confidence,
         "human_text": trace.human_text,
+        **({"drafters": list(trace.drafters)} if trace.drafters else {}),  # added later
         "sha256": hashlib.sha256(table).hexdigest(),
         "provenance": trace.provenance.to_json(),
     }
@@ -139,6 +143,8 @@ def read_trace(folder: Path) -> ExitTrace:
         if hashlib.sha256(content).hexdigest() != header.text("sha256"):
             raise UserError("exit trace", str(folder / TABLE), "its sha256 is not the one in its header", _FIX)
         kinds = {f"{name}_{depth}": _KINDS.get(name, "number") for name in recorded for depth in exits}
+        drafters = header.texts("drafters", 100) if header.has("drafters") else ()
+        kinds |= {f"{_DRAFTER}{name}": "flag" for name in drafters}
         columns = read_parquet(folder / TABLE, {**_PER_TOKEN, **kinds}, _FIX, MOST_TOKENS, content, exact=True)
         if len(columns["task"]) != header.integer("n_tokens", 1, MOST_TOKENS):
             found = f"{folder / TABLE} has {len(columns['task'])} rows"
@@ -151,6 +157,7 @@ def read_trace(folder: Path) -> ExitTrace:
             exits=exits,
             tasks=header.texts("tasks", 10_000),
             provenance=Provenance.from_json(header.inner("provenance").values),
+            drafters={name: columns[f"{_DRAFTER}{name}"] for name in drafters},
             published_threshold=header.maybe("published_threshold", 0, 1),
             published_confidence=Confidence(header.text("published_confidence", names)) if published else None,
             human_text=header.flag("human_text"),

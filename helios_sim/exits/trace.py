@@ -21,6 +21,7 @@ from helios_sim.provenance import Provenance
 MICROBITS = 1_000_000  # in a bit
 MOST_BITS = 10_000  # of one token, more than float32 has of a probability
 _ROUNDING = 1e-3  # by which a stored confidence may leave its range
+ANY_DRAFTER = "*"
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -64,6 +65,8 @@ class ExitTrace:
     published_confidence: Confidence | None = None
     bits: NDArray[np.float32] | None = None  # (T, E) -log2 of the probability of the text's own token
     human_text: bool = False  # the text was written by people: only then do bits per character rank models
+    # By model: (T,) whether it predicts what this one's last layer does. `ANY_DRAFTER`: whichever model it is
+    drafters: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
     char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
     # (T, E) millionths of a bit, of human text only: whole numbers, so that sums do not depend on the order
@@ -87,6 +90,8 @@ class ExitTrace:
             c: self._column(MEASURES[c].column, values, np.float32, wide) for c, values in self.confidences.items()
         }
         self._set("confidences", recorded)
+        drafted = {name: self._column(name, values, np.bool_, (n_tokens,)) for name, values in self.drafters.items()}
+        self._set("drafters", drafted)
         self._check_columns()
         self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
         self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
@@ -136,6 +141,16 @@ class ExitTrace:
                 "use one of them, or record a trace with `python -m calibrate +task=traces`",
             )  # fmt: skip
         return self.confidences[confidence]
+
+    def drafted_by(self, model: str) -> NDArray[np.bool_]:
+        """(T,) whether that model predicts what this one does. UserError where it was not recorded."""
+        found = self.drafters.get(model, self.drafters.get(ANY_DRAFTER))
+        if found is None:
+            self._fail(
+                "drafter", model, f"models whose drafts were recorded: {', '.join(self.drafters) or 'none'}",
+                "name one of them, or state a share: exits.source=stated +exits.parameters.drafted=0.7",
+            )  # fmt: skip
+        return found
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
         """The trace as a workload with these task names reads it; UserError when a task is missing."""

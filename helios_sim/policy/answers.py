@@ -11,6 +11,7 @@ from helios_sim.exits.rule import (
     MOST_THRESHOLD,
     Clairvoyant,
     Confidence,
+    DraftModel,
     FixedCap,
     FullDepth,
     PerToken,
@@ -81,11 +82,13 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return None if _is_share(value.disagreement_budget) else "a disagreement_budget from 0 to 1"
         if type(value) is SelfSpeculation:
             return speculation(value)
+        if type(value) is DraftModel:
+            return drafting(value)
         if type(value) is ReleaseEarly:
             return release(value)
         if type(value) not in (FixedCap, PerToken):
             known = "FullDepth(), FixedCap(threshold), PerToken(threshold), Clairvoyant(), SelfSpeculation(...)"
-            return f"{known} or ReleaseEarly(...): the server knows no other exit rule"
+            return f"{known}, DraftModel(...) or ReleaseEarly(...): the server knows no other exit rule"
         assert isinstance(value, FixedCap | PerToken)
         if not _is_share(value.threshold, MOST_THRESHOLD):
             return f"a threshold from 0 to {MOST_THRESHOLD:g}"
@@ -105,6 +108,23 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return f"SelfSpeculation with draft_tokens from 0 to {MOST_DRAFTS}"
         if value.largest_batch is not None and not _is_whole(value.largest_batch):
             return "SelfSpeculation with largest_batch None or a whole number from 0"
+        return None
+
+    def drafting(value: DraftModel) -> str | None:
+        active, whole = found.active.model, candidates[found.active.model].profile.model.n_layers
+        if found.active.layers != whole or found.run_layers not in (None, whole):
+            return f"DraftModel only with all {whole} layers of {active}"
+        if value.drafter not in candidates or value.drafter == active:
+            return f"DraftModel with another model than {active} among {', '.join(candidates)}"
+        layers = candidates[value.drafter].profile.model.n_layers
+        if layers > whole:
+            return f"DraftModel with a drafter of at most the {whole} layers of {active}"
+        if not any(other == Placement(value.drafter, layers) for other in found.standby):
+            return f"DraftModel with Placement({value.drafter!r}, {layers}) among standby"
+        if not _is_whole(value.draft_tokens, 0, MOST_DRAFTS):
+            return f"DraftModel with draft_tokens from 0 to {MOST_DRAFTS}"
+        if value.largest_batch is not None and not _is_whole(value.largest_batch):
+            return "DraftModel with largest_batch None or a whole number from 0"
         return None
 
     def release(value: ReleaseEarly) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import ExitRule, PerToken, ReleaseEarly, SelfSpeculation
+from helios_sim.exits.rule import DraftModel, ExitRule, PerToken, ReleaseEarly, SelfSpeculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,9 @@ def require_all_resident(placement: Placement) -> None:
 
 def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> None:
     """UserError for what live serving cannot do."""
+    if isinstance(rule, DraftModel):
+        allowed = "other policies, such as self_speculation: live, one model runs at a time"
+        raise UserError("policy", "draft_model", allowed, "choose one of these, or set mode=simulate")
     if isinstance(rule, ReleaseEarly):
         allowed = "other policies: live, no answer leaves before its iteration ends"
         raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")
@@ -281,10 +284,10 @@ class Deployment:
                 "with ReleaseEarly every token runs all layers: ReleaseEarly(tells_all=True) tells of them",
                 "set observe_tokens=None",
             )
-        if isinstance(self.exit_rule, SelfSpeculation) and self.observe_tokens is not None:
+        if isinstance(self.exit_rule, SelfSpeculation | DraftModel) and self.observe_tokens is not None:
             raise UserError(
                 "deployment.observe_tokens",
                 self.observe_tokens,
-                "no tokens are observed under self-speculation, which tells itself how many drafts were accepted",
+                "no tokens are observed where tokens are drafted, which tells itself how many drafts were accepted",
                 "set observe_tokens=None",
             )

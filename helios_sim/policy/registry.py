@@ -13,6 +13,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.policy.custom import CustomParameters, load_custom
+from helios_sim.policy.draft_model import DraftModelParameters, DraftModelPolicy
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
 from helios_sim.policy.full_depth import FullDepthParameters, FullDepthPolicy
 from helios_sim.policy.helios import HeliosPolicy
@@ -30,6 +31,7 @@ PolicyParameters = (
     | StaticCapParameters
     | ReleaseEarlyParameters
     | SelfSpeculationParameters
+    | DraftModelParameters
     | HeliosParameters
     | HeliosNextParameters
     | OracleParameters
@@ -56,6 +58,7 @@ POLICIES: Mapping[str, PolicyKind] = {
     "self_speculation": PolicyKind(
         SelfSpeculationParameters, SelfSpeculationPolicy, "the first layers draft tokens, all layers verify them"
     ),
+    "draft_model": PolicyKind(DraftModelParameters, DraftModelPolicy, "another model drafts tokens, one verifies them"),
     "helios": PolicyKind(HeliosParameters, HeliosPolicy, "evaluation rounds, a cap, load or switch on breaches"),
     "helios_probe": PolicyKind(
         HeliosParameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ from helios_sim.core.layout import (
     raw,
 )
 from helios_sim.core.price import (
+    FIRST_OF_CLASS,
     FLOOR,
+    OF_CLASS,
     OUTSIDE,
     SCALARS,
     TIME,
@@ -87,7 +89,8 @@ class Pricing:
         checks = head if check is None else check
         # Without a classifier's table nothing asks for it: the profile refuses.
         by_classifier = checks if check_classifier is None else check_classifier
-        self.tables = _price_tables(classes, head, checks, by_classifier, embedding, runtime.graph_batch_sizes)
+        self._parts = _Parts(classes, (head, checks, by_classifier, embedding), runtime.graph_batch_sizes)
+        self.tables = _price_tables((self._parts,))
         self._scalars = _scalar_values(model, hardware, runtime, factors, padded_kv)
         self._layer_class, self._n_classes = tuple(layer_class), len(classes)
         self._spans: dict[tuple[int, ...], Spans] = {}
@@ -104,6 +107,16 @@ class Pricing:
         """A table of one row."""
         names = SCALARS.dtype.names or ()
         return storage.filled(SCALARS, [[self._scalars[name] for name in names]])
+
+    def with_drafter(self, other: Pricing, storage: Storage) -> tuple[PriceTables, Table, tuple[Table, Any]]:
+        """Tables of both, scalars of this one and of the other, and the other's band: all of its layers."""
+        names, own = SCALARS.dtype.names or (), len(self._parts.classes)
+        first = FIRST_OF_CLASS + OF_CLASS * (own + len(other._parts.classes))
+        of_other = {**other._scalars, "of_model": first, "of_class": own}
+        scalars = storage.filled(SCALARS, [[of[name] for name in names] for of in (self._scalars, of_other)])
+        band = other.spans((len(other._layer_class),))
+        layers = np.concatenate([np.zeros((own, 1), np.int64), band.class_layers])
+        return _price_tables((self._parts, other._parts)), scalars, (band.table(storage), storage.array(layers))
 
     def time_s(self, c: Composition) -> FloatArray:
         return self._priced(c, TIME)[:, TIME]
@@ -218,20 +231,28 @@ class _LaidOut:
         return found
 
 
-def _price_tables(
-    classes: Sequence[LayerTables],
-    head: RowsTable,
-    check: RowsTable,
-    classifier: RowsTable,
-    embedding: RowsTable,
-    pad_to: tuple[int, ...] | None,
-) -> PriceTables:
-    """Only the dense part of a batch without prefill is padded to a graph's size."""
-    by_rows = [_by_rows(table) for table in (head, check, classifier, embedding)]
-    sources = [head, check, classifier, embedding]
-    for tables in classes:
-        by_rows += [_by_rows(tables.dense), _by_rows(tables.dense, pad_to), _by_rows(tables.kv_projection)]
-        sources += [tables.dense, tables.dense, tables.kv_projection]
+class _Parts(NamedTuple):
+    """What tables are made of, of one model."""
+
+    classes: Sequence[LayerTables]
+    whole: tuple[RowsTable, RowsTable, RowsTable, RowsTable]  # head, check, classifier, embedding
+    pad_to: tuple[int, ...] | None
+
+
+def _price_tables(models: Sequence[_Parts]) -> PriceTables:
+    """Only the dense part of a batch without prefill is padded to a graph's size.
+
+    Of further models classes follow those of the first, and behind all classes come their tables of the whole model.
+    """
+    sources, classes = list(models[0].whole), [tables for model in models for tables in model.classes]
+    by_rows = [_by_rows(table) for table in sources]
+    for model in models:
+        for tables in model.classes:
+            by_rows += [_by_rows(tables.dense), _by_rows(tables.dense, model.pad_to), _by_rows(tables.kv_projection)]
+            sources += [tables.dense, tables.dense, tables.kv_projection]
+    for model in models[1:]:
+        by_rows += [_by_rows(table) for table in model.whole]
+        sources += model.whole
     decode = [_Decode.of(tables.decode_attention) for tables in classes]
     prefill = [tables.prefill_attention for tables in classes]
     mixed = [tables.mixed_attention for tables in classes]
@@ -354,6 +375,8 @@ def _scalar_values(
         "value_bytes": model.weight_bytes_per_value,
         "width": model.n_heads * model.head_dim,
         "padded_kv": int(padded_kv),
+        "of_model": 0,
+        "of_class": 0,
     }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import Numbers, Storage, Table, Trace
+from helios_sim.core.layout import Drafter, Numbers, Storage, Table, Trace
 from helios_sim.core.price import PriceTables
 from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
@@ -180,6 +180,7 @@ class Terms:
     scalars: Table  # of core.price.SCALARS, one row
     uniform: tuple[Table, Numbers]  # bands of iterations in which all tokens run the same layers, with layers by class
     banded: tuple[Table, Numbers]  # of the others
+    drafter: Drafter  # what another model that drafts costs; without one, the model itself
 
 
 @runtime_checkable

@@ -34,7 +34,7 @@ from helios_sim.core.layout import (
     Watch,
 )
 from helios_sim.core.power import MARKS, note_drawn
-from helios_sim.exits.rule import PerToken, ReleaseEarly, SelfSpeculation
+from helios_sim.exits.rule import DraftModel, PerToken, ReleaseEarly, SelfSpeculation
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import NS_PER_S, RecordBlock, Request, RequestRecord, Slo, to_ns
@@ -199,13 +199,14 @@ class Replica:
         self._enforced = deployment
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
-        seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation | ReleaseEarly)
+        seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation | DraftModel | ReleaseEarly)
         limit = situation.max_running_requests
         if deployment.batch_limit is not None:
             limit = min(limit, deployment.batch_limit)
         if places is not None:
             limit = min(limit, places.requests)
-        drafts = deployment.exit_rule if isinstance(deployment.exit_rule, SelfSpeculation) else None
+        rule = deployment.exit_rule
+        drafts = rule if isinstance(rule, SelfSpeculation | DraftModel) else None
         values = {
             "order": line.ORDERS[situation.order],
             "block_tokens": situation.memory.block_tokens,
@@ -230,6 +231,7 @@ class Replica:
             "planned": deployment.plan is not None,
             "draft_tokens": 0 if drafts is None or deployment.plan is not None else drafts.draft_tokens,
             "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
+            "drafts_apart": isinstance(rule, DraftModel) and deployment.plan is None,
             "n_layers": profile.model.n_layers,
             **_power(situation, self.foresees),
             **_levels(situation.slo),
@@ -289,14 +291,14 @@ class Replica:
         """All that the loop works on now."""
         model, terms = int(self.state.model), self.terms
         tokens, (coming, coming_tokens) = self.inbox.tokens(self.state, model), self.inbox.coming(model)
-        priced: tuple[Any, ...] = (None,) * 8
+        priced: tuple[Any, ...] = (None,) * 9
         if terms is not None:
             of, trace = (terms, self.inbox.planned), terms.trace
             if self._deployment.plan is not None:
                 if self._trace is None or self._trace_of[0] is not of[0] or self._trace_of[1] is not of[1]:
                     self._trace, self._trace_of = trace._replace(planned=self.storage.array(of[1])), of
                 trace = self._trace
-            priced = trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded
+            priced = trace, terms.prices, terms.scalars, self.work, *terms.uniform, *terms.banded, terms.drafter
         return Tables(
             *self.raw_records, self.requests, self.lists, self.line, self.inbox.rows, tokens, coming, coming_tokens,
             self.chunks, self.freed, self.prefix.tables, self.owed, self.counts, watch, *priced,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from helios_sim.core.layout import NEVER
 from helios_sim.errors import UserError
+from helios_sim.exits.rule import DraftModel, ExitRule
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.serving.backoff import Backoff
@@ -64,11 +65,16 @@ class Residency:
             self._pool_bytes[key] = found
         return found
 
-    def pool_blocks(self, layers: Mapping[str, int], active: Placement) -> int:
-        return max(0, self.pool_bytes(layers) // self.block_bytes(active))
+    def pool_blocks(self, layers: Mapping[str, int], active: Placement, rule: ExitRule) -> int:
+        return max(0, self.pool_bytes(layers) // self.block_bytes(active, rule))
 
-    def block_bytes(self, active: Placement) -> int:
-        return self._memory.block_tokens * self._profiles[active.model].kv_bytes_per_token(active.layers)
+    def block_bytes(self, active: Placement, rule: ExitRule) -> int:
+        """Bytes of a block: of the active model's K and V, and of those of a model that drafts for it."""
+        token_bytes = self._profiles[active.model].kv_bytes_per_token(active.layers)
+        if isinstance(rule, DraftModel):
+            drafter = self._profiles[rule.drafter]
+            token_bytes += drafter.kv_bytes_per_token(drafter.model.n_layers)
+        return self._memory.block_tokens * token_bytes
 
 
 @dataclass(slots=True)
@@ -306,7 +312,8 @@ class Transitions:
 
     def _blocks_beside(self, placement: Placement) -> int:
         """KV blocks of the active model that there is room for beside what is resident and this placement."""
-        return self.residency.pool_blocks(self.residency.with_placement(placement), self._replica.deployment.active)
+        now = self._replica.deployment
+        return self.residency.pool_blocks(self.residency.with_placement(placement), now.active, now.exit_rule)
 
     def _activate(self, pending: Pending) -> None:
         replica, stats, deployment = self._replica, self._replica.stats, pending.deployment
@@ -317,8 +324,9 @@ class Transitions:
         if deployment.active.model != old.active.model:
             stats.switches += 1
             replica.reorder()
-        elif replica.run_layers > old_depth:
-            # Hidden states at the old cap were not kept: deeper layers need the text from layer 1.
+        elif replica.run_layers > old_depth or _drafter(deployment) not in (None, _drafter(old)):
+            # Hidden states at the old cap were not kept: deeper layers need the text from layer 1. So does a model that
+            # begins to draft.
             replica.preempt_until(0)
         if deployment.active != old.active:
             stats.switch_time_ns += now_ns - pending.decided_ns
@@ -337,10 +345,10 @@ class Transitions:
             first_exit = replica.situation.candidates[active.model].offline.exits[0]
             residency.layers = {active.model: first_exit}
             active = Placement(active.model, first_exit)
-        blocks = residency.pool_blocks(residency.layers, active)
+        blocks = residency.pool_blocks(residency.layers, active, deployment.exit_rule)
         replica.preempt_until(blocks)
         replica.resize_pool(blocks)
-        replica.block_bytes = residency.block_bytes(active)
+        replica.block_bytes = residency.block_bytes(active, deployment.exit_rule)
         self._weigh(residency.layers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
         replica.meet_timeline()
@@ -354,7 +362,7 @@ class Transitions:
 
     def _require_fit(self, deployment: Deployment) -> None:
         wanted = self.residency.wanted(deployment)
-        if self.residency.pool_blocks(wanted, deployment.active) > 0 or deployment.instant:
+        if self.residency.pool_blocks(wanted, deployment.active, deployment.exit_rule) > 0 or deployment.instant:
             return
         memory = self._replica.situation.memory
         names = ", ".join(f"{model} ({layers} layers)" for model, layers in wanted.items())
@@ -366,3 +374,8 @@ class Transitions:
             "choose a smaller model, a lower cap, a larger card, more cards (server.tensor_parallel) or a higher "
             "server.memory_utilisation",
         )
+
+
+def _drafter(deployment: Deployment) -> str | None:
+    """The other model that drafts."""
+    return deployment.exit_rule.drafter if isinstance(deployment.exit_rule, DraftModel) else None

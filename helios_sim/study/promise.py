@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from helios_sim.exits.guarantee import NO_TOKEN
+from helios_sim.policy.draft_model import DraftModelParameters
 from helios_sim.policy.full_depth import FullDepthParameters
 from helios_sim.policy.registry import PolicyParameters
 from helios_sim.policy.self_speculation import SelfSpeculationParameters
@@ -38,7 +39,7 @@ def kept_promises(jobs: Mapping[str, Sequence[Job]], arms: Mapping[str, ArmResul
 
 def _chosen(parameters: PolicyParameters, config: Config) -> bool:
     """Whether the policy's exits are those that were chosen for the promise."""
-    if isinstance(parameters, FullDepthParameters | SelfSpeculationParameters):
+    if isinstance(parameters, FullDepthParameters | SelfSpeculationParameters | DraftModelParameters):
         return True  # every token is full depth's
     if getattr(parameters, "cap_layers", None) is not None:
         return False
