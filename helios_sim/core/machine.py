@@ -180,7 +180,7 @@ def load() -> Machine | None:
         own.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Machine(None)
-    print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
+    print("compiling the serving loop to machine code, once on this machine: some 15 s", file=sys.stderr, flush=True)
     return Machine(own, own, folder)
 
 

@@ -1,8 +1,7 @@
 """The steps in which Numba compiles the loop's functions: those that numbers, records and arrays need.
 
 Numba's own also look for closures, contexts, exceptions, constants to fold, array expressions and parallel loops, of
-which the loop has none. They write down every type for people to read, and after each step look whether it has left a
-function as it should be.
+which the loop has none, and write down every type for people to read.
 """
 
 from __future__ import annotations
@@ -23,15 +22,9 @@ def compiler_class() -> Any:
         typed.NativeLowering, typed.NoPythonBackend,
     )  # fmt: skip
 
-    class Steps(machinery.PassManager):  # type: ignore[misc]
-        def _runPass(self, index: int, step: Any, state: Any) -> None:
-            step.analysis = self._analysis
-            for part in (step.run_initialization, step.run_pass, step.run_finalizer):
-                part(state)
-
     class Plain(compiler.CompilerBase):  # type: ignore[misc]
         def define_pipelines(self) -> list[Any]:
-            passes = Steps("plain")
+            passes = machinery.PassManager("plain")
             for step in steps:
                 passes.add_pass(step, step.__name__)
             passes.finalize()
