@@ -31,6 +31,7 @@ _SHOWN = 80  # characters of a value in a message
 _REQUIRED: Any = object()
 _Part = TypeVar("_Part")
 _OF_YAML_ALONE = re.compile(r"[-+]?(0[0-9]+|0[xob].*|.*[_:].*)")
+csv.field_size_limit(2**31 - 1)  # a file has its own: a column may hold whole prompts
 _PACKED = 100  # text that unpacks to more than this many times its size is no measurement
 _MOST_PARQUET_BYTES = 256 * MIB
 
@@ -389,6 +390,11 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
     with reading(str(path), "damaged", "text in UTF-8", fix, error):
         content.decode("utf-8")
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, as JSON and tables have them: Python's own also end at signs that may stand in texts."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def check_quotes(name: str, content: bytes, fix: str, separator: str = ",") -> None:

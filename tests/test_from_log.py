@@ -80,7 +80,7 @@ def test_nothing_estimated_is_what_the_comparison_of_a_vllm_log_gives(command: C
 
 @pytest.mark.slow
 def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tmp_path: Path) -> None:
-    log = write(tmp_path / "log.jsonl", requests(), model="facebook/opt-1.3b", users=4)
+    log = write(tmp_path / "log.jsonl", requests(), model="facebook/opt-1.3b", users=8)
     said = command(
         "+experiment=from_log", "log=log.jsonl", "hardware=a100-40gb", "model=opt-1.3b", "from_log.cards=[h100-80gb]",
         "from_log.models=[opt-6.7b]", "exits.source=published", "policy=early_exit", "policy.model=opt-1.3b",
@@ -98,7 +98,7 @@ def test_a_log_of_clients_and_what_else_would_have_done(command: CommandLine, tm
     assert about["times_begin_when"] == "the client has sent the request"
     text = " ".join(said.out.split())
     assert "1 of 40 requests failed and are left out: 1 x HTTP 429: too many requests." in text
-    assert "its client kept at most 4 requests in flight" in text
+    assert "its client kept at most 8 requests in flight" in text
     assert "log.jsonl does not say: times of single tokens" in text
     (test, *_) = said.summary["fidelity"]["parts"].values()
     off = {f"{row['group']} {row['statistic']}": row["difference"] for row in test}

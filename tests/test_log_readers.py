@@ -472,7 +472,7 @@ def test_what_server_and_client_counted_is_compared(tmp_path: Path) -> None:
     requests, records, report = samples.inference_perf(), samples.aiperf(), samples.guidellm()
     requests[0]["info"]["input_tokens"] = 9000
     records[1]["metrics"]["usage_prompt_tokens"] = {"value": 900, "unit": "tokens"}
-    _requests(report)["successful"][0] |= {"prompt_tokens": 90, "total_tokens": None}
+    _requests(report)["successful"][0] |= {"prompt_tokens": 90, "total_tokens": None, "tokens_per_second": None}
     for path, told in ((as_json(tmp_path, requests), "1 of 2 requests, such as 100 in place of 9,000"),
                        (as_lines(tmp_path, records), "1 of 1 requests, such as 900 in place of 21"),
                        (as_json(tmp_path, report, "r.json"), "1 of 4 requests, such as 90 in place of 9")):  # fmt: skip

@@ -78,6 +78,15 @@ def test_ids_of_a_trace_follow_its_rows_when_they_are_sorted(tmp_path: Path) -> 
     assert read_trace(trace_of(tmp_path, ROWS)).texts is None
 
 
+def test_ids_may_be_hashes_of_64_bits(tmp_path: Path) -> None:
+    hashed = [{**ROWS[0], "hash_ids": [2**64 - 1, 7, 8]}, {**ROWS[1], "hash_ids": [2**64 - 1, 7]}]
+    trace = read_trace(trace_of(tmp_path, hashed), texts=True)
+    assert trace.texts is not None
+    assert trace.texts.ids.tolist() == [2, 0, 2, 0, 1]
+    with pytest.raises(UserError, match=r"line 1, column hash_ids.*below 2\^64"):
+        read_trace(trace_of(tmp_path, [{**ROWS[0], "hash_ids": [2**64]}]), texts=True)
+
+
 @pytest.mark.parametrize("ids", ["x", 3, [1, None], ["a"]])
 def test_ids_that_are_none_are_refused(tmp_path: Path, ids) -> None:
     with pytest.raises(UserError):

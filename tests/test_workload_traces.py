@@ -91,6 +91,8 @@ def test_peer_workloads_and_serving_logs_are_read_by_their_own_names(shared_data
 
 JSON = '{"timestamp": 0, "input_length": 1, "output_length": 1}\n'
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+# With a cell beyond what the csv module takes by itself
+LONG = "arrival_s,prompt_tokens,output_tokens,prompt\n0,5,5," + "x" * 200_000 + "\n"
 
 
 @pytest.mark.parametrize(
@@ -276,6 +278,9 @@ def test_a_trace_cannot_be_changed_by_its_users(tmp_path: Path) -> None:
         ("t.csv", HEADER + "nan,5,5\n", "line 2, column arrival_s='nan'", "seconds"),
         ("t.csv", HEADER + "0,5,99999999999\n", "line 2, column output_tokens='99999999999'", "to 2147483647"),
         ("t.csv.gz", HEADER + "0,5,5\n1,5\n", "t.csv.gz, line 3='1,5'", "3 cells"),
+        ("t.csv", HEADER + "0,5,5\n1,3000000000,5\n", "line 3, column prompt_tokens='3000000000'", "to 2147483647"),
+        ("t.csv", LONG + "1,x,5,y\n", "line 3, column prompt_tokens='x'", "to 2147483647"),
+        ("t.jsonl", JSON.replace(": 0,", ': "1753780607550317897",'), "column timestamp=", "without quotes"),
         ("t.csv", HEADER, "t.csv", "at least one request"),
         ("t.csv", "", "t.csv", "at least one request"),
         ("t.csv", "arrival_s,tokens\n0,1\n", "t.csv, columns", "prefill_tokens"),

@@ -18,6 +18,7 @@ from helios_sim.logs.record import (
     Begins,
     RequestLog,
     Row,
+    check_same,
     close_to,
     counted,
     gathered,
@@ -26,6 +27,8 @@ from helios_sim.logs.record import (
     number,
     only_once,
     other_counts,
+    other_totals,
+    reason,
     stamp_ns,
     whole,
 )
@@ -64,7 +67,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
-    counts: list[tuple[int, int]] = []
+    counts, totals = list[tuple[int, int]](), list[tuple[Any, Any, Any]]()
     ids, servers, sessions = dict[str, str](), dict[str, None](), Counter[tuple[object, ...]]()
     for place, value in document.numbered_objects():
         record = Fields(value, place, FIX)
@@ -75,6 +78,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         turns += bool(value["metadata"].get("turn_index"))
         both = [_value_of(metrics, name) for name in ("usage_prompt_tokens", "input_sequence_length")]
         counts += [(both[0], both[1])] if all(type(count) is int for count in both) else []
+        totals.append((_value_of(metrics, "usage_total_tokens"), _value_of(metrics, "usage_prompt_tokens"),
+                       _value_of(metrics, "usage_completion_tokens")))  # fmt: skip
         sessions[tuple(str(value["metadata"].get(name)) for name in _OF_A_RUN)] += 1
         servers |= dict.fromkeys(filter(None, [str(value["metadata"].get("endpoint_url") or "")]))
         note_others(left, value, _OF_RECORD)
@@ -84,7 +89,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if len(servers) > 1:
         told = f"{len(servers)} endpoints, {', '.join(list(servers)[:3])}"
         notices.append(f"{document.name}: requests went to {told}: here all go to one server, or to server.replicas.")
-    notices += other_counts(document.name, "prompt tokens", counts)
+    notices += other_counts(document.name, "prompt tokens", counts) + other_totals(document.name, totals)
     again = sum(count - 1 for count in sessions.values())
     if again:
         notices.append(f"{document.name}: {again} requests have session and turn of another one, as where the records "
@@ -130,9 +135,10 @@ def _row(place: str, record: Fields) -> Row:
     output = tokens("usage_completion_tokens", "output_sequence_length")
     if failed:
         fields = record.inner("error", {})
-        code, text = fields.value("code", None), fields.value("message", "cancelled by the client")
-        why = f"{code}: {text}" if code is not None else str(text)
-        return Row(place, arrival_s, prompt, output, failure=why.strip().splitlines()[-1][:200], warm_up=warm_up)
+        code = fields.value("code", None)
+        default = "cancelled by the client" if error is None else None
+        why = reason(fields.value("message", None), fields.value("type", None), default)
+        return Row(place, arrival_s, prompt, output, failure=why if code is None else f"{code}: {why}", warm_up=warm_up)
     ttft_s, e2e_s = seconds("time_to_first_token"), seconds("request_latency")
     took_s = (end_ns - start_ns) / NS_PER_S
     if e2e_s is not None and e2e_s > 1.01 * took_s + _SLACK_S:
@@ -151,7 +157,12 @@ def _row(place: str, record: Fields) -> Row:
         if e2e_s is not None and not 0.5 * e2e_s - 0.01 <= times[-1] <= 1.05 * e2e_s + _SLACK_S:
             told = f"{times[-1]:.6g} s with the time to first token"
             raise UserError(f"{place}: inter_chunk_latency", told, f"about request_latency, {e2e_s:.6g} s", FIX)
+        second_s = seconds("time_to_second_token")
+        if second_s is not None and len(times) > 1:
+            check_same(place, "time_to_second_token in ms", 1e3 * second_s, 1e3 * (times[1] - times[0]), 0.05, 1.0)
     each_s = seconds("inter_token_latency")
+    if each_s:
+        check_same(place, "output_token_throughput_per_user", figure("output_token_throughput_per_user"), 1.0 / each_s)
     counted_here = tokens("output_sequence_length") if metrics.has("output_sequence_length") else 0
     if each_s is not None and ttft_s is not None and e2e_s is not None and counted_here > 1:
         ours_s = (e2e_s - ttft_s) / (counted_here - 1)

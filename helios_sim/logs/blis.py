@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once
+from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once, other_models
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, Fields, check_name, check_quotes, parse_yaml, read_text, reading, shortened
 
@@ -70,13 +70,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     rows: list[Row] = []
     matter: Counter[str] = Counter()
     priorities = "vllm_priority" in names
-    ids = dict[str, str]()
+    ids, row_models = dict[str, str](), dict[str, None]()
     for cells in table:
         place = f"{document.name}, line {table.line_num}"
         if len(cells) != len(names):
             raise UserError(place, f"{len(cells)} cells", f"{len(names)}, as the header has", _LINE)
         row = dict(zip(names, cells, strict=True))
         only_once(place, "request_id", row["request_id"], ids)
+        row_models[row.get("model", "")] = None
         matter.update(name for name in _EFFECTS if row.get(name, "") not in _EMPTY)
         sent = row["send_time_us"]
         if header is not None and real and sent.isascii() and sent.isdecimal() and 0 < int(sent) < EARLIEST_S * 10**6:
@@ -86,6 +87,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     others = [name for name in names if name not in (*_NEEDED, *_EFFECTS) and name not in _OF_NO_MATTER]
     notices += not_read(document.name, others)
     stated: dict[str, object] = {}
+    models: list[object] = list(row_models)
     if header is None:
         notices.append(f"{document.name}: no header (YAML) lies beside it: whether it was measured, and which requests "
                        "are of the warm-up, is not known.")  # fmt: skip
@@ -96,12 +98,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         stated = {"model": server.value("model", None), "gpu_memory_utilization": server.maybe(
             "gpu_memory_utilization", 0.0, 1.0
         )}  # fmt: skip
+        models.append(stated["model"])
         for name in ("tensor_parallel", "max_num_seqs", "block_size", "max_model_len"):
             stated[name] = server.integer(name, 0, LONGEST) if server.has(name) else None
         header.ignore(_OF_HEADER)
         server.ignore(("type", "url", "version"))
         left = [f"server.{name}" for name in (*server.rest, *server.off)]
         notices += not_read(where, [*header.rest, *(name for name in header.off if "." not in name), *left])
+    notices += other_models(document.name, models)
     return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.record import FIX
-from helios_sim.untrusted import MIB, in_short, parse_json, parse_yaml, reading, shortened
+from helios_sim.untrusted import MIB, in_short, lines_of, parse_json, parse_yaml, reading, shortened
 
 MOST_BYTES = 512 * MIB
 _HEAD = 1 << 16
@@ -57,7 +57,7 @@ class Document:
 
     def lines(self) -> list[tuple[int, str]]:
         """The lines that are not empty, each with its number."""
-        return [(n, line) for n, line in enumerate(self.content.decode().splitlines(), 1) if line.strip()]
+        return [(n, line) for n, line in enumerate(lines_of(self.content.decode()), 1) if line.strip()]
 
     def objects(self) -> list[dict[str, Any]]:
         """The JSON objects of a file that holds one, or one in each line. UserError where one is none."""

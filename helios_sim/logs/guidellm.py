@@ -7,7 +7,8 @@ The last token, not the end of the stream, ends a request here. Single tokens ha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from helios_sim.errors import UserError
@@ -17,6 +18,7 @@ from helios_sim.logs.record import (
     Begins,
     RequestLog,
     Row,
+    check_same,
     close_to,
     counted,
     gathered,
@@ -25,11 +27,15 @@ from helios_sim.logs.record import (
     number,
     only_once,
     other_counts,
+    reason,
     whole,
 )
 from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
+_APART_S = 60.0  # between a request and the time of the run that is measured, which warm-up and cool-down cut
+_OF_ALL = {"request_latency": "request_latency", "time_to_first_token_ms": "time_to_first_token_ms",
+           "prompt_token_count": "prompt_tokens", "output_token_count": "output_tokens"}  # means of each, unweighted
 _ENDS = ("successful", "incomplete", "errored")
 _EFFECTS = {
     "cached_tokens": "how much of prompts the prefix cache served, which is computed anew here",
@@ -83,6 +89,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         for i, one in enumerate(listed, 1):
             only_once(f"{where}, {end} request {i}", "request_id", one.get("request_id"), ids)
     _check_whole(where, benchmark, requests)
+    _check_means(where, benchmark, requests.value("successful", []), rows)
     matter, left, turns = dict.fromkeys(_EFFECTS, 0), dict[str, None](), 0
     for i, one in enumerate(requests.value("successful", []), 1):
         read_of_prompt = Fields(one, f"{where}, successful request {i}", FIX).inner("input_metrics", {})
@@ -139,9 +146,9 @@ def _row(place: str, request: Any, end: str) -> Row:
     start_s = time_s("request_start")
     lengths = [fields.value(name, None) for name in ("prompt_tokens", "output_tokens")]
     if end != "successful":
-        why = str(info.value("error", None) or f"the run ended before it did ({info.value('status', end)})")
+        why = reason(info.value("error", None), f"the run ended before it did ({info.value('status', end)})")
         prompt, output = (whole(place, "tokens", length or 0) for length in lengths)
-        return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[-1] if why.strip() else end)
+        return Row(place, start_s, prompt, output, failure=why)
     prompt, output = (counted(place, n, v) for n, v in zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
     total = fields.value("total_tokens", None)
     if total is not None and output and total != prompt + output:
@@ -158,11 +165,44 @@ def _row(place: str, request: Any, end: str) -> Row:
             raise UserError(f"{place}: {key}", told_ms, f"{1e3 * ttft_s:.6g}, as its timings say", FIX)
     took_s = None if end_s is None else end_s - start_s
     each_s = None if first_s is None or last_s is None or output < 2 else (last_s - first_s) / (output - 1)
-    for key, ours, per_s in (("request_latency", took_s, 1.0), ("inter_token_latency_ms", each_s, 1e3)):
-        said = fields.value(key, None)
-        if ours is not None and said is not None and not close_to(number(place, key, said), ours * per_s, 0.05, 0.1):
-            raise UserError(f"{place}: {key}", said, f"{ours * per_s:.6g}, as its timings say", FIX)
+    a_token_s = None if last_s is None or not output else (last_s - start_s) / output
+    rate = None if not took_s or not output else 1.0 / took_s  # an answer of 0 tokens is none
+    for key, ours, scale in (
+        ("request_start_time", start_s, 1.0), ("request_end_time", end_s, 1.0), ("request_latency", took_s, 1.0),
+        ("inter_token_latency_ms", each_s, 1e3), ("time_per_output_token_ms", a_token_s, 1e3),
+        ("output_tokens_per_second", rate, output), ("tokens_per_second", rate, prompt + output),
+    ):  # fmt: skip
+        if ours is not None:
+            share = 0.0 if key.endswith("_time") else 0.05
+            check_same(place, key, fields.value(key, None), ours * scale, share, by="timings say")
+    status, error = info.value("status", None), info.value("error", None)
+    if status in ("errored", "cancelled") or error:
+        told = shortened(error or status)
+        raise UserError(f"{place}: info", told, "completed, and no error, as requests.successful says", FIX)
     return Row(place, start_s, prompt, output, ttft_s, e2e_s)
+
+
+def _check_means(where: str, benchmark: Fields, answered: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> None:
+    """UserError where what the report says of the whole run is not what its requests say."""
+    metrics = benchmark.inner("metrics", {})
+    for name, key in _OF_ALL.items():
+        said = metrics.inner(name, {}).inner("successful", {}).value("mean", None)
+        if said is not None and answered:
+            ours = fmean(float(one.get(key) or 0.0) for one in answered)
+            check_same(where, f"metrics.{name}.successful.mean", said, ours, by="requests say")
+    begin_s, end_s = (benchmark.value(name, None) for name in ("start_time", "end_time"))
+    if begin_s is None or end_s is None:
+        return
+    begin_s, end_s = (number(where, f"{n}_time", t) for n, t in (("start", begin_s), ("end", end_s)))
+    check_same(where, "duration", benchmark.value("duration", None), max(end_s - begin_s, 0.0), slack=1.0,
+               by="start_time and end_time say")
+    for row in rows:
+        sent_s = row.arrival_s
+        if row.failure is not None or sent_s is None:
+            continue
+        if sent_s > end_s + _APART_S or sent_s + (row.e2e_s or 0.0) < begin_s - _APART_S:
+            allowed = f"within the run, {begin_s:.3f} to {end_s:.3f}, as its start_time and end_time say"
+            raise UserError(f"{row.place}: timings.request_start", sent_s, allowed, FIX)
 
 
 def _check_whole(where: str, benchmark: Fields, requests: Fields) -> None:

@@ -8,6 +8,7 @@ stage_N_lifecycle_metrics.json) hold no requests and are refused with what to se
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from helios_sim.logs.record import (
     number,
     only_once,
     other_counts,
+    other_totals,
     whole,
 )
 from helios_sim.untrusted import Fields, shortened
@@ -67,6 +69,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
     rows, matter, left, ids = [], dict.fromkeys(_EFFECTS, 0), dict[str, None](), dict[str, str]()
     counts: dict[str, list[tuple[int, int]]] = {"prompt tokens": [], "output tokens": []}
+    totals, again, texts = list[tuple[Any, Any, Any]](), Counter[str](), list[tuple[int, int]]()
     for place, value in _requests(document):
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
@@ -76,12 +79,27 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         _note(left, value)
         info, answer = value.get("info") or {}, _answer(value.get("info") or {})
         usage = answer.get("server_usage") or {}
+        totals.append((usage.get("total_tokens"), usage.get("prompt_tokens"), usage.get("completion_tokens")))
+        again[str(value.get("request_id"))] += value.get("request_id") is not None
+        read_of = info.get("request_metrics") or {}
+        alone = not any(read_of.get(name) for name in ("image", "video", "audio"))
+        said = (read_of.get("text") or {}).get("input_tokens") if alone else None
+        if type(said) is int and type(info.get("input_tokens")) is int and said != info["input_tokens"]:
+            texts.append((info["input_tokens"], said))
         for what, ours, theirs in (("prompt tokens", usage.get("prompt_tokens"), info.get("input_tokens")),
                                    ("output tokens", usage.get("completion_tokens"), answer.get("output_tokens"))):
             if type(ours) is int and type(theirs) is int:
                 counts[what].append((ours, theirs))
     notices = not_read(document.name, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
     notices += [said for what, pairs in counts.items() for said in other_counts(document.name, what, pairs)]
+    notices += other_totals(document.name, totals)
+    twice = sum(count - 1 for count in again.values() if count > 1)
+    if twice:
+        notices.append(f"{document.name}: {twice} requests have the request_id of another one: all are replayed.")
+    if texts:
+        notices.append(f"{document.name}: {len(texts)} requests have other input_tokens in info than in "
+                       f"request_metrics.text, such as {texts[0][0]:,} and {texts[0][1]:,}: the former, where the "
+                       "server counted none.")  # fmt: skip
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
 
 
@@ -110,6 +128,18 @@ def _answer(info: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: info[name] for name in ("output_tokens", "output_token_times") if name in info}
 
 
+def _stamps(place: str, answer: Fields, name: str, start_s: float, end_s: float) -> list[float]:
+    """Times of an answer since its request was sent."""
+    stamps = answer.value(name, [])
+    if not isinstance(stamps, list):
+        raise UserError(f"{place}: {name}", shortened(stamps), "a list of times", FIX)
+    times = [number(place, name, stamp) - start_s for stamp in stamps]
+    if times and (times[0] < 0 or times[-1] > end_s - start_s + 0.1):
+        told = f"{times[0]:.6g} to {times[-1]:.6g} s after start_time"
+        raise UserError(f"{place}: {name}", told, f"from 0 to {end_s - start_s:.6g} s, its end_time", FIX)
+    return times
+
+
 def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
     start_s, end_s = (number(place, name, request.value(name)) for name in ("start_time", "end_time"))
     if end_s < start_s:
@@ -131,12 +161,6 @@ def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
         error = request.inner("error")
         why = f"{error.text('error_type', default='error')}: {error.text('error_msg', default='')}"
         return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[0][:200])
-    stamps = answer.value("output_token_times", [])
-    if not isinstance(stamps, list):
-        raise UserError(f"{place}: output_token_times", shortened(stamps), "a list of times", FIX)
-    times = [number(place, "output_token_times", stamp) - start_s for stamp in stamps]
-    if times and (times[0] < 0 or times[-1] > end_s - start_s + 0.1):
-        told = f"{times[0]:.6g} to {times[-1]:.6g} s after start_time"
-        raise UserError(f"{place}: output_token_times", told, f"from 0 to {end_s - start_s:.6g} s, its end_time", FIX)
+    _, times = (_stamps(place, answer, name, start_s, end_s) for name in ("chunk_times", "output_token_times"))
     ttft_s, e2e_s = (times[0], times[-1]) if times else (None, end_s - start_s)
     return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None)

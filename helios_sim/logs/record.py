@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -319,14 +319,17 @@ def _check_gaps(log: RequestLog, answered: Sequence[Row]) -> None:
 def _check_in_flight(log: RequestLog, answered: Sequence[Row]) -> None:
     """UserError where more requests ran at once than the client kept in flight, by what the log says."""
     most = log.stated.get("in_flight_at_most")
+    if most is not None and (type(most) not in (int, float) or most < 1 or most != int(most)):
+        key = f"{log.source}: requests that its client kept in flight"
+        raise UserError(key, shortened(most), "null, or a whole number from 1", FIX)
     spans = [(row.arrival_s + _ROUNDED_S, row.arrival_s + row.e2e_s - _ROUNDED_S) for row in answered
              if row.arrival_s is not None and row.e2e_s is not None and row.e2e_s > 2 * _ROUNDED_S]  # fmt: skip
-    if not isinstance(most, int) or isinstance(most, bool) or not spans:
+    if most is None or not spans:
         return
     begins, ends = (np.sort(np.array(times)) for times in zip(*spans, strict=True))
     at_once = int((np.arange(1, len(begins) + 1) - np.searchsorted(ends, begins)).max())
     if at_once > most:
-        allowed = f"at most {most}, which it says that its client kept in flight"
+        allowed = f"at most {most:g}, which it says that its client kept in flight"
         raise UserError(log.source, f"{at_once} requests at once", allowed, FIX)
 
 
@@ -389,6 +392,41 @@ def other_counts(source: str, what: str, pairs: Sequence[tuple[int, int]]) -> li
         return []
     told = f"{len(far)} of {len(pairs)} requests, such as {far[0][0]:,} in place of {far[0][1]:,}"
     return [f"{source}: the server counted other {what} than the client in {told}: the server's count."]
+
+
+def other_totals(source: str, totals: Sequence[tuple[Any, Any, Any]]) -> list[str]:
+    """A sentence where a total of tokens is not that of prompt and answer, which count. None: it is not said."""
+    known = [(total, prompt, output) for total, prompt, output in totals if None not in (total, prompt, output)]
+    other = [each for each in known if each[0] != each[1] + each[2]]
+    if not other:
+        return []
+    (total, prompt, output), *_ = other
+    such = f"{shortened(total)} for {prompt} + {output}"
+    return [f"{source}: {len(other)} requests have a total other than prompt and answer, such as {such}: these count."]
+
+
+def other_models(source: str, models: Iterable[object]) -> list[str]:
+    """A sentence where requests were of several models."""
+    names = list(dict.fromkeys(str(model) for model in models if model))
+    if len(names) < 2:
+        return []
+    told = f"requests of {len(names)} models, {', '.join(names[:4])}"
+    return [f"{source}: {told}: all are taken to be of the one that is set."]
+
+
+def check_same(
+    place: str, key: str, said: object, ours: float, share: float = 0.05, slack: float = 0.1,
+    by: str = "other figures say",
+) -> None:  # fmt: skip
+    """UserError where a figure that a log states is not `ours`, made of its others. None: it is not stated."""
+    if said is not None and not close_to(number(place, key, said, 0.0, 1e15), ours, share, slack):
+        raise UserError(f"{place}: {key}", shortened(said), f"{ours:.6g}, as its {by}", FIX)
+
+
+def reason(*texts: object) -> str:
+    """The last line of the first text that says something."""
+    said = next((str(text).strip() for text in texts if text is not None and str(text).strip()), "no reason is given")
+    return said.splitlines()[-1][:200]
 
 
 def note_others(left: dict[str, None], values: object, known: re.Pattern[str], path: str = "") -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs.record import EARLIEST_S, FIX, OK, Begins, IntColumn, RequestLog
-from helios_sim.untrusted import MIB, read_text, shortened
+from helios_sim.untrusted import MIB, lines_of, read_text, shortened
 
 NAME = "scrapes of /metrics"
 SUFFIXES = (".prom", ".txt", ".metrics")
@@ -104,7 +104,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
             own = path.stat().st_mtime if own is None else own
         text = read_text(path, 256 * MIB, FIX).decode()
         scale = 1.0 if text.rstrip().endswith("# EOF") else 1e-3  # OpenMetrics writes seconds, the older text ms
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines_of(text), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             place = f"{path.name}, line {number}"

@@ -14,7 +14,20 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, stamp_ns, whole
+from helios_sim.logs.record import (
+    FIX,
+    Begins,
+    RequestLog,
+    Row,
+    close_to,
+    gathered,
+    not_read,
+    number,
+    other_models,
+    other_totals,
+    stamp_ns,
+    whole,
+)
 from helios_sim.request import NS_PER_S
 from helios_sim.untrusted import check_name, reading, shortened
 
@@ -76,23 +89,16 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         told_how = f"{sum(of_server)} of {len(inner)} with gen_ai.latency"
         raise UserError(document.name, told_how, allowed, "filter the spans by service.name")
     rows = [_row(place, span, said) for place, span, said in inner]
-    totals = [(total, row) for (_, _, said), row in zip(inner, rows, strict=True)
-              if (total := _first(said, _TOTAL)) not in (None, row.prompt_tokens + row.output_tokens)]  # fmt: skip
-    if totals:
-        (total, row), *_ = totals
-        such = f"{shortened(total)} for {row.prompt_tokens} + {row.output_tokens}"
-        notices.append(f"{document.name}: {len(totals)} requests have a total other than prompt and answer, such as "
-                       f"{such}: these two count.")  # fmt: skip
+    notices += other_totals(document.name, [(_first(said, _TOTAL), row.prompt_tokens, row.output_tokens)
+                                            for (_, _, said), row in zip(inner, rows, strict=True)])  # fmt: skip
     matter = [name for name in _EFFECTS if any(said.get(name) not in (None, 0, 1) for _, _, said in inner)]
     left = dict.fromkeys(
         name for _, _, said in inner for name, value in said.items()
         if value is not None and name not in _EFFECTS and not _KNOWN.fullmatch(name)
     )  # fmt: skip
     notices += not_read(document.name, [*matter, *left], _EFFECTS)
-    models = Counter(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
-    if len(models) > 1:
-        notices.append(f"{document.name}: requests of {len(models)} models, {', '.join(list(models)[:4])}: all are "
-                       "taken to be of the one that is set.")  # fmt: skip
+    models = dict.fromkeys(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
+    notices += other_models(document.name, models)
     stated = {"model": next(iter(models), None)}
     return gathered(document.source, NAME, rows, Begins.RECEIVED if any(of_server) else Begins.SENT, stated, notices)
 
@@ -101,7 +107,9 @@ def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, batch in document.numbered_objects():
         found = 0
         for resource in _list(place, batch, "resourceSpans"):
-            for scope in _list(place, resource, "scopeSpans"):
+            # by the name of today, and that before OTLP 1.0
+            scopes = _list(place, resource, "scopeSpans") + _list(place, resource, "instrumentationLibrarySpans")
+            for scope in scopes:
                 for span in _list(place, scope, "spans"):
                     found += 1
                     yield f"{place}, span {found}", span
@@ -172,11 +180,14 @@ def _innermost(told: list[_Told], spans: list[_Told]) -> list[_Told]:
 def _tokens(place: str, said: dict[str, Any]) -> tuple[int, int]:
     """Of prompt and answer. UserError where two names of one figure say otherwise."""
     counts = []
-    for names in (_PROMPT, _OUTPUT):
-        given = {name: whole(place, name, said[name]) for name in names if said.get(name) is not None}
-        if len(set(given.values())) > 1:
-            raise UserError(f"{place}: {names[1]}", given[names[1]], f"{given[names[0]]}, as {names[0]} says", FIX)
-        counts.append(next(iter(given.values()), 0))
+    for names, others in ((_PROMPT, ("llm.token_count.prompt", "llm.usage.prompt_tokens")),
+                          (_OUTPUT, ("llm.token_count.completion", "llm.usage.completion_tokens"))):  # fmt: skip
+        given = {name: whole(place, name, said[name]) for name in (*names, *others) if said.get(name) is not None}
+        first = next(iter(given), "")
+        other = next((name for name, count in given.items() if count != given[first]), None)
+        if other is not None:
+            raise UserError(f"{place}: {other}", given[other], f"{given[first]}, as {first} says", FIX)
+        counts.append(given.get(first, 0))
     return counts[0], counts[1]
 
 

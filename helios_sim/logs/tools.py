@@ -64,10 +64,10 @@ def tool_of(document: Document) -> Tool | None:
                 continue
             raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)
     found = next((tool for tool in TOOLS if tool.is_it(document)), None)
-    if found is None and document.begins_with(b"["):
+    if document.begins_with(b"["):  # that of inference-perf is an array, whose names are those of others too
         inside = Document(document.path, document.head[1:].lstrip())
         within = next((tool for tool in TOOLS if tool.is_it(inside)), None)
-        if within is not None:
+        if within is not None and within is not found:
             fix = f"write each in a line of its own: jq -c '.[]' {document.name} > log.jsonl"
             raise UserError(document.name, f"an array of objects of {within.name}", "its objects one by one", fix)
     return found

@@ -7,14 +7,28 @@ vllm/benchmarks/lib/endpoint_request_func.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from statistics import fmean, median
 from typing import Any
+
+import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, not_read, number, whole
+from helios_sim.logs.record import (
+    FIX,
+    Begins,
+    RequestLog,
+    Row,
+    check_same,
+    close_to,
+    gathered,
+    not_read,
+    number,
+    reason,
+    whole,
+)
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "vllm bench serve"
@@ -28,6 +42,7 @@ _OF_NO_MATTER = (  # summaries of the lists, labels, and what the lists show the
 )  # fmt: skip
 _STATISTICS = ("mean_", "median_", "std_", "p")  # of ttft, tpot, itl, e2el, in ms
 _OF_STATISTICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "client_queue_time_ms", "e2el_including_client_queue_ms")
+_STATISTIC = re.compile(r"(mean|median|std|p(?:100|\d\d?)(?:\.\d+)?)_(ttft|tpot|itl|e2el)_ms")
 _SPECULATIVE = "speculative decoding was on: several tokens an iteration, which the simulation does not have"
 _EFFECTS = {
     "spec_decode_acceptance_rate": _SPECULATIVE,
@@ -92,9 +107,10 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
     if not isinstance(error, str):
         raise UserError(f"{place}: errors", shortened(error), 'a text, "" for an answer', FIX)
     if error or output == 0:
-        failure = error.strip().splitlines()[-1] if error.strip() else "no answer, and no reason is given"
-        return Row(place, arrival_s, prompt, output, failure=failure)
+        return Row(place, arrival_s, prompt, output, failure=reason(error, "no answer, and no reason is given"))
     ttft_s = number(place, "ttfts", lists["ttfts"][i])
+    if ttft_s == 0.0:
+        raise UserError(f"{place}: ttfts", 0.0, "above 0 in an answered request: its first token was not timed", FIX)
     gaps = lists["itls"][i]
     if not isinstance(gaps, list):
         raise UserError(f"{place}: itls", shortened(gaps), "a list of seconds", FIX)
@@ -118,13 +134,11 @@ def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
         "tpot": [(e2e_s - ttft_s) / (row.output_tokens - 1) for row, ttft_s, e2e_s, _ in done if row.output_tokens > 1],
         "itl": [after - before for *_, token_s in done for before, after in pairwise(token_s)],
     }  # fmt: skip
-    for name, values in times.items():
-        for statistic, figure in ((f"mean_{name}_ms", fmean), (f"median_{name}_ms", median)):
-            if fields.has(statistic) and values:
-                said_ms, ours_ms = fields.number(statistic, 0, 1e12), 1e3 * figure(values)
-                if not close_to(said_ms, ours_ms, 0.05, 1.0):
-                    allowed = f"{ours_ms:.6g}, as its lists say in seconds"
-                    raise UserError(f"{where}: {statistic}", said_ms, allowed, FIX)
+    for statistic in fields.values:
+        found = _STATISTIC.fullmatch(str(statistic))
+        if found is not None and (values := times[found[2]]):
+            ours_ms = 1e3 * _figure(found[1], values)
+            check_same(where, statistic, fields.value(statistic, None), ours_ms, 0.05, 1.0, "lists say in seconds")
     duration_s = fields.number("duration", 0, 1e9, 0.0)
     output = sum(row.output_tokens for row, *_ in done)
     totals = {
@@ -134,6 +148,13 @@ def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
     for name, total in totals.items() if duration_s > 0 else ():
         if fields.has(name) and not close_to(said := fields.number(name, 0, 1e12), total / duration_s, 0.02, 1e-3):
             raise UserError(f"{where}: {name}", said, f"{total / duration_s:.6g}, by its duration", FIX)
+
+
+def _figure(name: str, values: Sequence[float]) -> float:
+    """mean, median, std, or a percentile such as p99 and p99.9, as numpy has them."""
+    if name.startswith("p"):
+        return float(np.percentile(values, float(name[1:])))
+    return float(np.mean(values) if name == "mean" else np.median(values) if name == "median" else np.std(values))
 
 
 def _check_totals(where: str, fields: Fields, rows: Sequence[Row]) -> None:

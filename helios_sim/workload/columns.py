@@ -285,7 +285,8 @@ def is_good(column: TraceColumn, cell: Any) -> bool:
         return 0 <= number < math.inf
     if column.format is CellFormat.WHOLE:
         return abs(number) <= LONGEST and number == math.floor(number)
-    return 1 <= number <= 2 * LONGEST and number == math.floor(number)
+    most = 2 * LONGEST if column.role is Role.TOTAL else LONGEST
+    return 1 <= number <= most and number == math.floor(number)
 
 
 def _number(cell: Any) -> float | None:

@@ -262,12 +262,12 @@ def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) ->
     import pyarrow.csv
     import pyarrow.json
 
-    def parsed(date: pa.DataType) -> pa.Table:
+    def parsed(date: pa.DataType, part: pa.DataType) -> pa.Table:
         kinds = {CellFormat.DATE: date, CellFormat.NANOSECONDS: pa.int64()}
         types = {column.name: kinds.get(column.format, pa.float64()) for column in columns}
         source = pa.BufferReader(file.content)
         if listed is not None:
-            types[listed] = pa.list_(pa.int64())
+            types[listed] = pa.list_(part)
         if file.separator is None:
             return pa.json.read_json(
                 source,
@@ -281,16 +281,16 @@ def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) ->
             convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
         )
 
+    dates = [pa.timestamp("ns"), pa.timestamp("ns", tz="UTC")]  # the latter with Z or an offset
     dated = any(column.format is CellFormat.DATE for column in columns)
-    try:
-        return parsed(pa.timestamp("ns"))
-    except (pa.ArrowException, OSError) as error:
-        if dated:
+    why: Exception | None = None
+    for part in (pa.int64(), pa.uint64())[: 1 if listed is None else 2]:  # of hashes of 64 bits, too
+        for date in dates if dated else dates[:1]:
             try:
-                return parsed(pa.timestamp("ns", tz="UTC"))  # dates with Z or an offset
-            except (pa.ArrowException, OSError):
-                pass
-        raise _NotReadable(str(error)) from error
+                return parsed(date, part)
+            except (pa.ArrowException, OSError) as error:
+                why = why or error
+    raise _NotReadable(str(why)) from why
 
 
 def _within_quotes(file: _File, rows: int) -> list[str]:
@@ -401,9 +401,10 @@ def _refuse_texts(file: _File, name: str) -> None:
     """UserError that names the first line whose prompt's parts are not said as whole numbers."""
     for line, cells in _rows(file):
         ids = cells.get(name)
-        if not isinstance(ids, list) or not all(type(part) is int for part in ids):
+        if not isinstance(ids, list) or not all(type(part) is int and -(1 << 63) <= part < 1 << 64 for part in ids):
             place = f"{file.name}, line {line}, column {name}"
-            raise UserError(place, shortened(ids), "a list of whole numbers in every line, or no such column", _DROP)
+            allowed = "a list of whole numbers below 2^64 in every line, or no such column"
+            raise UserError(place, shortened(ids), allowed, _DROP)
 
 
 def _texts(listed: pa.ListArray) -> PromptTexts:
@@ -435,7 +436,9 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], listed: s
             if not is_good(column, cell):
                 place = f"{file.name}, line {line}, column {column.name}"
                 unanswered = column.role is Role.OUTPUT and str(cell) in ("0", "0.0")
-                raise UserError(place, shortened(cell), ALLOWED[column.format], _UNANSWERED if unanswered else _DROP)
+                in_quotes = file.separator is None and str(cell).startswith('"') and column.format in NS_PER
+                fix = _UNANSWERED if unanswered else "write it as a number, without quotes" if in_quotes else _DROP
+                raise UserError(place, shortened(cell), ALLOWED[column.format], fix)
     for column in columns:
         if column.role is Role.ARRIVAL:
             _refuse_others(file, column)
