@@ -250,49 +250,8 @@ def lay_out(drawing: Drawing) -> None:
     if isinstance(engine, ConstrainedLayoutEngine):
         with _exported():
             _show_plainly(whole)
-            whole.set_dpi(_PNG_DPI)  # texts are measured for the PNG at once
-            canvas: Any = FigureCanvasAgg(whole)
-            shown: list[Any] = [axes for axes in whole.findobj(Axes) if axes.get_visible()]
-            for axes in shown:
-                _spare_measuring(axes)
             engine.execute(whole)
             whole.set_layout_engine("none")
-            for axes in shown:
-                _settle(axes, canvas.get_renderer())
-
-
-def _spare_measuring(axes: Any) -> None:
-    """Where labels of ticks move no title and no label, the layout need not measure them for that.
-
-    A title is moved by a common factor of the ticks, which stands above the y axis, and by ticks at the top.
-    """
-    for axis in axes.xaxis, axes.yaxis:
-        if not axis.label.get_text():
-            axis.set_label_coords(0.0, 0.0)
-    axes.yaxis._update_ticks()
-    if axes.xaxis.get_ticks_position() == "bottom" and not axes.yaxis.get_major_formatter().get_offset():
-        axes._autotitlepos = False
-
-
-def _settle(axes: Any, renderer: Any) -> None:
-    """Titles and labels stay where they are now, so that the exports need not measure the labels of ticks again."""
-    if axes._autotitlepos or axes.yaxis.get_major_formatter().get_offset():
-        axes._autotitlepos = True
-        axes._update_title_position(renderer)
-        axes._autotitlepos = False
-    to_axes = axes.transAxes.inverted()
-    for axis in axes.xaxis, axes.yaxis:
-        if not axis.get_visible() or axis.get_major_formatter().get_offset():
-            continue  # a common factor is placed beside the labels of ticks
-        if axis.label.get_text():
-            axis._update_label_position(renderer)
-            at = axis.label.get_transform().transform(axis.label.get_position())
-            axis.set_label_coords(*to_axes.transform(at))
-        axis._get_ticklabel_bboxes = _no_boxes
-
-
-def _no_boxes(ticks: Any, renderer: Any) -> tuple[list[Bbox], list[Bbox]]:
-    return [], []
 
 
 def to_png(drawing: Drawing) -> bytes:
@@ -323,7 +282,7 @@ def to_svg(drawing: Drawing) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(?<=\.\d\d)\d+", "", path[0]), svg)  # hundredths of a point
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # hundredths of a point
     svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
     svg = re.sub(
         r"<svg [^>]*>",
