@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -464,6 +465,14 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     """UserError for what argparse would refuse with a page of usage and status 2. Hydra's parser is not public."""
     said = io.StringIO()
     see = f"see python -m {program} --help"
+    dashed = next((word for word in arguments if word.startswith("--exp")), "--experimental-rerun")
+    if not dashed.startswith("--experimental-rerun"):  # argparse would take it for the beginning of this
+        raise UserError("argument", dashed, "no such flag", "write +experiment=NAME, without dashes")
+    folders = [b.removeprefix("--config-dir=") for a, b in pairwise(["", *arguments])
+               if b.startswith("--config-dir=") or a in ("--config-dir", "-cd")]  # fmt: skip
+    if len(set(folders)) > 1:
+        allowed = "one folder: only the last would be looked into"
+        raise UserError("--config-dir", " and ".join(folders), allowed, "put your files into one folder")
     try:
         with contextlib.redirect_stderr(said):
             parsed = get_args_parser().parse_args(arguments)
@@ -479,11 +488,12 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     if len(experiments) > 1:
         fix = "choose one, or run both: -m +experiment=a,b"
         raise UserError("experiment", " ".join(experiments), "one", fix)
-    named = [word.partition("=") for word in parsed.overrides if word.lstrip("+").startswith("policy=")]
-    policies = dict.fromkeys(value for _, _, value in named)
-    if len(policies) > 1:
-        fix = "choose one; more arms are '+arms.NAME={policy: ...}'"
-        raise UserError("policy", " and ".join(policies), "one: only the last would run", fix)
+    for group in CHOSEN:
+        named = [word.partition("=") for word in parsed.overrides if word.lstrip("+").startswith(f"{group}=")]
+        files = dict.fromkeys(value for _, _, value in named)
+        if len(files) > 1:
+            fix = "choose one; more arms are '+arms.NAME={policy: ...}'" if group == "policy" else "choose one"
+            raise UserError(group, " and ".join(files), "one: only the last would run", fix)
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError("argument", override, "settings are written key=value", see)

@@ -83,6 +83,10 @@ def unreadable(arguments: Iterable[str]) -> UserError | None:
             except (HydraException, RecursionError) as error:
                 reason = re.sub(r" expecting \{.*", "", str(error).split("\n")[0])
                 fix = "write key=value; put quotes around a value that holds spaces, commas, braces or colons"
+                hidden = next((sign for sign in word if not sign.isprintable()), None)
+                if hidden is not None:
+                    fix = f"take out U+{ord(hidden):04X}, which does not show"
+                    fix += ": the script has line ends of Windows" if hidden == "\r" else ""
                 return UserError("argument", word, f"cannot be read: {reason}", fix)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from command_line import CommandLine, write_study
 from helios_sim import UserError, simulate, study_config
 from helios_sim.config import compose_config
 from helios_sim.serve.settings import ServedConfig
+from helios_sim.words import unreadable
 
 SMALL = ("policy=none", "workload.n_requests=5", "pictures=false")
 NAMES = ["a=b", "a,b", "a(b", "a[b", "a{b", "it's", "a#b", "aüb", 'a"b', "a\\b", "ends\\", "two words", "a:b", "~a"]
@@ -288,3 +290,10 @@ def test_a_calibration_is_written_where_it_is_told_to(tmp_path: Path, capsys, mo
     for name in NAMES[:8]:
         assert main(["model=random:smollm2-135m", "budget_s=1", "device=cpu", f"out={name}"]) == 1
         assert "no stage is done in that time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sign", "fix"), [("\r", "U+000D.*Windows"), ("\u00a0", "U+00A0"), ("\u200b", "U+200B")])
+def test_a_sign_that_does_not_show_is_named(sign: str, fix: str) -> None:
+    error = unreadable(["pictures=false", f"workload.n_requests={sign}12"])
+    assert error is not None
+    assert re.search(re.escape("U+") + fix.removeprefix("U+"), str(error))
