@@ -84,6 +84,7 @@ def _answer(requests: Any) -> Any:
         ), "time_to_first_token_ms.successful.mean=9000.0"),
         ("aiperf", _metric("output_token_throughput_per_user", 4.0, "tokens/sec/user"), "per_user=4.0: 476"),
         ("aiperf", _metric("time_to_second_token", 0.9, "sec"), "time_to_second_token in ms=900.0: 2.1"),
+        ("aiperf", _metric("decode_duration", 900.0, "ms"), "decode_duration in ms=900.0: 10.5"),
         ("inference-perf", lambda v: _answer(v).update(chunk_times=[50500.0, 50510.0]), "chunk_times"),
         ("spans", _attribute("llm.token_count.prompt", 9000), "llm.token_count.prompt=9000: 80"),
     ],

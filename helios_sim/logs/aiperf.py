@@ -160,6 +160,9 @@ def _row(place: str, record: Fields) -> Row:
         second_s = seconds("time_to_second_token")
         if second_s is not None and len(times) > 1:
             check_same(place, "time_to_second_token in ms", 1e3 * second_s, 1e3 * (times[1] - times[0]), 0.05, 1.0)
+    decoded_s = seconds("decode_duration")
+    if decoded_s is not None and ttft_s is not None and e2e_s is not None:
+        check_same(place, "decode_duration in ms", 1e3 * decoded_s, 1e3 * (e2e_s - ttft_s), 0.05, 1.0)
     each_s = seconds("inter_token_latency")
     if each_s:
         check_same(place, "output_token_throughput_per_user", figure("output_token_throughput_per_user"), 1.0 / each_s)
