@@ -93,6 +93,6 @@ def _work(
         place = theirs.recv()
         try:
             sent = True, function(values[place])
-        except Exception as error:
+        except Exception as error:  # which `results` raises in the process that asked
             sent = False, error
         theirs.send(sent)
