@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import helios_sim
 from calibrate.schema import CalibrateConfig, CampaignConfig, in_vain
-from helios_sim.config import check_flags, given, in_words, leave_no_trace, register, typed
+from helios_sim.command_line import check_flags, given, leave_no_trace
+from helios_sim.config import register, typed
 from helios_sim.errors import UserError, lacking
 from helios_sim.help import conf_folder, help_text, is_asked
 from helios_sim.interrupt import leave_by_status, remembered
@@ -34,6 +35,7 @@ from helios_sim.report.terminal import say, without_json
 from helios_sim.streams import open_streams
 from helios_sim.vary.settings import known_settings
 from helios_sim.words import readable
+from helios_sim.wrong_settings import in_words
 
 
 def to_config(

@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from helios_sim.command_line import by_arm, check_flags, given, in_full, in_order, leave_no_trace, whole_mixes
 from helios_sim.config import (
     CAPACITY,
     DESIGNS,
@@ -27,26 +28,18 @@ from helios_sim.config import (
     FIDELITY_LIVE,
     FIDELITY_SILICON,
     FROM_LOG,
-    by_arm,
     check_choices,
-    check_flags,
     check_own_files,
-    given,
-    in_a_circle,
-    in_full,
-    in_order,
-    in_words,
     kind_of,
-    leave_no_trace,
     register,
     to_config,
-    whole_mixes,
 )
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.interrupt import is_asked, leave_by_status, stop_if_asked
 from helios_sim.report.terminal import say, without_json
 from helios_sim.study.schema import Config
+from helios_sim.wrong_settings import in_a_circle, in_words
 
 
 def run_command(command: list[str]) -> int:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 from command_line import CommandLine
-from helios_sim.config import in_full
+from helios_sim.command_line import in_full
 from helios_sim.live import served
 from live_study import write_live_study
 

@@ -21,7 +21,8 @@ def _run(command: list[str]) -> int:
 
 
 def _observe(command: list[str]) -> int:
-    from helios_sim.config import compose_config, given
+    from helios_sim.command_line import given
+    from helios_sim.config import compose_config
     from helios_sim.errors import UserError
     from helios_sim.help import config_dirs
     from helios_sim.observe.run import observe

@@ -22,7 +22,8 @@ def _run(command: list[str]) -> int:
 
 
 def _serve(command: list[str]) -> int:
-    from helios_sim.config import compose_config, given, settings_page
+    from helios_sim.command_line import given
+    from helios_sim.config import compose_config, settings_page
     from helios_sim.errors import UserError
     from helios_sim.help import config_dirs
     from helios_sim.serve.settings import ServedConfig, check_words
