@@ -1,8 +1,9 @@
 """Small logs in the formats of the tools that write them.
 
 tests/logs/guidellm-0.8.0.json was written by guidellm 0.8.0 in a run of five requests (fields that no reader reads
-taken out), tests/logs/aiperf-0.13.0.jsonl by the models of aiperf 0.13.0 (MetricRecordInfo.model_dump_json). The others
-are built as these sources write them:
+taken out; its metrics are those of its requests by guidellm/schemas/statistics.py, made afterwards),
+tests/logs/aiperf-0.13.0.jsonl by the models of aiperf 0.13.0 (MetricRecordInfo.model_dump_json). The others are built
+as these sources write them:
 
 - vllm bench: vllm/benchmarks/serve.py and lib/endpoint_request_func.py (main of 2026-08; same keys since 0.10)
 - inference-perf 0.6.1: inference_perf/reportgen/base.py, apis/base.py (RequestLifecycleMetric)

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
+from helios_sim.logs.figures import TOTALS, Figure, Known, Look, Ours, exactly, server_counted
 from helios_sim.logs.record import (
     FIX,
     Begins,
     RequestLog,
     Row,
-    check_same,
-    close_to,
     counted,
     gathered,
-    not_read,
-    note_others,
     number,
     only_once,
-    other_counts,
-    other_totals,
     reason,
     stamp_ns,
     whole,
@@ -39,24 +36,94 @@ NAME = "aiperf records"
 _PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
 _OF_A_RUN = ("benchmark_phase", "session_num", "turn_index", "agent_depth", "source_id")  # once in each
 _SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
-_EFFECTS = {
-    "usage_prompt_cache_read_tokens": "what of the prompt the prefix cache served is computed anew here",
-    "spec_decode_acceptance": "speculative decoding was on: several tokens an iteration, which the simulation lacks",
-    "image_latency": "prompts had images", "video_inference_time": "prompts had video",
-}  # fmt: skip
-_OF_RECORD = re.compile(rf"metadata|metrics|error|trace_data|{'|'.join(_EFFECTS)}")
-_OF_METADATA = re.compile(
-    r"session_num|x_(request|correlation)_id|conversation_id|turn_index|request_(start|ack|end)_ns|worker_id"
-    r"|record_processor_id|benchmark_phase|was_cancelled|cancellation_time_ns|credit_issued_ns|context_overflow_skip"
-    r"|agent_depth|source_id|endpoint_url"
-)
-_OF_METRICS = re.compile(  # figures that are read, follow from these, or say how the client did
-    r"time_to_(first|second)(_output)?_token|request_latency|inter_(chunk|token)_latency|stream_\w*latency"
-    r"|decode_duration|(in|out)put_sequence_length|output_token_count|reasoning_token_count|error_isl|osl_mismatch\w*"
-    r"|\w*_throughput(_per_user)?|usage_(prompt|completion|total|reasoning)_tokens|\w+_diff_pct|http_req_\w+"
-    r"|(min|max)_\w+_timestamp|(\w+_)?request_count|good_request_fraction|replay_\w+|accuracy\w*|thinking_efficiency"
-    rf"|{'|'.join(_EFFECTS)}"
-)
+_BY = "as its other metrics say"
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """The metrics of an answered request, times in seconds."""
+
+    by_name: Mapping[str, float]
+    gaps_s: Sequence[float]
+
+    def of(self, *names: str) -> tuple[float, ...] | None:
+        """None: not all are there."""
+        known = [self.by_name[name] for name in names if name in self.by_name]
+        return tuple(known) if len(known) == len(names) else None
+
+
+def _ratio(above: str, below: str) -> Callable[[_Said, re.Match[str]], Ours]:
+    def found(said: _Said, _: re.Match[str]) -> Ours:
+        both = said.of(above, below)
+        return None if both is None or both[1] <= 0 else both[0] / both[1]
+
+    return found
+
+
+def _difference(above: str, below: str) -> Callable[[_Said, re.Match[str]], Ours]:
+    def found(said: _Said, _: re.Match[str]) -> Ours:
+        both = said.of(above, below)
+        return None if both is None else both[0] - both[1]
+
+    return found
+
+
+def _between_tokens(said: _Said, _: re.Match[str]) -> Ours:
+    both, tokens = said.of("request_latency", "time_to_first_token"), said.by_name.get("output_sequence_length", 0.0)
+    return (both[0] - both[1]) / (tokens - 1) if both is not None and tokens > 1 else None
+
+
+def _of_usage(said: _Said, _: re.Match[str]) -> Ours:
+    both = said.of("usage_prompt_tokens", "usage_completion_tokens")
+    return None if both is None else sum(both)
+
+
+def _first_output(said: _Said, _: re.Match[str]) -> Ours:
+    both = said.of("time_to_first_token", "request_latency")
+    return None if both is None else (both[0], both[1])
+
+
+_SPECULATIVE = "speculative decoding was on: several tokens an iteration, which the simulation lacks"
+_RECORD = Known(
+    read=r"metadata\.(x_request_id|turn_index|request_(start|end)_ns|benchmark_phase|was_cancelled"
+         r"|source_id|endpoint_url)|error(\..*)?|metrics",
+    effects={"spec_decode_acceptance": _SPECULATIVE},
+    harmless=r"trace_data(\..*)?|metadata\.(session_num|agent_depth|x_correlation_id|conversation_id|request_ack_ns|worker_id"
+             r"|record_processor_id|cancellation_time_ns|credit_issued_ns|context_overflow_skip)",
+)  # fmt: skip
+_METRICS = Known(
+    read="time_to_first_token|request_latency|inter_chunk_latency|usage_(prompt|completion)_tokens|error_isl",
+    figures=(
+        Figure("time_to_second_token", lambda said, _: said.gaps_s[0] if said.gaps_s else None, 0.05, 1e-3, _BY),
+        Figure("decode_duration", _difference("request_latency", "time_to_first_token"), 0.05, 1e-3, _BY),
+        Figure("inter_token_latency", _between_tokens, 0.05, 1e-3, "by its other times"),
+        Figure("output_token_throughput_per_user", lambda said, _: None if not (
+            each_s := said.by_name.get("inter_token_latency")) else 1.0 / each_s, by=_BY),
+        Figure("prefill_throughput(_per_user)?", _ratio("input_sequence_length", "time_to_first_token"), by=_BY),
+        Figure("stream_prefill_latency", _difference("time_to_first_token", "stream_setup_latency"), 0.05, 1e-3, _BY),
+        Figure("time_to_first_output_token", _first_output, 0.05, 1e-3, _BY),
+        Figure("thinking_efficiency", _ratio("reasoning_token_count", "output_token_count"), 0.05, 0.01, _BY),
+        exactly("output_token_count", lambda said, _: None if "output_sequence_length" not in said.by_name else
+                said.by_name["output_sequence_length"] - said.by_name.get("reasoning_token_count", 0.0),
+                "output_sequence_length without reasoning"),
+        server_counted("input_sequence_length", "prompt tokens",
+                       lambda said, _: said.by_name.get("usage_prompt_tokens")),
+        server_counted("output_sequence_length", "output tokens",
+                       lambda said, _: said.by_name.get("usage_completion_tokens")),
+        Figure("usage_total_tokens", _of_usage, 0.0, 0.5, told=TOTALS),
+    ),
+    effects={
+        "usage_prompt_cache_read_tokens": "what of the prompt the prefix cache served is computed anew here",
+        "spec_decode_acceptance": _SPECULATIVE,
+        "image_latency": "prompts had images", "video_inference_time": "prompts had video",
+    },
+    harmless=r"reasoning_token_count|stream_setup_latency|osl_mismatch\w*|requested_osl"
+             r"|usage_reasoning_tokens|\w+_diff_pct|http_req_\w+|(min|max)_\w+_timestamp|(\w+_)?request_count"
+             r"|good_request_fraction|replay_\w+|accuracy\w*|streamed_request",
+)  # fmt: skip
+
+
+DECLARED = (("*.metrics.", _METRICS), ("*.", _RECORD))  # by where the mapping stands
 
 
 def is_it(document: Document) -> bool:
@@ -66,30 +133,23 @@ def is_it(document: Document) -> bool:
 def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
-    rows, matter, turns, left = [], Counter[str](), 0, dict[str, None]()
-    counts, totals = list[tuple[int, int]](), list[tuple[Any, Any, Any]]()
+    rows, turns = [], 0
+    records, figures = Look(document.name, _RECORD), Look(document.name, _METRICS, "metrics.")
     ids, servers, sessions = dict[str, str](), dict[str, None](), Counter[tuple[object, ...]]()
     for place, value in document.numbered_objects():
-        record = Fields(value, place, FIX)
-        rows.append(_row(place, record))
+        row = _row(place, Fields(value, place, FIX))
+        rows.append(row)
         only_once(place, "metadata.x_request_id", value["metadata"].get("x_request_id"), ids)
-        metrics = value.get("metrics") or {}
-        matter.update(name for name in _EFFECTS if name in value or _value_of(metrics, name))
         turns += bool(value["metadata"].get("turn_index"))
-        both = [_value_of(metrics, name) for name in ("usage_prompt_tokens", "input_sequence_length")]
-        counts += [(both[0], both[1])] if all(type(count) is int for count in both) else []
-        totals.append((_value_of(metrics, "usage_total_tokens"), _value_of(metrics, "usage_prompt_tokens"),
-                       _value_of(metrics, "usage_completion_tokens")))  # fmt: skip
         sessions[tuple(str(value["metadata"].get(name)) for name in _OF_A_RUN)] += 1
         servers |= dict.fromkeys(filter(None, [str(value["metadata"].get("endpoint_url") or "")]))
-        note_others(left, value, _OF_RECORD)
-        note_others(left, value["metadata"], _OF_METADATA, "metadata.")
-        note_others(left, metrics, _OF_METRICS, "metrics.")
-    notices = not_read(document.name, [*(name for name in _EFFECTS if matter[name]), *left], _EFFECTS)
+        plain, said, units = _plain(value.get("metrics"))
+        records.at(place, value)
+        figures.at(place, plain, None if row.failure is not None else said, units)
+    notices = [*records.notices(), *figures.notices()]
     if len(servers) > 1:
         told = f"{len(servers)} endpoints, {', '.join(list(servers)[:3])}"
         notices.append(f"{document.name}: requests went to {told}: here all go to one server, or to server.replicas.")
-    notices += other_counts(document.name, "prompt tokens", counts) + other_totals(document.name, totals)
     again = sum(count - 1 for count in sessions.values())
     if again:
         notices.append(f"{document.name}: {again} requests have session and turn of another one, as where the records "
@@ -100,9 +160,20 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
 
 
-def _value_of(metrics: Any, name: str) -> Any:
-    one = metrics.get(name) if isinstance(metrics, dict) else None
-    return one.get("value") if isinstance(one, dict) else None
+def _plain(metrics: object) -> tuple[dict[str, Any], _Said, dict[str, float]]:
+    """Metrics by name, each in its own unit; those that are numbers, times in seconds; and the units of times."""
+    plain, by_name = dict[str, Any](), dict[str, float]()
+    units, gaps_s = dict[str, float](), list[float]()
+    for name, one in metrics.items() if isinstance(metrics, Mapping) else ():
+        plain[name] = value = one.get("value") if isinstance(one, Mapping) else one
+        unit = _PER_S.get(str(one.get("unit"))) if isinstance(one, Mapping) else None
+        if unit is not None:
+            units[name] = unit
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            by_name[name] = value / (unit or 1.0)
+        elif name == "inter_chunk_latency" and isinstance(value, list):
+            gaps_s = [gap / (unit or 1.0) for gap in value if isinstance(gap, int | float)]
+    return plain, _Said(by_name, gaps_s), units
 
 
 def _row(place: str, record: Fields) -> Row:
@@ -157,19 +228,4 @@ def _row(place: str, record: Fields) -> Row:
         if e2e_s is not None and not 0.5 * e2e_s - 0.01 <= times[-1] <= 1.05 * e2e_s + _SLACK_S:
             told = f"{times[-1]:.6g} s with the time to first token"
             raise UserError(f"{place}: inter_chunk_latency", told, f"about request_latency, {e2e_s:.6g} s", FIX)
-        second_s = seconds("time_to_second_token")
-        if second_s is not None and len(times) > 1:
-            check_same(place, "time_to_second_token in ms", 1e3 * second_s, 1e3 * (times[1] - times[0]), 0.05, 1.0)
-    decoded_s = seconds("decode_duration")
-    if decoded_s is not None and ttft_s is not None and e2e_s is not None:
-        check_same(place, "decode_duration in ms", 1e3 * decoded_s, 1e3 * (e2e_s - ttft_s), 0.05, 1.0)
-    each_s = seconds("inter_token_latency")
-    if each_s:
-        check_same(place, "output_token_throughput_per_user", figure("output_token_throughput_per_user"), 1.0 / each_s)
-    counted_here = tokens("output_sequence_length") if metrics.has("output_sequence_length") else 0
-    if each_s is not None and ttft_s is not None and e2e_s is not None and counted_here > 1:
-        ours_s = (e2e_s - ttft_s) / (counted_here - 1)
-        if not close_to(each_s, ours_s, 0.05, 1e-3):
-            told = f"{each_s:.6g} s"
-            raise UserError(f"{place}: inter_token_latency", told, f"about {ours_s:.6g} s, by its other times", FIX)
     return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up)

@@ -7,35 +7,18 @@ The last token, not the end of the stream, ends a request here. Single tokens ha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import (
-    FIX,
-    Begins,
-    RequestLog,
-    Row,
-    check_same,
-    close_to,
-    counted,
-    gathered,
-    not_read,
-    note_others,
-    number,
-    only_once,
-    other_counts,
-    reason,
-    whole,
-)
+from helios_sim.logs.figures import Figure, Known, Look, Ours, exactly, server_counted, statistic
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, number, only_once, reason, whole
 from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
 _APART_S = 60.0  # between a request and the time of the run that is measured, which warm-up and cool-down cut
-_OF_ALL = {"request_latency": "request_latency", "time_to_first_token_ms": "time_to_first_token_ms",
-           "prompt_token_count": "prompt_tokens", "output_token_count": "output_tokens"}  # means of each, unweighted
 _ENDS = ("successful", "incomplete", "errored")
 _EFFECTS = {
     "cached_tokens": "how much of prompts the prefix cache served, which is computed anew here",
@@ -43,18 +26,168 @@ _EFFECTS = {
     "audio_tokens": "prompts had audio, which is counted as text",
     "video_tokens": "prompts had video, which is counted as text",
 }
-_OF_REQUEST = re.compile(
-    r"type_|request_(id|args|start_time|end_time|latency|dispatch_delay|scheduled_latency)|response_(id|metrics)|output"
-    r"|reasoning_output|info|(in|out)put_metrics|(prompt|output|total|cached)_tokens|turn_\w+_delay|\w+_ms"
-    r"|(output_)?tokens_per_(second|iteration)|iter_tokens_per_iteration"
-)
-_OF_INFO = re.compile(
-    r"request_id|conversation_id|history_len|turn_index|preceding_nodes|node_id|agent_id|parent_node_ids|status|error"
-    r"|scheduler_(node_id|process_id|start_time)|timings|settings|traceback|started_at|completed_at"
-)
-_OF_INPUT = re.compile(
-    rf"\w+_(words|characters|count|pixels|bytes|frames|seconds|samples)|total_tokens|text_tokens|{'|'.join(_EFFECTS)}"
-)
+_BY_TIMINGS, _BY_REQUESTS = "as its timings say", "as its requests say"
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """An answered request, times in seconds since 1970."""
+
+    start_s: float
+    first_s: float | None
+    last_s: float | None
+    end_s: float | None
+    prompt: int
+    output: int
+    output_first_s: float | None = None
+
+    @property
+    def took_s(self) -> float | None:
+        return None if self.end_s is None else self.end_s - self.start_s
+
+    @property
+    def written_s(self) -> float | None:
+        """To the last token, or the end where it is not known."""
+        last_s = self.end_s if self.last_s is None else self.last_s
+        return None if last_s is None else last_s - self.start_s
+
+    def rate(self, tokens: int) -> float | None:
+        return tokens / self.took_s if self.took_s and self.output else None
+
+    @property
+    def gap_s(self) -> float | None:
+        known = self.first_s is not None and self.last_s is not None and self.output > 1
+        return (self.last_s - self.first_s) / (self.output - 1) if known else None  # type: ignore[operator]
+
+
+def _ms(time_s: float | None) -> float | None:
+    return None if time_s is None else 1e3 * time_s
+
+
+_KNOWN = Known(
+    read=r"request_id|info\.(status|error|turn_index|history_len)|prompt_tokens|output_tokens"
+         r"|info\.timings\.(request_(start|end)|(first|last)_token_iteration)",
+    figures=(
+        exactly("total_tokens", lambda one, _: one.prompt + one.output if one.output else None, "the sum of both"),
+        exactly(r"input_metrics\.total_tokens", lambda one, _: one.prompt, "as prompt_tokens says"),
+        exactly(r"output_metrics\.total_tokens", lambda one, _: one.output or None, "as output_tokens says"),
+        exactly(r"request_start_time|info\.started_at", lambda one, _: one.start_s, _BY_TIMINGS),
+        exactly(r"request_end_time|info\.completed_at", lambda one, _: one.end_s, _BY_TIMINGS),
+        Figure("request_latency", lambda one, _: one.took_s, 0.01, 1e-3, _BY_TIMINGS),
+        Figure("time_to_first_token_ms", lambda one, _: None if one.first_s is None else _ms(one.first_s - one.start_s),
+               0.01, 0.1, _BY_TIMINGS),
+        Figure("time_to_first_output_token_ms", lambda one, _: None if one.output_first_s is None
+               else _ms(one.output_first_s - one.start_s), 0.01, 0.1, _BY_TIMINGS),
+        Figure("inter_token_latency_ms", lambda one, _: _ms(one.gap_s), by=_BY_TIMINGS),
+        Figure("time_per_output_token_ms", lambda one, _: None if one.written_s is None or not one.output
+               else _ms(one.written_s / one.output), by=_BY_TIMINGS),
+        Figure("output_tokens_per_second", lambda one, _: one.rate(one.output), by=_BY_TIMINGS),
+        Figure("tokens_per_second", lambda one, _: one.rate(one.prompt + one.output), by=_BY_TIMINGS),
+        server_counted(r"input_metrics\.text_tokens", "prompt tokens", lambda one, _: one.prompt),
+        server_counted(r"output_metrics\.text_tokens", "output tokens", lambda one, _: one.output),
+    ),
+    effects={"cached_tokens": _EFFECTS["cached_tokens"]} | {f"input_metrics.{name}": w for name, w in _EFFECTS.items()},
+    harmless=r"type_|request_(args|dispatch_delay|scheduled_latency)|response_(id|metrics)|output|reasoning_output"
+             r"|turn_\w+_delay|time_to_last_round_trip_ms|avg_round_trip_time_ms|(output|iter)_tokens_per_iteration"
+             r"|info\.(request_id|conversation_id|preceding_nodes|node_id|agent_id|parent_node_ids|traceback|settings"
+             r"|scheduler_(node_id|process_id|start_time))"
+             r"|info\.timings\.(targeted_start|predecessor_completed|queued|dequeued|scheduled_at|resolve_(start|end)"
+             r"|(first|last)_request_iteration|first_output_token_iteration|\w+_iterations|finalized"
+             r"|last_request_sent|(request_sent|token_received)_(sum|count))"
+             r"|(in|out)put_metrics\.\w+_(words|characters|count|pixels|bytes|frames|seconds|samples)"
+             r"|output_metrics\.(?!text|total)\w+_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    ones: Sequence[_One]  # that were answered
+    span: tuple[float, float] | None  # of what is measured, in seconds since 1970
+
+
+def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
+    """A statistic of all answers, as guidellm has it: what is missing counts as 0."""
+    name, figure = match[1], match[2].removeprefix("percentiles.")
+    values = [value or 0.0 for value in (_VALUES[name](one) for one in run.ones)]
+    weights = [_WEIGHTS[name](one) if name in _WEIGHTS else 1.0 for one in run.ones]
+    return statistic(figure, values, weights)
+
+
+def _output_rate(run: _Run, _: re.Match[str]) -> Ours:
+    """Tokens by the time between the first and the last of all."""
+    begins, ends = [one.first_s for one in run.ones], [one.last_s for one in run.ones]
+    times = [time_s for time_s in (*begins, *ends) if time_s is not None]
+    if len(times) < 2 * len(run.ones) or len(run.ones) < 2 or max(times) <= min(times):
+        return None
+    return sum(one.output for one in run.ones) / (max(times) - min(times))
+
+
+def _request_rate(run: _Run, _: re.Match[str]) -> Ours:
+    """Ends by the time that is measured; those just outside it may count or not."""
+    if run.span is None or run.span[1] <= run.span[0] or len(run.ones) < 2:
+        return None
+    ends = [one.end_s for one in run.ones if one.end_s is not None]
+    inside = sum(run.span[0] + 1e-3 <= time_s <= run.span[1] - 1e-3 for time_s in ends)
+    took_s = run.span[1] - run.span[0]
+    return inside / took_s, len(run.ones) / took_s
+
+
+def _at_once(run: _Run, _: re.Match[str]) -> Ours:
+    """What ran at once, averaged over the time that is measured."""
+    if run.span is None or run.span[1] <= run.span[0]:
+        return None
+    begin_s, end_s = run.span
+    held_s = sum(max(min(one.end_s, end_s) - max(one.start_s, begin_s), 0.0) for one in run.ones if one.end_s)
+    return held_s / (end_s - begin_s)
+
+
+_VALUES: dict[str, Callable[[_One], float | None]] = {
+    "request_latency": lambda one: one.took_s,
+    "time_to_first_token_ms": lambda one: None if one.first_s is None else _ms(one.first_s - one.start_s),
+    "time_to_first_output_token_ms": lambda one: None if one.output_first_s is None
+    else _ms(one.output_first_s - one.start_s),
+    "time_per_output_token_ms": lambda one: None if one.written_s is None or not one.output
+    else _ms(one.written_s / one.output),
+    "inter_token_latency_ms": lambda one: _ms(one.gap_s),
+    "prompt_token_count": lambda one: one.prompt,
+    "output_token_count": lambda one: one.output,
+    "total_token_count": lambda one: one.prompt + one.output,
+}  # fmt: skip
+_WEIGHTS: dict[str, Callable[[_One], float]] = {
+    "time_per_output_token_ms": lambda one: one.output, "inter_token_latency_ms": lambda one: (one.output or 1) - 1,
+}  # fmt: skip
+_FIGURE = r"(mean|median|variance|std_dev|min|max|count|total_sum|percentiles\.p\d+)"
+_STATISTICS = Known(
+    read=r"request_totals\.(successful|incomplete|errored)",
+    figures=(
+        Figure(rf"({'|'.join(_VALUES)})\.successful\.{_FIGURE}", _of_requests, by=_BY_REQUESTS),
+        Figure(r"output_tokens_per_second\.successful\.mean", _output_rate, by=_BY_REQUESTS),
+        Figure(r"requests_per_second\.successful\.mean", _request_rate, 0.05, 1e-3, _BY_REQUESTS),
+        Figure(r"request_concurrency\.successful\.mean", _at_once, 0.1, 0.1, _BY_REQUESTS),
+    ),
+    # of rates it weighs times between events, so that medians and percentiles say little
+    harmless=r"request_totals\.total|\w+\.(total|incomplete|errored)|\w+\.successful\.(mode|pdf)"
+             r"|((requests|prompt_tokens|output_tokens|tokens)_per_second|request_concurrency)\.successful\.(?!mean).*"
+             r"|(prompt_tokens|tokens)_per_second\.successful\.mean"
+             r"|request_streaming_iterations_count(\..*)?|\w+_tokens_per_iteration(\..*)?"
+             r"|time_to_last_round_trip_ms(\..*)?|avg_round_trip_time_ms(\..*)?|turn_\w+_delay(\..*)?"
+             r"|request_(dispatch_delay|scheduled_latency)(\..*)?|(text|image|video|audio|tool_call)(\..*)?",
+)  # fmt: skip
+
+
+_OF_BENCHMARK = Known(
+    read="requests|metrics|start_time|end_time|warmup_duration|cooldown_duration",
+    figures=(
+        Figure("duration", lambda span, _: max(span[1] - span[0], 0.0), slack=1.0, by="as start_time and end_time say"),
+        Figure(r"scheduler_metrics\.measure_start_time", lambda span, _: span[0], 0.0, 1.0, "as start_time says"),
+        Figure(r"scheduler_metrics\.measure_end_time", lambda span, _: span[1], 0.0, 1.0, "as end_time says"),
+    ),
+    harmless=r"type_|config(\..*)?|scheduler_state(\..*)?|scheduler_metrics\.\w*(avg|made|start_time|end_time).*",
+)  # fmt: skip
+
+
+DECLARED = (("benchmarks.*.requests.*.*.", _KNOWN), ("benchmarks.*.metrics.", _STATISTICS),
+            ("benchmarks.*.", _OF_BENCHMARK))  # fmt: skip
 
 
 def is_it(document: Document) -> bool:
@@ -80,31 +213,25 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     benchmark = Fields(benchmarks[place], where, FIX)
     requests = benchmark.inner("requests")
     rows: list[Row] = []
-    ids = dict[str, str]()
+    answered: list[_One] = []
+    ids, look, turns = dict[str, str](), Look(where, _KNOWN), 0
     for end in _ENDS:
         listed = requests.value(end, [])
         if not isinstance(listed, list):
             raise UserError(f"{where}: requests.{end}", shortened(listed), "a list of requests", FIX)
-        rows += [_row(f"{where}, {end} request {i}", one, end) for i, one in enumerate(listed, 1)]
         for i, one in enumerate(listed, 1):
-            only_once(f"{where}, {end} request {i}", "request_id", one.get("request_id"), ids)
+            row, facts = _row(f"{where}, {end} request {i}", one, end)
+            look.at(row.place, one, facts)
+            rows.append(row)
+            answered += [] if facts is None else [facts]
+            only_once(row.place, "request_id", one.get("request_id"), ids)
+            turns += facts is not None and bool(one["info"].get("turn_index") or one["info"].get("history_len"))
     _check_whole(where, benchmark, requests)
-    _check_means(where, benchmark, requests.value("successful", []), rows)
-    matter, left, turns = dict.fromkeys(_EFFECTS, 0), dict[str, None](), 0
-    for i, one in enumerate(requests.value("successful", []), 1):
-        read_of_prompt = Fields(one, f"{where}, successful request {i}", FIX).inner("input_metrics", {})
-        for name in matter:
-            matter[name] += read_of_prompt.has(name)
-        matter["cached_tokens"] += bool(one.get("cached_tokens"))
-        turns += bool(one["info"].get("turn_index") or one["info"].get("history_len"))
-        note_others(left, one, _OF_REQUEST)
-        note_others(left, one["info"], _OF_INFO, "info.")
-        note_others(left, read_of_prompt.values, _OF_INPUT, "input_metrics.")
-    notices = not_read(where, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
-    for what, name in (("prompt tokens", "input_metrics"), ("output tokens", "output_metrics")):
-        both = [(one.get(what.replace(" ", "_")), (one.get(name) or {}).get("text_tokens"))
-                for one in requests.value("successful", []) if isinstance(one.get(name) or {}, dict)]  # fmt: skip
-        notices += other_counts(where, what, [(a, b) for a, b in both if type(a) is int and type(b) is int])
+    statistics, whole_run = Look(f"{where}, metrics", _STATISTICS), Look(where, _OF_BENCHMARK)
+    span = _check_span(where, benchmark, rows)
+    statistics.at(f"{where}, metrics", benchmark.inner("metrics", {}).values, _Run(answered, span))
+    whole_run.at(where, benchmark.values, span)
+    notices = [*look.notices(), *statistics.notices(), *whole_run.notices()]
     if turns:
         notices.append(f"{where}: {turns} requests continue a conversation: what its turns share is computed anew for "
                        "each.")  # fmt: skip
@@ -117,7 +244,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
     stated = {
         "model": backend.value("model", None), "strategy": strategy.value("type_", None),
-        "in_flight_at_most": strategy.value("streams", None),
+        "in_flight_at_most": strategy.value("streams", strategy.value("max_concurrency", None)),
+        "request_rate": strategy.value("rate", None),
         "started_s": benchmark.value("start_time", None),
     }  # fmt: skip
     kind = f"guidellm {metadata.text('guidellm_version')}"
@@ -132,7 +260,7 @@ def _told(benchmark: Mapping[str, Any]) -> str:
     return f"{shortened(kind)} {shortened(rate)}"
 
 
-def _row(place: str, request: Any, end: str) -> Row:
+def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
     if not isinstance(request, dict):
         raise UserError(place, shortened(request), "a request", FIX)
     fields = Fields(request, place, FIX)
@@ -148,54 +276,27 @@ def _row(place: str, request: Any, end: str) -> Row:
     if end != "successful":
         why = reason(info.value("error", None), f"the run ended before it did ({info.value('status', end)})")
         prompt, output = (whole(place, "tokens", length or 0) for length in lengths)
-        return Row(place, start_s, prompt, output, failure=why)
+        return Row(place, start_s, prompt, output, failure=why), None
     prompt, output = (counted(place, n, v) for n, v in zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
-    total = fields.value("total_tokens", None)
-    if total is not None and output and total != prompt + output:
-        raise UserError(f"{place}: total_tokens", shortened(total), f"the sum, {prompt} + {output}", FIX)
     if start_s is None:
         raise UserError(f"{place}: timings.request_start", None, "a time in a request that was answered", FIX)
     first_s, last_s, end_s = (time_s(n) for n in ("first_token_iteration", "last_token_iteration", "request_end"))
     ttft_s = None if first_s is None else first_s - start_s
     e2e_s = None if (ended_s := end_s if last_s is None else last_s) is None else ended_s - start_s
-    told_ms = fields.value("time_to_first_token_ms", None)
-    if ttft_s is not None and told_ms is not None:
-        key = "time_to_first_token_ms"
-        if not close_to(number(place, key, told_ms), 1e3 * ttft_s, 0.01, 0.1):
-            raise UserError(f"{place}: {key}", told_ms, f"{1e3 * ttft_s:.6g}, as its timings say", FIX)
-    took_s = None if end_s is None else end_s - start_s
-    each_s = None if first_s is None or last_s is None or output < 2 else (last_s - first_s) / (output - 1)
-    a_token_s = None if last_s is None or not output else (last_s - start_s) / output
-    rate = None if not took_s or not output else 1.0 / took_s  # an answer of 0 tokens is none
-    for key, ours, scale in (
-        ("request_start_time", start_s, 1.0), ("request_end_time", end_s, 1.0), ("request_latency", took_s, 1.0),
-        ("inter_token_latency_ms", each_s, 1e3), ("time_per_output_token_ms", a_token_s, 1e3),
-        ("output_tokens_per_second", rate, output), ("tokens_per_second", rate, prompt + output),
-    ):  # fmt: skip
-        if ours is not None:
-            share = 0.0 if key.endswith("_time") else 0.05
-            check_same(place, key, fields.value(key, None), ours * scale, share, by="timings say")
     status, error = info.value("status", None), info.value("error", None)
     if status in ("errored", "cancelled") or error:
         told = shortened(error or status)
         raise UserError(f"{place}: info", told, "completed, and no error, as requests.successful says", FIX)
-    return Row(place, start_s, prompt, output, ttft_s, e2e_s)
+    facts = _One(start_s, first_s, last_s, end_s, prompt, output, time_s("first_output_token_iteration"))
+    return Row(place, start_s, prompt, output, ttft_s, e2e_s), facts
 
 
-def _check_means(where: str, benchmark: Fields, answered: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> None:
-    """UserError where what the report says of the whole run is not what its requests say."""
-    metrics = benchmark.inner("metrics", {})
-    for name, key in _OF_ALL.items():
-        said = metrics.inner(name, {}).inner("successful", {}).value("mean", None)
-        if said is not None and answered:
-            ours = fmean(float(one.get(key) or 0.0) for one in answered)
-            check_same(where, f"metrics.{name}.successful.mean", said, ours, by="requests say")
+def _check_span(where: str, benchmark: Fields, rows: Sequence[Row]) -> tuple[float, float] | None:
+    """When the run began and ended; None: it is not said. UserError for answered requests far outside."""
     begin_s, end_s = (benchmark.value(name, None) for name in ("start_time", "end_time"))
     if begin_s is None or end_s is None:
-        return
+        return None
     begin_s, end_s = (number(where, f"{n}_time", t) for n, t in (("start", begin_s), ("end", end_s)))
-    check_same(where, "duration", benchmark.value("duration", None), max(end_s - begin_s, 0.0), slack=1.0,
-               by="start_time and end_time say")
     for row in rows:
         sent_s = row.arrival_s
         if row.failure is not None or sent_s is None:
@@ -203,6 +304,7 @@ def _check_means(where: str, benchmark: Fields, answered: Sequence[Mapping[str, 
         if sent_s > end_s + _APART_S or sent_s + (row.e2e_s or 0.0) < begin_s - _APART_S:
             allowed = f"within the run, {begin_s:.3f} to {end_s:.3f}, as its start_time and end_time say"
             raise UserError(f"{row.place}: timings.request_start", sent_s, allowed, FIX)
+    return begin_s, end_s
 
 
 def _check_whole(where: str, benchmark: Fields, requests: Fields) -> None:

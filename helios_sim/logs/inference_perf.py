@@ -15,39 +15,73 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import (
-    FIX,
-    Begins,
-    RequestLog,
-    Row,
-    gathered,
-    not_read,
-    note_others,
-    number,
-    only_once,
-    other_counts,
-    other_totals,
-    whole,
-)
+from helios_sim.logs.figures import TOTALS, Figure, Known, Look, server_counted
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, number, only_once, whole
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "inference-perf"
 _OF_ONE = ("start_time", "end_time", "info")
 FILE = "per_request_lifecycle_metrics.json"
-_EFFECTS = {
-    "cached_tokens": "what of the prompts the prefix cache served is computed anew here",
-    "lora_adapter": "adapters of LoRA, which the simulation does not have",
-    "image": "prompts had images, which are not counted", "video": "prompts had video, which is not counted",
-    "audio": "prompts had audio, which is not counted",
-    "retries_attempted": "requests that were sent again count from when the attempt that was answered was sent",
-}  # fmt: skip
+_TEXTS = ("{count} requests have other input_tokens in info than in request_metrics.text, such as {ours} and {said}: "
+          "the former, where the server counted none")  # fmt: skip
+_USAGE = r"info\.response_metrics\.server_usage\."
+_APART_S = 0.1  # chunks and tokens are noted one after the other
+_END = "{count} of {all} requests ended long after their last tokens, which count: such as at {said}, not {ours}"
+_Asked = Mapping[str, Any]  # a request as the file has it
 
 
-_OF_REQUEST = re.compile(r"start_time|end_time|scheduled_time|request|response|info|error|stage_id|request_id")
-_OF_INFO = re.compile(r"(request|response)_metrics|lora_adapter|labels|(in|out)put_tokens|output_token_times")
-_OF_ANSWER = re.compile(r"output_tokens|server_usage|response_chunks|chunk_times|output_token_times")
-_OF_USAGE = re.compile(r"(prompt|completion|total)_tokens(_details)?")
-_OF_PROMPT = re.compile(r"text|image|video|audio")
+def _usage(request: _Asked, *names: str) -> float | None:
+    """The sum of what the server counted; None: it does not say all of it."""
+    usage = _answer(request.get("info") or {}).get("server_usage") or {}
+    found = [usage.get(name) for name in names]
+    return sum(found) if all(type(count) is int for count in found) else None  # type: ignore[arg-type]
+
+
+def _of_text(request: _Asked, _: re.Match[str]) -> float | None:
+    info = request.get("info") or {}
+    count = info.get("input_tokens")
+    alone = not any((info.get("request_metrics") or {}).get(name) for name in ("image", "video", "audio"))
+    return count if alone and type(count) is int else None
+
+
+def _end(request: _Asked, _: re.Match[str]) -> tuple[float, float] | None:
+    """From the last token to ten times as long."""
+    start_s, times = request.get("start_time"), _answer(request.get("info") or {}).get("output_token_times")
+    last_s = times[-1] if isinstance(times, list) and times else None
+    known = isinstance(start_s, int | float) and isinstance(last_s, int | float)
+    return (0.0, last_s + 10 * (last_s - start_s) + 1.0) if known else None  # type: ignore[operator]
+
+
+_KNOWN = Known(
+    read=rf"start_time|error(\..*)?|{_USAGE}(prompt|completion)_tokens|info(\.response_metrics)?\.output_token_times"
+         r"|info\.response_metrics\.chunk_times",
+    figures=(
+        Figure("end_time", _end, 0.0, told=_END),
+        Figure(f"{_USAGE}total_tokens", lambda one, _: _usage(one, "prompt_tokens", "completion_tokens"), 0.0, 0.5,
+               told=TOTALS),
+        server_counted(r"info\.input_tokens", "prompt tokens", lambda one, _: _usage(one, "prompt_tokens")),
+        server_counted(r"info(\.response_metrics)?\.output_tokens", "output tokens",
+                       lambda one, _: _usage(one, "completion_tokens")),
+        Figure(r"info\.request_metrics\.text\.input_tokens", _of_text, 0.0, 0.5, told=_TEXTS),
+    ),
+    effects={
+        "info.response_metrics.server_usage.prompt_tokens_details.cached_tokens":
+            "what of the prompts the prefix cache served is computed anew here",
+        "info.lora_adapter": "adapters of LoRA, which the simulation does not have",
+        "info.request_metrics.image": "prompts had images, which are not counted",
+        "info.request_metrics.video": "prompts had video, which is not counted",
+        "info.request_metrics.audio": "prompts had audio, which is not counted",
+        "info.retry_wasted_sec":
+            "requests that were sent again count from when the attempt that was answered was sent",
+        "session_id": "what the turns of a session share is computed anew for each",
+    },
+    harmless=r"scheduled_time|request|response|stage_id|request_id|\w+_slo_sec|info\.labels(\..*)?"
+             rf"|{_USAGE}(prompt|completion)_tokens_details(\..*)?|info\.response_metrics\.response_chunks"
+             r"|info\.retries_attempted",
+)  # fmt: skip
+
+
+DECLARED = (("*.", _KNOWN),)  # by where the mapping stands
 
 
 def is_it(document: Document) -> bool:
@@ -67,39 +101,19 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     if not document.names(*_OF_ONE):
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
         raise UserError(document.name, "a summary of a stage", "the requests themselves", fix)
-    rows, matter, left, ids = [], dict.fromkeys(_EFFECTS, 0), dict[str, None](), dict[str, str]()
-    counts: dict[str, list[tuple[int, int]]] = {"prompt tokens": [], "output tokens": []}
-    totals, again, texts = list[tuple[Any, Any, Any]](), Counter[str](), list[tuple[int, int]]()
+    rows, ids, again, look = [], dict[str, str](), Counter[str](), Look(document.name, _KNOWN)
     for place, value in _requests(document):
         if not isinstance(value, dict):
             raise UserError(place, shortened(value), "a request", FIX)
         span = f"{value.get('start_time')} to {value.get('end_time')}"
         only_once(place, "start_time and end_time", span, ids)
-        rows.append(_row(place, Fields(value, place, FIX), matter))
-        _note(left, value)
-        info, answer = value.get("info") or {}, _answer(value.get("info") or {})
-        usage = answer.get("server_usage") or {}
-        totals.append((usage.get("total_tokens"), usage.get("prompt_tokens"), usage.get("completion_tokens")))
+        rows.append(_row(place, Fields(value, place, FIX)))
+        look.at(place, value, value)
         again[str(value.get("request_id"))] += value.get("request_id") is not None
-        read_of = info.get("request_metrics") or {}
-        alone = not any(read_of.get(name) for name in ("image", "video", "audio"))
-        said = (read_of.get("text") or {}).get("input_tokens") if alone else None
-        if type(said) is int and type(info.get("input_tokens")) is int and said != info["input_tokens"]:
-            texts.append((info["input_tokens"], said))
-        for what, ours, theirs in (("prompt tokens", usage.get("prompt_tokens"), info.get("input_tokens")),
-                                   ("output tokens", usage.get("completion_tokens"), answer.get("output_tokens"))):
-            if type(ours) is int and type(theirs) is int:
-                counts[what].append((ours, theirs))
-    notices = not_read(document.name, [*(name for name, count in matter.items() if count), *left], _EFFECTS)
-    notices += [said for what, pairs in counts.items() for said in other_counts(document.name, what, pairs)]
-    notices += other_totals(document.name, totals)
+    notices = look.notices()
     twice = sum(count - 1 for count in again.values() if count > 1)
     if twice:
         notices.append(f"{document.name}: {twice} requests have the request_id of another one: all are replayed.")
-    if texts:
-        notices.append(f"{document.name}: {len(texts)} requests have other input_tokens in info than in "
-                       f"request_metrics.text, such as {texts[0][0]:,} and {texts[0][1]:,}: the former, where the "
-                       "server counted none.")  # fmt: skip
     return gathered(document.source, NAME, rows, Begins.SENT, {}, notices)
 
 
@@ -108,16 +122,6 @@ def _requests(document: Document) -> list[tuple[str, Any]]:
     if document.begins_with(b"{"):
         return list(document.numbered_objects())
     return [(f"{document.name}, request {i}", value) for i, value in enumerate(document.array(), 1)]
-
-
-def _note(left: dict[str, None], request: dict[str, Any]) -> None:
-    info = request.get("info") or {}
-    answer = _answer(info)
-    note_others(left, request, _OF_REQUEST)
-    note_others(left, info, _OF_INFO, "info.")
-    note_others(left, info.get("request_metrics"), _OF_PROMPT, "request_metrics.")
-    note_others(left, answer, _OF_ANSWER, "response_metrics.")
-    note_others(left, answer.get("server_usage"), _OF_USAGE, "server_usage.")
 
 
 def _answer(info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,7 +144,7 @@ def _stamps(place: str, answer: Fields, name: str, start_s: float, end_s: float)
     return times
 
 
-def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
+def _row(place: str, request: Fields) -> Row:
     start_s, end_s = (number(place, name, request.value(name)) for name in ("start_time", "end_time"))
     if end_s < start_s:
         raise UserError(f"{place}: end_time", end_s, f"no earlier than start_time, {start_s}", FIX)
@@ -148,19 +152,18 @@ def _row(place: str, request: Fields, matter: dict[str, int]) -> Row:
     wasted = info.value("retry_wasted_sec", None)  # until then, attempts failed before the engine had the request
     if wasted is not None and request.value("error", None) is None:
         start_s += number(place, "info.retry_wasted_sec", wasted, 0.0, end_s - start_s)
-    matter["retries_attempted"] += wasted is not None
-    sent, answer = info.inner("request_metrics", {}), Fields(_answer(info.values), place, FIX)
+    answer = Fields(_answer(info.values), place, FIX)
     usage: dict[str, Any] = dict(answer.inner("server_usage", {}).values)
     prompt = whole(place, "prompt tokens", usage.get("prompt_tokens") or info.value("input_tokens", 0))
     output = whole(place, "output tokens", usage.get("completion_tokens") or answer.value("output_tokens", 0))
-    for name in ("image", "video", "audio"):
-        matter[name] += sent.value(name, None) is not None
-    matter["lora_adapter"] += info.value("lora_adapter", None) is not None
-    matter["cached_tokens"] += bool((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
     if request.value("error", None) is not None:
         error = request.inner("error")
         why = f"{error.text('error_type', default='error')}: {error.text('error_msg', default='')}"
         return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[0][:200])
-    _, times = (_stamps(place, answer, name, start_s, end_s) for name in ("chunk_times", "output_token_times"))
+    chunks, times = (_stamps(place, answer, name, start_s, end_s) for name in ("chunk_times", "output_token_times"))
+    if chunks and times and (times[0] < chunks[0] - _APART_S or times[-1] > chunks[-1] + _APART_S):
+        told = f"{chunks[0]:.6g} to {chunks[-1]:.6g} s after start_time"
+        allowed = f"around output_token_times, {times[0]:.6g} to {times[-1]:.6g} s"
+        raise UserError(f"{place}: chunk_times", told, allowed, FIX)
     ttft_s, e2e_s = (times[0], times[-1]) if times else (None, end_s - start_s)
     return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None)

@@ -7,7 +7,6 @@ log does not say stays unknown (None, or NaN for single requests); nothing is ma
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ IntColumn = NDArray[np.int64]
 OK = "ok"
 SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
 _SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the share of those that no engine has
-_FAR, _FEW = 1.5, 32  # times, and tokens, by which two counts of one text may differ before it is told
+_RATES, _TIMED = 2.0, 20  # times by which rates may differ before it is told, and requests from which they are known
 _PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
 _LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
@@ -211,7 +210,8 @@ def gathered(
         priority=np.array([row.priority for row in found], np.int64) if _all(found, "priority") else None,
         task=tuple(str(row.task) for row in found) if _all(found, "task") else None,
         stated=dict(stated or {}),
-        notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found), *_of_pause(source, arrival_s)),
+        notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found), *_of_pause(source, arrival_s),
+                 *_of_rate(source, arrival_s, stated or {})),
     )
     _check_pace(log, answered)
     _check_gaps(log, answered)
@@ -338,6 +338,19 @@ def _of_pause(source: str, arrival_s: FloatColumn | None) -> list[str]:
     return [] if told is None else [f"{told}."]
 
 
+def _of_rate(source: str, arrival_s: FloatColumn | None, stated: Mapping[str, Any]) -> list[str]:
+    """A sentence where requests came at another rate than the log says that they were sent at, without a limit."""
+    asked, times = stated.get("request_rate"), None if arrival_s is None else arrival_s[~np.isnan(arrival_s)]
+    if times is None or len(times) < _TIMED or not isinstance(asked, int | float) or not 0 < asked < math.inf:
+        return []
+    span_s = float(times[-1] - times[0])
+    found = (len(times) - 1) / span_s if span_s > 0 else math.inf
+    limited = stated.get("in_flight_at_most") is not None and found < asked  # then they wait for each other
+    if limited or asked / _RATES <= found <= asked * _RATES:
+        return []
+    return [f"{source}: it says {asked:g} requests/s, and its requests came at {found:.3g} requests/s, which count."]
+
+
 def pause_told(source: str, arrival_s: FloatColumn) -> str | None:
     """A sentence where a pause takes most of the time, as between runs whose files were joined; None: none does.
 
@@ -382,29 +395,6 @@ def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | Non
     return told
 
 
-def other_counts(source: str, what: str, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """A sentence where what the server counted is far from what the client did: that of the server is taken.
-
-    `pairs`: both counts of each request that has them. A chat template adds some tokens, so that few are no matter.
-    """
-    far = [pair for pair in pairs if min(pair) > 0 and max(pair) > _FAR * min(pair) and max(pair) - min(pair) > _FEW]
-    if not far:
-        return []
-    told = f"{len(far)} of {len(pairs)} requests, such as {far[0][0]:,} in place of {far[0][1]:,}"
-    return [f"{source}: the server counted other {what} than the client in {told}: the server's count."]
-
-
-def other_totals(source: str, totals: Sequence[tuple[Any, Any, Any]]) -> list[str]:
-    """A sentence where a total of tokens is not that of prompt and answer, which count. None: it is not said."""
-    known = [(total, prompt, output) for total, prompt, output in totals if None not in (total, prompt, output)]
-    other = [each for each in known if each[0] != each[1] + each[2]]
-    if not other:
-        return []
-    (total, prompt, output), *_ = other
-    such = f"{shortened(total)} for {prompt} + {output}"
-    return [f"{source}: {len(other)} requests have a total other than prompt and answer, such as {such}: these count."]
-
-
 def other_models(source: str, models: Iterable[object]) -> list[str]:
     """A sentence where requests were of several models."""
     names = list(dict.fromkeys(str(model) for model in models if model))
@@ -414,28 +404,10 @@ def other_models(source: str, models: Iterable[object]) -> list[str]:
     return [f"{source}: {told}: all are taken to be of the one that is set."]
 
 
-def check_same(
-    place: str, key: str, said: object, ours: float, share: float = 0.05, slack: float = 0.1,
-    by: str = "other figures say",
-) -> None:  # fmt: skip
-    """UserError where a figure that a log states is not `ours`, made of its others. None: it is not stated."""
-    if said is not None and not close_to(number(place, key, said, 0.0, 1e15), ours, share, slack):
-        raise UserError(f"{place}: {key}", shortened(said), f"{ours:.6g}, as its {by}", FIX)
-
-
 def reason(*texts: object) -> str:
     """The last line of the first text that says something."""
     said = next((str(text).strip() for text in texts if text is not None and str(text).strip()), "no reason is given")
     return said.splitlines()[-1][:200]
-
-
-def note_others(left: dict[str, None], values: object, known: re.Pattern[str], path: str = "") -> None:
-    """Add the names of a mapping's entries that hold something and are not known to those that are `left`."""
-    if isinstance(values, Mapping):
-        left |= dict.fromkeys(
-            f"{path}{name}" for name, value in values.items()
-            if value not in (None, "", [], {}) and not known.fullmatch(str(name))
-        )  # fmt: skip
 
 
 def close_to(a: float, b: float, share: float = 0.01, slack: float = 1e-6) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
+from helios_sim.logs.figures import TOTALS, Figure, Known, Look, Ours
 from helios_sim.logs.record import (
     FIX,
     Begins,
@@ -21,10 +22,8 @@ from helios_sim.logs.record import (
     Row,
     close_to,
     gathered,
-    not_read,
     number,
     other_models,
-    other_totals,
     stamp_ns,
     whole,
 )
@@ -34,7 +33,6 @@ from helios_sim.untrusted import check_name, reading, shortened
 NAME = "OpenTelemetry GenAI spans"
 _PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
 _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
-_TOTAL = ("llm.usage.total_tokens", "gen_ai.usage.total_tokens")
 _TTFT, _E2E, _QUEUE = (f"gen_ai.latency.{name}" for name in ("time_to_first_token", "e2e", "time_in_queue"))
 _WRITES = ("chat", "text_completion", "generate_content", None)  # operations that write tokens
 _MODEL = ("gen_ai.request.model", "gen_ai.response.model")
@@ -48,15 +46,37 @@ _EFFECTS = {
                     "what the turns of a session share is computed anew for each"),
 }  # fmt: skip
 # Attributes that are read, that say how a request was sampled, traced or sent, or that hold its texts.
-_KNOWN = re.compile(
-    r"gen_ai\.usage\.(input|output|prompt|completion|total|reasoning\.output)_?tokens|llm\.usage\.total_tokens"
-    r"|gen_ai\.latency\..*|gen_ai\.(operation\.name|system|provider\.name|output\.type|token\.type|agent\..*)"
+_HARMLESS = (
+    r"gen_ai\.usage\.(input|output|prompt|completion|reasoning\.output)_?tokens|gen_ai\.latency\..*|gen_ai\.(operation\.name|system|provider\.name|output\.type|token\.type|agent\..*)"
     r"|gen_ai\.request\.(id|model|max_tokens|temperature|top_[pk]|seed|stop_sequences|(frequency|presence)_penalty"
     r"|streaming|encoding_formats)|gen_ai\.response\.(id|model|finish_reasons)|gen_ai\.(prompt|completion)\..*"
     r"|gen_ai\.(input|output)\.messages|gen_ai\.(system_instructions|tool\..*)|(llm|openinference|traceloop)\..*"
     r"|(http|url|net|network|server|client|user_agent|peer|otel|telemetry|code|thread|process|host|k8s|service|rpc)\..*"
     r"|(error|exception)\..*|openai\..*|input\.(value|mime_type)|output\.(value|mime_type)"
 )
+
+
+def _part(of: str) -> Callable[[Mapping[str, Any], re.Match[str]], Ours]:
+    """Between nothing and the figure of which it is a part."""
+    return lambda said, _: (0.0, float(said[of])) if isinstance(said.get(of), int | float) else None
+
+
+def _total(said: Mapping[str, Any], _: re.Match[str]) -> Ours:
+    prompt, output = (_first(said, names) for names in (_PROMPT, _OUTPUT))
+    return prompt + output if type(prompt) is int and type(output) is int else None
+
+
+_KNOWN = Known(
+    read=_HARMLESS,
+    figures=(
+        Figure(r"(llm|gen_ai)\.usage\.total_tokens", _total, 0.0, 0.5, told=TOTALS),
+        Figure(r"gen_ai\.latency\.time_in_model_prefill", _part(_TTFT), 0.05, 0.1, f"as {_TTFT} says"),
+        Figure(r"gen_ai\.latency\.time_in_model_(decode|inference)", _part(_E2E), 0.05, 0.1, f"as {_E2E} says"),
+        Figure(r"gen_ai\.latency\.time_in_(scheduler|model_forward|model_execute)", _part(_E2E), 0.05, 0.1,
+               f"as {_E2E} says"),
+    ),
+    effects=_EFFECTS,
+)  # fmt: skip
 
 
 def is_it(document: Document) -> bool:
@@ -89,14 +109,10 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         told_how = f"{sum(of_server)} of {len(inner)} with gen_ai.latency"
         raise UserError(document.name, told_how, allowed, "filter the spans by service.name")
     rows = [_row(place, span, said) for place, span, said in inner]
-    notices += other_totals(document.name, [(_first(said, _TOTAL), row.prompt_tokens, row.output_tokens)
-                                            for (_, _, said), row in zip(inner, rows, strict=True)])  # fmt: skip
-    matter = [name for name in _EFFECTS if any(said.get(name) not in (None, 0, 1) for _, _, said in inner)]
-    left = dict.fromkeys(
-        name for _, _, said in inner for name, value in said.items()
-        if value is not None and name not in _EFFECTS and not _KNOWN.fullmatch(name)
-    )  # fmt: skip
-    notices += not_read(document.name, [*matter, *left], _EFFECTS)
+    look = Look(document.name, _KNOWN)
+    for place, _, said in inner:
+        look.at(place, said, said)
+    notices += look.notices()
     models = dict.fromkeys(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
     notices += other_models(document.name, models)
     stated = {"model": next(iter(models), None)}
@@ -143,7 +159,7 @@ def _attributes(place: str, span: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _first(said: dict[str, Any], names: tuple[str, ...]) -> Any:
+def _first(said: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((said[name] for name in names if said.get(name) is not None), None)
 
 

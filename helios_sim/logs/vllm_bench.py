@@ -7,8 +7,11 @@ vllm/benchmarks/lib/endpoint_request_func.py.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,39 +19,106 @@ import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.record import (
-    FIX,
-    Begins,
-    RequestLog,
-    Row,
-    check_same,
-    close_to,
-    gathered,
-    not_read,
-    number,
-    reason,
-    whole,
-)
+from helios_sim.logs.figures import Figure, Known, Look, Ours, exactly, statistic
+from helios_sim.logs.record import FIX, Begins, RequestLog, Row, close_to, gathered, number, reason, whole
 from helios_sim.untrusted import Fields, shortened
 
 NAME = "vllm bench serve"
 _LISTS = ("input_lens", "output_lens", "ttfts", "itls", "errors")
+_COUNTS = ("completed", "failed", "total_input_tokens", "total_output_tokens")
+_MOST_SECONDS = 100_000
 _DETAILED = "run vllm bench serve with --save-result --save-detailed"
-_OF_NO_MATTER = (  # summaries of the lists, labels, and what the lists show themselves
-    "date", "endpoint_type", "backend", "label", "tokenizer_id", "num_prompts", "burstiness", "request_throughput",
-    "request_goodput", "output_throughput", "total_token_throughput", "generated_texts", "queue_times",
-    "max_output_tokens_per_s", "max_concurrent_requests", "rtfx", "rps_change_events", "ramp_up_strategy",
-    "ramp_up_start_rps", "ramp_up_end_rps", "model_id", "request_rate", "max_concurrency", "request_goodput:",
-)  # fmt: skip
-_STATISTICS = ("mean_", "median_", "std_", "p")  # of ttft, tpot, itl, e2el, in ms
-_OF_STATISTICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "client_queue_time_ms", "e2el_including_client_queue_ms")
-_STATISTIC = re.compile(r"(mean|median|std|p(?:100|\d\d?)(?:\.\d+)?)_(ttft|tpot|itl|e2el)_ms")
 _SPECULATIVE = "speculative decoding was on: several tokens an iteration, which the simulation does not have"
-_EFFECTS = {
-    "spec_decode_acceptance_rate": _SPECULATIVE,
-    "probe_completed": "probes were sent beside the requests and are not in the lists, so the engine had more to do",
-}
-_PARTS_OF = ("spec_decode_", "probe_")  # of which one name is told
+_BY_LISTS, _BY_DURATION = "as its lists say", "by its duration"
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What the lists of a run say; None: it is not known of which requests the run's own figures are."""
+
+    rows: Sequence[Row]
+    duration_s: float
+    times: Mapping[str, Sequence[float]] | None
+
+    @property
+    def done(self) -> list[Row]:
+        return [row for row in self.rows if row.failure is None]
+
+    def rate(self, total: float) -> float | None:
+        return total / self.duration_s if self.times is not None and self.duration_s > 0 else None
+
+
+def _of_times(run: _Run, name: re.Match[str]) -> Ours:
+    found = statistic(name[1], (run.times or {}).get(name[2], ()))
+    return None if found is None or isinstance(found, tuple) else 1e3 * found
+
+
+def _most_tokens(run: _Run, _: re.Match[str]) -> Ours:
+    """Chunks in the fullest second since the first request that was answered was sent."""
+    if run.times is None or any(row.arrival_s is None for row in run.done):
+        return None
+    first_s = min(row.arrival_s or 0.0 for row in run.done)
+    seconds = Counter(
+        int((row.arrival_s or 0.0) + time_s - first_s) for row in run.done for time_s in row.token_s or ()
+    )
+    most = max(seconds.values(), default=0)
+    return 0.9 * most - 2, 1.1 * most + 2  # chunks near the end of a second fall into either
+
+
+def _most_at_once(run: _Run, _: re.Match[str]) -> Ours:
+    """From what ran at once to what ran within one second, and the next: versions count in both ways."""
+    spans = [(row.arrival_s, row.arrival_s + row.e2e_s) for row in run.done
+             if row.arrival_s is not None and row.e2e_s is not None]  # fmt: skip
+    if run.times is None or len(spans) < len(run.done) or not spans:
+        return None
+    begins, ends = (np.sort(np.array(times)) for times in zip(*spans, strict=True))
+    low = int((np.arange(1, len(begins) + 1) - np.searchsorted(ends, begins + 1e-6, "right")).max())
+    first_s = begins[0]
+    seconds = range(int(ends[-1] - first_s) + 2) if ends[-1] - first_s < _MOST_SECONDS else ()
+    high = max((int(np.searchsorted(begins, first_s + s + 1) - np.searchsorted(ends, first_s + s - 1, "right"))
+                for s in seconds), default=len(begins))  # fmt: skip
+    return float(low), float(high)
+
+
+def _took(run: _Run, _: re.Match[str]) -> Ours:
+    ends = [row.arrival_s + row.e2e_s for row in run.done if row.arrival_s is not None and row.e2e_s is not None]
+    starts = [row.arrival_s for row in run.rows if row.arrival_s is not None]
+    return ((max(ends) - min(starts) - 1.0) / 1.02, math.inf) if ends else None
+
+
+_STATISTIC = r"(mean|median|std|p(?:100|\d\d?)(?:\.\d+)?)"
+_KNOWN = Known(
+    read="|".join((*_LISTS, "latencies|start_times|model_id|num_prompts|request_rate|max_concurrency")),
+    figures=(
+        exactly("completed", lambda run, _: len(run.done), _BY_LISTS),
+        exactly("failed", lambda run, _: len(run.rows) - len(run.done), _BY_LISTS),
+        exactly("total_input_tokens", lambda run, _: sum(row.prompt_tokens for row in run.done), _BY_LISTS),
+        exactly("total_output_tokens", lambda run, _: sum(row.output_tokens for row in run.done), _BY_LISTS),
+        Figure("duration", _took, 0.0, 0.0, "the time that its requests took"),
+        Figure(rf"{_STATISTIC}_(ttft|tpot|itl|e2el|client_queue_time|e2el_including_client_queue)_ms", _of_times, 0.05,
+               1.0, f"{_BY_LISTS} in seconds"),
+        Figure("request_throughput", lambda run, _: run.rate(len(run.done)), 0.02, 1e-3, _BY_DURATION),
+        Figure("output_throughput", lambda run, _: run.rate(sum(row.output_tokens for row in run.done)), 0.02, 1e-3,
+               _BY_DURATION),
+        Figure("total_token_throughput", lambda run, _: run.rate(
+            sum(row.output_tokens + row.prompt_tokens for row in run.done)
+        ), 0.02, 1e-3, _BY_DURATION),
+        Figure("request_goodput:?", lambda run, _: None if (most := run.rate(len(run.done))) is None else (0.0, most),
+               0.02, 1e-3, _BY_DURATION),
+        Figure("max_output_tokens_per_s", _most_tokens, 0.0, 0.0, _BY_LISTS),
+        Figure("max_concurrent_requests", _most_at_once, 0.0, 1.0, _BY_LISTS),
+    ),
+    effects={
+        "spec_decode_acceptance_rate": _SPECULATIVE,
+        "probe_completed": "probes were sent besides and are not in the lists, so the engine had more to do",
+        "rtfx": "prompts had audio, which is not counted",
+    },
+    harmless=r"queue_times|date|endpoint_type|backend|label|tokenizer_id|burstiness|generated_texts|rps_change_events"
+             r"|ramp_up_(strategy|start_rps|end_rps)|(spec_decode|probe)_\w+",
+)  # fmt: skip
+
+
+DECLARED = (("", _KNOWN),)  # by where the mapping stands
 
 
 def is_it(document: Document) -> bool:
@@ -76,26 +146,21 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             told = f"{len(values)} entries" if isinstance(values, list) else shortened(values)
             raise UserError(f"{where}: {name}", told, f"a list of {count}, as ttfts has", FIX)
     rows = [_row(where, lists, i) for i in range(count)]
-    _check_totals(where, fields, rows)
-    fields.ignore([*_OF_NO_MATTER, "duration", *(name for name in run if _is_statistic(name))])
-    left = [name for name in (*fields.rest, *fields.off) if name in _EFFECTS or not str(name).startswith(_PARTS_OF)]
-    notices = not_read(where, left, _EFFECTS)
+    notices = list[str]()
     asked = run.get("num_prompts")
     if asked != count:
         notices.append(f"{where}: num_prompts is {shortened(asked)}, and its lists have {count} requests, which count.")
     most = run.get("max_concurrency")
     stated = {"model": run.get("model_id"), "in_flight_at_most": most, "request_rate": run.get("request_rate")}
+    look = Look(where, _KNOWN)
+    look.at(where, {name: run[name] for name in _COUNTS if name in run}, _Run(rows, 0.0, None))
     log = gathered(document.source, NAME, rows, Begins.SENT, stated, notices)
-    _check_means(where, fields, rows)
-    return log
+    look.at(where, {name: value for name, value in run.items() if name not in _COUNTS}, _of(fields, rows))
+    return replace(log, notices=(*log.notices, *look.notices()))
 
 
 def _told(run: Mapping[str, Any]) -> str:
     return f"{shortened(run.get('model_id'))} at {run.get('request_rate')} requests/s, {run.get('date')}"
-
-
-def _is_statistic(name: object) -> bool:
-    return str(name).startswith(_STATISTICS) and str(name).endswith(_OF_STATISTICS)
 
 
 def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
@@ -123,54 +188,20 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
     return Row(place, arrival_s, prompt, output, ttft_s, times[-1], token_s=times)
 
 
-def _check_means(where: str, fields: Fields, rows: Sequence[Row]) -> None:
-    """UserError where the run's own figures are not those of its requests, such as lists in milliseconds."""
+def _of(fields: Fields, rows: Sequence[Row]) -> _Run:
     done = [(row, row.ttft_s, row.e2e_s, row.token_s) for row in rows
             if row.failure is None and row.ttft_s is not None and row.e2e_s is not None and row.token_s]  # fmt: skip
+    duration_s = fields.number("duration", 0, 1e9, 0.0)
     if any(row.output_tokens == 0 for row in rows) and len(done) != fields.value("completed", None):
-        return  # of some it is not known whether they count
+        return _Run(rows, duration_s, None)
     times = {
         "ttft": [ttft_s for _, ttft_s, _, _ in done], "e2el": [e2e_s for _, _, e2e_s, _ in done],
         "tpot": [(e2e_s - ttft_s) / (row.output_tokens - 1) for row, ttft_s, e2e_s, _ in done if row.output_tokens > 1],
         "itl": [after - before for *_, token_s in done for before, after in pairwise(token_s)],
     }  # fmt: skip
-    for statistic in fields.values:
-        found = _STATISTIC.fullmatch(str(statistic))
-        if found is not None and (values := times[found[2]]):
-            ours_ms = 1e3 * _figure(found[1], values)
-            check_same(where, statistic, fields.value(statistic, None), ours_ms, 0.05, 1.0, "lists say in seconds")
-    duration_s = fields.number("duration", 0, 1e9, 0.0)
-    output = sum(row.output_tokens for row, *_ in done)
-    totals = {
-        "request_throughput": len(done), "output_throughput": output,
-        "total_token_throughput": output + sum(row.prompt_tokens for row, *_ in done),
-    }  # fmt: skip
-    for name, total in totals.items() if duration_s > 0 else ():
-        if fields.has(name) and not close_to(said := fields.number(name, 0, 1e12), total / duration_s, 0.02, 1e-3):
-            raise UserError(f"{where}: {name}", said, f"{total / duration_s:.6g}, by its duration", FIX)
-
-
-def _figure(name: str, values: Sequence[float]) -> float:
-    """mean, median, std, or a percentile such as p99 and p99.9, as numpy has them."""
-    if name.startswith("p"):
-        return float(np.percentile(values, float(name[1:])))
-    return float(np.mean(values) if name == "mean" else np.median(values) if name == "median" else np.std(values))
-
-
-def _check_totals(where: str, fields: Fields, rows: Sequence[Row]) -> None:
-    """UserError where the run's own totals are not those of its requests."""
-    done = [row for row in rows if row.failure is None]
-    totals = {
-        "completed": len(done), "failed": len(rows) - len(done),
-        "total_input_tokens": sum(row.prompt_tokens for row in done),
-        "total_output_tokens": sum(row.output_tokens for row in done),
-    }  # fmt: skip
-    for name, ours in totals.items():
-        if fields.has(name) and fields.integer(name, 0, 1 << 62) != ours:
-            raise UserError(f"{where}: {name}", fields.value(name), f"{ours}, as its lists add up to", FIX)
-    ends = [row.arrival_s + row.e2e_s for row in done if row.arrival_s is not None and row.e2e_s is not None]
-    starts = [row.arrival_s for row in rows if row.arrival_s is not None]
-    if fields.has("duration") and ends:
-        duration_s, span_s = fields.number("duration", 0, 1e9), max(ends) - min(starts)
-        if span_s > 1.02 * duration_s + 1.0:
-            raise UserError(f"{where}: duration", duration_s, f"at least the {span_s:.6g} s that requests took", FIX)
+    waits = fields.numbers("queue_times", 0.0, 1e9, len(rows)) if fields.has("queue_times") else None
+    if waits is not None:
+        of_done = [(wait_s, row.e2e_s or 0.0) for wait_s, row in zip(waits, rows, strict=True) if row.failure is None]
+        times["client_queue_time"] = [wait_s for wait_s, _ in of_done]
+        times["e2el_including_client_queue"] = [wait_s + e2e_s for wait_s, e2e_s in of_done]
+    return _Run(rows, duration_s, times)

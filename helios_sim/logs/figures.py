@@ -1,0 +1,202 @@
+"""What a tool writes at one place, declared name by name: what is read, what follows from it, what does not matter.
+
+A reader states a `Known` for each mapping of its files and looks at every one with a `Look`. A figure that follows from
+others is compared with them, one that matters and is not made anything of is told with what it means, and a name that
+is not declared at all is told too, so nothing that a file says twice or besides is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.errors import UserError
+from helios_sim.logs.record import FIX, close_to, not_read, number
+from helios_sim.untrusted import shortened
+
+Ours = float | tuple[float, float] | None  # what other figures say, or between what; None: they do not say it
+_NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # of what matters: off, none, or one of it
+_MOST = 1e15
+TOTALS = "{count} requests have a total other than prompt and answer, such as {said} in place of {ours}: these count"
+_FAR, _FEW = 1 / 3, 32  # share, and tokens, by which two counts of one text may differ before it is told
+_SHARES = {"p001": 0.001, "p999": 0.999}  # percentiles whose names are not in hundredths
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure that follows from what else a file says: `ours` makes it of the facts of one place.
+
+    name: a pattern; names of mappings within mappings are joined by points. `ours` gets the facts and the match.
+    share, slack: how far both may lie apart, relative and in the unit of the facts.
+    told: a sentence with {count}, {all}, {said} and {ours}, where tools may rightly differ; else it is an error.
+    """
+
+    name: str
+    ours: Callable[[Any, re.Match[str]], Ours]
+    share: float = 0.05
+    slack: float = 0.1
+    by: str = "as its other figures say"
+    told: str | None = None
+
+    def differs(self, said: float, ours: float | tuple[float, float], unit: float) -> bool:
+        low, high = ours if isinstance(ours, tuple) else (ours, ours)
+        near = any(close_to(said, end, self.share, self.slack * unit) for end in (low, high) if math.isfinite(end))
+        return not (low <= said <= high or near)
+
+
+@dataclass(frozen=True)
+class Known:
+    """All names that a tool writes in one mapping; `read` and `harmless` are patterns, and hold for all within."""
+
+    read: str
+    figures: Sequence[Figure] = ()
+    effects: Mapping[str, str] = field(default_factory=dict)  # what matters and is not made anything of, and why
+    harmless: str = ""
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern[str], Figure]]]:
+        return re.compile(self.read), re.compile(self.harmless), [(re.compile(f.name), f) for f in self.figures]
+
+    def is_harmless(self, name: str) -> bool:
+        return self._patterns[1].fullmatch(name) is not None
+
+    def is_declared(self, name: str) -> bool:
+        """Whether it is read, or does not matter. Figures and effects are looked at besides."""
+        return self._patterns[0].fullmatch(name) is not None or self.is_harmless(name)
+
+    def figures_of(self, name: str) -> list[tuple[re.Match[str], Figure]]:
+        return [(match, figure) for pattern, figure in self._patterns[2] if (match := pattern.fullmatch(name))]
+
+
+class Look:
+    """What was seen in mappings of one kind, such as all requests of a file."""
+
+    def __init__(self, source: str, known: Known, prefix: str = "") -> None:
+        """`prefix`: of names in messages, which do not stand in the mappings themselves."""
+        self._source, self._known, self._prefix = source, known, prefix
+        self._figures: dict[str, list[tuple[re.Match[str], Figure]]] = {}
+        self._declared: dict[str, bool] = {}
+        self._matter: Counter[str] = Counter()
+        self._left: dict[str, None] = {}
+        self._stated: Counter[str] = Counter()  # by sentence: in how many places both are said
+        self._differ: dict[str, list[tuple[float, Ours]]] = {}
+
+    def at(self, place: str, values: object, facts: Any = None, units: Mapping[str, float] | None = None) -> None:
+        """Look at one mapping. UserError for a figure that is not what its `facts` say; None: nothing is known.
+
+        `units`: by name, how many of a figure's unit make one of that in which the facts are.
+        """
+        if isinstance(values, Mapping):
+            self._within(place, values, "", facts, units or {})
+
+    def _within(self, place: str, values: Mapping[str, Any], path: str, facts: Any, units: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            name = f"{path}{key}"
+            if name not in self._declared:
+                self._declared[name] = self._known.is_declared(name)
+                self._figures[name] = self._known.figures_of(name)
+            if name in self._known.effects:
+                self._matter[name] += value not in _NOTHING
+            elif self._figures[name]:
+                for match, figure in self._figures[name] if facts is not None and value is not None else ():
+                    if (ours := figure.ours(facts, match)) is not None:
+                        self._compare(place, f"{self._prefix}{name}", value, figure, ours, units.get(name, 1.0))
+            elif self._declared[name] or value in (None, "", [], {}):
+                continue
+            elif isinstance(value, Mapping):
+                self._within(place, value, f"{name}.", facts, units)
+            else:
+                self._left[f"{self._prefix}{name}"] = None
+
+    def _compare(
+        self, place: str, name: str, value: object, figure: Figure, ours: float | tuple[float, float], unit: float
+    ) -> None:
+        said = number(place, name, value, -_MOST, _MOST)
+        ours = (unit * ours[0], unit * ours[1]) if isinstance(ours, tuple) else unit * ours
+        if figure.told is not None:
+            if said == 0:
+                return  # not counted
+            self._stated[figure.told] += 1
+        if not figure.differs(said, ours, unit):
+            return
+        if figure.told is None:
+            raise UserError(f"{place}: {name}", shortened(value), f"{_told(ours)}, {figure.by}", FIX)
+        self._differ.setdefault(figure.told, []).append((said, ours))
+
+    def notices(self) -> list[str]:
+        """Sentences for figures that differ, and for what is not read."""
+        told = not_read(self._source, [*(n for n in self._known.effects if self._matter[n]), *self._left],
+                        self._known.effects)  # fmt: skip
+        for sentence, found in self._differ.items():
+            (said, ours), *_ = found
+            counts = {"count": len(found), "all": self._stated[sentence]}
+            told.append(f"{self._source}: {sentence.format(said=_told(said), ours=_told(ours), **counts)}.")
+        return told
+
+
+def _told(ours: Any) -> str:
+    if not isinstance(ours, tuple):
+        whole = isinstance(ours, int) or (isinstance(ours, float) and ours == int(ours))
+        return f"{int(ours):,}" if whole and abs(ours) < _MOST else f"{ours:.6g}"
+    low, high = ours
+    if high == math.inf:
+        return f"at least {low:.6g}"
+    return f"at most {high:.6g}" if low <= 0 else f"{low:.6g} to {high:.6g}"
+
+
+def exactly(name: str, ours: Callable[[Any, re.Match[str]], Ours], by: str = "as its other figures say") -> Figure:
+    """A count, or a time that is written twice."""
+    return Figure(name, ours, share=0.0, slack=1e-3, by=by)
+
+
+def server_counted(name: str, what: str, ours: Callable[[Any, re.Match[str]], Ours]) -> Figure:
+    """The client's count of tokens, beside `ours` of the server; a chat template adds some, so few are no matter."""
+    told = f"the server counted other {what} than the client in {{count}} of {{all}} requests, such as {{ours}} in "
+    return Figure(name, ours, _FAR, _FEW, told=f"{told}place of {{said}}: the server's count")
+
+
+def statistic(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Ours:
+    """mean, median, std, variance, mode, min, max, count, total or a percentile (p99, p99.9), as numpy has them.
+
+    With `weights` as guidellm has them: a percentile is one of the values, the first up to which that share of the
+    weights lies; where rounding decides between two it lies between them. None: another name, or nothing to count.
+    """
+    found = np.asarray(values, np.float64)
+    if not len(found) or (weights is not None and sum(weights) <= 0):
+        return None
+    if name in ("mean", "median", "std", "min", "max") and weights is None:
+        return float(getattr(np, name)(found))
+    if weights is None:
+        return float(np.percentile(found, float(name[1:]))) if re.fullmatch(r"p\d+(\.\d+)?", name) else None
+    return _weighted(name, found, np.asarray(weights, np.float64))
+
+
+def _weighted(name: str, values: NDArray[np.float64], weights: NDArray[np.float64]) -> Ours:
+    order = np.argsort(values)
+    values, weights = values[order], weights[order]
+    shares = weights / weights.sum()
+    mean = float((values * shares).sum())
+    variance = float(((values - mean) ** 2 * shares).sum())
+    there = values[weights > 0]
+    plain = {"mean": mean, "variance": variance, "std_dev": math.sqrt(variance), "min": float(there[0]),
+             "max": float(there[-1]), "total_sum": mean * round(float(weights.sum())),
+             "count": float(round(float(weights.sum())))}  # fmt: skip
+    if name in plain:
+        return plain[name]
+    if name == "median":
+        share = 0.5
+    elif re.fullmatch(r"p\d+", name):
+        share = _SHARES.get(name, int(name[1:]) / 100)
+    else:
+        return None
+    up_to = np.cumsum(shares)
+    low, high = (min(int(np.searchsorted(up_to, share + nudge)), len(values) - 1) for nudge in (-1e-9, 1e-9))
+    return float(values[low]), float(values[high])
