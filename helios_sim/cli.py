@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from helios_sim.command_line import by_arm, check_flags, given, in_full, in_order, leave_no_trace, whole_mixes
@@ -49,6 +49,7 @@ def run_command(command: list[str]) -> int:
     started = False
     folders: list[tuple[Path, bool]] = []  # of studies that began, each with whether it is one of several
     refused: list[Path] = []  # output folders of studies that could not start
+    swept: list[Path] = []  # those of several studies, in which Hydra writes before it looks at their settings
 
     def study(settings: DictConfig) -> None:
         nonlocal status, started
@@ -79,7 +80,7 @@ def run_command(command: list[str]) -> int:
         logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
-        with _composed_once(command):
+        with _composed_once(command), _noting(swept):
             hydra.main(version_base=None, config_path=conf_folder(), config_name="config")(study)()
     except UserError as error:
         return _fail(error)
@@ -104,7 +105,7 @@ def run_command(command: list[str]) -> int:
             return 1 if leaving.code else 0
         return _stopped(command, folders)
     finally:
-        for folder in refused:
+        for folder in (*refused, *swept):
             leave_no_trace(folder)
     if not started and any(word in ("-m", "--multirun") for word in command):
         word = next((word for word in command if "glob(" in word), "-m")
@@ -155,6 +156,23 @@ def _composed_once(command: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         setattr(Hydra, "get_mode", read)  # noqa: B010
+
+
+@contextmanager
+def _noting(folders: list[Path]) -> Iterator[None]:
+    """Add the folders in which Hydra writes multirun.yaml, which nothing else tells where no study begins."""
+    save = OmegaConf.save
+
+    def noted(config: object, f: str | Path, resolve: bool = False) -> None:
+        if Path(str(f)).name == "multirun.yaml":
+            folders.append(Path(str(f)).resolve().parent)
+        save(config, f, resolve)
+
+    setattr(OmegaConf, "save", staticmethod(noted))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(OmegaConf, "save", staticmethod(save))  # noqa: B010
 
 
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:

@@ -7,9 +7,11 @@ import io
 import re
 import shutil
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -194,10 +196,26 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     folder = parsed.config_dir
     if folder is not None and not Path(folder).is_dir():
         raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
+    if folder is not None:
+        _check_beginning(Path(folder))
     for name in [] if folder is None else (given("experiment", parsed.overrides) or "").split(","):
         file = Path(folder) / "experiment" / f"{name.removesuffix('.yaml')}.yaml"
         if name and file.is_file():
             check_defaults(file)
+
+
+def _check_beginning(folder: Path) -> None:
+    """UserError for a user's config.yaml with settings of a study, which Hydra would not read."""
+    for file in (folder / "config.yaml", folder / "config.yml"):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+        known = {"defaults", *(field.name for field in fields(Config))}
+        if isinstance(values, dict) and (ours := next((name for name in values if name in known), None)) is not None:
+            allowed = f"a study begins with the program's own {file.name}: this one, which sets {ours}, is not read"
+            fix = f"move it to {folder}/experiment/NAME.yaml and choose it: +experiment=NAME"
+            raise UserError("--config-dir", str(file), allowed, fix)
 
 
 def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:

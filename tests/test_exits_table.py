@@ -213,9 +213,12 @@ def test_columns_that_contradict_each_other_are_refused(tmp_path: Path, change: 
 
 
 def test_rows_of_two_models_are_no_trace(tmp_path: Path) -> None:
-    one = pa.table({**columns(), "model": ["a"] * 60})
+    one = pa.table({**columns(), "model": ["org/M"] * 60})
     pq.write_table(one, tmp_path / "one.parquet")
-    assert read_table(tmp_path / "one.parquet", "m", Told(human_text=True))[1] == ["model"]
+    assert read_table(tmp_path / "one.parquet", "m", Told(human_text=True))[1] == []
+    assert read_table(tmp_path / "one.parquet", "one", Told(human_text=True), is_named=False)[1] == ["model"]
+    with pytest.raises(UserError, match=r"model='org/M': m-1b, for which the table is named"):
+        read_table(tmp_path / "one.parquet", "m-1b", Told(human_text=True))
     pq.write_table(one.set_column(one.num_columns - 1, "model", pa.array(["a", "b"] * 30)), tmp_path / "two.parquet")
     with pytest.raises(UserError, match="one model in all rows"):
         read_table(tmp_path / "two.parquet", "m", Told(human_text=True))

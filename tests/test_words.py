@@ -297,3 +297,17 @@ def test_a_sign_that_does_not_show_is_named(sign: str, fix: str) -> None:
     error = unreadable(["pictures=false", f"workload.n_requests={sign}12"])
     assert error is not None
     assert re.search(re.escape("U+") + fix.removeprefix("U+"), str(error))
+
+
+def test_several_studies_that_cannot_be_leave_nothing(command: CommandLine, tmp_path: Path) -> None:
+    """Hydra writes multirun.yaml before it looks at settings."""
+    said = command("-m", *SMALL, "nosuch.key=1,2", "hydra.sweep.dir=all/these")
+    assert said.status == 1
+    assert "nosuch.key" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_of_the_users_that_nothing_would_read_is_told(command: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("workload: {n_requests: 5}\n")
+    said = command("--config-dir", str(tmp_path), "+experiment=quickstart", *SMALL)
+    assert re.search(r"config.yaml': a study begins .* sets workload, is not read. Fix: move it to", said.err)

@@ -406,3 +406,12 @@ def test_dates_that_are_too_coarse(tmp_path: Path) -> None:
         trace("2024-05-01", "2024-05-01", "2024-05-02")
     with pytest.raises(UserError, match=r"line 2, column timestamp='2024-05-01 10:00:00,123'"):
         trace("2024-05-01 10:00:00,123", "2024-05-01 10:00:01,123")
+
+
+def test_hashes_of_both_signs_are_named_with_their_lines(tmp_path: Path) -> None:
+    """Neither signed nor unsigned numbers of 64 bits hold both."""
+    rows = [{"timestamp": 1000 * i, "input_length": 600, "output_length": 5, "hash_ids": [hashed]}
+            for i, hashed in enumerate((-5, 7, (1 << 64) - 1))]  # fmt: skip
+    path = written(tmp_path, "m.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(UserError, match=r"line 3, column hash_ids=.*line 1 has some of the other. Fix: write them all"):
+        read_trace(path, texts=True)

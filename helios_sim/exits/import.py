@@ -59,7 +59,7 @@ def _imported(path: Path, settings: dict[str, str]) -> int:
         require_one_of("human_text", human, ("true", "false"))
     people = None if human is None else human == "true"
     told = Told(_number(settings.get("chars_per_token")), people, settings.get("source"))
-    trace, ignored = read_table(path, model, told)
+    trace, ignored = read_table(path, model, told, "model" in settings)
     folder = Path(settings.get("out", path.with_name(f"{name}.exits"))).expanduser()
     write_trace(trace, folder)
     print(f"{trace.n_tokens} tokens of {len(np.unique(trace.prompt))} prompts, {len(trace.tasks)} tasks")

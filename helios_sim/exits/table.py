@@ -59,8 +59,13 @@ def is_table(source: str | Path) -> bool:
     return str(source).endswith(SUFFIXES)
 
 
-def read_table(path: Path, model: str, told: Told | None = None) -> tuple[ExitTrace, list[str]]:
-    """The trace, and the names of columns that were not read. UserError for a table that is none of a trace."""
+def read_table(
+    path: Path, model: str, told: Told | None = None, is_named: bool = True
+) -> tuple[ExitTrace, list[str]]:
+    """The trace, and the names of columns that were not read. UserError for a table that is none of a trace.
+
+    `is_named`: the user says of which model it is, so that a column that names another one is refused.
+    """
     told = Told() if told is None else told
     content = _as_parquet(path)
     kinds = _kinds(path, content)
@@ -70,7 +75,7 @@ def read_table(path: Path, model: str, told: Told | None = None) -> tuple[ExitTr
     else:
         _check_order(path, found)
     ignored = [name for name in _names(path, content) if name not in kinds]
-    _check_one_model(path, content, ignored)
+    _check_one_model(path, content, ignored, model if is_named else None)
     return _trace(path, model, found, told, ignored), ignored
 
 
@@ -132,17 +137,30 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
     return kinds
 
 
-def _check_one_model(path: Path, content: bytes, ignored: list[str]) -> None:
-    """UserError where the rows are of several models, whose tokens would be mixed in one trace."""
+def _check_one_model(path: Path, content: bytes, ignored: list[str], model: str | None) -> None:
+    """UserError where the rows are of several models, whose tokens would be mixed in one trace, or of another one.
+
+    Columns that say that they are of this `model` are not `ignored` any more.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for name in ignored:
+    for name in [*ignored]:
         if name.lower() in ("model", "model_name", "model_id"):
             found = pq.read_table(pa.BufferReader(content), columns=[name])[name].unique().to_pylist()
             if len(found) > 1:
                 allowed = "one model in all rows: a trace is of one"
                 raise UserError(f"{path}: {name}", found[:5], allowed, "keep the rows of one of them in each file")
+            if model is not None and found[0] is not None and _plain(str(found[0])) != _plain(model):
+                fix = "name the model that it was recorded with, or take the column out"
+                raise UserError(f"{path}: {name}", found[0], f"{model}, for which the table is named", fix)
+            if model is not None:
+                ignored.remove(name)
+
+
+def _plain(model: str) -> str:
+    """facebook/opt-1.3b and OPT_1.3B are opt-1.3b."""
+    return model.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
 
 
 def _depth(name: str) -> tuple[str, int]:

@@ -399,12 +399,17 @@ def _trace(
 
 def _refuse_texts(file: _File, name: str) -> None:
     """UserError that names the first line whose prompt's parts are not said as whole numbers."""
+    first = dict[str, int]()  # the line in which an id of each of two kinds stands first, which 64 bits do not hold
     for line, cells in _rows(file):
-        ids = cells.get(name)
+        ids, place = cells.get(name), f"{file.name}, line {line}, column {name}"
         if not isinstance(ids, list) or not all(type(part) is int and -(1 << 63) <= part < 1 << 64 for part in ids):
-            place = f"{file.name}, line {line}, column {name}"
             allowed = "a list of whole numbers below 2^64 in every line, or no such column"
             raise UserError(place, shortened(ids), allowed, _DROP)
+        signs = {"below 0": min(ids, default=0) < 0, "from 2^63": max(ids, default=0) >= 1 << 63}
+        first |= {sign: first.get(sign, line) for sign, there in signs.items() if there}
+        if len(first) == 2:
+            allowed = f"ids of 64 bits all with a sign or all without; line {min(first.values())} has some of the other"
+            raise UserError(place, shortened(ids), allowed, "write them all in one way")
 
 
 def _texts(listed: pa.ListArray) -> PromptTexts:
