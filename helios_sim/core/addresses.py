@@ -1,12 +1,11 @@
 """The tables of replicas as the compiled loop takes them: where they lie in memory.
 
-Numba takes as long to look at every array of a call as an iteration takes. So it gets one array of addresses and makes
-the others from it, all of the types that the code was compiled for.
+To look at every array of a call takes as long as an iteration. So the loop gets one array of what is written at their
+places (`places`), all of the types that the code was compiled for.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from itertools import accumulate, repeat
 from operator import is_
 from typing import Any, Protocol
@@ -15,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.core.layout import IntArray, Tables
-from helios_sim.core.native import address_of, arrays_of
+from helios_sim.core.places import NUMBERS, arrays_of, place_of
 
-_DIMENSIONS = 5  # most that an array has
 _GROUPS = 1024  # of arrays, whose addresses are remembered
 
 
@@ -56,7 +54,7 @@ class Replicas:
             self._machine.require_types(tables)
             sizes = [sum(1 for _ in arrays_of(field)) for field in tables]
             self._places = [0, *accumulate(sizes)]
-            self._addresses = np.zeros((len(self._tables), self._places[-1], 1 + _DIMENSIONS), np.int64)
+            self._addresses = np.zeros((len(self._tables), self._places[-1], NUMBERS), np.int64)
         self._tables[number] = tables
         rows = self._addresses[number]
         for before, field, place in zip(repeat(None) if known is None else known, tables, self._places, strict=False):
@@ -77,53 +75,4 @@ class Replicas:
         """Where an array lies, and its shape."""
         assert self._machine is not None
         self._machine.require_type(place, array)
-        return [address_of(array), *array.shape, *[0] * (_DIMENSIONS - array.ndim)]
-
-
-def register(tables: Tables) -> None:
-    """Lets compiled code make a replica's tables, all of these types, from their addresses."""
-    numba, extending = import_module("numba"), import_module("numba.extending")
-    cgutils, arrays = import_module("numba.core.cgutils"), import_module("numba.np.arrayobj")
-    route = import_module("helios_sim.core.route")
-    types = numba.types
-
-    def writable(kind: Any) -> Any:
-        if isinstance(kind, types.Array):
-            return types.Array(kind.dtype, kind.ndim, "C")
-        return types.BaseTuple.from_types([writable(each) for each in kind.types], kind.instance_class)
-
-    made = writable(numba.typeof(tables))
-
-    def read(context: Any, replicas: Any, number: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            numbers = arrays.make_array(signature.args[0])(context, builder, args[0])
-            per_replica = builder.udiv(numbers.nitems, cgutils.unpack_tuple(builder, numbers.shape)[0])
-            start = builder.gep(numbers.data, [builder.mul(args[1], per_replica)])
-            place = 0
-
-            def number_at(offset: int) -> Any:
-                return builder.load(builder.gep(start, [context.get_constant(types.intp, offset)]))
-
-            def build(kind: Any) -> Any:
-                nonlocal place
-                if isinstance(kind, types.BaseTuple):
-                    return context.make_tuple(builder, kind, [build(each) for each in kind.types])
-                item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-                shape = [number_at(place + 1 + axis) for axis in range(kind.ndim)]
-                strides = [item]
-                for length in reversed(shape[1:]):
-                    strides.insert(0, builder.mul(strides[0], length))
-                array = arrays.make_array(kind)(context, builder)
-                data = builder.inttoptr(number_at(place), array.data.type)
-                packed = [cgutils.pack_array(builder, each) for each in (shape, strides)]
-                arrays.populate_array(array, data, *packed, item, None)
-                place += 1 + _DIMENSIONS
-                return array._getvalue()
-
-            return build(signature.return_type)
-
-        return made(replicas, types.intp), generate
-
-    intrinsic: Any = extending.intrinsic(read)
-    made_from = extending.overload(route.tables_of, jit_options={"_nrt": False, "forceinline": True})
-    made_from(lambda replicas, number: lambda replicas, number: intrinsic(replicas, number))
+        return place_of(array)

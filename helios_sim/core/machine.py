@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.core import addresses, native, passes
+from helios_sim.core import native, passes, places
 from helios_sim.core.layout import CHUNK, WORK, Storage, Tables
 
 _STORAGE = Storage(compiled=True)
@@ -76,8 +76,8 @@ class Machine:
             from helios_sim.core.route import route
 
             assert self._tables is not None
-            addresses.register(self._tables)
-            self._loop = self._compile(_LOOP, route, args)
+            replicas = places.array_type(places.type_of(self._tables))
+            self._loop = self._compile(_LOOP, route, [replicas, *map(places.type_of, args[1:])])
             if self._own is not None:
                 self._keep(self._tables)
         return self._loop
@@ -88,10 +88,10 @@ class Machine:
         if self._prices is None:
             from helios_sim.core.price import price_many
 
-            self._prices = self._compile(_PRICES, price_many, args)
+            self._prices = self._compile(_PRICES, price_many, list(map(places.type_of, args)))
         return self._prices
 
-    def _compile(self, name: str, function: Callable[..., int], args: Sequence[Any]) -> native.Native:
+    def _compile(self, name: str, function: Callable[..., int], kinds: Sequence[Any]) -> native.Native:
         import numba
         from numba.extending import register_jitable
 
@@ -100,7 +100,7 @@ class Machine:
             # Nothing here allocates arrays, so none has its references counted.
             jit: Any = numba.njit
             of_plain = jit(error_model="numpy", _nrt=False, pipeline_class=passes.compiler_class())
-            code = native.compiled(of_plain(function), args)
+            code = native.compiled(of_plain(function), kinds)
         if self._own is not None:
             with suppress(OSError):
                 (self._own / name).write_bytes(code)
@@ -108,7 +108,7 @@ class Machine:
 
     def require_types(self, tables: Tables) -> None:
         """The compiled code trusts the types of the arrays whose addresses it gets: they are those it was made for."""
-        types = [(array.dtype, array.ndim) for array in native.arrays_of(tables)]
+        types = [(array.dtype, array.ndim) for array in places.arrays_of(tables)]
         if self._types is None:
             self._types, self._tables = types, tables
             if self._folder is not None and (self._folder / _TYPES).read_text() != _text(types):
@@ -180,7 +180,7 @@ def load() -> Machine | None:
         own.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Machine(None)
-    print("compiling the serving loop to machine code, once on this machine: some 15 s", file=sys.stderr, flush=True)
+    print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
     return Machine(own, own, folder)
 
 
@@ -235,15 +235,13 @@ def _digest(path: Path) -> str:
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
     """Without what takes seconds and makes the loop no faster: LLVM's higher levels, its vectorizer, a pass over
-    references that are not counted here, indices that count from an array's end, of which the loop has none,
-    a function once more for callers that are compiled with other flags than the first, fields of records in messages
-    that nobody sees, and Python's collector of cycles, which would look at Numba's many objects again and again.
+    references that are not counted here, a function once more for callers that are compiled with other flags than the
+    first, fields of records in messages that nobody sees, and Python's collector of cycles, which would look at Numba's
+    many objects again and again.
     """
     import numba
 
     config: Any = numba.config
-    arrays: Any = import_module("numba.np.arrayobj")
-    counts_from_end = arrays.fix_integer_index
     overloads: Any = import_module("numba.core.typing.templates")._OverloadFunctionTemplate
     by_flags = overloads._get_impl
     record: Any = numba.types.Record
@@ -254,14 +252,10 @@ def _quickly_compiled() -> Iterator[None]:
     gc.disable()
     for name, value in quickly.items():
         setattr(config, name, value)
-    arrays.fix_integer_index = lambda context, builder, kind, index, size: context.cast(
-        builder, index, kind, numba.types.intp if kind.signed else numba.types.uintp
-    )
     overloads._get_impl, record.__repr__ = _implementation, lambda kind: kind.name
     try:
         yield
     finally:
-        arrays.fix_integer_index = counts_from_end
         overloads._get_impl, record.__repr__ = by_flags, in_full
         for name, value in before.items():
             setattr(config, name, value)
@@ -286,7 +280,7 @@ def _register_all(register_jitable: Callable[..., Any]) -> None:
     plain = passes.compiler_class()
     for module in (import_module(f"helios_sim.core.{name}") for name in _MODULES):
         for name, function in getmembers(module, isfunction):
-            if function.__module__ == module.__name__ and name not in ("route", "tables_of"):
+            if function.__module__ == module.__name__ and name != "route":
                 register_jitable(
                     error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False,
                     forceinline=name not in _CALLED, pipeline_class=plain,

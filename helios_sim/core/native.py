@@ -1,7 +1,7 @@
 """Calls the compiled loop without Numba: its object code is loaded by LLVM alone.
 
 To import Numba and to load what it keeps on disk takes longer than to simulate ten thousand requests. So the loop is
-compiled behind an entry point that takes the addresses and the lengths of its arrays, and the object code is kept.
+compiled behind an entry point that takes the places of its arrays (`places`), and the object code is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+
+from helios_sim.core.passes import compiler_class
+from helios_sim.core.places import NUMBERS, arrays_of, group_type, place_of
 
 NAME = "entry"
 
@@ -26,32 +29,19 @@ def processor() -> str:
     )
 
 
-def compiled(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
-    """Compile `function` for arrays like those of `args`: arrays, and named tuples of them.
+def compiled(function: Callable[..., Any], kinds: Sequence[Any]) -> bytes:
+    """Compile `function` for arguments of these types (`places`), to be called with their places in one array.
 
     Returns a line with the names of the entry point and of the functions that it may call, then the object code.
     """
     numba: Any = import_module("numba")
-    names: dict[str, Any] = {"carray": numba.carray, "function": function}
-    arrays = lengths = 0
-
-    def text_of(arg: Any) -> str:
-        nonlocal arrays, lengths
-        if isinstance(arg, tuple):
-            names[type(arg).__name__] = type(arg)
-            return f"{type(arg).__name__}({', '.join(map(text_of, arg))})"
-        names[f"dtype_{arrays}"] = arg.dtype
-        shape = "".join(f"lengths[{lengths + axis}], " for axis in range(arg.ndim))
-        text = f"carray(addresses[{arrays}], ({shape}), dtype_{arrays})"
-        arrays, lengths = arrays + 1, lengths + arg.ndim
-        return text
-
-    call = f"function({', '.join(map(text_of, args))})"
-    exec(f"def {NAME}(addresses, lengths):\n    return {call}", names)  # noqa: S102 - text made above, of no input
-    types = numba.types
-    signature = types.int64(types.CPointer(types.voidptr), types.CPointer(types.int64))
+    fields = {f"arg_{n}": kind for n, kind in enumerate(kinds)}
+    names: dict[str, Any] = {"function": function}
+    call = f"function({', '.join(f'args.{field}' for field in fields)})"
+    exec(f"def {NAME}(args):\n    return {call}", names)  # noqa: S102 - text made above, of no input
+    signature = numba.types.int64(group_type("args", fields))
     with _linked_only():
-        made = numba.cfunc(signature, error_model="numpy")(names[NAME])
+        made = numba.cfunc(signature, error_model="numpy", _nrt=False, pipeline_class=compiler_class())(names[NAME])
     made._library._optimize_final_module()
     symbol = made.native_name.removeprefix("cfunc.")  # the function behind the wrapper, which returns a status
     module = made._library._final_module
@@ -105,7 +95,7 @@ class Native:
         self._engine.add_object_file(binding.ObjectFileRef.from_data(content))
         self._engine.finalize_object()
         address = self._engine.get_function_address(symbol)
-        self.run = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_void_p)(address)
+        self.run = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p)(address)
 
 
 class Call:
@@ -114,50 +104,31 @@ class Call:
     def __init__(self, native: Native) -> None:
         self._native, self._run = native, native.run
         self._known: list[Any] = []  # the arguments of the last call, so that their arrays stay where they are
-        self._first: list[tuple[int, int]] = []  # by argument, where its addresses and its lengths begin
+        self._first: list[int] = []  # by argument, the place of its first array
         self._result, self._error = c_int64(), c_void_p()
         self._places: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any) -> int:
         if not self._known:
             self._lay_out(args)
-        for place, known in enumerate(self._known):
-            if args[place] is not known:
-                self._note(place, args[place])
+        for number, known in enumerate(self._known):
+            if args[number] is not known:
+                self._note(number, args[number])
         status = self._run(*self._places)
         if status:
             raise RuntimeError(f"the compiled loop ended with status {status}")
         return self._result.value
 
     def _lay_out(self, args: Sequence[Any]) -> None:
-        arrays = lengths = 0
+        arrays = 0
         for arg in args:
-            self._first.append((arrays, lengths))
-            for array in arrays_of(arg):
-                arrays, lengths = arrays + 1, lengths + array.ndim
-        self._addresses, self._lengths = np.zeros(arrays, np.uintp), np.zeros(lengths, np.int64)
-        self._places = byref(self._result), byref(self._error), self._addresses.ctypes.data, self._lengths.ctypes.data
+            self._first.append(arrays)
+            arrays += sum(1 for _ in arrays_of(arg))
+        self._written = np.zeros((arrays, NUMBERS), np.int64)
+        self._places = byref(self._result), byref(self._error), self._written.ctypes.data
         self._known = [None] * len(args)
 
-    def _note(self, place: int, arg: Any) -> None:
-        at, length = self._first[place]
-        for array in arrays_of(arg):
-            self._addresses[at] = address_of(array)
-            self._lengths[length : length + array.ndim] = array.shape
-            at, length = at + 1, length + array.ndim
-        self._known[place] = arg
-
-
-def address_of(array: Any) -> int:
-    """Where an array lies: `array.ctypes.data`, in half the time."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def arrays_of(arg: Any) -> Iterator[Any]:
-    """The arrays of an argument, in order."""
-    if isinstance(arg, tuple):
-        for each in arg:
-            yield from arrays_of(each)
-    else:
-        yield arg
+    def _note(self, number: int, arg: Any) -> None:
+        for at, array in enumerate(arrays_of(arg), self._first[number]):
+            self._written[at] = place_of(array)
+        self._known[number] = arg

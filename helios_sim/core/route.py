@@ -43,11 +43,6 @@ FRONT = Kind.of(
 )  # fmt: skip
 
 
-def tables_of(replicas: Any, number: int) -> Any:
-    """The `Tables` of a replica. Compiled, `replicas` are their addresses (`machine`)."""
-    return replicas[number]
-
-
 def route(
     replicas: Any,
     fronts: Table,
@@ -76,7 +71,7 @@ def route(
         stopped = False
         for i in range(f.first, f.end):
             if ahead[i] and due_ns[i] < up_to_ns:
-                t = tables_of(replicas, i)
+                t = replicas[i]
                 stop = advance(t, up_to_ns)
                 s = t.states[0]
                 inside[i], stops[i] = s.in_system + s.away, stop
@@ -101,7 +96,7 @@ def route(
         f.chosen = i
         if not ahead[i]:
             return SUBMIT
-        t = tables_of(replicas, i)
+        t = replicas[i]
         s = t.states[0]
         row = s.known - s.first_row
         if row == len(t.arrivals) or s.waiting + len(t.requests) >= len(t.line.key) or s.free == 0:
@@ -150,7 +145,7 @@ def by_prefix(replicas: Any, row: int, inside: Numbers) -> int:
         total += inside[i]
     found, best = NEVER, 0.0
     for i in range(n):
-        t = tables_of(replicas, i)
+        t = replicas[i]
         arrival, prompt_tokens = t.coming[row], t.coming_tokens[row].prompt_tokens
         share = cached_share(t.rules[0], t.prefix, arrival.shared, arrival.stream, arrival.request_id, prompt_tokens)
         value = score(share, inside[i], total, n)
