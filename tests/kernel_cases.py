@@ -23,7 +23,7 @@ from torch import Tensor
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.device import CpuDevice
 from helios_sim.live.exits import Row
-from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels import activation, attention, gemv, head, norms
 from helios_sim.live.kernels.card import TRITON
 from helios_sim.live.kernels.interface import TORCH

@@ -122,7 +122,7 @@ def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
     import torch
 
     from helios_sim.live.exits import Row
-    from helios_sim.live.forward import GraphedDecodes
+    from helios_sim.live.graphs import GraphedDecodes
 
     device, lengths = subject.device, _lengths(subject, batch)
     cache = subject.cache(batch, max(lengths))

@@ -115,7 +115,7 @@ class Subject:
 
         Where a captured step reads more of each request in service, it is as long as that, if the pool holds it.
         """
-        from helios_sim.live.forward import spans
+        from helios_sim.live.graphs import spans
 
         batch, tokens = len(kv_tokens), max(kv_tokens)
         if self.device.asynchronous and not self.model.kernels.any_lengths:

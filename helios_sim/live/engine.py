@@ -26,7 +26,7 @@ from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
-from helios_sim.policy.deployment import Deployment, require_live
+from helios_sim.policy.deployment import Deployment, KvRule, require_live
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
@@ -124,6 +124,7 @@ class LiveEngine:
         if not self.device.captures:
             return 0
         final = deployment is not None and not deployment.triggers
+        owing = deployment is not None and deployment.kv_rule is KvRule.RECOMPUTE
         captured = 0
         try:
             for name, data in self._models.items():
@@ -132,7 +133,8 @@ class LiveEngine:
                 with self.residents.laid_out(name) as model:
                     if model is not None:
                         of = segments(data.exits, deployment if final else None)
-                        captured += self.work.capture(name, model, of, self.residents.exits(name), measures(deployment))
+                        exits = self.residents.exits(name)
+                        captured += self.work.capture(name, model, of, exits, measures(deployment), owing)
         except MemoryError as error:
             raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
         return captured
@@ -151,6 +153,8 @@ class LiveEngine:
             self.work.use(plan.model, model, plan.loaded_layers)
             answers = self._members(plan)
             if plan.drafts:
+                if self.work.ahead is not None:
+                    self.work.ahead.forget()
                 return self._speculate(plan, model, answers, now_ns)
             rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
             tally = self._forward(plan, model, rows, chunks)
@@ -262,6 +266,7 @@ class LiveEngine:
             rows.append(Row(
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
                 asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
+                more=len(answer.tokens) + 1 < answer.planned_tokens,
             ))  # fmt: skip
         return rows
 
@@ -289,10 +294,13 @@ class LiveEngine:
             row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
         ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
         bounds = exits[: exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
-        forward = Forward(model, self.residents.exits(plan.model), self.work.cache, plan, bounds, self.work.captured)
+        work, heads = self.work, self.residents.exits(plan.model)
+        forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead)
         began_ns = self._env.wall_ns
         tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
-        self.device.mark().synchronize()  # K and V of rows that exited may be computed after the last token was read
+        if work.ahead is None or not work.ahead.goes_on:
+            # K and V of rows that exited may be computed after the last token was read.
+            self.device.mark().synchronize()
         self.forward_ns += self._env.wall_ns - began_ns
         return tally
 

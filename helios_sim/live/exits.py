@@ -60,6 +60,7 @@ class Row:
     sure: bool = False  # was confident at some exit
     recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
     choice: Choice | None = None  # of the next token; None: the likeliest
+    more: bool = False  # another token of its request is planned after the next
     chosen: int | None = None  # the next token
     layers: int = 0  # depth at which it exited; 0 before that
     breach: bool = False
@@ -91,7 +92,7 @@ class Tally:
         self._counts["decode_tokens"][0, band] += len(contexts)
         self._counts["decode_kv_tokens"][0, band] += sum(contexts)
         if band == 0:
-            self._contexts = list(contexts)
+            self._contexts += contexts
 
     def add(self, name: str, band: int, rows: int) -> None:
         self._counts[name][0, band] += rows
@@ -285,12 +286,18 @@ class ExitDecider:
         self._whole = model.architecture.n_layers
         self._waiting: list[tuple[list[Row], Tensor]] = []  # rows that wait for the head, with their adapted states
 
-    def decide(self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally) -> None:
+    def measure_at(self, end: int) -> Confidence | None:
+        """The confidence that is looked at where rows stop at this depth and no exit is checked."""
+        return self._measure if end < self._whole else None
+
+    def decide(
+        self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally, said: HeadOutput | None = None
+    ) -> None:
         """Sample the rows that stop here, check the rows that may exit, and record what is observed.
 
         `states` (n, d) are the rows' hidden states after `end` layers. There is at most one transfer to the host for
         the checks and one for the tokens; they are the same if the head gives both. Rows that exit by a check
-        on the hidden state get their token in `finish`.
+        on the hidden state get their token in `finish`. `said`: what the head says, where that is known already.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         asking = [i for i, row in enumerate(rows) if row.asks and i not in stops and self._checks_at(end)]
@@ -309,7 +316,8 @@ class ExitDecider:
             return
         asks_head = self._by_head and bool(asking)
         measure = self._measure if observed or watched or asks_head else None
-        said = self._said(end, [rows[i] for i in through], _some(states, through), measure)
+        if said is None:
+            said = self._said(end, [rows[i] for i in through], _some(states, through), measure)
         confidence = said.confidence or [0.0] * len(through)
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))

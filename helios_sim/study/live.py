@@ -61,6 +61,9 @@ class LiveRun:
         self._config, self._parts, self._seed = config, parts, seed
         self.clock = WallClock()
         self.device_engine = make_engine(config, parts, seed, self.clock)
+        if config.server.schedule_ahead and self.device_engine.device.kernels.name == "torch":
+            self.device_engine.close()
+            raise _no_ahead()
         device = config.live.device
         self.meter = Meter(open_counter(device), ABSENT[device.partition(":")[0]])
         profiles = {name: data.profile for name, data in parts.models.items()}
@@ -208,14 +211,21 @@ def check_settings(config: Config) -> None:
     server = config.server
     for key, value, only, why in (
         ("replicas", server.replicas, 1, "one device is served"),
-        ("schedule_ahead", server.schedule_ahead, 0, "each iteration is planned when the one before it has ended"),
         ("enable_prefix_caching", server.enable_prefix_caching, False, "each request has a place of its own"),
     ):
         if value != only:
             raise UserError(f"server.{key}", value, f"{only} when mode=live: {why}", f"set server.{key}={only}")
+    if server.schedule_ahead and (not config.live.device.startswith("cuda") or config.live.kernels == "torch"):
+        raise _no_ahead()
     if config.cluster.kinds:
         raise UserError("cluster.kinds", list(config.cluster.kinds), "none when mode=live: one device is served",
                         "leave them out")  # fmt: skip
+
+
+def _no_ahead() -> UserError:
+    why = "otherwise an iteration is planned when the one before it has ended"
+    only = f"0 when mode=live, except where a card computes by Triton's kernels; {why}"
+    return UserError("server.schedule_ahead", 1, only, "set server.schedule_ahead=0")
 
 
 def wanted(config: Config) -> OpenSettings:

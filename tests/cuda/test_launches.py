@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helios_sim.live.checkpoint.random_weights import draw
 from helios_sim.live.exits import Row
-from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
 from helios_sim.live.memory.workspace import Slots, Workspace

@@ -20,7 +20,7 @@ from calibrate.measure.sampling import Clock, Points, Sampler, TimingJob, Timing
 from calibrate.measure.subject import Subject, TableLimits
 from helios_sim.live.checkpoint.source import random_checkpoint
 from helios_sim.live.cuda import CudaDevice
-from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory import kv
 from helios_sim.live.model.decoder import SegmentedModel
 from strict_cuda import StrictCuda

@@ -13,7 +13,7 @@ from helios_sim.live import device as device_module
 from helios_sim.live.cuda import CudaDevice, page_locked
 from helios_sim.live.device import aligned
 from helios_sim.live.exits import Row
-from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory.kv import KvCache, PromptStep
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.model.decoder import SegmentedModel

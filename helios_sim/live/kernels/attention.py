@@ -8,7 +8,7 @@ captured graph serves all lengths, and no byte of K or V is read that belongs to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -50,7 +50,8 @@ def decode_split(
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, DIRECT: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program for a request, a KV head and a split. A slot below 0 is padding: nothing is read or written.
+    """One program for a request, a KV head and a split. Slot -1 is padding: nothing is read or written. A slot s as
+    -2 - s is only written: no token is read, and what comes out is zeros.
 
     q (N, HEADS, D), k and v (N, KV, D), with rows that may be apart; angles (tokens, D): cosines, then sines;
     keys and values (slots, KV, tokens, D); part (N, HEADS, splits, D) and sums (N, HEADS, splits, 2) in float32: the
@@ -62,8 +63,10 @@ def decode_split(
     G: tl.constexpr = HEADS // KV
     HALF: tl.constexpr = D // 2
     dtype: tl.constexpr = keys.dtype.element_ty
-    slot = tl.load(slots + row).to(tl.int64)
+    given = tl.load(slots + row).to(tl.int64)
+    slot = tl.where(given >= -1, given, -2 - given)
     position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
+    past = tl.where(given >= 0, position, 0)  # tokens that are read
     d, g, n = tl.arange(0, DP), tl.arange(0, GROUP), tl.arange(0, BLOCK)
     inside = d < D
     pair = tl.where(d < HALF, d + HALF, d - HALF)
@@ -94,14 +97,14 @@ def decode_split(
             tl.store(keys + to[None, :], key, mask=inside[None, :])
             tl.store(values + to[None, :], value, mask=inside[None, :])
             most = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
-            total += 1.0
+            total += tl.where(given >= 0, 1.0, 0.0)
             acc += value.to(tl.float32)
     begin = 0
     if WINDOW:
-        begin = tl.maximum(position + 1 - window, 0)
-    share = tl.cdiv(tl.cdiv(position - begin, splits), BLOCK) * BLOCK
+        begin = tl.maximum(past + 1 - window, 0)
+    share = tl.cdiv(tl.cdiv(past - begin, splits), BLOCK) * BLOCK
     first = begin + split * share
-    last = tl.minimum(position, first + share)
+    last = tl.minimum(past, first + share)
     for start in range(first, last, BLOCK):
         at = start + n
         there = (at < last)[:, None] & inside[None, :]
@@ -173,17 +176,20 @@ def tiling(rows: int, heads: int, kv_heads: int, width: int, tokens: int, on_cor
 def decode(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
     angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
-    tiles: Tiling | None = None,
+    tiles: Tiling | None = None, whole: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write the new k and v (N, kv_heads, D) into the cache and attend with q (N, heads, D) -> (N, heads x D).
 
-    Request i is in slots[i] (-1: padding) and has positions[i] tokens in the cache already. `angles` (tokens, D) in
+    Request i is in slots[i] (-1: padding; -2 - s: slot s, k and v are written and nothing is read) and has positions[i]
+    tokens in the cache already. `angles` (tokens, D) in
     float32 holds cosines and sines (D / 2 each) by which q and k are turned; None: they are turned already. `norms`:
     weights of q's and k's RMSNorm before that, and its eps. `window`: a token sees itself and window - 1 before it.
+    `whole`: contexts are not divided, as where none is read.
     """
     rows, heads, width = q.shape
     _, kv_heads, tokens, _ = keys.shape
     t = tiles or tiling(rows, heads, kv_heads, width, tokens, cores(q), q.element_size())
+    t = replace(t, splits=1) if whole else t
     out = torch.empty((rows, heads * width), dtype=q.dtype, device=q.device)
     part, sums = out, out
     if t.splits > 1:

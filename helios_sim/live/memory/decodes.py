@@ -21,62 +21,74 @@ class ExactStep(FusedAttend):
     """One token for each of B requests: request b is in slots[b] and has positions[b] tokens in the cache.
 
     Both are tensors (B,) on the device, and a captured graph reads them there. A slot of -1 is padding: nothing of it
-    is read or written, and what comes out for it is zeros.
+    is read or written, and what comes out for it is zeros. Of `written_only` slots K and V are written alone.
     """
 
-    def __init__(self, cache: KvCache, slots: Tensor, positions: Tensor) -> None:
+    def __init__(self, cache: KvCache, slots: Tensor, positions: Tensor, whole: bool = False) -> None:
+        """`whole`: contexts are not divided among programs, as where none is read."""
         from helios_sim.live.kernels.attention import decode  # which imports Triton
 
-        self._cache, self.slots, self.positions, self._decode = cache, slots, positions, decode
+        self._whole = whole
+        self.cache, self.slots, self.positions, self._decode = cache, slots, positions, decode
 
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
-        cache, a = self._cache, self._cache.architecture
+        cache, a = self.cache, self.cache.architecture
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm, a.norm_eps)
         q, k, v = qkv.split((a.n_heads, a.n_kv_heads, a.n_kv_heads), 1)
         return self._decode(
             q, k, v, cache.keys[layer], cache.values[layer], self.slots, self.positions, a.attention_scale,
-            cache.angles[layer], norms, a.window_tokens if a.slides(layer) else None,
+            cache.angles[layer], norms, a.window_tokens if a.slides(layer) else None, whole=self._whole,
         )  # fmt: skip
 
     @cached_property
     def rotations(self) -> list[Rotation | None]:
         """For q and k that are turned outside, as where prompts run in the same call."""
-        return self._cache.rotary.at(self.positions)
+        return self.cache.rotary.at(self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, a = self._cache, self._cache.architecture
+        cache, a = self.cache, self.cache.architecture
         return self._decode(
             q, k, v, cache.keys[layer], cache.values[layer], self.slots, self.positions, a.attention_scale,
-            window=a.window_tokens if a.slides(layer) else None,
+            window=a.window_tokens if a.slides(layer) else None, whole=self._whole,
         )  # fmt: skip
 
     @cached_property
     def _rows(self) -> Tensor:
-        return rows_of(self._cache, self.slots, self.positions)
+        return rows_of(self.cache, self.slots, self.positions)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        write_rows(self._cache, layer, self._rows, k, v)
+        write_rows(self.cache, layer, self._rows, k, v)
 
 
-class RepeatedStep:
+class RepeatedStep(FusedAttend):
     """The same for several tokens of a request, of which later ones see earlier ones.
 
-    K and V of all are written before any attends: the kernel's programs run in any order.
+    K and V of all are written before any attends, in a launch of its own: the kernel's programs run in any order.
     """
 
     def __init__(self, step: ExactStep) -> None:
         self._step, self.positions = step, step.positions
+        self._writing = ExactStep(step.cache, written_only(step.slots), step.positions, whole=True)
 
     @property
     def rotations(self) -> list[Rotation | None]:
         return self._step.rotations
 
+    def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
+        self._writing.fused(layer, qkv, w)
+        return self._step.fused(layer, qkv, w)
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.write(layer, k, v)
+        self._writing(layer, q, k, v)
         return self._step(layer, q, k, v)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._step.write(layer, k, v)
+
+
+def written_only(slots: Tensor) -> Tensor:
+    """The slots (N,) as those of rows whose K and V are written, and which attend to nothing. Padding stays so."""
+    return torch.where(slots >= 0, -2 - slots, slots)
 
 
 Decodes = DecodeStep | ExactStep | RepeatedStep
@@ -95,12 +107,13 @@ def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], sp
 
 
 def decode_step_on_device(
-    cache: KvCache, slots: Tensor, positions: Tensor, span: int, in_row: bool
-) -> DecodeStep | ExactStep:
+    cache: KvCache, slots: Tensor, positions: Tensor, span: int, in_row: bool, repeated: bool = False
+) -> Decodes:
     """The step that a captured graph makes of numbers (B,) on the device. `span` 0: each is read as long as it is.
 
-    `in_row`: the slots are 0, 1, ...
+    `in_row`: the slots are 0, 1, ... `repeated`: several of the tokens may be of one request.
     """
     if not span:
-        return ExactStep(cache, slots, positions)
+        step = ExactStep(cache, slots, positions)
+        return RepeatedStep(step) if repeated else step
     return DecodeStep.on_device(cache, slots, positions, span, 0 if in_row else None)

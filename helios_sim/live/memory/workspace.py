@@ -12,10 +12,11 @@ from torch import Tensor
 
 from helios_sim.errors import TooLittleMemory
 from helios_sim.exits.rule import Confidence
+from helios_sim.live.ahead import RunAhead
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
 from helios_sim.live.exits import ExitReader
-from helios_sim.live.forward import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import CacheShape, KvCache, PromptStep
 from helios_sim.live.model.decoder import SegmentedModel
@@ -102,6 +103,7 @@ class Workspace:
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
         self._captured: dict[str, GraphedDecodes] = {}
+        self.ahead: RunAhead | None = None  # for the model that runs
         self.reserved_bytes = 0  # of the block, also when it is gone
         self._spoilt: set[int] = set()  # slots that may hold NaN or infinity
         self._name: str | None = None
@@ -109,6 +111,7 @@ class Workspace:
 
     def close(self) -> None:
         """Free the block, and with it all caches and the graphs that read them."""
+        self._stop_ahead()
         self.slots.clear()
         self._caches.clear()
         self._captured.clear()
@@ -155,7 +158,10 @@ class Workspace:
             self.cache = self._caches[name]
             self.slots.clear()
             self.slots.count = self.cache.slots
-            self.captured = self._graphs_of(name, model)
+            self._stop_ahead()
+            self.captured = graphs = self._graphs_of(name, model)
+            if graphs is not None and self.cache.kernels.any_lengths:
+                self.ahead = RunAhead(graphs, self._device)
             self._name, self._model = name, model
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
@@ -167,9 +173,10 @@ class Workspace:
         segments: Sequence[tuple[int, int]],
         exits: ExitReader,
         measures: Iterable[Confidence | None],
+        owing: bool = False,
     ) -> int:
         """Capture a model's decode steps through these segments of its layers, before it runs, and the looks at the
-        logits after each with these confidences.
+        logits after each with these confidences. `owing`: tokens that exited before run beside later ones.
 
         Returns how many steps were captured: none on a device that captures nothing.
         """
@@ -182,7 +189,7 @@ class Workspace:
         try:
             ends = sorted({end for _, end in segments})
             heads = sum(graphs.capture_heads(exits, ends, measure) for measure in measures)
-            return heads + graphs.capture(segments)
+            return heads + graphs.capture(segments, owing)
         finally:
             cache.resize(before)
 
@@ -193,6 +200,11 @@ class Workspace:
         if name not in self._captured or self._captured[name].model is not model:
             self._captured[name] = GraphedDecodes(model, self._caches[name], self._device)
         return self._captured[name]
+
+    def _stop_ahead(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+        self.ahead = None
 
     def keep_only(self, requests: AbstractSet[int], answers: Mapping[int, Answer]) -> None:
         """Free the slots of all other requests."""

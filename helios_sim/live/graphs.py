@@ -1,0 +1,240 @@
+"""Decode steps of one model as captured graphs: segments of layers for a batch of rows, and looks at the logits.
+
+A graph holds addresses. What a step reads of the host lies in tensors that stay where they are: `stage` copies token
+ids, slots and positions there, and hidden states go from one segment to the next through tensors of their batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helios_sim.exits.rule import Confidence
+from helios_sim.live.device import Device, Step
+from helios_sim.live.exits import ExitReader, HeadOutput, Row
+from helios_sim.live.memory.decodes import decode_step_on_device
+from helios_sim.live.memory.kv import KvCache
+from helios_sim.live.model.decoder import SegmentedModel
+
+SIZES = (1, 2, 4, *range(8, 513, 8))  # batch sizes, as vLLM captures them by default
+LEAST_SPAN = 128  # tokens of context; larger spans are powers of two
+_IDS, _SLOTS, _POSITIONS = range(3)
+
+
+def spans(max_tokens: int) -> list[int]:
+    """The numbers of tokens of context that captured steps read in slots of `max_tokens`, ascending."""
+    found = [LEAST_SPAN]
+    while found[-1] < max_tokens:
+        found.append(2 * found[-1])
+    return [*found[:-1], max_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What is fixed in a captured step."""
+
+    start: int
+    end: int
+    size: int
+    span: int  # tokens read of each request; 0: each is read as long as it is, in any slots
+    in_row: bool  # slots are 0, 1, ...
+    repeated: bool = False  # several rows may be of one request, of which later ones see earlier ones
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What is fixed in a captured look at the logits."""
+
+    depth: int
+    size: int
+    measure: Confidence | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    launch: Step
+    reads: tuple[object, ...]  # weights and keys of its layers: the graph holds their addresses
+
+
+class GraphedDecodes:
+    """Captured decode steps of one model over one cache. A shape is captured beforehand, or when it first runs."""
+
+    def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:
+        self.model, self._cache, self._device = model, cache, device
+        self._steps: dict[_Shape, _Captured] = {}
+        sizes = tuple(size for size in SIZES if size < cache.slots)
+        self._sizes = (*sizes, cache.slots)
+        self._of_rows = (*self._sizes, 2 * cache.slots)  # where rows may be several of a request
+        self._exact = cache.kernels.any_lengths
+        self._spans = [0] if self._exact else spans(cache.max_tokens)
+        on = cache.device
+        self.numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._of_rows}
+        self._states = {size: self._hidden_of(size) for size in self._of_rows}
+        staged = device.host_empty(3 * 8 * self._of_rows[-1])
+        self._staged = staged.view(torch.int64)  # the host writes here before one copy to the device
+        self._read = device.mark()  # that copy
+        self._heads: dict[_Head, _Captured] = {}
+        # Of the latest look at the logits: tokens, the largest logits, confidences.
+        self.said = {size: torch.zeros((3, size), dtype=torch.float64, device=on) for size in self._sizes}
+        self._latest: tuple[Tensor, int] | None = None  # the hidden states that the latest step gave, and its size
+        self.late_states: Tensor  # those of rows that ran beside them
+
+    @property
+    def most_rows(self) -> int:
+        """The most that a step takes: one of every request, and as many more."""
+        return self._of_rows[-1]
+
+    @torch.inference_mode()
+    def capture(self, segments: Iterable[tuple[int, int]], owing: bool = False) -> int:
+        """Capture the steps through these segments (start, end) for all batch sizes and spans. Returns how many.
+
+        Large ones come first, so that the others find their memory in the graphs' pool. Only a segment above an exit
+        has requests in any slots: the requests that begin an iteration are in slots 0, 1, ... `owing`: there, tokens
+        that exited before run beside later ones of their requests.
+        """
+        shapes = [shape for start, end in segments for shape in self._shapes(start, end, owing)]
+        for shape in shapes:
+            self._step(shape)
+        return len(shapes)
+
+    def _shapes(self, start: int, end: int, owing: bool) -> Iterator[_Shape]:
+        above = start > 0
+        ways = [(in_row, False) for in_row in ((True, False) if above and not self._exact else (True,))]
+        if above and owing and self._exact:
+            ways.insert(0, (True, True))
+        for size in reversed(self._of_rows if above and owing else self._sizes):
+            for span in reversed(self._spans):
+                for in_row, repeated in ways:
+                    if size <= self._cache.slots or repeated or not in_row:
+                        yield _Shape(start, end, size, span, in_row, repeated)
+
+    @torch.inference_mode()
+    def capture_heads(self, exits: ExitReader, depths: Iterable[int], measure: Confidence | None) -> int:
+        """Capture the look at the logits after these depths for all batch sizes. Returns how many.
+
+        `measure`: the confidence that is looked at as well. One of a check on the hidden state is not captured.
+        """
+        if measure is not None and not measure.by_head:
+            return 0
+        heads = [_Head(depth, size, measure) for depth in depths for size in reversed(self._sizes)]
+        for head in heads:
+            self._head(head, exits)
+        return len(heads)
+
+    @torch.inference_mode()
+    def read(self, exits: ExitReader, depth: int, states: Tensor, measure: Confidence | None) -> HeadOutput | None:
+        """What the head says of `states`, with one launch and one transfer to the host.
+
+        None if they are not what the latest step gave, or if this look has not been captured.
+        """
+        if self._latest is None or self._latest[0] is not states:
+            return None
+        head = _Head(depth, self._size_for(len(states)), measure)
+        if head not in self._heads:
+            return None
+        if head.size != self._latest[1]:  # other rows ran beside these
+            self._states[head.size][1][: len(states)].copy_(states)
+        self._head(head, exits).launch()
+        tokens, best, sure = self.said[head.size][:, : len(states)].tolist()
+        finite = [value - value == 0.0 for value in best]
+        return HeadOutput([int(t) for t in tokens], None if measure is None else sure, finite, states[:0])
+
+    def _head(self, head: _Head, exits: ExitReader) -> _Captured:
+        reads = (self.model.outer, exits)
+        known = self._heads.get(head)
+        if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
+            model, (_, states), said = self.model, self._states[head.size], self.said[head.size]
+
+            def look() -> None:
+                tokens, sure, best, _ = exits.on_device(model, head.depth, states, head.measure)
+                said.copy_(torch.stack([tokens.double(), best.double(), (best if sure is None else sure).double()]))
+
+            self._heads[head] = known = _Captured(self._device.prepare(look), reads)
+        return known
+
+    @torch.inference_mode()
+    def run(
+        self, rows: Sequence[Row], hidden: Tensor | None, start: int, end: int, late: Sequence[Row] = ()
+    ) -> Tensor:
+        """Hidden states (n, d_model) of the rows after layers start..end-1. `hidden` None: start from their tokens.
+
+        `late`: rows that run beside them and may be of the same requests, with their states after the others' in
+        `hidden`; `late_states` gives theirs. Both are valid until a segment runs again.
+        """
+        n, all_rows = len(rows), [*rows, *late]
+        size, in_row = self.stage(all_rows)
+        longest = 0 if self._exact else max(row.position for row in all_rows) + 1
+        span = next(span for span in self._spans if span >= longest)
+        before, after = self._states[size]
+        if hidden is not None:
+            before[: len(all_rows)].copy_(hidden)  # which may be `after`, and a capture would write to that
+        self._step(_Shape(start, end, size, span, in_row, self._exact and bool(late))).launch()
+        self._latest, self.late_states = (after[:n], size), after[n : len(all_rows)]
+        return self._latest[0]
+
+    @torch.inference_mode()
+    def launch(self, size: int, end: int, exits: ExitReader, measure: Confidence | None) -> None:
+        """Launch the first layers for what `numbers` says, and the look at the logits into `said`, both of this size.
+
+        Only where each request is read as long as it is.
+        """
+        self._step(_Shape(0, end, size, 0, True)).launch()
+        self._head(_Head(end, size, measure), exits).launch()
+        self._latest = None
+
+    def _size_for(self, rows: int) -> int:
+        return next(size for size in self._of_rows if size >= rows)
+
+    def _hidden_of(self, size: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (size, d_model) before the layers, not read by a first segment, and after them."""
+        shape = (size, self.model.architecture.d_model)
+        before, after = (torch.zeros(shape, dtype=self.model.dtype, device=self._cache.device) for _ in range(2))
+        return before, after
+
+    def stage(self, rows: Sequence[Row]) -> tuple[int, bool]:
+        """Copy token ids, slots and positions to the device at once.
+
+        Returns the size of the step that reads them, and whether the slots count as 0, 1, ...
+        """
+        n, last = len(rows), self._cache.max_tokens - 1
+        size = self._size_for(n)
+        slots = [row.slot for row in rows]
+        if self._exact:
+            in_row, padding = True, [-1] * (size - n)
+        else:
+            in_row = slots == list(range(n))
+            padding = list(range(n, size)) if in_row else [0] * (size - n)
+        numbers = [
+            [row.token for row in rows] + [0] * (size - n),
+            slots + padding,
+            [row.position for row in rows] + [last] * (size - n),
+        ]
+        staged = self._staged[: 3 * size].view(3, size)
+        self._read.synchronize()  # a band before this one may still be waiting for its numbers
+        staged.numpy()[:] = numbers
+        self.numbers[size].copy_(staged, non_blocking=True)
+        self._read = self._device.mark()
+        return size, in_row
+
+    def _step(self, shape: _Shape) -> _Captured:
+        of = slice(shape.start, shape.end)
+        reads = (*self.model.layers[of], *self._cache.keys[of])
+        known = self._steps.get(shape)
+        if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
+            self._steps[shape] = known = self._capture(shape, reads)  # weights or cache have moved since
+        return known
+
+    def _capture(self, shape: _Shape, reads: tuple[object, ...]) -> _Captured:
+        model, cache = self.model, self._cache
+        numbers, (hidden, out) = self.numbers[shape.size], self._states[shape.size]
+
+        def step() -> None:
+            given = numbers[_SLOTS], numbers[_POSITIONS], shape.span, shape.in_row, shape.repeated
+            attend = decode_step_on_device(cache, *given)
+            into = hidden if shape.start else model.embed(numbers[_IDS], numbers[_POSITIONS])
+            out.copy_(model.run(into, shape.start, shape.end, attend))
+
+        return _Captured(self._device.prepare(step), reads)
