@@ -6,6 +6,8 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Every file is checked against its sha256 in requirements/. What has no wheel is built by the pinned setuptools.
 PINNED := PIP_USE_PEP517=1 $(PIP) --require-hashes --no-deps --no-build-isolation
+# Of large packages little is ever imported: Python makes byte code of that, and to make all of it takes a minute.
+AS_NEEDED := --no-compile
 SELF := $(PIP) --no-deps --no-build-isolation -e .
 PINS := pyproject.toml $(wildcard requirements/*.txt)
 AUDIT := $(VENV)/audit
@@ -17,6 +19,9 @@ CLIENT_client-inference-perf := inference-perf==0.7.*
 CLIENT_client-genai-bench := genai-bench==0.0.5
 PYTHON_client-inference-perf := python3.12
 client = $(VENV)-clients/$(1:client-%=%)/bin/python
+
+# Where it is set, hundreds of processes that the tests start would each compile the sources.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: $(addprefix client-,$(CLIENTS))
@@ -35,21 +40,21 @@ $(STAMPS)/core: $(PINS) | $(BIN)/python
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/test: $(STAMPS)/core
-	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt -r requirements/test.txt
+	$(PINNED) $(AS_NEEDED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt -r requirements/test.txt
 	@touch $@ $(STAMPS)/sweep $(STAMPS)/serve
 
 $(STAMPS)/serve: $(STAMPS)/core
-	$(PINNED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt
+	$(PINNED) $(AS_NEEDED) -r requirements/sweep.txt -r requirements/trace.txt -r requirements/serve.txt
 	@touch $@
 
 $(STAMPS)/sweep: $(STAMPS)/core
-	$(PINNED) -r requirements/sweep.txt
+	$(PINNED) $(AS_NEEDED) -r requirements/sweep.txt
 	@touch $@
 
 # torch has no digest: which of its builds is right depends on the machine.
 $(STAMPS)/live: $(STAMPS)/core
-	$(PINNED) -r requirements/live.txt
-	$(PIP) -c requirements/torch.txt torch
+	$(PINNED) $(AS_NEEDED) -r requirements/live.txt
+	$(PIP) $(AS_NEEDED) -c requirements/torch.txt torch
 	@touch $@
 
 # The tools that look at the environment lie in one of their own.
