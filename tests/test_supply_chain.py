@@ -87,7 +87,7 @@ def test_every_installation_checks_digests() -> None:
     assert "--require-hashes" in words["PINNED"]
     without = [line.strip() for line in lines if line.startswith("\t") and re.search(r"\$\(PIP\)|pip install", line)]
     assert [line for line in without if "--require-hashes" not in line] == [
-        "$(PIP) -c requirements/torch.txt torch",
+        "$(PIP) $(AS_NEEDED) -c requirements/torch.txt torch",
         "$(call client,$@) -m pip install --quiet --disable-pip-version-check '$(CLIENT_$@)'",
     ]
 

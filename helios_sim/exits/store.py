@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from helios_sim import files
+from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import BY_COLUMN, MEASURES, Confidence
 from helios_sim.exits.table import MOST_EXITS, MOST_TOKENS, is_table, read_table
@@ -123,7 +125,15 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
 
 
 def read_trace(folder: Path) -> ExitTrace:
-    """The trace in a folder; UserError when a file is missing, damaged, or of another schema version."""
+    """The trace in a folder; UserError when a file is missing, damaged, or of another schema version.
+
+    It is read once for all arms, seeds and designs of a process, unless it was written since.
+    """
+    return _read_trace(folder, tuple(stamp(path) for path in (folder / HEADER, folder / TABLE) if path.is_file()))
+
+
+@lru_cache(maxsize=8)
+def _read_trace(folder: Path, written: tuple[Stamp, ...]) -> ExitTrace:
     values = read_json(folder / HEADER, _FIX)
     if values.get("format") != "exit-trace":
         raise UserError("exit trace", str(folder / HEADER), "not the header of an exit trace", _FIX)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
@@ -177,9 +178,17 @@ def threshold(config: Config) -> float:
     return THRESHOLD if config.exits.threshold is None else config.exits.threshold
 
 
+_Asked = tuple[float, Confidence, frozenset[str]]
+_offline: WeakKeyDictionary[ExitTrace, dict[_Asked, OfflineExits]] = WeakKeyDictionary()
+
+
 def known_offline(config: Config, recorded: ExitTrace, tasks: Collection[str]) -> OfflineExits:
-    """What policies know of a model's exits beforehand."""
-    found = offline_exits(recorded, threshold(config), confidence(config), tasks)
+    """What policies know of a model's exits beforehand. Summed once for all arms, seeds and designs of a process."""
+    of_trace = _offline.setdefault(recorded, {})
+    asked = threshold(config), confidence(config), frozenset(tasks)
+    if asked not in of_trace:
+        of_trace[asked] = offline_exits(recorded, *asked)
+    found = of_trace[asked]
     if config.exits.guarantee.max_disagreement is None:
         return found
     return replace(found, certified_caps=promised(config)[recorded.model].caps)

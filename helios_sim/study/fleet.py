@@ -9,7 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from helios_sim.by_answer import AnswerRouter
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.replay import OfflineExits
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Candidate
@@ -26,7 +25,7 @@ from helios_sim.request import to_ns
 from helios_sim.routing import Router, Routing
 from helios_sim.serving.autoscale import Scaling
 from helios_sim.study.answer_routers import ROUTERS, OfKind, answer_router, check_cluster
-from helios_sim.study.build import Parts, build, known_offline, objective_of, policy_of, threshold
+from helios_sim.study.build import Parts, build, known_offline, objective_of, policy_of
 from helios_sim.study.inputs import made_of
 from helios_sim.study.limits import check_host_costs, check_size
 from helios_sim.study.schema import PRESENTATION, ClusterConfig, Config
@@ -299,7 +298,6 @@ def of_kind(name: str) -> Iterator[None]:
 class _Kept:
     fleet: Fleet
     uses: int = 0
-    offline: dict[tuple[str, str, float], OfflineExits] = field(default_factory=dict)  # by kind, model and threshold
 
 
 _kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -315,20 +313,19 @@ def shared_fleet(config: Config, seed: int) -> Fleet:
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
     kept.uses += 1
-    return replace(kept.fleet, kinds=tuple(_as_set(kind, config, kept) for kind in kept.fleet.kinds))
+    return replace(kept.fleet, kinds=tuple(_as_set(kind, config) for kind in kept.fleet.kinds))
 
 
-def _as_set(kind: Kind, config: Config, kept: _Kept) -> Kind:
+def _as_set(kind: Kind, config: Config) -> Kind:
     """The kind with what its policy is told set anew: the objective, and sums over exits at the threshold."""
-    at, candidates = threshold(config), {}
+    parts = kind.parts
     with of_kind(kind.name):
-        for name, data in kind.parts.models.items():
-            place = (kind.name, name, at)
-            if place not in kept.offline:
-                kept.offline[place] = known_offline(config, kind.parts.recorded[name], kind.tasks)
-            candidates[name] = Candidate(data.profile, kept.offline[place])
-        situation = replace(kind.parts.situation, objective=objective_of(config, candidates), candidates=candidates)
-    return replace(kind, parts=replace(kind.parts, situation=situation))
+        candidates = {
+            name: Candidate(data.profile, known_offline(config, parts.recorded[name], kind.tasks))
+            for name, data in parts.models.items()
+        }
+        situation = replace(parts.situation, objective=objective_of(config, candidates), candidates=candidates)
+    return replace(kind, parts=replace(parts, situation=situation))
 
 
 def what_counts(config: Config) -> dict[str, Any]:

@@ -64,19 +64,21 @@ def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
 
 def to_plain(value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
     """JSON values. Arrays are put into `arrays`; without it they are a TypeError, as is any type without fields."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.ndarray) and arrays is not None:
         arrays.append(value)
         return len(arrays) - 1
     if isinstance(value, Mapping):
         return [[to_plain(key, arrays), to_plain(item, arrays)] for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item, arrays) for item in value]
+    if isinstance(value, list | tuple | set | frozenset):  # mostly of numbers
+        return [item if type(item) in _PLAIN else to_plain(item, arrays) for item in value]
     return {"": type(value).__name__, **{name: to_plain(getattr(value, name), arrays) for name in _names(type(value))}}
 
 
