@@ -17,13 +17,21 @@ import pytest
 
 import log_samples as samples
 from helios_sim.errors import UserError
-from helios_sim.logs import aiperf, guidellm, inference_perf, read_tool, vllm_bench
+from helios_sim.logs import aiperf, guidellm, inference_perf, own, read_tool, vllm_bench
 from helios_sim.logs.figures import Known, statistic
 from helios_sim.logs.tools import opened
 
+
+def observed() -> list[dict[str, Any]]:
+    row = {"prompt_tokens": 100, "output_tokens": 3, "asked_tokens": 3, "status": "ok", "ttft_s": 0.05, "e2e_s": 0.07,
+           "token_times_s": [0.05, 0.06, 0.07], "finish_reason": "length", "planned_s": 0.0}  # fmt: skip
+    return [{"helios_log": 1, "model": "m", "users": 2}, *({"index": i, "arrival_s": i / 2, **row} for i in range(3))]
+
+
 LOGS = {
     "vllm": (samples.vllm_bench, vllm_bench), "guidellm": (samples.guidellm, guidellm),
-    "aiperf": (samples.aiperf, aiperf), "inference-perf": (samples.inference_perf, inference_perf),
+    "observe": (observed, own), "aiperf": (samples.aiperf, aiperf),
+    "inference-perf": (samples.inference_perf, inference_perf),
 }  # fmt: skip
 # of requests that failed nothing but their arrival and the reason counts
 SKIPPED = {"guidellm": "benchmarks.*.requests.errored"}
@@ -69,7 +77,7 @@ def is_harmless(module: ModuleType, name: str) -> bool:
 @pytest.mark.parametrize("tool", LOGS)
 def test_every_number_counts(tmp_path: Path, tool: str) -> None:
     make, module = LOGS[tool]
-    path = tmp_path / ("log.jsonl" if tool == "aiperf" else "log.json")
+    path = tmp_path / ("log.jsonl" if tool in ("aiperf", "observe") else "log.json")
     whole, seen, silent = make(), set[str](), list[str]()
     before = outcome(path, whole)
     assert before[0] != "refused"

@@ -15,6 +15,9 @@ from helios_sim.errors import UserError
 from helios_sim.logs import RequestLog, read_tool
 from helios_sim.logs.tools import opened
 
+SUMS = ("total_output_tokens", "output_throughput", "total_token_throughput", "mean_e2el_ms", "max_output_tokens_per_s")
+RATES = ("inter_token_latency_ms", "time_per_output_token_ms", "output_tokens_per_second", "tokens_per_second",
+         "output_tokens_per_iteration", "iter_tokens_per_iteration")  # fmt: skip
 Change = Callable[[Any], Any]
 MAKERS: dict[str, Callable[[], Any]] = {
     "vllm": samples.vllm_bench, "guidellm": samples.guidellm, "inference-perf": samples.inference_perf,
@@ -58,6 +61,10 @@ def _spans(batch: Any) -> Any:
     return batch["resourceSpans"][0]["scopeSpans"][0]["spans"]
 
 
+def _of_run(report: Any, metric: str) -> Any:
+    return report["benchmarks"][0]["metrics"][metric]["successful"]
+
+
 def _answer(requests: Any) -> Any:
     return requests[0]["info"]["response_metrics"]
 
@@ -85,7 +92,24 @@ def _answer(requests: Any) -> Any:
         ("aiperf", _metric("output_token_throughput_per_user", 4.0, "tokens/sec/user"), "per_user=4.0: 476"),
         ("aiperf", _metric("time_to_second_token", 0.9, "sec"), "time_to_second_token=0.9: 0.0021"),
         ("aiperf", _metric("decode_duration", 900.0, "ms"), "decode_duration=900.0: 10.5"),
+        ("aiperf", _metric("prefill_throughput_per_user", 4.0, "tokens/sec/user"), "per_user=4.0: 933.333"),
+        ("aiperf", _metric("reasoning_token_count", 4, "tokens"), "output_token_count=6: 2, output_sequence_length"),
+        ("aiperf", lambda v: v[1]["metrics"].update(
+            http_req_waiting={"value": 23.0, "unit": "ms"}, http_req_total={"value": 900.0, "unit": "ms"}
+        ), "http_req_total=900.0: 23, as its other"),
+        ("guidellm", lambda v: _of_run(v, "time_to_first_token_ms")["percentiles"].update(p99=9e3), "p99=9000.0: 23"),
+        ("guidellm", lambda v: _of_run(v, "inter_token_latency_ms").update(median=9.0), "median=9.0: 2.205.* to 2.339"),
+        ("guidellm", lambda v: _of_run(v, "requests_per_second").update(mean=900.0), "mean=900.0: 6.97.* to 9.293"),
+        ("guidellm", lambda v: _answered(v)[0]["info"].update(completed_at=1796030399.5),
+         r"completed_at=1796030399.5: 1796030303.123, as its timings say"),
+        ("vllm", lambda v: v.update(max_output_tokens_per_s=900.0), "max_output_tokens_per_s=900.0: 6.1 to 11.9"),
+        ("vllm", lambda v: v.update(max_concurrent_requests=90), "max_concurrent_requests=90: 1 to 3"),
+        ("vllm", lambda v: v.update(request_goodput=60.0), "request_goodput=60.0: at most 6, by its duration"),
+        ("vllm", lambda v: v.update(mean_client_queue_time_ms=60.0), "client_queue_time_ms=60.0: 0, as its lists"),
+        ("vllm", lambda v: v.update(total_input_sequences=3, ttfts=None), "embeddings"),
         ("inference-perf", lambda v: _answer(v).update(chunk_times=[50500.0, 50510.0]), "chunk_times"),
+        ("inference-perf", lambda v: _answer(v).update(chunk_times=[50.4, 50.5]) or v[0].update(end_time=50.6),
+         "chunk_times='0.4 to 0.5 s after start_time': around output_token_times, 0.05 to 0.07 s"),
         ("spans", _attribute("llm.token_count.prompt", 9000), "llm.token_count.prompt=9000: 80"),
     ],
 )  # fmt: skip
@@ -98,6 +122,21 @@ def test_what_is_stated_twice_is_compared(tmp_path: Path, tool: str, change: Cha
     ("tool", "change", "said"),
     [
         ("aiperf", _usage(9000), "a total other than prompt and answer, such as 9,000 in place of 27"),
+        ("aiperf", _metric("usage_completion_tokens", 600, "tokens"), "other output tokens than the client"),
+        ("vllm", lambda v: v.update(duration=3200.0, request_throughput=4 / 3200, output_throughput=10 / 3200,
+                                    total_token_throughput=390 / 3200, completed=4, failed=0, errors=[""] * 4,
+                                    output_lens=[3, 4, 1, 2], ttfts=[0.05, 0.06, 0.05, 0.04], mean_ttft_ms=None,
+                                    median_ttft_ms=None, std_ttft_ms=None, p99_ttft_ms=None, mean_e2el_ms=None,
+                                    latencies=[0.072, 0.091, 0.05, 0.06], total_input_tokens=380,
+                                    total_output_tokens=10), "duration is 3,200 s, and the requests of its lists took"),
+        ("vllm", lambda v: v.update(spec_decode_acceptance_length=2.5), "acceptance_length is not read: speculative"),
+        ("vllm", lambda v: v.update(output_lens=[1, 1, 0, 1], itls=[[0.01] * 5, [0.01] * 5, [], [0.01] * 5],
+                                    **dict.fromkeys((*SUMS, "latencies"))), "such as 6 of 1: a chunk holds at least"),
+        ("guidellm", lambda v: [one["info"]["timings"].update(token_iterations=1) or one.update(
+            output_tokens=8, total_tokens=None, **dict.fromkeys(RATES)) or one["output_metrics"].update(total_tokens=8)
+            for one in _answered(v)] and v["benchmarks"][0].update(metrics={}), "several at once, as with speculative"),
+        ("inference-perf", lambda v: v[0].update(end_time=900.0), "ended long after their last tokens"),
+        ("inference-perf", lambda v: v[0].update(session_id="a"), "session_id is not read: what the turns"),
         ("inference-perf", lambda v: _answer(v)["server_usage"].update(total_tokens=9000), "9,000 in place of 103"),
         ("inference-perf", lambda v: [one.update(request_id="a") for one in v[:2]], "1 requests have the request_id"),
         ("inference-perf", lambda v: v[0]["info"]["request_metrics"]["text"].update(input_tokens=9000),
@@ -168,3 +207,28 @@ def test_an_array_of_reports_is_told_apart_from_one_of_requests(tmp_path: Path) 
     path.write_text(json.dumps([samples.guidellm()]))
     with pytest.raises(UserError, match=r"an array of objects of guidellm.*jq"):
         read_tool(opened(path))
+
+
+def test_a_rate_that_a_log_says_and_does_not_have_is_told(tmp_path: Path) -> None:
+    """Of twenty requests or more; those of a client with a limit wait for each other and come later."""
+    lists = {"input_lens": 9, "output_lens": 1, "ttfts": 0.05, "itls": [], "errors": ""}
+    run = {"tokenizer_id": "m", "num_prompts": 30, "request_rate": 10.0, **{k: [v] * 30 for k, v in lists.items()}}
+    said = "it says 10 requests/s, and its requests came at 2 requests/s, which count"
+    for limit, told in ((None, True), (4, False)):
+        path = tmp_path / "log.json"
+        path.write_text(json.dumps({**run, "max_concurrency": limit, "start_times": [i / 2 for i in range(30)]}))
+        log = read_tool(opened(path))
+        assert log is not None
+        assert (said in " ".join(log.notices)) is told
+
+
+def test_all_cells_of_a_blis_trace_are_looked_at(tmp_path: Path) -> None:
+    samples.write_blis(tmp_path, row_0={"num_chunks": "500", "text_tokens": "900", "server_input_tokens": "9000"})
+    log = read_tool(opened(tmp_path / "trace.csv"))
+    assert log is not None
+    said = " ".join(log.notices)
+    for told in ("such as 500 and not at most 8.5", "more text than tokens, such as 900", "9,000 in place of 100"):
+        assert told in said
+    samples.write_blis(tmp_path, row_0={"input_tokens": "-5"})
+    with pytest.raises(UserError, match="line 2: input_tokens='-5': a whole number of at least 0"):
+        read_tool(opened(tmp_path / "trace.csv"))

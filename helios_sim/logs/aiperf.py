@@ -36,6 +36,7 @@ NAME = "aiperf records"
 _PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
 _OF_A_RUN = ("benchmark_phase", "session_num", "turn_index", "agent_depth", "source_id")  # once in each
 _SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
+_OF_HTTP = "{count} of {all} requests took {said} by their HTTP times, and {ours} by request_latency, which counts"
 _BY = "as its other metrics say"
 
 
@@ -83,6 +84,13 @@ def _first_output(said: _Said, _: re.Match[str]) -> Ours:
     return None if both is None else (both[0], both[1])
 
 
+def _sum(*names: str) -> Callable[[_Said, re.Match[str]], Ours]:
+    """None: none of them is there."""
+    return lambda said, _: sum(said.by_name.get(name, 0.0) for name in names) if said.of(names[0]) else None
+
+
+_SETUP = ("http_req_blocked", "http_req_dns_lookup", "http_req_connecting")
+_HTTP = ("http_req_waiting", "http_req_sending", "http_req_receiving")
 _SPECULATIVE = "speculative decoding was on: several tokens an iteration, which the simulation lacks"
 _RECORD = Known(
     read=r"metadata\.(x_request_id|turn_index|request_(start|end)_ns|benchmark_phase|was_cancelled"
@@ -103,6 +111,10 @@ _METRICS = Known(
         Figure("stream_prefill_latency", _difference("time_to_first_token", "stream_setup_latency"), 0.05, 1e-3, _BY),
         Figure("time_to_first_output_token", _first_output, 0.05, 1e-3, _BY),
         Figure("thinking_efficiency", _ratio("reasoning_token_count", "output_token_count"), 0.05, 0.01, _BY),
+        Figure("http_req_total", _sum(*_HTTP, *_SETUP), 0.05, 1e-3, _BY),
+        Figure("http_req_duration", _sum(*_HTTP), 0.05, 1e-3, _BY),
+        Figure("http_req_(total|duration)", lambda said, _: None if (took := said.of("request_latency")) is None
+               else (took[0] / 10 - 0.1, 10 * took[0] + 0.1), 0.0, 0.0, told=_OF_HTTP),
         exactly("output_token_count", lambda said, _: None if "output_sequence_length" not in said.by_name else
                 said.by_name["output_sequence_length"] - said.by_name.get("reasoning_token_count", 0.0),
                 "output_sequence_length without reasoning"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
+from helios_sim.logs.figures import MORE_CHUNKS, Figure, Known, Look
 from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once, other_models
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, Fields, check_name, check_quotes, parse_yaml, read_text, reading, shortened
@@ -22,19 +22,34 @@ _NEEDED = (
     "request_id", "streaming", "input_tokens", "output_tokens", "prefix_length", "server_input_tokens",
     "arrival_time_us", "send_time_us", "first_chunk_time_us", "last_chunk_time_us", "status",
 )  # fmt: skip
-_OF_NO_MATTER = {
-    "client_id", "tenant_id", "slo_class", "round_index", "text_tokens", "reason_ratio", "model", "deadline_us",
-    "slo_target_us", "num_chunks", "finish_reason", "error_message", "x_request_id", "think_time_us", "vllm_priority",
-}  # fmt: skip
-_EFFECTS = {
-    "session_id": "what the turns of a session share is computed anew for each",
-    "prefix_group": "prefixes that groups share are computed anew for each request",
-    "image_tokens": "prompts had images, which are counted as text",
-    "audio_tokens": "prompts had audio, which is counted as text",
-    "video_tokens": "prompts had video, which is counted as text",
-    "adapter": "adapters of LoRA, which the simulation does not have",
-}
-_EMPTY = ("", "0")
+_TEXTS = "{count} of {all} prompts have more text than tokens, such as {said} and not {ours}, which count"
+_COUNTS = (  # in cells that are nothing or whole numbers of at least 0
+    "round_index", "text_tokens", "image_tokens", "audio_tokens", "video_tokens", "deadline_us", "slo_target_us",
+    "num_chunks", "think_time_us", "prefix_length", "input_tokens", "output_tokens", "server_input_tokens",
+    "arrival_time_us", "send_time_us", "first_chunk_time_us", "last_chunk_time_us",
+)  # fmt: skip
+_KNOWN = Known(
+    read="request_id|streaming|output_tokens|prefix_length|vllm_priority|status|error_message|model|input_tokens"
+         "|(arrival|send|first_chunk|last_chunk)_time_us",
+    figures=(
+        Figure("num_chunks", lambda row, _: (0.0, 1.1 * row["output_tokens"] + 3), 0.0, 0.0, told=MORE_CHUNKS),
+        Figure("text_tokens", lambda row, _: (0.0, row["input_tokens"] + row["prefix_length"]), 0.0, 0.5, told=_TEXTS),
+        Figure("server_input_tokens", lambda row, _: row["input_tokens"] + row["prefix_length"], 1 / 3, 32,
+               told="the server counted other prompt tokens than the client in {count} of {all} requests, such as "
+                    "{said} in place of {ours}: the server's count"),
+    ),
+    effects={
+        "session_id": "what the turns of a session share is computed anew for each",
+        "prefix_group": "prefixes that groups share are computed anew for each request",
+        "image_tokens": "prompts had images, which are counted as text",
+        "audio_tokens": "prompts had audio, which is counted as text",
+        "video_tokens": "prompts had video, which is counted as text",
+        "adapter": "adapters of LoRA, which the simulation does not have",
+    },
+    harmless="client_id|tenant_id|slo_class|round_index|reason_ratio|deadline_us|slo_target_us|finish_reason"
+             "|x_request_id|think_time_us",
+)  # fmt: skip
+DECLARED = (("*.", _KNOWN),)
 _FLAGS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _LINE = "correct or remove the line"
 _OF_HEADER = ("trace_version", "time_unit", "mode", "warm_up_requests", "server", "created_at", "workload_seed",
@@ -68,7 +83,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     real = header is None or header.text("mode", ("real", "generated", "replayed")) == "real"
     warm_up = 0 if header is None else header.integer("warm_up_requests", 0, LONGEST, 0)
     rows: list[Row] = []
-    matter: Counter[str] = Counter()
+    look = Look(document.name, _KNOWN)
     priorities = "vllm_priority" in names
     ids, row_models = dict[str, str](), dict[str, None]()
     for cells in table:
@@ -78,14 +93,13 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         row = dict(zip(names, cells, strict=True))
         only_once(place, "request_id", row["request_id"], ids)
         row_models[row.get("model", "")] = None
-        matter.update(name for name in _EFFECTS if row.get(name, "") not in _EMPTY)
         sent = row["send_time_us"]
         if header is not None and real and sent.isascii() and sent.isdecimal() and 0 < int(sent) < EARLIEST_S * 10**6:
             raise UserError(f"{place}: send_time_us", sent, "microseconds since 1970, after 2001", FIX)
         rows.append(_row(place, row, real, len(rows) < warm_up, priorities))
-    notices = not_read(document.name, [name for name in _EFFECTS if matter[name]], _EFFECTS)
-    others = [name for name in names if name not in (*_NEEDED, *_EFFECTS) and name not in _OF_NO_MATTER]
-    notices += not_read(document.name, others)
+        plain = {name: _count(place, row, name) if name in _COUNTS else cell for name, cell in row.items()}
+        look.at(place, plain, None if rows[-1].failure is not None else plain)
+    notices = look.notices()
     stated: dict[str, object] = {}
     models: list[object] = list(row_models)
     if header is None:
@@ -135,12 +149,16 @@ def _text(path: Path) -> bytes:
     return read_text(path, MIB, FIX)
 
 
+def _count(place: str, row: dict[str, str], name: str) -> int:
+    text = row[name].strip() or ("" if name in _NEEDED else "0")
+    if not text.isascii() or not text.isdecimal():
+        raise UserError(f"{place}: {name}", shortened(row[name]), "a whole number of at least 0", _LINE)
+    return int(text)
+
+
 def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities: bool) -> Row:
     def count(name: str) -> int:
-        text = row[name].strip()
-        if not text.isascii() or not text.isdecimal():
-            raise UserError(f"{place}: {name}", shortened(row[name]), "a whole number of at least 0", _LINE)
-        return int(text)
+        return _count(place, row, name)
 
     sent_us, first_us, last_us = (count(f"{name}_time_us") for name in ("send", "first_chunk", "last_chunk"))
     planned_us = count("arrival_time_us")

@@ -26,6 +26,10 @@ Ours = float | tuple[float, float] | None  # what other figures say, or between 
 _NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # of what matters: off, none, or one of it
 _MOST = 1e15
 TOTALS = "{count} requests have a total other than prompt and answer, such as {said} in place of {ours}: these count"
+MORE_CHUNKS = ("{count} of {all} answers came in more chunks than tokens, such as {said} and not {ours}: a chunk holds "
+               "at least one, so that their tokens are counted too few")  # fmt: skip
+FEWER_CHUNKS = ("{count} of {all} answers came in fewer chunks than tokens, such as {said} and not {ours}: several at "
+                "once, as with speculative decoding, which the simulation does not have")  # fmt: skip
 _FAR, _FEW = 1 / 3, 32  # share, and tokens, by which two counts of one text may differ before it is told
 _SHARES = {"p001": 0.001, "p999": 0.999}  # percentiles whose names are not in hundredths
 
@@ -54,11 +58,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Known:
-    """All names that a tool writes in one mapping; `read` and `harmless` are patterns, and hold for all within."""
+    """All names that a tool writes in one mapping.
+
+    `read` and `harmless` are patterns and hold for all within; `effects` are patterns of what matters and is not made
+    anything of, each with the reason, which is told once with the first name of it.
+    """
 
     read: str
     figures: Sequence[Figure] = ()
-    effects: Mapping[str, str] = field(default_factory=dict)  # what matters and is not made anything of, and why
+    effects: Mapping[str, str] = field(default_factory=dict)
     harmless: str = ""
 
     @cached_property
@@ -72,6 +80,10 @@ class Known:
         """Whether it is read, or does not matter. Figures and effects are looked at besides."""
         return self._patterns[0].fullmatch(name) is not None or self.is_harmless(name)
 
+    def effect_of(self, name: str) -> str | None:
+        """The pattern of it."""
+        return next((pattern for pattern in self.effects if re.fullmatch(pattern, name)), None)
+
     def figures_of(self, name: str) -> list[tuple[re.Match[str], Figure]]:
         return [(match, figure) for pattern, figure in self._patterns[2] if (match := pattern.fullmatch(name))]
 
@@ -84,10 +96,11 @@ class Look:
         self._source, self._known, self._prefix = source, known, prefix
         self._figures: dict[str, list[tuple[re.Match[str], Figure]]] = {}
         self._declared: dict[str, bool] = {}
-        self._matter: Counter[str] = Counter()
+        self._effects: dict[str, str | None] = {}
+        self._matter: dict[str, str] = {}  # the first name of each effect that is there
         self._left: dict[str, None] = {}
         self._stated: Counter[str] = Counter()  # by sentence: in how many places both are said
-        self._differ: dict[str, list[tuple[float, Ours]]] = {}
+        self._differ: dict[str, list[tuple[str, float, Ours]]] = {}
 
     def at(self, place: str, values: object, facts: Any = None, units: Mapping[str, float] | None = None) -> None:
         """Look at one mapping. UserError for a figure that is not what its `facts` say; None: nothing is known.
@@ -103,8 +116,10 @@ class Look:
             if name not in self._declared:
                 self._declared[name] = self._known.is_declared(name)
                 self._figures[name] = self._known.figures_of(name)
-            if name in self._known.effects:
-                self._matter[name] += value not in _NOTHING
+                self._effects[name] = self._known.effect_of(name)
+            if (effect := self._effects[name]) is not None:
+                if value not in _NOTHING:
+                    self._matter.setdefault(effect, f"{self._prefix}{name}")
             elif self._figures[name]:
                 for match, figure in self._figures[name] if facts is not None and value is not None else ():
                     if (ours := figure.ours(facts, match)) is not None:
@@ -129,27 +144,32 @@ class Look:
             return
         if figure.told is None:
             raise UserError(f"{place}: {name}", shortened(value), f"{_told(ours)}, {figure.by}", FIX)
-        self._differ.setdefault(figure.told, []).append((said, ours))
+        self._differ.setdefault(figure.told, []).append((name, said, ours))
 
     def notices(self) -> list[str]:
         """Sentences for figures that differ, and for what is not read."""
-        told = not_read(self._source, [*(n for n in self._known.effects if self._matter[n]), *self._left],
-                        self._known.effects)  # fmt: skip
+        effects = {self._matter[effect]: why for effect, why in self._known.effects.items() if effect in self._matter}
+        told = not_read(self._source, [*effects, *self._left], effects)
         for sentence, found in self._differ.items():
-            (said, ours), *_ = found
+            (name, said, ours), *_ = found
             counts = {"count": len(found), "all": self._stated[sentence]}
-            told.append(f"{self._source}: {sentence.format(said=_told(said), ours=_told(ours), **counts)}.")
+            told.append(f"{self._source}: {sentence.format(said=_told(said), ours=_told(ours), **counts)} ({name}).")
         return told
 
 
 def _told(ours: Any) -> str:
     if not isinstance(ours, tuple):
         whole = isinstance(ours, int) or (isinstance(ours, float) and ours == int(ours))
-        return f"{int(ours):,}" if whole and abs(ours) < _MOST else f"{ours:.6g}"
-    low, high = ours
-    if high == math.inf:
-        return f"at least {low:.6g}"
-    return f"at most {high:.6g}" if low <= 0 else f"{low:.6g} to {high:.6g}"
+        return f"{int(ours):,}" if whole and abs(ours) < _MOST else _digits(ours)
+    low, high = map(_digits, ours)
+    if ours[1] == math.inf:
+        return f"at least {low}"
+    return f"at most {high}" if ours[0] <= 0 else low if low == high else f"{low} to {high}"
+
+
+def _digits(number: float) -> str:
+    """Of stamps since 1970 down to milliseconds, which six digits would not show."""
+    return f"{number:.3f}" if 1e6 <= abs(number) < _MOST else f"{number:.6g}"
 
 
 def exactly(name: str, ours: Callable[[Any, re.Match[str]], Ours], by: str = "as its other figures say") -> Figure:

@@ -6,6 +6,7 @@ The last token, not the end of the stream, ends a request here. Single tokens ha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,19 @@ from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
-from helios_sim.logs.figures import Figure, Known, Look, Ours, exactly, server_counted, statistic
+from helios_sim.logs.figures import (
+    FEWER_CHUNKS,
+    MORE_CHUNKS,
+    Figure,
+    Known,
+    Look,
+    Ours,
+    exactly,
+    server_counted,
+    statistic,
+)
 from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gathered, number, only_once, reason, whole
+from helios_sim.request import LONGEST
 from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
@@ -40,6 +52,7 @@ class _One:
     prompt: int
     output: int
     output_first_s: float | None = None
+    chunks: int | None = None  # that held tokens; None: nothing was streamed
 
     @property
     def took_s(self) -> float | None:
@@ -83,16 +96,23 @@ _KNOWN = Known(
                else _ms(one.written_s / one.output), by=_BY_TIMINGS),
         Figure("output_tokens_per_second", lambda one, _: one.rate(one.output), by=_BY_TIMINGS),
         Figure("tokens_per_second", lambda one, _: one.rate(one.prompt + one.output), by=_BY_TIMINGS),
+        Figure("output_tokens_per_iteration", lambda one, _: one.output / one.chunks if one.chunks and one.output else
+               None, 0.02, 0.01, _BY_TIMINGS),
+        Figure("iter_tokens_per_iteration", lambda one, _: (one.output - 1) / (one.chunks - 1)
+               if one.chunks and one.chunks > 1 and one.output > 1 else None, 0.02, 0.01, _BY_TIMINGS),
+        Figure(r"info\.timings\.token_iterations", lambda one, _: (0.0, one.output + 2.0), 0.0, told=MORE_CHUNKS),
+        Figure(r"info\.timings\.token_iterations", lambda one, _: (one.output / 1.5 - 2.0, math.inf), 0.0,
+               told=FEWER_CHUNKS),
         server_counted(r"input_metrics\.text_tokens", "prompt tokens", lambda one, _: one.prompt),
         server_counted(r"output_metrics\.text_tokens", "output tokens", lambda one, _: one.output),
     ),
-    effects={"cached_tokens": _EFFECTS["cached_tokens"]} | {f"input_metrics.{name}": w for name, w in _EFFECTS.items()},
+    effects={rf"(input_metrics\.)?{name}": why for name, why in _EFFECTS.items()},
     harmless=r"type_|request_(args|dispatch_delay|scheduled_latency)|response_(id|metrics)|output|reasoning_output"
-             r"|turn_\w+_delay|time_to_last_round_trip_ms|avg_round_trip_time_ms|(output|iter)_tokens_per_iteration"
+             r"|turn_\w+_delay|time_to_last_round_trip_ms|avg_round_trip_time_ms"
              r"|info\.(request_id|conversation_id|preceding_nodes|node_id|agent_id|parent_node_ids|traceback|settings"
              r"|scheduler_(node_id|process_id|start_time))"
              r"|info\.timings\.(targeted_start|predecessor_completed|queued|dequeued|scheduled_at|resolve_(start|end)"
-             r"|(first|last)_request_iteration|first_output_token_iteration|\w+_iterations|finalized"
+             r"|(first|last)_request_iteration|first_output_token_iteration|request_iterations|finalized"
              r"|last_request_sent|(request_sent|token_received)_(sum|count))"
              r"|(in|out)put_metrics\.\w+_(words|characters|count|pixels|bytes|frames|seconds|samples)"
              r"|output_metrics\.(?!text|total)\w+_tokens",
@@ -103,6 +123,7 @@ _KNOWN = Known(
 class _Run:
     ones: Sequence[_One]  # that were answered
     span: tuple[float, float] | None  # of what is measured, in seconds since 1970
+    listed: int  # of all requests
 
 
 def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
@@ -113,13 +134,15 @@ def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
     return statistic(figure, values, weights)
 
 
-def _output_rate(run: _Run, _: re.Match[str]) -> Ours:
-    """Tokens by the time between the first and the last of all."""
+def _token_rate(run: _Run, match: re.Match[str]) -> Ours:
+    """Tokens by the time between the first and the last event: prompts are read at the first token."""
     begins, ends = [one.first_s for one in run.ones], [one.last_s for one in run.ones]
-    times = [time_s for time_s in (*begins, *ends) if time_s is not None]
-    if len(times) < 2 * len(run.ones) or len(run.ones) < 2 or max(times) <= min(times):
+    times = [time_s for time_s in (*begins, *(() if match[1] == "prompt_tokens" else ends)) if time_s is not None]
+    if None in (*begins, *ends) or len(run.ones) < 2 or max(times) <= min(times):
         return None
-    return sum(one.output for one in run.ones) / (max(times) - min(times))
+    prompt, output = sum(one.prompt for one in run.ones), sum(one.output for one in run.ones)
+    tokens = {"prompt_tokens": prompt, "output_tokens": output, "tokens": prompt + output}[match[1]]
+    return float(tokens / (max(times) - min(times)))
 
 
 def _request_rate(run: _Run, _: re.Match[str]) -> Ours:
@@ -161,14 +184,14 @@ _STATISTICS = Known(
     read=r"request_totals\.(successful|incomplete|errored)",
     figures=(
         Figure(rf"({'|'.join(_VALUES)})\.successful\.{_FIGURE}", _of_requests, by=_BY_REQUESTS),
-        Figure(r"output_tokens_per_second\.successful\.mean", _output_rate, by=_BY_REQUESTS),
+        Figure(r"(prompt_tokens|output_tokens|tokens)_per_second\.successful\.mean", _token_rate, by=_BY_REQUESTS),
+        exactly(r"request_totals\.total", lambda run, _: run.listed, "as its requests add up to"),
         Figure(r"requests_per_second\.successful\.mean", _request_rate, 0.05, 1e-3, _BY_REQUESTS),
         Figure(r"request_concurrency\.successful\.mean", _at_once, 0.1, 0.1, _BY_REQUESTS),
     ),
     # of rates it weighs times between events, so that medians and percentiles say little
-    harmless=r"request_totals\.total|\w+\.(total|incomplete|errored)|\w+\.successful\.(mode|pdf)"
+    harmless=r"\w+\.(total|incomplete|errored)|\w+\.successful\.(mode|pdf)"
              r"|((requests|prompt_tokens|output_tokens|tokens)_per_second|request_concurrency)\.successful\.(?!mean).*"
-             r"|(prompt_tokens|tokens)_per_second\.successful\.mean"
              r"|request_streaming_iterations_count(\..*)?|\w+_tokens_per_iteration(\..*)?"
              r"|time_to_last_round_trip_ms(\..*)?|avg_round_trip_time_ms(\..*)?|turn_\w+_delay(\..*)?"
              r"|request_(dispatch_delay|scheduled_latency)(\..*)?|(text|image|video|audio|tool_call)(\..*)?",
@@ -229,7 +252,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     _check_whole(where, benchmark, requests)
     statistics, whole_run = Look(f"{where}, metrics", _STATISTICS), Look(where, _OF_BENCHMARK)
     span = _check_span(where, benchmark, rows)
-    statistics.at(f"{where}, metrics", benchmark.inner("metrics", {}).values, _Run(answered, span))
+    statistics.at(f"{where}, metrics", benchmark.inner("metrics", {}).values, _Run(answered, span, len(rows)))
     whole_run.at(where, benchmark.values, span)
     notices = [*look.notices(), *statistics.notices(), *whole_run.notices()]
     if turns:
@@ -287,7 +310,8 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
     if status in ("errored", "cancelled") or error:
         told = shortened(error or status)
         raise UserError(f"{place}: info", told, "completed, and no error, as requests.successful says", FIX)
-    facts = _One(start_s, first_s, last_s, end_s, prompt, output, time_s("first_output_token_iteration"))
+    facts = _One(start_s, first_s, last_s, end_s, prompt, output, time_s("first_output_token_iteration"),
+                 timings.integer("token_iterations", 0, LONGEST, 0) or None)  # fmt: skip
     return Row(place, start_s, prompt, output, ttft_s, e2e_s), facts
 
 

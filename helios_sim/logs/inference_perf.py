@@ -65,7 +65,7 @@ _KNOWN = Known(
         Figure(r"info\.request_metrics\.text\.input_tokens", _of_text, 0.0, 0.5, told=_TEXTS),
     ),
     effects={
-        "info.response_metrics.server_usage.prompt_tokens_details.cached_tokens":
+        rf"{_USAGE}prompt_tokens_details\.cached_tokens":
             "what of the prompts the prefix cache served is computed anew here",
         "info.lora_adapter": "adapters of LoRA, which the simulation does not have",
         "info.request_metrics.image": "prompts had images, which are not counted",

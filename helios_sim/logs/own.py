@@ -7,19 +7,40 @@ run began. Written while the requests run, in the order in which they end.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
+from helios_sim.logs.figures import Figure, Known, Look
 from helios_sim.logs.record import FIX, OK, Begins, RequestLog, Row, gathered, not_read, number, only_once, whole
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import Fields, shortened
 
 NAME, KEY, VERSION = "helios-sim observe", "helios_log", 1
 _OF_HEADER = ("model", "url", "loop", "users", "api", "started_at", "count_from", "ignore_eos", "seed", "workload")
-_OF_A_LINE = ("index", "planned_s", "finish_reason", "asked_tokens", "cached_tokens")
-_CACHED = {"cached_tokens": "what of the prompts the prefix cache served is computed anew here"}
+_MORE = "{count} of {all} answers have more tokens than were asked for: {said} were, and one has {ours}"
+_SHORT = "{count} of {all} answers ended as long as was asked for and are not: {said} tokens were, and one has {ours}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    tokens: int
+    by_length: bool  # it ended since it was as long as was asked for
+
+
+_KNOWN = Known(
+    read="arrival_s|prompt_tokens|output_tokens|ttft_s|e2e_s|token_times_s|task|priority|status",
+    figures=(
+        Figure("asked_tokens", lambda one, _: (one.tokens, math.inf), 0.0, 0.0, told=_MORE),
+        Figure("asked_tokens", lambda one, _: (0.0, one.tokens) if one.by_length else None, 0.0, 0.0, told=_SHORT),
+    ),
+    effects={"cached_tokens": "what of the prompts the prefix cache served is computed anew here"},
+    harmless="index|planned_s|finish_reason",
+)
+DECLARED = (("*.", _KNOWN),)  # lines after the header
 
 
 def is_it(document: Document) -> bool:
@@ -43,16 +64,14 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     head = Fields(about, first, FIX)
     head.integer(KEY, VERSION, VERSION)
     head.ignore(_OF_HEADER)
-    rows, left, cached, seen = [], dict[str, None](), 0, dict[str, str]()
+    rows, seen, look = [], dict[str, str](), Look(document.name, _KNOWN)
     for place, value in lines:
-        fields = Fields(value, place, FIX)
-        rows.append(_row(place, fields))
+        row = _row(place, Fields(value, place, FIX))
+        rows.append(row)
         only_once(place, "index", value.get("index"), seen)
-        fields.ignore(_OF_A_LINE)
-        left |= dict.fromkeys((*fields.rest, *fields.off))
-        cached += bool(value.get("cached_tokens"))
-    notices = not_read(document.name, [*head.rest, *head.off, *left])
-    notices += not_read(document.name, ["cached_tokens"] if cached else [], _CACHED)
+        answer = _Answer(row.output_tokens, value.get("finish_reason") == "length")
+        look.at(place, value, None if row.failure is not None else answer)
+    notices = [*not_read(document.name, [*head.rest, *head.off]), *look.notices()]
     users = about.get("users")
     stated = {"model": about.get("model"), "in_flight_at_most": users, "url": about.get("url")}
     return gathered(document.source, NAME, rows, Begins.SENT, stated, notices)

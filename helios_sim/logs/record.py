@@ -274,7 +274,13 @@ def _of_chunks(source: str, answered: Sequence[Row]) -> list[str]:
     if not uneven:
         return []
     told = f"{uneven} of {len(timed)} answers came in fewer or more chunks than tokens"
-    return [f"{source}: {told}: gaps are those between chunks."]
+    found = [f"{source}: {told}: gaps are those between chunks."]
+    more = [row for row in timed if len(row.token_s or ()) > 1.1 * row.output_tokens + 2]
+    if more:
+        such = f"{len(more[0].token_s or ()):,} of {more[0].output_tokens:,}"
+        told = f"{len(more)} of {len(timed)} answers came in more chunks than tokens, such as {such}"
+        found.append(f"{source}: {told}: a chunk holds at least one, so that their tokens are counted too few.")
+    return found
 
 
 def _of_warm_up(source: str, rows: Sequence[Row]) -> list[str]:

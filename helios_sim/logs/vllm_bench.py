@@ -86,6 +86,14 @@ def _took(run: _Run, _: re.Match[str]) -> Ours:
     return ((max(ends) - min(starts) - 1.0) / 1.02, math.inf) if ends else None
 
 
+def _took_at_most(run: _Run, _: re.Match[str]) -> Ours:
+    """Twice the time of its requests and a minute; None where some failed, which have no end."""
+    ends = [row.arrival_s + row.e2e_s for row in run.done if row.arrival_s is not None and row.e2e_s is not None]
+    starts = [row.arrival_s for row in run.done if row.arrival_s is not None]
+    return (0.0, 2 * (max(ends) - min(starts)) + 60.0) if ends and len(ends) == len(run.rows) else None
+
+
+_LONG = "duration is {said} s, and the requests of its lists took {ours} s with twice the time and a minute"
 _STATISTIC = r"(mean|median|std|p(?:100|\d\d?)(?:\.\d+)?)"
 _KNOWN = Known(
     read="|".join((*_LISTS, "latencies|start_times|model_id|num_prompts|request_rate|max_concurrency")),
@@ -95,6 +103,7 @@ _KNOWN = Known(
         exactly("total_input_tokens", lambda run, _: sum(row.prompt_tokens for row in run.done), _BY_LISTS),
         exactly("total_output_tokens", lambda run, _: sum(row.output_tokens for row in run.done), _BY_LISTS),
         Figure("duration", _took, 0.0, 0.0, "the time that its requests took"),
+        Figure("duration", _took_at_most, 0.0, 0.0, told=_LONG),
         Figure(rf"{_STATISTIC}_(ttft|tpot|itl|e2el|client_queue_time|e2el_including_client_queue)_ms", _of_times, 0.05,
                1.0, f"{_BY_LISTS} in seconds"),
         Figure("request_throughput", lambda run, _: run.rate(len(run.done)), 0.02, 1e-3, _BY_DURATION),
@@ -109,12 +118,12 @@ _KNOWN = Known(
         Figure("max_concurrent_requests", _most_at_once, 0.0, 1.0, _BY_LISTS),
     ),
     effects={
-        "spec_decode_acceptance_rate": _SPECULATIVE,
-        "probe_completed": "probes were sent besides and are not in the lists, so the engine had more to do",
+        r"spec_decode_\w+": _SPECULATIVE,
+        r"probe_\w+": "probes were sent besides and are not in the lists, so the engine had more to do",
         "rtfx": "prompts had audio, which is not counted",
     },
     harmless=r"queue_times|date|endpoint_type|backend|label|tokenizer_id|burstiness|generated_texts|rps_change_events"
-             r"|ramp_up_(strategy|start_rps|end_rps)|(spec_decode|probe)_\w+",
+             r"|ramp_up_(strategy|start_rps|end_rps)",
 )  # fmt: skip
 
 
@@ -133,6 +142,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     fields = Fields(run, where, FIX)
     missing = [name for name in _LISTS if not isinstance(run.get(name), list)]
     if missing:
+        if "total_input_sequences" in run:
+            raise UserError(where, "embeddings", "a run of a model that writes tokens", "take another log")
         if any(str(name).startswith("diffusion_") for name in run):
             raise UserError(where, "diffusion decoding", "a model that writes token by token", "take another log")
         raise UserError(f"{where}: {missing[0]}", shortened(run.get(missing[0])), "a list of all requests", _DETAILED)
