@@ -21,7 +21,8 @@ POLICIES = Path(conf_folder(), "policy")
 OF_ALL = {"threshold": 0.6, "confidence": "margin", "batch_limit": 2}  # in a study with measured exits
 OF_ONE_MODEL = {**OF_ALL, "model": "gemma3-270m"}
 LATE = {"resident_layers": 20}
-CHECKS = {"checkpoints": [8, 24]}
+CHECKS = {"checkpoints": [8, 24], "most_checks": 1}
+NEAR = {"near_tokens": 3, "near_layers": 16}
 OF_SPLITS = {"flush_requests": 1, "flush_s": 1e-6, "review_requests": 10}
 OF_HELIOS = {
     "threshold": 0.6, "confidence": "margin", "constants": "batch_scaled", "on_breach": "load_only", "standby": "caps",
@@ -31,7 +32,7 @@ OF_HELIOS = {
 }  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     "full_depth": {"model": "gemma3-270m", "batch_limit": 2, **LATE},
-    "early_exit": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
+    "early_exit": {**OF_ONE_MODEL, **LATE, **CHECKS, **NEAR, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "early_exit_lazy": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "each_token", "kv_rule": "recompute"},
     "early_exit_rebatch": {**OF_ONE_MODEL, **LATE, **CHECKS, "batching": "lazy", "kv_rule": "recompute", **OF_SPLITS},
     "static_cap": {**OF_ONE_MODEL, "cap_layers": 24},
@@ -57,7 +58,7 @@ VALUES: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("draft_model", "drafter"), ("draft_model", "model"),  # the same model, and a smaller one than the drafter
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
-    ("helios_probe", "evaluated_tokens"), *(("early_exit", setting) for setting in OF_SPLITS),
+    ("helios_probe", "evaluated_tokens"), ("early_exit", "near_layers"), *(("early_exit", setting) for setting in OF_SPLITS),
 }  # fmt: skip
 # Probes that are often enough to hear and to change something within few requests.
 NEXT = ("objective.max_disagreement=0.3", "policy.probe_share=0.1", "policy.review_requests=10")

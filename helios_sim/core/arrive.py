@@ -135,6 +135,7 @@ def occupy(s: Record, requests: Table, lists: Lists, arrival: Record, read: Reco
     request.agreed_tokens = 0
     request.evaluated_tokens = 0
     request.microbits = 0
+    request.recent = 0
     return slot
 
 

@@ -11,13 +11,17 @@ not, the whole model's own token takes its place, so that each pass yields one t
 
 Where another model drafts it computes prompts too, in the pass of the first draft, and its own layers are one band.
 
+Where exits look at each token alone (`look`), only some of them do: those that always do, and those near the exits of
+the request's latest tokens. And where predictors look, the head of the first exit proposes words for every token, later
+heads are asked where a predictor is sure, and not all of them find their word among those.
+
 Where batches are split (`split_at`), an iteration goes from band to band until all of its tokens leave, or enough of
 them want to: those leave, and the others wait before the next band.
 """
 
 from __future__ import annotations
 
-from helios_sim.core.layout import MILLIONTHS, NEVER, Lists, Numbers, Record, Table, Trace
+from helios_sim.core.layout import EXIT_BITS, EXIT_MASK, MILLIONTHS, NEVER, Lists, Numbers, Record, Table, Trace
 
 
 def lay_out(
@@ -179,7 +183,9 @@ def _banded(
             n_observed += 1
         else:
             leaf, breach = exit_index[row], breaches[row]
-            if r.lazy:
+            if r.looks:
+                leaf = look(r, request, x, row, work)
+            elif r.lazy:
                 leaf = shared
             elif r.regroups:
                 request.held = 0 if leaf <= shared else shared + 1
@@ -196,7 +202,7 @@ def _banded(
         work[band].decode_tokens += work[band + 1].decode_tokens
         work[band].kv_tokens += work[band + 1].kv_tokens
 
-    if r.per_token:  # at the last layer there is nothing to decide: the token is sampled there
+    if r.per_token and not r.looks:  # at the last layer there is nothing to decide: the token is sampled there
         for band in range(r.rule_exit):
             if x.checks[band] == 0:
                 continue
@@ -208,9 +214,9 @@ def _banded(
         work[r.rule_exit].classified_tokens = n
     if n_observed and not r.head_checks:
         for band in range(last):
-            work[band].checked_tokens = n_observed
+            work[band].checked_tokens += n_observed
     it.sampled_tokens, it.splits = leavers, int(leavers < n)
-    if r.head_checks:
+    if r.head_checks or r.proposes:
         it.sampled_tokens = work[r.rule_exit].decode_tokens
     if r.propagates:
         for band in range(first, last + 1):
@@ -222,6 +228,35 @@ def _banded(
             for band in range(first, request.token_exit + 1):
                 work[band].decode_tokens += owed[slot, band]
                 work[band].kv_tokens += owed[slot, band] * (request.context_tokens + new)
+
+
+def look(r: Record, request: Record, x: Trace, row: int, work: Table) -> int:
+    """Where a token leaves that is looked at alone; counts who looks at it and which heads are asked.
+
+    With predictors the first exit's head proposes words. Its own word is among them, and it is not asked again.
+    """
+    checks, past, leaf, last = r.always_checks, request.recent, 0, r.rule_exit
+    while past:
+        checks |= x.near[(past & EXIT_MASK) - 1]
+        past >>= EXIT_BITS
+    sure, asked = x.sure[row], x.sure[row] | x.in_vain[row]
+    if r.proposes:
+        work[0].checked_tokens += 1
+    while leaf < last:
+        if (checks >> leaf) & 1:
+            w = work[leaf]
+            if r.head_checks:
+                w.checked_tokens += 1
+            else:
+                w.classified_tokens += 1
+                if r.proposes and leaf and (asked >> leaf) & 1:
+                    w.checked_tokens += 1
+            if (sure >> leaf) & 1:
+                break
+        leaf += 1
+    if r.recent_mask:
+        request.recent = ((request.recent << EXIT_BITS) | (leaf + 1)) & r.recent_mask
+    return leaf
 
 
 def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:

@@ -49,6 +49,7 @@ FCFS, PRIORITY, SHORTEST_PROMPT = range(3)
 # Kinds of trigger.
 BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE = range(9)
 MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
+EXIT_BITS, EXIT_MASK = 6, 63  # of one exit among those of a request's latest tokens
 
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
 
@@ -121,6 +122,7 @@ REQUEST = Kind.of(
         "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
         "held_ns",  # since when
         "earlier_ns",  # its token is delivered so much before the iteration ends
+        "recent",  # 1 + the exits of its latest tokens, the last in the lowest EXIT_BITS (`depths.look`)
         # where its output tokens lie in the exit trace
         "trace_first", "trace_start", "trace_length",
         # progress
@@ -272,6 +274,10 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "observe_tokens",  # NEVER: none
         "per_token", "clairvoyant", "planned",
         "head_checks",  # a token that leaves is sampled by the check's own pass through the head
+        "looks",  # each token is looked at alone, at exits of its own or through words that the first exit proposed
+        "proposes",  # the latter
+        "always_checks",  # a bit for each exit that looks at every token, where tokens are looked at alone
+        "recent_mask",  # of `recent`; 0: no other exit does
         "watches_cap", "lazy", "propagates", "repays", "owes",
         "draft_tokens",  # that a request drafts in one iteration, to be verified in the same one; 0: none
         "draft_batch",  # where more requests decode, none drafts
@@ -327,6 +333,9 @@ class Trace(NamedTuple):
     planned: Numbers  # exits of the tokens that a service plan names
     checks: Numbers  # (E,) 1 where tokens are checked: they may leave there, or their answers may
     split_above: Numbers  # (E,) in millionths: the share of a batch that has to want to leave at an exit to split it
+    sure: Numbers  # (T,) a bit for each exit that is sure of the token; (0,) where tokens are not looked at alone
+    in_vain: Numbers  # (T,) a bit for each exit that asks its head in vain
+    near: Numbers  # (E,) a bit for each exit near enough to look, where one of the latest tokens left at that exit
 
 
 class Watch(NamedTuple):

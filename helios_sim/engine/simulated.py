@@ -11,10 +11,19 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, Drafter, IntArray, Storage, Trace
+from helios_sim.core.layout import EXIT_BITS, FOREVER_NS, MILLIONTHS, NEVER, Drafter, IntArray, Storage, Trace
 from helios_sim.errors import UserError
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import Clairvoyant, DraftModel, ExitRule, FixedCap, PerToken, ReleaseEarly, SelfSpeculation
+from helios_sim.exits.rule import (
+    MEASURES,
+    Clairvoyant,
+    DraftModel,
+    ExitRule,
+    FixedCap,
+    PerToken,
+    ReleaseEarly,
+    SelfSpeculation,
+)
 from helios_sim.exits.trace import BoundTrace, ExitTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Released, Situation
@@ -174,7 +183,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
     # A capped token's own logits give the confidences of a head, but not a check on the hidden state.
     watches_cap = classifier and isinstance(rule, FixedCap) and not whole
     if confidence is not None and (watches_cap or (classifier and (per_token or releases))):
-        profile.check_table(confidence)  # refuses where its cost is not known
+        profile = profile.checking(confidence)  # refuses where its cost is not known
     # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
     propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is KvRule.RECOMPUTE))
     regroups = per_token and not planned and deployment.batching is BatchingRule.REBATCH
@@ -186,12 +195,14 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
     elif isinstance(rule, DraftModel) and not planned:
         bounds, draft_exit = (loaded,), len(trace.exits)
         agree = np.ascontiguousarray(np.column_stack([agree, trace.drafted_by(rule.drafter)]))
+    looks, seen_alone = _looks(trace, rule if not planned else None)
     rules = {
         "per_token": per_token and not planned,
         "clairvoyant": clairvoyant and not planned,
         "head_checks": (per_token or releases) and not classifier,
         "releases": releases,
         "tells_all": releases and isinstance(rule, ReleaseEarly) and rule.tells_all,
+        **looks,
         "watches_cap": watches_cap,
         "lazy": lazy and not planned,
         "propagates": propagates,
@@ -217,6 +228,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         _frozen(agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
         np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
         split_above,
+        *map(_frozen, seen_alone),
     )  # fmt: skip
     pricing = profile.pricing
     uniform, banded = pricing.spans((replayed.layers,)), pricing.spans(bounds)
@@ -243,6 +255,29 @@ def _checks_at(rule: ExitRule, depth: int) -> bool:
     if isinstance(rule, ReleaseEarly):
         return depth in rule.ramps
     return isinstance(rule, PerToken) and rule.checks_at(depth)
+
+
+def _looks(trace: ExitTrace, rule: ExitRule | None) -> tuple[dict[str, int], tuple[IntArray, IntArray, IntArray]]:
+    """Rules of tokens that are looked at alone, with bits of the exits before the last: sure of each token (T,), asked
+    in vain (T,), and near enough to each exit to look (E,)."""
+    none = np.zeros(0, np.int64)
+    if not isinstance(rule, PerToken) or not rule.looks:
+        return {"looks": 0, "proposes": 0, "always_checks": 0, "recent_mask": 0}, (none, none, none)
+    depths, proposes = np.array(trace.exits), MEASURES[rule.confidence].proposes
+    bits = np.left_shift(1, np.arange(len(depths) - 1))
+    always = np.array([rule.checks_at(depth) or (proposes and e == 0) for e, depth in enumerate(trace.exits[:-1])])
+    tokens, layers = (0, -1) if rule.near is None else (rule.near.tokens, rule.near.layers)
+    rules = {
+        "looks": 1, "proposes": int(proposes), "always_checks": int(always @ bits),
+        "recent_mask": (1 << EXIT_BITS * tokens) - 1,
+    }  # fmt: skip
+    sure: IntArray = trace.confident_at(rule.threshold, rule.confidence)[:, :-1].astype(np.int64) @ bits
+    in_vain: IntArray = np.zeros_like(sure)
+    if proposes:
+        asked = trace.recorded(rule.confidence)[:, :-1] <= -np.float32(rule.threshold)
+        in_vain = asked.astype(np.int64) @ bits
+    near: IntArray = (np.abs(depths[:, None] - depths[:-1]) <= layers).astype(np.int64) @ bits
+    return rules, (sure, in_vain, near)
 
 
 def _released(

@@ -222,6 +222,9 @@ class _Drawn:
     def predicted(self) -> Any:
         return self.sure
 
+    def foreseen(self) -> Any:
+        return np.clip(2 * self.sure - 0.9, -1, 1)
+
     def states(self) -> tuple[Any, Any]:
         angle = 1 - self.sure
         return np.column_stack((np.ones(len(angle)), 0 * angle)), np.column_stack((np.cos(angle), np.sin(angle)))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import (
+    MOST_LOOKS,
     Clairvoyant,
     Confidence,
     DraftModel,
@@ -27,6 +28,7 @@ from helios_sim.exits.rule import (
     PerToken,
     ReleaseEarly,
     SelfSpeculation,
+    require_leaving,
 )
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
@@ -55,7 +57,8 @@ def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
 
     FullDepth: every token runs all loaded layers; without a check there is no breach. FixedCap: the same, but a
     token that is not confident at the cap is a breach unless the whole model is loaded. PerToken: the first exit at
-    which the token is confident, else the last one loaded, which is a breach unless it is the whole model.
+    which the token is confident, else the last one loaded, which is a breach unless it is the whole model;
+    with `near` by those exits alone that check every token: which others do depends on the request.
     Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
     ReleaseEarly: the first ramp whose threshold the token's confidence reaches, else the last layer; never a breach.
     SelfSpeculation, DraftModel: every token is the whole model's. Which drafts are accepted is exact, since a draft
@@ -104,6 +107,7 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                 raise UserError("layers", layers, allowed, "load the whole model")
             trace.drafted_by(drafter)
         case ReleaseEarly(ramps, thresholds, confidence):
+            require_leaving(confidence)
             if not whole or not set(ramps) <= set(exits[:last]) or len(ramps) != len(thresholds):
                 raise UserError(
                     "ramps", ramps, f"with all {trace.n_layers} layers of {trace.model}, exits before the last: "
@@ -114,6 +118,7 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                 sure[:, exits.index(ramp)] = trace.recorded(confidence)[:, exits.index(ramp)] >= np.float32(threshold)
             exit_index = first_true(sure, otherwise=last)
         case FixedCap(threshold, confidence):
+            require_leaving(confidence)
             confident = trace.confident_at(threshold, confidence)
             if not whole:
                 breach = np.logical_not(confident[:, last])
@@ -122,6 +127,9 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                 known = ", ".join(map(str, trace.exits[:-1])) or "none"
                 allowed = f"{trace.model} has exits before its last layer at {known}"
                 raise UserError("checkpoints", list(rule.checkpoints or ()), allowed, "choose among these")
+            if rule.looks and len(trace.exits) > MOST_LOOKS:
+                allowed = f"at most {MOST_LOOKS} exits where each token is looked at alone"
+                raise UserError("exits", len(trace.exits), allowed, "take a trace with fewer exits")
             checked = [rule.checks_at(depth) for depth in exits[:-1]]
             confident = trace.confident_at(threshold, confidence)[:, : last + 1] & [*checked, True]
             exit_index = first_true(confident, otherwise=last)

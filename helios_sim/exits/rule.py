@@ -15,6 +15,10 @@ reads it, and settings accept its name.
 - hidden_similarity: the cosine of the hidden states after the exit's layer and after the layer before it, 0 where it is
   negative (CALM's hidden-state saturation: a state that no longer moves will give the same token). An exit trace
   records it; live serving keeps only the state after the exit.
+- predictor: SpecEE's (arXiv 2504.08850): a small network reads what an exit says of `WORDS` words that the first exit's
+  head proposed, and predicts whether one of them is the exit's word and full depth's. Where it says so, the head is
+  asked, and the token leaves if the head's word is one of those. Where it is none of them, the measure is negative: the
+  head is asked in vain. Live serving does not keep the words.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from typing import Any, Protocol
 from helios_sim.errors import UserError
 
 MOST_THRESHOLD = 2.0
+WORDS = 4  # that the first exit proposes, and that predictors look at
+MOST_NEAR_TOKENS = 10  # of a request that say which exits look at its next one: their exits fit into one number
+MOST_LOOKS = 62  # exits of a model, where each token is looked at alone: a bit for each
 MOST_DRAFTS = 64  # of one pass: beyond it a batch of them would take the token budget
 
 
@@ -39,6 +46,7 @@ class Confidence(StrEnum):
     CLASSIFIER = "classifier"
     ENTROPY = "entropy"
     HIDDEN_SIMILARITY = "hidden_similarity"
+    PREDICTOR = "predictor"
 
     @property
     def by_head(self) -> bool:
@@ -73,6 +81,13 @@ class Neighbours(Protocol):
         """After the layer before the exit's and after the exit's layer, (n, d) each."""
 
 
+class Proposed(Protocol):
+    """What an exit says of the words that the first exit proposed for each of n tokens."""
+
+    def foreseen(self) -> Any:
+        """(n,) the predictor's probability, negative where the exit's own word is none of them."""
+
+
 def _max_probability(seen: Probabilities) -> Any:
     return seen.top(1)[:, 0]
 
@@ -96,16 +111,25 @@ def _hidden_similarity(seen: Neighbours) -> Any:
     return ((before * after).sum(-1) / lengths**0.5).clip(0, 1)
 
 
+def _predictor(seen: Proposed) -> Any:
+    return seen.foreseen()
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
     """One confidence: its function (n,), its column in an exit trace, and what may be expected of its values."""
 
-    of: Callable[[Any], Any]  # of what it reads: `Probabilities`, `Checked` or `Neighbours`
+    of: Callable[[Any], Any]  # of what it reads: `Probabilities`, `Checked`, `Neighbours` or `Proposed`
     column: str
     by_head: bool = True
     probability: bool = False  # it is meant as the probability of agreement, so its reliability can be judged
     lowest: float = 0.0
     neighbours: bool = False  # it compares the states of two layers, which live serving does not keep
+    proposes: bool = False  # it looks at words that the first exit proposed, which live serving does not keep either
+
+    @property
+    def live(self) -> bool:
+        return not (self.neighbours or self.proposes)
 
 
 MEASURES: Mapping[Confidence, Measure] = {
@@ -114,6 +138,7 @@ MEASURES: Mapping[Confidence, Measure] = {
     Confidence.CLASSIFIER: Measure(_classifier, "classifier", by_head=False, probability=True, lowest=-math.inf),
     Confidence.ENTROPY: Measure(_entropy, "entropy"),
     Confidence.HIDDEN_SIMILARITY: Measure(_hidden_similarity, "hidden_similarity", by_head=False, neighbours=True),
+    Confidence.PREDICTOR: Measure(_predictor, "predictor", by_head=False, lowest=-1.0, proposes=True),
 }
 
 BY_COLUMN: Mapping[str, Confidence] = {measure.column: confidence for confidence, measure in MEASURES.items()}
@@ -128,11 +153,20 @@ def require_threshold(key: str, threshold: float) -> None:
 
 def require_live(confidence: Confidence) -> None:
     """Raises UserError for a measure that live serving cannot compute."""
-    if MEASURES[confidence].neighbours:
-        live = listed(c for c, measure in MEASURES.items() if not measure.neighbours)
+    if not MEASURES[confidence].live:
+        live = listed(c for c, measure in MEASURES.items() if measure.live)
         raise UserError(
             "exits.confidence", confidence.value, f"live serving keeps the state after an exit's layer alone: {live}",
             "choose one of these, or simulate with a trace that records it",
+        )  # fmt: skip
+
+
+def require_leaving(confidence: Confidence) -> None:
+    """Raises UserError for a measure that only tells which tokens leave, one by one, under a cap or at a ramp."""
+    if MEASURES[confidence].proposes:
+        raise UserError(
+            "exits.confidence", confidence.value, "another measure: a predictor tells which tokens leave, one by one, "
+            "after the first exit has proposed words", "set policy=early_exit, or choose another measure",
         )  # fmt: skip
 
 
@@ -159,20 +193,42 @@ class FixedCap:
 
 
 @dataclass(frozen=True, slots=True)
+class Near:
+    """Exits that look because a request's latest tokens left close by (SpecEE, arXiv 2504.08850).
+
+    Those at most `layers` away from where one of its latest `tokens` left, or ran to the end.
+    """
+
+    tokens: int = 5
+    layers: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class PerToken:
     """A token leaves at the first exit where its confidence reaches the threshold.
 
     Each exit that a token reaches is a check that is paid for; after a check on the hidden state a token that leaves
     still has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these
-    are not the whole model. With `checkpoints` only these exits check (TIDE, arXiv 2603.21365).
+    are not the whole model. With `checkpoints` only these exits check (TIDE, arXiv 2603.21365). With `near` the exits
+    near those of the request's latest tokens check, and the `checkpoints`, if there are any, besides.
+
+    With the confidence `predictor` the head of the first exit is asked for every token, since it proposes the words;
+    so that exit always checks. Where a predictor is sure the head is asked in the same band.
     """
 
     threshold: float
     confidence: Confidence = Confidence.MAX_PROBABILITY
     checkpoints: tuple[int, ...] | None = None  # layers, exits before the last; None: every exit
+    near: Near | None = None
 
     def checks_at(self, layers: int) -> bool:
-        return self.checkpoints is None or layers in self.checkpoints
+        """Whether every token that comes there is checked."""
+        return self.near is None if self.checkpoints is None else layers in self.checkpoints
+
+    @property
+    def looks(self) -> bool:
+        """Each token is looked at alone."""
+        return self.near is not None or MEASURES[self.confidence].proposes
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ One row a token, those of a prompt in reading order, with a column for each exit
 
 - agree_D: 1 or true where the exit predicts the token that the whole model predicts; for every exit but the deepest,
   which is the whole model, where it may be left out.
-- confidence_D (the largest probability), margin_D, entropy_D, classifier_D, hidden_similarity_D: at least one of them,
-  as `rule` defines them. The deepest may be left out, if its agree is there: a token has nowhere else to leave.
+- confidence_D (the largest probability), margin_D, entropy_D, classifier_D, hidden_similarity_D, predictor_D: at least
+  one of them, as `rule` defines them. The deepest may be left out, if its agree is there: a token has nowhere else to
+  leave.
 - log_prob_D, optional: the natural logarithm of the probability of the text's own token; for all exits.
 
 or one row a token and exit, with columns `token` (its number in the prompt), `layer`, and the same names without depth.

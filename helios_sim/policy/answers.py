@@ -8,12 +8,14 @@ from typing import Any, TypeGuard
 
 from helios_sim.exits.rule import (
     MOST_DRAFTS,
+    MOST_NEAR_TOKENS,
     MOST_THRESHOLD,
     Clairvoyant,
     Confidence,
     DraftModel,
     FixedCap,
     FullDepth,
+    Near,
     PerToken,
     ReleaseEarly,
     SelfSpeculation,
@@ -96,7 +98,27 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             exits, at = candidates[found.active.model].offline.exits[:-1], value.checkpoints
             if not isinstance(at, tuple) or list(at) != sorted(set(at) & set(exits)):
                 return f"PerToken with checkpoints None, or among {_listed(exits) or 'none'}, in their order"
+        if isinstance(value, PerToken) and (wrong := looking(value)) is not None:
+            return wrong
+        if isinstance(value, FixedCap) and value.confidence is Confidence.PREDICTOR:
+            return "PerToken with Confidence.PREDICTOR: it tells which tokens leave, one by one"
         return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
+
+    def looking(value: PerToken) -> str | None:
+        """What a rule that looks at each token alone asks for."""
+        exits, near = candidates[found.active.model].offline.exits, value.near
+        known = isinstance(value.confidence, Confidence)
+        if near is not None:
+            counts = isinstance(near, Near) and _is_whole(near.tokens, 1, MOST_NEAR_TOKENS) and _is_whole(near.layers)
+            if not counts:
+                return f"PerToken with near None, or Near(tokens from 1 to {MOST_NEAR_TOKENS}, layers from 0)"
+            if found.active.layers != exits[-1]:
+                return f"PerToken with near only with all {exits[-1]} layers of {found.active.model}"
+        if known and value.looks and found.batching is not BatchingRule.EACH_TOKEN:
+            return "PerToken with near or a predictor only with BatchingRule.EACH_TOKEN"
+        if known and value.confidence is Confidence.PREDICTOR and exits[0] not in (value.checkpoints or exits[:1]):
+            return f"PerToken with a predictor and {exits[0]} among its checkpoints: its head proposes the words"
+        return None
 
     def speculation(value: SelfSpeculation) -> str | None:
         exits = candidates[found.active.model].offline.exits

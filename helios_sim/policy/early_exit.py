@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence, PerToken, require_threshold
-from helios_sim.policy.checks import check_positive, find_model, whole_model
+from helios_sim.exits.rule import MEASURES, MOST_NEAR_TOKENS, Confidence, Near, PerToken, require_threshold
+from helios_sim.policy.checks import check_not_negative, check_positive, find_model, whole_model
 from helios_sim.policy.deployment import (
     MOST_FLUSH_S,
     BatchingRule,
@@ -22,6 +22,7 @@ from helios_sim.policy.prediction import Load, decode_time_s, expected_load, fix
 from helios_sim.policy.regroup import split_shares
 from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
 
+NEAR_LAYERS = 2
 LONGEST_WAIT = 10  # decode iterations at full depth, as predicted, for which a token waits at an exit
 
 
@@ -30,12 +31,17 @@ class EarlyExitParameters:
     """`batching` lazy is the rule of Miao et al., arXiv 2407.20272: the batch leaves only when all of it may.
 
     With rebatch a batch is split at an exit where that pays by the profile, DREX's rule (`policy/regroup.py`).
+    `most_checks` and `near_tokens` are SpecEE's two schedules, off line and on line; with both an exit checks that
+    either names, as with `checkpoints` in the place of the former.
     """
 
     threshold: float  # may be above 1: no token leaves then
     model: str | None = None  # None: the only candidate
     confidence: Confidence = Confidence.MAX_PROBABILITY
     checkpoints: list[int] | None = None  # layers whose exits check; None: all exits
+    most_checks: int | None = None  # so many exits check, those at which most tokens leave; None: all exits
+    near_tokens: int | None = None  # exits near those of so many latest tokens of the request check; None: not so
+    near_layers: int | None = None  # how near; None: 2, as in SpecEE's code
     batching: BatchingRule = BatchingRule.EACH_TOKEN
     kv_rule: KvRule | None = None  # None: propagate; copy with rebatch, as DREX does
     batch_limit: int | None = None  # None: the server's own limit
@@ -45,12 +51,16 @@ class EarlyExitParameters:
     review_requests: int | None = None  # with rebatch: completed requests between two looks at what pays; None: one
 
     def __post_init__(self) -> None:
-        for name in ("batch_limit", "flush_requests", "flush_s", "review_requests"):
+        for name in ("batch_limit", "flush_requests", "flush_s", "review_requests", "most_checks", "near_tokens"):
             check_positive(name, getattr(self, name))
         require_threshold("policy.threshold", self.threshold)
         if self.checkpoints is not None and (not self.checkpoints or sorted(set(self.checkpoints)) != self.checkpoints):
             allowed = "null, or layers of exits in their order, such as [8, 16]"
             raise UserError("policy.checkpoints", self.checkpoints, allowed, "correct it")
+        if self.most_checks is not None and self.checkpoints is not None:
+            allowed = "null with policy.checkpoints, which names the exits"
+            raise UserError("policy.most_checks", self.most_checks, allowed, "leave one of them out")
+        self._check_looks()
         if self.flush_s is not None and self.flush_s > MOST_FLUSH_S:
             allowed = f"seconds, at most {MOST_FLUSH_S:g}"
             raise UserError("policy.flush_s", self.flush_s, allowed, "leave it out")
@@ -64,6 +74,21 @@ class EarlyExitParameters:
             if self.batching is not BatchingRule.REBATCH and getattr(self, name) is not None:
                 allowed = "null without policy.batching=rebatch, where no batch is split"
                 raise UserError(f"policy.{name}", getattr(self, name), allowed, "set policy.batching=rebatch")
+
+    def _check_looks(self) -> None:
+        """UserError for what cannot be where each token is looked at alone."""
+        check_not_negative("near_layers", self.near_layers)
+        if self.near_tokens is None and self.near_layers is not None:
+            allowed = "null without policy.near_tokens"
+            raise UserError("policy.near_layers", self.near_layers, allowed, "set policy.near_tokens=5")
+        if self.near_tokens is not None and self.near_tokens > MOST_NEAR_TOKENS:
+            allowed = f"from 1 to {MOST_NEAR_TOKENS}"
+            raise UserError("policy.near_tokens", self.near_tokens, allowed, "correct it")
+        if self.batching is BatchingRule.EACH_TOKEN:
+            return
+        allowed = "each_token where a predictor, or exits near those of earlier tokens, look at each token alone"
+        if MEASURES[self.confidence].proposes or self.near_tokens is not None:
+            raise UserError("policy.batching", self.batching.value, allowed, "set policy.batching=each_token")
 
     @property
     def filled(self) -> KvRule:
@@ -87,6 +112,10 @@ class EarlyExitPolicy:
         if not set(self.parameters.checkpoints or ()) <= set(exits):
             allowed = f"{self._model} has exits before its last layer at {', '.join(map(str, exits)) or 'none'}"
             raise UserError("policy.checkpoints", self.parameters.checkpoints, allowed, "choose among these")
+        first_asked = MEASURES[self.parameters.confidence].proposes
+        if first_asked and exits and exits[0] not in (self.parameters.checkpoints or exits):
+            allowed = f"{exits[0]} among them: its head proposes the words that predictors look at"
+            raise UserError("policy.checkpoints", self.parameters.checkpoints, allowed, "add it")
         if self.parameters.batching is BatchingRule.REBATCH:
             load, placement = expected_load(situation), self._placement
             predicted = predict(situation, placement, fixed_depth(placement.layers), load)
@@ -119,18 +148,37 @@ class EarlyExitPolicy:
         shares = split_shares(candidate.profile, candidate.offline.exits, batch, context)
         return Regrouping(tuple(round(share, 6) for share in shares), p.flush_requests, flush_s)
 
+    def _checks(self) -> tuple[int, ...] | None:
+        """The exits that check every token, as named, or those at which most tokens leave by the trace; None: all."""
+        p, offline = self.parameters, self._candidate.offline
+        if p.checkpoints is not None:
+            return tuple(p.checkpoints)
+        if p.most_checks is None:
+            return None
+        share = offline.exit_share[:-1]
+        chosen = set(np.argsort(-share, kind="stable")[: p.most_checks].tolist())
+        if MEASURES[p.confidence].proposes:
+            chosen.add(0)  # its head is asked in any case
+        return tuple(depth for e, depth in enumerate(offline.exits[:-1]) if e in chosen)
+
     def _deployment(self) -> Deployment:
         p, exits = self.parameters, self._candidate.offline.exits
-        checks = exits[:-1] if p.checkpoints is None else tuple(p.checkpoints)
+        named, near = self._checks(), None
+        checks = exits[:-1] if named is None else named
+        if p.near_tokens is not None:
+            near = Near(p.near_tokens, NEAR_LAYERS if p.near_layers is None else p.near_layers)
+            checks = () if named is None else named
         reason = (
             f"{self._model}: a token leaves at the first of the exits {', '.join(map(str, (*checks, exits[-1])))} "
             f"where {p.confidence.value} reaches {p.threshold:g}"
         )
+        if near is not None:
+            reason += f"; exits within {near.layers} layers of where the last {near.tokens} tokens left check as well"
         if p.resident_layers is not None:
             reason += f"; layers above {p.resident_layers} come from host memory"
         deployment = Deployment(
             active=self._placement,
-            exit_rule=PerToken(p.threshold, p.confidence, None if p.checkpoints is None else checks),
+            exit_rule=PerToken(p.threshold, p.confidence, named, near),
             batching=p.batching,
             kv_rule=p.filled,
             batch_limit=p.batch_limit,

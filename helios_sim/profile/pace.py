@@ -41,6 +41,7 @@ def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Pro
         embedding=pace.rows(profile.embedding),
         check=None if profile.check is None else pace.rows(profile.check),
         check_classifier=None if profile.check_classifier is None else pace.rows(profile.check_classifier),
+        check_predictor=None if profile.check_predictor is None else pace.rows(profile.check_predictor),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.price_tables import Pricing
 from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, TimeBand, require_within
@@ -59,6 +59,7 @@ class Profile:
     disk_bytes_per_s: float | None = None  # of weights that are read from files; None: not known
     link_bytes_per_s: float | None = None  # host memory to the card, where loads come from files; None: as loads
     resident_layers: int | None = None  # those above come from host memory in each iteration; None: all stay
+    check_predictor: RowsTable | None = None  # a check by a predictor of a few words; None: not known (`predictor`)
     _pricing: Pricing = field(init=False, repr=False)
     _weight_bytes: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # by layers
 
@@ -152,6 +153,12 @@ class Profile:
         """The table of an exit check's cost under this measure. UserError where it was not measured."""
         if confidence.by_head:
             return self.head if self.check is None else self.check
+        if MEASURES[confidence].proposes:
+            if self.check_predictor is None:
+                allowed = f"the profile {self.name} has no cost of a predictor (table check_predictor)"
+                fix = "set exits.confidence=predictor, for which it is derived, or measure the profile"
+                raise UserError("exits.confidence", confidence.value, allowed, fix)
+            return self.check_predictor
         if self.check_classifier is None:
             raise UserError(
                 "exits.confidence",
@@ -160,6 +167,11 @@ class Profile:
                 f"set it to {Confidence.MAX_PROBABILITY.value} or {Confidence.MARGIN.value}, or measure the profile",
             )
         return self.check_classifier
+
+    def checking(self, confidence: Confidence) -> Profile:
+        """The same where checks on the hidden state are this measure's. UserError where their cost is not known."""
+        table = self.check_table(confidence)
+        return replace(self, check_classifier=table) if MEASURES[confidence].proposes else self
 
     def iteration_time_s(self, c: Composition) -> NDArray[np.float64]:
         """(K,) seconds. The same to the last bit whether an iteration is priced alone or as one of K.
@@ -205,6 +217,8 @@ class Profile:
             self.check.check(f"{self.name}.check")
         if self.check_classifier is not None:
             self.check_classifier.check(f"{self.name}.check_classifier")
+        if self.check_predictor is not None:
+            self.check_predictor.check(f"{self.name}.check_predictor")
         if self.padded_kv and any(tables.unequal_kv is not None for tables in self.layer_tables):
             fix = "leave one of them out"
             raise UserError(f"{self.name}.padded_kv", True, "false beside a table of unequal KV lengths", fix)
@@ -221,9 +235,13 @@ class Profile:
             fix = "take a coarser grid, or one that ends earlier"
             raise UserError(self.name, f"{cells} numbers", f"tables that unfold to at most {_MOST_CELLS}", fix)
 
+    @property
+    def _checks(self) -> tuple[RowsTable | None, ...]:
+        return self.check, self.check_classifier, self.check_predictor
+
     def _lookup_cells(self) -> int:
         """Numbers of the arrays that `price_tables` makes of the tables: every row, batch and KV length has a place."""
-        rows = [self.head, self.embedding, *(t for t in (self.check, self.check_classifier) if t is not None)]
+        rows = [self.head, self.embedding, *(t for t in self._checks if t is not None)]
         rows += [table for tables in self.layer_tables for table in (tables.dense, tables.kv_projection)]
         cells = (4 + 3 * len(self.layer_tables)) * max(int(table.rows[-1]) for table in rows)
         of_class = 0

@@ -1,9 +1,9 @@
 """Profiles on disk: a folder with profile.json and two or three Parquet tables.
 
 `rows.parquet`: table, layer_class, rows, time_s, iqr_s, samples. `grids.parquet`: table, layer_class, first, second,
-time_s, iqr_s, samples. Tables of the whole model (head, embedding, and where measured check, check_classifier) have
-layer_class -1. `terms.parquet`, where a profile has optional terms: table (mixed_attention or unequal_kv), layer_class,
-axis (a number from 0), place and value; axis -1 holds the table's numbers in row order.
+time_s, iqr_s, samples. Tables of the whole model (head, embedding, and where measured check, check_classifier,
+check_predictor) have layer_class -1. `terms.parquet`, where a profile has optional terms: table (mixed_attention or
+unequal_kv), layer_class, axis (a number from 0), place and value; axis -1 holds the table's numbers in row order.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def read_profile(path: Path) -> Profile:
             embedding=rows.by_rows("embedding", WHOLE_MODEL),
             check=rows.by_rows("check", WHOLE_MODEL) if rows.has("check") else None,
             check_classifier=rows.by_rows("check_classifier", WHOLE_MODEL) if rows.has("check_classifier") else None,
+            check_predictor=rows.by_rows("check_predictor", WHOLE_MODEL) if rows.has("check_predictor") else None,
             padded_kv=header.flag("padded_kv", False),
             anchors=_anchors(header, provenance),
             time_band=header.inner("time_band").filled(TimeBand) if header.has("time_band") else None,
@@ -195,8 +196,8 @@ def _rows_tables(profile: Profile) -> Iterator[tuple[str, int, RowsTable]]:
         yield "kv_projection", i, tables.kv_projection
     yield "head", WHOLE_MODEL, profile.head
     yield "embedding", WHOLE_MODEL, profile.embedding
-    for name, check in (("check", profile.check), ("check_classifier", profile.check_classifier)):
-        if check is not None:
+    for name in ("check", "check_classifier", "check_predictor"):
+        if (check := getattr(profile, name)) is not None:
             yield name, WHOLE_MODEL, check
 
 

@@ -89,8 +89,9 @@ def in_words(value: Cause | object) -> str:
     """A trigger or exit rule as text: `breach limit (window tokens 100, limit 50)`."""
     name = "".join(f" {c.lower()}" if c.isupper() else c for c in type(value).__name__).strip()
     named = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
-    if named.get("checkpoints", "") is None:  # as it is mostly
-        del named["checkpoints"]
+    for young in ("checkpoints", "near"):
+        if named.get(young, "") is None:  # as it is mostly
+            del named[young]
     settings = ", ".join(f"{name} {each}" for name, each in named.items())
     return f"{name} ({settings})".replace("_", " ") if settings else name
 

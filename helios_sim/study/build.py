@@ -17,7 +17,7 @@ from helios_sim.exits.artificial import no_exits, stated_exits
 from helios_sim.exits.guarantee import NO_TOKEN, Certified, Promise, certify, split
 from helios_sim.exits.published import THRESHOLD
 from helios_sim.exits.replay import OfflineExits, offline_exits
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.energy import may_be_counted
@@ -26,6 +26,7 @@ from helios_sim.policy.telemetry import Candidate, Goal, Objective, Situation
 from helios_sim.profile.catalog import published_model
 from helios_sim.profile.formats import named_format
 from helios_sim.profile.pace import at_pace
+from helios_sim.profile.predictor import with_predictor
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.profile.resolve import find_profile, in_precision
 from helios_sim.profile.runtimes import preset
@@ -156,6 +157,8 @@ def build_profile(config: Config, model: str) -> Profile:
         profile = profile.with_disk_rate(config.runtime.disk_gb_per_s * 1e9)
     if config.server.sleep_level == DISCARDED:
         profile = profile.from_files()
+    if MEASURES[confidence(config)].proposes:
+        profile = with_predictor(profile)
     return at_pace(profile, config.profile_time_factor, config.profile_prompt_time_factor)
 
 

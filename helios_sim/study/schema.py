@@ -334,7 +334,7 @@ class GuaranteeConfig:
 class ExitsConfig:
     source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
-    confidence: str = "max_probability"  # or margin, entropy, classifier, hidden_similarity: see exits/rule.py
+    confidence: str = "max_probability"  # or another measure, which exits/rule.py lists
     parameters: dict[str, Any] = field(default_factory=dict)  # of published or stated exits; see exits/published.py
     guarantee: GuaranteeConfig = field(default_factory=GuaranteeConfig)
 

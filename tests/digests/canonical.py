@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-YOUNG = ("resident_layers", "checkpoints")  # fields that are left out where they are None, as before there were any
+# Fields that are left out where they are None, as before there were any.
+YOUNG = ("resident_layers", "checkpoints", "near")
 DIGITS = 10  # significant ones of figures that need not be the same on every CPU
 
 
