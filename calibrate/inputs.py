@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import helios_sim
 from calibrate.exits.texts import TASKS
-from calibrate.schema import POTENTIAL, CalibrateConfig
+from calibrate.schema import POTENTIAL, PREDICTORS, CalibrateConfig
 from calibrate.stages import CODE
 from helios_sim.contents import code_of, digest_of
 from helios_sim.errors import TooLittleMemory, UserError, WeightsError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
-DEPTHS_OF_POTENTIAL = 8  # reading more takes as long as the model itself
+DEPTHS_OF_POTENTIAL = 8  # and where there are predictors; reading more takes as long as the model itself
 # What measures, and what is measured: the rest writes pages, or only passes on what was found.
 MEASURING = (
     "measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "train_exits.py", "work.py",
@@ -209,7 +209,8 @@ class Inputs:
             return tuple(self.config.model.exits)
         if self.heads_folder is not None:
             return tuple(depth for depth in read_header(self.heads_folder)["exits"] if depth < self.layers)
-        return even_exits(self.layers, DEPTHS_OF_POTENTIAL if self.config.task == POTENTIAL else EVEN_EXITS)
+        many = self.config.task in (POTENTIAL, PREDICTORS)
+        return even_exits(self.layers, DEPTHS_OF_POTENTIAL if many else EVEN_EXITS)
 
     def heads_sha256(self) -> str | None:
         """The sha256 of the heads' tensors, by their header; None for the model's own head."""

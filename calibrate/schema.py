@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, field, fields
 from helios_sim.errors import UserError, require_finite
 from helios_sim.profile.devices import device_of
 
-TASKS = ("all", "latency", "adapters", "train_exits", "traces", "potential", "report")
-POTENTIAL, TRAIN_EXITS = "potential", "train_exits"
+TASKS = ("all", "latency", "adapters", "train_exits", "traces", "predictors", "potential", "report")
+POTENTIAL, TRAIN_EXITS, PREDICTORS = "potential", "train_exits", "predictors"
 CURRICULA = ("rotational", "gradual")
 _MEASURING, _TRAINING = ("all", "latency"), ("adapters", TRAIN_EXITS)
-_TRACING = ("all", *_TRAINING, "traces", POTENTIAL)
+_TRACING = ("all", *_TRAINING, "traces", PREDICTORS, POTENTIAL)
 # By setting: the tasks in which it does something. Others do in all, or in the page that any of them writes.
 COUNTS = {
-    **dict.fromkeys(("train_tokens", "adapter_width", "check_width"), _TRAINING), "epochs": ("adapters",),
+    **dict.fromkeys(("train_tokens", "check_width"), (*_TRAINING, PREDICTORS)),
+    "adapter_width": _TRAINING, "epochs": ("adapters",),
     **dict.fromkeys(("tasks", "trace_tokens"), _TRACING), "answers": ("all", "traces"),
     **dict.fromkeys(("max_batch", "max_batch_tokens", "max_context_tokens", "energy"), _MEASURING),
     "budget_s": tuple(task for task in TASKS if task != "report"),
@@ -77,7 +78,7 @@ class CalibrateConfig:
     """A calibration of one model on one device: what to measure, in how much time, and where to put it."""
 
     # all, latency (times, memory, loads, energy), adapters (exits attached to the frozen model), train_exits (the model
-    # trained for exits), traces, potential (does it exit?), report
+    # trained for exits), traces, predictors (of a few words, and a trace with them), potential (does it exit?), report
     task: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
@@ -88,13 +89,14 @@ class CalibrateConfig:
     budget_s: float | None = None  # seconds for everything together; null: no limit
     heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
     tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
-    # about how many, of all tasks together; null: 55,000, or 16,000 for its potential and for trained exits
+    # about how many, of all tasks together; null: 55,000, or 16,000 for its potential, predictors and trained exits
     trace_tokens: int | None = None
     card: str | None = None  # of task=potential: the card for which a speed-up is told; null: h100-80gb
     answers: int = 6  # answers of the model to trace for each task; 0: none
-    train_tokens: int | None = None  # of text, approximately; null: 200,000 for adapters, 2,000,000 for train_exits
+    # of text, approximately; null: 200,000 for adapters, 20,000 for predictors, 2,000,000 for train_exits
+    train_tokens: int | None = None
     adapter_width: int = 128  # width of an exit adapter's gated network
-    check_width: int = 256  # width of the check of the hidden state
+    check_width: int = 256  # width of the check of the hidden state, and of predictors
     epochs: float = 1.5  # passes of adapters over the training tokens
     train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # of task=train_exits
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
@@ -149,13 +151,13 @@ class CalibrateConfig:
     def tokens_to_trace(self) -> int:
         if self.trace_tokens is not None:
             return self.trace_tokens
-        return TOKENS_OF_POTENTIAL if self.task in (POTENTIAL, TRAIN_EXITS) else TOKENS
+        return TOKENS_OF_POTENTIAL if self.task in (POTENTIAL, TRAIN_EXITS, PREDICTORS) else TOKENS
 
     @property
     def tokens_to_train(self) -> int:
         if self.train_tokens is not None:
             return self.train_tokens
-        return TOKENS_OF_TRUNK if self.task == TRAIN_EXITS else TOKENS_OF_ADAPTERS
+        return {TRAIN_EXITS: TOKENS_OF_TRUNK, PREDICTORS: TOKENS_OF_PREDICTORS}.get(self.task, TOKENS_OF_ADAPTERS)
 
 
 def in_vain(config: CalibrateConfig, words: Sequence[str]) -> list[str]:
@@ -171,7 +173,7 @@ def in_vain(config: CalibrateConfig, words: Sequence[str]) -> list[str]:
 
 
 TOKENS, TOKENS_OF_POTENTIAL = 55_000, 16_000
-TOKENS_OF_ADAPTERS, TOKENS_OF_TRUNK = 200_000, 2_000_000
+TOKENS_OF_ADAPTERS, TOKENS_OF_TRUNK, TOKENS_OF_PREDICTORS = 200_000, 2_000_000, 20_000
 CARD = "h100-80gb"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs, measured_by
-from calibrate.schema import POTENTIAL, TRAIN_EXITS
+from calibrate.schema import POTENTIAL, PREDICTORS, TRAIN_EXITS
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -33,6 +33,7 @@ STAGES_OF = {
     "adapters": (ADAPTERS, TRACES),
     "traces": (TRACES, ANSWERS),
     TRAIN_EXITS: (TRAIN_EXITS,),
+    PREDICTORS: (PREDICTORS, TRACES),
     POTENTIAL: (POTENTIAL,),
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
@@ -63,6 +64,7 @@ EFFORTS = {
     TRACES: Effort(400, 30),
     ANSWERS: Effort(100, 30),
     TRAIN_EXITS: Effort(5400, 120),
+    PREDICTORS: Effort(300, 20),
     POTENTIAL: Effort(180, 20),
 }
 QUICK = Effort(2, 0.5)
@@ -72,7 +74,7 @@ def stages_of(inputs: Inputs) -> list[Stage]:
     """The stages of the chosen task. Traces need the whole model, since exits are compared with full depth."""
     makers = {
         CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRAIN_EXITS: _train_exits, TRACES: _traces,
-        ANSWERS: _answers, POTENTIAL: _potential,
+        ANSWERS: _answers, PREDICTORS: _predictors, POTENTIAL: _potential,
     }  # fmt: skip
     names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
     if not names:
@@ -173,6 +175,35 @@ def _adapters(inputs: Inputs) -> Stage:
     return _stage(inputs, ADAPTERS, run, 95, (), settings)
 
 
+def _predictors(inputs: Inputs) -> Stage:
+    """Predictors that look at a few words, in place of the head, trained on texts that are not traced."""
+    config = inputs.config
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.exits.hidden import tokenized_passages
+        from calibrate.exits.predictors import PredictorPlan, train_predictors
+        from calibrate.exits.traces import PASSAGE_CHARS
+
+        if not inputs.exits:
+            raise UserError("model.exits", list(inputs.exits), "an exit below the last layer", "name some")
+        chars, shares = config.tokens_to_train * chars_per_token(inputs), available_texts(inputs).shares()
+        wanted = {task: max(1, round(chars * share / 1000)) for task, share in shares.items()}
+        passages = tokenized_passages(inputs.tokenizer, wanted, Split.TRAIN, PASSAGE_CHARS)
+        plan = PredictorPlan(
+            config.check_width, config.seed, None if stage.allowance_s is None else SAFETY * stage.allowance_s
+        )
+        found, reached = train_predictors(
+            inputs.model, inputs.tokenizer, inputs.heads, passages, plan, stage.tell, stage.spent_s
+        )
+        found.write(stage.folder)
+        return {"exits": list(found.exits), "reached": reached, "width": found.width}
+
+    settings = {**inputs.identity(), "train_tokens": config.tokens_to_train, "exits": list(inputs.exits)}
+    settings |= {"tasks": config.tasks, "seed": config.seed, "check_width": config.check_width}
+    settings |= {"heads": inputs.heads_digest()}
+    return _stage(inputs, PREDICTORS, run, 95, (), settings)
+
+
 def _train_exits(inputs: Inputs) -> Stage:
     """The model changed for early exit, beside the frozen one with exits attached, each with heads and a trace."""
     config, own = inputs.config, inputs.config.train_exits
@@ -209,25 +240,29 @@ def _train_exits(inputs: Inputs) -> Stage:
 
 def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
     config = inputs.config
-    trains = config.task == "adapters"
+    trains, predicts = config.task == "adapters", config.task == PREDICTORS
 
     def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.exits.predictors import read_predictors
         from calibrate.exits.traces import TimeSpent, TraceOrigin, reference_trace
         from helios_sim.exits.store import write_trace
 
         if trains:
             inputs.use_heads(stage.finished[ADAPTERS].part("heads"))
+        words = read_predictors(stage.finished[PREDICTORS].folder, inputs.model.device) if predicts else None
         _ = inputs.model  # loading it takes time of its own
         chars, left_out = chars_that_fit(inputs, stage)
         origin = TraceOrigin(config.model.name, inputs.checkpoint.sha256, command_given("calibrate"))
         try:
             trace, cut = reference_trace(
                 inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / "batches", chars, stage.tell,
-                None if stage.left_s is None else lambda: stage.left_s or 0.0,
+                None if stage.left_s is None else lambda: stage.left_s or 0.0, words,
             )  # fmt: skip
         except TimeSpent as error:
             raise NotEnoughTime(str(error)) from error
         write_trace(trace, stage.folder / "trace")
+        if words is not None:
+            words.write(stage.folder / "trace")
         wanted = config.tokens_to_trace * chars_per_token(inputs)
         if not cut and sum(chars.values()) < 0.98 * wanted:
             cut = f"{trace.n_tokens:,} tokens in place of about {config.tokens_to_trace:,}"
@@ -236,7 +271,8 @@ def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
 
     settings = {**inputs.identity(), "tasks": config.tasks, "trace_tokens": config.tokens_to_trace}
     settings |= {} if trains else {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
-    return _stage(inputs, name, run, 80, (ADAPTERS,) if trains else (), settings)
+    needs = {"adapters": (ADAPTERS,), PREDICTORS: (PREDICTORS,)}.get(config.task, ())
+    return _stage(inputs, name, run, 80, needs, settings)
 
 
 def _potential(inputs: Inputs) -> Stage:

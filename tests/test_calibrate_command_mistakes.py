@@ -71,7 +71,8 @@ MISTAKES = [
 def test_what_a_task_does_not_look_at_is_told():
     words = ["model=x", "+task=latency", "trace_tokens=900", "budget_s=60", "max_batch=4", "epochs=2"]
     assert in_vain(CalibrateConfig(task="latency"), words) == [
-        "trace_tokens=900 does nothing here: it counts for task=all or adapters or train_exits or traces or potential",
+        "trace_tokens=900 does nothing here: it counts for task=all or adapters or train_exits or traces or "
+        "predictors or potential",
         "epochs=2 does nothing here: it counts for task=adapters",
     ]
     assert in_vain(CalibrateConfig(task="report"), ["budget_s=5", "threshold=0.8"])[0].startswith("budget_s=5 does")

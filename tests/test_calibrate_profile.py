@@ -65,6 +65,7 @@ def test_the_tables_are_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (profile.head, costs.head),
         (profile.check, costs.head),
         (profile.check_classifier, costs.classifier),
+        (profile.check_predictor, costs.predictor),
         (profile.embedding, costs.embedding),
         (profile.layer_tables[0].dense, costs.dense),
         (profile.layer_tables[1].kv_projection, costs.kv_projection),

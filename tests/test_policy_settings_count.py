@@ -58,7 +58,8 @@ VALUES: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("draft_model", "drafter"), ("draft_model", "model"),  # the same model, and a smaller one than the drafter
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
-    ("helios_probe", "evaluated_tokens"), ("early_exit", "near_layers"), *(("early_exit", setting) for setting in OF_SPLITS),
+    ("helios_probe", "evaluated_tokens"), ("early_exit", "near_layers"),
+    *(("early_exit", setting) for setting in OF_SPLITS),
 }  # fmt: skip
 # Probes that are often enough to hear and to change something within few requests.
 NEXT = ("objective.max_disagreement=0.3", "policy.probe_share=0.1", "policy.review_requests=10")

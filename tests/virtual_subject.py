@@ -46,6 +46,9 @@ class Costs:
     def classifier(self, rows: int) -> float:
         return self.speed * (3e-6 + 1e-7 * rows)
 
+    def predictor(self, rows: int) -> float:
+        return self.speed * (2e-5 + 3e-7 * rows)
+
     def decode(self, slides: bool, kv_tokens: Sequence[int]) -> float:
         """By the longest context of the batch, as our engine reads them."""
         total = len(kv_tokens) * max(kv_tokens)
@@ -115,6 +118,17 @@ class VirtualSubject(Subject):
 
     def classified(self, hidden: Any, exit_index: int = 0) -> Any:
         self.clock.pass_s(self.costs.classifier(len(hidden)))
+
+    @property
+    def has_predictor(self) -> bool:
+        return True
+
+    def foreseen(self, hidden: Any, words: Any) -> Any:
+        assert len(words) == len(hidden)
+        self.clock.pass_s(self.costs.predictor(len(hidden)))
+
+    def words(self, rows: int) -> Any:
+        return torch.zeros(rows, 4, dtype=torch.int64)
 
     def hidden(self, rows: int) -> Any:
         return torch.zeros(rows, 8)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.drafts import kept
+from calibrate.exits import predictors as of_words
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
 from calibrate.exits.training import largest
@@ -81,16 +82,19 @@ def observe(
     hidden: Sequence[Tensor],
     reference: NDArray[np.int64],
     before: Sequence[Tensor] | None = None,
+    predictors: of_words.Predictors | None = None,
 ) -> ExitOutputs:
     """Read every exit at `hidden`, (N, d) per early exit and after the last layer; reference (N,): the text's ids.
 
     `before`: the states one layer earlier, (N, d) each; without them no measure that compares two layers is recorded.
+    Without `predictors` there is no column of theirs.
     """
     import torch
 
     measured = [
         c for c, measure in MEASURES.items()
         if (heads.has_check or c is not Confidence.CLASSIFIER) and (before is not None or not measure.neighbours)
+        and (predictors is not None or not measure.proposes)
     ]  # fmt: skip
     found: list[list[NDArray[Any]]] = []  # by exit: choice, bits, then the measures
     with torch.inference_mode():
@@ -99,6 +103,10 @@ def observe(
             earlier = state if before is None else before[e]
             pieces = zip(*(t.split(_CHUNK_TOKENS) for t in (state, earlier, words)), strict=True)
             views = [_ExactView(model, heads, e, *piece) for piece in pieces]
+            if predictors is not None:
+                pieces = zip(*(h.split(_CHUNK_TOKENS) for h in (hidden[0], hidden[max(e - 1, 0)])), strict=True)
+                for view, piece in zip(views, pieces, strict=True):
+                    view.proposes(predictors, *piece)
             rows = [[v.choice, v.bits(), *(MEASURES[c].of(v) for c in measured)] for v in views]
             found.append([torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)])
     choice, bits, *measures = (np.column_stack(column) for column in zip(*found, strict=True))
@@ -117,7 +125,7 @@ class _ExactView:
     ) -> None:
         import torch
 
-        self._heads, self._exit, self._state, self._before = heads, e, state, before
+        self._model, self._heads, self._exit, self._state, self._before = model, heads, e, state, before
         self._temperature = temperature = heads.temperature[e]
         normed = model.normed(heads.adapt(e, state).to(model.dtype))
         self._logits = normed @ model.outer.head.T
@@ -135,6 +143,19 @@ class _ExactView:
         self._exact, self._peak, self._total = exact, peak, total
         self._best = fine.sort(descending=True)
         self.choice = tokens[:, :_EXACT].gather(1, self._best.indices[:, :1])[:, 0]
+
+    def proposes(self, predictors: of_words.Predictors, first: Tensor, at_exit_before: Tensor) -> None:
+        """With these predictors; the states (n, d) at the first exit, and at the one before this."""
+        self._words = predictors, of_words.proposed(self._model, self._heads, first), at_exit_before
+
+    def foreseen(self) -> Tensor:
+        import torch
+
+        (predictors, words, before), e = self._words, self._exit
+        if e == len(predictors.exits):
+            return torch.ones(len(words), device=words.device)
+        seen = of_words.features(self._model, self._heads, e, self._state, before if e else None, words)
+        return of_words.signed(predictors.predicted(e, seen), self.choice, words)
 
     @property
     def vocab_size(self) -> int:
@@ -275,6 +296,7 @@ def reference_trace(
     chars: Mapping[str, int] | None = None,
     tell: Tell = _quiet,
     left_s: Callable[[], float] | None = None,
+    predictors: of_words.Predictors | None = None,
 ) -> tuple[ExitTrace, str]:
     """The trace on held-out text, with at least one passage of every task in `chars` (characters of each).
 
@@ -287,7 +309,8 @@ def reference_trace(
     chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
     start = start_token(tokenizer, model.architecture.vocab_size)
     scratch.mkdir(parents=True, exist_ok=True)
-    files = [scratch / f"{_fingerprint(p)}.npz" for p in chosen]
+    by = "" if predictors is None else predictors.digest()
+    files = [scratch / f"{_fingerprint(p, by)}.npz" for p in chosen]
     left = [i for i, path in enumerate(files) if _kept(path) is None]
     firsts = set({chosen[i].task: i for i in reversed(range(len(chosen)))}.values())
     parts = [left] if left_s is None else [[i for i in left if (i in firsts) is first] for first in (True, False)]
@@ -297,7 +320,7 @@ def reference_trace(
         tokens, began_s = sum(len(chosen[i].tokens) for i in group), time.monotonic()
         if left_s is not None and left_s() < pace_s * tokens:
             break
-        found = _read(model, heads, start, [chosen[i] for i in group], depths)
+        found = _read(model, heads, start, [chosen[i] for i in group], depths, predictors)
         ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
         split = {name: np.split(values, ends) for name, values in found.items()}
         for j, i in enumerate(group):
@@ -318,8 +341,8 @@ def reference_trace(
     ), lacking  # fmt: skip
 
 
-def _fingerprint(passage: Passage) -> str:
-    return hashlib.sha256(passage.tokens.tobytes() + " ".join(MEASURES).encode()).hexdigest()[:20]
+def _fingerprint(passage: Passage, by: str) -> str:
+    return hashlib.sha256(passage.tokens.tobytes() + " ".join(MEASURES).encode() + by.encode()).hexdigest()[:20]
 
 
 def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
@@ -338,13 +361,19 @@ def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _read(
-    model: SegmentedModel, heads: ExitHeads, start: int, chosen: Sequence[Passage], depths: Sequence[int]
+    model: SegmentedModel,
+    heads: ExitHeads,
+    start: int,
+    chosen: Sequence[Passage],
+    depths: Sequence[int],
+    predictors: of_words.Predictors | None,
 ) -> dict[str, NDArray[Any]]:
     import torch
 
     with torch.inference_mode():
         hidden = states(model, start, [p.tokens for p in chosen], _neighbours(depths))
-    return observe(model, heads, hidden[1::2], np.concatenate([p.tokens for p in chosen]), hidden[::2]).columns
+    tokens = np.concatenate([p.tokens for p in chosen])
+    return observe(model, heads, hidden[1::2], tokens, hidden[::2], predictors).columns
 
 
 def generated_trace(

@@ -15,6 +15,7 @@ from calibrate.measure.host import HostCosts, ServingCosts
 from calibrate.measure.latency import (
     CHECK,
     CHECK_CLASSIFIER,
+    CHECK_PREDICTOR,
     DECODE,
     DENSE,
     EMBEDDING,
@@ -58,8 +59,9 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
     Factors are None until whole iterations give them.
     """
     tables = tuple(_layer(latency, grids, i) for i in range(len(latency.subject.classes)))
-    classifier = (
-        _rows(latency, CHECK_CLASSIFIER, grids.axes[CHECK_CLASSIFIER]) if CHECK_CLASSIFIER in grids.axes else None
+    classifier, predictor = (
+        _rows(latency, table, grids.axes[table]) if table in grids.axes else None
+        for table in (CHECK_CLASSIFIER, CHECK_PREDICTOR)
     )
     loads = measured.loads
     return Profile(
@@ -69,6 +71,7 @@ def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Mea
         embedding=_rows(latency, EMBEDDING, grids.axes[EMBEDDING]), check=_rows(latency, CHECK, grids.axes[CHECK]),
         activation_reserve_bytes=measured.memory.activation_reserve_bytes,
         load_bytes_per_s=loads.engine_bytes_per_s, load_slowdown=loads.slowdown, check_classifier=classifier,
+        check_predictor=predictor,
         disk_bytes_per_s=loads.checkpoint_bytes_per_s,
         padded_kv=not latency.subject.model.kernels.any_lengths,  # by definition: `KvCache.decode_step`
         time_band=TIME_BAND,

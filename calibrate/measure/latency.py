@@ -5,7 +5,7 @@ is how much longer a run with it takes than a run of the same rows without it, l
 whole iterations. Classes of layers differ only in attention: each class has a run in which only its layers attend. A
 classifier's check is small compared with what the first operation after other work costs, which is paid anyway. So it
 is how much longer a run of some layers takes with a check after each; if noise hides that, the check timed alone is
-used.
+used. A predictor's check, of several operations, is timed alone.
 
 Two anchors are timed all along: a few decodes and a prompt, the same steps as in `helios_sim.live.pace`, so that
 serving from the profile can time them again.
@@ -34,10 +34,11 @@ CHECKED_LAYERS = 8
 CHECKED_REPEATS = 3  # laps with and without checks, in turns
 NEAR_CONTEXT = 16  # a first chunk has its own kernel, so interpolation starts just after context 0
 DENSE, KV_PROJECTION, EMBEDDING, HEAD = "dense", "kv_projection", "embedding", "head"
-CHECK, CHECK_CLASSIFIER = "check", "check_classifier"
+CHECK, CHECK_CLASSIFIER, CHECK_PREDICTOR = "check", "check_classifier", "check_predictor"
 DECODE, PREFILL = "decode_attention", "prefill_attention"
 CLASSIFIER_ALONE, CLASSIFIED_LAYER = f"{CHECK_CLASSIFIER}_alone", f"{CHECK_CLASSIFIER}_layer"
 HEAD_ALONE = f"{HEAD}_alone"
+OF_HEAD = (HEAD, CHECK, CHECK_PREDICTOR)  # measured for as many rows as go through the head at once
 
 
 class NoAttention:
@@ -140,7 +141,8 @@ class Latency:
     def row_tables(self) -> tuple[str, ...]:
         """The tables by rows. The first one is measured only by `rows_job`, at all rows."""
         own = (EMBEDDING, DENSE, HEAD, CHECK, KV_PROJECTION)
-        return (*own, CHECK_CLASSIFIER) if self.subject.has_classifier else own
+        looks = (CHECK_PREDICTOR,) if self.subject.has_predictor else ()
+        return (*own, *looks, CHECK_CLASSIFIER) if self.subject.has_classifier else (*own, *looks)
 
     def coarse(self) -> Grids:
         """The initial axes: few points that span the limits."""
@@ -151,7 +153,7 @@ class Latency:
         context = limits.max_kv_tokens - min(limits.max_chunk, limits.max_kv_tokens // 2)
         contexts = tuple(sorted({0, min(NEAR_CONTEXT, context // 2), context // 2, context}))
         chunks = tuple(sorted({1, *geometric(min(16, limits.max_chunk), limits.max_chunk, 4.0)}))
-        axes = {table: Axes((head_rows if table in (HEAD, CHECK) else rows,)) for table in self.row_tables}
+        axes = {table: Axes((head_rows if table in OF_HEAD else rows,)) for table in self.row_tables}
         axes[DECODE] = Axes((geometric(1, limits.max_batch, 2.0), kv))
         axes[PREFILL] = Axes((chunks, contexts))
         return Grids(axes, {})
@@ -165,7 +167,7 @@ class Latency:
 
         context = limits.max_kv_tokens - min(limits.max_chunk, limits.max_kv_tokens // 2)
         axes = {
-            table: Axes((ends(1, limits.max_head_rows if table in (HEAD, CHECK) else limits.max_rows),))
+            table: Axes((ends(1, limits.max_head_rows if table in OF_HEAD else limits.max_rows),))
             for table in self.row_tables
         }
         axes[DECODE] = Axes((ends(1, limits.max_batch), ends(1, limits.max_kv_tokens)))
@@ -291,11 +293,12 @@ class Latency:
         if classifies := CHECK_CLASSIFIER in tables:
             tables[tables.index(CHECK_CLASSIFIER)] = CLASSIFIER_ALONE
         if rows > subject.limits.max_head_rows:
-            tables = [t for t in tables if t not in (HEAD, CHECK)]
+            tables = [t for t in tables if t not in OF_HEAD]
 
         def build() -> Sequence[Step]:
             step = subject.decode_step([8] * rows)
             ids, hidden, none = subject.tokens(rows), subject.hidden(rows), NoAttention(step.rotations)
+            words = subject.words(rows) if CHECK_PREDICTOR in tables else None
 
             def layer_by_layer(check: bool) -> None:
                 passed = hidden
@@ -311,6 +314,7 @@ class Latency:
                 CLASSIFIER_ALONE: lambda: subject.classified(hidden),
                 HEAD: lambda: subject.sampled(hidden),
                 CHECK: lambda: subject.checked(hidden),
+                CHECK_PREDICTOR: lambda: subject.foreseen(hidden, words),
             }
             in_turns = [partial(layer_by_layer, False), partial(layer_by_layer, True)] * CHECKED_REPEATS
             return [steps[table] for table in tables] + (in_turns if classifies else [])

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from calibrate.exits.predictors import drawn_predictors
 from calibrate.measure.device import TimedDevice
+from helios_sim.exits.rule import WORDS
 from helios_sim.live.model.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ class Subject:
         import torch
 
         self.model, self.device, self.heads = model, device, heads
+        exits = () if heads is None else heads.exits
+        self._predictors = drawn_predictors(exits, model.device, seed) if exits else None
         self.architecture = a = model.architecture
         self.limits = limits.within(a)
         self.n_layers = model.n_loaded
@@ -171,11 +175,33 @@ class Subject:
         assert self.heads is not None
         return self.heads.classify(exit_index % len(self.heads.exits), hidden)
 
+    def foreseen(self, hidden: Any, words: Any) -> Any:
+        """A check by a predictor at the deepest exit: its probability, on the device. Words (rows, WORDS) of the head.
+
+        The states at the exit before are as many others; what the network has learned takes no time.
+        """
+        from calibrate.exits.predictors import features
+
+        assert self.heads is not None
+        assert self._predictors is not None
+        last = len(self.heads.exits) - 1
+        before = hidden.flip(0) if last else None
+        return self._predictors.predicted(last, features(self.model, self.heads, last, hidden, before, words))
+
+    def words(self, rows: int) -> Any:
+        """Random words (rows, WORDS), as a first exit would propose them."""
+        return self.tokens(rows * WORDS).view(rows, WORDS)
+
     def layer_tensors(self, layer: int) -> list[Any]:
         """The weights of one layer."""
         from helios_sim.live.model.weights import tensors
 
         return list(tensors(self.model.layers[layer]))
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether there is an exit that a predictor could look at."""
+        return self._predictors is not None
 
     @property
     def has_classifier(self) -> bool:

@@ -53,6 +53,7 @@ class Results:
     own_exits: ExitTrace | None = None  # of which that is told
     card: Profile | None = None  # by which it is priced
     trained: Mapping[str, Any] | None = None  # result of the stage that trained the model for early exit
+    predictors: Mapping[str, Any] | None = None  # what predictors reach by exit, on texts kept from them
 
 
 def make_page(
@@ -122,6 +123,11 @@ def _verdict(config: CalibrateConfig, results: Results, statistics: Sequence[Exi
         found += sentences(results.potential, config.model.name)
     if results.trained is not None:
         found += verdict(results.trained["compared"])
+    for depth, reached in (results.predictors or {}).items():
+        found.append(
+            f"A predictor at layer {depth} lets {reached['leaves']:.1%} of the tokens leave and changes "
+            f"{reached['changed']:.1%}; it asks the head in vain for {reached['in_vain']:.1%}."
+        )
     return found or ["Nothing that can be simulated from is finished yet."]
 
 
@@ -226,6 +232,7 @@ def _check_layers(profile: Profile) -> tuple[float, str] | None:
     """The cost of a check of one row in layers, with a note; the cheaper one if there are two."""
     layer_s = float(profile.layer_tables[0].dense.time_s[0])
     costs = {"through the LM head": profile.check, "by the classifier": profile.check_classifier}
+    costs["by a predictor of a few words"] = profile.check_predictor
     known = {name: float(table.time_s[0]) / layer_s for name, table in costs.items() if table is not None}
     if not known or not layer_s:
         return None

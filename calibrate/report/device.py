@@ -20,6 +20,7 @@ PARTS = {
     "head": "norm, LM head, sampling",
     "check": "exit check by the LM head",
     "check_classifier": "exit check by the classifier",
+    "check_predictor": "exit check by a predictor",
     "embedding": "embedding",
     "decode_attention": "decode attention",
     "prefill_attention": "prefill attention",

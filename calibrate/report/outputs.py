@@ -21,7 +21,7 @@ from calibrate.measure.ceilings import Ceilings
 from calibrate.report.calibration import Results, make_page
 from calibrate.report.exits import exit_summary
 from calibrate.report.page import Page, render
-from calibrate.schema import POTENTIAL, TRAIN_EXITS, CalibrateConfig
+from calibrate.schema import POTENTIAL, PREDICTORS, TRAIN_EXITS, CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
 from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, SPEC, TRACES
 from helios_sim import files
@@ -95,6 +95,7 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
         own_exits=own,
         card=card,
         trained=finished[TRAIN_EXITS].result if TRAIN_EXITS in finished else None,
+        predictors=finished[PREDICTORS].result["reached"] if PREDICTORS in finished else None,
     )
 
 
@@ -221,6 +222,7 @@ def _summary(
         "exits": exit_summary(statistics) or None,
         **({} if results.potential is None else {"potential": results.potential.to_json()}),
         **({} if results.trained is None else {"trained": dict(results.trained)}),
+        **({} if results.predictors is None else {"predictors": dict(results.predictors)}),
         "paths": {**paths, "report": str(folder / "report.html")},
         "use": list(use),
         "provenance": provenance,
