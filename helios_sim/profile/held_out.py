@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class _Rows:
         return np.asarray(np.array([price_s(*row) for row in rows]) / (self.left_out["latency"] * MS))
 
 
+@cache
 def products(source: KernelSource, kind: Measured = BF16, part: int = 0) -> tuple[FloatArray, FloatArray]:
     """Prices over measured times of matrix products that were left out: of decodes, of prompts."""
     rows = _Rows(kind.dtype, ("m", "n", "k"), part)
@@ -67,6 +69,7 @@ def products(source: KernelSource, kind: Measured = BF16, part: int = 0) -> tupl
     return found[wide & of_decodes], found[wide & ~of_decodes]
 
 
+@cache
 def attention(source: KernelSource, part: int = 0) -> tuple[FloatArray, FloatArray]:
     """The same of attention: of decodes, of prompts without earlier context."""
     of_decodes, of_prompts = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Gemm:
     def bytes_moved(self, rows: int, value_bytes: int) -> int:
         return value_bytes * (self.n * self.k + rows * (self.n + self.k))
 
-    def operations(self, rows: int) -> int:
+    def operations(self, rows: Any) -> Any:
+        """Of so many rows, or of each number of rows in an array."""
         return 2 * rows * self.n * self.k
 
 
@@ -194,7 +196,7 @@ def device_roofline(
 
     def gemm_s(gemm: Gemm, rows: int) -> float:
         moved_s = gemm.bytes_moved(rows, value_bytes) / bytes_per_s
-        return efficiency.kernel_s + max(moved_s, gemm.operations(rows) / flops_per_s)
+        return float(efficiency.kernel_s + max(moved_s, gemm.operations(rows) / flops_per_s))
 
     def layer_gemm_s(gemm: Gemm, rows: int) -> float:
         if products is None:

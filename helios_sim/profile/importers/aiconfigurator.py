@@ -67,10 +67,24 @@ BETWEEN_AS_SHIPPED = (
 )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def gemm_times(source: KernelSource, kind: Measured = BF16) -> GemmTimes:
     """The products of a table, read once. As shipped profiles were made, where it is one of shared data."""
     return (ProductTimes if source.shipped else GemmTimes)(source, kind)
+
+
+@lru_cache(maxsize=32)
+def decode_times(source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int) -> DecodeAttentionTimes:
+    """The same of decode attention."""
+    return (DecodeTimes if source.shipped else DecodeAttentionTimes)(source, heads, kv_heads, head_dim, kv_bytes)
+
+
+@lru_cache(maxsize=32)
+def prefill_times(
+    source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int
+) -> PrefillAttentionTimes:
+    """The same of attention over prompts."""
+    return (PrefillTimes if source.shipped else PrefillAttentionTimes)(source, heads, kv_heads, head_dim, kv_bytes)
 
 
 MAX_ROWS = 8192
@@ -114,15 +128,12 @@ class LayerTimes:
         )
         self.table_kv_heads = self.decode_heads[1]
         self.batch_scale = model.n_kv_heads / self.table_kv_heads
-        of_decodes, of_prompts = (
-            (DecodeTimes, PrefillTimes) if source.shipped else (DecodeAttentionTimes, PrefillAttentionTimes)
-        )
-        self.decode = of_decodes(source, *self.decode_heads, head_dim, kv_bytes)
+        self.decode = decode_times(source, *self.decode_heads, head_dim, kv_bytes)
         self.prefill_heads = measured_heads(
             source, "context_attention", model.n_heads, model.n_kv_heads, head_dim, kv_bytes
         )
         self.prefill_scale = self.head_scale * model.n_heads / self.prefill_heads[0]
-        self.prefill = of_prompts(source, *self.prefill_heads, head_dim, kv_bytes)
+        self.prefill = prefill_times(source, *self.prefill_heads, head_dim, kv_bytes)
 
     @property
     def chunks(self) -> IntArray:

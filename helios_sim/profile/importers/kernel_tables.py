@@ -200,14 +200,14 @@ class GemmTimes:
 
     def operations_bind(self, gemm: Gemm, card: HardwareSpec, weights: int | None = None) -> BoolArray:
         """(rows,) where the roofline is the operations over peak."""
-        operations = np.array([gemm.operations(int(m)) for m in self.rows])
+        operations = gemm.operations(self.rows)
         return np.asarray(self.roofline_s(gemm, card, weights) <= operations / self.kind.rate(card))
 
     def roofline_s(self, gemm: Gemm, card: HardwareSpec, weights: int | None = None) -> FloatArray:
         """(rows,) the larger of bytes over bandwidth and operations over peak. `weights`: their bytes, if others."""
         n_bytes = self.kind.weight_bytes * gemm.n * gemm.k if weights is None else weights
         moved = self._moved(gemm.n, gemm.k, n_bytes, self.rows.astype(np.float64))
-        operations = np.array([gemm.operations(int(m)) for m in self.rows])
+        operations = gemm.operations(self.rows)
         return np.asarray(np.maximum(moved / card.hbm_bytes_per_s, operations / self.kind.rate(card)))
 
     def time_s(self, gemm: Gemm, weights: int | None = None) -> FloatArray:
