@@ -376,9 +376,7 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
     Raises `error` where it is larger than `most_bytes`, or unpacks to a hundred times its size and more than 64 MiB.
     """
     content = read_bytes(path, most_bytes, fix, error)
-    for begins, (what, instead) in _OTHER_KINDS.items():
-        if content.startswith(begins) and (begins != _GZIP or path.suffix != ".gz"):
-            raise error(str(path), what, "text in UTF-8, plain or in a .gz file", instead)
+    _check_kind(path, content, path.suffix == ".gz", error)
     if path.suffix == ".gz":
         limit = min(most_bytes, max(_PACKED * len(content), 64 * MIB))
         packed = io.BytesIO(content)
@@ -387,9 +385,23 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
         if len(content) > limit:
             allowed = f"at most {limit / MIB:.0f} MiB of text in a packed file of this size"
             raise error(str(path), "more than that", allowed, fix)
+        _check_kind(path, content, False, error)
     with reading(str(path), "damaged", "text in UTF-8", fix, error):
         content.decode("utf-8")
+    if b"\0" in content[: 2 * _SHOWN]:
+        raise error(str(path), "bytes of 0", "text in UTF-8; this may be UTF-16", "save it in UTF-8")
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _check_kind(path: Path, content: bytes, packed: bool, error: type[UserError]) -> None:
+    """Raises `error` for a file of another kind by its beginning, and for an archive; `packed`: gzip's is right."""
+    if path.name.endswith((".tgz", ".tar.gz", ".tar")) or content[257:262] == b"ustar":
+        raise error(str(path), "an archive of files", "text in UTF-8, plain or in a .gz file", "unpack it: tar xf FILE")
+    for begins, (what, instead) in _OTHER_KINDS.items():
+        if content.startswith(begins) and (begins != _GZIP or not packed):
+            twice = begins == _GZIP and path.suffix == ".gz"
+            fix = "it is packed twice: unpack it once" if twice else instead
+            raise error(str(path), what, "text in UTF-8, plain or in a .gz file", fix)
 
 
 def lines_of(text: str) -> list[str]:

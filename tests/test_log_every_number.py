@@ -85,6 +85,8 @@ def test_every_number_counts(tmp_path: Path, tool: str) -> None:
         name = named(place)
         if name in seen or is_harmless(module, name) or name.startswith(SKIPPED.get(tool, "-")):
             continue
+        if ".percentiles." in name and not name.endswith("p99"):
+            continue  # all are compared alike
         seen.add(name)
         changed = make()
         within = changed

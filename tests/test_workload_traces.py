@@ -415,3 +415,42 @@ def test_hashes_of_both_signs_are_named_with_their_lines(tmp_path: Path) -> None
     path = written(tmp_path, "m.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(UserError, match=r"line 3, column hash_ids=.*line 1 has some of the other. Fix: write them all"):
         read_trace(path, texts=True)
+
+
+@pytest.mark.parametrize("name", ["arrival_\u00b5s", "timestamp (\u03bcs)", "arrival_us"])
+def test_the_sign_of_micro_is_no_second(tmp_path: Path, name: str) -> None:
+    trace = read_trace(written(tmp_path, "t.csv", f"{name},prompt_tokens,output_tokens\n0,5,5\n1000000,6,7\n"))
+    assert trace.arrival_ns is not None
+    assert trace.arrival_ns.tolist() == [0, 10**9]
+
+
+@pytest.mark.parametrize(
+    ("cell", "is_read"),
+    [
+        ("2024-05-10 00:00", True), ("2024-05-10T00:00:00.123456789Z", True), ("2024-05-10 00:00:00+0530", True),
+        ("20240510T000000Z", False), ("0001-01-01 00:00:00", False), ("2300-01-01 00:00:00", False),
+        ("2024-W19-5T00:00", False), ("2024-02-30 00:00:00", False), ("2024-05-10 24:00:00", False),
+    ],
+)  # fmt: skip
+def test_dates_are_those_that_tables_have_or_named(tmp_path: Path, cell: str, is_read: bool) -> None:
+    """Python's parser reads more, and then no line could be named."""
+    path = written(tmp_path, "t.csv", f"timestamp,prompt_tokens,output_tokens\n{cell},5,5\n")
+    if is_read:
+        assert len(read_trace(path)) == 1
+        return
+    with pytest.raises(UserError, match="line 2, column timestamp="):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv.gz", gzip.compress(gzip.compress(b"a,b\n")), "packed twice"), ("t.tgz", b"\x1f\x8b", "tar xf"),
+        ("t.csv", "prompt_tokens,output_tokens\n5,5\n".encode("utf-16-le"), "this may be UTF-16"),
+        ("t.jsonl", b'{"prompt_tokens": [17, 4], "output_tokens": 5}\n', "a number of tokens, not a list"),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_files_and_cells_are_told(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_trace(tmp_path / name)

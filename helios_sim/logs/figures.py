@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs.record import FIX, close_to, not_read, number
@@ -24,7 +24,7 @@ from helios_sim.untrusted import shortened
 
 Ours = float | tuple[float, float] | None  # what other figures say, or between what; None: they do not say it
 _NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # of what matters: off, none, or one of it
-_MOST = 1e15
+_MOST, _MOST_NAMES = 1e15, 10_000
 TOTALS = "{count} requests have a total other than prompt and answer, such as {said} in place of {ours}: these count"
 MORE_CHUNKS = ("{count} of {all} answers came in more chunks than tokens, such as {said} and not {ours}: a chunk holds "
                "at least one, so that their tokens are counted too few")  # fmt: skip
@@ -56,6 +56,15 @@ class Figure:
         return not (low <= said <= high or near)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is declared of one name."""
+
+    effect: str | None  # the pattern of it
+    figures: list[tuple[re.Match[str], Figure]]
+    is_declared: bool  # it is read, or does not matter
+
+
 @dataclass(frozen=True)
 class Known:
     """All names that a tool writes in one mapping.
@@ -70,8 +79,11 @@ class Known:
     harmless: str = ""
 
     @cached_property
-    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern[str], Figure]]]:
-        return re.compile(self.read), re.compile(self.harmless), [(re.compile(f.name), f) for f in self.figures]
+    def _patterns(self) -> tuple[
+        re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern[str], Figure]], list[tuple[str, re.Pattern[str]]]
+    ]:  # fmt: skip
+        figures = [(re.compile(figure.name), figure) for figure in self.figures]
+        return re.compile(self.read), re.compile(self.harmless), figures, [(n, re.compile(n)) for n in self.effects]
 
     def is_harmless(self, name: str) -> bool:
         return self._patterns[1].fullmatch(name) is not None
@@ -80,12 +92,20 @@ class Known:
         """Whether it is read, or does not matter. Figures and effects are looked at besides."""
         return self._patterns[0].fullmatch(name) is not None or self.is_harmless(name)
 
-    def effect_of(self, name: str) -> str | None:
-        """The pattern of it."""
-        return next((pattern for pattern in self.effects if re.fullmatch(pattern, name)), None)
+    def of(self, name: str) -> _Kind:
+        """What is declared of a name; found once for all files."""
+        kept = self._kept
+        if name not in kept:
+            if len(kept) >= _MOST_NAMES:  # files may hold any
+                kept.clear()
+            effect = next((n for n, pattern in self._patterns[3] if pattern.fullmatch(name)), None)
+            figures = [(match, one) for pattern, one in self._patterns[2] if (match := pattern.fullmatch(name))]
+            kept[name] = _Kind(effect, figures, self.is_declared(name))
+        return kept[name]
 
-    def figures_of(self, name: str) -> list[tuple[re.Match[str], Figure]]:
-        return [(match, figure) for pattern, figure in self._patterns[2] if (match := pattern.fullmatch(name))]
+    @cached_property
+    def _kept(self) -> dict[str, _Kind]:
+        return {}
 
 
 class Look:
@@ -94,9 +114,6 @@ class Look:
     def __init__(self, source: str, known: Known, prefix: str = "") -> None:
         """`prefix`: of names in messages, which do not stand in the mappings themselves."""
         self._source, self._known, self._prefix = source, known, prefix
-        self._figures: dict[str, list[tuple[re.Match[str], Figure]]] = {}
-        self._declared: dict[str, bool] = {}
-        self._effects: dict[str, str | None] = {}
         self._matter: dict[str, str] = {}  # the first name of each effect that is there
         self._left: dict[str, None] = {}
         self._stated: Counter[str] = Counter()  # by sentence: in how many places both are said
@@ -113,18 +130,15 @@ class Look:
     def _within(self, place: str, values: Mapping[str, Any], path: str, facts: Any, units: Mapping[str, float]) -> None:
         for key, value in values.items():
             name = f"{path}{key}"
-            if name not in self._declared:
-                self._declared[name] = self._known.is_declared(name)
-                self._figures[name] = self._known.figures_of(name)
-                self._effects[name] = self._known.effect_of(name)
-            if (effect := self._effects[name]) is not None:
+            kind = self._known.of(name)
+            if kind.effect is not None:
                 if value not in _NOTHING:
-                    self._matter.setdefault(effect, f"{self._prefix}{name}")
-            elif self._figures[name]:
-                for match, figure in self._figures[name] if facts is not None and value is not None else ():
+                    self._matter.setdefault(kind.effect, f"{self._prefix}{name}")
+            elif kind.figures:
+                for match, figure in kind.figures if facts is not None and value is not None else ():
                     if (ours := figure.ours(facts, match)) is not None:
                         self._compare(place, f"{self._prefix}{name}", value, figure, ours, units.get(name, 1.0))
-            elif self._declared[name] or value in (None, "", [], {}):
+            elif kind.is_declared or value in (None, "", [], {}):
                 continue
             elif isinstance(value, Mapping):
                 self._within(place, value, f"{name}.", facts, units)
@@ -183,14 +197,14 @@ def server_counted(name: str, what: str, ours: Callable[[Any, re.Match[str]], Ou
     return Figure(name, ours, _FAR, _FEW, told=f"{told}place of {{said}}: the server's count")
 
 
-def statistic(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Ours:
+def statistic(name: str, values: ArrayLike, weights: ArrayLike | None = None) -> Ours:
     """mean, median, std, variance, mode, min, max, count, total or a percentile (p99, p99.9), as numpy has them.
 
     With `weights` as guidellm has them: a percentile is one of the values, the first up to which that share of the
     weights lies; where rounding decides between two it lies between them. None: another name, or nothing to count.
     """
     found = np.asarray(values, np.float64)
-    if not len(found) or (weights is not None and sum(weights) <= 0):
+    if not len(found) or (weights is not None and np.sum(weights) <= 0):
         return None
     if name in ("mean", "median", "std", "min", "max") and weights is None:
         return float(getattr(np, name)(found))

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
@@ -124,14 +127,17 @@ class _Run:
     ones: Sequence[_One]  # that were answered
     span: tuple[float, float] | None  # of what is measured, in seconds since 1970
     listed: int  # of all requests
+    kept: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)  # of metrics
 
 
 def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
     """A statistic of all answers, as guidellm has it: what is missing counts as 0."""
     name, figure = match[1], match[2].removeprefix("percentiles.")
-    values = [value or 0.0 for value in (_VALUES[name](one) for one in run.ones)]
-    weights = [_WEIGHTS[name](one) if name in _WEIGHTS else 1.0 for one in run.ones]
-    return statistic(figure, values, weights)
+    if name not in run.kept:
+        values = [value or 0.0 for value in (_VALUES[name](one) for one in run.ones)]
+        weights = [_WEIGHTS[name](one) if name in _WEIGHTS else 1.0 for one in run.ones]
+        run.kept[name] = np.array(values, np.float64), np.array(weights, np.float64)
+    return statistic(figure, *run.kept[name])
 
 
 def _token_rate(run: _Run, match: re.Match[str]) -> Ours:

@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
@@ -38,7 +39,7 @@ class _Run:
 
     rows: Sequence[Row]
     duration_s: float
-    times: Mapping[str, Sequence[float]] | None
+    times: Mapping[str, NDArray[np.float64]] | None
 
     @property
     def done(self) -> list[Row]:
@@ -215,4 +216,4 @@ def _of(fields: Fields, rows: Sequence[Row]) -> _Run:
         of_done = [(wait_s, row.e2e_s or 0.0) for wait_s, row in zip(waits, rows, strict=True) if row.failure is None]
         times["client_queue_time"] = [wait_s for wait_s, _ in of_done]
         times["e2el_including_client_queue"] = [wait_s + e2e_s for wait_s, e2e_s in of_done]
-    return _Run(rows, duration_s, times)
+    return _Run(rows, duration_s, {name: np.array(of_one, np.float64) for name, of_one in times.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -79,7 +80,8 @@ HASH_IDS = ("hash_ids", "block_hash_ids")
 _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
     ("session_id", "conversation_id", "chat_id"), "what the turns of a session share is computed anew for each"
 ) | dict.fromkeys(
-    ("status", "status_code", "http_status", "response_code", "success", "error", "error_message", "result"),
+    ("status", "status_code", "http_status", "http_code", "response_code", "success", "is_success", "succeeded",
+     "failed", "is_failed", "error", "error_code", "error_type", "error_message", "result", "cancelled"),
     "a request that failed is replayed as if it had been answered",
 ) | dict.fromkeys(
     ("batch_size", "n", "best_of", "count", "num_requests", "request_count", "num_model_requests"),
@@ -123,9 +125,10 @@ def column_of(name: str) -> TraceColumn | None:
 
 
 def plain_name(name: str) -> str:
-    """The name in lower case, its words joined by `_`."""
-    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return re.sub(r"[^a-z0-9]+", "_", parted.lower()).strip("_")
+    """The name in lower case, its words joined by `_`. The sign of micro is u; letters of other scripts stay."""
+    plain = unicodedata.normalize("NFKC", name).replace("\u03bc", "u")
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plain)
+    return re.sub(r"[\W_]+", "_", parted.lower()).strip("_")
 
 
 def find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
@@ -299,11 +302,20 @@ def _number(cell: Any) -> float | None:
         return None
 
 
+_DATE = re.compile(r"(\d{4})-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?")
+
+
 def _is_date(cell: str) -> bool:
-    """Python's own parser knows six digits of a second, Azure writes seven, and the reader of tables nine."""
-    text = re.sub(r"(\.\d{6})\d{1,3}(?!\d)", r"\1", cell.strip().strip('"'))
+    """As the reader of tables has them: nanoseconds of 64 bits since 1970, which end in 2262.
+
+    Python's own parser, which knows six digits of a second, says whether there is such a day and time.
+    """
+    text = cell.strip().strip('"')
+    found = _DATE.fullmatch(text)
+    if found is None or not 1678 <= int(found[1]) <= 2261:
+        return False
     try:
-        datetime.fromisoformat(text)
+        datetime.fromisoformat(re.sub(r"(\.\d{6})\d{1,3}(?!\d)", r"\1", text))
     except ValueError:
         return False
-    return re.search(r"\d[T ]\d", text) is not None and re.search(r"\.\d{10}|,", text) is None
+    return True

@@ -231,6 +231,9 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
         raise UserError(f"{file.name}, line 1", shortened(row), "must be a JSON object", _DROP)
     texts = [name for name in _TEXTS if isinstance(row.get(name), str | list)]
     columns = [name for name, value in row.items() if column_of(name) is not None and isinstance(value, list | dict)]
+    if columns and not _is_table(row, columns):
+        allowed = f"a number of tokens, not a list as of their ids: {columns[0]}={shortened(row[columns[0]])}"
+        raise UserError(f"{file.name}, line 1", columns[0], allowed, "write how many there are")
     if columns:
         raise TraceFileError("workload.trace", file.name, f"one object that holds all of {columns[0]}", _OBJECTS)
     if texts and not any((column := column_of(name)) and column.role is Role.PROMPT for name in row):
@@ -239,6 +242,12 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
             "count them with the model's tokenizer and write a table with prompt_tokens and output_tokens",
         )  # fmt: skip
     return list(dict.fromkeys((*row, *_keys(file)))), row
+
+
+def _is_table(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
+    """Whether all known columns hold lists or mappings alike, as a whole table in one object does."""
+    known = [name for name in row if (found := column_of(name)) is not None and found.role is not Role.PRIORITY]
+    return all(isinstance(row[name], list | dict) for name in known) and len({len(row[name]) for name in columns}) == 1
 
 
 def _keys(file: _File) -> list[str]:
