@@ -189,6 +189,10 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
         return UserError("command line", " ".join(arguments), str(error), "see python -m helios_sim --help")
     if "Unexpected type for root" not in str(error):
         raise error
+    of_hydra = next((word for word in arguments if word.lstrip("+").startswith("hydra.")), None)
+    if of_hydra is not None and not any(word.lstrip("+").startswith("policy.") for word in arguments):
+        key, _, value = of_hydra.partition("=")
+        return UserError(key.lstrip("+"), value, "no such setting of Hydra", "--cfg hydra prints all of them")
     key = next((a.split("=")[0].lstrip("+") for a in arguments if a.lstrip("+").startswith("policy.")), "policy")
     fix = "choose one first, such as policy=helios policy.round_requests=50"
     return UserError(key, given(key, arguments), "settings of a policy need a policy", fix)

@@ -179,6 +179,9 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     if len(experiments) > 1:
         fix = "choose one, or run both: -m +experiment=a,b"
         raise UserError("experiment", " ".join(experiments), "one", fix)
+    if experiments and experiments[0].partition("=")[2].strip().lower() in ("", "null", "none", "''", '""'):
+        fix = "leave it out for the quickstart, or name one: +experiment=NAME"
+        raise UserError("experiment", experiments[0].partition("=")[2], "the name of an experiment", fix)
     for group in CHOSEN:
         named = [word.partition("=") for word in parsed.overrides if word.lstrip("+").startswith(f"{group}=")]
         files = dict.fromkeys(value for _, _, value in named)
@@ -186,6 +189,8 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
             fix = "choose one; more arms are '+arms.NAME={policy: ...}'" if group == "policy" else "choose one"
             raise UserError(group, " and ".join(files), "one: only the last would run", fix)
     for override in parsed.overrides:
+        if override.lstrip("+~").startswith("="):
+            raise UserError("argument", override, "settings are written key=value, and this has no key", see)
         if "=" not in override and not override.startswith("~"):
             raise UserError("argument", override, "settings are written key=value", see)
         name, _, value = override.partition("=")

@@ -7,6 +7,7 @@ too deep, or grow without bound by their anchors.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -82,13 +83,27 @@ def unreadable(arguments: Iterable[str]) -> UserError | None:
                 OverridesParser.create().parse_override(word)
             except (HydraException, RecursionError) as error:
                 reason = re.sub(r" expecting \{.*", "", str(error).split("\n")[0])
-                fix = "write key=value; put quotes around a value that holds spaces, commas, braces or colons"
+                fix = _fix_of(word)
                 hidden = next((sign for sign in word if not sign.isprintable()), None)
                 if hidden is not None:
                     fix = f"take out U+{ord(hidden):04X}, which does not show"
                     fix += ": the script has line ends of Windows" if hidden == "\r" else ""
                 return UserError("argument", word, f"cannot be read: {reason}", fix)
     return None
+
+
+def _fix_of(word: str) -> str:
+    key, _, value = word.partition("=")
+    if any(sign.isspace() for sign in key.strip()):
+        return "leave out the blanks in the name"
+    if ".." in key or key.endswith("."):
+        return "write one point between names"
+    if re.search(r",\s*([\]})]|$)", value):
+        return "leave out the last comma, after which nothing stands"
+    digit = next((sign for sign in value if sign.isdigit() and not sign.isascii()), None)
+    if digit is not None:
+        return f"write the digit {digit} as {unicodedata.digit(digit)}"
+    return "write key=value; put quotes around a value that holds spaces, commas, braces or colons"
 
 
 def look_at_files() -> None:

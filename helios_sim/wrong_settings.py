@@ -91,6 +91,12 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return UserError(found[1], value, "it is a setting already, and + is for new ones", f"write {found[1]}={value}")
     if found := re.search(r"Error merging override (\S+?)=(.*)", text):
         return wrong_setting(found[1].lstrip("+~"), found[2], str(error.__cause__ or error), arguments, schema)
+    if found := re.search(r"Error merging override ~(\S+)", text):
+        allowed = "a setting that stays: ~ takes out arms, tasks and the like"
+        return UserError(found[1], "~", allowed, f"give it another value: {found[1]}=...; {PRINT_ALL}")
+    if found := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
+        word = next((w for w in arguments if f"{found[1].lower()}(" in w), found[1].lower())
+        return UserError("argument", word, "values one by one", "name them: -m key=1,2,3, or range(1,4)")
     if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^'=]+)=(.*?)'", text):
         fix = f"write {found[1]}=[...] for a list, or -m for a study of each value"
         return UserError(found[1], found[2], "one value, where commas and functions stand for several", fix)

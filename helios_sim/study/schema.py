@@ -550,8 +550,9 @@ class Config:
     in_full = staticmethod(settings_in_full)  # for `with_settings`: words that stand for settings
 
     def __post_init__(self) -> None:
-        plain = "/" not in self.name and not self.name.startswith(".") and self.name.isprintable() and bool(self.name)
-        require(plain, "name", self.name, "a name of a folder, without / and without a dot at its beginning")
+        plain = "/" not in self.name and not self.name.startswith(".") and self.name.isprintable()
+        plain = plain and bool(self.name) and self.name == self.name.strip()
+        require(plain, "name", self.name, "a name of a folder, without / or blanks around it, and no dot first")
         require(bool(self.models), "models", self.models, "at least one model")
         require(len(set(self.models)) == len(self.models), "models", self.models, "each model once")
         self._check_seeds()
