@@ -13,8 +13,8 @@ from helios_sim.exits.rule import DraftModel
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ANY_DRAFTER, ExitTrace
 from helios_sim.policy.answers import fault_of
-from helios_sim.policy.deployment import AtTime, BatchingRule, Deployment, KvRule, Placement, require_live
-from helios_sim.policy.drafts import tokens_per_pass
+from helios_sim.policy.deployment import AtTime, BatchingRule, Completed, Deployment, KvRule, Placement, require_live
+from helios_sim.policy.drafts import best_drafts_of, pass_time_with, tokens_per_pass
 from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.report.metrics import OF_DRAFTS, compute_metrics
 from helios_sim.report.records import Records
@@ -177,6 +177,44 @@ def test_what_is_recorded_of_a_drafter_is_kept_and_stated_ones_have_their_share(
             stated_exits(PROFILES[LARGE].model, (), (), drafted=wrong)
     with pytest.raises(UserError, match="write it as a list"):
         stated_exits(PROFILES[LARGE].model, (), ())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_pass_is_predicted_as_it_is_served(batch: int) -> None:
+    """All drafts are accepted, and in its first pass the drafter has read everything."""
+    drafts, prompt = 3, 6
+    own_s = sum(step_s(SMALL, batch, batch * (prompt + k), 1) for k in range(1, drafts + 1))
+    verify_s = step_s(LARGE, batch, batch * (prompt + drafts + 1), 1, more=batch * drafts) + HOST_S
+    found = pass_time_with(PROFILES[LARGE], PROFILES[SMALL], drafts, batch, prompt)
+    assert (found.draft_s, found.verify_s) == (pytest.approx(own_s), pytest.approx(verify_s))
+    served = run(workload(batch, prompt, 1 + drafts + 1), drafting(drafts), drafted(1.0), max_batch_tokens=64)
+    for record in served.records:
+        assert record.last_token_ns - record.first_token_ns == pytest.approx(1e9 * found.total_s, abs=9)
+    plain = pass_time_with(PROFILES[LARGE], PROFILES[SMALL], 0, batch, prompt)
+    assert plain.total_s == pytest.approx(step_s(LARGE, batch, batch * (prompt + 1), 1) + HOST_S)
+
+
+def test_the_number_of_drafts_is_the_best_of_the_closed_form() -> None:
+    both = PROFILES[LARGE], PROFILES[SMALL]
+    for share in (0.0, 0.3, 0.6, 0.9, 1.0):
+        rates = [tokens_per_pass(share, k) / pass_time_with(*both, k, 2, 30).total_s for k in range(7)]
+        assert best_drafts_of(*both, share, 6, 2, 30) == int(np.argmax(rates))
+    assert best_drafts_of(*both, 0.0, 6, 2, 30) == 0
+    assert best_drafts_of(*both, 1.0, 6, 2, 30) == 6
+
+
+def test_drafts_follow_what_is_accepted() -> None:
+    """Full acceptance keeps the most; where no draft is right none is made, but for one that listens now and then."""
+    settings = {"draft_tokens": 5, "review_requests": 4}
+    for share, last in ((1.0, {5}), (0.0, {0, 1})):
+        served = run(workload(60, 5, 20), make_policy("draft_model", settings), drafted(share), max_running_requests=2)
+        rules = [d.deployment.exit_rule.draft_tokens for d in served.run.servers[0].decisions]
+        assert rules[0] == 5
+        assert set(rules[1:]) | {rules[-1]} == last
+        assert served.run.stats.preemptions == 0
+    assert served.run.servers[0].decisions[0].deployment.triggers == (Completed(4),)
+    with pytest.raises(UserError, match=r"policy\.review_requests"):
+        policy_config("draft_model", {"review_requests": 0})
 
 
 def test_what_may_be_asked_for() -> None:

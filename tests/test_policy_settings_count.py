@@ -46,6 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "draft_model": {
         "draft_tokens": 2, "largest_batch": 1, "batch_limit": 2, "drafter": "opt-6.7b", "model": "opt-1.3b",
+        "review_requests": 10,
     },
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,

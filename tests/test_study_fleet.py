@@ -11,7 +11,8 @@ import pytest
 
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
-from helios_sim.exits.store import write_trace
+from helios_sim.exits.store import load_trace, write_trace
+from helios_sim.profile.store import load_profile, write_profile
 from helios_sim.report.records import RecordLog, Records
 from helios_sim.routing import Router
 from helios_sim.simulation import Run
@@ -110,6 +111,29 @@ def test_without_a_map_a_task_goes_to_the_kind_that_knows_its_text_best(tmp_path
     assert build_fleet(config, 0).routing.homes == homes
     records, _, _ = served(config)
     assert all(replica in homes[task] for task, replica in zip(records.task, records.replica, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("right", "homes"), [((0.9, 0.4), ((0,), (1,))), ((0.2, 0.4), ((1,), (1,))), ((0.5, 0.5), ((0,), (0,)))]
+)
+def test_without_a_map_a_task_goes_to_the_drafter_that_is_right_most_often(tmp_path: Path, right, homes) -> None:
+    """Of prose and code the first drafter predicts these shares, the other one 0.3 and 0.45 of them."""
+    config = study(tmp_path, router="by_task")
+    trace = load_trace("large", str(tmp_path / "exits" / "large"))
+    place = np.arange(trace.n_tokens) - trace.task_first[trace.task]
+    shares = {"small": np.array(right), "other": np.array((0.3, 0.45))}
+    drafters = {name: place < share[trace.task] * 400 for name, share in shares.items()}
+    write_trace(replace(trace, drafters=drafters), tmp_path / "exits" / "large")
+    small = load_profile("small@box", tmp_path / "profiles")
+    write_profile(replace(small, model=replace(small.model, name="other")), tmp_path / "profiles" / "other@box")
+    own = load_trace("small", str(tmp_path / "exits" / "small"))
+    write_trace(replace(own, model="other"), tmp_path / "exits" / "other")
+    kinds = {name: {"models": [name, "large"], "policy": "draft_model", "model": "large"} for name in drafters}
+    found = build_fleet(replace(config, cluster=ClusterConfig(kinds)), 0)
+    assert found.routing.homes == homes
+    wrong = {**kinds, "small": {**kinds["small"], "models": ["large", "small"], "drafter": "nobody"}}
+    with pytest.raises(UserError, match=r"cluster\.kinds\.small.*drafter='nobody'"):
+        build_fleet(replace(config, cluster=ClusterConfig(wrong)), 0)
 
 
 def test_without_a_map_and_without_bits_it_says_what_to_do(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MOST_DRAFTS, DraftModel
-from helios_sim.policy.checks import check_positive, find_model
-from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
+from helios_sim.policy.checks import check_positive
+from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule, Placement
+from helios_sim.policy.draft_review import DraftReview
+from helios_sim.policy.drafts import best_drafts_of
+from helios_sim.policy.prediction import seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
 
 
@@ -15,46 +19,81 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 class DraftModelParameters:
     drafter: str | None = None  # None: the other one of two candidates
     model: str | None = None  # None: the candidate with more layers
-    draft_tokens: int = 4  # of one pass
+    draft_tokens: int = 4  # of one pass; with review_requests the most
     largest_batch: int | None = None  # where more requests decode none drafts; None: however many do
+    review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
     batch_limit: int | None = None  # None: the server's own limit
 
     def __post_init__(self) -> None:
-        for name in ("largest_batch", "batch_limit"):
+        for name in ("largest_batch", "review_requests", "batch_limit"):
             check_positive(name, getattr(self, name))
         if not 1 <= self.draft_tokens <= MOST_DRAFTS:
             allowed = f"a whole number from 1 to {MOST_DRAFTS}"
             raise UserError("policy.draft_tokens", self.draft_tokens, allowed, "set policy.draft_tokens=4")
 
+    def roles(self, layers: Mapping[str, int]) -> tuple[str, str]:
+        """The model and its drafter, of candidates with so many layers.
+
+        Raises UserError unless there are two, of which the drafter has no more layers.
+        """
+        if len(layers) < 2:
+            allowed = "two models in `models`: one drafts, the other verifies"
+            raise UserError("policy", "draft_model", allowed, "add the drafter to models")
+        model = max(layers, key=lambda name: layers[name]) if self.model is None else self.model
+        if model not in layers:
+            raise UserError("policy.model", model, f"one of {', '.join(layers)}", "name a model of this experiment")
+        others = [name for name in layers if name != model and layers[name] <= layers[model]]
+        drafter = others[0] if self.drafter is None and len(others) == 1 else self.drafter
+        if drafter is None or drafter not in others:
+            allowed = f"a model with at most the {layers[model]} layers of {model}: {', '.join(others) or 'none'}"
+            raise UserError("policy.drafter", self.drafter, allowed, "name one of these")
+        return model, drafter
+
 
 class DraftModelPolicy:
-    """Lossless: every token is the model's own. Both stay in memory with their K and V."""
+    """Lossless: every token is the model's own. Both stay in memory with their K and V.
+
+    With `review_requests` the number of drafts follows what was accepted since the last review, and the running
+    requests, as under self-speculation (`DraftReview`); the first one is the most.
+    """
 
     def __init__(self, parameters: DraftModelParameters) -> None:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError unless there are two candidates, of which the drafter has no more layers."""
-        p = self.parameters
-        layers = {name: it.profile.model.n_layers for name, it in situation.candidates.items()}
-        if len(layers) < 2:
-            allowed = "two models in `models`: one drafts, the other verifies"
-            raise UserError("policy", "draft_model", allowed, "add the drafter to models")
-        model = max(layers, key=lambda name: layers[name]) if p.model is None else find_model(situation, p.model)
-        others = [name for name in layers if name != model and layers[name] <= layers[model]]
-        drafter = others[0] if p.drafter is None and len(others) == 1 else p.drafter
-        if drafter is None or drafter not in others:
-            allowed = f"a model with at most the {layers[model]} layers of {model}: {', '.join(others) or 'none'}"
-            raise UserError("policy.drafter", p.drafter, allowed, "name one of these")
-        return Deployment(
-            active=Placement(model, layers[model]),
-            standby=(Placement(drafter, layers[drafter]),),
-            exit_rule=DraftModel(drafter, p.draft_tokens, p.largest_batch),
-            kv_rule=KvRule.NONE,
-            batch_limit=p.batch_limit,
-            reason=f"{drafter} drafts {p.draft_tokens} tokens, {model} verifies them",
-            evidence={"drafter": drafter, "draft_tokens": p.draft_tokens},
-        )
+        self._situation = situation
+        self._layers = {name: it.profile.model.n_layers for name, it in situation.candidates.items()}
+        self._model, self._drafter = self.parameters.roles(self._layers)
+        self._review = DraftReview(1.0)
+        most = self.parameters.draft_tokens
+        return self._deployment(most, f"{self._drafter} drafts {most} tokens, {self._model} verifies them")
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        return None
+        """The drafts until the next review; None where they stay."""
+        if not isinstance(cause, Completed):
+            return None
+        candidates, batch = self._situation.candidates, max(1, telemetry.running_requests)
+        candidate, load = candidates[self._model], seen_load(self._situation, telemetry, self._model)
+        context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
+        both, most = (candidate.profile, candidates[self._drafter].profile), self.parameters.draft_tokens
+        drafts = self._review.next_drafts(
+            telemetry, self._drafts, lambda share: best_drafts_of(*both, share, most, batch, context)
+        )
+        if drafts == self._drafts:
+            return None
+        known = f"acceptance {self._review.acceptance:.3f}, {batch} running"
+        return self._deployment(drafts, f"{self._drafter} drafts {drafts} tokens: {known}")
+
+    def _deployment(self, drafts: int, reason: str) -> Deployment:
+        p, self._drafts = self.parameters, drafts
+        return Deployment(
+            active=Placement(self._model, self._layers[self._model]),
+            standby=(Placement(self._drafter, self._layers[self._drafter]),),
+            exit_rule=DraftModel(self._drafter, drafts, p.largest_batch),
+            kv_rule=KvRule.NONE,
+            batch_limit=p.batch_limit,
+            triggers=() if p.review_requests is None else (Completed(p.review_requests),),
+            reason=reason,
+            evidence={"drafter": self._drafter, "draft_tokens": drafts},
+        )

@@ -74,6 +74,35 @@ def _steps(
     yield step(batch, context_tokens + drafts + 1, batch * drafts, False)
 
 
+def pass_time_with(profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int) -> PassTime:
+    """The same where another model drafts, with all of its layers, without what it has not read yet."""
+    if drafts == 0:
+        return pass_time(profile, profile.model.n_layers, 0, batch, context_tokens)
+
+    def step(layers: int, context: int, more: int, drafting: bool) -> Composition:
+        rows = np.array([[batch]], np.int64)
+        return Composition(
+            bounds=(layers,), decode_tokens=rows, decode_kv_tokens=rows * context, verified_tokens=rows * more,
+            sampled_tokens=rows[:, 0] * (1 + more), host_sync_at_checks=False, drafting=drafting,
+        )  # fmt: skip
+
+    own = (step(drafter.model.n_layers, context_tokens + k, 0, True) for k in range(1, drafts + 1))
+    draft_s = sum(max(float(drafter.iteration_time_s(each)[0]), LEAST_S) for each in own)
+    verify = step(profile.model.n_layers, context_tokens + drafts + 1, drafts, False)
+    return PassTime(draft_s, max(float(profile.iteration_time_s(verify)[0]), LEAST_S))
+
+
+def best_drafts_of(
+    profile: Profile, drafter: Profile, acceptance: float, most_drafts: int, batch: int, context_tokens: int
+) -> int:
+    """How many drafts of another model yield most tokens a second; of equals the fewest, 0: none does better."""
+    tokens_per_s = [
+        tokens_per_pass(acceptance, drafts) / pass_time_with(profile, drafter, drafts, batch, context_tokens).total_s
+        for drafts in range(most_drafts + 1)
+    ]
+    return int(np.argmax(tokens_per_s))
+
+
 @dataclass(frozen=True, slots=True)
 class Drafts:
     """Self-speculation as `predict` takes it: a decode iteration is the share of a pass that falls to one token."""

@@ -9,11 +9,10 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import MOST_DRAFTS, SelfSpeculation
 from helios_sim.policy.checks import check_positive, find_model, whole_model
 from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule
+from helios_sim.policy.draft_review import DraftReview
 from helios_sim.policy.drafts import Drafting, best_drafting
 from helios_sim.policy.prediction import Load, expected_load, seen_load
 from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
-
-LONGEST_REST = 16  # reviews without drafts before one period listens again
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +37,11 @@ class SelfSpeculationPolicy:
     """Lossless: every token is the whole model's.
 
     With `review_requests` the number of drafts follows what was accepted since the last review, and the running
-    requests: the number that by the profile gives most tokens a second, which may be none. Without drafts nothing is
-    heard, so after a rest, which doubles each time up to `LONGEST_REST` reviews, one period listens with a single
-    draft, but only where drafts that are all accepted would pay.
+    requests: the number that by the profile gives most tokens a second, which may be none (`DraftReview`).
     """
 
     def __init__(self, parameters: SelfSpeculationParameters) -> None:
         self.parameters = parameters
-        self._tested = self._accepted = 0  # drafts at the last review
-        self._rest, self._next_rest = 0, 1
 
     def start(self, situation: Situation) -> Deployment:
         """Raises UserError if the model is not among the candidates, or the layer is none of its exits."""
@@ -69,6 +64,7 @@ class SelfSpeculationPolicy:
             allowed = f"{candidate.profile.name} has exits at {', '.join(map(str, exits[:-1]))} before its last layer"
             raise UserError("policy.exit_layer", p.exit_layer, allowed, "choose one of these")
         share = self._acceptance[self._layers]
+        self._review = DraftReview(share)
         reason = f"{self._model} drafts {p.draft_tokens} tokens at layer {self._layers}, {why}"
         return self._deployment(p.draft_tokens, f"{reason}; recorded agreement there {share:.3f}")
 
@@ -76,20 +72,11 @@ class SelfSpeculationPolicy:
         """The drafts until the next review; None where they stay."""
         if not isinstance(cause, Completed):
             return None
-        tested, accepted = telemetry.tested_drafts - self._tested, telemetry.accepted_drafts - self._accepted
-        self._tested, self._accepted = telemetry.tested_drafts, telemetry.accepted_drafts
-        if tested:
-            self._acceptance[self._layers] = accepted / tested
         batch, load = max(1, telemetry.running_requests), seen_load(self._situation, telemetry, self._model)
-        drafts = self._best([(self._layers, self._acceptance[self._layers])], batch, load).drafts
-        if drafts:
-            self._next_rest = 1
-        elif self._drafts:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-        elif self._rest > 1 or not self._best([(self._layers, 1.0)], batch, load).drafts:
-            self._rest = max(1, self._rest - 1)
-        else:
-            drafts = 1
+        drafts = self._review.next_drafts(
+            telemetry, self._drafts, lambda share: self._best([(self._layers, share)], batch, load).drafts
+        )
+        self._acceptance[self._layers] = self._review.acceptance
         if drafts == self._drafts:
             return None
         known = f"acceptance {self._acceptance[self._layers]:.3f}, {batch} running"

@@ -18,6 +18,7 @@ from helios_sim.by_answer import AnswerRouter
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.trace import MICROBITS
+from helios_sim.policy.draft_model import DraftModelParameters
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.profile.spec import HardwareSpec
@@ -122,7 +123,12 @@ def build_fleet(config: Config, seed: int) -> Fleet:
             routing = replace(routing, by_answer=answer_router(config, of_kinds))
         return Fleet(tuple(alike), routing, faults, scaling)
     tasks = task_names(config.workload.mix)
-    kinds_of_task = _by_map(config, tasks) if config.cluster.tasks else _by_bits(plans, seed, tasks)
+    if config.cluster.tasks:
+        kinds_of_task = _by_map(config, tasks)
+    elif all(plan.policy is not None and isinstance(plan.policy.parameters, DraftModelParameters) for plan in plans):
+        kinds_of_task = _by_drafts(plans, seed, tasks)
+    else:
+        kinds_of_task = _by_bits(plans, seed, tasks)
     homes = tuple(
         tuple(number for plan in plans if plan.name in kinds_of_task[task] for number in plan.numbers) for task in tasks
     )
@@ -277,8 +283,31 @@ def _by_bits(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str,
             rows = [slice(trace.task_first[k], trace.task_first[k + 1]) for k in data.trace.task_index]
             of_models.append([trace.microbits[r, -1].sum() / MICROBITS / trace.chars[r].sum() for r in rows])
         best[plan.name] = np.min(of_models, axis=0).tolist()
+    return _least(best, tasks)
+
+
+def _by_drafts(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The kinds whose drafter predicts most tokens of a task's text as the model that verifies them does.
+
+    A drafter for each task, as CoSine routes requests (arXiv 2503.10325). UserError where it was not recorded.
+    """
+    missed: dict[str, list[float]] = {}
+    for plan in plans:
+        assert plan.policy is not None
+        assert isinstance(plan.policy.parameters, DraftModelParameters)
+        with of_kind(plan.name):
+            models = build(plan.config, seed).models
+            model, drafter = plan.policy.parameters.roles({n: d.profile.model.n_layers for n, d in models.items()})
+            bound = models[model].trace
+            drafted, first = bound.trace.drafted_by(drafter), bound.trace.task_first
+        missed[plan.name] = [1 - float(drafted[first[k] : first[k + 1]].mean()) for k in bound.task_index]
+    return _least(missed, tasks)
+
+
+def _least(found: Mapping[str, list[float]], tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The kinds with the least of each task's figures; several where they are equal."""
     return {
-        task: tuple(name for name, bits in best.items() if bits[place] == min(b[place] for b in best.values()))
+        task: tuple(name for name, each in found.items() if each[place] == min(e[place] for e in found.values()))
         for place, task in enumerate(tasks)
     }
 

@@ -271,7 +271,7 @@ class ClusterConfig:
     # one server, such as max_running_requests), policy with its settings.
     kinds: dict[str, Any] = field(default_factory=dict)
     # by_task: the kind that serves each task; empty: for each task the kind that has the model with the fewest bits per
-    # character on its texts
+    # character on its texts, or where all kinds have policy=draft_model, the drafter that is right most often there
     tasks: dict[str, str] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # mixed: of the requests, by kind; they sum to 1
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
