@@ -6,7 +6,7 @@ places (`places`), all of the types that the code was compiled for.
 
 from __future__ import annotations
 
-from itertools import accumulate, repeat
+from itertools import accumulate
 from operator import is_
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from helios_sim.core.layout import IntArray, Tables
 from helios_sim.core.places import NUMBERS, arrays_of, place_of
 
 _GROUPS = 1024  # of arrays, whose addresses are remembered
+_OF_TERMS = Tables._fields.index("trace")  # from this field on they are of a model and its deployment
 
 
 class Compiled(Protocol):
@@ -38,7 +39,7 @@ class Replicas:
         self._tables: list[Tables | None] = [None] * n
         self._addresses: IntArray | None = None
         self._places: list[int] = []  # of the first array of each field of the tables
-        self._of_groups: dict[int, tuple[Any, IntArray]] = {}  # by id, groups that were put before, and their rows
+        self._of_groups: dict[tuple[int, int], tuple[Any, IntArray]] = {}  # put before, by field and id; their rows
 
     @property
     def raw(self) -> Any:
@@ -57,18 +58,18 @@ class Replicas:
             self._addresses = np.zeros((len(self._tables), self._places[-1], NUMBERS), np.int64)
         self._tables[number] = tables
         rows = self._addresses[number]
-        for before, field, place in zip(repeat(None) if known is None else known, tables, self._places, strict=False):
-            if field is before:
+        for n, (field, place) in enumerate(zip(tables, self._places, strict=False)):
+            if known is not None and field is known[n]:
                 continue
-            if not isinstance(field, tuple):
+            if n < _OF_TERMS and not isinstance(field, tuple):  # of tables that grow, or are read on
                 rows[place] = self._row(place, field)
                 continue
-            known_group = self._of_groups.get(id(field))  # most are put again and again, as models take turns
+            known_group = self._of_groups.get((n, id(field)))  # most are put again and again, as models take turns
             if known_group is None or known_group[0] is not field:
                 if len(self._of_groups) == _GROUPS:
                     self._of_groups.clear()
-                found = np.array([self._row(place + n, array) for n, array in enumerate(arrays_of(field))])
-                known_group = self._of_groups[id(field)] = field, found
+                found = np.array([self._row(place + at, array) for at, array in enumerate(arrays_of(field))])
+                known_group = self._of_groups[n, id(field)] = field, found
             rows[place : place + len(known_group[1])] = known_group[1]
 
     def _row(self, place: int, array: NDArray[Any]) -> list[int]:

@@ -481,10 +481,17 @@ def tuples(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> 
     return [read(row) for row in (table[rows] if isinstance(rows, slice) else (table[row] for row in rows))]
 
 
+def number_of(table: Table, row: int, field: str) -> int:
+    """A field that is a whole number: of one record, NumPy's own would take ten times as long."""
+    return int(table[field][row]) if isinstance(table, np.ndarray) else int(getattr(table[row], field))
+
+
 def numbers_of(table: Table, rows: Sequence[int] | slice, fields: Sequence[str]) -> IntArray:
     """The same as an array, (rows, fields)."""
     if isinstance(table, np.ndarray):
-        return table.view(np.int64).reshape(len(table), -1)[rows][:, _columns(table.dtype, tuple(fields))]
+        numbers = table.view(np.int64).reshape(len(table), -1)
+        picked = numbers[rows] if isinstance(rows, slice) else numbers.take(rows, 0)  # quicker than by indexing
+        return picked.take(_columns(table.dtype, tuple(fields)), 1)
     return np.array(tuples(table, rows, fields), np.int64)
 
 

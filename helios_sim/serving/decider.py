@@ -38,6 +38,7 @@ from helios_sim.serving.replica import Replica
 
 MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
 POWER_WINDOW_NS = 10 * NS_PER_S  # over which telemetry averages power
+_SHAPES = 8  # of triggers and windows, whose arrays are kept
 DECISIONS_AT_ONE_TIME = 1000  # more than any policy needs; beyond it the policy contradicts its own triggers
 
 
@@ -64,9 +65,10 @@ class Decider:
         self._stays = False  # what comes into force next has been in force before
         self._triggers: tuple[Trigger, ...] = ()
         self._watched: Placement | None = None  # by the breach windows
-        self._flags: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
+        self._flags: NDArray[np.uint8]
         self._seen: Watch  # `watch` for plain Python
-        self.watch = self._watch([], [])
+        self._kept: dict[tuple[int, ...], tuple[Watch, Watch, NDArray[np.uint8]]] = {}  # all three, by their shapes
+        self.watch = self._watch([], [], np.zeros((0, 0), np.uint8))
 
     def start(self) -> Deployment:
         deployment = self._policy.start(self._replica.situation)
@@ -81,11 +83,11 @@ class Decider:
         deployment = self._replica.deployment
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
         limits = [t for t in deployment.triggers if isinstance(t, BreachLimit | SloBelow)]
-        before, flags = self._seen.windows, self._flags
+        before = self._seen.windows
         same = deployment.active == self._watched
         known = [t for t in self._triggers if isinstance(t, BreachLimit | SloBelow)] if same else []
         sizes = [_window(limit)[0] for limit in limits]
-        self._flags = np.zeros((len(limits), max(sizes, default=0)), np.uint8)
+        flags = np.zeros((len(limits), max(sizes, default=0)), np.uint8)
         windows = []
         for k, limit in enumerate(limits):
             size, most = _window(limit)
@@ -93,7 +95,7 @@ class Decider:
             if limit in known:
                 old = known.index(limit)
                 row = [int(getattr(before[old], name)) for name in WINDOW.dtype.names or ()]
-                self._flags[k, :size] = flags[old, :size]
+                flags[k, :size] = self._flags[old, :size]
             windows.append(row)
         spent = [int(row.spent) for row in self._seen.triggers] if self._stays else [0] * len(deployment.triggers)
         rows = [
@@ -104,13 +106,22 @@ class Decider:
             rows.append([layout.AT_TIME, self._ask_ns, 0, 0, 0])
         self._stays = False
         self._triggers, self._watched = deployment.triggers, deployment.active
-        self.watch = self._watch(rows, windows)
+        self.watch = self._watch(rows, windows, flags)
         self.note_probe()
 
-    def _watch(self, triggers: list[list[int]], windows: list[list[int]]) -> Watch:
-        storage = self._replica.storage
-        watch = Watch(storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows), storage.array(self._flags))
-        self._seen = Watch(storage.views(TRIGGER, watch.triggers), storage.views(WINDOW, watch.windows), watch.flags)
+    def _watch(self, triggers: list[list[int]], windows: list[list[int]], flags: NDArray[np.uint8]) -> Watch:
+        """These triggers and windows, in arrays that the loop knows already where some had their shape."""
+        storage, shape = self._replica.storage, (len(triggers), *flags.shape)
+        rows, of_windows = storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows)
+        if shape in self._kept:
+            watch, self._seen, self._flags = self._kept[shape]
+            watch.triggers[:], watch.windows[:], self._flags[:] = rows, of_windows, flags
+            return watch
+        watch, self._flags = Watch(rows, of_windows, storage.array(flags)), flags
+        self._seen = Watch(storage.views(TRIGGER, rows), storage.views(WINDOW, of_windows), watch.flags)
+        if len(self._kept) == _SHAPES:
+            self._kept.clear()
+        self._kept[shape] = watch, self._seen, flags
         return watch
 
     def note_probe(self) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 import numpy as np
 
 from helios_sim.core import arrive, layout, line, schedule
-from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, take_sums, tuples
+from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, numbers_of, take_sums, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
@@ -33,10 +32,8 @@ _LEFT_FIELDS = (
 _MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
 _RECENT_FIELDS = (
     "prompt_tokens", "generated", "earlier_tokens", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns",
-    "hit_tokens",
+    "hit_tokens", "why",
 )  # fmt: skip
-_OF_RECENT = itemgetter(*(_LEFT_FIELDS.index(name) for name in _RECENT_FIELDS)
-)
 _AS_THEY_ARE = (
     "request_id", "task", "arrival_ns", "prompt_tokens", "prompt_chars", "output_chars", "layers_run", "early_tokens",
     "breach_tokens", "agreed_tokens", "evaluated_tokens", "preemptions",
@@ -52,21 +49,33 @@ def hand_over(replica: Replica) -> None:
         for name, value in zip(SUMS, take_sums(s), strict=True):
             if value:
                 setattr(stats, name, getattr(stats, name) + int(value))
-        if replica.depths.any():
-            stats.count_by_depth(replica.deployment.active.model, replica.depths)
-            replica.depths[:] = 0
     if s.gaps:
         stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
         s.gaps = s.gaps_ns = s.longest_gap_ns = 0
         s.shortest_gap_ns = NEVER
+    settle(replica)
+    tell(replica)
+    _records(replica)
+
+
+def settle(replica: Replica) -> None:
+    """What is noted under the name of the deployment in force, before another one is: depths, memory, samples."""
+    s, stats = replica.state, replica.stats
+    if replica.depths.any():
+        stats.count_by_depth(replica.deployment.active.model, replica.depths)
+        replica.depths[:] = 0
     if s.peak_blocks:
         used = replica.weight_bytes + int(s.peak_blocks) * replica.block_bytes
         stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
         s.peak_blocks = 0
     _samples(replica)
+
+
+def tell(replica: Replica) -> None:
+    """What a policy may ask for becomes known: the latest arrivals and completed requests, observations."""
     _arrivals(replica)
     _observations(replica)
-    _records(replica)
+    _completed(replica)
 
 
 def _samples(replica: Replica) -> None:
@@ -109,13 +118,27 @@ def _observations(replica: Replica) -> None:
     s.seen = 0
 
 
+def _completed(replica: Replica) -> None:
+    """Requests that completed since the last time, as far as means look back."""
+    left, told = int(replica.state.left), replica.told_departures
+    if left == told:
+        return
+    replica.told_departures = left
+    slots = replica.lists.left[told:left].tolist()
+    if len(slots) > RECENT:
+        why = numbers_of(replica.requests, slots, ("why", "request_id"))[:, 0]
+        slots = np.array(slots)[why == layout.COMPLETED][-RECENT:].tolist()
+    rows = tuples(replica.requests, slots, _RECENT_FIELDS)
+    replica.recent.completed([recent for *recent, why in rows if why == layout.COMPLETED])
+
+
 def _records(replica: Replica) -> None:
     s = replica.state
     n = int(s.left)
     if not n:
         return
     slots = replica.lists.left[:n].tolist()
-    s.left = 0
+    s.left = replica.told_departures = 0
     if replica.on_block is not None:
         block = _block(replica, slots)
         replica.set_free(slots)
@@ -123,9 +146,7 @@ def _records(replica: Replica) -> None:
         return
     rows = tuples(replica.requests, slots, _LEFT_FIELDS)
     replica.set_free(slots)
-    completed = [row for row in rows if not row[_WHY]]
-    replica.recent.completed(list(map(_OF_RECENT, completed[-RECENT:])))
-    replica.served.extend(row[: len(_TEXT)] for row in completed[-SERVED_TEXTS:])
+    replica.served.extend([row[: len(_TEXT)] for row in rows if not row[_WHY]][-SERVED_TEXTS:])
     for row in rows:
         why = row[_WHY]
         _record(replica, row, Status.DROPPED if why else Status.COMPLETED, _drop_reason(replica, why, row[_MODEL]))
@@ -137,7 +158,6 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
     why, models = table["why"], replica.models
     output_tokens = table["generated"] + table["earlier_tokens"]
     completed = np.flatnonzero(why == 0)
-    replica.recent.completed(table[completed[-RECENT:]][list(_RECENT_FIELDS)].tolist())
     replica.served.extend(table[completed[-SERVED_TEXTS:]][list(_TEXT)].tolist())
     reasons: dict[str | None, int] = {None: 0}
     reason = np.zeros(len(table), np.int64)

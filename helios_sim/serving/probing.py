@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from helios_sim.request import Request
 from helios_sim.serving.decider import Decider
+from helios_sim.serving.handover import hand_over
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.transition import Transitions
 
@@ -43,6 +44,7 @@ class Prober:
         if probe is None or self._transitions.pending:
             self._streamed = None
             return None
+        hand_over(replica)  # texts that were served
         if self._streamed is not None:
             model, self._streamed = self._streamed, None
             if model not in self._decider.probe_left:

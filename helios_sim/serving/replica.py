@@ -85,6 +85,7 @@ class Replica:
         self.joules: Callable[[], float | None] | None = None  # of a device's counter
         self._counter_ns = 0  # when it was read last
         self.counted_arrivals = 0  # those that the sliding means know
+        self.told_departures = 0  # the same of those that left and are not handed over
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
         self._enforced: Deployment | None = None

@@ -15,7 +15,7 @@ from simpy.events import Event
 
 from helios_sim.core import layout
 from helios_sim.core.arrive import release, take_arrivals
-from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables
+from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS, NEVER, IntArray, Record, Table, Tables, number_of
 from helios_sim.core.machine import Machine
 from helios_sim.core.power import note_drawn
 from helios_sim.core.route import cached_share
@@ -29,7 +29,7 @@ from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
 from helios_sim.serving.faults import Breakdown, Injector
 from helios_sim.serving.front import Front, Loop
-from helios_sim.serving.handover import finish, hand_over
+from helios_sim.serving.handover import finish, hand_over, tell
 from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import COUNTER_EVERY_NS, OnLeft, Replica
@@ -151,7 +151,7 @@ class Server:
             s.turn_wanted = 0
             if self._started and decided is None:  # after a decision nothing has happened yet
                 yield from self._take_arrivals(replica.now_ns)
-                hand_over(replica)
+                self._note()
             if self._aborts.carry_out():
                 yield from self._take_arrivals(replica.now_ns)
             if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
@@ -215,7 +215,7 @@ class Server:
                     raise UserError("iteration", f"an end at {s.end_ns:.1e} ns", allowed, "correct the profile's costs")
                 if self.on_iteration is not None:
                     self.on_iteration(int(s.started_ns), int(s.end_ns))
-                if s.left or s.seen:  # a router counts who has left; all else can wait
+                if (s.left or s.seen) and not self._runs_alone:  # a router counts who has left; all else can wait
                     hand_over(replica)
                 yield self._turns.at(int(s.end_ns))
                 if self.on_tokens is not None:
@@ -235,12 +235,27 @@ class Server:
                     hand_over(replica)
                     replica.retokenize()
                     continue
+                if stop == layout.ASK:
+                    self._note()
+                    return
                 hand_over(replica)
                 if stop == layout.FLUSH:
                     continue
                 if stop == layout.IDLE and not self._turns.woken:
                     yield from self._turns.idle(self._decider.next_time_ns)
                 return
+
+    @property
+    def _runs_alone(self) -> bool:
+        """Whether nothing outside looks at who has left before the run ends."""
+        return self._feed is not None and self.injector is None
+
+    def _note(self) -> None:
+        """The policy may be asked: it is told what has happened. Records can wait, but for the last ones of a run."""
+        if self._runs_alone and (self._replica.state.in_system or self.expects):
+            tell(self._replica)
+        else:
+            hand_over(self._replica)
 
     def _may_park(self, stop: int) -> bool:
         """Whether the replica needs nothing but the loop until the next request arrives, and then still nothing."""
@@ -333,7 +348,7 @@ class Server:
         """Requests that are known and arrive until then join the line, as far as slots are free. False: read on."""
         replica, s = self._replica, self._replica.state
         comes = s.arrived < s.known and not replica.rules.closed_loop
-        if comes and replica.inbox.rows[s.arrived - s.first_row].arrival_ns > until_ns:
+        if comes and number_of(replica.inbox.rows, s.arrived - s.first_row, "arrival_ns") > until_ns:
             return True
         replica.ready()
         tables = (

@@ -16,6 +16,7 @@ from helios_sim.exits.rule import DraftModel, ExitRule
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.serving.backoff import Backoff
+from helios_sim.serving.handover import settle
 from helios_sim.serving.replica import Replica
 
 
@@ -201,6 +202,7 @@ class Transitions:
             return
         if model != replica.deployment.active.model:
             n_layers = replica.situation.candidates[model].profile.model.n_layers
+            settle(replica)
             replica.deployment = replace(replica.deployment, active=Placement(model, n_layers))
             replica.stats.switches += 1
             self._enforce(replica.deployment)
@@ -293,6 +295,7 @@ class Transitions:
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
         """Shrinks the KV pool so that the placement fits beside what is resident. False: more has to drain first."""
         replica, residency = self._replica, self.residency
+        settle(replica)
         active = replica.deployment.active
         both = residency.with_placement(placement)
         blocks = self._blocks_beside(placement)
@@ -319,6 +322,7 @@ class Transitions:
         replica, stats, deployment = self._replica, self._replica.stats, pending.deployment
         old, old_depth = replica.deployment, replica.run_layers
         now_ns = replica.now_ns
+        settle(replica)
         self._end_evaluation(old, now_ns)
         replica.deployment = deployment
         if deployment.active.model != old.active.model:
