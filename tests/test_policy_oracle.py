@@ -248,16 +248,11 @@ def test_times_follow_prompt_and_context() -> None:
         model = candidate.profile.model
 
         def iteration_time_s(self, c) -> NDArray[np.float64]:
-            if c.prefill:
-                seen.extend(chunk.tokens for chunk in c.prefill)
-                return np.array([1000.0 + c.bounds[-1]])
             return c.decode_kv_tokens[:, 0] * float(c.bounds[-1])
 
-        def iteration_floor_s(self, c) -> NDArray[np.float64]:
-            return np.zeros(c.n_iterations)
-
-        def iteration_both_s(self, c) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            return self.iteration_time_s(c), self.iteration_floor_s(c)
+        def prompt_both_s(self, chunk, finishes) -> tuple[float, float]:
+            seen.append(chunk.tokens)
+            return 1000.0 + chunk.layers, 0.0
 
     here = situation(candidate, outlook=Known())
     here = replace(here, candidates={"small": Candidate(Counting(), candidate.offline)})

@@ -332,6 +332,27 @@ def test_a_leap_costs_the_same_bits_as_its_iterations(
         assert profile.iteration_floor_s(one)[0] == floor_s[k]
 
 
+@settings(max_examples=60)
+@given(batches=st.lists(st.integers(1, 400), min_size=1, max_size=5), context=st.integers(1, 3000), of=st.data())
+def test_decodes_and_prompts_alone_cost_the_same_bits_as_their_compositions(
+    batches: list[int], context: int, of: st.DataObject
+) -> None:
+    profile, layers = load_profile("opt-1.3b@a100-40gb"), of.draw(st.integers(1, 24))
+    batch, none = np.array(batches), np.zeros((1, 1), np.int64)
+    decodes = Composition((layers,), batch[:, None], batch[:, None] * context, batch)
+    chunk, finishes = PrefillChunk(of.draw(st.integers(1, 2048)), context - 1, layers), of.draw(st.booleans())
+    prompt = Composition((layers,), none, none, np.array([int(finishes)]), prefill=(chunk,))
+    for _ in range(2):  # one after the other, in the same room to work in
+        np.testing.assert_array_equal(
+            profile.decodes_time_s(layers, batch, batch * context), profile.iteration_time_s(decodes)
+        )
+        np.testing.assert_array_equal(
+            profile.decodes_floor_s(layers, batch, batch * context), profile.iteration_floor_s(decodes)
+        )
+        found = profile.prompt_both_s(chunk, finishes)
+        assert found == (profile.iteration_time_s(prompt)[0], profile.iteration_floor_s(prompt)[0])
+
+
 def test_another_runtime_takes_its_assumptions_along() -> None:
     shipped = load_profile("opt-1.3b@a100-40gb")
     assert any(a.change == "runtime.sync_s" for a in shipped.provenance.assumptions)

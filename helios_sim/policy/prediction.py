@@ -82,7 +82,6 @@ def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> 
 
 
 LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
-_NONE = np.zeros((1, 1), np.int64)  # tokens that decode
 STRATA = 64  # rows per batch when tokens leave at different exits
 
 
@@ -142,8 +141,11 @@ def decode_time_s(
     """
     if not isinstance(depths, Depths):
         return depths.decode_time_s(profile, batch, context_tokens)
-    time_s = np.maximum(profile.iteration_time_s(_decodes(depths, batch, context_tokens)), LEAST_S)
-    return _mean_of_each(time_s, len(batch))
+    if depths.is_fixed:
+        time_s = profile.decodes_time_s(depths.layers, batch, _kv_tokens(batch, context_tokens))
+    else:
+        time_s = profile.iteration_time_s(_decodes(depths, batch, context_tokens))
+    return _mean_of_each(np.maximum(time_s, LEAST_S), len(batch))
 
 
 def decode_floor_s(
@@ -152,6 +154,8 @@ def decode_floor_s(
     """(K,) its roofline floor."""
     if not isinstance(depths, Depths):
         return depths.decode_floor_s(profile, batch, context_tokens)
+    if depths.is_fixed:
+        return profile.decodes_floor_s(depths.layers, batch, _kv_tokens(batch, context_tokens))
     return _mean_of_each(profile.iteration_floor_s(_decodes(depths, batch, context_tokens)), len(batch))
 
 
@@ -159,11 +163,13 @@ def _mean_of_each(values: NDArray[np.float64], batches: int) -> NDArray[np.float
     return values if len(values) == batches else np.asarray(values.reshape(batches, -1).mean(axis=1))
 
 
+def _kv_tokens(rows: NDArray[np.int64], context_tokens: float) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = np.rint(rows * context_tokens).astype(np.int64)
+    return found
+
+
 def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
     """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
-    if depths.is_fixed:
-        rows = batch[:, None]
-        return Composition(depths.bounds, rows, np.rint(rows * context_tokens).astype(np.int64), batch)
     strata = 1 if len(depths.bounds) == 1 else STRATA
     u = (np.arange(strata) + 0.5) / strata
     rows = np.floor(batch[:, None, None] * np.asarray(depths.reach) + u[None, :, None]).astype(np.int64)
@@ -175,7 +181,7 @@ def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) ->
     return Composition(
         bounds=depths.bounds,
         decode_tokens=rows,
-        decode_kv_tokens=np.rint(rows * context_tokens).astype(np.int64),
+        decode_kv_tokens=_kv_tokens(rows, context_tokens),
         sampled_tokens=whole if checks is None or by_classifier else rows[:, -1],
         check_tokens=None if by_classifier else checks,
         classifier_tokens=checks if by_classifier else None,
@@ -194,11 +200,9 @@ def prefill_time_s(
     for context in range(cached_tokens, prompt_tokens, max_batch_tokens):
         tokens = min(max_batch_tokens, prompt_tokens - context)
         finishes = context + tokens == prompt_tokens
-        chunk = PrefillChunk(tokens, context, layers)
-        composition = Composition((layers,), _NONE, _NONE, np.array([int(finishes)]), prefill=(chunk,))
-        its_time_s, its_floor_s = profile.iteration_both_s(composition)
-        time_s += max(float(its_time_s[0]), LEAST_S)
-        floor_s += float(its_floor_s[0])
+        its_time_s, its_floor_s = profile.prompt_both_s(PrefillChunk(tokens, context, layers), finishes)
+        time_s += max(its_time_s, LEAST_S)
+        floor_s += its_floor_s
     return time_s, floor_s
 
 

@@ -39,12 +39,13 @@ from helios_sim.core.price import (
     UnequalLengths,
     price_many,
 )
-from helios_sim.profile.composition import Composition
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.formats import FP4, FP8, INT8
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
 _ROOMS = 256  # that are kept of each model and its bands
+_DECODES = (False, True, True, False, False, False, False)  # as `_Room.there`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,38 +129,58 @@ class Pricing:
         """(K,) true where a table had to be extrapolated."""
         return np.asarray(self._priced(c, OUTSIDE)[:, OUTSIDE], np.bool_)
 
-    def both_s(self, c: Composition) -> tuple[FloatArray, FloatArray]:
-        """`time_s` and `floor_s`."""
-        found = self._priced(c, TIME, FLOOR)
-        return found[:, TIME], found[:, FLOOR]
+    def decodes(self, layers: int, batch: IntArray, kv_tokens: IntArray, *asked: int) -> FloatArray:
+        """(K, 3) what is asked for of iterations of so many decodes, all to that depth: `_priced` of their numbers."""
+        return self._found((layers,), len(batch), asked, lambda room: room.fill_decodes(batch, batch, kv_tokens))
+
+    def prompt(self, chunk: PrefillChunk, finishes: bool, *asked: int) -> FloatArray:
+        """(1, 3) the same of a chunk of a prompt on its own, which may be its last."""
+        fill: Callable[[_Room], None] = lambda room: room.fill_decodes(int(finishes), 0, 0)  # noqa: E731
+        return self._found((chunk.layers,), 1, asked, fill, (chunk,))
 
     def _priced(self, c: Composition, *asked: int) -> FloatArray:
-        """(K, 3) what is asked for. Interpreted, equal iterations are priced once."""
+        """(K, 3) what is asked for."""
         if c.prefill:
             if len(c.sampled_tokens) != 1:
                 raise ValueError("a composition with prefill is one iteration")
             for chunk in c.prefill:
                 if chunk.layers not in c.bounds:
                     raise ValueError(f"prefill depths {[p.layers for p in c.prefill]} must be among bounds {c.bounds}")
+        how = (c.drafting, c.host_sync_at_checks, c.host_ahead, c.loading)
+        return self._found(c.bounds, len(c.sampled_tokens), asked, lambda room: room.fill(c), c.prefill, how)
+
+    def _found(
+        self,
+        bounds: tuple[int, ...],
+        n: int,
+        asked: tuple[int, ...],
+        fill: Callable[[_Room], None],
+        prefill: Sequence[PrefillChunk] = (),
+        how: tuple[bool, ...] = (False, True, False, False),
+    ) -> FloatArray:
+        """Of n iterations that `fill` writes into their room. Interpreted, equal iterations are priced once.
+
+        `how`: drafting, with syncs at checks, with the host ahead, and while weights load.
+        """
         code, back = machine.loaded(), None
         with self._lock:
-            at = self._laid_out.get((code is not None, c.bounds)) or self._lay_out(code, c.bounds)
-            room = at.room(len(c.sampled_tokens), asked)
-            room.fill(c)
-            if code is None and len(c.sampled_tokens) > 1:
+            at = self._laid_out.get((code is not None, bounds)) or self._lay_out(code, bounds)
+            room = at.room(n, asked)
+            fill(room)
+            if code is None and n > 1:
                 counts, back = np.unique(room.counts, axis=0, return_inverse=True)
                 room = at.room(len(counts), asked)
                 room.counts[:], room.there = counts, None
             it, chunks = at.iteration, at.chunk
-            if len(c.prefill) > 1:
-                chunks = at.storage.filled(CHUNK, [(0, p.tokens, p.context_tokens, p.layers) for p in c.prefill])
-            for p in c.prefill[:1]:
+            if len(prefill) > 1:
+                chunks = at.storage.filled(CHUNK, [(0, p.tokens, p.context_tokens, p.layers) for p in prefill])
+            for p in prefill[:1]:
                 first = at.first_chunk
                 first.tokens, first.context_tokens, first.layers = p.tokens, p.context_tokens, p.layers
-            how = (len(c.prefill), c.drafting, c.host_sync_at_checks, c.host_ahead, c.loading)
-            if at.how != how:
-                at.how = how
-                it.chunks, it.drafting, it.syncs, it.host_ahead, it.loading = map(int, how)
+            if at.how != (len(prefill), how):
+                at.how = len(prefill), how
+                it.chunks = len(prefill)
+                it.drafting, it.syncs, it.host_ahead, it.loading = map(int, how)
             room.price(*at.tables, chunks, *room.read)
             found = room.found.copy()
         return found if back is None else found[back.ravel()]
@@ -185,6 +206,14 @@ class _Room:
     found: FloatArray
     read: tuple[Any, ...]  # as `price_many` takes what is asked and both of these
     there: tuple[bool, ...] | None = None  # which kinds of work have numbers; those of the others are 0 already
+
+    def fill_decodes(self, sampled: IntArray | int, decodes: IntArray | int, kv_tokens: IntArray | int) -> None:
+        """As `fill`, of iterations of one band in which nothing else happens."""
+        counts = self.counts
+        if self.there != _DECODES:
+            counts[:, 1:3], counts[:, 3:] = NEVER, 0
+            self.there = _DECODES
+        counts[:, 0], counts[:, 3], counts[:, 4] = sampled, decodes, kv_tokens
 
     def fill(self, c: Composition) -> None:
         """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
@@ -216,7 +245,7 @@ class _LaidOut:
     iteration: Record
     chunk: Table
     first_chunk: Record
-    how: tuple[int, ...] | None = None  # what `iteration` says
+    how: tuple[int, tuple[bool, ...]] | None = None  # what `iteration` says
     rooms: dict[Any, _Room] = field(default_factory=dict)  # by K and what is asked for
 
     def room(self, n: int, asked: tuple[int, ...]) -> _Room:

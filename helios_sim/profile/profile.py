@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.core.price import FLOOR, TIME
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
-from helios_sim.profile.composition import Composition
+from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.price_tables import Pricing
 from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, TimeBand, require_within
 from helios_sim.profile.tables import LayerTables, RowsTable
@@ -182,10 +183,22 @@ class Profile:
         self._check_classifier(c)
         return self._pricing.time_s(c)
 
-    def iteration_both_s(self, c: Composition) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`iteration_time_s` and `iteration_floor_s`, at once."""
-        self._check_classifier(c)
-        return self._pricing.both_s(c)
+    def prompt_both_s(self, chunk: PrefillChunk, finishes: bool) -> tuple[float, float]:
+        """Time and floor of an iteration that is this chunk of a prompt, which may be its last, and nothing else."""
+        time_s, floor_s, _ = self._pricing.prompt(chunk, finishes, TIME, FLOOR)[0].tolist()
+        return time_s, floor_s
+
+    def decodes_time_s(
+        self, layers: int, batch: NDArray[np.int64], kv_tokens: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """(K,) `iteration_time_s` of so many decodes, all to that depth, and nothing else."""
+        return self._pricing.decodes(layers, batch, kv_tokens, TIME)[:, TIME]
+
+    def decodes_floor_s(
+        self, layers: int, batch: NDArray[np.int64], kv_tokens: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """(K,) its floor."""
+        return self._pricing.decodes(layers, batch, kv_tokens, FLOOR)[:, FLOOR]
 
     def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
         """(K,) seconds that no kernel on this card can beat; over `iteration_time_s` it is the utilisation."""
