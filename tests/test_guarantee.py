@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -105,6 +107,9 @@ def test_parts_share_no_prompt_and_models_are_cut_alike() -> None:
         assert abs(counts[0] - counts[1]) <= 1
     assert set(split(other, 0.5, seed=7)[0].prompt) == set(apart.prompt)
     assert set(split(trace, 0.5, seed=8)[0].prompt) != set(apart.prompt)
+    drafted = np.random.default_rng(5).random(trace.n_tokens) < 0.5
+    parts = split(replace(trace, drafters={"small": drafted}), 0.5, seed=7)
+    assert sum(int(part.drafted_by("small").sum()) for part in parts) == int(drafted.sum())
     with pytest.raises(UserError, match="at least 2 prompts of each task"):
         split(drawn(np.random.default_rng(4), 3), 0.5, seed=0)
 

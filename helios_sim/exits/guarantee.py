@@ -65,7 +65,7 @@ def _part(trace: ExitTrace, rows: NDArray[np.bool_]) -> ExitTrace:
     return replace(
         trace, task=trace.task[rows], prompt=trace.prompt[rows], chars=trace.chars[rows], agree=trace.agree[rows],
         confidences={c: values[rows] for c, values in trace.confidences.items()}, confident=cut(trace.confident),
-        bits=cut(trace.bits),
+        bits=cut(trace.bits), drafters={name: drafted[rows] for name, drafted in trace.drafters.items()},
     )  # fmt: skip
 
 
