@@ -178,6 +178,19 @@ def test_provenance_lists_what_is_assumed() -> None:
     assert "exits.parameters.unchanged" not in {a.change for a in other.provenance.assumptions}
 
 
+def test_drafts_of_the_smaller_model_are_a_stated_share() -> None:
+    plain, small, large = (
+        load_trace(model, "published", **stated)
+        for model, stated in (("opt-6.7b", {}), ("opt-1.3b", {"drafted": 0.7}), ("opt-6.7b", {"drafted": 0.7}))
+    )
+    assert not plain.drafters
+    assert not small.drafters
+    assert large.drafted_by("opt-1.3b").mean() == pytest.approx(0.7, abs=0.005)
+    assert (large.agree == plain.agree).all()
+    assert "exits.parameters.drafted" in {a.change for a in large.provenance.assumptions}
+    assert "drafted" not in plain.provenance.command
+
+
 def test_characters_add_up_to_the_mean() -> None:
     trace = load_trace("opt-1.3b", "published", chars_per_token=4.4, prompts_per_task=5)
     assert set(trace.chars.tolist()) == {4, 5}
@@ -194,6 +207,7 @@ def test_characters_add_up_to_the_mean() -> None:
         ({"jointly_early": 0.5}, r"0\.770 to 1\.000"),
         ({"near_last_five": 0.2}, "near_last_five"),
         ({"seed": 1.5}, "whole number"),
+        ({"drafted": 1.5}, "share from 0 to 1"),
         ({"threshold": 0.5}, "parameters are"),
     ],
 )

@@ -49,6 +49,7 @@ EXIT_SHARES: dict[str, dict[int, float]] = {
 }
 UNCHANGED_OPT_6_7B = 0.85  # of the tokens not confident at layer 9
 LATE_HELPED = 0.57  # of OPT-1.3B's late tokens: published, not fitted
+SMALLER, LARGER = EXIT_SHARES
 TASKS = ("sharegpt", "cnn_dailymail", "gsm8k", "codexglue", "hellaswag")
 THRESHOLD = 0.9  # a name for "the threshold of the publication": nothing is computed from it
 
@@ -71,6 +72,7 @@ class PublishedParameters:
     prompts_per_task: int = 200
     prompt_tokens: int = 200
     seed: int = 0
+    drafted: float | None = None  # of OPT-6.7B's tokens, those that OPT-1.3B predicts, each whatever the others do
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -89,6 +91,8 @@ class PublishedParameters:
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 allowed = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
                 raise UserError(f"exits.parameters.{name}", value, allowed, "choose one in this range")
+        if self.drafted is not None and not (isinstance(self.drafted, int | float) and 0 <= self.drafted <= 1):
+            raise UserError("exits.parameters.drafted", self.drafted, "null or a share from 0 to 1", "correct it")
 
 
 def published_trace(model: str, **parameters: Any) -> ExitTrace:
@@ -126,6 +130,9 @@ def published_pair(parameters: PublishedParameters) -> tuple[ExitTrace, ExitTrac
         unchanged = (parameters.unchanged, UNCHANGED_OPT_6_7B)[row]
         rate = np.where(confident, parameters.confident_agreement, unchanged)
         agree = agreements[row].random(n_tokens)[:, None] < rate
+        drafters = {}
+        if parameters.drafted is not None and model == LARGER:
+            drafters[SMALLER] = np.random.default_rng((parameters.seed, 1)).random(n_tokens) < parameters.drafted
         traces.append(
             ExitTrace(
                 model=model,
@@ -139,6 +146,7 @@ def published_pair(parameters: PublishedParameters) -> tuple[ExitTrace, ExitTrac
                 confident=_with_last_true(confident),
                 published_threshold=THRESHOLD,
                 published_confidence=Confidence.MAX_PROBABILITY,
+                drafters=drafters,
             )
         )
     return traces[0], traces[1]
@@ -163,7 +171,7 @@ def _with_last_true(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _provenance(model: str, parameters: PublishedParameters, fitted: Fit) -> Provenance:
-    chosen = asdict(parameters)
+    chosen = {name: value for name, value in asdict(parameters).items() if value is not None}
     arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
 
     def assume(name: str, why: str) -> Assumption:
@@ -191,6 +199,8 @@ def _provenance(model: str, parameters: PublishedParameters, fitted: Fit) -> Pro
     ]
     if model == "opt-1.3b":
         assumptions.insert(0, assume("unchanged", "not published for OPT-1.3B; sweep 0.70 to 0.95"))
+    elif parameters.drafted is not None:
+        assumptions.insert(0, assume("drafted", "how many drafts of OPT-1.3B are accepted is not published"))
     return Provenance(
         provenance_class=ProvenanceClass.PUBLISHED,
         source="drawn to fit HELIOS (arXiv 2504.10724, reading notes) and SpecEE (arXiv 2504.08850)",
